@@ -1,0 +1,20 @@
+"""Run Qwen3.5 on Apple silicon: convert, load, generate, chat."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat import Chat
+    from .generate import generate, load, stream_generate
+
+__version__ = "0.1.0"
+__all__ = ["Chat", "generate", "load", "stream_generate"]
+
+_HOMES = {"Chat": "chat", "generate": "generate", "load": "generate", "stream_generate": "generate"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy: the command line must answer --help without importing MLX.
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,122 @@
+"""Gated full attention with partial rotary embedding (default and YaRN).
+
+B batch, T tokens, S cached tokens, H/Hk query/key heads, D head dim, R rotated dims.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from .config import ModelConfig, RopeConfig
+
+
+def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """Positions per radian `[R / 2]` (inverse frequencies inverted) and the YaRN attention factor.
+
+    Source: arXiv 2309.00071, section 3.2; in float32 steps as the reference does them.
+    """
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / rope.rotary_dim
+    periods = (rope.theta**exponents).astype(np.float32)
+    if rope.factor is None or rope.original_max_position_embeddings is None:
+        return periods, 1.0
+
+    def dim_of(num_rotations: float) -> float:
+        length = rope.original_max_position_embeddings / (num_rotations * 2 * math.pi)
+        return rope.rotary_dim * math.log(length) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    span = (high - low) or 0.001
+    dims = np.arange(rope.rotary_dim // 2, dtype=np.float32)
+    stretched = np.clip((dims - low) / span, 0, 1)
+    frequencies = stretched / (rope.factor * periods) + (1 - stretched) / periods
+    return (1 / frequencies).astype(np.float32), rope.attention_factor or 1.0
+
+
+class PartialRope:
+    """Rotates the first R dims of each head, halves against each other."""
+
+    def __init__(self, rope: RopeConfig):
+        periods, self._factor = rope_periods(rope)
+        # Underscored: derived from the config, so no parameter to load.
+        self._periods = mx.array(periods)
+        self._rotary_dim = rope.rotary_dim
+
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """`[B, H, T, D]` at positions offset, offset + 1, …; offset an int or one per row."""
+        if self._factor != 1.0:
+            rotated, kept = mx.split(x, [self._rotary_dim], axis=-1)
+            x = mx.concatenate([rotated * self._factor, kept], axis=-1)
+        # Periods are given, not theta: the GPU's fast exp2 loses digits at large positions.
+        return mx.fast.rope(
+            x,
+            self._rotary_dim,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._periods,
+        )
+
+    def at(self, x: mx.array, positions: mx.array) -> mx.array:
+        """`[B, H, T, D]` at explicit positions `[B, T]`."""
+        angles = positions[:, None, :, None].astype(mx.float32) / self._periods
+        cos, sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
+        half = self._rotary_dim // 2
+        first, second, kept = mx.split(x, [half, 2 * half], axis=-1)
+        a, b = first.astype(mx.float32), second.astype(mx.float32)
+        turned = mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return mx.concatenate([turned.astype(x.dtype), kept], axis=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self._num_heads = config.num_attention_heads
+        self._num_kv_heads = config.num_key_value_heads
+        self._scale = config.head_dim**-0.5
+        hidden, dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(hidden, 2 * self._num_heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, self._num_kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, self._num_kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(self._num_heads * dim, hidden, bias=False)
+        self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self.rope = PartialRope(config.rope)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any | None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """`[B, T, hidden]` -> the same; positions `[B, T]` override those of the cache."""
+        batch, num_tokens, _ = x.shape
+        # Heads first, then split: each head's rows are [query D | output gate D].
+        q, output_gate = mx.split(
+            self.q_proj(x).reshape(batch, num_tokens, self._num_heads, -1), 2, axis=-1
+        )
+        k = self.k_proj(x).reshape(batch, num_tokens, self._num_kv_heads, -1)
+        v = self.v_proj(x).reshape(batch, num_tokens, self._num_kv_heads, -1)
+        q = self.q_norm(q).swapaxes(1, 2)
+        k = self.k_norm(k).swapaxes(1, 2)
+        v = v.swapaxes(1, 2)
+        if positions is None:
+            offset = 0 if cache is None else cache.offset
+            q, k = self.rope(q, offset), self.rope(k, offset)
+        else:
+            q, k = self.rope.at(q, positions), self.rope.at(k, positions)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self._scale, mask=mask)
+        out = out.swapaxes(1, 2).reshape(batch, num_tokens, -1)
+        return self.o_proj(out * mx.sigmoid(output_gate.reshape(out.shape)))

@@ -1,0 +1,357 @@
+"""ModelConfig: what a Qwen3.5 config.json must say, and a refusal of anything else."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
+MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+LINEAR, FULL = "linear_attention", "full_attention"
+# The head sizes that ops and kernels tile evenly; the released models use 128.
+LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
+MAX_HEAD_DIM = 256
+
+# Keys that would change the computation, and the values under which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "output_gate_type": (None, "silu", "swish"),
+    "attn_output_gate": (True,),
+    "attention_bias": (False, None),
+    "mlp_only_layers": ([], None),
+    "norm_topk_prob": (True, None),
+    "decoder_sparse_step": (1, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "mamba_ssm_dtype": ("float32", None),
+    "rope_scaling": (None,),
+    "use_qk_norm": (True, None),
+    "attention_sinks": (False, None),
+    "tie_experts": (False, None),
+}
+# Keys that say nothing about the forward pass of the text model.
+INERT = frozenset(
+    """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
+    eos_token_id full_attention_interval id2label image_token_id initializer_range
+    is_encoder_decoder label2id language_model_only mtp_num_hidden_layers mtp_layer_types
+    mtp_use_dedicated_embeddings num_mtp_layers output_attentions output_hidden_states
+    output_router_logits pad_token_id partial_rotary_factor problem_type quantization
+    quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config torch_dtype
+    transformers_version use_cache video_token_id vision_config vision_end_token_id
+    vision_start_token_id _name_or_path _attn_implementation intermediate_size
+    rope_theta""".split()
+)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Partial rotary embedding; the YaRN fields are None for the default type."""
+
+    theta: float
+    rotary_dim: int
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The text model of a Qwen3.5 checkpoint; `num_experts` is 0 for the dense models."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_types: tuple[str, ...]
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    intermediate_size: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of all linear-attention queries, and of all keys."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of all linear-attention values."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the depthwise convolution: q, k and v."""
+        return 2 * self.key_dim + self.value_dim
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a prompt and its answer may have; YaRN stretches the trained length."""
+        if self.rope.factor is None or self.rope.original_max_position_embeddings is None:
+            return self.max_position_embeddings
+        stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the feed-forward layers are routed experts."""
+        return self.num_experts > 0
+
+    @classmethod
+    def from_file(cls, folder: Path) -> "ModelConfig":
+        """Read `folder/config.json`."""
+        return cls.from_hf(read_config(folder))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Check a parsed config.json, nested or flat, and keep what the text model needs."""
+        model_type = config.get("model_type")
+        if model_type not in DENSE_TYPES + MOE_TYPES:
+            raise ConfigError(
+                f"model_type={model_type!r} is not a Qwen3.5 model",
+                got=model_type,
+                expected=", ".join(DENSE_TYPES + MOE_TYPES),
+            )
+        text = dict(config.get("text_config") or config)
+        inner_type = text.get("model_type", model_type)
+        if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
+            model_type in MOE_TYPES
+        ):
+            raise ConfigError(
+                "text_config.model_type does not match model_type",
+                got=f"{inner_type!r} inside {model_type!r}",
+                expected="both dense or both mixture-of-experts",
+            )
+        is_moe = model_type in MOE_TYPES
+        _refuse_unsupported(text)
+        get = _Reader(text)
+        head_dim = get.positive("head_dim")
+        layer_types = _layer_types(text, get.positive("num_hidden_layers"))
+        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        values = dict(
+            model_type=model_type,
+            vocab_size=get.positive("vocab_size"),
+            hidden_size=get.positive("hidden_size"),
+            num_hidden_layers=len(layer_types),
+            num_attention_heads=get.positive("num_attention_heads"),
+            num_key_value_heads=get.positive("num_key_value_heads"),
+            head_dim=head_dim,
+            layer_types=layer_types,
+            linear_num_key_heads=get.positive("linear_num_key_heads"),
+            linear_num_value_heads=get.positive("linear_num_value_heads"),
+            linear_key_head_dim=get.positive("linear_key_head_dim"),
+            linear_value_head_dim=get.positive("linear_value_head_dim"),
+            linear_conv_kernel_dim=get.positive("linear_conv_kernel_dim"),
+            rms_norm_eps=get.number("rms_norm_eps"),
+            max_position_embeddings=get.positive("max_position_embeddings"),
+            tie_word_embeddings=bool(tied),
+            rope=_rope(text, head_dim),
+        )
+        keys = (
+            ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+             "shared_expert_intermediate_size")
+            if is_moe
+            else ("intermediate_size",)
+        )  # fmt: skip
+        values |= {key: get.positive(key) for key in keys}
+        _report_unknown(text, {f.name for f in fields(cls)})
+        result = cls(**values)
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        for key in ("linear_key_head_dim", "linear_value_head_dim"):
+            if getattr(self, key) not in LINEAR_HEAD_DIMS:
+                raise ConfigError(
+                    f"{key}={getattr(self, key)} is not supported",
+                    got=getattr(self, key),
+                    expected=f"one of {', '.join(map(str, LINEAR_HEAD_DIMS))}",
+                )
+        if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
+            raise ConfigError(
+                f"head_dim={self.head_dim} is not supported",
+                got=self.head_dim,
+                expected=f"a multiple of 8 up to {MAX_HEAD_DIM}",
+            )
+        for few, many in (
+            ("num_key_value_heads", "num_attention_heads"),
+            ("linear_num_key_heads", "linear_num_value_heads"),
+        ):
+            if getattr(self, many) % getattr(self, few):
+                raise ConfigError(
+                    f"{many} is not a multiple of {few}",
+                    got=f"{getattr(self, many)} and {getattr(self, few)}",
+                    expected="a whole number of heads in each group",
+                )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(
+                "num_experts_per_tok is larger than num_experts",
+                got=self.num_experts_per_tok,
+                expected=f"at most {self.num_experts}",
+            )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parse `folder/config.json`; a missing or damaged file is a ConfigError."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no config.json in {folder}",
+            got="no such file",
+            expected="a model folder with config.json, tokenizer.json and *.safetensors",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a JSON object", got=type(config).__name__)
+    return config
+
+
+class _Reader:
+    """Reads required keys and names them when they are missing or of the wrong kind."""
+
+    def __init__(self, text: Mapping[str, Any], prefix: str = ""):
+        self.text, self.prefix = text, prefix
+
+    def number(self, key: str) -> float:
+        value = self.text.get(key)
+        if value is None:
+            raise ConfigError(f"config key {self.prefix}{key} is missing", expected="a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConfigError(
+                f"config key {self.prefix}{key}={value!r} is not usable",
+                got=repr(value),
+                expected="a number above zero",
+            )
+        return value
+
+    def positive(self, key: str) -> int:
+        value = self.number(key)
+        if int(value) != value:
+            raise ConfigError(
+                f"config key {self.prefix}{key}={value!r} is not usable",
+                got=repr(value),
+                expected="a whole number",
+            )
+        return int(value)
+
+
+def _refuse_unsupported(text: Mapping[str, Any]) -> None:
+    if "hidden_act" not in text:
+        raise ConfigError("config key hidden_act is missing", expected="'silu'")
+    for key, allowed in NEUTRAL.items():
+        if key in text and text[key] not in allowed:
+            raise ConfigError(
+                f"{key}={text[key]!r} is not supported",
+                got=repr(text[key]),
+                expected=" or ".join(repr(v) for v in allowed if v is not None) or "absent",
+            )
+
+
+def _report_unknown(text: Mapping[str, Any], known: set[str]) -> None:
+    known |= INERT | NEUTRAL.keys() | {"rope_parameters"}
+    unknown = sorted(key for key in text if key not in known)
+    if unknown:
+        log.warning("config keys without a known meaning are not used: %s", ", ".join(unknown))
+
+
+def _layer_types(text: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
+    types = text.get("layer_types")
+    if types is None:
+        interval = _Reader(text).positive("full_attention_interval")
+        return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise ConfigError(
+            "layer_types does not fit num_hidden_layers",
+            got=f"{len(types)} entries" if isinstance(types, list) else repr(types),
+            expected=f"a list of {num_layers} entries",
+        )
+    wrong = sorted({str(t) for t in types} - {LINEAR, FULL})
+    if wrong:
+        raise ConfigError(
+            "layer_types has a kind of layer that is not supported",
+            got=", ".join(wrong),
+            expected=f"{LINEAR} or {FULL}",
+        )
+    return tuple(types)
+
+
+def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    rope = text.get("rope_parameters")
+    if not isinstance(rope, dict):
+        raise ConfigError(
+            "config key rope_parameters is missing",
+            got=repr(rope),
+            expected="an object with rope_theta, partial_rotary_factor and rope_type",
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise ConfigError(
+            f"rope_type={kind!r} is not supported", got=repr(kind), expected="'default' or 'yarn'"
+        )
+    factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
+    get = _Reader(rope | {"partial_rotary_factor": factor}, "rope_parameters.")
+    partial = get.number("partial_rotary_factor")
+    rotary_dim = int(head_dim * partial)
+    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
+        raise ConfigError(
+            f"partial_rotary_factor={partial} does not fit head_dim={head_dim}",
+            got=f"{rotary_dim} rotated dims",
+            expected=f"an even number from 2 to {head_dim}",
+        )
+    theta = get.number("rope_theta")
+    if kind == "default":
+        return RopeConfig(theta, rotary_dim)
+    scale = get.number("factor")
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = _yarn_attention_factor(
+            scale, rope.get("mscale"), rope.get("mscale_all_dim")
+        )
+    return RopeConfig(
+        theta,
+        rotary_dim,
+        factor=scale,
+        original_max_position_embeddings=get.positive("original_max_position_embeddings"),
+        attention_factor=float(attention_factor),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(
+    factor: float, mscale: float | None, mscale_all_dim: float | None
+) -> float:
+    """YaRN (arXiv 2309.00071), section 3.4: scale of the rotated queries and keys."""
+
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if mscale and mscale_all_dim:
+        return scale(mscale) / scale(mscale_all_dim)
+    return scale(1.0)

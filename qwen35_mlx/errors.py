@@ -1,0 +1,27 @@
+"""Errors a user can act on: what is wrong, what was found, what was expected, and a hint."""
+
+
+class Qwen35Error(ValueError):
+    """A mistake in the input; the CLI prints it without a traceback."""
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str = ""):
+        lines = [what]
+        if got is not None:
+            lines.append(f"  got: {got}")
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        if hint:
+            lines.append(f"  hint: {hint}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(Qwen35Error):
+    """The config.json describes something this project does not run."""
+
+
+class CheckpointError(Qwen35Error):
+    """Weights are damaged, missing, unknown or of the wrong shape."""
+
+
+class PromptError(Qwen35Error):
+    """The prompt cannot be run: empty, or longer than the context."""

@@ -1,0 +1,132 @@
+"""The gated delta rule on plain MLX ops: a recurrent step for decode, chunks for prefill.
+
+B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, C chunk_size, N chunks.
+State is `[B, Hv, Dv, Dk]` fp32 everywhere here.
+"""
+
+import mlx.core as mx
+
+CHUNK_SIZE = 64
+
+
+def gated_delta_rule(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Output `[B, T, Hv, Dv]` and new state; shapes as in `naive_gated_delta_rule`, fp32 inside."""
+    batch, num_tokens, _, key_head_dim = q.shape
+    num_value_heads, value_head_dim = v.shape[2:]
+    if state is None:
+        state = mx.zeros((batch, num_value_heads, value_head_dim, key_head_dim))
+    q, k, v, g, beta = (x.astype(mx.float32) for x in (q, k, v, g, beta))
+    if num_tokens == 1:
+        return recurrent_gated_delta_rule(q, k, v, g, beta, state)
+    return chunk_gated_delta_rule(q, k, v, g, beta, state)
+
+
+def recurrent_gated_delta_rule(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """One token: T must be 1."""
+    batch, _, num_key_heads, key_head_dim = q.shape
+    num_value_heads, value_head_dim = v.shape[2:]
+    # Value heads of one key head side by side: no repeated copies of q and k.
+    grouped = (batch, num_key_heads, num_value_heads // num_key_heads)
+    s = state.reshape(*grouped, value_head_dim, key_head_dim)
+    q_t = q[:, 0, :, None, :, None]
+    k_t = k[:, 0, :, None, :, None]
+    v_t = v.reshape(*grouped, value_head_dim, 1)
+    decay = mx.exp(g).reshape(*grouped, 1, 1)
+    # S k and S q of the old state together: one read of the state instead of two.
+    read = s @ mx.concatenate([k_t, q_t], axis=-1)
+    error = beta.reshape(*grouped, 1, 1) * (v_t - decay * read[..., :1])
+    s = decay * s + error * k_t.swapaxes(-1, -2)
+    out = decay * read[..., 1:] + error * (k_t * q_t).sum(axis=-2, keepdims=True)
+    return out.reshape(batch, 1, num_value_heads, value_head_dim), s.reshape(state.shape)
+
+
+def chunk_gated_delta_rule(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[mx.array, mx.array]:
+    """Any number of tokens, T / chunk_size sequential steps (arXiv 2412.06464, section 3.3).
+
+    Within a chunk the updates of all tokens solve one unit lower triangular system; memory is
+    O(T * chunk_size) a head.
+    """
+    num_tokens, num_key_heads, key_head_dim = q.shape[1:]
+    num_value_heads, value_head_dim = v.shape[2:]
+    # A short prompt gets a short chunk, still a power of two for the triangular inverse.
+    chunk_size = min(chunk_size, 1 << (num_tokens - 1).bit_length())
+    pad = -num_tokens % chunk_size
+
+    def chunks(x: mx.array, heads_per_key: int) -> mx.array:
+        """`[B, T, H, ...]` -> `[N, B, Hk, H / Hk, C, ...]`; padding with zeros changes nothing."""
+        x = mx.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, chunk_size, num_key_heads, heads_per_key, *x.shape[3:])
+        return x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
+
+    group = num_value_heads // num_key_heads
+    q, k = chunks(q, 1), chunks(k, 1)
+    v, g, beta = chunks(v, group), chunks(g, group), chunks(beta, group)[..., None]
+
+    cumulative = mx.cumsum(g, axis=-1)
+    causal = mx.tri(chunk_size, chunk_size, 0, dtype=mx.bool_)
+    # Masked before exp: above the diagonal the difference is positive and would overflow.
+    log_decay = mx.where(causal, cumulative[..., :, None] - cumulative[..., None, :], -mx.inf)
+    decay = mx.exp(log_decay)
+    k_transposed = k.swapaxes(-1, -2)
+    strictly_causal = mx.tri(chunk_size, chunk_size, -1, dtype=mx.bool_)
+    system = mx.where(strictly_causal, beta * decay * (k @ k_transposed), 0)
+    inverse = _unit_lower_inverse(system)
+    from_start = mx.exp(cumulative)[..., None]
+    values = inverse @ (beta * v)
+    keys = inverse @ (beta * from_start * k)
+    scores = decay * (q @ k_transposed)
+    q_decayed = from_start * q
+    k_to_end = mx.exp(cumulative[..., -1:] - cumulative)[..., None] * k
+    total_decay = from_start[..., -1:, :]
+
+    batch = state.shape[0]
+    s = state.reshape(batch, num_key_heads, group, value_head_dim, key_head_dim)
+    outputs = []
+    for n in range(q.shape[0]):
+        s_transposed = s.swapaxes(-1, -2)
+        update = values[n] - keys[n] @ s_transposed
+        outputs.append(q_decayed[n] @ s_transposed + scores[n] @ update)
+        s = total_decay[n] * s + update.swapaxes(-1, -2) @ k_to_end[n]
+    # [N, B, Hk, G, C, Dv] -> [B, T, Hv, Dv]
+    out = mx.stack(outputs).transpose(1, 0, 4, 2, 3, 5)
+    out = out.reshape(batch, -1, num_value_heads, value_head_dim)[:, :num_tokens]
+    return out, s.reshape(state.shape)
+
+
+def _unit_lower_inverse(lower: mx.array) -> mx.array:
+    """Inverse of I + lower for strictly lower triangular `[..., C, C]`, C a power of two.
+
+    Blocks are inverted bottom up, each level doubling them: as stable as substitution, where
+    a product of powers loses all digits once keys repeat, and no op that only the CPU has.
+    """
+    *batch, size, _ = lower.shape
+    # [..., P, R, R]: the P inverted diagonal blocks of R rows.
+    inverses = mx.ones((*batch, size, 1, 1))
+    while (rows := inverses.shape[-1]) < size:
+        pairs = size // (2 * rows)
+        pair_blocks = lower.reshape(*batch, pairs, 2 * rows, pairs, 2 * rows)
+        diagonal = mx.diagonal(pair_blocks, axis1=-4, axis2=-2).moveaxis(-1, -3)
+        corner = diagonal[..., rows:, :rows]
+        upper, under = inverses[..., 0::2, :, :], inverses[..., 1::2, :, :]
+        # [[A, 0], [C, B]] has the inverse [[A', 0], [-B' C A', B']].
+        below = -(under @ corner @ upper)
+        top = mx.concatenate([upper, mx.zeros_like(below)], axis=-1)
+        inverses = mx.concatenate([top, mx.concatenate([below, under], axis=-1)], axis=-2)
+    return inverses[..., 0, :, :]

@@ -1,0 +1,165 @@
+"""The text model: embedding -> layers -> norm (the trunk), and hidden state -> logits (the head).
+
+B batch, T tokens, H hidden size. Module names are the tensor names on disk.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask, create_ssm_mask
+
+from .attention import Attention
+from .cache import CacheEntry, make_cache
+from .config import FULL, LINEAR, ModelConfig
+from .errors import Qwen35Error
+from .gated_delta_net import GatedDeltaNet
+from .moe import DenseMLP, SparseMoE
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention of either kind, residual; norm, feed-forward, residual."""
+
+    def __init__(self, config: ModelConfig, layer_type: str):
+        super().__init__()
+        self.is_linear = layer_type == LINEAR
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = Attention(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.is_moe:
+            self.mlp: nn.Module = SparseMoE(config)
+        else:
+            self.mlp = DenseMLP(config.hidden_size, config.intermediate_size)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any | None,
+        positions: mx.array | None,
+    ) -> mx.array:
+        """`[B, T, H]` -> the same."""
+        normed = self.input_layernorm(x)
+        if self.is_linear:
+            x = x + self.linear_attn(normed, mask, cache)
+        else:
+            x = x + self.self_attn(normed, mask, cache, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Token ids or embeddings to the hidden state after the final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer_type) for layer_type in config.layer_types]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._first = {
+            kind: config.layer_types.index(kind) if kind in config.layer_types else None
+            for kind in (LINEAR, FULL)
+        }
+
+    def __call__(
+        self,
+        ids: mx.array | None,
+        cache: Sequence[Any] | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """ids `[B, T]` or embeddings `[B, T, H]` -> `[B, T, H]`; positions `[B, T]` are optional."""
+        x = self.embed_tokens(ids) if embeddings is None else embeddings
+        entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
+        # Padding and causality are the same in every layer of a kind: one mask each.
+        linear, full = self._first[LINEAR], self._first[FULL]
+        linear_mask = create_ssm_mask(x, entries[linear]) if linear is not None else None
+        full_mask = create_attention_mask(x, entries[full]) if full is not None else None
+        for layer, entry in zip(self.layers, entries, strict=True):
+            x = layer(x, linear_mask if layer.is_linear else full_mask, entry, positions)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Module):
+    """Trunk and head under the names they have on disk."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class Model(nn.Module):
+    """A Qwen3.5 text model that mlx-lm's generators, caches and quantizers accept."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model_type = config.model_type
+        self.language_model = LanguageModel(config)
+
+    def __call__(
+        self,
+        ids: mx.array,
+        cache: Sequence[Any] | None = None,
+        *,
+        left_padding: Sequence[int] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """ids `[B, T]` -> logits `[B, T, vocab]`.
+
+        `left_padding`, pad tokens at the start of each row, is for calls without a cache; with
+        one, give it to `make_cache`.
+        """
+        if left_padding is not None:
+            if cache is not None:
+                raise Qwen35Error(
+                    "left_padding together with a cache",
+                    hint="make the cache with model.make_cache(left_padding=...)",
+                )
+            cache = self.make_cache(left_padding)
+        return self.head(self.trunk(ids, cache, embeddings=input_embeddings))
+
+    def trunk(
+        self,
+        ids: mx.array | None,
+        cache: Sequence[Any] | None = None,
+        *,
+        embeddings: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
+        return self.language_model.model(ids, cache, embeddings=embeddings, positions=positions)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """`[..., H]` -> logits `[..., vocab]`."""
+        if self.config.tie_word_embeddings:
+            return self.language_model.model.embed_tokens.as_linear(hidden)
+        return self.language_model.lm_head(hidden)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, in order."""
+        return self.language_model.model.layers
+
+    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
+        """An empty cache, one entry a layer; see `qwen35_mlx.cache`."""
+        return make_cache(self.config, left_padding)
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+        """Which modules mlx-lm's quantizers may touch, and the router's 8 bits."""
+
+        def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if path.endswith(("in_proj_a", "in_proj_b")):
+                return False
+            if path.endswith(("mlp.gate", "shared_expert_gate")):
+                return {"group_size": 64, "bits": 8}
+            return hasattr(module, "to_quantized")
+
+        return predicate
