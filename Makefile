@@ -1,0 +1,64 @@
+# Each target sets itself up in .venv; a bare machine needs make and Python 3.11 or newer.
+# Kept to what GNU make 3.81 and the BSD tools of macOS understand.
+
+SHELL = /bin/sh
+VENV = .venv
+BIN = $(VENV)/bin
+# The first of these that is new enough; name another with `make test PYTHONS=/path/to/python`.
+PYTHONS = python3.13 python3.12 python3.11 python3
+NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help chat test lint bench golden live clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
+	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat; else $(BIN)/qwen35-mlx chat \
+	  -p "What is the capital of France?" -p "What is the opposite of hot?" \
+	  -p "What colour is the sky?" -p "Who are you?" </dev/null; fi
+
+test: $(VENV)/.installed-test ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed ## measure speed; the last line is JSON
+	$(BIN)/python tools/bench.py
+
+golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
+	$(BIN)/python tests/golden/make_golden.py
+
+live: $(VENV)/.installed-live ## compare with transformers on fresh random models
+	$(BIN)/python -m pytest -m live tests/live
+
+clean: ## remove caches and build products; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@for python in $(PYTHONS) ""; do \
+	  [ -z "$$python" ] || "$$python" -c '$(NEW_ENOUGH)' 2>/dev/null && break; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "Python 3.11 or newer is needed" >&2; \
+	  echo "  got: $$(python3 --version 2>&1 || true)" >&2; \
+	  echo "  hint: on a Mac, brew install python@3.13; elsewhere see python.org" >&2; \
+	  exit 1; \
+	fi; \
+	echo "making $(VENV) with $$python"; \
+	"$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing qwen35-mlx into $(VENV)"
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "installing qwen35-mlx[$*] into $(VENV)"
+	@$(PIP_INSTALL) -e '.[$*]'
+	@touch $@

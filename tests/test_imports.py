@@ -1,0 +1,162 @@
+"""The arrows between the parts: who may import whom, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Where a folder's modules live once installed.
+FOLDERS = {
+    "qwen35_mlx": "qwen35_mlx",
+    "qwen35_mlx/kernels": "qwen35_mlx.kernels",
+    "convert": "qwen35_mlx.convert",
+    "quant": "qwen35_mlx.quant",
+}
+CLI = ("qwen35_mlx.cli", "qwen35_mlx.terminal")
+HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "torch", "tokenizers")
+
+
+def module_names() -> dict[str, Path]:
+    """Dotted name -> file, for every module of the package."""
+    modules = {}
+    for folder, package in FOLDERS.items():
+        for file in sorted((ROOT / folder).glob("*.py")):
+            name = package if file.stem == "__init__" else f"{package}.{file.stem}"
+            modules[name] = file
+    return modules
+
+
+MODULES = module_names()
+CONVERT = [m for m in MODULES if m.startswith("qwen35_mlx.convert")]
+QUANT = [m for m in MODULES if m.startswith("qwen35_mlx.quant")]
+RUNTIME = [m for m in MODULES if m not in (*CONVERT, *QUANT, "qwen35_mlx.cli")]
+
+
+def syntax(module: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
+
+
+def imports(module: str) -> Iterator[str]:
+    """Absolute dotted names a module imports, inside functions too; `from a import b` is `a.b`."""
+    is_package = MODULES[module].stem == "__init__"
+    for node in syntax(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                kept = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*kept, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and called_name(node) in ("import_module", "__import__"):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant):
+                    name = str(argument.value)
+                    yield f"qwen35_mlx{name}" if name.startswith(".") else name
+
+
+def called_name(call: ast.Call) -> str:
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in packages)
+
+
+def offenders(modules: list[str], *forbidden: str, but: tuple[str, ...] = ()) -> list[str]:
+    """`module imports name` for each forbidden import; `but` are the exceptions."""
+    return [
+        f"{module} imports {name}"
+        for module in modules
+        for name in imports(module)
+        if within(name, *forbidden) and not within(name, *but)
+    ]
+
+
+def test_every_part_has_modules():
+    assert {"qwen35_mlx.model", "qwen35_mlx.cli", "qwen35_mlx.kernels"} <= MODULES.keys()
+    assert len(CONVERT) > 1
+    assert len(QUANT) > 1
+
+
+def test_nothing_imports_the_cli():
+    assert offenders([m for m in MODULES if m not in CLI], *CLI) == []
+    assert offenders(list(MODULES), "qwen35_mlx.cli") == []
+
+
+def test_runtime_imports_neither_convert_nor_quant():
+    assert offenders(RUNTIME, "qwen35_mlx.convert", "qwen35_mlx.quant") == []
+
+
+def test_quant_imports_nothing_of_ours_but_the_errors():
+    assert offenders(QUANT, "qwen35_mlx", but=("qwen35_mlx.quant", "qwen35_mlx.errors")) == []
+
+
+def test_convert_imports_quant_errors_and_config_only():
+    allowed = (
+        "qwen35_mlx.convert",
+        "qwen35_mlx.quant",
+        "qwen35_mlx.errors",
+        "qwen35_mlx.config",
+    )
+    assert offenders(CONVERT, "qwen35_mlx", but=allowed) == []
+
+
+def test_folders_are_imported_under_their_installed_names():
+    assert offenders(list(MODULES), "convert", "quant") == []
+
+
+def test_only_the_cli_knows_typer_and_rich():
+    assert offenders([m for m in MODULES if m not in CLI], "typer", "rich", "click") == []
+
+
+def test_no_pickle_and_no_torch():
+    assert offenders(list(MODULES), "pickle", "cloudpickle", "dill", "joblib", "torch") == []
+
+
+def settings(module: str) -> Iterator[tuple[object, ast.expr]]:
+    """Each name given a value in a call or in a dict literal."""
+    for node in syntax(module):
+        if isinstance(node, ast.keyword):
+            yield node.arg, node.value
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                yield getattr(key, "value", None), value
+
+
+@pytest.mark.parametrize("switch", ["trust_remote_code", "allow_pickle"])
+def test_no_code_out_of_a_checkpoint(switch):
+    values = [(m, value) for m in MODULES for name, value in settings(m) if name == switch]
+    assert [m for m, value in values if getattr(value, "value", None) is not False] == []
+
+
+@pytest.mark.parametrize("folder", ["convert", "quant"])
+def test_folder_stays_flat(folder):
+    # package-dir maps one folder; a folder inside would be left out of the wheel.
+    assert [d.name for d in (ROOT / folder).iterdir() if d.is_dir()] in ([], ["__pycache__"])
+
+
+def run_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("module", ["qwen35_mlx", "qwen35_mlx.cli"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    assert run_python(code).split() == []
+
+
+def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
+    # None in sys.modules makes an import fail.
+    run_python(
+        "import sys, importlib\n"
+        "sys.modules['qwen35_mlx.convert'] = sys.modules['qwen35_mlx.quant'] = None\n"
+        f"for module in {[*RUNTIME, 'qwen35_mlx.cli']}: importlib.import_module(module)"
+    )
