@@ -1,0 +1,6 @@
+"""Hugging Face checkpoint to MLX shards, a slice of a tensor at a time."""
+
+from .job import convert
+from .plan import Plan, plan
+
+__all__ = ["Plan", "convert", "plan"]

@@ -1,0 +1,293 @@
+"""What a conversion will do, tensor by tensor: a pure function of headers, config and settings."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
+
+from .names import Match, Role, Transform, fold, refuse_other_formats, resolve
+from .source import ITEM_BYTES, Segment, Source, SourceTensor, open_source
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DEFAULT_BITS, ROUTER_BITS = 4, 8
+MAX_SHARD_BYTES = 5 * 10**9
+
+# Module name to (bits, group_size), or to None to leave it unquantized.
+Recipe = Callable[[str], tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output; `dtype` as safetensors spells it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step: row segments in, one tensor out, or three (weight, scales, biases) if quantized.
+
+    `dtype` is that of the weight, or of its scales and biases when `bits` is set.
+    """
+
+    module: str
+    role: Role
+    transform: Transform
+    segments: tuple[Segment, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int | None
+    group_size: int | None
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(segment.nbytes for segment in self.segments)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file; the three tensors of a quantized module never part."""
+
+    file: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """Tensors as they lie in the file: wide items first keeps every tensor aligned."""
+        tensors = [tensor for entry in self.entries for tensor in entry.tensors]
+        return tuple(sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype]))
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of the printed plan: like modules of all layers together.
+
+    Carried tensors are summed up in one line, and their shape is left empty.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    role: str
+    transform: str
+    source_dtype: str
+    dtype: str
+    bits: int | None = None
+    group_size: int | None = None
+    num_modules: int = 1
+    num_parameters: int = 0
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole conversion. Bytes and parameters include carried tensors, but not dropped ones."""
+
+    source: Source
+    config: ModelConfig
+    bits: int | None
+    group_size: int
+    dtype: str | None
+    recipe_name: str | None
+    shards: tuple[Shard, ...]
+    dropped: tuple[SourceTensor, ...]
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        return (entry for shard in self.shards for entry in shard.entries)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(entry.source_bytes for entry in self.entries)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(entry.output_bytes for entry in self.entries)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(entry.num_parameters for entry in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the text model per parameter, scales and biases counted."""
+        text = [entry for entry in self.entries if entry.role is not Role.CARRIED]
+        return 8 * sum(e.output_bytes for e in text) / sum(e.num_parameters for e in text)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The `quantization` block of config.json; None when nothing is quantized."""
+        if self.bits is None:
+            return None
+        default = {"group_size": self.group_size, "bits": self.bits}
+        block: dict[str, Any] = {**default, "mode": "affine"}
+        for entry in self.entries:
+            own = {"group_size": entry.group_size, "bits": entry.bits}
+            if entry.bits is not None and own != default:
+                block[entry.module] = own
+        return block
+
+    @property
+    def table(self) -> tuple[PlanRow, ...]:
+        """The plan with layers folded to `*`, in the order of the work; dropped tensors last."""
+        folded: dict[PlanRow, list[Entry]] = {}
+        for entry in self.entries:
+            name, shape = fold(entry.module), entry.shape
+            if entry.role is Role.CARRIED:
+                name, shape = name.partition(".")[0] + ".*", ()
+            row = PlanRow(
+                name,
+                shape,
+                entry.role.name.lower(),
+                entry.transform.name.lower(),
+                entry.segments[0].tensor.dtype,
+                entry.dtype,
+                entry.bits,
+                entry.group_size,
+            )
+            folded.setdefault(row, []).append(entry)
+        rows = [
+            replace(
+                row,
+                num_modules=len(group),
+                num_parameters=sum(entry.num_parameters for entry in group),
+                output_bytes=sum(entry.output_bytes for entry in group),
+            )
+            for row, group in folded.items()
+        ]
+        rows += [PlanRow(t.name, t.shape, "dropped", "keep", t.dtype, "") for t in self.dropped]
+        return tuple(rows)
+
+
+def plan(
+    source: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+) -> Plan:
+    """Plan the conversion of the checkpoint folder `source`; reads config and headers only.
+
+    Without `bits` and `dtype`: 4 bits. `dtype` alone: unquantized. Both: quantized, with scales
+    and all else in `dtype`. `recipe` decides module by module; routers stay at 8 bits or whole.
+    """
+    if bits is None and (recipe is not None or dtype is None):
+        bits = DEFAULT_BITS
+    check_settings(DEFAULT_BITS if bits is None else bits, group_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise Qwen35Error(
+            f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
+        )
+    opened = open_source(Path(source))
+    refuse_other_formats(opened.config, opened.tensors)
+    config = ModelConfig.from_hf(opened.config)
+
+    def chosen(module: str) -> tuple[int, int] | None:
+        if recipe is None:
+            return None if bits is None else (bits, group_size)
+        answer = recipe(module)
+        if answer is not None:
+            check_settings(*answer, where=module)
+        return answer
+
+    matches = resolve(config, opened.tensors)
+    entries = [_entry(match, chosen, dtype) for match in matches if match.name]
+    _check_groups(entries)
+    return Plan(
+        opened,
+        config,
+        bits,
+        group_size,
+        dtype,
+        None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
+        _shards(entries),
+        tuple(match.segments[0].tensor for match in matches if not match.name),
+    )
+
+
+def _entry(match: Match, chosen: Recipe, dtype: str | None) -> Entry:
+    role, name, stored = match.row.role, match.name, match.segments[0].tensor.dtype
+    module = name.removesuffix(".weight")
+    keeps = role is Role.CARRIED or (role is Role.DECAY and stored == "F32")
+    code = stored if dtype is None or keeps else DTYPES[dtype]
+    settings = chosen(module) if role in (Role.QUANTIZED, Role.ROUTER) else None
+    if settings is None:
+        bits = group_size = None
+        tensors = [OutputTensor(name, code, match.shape)]
+    else:
+        bits, group_size = settings
+        bits = ROUTER_BITS if role is Role.ROUTER else bits
+        packed, scales = quantized_shapes(match.shape, bits, group_size)
+        tensors = [
+            OutputTensor(name, "U32", packed),
+            OutputTensor(f"{module}.scales", code, scales),
+            OutputTensor(f"{module}.biases", code, scales),
+        ]
+    return Entry(
+        module,
+        role,
+        match.row.transform,
+        match.segments,
+        match.shape,
+        code,
+        bits,
+        group_size,
+        tuple(tensors),
+    )
+
+
+def _check_groups(entries: list[Entry]) -> None:
+    """Every quantized row must be a whole number of groups."""
+    wrong: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.group_size is not None and entry.shape[-1] % entry.group_size:
+            wrong.setdefault(fold(entry.module), entry)
+    if not wrong:
+        return
+    fitting = [g for g in GROUP_SIZES if not any(e.shape[-1] % g for e in entries if e.group_size)]
+    lines = [f"\n    {name}: {entry.shape[-1]} inputs" for name, entry in wrong.items()]
+    raise Qwen35Error(
+        f"group_size={next(iter(wrong.values())).group_size} does not divide the inputs of"
+        f" {len(wrong)} kinds of weights",
+        got="".join(lines),
+        expected=f"group_size {' or '.join(map(str, fitting))}" if fitting else "another model",
+        hint="" if fitting else "no group size divides them all: convert with dtype alone",
+    )
+
+
+def _shards(entries: list[Entry]) -> tuple[Shard, ...]:
+    """Fill files in order; an entry larger than the limit has a file of its own."""
+    groups: list[list[Entry]] = []
+    filled = MAX_SHARD_BYTES
+    for entry in entries:
+        if filled + entry.output_bytes > MAX_SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.output_bytes
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(groups[0])),)
+    return tuple(
+        Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    )
