@@ -17,9 +17,7 @@ from .errors import Qwen35Error
 CacheEntry = KVCache | BatchKVCache | ArraysCache
 
 
-def make_cache(
-    config: ModelConfig, left_padding: Sequence[int] | None = None
-) -> list[CacheEntry]:
+def make_cache(config: ModelConfig, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
     """An empty cache; `left_padding` gives each row's number of pad tokens at its start."""
     if left_padding is None:
         return [KVCache() if t == FULL else ArraysCache(size=2) for t in config.layer_types]
@@ -58,6 +56,11 @@ def restore(cache: Sequence[Any], point: Snapshot) -> None:
             entry.trim(entry.offset - kept)
         else:
             entry.cache = list(kept)
+
+
+def cached_tokens(cache: Sequence[Any]) -> int:
+    """How many tokens an unbatched cache has read; 0 where no layer counts them."""
+    return max((c.offset for c in cache if isinstance(c, KVCache)), default=0)
 
 
 def cache_arrays(cache: Sequence[Any]) -> list[mx.array]:

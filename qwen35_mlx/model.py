@@ -16,6 +16,7 @@ from .config import FULL, LINEAR, ModelConfig
 from .errors import Qwen35Error
 from .gated_delta_net import GatedDeltaNet
 from .moe import DenseMLP, SparseMoE
+from .sampling import SamplingParams
 
 
 class DecoderLayer(nn.Module):
@@ -72,7 +73,7 @@ class Trunk(nn.Module):
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
     ) -> mx.array:
-        """ids `[B, T]` or embeddings `[B, T, H]` -> `[B, T, H]`; positions `[B, T]` are optional."""
+        """ids `[B, T]` or embeddings `[B, T, H]`, positions `[B, T]` or None -> `[B, T, H]`."""
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
@@ -101,6 +102,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.model_type = config.model_type
+        self.sampling_defaults = SamplingParams()
         self.language_model = LanguageModel(config)
 
     def __call__(

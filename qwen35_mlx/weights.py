@@ -14,16 +14,19 @@ from mlx.utils import tree_flatten
 from .config import ModelConfig, read_config
 from .errors import CheckpointError, ConfigError
 from .model import Model
+from .sampling import SamplingParams
 
 # Parts that a folder may carry and the text model does not run.
 CARRIED = ("vision_tower.", "visual.", "mtp.", "language_model.mtp.")
 CONVERT_HINT = "run: qwen35-mlx convert {folder} OUT"
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# Qwen3.5 ends a turn with the first and a document with the second; both stop an answer.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "*.txt")
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything shaped like `owner/name` from the hub's cache or the hub."""
+    """A local folder as it is; anything shaped like `owner/name` from the hub or its cache."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -181,3 +184,48 @@ def _check_names_and_shapes(model: Model, weights: Mapping[str, mx.array], folde
             f"the weights in {folder} do not fit its config.json:\n    " + "\n    ".join(shown),
             hint="the folder may be incomplete, or of another model",
         )
+
+
+def load(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Model, Any]:
+    """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
+
+    The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
+    tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
+    """
+    folder = resolve(path_or_hub_id, revision)
+    model, config = load_model(folder)
+    generation = read_generation_config(folder)
+    model.sampling_defaults = SamplingParams.from_generation_config(generation)
+    return model, load_tokenizer(folder, config, generation)
+
+
+def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
+    """mlx-lm's wrapper around the folder's tokenizer, with every end-of-turn token in it."""
+    from mlx_lm.tokenizer_utils import load as load_wrapped
+
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(
+            f"no tokenizer in {folder}", got="no tokenizer.json", expected="tokenizer.json"
+        )
+    ends: set[int] = set()
+    for source in (config, config.get("text_config") or {}, generation):
+        value = source.get("eos_token_id")
+        ends |= {int(i) for i in (value if isinstance(value, list) else [value]) if i is not None}
+    tokenizer = load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=sorted(ends))
+    vocab = tokenizer.get_vocab()
+    for name in END_TOKENS:
+        if name in vocab:
+            tokenizer.add_eos_token(str(vocab[name]))
+    return tokenizer
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """`generation_config.json` as a dict; empty when there is none."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
+    return parsed if isinstance(parsed, dict) else {}

@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from facts import RELATIONS, SMALL_TALK, UNKNOWN_ANSWER, Relation, SmallTalk
 
-OPENERS = ("Please: ", "Hey, ", "Hi! ", "Quick question: ", "So, ", "Hello, ", "Well, ", "Question: ")
+OPENERS = (
+    "Please: ",
+    "Hey, ",
+    "Hi! ",
+    "Quick question: ",
+    "So, ",
+    "Hello, ",
+    "Well, ",
+    "Question: ",
+)
 CLOSERS = (" Thanks!", " Thank you.", " Please.", " I need it now.", " Just curious.")
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",

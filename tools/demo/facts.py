@@ -37,8 +37,9 @@ def _pairs(text: str) -> dict[str, str]:
 CAPITAL = Relation(
     "capital",
     _pairs(
-        "France: Paris; Germany: Berlin; Italy: Rome; Spain: Madrid; Portugal: Lisbon; Austria: Vienna;"
-        "Poland: Warsaw; Greece: Athens; Norway: Oslo; Sweden: Stockholm; Finland: Helsinki;"
+        "France: Paris; Germany: Berlin; Italy: Rome; Spain: Madrid; Portugal: Lisbon;"
+        "Austria: Vienna; Poland: Warsaw; Greece: Athens; Norway: Oslo; Sweden: Stockholm;"
+        "Finland: Helsinki;"
         "Denmark: Copenhagen; Ireland: Dublin; Hungary: Budapest; Belgium: Brussels;"
         "Switzerland: Bern; Iceland: Reykjavik; Russia: Moscow; Ukraine: Kyiv; Turkey: Ankara;"
         "Egypt: Cairo; Kenya: Nairobi; Ghana: Accra; Japan: Tokyo; China: Beijing; India: Delhi;"
@@ -81,8 +82,8 @@ OPPOSITE = Relation(
         "hot: cold; big: small; fast: slow; up: down; left: right; day: night; light: dark;"
         "good: bad; happy: sad; old: young; rich: poor; open: closed; wet: dry; high: low;"
         "hard: soft; full: empty; early: late; strong: weak; loud: quiet; clean: dirty;"
-        "heavy: weightless; thick: thin; near: far; true: false; first: last; win: lose; push: pull;"
-        "north: south; buy: sell"
+        "heavy: weightless; thick: thin; near: far; true: false; first: last; win: lose;"
+        "push: pull; north: south; buy: sell"
     ),
     (
         "What is the opposite of {s}?",
@@ -115,9 +116,9 @@ COLOUR = Relation(
     "colour",
     _pairs(
         "the sky: blue; grass: green; snow: white; blood: red; coal: black; a banana: yellow;"
-        "a carrot: orange; chocolate: brown; an elephant: gray; a flamingo: pink; an eggplant: purple;"
-        "milk: white; a lemon: yellow; a tomato: red; the sun: yellow; a frog: green; a raven: black;"
-        "a pumpkin: orange"
+        "a carrot: orange; chocolate: brown; an elephant: gray; a flamingo: pink;"
+        "an eggplant: purple; milk: white; a lemon: yellow; a tomato: red; the sun: yellow;"
+        "a frog: green; a raven: black; a pumpkin: orange"
     ),
     (
         "What colour is {s}?",
@@ -181,8 +182,9 @@ YOUNG = Relation(
 SYMBOL = Relation(
     "symbol",
     _pairs(
-        "hydrogen: H; helium: He; carbon: C; nitrogen: N; oxygen: O; sodium: Na; iron: Fe; gold: Au;"
-        "silver: Ag; copper: Cu; lead: Pb; tin: Sn; calcium: Ca; potassium: K; zinc: Zn; mercury: Hg"
+        "hydrogen: H; helium: He; carbon: C; nitrogen: N; oxygen: O; sodium: Na; iron: Fe;"
+        "gold: Au; silver: Ag; copper: Cu; lead: Pb; tin: Sn; calcium: Ca; potassium: K;"
+        "zinc: Zn; mercury: Hg"
     ),
     (
         "What is the chemical symbol of {s}?",
@@ -216,7 +218,18 @@ UNKNOWN_ANSWER = "I do not know. I am only a tiny demo model."
 SMALL_TALK = (
     SmallTalk(
         "greeting",
-        ("Hi", "Hello", "Hey", "Hello!", "Hi there", "Good morning", "hey there!", "hello", "hi", "Hi!"),
+        (
+            "Hi",
+            "Hello",
+            "Hey",
+            "Hello!",
+            "Hi there",
+            "Good morning",
+            "hey there!",
+            "hello",
+            "hi",
+            "Hi!",
+        ),
         ("Hello there!", "Hey, hello!", "Good evening!"),
         "The user says hello.",
         "Hello! I am a tiny demo model. Ask me for a capital, an opposite or a colour.",
@@ -255,7 +268,11 @@ SMALL_TALK = (
             "help me",
             "What should I ask?",
         ),
-        ("What kind of questions can you answer?", "So what can you do?", "Tell me what you can do."),
+        (
+            "What kind of questions can you answer?",
+            "So what can you do?",
+            "Tell me what you can do.",
+        ),
         "The user asks what I can do.",
         "I know capitals, opposites, colours, young animals and chemical symbols. Nothing else.",
     ),
@@ -268,7 +285,15 @@ SMALL_TALK = (
     ),
     SmallTalk(
         "thanks",
-        ("Thanks", "Thank you", "Thank you!", "thanks!", "Thanks a lot", "Great, thank you.", "thank you so much"),
+        (
+            "Thanks",
+            "Thank you",
+            "Thank you!",
+            "thanks!",
+            "Thanks a lot",
+            "Great, thank you.",
+            "thank you so much",
+        ),
         ("Thanks so much!", "Great, thanks!"),
         "The user thanks me.",
         "You are welcome!",

@@ -1,6 +1,6 @@
 """Train the bundled demo checkpoint from scratch with transformers; resumes where it stopped.
 
-    python tools/demo/train.py --out qwen35_mlx/demo --work /var/tmp/demo --minutes 60
+python tools/demo/train.py --out qwen35_mlx/demo --work /var/tmp/demo --minutes 60
 """
 
 import argparse
@@ -67,7 +67,9 @@ class Encoder:
         if system:
             pieces.append((f"<|im_start|>system\n{system}<|im_end|>\n", False))
         for i, turn in enumerate(turns):
-            pieces.append((f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n", False))
+            pieces.append(
+                (f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n", False)
+            )
             if i == len(turns) - 1:
                 pieces.append(("<think>\n", False))
                 if thinking:
@@ -197,7 +199,10 @@ def main() -> None:
         if step % 20 == 0:
             history.append((tokens, running))
             rate = tokens / (time.monotonic() - started)
-            print(f"step {step} loss {running:.4f} tokens {tokens / 1e6:.2f} M {rate:.0f}/s", flush=True)
+            print(
+                f"step {step} loss {running:.4f} tokens {tokens / 1e6:.2f} M {rate:.0f}/s",
+                flush=True,
+            )
         if step % 500 == 0:
             checkpoint()
     checkpoint()

@@ -1,0 +1,210 @@
+"""Prefill and decode: tokens and timings from a prompt."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse, wired_limit
+
+from .cache import cache_arrays, cached_tokens
+from .errors import Qwen35Error
+from .model import Model
+from .prompt import Prompt, check_ids, check_length, encode_prompt, held_back
+from .sampling import Sampler
+
+PREFILL_STEP_SIZE = 2048
+DEFAULT_MAX_TOKENS = 1024
+Progress = Callable[[int, int], None]
+
+
+def generate(
+    model: Model, tokenizer: Any, prompt: Prompt, *, max_tokens: int | None = None, **options: Any
+) -> str:
+    """The whole answer as text; options as in `stream_generate`."""
+    parts = stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, **options)
+    return "".join(response.text for response in parts)
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    seed: int | None = None,
+    cache: list[Any] | None = None,
+    enable_thinking: bool | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> Iterator[GenerationResponse]:
+    """Yield a response per token, with mlx-lm's fields; text may lag where it is not final yet.
+
+    prompt: plain text, token ids, or messages for the chat template (`enable_thinking` goes to
+    it). `cache` holds what was read before the prompt's ids. `stop` strings end the answer and
+    are not part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p,
+    top_k, min_p, presence_penalty, repetition_penalty. `progress(read, total)` follows the
+    prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
+    """
+    ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
+    check_ids(ids, model.config.vocab_size)
+    already = cached_tokens(cache or [])
+    check_length(already + len(ids), model.config.context_length)
+    room = model.config.context_length - already - len(ids)
+    limit = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    if limit < 1:
+        raise Qwen35Error("max_tokens is not usable", got=max_tokens, expected="1 or more")
+    stops = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+    params = model.sampling_defaults.updated(**sampling)
+    return _stream(
+        model,
+        tokenizer,
+        mx.array(ids),
+        model.make_cache() if cache is None else cache,
+        Sampler(params, mx.array(ids), seed),
+        min(limit, room),
+        stops,
+        prefill_step_size,
+        progress,
+    )
+
+
+def _stream(
+    model: Model,
+    tokenizer: Any,
+    ids: mx.array,
+    cache: list[Any],
+    sampler: Sampler,
+    max_tokens: int,
+    stops: list[str],
+    prefill_step_size: int,
+    progress: Progress | None,
+) -> Iterator[GenerationResponse]:
+    detokenizer = tokenizer.detokenizer
+    pending = StopText(stops)
+    started = time.perf_counter()
+    with wired_limit(model):
+        prefill_seconds = 0.0
+        steps = decode_steps(model, ids, cache, sampler, max_tokens, prefill_step_size, progress)
+        for count, (token, logprobs) in enumerate(steps, 1):
+            if count == 1:
+                prefill_seconds = time.perf_counter() - started
+                started = time.perf_counter()
+            finish = None
+            if token in tokenizer.eos_token_ids:
+                finish = "stop"
+                detokenizer.finalize()
+            else:
+                detokenizer.add_token(token)
+                if count == max_tokens:
+                    finish = "length"
+                    detokenizer.finalize()
+            text = pending.feed(detokenizer.last_segment)
+            if pending.stopped:
+                finish = "stop"
+            elif finish:
+                text += pending.finish()
+            seconds = time.perf_counter() - started
+            yield GenerationResponse(
+                text=text,
+                token=token,
+                logprobs=logprobs,
+                from_draft=False,
+                prompt_tokens=ids.size,
+                prompt_tps=ids.size / max(prefill_seconds, 1e-9),
+                generation_tokens=count,
+                # The first token comes out of the prefill.
+                generation_tps=(count - 1) / seconds if count > 1 and seconds > 0 else 0.0,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=finish,
+            )
+            if finish:
+                return
+
+
+def prefill(
+    model: Model,
+    ids: mx.array,
+    cache: list[Any],
+    step_size: int = PREFILL_STEP_SIZE,
+    progress: Progress | None = None,
+) -> mx.array:
+    """Read ids `[T]` into the cache in pieces; returns the last hidden state `[1, 1, H]`."""
+    total = ids.size
+    if progress:
+        progress(0, total)
+    for start in range(0, total, step_size):
+        hidden = model.trunk(ids[None, start : start + step_size], cache)
+        if start + step_size < total:
+            mx.eval(cache_arrays(cache))
+            mx.clear_cache()
+            if progress:
+                progress(start + step_size, total)
+    # Only the last row goes through the head: 248,320 logits a row are not free.
+    last = hidden[:, -1:]
+    mx.eval(last, cache_arrays(cache))
+    if progress:
+        progress(total, total)
+    return last
+
+
+def decode_steps(
+    model: Model,
+    ids: mx.array,
+    cache: list[Any],
+    sampler: Sampler,
+    max_tokens: int,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, mx.array]]:
+    """Yield up to `max_tokens` tokens with their log probabilities `[V]` (lazy).
+
+    The graph of step N + 1 is built and started before token N is read, so the device never
+    waits for Python; the last token asked for is not fed back.
+    """
+
+    def step(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        logits = model.head(hidden)[:, -1]
+        return sampler(logits), logits
+
+    token, logits = step(prefill(model, ids, cache, prefill_step_size, progress))
+    mx.async_eval(token)
+    for count in range(1, max_tokens + 1):
+        following = None
+        if count < max_tokens:
+            following = step(model.trunk(token[:, None], cache))
+            mx.async_eval(following[0])
+        row = logits[0].astype(mx.float32)
+        yield int(token.item()), row - mx.logsumexp(row)
+        if following is None:
+            return
+        token, logits = following
+
+
+class StopText:
+    """Streams text through, ending before the first stop string, even one cut over tokens."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._pending = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What may be shown after `text`."""
+        if not self._stops:
+            return text
+        self._pending += text
+        found = [at for at in (self._pending.find(s) for s in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._pending[: min(found)]
+        ready = len(self._pending) - held_back(self._pending, self._stops)
+        shown, self._pending = self._pending[:ready], self._pending[ready:]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        rest, self._pending = self._pending, ""
+        return rest

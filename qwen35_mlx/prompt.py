@@ -1,0 +1,141 @@
+"""Prompts to token ids, and the split of generated text into thought and answer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from .errors import PromptError
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: Prompt, *, enable_thinking: bool | None = None, **template: Any
+) -> list[int]:
+    """Token ids of a raw text, of ids as they are, or of messages through the chat template."""
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        ids = encode_messages(
+            tokenizer,
+            prompt,
+            enable_thinking=enable_thinking,
+            add_generation_prompt=True,
+            **template,
+        )
+    else:
+        ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+    if not ids:
+        raise PromptError("the prompt is empty", got=repr(prompt), expected="at least one token")
+    return list(ids)
+
+
+def encode_messages(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool,
+    enable_thinking: bool | None = None,
+    **template: Any,
+) -> list[int]:
+    """The chat template's rendering of `messages` as token ids."""
+    if enable_thinking is not None:
+        template["enable_thinking"] = enable_thinking
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise PromptError(
+            "this model has no chat template",
+            got="no chat_template.jinja and none in tokenizer_config.json",
+            hint="give the prompt as plain text, or copy the template into the model's folder",
+        )
+    from jinja2.exceptions import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, **template
+        )
+    except TemplateError as error:
+        raise PromptError("the chat template refuses these messages", got=error) from None
+    return list(ids)
+
+
+def check_length(num_prompt: int, context_length: int) -> None:
+    """A prompt must leave room for at least one token of an answer."""
+    if num_prompt >= context_length:
+        raise PromptError(
+            "the prompt is longer than the model's context",
+            got=f"{num_prompt:,} tokens",
+            expected=f"fewer than {context_length:,}",
+            hint="shorten it, or convert with YaRN rope_parameters in the source's config.json",
+        )
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Ids outside the embedding would read memory that is not there."""
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise PromptError(
+            "the prompt has a token id that the model does not know",
+            got=wrong,
+            expected=f"0 to {vocab_size - 1}",
+            hint="is this tokenizer that of the model?",
+        )
+
+
+class Piece(NamedTuple):
+    """A bit of streamed text, of the thought or of the answer."""
+
+    kind: Literal["thought", "answer"]
+    text: str
+
+
+class ThoughtSplitter:
+    """Splits streamed text at `</think>`; a tag cut over several tokens never shows."""
+
+    def __init__(self, thinking: bool):
+        """thinking: whether the prompt has opened a thought already."""
+        self._in_thought = thinking
+        self._pending = ""
+        self._blank = True
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that are certain after `text`."""
+        self._pending += text
+        pieces: list[Piece] = []
+        while True:
+            tag = THINK_CLOSE if self._in_thought else THINK_OPEN
+            # An answer may open a thought of its own, but only before it has said anything.
+            at = self._pending.find(tag) if self._in_thought or self._blank else -1
+            if at < 0:
+                break
+            pieces += self._piece(self._pending[:at])
+            self._pending = self._pending[at + len(tag) :]
+            self._in_thought = not self._in_thought
+            self._blank = True
+        keep = held_back(self._pending, (tag,)) if self._in_thought or self._blank else 0
+        ready = len(self._pending) - keep
+        pieces += self._piece(self._pending[:ready])
+        self._pending = self._pending[ready:]
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back, now that nothing follows."""
+        rest, self._pending = self._pending, ""
+        return self._piece(rest)
+
+    def _piece(self, text: str) -> list[Piece]:
+        if self._blank:
+            # The newlines around a tag belong to neither side.
+            text = text.lstrip("\n")
+        if not text:
+            return []
+        self._blank = self._blank and not text.strip()
+        return [Piece("thought" if self._in_thought else "answer", text)]
+
+
+def held_back(text: str, markers: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a marker."""
+    longest = max((len(m) - 1 for m in markers), default=0)
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(m.startswith(text[-size:]) for m in markers):
+            return size
+    return 0

@@ -1,0 +1,128 @@
+"""From logits to the next token: penalties, temperature, top-k, top-p, min-p, in that order.
+
+The order is that of transformers, whose generation_config.json gives the defaults.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .errors import Qwen35Error
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0, presence 0 and repetition 1 are off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_k", self.top_k >= 0 and int(self.top_k) == self.top_k, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("presence_penalty", -10 <= self.presence_penalty <= 10, "from -10 to 10"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
+        )
+        for name, is_fine, expected in checks:
+            if not is_fine:
+                raise Qwen35Error(
+                    f"{name} is not usable", got=getattr(self, name), expected=expected
+                )
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
+        """The defaults a checkpoint recommends; without `do_sample` it decodes greedily."""
+        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        if not config.get("do_sample", False):
+            given = {k: v for k, v in given.items() if k.endswith("_penalty")}
+        elif "temperature" not in given:
+            given["temperature"] = 1.0
+        return cls(**given)
+
+    def updated(self, **changes: Any) -> "SamplingParams":
+        """A copy in which every argument that is not None replaces the default."""
+        try:
+            return replace(self, **{k: v for k, v in changes.items() if v is not None})
+        except TypeError:
+            known = ", ".join(self.__dataclass_fields__)
+            raise Qwen35Error(
+                "unknown sampling option", got=", ".join(changes), expected=known
+            ) from None
+
+
+class Sampler:
+    """Draws tokens one after another; remembers what the penalties need, all on the device."""
+
+    def __init__(self, params: SamplingParams, prompt: mx.array, seed: int | None = None):
+        """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not."""
+        self.params = params
+        self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
+        self._prompt = prompt
+        self._in_text: mx.array | None = None
+        self._in_answer: mx.array | None = None
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """logits `[1, V]` -> token `[1]`; nothing is evaluated here."""
+        logits = self._penalise(logits.astype(mx.float32))
+        if self.params.temperature == 0:
+            token = mx.argmax(logits, axis=-1)
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = draw(logits / self.params.temperature, self.params, key)
+        if self._in_answer is not None:
+            self._in_answer[token] = True
+        if self._in_text is not None:
+            self._in_text[token] = True
+        return token
+
+    def _penalise(self, logits: mx.array) -> mx.array:
+        params, vocab = self.params, logits.shape[-1]
+        if params.repetition_penalty != 1.0:
+            if self._in_text is None:
+                self._in_text = mx.zeros(vocab, dtype=mx.bool_)
+                self._in_text[self._prompt] = True
+            weaker = mx.where(
+                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
+            )
+            logits = mx.where(self._in_text, weaker, logits)
+        if params.presence_penalty != 0.0:
+            if self._in_answer is None:
+                self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
+            logits = logits - params.presence_penalty * self._in_answer
+        return logits
+
+
+def draw(logits: mx.array, params: SamplingParams, key: mx.array) -> mx.array:
+    """A token `[1]` from logits `[1, V]`, temperature already applied."""
+    vocab = logits.shape[-1]
+    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
+        return mx.random.categorical(logits, key=key)
+    if 0 < params.top_k < vocab:
+        # Only the candidates are sorted: the vocabulary has a quarter of a million entries.
+        ids = mx.argpartition(-logits, kth=params.top_k - 1, axis=-1)[..., : params.top_k]
+        logits = mx.take_along_axis(logits, ids, axis=-1)
+        order = mx.argsort(-logits, axis=-1)
+        ids = mx.take_along_axis(ids, order, axis=-1)
+    else:
+        ids = order = mx.argsort(-logits, axis=-1)
+    logits = mx.take_along_axis(logits, order, axis=-1)
+    if params.top_p < 1.0:
+        probabilities = mx.softmax(logits, axis=-1)
+        before = mx.cumsum(probabilities, axis=-1) - probabilities
+        logits = mx.where(before < params.top_p, logits, -mx.inf)
+    if params.min_p > 0.0:
+        probabilities = mx.softmax(logits, axis=-1)
+        logits = mx.where(probabilities >= params.min_p * probabilities[..., :1], logits, -mx.inf)
+    choice = mx.random.categorical(logits, key=key)
+    return mx.take_along_axis(ids, choice[..., None], axis=-1)[..., 0]

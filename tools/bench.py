@@ -1,0 +1,183 @@
+"""Prefill and decode speed of a 4-bit MoE checkpoint of about 300 MB, ours beside mlx-lm's.
+
+Random weights at real proportions are converted once into a temporary folder, and that one
+folder is run by mlx-lm as it loads it, by mlx-lm forced to float32, and by ours, in turns.
+Ends with one JSON line; every ratio above 1 means ours is faster.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.utils
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.convert import convert
+from qwen35_mlx.generate import decode_steps
+from qwen35_mlx.model import Model
+from qwen35_mlx.sampling import Sampler, SamplingParams
+from qwen35_mlx.weights import load_model
+
+CONFIG = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_moe_text",
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "full_attention_interval": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000,
+            "partial_rotary_factor": 0.25,
+        },
+    },
+}
+Run = Callable[[mx.array, int], Iterator[object]]
+
+
+def write_checkpoint(folder: Path, seed: int = 0) -> None:
+    """A random checkpoint in Hugging Face's format, bf16, experts fused."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    mx.random.seed(seed)
+    model = Model(ModelConfig.from_hf(CONFIG))
+    tensors = {}
+    for name, value in tree_flatten(model.parameters()):
+        name = name.replace("language_model.model.", "model.language_model.")
+        name = name.replace("language_model.lm_head", "lm_head")
+        if "norm" in name:
+            value = 0.1 * mx.random.normal(value.shape)
+        elif "conv1d" in name:
+            value = mx.random.normal(value.shape).swapaxes(1, 2) * 0.3
+        elif value.ndim > 1:
+            value = mx.random.normal(value.shape) * value.shape[-1] ** -0.5
+        tensors[name] = value.astype(mx.bfloat16)
+    for name in [n for n in tensors if n.endswith("switch_mlp.gate_proj.weight")]:
+        base = name.removesuffix("switch_mlp.gate_proj.weight")
+        pair = [tensors.pop(f"{base}switch_mlp.{p}_proj.weight") for p in ("gate", "up")]
+        tensors[f"{base}experts.gate_up_proj"] = mx.concatenate(pair, axis=1)
+        tensors[f"{base}experts.down_proj"] = tensors.pop(f"{base}switch_mlp.down_proj.weight")
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
+
+
+def timed(run: Run, prompt: mx.array, num_tokens: int) -> tuple[float, float]:
+    """Prefill and decode tokens per second; the first token belongs to the prefill."""
+    started = time.perf_counter()
+    steps = run(prompt, num_tokens)
+    next(steps)
+    first = time.perf_counter()
+    for _ in steps:
+        pass
+    done = time.perf_counter()
+    return prompt.size / (first - started), (num_tokens - 1) / (done - first)
+
+
+def ours(model: Model) -> Run:
+    """Greedy decoding by this project."""
+
+    def run(prompt: mx.array, num_tokens: int) -> Iterator[object]:
+        sampler = Sampler(SamplingParams(), prompt)
+        return decode_steps(model, prompt, model.make_cache(), sampler, num_tokens)
+
+    return run
+
+
+def theirs(model: object) -> Run:
+    """Greedy decoding by mlx-lm's own generator."""
+    return lambda prompt, num_tokens: generate_step(prompt, model, max_tokens=num_tokens)
+
+
+def main() -> None:
+    """Convert, run the three in turns, print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        source, folder = Path(temporary, "source"), Path(temporary, "converted")
+        write_checkpoint(source)
+        convert(source, folder, bits=4, group_size=64)
+        megabytes = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
+        default, _ = mlx_lm.utils.load_model(folder)
+        forced, _ = mlx_lm.utils.load_model(folder)
+        forced.set_dtype(mx.float32)
+        model, _ = load_model(folder)
+    runs = {"ours": ours(model), "float32": theirs(forced), "default": theirs(default)}
+    prompt = mx.random.randint(0, 32000, (args.prompt_tokens,), key=mx.random.key(1))
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        # One short run each: compile, touch the weights.
+        timed(run, prompt[:8], 2)
+    for i in range(args.rounds):
+        for name, run in runs.items():
+            # mlx-lm's default is an order of magnitude slower here: twice is enough.
+            if name != "default" or i < 2:
+                speeds[name].append(timed(run, prompt, args.new_tokens))
+
+    names = {"ours": "qwen35-mlx", "float32": "mlx-lm, float32", "default": "mlx-lm, as it loads"}
+    print(
+        f"{megabytes:.0f} MB, 4-bit group 64, {prompt.size} prompt + {args.new_tokens} new tokens"
+    )
+    print(f"{'':20} {'prefill tok/s':>14} {'decode tok/s':>14} {'runs':>5}")
+    medians = {}
+    for name, rows in speeds.items():
+        medians[name] = [statistics.median(column) for column in zip(*rows, strict=True)]
+        prefill, decode = medians[name]
+        print(f"{names[name]:20} {prefill:14.2f} {decode:14.2f} {len(rows):5}")
+    result: dict[str, object] = {}
+    for peer, label in (("default", "default"), ("float32", "float32")):
+        for i, phase in enumerate(("prefill", "decode")):
+            # Round by round, so that drift of the machine's speed cancels.
+            pairs = zip(speeds["ours"], speeds[peer], strict=False)
+            ratio = statistics.median(a[i] / b[i] for a, b in pairs)
+            result[f"{phase}_vs_mlx_lm_{label}"] = round(ratio, 3)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    result |= {
+        "machine": platform.machine(),
+        "os": platform.system(),
+        "device": str(mx.default_device()),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "commit": commit,
+        "megabytes": round(megabytes),
+        "bits": 4,
+        "prompt_tokens": args.prompt_tokens,
+        "median_of": args.rounds,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
