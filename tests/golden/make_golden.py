@@ -115,9 +115,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
             shared_expert_intermediate_size=32,
             tie_word_embeddings=False,
             layer_types=[LINEAR, LINEAR, FULL],
-            rope_parameters=dict(
-                rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5
-            ),
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5),
         ),
         True,
     ),

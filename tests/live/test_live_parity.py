@@ -1,0 +1,192 @@
+"""Random models, each computed by transformers and by us in the same process.
+
+QWEN35_SEED repeats a run; the table at its end shows the seed and the distances of every config.
+QWEN35_CONFIGS is the number of configs. Needs the extra `live`: pytest -m live.
+"""
+
+# B batch, T tokens, V vocabulary
+
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the extra `live` is not installed")
+
+from golden import make_golden as golden  # noqa: E402
+from live.random_configs import RandomConfig, draw_config  # noqa: E402
+from test_golden import MAX_DIFFERENCE, MAX_KL, PIECES, distances, run_in_pieces  # noqa: E402
+
+from qwen35_mlx.convert import convert  # noqa: E402
+from qwen35_mlx.model import Model  # noqa: E402
+from qwen35_mlx.weights import load_model  # noqa: E402
+
+pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
+
+SEED = int(os.environ.get("QWEN35_SEED") or np.random.SeedSequence().entropy % 10**6)
+NUM_CONFIGS = int(os.environ.get("QWEN35_CONFIGS") or 24)
+NUM_GREEDY, MIN_GREEDY_COMPARED = 64, 48
+# Two correct implementations may choose differently below these distances between logits.
+MIN_TOKEN_MARGIN, MIN_ROUTER_MARGIN = 1e-3, 1e-4
+
+
+@dataclass
+class Pair:
+    """One random model in both implementations, its inputs, and what the reference says."""
+
+    config: RandomConfig
+    ours: Model
+    reference: golden.Reference
+    ids: np.ndarray
+    logits: np.ndarray
+    greedy: tuple[np.ndarray, np.ndarray]
+    batch: tuple[np.ndarray, ...]
+    batch_logits: tuple[np.ndarray, np.ndarray]
+    max_difference: float = 0.0
+    max_kl: float = 0.0
+    num_greedy_compared: int = 0
+    reference_noise: float = 0.0
+
+    def compare(self, ours: mx.array, reference: np.ndarray) -> None:
+        """Within the promised distances, and remembered for the table."""
+        max_difference, kl = distances(ours, reference)
+        self.max_difference = max(self.max_difference, max_difference)
+        self.max_kl = max(self.max_kl, kl)
+        assert max_difference <= MAX_DIFFERENCE, f"seed {SEED}: {self.config}"
+        assert kl <= MAX_KL, f"seed {SEED}: {self.config}"
+
+
+@dataclass
+class Report:
+    """The table at the end of the run."""
+
+    pairs: list[Pair] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"QWEN35_SEED={SEED}, {len(self.pairs)} configs",
+            "config  max |diff|  KL       reference against itself  logit std  greedy steps",
+        ]
+        for i, pair in enumerate(self.pairs):
+            lines.append(
+                f"{i:<7} {pair.max_difference:<11.1e} {pair.max_kl:<8.1e} "
+                f"{pair.reference_noise:<25.1e} {pair.logits.std():<10.2f} "
+                f"{pair.num_greedy_compared:<6} {pair.config}"
+            )
+        worst = max(self.pairs, key=lambda pair: pair.max_difference)
+        kl = max(pair.max_kl for pair in self.pairs)
+        return [*lines, f"largest: {worst.max_difference:.1e}, KL {kl:.1e}"]
+
+
+@pytest.fixture(scope="module")
+def report(request: pytest.FixtureRequest) -> Iterator[Report]:
+    report = Report()
+    yield report
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        terminal.write_line("")
+        for line in report.lines() if report.pairs else []:
+            terminal.write_line(line)
+
+
+@pytest.fixture(scope="module", params=range(NUM_CONFIGS))
+def pair(
+    request: pytest.FixtureRequest, report: Report, tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
+    # Config i of a seed is the same whether or not the others run.
+    rng = np.random.default_rng([SEED, request.param])
+    config = draw_config(rng, request.param)
+    folder = tmp_path_factory.mktemp("live")
+    model = golden.build(config.model_type, config.text_config, rng)
+    dtype = getattr(torch, config.source_dtype)
+    golden.save_checkpoint(
+        copy.deepcopy(model).to(dtype),
+        folder / "source",
+        fused_experts=config.fused_experts,
+        max_shard_size=config.max_shard_size,
+    )
+    convert(folder / "source", folder / "converted", dtype="float32")
+    # Only the weights: `model.to(dtype).float()` would round the rotary frequencies too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    pair = _reference_side(model, config, load_model(folder / "converted")[0], rng)
+    report.pairs.append(pair)
+    return pair
+
+
+def _reference_side(
+    model: Any, config: RandomConfig, ours: Model, rng: np.random.Generator
+) -> Pair:
+    """Run the reference on random inputs, drawn again if a router was about to flip."""
+    vocab_size = config.text_config["vocab_size"]
+    while True:
+        reference = golden.Reference(model)
+        ids = rng.integers(vocab_size, size=2 * rng.integers(68, 76) + 1)
+        logits = reference(ids[None])[0][0]
+        greedy = reference.greedy(ids[:31], NUM_GREEDY)
+        width = 2 * rng.integers(32, 37) + 1
+        padding = np.append(rng.integers(1, width, size=2), 0)
+        batch = rng.integers(vocab_size, size=(3, width)), padding, ids[:9].reshape(3, 3)
+        batch_logits = reference.padded_batch(*batch)
+        if reference.min_router_margin > MIN_ROUTER_MARGIN:
+            break
+    pair = Pair(config, ours, reference, ids, logits, greedy, batch, batch_logits)
+    tokens = np.concatenate([ids[:31], greedy[0][:-1]])
+    again = reference(tokens[None])[0][0, 30:]
+    pair.reference_noise = float(np.abs(again - greedy[1]).max())
+    return pair
+
+
+def test_one_prefill(pair: Pair) -> None:
+    pair.compare(pair.ours(mx.array(pair.ids[None]))[0], pair.logits)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_prefill_in_pieces_then_decode(pair: Pair, piece: int) -> None:
+    """The reference's single prefill says what every way of cutting it must give."""
+    num_pieces = max(2, (len(pair.ids) - 20) // piece)
+    pieces = [piece] * num_pieces + [1] * 6
+    pair.compare(run_in_pieces(pair.ours, pair.ids, pieces), pair.logits[: sum(pieces)])
+
+
+def test_left_padded_batch_then_decode(pair: Pair) -> None:
+    """Against the reference's batch, and each row against the same row alone."""
+    ids, padding, next_ids = pair.batch
+    cache = pair.ours.make_cache(left_padding=padding.tolist())
+    logits = pair.ours(mx.array(ids), cache=cache)
+    steps = [pair.ours(mx.array(column[:, None]), cache=cache) for column in next_ids.T]
+    decoded = mx.concatenate(steps, axis=1)
+    pair.compare(decoded, pair.batch_logits[1])
+    for row, pads in enumerate(padding):
+        pair.compare(logits[row, pads:], pair.batch_logits[0][row, pads:])
+        alone = np.concatenate([ids[row, pads:], next_ids[row]])
+        together = np.concatenate([np.array(logits[row, pads:]), np.array(decoded[row])])
+        pieces = [len(alone) - next_ids.shape[1]] + [1] * next_ids.shape[1]
+        pair.compare(run_in_pieces(pair.ours, alone, pieces), together)
+
+
+def test_greedy_text(pair: Pair) -> None:
+    """Our tokens are the reference's, one after the other.
+
+    Where the reference's two best logits are closer than MIN_TOKEN_MARGIN either choice is
+    right: such a step is not compared, and its token is the reference's, so that the two texts
+    stay the same. At least MIN_GREEDY_COMPARED of the NUM_GREEDY steps must be compared.
+    """
+    tokens, chosen_from = pair.greedy
+    margins = golden.token_margin(chosen_from)
+    cache, logits = pair.ours.make_cache(), []
+    ids = mx.array(pair.ids[None, :31])
+    for token, margin in zip(tokens.tolist(), margins, strict=True):
+        logits.append(pair.ours(ids, cache=cache)[:, -1])
+        if margin > MIN_TOKEN_MARGIN:
+            assert logits[-1].argmax().item() == token, f"seed {SEED}: {pair.config}"
+            pair.num_greedy_compared += 1
+        ids = mx.array([[token]])
+    assert pair.num_greedy_compared >= MIN_GREEDY_COMPARED
+    pair.compare(mx.concatenate(logits), chosen_from)
