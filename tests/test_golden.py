@@ -44,11 +44,11 @@ def assert_same(logits: mx.array, reference: np.ndarray) -> None:
 
 
 def distances(logits: mx.array, reference: np.ndarray) -> tuple[float, float]:
-    """The largest difference, and KL(reference || ours) in nats at the worst position."""
+    """The largest difference, and KL(reference || ours) in nats, the mean over positions."""
     ours = np.array(logits)
     assert ours.shape == reference.shape
     p, q = log_softmax(reference), log_softmax(ours)
-    kl = (np.exp(p) * (p - q)).sum(axis=-1).max()
+    kl = (np.exp(p) * (p - q)).sum(axis=-1).mean()
     return float(np.abs(ours - reference).max()), float(kl)
 
 
