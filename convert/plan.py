@@ -82,10 +82,10 @@ class Shard:
 class PlanRow:
     """One line of the printed plan: like modules of all layers together.
 
-    Carried tensors are summed up in one line, and their shape is left empty.
+    Carried tensors are summed up in one line, without shape and transform.
     """
 
-    module: str
+    name: str
     shape: tuple[int, ...]
     role: str
     transform: str
@@ -93,9 +93,9 @@ class PlanRow:
     dtype: str
     bits: int | None = None
     group_size: int | None = None
-    num_modules: int = 1
+    count: int = 1
     num_parameters: int = 0
-    output_bytes: int = 0
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,10 @@ class Plan:
     @property
     def entries(self) -> Iterator[Entry]:
         return (entry for shard in self.shards for entry in shard.entries)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
 
     @property
     def source_bytes(self) -> int:
@@ -146,19 +150,18 @@ class Plan:
                 block[entry.module] = own
         return block
 
-    @property
     def table(self) -> tuple[PlanRow, ...]:
         """The plan with layers folded to `*`, in the order of the work; dropped tensors last."""
         folded: dict[PlanRow, list[Entry]] = {}
         for entry in self.entries:
-            name, shape = fold(entry.module), entry.shape
+            name, shape, transform = fold(entry.module), entry.shape, entry.transform.name.lower()
             if entry.role is Role.CARRIED:
-                name, shape = name.partition(".")[0] + ".*", ()
+                name, shape, transform = name.partition(".")[0] + ".*", (), ""
             row = PlanRow(
                 name,
                 shape,
                 entry.role.name.lower(),
-                entry.transform.name.lower(),
+                transform,
                 entry.segments[0].tensor.dtype,
                 entry.dtype,
                 entry.bits,
@@ -168,9 +171,9 @@ class Plan:
         rows = [
             replace(
                 row,
-                num_modules=len(group),
+                count=len(group),
                 num_parameters=sum(entry.num_parameters for entry in group),
-                output_bytes=sum(entry.output_bytes for entry in group),
+                nbytes=sum(entry.output_bytes for entry in group),
             )
             for row, group in folded.items()
         ]

@@ -1,0 +1,62 @@
+import mlx.core as mx
+import pytest
+
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant import dequantize, quantize
+from qwen35_mlx.quant.affine import BITS, GROUP_SIZES, quantized_shapes
+
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+
+def same(a: mx.array, b: mx.array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(mx.array_equal(a, b))
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_are_those_of_mlx_and_scales_keep_the_dtype(bits, group_size):
+    for dtype in DTYPES:
+        w = mx.random.normal((6, 256), key=mx.random.key(bits)).astype(dtype)
+        ours = quantize(w, bits, group_size)
+        theirs = mx.quantize(w, group_size=group_size, bits=bits)
+        assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert ours[1].dtype == dtype
+        assert [a.shape for a in ours[:2]] == list(quantized_shapes((6, 256), bits, group_size))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_quantized_apart_equal_the_whole(bits):
+    w = mx.random.normal((5, 3, 128), key=mx.random.key(1))
+    whole = quantize(w, bits, 64)
+    for row, vector in ((2, 1), (4, 2)):
+        apart = quantize(w[row, vector], bits, 64)
+        assert all(same(a, b[row, vector]) for a, b in zip(apart, whole, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(128,), (4, 128), (2, 3, 4, 128)])
+def test_dequantized_weights_are_within_a_step(shape):
+    w = mx.random.normal(shape, key=mx.random.key(2))
+    for bits in BITS:
+        wq, scales, biases = quantize(w, bits, 64)
+        error = mx.abs(dequantize(wq, scales, biases, bits, 64) - w)
+        # mlx moves the scale so that zero is exact: up to one step at the ends of a group.
+        steps = mx.repeat(mx.abs(scales), 64, axis=-1)
+        assert mx.all(error <= steps * 1.001).item()
+        assert mx.mean(error <= steps * 0.501).item() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(bits=7), "bits=7 is not supported"),
+        (dict(bits=True), "bits=True is not supported"),
+        (dict(bits=4, group_size=16), "group_size=16 is not supported"),
+        (dict(bits=4, method="search"), "method='search' is not a way to quantize"),
+        (dict(bits=4, importance=mx.ones(128)), "does not weigh its inputs"),
+        (dict(bits=4, w=mx.ones((2, 96))), "group_size=64 does not divide"),
+        (dict(bits=4, w=mx.ones((2, 128), dtype=mx.int32)), "only floating point weights"),
+    ],
+)
+def test_unusable_arguments_are_refused(arguments, message):
+    with pytest.raises(Qwen35Error, match=message):
+        quantize(**{"w": mx.ones((2, 128)), **arguments})
