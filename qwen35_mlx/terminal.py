@@ -99,18 +99,20 @@ def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals."""
     table = Table(box=None, pad_edge=False)
     for name in ("module", "count", "shape", "source", "becomes", "MB"):
-        table.add_column(name, justify="left" if name == "module" else "right")
-    for row in plan.table:
+        left = name == "module"
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    for row in plan.table():
         quantized = f"{row.bits}-bit group {row.group_size}" if row.bits else row.dtype
         table.add_row(
-            row.module,
-            str(row.num_modules),
+            row.name.removeprefix("language_model."),
+            str(row.count),
             " x ".join(map(str, row.shape)),
             row.source_dtype,
             row.role if row.role == "dropped" else quantized,
-            f"{row.output_bytes / 1e6:,.2f}",
+            f"{row.nbytes / 1e6:,.2f}",
         )
-    out.print(table)
+    # A pipe has no width to fit: nothing is cut there.
+    out.print(table, width=None if out.is_terminal else 120)
     out.print(_totals(plan))
 
 

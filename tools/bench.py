@@ -135,7 +135,7 @@ def main() -> None:
     runs = {"ours": ours(model), "float32": theirs(forced), "default": theirs(default)}
     prompt = mx.random.randint(0, 32000, (args.prompt_tokens,), key=mx.random.key(1))
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         # One short run each: compile, touch the weights.
         timed(run, prompt[:8], 2)
     for i in range(args.rounds):
