@@ -21,11 +21,12 @@ def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
     """
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / rope.rotary_dim
     periods = (rope.theta**exponents).astype(np.float32)
-    if rope.factor is None or rope.original_max_position_embeddings is None:
+    trained_length = rope.original_max_position_embeddings
+    if rope.factor is None or trained_length is None:
         return periods, 1.0
 
     def dim_of(num_rotations: float) -> float:
-        length = rope.original_max_position_embeddings / (num_rotations * 2 * math.pi)
+        length = trained_length / (num_rotations * 2 * math.pi)
         return rope.rotary_dim * math.log(length) / (2 * math.log(rope.theta))
 
     low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
@@ -95,11 +96,15 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        mask: mx.array | str | None,
+        mask: Any,
         cache: Any | None,
         positions: mx.array | None = None,
     ) -> mx.array:
-        """`[B, T, hidden]` -> the same; positions `[B, T]` override those of the cache."""
+        """`[B, T, hidden]` -> the same.
+
+        mask as MLX's attention takes it: None, "causal" or an array; positions `[B, T]` override
+        those of the cache.
+        """
         batch, num_tokens, _ = x.shape
         # Heads first, then split: each head's rows are [query D | output gate D].
         q, output_gate = mx.split(

@@ -1,7 +1,7 @@
 """A conversation: messages, thoughts apart from answers, and a cache that is not read twice."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Chat:
         self._boundary_ids: list[int] = []
         self._boundary: Snapshot | None = None
 
-    def send(self, text: str, progress: Progress | None = None) -> Iterator[Piece]:
+    def send(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Say `text` and yield thought and answer as they come.
 
         Closing the iterator early, or an interrupt, keeps what was said so far; if the prompt

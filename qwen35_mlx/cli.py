@@ -237,7 +237,7 @@ def user_errors() -> Iterator[None]:
 
         if isinstance(error, BrokenPipeError):
             # The reader of a pipe went away: nobody is left to tell.
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             raise typer.Exit(1) from None
         print_error(error)
         raise typer.Exit(1) from None

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
@@ -177,7 +177,7 @@ def decode_steps(
             following = step(model.trunk(token[:, None], cache))
             mx.async_eval(following[0])
         row = logits[0].astype(mx.float32)
-        yield int(token.item()), row - mx.logsumexp(row)
+        yield int(cast(int, token.item())), row - mx.logsumexp(row)
         if following is None:
             return
         token, logits = following

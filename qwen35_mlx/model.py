@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        mask: mx.array | str | None,
+        mask: Any,
         cache: Any | None,
         positions: mx.array | None,
     ) -> mx.array:

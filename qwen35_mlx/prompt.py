@@ -1,7 +1,7 @@
 """Prompts to token ids, and the split of generated text into thought and answer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from .errors import PromptError
 
@@ -24,7 +24,7 @@ def encode_prompt(
             **template,
         )
     else:
-        ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+        ids = [int(cast(int, token)) for token in prompt]
     if not ids:
         raise PromptError("the prompt is empty", got=repr(prompt), expected="at least one token")
     return list(ids)

@@ -53,15 +53,16 @@ def naive_expert_mlp(
     x: `[N, H]`, indices and scores: `[N, K]`, gate_proj and up_proj: `[E, I, H]`, down_proj:
     `[E, H, I]`, all dense. Returns `[N, H]` in fp32.
     """
+    x, gate_proj, up_proj, down_proj = (
+        t.astype(mx.float32) for t in (x, gate_proj, up_proj, down_proj)
+    )
     rows = []
-    for token, chosen, weights in zip(
-        x.astype(mx.float32), indices.tolist(), scores.tolist(), strict=True
-    ):
+    for n, token in enumerate(x):
         total = mx.zeros_like(token)
-        for expert, weight in zip(chosen, weights, strict=True):
-            gate = gate_proj[expert].astype(mx.float32) @ token
-            up = up_proj[expert].astype(mx.float32) @ token
-            hidden = gate * mx.sigmoid(gate) * up
-            total = total + weight * (down_proj[expert].astype(mx.float32) @ hidden)
+        for slot in range(indices.shape[1]):
+            expert = indices[n, slot]
+            gate = gate_proj[expert] @ token
+            hidden = gate * mx.sigmoid(gate) * (up_proj[expert] @ token)
+            total = total + scores[n, slot] * (down_proj[expert] @ hidden)
         rows.append(total)
     return mx.stack(rows)
