@@ -103,6 +103,10 @@ def save(model, out: Path, token_id) -> None:
     copy = Qwen3_5MoeForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(out, save_original_format=False)
+    # On for the balancing loss of the training alone.
+    config = json.loads((out / "config.json").read_text())
+    config["text_config"]["output_router_logits"] = False
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {
         "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
         "eos_token_id": [token_id("<|im_end|>"), token_id("<|endoftext|>")],

@@ -1,0 +1,68 @@
+"""Rotary embedding: the fast path, explicit positions, and an independent computation agree."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen35_mlx.attention import PartialRope, rope_periods
+from qwen35_mlx.config import RopeConfig
+
+DEFAULT = RopeConfig(theta=1e7, rotary_dim=16)
+YARN = RopeConfig(1e4, 16, 4.0, original_max_position_embeddings=64, attention_factor=1.139)
+
+
+def rotate(x: np.ndarray, positions: np.ndarray, rope: RopeConfig) -> np.ndarray:
+    """Turn each pair (i, i + R / 2) by position / period, pair by pair, in float64."""
+    periods, factor = rope_periods(rope)
+    half = rope.rotary_dim // 2
+    out = x.astype(np.float64).copy()
+    for i in range(half):
+        angle = (positions / np.float64(periods[i]))[:, None, :]
+        a, b = x[..., i].astype(np.float64), x[..., i + half].astype(np.float64)
+        out[..., i] = factor * (a * np.cos(angle) - b * np.sin(angle))
+        out[..., i + half] = factor * (b * np.cos(angle) + a * np.sin(angle))
+    return out
+
+
+@pytest.mark.parametrize("rope", [DEFAULT, YARN], ids=["default", "yarn"])
+@pytest.mark.parametrize("offset", [0, 5, 1000])
+def test_both_paths_rotate_the_first_dims_only(rope, offset):
+    x = np.random.default_rng(0).standard_normal((2, 3, 7, 40)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(offset, offset + 7), (2, 7))
+    truth = rotate(x, positions, rope)
+    module = PartialRope(rope)
+    fast = np.array(module(mx.array(x), offset))
+    explicit = np.array(module.at(mx.array(x), mx.array(positions)))
+    np.testing.assert_allclose(fast, truth, atol=2e-4)
+    np.testing.assert_allclose(explicit, truth, atol=2e-4)
+    np.testing.assert_array_equal(fast[..., 16:], x[..., 16:])
+
+
+def test_every_row_may_have_its_own_offset():
+    x = np.random.default_rng(1).standard_normal((2, 1, 4, 24)).astype(np.float32)
+    positions = np.array([[-3, -2, -1, 0], [7, 8, 9, 10]])
+    ours = np.array(PartialRope(DEFAULT)(mx.array(x), mx.array([-3, 7])))
+    np.testing.assert_allclose(ours, rotate(x, positions, DEFAULT), atol=1e-5)
+
+
+def test_periods_are_exact_powers_of_theta():
+    periods, factor = rope_periods(RopeConfig(1e7, 64))
+    assert factor == 1.0
+    truth = [1e7 ** (2 * i / 64) for i in range(32)]
+    np.testing.assert_allclose(periods, truth, rtol=1e-6)
+
+
+def test_yarn_keeps_fast_dims_and_stretches_slow_ones():
+    rope = RopeConfig(1e7, 64, 4.0, 262144, attention_factor=1.0)
+    periods, _ = rope_periods(rope)
+    plain, _ = rope_periods(RopeConfig(1e7, 64))
+    ratio = periods / plain
+    assert ratio[0] == pytest.approx(1.0)
+    assert ratio[-1] == pytest.approx(4.0)
+    assert np.all(np.diff(ratio) >= -1e-6)
+    # A dim that turns beta_fast = 32 times over the trained length is not stretched.
+    turns = 262144 / (2 * math.pi * plain)
+    np.testing.assert_allclose(ratio[turns > 40], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 0.5], 4.0, rtol=1e-6)
