@@ -14,7 +14,7 @@ with a Hugging Face checkpoint in float32 and `golden.npz`:
     batch_next_ids [3, 2]      two more tokens of each row, decoded one at a time
     batch_next_logits [3, 2, V]
 
-`golden_ops.npz` holds the gated delta rule alone; see `gated_delta_rule_case`.
+`golden_ops.npz` holds two operations alone: see `gated_delta_rule_case` and `rope_case`.
 """
 
 # B batch, T tokens, V vocabulary, Hk/Hv key/value heads, Dk/Dv head dims
@@ -39,6 +39,8 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
+    Qwen3_5MoeTextRotaryEmbedding,
+    apply_rotary_pos_emb,
     torch_chunk_gated_delta_rule,
     torch_recurrent_gated_delta_rule,
 )
@@ -324,6 +326,28 @@ def gated_delta_rule_case(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return result
 
 
+def rope_case(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Rotary embedding with the released models' 64 dims and theta, up to the last positions.
+
+    x [P, 64] turned at positions [P], by the default type and by YaRN to four times 262144.
+    """
+    positions = np.array([0, 1, 1000, 100_003, 262_143, 1_000_001], np.int32)
+    x = rng.standard_normal((len(positions), 64)).astype(np.float32)
+    result = {"rope_positions": positions, "rope_x": x}
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=262_144)
+    for name, kind in (("default", dict(rope_type="default")), ("yarn", yarn)):
+        config = Qwen3_5MoeTextConfig(
+            head_dim=64,
+            max_position_embeddings=4 * 262_144,
+            rope_parameters=kind | dict(rope_theta=1e7, partial_rotary_factor=1.0),
+        )
+        rows = torch.from_numpy(x)[None, None]
+        at = torch.from_numpy(positions)[None, None].expand(3, 1, -1)
+        cos, sin = Qwen3_5MoeTextRotaryEmbedding(config)(rows, at)
+        result[f"rope_{name}_out"] = apply_rotary_pos_emb(rows, rows, cos, sin)[0][0, 0].numpy()
+    return result
+
+
 def save_checkpoint(model: Any, folder: Path, *, fused_experts: bool, **kwargs: Any) -> None:
     """Write config.json and *.safetensors as `save_pretrained` does, and nothing else."""
     model.save_pretrained(folder, save_original_format=not fused_experts, **kwargs)
@@ -344,7 +368,8 @@ def main() -> None:
         files = {path.name: path.stat().st_size for path in sorted((HERE / folder).iterdir())}
         summary = {"case": folder, "logit_std": round(float(case["prefill_logits"].std()), 3)}
         print(json.dumps(summary | {"reference_noise": float(noise), "files": files}))
-    np.savez(HERE / "golden_ops.npz", **gated_delta_rule_case(np.random.default_rng(99)))
+    rng = np.random.default_rng(99)
+    np.savez(HERE / "golden_ops.npz", **gated_delta_rule_case(rng), **rope_case(rng))
 
 
 if __name__ == "__main__":
