@@ -36,16 +36,12 @@ def recurrent_gated_delta_rule(
     num_value_heads, value_head_dim = v.shape[2:]
     # Value heads of one key head side by side: no repeated copies of q and k.
     grouped = (batch, num_key_heads, num_value_heads // num_key_heads)
-    s = state.reshape(*grouped, value_head_dim, key_head_dim)
-    q_t = q[:, 0, :, None, :, None]
-    k_t = k[:, 0, :, None, :, None]
+    q_t, k_t = q[:, 0, :, None, None, :], k[:, 0, :, None, None, :]
     v_t = v.reshape(*grouped, value_head_dim, 1)
-    decay = mx.exp(g).reshape(*grouped, 1, 1)
-    # S k and S q of the old state together: one read of the state instead of two.
-    read = s @ mx.concatenate([k_t, q_t], axis=-1)
-    error = beta.reshape(*grouped, 1, 1) * (v_t - decay * read[..., :1])
-    s = decay * s + error * k_t.swapaxes(-1, -2)
-    out = decay * read[..., 1:] + error * (k_t * q_t).sum(axis=-2, keepdims=True)
+    s = state.reshape(*grouped, value_head_dim, key_head_dim) * mx.exp(g).reshape(*grouped, 1, 1)
+    error = beta.reshape(*grouped, 1, 1) * (v_t - (s * k_t).sum(axis=-1, keepdims=True))
+    s = s + error * k_t
+    out = (s * q_t).sum(axis=-1)
     return out.reshape(batch, 1, num_value_heads, value_head_dim), s.reshape(state.shape)
 
 
@@ -84,7 +80,8 @@ def chunk_gated_delta_rule(
     # Masked before exp: above the diagonal the difference is positive and would overflow.
     log_decay = mx.where(causal, cumulative[..., :, None] - cumulative[..., None, :], -mx.inf)
     decay = mx.exp(log_decay)
-    k_transposed = k.swapaxes(-1, -2)
+    # Transposed once into memory: the CPU's matmul is three times slower on a transposed view.
+    k_transposed = mx.contiguous(k.swapaxes(-1, -2))
     strictly_causal = mx.tri(chunk_size, chunk_size, -1, dtype=mx.bool_)
     system = mx.where(strictly_causal, beta * decay * (k @ k_transposed), 0)
     inverse = _unit_lower_inverse(system)
@@ -93,21 +90,22 @@ def chunk_gated_delta_rule(
     keys = inverse @ (beta * from_start * k)
     scores = decay * (q @ k_transposed)
     q_decayed = from_start * q
-    k_to_end = mx.exp(cumulative[..., -1:] - cumulative)[..., None] * k
+    k_to_end = mx.exp(cumulative[..., -1:] - cumulative)[..., None, :] * k_transposed
     total_decay = from_start[..., -1:, :]
 
     batch = state.shape[0]
     s = state.reshape(batch, num_key_heads, group, value_head_dim, key_head_dim)
+    # [..., Dk, Dv] during the scan.
+    s = mx.contiguous(s.swapaxes(-1, -2))
     outputs = []
     for n in range(q.shape[0]):
-        s_transposed = s.swapaxes(-1, -2)
-        update = values[n] - keys[n] @ s_transposed
-        outputs.append(q_decayed[n] @ s_transposed + scores[n] @ update)
-        s = total_decay[n] * s + update.swapaxes(-1, -2) @ k_to_end[n]
+        update = values[n] - keys[n] @ s
+        outputs.append(q_decayed[n] @ s + scores[n] @ update)
+        s = total_decay[n] * s + k_to_end[n] @ update
     # [N, B, Hk, G, C, Dv] -> [B, T, Hv, Dv]
     out = mx.stack(outputs).transpose(1, 0, 4, 2, 3, 5)
     out = out.reshape(batch, -1, num_value_heads, value_head_dim)[:, :num_tokens]
-    return out, s.reshape(state.shape)
+    return out, s.swapaxes(-1, -2).reshape(state.shape)
 
 
 def _unit_lower_inverse(lower: mx.array) -> mx.array:
