@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,9 @@ def _lock(work: Path, out: Path) -> int:
         raise Qwen35Error(
             f"another conversion to {out} is running", hint="wait for it, or stop it"
         ) from None
+    except OSError:
+        # Some network drives know no locks; two jobs at once are rarer than such drives.
+        pass
     return descriptor
 
 
@@ -232,8 +235,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Not every file system can; the files themselves are safe already.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

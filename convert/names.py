@@ -207,7 +207,7 @@ def fold(name: str) -> str:
 
 def refuse_other_formats(config: Mapping[str, Any], names: Mapping[str, Any]) -> None:
     """Refuse what is converted already, and what is quantized in a format this does not read."""
-    text = config.get("text_config") or {}
+    text = config.get("text_config")
     converted = next((n for n in names if n.startswith(("language_model.", "vision_tower."))), "")
     if "quantization" in config or "qwen35_mlx" in config or converted:
         raise CheckpointError(
@@ -217,7 +217,9 @@ def refuse_other_formats(config: Mapping[str, Any], names: Mapping[str, Any]) ->
             hint="run it as it is, or convert from the original bf16 checkpoint",
         )
     scaled = next((n for n in names if n.endswith(("_scale_inv", "_scale", ".qweight"))), "")
-    settings = config.get("quantization_config") or text.get("quantization_config")
+    settings = config.get("quantization_config")
+    if isinstance(text, Mapping):
+        settings = settings or text.get("quantization_config")
     if settings or scaled:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise CheckpointError(

@@ -69,6 +69,13 @@ class Source:
 
 def open_source(folder: Path) -> Source:
     """Read config.json, the index and all headers of `folder`; no weight is read."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {folder}",
+            got="a file" if folder.exists() else "no such folder",
+            expected="a local folder with config.json and *.safetensors",
+            hint="download it first: hf download OWNER/NAME --local-dir FOLDER",
+        )
     config = read_config(folder)
     index = _read_index(folder)
     files = _weight_files(folder) if index is None else sorted(set(index.values()))
@@ -245,7 +252,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read", got=error) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict):
         raise CheckpointError(
             f"{path.name} has no weight_map", expected="an object of tensor name to file name"
         )

@@ -21,7 +21,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def stream(plan: Plan, folder: Path, progress: Progress | None = None) -> dict[str, str]:
-    """Stream tensors into shards; holds at most one source slice and its quantized copy.
+    """Stream tensors into shards; holds at most one source slice and what is made of it.
 
     Returns the SHA-256 of each file by name.
     """

@@ -13,7 +13,7 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 def check_settings(bits: int, group_size: int, where: str = "") -> None:
     """Refuse a width or a group size that mlx has no matrix kernels for."""
     for key, got, allowed in (("bits", bits, BITS), ("group_size", group_size, GROUP_SIZES)):
-        if isinstance(got, bool) or got not in allowed:
+        if not isinstance(got, int) or got not in allowed:
             raise Qwen35Error(
                 f"{key}={got!r} is not supported{where and f' (for {where})'}",
                 got=repr(got),

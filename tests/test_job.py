@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints import assert_nothing_left, write_checkpoint, write_tokenizer
 
-from qwen35_mlx.convert import convert, job
+from qwen35_mlx.convert import convert, job, plan
 from qwen35_mlx.errors import Qwen35Error
 
 OUTPUT = "language_model.model."
@@ -21,7 +21,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 def test_config_says_what_mlx_lm_would_guess_and_what_we_did(tmp_path):
     source = tmp_path / "src"
-    write_checkpoint(source, moe=True)
+    write_checkpoint(source, moe=True, config={"_name_or_path": str(source)})
     before = json.loads((source / "config.json").read_text())
     out = convert(source, tmp_path / "out", bits=3, group_size=32)
     config = json.loads((out / "config.json").read_text())
@@ -43,6 +43,14 @@ def test_config_says_what_mlx_lm_would_guess_and_what_we_did(tmp_path):
     assert facts["source"] == "src"
     assert facts["settings"] == {"bits": 3, "group_size": 32, "dtype": None, "recipe": None}
     assert str(tmp_path) not in (out / "config.json").read_text()
+
+
+def test_the_plan_keeps_the_config_of_the_source(tmp_path):
+    write_checkpoint(tmp_path / "src")
+    planned = plan(tmp_path / "src")
+    before = json.dumps(planned.source.config)
+    assert json.dumps(job.output_config(planned, {})) != before
+    assert json.dumps(planned.source.config) == before
 
 
 @pytest.mark.parametrize(
@@ -165,8 +173,10 @@ def test_an_existing_output_is_not_touched(tmp_path, make):
     write_checkpoint(tmp_path / "src")
     make(tmp_path / "out")
     before = os.lstat(tmp_path / "out")
+    calls = []
     with pytest.raises(Qwen35Error, match="out exists already"):
-        convert(tmp_path / "src", tmp_path / "out")
+        convert(tmp_path / "src", tmp_path / "out", progress=lambda *call: calls.append(call))
+    assert not calls
     assert os.lstat(tmp_path / "out") == before
     assert_nothing_left(tmp_path, "out")
 

@@ -19,7 +19,10 @@ def matches(folder):
 
 
 def test_output_names_are_in_layer_order_and_unique(tmp_path):
-    write_checkpoint(tmp_path / "src", moe=True, vision=True, mtp=True)
+    blocks = {f"model.visual.blocks.{i}.attn.proj.bias": stored(np.ones(8), "F32") for i in (10, 2)}
+    write_checkpoint(
+        tmp_path / "src", moe=True, vision=True, mtp=True, change=lambda t: t.update(blocks)
+    )
     names = [match.name for match in matches(tmp_path / "src")]
     assert len(set(names)) == len(names)
     assert names[0] == "language_model.model.embed_tokens.weight"
@@ -28,7 +31,9 @@ def test_output_names_are_in_layer_order_and_unique(tmp_path):
     assert set(layers) == set(range(len(LAYER_TYPES)))
     head = names.index("language_model.lm_head.weight")
     assert names[head - 1] == "language_model.model.norm.weight"
-    assert all(n.startswith(("mtp.", "vision_tower.")) for n in names[head + 1 :])
+    carried = names[head + 1 :]
+    assert all(n.startswith(("mtp.", "vision_tower.")) for n in carried)
+    assert [n.split(".")[2] for n in carried if "attn.proj.bias" in n] == ["2", "10"]
 
 
 @pytest.mark.parametrize("experts", ["fused", "each"])

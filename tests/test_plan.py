@@ -3,8 +3,9 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import stored, write_checkpoint
 
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.plan import PlanRow
@@ -82,6 +83,7 @@ def test_defaults_are_4_bits_and_dtype_alone_means_unquantized(tmp_path):
         rows = rows_of(tmp_path / "src", **settings)
         assert (rows[up_proj].bits, rows[up_proj].dtype) == (bits, dtype)
         assert (rows[in_proj_a].bits, rows[in_proj_a].dtype) == (None, dtype)
+        assert (plan(tmp_path / "src", **settings).quantization is None) == (bits is None)
 
 
 def test_routers_have_8_bits_whatever_the_rest_has(tmp_path):
@@ -169,7 +171,8 @@ def test_shards_are_filled_to_the_limit_and_modules_stay_whole(tmp_path, monkeyp
 
 
 def test_every_tensor_of_a_shard_is_aligned(tmp_path):
-    write_checkpoint(tmp_path / "src", vision=True, mtp=True)
+    odd = {"mtp.a": stored(np.ones(3), "BF16"), "mtp.b": stored(np.ones(2), "F32")}
+    write_checkpoint(tmp_path / "src", mtp=True, change=lambda tensors: tensors.update(odd))
     (shard,) = plan(tmp_path / "src").shards
     offset = 0
     for tensor in shard.tensors:

@@ -49,7 +49,7 @@ def test_dequantized_weights_are_within_a_step(shape):
     ("arguments", "message"),
     [
         (dict(bits=7), "bits=7 is not supported"),
-        (dict(bits=True), "bits=True is not supported"),
+        (dict(bits=4.0), r"bits=4.0 is not supported"),
         (dict(bits=4, group_size=16), "group_size=16 is not supported"),
         (dict(bits=4, method="search"), "method='search' is not a way to quantize"),
         (dict(bits=4, importance=mx.ones(128)), "does not weigh its inputs"),

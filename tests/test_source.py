@@ -211,6 +211,13 @@ def test_weights_that_the_index_does_not_list_are_refused(tmp_path, stale):
         open_source(tmp_path / "src")
 
 
+def test_a_tensor_that_the_index_does_not_list_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "src", num_shards=2)
+    edit_index(tmp_path / "src", lambda index: index["weight_map"].pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"(?s)does not list.*lm_head.weight"):
+        open_source(tmp_path / "src")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'])
 def test_a_damaged_index_is_refused(tmp_path, text):
     write_checkpoint(tmp_path / "src", num_shards=2)
@@ -224,3 +231,10 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "src" / "model.safetensors").rename(tmp_path / "src" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="no weights in"):
         open_source(tmp_path / "src")
+
+
+def test_a_source_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name, got in (("absent", "no such folder"), ("file", "a file")):
+        with pytest.raises(CheckpointError, match=f"no checkpoint at .*{name}\n  got: {got}"):
+            open_source(tmp_path / name)
