@@ -19,7 +19,9 @@ def matches(folder):
 
 
 def test_output_names_are_in_layer_order_and_unique(tmp_path):
-    blocks = {f"model.visual.blocks.{i}.attn.proj.bias": stored(np.ones(8), "F32") for i in (10, 2)}
+    blocks = {
+        f"model.visual.blocks.{i}.attn.proj.bias": stored(np.ones(8), "F32") for i in (10, 2, 11, 3)
+    }
     write_checkpoint(
         tmp_path / "src", moe=True, vision=True, mtp=True, change=lambda t: t.update(blocks)
     )
@@ -33,7 +35,7 @@ def test_output_names_are_in_layer_order_and_unique(tmp_path):
     assert names[head - 1] == "language_model.model.norm.weight"
     carried = names[head + 1 :]
     assert all(n.startswith(("mtp.", "vision_tower.")) for n in carried)
-    assert [n.split(".")[2] for n in carried if "attn.proj.bias" in n] == ["2", "10"]
+    assert [n.split(".")[2] for n in carried if "attn.proj.bias" in n] == ["2", "3", "10", "11"]
 
 
 @pytest.mark.parametrize("experts", ["fused", "each"])
