@@ -130,6 +130,8 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
         if kinds == [(i + 1) % interval == 0 for i in range(len(kinds))]:
             text["full_attention_interval"] = interval
             break
+    else:
+        log.warning("layer_types have no period: this project runs the output, mlx-lm does not")
     rope = text["rope_parameters"]
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("partial_rotary_factor", text.get("partial_rotary_factor"))

@@ -57,7 +57,7 @@ def test_the_plan_keeps_the_config_of_the_source(tmp_path):
     ("kinds", "stated", "interval"),
     [("LLLF", None, 4), ("LFLF", 4, 2), ("FFFF", None, 1), ("LLLL", None, 5), ("LFFL", 2, None)],
 )
-def test_layer_types_decide_the_interval(kinds, stated, interval):
+def test_layer_types_decide_the_interval(caplog, kinds, stated, interval):
     model = type("Model", (), {})()
     model.layer_types = tuple({"L": "linear_attention", "F": "full_attention"}[k] for k in kinds)
     text = {"rope_parameters": {"type": "default"}, "partial_rotary_factor": 0.25}
@@ -65,6 +65,7 @@ def test_layer_types_decide_the_interval(kinds, stated, interval):
         text["full_attention_interval"] = stated
     job._complete_text_config(text, model)
     assert text.get("full_attention_interval") == interval
+    assert ("no period" in caplog.text) == (interval is None)
     assert text["rope_parameters"]["partial_rotary_factor"] == 0.25
     assert text["rope_parameters"]["rope_type"] == "default"
 
