@@ -66,7 +66,7 @@ def convert(
     Needs memory for one slice of a tensor and disk for the output. Whatever stops it, Ctrl-C
     included, `out` does not exist afterwards.
     """
-    source, out = Path(source), Path(out).absolute()
+    source, out = Path(source).expanduser(), Path(out).expanduser().absolute()
     _refuse_existing(out)
     planned = plan(source, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype)
     companions = _companions(source)

@@ -201,7 +201,7 @@ def plan(
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
-    opened = open_source(Path(source))
+    opened = open_source(Path(source).expanduser())
     refuse_other_formats(opened.config, opened.tensors)
     config = ModelConfig.from_hf(opened.config)
 
@@ -273,7 +273,7 @@ def _check_groups(entries: list[Entry]) -> None:
         f"group_size={next(iter(wrong.values())).group_size} does not divide the inputs of"
         f" {len(wrong)} kinds of weights",
         got="".join(lines),
-        expected=f"group_size {' or '.join(map(str, fitting))}" if fitting else "another model",
+        expected=f"group_size {' or '.join(map(str, fitting))}" if fitting else "multiples of 32",
         hint="" if fitting else "no group size divides them all: convert with dtype alone",
     )
 
