@@ -51,41 +51,47 @@ class Chat:
         """Say `text` and yield thought and answer as they come.
 
         Closing the iterator early, or an interrupt, keeps what was said so far; if the prompt
-        is refused the message is taken back.
+        is refused, or stopped while it is read, the message is taken back.
         """
         self.messages.append({"role": "user", "content": text})
-        said: dict[str, list[str]] = {"thought": [], "answer": []}
-        answered = False
+        started = time.perf_counter()
         try:
-            history = encode_messages(
-                self.tokenizer,
-                self.messages,
-                add_generation_prompt=False,
-                enable_thinking=self.enable_thinking,
-            )
-            prompt = encode_messages(
-                self.tokenizer,
-                self.messages,
-                add_generation_prompt=True,
-                enable_thinking=self.enable_thinking,
-            )
+            history, prompt = self._encode(False), self._encode(True)
             check_ids(prompt, self.model.config.vocab_size)
             check_length(len(prompt), self.model.config.context_length)
-            splitter = ThoughtSplitter(self._opens_thought(prompt))
-            started = time.perf_counter()
-            rest = self._read_history(history, prompt, progress)
-            answered = True
-            for response in self._answer(rest, started):
+            num_read = self._read_history(history, prompt, progress)
+            responses = stream_generate(
+                self.model,
+                self.tokenizer,
+                prompt[num_read:],
+                max_tokens=self.max_tokens,
+                cache=self._cache,
+                cached_ids=prompt[:num_read],
+                **self.sampling,
+            )
+        except BaseException:
+            self.messages.pop()
+            raise
+        splitter = ThoughtSplitter(self._opens_thought(prompt))
+        said: dict[str, list[str]] = {"thought": [], "answer": []}
+        try:
+            for response in responses:
+                self._count(response, started)
                 yield from self._keep(splitter.feed(response.text), said)
             yield from self._keep(splitter.finish(), said)
         finally:
-            if answered:
-                message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
-                if said["thought"]:
-                    message["reasoning_content"] = "".join(said["thought"]).strip()
-                self.messages.append(message)
-            else:
-                self.messages.pop()
+            message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
+            if said["thought"]:
+                message["reasoning_content"] = "".join(said["thought"]).strip()
+            self.messages.append(message)
+
+    def _encode(self, add_generation_prompt: bool) -> list[int]:
+        return encode_messages(
+            self.tokenizer,
+            self.messages,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=self.enable_thinking,
+        )
 
     def _opens_thought(self, prompt: list[int]) -> bool:
         return self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
@@ -97,8 +103,8 @@ class Chat:
 
     def _read_history(
         self, history: list[int], prompt: list[int], progress: Progress | None
-    ) -> list[int]:
-        """Bring the cache to the end of the last user turn; returns the prompt's ids behind it.
+    ) -> int:
+        """Bring the cache to the end of the last user turn; returns how many ids it holds.
 
         The template drops earlier thoughts, so the next prompt changes right behind this
         point: it is where the cache can be taken up again.
@@ -115,31 +121,22 @@ class Chat:
         self._boundary = None
         self.stats = TurnStats(prompt_tokens=len(prompt), prefilled_tokens=len(prompt) - kept)
         if boundary == len(prompt):
-            return prompt[kept:]
+            return kept
         if boundary > kept:
             unread = mx.array(prompt[kept:boundary])
             prefill(self.model, unread, self._cache, progress=progress)
             self._boundary_ids = prompt[:boundary]
             self._boundary = snapshot(self._cache, boundary)
-        return prompt[boundary:]
+        return boundary
 
-    def _answer(self, rest: list[int], started: float) -> Iterator[GenerationResponse]:
-        for response in stream_generate(
-            self.model,
-            self.tokenizer,
-            rest,
-            max_tokens=self.max_tokens,
-            cache=self._cache,
-            **self.sampling,
-        ):
-            if response.generation_tokens == 1:
-                seconds = time.perf_counter() - started
-                self.stats.prefill_tps = self.stats.prefilled_tokens / max(seconds, 1e-9)
-            self.stats.generation_tokens = response.generation_tokens
-            self.stats.decode_tps = response.generation_tps
-            self.stats.peak_memory_gb = response.peak_memory
-            self.stats.finish_reason = response.finish_reason
-            yield response
+    def _count(self, response: GenerationResponse, started: float) -> None:
+        if response.generation_tokens == 1:
+            seconds = time.perf_counter() - started
+            self.stats.prefill_tps = self.stats.prefilled_tokens / max(seconds, 1e-9)
+        self.stats.generation_tokens = response.generation_tokens
+        self.stats.decode_tps = response.generation_tps
+        self.stats.peak_memory_gb = response.peak_memory
+        self.stats.finish_reason = response.finish_reason
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

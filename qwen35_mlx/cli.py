@@ -1,8 +1,10 @@
 """The command line: parses, prints, and leaves the work to the package."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,55 +20,76 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def one_of(*allowed: object) -> Callable[[Any], Any]:
+    """A check of an option's value."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in allowed:
+            raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, allowed))}.")
+        return value
+
+    return check
+
+
+Source = Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        callback=one_of(2, 3, 4, 5, 6, 8),
+        help="2, 3, 4, 5, 6 or 8 bits; 4 unless --dtype is given.",
+    ),
+]
+GroupSize = Annotated[
+    int,
+    typer.Option(callback=one_of(32, 64, 128), help="Weights that share a scale: 32, 64 or 128."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        callback=one_of("bfloat16", "float16", "float32"),
+        help="bfloat16, float16 or float32. Alone: do not quantize; "
+        "with --bits: type of scales, norms and the rest. The source's if unset.",
+    ),
+]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")]
 Thinking = Annotated[
     bool | None,
     typer.Option(
         "--think/--no-think", help="Think before answering; the model's default if unset."
     ),
 ]
-System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
+System = Annotated[str | None, typer.Option(help="System prompt.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, thought included.")]
-Temperature = Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling; 1 is off.")]
-TopK = Annotated[int | None, typer.Option(min=0, help="Only the k likeliest tokens; 0 is off.")]
-MinP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the best.")
-]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; 1 is off.")]
+TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 is off.")]
+MinP = Annotated[float | None, typer.Option(help="Least probability, relative to the best.")]
 Presence = Annotated[
     float | None, typer.Option(help="Subtracted from the logits of tokens already in the answer.")
 ]
 Repetition = Annotated[
     float | None, typer.Option(help="Divides the logits of tokens already in the text; 1 is off.")
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Draw the same answer again.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the same answer again.")]
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
+    source: Source,
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    bits: Annotated[
-        int | None, typer.Option(help="2, 3, 4, 5, 6 or 8 bits; 4 unless --dtype is given.")
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
-    ] = 64,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="bfloat16, float16 or float32. Alone: do not quantize; "
-            "with --bits: type of scales, norms and the rest. The source's if unset."
-        ),
-    ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    dtype: Dtype = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to grouped low-bit MLX weights."""
-    from .convert import convert as run
-    from .convert import plan as make_plan
-    from .terminal import byte_progress, print_converted
-
     with user_errors():
+        from .convert import convert as run
+        from .convert import plan as make_plan
+        from .terminal import byte_progress, print_converted
+
         plan = make_plan(source, bits=bits, group_size=group_size, dtype=dtype)
-        with byte_progress(f"Converting {source.name}") as progress:
+        with byte_progress(f"Converting {source.resolve().name}") as progress:
             folder = run(
                 source, out, bits=bits, group_size=group_size, dtype=dtype, progress=progress
             )
@@ -75,26 +98,20 @@ def convert(
 
 @app.command()
 def plan(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
-    bits: Annotated[
-        int | None, typer.Option(help="2, 3, 4, 5, 6 or 8 bits; 4 unless --dtype is given.")
-    ] = None,
-    group_size: Annotated[
-        int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")
-    ] = 64,
-    dtype: Annotated[str | None, typer.Option(help="As in convert.")] = None,
+    source: Source, bits: Bits = None, group_size: GroupSize = 64, dtype: Dtype = None
 ) -> None:
     """Show what convert would write: tensors, bits and bytes, from the headers alone."""
-    from .convert import plan as make_plan
-    from .terminal import print_plan
-
     with user_errors():
+        from .convert import plan as make_plan
+        from .terminal import print_plan
+
         print_plan(make_plan(source, bits=bits, group_size=group_size, dtype=dtype))
 
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Converted folder, or hub id.")],
+    ctx: typer.Context,
+    model: ModelName,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text; standard input if unset.")
     ] = None,
@@ -116,16 +133,13 @@ def generate(
     seed: Seed = None,
 ) -> None:
     """Answer once: plain text on standard output, for scripts."""
-    from .generate import stream_generate
-    from .terminal import quiet_libraries
-    from .weights import load
-
-    text = sys.stdin.read() if prompt is None else prompt
     with user_errors():
-        if not text.strip():
-            raise Qwen35Error(
-                "the prompt is empty", got=repr(text), expected="text with -p or on standard input"
-            )
+        text = read_prompts([] if prompt is None else [prompt])[0]
+        options = sampling_options(ctx)
+        from .generate import stream_generate
+        from .terminal import quiet_libraries
+        from .weights import load
+
         quiet_libraries()
         loaded, tokenizer = load(model)
         messages: Any = [{"role": "user", "content": text}]
@@ -136,15 +150,10 @@ def generate(
             tokenizer,
             text if raw else messages,
             max_tokens=max_tokens,
-            stop=stop or (),
+            stop=stop,
             seed=seed,
             enable_thinking=think,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            repetition_penalty=repetition_penalty,
+            **options,
         ):
             print(response.text, end="", flush=True)
         print()
@@ -152,6 +161,7 @@ def generate(
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="Converted folder, or hub id; the bundled demo if unset.")
     ] = None,
@@ -171,60 +181,78 @@ def chat(
     seed: Seed = None,
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
-    from .terminal import ChatSession, byte_progress, loading, note, quiet_libraries
-
     with user_errors():
+        prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
+        options = sampling_options(ctx)
+        from .terminal import ChatSession, loading, quiet_libraries
+
         quiet_libraries()
-        if model is None:
-            from .bundled import converted_demo
-            from .convert import convert as run
-
-            def convert_demo(source: Path, out: Path) -> Path:
-                with byte_progress("Converting the bundled demo to 4 bits") as progress:
-                    return run(source, out, bits=4, progress=progress)
-
-            model = str(converted_demo(convert_demo))
-            note(
-                "This is the bundled demo: 3.6 M parameters that know a hundred facts.\n"
-                "For a real model: qwen35-mlx convert SRC OUT, then qwen35-mlx chat OUT."
-            )
-        with loading(model):
+        name = demo() if model is None else model
+        with loading(name):
             from .chat import Chat
             from .weights import load
 
-            loaded, tokenizer = load(model)
-        options = dict(
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            presence_penalty=presence_penalty,
-            repetition_penalty=repetition_penalty,
-        )
+            loaded, tokenizer = load(name)
         conversation = Chat(
             loaded,
             tokenizer,
             system=system,
             enable_thinking=think,
             max_tokens=max_tokens,
-            sampling=options,
+            sampling={"seed": seed, **options},
         )
-        ChatSession(conversation).run(prompt or piped_prompt())
+        ChatSession(conversation).run(prompts)
 
 
-def piped_prompt() -> list[str]:
-    """Standard input as one question where it is no terminal."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return []
-    text = sys.stdin.read()
-    if not text.strip():
+def demo() -> str:
+    """The folder of the converted demo, made on the first call."""
+    from .bundled import converted_demo
+    from .convert import convert as run
+    from .terminal import byte_progress, note
+
+    def convert_demo(source: Path, out: Path) -> None:
+        with byte_progress("Converting the bundled demo to 4 bits") as progress:
+            run(source, out, bits=4, progress=progress)
+
+    folder = converted_demo(convert_demo)
+    note(
+        "This is the bundled demo: 3.6 M parameters that know a hundred facts.\n"
+        "For a real model: qwen35-mlx convert SRC OUT, then qwen35-mlx chat OUT."
+    )
+    return str(folder)
+
+
+def sampling_options(ctx: typer.Context) -> dict[str, Any]:
+    """The command's sampling options, refused before a model is loaded if they are no good."""
+    from .sampling import SamplingParams
+
+    options = {name: ctx.params[name] for name in SamplingParams.__dataclass_fields__}
+    try:
+        SamplingParams().updated(**options)
+    except Qwen35Error as error:
+        raise typer.BadParameter(str(error)) from None
+    return options
+
+
+def read_prompts(given: list[str]) -> list[str]:
+    """What -p gave, or all of standard input as one prompt."""
+    try:
+        prompts = given or [sys.stdin.read() if sys.stdin else ""]
+    except UnicodeDecodeError as error:
         raise Qwen35Error(
-            "nothing to answer",
-            got="empty standard input",
-            expected="a terminal, a question on standard input, or -p TEXT",
-        )
-    return [text]
+            "standard input is not text", got=error, expected=f"text in {sys.stdin.encoding}"
+        ) from None
+    for text in prompts:
+        if not text.strip():
+            raise Qwen35Error(
+                "the prompt is empty", got=repr(text), expected="text with -p or on standard input"
+            )
+    return prompts
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a person is there; a closed stream is None."""
+    return stream is not None and stream.isatty()
 
 
 @contextmanager
@@ -232,13 +260,13 @@ def user_errors() -> Iterator[None]:
     """Print a user's mistake without a traceback and exit 1; Ctrl-C exits 130."""
     try:
         yield
+    except BrokenPipeError:
+        # The reader of a pipe went away: nobody is left to tell, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except (Qwen35Error, OSError) as error:
         from .terminal import print_error
 
-        if isinstance(error, BrokenPipeError):
-            # The reader of a pipe went away: nobody is left to tell.
-            sys.stdout = None
-            raise typer.Exit(1) from None
         print_error(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -265,4 +293,8 @@ def root(
 
 def main() -> None:
     """Entry point of the qwen35-mlx command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding than UTF-8 shows ? for what it cannot show.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

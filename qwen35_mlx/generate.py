@@ -1,7 +1,9 @@
 """Prefill and decode: tokens and timings from a prompt."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
 from typing import Any, cast
 
 import mlx.core as mx
@@ -14,7 +16,8 @@ from .prompt import Prompt, check_ids, check_length, encode_prompt, held_back
 from .sampling import Sampler
 
 PREFILL_STEP_SIZE = 2048
-DEFAULT_MAX_TOKENS = 1024
+# What Qwen advises; most thoughts end long before.
+DEFAULT_MAX_TOKENS = 32_768
 Progress = Callable[[int, int], None]
 
 
@@ -32,9 +35,10 @@ def stream_generate(
     prompt: Prompt,
     *,
     max_tokens: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     cache: list[Any] | None = None,
+    cached_ids: Sequence[int] = (),
     enable_thinking: bool | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     progress: Progress | None = None,
@@ -43,10 +47,12 @@ def stream_generate(
     """Yield a response per token, with mlx-lm's fields; text may lag where it is not final yet.
 
     prompt: plain text, token ids, or messages for the chat template (`enable_thinking` goes to
-    it). `cache` holds what was read before the prompt's ids. `stop` strings end the answer and
-    are not part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p,
-    top_k, min_p, presence_penalty, repetition_penalty. `progress(read, total)` follows the
-    prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
+    it). `cache` holds what was read before the prompt's ids; `cached_ids`, if given, makes the
+    repetition penalty count that too. `stop` strings end the answer and are not part of it.
+    `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
+    presence_penalty, repetition_penalty. `progress(read, total)` follows the prefill. The answer
+    also ends at `max_tokens` (32,768 if None) and where the context is full. Errors in the
+    arguments are raised by the call, before anything is read.
     """
     ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
     check_ids(ids, model.config.vocab_size)
@@ -54,16 +60,17 @@ def stream_generate(
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
     limit = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-    if limit < 1:
-        raise Qwen35Error("max_tokens is not usable", got=max_tokens, expected="1 or more")
-    stops = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+    for name, value in (("max_tokens", limit), ("prefill_step_size", prefill_step_size)):
+        if not isinstance(value, int) or value < 1:
+            raise Qwen35Error(f"{name} is not usable", got=repr(value), expected="1 or more")
+    stops = [s for s in ([stop] if isinstance(stop, str) else stop or ()) if s]
     params = model.sampling_defaults.updated(**sampling)
     return _stream(
         model,
         tokenizer,
         mx.array(ids),
         model.make_cache() if cache is None else cache,
-        Sampler(params, mx.array(ids), seed),
+        Sampler(params, mx.array([*cached_ids, *ids]), seed),
         min(limit, room),
         stops,
         prefill_step_size,
@@ -85,7 +92,10 @@ def _stream(
     detokenizer = tokenizer.detokenizer
     pending = StopText(stops)
     started = time.perf_counter()
-    with wired_limit(model):
+    with ExitStack() as stack:
+        # Its warning about large models would land in the answer.
+        with redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(model))
         prefill_seconds = 0.0
         steps = decode_steps(model, ids, cache, sampler, max_tokens, prefill_step_size, progress)
         for count, (token, logprobs) in enumerate(steps, 1):
@@ -196,10 +206,11 @@ class StopText:
         if not self._stops:
             return text
         self._pending += text
-        found = [at for at in (self._pending.find(s) for s in self._stops) if at >= 0]
+        found = [(at + len(s), at) for s in self._stops if (at := self._pending.find(s)) >= 0]
         if found:
             self.stopped = True
-            return self._pending[: min(found)]
+            # The one that was complete first, however the text was cut into tokens.
+            return self._pending[: min(found)[1]]
         ready = len(self._pending) - held_back(self._pending, self._stops)
         shown, self._pending = self._pending[:ready], self._pending[ready:]
         return shown

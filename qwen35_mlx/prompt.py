@@ -1,7 +1,8 @@
 """Prompts to token ids, and the split of generated text into thought and answer."""
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from .errors import PromptError
 
@@ -14,8 +15,11 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a raw text, of ids as they are, or of messages through the chat template."""
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
-    elif len(prompt) and isinstance(prompt[0], Mapping):
+        try:
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+        except (TypeError, UnicodeError):
+            raise _not_unicode(prompt) from None
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = encode_messages(
             tokenizer,
             prompt,
@@ -24,10 +28,28 @@ def encode_prompt(
             **template,
         )
     else:
-        ids = [int(cast(int, token)) for token in prompt]
+        ids = _token_ids(prompt)
     if not ids:
         raise PromptError("the prompt is empty", got=repr(prompt), expected="at least one token")
     return list(ids)
+
+
+def _token_ids(prompt: Any) -> list[int]:
+    """Whole numbers out of a list or an array."""
+    try:
+        return [operator.index(i) for i in getattr(prompt, "tolist", lambda: prompt)()]
+    except TypeError:
+        raise PromptError(
+            "the prompt is not usable",
+            got=repr(prompt)[:80],
+            expected="text, a list of token ids, or a list of messages",
+        ) from None
+
+
+def _not_unicode(text: str) -> PromptError:
+    return PromptError(
+        "the prompt is not valid Unicode", got=ascii(text)[:80], expected="text without surrogates"
+    )
 
 
 def encode_messages(
@@ -38,7 +60,10 @@ def encode_messages(
     enable_thinking: bool | None = None,
     **template: Any,
 ) -> list[int]:
-    """The chat template's rendering of `messages` as token ids."""
+    """The chat template's rendering of `messages` as token ids.
+
+    enable_thinking None leaves it to the template, which differs between the models.
+    """
     if enable_thinking is not None:
         template["enable_thinking"] = enable_thinking
     if getattr(tokenizer, "chat_template", None) is None:
@@ -48,14 +73,20 @@ def encode_messages(
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
     from jinja2.exceptions import TemplateError
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    # The wrapper would decide on thinking for the template.
+    inner = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
     try:
-        ids = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, **template
+        text = inner.apply_chat_template(
+            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **template
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise PromptError("the chat template refuses these messages", got=error) from None
-    return list(ids)
+    try:
+        return list(inner.encode(text, add_special_tokens=False))
+    except (TypeError, UnicodeError):
+        raise _not_unicode(text) from None
 
 
 def check_length(num_prompt: int, context_length: int) -> None:
@@ -107,12 +138,14 @@ class ThoughtSplitter:
             at = self._pending.find(tag) if self._in_thought or self._blank else -1
             if at < 0:
                 break
-            pieces += self._piece(self._pending[:at])
+            pieces += self._piece(self._pending[:at].rstrip("\n"))
             self._pending = self._pending[at + len(tag) :]
             self._in_thought = not self._in_thought
             self._blank = True
         keep = held_back(self._pending, (tag,)) if self._in_thought or self._blank else 0
         ready = len(self._pending) - keep
+        if self._in_thought:
+            ready = len(self._pending[:ready].rstrip("\n"))
         pieces += self._piece(self._pending[:ready])
         self._pending = self._pending[ready:]
         return pieces
@@ -120,11 +153,11 @@ class ThoughtSplitter:
     def finish(self) -> list[Piece]:
         """What was held back, now that nothing follows."""
         rest, self._pending = self._pending, ""
-        return self._piece(rest)
+        return self._piece(rest.rstrip("\n") if self._in_thought else rest)
 
     def _piece(self, text: str) -> list[Piece]:
+        # The newlines around a tag belong to neither side.
         if self._blank:
-            # The newlines around a tag belong to neither side.
             text = text.lstrip("\n")
         if not text:
             return []

@@ -3,14 +3,20 @@
 The order is that of transformers, whose generation_config.json gives the defaults.
 """
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import mlx.core as mx
 
 from .errors import Qwen35Error
+
+MAX_SEED = 2**63 - 1
+# Dividing logits by less than this would overflow float32.
+GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise Qwen35Error(f"{name} is not usable", got=repr(value), expected="a number")
         checks = (
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
@@ -66,6 +76,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: mx.array, seed: int | None = None):
         """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not."""
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed <= MAX_SEED):
+            raise Qwen35Error("seed is not usable", got=repr(seed), expected=f"0 to {MAX_SEED}")
         self.params = params
         self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
         self._prompt = prompt
@@ -75,7 +87,7 @@ class Sampler:
     def __call__(self, logits: mx.array) -> mx.array:
         """logits `[1, V]` -> token `[1]`; nothing is evaluated here."""
         logits = self._penalise(logits.astype(mx.float32))
-        if self.params.temperature == 0:
+        if self.params.temperature < GREEDY_BELOW:
             token = mx.argmax(logits, axis=-1)
         else:
             self._key, key = mx.random.split(self._key)

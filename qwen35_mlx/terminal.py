@@ -3,32 +3,28 @@
 import contextlib
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from .errors import Qwen35Error
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from .chat import Chat, TurnStats
     from .convert import Plan
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+# What a model says must not move the cursor or rename the window.
+CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 def print_error(error: Exception) -> None:
@@ -52,75 +48,101 @@ def quiet_libraries() -> None:
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """A spinner while a model loads; on failure nothing is left of it."""
-    with err.status(f"Loading {name}", spinner="dots"):
+    with err.status(Text(f"Loading {name}"), spinner="dots"):
         yield
 
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar of bytes with the tensor and the time left; two plain lines where it is no terminal."""
-    if not err.is_terminal:
-        started = time.perf_counter()
-        note(f"{title} …")
-        state = {"total": 0}
-
-        def remember(done: int, total: int, tensor: str) -> None:
-            state["total"] = total
-
-        yield remember
-        seconds = time.perf_counter() - started
-        note(f"{title}: {state['total'] / 1e6:,.1f} MB read in {seconds:.1f} s")
+    """A bar of bytes with time left and tensor; plain lines where it is no terminal."""
+    if err.is_terminal and not err.is_dumb_terminal:
+        with _byte_bar(title) as show:
+            yield show
         return
+    started = time.perf_counter()
+    note(f"{title} …")
+    tenth = total_bytes = 0
+
+    def tell(done: int, total: int, tensor: str) -> None:
+        nonlocal tenth, total_bytes
+        total_bytes = total
+        reached = 10 * done // max(total, 1)
+        # Small jobs are over before a line about them is read.
+        if tenth < reached < 10 and time.perf_counter() - started > 5:
+            note(f"{title}: {10 * reached} % of {total / 1e6:,.1f} MB, {tensor}")
+        tenth = reached
+
+    yield tell
+    seconds = time.perf_counter() - started
+    note(f"{title}: {total_bytes / 1e6:,.1f} MB read in {seconds:.1f} s")
+
+
+@contextmanager
+def _byte_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
         DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}", style="dim"),
+        TimeRemainingColumn(compact=True),
+        # What is left of the line; the end of a tensor's name says most.
+        TextColumn(
+            "{task.fields[tensor]}",
+            style="dim",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
         console=err,
+        expand=True,
     )
     with bar:
         task = bar.add_task(title, total=None, tensor="")
 
         def show(done: int, total: int, tensor: str) -> None:
-            bar.update(task, completed=done, total=total, tensor=_short(tensor))
+            name = tensor.removeprefix("language_model.").removeprefix("model.")
+            bar.update(task, completed=done, total=total, tensor=name)
 
         yield show
         bar.update(task, tensor="")
 
 
-def _short(tensor: str, width: int = 36) -> str:
-    return tensor if len(tensor) <= width else "…" + tensor[-width + 1 :]
-
-
 def print_plan(plan: "Plan") -> None:
-    """The tensors folded over layers, and the totals."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("module", "count", "shape", "source", "becomes", "MB"):
-        left = name == "module"
-        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
+    rows = [("module", "count", "shape", "source", "becomes", "MB")]
     for row in plan.table():
-        quantized = f"{row.bits}-bit group {row.group_size}" if row.bits else row.dtype
-        table.add_row(
-            row.name.removeprefix("language_model."),
-            str(row.count),
-            " x ".join(map(str, row.shape)),
-            row.source_dtype,
-            row.role if row.role == "dropped" else quantized,
-            f"{row.nbytes / 1e6:,.2f}",
+        quantized = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
+        rows.append(
+            (
+                row.name.removeprefix("language_model.").removeprefix("model."),
+                str(row.count),
+                "x".join(map(str, row.shape)),
+                row.source_dtype,
+                row.role if row.role == "dropped" else quantized,
+                f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
+            )
         )
-    # A pipe has no width to fit: nothing is cut there.
-    out.print(table, width=None if out.is_terminal else 120)
+    columns = list(zip(*rows, strict=True))
+    if out.is_terminal and _width(columns) > out.width:
+        del columns[3]
+    for line in zip(*(_aligned(column) for column in columns), strict=True):
+        out.print("  ".join(line), markup=False)
     out.print(_totals(plan))
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) for column in columns) + 2 * (len(columns) - 1)
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    """Names to the left, all else to the right."""
+    width = max(map(len, column))
+    return [s.ljust(width) if column[0] == "module" else s.rjust(width) for s in column]
 
 
 def print_converted(plan: "Plan", folder: Path) -> None:
     """What came out of a conversion, and what to type next."""
     out.print(_totals(plan))
     out.print(f"written to {folder}", markup=False)
-    out.print(f"next: qwen35-mlx chat {folder}", style="dim", markup=False)
+    note(f"next: qwen35-mlx chat {shlex.quote(str(folder))}")
 
 
 def _totals(plan: "Plan") -> str:
@@ -152,31 +174,37 @@ class ChatSession:
             # Line editing and history for input().
             import readline  # noqa: F401
         note(self.HELP)
-        while True:
-            try:
-                text = input("\n> ").strip()
-            except EOFError:
-                out.print()
-                return
-            except KeyboardInterrupt:
-                out.print()
-                note(self.HELP)
-                continue
-            if text in ("/exit", "/quit"):
-                return
+        while (text := self._read()) not in (None, "/exit", "/quit"):
             if text == "/help":
                 note(self.HELP)
             elif text:
                 try:
                     self.turn(text)
+                except KeyboardInterrupt:
+                    out.print()
+                    note("stopped")
                 except Qwen35Error as error:
                     print_error(error)
 
-    def turn(self, text: str) -> None:
-        """Stream one answer; Ctrl-C stops it."""
-        kind = None
-        pieces = self.chat.send(text)
+    def _read(self) -> str | None:
+        """A line of the user's; None at the end."""
         try:
+            out.print()
+            return input("> ").strip()
+        except EOFError:
+            out.print()
+            return None
+        except KeyboardInterrupt:
+            out.print()
+            note(self.HELP)
+        except UnicodeDecodeError as error:
+            print_error(error)
+        return ""
+
+    def turn(self, text: str) -> None:
+        """Stream one answer."""
+        kind = None
+        with contextlib.closing(self.chat.send(text)) as pieces:
             for piece in pieces:
                 if piece.kind != kind:
                     if kind is not None:
@@ -185,27 +213,26 @@ class ChatSession:
                     if kind == "thought" and not _has_colour():
                         out.print("(thought) ", end="")
                 style = "dim italic" if kind == "thought" else None
-                shown = piece.text.rstrip("\n") if kind == "thought" else piece.text
+                shown = piece.text.translate(CONTROL)
                 out.print(shown, end="", style=style, markup=False)
-            out.print()
-        except KeyboardInterrupt:
-            out.print()
-            note("stopped")
-        finally:
-            pieces.close()
+        out.print()
         self._figures(self.chat.stats)
 
-    def _figures(self, stats: Any) -> None:
+    def _figures(self, stats: "TurnStats") -> None:
         parts = [
             f"prompt {stats.prefilled_tokens} of {stats.prompt_tokens} tokens read, "
             f"{stats.prefill_tps:,.0f} tok/s",
             f"answer {stats.generation_tokens} tokens, {stats.decode_tps:,.1f} tok/s",
-            f"peak memory {stats.peak_memory_gb:,.2f} GB",
+            f"peak memory {_memory(stats.peak_memory_gb)}",
         ]
         if stats.finish_reason == "length":
             parts.append("cut at the token limit")
         note(" · ".join(parts))
 
 
+def _memory(gigabytes: float) -> str:
+    return f"{gigabytes:,.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.0f} MB"
+
+
 def _has_colour() -> bool:
-    return out.is_terminal and not out.no_color
+    return out.color_system is not None and not out.no_color

@@ -1,9 +1,8 @@
 """Read a converted folder into the modules: every name and shape checked, nothing dropped."""
 
-import glob
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,16 @@ CONVERT_HINT = "run: qwen35-mlx convert {folder} OUT"
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 # Qwen3.5 ends a turn with the first and a document with the second; both stop an answer.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-HUB_PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "*.txt")
+# Not *.py: nothing that comes with a checkpoint is run.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt")
+INDEX = "model.safetensors.index.json"
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything shaped like `owner/name` from the hub or its cache."""
+    """A local folder as it is; anything shaped like `owner/name` from the hub or its cache.
+
+    What does not run here is refused by its small files, before its weights are fetched.
+    """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -37,17 +41,29 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
             got="a file" if folder.exists() else "no such folder",
             expected="a converted folder, or a hub id such as owner/name",
         )
+    folder = _download(name, revision, SMALL_FILES)
+    ModelConfig.from_hf(read_config(folder))
+    if (folder / INDEX).exists():
+        _refuse_unconverted(_read_index(folder / INDEX), name)
+    return _download(name, revision, (*SMALL_FILES, "model*.safetensors"))
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    # Whatever goes wrong between here and the hub has its own class.
+    except Exception as error:
         raise CheckpointError(
             f"cannot get {name} from the hub",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            expected="a local folder, or a hub id that this machine can reach",
+            got=f"{type(error).__name__}: {_first_line(error)}",
+            expected="a folder on this machine, or a hub id that it can reach",
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
@@ -61,13 +77,7 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     config = ModelConfig.from_hf(raw_config)
     weights = _read_shards(folder)
     weights = {k: v for k, v in weights.items() if not k.startswith(CARRIED)}
-    if any(k.startswith("model.") for k in weights) or "lm_head.weight" in weights:
-        raise CheckpointError(
-            f"{folder} holds a checkpoint that is not converted",
-            got="tensor names as Hugging Face has them",
-            expected="names that begin with language_model.",
-            hint=CONVERT_HINT.format(folder=folder),
-        )
+    _refuse_unconverted(weights, folder)
     if config.tie_word_embeddings:
         weights = {k: v for k, v in weights.items() if not k.startswith("language_model.lm_head.")}
     model = Model(config)
@@ -84,17 +94,34 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     return model, raw_config
 
 
+def _refuse_unconverted(names: Iterable[str], origin: str | Path) -> None:
+    if any(name.startswith("model.") or name == "lm_head.weight" for name in names):
+        raise CheckpointError(
+            f"{origin} holds a checkpoint that is not converted",
+            got="tensor names as Hugging Face has them",
+            expected="names that begin with language_model.",
+            hint=CONVERT_HINT.format(folder=origin),
+        )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged", got=repr(error), expected="an object with a weight_map"
+        ) from None
+
+
 def _read_shards(folder: Path) -> dict[str, mx.array]:
     """All tensors of `model*.safetensors`; shards and index must agree."""
-    files = sorted(Path(f) for f in glob.glob(str(folder / "model*.safetensors")))
-    index = folder / "model.safetensors.index.json"
-    weight_map: Mapping[str, str] | None = None
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            named = set(weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged", got=repr(error)) from None
+    files = sorted(folder.glob("model*.safetensors"))
+    weight_map: dict[str, str] = {}
+    if (folder / INDEX).exists():
+        weight_map = _read_index(folder / INDEX)
+        named = set(weight_map.values())
         absent = sorted(named - {f.name for f in files})
         if absent:
             raise CheckpointError(
@@ -115,15 +142,17 @@ def _read_shards(folder: Path) -> dict[str, mx.array]:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{file} cannot be read",
-                got=str(error).splitlines()[0],
+                got=_first_line(error),
                 expected="a complete safetensors file",
                 hint="the file is probably truncated; download or convert it again",
             ) from None
         assert isinstance(shard, dict)
         weights |= shard
-    if weight_map is not None and (lost := sorted(set(weight_map) - set(weights))):
+    if lost := sorted(set(weight_map) - set(weights)):
         raise CheckpointError(
-            f"{len(lost)} tensor(s) that the index names are in no shard", got=", ".join(lost[:8])
+            f"{len(lost)} tensor(s) that the index of {folder} names are in no shard",
+            got=", ".join(lost[:8]),
+            hint="download or convert the folder again",
         )
     return weights
 
@@ -146,7 +175,8 @@ def _quantize_modules(
         if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
             return False
         own = default.get(path)
-        chosen = default | own if isinstance(own, dict) else default
+        # As mlx-lm reads it: an entry of its own without a mode is affine whatever the rest is.
+        chosen = default | {"mode": "affine"} | own if isinstance(own, dict) else default
         mode = chosen.get("mode", "affine")
         if mode not in MODES:
             raise ConfigError(
@@ -163,10 +193,12 @@ def _quantize_modules(
             bits=default["bits"],
             class_predicate=settings,
         )
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError("quantization settings do not fit the model", got=str(error)) from None
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            "the quantization block of config.json does not fit the model", got=_first_line(error)
+        ) from None
 
 
 def _check_names_and_shapes(model: Model, weights: Mapping[str, mx.array], folder: Path) -> None:
@@ -178,12 +210,24 @@ def _check_names_and_shapes(model: Model, weights: Mapping[str, mx.array], folde
         for k, v in sorted(expected.items())
         if k in weights and weights[k].shape != v.shape
     ]
+    problems += [
+        f"wrong type: {k} is {weights[k].dtype}, expected {v.dtype}"
+        for k, v in sorted(expected.items())
+        if k in weights and not _same_kind(weights[k].dtype, v.dtype)
+    ]
     if problems:
         shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise CheckpointError(
             f"the weights in {folder} do not fit its config.json:\n    " + "\n    ".join(shown),
             hint="the folder may be incomplete, or of another model",
         )
+
+
+def _same_kind(got: mx.Dtype, expected: mx.Dtype) -> bool:
+    """Any float for a float, but packed integers exactly: other bytes would load as noise."""
+    if mx.issubdtype(expected, mx.floating):
+        return mx.issubdtype(got, mx.floating)
+    return got == expected
 
 
 def load(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Model, Any]:
@@ -210,8 +254,16 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[
     ends: set[int] = set()
     for source in (config, config.get("text_config") or {}, generation):
         value = source.get("eos_token_id")
-        ends |= {int(i) for i in (value if isinstance(value, list) else [value]) if i is not None}
-    tokenizer = load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=sorted(ends))
+        ends |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+    try:
+        tokenizer = load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=sorted(ends))
+    # tokenizers raises bare Exception, transformers whatever the damage leads to.
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read",
+            got=f"{type(error).__name__}: {_first_line(error)}",
+            expected="tokenizer.json and tokenizer_config.json as the model's authors made them",
+        ) from error
     vocab = tokenizer.get_vocab()
     for name in END_TOKENS:
         if name in vocab:
