@@ -91,16 +91,7 @@ def test_we_load_what_mlx_lm_writes(tmp_path: Path, moe: bool, settings: dict[st
     assert_equal_logits(tmp_path / "converted")
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(reason="the router inherits the mode of the folder")
-        ),
-    ],
-    ids=["dense", "moe"],
-)
+@KINDS
 def test_an_override_without_mode_is_affine_in_an_mxfp4_folder(tmp_path: Path, moe: bool) -> None:
     """mlx-lm writes the router as 8 bits, group 64, and no mode, whatever the rest is."""
     write_source(tmp_path / "source", moe)
