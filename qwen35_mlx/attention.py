@@ -20,7 +20,8 @@ def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
     Source: arXiv 2309.00071, section 3.2; in float32 steps as the reference does them.
     """
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / rope.rotary_dim
-    periods = (rope.theta**exponents).astype(np.float32)
+    # float64: numpy's float32 power is off in the last digit, 0.01 rad at the end of the context.
+    periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     trained_length = rope.original_max_position_embeddings
     if rope.factor is None or trained_length is None:
         return periods, 1.0
@@ -35,8 +36,9 @@ def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
     span = (high - low) or 0.001
     dims = np.arange(rope.rotary_dim // 2, dtype=np.float32)
-    stretched = np.clip((dims - low) / span, 0, 1)
-    frequencies = stretched / (rope.factor * periods) + (1 - stretched) / periods
+    kept = 1 - np.clip((dims - low) / np.float32(span), 0, 1)
+    # In the reference's order of operations: the last digits count at large positions.
+    frequencies = 1 / (np.float32(rope.factor) * periods) * (1 - kept) + 1 / periods * kept
     return (1 / frequencies).astype(np.float32), rope.attention_factor or 1.0
 
 
@@ -67,7 +69,7 @@ class PartialRope:
 
     def at(self, x: mx.array, positions: mx.array) -> mx.array:
         """`[B, H, T, D]` at explicit positions `[B, T]`."""
-        angles = positions[:, None, :, None].astype(mx.float32) / self._periods
+        angles = positions[:, None, :, None].astype(mx.float32) * (1 / self._periods)
         cos, sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
         half = self._rotary_dim // 2
         first, second, kept = mx.split(x, [half, 2 * half], axis=-1)
