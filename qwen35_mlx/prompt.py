@@ -134,9 +134,10 @@ class ThoughtSplitter:
         pieces: list[Piece] = []
         while True:
             tag = THINK_CLOSE if self._in_thought else THINK_OPEN
+            at = self._pending.find(tag)
             # An answer may open a thought of its own, but only before it has said anything.
-            at = self._pending.find(tag) if self._in_thought or self._blank else -1
-            if at < 0:
+            said = not self._in_thought and not (self._blank and not self._pending[:at].strip())
+            if at < 0 or said:
                 break
             pieces += self._piece(self._pending[:at].rstrip("\n"))
             self._pending = self._pending[at + len(tag) :]

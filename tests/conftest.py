@@ -1,0 +1,53 @@
+"""The bundled demo, converted once for the whole run, and a model that says what it is told."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import qwen35_mlx
+from qwen35_mlx.convert import convert
+from qwen35_mlx.sampling import SamplingParams
+
+DEMO = Path(qwen35_mlx.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session")
+def converted_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo-4bit", bits=4)
+
+
+@pytest.fixture(scope="session")
+def demo(converted_demo: Path) -> tuple[Any, Any]:
+    """Model and tokenizer; tests leave both as they are."""
+    return qwen35_mlx.load(converted_demo)
+
+
+class ScriptedModel:
+    """Says the given tokens whatever it reads, and counts what it is asked for."""
+
+    def __init__(self, tokens: list[int], vocab_size: int = 1408, context_length: int = 4096):
+        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
+        self.sampling_defaults = SamplingParams()
+        self.tokens = tokens
+        self.num_read = self.num_steps = 0
+
+    def make_cache(self) -> list[Any]:
+        return []
+
+    def trunk(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        self.num_read += ids.shape[1]
+        return mx.zeros((1, ids.shape[1], 1))
+
+    def head(self, hidden: mx.array) -> mx.array:
+        token = self.tokens[min(self.num_steps, len(self.tokens) - 1)]
+        self.num_steps += 1
+        return mx.where(mx.arange(self.config.vocab_size) == token, 9.0, 0.0)[None, None]
+
+
+@pytest.fixture
+def scripted() -> Callable[..., ScriptedModel]:
+    return ScriptedModel

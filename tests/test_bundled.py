@@ -1,0 +1,156 @@
+"""Where the converted demo is kept, and that it is made once and whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qwen35_mlx
+from qwen35_mlx import bundled
+from qwen35_mlx.bundled import cache_home, converted_demo
+from qwen35_mlx.errors import Qwen35Error
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("QWEN35_MLX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return tmp_path
+
+
+def test_cache_on_macos(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert cache_home() == home / "Library" / "Caches" / "qwen35-mlx"
+
+
+def test_cache_on_linux(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert cache_home() == home / ".cache" / "qwen35-mlx"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_home() == home / ".cache" / "qwen35-mlx"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "xdg"))
+    assert cache_home() == home / "xdg" / "qwen35-mlx"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "linux"])
+def test_the_variable_overrides_the_place(
+    home: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("QWEN35_MLX_CACHE", "~/mine")
+    assert cache_home() == home / "mine"
+
+
+@pytest.fixture
+def source(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small stand-in for the demo, and a cache of its own."""
+    folder = home / "demo"
+    folder.mkdir()
+    (folder / "config.json").write_text("1")
+    monkeypatch.setattr(bundled, "SOURCE", folder)
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(home / "cache"))
+    return folder
+
+
+class Convert:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Path, Path]] = []
+
+    def __call__(self, source: Path, out: Path) -> None:
+        assert not out.exists()
+        self.calls.append((source, out))
+        out.mkdir()
+        (out / "config.json").write_text((source / "config.json").read_text())
+
+
+def test_the_demo_is_converted_once(source: Path) -> None:
+    convert = Convert()
+    first = converted_demo(convert)
+    assert first == converted_demo(convert)
+    assert convert.calls == [(source, first)]
+    assert first.parent == source.parent / "cache"
+
+
+@pytest.mark.parametrize("change", ["content", "new file", "version"])
+def test_a_changed_demo_is_converted_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    convert = Convert()
+    first = converted_demo(convert)
+    if change == "content":
+        (source / "config.json").write_text("2")
+    elif change == "new file":
+        (source / "more.json").touch()
+    else:
+        monkeypatch.setattr(bundled, "__version__", qwen35_mlx.__version__ + ".1")
+    assert converted_demo(convert) != first
+    assert len(convert.calls) == 2
+
+
+def test_what_the_finder_and_python_leave_behind_is_no_change(source: Path) -> None:
+    convert = Convert()
+    converted_demo(convert)
+    (source / ".DS_Store").touch()
+    (source / "__pycache__").mkdir()
+    converted_demo(convert)
+    assert len(convert.calls) == 1
+
+
+def test_a_broken_copy_is_replaced(source: Path) -> None:
+    convert = Convert()
+    (converted_demo(convert) / "config.json").unlink()
+    assert (converted_demo(convert) / "config.json").exists()
+
+
+def test_a_failed_conversion_leaves_nothing_behind(source: Path) -> None:
+    def fail(source: Path, out: Path) -> None:
+        raise Qwen35Error("no space")
+
+    with pytest.raises(Qwen35Error, match="no space"):
+        converted_demo(fail)
+    converted_demo(Convert())
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file where a folder should be; permissions would not stop root.
+    (source.parent / "file").touch()
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(source.parent / "file" / "cache"))
+    with pytest.raises(Qwen35Error, match="cannot be stored") as caught:
+        converted_demo(Convert())
+    assert "hint: set QWEN35_MLX_CACHE" in str(caught.value)
+
+
+CONVERT_SLOWLY = """
+import sys, time
+from pathlib import Path
+from qwen35_mlx import bundled
+
+def convert(source, out):
+    print("converting", flush=True)
+    work = out.with_name("work")
+    work.mkdir()
+    time.sleep(0.3)
+    (work / "config.json").write_text("done")
+    work.rename(out)
+
+bundled.SOURCE = Path(sys.argv[1])
+folder = bundled.converted_demo(convert)
+assert (folder / "config.json").read_text() == "done"
+"""
+
+
+def test_processes_at_once_wait_for_the_first(source: Path) -> None:
+    command = [sys.executable, "-c", CONVERT_SLOWLY, str(source)]
+    jobs: list[Any] = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    results = [job.communicate(timeout=60) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, results
+    assert "".join(stdout for stdout, _ in results) == "converting\n"

@@ -1,0 +1,216 @@
+"""A conversation: equal to one begun afresh, read once, and whole after every accident."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qwen35_mlx import Chat, stream_generate
+from qwen35_mlx.errors import PromptError, Qwen35Error
+from qwen35_mlx.prompt import encode_messages
+
+FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
+
+
+@pytest.fixture
+def chat(demo: Any) -> Chat:
+    return Chat(*demo, max_tokens=30, sampling={"temperature": 0.0})
+
+
+def ask(chat: Chat, text: str) -> str:
+    return "".join(piece.text for piece in chat.send(text) if piece.kind == "answer")
+
+
+def afresh(chat: Chat) -> Chat:
+    """The same conversation before its last turn, with nothing in the cache."""
+    return Chat(
+        chat.model,
+        chat.tokenizer,
+        enable_thinking=chat.enable_thinking,
+        max_tokens=chat.max_tokens,
+        sampling=chat.sampling,
+        messages=chat.messages[:-2],
+    )
+
+
+def test_thought_and_answer_come_apart(chat: Chat) -> None:
+    pieces = list(chat.send(FRANCE))
+    kinds = [piece.kind for piece in pieces]
+    assert kinds == sorted(kinds, reverse=True) and set(kinds) == {"thought", "answer"}
+    assert "Paris" in "".join(p.text for p in pieces if p.kind == "answer")
+    assert not any("think>" in p.text or "<|" in p.text for p in pieces)
+    user, assistant = chat.messages
+    assert user == {"role": "user", "content": FRANCE}
+    assert assistant["content"] == "The capital of France is Paris."
+    assert assistant["reasoning_content"] == "The user asks for the capital of France."
+    assert chat.stats.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("enable_thinking", [None, True, False])
+def test_thinking_follows_the_setting(demo: Any, enable_thinking: bool | None) -> None:
+    chat = Chat(*demo, enable_thinking=enable_thinking, sampling={"temperature": 0.0})
+    kinds = {piece.kind for piece in chat.send(FRANCE)}
+    assert ("thought" in kinds) == (enable_thinking is not False)
+    assert ("reasoning_content" in chat.messages[1]) == (enable_thinking is not False)
+
+
+@pytest.mark.parametrize(("enable_thinking", "penalty"), [(None, 1.3), (False, 1.0)])
+def test_later_turns_equal_a_conversation_begun_afresh(
+    demo: Any, enable_thinking: bool | None, penalty: float
+) -> None:
+    chat = Chat(
+        *demo,
+        enable_thinking=enable_thinking,
+        max_tokens=30,
+        sampling={"temperature": 0.0, "repetition_penalty": penalty},
+    )
+    for question in (FRANCE, HOT):
+        ask(chat, question)
+        fresh = afresh(chat)
+        ask(fresh, question)
+        assert fresh.messages == chat.messages
+        # Not by way of Chat at all: the penalty counts all turns, not the last few tokens.
+        raw = stream_generate(
+            *demo,
+            chat.messages[:-1],
+            enable_thinking=enable_thinking,
+            max_tokens=30,
+            temperature=0.0,
+            repetition_penalty=penalty,
+        )
+        assert chat.messages[-1]["content"] in "".join(r.text for r in raw)
+
+
+def test_a_turn_reads_only_what_is_new(chat: Chat) -> None:
+    ask(chat, FRANCE)
+    first = chat.stats
+    assert first.prefilled_tokens == first.prompt_tokens
+    history = encode_messages(chat.tokenizer, chat.messages[:1], add_generation_prompt=False)
+    ask(chat, WHO)
+    second = chat.stats
+    assert second.prefilled_tokens == second.prompt_tokens - len(history)
+    assert second.prompt_tokens > first.prompt_tokens
+    assert min(second.prefill_tps, second.decode_tps, second.peak_memory_gb) > 0
+    assert second.generation_tokens > 5
+
+
+def test_a_system_prompt_is_part_of_every_turn(demo: Any) -> None:
+    chat = Chat(*demo, system="Answer briefly.", max_tokens=3)
+    ask(chat, FRANCE)
+    num_first = chat.stats.prompt_tokens
+    assert chat.messages[0] == {"role": "system", "content": "Answer briefly."}
+    bare = Chat(*demo, max_tokens=3)
+    ask(bare, FRANCE)
+    assert num_first > bare.stats.prompt_tokens
+
+
+@pytest.mark.parametrize("num_pieces", [0, 1, 12])
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_what_was_said_stays_when_an_answer_is_stopped(
+    chat: Chat, num_pieces: int, interrupt: bool
+) -> None:
+    ask(chat, HOT)
+    pieces = chat.send(FRANCE)
+    shown = [next(pieces) for _ in range(num_pieces)]
+    if interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            pieces.throw(KeyboardInterrupt)
+    else:
+        pieces.close()
+    if num_pieces == 0:
+        # Nothing was said yet, the question neither.
+        assert len(chat.messages) == 2
+    else:
+        said = {
+            kind: "".join(p.text for p in shown if p.kind == kind) for kind in ("thought", "answer")
+        }
+        assert chat.messages[2] == {"role": "user", "content": FRANCE}
+        assert chat.messages[3]["content"] == said["answer"].strip()
+        assert chat.messages[3].get("reasoning_content", "") == said["thought"].strip()
+    answer = ask(chat, HOT)
+    fresh = afresh(chat)
+    assert ask(fresh, HOT) == answer
+    assert chat.stats.prefilled_tokens < chat.stats.prompt_tokens
+
+
+def test_an_interrupt_inside_a_step_keeps_what_was_said(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk, calls = type(chat.model).trunk, 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise KeyboardInterrupt
+        return trunk(*args, **options)
+
+    monkeypatch.setattr(type(chat.model), "trunk", interrupted)
+    shown = []
+    with pytest.raises(KeyboardInterrupt):
+        shown += chat.send(FRANCE)
+    assert chat.messages[1]["reasoning_content"].startswith("The user asks")
+    answer = ask(chat, HOT)
+    assert ask(afresh(chat), HOT) == answer
+
+
+def test_an_interrupt_while_the_prompt_is_read_takes_the_message_back(chat: Chat) -> None:
+    ask(chat, WHO)
+    before = list(chat.messages)
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.send(FRANCE, progress=interrupt))
+    assert chat.messages == before
+    answer = ask(chat, HOT)
+    assert ask(afresh(chat), HOT) == answer
+
+
+def test_a_refused_prompt_takes_the_message_back(chat: Chat) -> None:
+    ask(chat, WHO)
+    before, stats = list(chat.messages), chat.stats
+    for text, what in (("word " * 5000, "longer than the model's"), ("\udce9", "not valid")):
+        with pytest.raises(PromptError, match=what):
+            list(chat.send(text))
+        assert chat.messages == before and chat.stats is stats
+    answer = ask(chat, HOT)
+    assert ask(afresh(chat), HOT) == answer
+    assert chat.stats.prefilled_tokens < chat.stats.prompt_tokens
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_q": 1}, {"seed": -1}])
+def test_a_refused_setting_takes_the_message_back(demo: Any, wrong: dict[str, Any]) -> None:
+    chat = Chat(*demo, sampling=wrong)
+    with pytest.raises(Qwen35Error):
+        list(chat.send(FRANCE))
+    assert chat.messages == []
+    chat.sampling = {"temperature": 0.0}
+    assert "Paris" in ask(chat, FRANCE)
+
+
+def test_the_same_seed_gives_the_same_conversation(demo: Any) -> None:
+    def talk() -> list[dict[str, str]]:
+        chat = Chat(*demo, max_tokens=15, sampling={"temperature": 5.0, "top_k": 0, "seed": 3})
+        for question in (FRANCE, WHO):
+            ask(chat, question)
+        return chat.messages
+
+    assert talk() == talk()
+
+
+def test_messages_edited_between_turns_are_read_again(chat: Chat) -> None:
+    ask(chat, FRANCE)
+    chat.messages[0]["content"] = WHO
+    answer = ask(chat, HOT)
+    assert chat.stats.prefilled_tokens == chat.stats.prompt_tokens
+    assert ask(afresh(chat), HOT) == answer
+
+
+def test_a_template_without_thoughts_works(demo: Any, scripted: Callable[..., Any]) -> None:
+    tokenizer = demo[1]
+    ids = tokenizer.encode("Yes.")
+    chat = Chat(scripted([*ids, tokenizer.eos_token_id]), tokenizer, enable_thinking=False)
+    assert list(chat.send("Ready?"))
+    assert chat.messages[1] == {"role": "assistant", "content": "Yes."}

@@ -1,0 +1,154 @@
+"""Prompts in every form, what is refused, and thought apart from answer however text is cut."""
+
+import copy
+import random
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen35_mlx.errors import PromptError
+from qwen35_mlx.prompt import (
+    Piece,
+    ThoughtSplitter,
+    check_ids,
+    check_length,
+    encode_prompt,
+    held_back,
+)
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def test_text_ids_arrays_and_messages_become_ids(demo: Any) -> None:
+    _, tokenizer = demo
+    ids = tokenizer.encode("What is blue?")
+    assert tokenizer.decode(ids) == "What is blue?"
+    for prompt in ("What is blue?", ids, tuple(ids), np.array(ids), mx.array(ids)):
+        assert encode_prompt(tokenizer, prompt) == ids
+    text = tokenizer.decode(encode_prompt(tokenizer, HELLO))
+    assert text == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        ("", "is empty"),
+        ([], "is empty"),
+        (mx.array([], dtype=mx.int32), "is empty"),
+        (None, "is not usable"),
+        (7, "is not usable"),
+        ([1.5], "is not usable"),
+        (["1"], "is not usable"),
+        ([[1, 2]], "is not usable"),
+        (mx.array([1.0]), "is not usable"),
+        (HELLO[0], "is not usable"),
+        ("a\udce9b", "not valid Unicode"),
+        ([{"role": "user", "content": "a\udce9b"}], "not valid Unicode"),
+        ([{"role": "system", "content": "Be kind."}], "No user query"),
+        ([*HELLO, {"role": "narrator", "content": "x"}], "Unexpected message role"),
+        ([{"role": "user", "content": 7}], "reads text only"),
+        ([{"role": "user"}], "template refuses"),
+    ],
+    ids=repr,
+)
+def test_prompts_that_are_refused(demo: Any, prompt: Any, what: str) -> None:
+    with pytest.raises(PromptError, match=what):
+        encode_prompt(demo[1], prompt)
+
+
+def test_a_template_that_fails_in_python_is_a_prompt_error(demo: Any) -> None:
+    tokenizer = with_template(demo[1], "{{ 'x' + 1 }}")
+    with pytest.raises(PromptError, match="template refuses"):
+        encode_prompt(tokenizer, HELLO)
+
+
+def test_messages_without_a_template_are_refused(demo: Any) -> None:
+    with pytest.raises(PromptError, match="no chat template"):
+        encode_prompt(with_template(demo[1], None), HELLO)
+
+
+@pytest.mark.parametrize(("enable_thinking", "text"), [(None, "default"), (True, "think"),
+                                                      (False, "direct")])  # fmt: skip
+def test_the_template_decides_on_thinking_unless_told(
+    demo: Any, enable_thinking: bool | None, text: str
+) -> None:
+    """The 0.8B model does not think by default, the larger ones do."""
+    tokenizer = with_template(
+        demo[1],
+        "{% if enable_thinking is not defined %}default"
+        "{% elif enable_thinking %}think{% else %}direct{% endif %}",
+    )
+    ids = encode_prompt(tokenizer, HELLO, enable_thinking=enable_thinking)
+    assert tokenizer.decode(ids) == text
+
+
+def with_template(tokenizer: Any, template: str | None) -> Any:
+    changed = copy.copy(tokenizer)
+    changed._tokenizer = copy.copy(tokenizer._tokenizer)
+    changed._tokenizer.chat_template = template
+    return changed
+
+
+def test_lengths_and_ids_at_the_edge() -> None:
+    check_length(99, 100)
+    with pytest.raises(PromptError, match="longer than the model's context"):
+        check_length(100, 100)
+    check_ids([0, 9], 10)
+    for ids in ([3, 10], [-1]):
+        with pytest.raises(PromptError, match=rf"got: {ids[-1]}\n"):
+            check_ids(ids, 10)
+
+
+def split(text: str, thinking: bool, cuts: list[int]) -> dict[str, str]:
+    splitter, said = ThoughtSplitter(thinking), {"thought": "", "answer": ""}
+    pieces: list[Piece] = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        pieces += splitter.feed(text[start:end])
+    for piece in pieces + splitter.finish():
+        said[piece.kind] += piece.text
+    return said
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "thought", "answer"),
+    [
+        ("one\n\ntwo\n</think>\n\nBlue.", True, "one\n\ntwo", "Blue."),
+        ("</think>\n\nBlue.", True, "", "Blue."),
+        ("\n</think>\n\nBlue.", True, "", "Blue."),
+        ("never done <thi\n", True, "never done <thi", ""),
+        ("Blue.\n", False, "", "Blue.\n"),
+        ("a < b, </think> and <think> are tags", False, "", "a < b, </think> and <think> are tags"),
+        ("<think>\nhm\n</think>\n\nBlue.", False, "hm", "Blue."),
+        ("\n<think>hm</think>Blue.", False, "hm", "Blue."),
+        ("x</thin</think>y</think>", True, "x</thin", "y</think>"),
+        ("", True, "", ""),
+    ],
+)
+def test_thought_and_answer_however_the_text_is_cut(
+    text: str, thinking: bool, thought: str, answer: str
+) -> None:
+    chance = random.Random(0)
+    expected = {"thought": thought, "answer": answer}
+    assert split(text, thinking, []) == expected
+    assert split(text, thinking, list(range(1, len(text)))) == expected
+    for _ in range(50):
+        cuts = sorted(chance.sample(range(len(text) + 1), min(4, len(text))))
+        assert split(text, thinking, cuts) == expected
+
+
+def test_text_is_not_held_back_without_need() -> None:
+    splitter = ThoughtSplitter(True)
+    assert splitter.feed("hm <") == [Piece("thought", "hm ")]
+    assert splitter.feed("b") == [Piece("thought", "<b")]
+    assert splitter.feed("</think>Yes </th") == [Piece("answer", "Yes </th")]
+
+
+@pytest.mark.parametrize(
+    ("text", "markers", "size"),
+    [("abc", ["cd"], 1), ("abc", ["bcd", "cx"], 2), ("aa", ["aaa"], 2), ("abc", ["abc"], 0),
+     ("abc", [], 0), ("", ["a"], 0)],
+)  # fmt: skip
+def test_held_back(text: str, markers: list[str], size: int) -> None:
+    assert held_back(text, markers) == size

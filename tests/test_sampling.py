@@ -1,0 +1,143 @@
+"""Drawing against a slow reference of the distribution, and penalties against hand computation."""
+
+import itertools
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.sampling import MAX_SEED, Sampler, SamplingParams, draw
+
+VOCAB, DRAWS = 40, 20_000
+
+
+def reference(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Probability of each token, by the definitions, one token at a time."""
+    order = sorted(range(VOCAB), key=lambda i: -logits[i])
+    if params.top_k:
+        order = order[: params.top_k]
+    weights = {i: np.exp(logits[i] - logits.max()) for i in order}
+    total, covered, nucleus = sum(weights.values()), 0.0, {}
+    for i in order:
+        # The token that crosses top_p still belongs.
+        if covered < params.top_p:
+            nucleus[i] = weights[i]
+        covered += weights[i] / total
+    best = max(nucleus.values())
+    kept = {i: w for i, w in nucleus.items() if w >= params.min_p * best}
+    result = np.zeros(VOCAB)
+    for i, weight in kept.items():
+        result[i] = weight / sum(kept.values())
+    return result
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    list(itertools.product([0, 1, 7, VOCAB, VOCAB + 5], [1.0, 0.7, 1e-6], [0.0, 0.15])),
+)
+def test_draws_follow_the_distribution(top_k: int, top_p: float, min_p: float) -> None:
+    params = SamplingParams(1.0, top_p=top_p, top_k=top_k, min_p=min_p)
+    logits = np.random.default_rng(1).normal(scale=1.5, size=VOCAB).astype(np.float32)
+    rows = mx.broadcast_to(mx.array(logits), (DRAWS, VOCAB))
+    counts = np.bincount(np.array(draw(rows, params, mx.random.key(3))), minlength=VOCAB)
+    expected = reference(logits.astype(np.float64), params)
+    likely = expected * DRAWS > 5
+    assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
+    assert set(np.flatnonzero(counts)) >= set(np.flatnonzero(likely))
+    chi_square = ((counts - expected * DRAWS) ** 2)[likely] / (expected * DRAWS)[likely]
+    degrees = max(int(likely.sum()) - 1, 1)
+    assert chi_square.sum() < degrees + 4 * np.sqrt(2 * degrees)
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits = mx.array([[0.0, 1.0]])
+    sampler = Sampler(SamplingParams(0.5), mx.array([0]), seed=0)
+    ones = sum(int(sampler(logits).item()) for _ in range(2000)) / 2000
+    assert abs(ones - 1 / (1 + np.exp(-2))) < 0.03
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-30, 1e-6, 2e-5])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature, top_p=0.9, top_k=3), mx.array([0]), seed=0)
+    logits = mx.array([[-50.0, 90.0, 80.0, -mx.inf]])
+    assert {int(sampler(logits).item()) for _ in range(20)} == {1}
+
+
+def test_repetition_penalty_counts_prompt_and_answer_once_each() -> None:
+    """transformers: positive logits divided, negative ones multiplied, however often said."""
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), mx.array([0, 0, 1]))
+    logits = mx.array([[8.0, -1.0, 5.0, 3.0, 1.0]])
+    seen = []
+    for _ in range(3):
+        seen.append(sampler._penalise(logits).tolist()[0])
+        sampler(logits)
+    assert seen[0] == [4.0, -2.0, 5.0, 3.0, 1.0]
+    # 2 was said first; halved to 2.5 it loses to 0, which was penalised already.
+    assert seen[1] == seen[2] == [4.0, -2.0, 2.5, 3.0, 1.0]
+
+
+def test_presence_penalty_counts_the_answer_alone() -> None:
+    sampler = Sampler(SamplingParams(presence_penalty=1.5), mx.array([0, 1, 2]))
+    logits = mx.array([[2.0, 1.0, -3.0]])
+    said = [int(sampler(logits).item()) for _ in range(3)]
+    assert said == [0, 1, 0]
+    assert sampler._penalise(logits).tolist()[0] == [0.5, -0.5, -3.0]
+
+
+def test_a_seed_repeats_and_no_seed_does_not() -> None:
+    logits = mx.zeros((1, 1000))
+
+    def said(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(1.0), mx.array([0]), seed)
+        return [int(sampler(logits).item()) for _ in range(4)]
+
+    assert said(5) == said(5)
+    assert said(0) == said(0)
+    assert len({tuple(said(seed)) for seed in (0, 1, MAX_SEED, None, None)}) == 5
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1"])
+def test_seeds_that_are_refused(seed: Any) -> None:
+    with pytest.raises(Qwen35Error, match="seed is not usable"):
+        Sampler(SamplingParams(), mx.array([0]), seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("temperature", "0.6"), ("top_p", 0.0), ("top_p", 1.01), ("top_k", -1), ("top_k", 2.5),
+        ("min_p", -0.1), ("min_p", 1.1), ("presence_penalty", 11), ("repetition_penalty", 0),
+        ("repetition_penalty", [1.0]),
+    ],
+)  # fmt: skip
+def test_values_that_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(Qwen35Error, match=f"{name} is not usable"):
+        SamplingParams().updated(**{name: value})
+
+
+def test_unknown_options_are_refused_and_none_means_default() -> None:
+    params = SamplingParams(0.7, top_k=20)
+    assert params.updated(temperature=None, top_k=0) == SamplingParams(0.7)
+    with pytest.raises(Qwen35Error, match="unknown sampling option"):
+        params.updated(temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "params"),
+    [
+        ({}, SamplingParams()),
+        ({"temperature": 0.6, "top_k": 20}, SamplingParams()),
+        ({"do_sample": True}, SamplingParams(1.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 1},
+            SamplingParams(0.6, top_p=0.95, top_k=20),
+        ),
+        ({"do_sample": False, "repetition_penalty": 1.1, "top_p": None},
+         SamplingParams(repetition_penalty=1.1)),
+    ],
+)  # fmt: skip
+def test_defaults_from_generation_config(config: dict[str, Any], params: SamplingParams) -> None:
+    assert SamplingParams.from_generation_config(config) == params

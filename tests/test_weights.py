@@ -1,0 +1,375 @@
+"""What loads, and what is refused with which words; nothing in a folder is run or followed."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from checkpoints import VOCAB, text_config, write_checkpoint
+from mlx.utils import tree_flatten
+
+import qwen35_mlx
+from qwen35_mlx.convert import convert
+from qwen35_mlx.errors import CheckpointError, ConfigError, Qwen35Error
+from qwen35_mlx.weights import load_model, resolve
+
+Edit = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights") / "src"
+    write_checkpoint(folder, moe=True, num_shards=2, vision=True, mtp=True, tokenizer=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pristine(source: Path) -> Path:
+    """Converted to 4 bits; MAX_SHARD_BYTES leaves it in one file."""
+    return convert(source, source.with_name("out"), bits=4, dtype="bfloat16")
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    # Square brackets are special to glob, and nothing to us.
+    return Path(shutil.copytree(pristine, tmp_path / "[4-bit] model"))
+
+
+def tensors(folder: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(loaded, dict)
+    return {name: mx.array(np.array(a)) if a.dtype != mx.bfloat16 else a + 0
+            for name, a in loaded.items()}  # fmt: skip
+
+
+def rewrite(change: Callable[[dict[str, mx.array]], Any]) -> Edit:
+    def edit(folder: Path) -> None:
+        held = tensors(folder)
+        mx.eval(held)
+        change(held)
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").unlink()
+        mx.save_safetensors(str(folder / "model.safetensors"), held)
+
+    return edit
+
+
+def edit_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Edit:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        change(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def test_a_folder_loads_with_carried_tensors_set_aside(folder: Path) -> None:
+    model, tokenizer = qwen35_mlx.load(folder)
+    held = tensors(folder)
+    assert any(name.startswith("vision_tower.") for name in held)
+    names = {name for name, _ in tree_flatten(model.parameters())}
+    assert names == {n for n in held if not n.startswith(("vision_tower.", "mtp.",
+                                                          "language_model.mtp."))}  # fmt: skip
+    # On the CPU all floats are float32.
+    assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float32, mx.uint32}
+    assert not model.training
+    # The <end> of the tokenizer in checkpoints.py.
+    assert VOCAB - 1 in tokenizer.eos_token_ids
+
+
+def test_shards_named_by_an_index_load(folder: Path) -> None:
+    expected = logits(folder)
+    split(folder)
+    np.testing.assert_array_equal(logits(folder), expected)
+
+
+def test_a_folder_without_index_loads(folder: Path) -> None:
+    expected = logits(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    np.testing.assert_array_equal(logits(folder), expected)
+
+
+def logits(folder: Path) -> np.ndarray:
+    model, _ = load_model(folder)
+    return np.array(model(mx.arange(12)[None] * 5 % VOCAB))
+
+
+def split(folder: Path) -> None:
+    """The one file in two, with an index."""
+    held = tensors(folder)
+    mx.eval(held)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i, parity in enumerate((0, 1), 1):
+        file = f"model-{i:05}-of-00002.safetensors"
+        part = {n: held[n] for j, n in enumerate(sorted(held)) if j % 2 == parity}
+        mx.save_safetensors(str(folder / file), part)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def truncate(num_bytes: int) -> Edit:
+    def edit(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        file.write_bytes(data[:-num_bytes] if num_bytes else b"")
+
+    return edit
+
+
+def lose_a_shard(folder: Path) -> None:
+    split(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def name_outside(folder: Path) -> None:
+    outside = folder.parent / "model-outside.safetensors"
+    shutil.move(folder / "model.safetensors", outside)
+    change = edit_json(
+        "model.safetensors.index.json",
+        lambda c: c.update(weight_map=dict.fromkeys(c["weight_map"], f"../{outside.name}")),
+    )
+    change(folder)
+
+
+NORM = "language_model.model.norm.weight"
+SCALES = "language_model.lm_head.scales"
+WEIGHT = "language_model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (truncate(1), ["cannot be read", "complete safetensors", "truncated"]),
+        (truncate(100_000), ["cannot be read", "truncated"]),
+        (truncate(0), ["cannot be read"]),
+        (lose_a_shard, ["1 shard(s)", "model-00002-of-00002.safetensors", "hint"]),
+        (name_outside, ["1 shard(s)", "../model-outside.safetensors"]),
+        (pickled, ["no weights", "model*.safetensors"]),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["is damaged"]),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["is damaged"]),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+            ["is damaged", "weight_map"],
+        ),
+        (
+            edit_json("model.safetensors.index.json",
+                      lambda c: c["weight_map"].update(extra="model.safetensors")),
+            ["1 tensor(s)", "extra"],
+        ),
+        (rewrite(lambda t: t.pop(NORM)), [f"missing: {NORM} (128,)"]),
+        (rewrite(lambda t: t.update(other=t[NORM])), ["unknown: other (128,)"]),
+        (
+            rewrite(lambda t: t.update({NORM: t[NORM][:64]})),
+            [f"wrong shape: {NORM} is (64,), expected (128,)"],
+        ),
+        (
+            rewrite(lambda t: t.update({NORM: t[NORM].astype(mx.uint32)})),
+            [f"wrong type: {NORM} is mlx.core.uint32"],
+        ),
+        (
+            rewrite(lambda t: t.update({WEIGHT: t[WEIGHT].astype(mx.float32)})),
+            [f"wrong type: {WEIGHT} is mlx.core.float32"],
+        ),
+        (rewrite(lambda t: t.pop(SCALES)), [f"unknown: {SCALES[:-6]}biases"]),
+        (lambda f: (f / "config.json").unlink(), ["no config.json"]),
+        (lambda f: (f / "config.json").write_text("[]"), ["not a JSON object"]),
+        (lambda f: (f / "config.json").write_text("{"), ["is not JSON"]),
+        (edit_json("config.json", lambda c: c.update(model_type="llama")), ["llama", "qwen3_5"]),
+        (
+            edit_json("config.json", lambda c: c["text_config"].update(num_hidden_layers=2,
+                      layer_types=c["text_config"]["layer_types"][:2])),
+            ["unknown: language_model.model.layers.2", "… and", "another model"],
+        ),
+        (
+            edit_json("config.json", lambda c: (c.pop("quantization"),
+                      c.pop("quantization_config"))),
+            ["does not say how", "bits and group_size"],
+        ),
+        (
+            edit_json("config.json", lambda c: c["quantization"].update(bits=7)),
+            ["quantization block", "7"],
+        ),
+        (
+            edit_json("config.json", lambda c: c["quantization"].update(bits="4")),
+            ["quantization block"],
+        ),
+        (
+            edit_json("config.json", lambda c: c["quantization"].update(bits=8)),
+            ["wrong shape", WEIGHT],
+        ),
+        (
+            edit_json("config.json", lambda c: c["quantization"].update(mode="exl3")),
+            ["'exl3'", "affine, mxfp4"],
+        ),
+        (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer", "tokenizer.json"]),
+        (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer", "cannot be read"]),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer", "cannot be read"]),
+        (
+            edit_json("tokenizer_config.json", lambda c: c.update(tool_parser_type="../x")),
+            ["tokenizer", "cannot be read"],
+        ),
+        (lambda f: (f / "generation_config.json").write_text("{"), ["is not JSON"]),
+        (
+            lambda f: (f / "generation_config.json").write_text(
+                '{"do_sample": true, "temperature": "warm"}'
+            ),
+            ["temperature is not usable", "'warm'"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused_and_how(folder: Path, edit: Edit, words: list[str]) -> None:
+    edit(folder)
+    with pytest.raises(Qwen35Error) as caught:
+        qwen35_mlx.load(folder)
+    assert isinstance(caught.value, CheckpointError | ConfigError) or "temperature" in words[0]
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unconverted_checkpoint_is_told_what_to_do(source: Path) -> None:
+    with pytest.raises(CheckpointError, match="not converted") as caught:
+        qwen35_mlx.load(source)
+    assert f"hint: run: qwen35-mlx convert {source} OUT" in str(caught.value)
+
+
+def test_no_code_comes_out_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass T: pass\n"
+    for name in ("tokenization.py", "modeling.py"):
+        (folder / name).write_text(code)
+    auto = {"AutoTokenizer": ["tokenization.T", "tokenization.T"], "AutoModel": "modeling.T"}
+    edit_json("tokenizer_config.json", lambda c: c.update(auto_map=auto))(folder)
+    edit_json("config.json", lambda c: c.update(auto_map=auto))(folder)
+    try:
+        qwen35_mlx.load(folder)
+    except Qwen35Error as error:
+        assert "cannot be read" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_path_in_a_file_is_not_followed(converted_demo: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted_demo, tmp_path / "demo"))
+    expected = qwen35_mlx.load(folder)[1].encode("Blue")
+    other = json.loads((folder / "tokenizer.json").read_text())
+    vocab = other["model"]["vocab"]
+    other["model"]["vocab"] = dict(zip(vocab, reversed(vocab.values()), strict=True))
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    change = {"tokenizer_file": str(tmp_path / "other.json"), "vocab_file": "/etc/passwd"}
+    edit_json("tokenizer_config.json", lambda c: c.update(change))(folder)
+    assert qwen35_mlx.load(folder)[1].encode("Blue") == expected
+
+
+def test_both_end_tokens_are_known_even_if_the_files_name_one(
+    converted_demo: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(converted_demo, tmp_path / "demo"))
+    (folder / "generation_config.json").unlink()
+    _, tokenizer = qwen35_mlx.load(folder)
+    ends = {tokenizer.decode([i]) for i in tokenizer.eos_token_ids}
+    assert ends == {"<|im_end|>", "<|endoftext|>"}
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])
+def test_a_router_without_a_mode_is_affine_whatever_the_rest_is(tmp_path: Path, mode: str) -> None:
+    """mlx-lm writes the router of such folders as 8 bits, group 64, and no mode."""
+    text = text_config(True, False) | {"full_attention_interval": 2}
+    write_checkpoint(tmp_path / "src", moe=True, tokenizer=True, config={"text_config": text})
+    out = tmp_path / "out"
+    mlx_lm.convert(str(tmp_path / "src"), str(out), quantize=True, q_mode=mode)
+    ours, _ = qwen35_mlx.load(out)
+    theirs, _ = mlx_lm.load(str(out))
+    theirs.set_dtype(mx.float32)
+    ids = mx.arange(20)[None]
+    np.testing.assert_allclose(np.array(ours(ids)), np.array(theirs(ids)), atol=3e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "nothing", "a/b/c", "../up", "owner/..", "", "owner/na me"]
+)
+def test_names_that_are_neither_folder_nor_hub_id(name: str, tmp_path: Path) -> None:
+    if not name:
+        (tmp_path / "file").touch()
+        name = str(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="no model at"):
+        resolve(name)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A hub that serves `hub.folder`, and keeps the calls."""
+
+    class Hub:
+        folder = Path()
+        error: Exception | None = None
+
+        def __init__(self) -> None:
+            self.calls: list[tuple[str, str | None, list[str]]] = []
+
+        def download(
+            self, repo: str, *, revision: str | None = None, allow_patterns: list[str]
+        ) -> str:
+            self.calls.append((repo, revision, allow_patterns))
+            if self.error:
+                raise self.error
+            snapshot = tmp_path / "snapshot"
+            for pattern in allow_patterns:
+                for file in self.folder.glob(pattern):
+                    snapshot.mkdir(exist_ok=True)
+                    shutil.copy(file, snapshot)
+            return str(snapshot)
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    monkeypatch.chdir(tmp_path)
+    return hub
+
+
+def test_a_hub_id_is_downloaded_and_loaded(hub: Any, folder: Path) -> None:
+    (folder / "code.py").write_text("")
+    hub.folder = folder
+    model, _ = qwen35_mlx.load("owner/name-4bit", revision="abc")
+    assert model.config.num_experts == 3
+    assert {call[:2] for call in hub.calls} == {("owner/name-4bit", "abc")}
+    snapshot = resolve("owner/name-4bit")
+    assert (snapshot / "model.safetensors").exists() and (snapshot / "tokenizer.json").exists()
+    assert not list(snapshot.glob("*.py"))
+
+
+@pytest.mark.parametrize("problem", ["unconverted", "llama"])
+def test_a_hub_model_that_does_not_run_is_refused_before_its_weights_are_fetched(
+    hub: Any, source: Path, tmp_path: Path, problem: str
+) -> None:
+    hub.folder = Path(shutil.copytree(source, tmp_path / "copy"))
+    if problem == "llama":
+        edit_json("config.json", lambda c: c.update(model_type="llama"))(hub.folder)
+    with pytest.raises(Qwen35Error, match="not converted" if problem != "llama" else "llama"):
+        qwen35_mlx.load("owner/name")
+    assert not list((tmp_path / "snapshot").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), ValueError("one\ntwo"), OSError("offline")])
+def test_a_hub_that_fails_is_reported_in_one_line(hub: Any, error: Exception) -> None:
+    hub.error = error
+    with pytest.raises(CheckpointError, match="cannot get owner/name from the hub") as caught:
+        qwen35_mlx.load("owner/name")
+    assert type(error).__name__ in str(caught.value) and "two" not in str(caught.value)
+
+
+def test_a_folder_here_comes_before_the_hub(hub: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "owner" / "name")
+    qwen35_mlx.load("owner/name")
+    assert hub.calls == []
