@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
-from qwen35_mlx import Chat, generate, stream_generate
+from qwen35_mlx import Chat, generate
 from qwen35_mlx.errors import PromptError, Qwen35Error
+from qwen35_mlx.model import Model
 from qwen35_mlx.prompt import encode_messages
 
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
@@ -55,31 +58,55 @@ def test_thinking_follows_the_setting(demo: Any, enable_thinking: bool | None) -
     assert ("reasoning_content" in chat.messages[1]) == (enable_thinking is not False)
 
 
-@pytest.mark.parametrize(("enable_thinking", "penalty"), [(None, 1.3), (False, 1.0)])
+@pytest.fixture
+def logits(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Every row of logits that the model gives: a wrong cache need not change the text."""
+    head, rows = Model.head, []
+
+    def record(model: Model, hidden: mx.array) -> mx.array:
+        row = head(model, hidden)
+        rows.append(np.array(row[0, -1]))
+        return row
+
+    monkeypatch.setattr(Model, "head", record)
+    return rows
+
+
+def assert_as_if_afresh(chat: Chat, question: str, logits: list[np.ndarray]) -> None:
+    """Ask, and ask again in the same conversation with an empty cache."""
+    logits.clear()
+    ask(chat, question)
+    ours = list(logits)
+    logits.clear()
+    fresh = afresh(chat)
+    ask(fresh, question)
+    assert fresh.messages == chat.messages
+    np.testing.assert_allclose(ours, logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("enable_thinking", [None, False])
 def test_later_turns_equal_a_conversation_begun_afresh(
-    demo: Any, enable_thinking: bool | None, penalty: float
+    demo: Any, logits: list[np.ndarray], enable_thinking: bool | None
 ) -> None:
     chat = Chat(
-        *demo,
-        enable_thinking=enable_thinking,
-        max_tokens=30,
-        sampling={"temperature": 0.0, "repetition_penalty": penalty},
+        *demo, enable_thinking=enable_thinking, max_tokens=30, sampling={"temperature": 0.0}
     )
-    for question in (FRANCE, HOT):
-        ask(chat, question)
-        fresh = afresh(chat)
-        ask(fresh, question)
-        assert fresh.messages == chat.messages
-        # Not by way of Chat at all: the penalty counts all turns, not the last few tokens.
-        raw = stream_generate(
-            *demo,
-            chat.messages[:-1],
-            enable_thinking=enable_thinking,
-            max_tokens=30,
-            temperature=0.0,
-            repetition_penalty=penalty,
-        )
-        assert chat.messages[-1]["content"] in "".join(r.text for r in raw)
+    for question in (FRANCE, WHO, HOT):
+        assert_as_if_afresh(chat, question, logits)
+
+
+def test_the_repetition_penalty_counts_every_turn(demo: Any) -> None:
+    """Not only the tokens that are read anew."""
+    options: dict[str, Any] = dict(max_tokens=20, temperature=0.0)
+    chat = Chat(*demo, enable_thinking=False, max_tokens=20)
+    chat.sampling = {"temperature": 0.0, "repetition_penalty": 3.0}
+    for question in (FRANCE, WHO, FRANCE):
+        said = ask(chat, question)
+    raw = generate(
+        *demo, chat.messages[:-1], enable_thinking=False, repetition_penalty=3.0, **options
+    )
+    assert said == raw
+    assert said != generate(*demo, chat.messages[:-1], enable_thinking=False, **options)
 
 
 def test_a_turn_reads_only_what_is_new(chat: Chat) -> None:
@@ -108,7 +135,7 @@ def test_a_system_prompt_is_part_of_every_turn(demo: Any) -> None:
 @pytest.mark.parametrize("num_pieces", [0, 1, 12])
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_what_was_said_stays_when_an_answer_is_stopped(
-    chat: Chat, num_pieces: int, interrupt: bool
+    chat: Chat, logits: list[np.ndarray], num_pieces: int, interrupt: bool
 ) -> None:
     ask(chat, HOT)
     pieces = chat.send(FRANCE)
@@ -128,14 +155,12 @@ def test_what_was_said_stays_when_an_answer_is_stopped(
         assert chat.messages[2] == {"role": "user", "content": FRANCE}
         assert chat.messages[3]["content"] == said["answer"].strip()
         assert chat.messages[3].get("reasoning_content", "") == said["thought"].strip()
-    answer = ask(chat, HOT)
-    fresh = afresh(chat)
-    assert ask(fresh, HOT) == answer
+    assert_as_if_afresh(chat, HOT, logits)
     assert chat.stats.prefilled_tokens < chat.stats.prompt_tokens
 
 
 def test_an_interrupt_inside_a_step_keeps_what_was_said(
-    chat: Chat, monkeypatch: pytest.MonkeyPatch
+    chat: Chat, logits: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trunk, calls = type(chat.model).trunk, 0
 
@@ -151,11 +176,12 @@ def test_an_interrupt_inside_a_step_keeps_what_was_said(
     with pytest.raises(KeyboardInterrupt):
         shown += chat.send(FRANCE)
     assert chat.messages[1]["reasoning_content"]
-    answer = ask(chat, HOT)
-    assert ask(afresh(chat), HOT) == answer
+    assert_as_if_afresh(chat, HOT, logits)
 
 
-def test_an_interrupt_while_the_prompt_is_read_takes_the_message_back(chat: Chat) -> None:
+def test_an_interrupt_while_the_prompt_is_read_takes_the_message_back(
+    chat: Chat, logits: list[np.ndarray]
+) -> None:
     ask(chat, WHO)
     before = list(chat.messages)
 
@@ -165,19 +191,33 @@ def test_an_interrupt_while_the_prompt_is_read_takes_the_message_back(chat: Chat
     with pytest.raises(KeyboardInterrupt):
         list(chat.send(FRANCE, progress=interrupt))
     assert chat.messages == before
-    answer = ask(chat, HOT)
-    assert ask(afresh(chat), HOT) == answer
+    assert_as_if_afresh(chat, HOT, logits)
 
 
-def test_a_refused_prompt_takes_the_message_back(chat: Chat) -> None:
+def test_an_interrupt_while_another_conversation_is_read_forgets_the_first(
+    chat: Chat, logits: list[np.ndarray]
+) -> None:
+    ask(chat, FRANCE)
+    first = list(chat.messages)
+    chat.messages.clear()
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.send(WHO, progress=interrupt))
+    chat.messages += first
+    assert_as_if_afresh(chat, HOT, logits)
+
+
+def test_a_refused_prompt_takes_the_message_back(chat: Chat, logits: list[np.ndarray]) -> None:
     ask(chat, WHO)
     before, stats = list(chat.messages), chat.stats
     for text, what in (("word " * 5000, "longer than the model's"), ("\udce9", "not valid")):
         with pytest.raises(PromptError, match=what):
             list(chat.send(text))
         assert chat.messages == before and chat.stats is stats
-    answer = ask(chat, HOT)
-    assert ask(afresh(chat), HOT) == answer
+    assert_as_if_afresh(chat, HOT, logits)
     assert chat.stats.prefilled_tokens < chat.stats.prompt_tokens
 
 
@@ -201,12 +241,11 @@ def test_the_same_seed_gives_the_same_conversation(demo: Any) -> None:
     assert talk() == talk()
 
 
-def test_messages_edited_between_turns_are_read_again(chat: Chat) -> None:
+def test_messages_edited_between_turns_are_read_again(chat: Chat, logits: list[np.ndarray]) -> None:
     ask(chat, FRANCE)
     chat.messages[0]["content"] = WHO
-    answer = ask(chat, HOT)
+    assert_as_if_afresh(chat, HOT, logits)
     assert chat.stats.prefilled_tokens == chat.stats.prompt_tokens
-    assert ask(afresh(chat), HOT) == answer
 
 
 def test_a_template_without_thoughts_works(demo: Any, scripted: Callable[..., Any]) -> None:

@@ -165,10 +165,14 @@ def test_characters_cut_over_tokens_stream_whole(demo: Any, scripted: Callable[.
     assert sum(map(bool, texts)) > 8
 
 
-def test_a_character_that_never_ends_is_marked(demo: Any, scripted: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("max_tokens", [3, None])
+def test_a_character_that_never_ends_is_marked(
+    demo: Any, scripted: Callable[..., Any], max_tokens: int | None
+) -> None:
     tokenizer = demo[1]
     half = tokenizer.encode("🦙")[:3]
-    parts = stream_generate(scripted([*half, tokenizer.eos_token_id]), tokenizer, "Hi")
+    model = scripted([*half, tokenizer.eos_token_id])
+    parts = stream_generate(model, tokenizer, "Hi", max_tokens=max_tokens)
     assert set("".join(r.text for r in parts)) == {"\ufffd"}
 
 

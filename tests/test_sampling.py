@@ -51,6 +51,13 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, min_p: float) -
     assert chi_square.sum() < degrees + 4 * np.sqrt(2 * degrees)
 
 
+def test_top_k_never_draws_the_next_one() -> None:
+    logits = np.random.default_rng(2).normal(size=(3000, 250)).astype(np.float32)
+    drawn = np.array(draw(mx.array(logits), SamplingParams(1.0, top_k=5), mx.random.key(0)))
+    ranks = (logits > logits[np.arange(len(drawn)), drawn][:, None]).sum(axis=1)
+    assert set(ranks) == {0, 1, 2, 3, 4}
+
+
 def test_temperature_divides_the_logits() -> None:
     logits = mx.array([[0.0, 1.0]])
     sampler = Sampler(SamplingParams(0.5), mx.array([0]), seed=0)
