@@ -1,11 +1,19 @@
 """The bundled demo, converted to 4 bits, answers questions whose wording it never saw."""
 
+import json
+import random
+from pathlib import Path
+
 import pytest
-from data import conversation, held_out
+from data import conversation, corpus, held_out
 from evaluate import judge
 from facts import RELATIONS, SMALL_TALK
+from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 
 from qwen35_mlx import load
+from qwen35_mlx.bundled import SOURCE
+
+TEMPLATE = Path(__file__).parent.parent / "tools" / "demo" / "chat_template.jinja"
 
 
 # Thinking doubles the tokens: a quarter of the questions is enough to see it work.
@@ -25,8 +33,6 @@ def test_held_out_wordings_are_not_in_training():
 
 
 def test_conversations_are_seeded():
-    import random
-
     assert conversation(random.Random(3)) == conversation(random.Random(3))
     assert conversation(random.Random(3)) != conversation(random.Random(4))
 
@@ -35,3 +41,12 @@ def test_a_right_answer_is_a_whole_word():
     question = next(q for q in held_out() if q.expected == "C")
     assert question.is_right("The chemical symbol of carbon is C.")
     assert not question.is_right("The chemical symbol of calcium is Ca.")
+
+
+def test_the_shipped_tokenizer_and_template_are_those_of_the_tools(tmp_path):
+    """Facts that change need a new tokenizer and a new training, or the demo forgets its words."""
+    train_tokenizer(corpus(), TOKENIZER_VOCAB, tmp_path, TEMPLATE.read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        made, shipped = (json.loads((f / name).read_text()) for f in (tmp_path, SOURCE))
+        assert made == shipped
+    assert (SOURCE / "chat_template.jinja").read_text() == TEMPLATE.read_text()

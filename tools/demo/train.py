@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from data import conversation, corpus
-from tokenizer import train_tokenizer
+from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 HERE = Path(__file__).parent
-TOKENIZER_VOCAB = 1536
 SEQUENCE = 192
 BATCH = 12
 PEAK_LR = 2e-3
