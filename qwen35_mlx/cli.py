@@ -1,6 +1,5 @@
 """The command line: parses, prints, and leaves the work to the package."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -261,9 +260,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # The reader of a pipe went away: nobody is left to tell, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(1) from None
+        # The reader of a pipe went away: typer exits without a word.
+        raise
     except (Qwen35Error, OSError) as error:
         from .terminal import print_error
 

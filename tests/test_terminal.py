@@ -58,7 +58,7 @@ class Screen:
         os.write(self._fd, text.encode())
 
     def wait_for(self, pattern: str, again: str = "") -> str:
-        """What was shown since the last call, without escapes, up to and with `pattern`.
+        """What was shown since the last call, without escapes, once `pattern` is in it.
 
         Types `again` now, and every second until the pattern is there.
         """
@@ -68,9 +68,9 @@ class Screen:
                 typed = time.monotonic()
                 self.type(again)
             text = ESCAPES.sub("", self.shown[self._from :]).replace("\r", "")
-            if found := re.search(pattern, text):
+            if re.search(pattern, text):
                 self._from = len(self.shown)
-                return text[: found.end()]
+                return text
             assert time.monotonic() < limit, f"no {pattern!r} in {text!r}"
             if select.select([self._fd], [], [], 0.1)[0]:
                 self.shown += os.read(self._fd, 65536).decode(errors="replace")
@@ -121,13 +121,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(screen: Any, converted_demo:
     # Hot enough never to end by itself.
     hot = ("--temperature", "99", "--top-k", "0", "--top-p", "1", "--seed", "1")
     shell = screen("chat", converted_demo, *hot)
+    shell.wait_for(r"> $")
     for _ in range(2):
-        shell.wait_for(r"> $")
         shell.type(FRANCE + "\n")
         shell.wait_for(r"France\?\n\s*\S+")
         shell.type("\x03")
-        shell.wait_for(r"stopped\n")
-    shell.wait_for(r"> $")
+        shell.wait_for(r"stopped\s+> $")
     shell.type("/exit\n")
     assert shell.exit_code() == 0
     assert "Traceback" not in shell.shown
@@ -190,10 +189,12 @@ def talk(chat: FakeChat, prompts: Sequence[str]) -> None:
     terminal.ChatSession(chat).run(prompts)  # type: ignore[arg-type]
 
 
-def test_answers_are_shown_as_they_are(consoles: Any) -> None:
+@pytest.mark.parametrize("size", [1, 7, 99])
+def test_answers_are_shown_as_they_are(consoles: Any, size: int) -> None:
     text = "[bold]no[/] :smile: [x] \\[y]\n\n\tindented\n  trailing  \n"
+    pieces = [Piece("answer", text[i : i + size]) for i in range(0, len(text), size)]
     out, err = consoles()
-    talk(FakeChat(*(Piece("answer", c) for c in text)), ["[red]?[/]"])
+    talk(FakeChat(*pieces), ["[red]?[/]"])
     assert out.getvalue().expandtabs() == text.expandtabs() + "\n"
     assert "prompt 12 of 40 tokens read, 100 tok/s · answer 7 tokens, 50.0 tok/s" in err.getvalue()
     assert "peak memory 12.35 GB" in err.getvalue()
