@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
 from .cache import Snapshot, restore, snapshot
-from .generate import Progress, prefill, stream_generate
+from .generate import LONG_ANSWER_TOKENS, Progress, prefill, stream_generate
 from .model import Model
 from .prompt import Piece, ThoughtSplitter, check_ids, check_length, encode_messages
 
@@ -29,7 +29,10 @@ class TurnStats:
 
 @dataclass
 class Chat:
-    """Turns with one model. `sampling` overrides the model's defaults, as in stream_generate."""
+    """Turns with one model; an answer has at most `max_tokens` (32,768 if None).
+
+    `sampling` overrides the model's defaults, as in stream_generate.
+    """
 
     model: Model
     tokenizer: Any
@@ -64,7 +67,7 @@ class Chat:
                 self.model,
                 self.tokenizer,
                 prompt[num_read:],
-                max_tokens=self.max_tokens,
+                max_tokens=self.max_tokens or LONG_ANSWER_TOKENS,
                 cache=self._cache,
                 cached_ids=prompt[:num_read],
                 **self.sampling,

@@ -59,7 +59,9 @@ Thinking = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, thought included.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer, thought included; 32,768 if unset.")
+]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; 1 is off.")]
 TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 is off.")]
@@ -135,7 +137,7 @@ def generate(
     with user_errors():
         text = read_prompts([] if prompt is None else [prompt])[0]
         options = sampling_options(ctx)
-        from .generate import stream_generate
+        from .generate import LONG_ANSWER_TOKENS, stream_generate
         from .terminal import quiet_libraries
         from .weights import load
 
@@ -148,7 +150,7 @@ def generate(
             loaded,
             tokenizer,
             text if raw else messages,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens or LONG_ANSWER_TOKENS,
             stop=stop,
             seed=seed,
             enable_thinking=think,

@@ -16,8 +16,9 @@ from .prompt import Prompt, check_ids, check_length, encode_prompt, held_back
 from .sampling import Sampler
 
 PREFILL_STEP_SIZE = 2048
-# What Qwen advises; most thoughts end long before.
-DEFAULT_MAX_TOKENS = 32_768
+# For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
+DEFAULT_MAX_TOKENS = 1_024
+LONG_ANSWER_TOKENS = 32_768
 Progress = Callable[[int, int], None]
 
 
@@ -51,7 +52,7 @@ def stream_generate(
     repetition penalty count that too. `stop` strings end the answer and are not part of it.
     `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
     presence_penalty, repetition_penalty. `progress(read, total)` follows the prefill. The answer
-    also ends at `max_tokens` (32,768 if None) and where the context is full. Errors in the
+    also ends at `max_tokens` (1,024 if None) and where the context is full. Errors in the
     arguments are raised by the call, before anything is read.
     """
     ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
