@@ -22,7 +22,7 @@ STARTS = {
     8: (-2.5, -1.9, -1.3, -0.7, -0.1),
 }
 # With importance, parts of the range: what counts may lie far inside of the ends.
-FAR_STARTS = (0.1, 0.2, 0.3, 0.4)
+FAR_STARTS = (0.1, 0.2, 0.4, 0.6)
 NUM_KEPT = 2
 NUM_IMPROVEMENTS = 2
 
@@ -92,7 +92,7 @@ def fit(
         weight = importance.astype(mx.float32).reshape(-1, group_size)
         top = weight.max(axis=-1, keepdims=True)
         # Relative to the group's largest: all equal is exactly 1, as if there were none.
-        weight = mx.where(top > 0, weight / mx.where(top > 0, top, 1), 1)
+        weight = mx.where(top > 0, weight / top, 1)
         weighty = mx.max(mx.where(weight > 0, grouped, -mx.inf), axis=-1, keepdims=True)
         grouped = mx.where(weight > 0, grouped, weighty.astype(rows.dtype))
         weight = weight.T[:, None, :]
@@ -191,7 +191,7 @@ def nearest(steps: mx.array, levels: int) -> mx.array:
 
 def fold_sum(values: mx.array) -> mx.array:
     """Sum over the first axis, a power of two long, in an order that no other axis changes."""
-    # mx.sum picks its order by the whole shape: rows apart would differ in the last bit.
+    # mx.sum may choose its order by the whole shape: rows apart would differ in the last bit.
     while (length := values.shape[0]) > 1:
         values = values[: length // 2] + values[length // 2 :]
     return values

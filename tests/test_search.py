@@ -197,6 +197,17 @@ def test_importance_lowers_the_error_it_weighs(bits):
     assert weighed < 0.97 * plain
 
 
+@pytest.mark.parametrize("bits", (3, 4, 6))
+def test_an_outlier_of_hardly_any_importance_does_not_stretch_the_range(bits):
+    w = weights((64, 64))
+    w[:, 7] = 12
+    slight, none = (mx.where(mx.arange(64) == 7, p, importances(64)) for p in (1e-7, 0))
+    stretched, free = (
+        errors(w, quantize(w, bits, 64, "search", p), bits, 64, none).sum() for p in (slight, none)
+    )
+    assert stretched < 2 * free
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_groups_are_exact(dtype):
     for value in (0.0, 1e-9, -1e-9, 3.3, -1234.5, 60000.0):
