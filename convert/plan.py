@@ -8,13 +8,20 @@ from typing import Any
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
+from qwen35_mlx.quant.affine import (
+    DATA_FREE_METHODS,
+    GROUP_SIZES,
+    check_method,
+    check_settings,
+    quantized_shapes,
+)
 
 from .names import Match, Role, Transform, fold, refuse_other_formats, resolve
 from .source import ITEM_BYTES, Segment, Source, SourceTensor, open_source
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8
+DEFAULT_METHOD = "minmax"
 MAX_SHARD_BYTES = 5 * 10**9
 
 # Module name to (bits, group_size), or to None to leave it unquantized.
@@ -108,6 +115,7 @@ class Plan:
     group_size: int
     dtype: str | None
     recipe_name: str | None
+    method: str | None
     shards: tuple[Shard, ...]
     dropped: tuple[SourceTensor, ...]
 
@@ -188,15 +196,18 @@ def plan(
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
+    method: str = DEFAULT_METHOD,
 ) -> Plan:
     """Plan the conversion of the checkpoint folder `source`; reads config and headers only.
 
     Without `bits` and `dtype`: 4 bits. `dtype` alone: unquantized. Both: quantized, with scales
     and all else in `dtype`. `recipe` decides module by module; routers stay at 8 bits or whole.
+    `method` is "minmax" or "search", as in `quantize`.
     """
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
     check_settings(DEFAULT_BITS if bits is None else bits, group_size)
+    check_method(method, DATA_FREE_METHODS)
     if dtype is not None and dtype not in DTYPES:
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
@@ -223,6 +234,7 @@ def plan(
         group_size,
         dtype,
         None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
+        None if bits is None else method,
         _shards(entries),
         tuple(match.segments[0].tensor for match in matches if not match.name),
     )

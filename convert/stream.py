@@ -31,7 +31,9 @@ def stream(plan: Plan, folder: Path, progress: Progress | None = None) -> dict[s
         with ShardWriter(folder / shard.file, shard.tensors) as writer:
             for entry in shard.entries:
                 for piece in _slices(entry):
-                    for tensor, rows in zip(entry.tensors, _convert(entry, piece), strict=True):
+                    for tensor, rows in zip(
+                        entry.tensors, _convert(entry, piece, plan.method), strict=True
+                    ):
                         writer.write(tensor.name, rows)
                     done_bytes += piece.nbytes
                     if progress:
@@ -53,7 +55,7 @@ def _slices(entry: Entry) -> Iterator[Segment]:
             yield Segment(tensor, row, min(row + step, stop))
 
 
-def _convert(entry: Entry, piece: Segment) -> tuple[mx.array, ...]:
+def _convert(entry: Entry, piece: Segment, method: str | None) -> tuple[mx.array, ...]:
     """The output rows of a slice: the weight, or weight, scales and biases."""
     rows = read_rows(piece.tensor, piece.start_row, piece.stop_row)
     _check_finite(rows, piece, "holds values that are not finite")
@@ -68,8 +70,8 @@ def _convert(entry: Entry, piece: Segment) -> tuple[mx.array, ...]:
         _check_finite(rows, piece, f"has values out of the range of {dtype}")
     if entry.bits is None:
         return (rows,)
-    assert entry.group_size is not None
-    return quantize(rows, entry.bits, entry.group_size)
+    assert entry.group_size is not None and method is not None
+    return quantize(rows, entry.bits, entry.group_size, method)
 
 
 def _check_finite(rows: mx.array, piece: Segment, what: str) -> None:

@@ -1,12 +1,17 @@
-"""Affine quantization of a weight, a group of consecutive inputs at a time."""
+"""Affine quantization in the layout of mlx: one entry for all methods, and what it refuses."""
 
 import mlx.core as mx
 
 from qwen35_mlx.errors import Qwen35Error
 
+from .gptq import DAMPING, gptq
+from .search import search
+
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-METHODS = ("minmax",)
+METHODS = ("minmax", "search", "gptq")
+# These need nothing but the weights.
+DATA_FREE_METHODS = ("minmax", "search")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -29,27 +34,54 @@ def quantized_shapes(
     return (*leading, inputs * bits // 32), (*leading, inputs // group_size)
 
 
+def check_method(method: str, methods: tuple[str, ...] = METHODS) -> None:
+    """Refuse a method that is none of `methods`."""
+    if method not in methods:
+        raise Qwen35Error(
+            f"method={method!r} is not a way to quantize",
+            got=repr(method),
+            expected=", ".join(methods),
+        )
+
+
 def quantize(
     w: mx.array,
     bits: int = 4,
     group_size: int = 64,
     method: str = "minmax",
     importance: mx.array | None = None,
+    hessian: mx.array | None = None,
+    damping: float = DAMPING,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Quantize `w [..., inputs]` to (packed uint32, scales, biases), laid out as mx.quantize does.
 
-    Scales and biases have the dtype of `w`. Groups never cross a row, so any split into rows
-    gives the same bits as the whole.
+    "minmax" is mx.quantize itself, "search" finds the least squared error, each column weighed by
+    `importance [inputs]`, and "gptq" the least error of products, by `hessian [inputs, inputs]`.
+    Scales and biases have the dtype of `w`. Groups never cross a row: but for "gptq" any split
+    into rows gives the same bits as the whole.
     """
     check_settings(bits, group_size)
-    if method not in METHODS:
-        raise Qwen35Error(
-            f"method={method!r} is not a way to quantize",
-            got=repr(method),
-            expected=", ".join(METHODS),
-        )
-    if importance is not None:
-        raise Qwen35Error("method='minmax' does not weigh its inputs", got="importance")
+    check_method(method)
+    _check_weight(w, group_size)
+    for name, value, owner in (("importance", importance, "search"), ("hessian", hessian, "gptq")):
+        if value is not None and method != owner:
+            raise Qwen35Error(f"method={method!r} has no use for {name}", got=name)
+    if w.ndim == 1:
+        parts = quantize(w[None], bits, group_size, method, importance, hessian, damping)
+        wq, scales, biases = (part[0] for part in parts)
+        return wq, scales, biases
+    if method == "search":
+        _check_importance(importance, w.shape[-1])
+        return search(w, bits, group_size, importance)
+    if method == "gptq":
+        if hessian is None:
+            raise Qwen35Error("method='gptq' needs a hessian", expected="hessian [inputs, inputs]")
+        return gptq(w, bits, group_size, hessian, damping)
+    wq, scales, biases = mx.quantize(w, group_size=group_size, bits=bits)
+    return wq, scales, biases
+
+
+def _check_weight(w: mx.array, group_size: int) -> None:
     if w.dtype not in FLOATS:
         raise Qwen35Error(
             "only floating point weights can be quantized",
@@ -62,11 +94,40 @@ def quantize(
             got=list(w.shape),
             expected=f"a last dim that is a multiple of {group_size}",
         )
-    if w.ndim == 1:
-        wq, scales, biases = mx.quantize(w[None], group_size=group_size, bits=bits)
-        return wq[0], scales[0], biases[0]
-    wq, scales, biases = mx.quantize(w, group_size=group_size, bits=bits)
-    return wq, scales, biases
+    if not w.size:
+        raise Qwen35Error("there are no weights to quantize", got=list(w.shape))
+    if not mx.all(mx.isfinite(w)).item():
+        raise Qwen35Error(
+            "weights that are not finite cannot be quantized",
+            got="nan or inf",
+            expected="finite numbers",
+        )
+    groups = w.reshape(-1, group_size)
+    ranges = groups.max(axis=-1).astype(mx.float32) - groups.min(axis=-1).astype(mx.float32)
+    # 0.9: the grid of codes may reach a little farther than the weights.
+    limit = 0.9 * mx.finfo(w.dtype).max
+    if not mx.all(ranges <= limit).item():
+        raise Qwen35Error(
+            f"a group of weights spans more than {w.dtype} can hold",
+            got=f"{mx.max(ranges).item():.3g} from the smallest to the largest of a group",
+            expected=f"at most {limit:.3g}",
+        )
+
+
+def _check_importance(importance: mx.array | None, inputs: int) -> None:
+    if importance is None:
+        return
+    if importance.shape != (inputs,):
+        raise Qwen35Error(
+            "importance is a number for each input",
+            got=list(importance.shape),
+            expected=[inputs],
+        )
+    if not mx.all((importance >= 0) & mx.isfinite(importance)).item():
+        raise Qwen35Error(
+            "importance must be finite and not negative",
+            got="negative numbers, nan or inf",
+        )
 
 
 def dequantize(

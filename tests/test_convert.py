@@ -12,6 +12,7 @@ from checkpoints import EXPERT_WIDTH, Tensors, as_mlx, assert_nothing_left, stor
 
 from qwen35_mlx.convert import convert, stream
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
 plan_module = importlib.import_module("qwen35_mlx.convert.plan")
@@ -29,6 +30,7 @@ def expected_output(
     bits: int | None = 4,
     group_size: int = 64,
     dtype: str | None = None,
+    method: str = "minmax",
 ) -> dict[str, mx.array]:
     """The conversion of whole tensors, one after the other, as simply as it can be said."""
     output = {}
@@ -44,7 +46,7 @@ def expected_output(
             output[name] = w
             continue
         router = name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
-        parts = mx.quantize(w, group_size=group_size, bits=8 if router else bits)
+        parts = quantize(w, 8 if router else bits, group_size, method)
         for part, array in zip(("weight", "scales", "biases"), parts, strict=True):
             output[name.removesuffix("weight") + part] = array
     return output
@@ -103,6 +105,15 @@ def test_output_equals_quantizing_whole_tensors(tmp_path, monkeypatch, moe, bits
     monkeypatch.setattr(stream, "SLICE_BYTES", 50 * 128 * 2)
     out = convert(source, tmp_path / "out", bits=bits, group_size=group_size)
     assert_same(load(out), expected_output(tensors, bits=bits, group_size=group_size))
+
+
+def test_searching_in_slices_equals_searching_in_whole_tensors(tmp_path, monkeypatch, moe):
+    source, tensors = moe
+    monkeypatch.setattr(stream, "SLICE_BYTES", 50 * 128 * 2)
+    out = convert(source, tmp_path / "out", bits=3, method="search")
+    assert_same(load(out), expected_output(tensors, bits=3, method="search"))
+    plain = load(convert(source, tmp_path / "plain", bits=3))
+    assert any(not mx.array_equal(a, plain[name]).item() for name, a in load(out).items())
 
 
 @pytest.mark.parametrize("stored_dtype", ["F32", "F16", "BF16"])

@@ -41,8 +41,28 @@ def test_config_says_what_mlx_lm_would_guess_and_what_we_did(tmp_path):
     assert facts["format_version"] == 1
     assert facts["norms_shifted"] is True
     assert facts["source"] == "src"
-    assert facts["settings"] == {"bits": 3, "group_size": 32, "dtype": None, "recipe": None}
+    assert facts["settings"] == {
+        "bits": 3, "group_size": 32, "dtype": None, "recipe": None, "method": "minmax"
+    }  # fmt: skip
     assert str(tmp_path) not in (out / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [(dict(method="search"), "search"), ({}, "minmax"), (dict(dtype="float16"), None)],
+)
+def test_config_names_the_method_if_anything_was_quantized(tmp_path, settings, method):
+    write_checkpoint(tmp_path / "src")
+    config = job.output_config(plan(tmp_path / "src", **settings), {})
+    assert config["qwen35_mlx"]["settings"]["method"] == method
+
+
+@pytest.mark.parametrize("method", ["gptq", "best"])
+def test_methods_that_weights_alone_cannot_feed_are_refused(tmp_path, method):
+    write_checkpoint(tmp_path / "src")
+    with pytest.raises(Qwen35Error, match=f"(?s)method='{method}'.*expected: minmax, search"):
+        convert(tmp_path / "src", tmp_path / "out", method=method)
+    assert_nothing_left(tmp_path)
 
 
 def test_the_plan_keeps_the_config_of_the_source(tmp_path):

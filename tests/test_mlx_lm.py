@@ -60,6 +60,7 @@ def run(model: Any, ids: mx.array) -> np.ndarray:
     [
         dict(bits=3, group_size=64),
         dict(bits=4, group_size=64),
+        dict(bits=4, group_size=64, method="search"),
         dict(bits=4, group_size=128),
         dict(bits=8, group_size=32),
         dict(dtype="bfloat16"),

@@ -3,7 +3,7 @@ import pytest
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import dequantize, quantize
-from qwen35_mlx.quant.affine import BITS, GROUP_SIZES, quantized_shapes
+from qwen35_mlx.quant.affine import BITS, GROUP_SIZES, METHODS, quantized_shapes
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -51,12 +51,44 @@ def test_dequantized_weights_are_within_a_step(shape):
         (dict(bits=7), "bits=7 is not supported"),
         (dict(bits=4.0), r"bits=4.0 is not supported"),
         (dict(bits=4, group_size=16), "group_size=16 is not supported"),
-        (dict(bits=4, method="search"), "method='search' is not a way to quantize"),
-        (dict(bits=4, importance=mx.ones(128)), "does not weigh its inputs"),
+        (dict(bits=4, method="best"), "method='best' is not a way to quantize"),
+        (dict(bits=4, importance=mx.ones(128)), "method='minmax' has no use for importance"),
+        (dict(method="search", hessian=mx.eye(128)), "method='search' has no use for hessian"),
+        (dict(method="gptq"), "needs a hessian"),
+        (dict(method="search", importance=mx.ones(64)), r"(?s)for each input.*\[64\].*\[128\]"),
+        (dict(method="search", importance=-mx.ones(128)), "finite and not negative"),
+        (dict(method="search", importance=mx.full(128, mx.nan)), "finite and not negative"),
         (dict(bits=4, w=mx.ones((2, 96))), "group_size=64 does not divide"),
+        (dict(bits=4, w=mx.ones((0, 128))), "no weights"),
         (dict(bits=4, w=mx.ones((2, 128), dtype=mx.int32)), "only floating point weights"),
     ],
 )
 def test_unusable_arguments_are_refused(arguments, message):
     with pytest.raises(Qwen35Error, match=message):
         quantize(**{"w": mx.ones((2, 128)), **arguments})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused(method, dtype, value):
+    w = mx.ones((2, 128), dtype=dtype)
+    w[1, 70] = float(value)
+    hessian = mx.eye(128) if method == "gptq" else None
+    with pytest.raises(Qwen35Error, match="not finite"):
+        quantize(w, method=method, hessian=hessian)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_whose_range_overflows_are_refused_and_half_of_it_is_quantized(method, dtype):
+    hessian = mx.eye(128) if method == "gptq" else None
+    ends = mx.array([-1.0, 1.0] * 64) * (0.9 * mx.finfo(dtype).max)
+    with pytest.raises(Qwen35Error, match="spans more than"):
+        quantize(ends.astype(dtype), method=method, hessian=hessian)
+    w = (ends * 0.4).astype(dtype)
+    wq, scales, biases = quantize(w, method=method, hessian=hessian)
+    back = dequantize(wq, scales.astype(mx.float32), biases.astype(mx.float32))
+    # mlx gives a step away for an exact zero.
+    step = mx.abs(scales).max().astype(mx.float32)
+    assert mx.all(mx.abs(back - w.astype(mx.float32)) <= 1.01 * step).item()

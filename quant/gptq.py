@@ -1,0 +1,96 @@
+"""Rounding column after column, each one's error made up for by the columns still to come."""
+
+# R rows, G weights a group. Within a group columns lie first: [G, R].
+
+import mlx.core as mx
+import numpy as np
+
+from qwen35_mlx.errors import Qwen35Error
+
+from .packing import pack
+from .search import CHUNK_WEIGHTS, fit, inverse, nearest
+
+DAMPING = 0.01
+
+
+def gptq(
+    w: mx.array, bits: int, group_size: int, hessian: mx.array, damping: float = DAMPING
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Quantize finite `w [..., inputs]` so that `w @ x` keeps its value for typical inputs x.
+
+    `hessian [inputs, inputs]` is the mean of x x^T, up to a factor; `damping` times the mean of
+    its diagonal is added to it. Scales and biases are searched for as each group's turn comes.
+    Holds the result, 3 float64 matrices of the size of `hessian`, and what `search` holds.
+    Source: Frantar et al. 2022, arXiv 2210.17323, in the order of the columns.
+    """
+    *leading, inputs = w.shape
+    factor = inverse_factor(hessian, inputs, damping)
+    rows = w.reshape(-1, inputs)
+    num_rows = max(CHUNK_WEIGHTS // inputs, 1)
+    parts = []
+    for start in range(0, rows.shape[0], num_rows):
+        codes, scales, biases = _feed_back(rows[start : start + num_rows], bits, group_size, factor)
+        part = (pack(codes, bits), scales, biases)
+        mx.eval(part)
+        parts.append(part)
+    whole = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
+    wq, scales, biases = (array.reshape(*leading, array.shape[-1]) for array in whole)
+    return wq, scales, biases
+
+
+def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
+    """Upper triangular U in float32 with U^T U the inverse of the damped Hessian."""
+    if hessian.shape != (inputs, inputs):
+        raise Qwen35Error(
+            "the hessian does not fit the weight",
+            got=list(hessian.shape),
+            expected=[inputs, inputs],
+        )
+    # float64, which mlx has on no GPU: a Hessian of correlated inputs is close to singular.
+    h = np.array(hessian.astype(mx.float32)).astype(np.float64)
+    if not np.isfinite(h).all() or not np.allclose(h, h.T, rtol=1e-3, atol=1e-6 * np.abs(h).max()):
+        raise Qwen35Error(
+            "the hessian is not a matrix of second moments",
+            expected="finite numbers, the same across the diagonal",
+        )
+    mean = np.trace(h) / inputs
+    h += np.eye(inputs) * (damping * mean if mean > 0 else 1)
+    try:
+        # From the last column to the first: this way round, no inverse of the whole is needed.
+        lower = np.linalg.cholesky(h[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        raise Qwen35Error(
+            "the hessian has directions of no or negative weight",
+            got=f"damping={damping}",
+            hint="damp more: 0.01 or 0.1",
+        ) from None
+    upper = np.linalg.inv(lower)[::-1, ::-1]
+    return mx.array(np.triu(upper).astype(np.float32))
+
+
+def _feed_back(
+    rows: mx.array, bits: int, group_size: int, factor: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes [R, inputs], scales and biases of some rows."""
+    dtype, levels = rows.dtype, 2**bits - 1
+    rest = rows.astype(mx.float32)
+    # An error in a column costs this much after the later columns did their best.
+    cost = 1 / mx.square(mx.diag(factor))
+    parts = []
+    for start in range(0, rows.shape[1], group_size):
+        stop = start + group_size
+        scales, biases = fit(rest[:, :group_size], bits, group_size, cost[start:stop], dtype=dtype)
+        scale, bias = (array.astype(mx.float32)[:, 0] for array in (scales, biases))
+        group, within = rest[:, :group_size].T, factor[start:stop, start:stop]
+        codes, errors = [], []
+        for j in range(group_size):
+            code = nearest((group[0] - bias) * inverse(scale), levels)
+            error = (group[0] - (scale * code + bias)) / within[j, j]
+            codes.append(code)
+            errors.append(error)
+            group = group[1:] - within[j, j + 1 :, None] * error
+        rest = rest[:, group_size:] - mx.stack(errors, axis=1) @ factor[start:stop, stop:]
+        parts.append((mx.stack(codes, axis=1), scales, biases))
+        mx.async_eval(rest, parts[-1])
+    wholes = [mx.concatenate(list(arrays), axis=1) for arrays in zip(*parts, strict=True)]
+    return wholes[0], wholes[1], wholes[2]

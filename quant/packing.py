@@ -1,0 +1,23 @@
+"""Codes to the words of mlx: a stream of bits, the first code lowest, in little-endian uint32."""
+
+import mlx.core as mx
+
+WORD_BITS = 32
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Pack `codes [..., inputs]`, whole numbers below 2**bits, into uint32 [..., inputs*bits/32].
+
+    `inputs` is a multiple of 32: then `bits` words hold 32 codes, whatever the width.
+    """
+    *leading, inputs = codes.shape
+    lanes = codes.astype(mx.uint32).reshape(*leading, inputs // WORD_BITS, WORD_BITS)
+    words = [mx.zeros(lanes.shape[:-1], dtype=mx.uint32)] * bits
+    for i in range(WORD_BITS):
+        word, shift = divmod(i * bits, WORD_BITS)
+        lane = lanes[..., i]
+        words[word] = words[word] | (lane << shift)
+        if shift + bits > WORD_BITS:
+            # 3, 5 and 6 bits: a code may lie across two words.
+            words[word + 1] = words[word + 1] | (lane >> (WORD_BITS - shift))
+    return mx.stack(words, axis=-1).reshape(*leading, inputs * bits // WORD_BITS)
