@@ -147,18 +147,16 @@ def prefill(
     if progress:
         progress(0, total)
     for start in range(0, total, step_size):
-        hidden = model.trunk(ids[None, start : start + step_size], cache)
+        hidden = model.trunk(ids[None, start : start + step_size], cache, last_only=True)
         if start + step_size < total:
             mx.eval(cache_arrays(cache))
             mx.clear_cache()
             if progress:
                 progress(start + step_size, total)
-    # Only the last row goes through the head: 248,320 logits a row are not free.
-    last = hidden[:, -1:]
-    mx.eval(last, cache_arrays(cache))
+    mx.eval(hidden, cache_arrays(cache))
     if progress:
         progress(total, total)
-    return last
+    return hidden
 
 
 def decode_steps(

@@ -42,13 +42,16 @@ class DecoderLayer(nn.Module):
         mask: Any,
         cache: Any | None,
         positions: mx.array | None,
+        last_only: bool = False,
     ) -> mx.array:
-        """`[B, T, H]` -> the same."""
+        """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
         normed = self.input_layernorm(x)
         if self.is_linear:
             x = x + self.linear_attn(normed, mask, cache)
         else:
             x = x + self.self_attn(normed, mask, cache, positions)
+        if last_only:
+            x = x[:, -1:]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -72,8 +75,12 @@ class Trunk(nn.Module):
         *,
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
+        last_only: bool = False,
     ) -> mx.array:
-        """ids `[B, T]` or embeddings `[B, T, H]`, positions `[B, T]` or None -> `[B, T, H]`."""
+        """ids `[B, T]` or embeddings `[B, T, H]`, positions `[B, T]` or None -> `[B, T, H]`.
+
+        `last_only` gives `[B, 1, H]`, without the last layer's feed-forward of the other tokens.
+        """
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
@@ -81,7 +88,8 @@ class Trunk(nn.Module):
         linear_mask = create_ssm_mask(x, entries[linear]) if linear is not None else None
         full_mask = create_attention_mask(x, entries[full]) if full is not None else None
         for layer, entry in zip(self.layers, entries, strict=True):
-            x = layer(x, linear_mask if layer.is_linear else full_mask, entry, positions)
+            mask = linear_mask if layer.is_linear else full_mask
+            x = layer(x, mask, entry, positions, last_only and layer is self.layers[-1])
         return self.norm(x)
 
 
@@ -134,9 +142,12 @@ class Model(nn.Module):
         *,
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
+        last_only: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
-        return self.language_model.model(ids, cache, embeddings=embeddings, positions=positions)
+        return self.language_model.model(
+            ids, cache, embeddings=embeddings, positions=positions, last_only=last_only
+        )
 
     def head(self, hidden: mx.array) -> mx.array:
         """`[..., H]` -> logits `[..., vocab]`."""

@@ -163,6 +163,15 @@ def test_shifted_positions_matter_where_there_is_attention():
     assert difference(model.trunk(ids), model.trunk(ids, positions=stretched)) > 1e-2
 
 
+def test_the_last_token_alone_is_the_last_of_all(model):
+    ids = tokens(2, 70)
+    one, all_of_them = model.make_cache(), model.make_cache()
+    last = model.trunk(ids, one, last_only=True)
+    assert difference(last, model.trunk(ids, all_of_them)[:, -1:]) <= 1e-5
+    following = tokens(2, 1, seed=1)
+    assert difference(model(following, one), model(following, all_of_them)) == 0
+
+
 def test_embeddings_stand_in_for_ids(model):
     ids = tokens(1, 5)
     embeddings = model.language_model.model.embed_tokens(ids)
