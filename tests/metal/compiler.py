@@ -50,11 +50,12 @@ REWRITES = [
     (r"\b((?:device|constant|threadgroup)\s+(?:const\s+)?[\w:]+)\s+(\w+)\[\w*\](?=\s*[,)])", r"\1* \2"),
     # set by nobody for a custom kernel
     (r"\[\[function_constant\(\d+\)\]\]", "= {}"),
-    (r"#pragma once", ""),
+    (r"\[\[threadgroup\(\d+\)\]\]", ""),
+    (r"#pragma (?:once|METAL[^\n]*)", ""),
 ]
 # `void next() thread {`: C++ has no such qualifiers of functions.
 METHOD_QUALIFIER = r"\)(\s*const)?\s*\b(?:thread|device|constant|threadgroup)\b(\s*[:{;])"
-SHARED = r"([;{}]\s*)threadgroup\s+([\w:<>, ]+?)\s+(\w+(?:\s*\[[^\];]*\])*(?:\s*,\s*\w+(?:\s*\[[^\];]*\])*)*)\s*;"
+SHARED = r"(?<=[;{}])(\s*)threadgroup\s+([\w:<>, ]+?)\s+(\w+(?:\s*\[[^\];]*\])*(?:\s*,\s*\w+(?:\s*\[[^\];]*\])*)*)\s*;"
 
 
 def without_comments(text: str) -> str:

@@ -542,6 +542,13 @@ void* __tsan_memset(void* to, int value, EmuU64 bytes) {
   access_range(to, bytes, true);
   return memset(to, value, bytes);
 }
+// What clang calls to round to bfloat where the processor cannot: to nearest, ties to even.
+__bf16 __truncsfbf2(float x) {
+  EmuU32 bits = __builtin_bit_cast(EmuU32, x);
+  bits = x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_bit_cast(__bf16, (unsigned short)(bits >> 16));
+}
+
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

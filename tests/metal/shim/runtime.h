@@ -37,17 +37,20 @@ struct EmuLaunch {
   char message[512];
 };
 
+// Without `convergent` clang would copy a call into both branches before it, and lanes would miss each other.
+#define EMU_CONVERGENT __attribute__((convergent))
+
 extern "C" {
 // Parks this lane until all lanes of its simdgroup are at the same place.
 // Returns what each of the 32 lanes brought, 64 bytes apart.
-EmuByte* emu_simd(const void* site, const char* what, int line, const void* value, EmuU32 bytes);
+EMU_CONVERGENT EmuByte* emu_simd(const void* site, const char* what, int line, const void* value, EmuU32 bytes);
 // Lanes of this simdgroup that exist.
 EmuU32 emu_lanes();
 EmuU32 emu_lane();
 // True for the first lane that asks after an emu_simd; it computes for all.
 bool emu_first();
-void emu_barrier(const void* site, int flags, int line);
-void emu_simdgroup_barrier(const void* site, int flags, int line);
+EMU_CONVERGENT void emu_barrier(const void* site, int flags, int line);
+EMU_CONVERGENT void emu_simdgroup_barrier(const void* site, int flags, int line);
 void emu_threadgroup_memory(void* data, EmuU64 bytes, EmuU32 element_bytes, const char* name);
 void emu_atomic(void* address, EmuU32 bytes);
 void emu_fail(int error, const char* message, int line);

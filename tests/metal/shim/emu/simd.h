@@ -41,6 +41,14 @@ __attribute__((always_inline)) inline T reduce(Slots<T> slots, F f) {
   return slots[0];
 }
 
+template <typename T, typename F>
+__attribute__((always_inline)) inline T reduce_quad(Slots<T> slots, F f) {
+  EmuU32 base = emu_lane() & ~3u;
+  for (EmuU32 i = 0; i < 4; i++)
+    if (!lane_exists(base + i)) return slots[base];
+  return f(f(slots[base], slots[base + 1]), f(slots[base + 2], slots[base + 3]));
+}
+
 template <typename T>
 inline T from(Slots<T> slots, EmuU32 lane, const char* what, int line) {
   if (!lane_exists(lane)) emu_fail(EMU_DIVERGENCE, what, line);
@@ -64,12 +72,14 @@ struct element<T[N]> : element<T> {};
 #define EMU_SITE __builtin_return_address(0)
 #define EMU_LINE int line = __builtin_LINE()
 
-#define EMU_REDUCTION(NAME, EXPRESSION)                                                     \
-  template <typename T>                                                                     \
-  EMU_LANE_OP T NAME(T x, EMU_LINE) {                                                       \
-    using W = typename emu::wide<T>::type;                                                  \
-    return T(emu::reduce(emu::gather<W>(EMU_SITE, #NAME, line, W(x)), [](W a, W b) { return W(EXPRESSION); })); \
+#define EMU_REDUCTION_BY(HOW, NAME, EXPRESSION)                                                                    \
+  template <typename T>                                                                                            \
+  EMU_LANE_OP T NAME(T x, EMU_LINE) {                                                                              \
+    using W = typename emu::wide<T>::type;                                                                         \
+    return T(emu::HOW(emu::gather<W>(EMU_SITE, #NAME, line, W(x)), [](W a, W b) { return W(EXPRESSION); }));       \
   }
+#define EMU_REDUCTION(NAME, EXPRESSION) EMU_REDUCTION_BY(reduce, NAME, EXPRESSION)
+#define EMU_QUAD_REDUCTION(NAME, EXPRESSION) EMU_REDUCTION_BY(reduce_quad, NAME, EXPRESSION)
 #define EMU_SHUFFLE(NAME, PARAMETER, LANE)                                                  \
   template <typename T>                                                                     \
   EMU_LANE_OP T NAME(T x, ushort PARAMETER, EMU_LINE) {                                     \
@@ -109,6 +119,10 @@ EMU_REDUCTION(simd_min, min(a, b))
 EMU_REDUCTION(simd_and, a& b)
 EMU_REDUCTION(simd_or, a | b)
 EMU_REDUCTION(simd_xor, a ^ b)
+EMU_QUAD_REDUCTION(quad_sum, a + b)
+EMU_QUAD_REDUCTION(quad_product, a* b)
+EMU_QUAD_REDUCTION(quad_max, max(a, b))
+EMU_QUAD_REDUCTION(quad_min, min(a, b))
 EMU_LANE_OP inline bool simd_all(bool x, EMU_LINE) {
   return emu::reduce(emu::gather(EMU_SITE, "simd_all", line, x), [](bool a, bool b) { return a && b; });
 }

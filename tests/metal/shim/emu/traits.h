@@ -55,8 +55,6 @@ template <typename T>
 struct remove_addrspace { using type = T; };
 template <typename T>
 using remove_addrspace_t = T;
-template <typename...>
-using void_t = void;
 
 template <typename From, typename To>
 constexpr bool is_convertible_v = __is_convertible(From, To);
@@ -74,8 +72,6 @@ template <typename T>
 constexpr bool is_unsigned_v = __is_unsigned(T);
 template <typename T>
 constexpr bool is_arithmetic_v = is_floating_point_v<T> || is_integral_v<T>;
-template <typename T>
-constexpr bool is_empty_v = __is_empty(T);
 #define EMU_STRUCT_OF(NAME) \
   template <typename T>     \
   struct NAME : bool_constant<NAME##_v<T>> {};
@@ -84,7 +80,6 @@ EMU_STRUCT_OF(is_integral)
 EMU_STRUCT_OF(is_signed)
 EMU_STRUCT_OF(is_unsigned)
 EMU_STRUCT_OF(is_arithmetic)
-EMU_STRUCT_OF(is_empty)
 
 template <typename T>
 struct numeric_limits {
@@ -105,12 +100,6 @@ struct numeric_limits {
 EMU_FLOAT_LIMITS(float, __FLT_MAX__, __FLT_MIN__, __FLT_EPSILON__)
 EMU_FLOAT_LIMITS(half, 65504.0f, 6.103515625e-5f, 9.765625e-4f)
 EMU_FLOAT_LIMITS(bfloat, 3.38953139e38f, __FLT_MIN__, 7.8125e-3f)
-
-template <typename T, T... I>
-struct integer_sequence {};
-
-template <typename To, typename From>
-constexpr To emu_bits(From x) { return __builtin_bit_cast(To, x); }
 
 }  // namespace metal
 
