@@ -23,9 +23,12 @@ SHIM = Path(__file__).parent / "shim"
 MLX_INCLUDE = Path(next(iter(mlx.__path__))) / "include"
 ZIG = Path(ziglang.__file__).parent / ("zig.exe" if os.name == "nt" else "zig")
 
-COMMON = ["-std=c++17", "-w", "-ffp-contract=off", "-fno-lax-vector-conversions"]
+COMMON = ["-std=c++17", "-Wno-everything", "-ffp-contract=off", "-fno-lax-vector-conversions"]
 COMMON += ["-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type"]
-COMMON += ["-fno-exceptions", "-fno-rtti", "-Xclang", "-ffloat16-excess-precision=none"]
+COMMON += ["-fno-exceptions", "-fno-rtti"]
+# Metal has no double: 1.0 is a float.
+for option in ("-cl-single-precision-constant", "-ffloat16-excess-precision=none"):
+    COMMON += ["-Xclang", option]
 CODE = ["-fPIC", "-O2", "-fno-stack-protector"]
 # Every access to memory calls the runtime; wider ones than 16 bytes would not.
 CHECKED = ["-fno-vectorize", "-fno-slp-vectorize", "-fno-threadsafe-statics"]
@@ -46,8 +49,6 @@ REWRITES = [
     (rf"\(({VECTOR})\)\s*(?=[\w(.-])", r"emu::cast<\1>()->*"),
     (rf"(?<![\w<])({VECTOR})\s*\(", r"emu::make<\1>("),
     (r"\b((?:metal::)?vec<[\w:]+,\s*\w+>)\s*\(", r"emu::make<\1>("),
-    # an array as a parameter is a pointer, which clang denies to address spaces
-    (r"\b((?:device|constant|threadgroup)\s+(?:const\s+)?[\w:]+)\s+(\w+)\[\w*\](?=\s*[,)])", r"\1* \2"),
     # set by nobody for a custom kernel
     (r"\[\[function_constant\(\d+\)\]\]", "= {}"),
     (r"\[\[threadgroup\(\d+\)\]\]", ""),
@@ -55,7 +56,16 @@ REWRITES = [
 ]
 # `void next() thread {`: C++ has no such qualifiers of functions.
 METHOD_QUALIFIER = r"\)(\s*const)?\s*\b(?:thread|device|constant|threadgroup)\b(\s*[:{;])"
-SHARED = r"(?<=[;{}])(\s*)threadgroup\s+([\w:<>, ]+?)\s+(\w+(?:\s*\[[^\];]*\])*(?:\s*,\s*\w+(?:\s*\[[^\];]*\])*)*)\s*;"
+# An array as a parameter is a pointer, which clang denies to address spaces.
+ARRAY_PARAMETER = (
+    r"\b((?:device|constant|threadgroup)\s+(?:const\s+)?[\w:]+)\s+(\w+)\[\w*\](?=\s*[,)])"
+)
+# `threadgroup float a[32], b[8];`
+DECLARATOR = r"\w+(?:\s*\[[^\];]*\])*"
+SHARED = (
+    r"(?<=[;{}])(\s*)threadgroup\s+([\w:<>, ]+?)\s+"
+    rf"({DECLARATOR}(?:\s*,\s*{DECLARATOR})*)\s*;"
+)
 
 
 def without_comments(text: str) -> str:
@@ -77,6 +87,7 @@ def rewrite(text: str) -> str:
         return f"{before}EMU_SHARED {ctype} {names};{notes}"
 
     text = re.sub(SHARED, shared, text)
+    text = re.sub(ARRAY_PARAMETER, r"\1* \2", text)
     return re.sub(METHOD_QUALIFIER, r")\1\2", text)
 
 

@@ -166,6 +166,9 @@ void describe(EmuU32 t, char* text, size_t bytes) {
   fail(EMU_DIVERGENCE, "not reached by all: %s, but %s", first, second);
 }
 
+// The line too, because clang may turn two calls into one.
+bool same_place(const Fiber& a, const Fiber& b) { return a.parked == b.parked && a.site == b.site && a.line == b.line; }
+
 // All lanes of the group have stopped: lets them go on together, or finds out who is missing.
 void settle_group(EmuU32 g) {
   Simdgroup& s = groups[g];
@@ -175,7 +178,7 @@ void settle_group(EmuU32 g) {
   const Fiber& f = fibers[first];
   for (EmuU32 rest = alive; rest; rest &= rest - 1) {
     EmuU32 t = g * LANES + __builtin_ctz(rest);
-    if (fibers[t].parked != f.parked || fibers[t].site != f.site) diverged(first, t);
+    if (!same_place(fibers[t], f)) diverged(first, t);
   }
   if (s.finished) diverged(first, g * LANES + __builtin_ctz(s.finished));
   if (f.parked != AT_SIMD) return;
@@ -192,7 +195,7 @@ void release_barrier() {
   while (groups[first].finished) first++;
   const Fiber& f = fibers[first * LANES];
   for (EmuU32 g = 0; g < num_groups; g++) {
-    if (groups[g].finished || fibers[g * LANES].site != f.site) diverged(first * LANES, g * LANES);
+    if (groups[g].finished || !same_place(fibers[g * LANES], f)) diverged(first * LANES, g * LANES);
     groups[g].ready = groups[g].lanes;
   }
   launch->num_barriers++;
@@ -512,8 +515,8 @@ void emu_threadgroup_memory(void* data, EmuU64 bytes, EmuU32 element_bytes, cons
                             cells + (total - bytes), nullptr};
 }
 
-void emu_atomic(void* address, EmuU32 bytes) {
-  access(address, bytes, false, true);
+void emu_atomic(void* address, EmuU32 bytes, bool reads) {
+  if (reads) access(address, bytes, false, true);
   access(address, bytes, true, true);
 }
 

@@ -52,7 +52,7 @@ bool emu_first();
 EMU_CONVERGENT void emu_barrier(const void* site, int flags, int line);
 EMU_CONVERGENT void emu_simdgroup_barrier(const void* site, int flags, int line);
 void emu_threadgroup_memory(void* data, EmuU64 bytes, EmuU32 element_bytes, const char* name);
-void emu_atomic(void* address, EmuU32 bytes);
+void emu_atomic(void* address, EmuU32 bytes, bool reads);
 void emu_fail(int error, const char* message, int line);
 void emu_count_macs(EmuU64 macs);
 }

@@ -17,18 +17,16 @@ typedef atomic<bool> atomic_bool;
 namespace emu {
 #if defined(EMU_ADDRESS_SPACES)
 template <typename P, typename F>
-auto atomically(P* p, F) { return p->emu_value; }
+auto atomically(P* p, F, bool = true) { return p->emu_value; }
 #else
 template <typename T, typename F>
-__attribute__((no_sanitize("thread"), noinline)) T atomically(metal::atomic<T>* p, F f) {
-  emu_atomic(p, sizeof(T));
+__attribute__((no_sanitize("thread"), noinline)) T atomically(metal::atomic<T>* p, F f, bool reads = true) {
+  emu_atomic(p, sizeof(T), reads);
   T old = p->emu_value;
   p->emu_value = f(old);
   return old;
 }
 #endif
-template <typename T>
-struct atomic_of;
 }  // namespace emu
 
 #define EMU_FETCH(NAME, SPACE, EXPRESSION)                                               \
@@ -52,7 +50,8 @@ struct atomic_of;
   }                                                                                      \
   template <typename T, typename U>                                                      \
   inline void atomic_store_explicit(SPACE atomic<T>* object, U operand, memory_order o) { \
-    emu_atomic_store(object, T(operand));                                                \
+    T x = T(operand);                                                                    \
+    emu::atomically(object, [x](T) { return x; }, false);                                \
   }                                                                                      \
   template <typename T, typename U>                                                      \
   inline bool atomic_compare_exchange_weak_explicit(                                     \
@@ -63,10 +62,6 @@ struct atomic_of;
   }
 
 namespace metal {
-template <typename P, typename T>
-inline void emu_atomic_store(P* object, T x) {
-  emu::atomically(object, [x](T) { return x; });
-}
 EMU_ATOMICS(device)
 #if defined(EMU_ADDRESS_SPACES)
 EMU_ATOMICS(threadgroup)

@@ -4,6 +4,8 @@
 namespace emu {
 template <typename T>
 constexpr bool floating = metal::is_floating_point_v<scalar<T>>;
+template <typename T>
+constexpr bool number = metal::is_arithmetic_v<scalar<T>>;
 
 // What half and bfloat compute in.
 template <typename T>
@@ -28,36 +30,40 @@ constexpr T each(F f, A... a) {
 }  // namespace emu
 
 // C++17 has no templates over builtins; a captureless lambda each.
-#define EMU_FLOAT1(NAME, EXPRESSION)                                               \
-  template <typename T>                                                            \
-  inline metal::enable_if_t<emu::floating<T>, T> NAME(T x) {                       \
-    return emu::each<T>([](auto x) { return EXPRESSION; }, x);                     \
+#define EMU_UNARY(CONDITION, NAME, EXPRESSION)                                              \
+  template <typename T>                                                                     \
+  inline metal::enable_if_t<CONDITION<T>, T> NAME(T x) {                                    \
+    return emu::each<T>([](auto x) { return EXPRESSION; }, x);                              \
   }
-#define EMU_FLOAT2(NAME, EXPRESSION)                                               \
-  template <typename T>                                                            \
-  inline metal::enable_if_t<emu::floating<T>, T> NAME(T x, T y) {                  \
-    return emu::each<T>([](auto x, auto y) { return EXPRESSION; }, x, y);          \
+// Next to a vector, a scalar stands for a vector of it.
+#define EMU_BINARY(CONDITION, NAME, EXPRESSION)                                             \
+  template <typename T>                                                                     \
+  inline metal::enable_if_t<CONDITION<T>, T> NAME(T x, T y) {                               \
+    return emu::each<T>([](auto x, auto y) { return EXPRESSION; }, x, y);                   \
+  }                                                                                         \
+  template <typename T>                                                                     \
+  inline metal::enable_if_t<(emu::size<T> > 0), T> NAME(T x, emu::scalar<T> y) {            \
+    return NAME(x, T(y));                                                                   \
+  }                                                                                         \
+  template <typename T>                                                                     \
+  inline metal::enable_if_t<(emu::size<T> > 0), T> NAME(emu::scalar<T> x, T y) {            \
+    return NAME(T(x), y);                                                                   \
   }
-#define EMU_FLOAT3(NAME, EXPRESSION)                                               \
-  template <typename T>                                                            \
-  inline metal::enable_if_t<emu::floating<T>, T> NAME(T x, T y, T z) {             \
-    return emu::each<T>([](auto x, auto y, auto z) { return EXPRESSION; }, x, y, z); \
+#define EMU_TERNARY(CONDITION, NAME, EXPRESSION)                                            \
+  template <typename T>                                                                     \
+  inline metal::enable_if_t<CONDITION<T>, T> NAME(T x, T y, T z) {                          \
+    return emu::each<T>([](auto x, auto y, auto z) { return EXPRESSION; }, x, y, z);        \
+  }                                                                                         \
+  template <typename T>                                                                     \
+  inline metal::enable_if_t<(emu::size<T> > 0), T> NAME(T x, emu::scalar<T> y, emu::scalar<T> z) { \
+    return NAME(x, T(y), T(z));                                                             \
   }
-#define EMU_ANY1(NAME, EXPRESSION)                                                 \
-  template <typename T>                                                            \
-  inline T NAME(T x) {                                                             \
-    return emu::each<T>([](auto x) { return EXPRESSION; }, x);                     \
-  }
-#define EMU_ANY2(NAME, EXPRESSION)                                                 \
-  template <typename T>                                                            \
-  inline T NAME(T x, T y) {                                                        \
-    return emu::each<T>([](auto x, auto y) { return EXPRESSION; }, x, y);          \
-  }
-#define EMU_ANY3(NAME, EXPRESSION)                                                 \
-  template <typename T>                                                            \
-  inline T NAME(T x, T y, T z) {                                                   \
-    return emu::each<T>([](auto x, auto y, auto z) { return EXPRESSION; }, x, y, z); \
-  }
+#define EMU_FLOAT1(NAME, EXPRESSION) EMU_UNARY(emu::floating, NAME, EXPRESSION)
+#define EMU_FLOAT2(NAME, EXPRESSION) EMU_BINARY(emu::floating, NAME, EXPRESSION)
+#define EMU_FLOAT3(NAME, EXPRESSION) EMU_TERNARY(emu::floating, NAME, EXPRESSION)
+#define EMU_ANY1(NAME, EXPRESSION) EMU_UNARY(emu::number, NAME, EXPRESSION)
+#define EMU_ANY2(NAME, EXPRESSION) EMU_BINARY(emu::number, NAME, EXPRESSION)
+#define EMU_ANY3(NAME, EXPRESSION) EMU_TERNARY(emu::number, NAME, EXPRESSION)
 
 #define EMU_FAST_AND_PRECISE                                        \
   EMU_FLOAT1(acos, __builtin_acosf(x))                              \
