@@ -15,7 +15,6 @@ from pathlib import Path
 
 import mlx
 import ziglang
-
 from metal.errors import AddressSpaceError, NotMetalError
 from metal.signature import Signature
 
@@ -37,7 +36,9 @@ for option in ("read-before-write=1", "func-entry-exit=0"):
     CHECKED += ["-mllvm", f"-tsan-instrument-{option}"]
 if platform.machine() == "x86_64":
     CHECKED.append("-march=x86-64-v3")
-LINK = ["-shared", "-nostdlib++"] + (["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else [])
+LINK = ["-shared", "-nostdlib++"] + (
+    ["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else []
+)
 
 VECTOR = r"(?:char|short|int|long|uchar|ushort|uint|ulong|float|half|bfloat|bool)[234]"
 REWRITES = [
@@ -206,6 +207,11 @@ def runtime_library() -> Path:
     return built((SHIM / "runtime.cpp").read_text(), ".so", make)
 
 
+IMPLICIT_COPY = re.compile(
+    r"\(the implicit copy (?:assignment operator|constructor)\).*address space"
+)
+
+
 def complaint(stderr: str) -> str:
     return "\n".join([line for line in stderr.splitlines() if "error:" in line][:6]) or stderr
 
@@ -215,8 +221,12 @@ def check(source: Path) -> None:
     base = [*COMMON, "-DEMU_CHECK_ONLY", "-fsyntax-only", "-I", SHIM, source]
     if stderr := zig("clang", "-DEMU_STRICT_BFLOAT", *base):
         raise NotMetalError(complaint(stderr))
-    if stderr := zig("clang", "-DEMU_ADDRESS_SPACES", *base):
-        raise AddressSpaceError(complaint(stderr))
+    stderr = zig("clang", "-DEMU_ADDRESS_SPACES", "-ferror-limit=0", *base)
+    # Metal copies structs from one address space to another, clang's implicit operators cannot.
+    errors = re.split(r"^(?=[^\n]*: error: )", stderr, flags=re.MULTILINE)
+    errors = [e for e in errors if ": error: " in e and not IMPLICIT_COPY.search(e)]
+    if errors:
+        raise AddressSpaceError(complaint("".join(errors)))
 
 
 def kernel_library(signature: Signature) -> Path:
@@ -287,4 +297,3 @@ def count_float_ops(ir: str) -> str:
         block.append(line)
     flush()
     return "\n".join([*out, "@emu_float_ops = global i64 0, align 8", ""])
-

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
-
 from metal import errors
 from metal.compiler import kernel_library, runtime_library
 from metal.names import check_names
@@ -189,8 +188,7 @@ class EmulatedKernel:
         results: list[list[np.ndarray]] = []
         for order in range(NUM_ORDERS):
             outputs = [
-                _blank(s, d, init_value, order)
-                for s, d in zip(shapes, output_dtypes, strict=True)
+                _blank(s, d, init_value, order) for s, d in zip(shapes, output_dtypes, strict=True)
             ]
             launch = self._run(
                 library, signature, views, outputs, grid, threadgroup, order, init_value is not None

@@ -11,32 +11,36 @@ from metal.signature import ATTRIBUTES, Signature
 
 # Functions and types of the Metal specification, 3.1, that compute kernels can call by name.
 METAL = """
-    acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh cospi divide exp exp10 exp2 fabs abs fdim floor fma
-    fmax fmin fmod fract frexp ilogb ldexp log log10 log2 modf pow powr rint round rsqrt saturate sign sin sincos sinh
-    sinpi sqrt tan tanh tanpi trunc mix smoothstep step clamp max min max3 median3 min3 select
-    absdiff addsat clz ctz extract_bits hadd insert_bits mad24 madhi madsat mul24 mulhi popcount reverse_bits rhadd
-    rotate subsat all any isfinite isinf isnan isnormal isordered isunordered signbit
-    cross distance distance_squared dot faceforward length length_squared normalize reflect refract
-    threadgroup_barrier simdgroup_barrier simd_is_helper_thread simd_vote
-    simd_all simd_and simd_any simd_ballot simd_broadcast simd_broadcast_first simd_is_first simd_max simd_min simd_or
-    simd_prefix_exclusive_product simd_prefix_exclusive_sum simd_prefix_inclusive_product simd_prefix_inclusive_sum
-    simd_product simd_shuffle simd_shuffle_and_fill_down simd_shuffle_and_fill_up simd_shuffle_down
-    simd_shuffle_rotate_down simd_shuffle_rotate_up simd_shuffle_up simd_shuffle_xor simd_sum simd_xor
-    quad_all quad_and quad_any quad_ballot quad_broadcast quad_max quad_min quad_or quad_product quad_shuffle
-    quad_shuffle_down quad_shuffle_up quad_shuffle_xor quad_sum quad_xor
-    simdgroup_load simdgroup_store simdgroup_multiply simdgroup_multiply_accumulate make_filled_simdgroup_matrix
-    simdgroup_matrix simdgroup_float8x8 simdgroup_half8x8 simdgroup_bfloat8x8 thread_elements
-    atomic atomic_int atomic_uint atomic_float atomic_bool atomic_compare_exchange_weak_explicit
-    atomic_exchange_explicit atomic_fetch_add_explicit atomic_fetch_and_explicit atomic_fetch_max_explicit
-    atomic_fetch_min_explicit atomic_fetch_or_explicit atomic_fetch_sub_explicit atomic_fetch_xor_explicit
-    atomic_load_explicit atomic_store_explicit memory_order_relaxed mem_flags mem_none mem_device mem_threadgroup
-    as_type vec numeric_limits infinity quiet_NaN epsilon lowest precise fast metal
-    enable_if enable_if_t conditional conditional_t is_same is_same_v is_convertible is_convertible_v is_integral
-    is_integral_v is_floating_point is_floating_point_v is_signed is_signed_v is_unsigned is_unsigned_v
-    is_arithmetic is_arithmetic_v integral_constant bool_constant true_type false_type
-    remove_cv remove_cv_t remove_reference remove_reference_t
-    bool char uchar short ushort int uint long ulong half float bfloat size_t ptrdiff_t
-    int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t
+    acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh cospi divide exp exp10 exp2
+    fabs abs fdim floor fma fmax fmin fmod fract frexp ilogb ldexp log log10 log2 modf pow powr
+    rint round rsqrt saturate sign sin sincos sinh sinpi sqrt tan tanh tanpi trunc mix
+    smoothstep step clamp max min max3 median3 min3 select absdiff addsat clz ctz extract_bits
+    hadd insert_bits mad24 madhi madsat mul24 mulhi popcount reverse_bits rhadd rotate subsat
+    all any isfinite isinf isnan isnormal isordered isunordered signbit cross distance
+    distance_squared dot faceforward length length_squared normalize reflect refract
+    threadgroup_barrier simdgroup_barrier simd_is_helper_thread simd_vote simd_all simd_and
+    simd_any simd_ballot simd_broadcast simd_broadcast_first simd_is_first simd_max simd_min
+    simd_or simd_prefix_exclusive_product simd_prefix_exclusive_sum
+    simd_prefix_inclusive_product simd_prefix_inclusive_sum simd_product simd_shuffle
+    simd_shuffle_and_fill_down simd_shuffle_and_fill_up simd_shuffle_down
+    simd_shuffle_rotate_down simd_shuffle_rotate_up simd_shuffle_up simd_shuffle_xor simd_sum
+    simd_xor quad_all quad_and quad_any quad_ballot quad_broadcast quad_max quad_min quad_or
+    quad_product quad_shuffle quad_shuffle_down quad_shuffle_up quad_shuffle_xor quad_sum
+    quad_xor simdgroup_load simdgroup_store simdgroup_multiply simdgroup_multiply_accumulate
+    make_filled_simdgroup_matrix simdgroup_matrix simdgroup_float8x8 simdgroup_half8x8
+    simdgroup_bfloat8x8 thread_elements atomic atomic_int atomic_uint atomic_float atomic_bool
+    atomic_compare_exchange_weak_explicit atomic_exchange_explicit atomic_fetch_add_explicit
+    atomic_fetch_and_explicit atomic_fetch_max_explicit atomic_fetch_min_explicit
+    atomic_fetch_or_explicit atomic_fetch_sub_explicit atomic_fetch_xor_explicit
+    atomic_load_explicit atomic_store_explicit memory_order_relaxed mem_flags mem_none
+    mem_device mem_threadgroup as_type vec numeric_limits infinity quiet_NaN epsilon lowest
+    precise fast metal enable_if enable_if_t conditional conditional_t is_same is_same_v
+    is_convertible is_convertible_v is_integral is_integral_v is_floating_point
+    is_floating_point_v is_signed is_signed_v is_unsigned is_unsigned_v is_arithmetic
+    is_arithmetic_v integral_constant bool_constant true_type false_type remove_cv remove_cv_t
+    remove_reference remove_reference_t bool char uchar short ushort int uint long ulong half
+    float bfloat size_t ptrdiff_t int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t
+    uint64_t
 """.split()
 VECTORS = [
     f"{t}{n}"
@@ -44,17 +48,19 @@ VECTORS = [
     for n in (2, 3, 4)
 ]
 KEYWORDS = """
-    if for while switch do else return case default break continue sizeof alignof alignas decltype static_assert
-    static_cast reinterpret_cast const_cast operator template typename struct class enum union using namespace
-    constexpr const volatile inline static void auto signed unsigned true false noexcept
-    device constant threadgroup thread kernel public private defined pragma METAL_FUNC
+    if for while switch do else return case default break continue sizeof alignof alignas
+    decltype static_assert static_cast reinterpret_cast const_cast operator template typename
+    struct class enum union using namespace constexpr const volatile inline static void auto
+    signed unsigned true false noexcept device constant threadgroup thread kernel public private
+    defined pragma METAL_FUNC
 """.split()
 # C++ that Metal leaves out, and doors out of the emulator.
 FORBIDDEN = """
-    double virtual new delete try catch throw goto dynamic_cast typeid asm thread_local wchar_t std co_await
-    malloc free printf
+    double virtual new delete try catch throw goto dynamic_cast typeid asm thread_local wchar_t
+    std co_await malloc free printf
 """.split()
 ALLOWED = frozenset([*METAL, *VECTORS, *KEYWORDS, *ATTRIBUTES])
+STATEMENTS = ("return", "else", "case", "do")
 WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -68,11 +74,11 @@ def _mlx_names(header: str) -> frozenset[str]:
 
 def _defined(text: str) -> set[str]:
     """Names that the text declares: functions, variables, types, macros."""
-    names = set(re.findall(r"#define\s+(\w+)", text))
+    pointer = r"\b(?:device|thread|threadgroup|constant)\b[^;(){}]*[*&]\s*(\w+)\("
+    names = set(re.findall(r"#define\s+(\w+)", text)) | set(re.findall(pointer, text))
     names |= set(re.findall(r"\b(?:struct|class|typename|using|enum|auto)\s+(\w+)", text))
-    names |= set(re.findall(r"\b(?:device|thread|threadgroup|constant)\b[^;(){}]*[*&]\s*(\w+)\(", text))
     pairs = re.findall(r"\b(\w+)\s+(\w+)\s*\(", text)
-    return names | {name for before, name in pairs if before not in ("return", "else", "case", "do")}
+    return names | {name for before, name in pairs if before not in STATEMENTS}
 
 
 def check_names(signature: Signature) -> None:

@@ -98,7 +98,9 @@ class Signature:
         """From the template head to the opening brace."""
         lines = [f"  {a.declaration} [[buffer({i})]]" for i, a in enumerate(self.arguments)]
         lines += [f"  {ATTRIBUTES[a]} {a} [[{a}]]" for a in self.attributes]
-        return f"{self._template_head()}[[kernel]] void {self.name}(\n" + ",\n".join(lines) + ") {\n"
+        return (
+            f"{self._template_head()}[[kernel]] void {self.name}(\n" + ",\n".join(lines) + ") {\n"
+        )
 
     def source(self) -> str:
         """The text that MLX hands to the Metal compiler, without MLX's own prelude."""

@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from metal import errors
 from metal.emulator import EmulatedKernel, emulated
 from metal.signature import recorded_source, sign
@@ -167,7 +166,11 @@ BUGS = {
         errors.NotMetalError,
         "sigmoid",
     ),
-    "builtin of clang": (I + "y[i] = __builtin_expf(a[i]);", errors.NotMetalError, "__builtin_expf"),
+    "builtin of clang": (
+        I + "y[i] = __builtin_expf(a[i]);",
+        errors.NotMetalError,
+        "__builtin_expf",
+    ),
     "double": (I + "double v = a[i]; y[i] = v;", errors.NotMetalError, "double"),
     "syntax": (I + "y[i] = a[i]", errors.NotMetalError, "expected ';'"),
     "max of two types": (I + "y[i] = max(a[i], 0);", errors.NotMetalError, "max"),
@@ -249,7 +252,9 @@ def test_the_correct_twins_of_the_planted_bugs_pass():
 
 
 def test_a_partial_simdgroup_and_a_partial_threadgroup():
-    source = "uint3 n = threads_per_threadgroup; y[thread_position_in_grid.x] = simd_sum(a[0]) + n.x;"
+    source = (
+        "uint3 n = threads_per_threadgroup; y[thread_position_in_grid.x] = simd_sum(a[0]) + n.x;"
+    )
     y, launch = run(source, mx.ones(64), n=100, threadgroup=(48, 1, 1))
     widths = [32 + 48] * 32 + [16 + 48] * 16
     assert np.array(y).tolist() == [*widths, *widths, *[4 + 4] * 4]
@@ -258,11 +263,15 @@ def test_a_partial_simdgroup_and_a_partial_threadgroup():
 
 def test_bytes_and_arithmetic_are_counted():
     source = I + "y[i] = fma(a[i / 2], a[0], 1.0f) * 2 + exp(a[i]);"
-    y, launch = run(source, mx.ones(64))
+    _, launch = run(source, mx.ones(64))
     read, written = launch.traffic["a"], launch.traffic["y"]
     assert (read.buffer_bytes, read.unique_read_bytes, read.unique_written_bytes) == (256, 256, 0)
     assert read.read_bytes == 3 * 256
-    assert (written.written_bytes, written.unique_written_bytes, written.read_bytes) == (256, 256, 0)
+    assert (written.written_bytes, written.unique_written_bytes, written.read_bytes) == (
+        256,
+        256,
+        0,
+    )
     assert launch.num_float_ops == 64 * 5  # fma is two, exp one
 
 
@@ -308,7 +317,9 @@ def test_the_source_is_what_mlx_generates(case, tmp_path):
 
     file = str(tmp_path / "probe.mlxfn")
     mx.export_function(file, call, *[mx.zeros(s, d) for _, d, s in spec["inputs"]])
-    assert sign("probe", **spec).source() == recorded_source((tmp_path / "probe.mlxfn").read_bytes())
+    assert sign("probe", **spec).source() == recorded_source(
+        (tmp_path / "probe.mlxfn").read_bytes()
+    )
 
 
 def test_strides_of_an_input_that_is_not_contiguous():

@@ -4,7 +4,6 @@ import mlx.core as mx
 import mlx_lm.models.gated_delta as gated_delta
 import numpy as np
 import pytest
-
 from metal import errors
 from metal.emulator import EmulatedKernel, Log, emulated
 
@@ -96,8 +95,7 @@ def test_a_gated_delta_kernel_with_a_wrong_stride_is_found(gated_delta_kernels):
     with pytest.raises(errors.OutOfBoundsError, match="out of bounds of v"):
         kernel(
             inputs=[*inputs, 3],
-            template=[("InT", mx.float32), ("StT", mx.float32)]
-            + [("Dk", 32), ("Dv", 8), ("Hk", 1), ("Hv", 2)],
+            template=list(dict(InT=mx.float32, StT=mx.float32, Dk=32, Dv=8, Hk=1, Hv=2).items()),
             grid=(32, 8, 2),
             threadgroup=(32, 4, 1),
             output_shapes=[(1, 3, 2, 8), (1, 2, 8, 32)],

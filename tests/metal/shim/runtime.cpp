@@ -7,33 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#if defined(__APPLE__)
-#define SYMBOL "_emu_switch"
-#else
-#define SYMBOL "emu_switch"
-#endif
-// emu_switch(where to save this stack pointer, stack pointer to resume)
-#if defined(__x86_64__)
-asm(".text\n.globl " SYMBOL "\n" SYMBOL ":\n"
-    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
-    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
-    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nretq\n");
-enum { SAVED_WORDS = 8, RETURN_WORD = 6 };
-#elif defined(__aarch64__)
-asm(".text\n.globl " SYMBOL "\n.p2align 2\n" SYMBOL ":\n"
-    "sub sp, sp, #160\nstp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\n"
-    "stp x25, x26, [sp, #48]\nstp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
-    "stp d8, d9, [sp, #96]\nstp d10, d11, [sp, #112]\nstp d12, d13, [sp, #128]\nstp d14, d15, [sp, #144]\n"
-    "mov x9, sp\nstr x9, [x0]\nmov sp, x1\n"
-    "ldp x19, x20, [sp]\nldp x21, x22, [sp, #16]\nldp x23, x24, [sp, #32]\n"
-    "ldp x25, x26, [sp, #48]\nldp x27, x28, [sp, #64]\nldp x29, x30, [sp, #80]\n"
-    "ldp d8, d9, [sp, #96]\nldp d10, d11, [sp, #112]\nldp d12, d13, [sp, #128]\nldp d14, d15, [sp, #144]\n"
-    "add sp, sp, #160\nret\n");
-enum { SAVED_WORDS = 20, RETURN_WORD = 11 };
-#else
-#error "no fiber switch for this processor"
-#endif
-extern "C" void emu_switch(void** save, void* resume);
+#include "fiber.h"
 
 namespace {
 
@@ -86,7 +60,6 @@ struct Region {
 
 EmuLaunch* launch;
 void* main_stack_pointer;
-EmuByte* stacks;
 Fiber fibers[MAX_THREADS];
 Simdgroup groups[MAX_THREADS / LANES];
 EmuThread ids[MAX_THREADS];
@@ -119,8 +92,7 @@ EmuU32 random_bits() {
   abort();
 }
 
-template <typename... A>
-[[noreturn]] void fail(EmuU32 error, const char* format, A... args) {
+template <typename... A> [[noreturn]] void fail(EmuU32 error, const char* format, A... args) {
   launch->error = error;
   snprintf(launch->message, sizeof launch->message, format, args...);
   stop();
@@ -130,7 +102,8 @@ struct Who {
   char text[80];
   explicit Who(EmuU32 t) {
     const EmuU32 *p = ids[t].position_in_threadgroup, *g = ids[t].threadgroup_position;
-    snprintf(text, sizeof text, "thread (%u, %u, %u) of threadgroup (%u, %u, %u)", p[0], p[1], p[2], g[0], g[1], g[2]);
+    snprintf(text, sizeof text, "thread (%u, %u, %u) of threadgroup (%u, %u, %u)", p[0], p[1], p[2],
+             g[0], g[1], g[2]);
   }
 };
 
@@ -138,8 +111,10 @@ void settle_pending() {
   pending.active = false;
   if (memcmp(pending.address, pending.before, pending.bytes) == 0) return;
   const Region* r = pending.region;
-  fail(EMU_RACE, "%s[%llu] is written by %s and, with another value, by thread %u; no barrier between", r->name,
-       EmuU64(pending.address - r->data) / r->element_bytes, Who(pending.thread).text, pending.other);
+  fail(EMU_RACE,
+       "%s[%llu] is written by %s and, with another value, by thread %u; no barrier between",
+       r->name, EmuU64(pending.address - r->data) / r->element_bytes, Who(pending.thread).text,
+       pending.other);
 }
 
 // ---- Scheduling ----
@@ -155,7 +130,8 @@ EmuU32 choose_bit(EmuU32 mask) {
 void describe(EmuU32 t, char* text, size_t bytes) {
   const Fiber& f = fibers[t];
   Who who(t);
-  if (groups[t / LANES].finished >> (t % LANES) & 1) snprintf(text, bytes, "%s has returned", who.text);
+  if (groups[t / LANES].finished >> (t % LANES) & 1)
+    snprintf(text, bytes, "%s has returned", who.text);
   else snprintf(text, bytes, "%s is at %s in line %d", who.text, f.what, f.line);
 }
 
@@ -167,7 +143,9 @@ void describe(EmuU32 t, char* text, size_t bytes) {
 }
 
 // The line too, because clang may turn two calls into one.
-bool same_place(const Fiber& a, const Fiber& b) { return a.parked == b.parked && a.site == b.site && a.line == b.line; }
+bool same_place(const Fiber& a, const Fiber& b) {
+  return a.parked == b.parked && a.site == b.site && a.line == b.line;
+}
 
 // All lanes of the group have stopped: lets them go on together, or finds out who is missing.
 void settle_group(EmuU32 g) {
@@ -254,108 +232,27 @@ void fiber_main() {
   abort();
 }
 
-// ---- Memory ----
+#include "checks.h"
 
-bool before(const Access& a, Space space) {
-  if (a.threadgroup == 0) return true;
-  if (a.threadgroup != threadgroup_serial) return space == THREADGROUP;
-  if (a.thread == current || a.epoch < barrier_epoch[space]) return true;
-  return a.thread / LANES == current_group && a.simd_epoch < groups[current_group].epoch[space];
-}
+// Memory that is kept from launch to launch, with room on both sides, so that a stray index meets
+// nothing of ours.
+struct Arena {
+  EmuByte* data;
+  EmuU64 capacity;
 
-Region* find(EmuByte* p) {
-  if (EmuU64(p - regions[last_region].data) < regions[last_region].bytes) return &regions[last_region];
-  for (EmuU32 i = 0; i < num_regions; i++)
-    if (EmuU64(p - regions[i].data) < regions[i].bytes) return &regions[last_region = i];
-  return nullptr;
-}
-
-[[noreturn]] void out_of_bounds(EmuByte* p, EmuU32 bytes, const char* verb) {
-  const Region* nearest = nullptr;
-  EmuU64 best = ~0ull;
-  for (EmuU32 i = 0; i < num_regions; i++) {
-    const Region& r = regions[i];
-    EmuU64 distance = p < r.data ? r.data - p : p - r.data - r.bytes;
-    if (distance < best) best = distance, nearest = &r;
+  EmuByte* hold(EmuU64 bytes) {
+    constexpr EmuU64 ROOM = 1 << 22;
+    if (bytes < capacity) return data;
+    if (data) munmap(data - ROOM, capacity + 2 * ROOM);
+    capacity = 2 * bytes + 4096;
+    void* p = mmap(nullptr, capacity + 2 * ROOM, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) abort();
+    return data = (EmuByte*)p + ROOM;
   }
-  for (EmuU32 t = 0; t < num_threads; t++)
-    if (EmuU64(p - fibers[t].stack) < STACK) fail(EMU_BOUNDS, "%s in memory private to %s, by %s", verb, Who(t).text, Who(current).text);
-  long long offset = nearest ? p - nearest->data : 0;
-  fail(EMU_BOUNDS, "%s of %u bytes out of bounds of %s: index %lld of %llu, by %s", verb, bytes, nearest ? nearest->name : "everything",
-       nearest ? offset / (long long)nearest->element_bytes : 0ll, nearest ? nearest->bytes / nearest->element_bytes : 0ull,
-       Who(current).text);
-}
-
-[[noreturn]] void race(const Region& r, EmuU64 index, const char* verb, const Access& other, const char* other_verb) {
-  fail(EMU_RACE, "%s[%llu] is %s by %s and %s by thread %u of %s threadgroup; no barrier between", r.name, index, verb,
-       Who(current).text, other_verb, other.thread, other.threadgroup == threadgroup_serial ? "this" : "another");
-}
-
-void access(void* address, EmuU32 bytes, bool is_write, bool atomic = false) {
-  EmuByte* p = (EmuByte*)address;
-  if (EmuU64(p - fibers[current].stack) < STACK) return;
-  if (pending.active) settle_pending();
-  const char* verb = is_write ? "write" : "read";
-  Region* r = find(p);
-  if (!r) {
-    Dl_info info;
-    if (!is_write && dladdr(p, &info)) return;  // a table in the program itself
-    out_of_bounds(p, bytes, verb);
-  }
-  EmuU64 offset = p - r->data;
-  if (offset + bytes > r->bytes) out_of_bounds(p, bytes, verb);
-  if (r->buffer) (is_write ? r->buffer->written_bytes : r->buffer->read_bytes) += bytes;
-  if (!r->writable) {
-    if (is_write) fail(EMU_READ_ONLY, "write to input %s[%llu] by %s", r->name, offset / r->element_bytes, Who(current).text);
-    memset(r->touched + offset, 1, bytes);
-    return;
-  }
-  Access now = {threadgroup_serial, barrier_epoch[r->space], groups[current_group].epoch[r->space], current};
-  for (EmuU64 c = offset / r->granule; c <= (offset + bytes - 1) / r->granule; c++) {
-    Cell& cell = r->cells[c];
-    EmuU64 index = c * r->granule / r->element_bytes;
-    bool both_atomic = atomic && (cell.touched & ATOMIC);
-    if (!is_write) {
-      bool written = cell.write.threadgroup && (r->space == DEVICE || cell.write.threadgroup == threadgroup_serial);
-      if (!written && !r->written) fail(EMU_UNINITIALIZED, "%s[%llu] is read by %s; nobody wrote it", r->name, index, Who(current).text);
-      if (!both_atomic && !before(cell.write, r->space)) race(*r, index, "read", cell.write, "written");
-      cell.touched |= TOUCHED_READ;
-      if (cell.read[1].thread != current || cell.read[1].threadgroup != now.threadgroup) cell.read[0] = cell.read[1];
-      cell.read[1] = now;
-      if (!cell.first_reader) cell.first_reader = now.threadgroup;
-    } else {
-      if (!both_atomic) {
-        for (const Access& read : cell.read)
-          if (!before(read, r->space)) race(*r, index, "written", read, "read");
-        if (r->space == DEVICE && cell.first_reader && cell.first_reader != now.threadgroup) {
-          Access read = {cell.first_reader, 0, 0, 0};
-          race(*r, index, "written", read, "read");
-        }
-        if (!before(cell.write, r->space)) {
-          if (atomic || (cell.touched & ATOMIC)) race(*r, index, "written", cell.write, "written atomically");
-          pending = {true, p, bytes, current, cell.write.thread, r, {}};
-          memcpy(pending.before, p, bytes);
-        }
-      }
-      cell.touched |= TOUCHED_WRITE;
-      cell.write = now;
-    }
-    if (atomic) cell.touched |= ATOMIC;
-    else cell.touched &= ~EmuU32(ATOMIC);
-  }
-}
-
-void checked(void* address, EmuU32 bytes, bool is_write) {
-  if (EmuU64(address) & (bytes - 1)) fail(EMU_MISALIGNED, "%u bytes at an address that is not a multiple of it, by %s", bytes, Who(current).text);
-  access(address, bytes, is_write);
-}
-
-// Fresh memory with room on both sides, so that a stray index meets nothing of ours.
-EmuByte* allocate(EmuU64 bytes, EmuU64 room) {
-  void* p = mmap(nullptr, bytes + 2 * room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) abort();
-  return (EmuByte*)p + room;
-}
+  EmuByte* hold_zeroed(EmuU64 bytes) { return (EmuByte*)memset(hold(bytes), 0, bytes); }
+};
+Arena buffer_arenas[MAX_REGIONS], shadow_arenas[MAX_REGIONS], stack_arena, threadgroup_arena;
 
 EmuU32 granule_of(EmuU32 element_bytes) {
   if (element_bytes == 1 || element_bytes == 2 || element_bytes == 4) return element_bytes;
@@ -366,7 +263,8 @@ EmuU32 granule_of(EmuU32 element_bytes) {
 
 void start_fiber(EmuU32 t) {
   Fiber& f = fibers[t];
-  f.stack = stacks + t * STACK;
+  // Not all at the same place of a page, or they would share a few lines of the cache.
+  f.stack = stack_arena.data + t * (STACK + 192);
   *(EmuU64*)f.stack = CANARY;
   f.parked = RUNNING;
   EmuU64* top = (EmuU64*)(f.stack + STACK) - SAVED_WORDS - 2;
@@ -431,19 +329,21 @@ extern "C" {
 EmuU32 emu_run(EmuLaunch* l) {
   launch = l;
   random_state = 0x9e3779b97f4a7c15ull;
-  if (!stacks) stacks = allocate(MAX_THREADS * STACK, 0);
+  stack_arena.hold(MAX_THREADS * (STACK + 192));
   num_buffers = l->num_buffers;
-  constexpr EmuU64 ROOM = 1 << 22;
   EmuU64 total = 1;
   for (EmuU32 i = 0; i < num_buffers; i++) {
     EmuBuffer& b = l->buffers[i];
     Region& r = regions[i];
-    EmuByte* data = allocate(b.bytes, ROOM);
-    memcpy(data, b.data, b.bytes);
+    EmuByte* data = (EmuByte*)memcpy(buffer_arenas[i].hold(b.bytes), b.data, b.bytes);
     EmuU32 granule = granule_of(b.element_bytes);
-    r = {b.name, data, b.bytes, b.element_bytes, granule, DEVICE, b.is_output != 0, b.is_written != 0, &b, nullptr, nullptr};
-    if (r.writable) r.cells = (Cell*)allocate(b.bytes / granule * sizeof(Cell) + 1, 0);
-    else r.touched = allocate(b.bytes + 1, 0);
+    r = {b.name,  data,    b.bytes,          b.element_bytes,
+         granule, DEVICE,  b.is_output != 0, b.is_written != 0,
+         &b,      nullptr, nullptr};
+    EmuU64 shadow_bytes = r.writable ? b.bytes / granule * sizeof(Cell) : b.bytes;
+    EmuByte* shadow = shadow_arenas[i].hold_zeroed(shadow_bytes);
+    if (r.writable) r.cells = (Cell*)shadow;
+    else r.touched = shadow;
     arguments[i] = data;
   }
   EmuU32 count[3];
@@ -451,14 +351,19 @@ EmuU32 emu_run(EmuLaunch* l) {
   EmuU64 step = total / 2 + 1;
   while (l->order == 2) {  // a step without a common divisor visits all
     EmuU64 a = total, b = step;
-    while (b) { EmuU64 m = a % b; a = b; b = m; }
+    while (b) {
+      EmuU64 m = a % b;
+      a = b;
+      b = m;
+    }
     if (a == 1) break;
     step++;
   }
   for (EmuU64 i = 0; i < total && !l->error; i++) {
     EmuU64 n = l->order == 0 ? i : l->order == 1 ? total - 1 - i : i * step % total;
     threadgroup_serial++;
-    EmuU32 position[3] = {EmuU32(n % count[0]), EmuU32(n / count[0] % count[1]), EmuU32(n / (EmuU64(count[0]) * count[1]))};
+    EmuU32 position[3] = {EmuU32(n % count[0]), EmuU32(n / count[0] % count[1]),
+                          EmuU32(n / (EmuU64(count[0]) * count[1]))};
     run_threadgroup(position);
   }
   for (EmuU32 i = 0; i < num_buffers; i++) {
@@ -472,9 +377,7 @@ EmuU32 emu_run(EmuLaunch* l) {
       else if (b.unwritten_at == ~0ull) b.unwritten_at = c * r.granule / b.element_bytes;
     }
     for (EmuU64 c = 0; !r.writable && c < b.bytes; c++) b.unique_read_bytes += r.touched[c];
-    if (r.writable) memcpy(b.data, r.data, b.bytes), munmap(r.cells, b.bytes / r.granule * sizeof(Cell) + 1);
-    else munmap(r.touched, b.bytes + 1);
-    munmap(r.data - ROOM, b.bytes + 2 * ROOM);
+    if (r.writable) memcpy(b.data, r.data, b.bytes);
   }
   return l->error;
 }
@@ -497,8 +400,12 @@ bool emu_first() {
 
 // mem_device is 1 and mem_threadgroup 2; here bit 0 is threadgroup memory and bit 1 the device's.
 static int spaces(int flags) { return (flags >> 1 & 1) | (flags & 1) << 1; }
-void emu_barrier(const void* site, int flags, int line) { park(AT_BARRIER, site, "threadgroup_barrier", line, spaces(flags)); }
-void emu_simdgroup_barrier(const void* site, int flags, int line) { park(AT_SIMD, site, "simdgroup_barrier", line, spaces(flags)); }
+void emu_barrier(const void* site, int flags, int line) {
+  park(AT_BARRIER, site, "threadgroup_barrier", line, spaces(flags));
+}
+void emu_simdgroup_barrier(const void* site, int flags, int line) {
+  park(AT_SIMD, site, "simdgroup_barrier", line, spaces(flags));
+}
 
 void emu_threadgroup_memory(void* data, EmuU64 bytes, EmuU32 element_bytes, const char* name) {
   EmuU64 total = bytes;
@@ -506,13 +413,16 @@ void emu_threadgroup_memory(void* data, EmuU64 bytes, EmuU32 element_bytes, cons
     if (regions[i].data == data) return;
     total += regions[i].bytes;
   }
-  if (total > THREADGROUP_LIMIT) fail(EMU_THREADGROUP_MEMORY, "%llu bytes of threadgroup memory with %s; the limit is 32768", total, name);
+  if (total > THREADGROUP_LIMIT)
+    fail(EMU_THREADGROUP_MEMORY, "%llu bytes of threadgroup memory with %s; the limit is 32768",
+         total, name);
   if (total > launch->threadgroup_bytes) launch->threadgroup_bytes = total;
   if (num_regions == MAX_REGIONS) abort();
-  static Cell* cells;
-  if (!cells) cells = (Cell*)allocate(THREADGROUP_LIMIT * sizeof(Cell), 0);
-  regions[num_regions++] = {name, (EmuByte*)data, bytes, element_bytes, granule_of(element_bytes), THREADGROUP, true, false, nullptr,
-                            cells + (total - bytes), nullptr};
+  Cell* cells = (Cell*)threadgroup_arena.hold(THREADGROUP_LIMIT * sizeof(Cell));
+  regions[num_regions++] = {
+      name,        (EmuByte*)data, bytes, element_bytes, granule_of(element_bytes),
+      THREADGROUP, true,           false, nullptr,       cells + (total - bytes),
+      nullptr};
 }
 
 void emu_atomic(void* address, EmuU32 bytes, bool reads) {
@@ -520,27 +430,34 @@ void emu_atomic(void* address, EmuU32 bytes, bool reads) {
   access(address, bytes, true, true);
 }
 
-void emu_fail(int error, const char* message, int line) { fail(error, "%s in line %d, by %s", message, line, Who(current).text); }
+void emu_fail(int error, const char* message, int line) {
+  fail(error, "%s in line %d, by %s", message, line, Who(current).text);
+}
 void emu_count_macs(EmuU64 macs) { launch->num_matrix_macs += macs; }
 
-#define INSTRUMENTED(N) \
-  void __tsan_read##N(void* p) { checked(p, N, false); } \
-  void __tsan_write##N(void* p) { checked(p, N, true); } \
-  void __tsan_unaligned_read##N(void* p) { access(p, N, false); } \
-  void __tsan_unaligned_write##N(void* p) { access(p, N, true); } \
+#define INSTRUMENTED(N)                                                             \
+  void __tsan_read##N(void* p) { checked(p, N, false); }                            \
+  void __tsan_write##N(void* p) { checked(p, N, true); }                            \
+  void __tsan_unaligned_read##N(void* p) { access(p, N, false); }                   \
+  void __tsan_unaligned_write##N(void* p) { access(p, N, true); }                   \
   void __tsan_read_write##N(void* p) { checked(p, N, false), checked(p, N, true); } \
   void __tsan_unaligned_read_write##N(void* p) { access(p, N, false), access(p, N, true); }
-INSTRUMENTED(1) INSTRUMENTED(2) INSTRUMENTED(4) INSTRUMENTED(8) INSTRUMENTED(16)
+INSTRUMENTED(1)
+INSTRUMENTED(2)
+INSTRUMENTED(4) INSTRUMENTED(8) INSTRUMENTED(16)
 
-static void access_range(void* p, EmuU64 bytes, bool is_write) {
-  for (EmuU64 i = 0; i < bytes; i += 32) access((EmuByte*)p + i, EmuU32(bytes - i < 32 ? bytes - i : 32), is_write);
+    static void access_range(void* p, EmuU64 bytes, bool is_write) {
+  for (EmuU64 i = 0; i < bytes; i += 32)
+    access((EmuByte*)p + i, EmuU32(bytes - i < 32 ? bytes - i : 32), is_write);
 }
 void* __tsan_memcpy(void* to, const void* from, EmuU64 bytes) {
   access_range((void*)from, bytes, false);
   access_range(to, bytes, true);
   return memmove(to, from, bytes);
 }
-void* __tsan_memmove(void* to, const void* from, EmuU64 bytes) { return __tsan_memcpy(to, from, bytes); }
+void* __tsan_memmove(void* to, const void* from, EmuU64 bytes) {
+  return __tsan_memcpy(to, from, bytes);
+}
 void* __tsan_memset(void* to, int value, EmuU64 bytes) {
   access_range(to, bytes, true);
   return memset(to, value, bytes);

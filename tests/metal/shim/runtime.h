@@ -6,7 +6,14 @@ typedef unsigned int EmuU32;
 typedef unsigned long long EmuU64;
 
 enum EmuError {
-  EMU_OK, EMU_BOUNDS, EMU_RACE, EMU_UNINITIALIZED, EMU_DIVERGENCE, EMU_THREADGROUP_MEMORY, EMU_READ_ONLY, EMU_MISALIGNED,
+  EMU_OK,
+  EMU_BOUNDS,
+  EMU_RACE,
+  EMU_UNINITIALIZED,
+  EMU_DIVERGENCE,
+  EMU_THREADGROUP_MEMORY,
+  EMU_READ_ONLY,
+  EMU_MISALIGNED,
 };
 
 // A buffer argument; the counters are filled in by the launch.
@@ -23,7 +30,8 @@ struct EmuBuffer {
 
 struct EmuThread {
   EmuU32 position_in_grid[3], position_in_threadgroup[3], threadgroup_position[3];
-  EmuU32 threads_per_grid[3], threadgroups_per_grid[3], threads_per_threadgroup[3], dispatch_threads[3];
+  EmuU32 threads_per_grid[3], threadgroups_per_grid[3], threads_per_threadgroup[3],
+      dispatch_threads[3];
   EmuU32 index_in_threadgroup, index_in_simdgroup, simdgroup_index, simdgroups, dispatch_simdgroups;
 };
 
@@ -37,13 +45,15 @@ struct EmuLaunch {
   char message[512];
 };
 
-// Without `convergent` clang would copy a call into both branches before it, and lanes would miss each other.
+// Without `convergent` clang would copy a call into both branches before it, and lanes would miss
+// each other.
 #define EMU_CONVERGENT __attribute__((convergent))
 
 extern "C" {
 // Parks this lane until all lanes of its simdgroup are at the same place.
 // Returns what each of the 32 lanes brought, 64 bytes apart.
-EMU_CONVERGENT EmuByte* emu_simd(const void* site, const char* what, int line, const void* value, EmuU32 bytes);
+EMU_CONVERGENT EmuByte* emu_simd(const void* site, const char* what, int line, const void* value,
+                                 EmuU32 bytes);
 // Lanes of this simdgroup that exist.
 EmuU32 emu_lanes();
 EmuU32 emu_lane();

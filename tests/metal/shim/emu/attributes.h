@@ -4,8 +4,10 @@
 
 namespace emu {
 inline uint3 three(const EmuU32* p) { return uint3{p[0], p[1], p[2]}; }
-#define EMU_ATTRIBUTE(TYPE, NAME, EXPRESSION) \
-  __attribute__((no_sanitize("thread"))) inline TYPE attribute_##NAME(const EmuThread* t) { return EXPRESSION; }
+#define EMU_ATTRIBUTE(TYPE, NAME, EXPRESSION)                                               \
+  __attribute__((no_sanitize("thread"))) inline TYPE attribute_##NAME(const EmuThread* t) { \
+    return EXPRESSION;                                                                      \
+  }
 EMU_ATTRIBUTE(uint, dispatch_quadgroups_per_threadgroup, t->dispatch_simdgroups * 8)
 EMU_ATTRIBUTE(uint, dispatch_simdgroups_per_threadgroup, t->dispatch_simdgroups)
 EMU_ATTRIBUTE(uint3, dispatch_threads_per_threadgroup, three(t->dispatch_threads))

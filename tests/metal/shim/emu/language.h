@@ -1,4 +1,5 @@
-// Types and qualifiers. EMU_ADDRESS_SPACES and EMU_STRICT_BFLOAT are for the compile that only checks.
+// Types and qualifiers. EMU_ADDRESS_SPACES and EMU_STRICT_BFLOAT are for the compile that only
+// checks.
 #pragma once
 
 #if defined(EMU_ADDRESS_SPACES)
@@ -41,20 +42,25 @@ typedef _Float16 half;
 struct bfloat {
   ushort bits;
   bfloat() = default;
-  template <typename T>
-  explicit constexpr bfloat(T) : bits(0) {}
+  template <typename T> explicit constexpr bfloat(T) : bits(0) {}
   constexpr operator float() const { return 0; }
   constexpr bfloat operator-() const { return *this; }
 };
-#define EMU_BFLOAT_OPERATOR(OP)                                                   \
-  constexpr bfloat operator OP(bfloat a, bfloat) { return a; }                    \
-  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>             \
-  constexpr bfloat operator OP(bfloat a, I) { return a; }                         \
-  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>             \
-  constexpr bfloat operator OP(I, bfloat a) { return a; }                         \
-  constexpr bfloat& operator OP##=(bfloat& a, bfloat) { return a; }               \
-  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>             \
-  constexpr bfloat& operator OP##=(bfloat& a, I) { return a; }
+#define EMU_BFLOAT_OPERATOR(OP)                                        \
+  constexpr bfloat operator OP(bfloat a, bfloat) { return a; }         \
+  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>  \
+  constexpr bfloat operator OP(bfloat a, I) {                          \
+    return a;                                                          \
+  }                                                                    \
+  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>  \
+  constexpr bfloat operator OP(I, bfloat a) {                          \
+    return a;                                                          \
+  }                                                                    \
+  constexpr bfloat& operator OP## = (bfloat & a, bfloat) { return a; } \
+  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>  \
+  constexpr bfloat& operator OP## = (bfloat & a, I) {                  \
+    return a;                                                          \
+  }
 EMU_BFLOAT_OPERATOR(+)
 EMU_BFLOAT_OPERATOR(-)
 EMU_BFLOAT_OPERATOR(*)
