@@ -13,7 +13,7 @@ import numpy as np
 from metal import errors
 from metal.compiler import kernel_library, runtime_library
 from metal.names import check_names
-from metal.signature import Signature, sign
+from metal.signature import Argument, Signature, sign
 
 MAX_THREADS = 1024
 NUM_ORDERS = 3  # ascending, descending, shuffled
@@ -74,7 +74,7 @@ class Launch:
     num_threads: int
     num_simd_ops: int
     num_barriers: int
-    num_float_ops: int  # a fused multiply-add is two; without matrix operations
+    num_float_ops: int  # a fused multiply-add is two; without those of simd and matrix operations
     num_matrix_macs: int
     threadgroup_bytes: int
     traffic: dict[str, Traffic]
@@ -110,12 +110,18 @@ def _strided(array: mx.array) -> np.ndarray:
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
 
 
-def _span(view: np.ndarray) -> tuple[np.ndarray, int]:
-    """The bytes from the first to the last element."""
-    last = sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
-    length = last + view.itemsize if view.size else 0
-    raw = (ctypes.c_uint8 * max(length, 1)).from_address(view.ctypes.data)
-    return np.frombuffer(raw, np.uint8, count=length).copy(), length
+def _constant(argument: Argument, views: list[np.ndarray]) -> tuple[np.ndarray, int]:
+    """What an argument other than an output points to, and the bytes of an element."""
+    view = views[argument.source]
+    if argument.role == "input":
+        # From the first to the last element, gaps included.
+        last = sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+        length = last + view.itemsize if view.size else 0
+        raw = (ctypes.c_uint8 * max(length, 1)).from_address(view.ctypes.data)
+        return np.frombuffer(raw, np.uint8, count=length), view.itemsize
+    if argument.role == "strides":
+        return np.array([s // view.itemsize for s in view.strides], np.int64), 8
+    return np.array(view.shape if argument.role == "shape" else [view.ndim], np.int32), 4
 
 
 class EmulatedKernel:
@@ -183,7 +189,11 @@ class EmulatedKernel:
         if self.ensure_row_contiguous:
             arrays = [mx.contiguous(a) for a in arrays]
         views = [_strided(a) for a in arrays]
+        constants = [
+            None if a.role == "output" else _constant(a, views) for a in signature.arguments
+        ]
         shapes = [tuple(s) for s in output_shapes]
+        initialised = init_value is not None
 
         results: list[list[np.ndarray]] = []
         for order in range(NUM_ORDERS):
@@ -191,7 +201,7 @@ class EmulatedKernel:
                 _blank(s, d, init_value, order) for s, d in zip(shapes, output_dtypes, strict=True)
             ]
             launch = self._run(
-                library, signature, views, outputs, grid, threadgroup, order, init_value is not None
+                library, signature, constants, outputs, grid, threadgroup, order, initialised
             )
             if order == 0:
                 self.log.launches.append(launch)
@@ -205,38 +215,23 @@ class EmulatedKernel:
                         f"{order} (0 ascending, 1 descending, 2 shuffled)"
                     )
         return [
-            mx.array(o.view(_NUMPY.get(d, o.dtype))).view(d).reshape(s)
+            mx.array(o).view(d).reshape(s)
             for o, d, s in zip(results[0], output_dtypes, shapes, strict=True)
         ]
 
     def _run(
-        self, library, signature, views, outputs, grid, threadgroup, order, initialised
+        self, library, signature, constants, outputs, grid, threadgroup, order, initialised
     ) -> Launch:
         buffers = (_Buffer * len(signature.arguments))()
-        keep = []
-        for buffer, a in zip(buffers, signature.arguments, strict=True):
-            if a.role == "output":
-                data = outputs[a.source]
-                itemsize = data.itemsize
-            elif a.role == "input":
-                itemsize = views[a.source].itemsize
-                data, _ = _span(views[a.source])
-            else:
-                view = views[a.source]
-                values = {
-                    "shape": view.shape,
-                    "strides": [s // view.itemsize for s in view.strides],
-                    "ndim": [view.ndim],
-                }[a.role]
-                data = np.array(values, np.int64 if a.role == "strides" else np.int32)
-                itemsize = data.itemsize
-            keep.append(data)
+        for buffer, a, constant in zip(buffers, signature.arguments, constants, strict=True):
+            output = a.role == "output"
+            data = outputs[a.source] if output else constant[0]
             buffer.name = a.name.encode()
             buffer.data = data.ctypes.data
             buffer.bytes = data.nbytes
-            buffer.element_bytes = itemsize
-            buffer.is_output = a.role == "output"
-            buffer.is_written = a.role != "output" or initialised
+            buffer.element_bytes = data.itemsize if output else constant[1]
+            buffer.is_output = output
+            buffer.is_written = initialised or not output
         float_ops = ctypes.c_uint64.in_dll(library, "emu_float_ops")
         float_ops.value = 0
         launch = _Launch()
@@ -272,9 +267,6 @@ class EmulatedKernel:
             launch.threadgroup_bytes,
             traffic,
         )
-
-
-_NUMPY = {mx.bfloat16: np.uint16}
 
 
 def _blank(shape, dtype: mx.Dtype, init_value, order: int) -> np.ndarray:

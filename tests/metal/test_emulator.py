@@ -1,9 +1,11 @@
 """The emulator against planted bugs: each must be found, and the correct twin must pass."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import errors
+from metal import compiler, errors, names
 from metal.emulator import EmulatedKernel, emulated
 from metal.signature import recorded_source, sign
 
@@ -275,6 +277,9 @@ def test_bytes_and_arithmetic_are_counted():
     assert launch.num_float_ops == 64 * 5  # fma is two, exp one
 
 
+SHIM_PARTS = ("math", "simd", "atomics")
+EMULATOR_NAMES = {"each", "lane_exists", "gather", "reduce", "reduce_quad", "from", "atomically"}
+
 SIGNATURES = {
     "scalars, small and large inputs": dict(
         inputs=[("a", mx.bfloat16, (64, 2)), ("b", mx.float32, (4,)), ("s", mx.int32, ())],
@@ -320,6 +325,24 @@ def test_the_source_is_what_mlx_generates(case, tmp_path):
     assert sign("probe", **spec).source() == recorded_source(
         (tmp_path / "probe.mlxfn").read_bytes()
     )
+
+
+def test_the_shim_declares_only_what_metal_has():
+    text = "".join((compiler.SHIM / "emu" / f"{n}.h").read_text() for n in SHIM_PARTS)
+    macro = r"EMU_(?:FLOAT|ANY)\d\((\w+)|EMU_(?:\w+_)?(?:TEST|REDUCTION|SHUFFLE|SCAN|FETCH)\((\w+)"
+    plain = r"^(?:EMU_LANE_OP )?(?:inline|constexpr|T|template <[^>]*> inline) .*?\b(\w+)\("
+    found = {n for pair in re.findall(macro, text) for n in pair} | set(
+        re.findall(plain, text, re.MULTILINE)
+    )
+    own = {n for n in found if n.isupper() or n.startswith(("emu_", "__")) or n in EMULATOR_NAMES}
+    assert found - own - {""} - set(names.METAL) == set()
+    assert len(found - own) > 100
+
+
+def test_private_memory_that_nobody_wrote_is_not_a_number():
+    source = I + "float b[4]; for (int k = 0; k < 3; k++) b[k] = a[i]; y[i] = b[int(a[i]) % 4];"
+    y, _ = run(source)
+    assert mx.array_equal(mx.isnan(y), mx.arange(64) % 4 == 3)
 
 
 def test_strides_of_an_input_that_is_not_contiguous():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from metal import errors
 from metal.emulator import EmulatedKernel, Log, emulated
+from metal.signature import recorded_source, sign
 
+REAL_METAL_KERNEL = mx.fast.metal_kernel
 HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
 QUANTIZED = "".join(f'#include "mlx/backend/metal/kernels/{h}"\n' for h in HEADERS)
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
@@ -73,6 +75,42 @@ def test_three_forms_of_the_gated_delta_kernel_agree_to_the_last_bit(gated_delta
     for other in (gated_delta.gated_delta_kernel_xtree, gated_delta.gated_delta_kernel_unpacked):
         for a, b in zip(packed, other(*inputs), strict=True):
             assert mx.array_equal(a, b)
+
+
+def test_the_source_of_gated_delta_is_what_mlx_generates(gated_delta_kernels, tmp_path):
+    kernel = gated_delta_kernels["_gated_delta_kernel"]
+    inputs = [*gated_delta_inputs(1, 2, 1, 2, 64, 8, mx.bfloat16), mx.array(2)]
+    template = dict(InT=mx.bfloat16, StT=mx.float32, Dk=64, Dv=8, Hk=1, Hv=2)
+    outputs = [mx.bfloat16, mx.float32]
+    real = REAL_METAL_KERNEL(
+        name=kernel.name,
+        input_names=kernel.input_names,
+        output_names=kernel.output_names,
+        source=kernel.source,
+    )
+
+    def call(*arrays):
+        return real(
+            inputs=list(arrays),
+            template=list(template.items()),
+            grid=(32, 8, 2),
+            threadgroup=(32, 4, 1),
+            output_shapes=[(1, 2, 2, 8), (1, 2, 8, 64)],
+            output_dtypes=outputs,
+        )
+
+    file = tmp_path / "kernel.mlxfn"
+    mx.export_function(str(file), call, *inputs)
+    signature = sign(
+        kernel.name,
+        [(n, a.dtype, a.shape) for n, a in zip(kernel.input_names, inputs, strict=True)],
+        list(zip(kernel.output_names, outputs, strict=True)),
+        list(template.items()),
+        header="",
+        source=kernel.source,
+        atomic_outputs=False,
+    )
+    assert signature.source() == recorded_source(file.read_bytes())
 
 
 def test_gated_delta_reads_its_state_once(gated_delta_kernels):

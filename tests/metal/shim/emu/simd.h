@@ -221,14 +221,14 @@ EMU_MATRIX_MOVE(device)
 EMU_MATRIX_MOVE(threadgroup)
 #endif
 
-template <typename T> inline simdgroup_matrix<T, 8, 8> make_filled_simdgroup_matrix_of(T value) {
+template <typename T> inline simdgroup_matrix<T, 8, 8> emu_filled(T value) {
   simdgroup_matrix<T, 8, 8> m;
   m.elements = value;
   return m;
 }
 template <typename T, int Rows, int Columns>
 inline simdgroup_matrix<T, Rows, Columns> make_filled_simdgroup_matrix(T value) {
-  return make_filled_simdgroup_matrix_of(value);
+  return emu_filled(value);
 }
 
 // d = a b + c; a lane brings two elements of a and of b, the first to go on multiplies for all.
@@ -271,7 +271,7 @@ template <typename D, typename A, typename B>
 inline __attribute__((always_inline)) void simdgroup_multiply(
     thread simdgroup_matrix<D, 8, 8>& d, thread const simdgroup_matrix<A, 8, 8>& a,
     thread const simdgroup_matrix<B, 8, 8>& b, EMU_LINE) {
-  simdgroup_multiply_accumulate(d, a, b, make_filled_simdgroup_matrix_of(D(0)), line);
+  simdgroup_multiply_accumulate(d, a, b, emu_filled(D(0)), line);
 }
 
 }  // namespace metal
