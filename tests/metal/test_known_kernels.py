@@ -223,3 +223,60 @@ def test_qmm_of_mlx_multiplies_with_simdgroup_matrices(bits, dtype):
     y, log = case.run(call, grid=(out // 32 * 32, 2 * 2, 2), threadgroup=(32, 2, 2), shared=shared)
     assert relative_error(y, case.wanted) <= TOLERANCE[dtype]
     assert log.launches[0].num_matrix_macs == 64 * out * width
+
+
+@pytest.mark.parametrize(("width", "threads"), [(1000, 256), (128, 32), (65, 64)])
+def test_softmax_of_mlx_with_its_barriers(width, threads):
+    kernel = EmulatedKernel(
+        "softmax",
+        ["x", "width"],
+        ["y"],
+        "softmax_single_row<T, float>(x, y, width, threadgroup_position_in_grid.x, "
+        "thread_position_in_threadgroup.x, thread_index_in_simdgroup, "
+        "simdgroup_index_in_threadgroup);",
+        header='#include "mlx/backend/metal/kernels/softmax.h"\n',
+    )
+    x = (4 * mx.random.normal((3, width), key=mx.random.key(width))).astype(mx.bfloat16)
+    (y,) = kernel(
+        inputs=[x, width],
+        template=[("T", mx.bfloat16)],
+        grid=(3 * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    wanted = mx.softmax(x.astype(mx.float32), axis=-1)
+    assert relative_error(y, wanted) <= TOLERANCE[mx.bfloat16]
+    assert kernel.log.launches[0].num_barriers == 3 * 5
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize(("query_heads", "heads", "dim"), [(4, 2, 64), (3, 1, 128)])
+def test_attention_vector_of_mlx_with_1024_threads(query_heads, heads, dim, length):
+    kernel = EmulatedKernel(
+        "sdpa_vector",
+        ["q", "k", "v", "group", "length", "head_stride", "stride", "scale"],
+        ["y"],
+        "auto none = (const device bool*)k;"
+        "sdpa_vector<T, D>(q, k, v, y, group, length, head_stride, stride, head_stride, stride, "
+        "scale, none, k, length, length, length, k, length, threadgroup_position_in_grid, "
+        "threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);",
+        header='#include "mlx/backend/metal/kernels/sdpa_vector.h"\n',
+    )
+    keys = mx.random.split(mx.random.key(dim + length), 3)
+    q = mx.random.normal((1, query_heads, 1, dim), key=keys[0]).astype(mx.float16)
+    k, v = (
+        mx.random.normal((1, heads, length, dim), key=key).astype(mx.float16) for key in keys[1:]
+    )
+    strides = [mx.array(n, mx.uint64) for n in (length * dim, dim)]
+    (y,) = kernel(
+        inputs=[q, k, v, query_heads // heads, length, *strides, dim**-0.5],
+        template=[("T", mx.float16), ("D", dim)],
+        grid=(1024 * query_heads, 1, 1),
+        threadgroup=(1024, 1, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    q, k, v = (a.astype(mx.float32) for a in (q, k, v))
+    wanted = mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)
+    assert relative_error(y, wanted) <= TOLERANCE[mx.float16]
