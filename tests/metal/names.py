@@ -77,6 +77,7 @@ def _defined(text: str) -> set[str]:
     pointer = r"\b(?:device|thread|threadgroup|constant)\b[^;(){}]*[*&]\s*(\w+)\("
     names = set(re.findall(r"#define\s+(\w+)", text)) | set(re.findall(pointer, text))
     names |= set(re.findall(r"\b(?:struct|class|typename|using|enum|auto)\s+(\w+)", text))
+    names |= set(re.findall(r"<[\w\s,:]*>\s+(\w+)\s*\(", text))
     pairs = re.findall(r"\b(\w+)\s+(\w+)\s*\(", text)
     return names | {name for before, name in pairs if before not in STATEMENTS}
 
@@ -84,7 +85,7 @@ def _defined(text: str) -> set[str]:
 def check_names(signature: Signature) -> None:
     """Raises NotMetalError for a name that is neither the kernel's own, nor MLX's, nor Metal's."""
     own = without_comments(signature.header + signature.body)
-    own = re.sub(r'#include[^\n]*|"[^"\n]*"', "", own)
+    own = re.sub(r'#include[^\n]*|"[^"\n]*"|\[\[[^\]]*\]\]', "", own)
     words = set(WORD.findall(own))
     outlaws = sorted(
         w for w in words if w in FORBIDDEN or w.startswith("__") or w.lower().startswith("emu_")

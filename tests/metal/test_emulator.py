@@ -327,6 +327,46 @@ def test_the_source_is_what_mlx_generates(case, tmp_path):
     )
 
 
+MATRIX = """
+  threadgroup T left[64 * 2];
+  uint lane = thread_index_in_simdgroup;
+  for (uint i = lane; i < 128; i += 32) left[i] = a[i];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  simdgroup_matrix<T, 8, 8> m, n;
+  simdgroup_float8x8 sum = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  simdgroup_matrix<T, 8, 8> one(T(1));
+  simdgroup_load(m, left, 16, ulong2(8, 0));
+  simdgroup_load(n, a + 64, 8, ulong2(0, 0), true);
+  simdgroup_multiply_accumulate(sum, m, n, sum);
+  simdgroup_multiply_accumulate(sum, one, m, sum);
+  sum.thread_elements() *= 2;
+  simdgroup_store(sum, y, 8);
+"""
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_simdgroup_matrices_load_multiply_and_store(dtype):
+    a = mx.random.randint(-4, 5, (128,), key=mx.random.key(3)).astype(dtype)
+    y, launch = run(MATRIX, a, grid=(32, 1, 1), threadgroup=(32, 1, 1), template=[("T", dtype)])
+    a = np.array(a.astype(mx.float32))
+    m, n = a.reshape(8, 16)[:, 8:], a[64:].reshape(8, 8).T
+    assert np.array_equal(np.array(y).reshape(8, 8), 2 * (m @ n + m))
+    assert launch.num_matrix_macs == 2 * 512
+    with pytest.raises(errors.OutOfBoundsError, match="of y: index 64 of 64"):
+        outside = MATRIX.replace("simdgroup_store(sum, y, 8)", "simdgroup_store(sum, y + 8, 8)")
+        run(outside, mx.array(a), grid=(32, 1, 1), template=[("T", mx.float32)])
+    with pytest.raises(errors.DivergenceError, match="simdgroup_multiply_accumulate"):
+        run(
+            MATRIX.replace("sum.thread", "if (lane > 3) sum.thread").replace(
+                "simdgroup_multiply_accumulate(sum, one",
+                "if (lane > 3) simdgroup_multiply_accumulate(sum, one",
+            ),
+            mx.array(a),
+            grid=(32, 1, 1),
+            template=[("T", mx.float32)],
+        )
+
+
 def test_the_shim_declares_only_what_metal_has():
     text = "".join((compiler.SHIM / "emu" / f"{n}.h").read_text() for n in SHIM_PARTS)
     macro = r"EMU_(?:FLOAT|ANY)\d\((\w+)|EMU_(?:\w+_)?(?:TEST|REDUCTION|SHUFFLE|SCAN|FETCH)\((\w+)"

@@ -5,6 +5,7 @@ import mlx_lm.models.gated_delta as gated_delta
 import numpy as np
 import pytest
 from metal import errors
+from metal.compiler import MLX_INCLUDE
 from metal.emulator import EmulatedKernel, Log, emulated
 from metal.signature import recorded_source, sign
 
@@ -225,8 +226,7 @@ def test_qmm_of_mlx_multiplies_with_simdgroup_matrices(bits, dtype):
     assert log.launches[0].num_matrix_macs == 64 * out * width
 
 
-@pytest.mark.parametrize(("width", "threads"), [(1000, 256), (128, 32), (65, 64)])
-def test_softmax_of_mlx_with_its_barriers(width, threads):
+def softmax(x: mx.array, threads: int, header: str) -> tuple[mx.array, Log]:
     kernel = EmulatedKernel(
         "softmax",
         ["x", "width"],
@@ -234,25 +234,22 @@ def test_softmax_of_mlx_with_its_barriers(width, threads):
         "softmax_single_row<T, float>(x, y, width, threadgroup_position_in_grid.x, "
         "thread_position_in_threadgroup.x, thread_index_in_simdgroup, "
         "simdgroup_index_in_threadgroup);",
-        header='#include "mlx/backend/metal/kernels/softmax.h"\n',
+        header=header,
     )
-    x = (4 * mx.random.normal((3, width), key=mx.random.key(width))).astype(mx.bfloat16)
     (y,) = kernel(
-        inputs=[x, width],
-        template=[("T", mx.bfloat16)],
-        grid=(3 * threads, 1, 1),
+        inputs=[x, x.shape[-1]],
+        template=[("T", x.dtype)],
+        grid=(x.shape[0] * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],
     )
-    wanted = mx.softmax(x.astype(mx.float32), axis=-1)
-    assert relative_error(y, wanted) <= TOLERANCE[mx.bfloat16]
-    assert kernel.log.launches[0].num_barriers == 3 * 5
+    return y, kernel.log
 
 
-@pytest.mark.parametrize("length", [1, 40])
-@pytest.mark.parametrize(("query_heads", "heads", "dim"), [(4, 2, 64), (3, 1, 128)])
-def test_attention_vector_of_mlx_with_1024_threads(query_heads, heads, dim, length):
+def attention(q: mx.array, k: mx.array, v: mx.array, header: str) -> mx.array:
+    _, query_heads, _, dim = q.shape
+    _, heads, length, _ = k.shape
     kernel = EmulatedKernel(
         "sdpa_vector",
         ["q", "k", "v", "group", "length", "head_stride", "stride", "scale"],
@@ -261,22 +258,64 @@ def test_attention_vector_of_mlx_with_1024_threads(query_heads, heads, dim, leng
         "sdpa_vector<T, D>(q, k, v, y, group, length, head_stride, stride, head_stride, stride, "
         "scale, none, k, length, length, length, k, length, threadgroup_position_in_grid, "
         "threadgroups_per_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);",
-        header='#include "mlx/backend/metal/kernels/sdpa_vector.h"\n',
-    )
-    keys = mx.random.split(mx.random.key(dim + length), 3)
-    q = mx.random.normal((1, query_heads, 1, dim), key=keys[0]).astype(mx.float16)
-    k, v = (
-        mx.random.normal((1, heads, length, dim), key=key).astype(mx.float16) for key in keys[1:]
+        header=header,
     )
     strides = [mx.array(n, mx.uint64) for n in (length * dim, dim)]
-    (y,) = kernel(
+    return kernel(
         inputs=[q, k, v, query_heads // heads, length, *strides, dim**-0.5],
-        template=[("T", mx.float16), ("D", dim)],
+        template=[("T", q.dtype), ("D", dim)],
         grid=(1024 * query_heads, 1, 1),
         threadgroup=(1024, 1, 1),
         output_shapes=[q.shape],
         output_dtypes=[q.dtype],
-    )
+    )[0]
+
+
+def random_attention(query_heads, heads, dim, length, dtype):
+    keys = mx.random.split(mx.random.key(dim + length), 3)
+    shapes = [(1, query_heads, 1, dim), *[(1, heads, length, dim)] * 2]
+    return [mx.random.normal(s, key=k).astype(dtype) for s, k in zip(shapes, keys, strict=True)]
+
+
+def include(name: str) -> str:
+    return f'#include "mlx/backend/metal/kernels/{name}"\n'
+
+
+@pytest.mark.parametrize(("width", "threads"), [(1000, 256), (128, 32), (65, 64)])
+def test_softmax_of_mlx_with_its_barriers(width, threads):
+    x = (4 * mx.random.normal((3, width), key=mx.random.key(width))).astype(mx.bfloat16)
+    y, log = softmax(x, threads, include("softmax.h"))
+    wanted = mx.softmax(x.astype(mx.float32), axis=-1)
+    assert relative_error(y, wanted) <= TOLERANCE[mx.bfloat16]
+    assert log.launches[0].num_barriers == 3 * 5
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("heads", [(4, 2, 64), (3, 1, 128)], ids=str)
+def test_attention_vector_of_mlx_with_1024_threads(heads, length):
+    q, k, v = random_attention(*heads, length, mx.float16)
+    y = attention(q, k, v, include("sdpa_vector.h"))
     q, k, v = (a.astype(mx.float32) for a in (q, k, v))
-    wanted = mx.fast.scaled_dot_product_attention(q, k, v, scale=dim**-0.5)
+    wanted = mx.fast.scaled_dot_product_attention(q, k, v, scale=heads[2] ** -0.5)
     assert relative_error(y, wanted) <= TOLERANCE[mx.float16]
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@pytest.mark.parametrize(
+    ("file", "behind", "barrier"),
+    [("softmax.h", "softmax_looped", n) for n in range(5)]
+    + [("sdpa_vector.h", "sdpa_vector_2pass_1", n) for n in range(3)],
+)
+def test_each_barrier_of_mlx_is_missed_when_it_is_gone(file, behind, barrier):
+    text = (MLX_INCLUDE / "mlx/backend/metal/kernels" / file).read_text()
+    text = text[: text.rindex("template", 0, text.index(f"void {behind}("))]
+    parts = text.split(BARRIER)
+    header = BARRIER.join([*parts[:barrier], parts[barrier] + parts[barrier + 1]])
+    header = BARRIER.join([header, *parts[barrier + 2 :]])
+    with pytest.raises((errors.RaceError, errors.UninitializedError), match=r"(local_|score|outp)"):
+        if file == "softmax.h":
+            softmax(mx.random.normal((1, 1000), key=mx.random.key(0)), 256, header)
+        else:
+            attention(*random_attention(2, 1, 64, 40, mx.float32), header)

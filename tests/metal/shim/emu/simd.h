@@ -214,7 +214,7 @@ template <typename M> EMU_LANE_OP void meet(thread M& m, const char* what, int l
       simdgroup_matrix<T, 8, 8> m, SPACE T* pointer, ulong elements_per_row = 8,               \
       ulong2 origin = 0, bool transpose = false, EMU_LINE) {                                   \
     emu_matrix::meet(m, "simdgroup_store", line);                                              \
-    for (int i = 0; i < 2; i++) EMU_MATRIX_ELEMENT = m.elements[i];                            \
+    for (int i = 0; i < 2; i++) EMU_MATRIX_ELEMENT = T(m.elements[i]);                            \
   }
 EMU_MATRIX_MOVE(device)
 #if defined(EMU_ADDRESS_SPACES)
