@@ -25,9 +25,10 @@ ZIG = Path(ziglang.__file__).parent / ("zig.exe" if os.name == "nt" else "zig")
 COMMON = ["-std=c++17", "-Wno-everything", "-ffp-contract=off", "-fno-lax-vector-conversions"]
 COMMON += ["-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type"]
 COMMON += ["-fno-exceptions", "-fno-rtti"]
-# Metal has no double: 1.0 is a float.
-for option in ("-cl-single-precision-constant", "-ffloat16-excess-precision=none"):
-    COMMON += ["-Xclang", option]
+# Metal has no double: 1.0 is a float. Its half and bfloat are rounded after each operation.
+COMMON += ["-Xclang", "-cl-single-precision-constant"]
+for kind in ("float16", "bfloat16"):
+    COMMON += ["-Xclang", f"-f{kind}-excess-precision=none"]
 CODE = ["-fPIC", "-O2", "-fno-stack-protector"]
 # Every access to memory calls the runtime; wider ones than 16 bytes would not.
 CHECKED = ["-fno-vectorize", "-fno-slp-vectorize", "-fno-threadsafe-statics"]

@@ -46,25 +46,17 @@ struct bfloat {
   constexpr operator float() const { return 0; }
   constexpr bfloat operator-() const { return *this; }
 };
-#define EMU_BFLOAT_OPERATOR(OP)                                        \
-  constexpr bfloat operator OP(bfloat a, bfloat) { return a; }         \
-  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>  \
-  constexpr bfloat operator OP(bfloat a, I) {                          \
-    return a;                                                          \
-  }                                                                    \
-  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>  \
-  constexpr bfloat operator OP(I, bfloat a) {                          \
-    return a;                                                          \
-  }                                                                    \
-  constexpr bfloat& operator OP## = (bfloat & a, bfloat) { return a; } \
-  template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>  \
-  constexpr bfloat& operator OP## = (bfloat & a, I) {                  \
-    return a;                                                          \
-  }
-EMU_BFLOAT_OPERATOR(+)
-EMU_BFLOAT_OPERATOR(-)
-EMU_BFLOAT_OPERATOR(*)
-EMU_BFLOAT_OPERATOR(/)
+#define EMU_INTEGRAL template <typename I, int (*)[__is_integral(I) ? 1 : -1] = nullptr>
+#define EMU_BFLOAT_OPERATOR(OP, ASSIGN)                              \
+  constexpr bfloat operator OP(bfloat a, bfloat) { return a; }       \
+  EMU_INTEGRAL constexpr bfloat operator OP(bfloat a, I) { return a; } \
+  EMU_INTEGRAL constexpr bfloat operator OP(I, bfloat a) { return a; } \
+  constexpr bfloat& operator ASSIGN(bfloat& a, bfloat) { return a; } \
+  EMU_INTEGRAL constexpr bfloat& operator ASSIGN(bfloat& a, I) { return a; }
+EMU_BFLOAT_OPERATOR(+, +=)
+EMU_BFLOAT_OPERATOR(-, -=)
+EMU_BFLOAT_OPERATOR(*, *=)
+EMU_BFLOAT_OPERATOR(/, /=)
 #else
 typedef __bf16 bfloat;
 #endif

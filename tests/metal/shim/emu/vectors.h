@@ -5,6 +5,7 @@
   typedef T T##2 __attribute__((ext_vector_type(2))); \
   typedef T T##3 __attribute__((ext_vector_type(3))); \
   typedef T T##4 __attribute__((ext_vector_type(4)));
+EMU_VECTOR_TYPES(bool)
 EMU_VECTOR_TYPES(char)
 EMU_VECTOR_TYPES(short)
 EMU_VECTOR_TYPES(int)
@@ -15,9 +16,6 @@ EMU_VECTOR_TYPES(uint)
 EMU_VECTOR_TYPES(ulong)
 EMU_VECTOR_TYPES(float)
 EMU_VECTOR_TYPES(half)
-typedef bool bool2 __attribute__((ext_vector_type(2)));
-typedef bool bool3 __attribute__((ext_vector_type(3)));
-typedef bool bool4 __attribute__((ext_vector_type(4)));
 typedef __bf16 bfloat2 __attribute__((ext_vector_type(2)));
 typedef __bf16 bfloat3 __attribute__((ext_vector_type(3)));
 typedef __bf16 bfloat4 __attribute__((ext_vector_type(4)));
