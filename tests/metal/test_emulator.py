@@ -83,6 +83,14 @@ BUGS = {
         errors.RaceError,
         r"y\[0\] is written by .*, with another value",
     ),
+    "two threads write different structs": (
+        I
+        + """y[i] = 0; threadgroup_barrier(mem_flags::mem_device);
+        struct Ten { float v[10]; }; Ten t; for (int k = 0; k < 10; k++) t.v[k] = i * k;
+        ((device Ten*)y)[i / 32] = t;""",
+        errors.RaceError,
+        r"y\[\d\] is written by .*, with another value",
+    ),
     "one threadgroup reads what another wrote": (
         I + "y[i] = a[i]; threadgroup_barrier(mem_flags::mem_device); y[i] = y[i ^ 32] + 1;",
         (errors.RaceError, errors.UninitializedError),

@@ -44,7 +44,7 @@ Region* find(EmuByte* p) {
 void access(void* address, EmuU32 bytes, bool is_write, bool atomic = false) {
   EmuByte* p = (EmuByte*)address;
   if (EmuU64(p - fibers[current].stack) < STACK) return;
-  if (pending.active) settle_pending();
+  if (pending.active && !in_range) settle_pending();
   const char* verb = is_write ? "write" : "read";
   Region* r = find(p);
   if (!r) {

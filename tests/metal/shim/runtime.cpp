@@ -80,6 +80,8 @@ struct {
   EmuByte before[64];
 } pending;
 
+bool in_range;  // between the parts of one copy: nothing is written yet
+
 EmuU32 random_bits() {
   random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
   return EmuU32(random_state >> 33);
@@ -285,7 +287,7 @@ void run_threadgroup(const EmuU32* position) {
   num_done = 0;
   num_regions = num_buffers;
   last_region = 0;
-  pending.active = false;
+  pending.active = in_range = false;
   launch->num_threads += num_threads;
   for (EmuU32 t = 0; t < num_threads; t++) {
     EmuThread& i = ids[t];
@@ -447,8 +449,11 @@ INSTRUMENTED(2)
 INSTRUMENTED(4) INSTRUMENTED(8) INSTRUMENTED(16)
 
     static void access_range(void* p, EmuU64 bytes, bool is_write) {
+  if (pending.active) settle_pending();
+  in_range = true;
   for (EmuU64 i = 0; i < bytes; i += 32)
     access((EmuByte*)p + i, EmuU32(bytes - i < 32 ? bytes - i : 32), is_write);
+  in_range = false;
 }
 void* __tsan_memcpy(void* to, const void* from, EmuU64 bytes) {
   access_range((void*)from, bytes, false);
