@@ -16,7 +16,7 @@ PACKAGE = ROOT / "qwen35_mlx"
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKED = ("convert", "quant")
 SOURCE_DIRS = ("qwen35_mlx", "convert", "quant", "tools", "tests", ".ci")
-SOURCE_SUFFIXES = (".py", ".metal", ".md", ".toml", ".jinja", ".sh", "")
+SOURCE_SUFFIXES = (".py", ".metal", ".cpp", ".h", ".md", ".toml", ".jinja", ".sh", "")
 MAX_LINES = 500
 
 
