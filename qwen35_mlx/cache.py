@@ -61,12 +61,3 @@ def restore(cache: Sequence[Any], point: Snapshot) -> None:
 def cached_tokens(cache: Sequence[Any]) -> int:
     """How many tokens an unbatched cache has read; 0 where no layer counts them."""
     return max((c.offset for c in cache if isinstance(c, KVCache)), default=0)
-
-
-def cache_arrays(cache: Sequence[Any]) -> list[mx.array]:
-    """Every array in the cache, to be evaluated between the pieces of a prefill."""
-    arrays: list[mx.array] = []
-    for entry in cache:
-        held = entry.cache if isinstance(entry, ArraysCache) else (entry.keys, entry.values)
-        arrays += [x for x in held if x is not None]
-    return arrays

@@ -32,9 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None),
     "mamba_ssm_dtype": ("float32", None),
     "rope_scaling": (None,),
-    "use_qk_norm": (True, None),
-    "attention_sinks": (False, None),
-    "tie_experts": (False, None),
 }
 # Keys that say nothing about the forward pass of the text model.
 INERT = frozenset(

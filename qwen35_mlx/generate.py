@@ -9,7 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
 
-from .cache import cache_arrays, cached_tokens
+from .cache import cached_tokens
 from .errors import Qwen35Error
 from .model import Model
 from .prompt import Prompt, check_ids, check_length, encode_prompt, held_back
@@ -149,11 +149,11 @@ def prefill(
     for start in range(0, total, step_size):
         hidden = model.trunk(ids[None, start : start + step_size], cache, last_only=True)
         if start + step_size < total:
-            mx.eval(cache_arrays(cache))
+            mx.eval([entry.state for entry in cache])
             mx.clear_cache()
             if progress:
                 progress(start + step_size, total)
-    mx.eval(hidden, cache_arrays(cache))
+    mx.eval(hidden, [entry.state for entry in cache])
     if progress:
         progress(total, total)
     return hidden
