@@ -6,7 +6,8 @@ is `[query D | output gate D]`.
 
 import mlx.core as mx
 
-from .metal import kernel
+from .matrix import FLOATS, MAX_ROWS
+from .metal import NONE, Choice, kernel
 
 
 def qk_norm_rope(
@@ -17,20 +18,32 @@ def qk_norm_rope(
     cosines: mx.array,
     sines: mx.array,
     eps: float,
+    kernels: Choice = NONE,
 ) -> tuple[mx.array, mx.array]:
     """q `[B, Hq, T, D]` and k `[B, Hk, T, D]`, normalised, the first R dims rotated by halves.
 
     q_gate `[B, T, Hq * 2D]`, k `[B, T, Hk * D]`; cosines and sines `[B or 1, T, R / 2]` fp32.
     """
+    few = q_gate.shape[0] * q_gate.shape[1] <= MAX_ROWS
+    if "qk_norm_rope" in kernels and few and q_gate.dtype in FLOATS:
+        return qk_norm_rope_kernel(q_gate, k, q_weight, k_weight, cosines, sines, eps)
+    q, k = qk_norm(q_gate, k, q_weight, k_weight, eps)
+    return rotate(q, cosines, sines), rotate(k, cosines, sines)
+
+
+def qk_norm(
+    q_gate: mx.array, k: mx.array, q_weight: mx.array, k_weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """Without the rotation."""
+    # Heads first, then split.
     shape = (*q_gate.shape[:2], -1, q_weight.size)
     q, k = q_gate.reshape(shape)[:, :, 0::2], k.reshape(shape)
-    return (
-        _rotate(mx.fast.rms_norm(q, q_weight, eps).swapaxes(1, 2), cosines, sines),
-        _rotate(mx.fast.rms_norm(k, k_weight, eps).swapaxes(1, 2), cosines, sines),
-    )
+    q, k = mx.fast.rms_norm(q, q_weight, eps), mx.fast.rms_norm(k, k_weight, eps)
+    return q.swapaxes(1, 2), k.swapaxes(1, 2)
 
 
-def _rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+def rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    """x `[B, H, T, D]` by cosines and sines `[B or 1, T, R / 2]`, in fp32."""
     half = cosines.shape[-1]
     cosines, sines = cosines[:, None], sines[:, None]
     first, second, kept = mx.split(x, [half, 2 * half], axis=-1)
@@ -74,9 +87,11 @@ def qk_norm_rope_kernel(
     return q, k
 
 
-def output_gate(x: mx.array, q_gate: mx.array) -> mx.array:
+def output_gate(x: mx.array, q_gate: mx.array, kernels: Choice = NONE) -> mx.array:
     """x `[B, Hq, T, D]` times the sigmoid of its gate in q_gate, as `[B, T, Hq * D]`."""
     batch, _, num_tokens, dim = x.shape
+    if "output_gate" in kernels and batch * num_tokens <= MAX_ROWS and x.dtype in FLOATS:
+        return output_gate_kernel(x, q_gate)
     gate = q_gate.reshape(batch, num_tokens, -1, dim)[:, :, 1::2].reshape(batch, num_tokens, -1)
     return x.swapaxes(1, 2).reshape(batch, num_tokens, -1) * mx.sigmoid(gate)
 

@@ -22,7 +22,8 @@
     const int channel = i < DK       ? key_head * DK + i
                         : i < 2 * DK ? (HK + key_head) * DK + i - DK
                                      : 2 * HK * DK + head * DV + i - 2 * DK;
-    float window[TAPS];
+    float window[TAPS], taps[TAPS];
+    for (int j = 0; j < TAPS; j++) taps[j] = float(conv_weight[channel * TAPS + j]);
     for (int j = 0; j < TAPS - 1; j++)
       window[j] = float(conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel]);
     for (int t = 0; t < TOKENS; t++) {
@@ -30,8 +31,7 @@
       const bool pad = MASKED && !bool(mask[token]);
       window[TAPS - 1] = pad ? 0.0f : float(qkv[token * CHANNELS + channel]);
       float sum = 0.0f;
-      for (int j = 0; j < TAPS; j++)
-        sum = metal::fma(window[j], float(conv_weight[channel * TAPS + j]), sum);
+      for (int j = 0; j < TAPS; j++) sum = metal::fma(window[j], taps[j], sum);
       for (int j = 0; j < TAPS - 1; j++) window[j] = window[j + 1];
       const float mixed = silu(sum);
       if (i < DK) q[t][i] = mixed;

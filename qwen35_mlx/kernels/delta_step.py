@@ -1,6 +1,6 @@
 """A linear attention layer between its projections: convolution, gates, delta rule, gated norm.
 
-B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, K convolution taps, C channels of q, k, v.
+B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, K convolution taps, C channels of q|k|v.
 """
 
 from typing import NamedTuple
@@ -55,12 +55,8 @@ def delta_step(
         and value_dim in VALUE_DIMS
         and qkv.dtype in FLOATS
     ):
-        return delta_step_kernel(
-            qkv, z, b, a, conv_state, recurrent_state, parameters, mask
-        )
-    return delta_step_ops(
-        qkv, z, b, a, conv_state, recurrent_state, parameters, mask, lengths
-    )
+        return delta_step_kernel(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
+    return delta_step_ops(qkv, z, b, a, conv_state, recurrent_state, parameters, mask, lengths)
 
 
 def delta_step_ops(
@@ -150,9 +146,7 @@ def delta_step_kernel(
     """The same for T up to 8, in one dispatch that reads and writes the state once."""
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
-    names = (
-        "qkv z b a conv_state state conv_weight A_log dt_bias norm_weight eps mask".split()
-    )
+    names = "qkv z b a conv_state state conv_weight A_log dt_bias norm_weight eps mask".split()
     conv_weight, *others, eps = parameters
     out, conv_state, recurrent_state = kernel(
         "delta_step", tuple(names), ("out", "new_conv_state", "new_state")

@@ -1,7 +1,7 @@
 """Routed experts and the shared one for few tokens, in two steps: gate and up, then down.
 
-N tokens, K experts per token, E experts, H hidden, I/Is width of a routed/the shared expert. A dense
-feed-forward layer is a shared expert alone, of weight one.
+N tokens, K experts per token, E experts, H hidden, I/Is width of a routed/the shared expert.
+A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
 from collections.abc import Sequence

@@ -24,9 +24,7 @@ def residual_norm_kernel(
     """The same; the sum is rounded to x's type before the norm, as by ops."""
     width = x.shape[-1]
     rows = x.size // width
-    total, normed = kernel(
-        "residual_norm", ("x", "delta", "weight", "eps"), ("total", "normed")
-    )(
+    total, normed = kernel("residual_norm", ("x", "delta", "weight", "eps"), ("total", "normed"))(
         inputs=[x.reshape(rows, width), delta.reshape(rows, width), weight, eps],
         template=[("T", x.dtype), ("SIMDGROUPS", SIMDGROUPS)],
         grid=(32 * SIMDGROUPS, rows, 1),
