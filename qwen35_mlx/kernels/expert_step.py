@@ -4,13 +4,14 @@ N tokens, K experts per token, E experts, H hidden, I/Is width of a routed/the s
 A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices
+from .matrix import FLOATS, MAX_ROWS, Matrix, arguments, label, lanes_per_row, matrices, names
 from .metal import NONE, Choice, Template, kernel
 
 SIMDGROUPS = 2
@@ -67,20 +68,6 @@ def expert_down(
     return residual + out
 
 
-def _rows_per_simdgroup(num_tokens: int) -> int:
-    # Twice as many accumulators with more tokens would spill.
-    return 2 if num_tokens <= 2 else 1
-
-
-def _inputs(*named: tuple[str, Matrix]) -> tuple[list[str], list[mx.array], Template]:
-    """Names, arrays and template arguments of several matrices."""
-    return (
-        [n for prefix, w in named for n in w.names(prefix)],
-        [a for _, w in named for a in w.arrays],
-        [t for prefix, w in named for t in w.template(prefix)],
-    )
-
-
 def expert_gate_up_kernel(
     x: mx.array,
     shared: Sequence[Matrix],
@@ -90,51 +77,29 @@ def expert_gate_up_kernel(
     """The same for N up to 8, in one dispatch."""
     num_tokens = x.shape[0]
     rows, lanes = _rows_per_simdgroup(num_tokens), lanes_per_row(x.shape[1])
-    named = list(zip(("shared_gate", "shared_up", "gate", "up"), [*shared, *routed], strict=False))
-    names, arrays, template = _inputs(*named)
-    weights = dict(named)
-    pairs = routing.indices.size if routing is not None else 0
-
-    def call(gate: str, up: str, tokens: str, rest: str) -> str:
-        parameters = f"{gate}_BITS, {gate}_GROUP, {up}_BITS, {up}_GROUP, ROWS, {tokens}, LANES"
-        pointers = f"{weights[gate].arguments(gate)}, {weights[up].arguments(up)}"
-        return f"swiglu<{parameters}>({pointers}, {rest}, first, lane);"
-
-    # The shared expert, which takes longest, comes first.
-    body = "  if (pair == 0) {\n    " + call(
-        "shared_gate", "shared_up", "TOKENS", "x, shared_out, in, shared_gate_w_shape[0], 0"
-    )
-    outputs = ["shared_out"]
+    weights = [*shared, *routed]
+    kinds = tuple(w.is_quantized for w in weights)
+    inputs, template = [x], _template(GATE_UP, weights, rows, num_tokens, lanes)
     shapes: list[tuple[int, ...]] = [(num_tokens, shared[0].out_dims)]
+    num_pairs = 0
     if routing is not None:
-        per_token = routing.indices.shape[1]
-        names, arrays = ["indices", *names], [routing.indices, *arrays]
-        template.append(("K", per_token))
-        body += (
-            "\n  } else {\n    const int out = gate_w_shape[1];\n    "
-            + call(
-                "gate", "up", "1",
-                "x + (pair - 1) / K * in, out_rows + (pair - 1) * out, in, out,"
-                " size_t(indices[pair - 1])",
-            )
-        )  # fmt: skip
-        outputs.append("out_rows")
-        shapes.append((num_tokens, per_token, routed[0].out_dims))
+        inputs.append(routing.indices)
+        shapes.append((*routing.indices.shape, routed[0].out_dims))
+        template.append(("K", routing.indices.shape[1]))
+        num_pairs = routing.indices.size
     per_group = SIMDGROUPS * rows * (32 // lanes)
     blocks = -(-max(shape[-1] for shape in shapes) // per_group)
     return kernel(
         "expert_gate_up",
-        ("x", *names),
-        tuple(outputs),
-        label=_label("expert_gate_up", [w for _, w in named]),
-        generated=body + "\n  }\n",
+        _names(("x", "indices")[: len(inputs)], GATE_UP, kinds),
+        ("shared_out", "routed_out")[: len(shapes)],
+        label=label("expert_gate_up", kinds),
+        generated=_gate_up_body(kinds),
     )(
-        inputs=[x, *arrays],
-        template=[
-            *template,
-            *[("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes), ("SIMDGROUPS", SIMDGROUPS)],
-        ],
-        grid=(blocks * SIMDGROUPS * 32, 1 + pairs, 1),
+        inputs=[*inputs, *(a for w in weights for a in w.arrays)],
+        template=template,
+        # The shared expert, which takes longest, comes first.
+        grid=(blocks * SIMDGROUPS * 32, 1 + num_pairs, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=shapes,
         output_dtypes=[x.dtype] * len(shapes),
@@ -152,61 +117,23 @@ def expert_down_kernel(
     num_tokens, width = residual.shape
     rows = _rows_per_simdgroup(num_tokens)
     lanes = lanes_per_row(*(h.shape[-1] for h in hidden))
-    named = [("shared", shared), *(("down", w) for w in routed)]
-    names, arrays, template = _inputs(*named)
-    body = f"""
-  {{
-    const int in = shared_in_shape[1];
-    float factor[TOKENS];
-    for (int t = 0; t < TOKENS; t++) factor[t] = {"shared_scores[t]" if routing else "1.0f"};
-    dot_rows<shared_BITS, shared_GROUP, ROWS, TOKENS, LANES, false>(
-        {shared.arguments("shared")}, shared_in, shared_in, in, size_t(row), last, lane, factor,
-        acc, acc);
-  }}
-"""
-    inputs = [hidden[0]]
-    input_names = ["shared_in"]
+    weights = [shared, *routed]
+    kinds = tuple(w.is_quantized for w in weights)
+    inputs, template = [residual, *hidden], _template(DOWN, weights, rows, num_tokens, lanes)
+    template.append(("T", residual.dtype))
     if routing is not None:
-        inputs += [hidden[1], *routing]
-        input_names += ["routed_in", "indices", "scores", "shared_scores"]
+        inputs += routing
         template.append(("K", routing.indices.shape[1]))
-        body += f"""
-  const int in = routed_in_shape[2];
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) {{
-    float part[ROWS] = {{}};
-    for (int slot = 0; slot < K; slot++) {{
-      const int pair = t * K + slot;
-      const float factor[1] = {{scores[pair]}};
-      dot_rows<down_BITS, down_GROUP, ROWS, 1, LANES, false>(
-          {routed[0].arguments("down")}, routed_in + pair * in, routed_in, in,
-          size_t(indices[pair]) * width + row, last, lane, factor, part, part);
-    }}
-    for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += part[r];
-  }}
-"""
-    body += """
-#pragma unroll
-  for (int i = 0; i < ROWS * TOKENS; i++) {
-    const float sum = lane_sum<LANES>(acc[i]);
-    const int r = row + (i / TOKENS) * step, at = (i % TOKENS) * width + r;
-    if (lane % LANES == 0 && r < width) y[at] = T(float(residual[at]) + sum);
-  }
-"""
     per_group = SIMDGROUPS * rows * (32 // lanes)
     (y,) = kernel(
         "expert_down",
-        ("residual", *input_names, *names),
+        _names(DOWN_INPUTS[: len(inputs)], DOWN, kinds),
         ("y",),
-        label=_label("expert_down", [w for _, w in named]),
-        generated=body,
+        label=label("expert_down", kinds),
+        generated=_down_body(kinds),
     )(
-        inputs=[residual, *inputs, *arrays],
-        template=[
-            ("T", residual.dtype),
-            *template,
-            *[("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes), ("SIMDGROUPS", SIMDGROUPS)],
-        ],
+        inputs=[*inputs, *(a for w in weights for a in w.arrays)],
+        template=template,
         grid=(-(-width // per_group) * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[residual.shape],
@@ -215,5 +142,98 @@ def expert_down_kernel(
     return y
 
 
-def _label(name: str, weights: Sequence[Matrix]) -> str:
-    return name + "_" + "".join("q" if w.bits else "d" for w in weights)
+# Matrices in the order of the kernels' inputs; those of routed experts may be absent.
+GATE_UP = ("shared_gate", "shared_up", "gate", "up")
+DOWN = ("shared", "down")
+DOWN_INPUTS = ("residual", "shared_in", "routed_in", *Routing._fields)
+
+
+def _rows_per_simdgroup(num_tokens: int) -> int:
+    # Twice as many accumulators with more tokens would spill.
+    return 2 if num_tokens <= 2 else 1
+
+
+def _template(
+    prefixes: Sequence[str], weights: Sequence[Matrix], rows: int, num_tokens: int, lanes: int
+) -> Template:
+    formats = [t for p, w in zip(prefixes, weights, strict=False) for t in w.template(p)]
+    tiling = [("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes), ("SIMDGROUPS", SIMDGROUPS)]
+    return formats + tiling
+
+
+@functools.cache
+def _names(
+    first: tuple[str, ...], prefixes: tuple[str, ...], kinds: tuple[bool, ...]
+) -> tuple[str, ...]:
+    """Of the inputs; kinds tell which matrices are quantized."""
+    weights = [n for p, kind in zip(prefixes, kinds, strict=False) for n in names(p, kind)]
+    return (*first, *weights)
+
+
+@functools.cache
+def _gate_up_body(kinds: tuple[bool, ...]) -> str:
+    """One call of `swiglu`, or two."""
+
+    def call(gate: str, up: str, tokens: str, rest: str) -> str:
+        quantized = dict(zip(GATE_UP, kinds, strict=False))
+        formats = f"{gate}_BITS, {gate}_GROUP, {up}_BITS, {up}_GROUP"
+        return f"""    swiglu<{formats}, ROWS, {tokens}, LANES>(
+        {arguments(gate, quantized[gate])},
+        {arguments(up, quantized[up])},
+        {rest}, first, lane);
+"""
+
+    shared = call(
+        "shared_gate", "shared_up", "TOKENS", "x, shared_out, in, shared_gate_w_shape[0], 0"
+    )
+    if len(kinds) == 2:
+        return shared
+    routed = call(
+        "gate",
+        "up",
+        "1",
+        "x + (pair - 1) / K * in, routed_out + (pair - 1) * out, in, out,"
+        " size_t(indices[pair - 1])",
+    )
+    return f"""  if (pair == 0) {{
+{shared}  }} else {{
+    const int out = gate_w_shape[1];
+{routed}  }}
+"""
+
+
+@functools.cache
+def _down_body(kinds: tuple[bool, ...]) -> str:
+    """The shared expert for all tokens, each token's own experts, and the sum."""
+    has_routing = len(kinds) == 2
+    shared = f"""
+  float factor[TOKENS];
+  for (int t = 0; t < TOKENS; t++) factor[t] = {"shared_scores[t]" if has_routing else "1.0f"};
+  dot_rows<shared_BITS, shared_GROUP, ROWS, TOKENS, LANES, false>(
+      {arguments("shared", kinds[0])}, shared_in, shared_in, shared_in_shape[1],
+      size_t(row), last, lane, factor, acc, acc);
+"""
+    routed = ""
+    if has_routing:
+        routed = f"""
+  const int in = routed_in_shape[2];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) {{
+    float part[ROWS] = {{}};
+    for (int pair = t * K; pair < (t + 1) * K; pair++) {{
+      const float score[1] = {{scores[pair]}};
+      dot_rows<down_BITS, down_GROUP, ROWS, 1, LANES, false>(
+          {arguments("down", kinds[1])}, routed_in + pair * in, routed_in, in,
+          size_t(indices[pair]) * width + row, last, lane, score, part, part);
+    }}
+    for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += part[r];
+  }}
+"""
+    return f"""{shared}{routed}
+#pragma unroll
+  for (int i = 0; i < ROWS * TOKENS; i++) {{
+    const float sum = lane_sum<LANES>(acc[i]);
+    const int r = row + (i / TOKENS) * step, at = (i % TOKENS) * width + r;
+    if (lane % LANES == 0 && r < width) y[at] = T(float(residual[at]) + sum);
+  }}
+"""

@@ -1,7 +1,7 @@
 """How kernels see the weight of a linear layer: dense, or affine quantized in MLX's layout."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,14 +30,10 @@ class Matrix(NamedTuple):
         """Rows, of each expert where they are stacked."""
         return self.arrays[0].shape[-2]
 
-    def names(self, prefix: str) -> tuple[str, ...]:
-        """The names of the arrays in a kernel."""
-        return tuple(f"{prefix}_{part}" for part in ("w", "scales", "biases")[: len(self.arrays)])
-
-    def arguments(self, prefix: str) -> str:
-        """The three pointers as `dot_chunk` takes them; a dense matrix has but one."""
-        names = self.names(prefix)
-        return ", ".join(names if self.bits else names * 3)
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there are scales and biases."""
+        return self.bits > 0
 
     def template(self, prefix: str) -> Template:
         """Bits and group size as template arguments."""
@@ -46,22 +42,39 @@ class Matrix(NamedTuple):
 
 def matrix(module: nn.Module) -> Matrix | None:
     """The weight of a linear layer or stack of experts; None if no kernel reads such a one."""
-    parameters: dict[str, Any] = module.parameters()
-    weight = parameters["weight"]
-    if "bias" in parameters:
+    # A module is a dict of its parameters; asked once a layer and token, so without ceremony.
+    weight = module["weight"]
+    if "bias" in module:
         return None
-    if "scales" not in parameters:
+    if "scales" not in module:
         in_dims = weight.shape[-1]
         usable = weight.dtype in FLOATS and in_dims % CHUNK == 0
         return Matrix((weight,), 0, CHUNK, in_dims) if usable else None
-    scales = parameters["scales"]
+    scales = module["scales"]
     bits, group_size = module.bits, module.group_size
     if module.mode != "affine" or bits not in BITS or group_size not in GROUP_SIZES:
         return None
     if scales.size < MIN_ELEMENTS or weight.size < MIN_ELEMENTS:
         return None
-    arrays = (weight, scales, parameters["biases"])
+    arrays = (weight, scales, module["biases"])
     return Matrix(arrays, bits, group_size, scales.shape[-1] * group_size)
+
+
+def names(prefix: str, is_quantized: bool) -> tuple[str, ...]:
+    """What the arrays of a matrix are called in a kernel."""
+    parts = ("w", "scales", "biases") if is_quantized else ("w",)
+    return tuple(f"{prefix}_{part}" for part in parts)
+
+
+def arguments(prefix: str, is_quantized: bool) -> str:
+    """The three pointers as `dot_chunk` takes them; a dense matrix has but one."""
+    found = names(prefix, is_quantized)
+    return ", ".join(found if is_quantized else found * 3)
+
+
+def label(name: str, kinds: Sequence[bool]) -> str:
+    """The name of a kernel whose text depends on which matrices are quantized."""
+    return name + "_" + "".join("q" if is_quantized else "d" for is_quantized in kinds)
 
 
 def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
