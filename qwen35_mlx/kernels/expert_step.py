@@ -4,14 +4,13 @@ N tokens, K experts per token, E experts, H hidden, I/Is width of a routed/the s
 A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, arguments, label, lanes_per_row, matrices, names
+from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
 from .metal import NONE, Choice, Template, kernel
 
 SIMDGROUPS = 2
@@ -76,34 +75,39 @@ def expert_gate_up_kernel(
 ) -> list[mx.array]:
     """The same for N up to 8, in one dispatch."""
     num_tokens = x.shape[0]
-    rows, lanes = _rows_per_simdgroup(num_tokens), lanes_per_row(x.shape[1])
-    weights = [*shared, *routed]
-    kinds = tuple(w.is_quantized for w in weights)
-    inputs, template = [x], _template(GATE_UP, weights, rows, num_tokens, lanes)
+    inputs, num_pairs = [x], 0
+    prefixes: tuple[str, ...] = ("shared_gate", "shared_up")
     shapes: list[tuple[int, ...]] = [(num_tokens, shared[0].out_dims)]
-    num_pairs = 0
     if routing is not None:
         inputs.append(routing.indices)
+        prefixes += ("gate", "up")
         shapes.append((*routing.indices.shape, routed[0].out_dims))
-        template.append(("K", routing.indices.shape[1]))
         num_pairs = routing.indices.size
-    per_group = SIMDGROUPS * rows * (32 // lanes)
+    weights = dict(zip(prefixes, [*shared, *routed], strict=True))
+    template, per_group = _tiling(weights, num_tokens, x.shape[1], num_pairs // num_tokens)
     blocks = -(-max(shape[-1] for shape in shapes) // per_group)
     return kernel(
         "expert_gate_up",
-        _names(("x", "indices")[: len(inputs)], GATE_UP, kinds),
+        ("x", "indices")[: len(inputs)] + names(*prefixes),
         ("shared_out", "routed_out")[: len(shapes)],
-        label=label("expert_gate_up", kinds),
-        generated=_gate_up_body(kinds),
+        label="expert_gate_up" if routing else "dense_gate_up",
+        generated=ROUTED_GATE_UP if routing else "",
     )(
-        inputs=[*inputs, *(a for w in weights for a in w.arrays)],
+        inputs=[*inputs, *(a for w in weights.values() for a in w.arrays)],
         template=template,
-        # The shared expert, which takes longest, comes first.
         grid=(blocks * SIMDGROUPS * 32, 1 + num_pairs, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=shapes,
         output_dtypes=[x.dtype] * len(shapes),
     )
+
+
+ROUTED_GATE_UP = """
+  const int out = gate_w_shape[1];
+  swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROWS, 1, LANES>(
+      gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
+      routed_out + (pair - 1) * out, in, out, size_t(indices[pair - 1]), first, lane);
+"""
 
 
 def expert_down_kernel(
@@ -115,25 +119,25 @@ def expert_down_kernel(
 ) -> mx.array:
     """The same for N up to 8, in one dispatch."""
     num_tokens, width = residual.shape
-    rows = _rows_per_simdgroup(num_tokens)
-    lanes = lanes_per_row(*(h.shape[-1] for h in hidden))
-    weights = [shared, *routed]
-    kinds = tuple(w.is_quantized for w in weights)
-    inputs, template = [residual, *hidden], _template(DOWN, weights, rows, num_tokens, lanes)
-    template.append(("T", residual.dtype))
-    if routing is not None:
-        inputs += routing
-        template.append(("K", routing.indices.shape[1]))
-    per_group = SIMDGROUPS * rows * (32 // lanes)
+    # Without routing K is 0, and what is not read is filled by anything.
+    weights = {"shared": shared, "down": routed[0] if routed else shared}
+    chosen = routing or (residual, residual, residual)
+    template, per_group = _tiling(
+        weights,
+        num_tokens,
+        max(h.shape[-1] for h in hidden),
+        routing.indices.shape[1] if routing else 0,
+    )
     (y,) = kernel(
         "expert_down",
-        _names(DOWN_INPUTS[: len(inputs)], DOWN, kinds),
+        ("residual", "shared_in", "routed_in", *Routing._fields, *names(*weights)),
         ("y",),
-        label=label("expert_down", kinds),
-        generated=_down_body(kinds),
     )(
-        inputs=[*inputs, *(a for w in weights for a in w.arrays)],
-        template=template,
+        inputs=[
+            *(residual, hidden[0], hidden[-1], *chosen),
+            *(a for w in weights.values() for a in w.arrays),
+        ],
+        template=[("T", residual.dtype), *template],
         grid=(-(-width // per_group) * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[residual.shape],
@@ -142,98 +146,13 @@ def expert_down_kernel(
     return y
 
 
-# Matrices in the order of the kernels' inputs; those of routed experts may be absent.
-GATE_UP = ("shared_gate", "shared_up", "gate", "up")
-DOWN = ("shared", "down")
-DOWN_INPUTS = ("residual", "shared_in", "routed_in", *Routing._fields)
-
-
-def _rows_per_simdgroup(num_tokens: int) -> int:
+def _tiling(
+    weights: dict[str, Matrix], num_tokens: int, in_dims: int, per_token: int
+) -> tuple[Template, int]:
+    """Template arguments, and how many rows a threadgroup makes."""
     # Twice as many accumulators with more tokens would spill.
-    return 2 if num_tokens <= 2 else 1
-
-
-def _template(
-    prefixes: Sequence[str], weights: Sequence[Matrix], rows: int, num_tokens: int, lanes: int
-) -> Template:
-    formats = [t for p, w in zip(prefixes, weights, strict=False) for t in w.template(p)]
-    tiling = [("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes), ("SIMDGROUPS", SIMDGROUPS)]
-    return formats + tiling
-
-
-@functools.cache
-def _names(
-    first: tuple[str, ...], prefixes: tuple[str, ...], kinds: tuple[bool, ...]
-) -> tuple[str, ...]:
-    """Of the inputs; kinds tell which matrices are quantized."""
-    weights = [n for p, kind in zip(prefixes, kinds, strict=False) for n in names(p, kind)]
-    return (*first, *weights)
-
-
-@functools.cache
-def _gate_up_body(kinds: tuple[bool, ...]) -> str:
-    """One call of `swiglu`, or two."""
-
-    def call(gate: str, up: str, tokens: str, rest: str) -> str:
-        quantized = dict(zip(GATE_UP, kinds, strict=False))
-        formats = f"{gate}_BITS, {gate}_GROUP, {up}_BITS, {up}_GROUP"
-        return f"""    swiglu<{formats}, ROWS, {tokens}, LANES>(
-        {arguments(gate, quantized[gate])},
-        {arguments(up, quantized[up])},
-        {rest}, first, lane);
-"""
-
-    shared = call(
-        "shared_gate", "shared_up", "TOKENS", "x, shared_out, in, shared_gate_w_shape[0], 0"
-    )
-    if len(kinds) == 2:
-        return shared
-    routed = call(
-        "gate",
-        "up",
-        "1",
-        "x + (pair - 1) / K * in, routed_out + (pair - 1) * out, in, out,"
-        " size_t(indices[pair - 1])",
-    )
-    return f"""  if (pair == 0) {{
-{shared}  }} else {{
-    const int out = gate_w_shape[1];
-{routed}  }}
-"""
-
-
-@functools.cache
-def _down_body(kinds: tuple[bool, ...]) -> str:
-    """The shared expert for all tokens, each token's own experts, and the sum."""
-    has_routing = len(kinds) == 2
-    shared = f"""
-  float factor[TOKENS];
-  for (int t = 0; t < TOKENS; t++) factor[t] = {"shared_scores[t]" if has_routing else "1.0f"};
-  dot_rows<shared_BITS, shared_GROUP, ROWS, TOKENS, LANES, false>(
-      {arguments("shared", kinds[0])}, shared_in, shared_in, shared_in_shape[1],
-      size_t(row), last, lane, factor, acc, acc);
-"""
-    routed = ""
-    if has_routing:
-        routed = f"""
-  const int in = routed_in_shape[2];
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) {{
-    float part[ROWS] = {{}};
-    for (int pair = t * K; pair < (t + 1) * K; pair++) {{
-      const float score[1] = {{scores[pair]}};
-      dot_rows<down_BITS, down_GROUP, ROWS, 1, LANES, false>(
-          {arguments("down", kinds[1])}, routed_in + pair * in, routed_in, in,
-          size_t(indices[pair]) * width + row, last, lane, score, part, part);
-    }}
-    for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += part[r];
-  }}
-"""
-    return f"""{shared}{routed}
-#pragma unroll
-  for (int i = 0; i < ROWS * TOKENS; i++) {{
-    const float sum = lane_sum<LANES>(acc[i]);
-    const int r = row + (i / TOKENS) * step, at = (i % TOKENS) * width + r;
-    if (lane % LANES == 0 && r < width) y[at] = T(float(residual[at]) + sum);
-  }}
-"""
+    rows, lanes = 2 if num_tokens <= 2 else 1, lanes_per_row(in_dims)
+    template = [t for prefix, w in weights.items() for t in w.template(prefix)]
+    template += [("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes)]
+    template += [("SIMDGROUPS", SIMDGROUPS), ("K", per_token)]
+    return template, SIMDGROUPS * rows * (32 // lanes)

@@ -1,5 +1,6 @@
 """How kernels see the weight of a linear layer: dense, or affine quantized in MLX's layout."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,9 @@ CHUNK, MIN_ELEMENTS = 32, 8
 
 
 class Matrix(NamedTuple):
-    """`[..., out, in]` as the arrays of a kernel; bits are 0 for a dense one."""
+    """`[..., out, in]` for a kernel; dense, bits are 0 and the weight fills all three places."""
 
-    arrays: tuple[mx.array, ...]
+    arrays: tuple[mx.array, mx.array, mx.array]
     bits: int
     group_size: int
     in_dims: int
@@ -30,14 +31,15 @@ class Matrix(NamedTuple):
         """Rows, of each expert where they are stacked."""
         return self.arrays[0].shape[-2]
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether there are scales and biases."""
-        return self.bits > 0
-
     def template(self, prefix: str) -> Template:
         """Bits and group size as template arguments."""
         return [(f"{prefix}_BITS", self.bits), (f"{prefix}_GROUP", self.group_size)]
+
+
+@functools.cache
+def names(*prefixes: str) -> tuple[str, ...]:
+    """What the arrays of matrices are called in a kernel."""
+    return tuple(f"{prefix}_{part}" for prefix in prefixes for part in ("w", "scales", "biases"))
 
 
 def matrix(module: nn.Module) -> Matrix | None:
@@ -49,7 +51,7 @@ def matrix(module: nn.Module) -> Matrix | None:
     if "scales" not in module:
         in_dims = weight.shape[-1]
         usable = weight.dtype in FLOATS and in_dims % CHUNK == 0
-        return Matrix((weight,), 0, CHUNK, in_dims) if usable else None
+        return Matrix((weight, weight, weight), 0, CHUNK, in_dims) if usable else None
     scales = module["scales"]
     bits, group_size = module.bits, module.group_size
     if module.mode != "affine" or bits not in BITS or group_size not in GROUP_SIZES:
@@ -58,23 +60,6 @@ def matrix(module: nn.Module) -> Matrix | None:
         return None
     arrays = (weight, scales, module["biases"])
     return Matrix(arrays, bits, group_size, scales.shape[-1] * group_size)
-
-
-def names(prefix: str, is_quantized: bool) -> tuple[str, ...]:
-    """What the arrays of a matrix are called in a kernel."""
-    parts = ("w", "scales", "biases") if is_quantized else ("w",)
-    return tuple(f"{prefix}_{part}" for part in parts)
-
-
-def arguments(prefix: str, is_quantized: bool) -> str:
-    """The three pointers as `dot_chunk` takes them; a dense matrix has but one."""
-    found = names(prefix, is_quantized)
-    return ", ".join(found if is_quantized else found * 3)
-
-
-def label(name: str, kinds: Sequence[bool]) -> str:
-    """The name of a kernel whose text depends on which matrices are quantized."""
-    return name + "_" + "".join("q" if is_quantized else "d" for is_quantized in kinds)
 
 
 def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:

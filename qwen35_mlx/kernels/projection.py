@@ -4,12 +4,12 @@ N rows of activations, H their width.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, arguments, label, lanes_per_row, matrices, names
+from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
 from .metal import NONE, Choice, kernel
 
 SIMDGROUPS = 2
@@ -47,14 +47,11 @@ def project_kernel(
     many = num_rows == 1 and sum(out_dims) >= MANY_ROWS
     rows = 4 if many else 2 if num_rows <= 4 else 1
     per_group = SIMDGROUPS * rows * (32 // lanes)
-    kinds = tuple(w.is_quantized for w in weights)
     template = [t for i, w in enumerate(weights) for t in w.template(f"m{i}")]
     template += [("ROWS", rows), ("TOKENS", num_rows), ("LANES", lanes)]
     template += [("NORM", norm is not None), ("SIMDGROUPS", SIMDGROUPS)]
     num_groups = sum(-(-out // per_group) for out in out_dims)
-    return kernel(
-        "projection", *_names(kinds), label=label("projection", kinds), generated=_body(kinds)
-    )(
+    return _kernel(len(weights))(
         # Without a norm anything fills its place.
         inputs=[
             *((x, x, 0.0) if norm is None else (x, norm.weight, norm.eps)),
@@ -68,15 +65,24 @@ def project_kernel(
     )
 
 
-@functools.cache
-def _names(kinds: tuple[bool, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of inputs and outputs; kinds tell which matrices are quantized."""
-    weights = [n for i, kind in enumerate(kinds) for n in names(f"m{i}", kind)]
-    return ("x", "norm_weight", "eps", *weights), tuple(f"y{i}" for i in range(len(kinds)))
+def _kernel(count: int) -> Callable[..., list[mx.array]]:
+    """Of so many matrices."""
+    return kernel(
+        "projection",
+        ("x", "norm_weight", "eps", *names(*_prefixes(count))),
+        tuple(f"y{i}" for i in range(count)),
+        label=f"projection_{count}",
+        generated=_body(count),
+    )
 
 
 @functools.cache
-def _body(kinds: tuple[bool, ...]) -> str:
+def _prefixes(count: int) -> tuple[str, ...]:
+    return tuple(f"m{i}" for i in range(count))
+
+
+@functools.cache
+def _body(count: int) -> str:
     """Finds the matrix of a threadgroup."""
     return "".join(
         f"""
@@ -84,12 +90,12 @@ def _body(kinds: tuple[bool, ...]) -> str:
     const int out = m{i}_w_shape[0];
     if (block * rows_per_group < out) {{
       project<m{i}_BITS, m{i}_GROUP, ROWS, TOKENS, LANES, NORM>(
-          {arguments(f"m{i}", kind)}, x, norm_weight, eps, y{i}, in, out,
+          m{i}_w, m{i}_scales, m{i}_biases, x, norm_weight, eps, y{i}, in, out,
           block * rows_per_group + offset, lane);
       return;
     }}
     block -= (out + rows_per_group - 1) / rows_per_group;
   }}
 """
-        for i, kind in enumerate(kinds)
+        for i in range(count)
     )
