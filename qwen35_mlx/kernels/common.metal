@@ -1,15 +1,111 @@
-// What several kernels share: affine dequantization in MLX's layout, sums over a simdgroup.
-// Included before the functions of each kernel.
-
-constexpr constant int LANES = 32;
+// What several kernels share. It stands before the functions of each kernel.
 
 METAL_FUNC float sigmoid(float x) { return 1.0f / (1.0f + metal::precise::exp(-x)); }
 METAL_FUNC float silu(float x) { return x * sigmoid(x); }
-// log(1 + exp(x)) without overflow.
+// log(1 + exp(x)) without overflow; the series keeps what 1 + e would lose.
 METAL_FUNC float softplus(float x) {
   float e = metal::precise::exp(-metal::abs(x));
-  // log(1 + e) loses small e; its series does not.
-  return metal::max(x, 0.0f) + (e < 1e-3f ? e * (1.0f - 0.5f * e) : metal::precise::log(1.0f + e));
+  return metal::max(x, 0.0f) + (e < 1e-3f ? e - 0.5f * e * e : metal::precise::log(1.0f + e));
+}
+
+// Sum over LANES neighbours, a power of two; all of them get it.
+template <int LANES> METAL_FUNC float lane_sum(float v) {
+  if (LANES == 32) return simd_sum(v);
+  for (ushort mask = LANES / 2; mask > 0; mask /= 2) v += simd_shuffle_xor(v, mask);
+  return v;
+}
+
+// Value i of the bit stream in which MLX packs a row: of any width, across words.
+template <int BITS> METAL_FUNC float unpack(thread const uint* words, int i) {
+  const int bit = i * BITS, word = bit / 32, shift = bit % 32;
+  uint v = words[word] >> shift;
+  if (shift + BITS > 32) v |= words[word + 1] << (32 - shift);
+  return float(v & ((1u << BITS) - 1u));
+}
+
+// The BITS words of one chunk, by the widest loads that are aligned.
+template <int BITS> METAL_FUNC void load_words(const device uint32_t* from, thread uint* words) {
+  constexpr int wide = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1;
+#pragma unroll
+  for (int i = 0; i < BITS; i += wide) {
+    if (wide == 4) {
+      uint4 v = *(const device uint4*)(from + i);
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    } else if (wide == 2) {
+      uint2 v = *(const device uint2*)(from + i);
+      words[i] = v.x, words[i + 1] = v.y;
+    } else {
+      words[i] = from[i];
+    }
+  }
+}
+
+template <typename T> METAL_FUNC void load8(const device T* from, thread float* x) {
+  metal::vec<T, 4> a = *(const device metal::vec<T, 4>*)from;
+  metal::vec<T, 4> b = *(const device metal::vec<T, 4>*)(from + 4);
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] = float(a[i]), x[i + 4] = float(b[i]);
+}
+
+// acc[r][t] += factor[t] * (row r of w) . (row t of x), over the chunk of 32 columns that a lane
+// has. Rows are row, row + step, ... below `end`, of `in` columns, w quantized to BITS in groups
+// of GROUP, or dense if BITS is 0; rows of x lie x_step apart.
+template <int BITS, int GROUP, int ROWS, int TOKENS, typename W, typename S, typename X>
+METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const device S* biases,
+                          const device X* x, int in, int x_step, int chunk, size_t row, int step,
+                          size_t end, thread const float* factor, thread float* acc) {
+  uint words[ROWS][BITS > 0 ? BITS : 1];
+  float partial[ROWS][TOKENS] = {};
+  float total[TOKENS] = {};
+  if constexpr (BITS > 0) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+      if (row + r * step < end)
+        load_words<BITS>(w + ((row + r * step) * (in / 32) + chunk) * BITS, words[r]);
+      else
+        for (int i = 0; i < BITS; i++) words[r][i] = 0;
+  }
+#pragma unroll
+  for (int part = 0; part < 32; part += 8) {
+    float q[ROWS][8];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      if constexpr (BITS > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) q[r][i] = unpack<BITS>(words[r], part + i);
+      } else {
+        if (row + r * step < end)
+          load8(w + (row + r * step) * in + chunk * 32 + part, q[r]);
+        else
+          for (int i = 0; i < 8; i++) q[r][i] = 0;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+      float v[8];
+      load8(x + t * x_step + chunk * 32 + part, v);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        if (BITS > 0) total[t] += v[i];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) partial[r][t] = metal::fma(q[r][i], v[i], partial[r][t]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float scale = 1.0f, bias = 0.0f;
+    if constexpr (BITS > 0) {
+      if (row + r * step < end) {
+        const size_t group = (row + r * step) * (in / GROUP) + chunk / (GROUP / 32);
+        scale = float(scales[group]);
+        bias = float(biases[group]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++)
+      acc[r * TOKENS + t] += factor[t] * metal::fma(scale, partial[r][t], bias * total[t]);
+  }
 }
 
 // An 8x8 matrix of a simdgroup: a lane holds two neighbours of a row.

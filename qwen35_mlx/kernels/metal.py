@@ -49,12 +49,12 @@ def kernel(
     *,
     label: str | None = None,
     header: str = "",
-    source: str | None = None,
+    generated: str = "",
 ) -> Callable[..., list[mx.array]]:
     """The kernel of `<name>.metal`; names as tuples, call it as `mx.fast.metal_kernel` says.
 
-    `common.metal` and `header` stand before the functions of the file. `source` replaces the
-    file's body where that is generated; `label` is then its name, which must tell it apart.
+    `common.metal` and `header` stand before the functions of the file, `generated` is the end of
+    its body. A `label` is the kernel's own name, and must tell apart what differs in these.
     """
     functions, body = _read(name)
     return mx.fast.metal_kernel(
@@ -62,7 +62,7 @@ def kernel(
         input_names=list(input_names),
         output_names=list(output_names),
         header=_read("common")[0] + header + functions,
-        source=source if source is not None else body,
+        source=body + generated,
     )
 
 

@@ -1,0 +1,30 @@
+// One vector or few, times several matrices: each simdgroup makes ROWS rows of one matrix for all
+// TOKENS, each row by LANES lanes. A chunk of weights is read once, as a whole, by one lane.
+
+template <int BITS, int GROUP, int ROWS, int TOKENS, int LANES, typename W, typename S, typename X,
+          typename Y>
+METAL_FUNC void project(const device W* w, const device S* scales, const device S* biases,
+                        const device X* x, device Y* y, int in, int out, int first, uint lane) {
+  constexpr int step = 32 / LANES;
+  float acc[ROWS * TOKENS] = {};
+  float factor[TOKENS];
+  for (int t = 0; t < TOKENS; t++) factor[t] = 1.0f;
+  const int row = first + int(lane) / LANES;
+  for (int chunk = int(lane) % LANES; chunk < in / 32; chunk += LANES)
+    dot_chunk<BITS, GROUP, ROWS, TOKENS>(w, scales, biases, x, in, in, chunk, size_t(row), step,
+                                         size_t(out), factor, acc);
+#pragma unroll
+  for (int i = 0; i < ROWS * TOKENS; i++) {
+    float sum = lane_sum<LANES>(acc[i]);
+    const int r = row + (i / TOKENS) * step;
+    if (int(lane) % LANES == 0 && r < out) y[(i % TOKENS) * out + r] = Y(sum);
+  }
+}
+// body
+  // SEGMENTS is generated: the matrices one after the other, each in whole threadgroups.
+  constexpr int rows_per_simdgroup = ROWS * (32 / LANES);
+  constexpr int rows_per_group = SIMDGROUPS * rows_per_simdgroup;
+  int block = int(threadgroup_position_in_grid.x);
+  const int in = x_shape[1];
+  const int offset = int(simdgroup_index_in_threadgroup) * rows_per_simdgroup;
+  const uint lane = thread_index_in_simdgroup;
