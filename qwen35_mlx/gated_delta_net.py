@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from .config import ModelConfig
 from .kernels.gated_delta_rule import gated_delta_rule
+from .kernels.metal import NONE, Choice
 
 L2_EPS = 1e-6
 
@@ -30,6 +31,8 @@ class GatedRMSNorm(nn.Module):
 
 class GatedDeltaNet(nn.Module):
     """One linear attention layer (arXiv 2412.06464) with a fixed-size state."""
+
+    kernels: Choice = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -66,7 +69,9 @@ class GatedDeltaNet(nn.Module):
 
         g, beta = self._gates(x, mask)
         q = l2_norm(q) * self._key_head_dim**-0.5
-        out, recurrent_state = gated_delta_rule(q, l2_norm(k), v, g, beta, recurrent_state)
+        out, recurrent_state = gated_delta_rule(
+            q, l2_norm(k), v, g, beta, recurrent_state, self.kernels
+        )
         if cache is not None:
             cache[0], cache[1] = conv_state, recurrent_state
             cache.advance(num_tokens)

@@ -1,16 +1,24 @@
 // What the chunks of the delta rule need and the state does not change, for all chunks at once:
 // the cumulated log decay, the inverse of the unit lower triangular system, the causal scores.
 //
-// q, k [B, T, HK, DK]; g, beta [B, T, HV]. cumulative [B, HV, N, 64]; inverse and scores
+// q, k [B, T, HK, DK]; g, beta [B, T, HV]. cumulative [B, HV, N, 64, 2]; inverse and scores
 // [B, HV, N, 36, 64]: the 8x8 blocks of the lower triangle as the lanes of a simdgroup hold them.
 // A threadgroup of four simdgroups a chunk, value head and sequence.
+
+// a + b as a sum and what its rounding lost: differences of long sums keep their digits.
+METAL_FUNC float2 exact_sum(float2 a, float2 b) {
+  const float sum = a.x + b.x, part = sum - a.x;
+  return float2(sum, (a.x - (sum - part)) + (b.x - part) + (a.y + b.y));
+}
 
 // body
 constexpr uint C = 64, BLOCKS = 8, THREADS = 128;
 constexpr uint PANEL = DK % 32 == 0 ? 32 : 16, STRIDE = PANEL + 4, SYSTEM_STRIDE = C + 4;
 constexpr uint SHARED = 2 * C * STRIDE > C * SYSTEM_STRIDE ? 2 * C * STRIDE : C * SYSTEM_STRIDE;
-threadgroup float shared[SHARED];
-threadgroup float decays[C];
+// As vectors, so that they are aligned.
+threadgroup float4 shared_quads[SHARED / 4];
+threadgroup float* shared = (threadgroup float*)shared_quads;
+threadgroup float2 decays[C];
 threadgroup float strengths[C];
 
 const uint thread_index = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
@@ -23,13 +31,21 @@ const uint num_blocks = (rows + 7) / 8;
 const size_t place = (size_t(batch) * HV + head) * num_chunks + chunk;
 
 if (simd == 0) {
-  float total = 0;
+  float2 total = 0;
   for (uint t = lane; t < C; t += 32) {
-    float own = t < rows ? float(g[(size_t(batch) * num_tokens + start + t) * HV + head]) : 0.0f;
-    own = total + metal::simd_prefix_inclusive_sum(own);
+    float2 own = 0;
+    if (t < rows) own.x = float(g[(size_t(batch) * num_tokens + start + t) * HV + head]);
+    for (ushort step = 1; step < 32; step *= 2) {
+      float2 before;
+      before.x = metal::simd_shuffle_up(own.x, step);
+      before.y = metal::simd_shuffle_up(own.y, step);
+      if (lane >= step) own = exact_sum(before, own);
+    }
+    own = exact_sum(total, own);
     decays[t] = own;
-    cumulative[place * C + t] = own;
-    total = metal::simd_broadcast(own, ushort(31));
+    ((device float2*)cumulative)[place * C + t] = own;
+    total.x = metal::simd_broadcast(own.x, ushort(31));
+    total.y = metal::simd_broadcast(own.y, ushort(31));
   }
 } else if (simd < 3) {
   uint t = thread_index - 32;
@@ -85,7 +101,8 @@ for (uint n = 0; n < 12; n++) {
   for (uint e = 0; e < 2; e++) {
     const uint j = c * 8 + fragment_column(lane) + e;
     // Above the diagonal the difference is positive: exp would overflow.
-    float decay = i >= j ? metal::precise::exp(decays[i] - decays[j]) : 0.0f;
+    const float2 since = decays[i] - decays[j];
+    const float decay = i >= j ? metal::precise::exp(since.x + since.y) : 0.0f;
     score[e] = decay * queries[n].thread_elements()[e];
     system[i * SYSTEM_STRIDE + j] =
         i > j ? -strengths[i] * decay * keys[n].thread_elements()[e] : 0.0f;

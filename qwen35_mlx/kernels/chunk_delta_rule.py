@@ -32,7 +32,7 @@ def chunk_delta_rule(
     """Output `[B, T, Hv, Dv]` and new state in fp32; shapes as in `naive_gated_delta_rule`.
 
     The first kernel prepares all chunks in parallel, the second goes through them with the state
-    in registers. Between them lie 18.7 KB a chunk and value head.
+    in registers. Between them lie 18.9 KB a chunk and value head.
     """
     batch, num_tokens, num_key_heads, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
@@ -48,7 +48,7 @@ def chunk_delta_rule(
         grid=(128 * num_chunks, num_value_heads, batch),
         threadgroup=(128, 1, 1),
         output_shapes=[
-            (*per_chunk, CHUNK_SIZE),
+            (*per_chunk, CHUNK_SIZE, 2),
             (*per_chunk, TRIANGLE, 64),
             (*per_chunk, TRIANGLE, 64),
         ],

@@ -15,10 +15,13 @@ METAL_FUNC Fragment packed_block(const device float* blocks, uint row, uint colu
 // body
 constexpr uint C = 64, BLOCKS = 8, THREADS = 32 * SIMDGROUPS;
 constexpr uint PANEL = DK % 32 == 0 ? 32 : 16, STRIDE = PANEL + 4;
-threadgroup float k_panel[C * STRIDE];
-threadgroup float q_panel[C * STRIDE];
-threadgroup float decays[C];
+// As vectors, so that they are aligned.
+threadgroup float4 k_quads[C * STRIDE / 4];
+threadgroup float4 q_quads[C * STRIDE / 4];
+threadgroup float2 decays[C];
 threadgroup float strengths[C];
+threadgroup float* k_panel = (threadgroup float*)k_quads;
+threadgroup float* q_panel = (threadgroup float*)q_quads;
 
 const uint thread_index = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
 const uint head = threadgroup_position_in_grid.y, batch = threadgroup_position_in_grid.z;
@@ -43,7 +46,7 @@ for (uint chunk = 0; chunk < num_chunks; chunk++) {
   // Rows behind the last token are zero: no update.
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint t = thread_index; t < C; t += THREADS) {
-    decays[t] = cumulative[place * C + t];
+    decays[t] = ((const device float2*)cumulative)[place * C + t];
     strengths[t] = t < rows ? float(beta[(first_token + t) * HV + head]) : 0.0f;
   }
 
@@ -76,7 +79,7 @@ for (uint chunk = 0; chunk < num_chunks; chunk++) {
 #pragma unroll
   for (uint i = 0; i < BLOCKS; i++) {
     const uint t = i * 8 + own_row;
-    const float from_start = metal::precise::exp(decays[t]);
+    const float from_start = metal::precise::exp(decays[t].x);
 #pragma unroll
     for (uint e = 0; e < 2; e++) {
       float value = t < rows ? float(v[((first_token + t) * HV + head) * DV + own_column + e]) : 0;
@@ -101,7 +104,7 @@ for (uint chunk = 0; chunk < num_chunks; chunk++) {
     }
     update[i] = sum;
   }
-  const float total = decays[C - 1];
+  const float2 total = decays[C - 1];
 #pragma unroll
   for (uint i = 0; i < BLOCKS; i++) {
     if (i >= num_blocks) continue;
@@ -117,7 +120,7 @@ for (uint chunk = 0; chunk < num_chunks; chunk++) {
     }
   }
 
-  const float keep = metal::precise::exp(total);
+  const float keep = metal::precise::exp(total.x);
 #pragma unroll
   for (uint d = 0; d < DK / 8; d++) {
     s[d].thread_elements()[0] *= keep;
@@ -125,7 +128,8 @@ for (uint chunk = 0; chunk < num_chunks; chunk++) {
   }
 #pragma unroll
   for (uint i = 0; i < BLOCKS; i++) {
-    const float to_end = metal::precise::exp(total - decays[i * 8 + own_row]);
+    const float2 since = total - decays[i * 8 + own_row];
+    const float to_end = metal::precise::exp(since.x + since.y);
     update[i].thread_elements()[0] *= to_end;
     update[i].thread_elements()[1] *= to_end;
   }

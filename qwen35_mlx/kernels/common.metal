@@ -130,28 +130,3 @@ METAL_FUNC void stage(threadgroup float* panel, const device T* from, uint row_s
     *(threadgroup float4*)(panel + row * stride + column) = values;
   }
 }
-
-// Value i of the bit stream in which MLX packs a row: of any width, across words.
-template <int BITS> METAL_FUNC float unpack(thread const uint* words, int i) {
-  const int bit = i * BITS, word = bit / 32, shift = bit % 32;
-  uint v = words[word] >> shift;
-  if (shift + BITS > 32) v |= words[word + 1] << (32 - shift);
-  return float(v & ((1u << BITS) - 1u));
-}
-
-// The BITS words of one chunk, by the widest loads that are aligned.
-template <int BITS> METAL_FUNC void load_words(const device uint32_t* from, thread uint* words) {
-  constexpr int wide = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1;
-#pragma unroll
-  for (int i = 0; i < BITS; i += wide) {
-    if (wide == 4) {
-      uint4 v = *(const device uint4*)(from + i);
-      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-    } else if (wide == 2) {
-      uint2 v = *(const device uint2*)(from + i);
-      words[i] = v.x, words[i + 1] = v.y;
-    } else {
-      words[i] = from[i];
-    }
-  }
-}

@@ -25,6 +25,8 @@ OPS = (
     "router",
     "expert_gate_up",
     "expert_down",
+    "chunk_delta_rule",
+    "grouped_expert_matmul",
 )
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
