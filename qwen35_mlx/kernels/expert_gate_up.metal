@@ -1,0 +1,34 @@
+// silu(gate(x)) * up(x). A simdgroup makes ROWS values of a routed expert for its token, or of the
+// shared expert for all TOKENS; LANES lanes share a row.
+
+template <int GATE_BITS, int GATE_GROUP, int UP_BITS, int UP_GROUP, int ROWS, int TOKENS, int LANES,
+          typename GW, typename GS, typename UW, typename US, typename X, typename Y>
+METAL_FUNC void swiglu(const device GW* gate_w, const device GS* gate_scales,
+                       const device GS* gate_biases, const device UW* up_w,
+                       const device US* up_scales, const device US* up_biases, const device X* x,
+                       device Y* y, int in, int out, size_t expert, int first, uint lane) {
+  constexpr int step = 32 / LANES;
+  float gate[ROWS * TOKENS] = {}, up[ROWS * TOKENS] = {}, factor[TOKENS];
+  for (int t = 0; t < TOKENS; t++) factor[t] = 1.0f;
+  const int row = first + int(lane) / LANES;
+  const size_t at = expert * out + row, end = expert * out + out;
+  for (int chunk = int(lane) % LANES; chunk < in / 32; chunk += LANES) {
+    dot_chunk<GATE_BITS, GATE_GROUP, ROWS, TOKENS>(gate_w, gate_scales, gate_biases, x, in, in,
+                                                   chunk, at, step, end, factor, gate);
+    dot_chunk<UP_BITS, UP_GROUP, ROWS, TOKENS>(up_w, up_scales, up_biases, x, in, in, chunk, at,
+                                               step, end, factor, up);
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS * TOKENS; i++) {
+    const float g = lane_sum<LANES>(gate[i]), u = lane_sum<LANES>(up[i]);
+    const int r = row + (i / TOKENS) * step;
+    if (int(lane) % LANES == 0 && r < out) y[(i % TOKENS) * out + r] = Y(silu(g) * u);
+  }
+}
+// body
+  const int pair = int(threadgroup_position_in_grid.y);
+  const int in = x_shape[1];
+  const uint lane = thread_index_in_simdgroup;
+  const int block =
+      int(threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
+  const int first = block * ROWS * (32 / LANES);
