@@ -94,23 +94,22 @@ class Trunk(nn.Module):
         linear, full = self._first[LINEAR], self._first[FULL]
         linear_mask = create_ssm_mask(x, entries[linear]) if linear is not None else None
         full_mask = create_attention_mask(x, entries[full]) if full is not None else None
-        tables = self._rope_tables(x, entries, positions) if full is not None else None
+        tables = None if full is None else self._rope_tables(x, full, entries[full], positions)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
             x = layer(x, mask, entry, tables, last_only and layer is self.layers[-1])
         return self.norm(x)
 
     def _rope_tables(
-        self, x: mx.array, entries: Sequence[Any], positions: mx.array | None
+        self, x: mx.array, layer: int, entry: Any, positions: mx.array | None
     ) -> tuple[mx.array, mx.array] | None:
-        """Computed once for all layers, where positions are explicit or the kernel wants them."""
-        first = self._first[FULL]
-        attention = self.layers[first].self_attn
+        """Once for all layers, where positions are explicit or the kernel wants them."""
+        attention = self.layers[layer].self_attn
         batch, num_tokens, _ = x.shape
         if positions is None:
             if "qk_norm_rope" not in attention.kernels or batch * num_tokens > MAX_ROWS:
                 return None
-            offset = 0 if entries[first] is None else entries[first].offset
+            offset = 0 if entry is None else entry.offset
             positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
         return attention.rope.tables(positions)
 

@@ -89,7 +89,7 @@ class SparseMoE(nn.Module):
             )
         else:
             # Many rows are brought together by expert, which the two steps do not do.
-            (hidden,) = expert_gate_up(rows, (shared.gate_proj, shared.up_proj))
-            weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden)
+            hidden = expert_gate_up(rows, (shared.gate_proj, shared.up_proj))
+            weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden[0])
             out = residual + (routed(rows, routing.indices, routing.scores) + weighted)
         return out.reshape(x.shape)

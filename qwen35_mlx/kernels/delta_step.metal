@@ -2,7 +2,8 @@
 // head of one sequence; each simdgroup keeps ROWS rows of its state in registers, from the only
 // read to the only write.
 // body
-  constexpr int PER_LANE = DK / 32, ROWS = 8, SIMDGROUPS = DV / ROWS, THREADS = 32 * SIMDGROUPS;
+  constexpr int PER_LANE = DK < 32 ? 1 : DK / 32, ROWS = 8, SIMDGROUPS = DV / ROWS;
+  constexpr int THREADS = 32 * SIMDGROUPS;
   constexpr int GROUP = HV / HK, CHANNELS = 2 * HK * DK + HV * DV;
   threadgroup float q[TOKENS][DK], k[TOKENS][DK], v[TOKENS][DV], o[TOKENS][DV];
   const int head = int(threadgroup_position_in_grid.y), batch = int(threadgroup_position_in_grid.z);
@@ -12,10 +13,13 @@
   // First, so that the state is on its way while the convolution runs.
   const size_t state_at =
       ((size_t(batch) * HV + head) * DV + simdgroup * ROWS) * DK + lane * PER_LANE;
-  float s[ROWS][PER_LANE];
+  // Only heads narrower than a simdgroup leave lanes without a share.
+  const bool has_share = lane * PER_LANE < DK;
+  float s[ROWS][PER_LANE] = {};
+  if (has_share)
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
-    for (int i = 0; i < PER_LANE; i++) s[r][i] = state[state_at + r * DK + i];
+    for (int r = 0; r < ROWS; r++)
+      for (int i = 0; i < PER_LANE; i++) s[r][i] = state[state_at + r * DK + i];
 
   for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
     const int key_head = head / GROUP;
@@ -63,8 +67,8 @@
     const float dt = softplus(float(a[token * HV + head]) + float(dt_bias[head]));
     const float decay = pad ? 1.0f : metal::precise::exp(-rate * dt);
     const float beta = pad ? 0.0f : sigmoid(float(b[token * HV + head]));
-    float key[PER_LANE], query[PER_LANE], kq = 0.0f;
-    for (int i = 0; i < PER_LANE; i++) {
+    float key[PER_LANE] = {}, query[PER_LANE] = {}, kq = 0.0f;
+    for (int i = 0; has_share && i < PER_LANE; i++) {
       key[i] = k[t][lane * PER_LANE + i], query[i] = q[t][lane * PER_LANE + i];
       kq = metal::fma(key[i], query[i], kq);
     }
@@ -84,9 +88,10 @@
       if (lane == 0) o[t][simdgroup * ROWS + r] = metal::fma(error, kq, sq);
     }
   }
+  if (has_share)
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
-    for (int i = 0; i < PER_LANE; i++) new_state[state_at + r * DK + i] = s[r][i];
+    for (int r = 0; r < ROWS; r++)
+      for (int i = 0; i < PER_LANE; i++) new_state[state_at + r * DK + i] = s[r][i];
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (int t = simdgroup; t < TOKENS; t += SIMDGROUPS) {

@@ -13,8 +13,7 @@ from .matrix import FLOATS, MAX_ROWS
 from .metal import NONE, Choice, kernel
 
 L2_EPS = 1e-6
-# The dims of heads of which a simdgroup's lanes have equal shares.
-KEY_DIMS, VALUE_DIMS = (32, 64, 128, 256), (32, 64, 128, 256)
+HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 ROWS_PER_SIMDGROUP = 8
 
 
@@ -51,8 +50,8 @@ def delta_step(
         "delta_step" in kernels
         and qkv.shape[1] <= MAX_ROWS
         and lengths is None
-        and key_dim in KEY_DIMS
-        and value_dim in VALUE_DIMS
+        and key_dim in HEAD_DIMS
+        and value_dim in HEAD_DIMS
         and qkv.dtype in FLOATS
     ):
         return delta_step_kernel(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)

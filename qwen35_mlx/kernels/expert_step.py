@@ -104,7 +104,8 @@ def expert_gate_up_kernel(
     body = "  if (pair == 0) {\n    " + call(
         "shared_gate", "shared_up", "TOKENS", "x, shared_out, in, shared_gate_w_shape[0], 0"
     )
-    outputs, shapes = ["shared_out"], [(num_tokens, shared[0].out_dims)]
+    outputs = ["shared_out"]
+    shapes: list[tuple[int, ...]] = [(num_tokens, shared[0].out_dims)]
     if routing is not None:
         per_token = routing.indices.shape[1]
         names, arrays = ["indices", *names], [routing.indices, *arrays]

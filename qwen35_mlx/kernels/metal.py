@@ -59,7 +59,9 @@ def kernel(
     its body. A `label` is the kernel's own name, and must tell apart what differs in these.
     """
     functions, body = _read(name)
-    return mx.fast.metal_kernel(
+    # Typed as object by MLX.
+    make: Any = mx.fast.metal_kernel
+    return make(
         name=label or name,
         input_names=list(input_names),
         output_names=list(output_names),

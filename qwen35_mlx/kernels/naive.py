@@ -5,6 +5,8 @@ B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, E experts, K experts 
 
 import mlx.core as mx
 
+from .delta_step import DeltaParameters
+
 
 def naive_gated_delta_rule(
     q: mx.array,
@@ -94,13 +96,11 @@ def naive_delta_step(
     a: mx.array,
     conv_state: mx.array,
     recurrent_state: mx.array,
-    parameters: tuple[mx.array, mx.array, mx.array, mx.array, float],
+    parameters: DeltaParameters,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """A linear attention layer between its projections, as `delta_step` says; fp32."""
-    conv_weight, A_log, dt_bias, norm_weight, eps = (
-        p.astype(mx.float32) if isinstance(p, mx.array) else p for p in parameters
-    )
+    conv_weight, A_log, dt_bias, norm_weight = (p.astype(mx.float32) for p in parameters[:4])
     qkv, z, b, a, conv_state = (x.astype(mx.float32) for x in (qkv, z, b, a, conv_state))
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_dim, key_dim = recurrent_state.shape[1:]
@@ -108,7 +108,9 @@ def naive_delta_step(
     taps = conv_weight.shape[1]
     real = mx.ones((batch, num_tokens)) if mask is None else mask.astype(mx.float32)
     window = mx.concatenate([conv_state, qkv * real[..., None]], axis=1)
-    mixed = sum(window[:, j : j + num_tokens] * conv_weight[:, j, 0] for j in range(taps))
+    mixed = mx.zeros_like(qkv)
+    for j in range(taps):
+        mixed = mixed + window[:, j : j + num_tokens] * conv_weight[:, j, 0]
     mixed = mixed * mx.sigmoid(mixed)
     q, k, v = mx.split(mixed, [num_key_heads * key_dim, 2 * num_key_heads * key_dim], axis=-1)
     q = q.reshape(batch, num_tokens, num_key_heads, key_dim)
@@ -119,7 +121,7 @@ def naive_delta_step(
     g = -mx.exp(A_log) * mx.logaddexp(a + dt_bias, mx.array(0.0)) * real[..., None]
     beta = mx.sigmoid(b) * real[..., None]
     out, recurrent_state = naive_gated_delta_rule(q, k, v, g, beta, recurrent_state)
-    out = naive_rms_norm(out, norm_weight, eps).reshape(z.shape) * z * mx.sigmoid(z)
+    out = naive_rms_norm(out, norm_weight, parameters.eps).reshape(z.shape) * z * mx.sigmoid(z)
     return out, window[:, num_tokens:], recurrent_state
 
 
