@@ -1,6 +1,5 @@
 """Which kernels a model runs: all, none, or those that this machine's doctor found faster."""
 
-import functools
 import hashlib
 import json
 import os
@@ -75,7 +74,6 @@ def shape_key(config: Any) -> str:
     return f"{config.hidden_size}-{config.linear_num_value_heads}-{config.num_experts}"
 
 
-@functools.cache
 def machine_key() -> dict[str, str]:
     """What a result depends on: chip, OS, MLX, and the kernels themselves."""
     digest = hashlib.sha256(__version__.encode())
