@@ -102,17 +102,19 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
+        norm: nn.RMSNorm,
         mask: Any,
         cache: Any | None,
         tables: tuple[mx.array, mx.array] | None = None,
     ) -> mx.array:
-        """`[B, T, hidden]` -> the same.
+        """`[B, T, hidden]`, to be normalised by `norm` -> the same shape.
 
         mask as MLX's attention takes it: None, "causal" or an array; tables, cosines and sines
         `[B or 1, T, R / 2]`, override the positions of the cache.
         """
         batch, num_tokens, _ = x.shape
-        q_gate, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), self.kernels)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_gate, k, v = project(x, projections, self.kernels, norm=norm)
         v = v.reshape(batch, num_tokens, self._num_kv_heads, -1).swapaxes(1, 2)
         weights = self.q_norm.weight, self.k_norm.weight
         if tables is None:

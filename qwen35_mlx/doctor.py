@@ -79,12 +79,12 @@ def _compare(check: Check, member: Member, setting: Setting, result: dict[str, A
     case = check.build(member, setting)
     wanted = case.run(NONE)
     mx.eval(wanted)
-    before = metal.num_launches()
+    before = metal.num_uses()
     got = case.run(frozenset({check.op}))
     mx.eval(got)
     dtype = str(setting.dtype).removeprefix("mlx.core.")
     where = f"{member.name}, {dtype}, {setting.bits} bits, {setting.num_tokens} tokens"
-    if metal.num_launches() == before:
+    if metal.num_uses() == before:
         raise _Mismatch(f"the kernel did not run: {where}")
     error = checks.relative_error(got, wanted)
     result["error"] = max(result["error"], float(f"{error:.2g}"))

@@ -50,12 +50,16 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(config.linear_value_head_dim)
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
 
-    def __call__(self, x: mx.array, mask: mx.array | None, cache: Any | None) -> mx.array:
-        """`[B, T, hidden]` -> the same; mask `[B, T]`, False at padding, leaves no trace there."""
+    def __call__(
+        self, x: mx.array, norm: nn.RMSNorm, mask: mx.array | None, cache: Any | None
+    ) -> mx.array:
+        """`[B, T, hidden]`, to be normalised by `norm` -> the same shape.
+
+        mask `[B, T]` is False at padding, which leaves no trace.
+        """
         batch, num_tokens, _ = x.shape
-        qkv, z, b, a = project(
-            x, (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), self.kernels
-        )
+        projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        qkv, z, b, a = project(x, projections, self.kernels, norm=norm)
         conv_state, recurrent_state = (cache[0], cache[1]) if cache is not None else (None, None)
         if conv_state is None:
             conv_state = mx.zeros((batch, *self._conv_state_shape), x.dtype)

@@ -50,11 +50,11 @@ class DecoderLayer(nn.Module):
         last_only: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
-        normed = self.input_layernorm(x)
+        norm = self.input_layernorm
         if self.is_linear:
-            delta = self.linear_attn(normed, mask, cache)
+            delta = self.linear_attn(x, norm, mask, cache)
         else:
-            delta = self.self_attn(normed, mask, cache, rope_tables)
+            delta = self.self_attn(x, norm, mask, cache, rope_tables)
         if last_only:
             x, delta = x[:, -1:], delta[:, -1:]
         norm = self.post_attention_layernorm

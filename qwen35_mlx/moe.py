@@ -72,7 +72,7 @@ class SparseMoE(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         residual = residual.reshape(rows.shape)
         logits, shared_logits = project(
-            rows, (self.gate, self.shared_expert_gate), self.kernels, mx.float32
+            rows, (self.gate, self.shared_expert_gate), self.kernels, dtype=mx.float32
         )
         routing = Routing(*route(logits, shared_logits, self._num_experts_per_tok, self.kernels))
         routed, shared = self.switch_mlp, self.shared_expert

@@ -8,6 +8,29 @@ METAL_FUNC float softplus(float x) {
   return metal::max(x, 0.0f) + (e < 1e-3f ? e - 0.5f * e * e : metal::precise::log(1.0f + e));
 }
 
+// An 8x8 matrix of a simdgroup: a lane holds two neighbours of a row.
+using Fragment = metal::simdgroup_matrix<float, 8, 8>;
+METAL_FUNC uint fragment_row(uint lane) { return (lane / 4 & 4) + (lane / 2) % 4; }
+METAL_FUNC uint fragment_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+// The block [row, column] of a lower triangle of blocks, row by row.
+METAL_FUNC uint triangle(uint row, uint column) { return row * (row + 1) / 2 + column; }
+
+// `height` rows of a panel of `width` columns to threadgroup memory, zeros behind the last row.
+template <int width, int stride, typename T>
+METAL_FUNC void stage(threadgroup float* panel, const device T* from, uint row_stride, uint rows,
+                      uint height, uint thread_index, uint num_threads) {
+  constexpr uint quads = width / 4;
+  for (uint i = thread_index; i < height * quads; i += num_threads) {
+    uint row = i / quads, column = i % quads * 4;
+    float4 values = 0;
+    if (row < rows) {
+      auto quad = *(const device metal::vec<T, 4>*)(from + row * row_stride + column);
+      values = float4(quad);
+    }
+    *(threadgroup float4*)(panel + row * stride + column) = values;
+  }
+}
+
 // Sum over LANES neighbours, a power of two; all of them get it.
 template <int LANES> METAL_FUNC float lane_sum(float v) {
   if (LANES == 32) return simd_sum(v);
@@ -49,11 +72,14 @@ template <typename T> METAL_FUNC void load8(const device T* from, thread float* 
 
 // acc[r][t] += factor[t] * (row r of w) . (row t of x), over the chunk of 32 columns that a lane
 // has. Rows are row, row + step, ... below `end`, of `in` columns, w quantized to BITS in groups
-// of GROUP, or dense if BITS is 0; rows of x lie x_step apart.
-template <int BITS, int GROUP, int ROWS, int TOKENS, typename W, typename S, typename X>
+// of GROUP, or dense if BITS is 0. If NORM, x is times norm_weight and squares[t] is what its own
+// squares add up to.
+template <int BITS, int GROUP, int ROWS, int TOKENS, bool NORM, typename W, typename S, typename X,
+          typename N>
 METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const device S* biases,
-                          const device X* x, int in, int x_step, int chunk, size_t row, int step,
-                          size_t end, thread const float* factor, thread float* acc) {
+                          const device X* x, const device N* norm_weight, int in, int chunk,
+                          size_t row, int step, size_t end, thread const float* factor,
+                          thread float* acc, thread float* squares) {
   uint words[ROWS][BITS > 0 ? BITS : 1];
   float partial[ROWS][TOKENS] = {};
   float total[TOKENS] = {};
@@ -80,12 +106,15 @@ METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const devic
           for (int i = 0; i < 8; i++) q[r][i] = 0;
       }
     }
+    float n[8];
+    if (NORM) load8(norm_weight + chunk * 32 + part, n);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       float v[8];
-      load8(x + t * x_step + chunk * 32 + part, v);
+      load8(x + t * in + chunk * 32 + part, v);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
+        if (NORM) squares[t] = metal::fma(v[i], v[i], squares[t]), v[i] *= n[i];
         if (BITS > 0) total[t] += v[i];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) partial[r][t] = metal::fma(q[r][i], v[i], partial[r][t]);
@@ -108,25 +137,10 @@ METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const devic
   }
 }
 
-// An 8x8 matrix of a simdgroup: a lane holds two neighbours of a row.
-using Fragment = metal::simdgroup_matrix<float, 8, 8>;
-METAL_FUNC uint fragment_row(uint lane) { return (lane / 4 & 4) + (lane / 2) % 4; }
-METAL_FUNC uint fragment_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
-// The block [row, column] of a lower triangle of blocks, row by row.
-METAL_FUNC uint triangle(uint row, uint column) { return row * (row + 1) / 2 + column; }
-
-// `height` rows of a panel of `width` columns to threadgroup memory, zeros behind the last row.
-template <int width, int stride, typename T>
-METAL_FUNC void stage(threadgroup float* panel, const device T* from, uint row_stride, uint rows,
-                      uint height, uint thread_index, uint num_threads) {
-  constexpr uint quads = width / 4;
-  for (uint i = thread_index; i < height * quads; i += num_threads) {
-    uint row = i / quads, column = i % quads * 4;
-    float4 values = 0;
-    if (row < rows) {
-      auto quad = *(const device metal::vec<T, 4>*)(from + row * row_stride + column);
-      values = float4(quad);
-    }
-    *(threadgroup float4*)(panel + row * stride + column) = values;
-  }
+template <int BITS, int GROUP, int ROWS, int TOKENS, typename W, typename S, typename X>
+METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const device S* biases,
+                          const device X* x, int in, int chunk, size_t row, int step, size_t end,
+                          thread const float* factor, thread float* acc) {
+  dot_chunk<BITS, GROUP, ROWS, TOKENS, false>(w, scales, biases, x, x, in, chunk, row, step, end,
+                                              factor, acc, acc);
 }

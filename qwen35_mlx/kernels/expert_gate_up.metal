@@ -13,9 +13,8 @@ METAL_FUNC void swiglu(const device GW* gate_w, const device GS* gate_scales,
   const int row = first + int(lane) / LANES;
   const size_t at = expert * out + row, end = expert * out + out;
   for (int chunk = int(lane) % LANES; chunk < in / 32; chunk += LANES) {
-    dot_chunk<GATE_BITS, GATE_GROUP, ROWS, TOKENS>(gate_w, gate_scales, gate_biases, x, in, in,
-                                                   chunk, at, step, end, factor, gate);
-    dot_chunk<UP_BITS, UP_GROUP, ROWS, TOKENS>(up_w, up_scales, up_biases, x, in, in, chunk, at,
+    dot_chunk<GATE_BITS, GATE_GROUP, ROWS, TOKENS>(gate_w, gate_scales, gate_biases, x, in, chunk, at, step, end, factor, gate);
+    dot_chunk<UP_BITS, UP_GROUP, ROWS, TOKENS>(up_w, up_scales, up_biases, x, in, chunk, at,
                                                step, end, factor, up);
   }
 #pragma unroll

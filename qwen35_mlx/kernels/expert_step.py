@@ -161,7 +161,7 @@ def expert_down_kernel(
     for (int t = 0; t < TOKENS; t++) factor[t] = {"shared_scores[t]" if routing else "1.0f"};
     for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES)
       dot_chunk<shared_BITS, shared_GROUP, ROWS, TOKENS>(
-          {shared.arguments("shared")}, shared_in, in, in, chunk, size_t(row), step,
+          {shared.arguments("shared")}, shared_in, in, chunk, size_t(row), step,
           size_t(width), factor, acc);
   }}
 """
@@ -182,7 +182,7 @@ def expert_down_kernel(
       const size_t expert = size_t(indices[pair]) * width;
       for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES)
         dot_chunk<down_BITS, down_GROUP, ROWS, 1>(
-            {routed[0].arguments("down")}, routed_in + pair * in, in, in, chunk, expert + row,
+            {routed[0].arguments("down")}, routed_in + pair * in, in, chunk, expert + row,
             step, expert + width, factor, part);
     }}
     for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += part[r];

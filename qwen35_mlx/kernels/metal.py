@@ -75,6 +75,12 @@ def clear() -> None:
     kernel.cache_clear()
 
 
+def num_uses() -> int:
+    """How often a kernel was asked for, to tell whether an operation ran one."""
+    info = kernel.cache_info()
+    return info.hits + info.misses
+
+
 @functools.cache
 def _read(name: str) -> tuple[str, str]:
     """Functions and body of a file."""

@@ -1,21 +1,28 @@
 // One vector or few, times several matrices: each simdgroup makes ROWS rows of one matrix for all
-// TOKENS, each row by LANES lanes. A chunk of weights is read once, as a whole, by one lane.
+// TOKENS, each row by LANES lanes. A chunk of weights is read once, as a whole, by one lane. If
+// NORM, x is not normalised yet.
 
-template <int BITS, int GROUP, int ROWS, int TOKENS, int LANES, typename W, typename S, typename X,
-          typename Y>
+template <int BITS, int GROUP, int ROWS, int TOKENS, int LANES, bool NORM, typename W, typename S,
+          typename X, typename N, typename Y>
 METAL_FUNC void project(const device W* w, const device S* scales, const device S* biases,
-                        const device X* x, device Y* y, int in, int out, int first, uint lane) {
+                        const device X* x, const device N* norm_weight, float eps, device Y* y,
+                        int in, int out, int first, uint lane) {
   constexpr int step = 32 / LANES;
   float acc[ROWS * TOKENS] = {};
-  float factor[TOKENS];
+  float factor[TOKENS], squares[TOKENS] = {};
   for (int t = 0; t < TOKENS; t++) factor[t] = 1.0f;
   const int row = first + int(lane) / LANES;
   for (int chunk = int(lane) % LANES; chunk < in / 32; chunk += LANES)
-    dot_chunk<BITS, GROUP, ROWS, TOKENS>(w, scales, biases, x, in, in, chunk, size_t(row), step,
-                                         size_t(out), factor, acc);
+    dot_chunk<BITS, GROUP, ROWS, TOKENS, NORM>(w, scales, biases, x, norm_weight, in, chunk,
+                                               size_t(row), step, size_t(out), factor, acc,
+                                               squares);
+  // The lanes of a row have seen all of x, so the scale of its norm comes with the products.
+  if (NORM)
+    for (int t = 0; t < TOKENS; t++)
+      factor[t] = metal::precise::rsqrt(lane_sum<LANES>(squares[t]) / float(in) + eps);
 #pragma unroll
   for (int i = 0; i < ROWS * TOKENS; i++) {
-    float sum = lane_sum<LANES>(acc[i]);
+    const float sum = lane_sum<LANES>(acc[i]) * factor[i % TOKENS];
     const int r = row + (i / TOKENS) * step;
     if (int(lane) % LANES == 0 && r < out) y[(i % TOKENS) * out + r] = Y(sum);
   }
