@@ -23,25 +23,29 @@ KERNELS = ("auto", "ops", "metal")
 MIN_SPEEDUP = 1.02
 
 
-def choose(kernels: str, config: ModelConfig) -> Choice:
-    """The operations that run as kernels for `kernels`, one of auto, ops and metal."""
+def require(kernels: str) -> None:
+    """Raise Qwen35Error for what is none of auto, ops and metal, or cannot be had here."""
     if kernels not in KERNELS:
         raise Qwen35Error(
-            f"kernels={kernels!r}", got=repr(kernels), expected=", ".join(map(repr, KERNELS))
+            "no such choice of kernels",
+            got=repr(kernels),
+            expected=", ".join(map(repr, KERNELS)),
         )
-    if kernels == "ops":
-        return NONE
-    problem = unavailable()
+    if kernels == "metal" and (problem := unavailable()):
+        raise Qwen35Error(
+            "Metal kernels cannot run here",
+            got=problem,
+            expected="a Mac with Apple silicon, on its GPU",
+            hint="kernels='auto' runs everywhere",
+        )
+
+
+def choose(kernels: str, config: ModelConfig) -> Choice:
+    """The operations that run as kernels for `kernels`, one of auto, ops and metal."""
+    require(kernels)
     if kernels == "metal":
-        if problem:
-            raise Qwen35Error(
-                "Metal kernels cannot run here",
-                got=problem,
-                expected="a Mac with Apple silicon, on its GPU",
-                hint="kernels='auto' runs everywhere",
-            )
         return frozenset(OPS)
-    return NONE if problem else faster(read(), config)
+    return NONE if kernels == "ops" or unavailable() else faster(read(), config)
 
 
 def unavailable() -> str | None:
