@@ -12,8 +12,8 @@ experts changes no count, so the stacks are views of zeros.
 The rule for bytes: the kernels run in the emulator at real dims, with a few experts more than are
 chosen. What a kernel reads of weights, scales, biases and state, each read of each lane counted, is
 held against each chosen or resident array once and each state read and written once. A scale that
-neighbouring lanes of a simdgroup read in one instruction is one read. Reads of activations, which
-the cache of a core serves, are reported apart.
+neighbouring lanes of a simdgroup read in one instruction is one read. Reads of activations and of
+norm weights, vectors of a few kB that all threadgroups read and a cache serves, are reported apart.
 """
 
 import io
@@ -34,7 +34,7 @@ import mlx.nn as nn
 import mlx_lm.models.gated_delta as gated_delta
 import mlx_lm.models.qwen3_5 as mlx_lm_model
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -169,6 +169,7 @@ def kv_cache() -> KVCache:
 
 
 def linear_cache() -> ArraysCache:
+    """Both states of a layer."""
     heads, dim = TEXT["linear_num_value_heads"], TEXT["linear_key_head_dim"]
     channels = (2 * TEXT["linear_num_key_heads"] + heads) * dim
     entry = ArraysCache(size=2)
@@ -178,6 +179,7 @@ def linear_cache() -> ArraysCache:
 
 
 def states(cache: list[Any]) -> list[mx.array]:
+    """What a step writes into the cache."""
     return [
         a
         for entry in cache
@@ -224,58 +226,56 @@ def per_kind(count: Callable[[list[str]], Counter[str]]) -> dict[str, Counter[st
 
 
 def a_token(kinds: dict[str, Counter[str]]) -> int:
+    """Dispatches of all layers and what is around them."""
     around = kinds["around"].total()
     return around + sum(n * kinds[kind].total() for kind, n in NUM_LAYERS.items())
 
 
-NEIGHBOURS = re.compile(r"(.*)_(?:scales|biases)$")
 STATE = ("state", "new_state", "conv_state", "new_conv_state")
 
 
-def weight_bytes(model: nn.Module, num_experts: int) -> int:
-    """Of the arrays that a token needs once, experts in the part that it chooses."""
-    chosen = TEXT["num_experts_per_tok"]
-    return sum(
-        p.nbytes * chosen // num_experts if "switch_mlp" in name else p.nbytes
-        for name, p in tree_flatten(model.parameters())
-    )
+def traffic(launch: Launch, chosen: float) -> Counter[str]:
+    """Bytes that a launch moves, and would at least, and of small vectors that it reads.
 
-
-def moved_bytes(launch: Launch) -> tuple[int, int]:
-    """Bytes of weights and states that a launch moves, and of activations that it reads."""
-    weights = activations = 0
+    Of stacked experts, the part `chosen` is needed.
+    """
+    result: Counter[str] = Counter()
     for name, t in launch.traffic.items():
-        if name.endswith(("_w", "weight", "A_log", "dt_bias")):
-            weights += t.read_bytes
-        elif NEIGHBOURS.match(name):
-            # Lanes that share a group are neighbours and read in the same instruction.
-            weights += t.read_bytes // 2
+        stacked = name.startswith(("gate_", "up_", "down_"))
+        if name.endswith("_w") or name in ("conv_weight", "A_log", "dt_bias"):
+            result["moved"] += t.read_bytes
+        elif name.endswith(("_scales", "_biases")):
+            # Two lanes share a group of 64, side by side and in the same instruction.
+            result["moved"] += t.read_bytes // 2
         elif name in STATE:
-            weights += t.read_bytes + t.written_bytes
-        elif not name.endswith("_shape"):
-            activations += t.read_bytes
-    return weights, activations
+            result["moved"] += t.read_bytes + t.written_bytes
+        else:
+            result["vectors"] += 0 if name.endswith("_shape") else t.read_bytes
+            continue
+        result["least"] += int(t.buffer_bytes * (chosen if stacked else 1))
+    return result
 
 
-def decode_bytes() -> dict[str, dict[str, float]]:
-    """Moved and least bytes of each kernel in one layer of each kind, from the emulator."""
+def decode_bytes() -> dict[str, Counter[str]]:
+    """Traffic of each kernel in one layer of each kind, from the emulator."""
     num_experts = TEXT["num_experts_per_tok"] + 2
     text = TEXT | {"num_experts": num_experts, "vocab_size": 64, "num_hidden_layers": 2}
-    model = Model(ModelConfig.from_hf(text | {"layer_types": [LINEAR, FULL]}))
-    with_leaves(model, model.quant_predicate)
-    metal.use(model, metal.OPS)
-    cache = [linear_cache(), kv_cache()]
-    with emulated() as log:
+    result: dict[str, Counter[str]] = {}
+    for kind, num_layers in NUM_LAYERS.items():
+        model = Model(ModelConfig.from_hf(text | {"layer_types": [kind], "num_hidden_layers": 1}))
+        with_leaves(model, model.quant_predicate)
+        metal.use(model, metal.OPS)
+        cache = [linear_cache() if kind == LINEAR else kv_cache()]
+        with emulated() as log:
+            metal.clear()
+            mx.eval(model.trunk(None, cache, embeddings=leaf((1, 1, 4096), mx.bfloat16)))
         metal.clear()
-        mx.eval(model.trunk(None, cache, embeddings=leaf((1, 1, 4096), mx.bfloat16)))
-    metal.clear()
-    result: dict[str, dict[str, float]] = {}
-    for launch in log.launches:
-        name = re.sub(r"_[qd]+$", "", launch.kernel)
-        moved, activations = moved_bytes(launch)
-        row = result.setdefault(name, Counter())
-        row["moved"] += moved
-        row["activations"] += activations
+        for launch in log.launches:
+            name = re.sub("^custom_kernel_", "", launch.kernel)
+            name = re.sub("_[qd]+$", "", name)
+            row = traffic(launch, TEXT["num_experts_per_tok"] / num_experts)
+            total = result.setdefault(name, Counter())
+            total.update({key: num_layers * value for key, value in row.items()})
     return result
 
 
@@ -306,6 +306,28 @@ def main() -> None:
         for kind, counts in kinds.items():
             print(f"  {kind}: {counts.total()}")
             print("    " + ", ".join(f"{k} {n}" for k, n in sorted(counts.items())))
+    rows = decode_bytes()
+    print(f"{'bytes a token':16}{'moved':>15}{'least':>15}{'ratio':>8}{'small vectors':>16}")
+    for name, row in rows.items():
+        ratio = f"{row['moved'] / row['least']:.4f}" if row["least"] else "-"
+        print(f"{name:16}{row['moved']:15,}{row['least']:15,}{ratio:>8}{row['vectors']:16,}")
+    worst = max(row["moved"] / row["least"] for row in rows.values() if row["least"])
+    result = {
+        "machine": platform.machine(),
+        "os": platform.system(),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "model": "Qwen3.5-397B-A17B shapes, 4 bits, group 64, bf16",
+        "context": CONTEXT,
+        "dispatches": a_token(ours),
+        "dispatches_mlx_lm": a_token(theirs),
+        "dispatches_vs_mlx_lm": round(a_token(ours) / a_token(theirs), 4),
+        "dispatches_per_linear_layer": ours[LINEAR].total(),
+        "dispatches_per_full_layer": ours[FULL].total(),
+        "decode_bytes_over_minimum": round(worst, 4),
+        "prefill_macs_over_useful": prefill_macs_over_useful(),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ METAL_FUNC Fragment packed_block(const device float* blocks, uint row, uint colu
 
 // body
 constexpr uint C = 64, BLOCKS = 8, THREADS = 32 * SIMDGROUPS;
-constexpr uint PANEL = DK % 32 == 0 ? 32 : 16, STRIDE = PANEL + 4;
+constexpr uint PANEL = DK % 32 == 0 ? 32 : DK % 16 == 0 ? 16 : 8, STRIDE = PANEL + 4;
 // As vectors, so that they are aligned.
 threadgroup float4 k_quads[C * STRIDE / 4];
 threadgroup float4 q_quads[C * STRIDE / 4];

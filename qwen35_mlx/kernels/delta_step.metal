@@ -6,6 +6,7 @@
   constexpr int THREADS = 32 * SIMDGROUPS;
   constexpr int GROUP = HV / HK, CHANNELS = 2 * HK * DK + HV * DV;
   threadgroup float q[TOKENS][DK], k[TOKENS][DK], v[TOKENS][DV], o[TOKENS][DV];
+  threadgroup float decays[TOKENS], betas[TOKENS];
   const int head = int(threadgroup_position_in_grid.y), batch = int(threadgroup_position_in_grid.z);
   const int simdgroup = int(simdgroup_index_in_threadgroup);
   const int lane = int(thread_index_in_simdgroup);
@@ -47,6 +48,15 @@
       for (int j = 0; j < TAPS - 1; j++)
         new_conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel] = T(window[j]);
   }
+  if (simdgroup == 0 && lane < TOKENS) {
+    const int token = batch * TOKENS + lane;
+    const bool pad = MASKED && !bool(mask[token]);
+    const float dt = softplus(float(a[token * HV + head]) + float(dt_bias[head]));
+    const float rate = metal::precise::exp(float(A_log[head]));
+    // A pad leaves the state as it is.
+    decays[lane] = pad ? 1.0f : metal::precise::exp(-rate * dt);
+    betas[lane] = pad ? 0.0f : sigmoid(float(b[token * HV + head]));
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (int row = simdgroup; row < 2 * TOKENS; row += SIMDGROUPS) {
@@ -60,13 +70,8 @@
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  const float rate = metal::precise::exp(float(A_log[head]));
   for (int t = 0; t < TOKENS; t++) {
-    const int token = batch * TOKENS + t;
-    const bool pad = MASKED && !bool(mask[token]);
-    const float dt = softplus(float(a[token * HV + head]) + float(dt_bias[head]));
-    const float decay = pad ? 1.0f : metal::precise::exp(-rate * dt);
-    const float beta = pad ? 0.0f : sigmoid(float(b[token * HV + head]));
+    const float decay = decays[t], beta = betas[t];
     float key[PER_LANE] = {}, query[PER_LANE] = {}, kq = 0.0f;
     for (int i = 0; has_share && i < PER_LANE; i++) {
       key[i] = k[t][lane * PER_LANE + i], query[i] = q[t][lane * PER_LANE + i];
