@@ -285,7 +285,9 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
     Experts as popular as in real texts: log-normal, so that the most wanted get eight times the
     rows of the average. By the arithmetic that its tests hold against the emulator's count.
     """
-    hidden, width, k = (TEXT[n] for n in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok"))
+    hidden, width, k = (
+        TEXT[n] for n in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok")
+    )
     ratios = []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)

@@ -128,9 +128,7 @@ def linear(in_dims: int, out_dims: int, s: Setting) -> nn.Module:
 def experts(member: Member, in_dims: int, out_dims: int, s: Setting) -> nn.Module:
     """The same for a stack of experts; always quantized."""
     bits = s.bits or 8
-    layer = QuantizedSwitchLinear(
-        in_dims, out_dims, member.num_experts, False, s.group_size, bits
-    )
+    layer = QuantizedSwitchLinear(in_dims, out_dims, member.num_experts, False, s.group_size, bits)
     _fill(layer, in_dims, s.dtype)
     return layer
 
@@ -234,9 +232,7 @@ def _expert_gate_up(m: Member, s: Setting) -> Case:
     x = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
     shared = [linear(m.hidden_size, m.width, s) for _ in range(2)]
     if not m.num_experts:
-        return _case(
-            lambda kernels: expert_gate_up(x, shared, kernels=kernels), _size(*shared), s
-        )
+        return _case(lambda kernels: expert_gate_up(x, shared, kernels=kernels), _size(*shared), s)
     routed = [experts(m, m.hidden_size, m.width, s) for _ in range(2)]
     routing = _routing(m, s.num_tokens)
     chosen = _size(*routed) * s.num_tokens * m.per_token // m.num_experts
@@ -308,7 +304,9 @@ CHECKS = (
 
 def num_bytes_needed(check: Check, member: Member) -> int:
     """Memory for a case at a member's shapes, and for making it."""
-    stacks = 3 * member.num_experts * member.hidden_size * member.width if "expert" in check.op else 0
+    stacks = (
+        3 * member.num_experts * member.hidden_size * member.width if "expert" in check.op else 0
+    )
     dense = 4 * member.hidden_size * (member.width + 4 * member.linear_num_value_heads * 128)
     # A little more than 4 bits a weight, twice while it is put together.
     return 2 * (stacks + dense) * 5 // 8 + 10**9
