@@ -117,9 +117,9 @@ def _fill(layer: nn.Module, in_dims: int, dtype: mx.Dtype) -> None:
 def linear(in_dims: int, out_dims: int, s: Setting) -> nn.Module:
     """A linear layer with random weights, quantized if `s.bits`."""
     if not s.bits:
-        layer = nn.Linear(in_dims, out_dims, bias=False)
-        layer.weight = _normal(out_dims, in_dims, dtype=s.dtype, scale=in_dims**-0.5)
-        return layer
+        plain = nn.Linear(in_dims, out_dims, bias=False)
+        plain.weight = _normal(out_dims, in_dims, dtype=s.dtype, scale=in_dims**-0.5)
+        return plain
     layer = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
     _fill(layer, in_dims, s.dtype)
     return layer
@@ -164,7 +164,7 @@ def _projection(m: Member, s: Setting) -> Case:
 def _delta_step(m: Member, s: Setting) -> Case:
     T, Hv, Dk, Dv = s.num_tokens, m.linear_num_value_heads, m.key_head_dim, m.value_head_dim
     channels = 2 * m.num_key_heads * Dk + Hv * Dv
-    inputs = [_normal(1, T, n, dtype=s.dtype) for n in (channels, Hv * Dv, Hv, Hv)]
+    qkv, z, b, a = (_normal(1, T, n, dtype=s.dtype) for n in (channels, Hv * Dv, Hv, Hv))
     conv_state = _normal(1, TAPS - 1, channels, dtype=s.dtype)
     state = _normal(1, Hv, Dv, Dk)
     parameters = DeltaParameters(
@@ -176,8 +176,10 @@ def _delta_step(m: Member, s: Setting) -> Case:
     )
     mask = mx.arange(T)[None] > 0 if T > 1 else None
     return _case(
-        lambda kernels: delta_step(*inputs, conv_state, state, parameters, mask, None, kernels),
-        2 * state.nbytes + 2 * conv_state.nbytes + sum(x.nbytes for x in inputs),
+        lambda kernels: delta_step(
+            qkv, z, b, a, conv_state, state, parameters, mask, None, kernels
+        ),
+        2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes,
         s,
     )
 
@@ -187,18 +189,18 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     T, D, half = s.num_tokens, m.head_dim, m.rotary_dim // 2
     q_gate = _normal(1, T, m.num_heads * 2 * D, dtype=s.dtype)
     k = _normal(1, T, m.num_kv_heads * D, dtype=s.dtype)
-    weights = [_normal(D, dtype=s.dtype) for _ in range(2)]
+    q_weight, k_weight = (_normal(D, dtype=s.dtype) for _ in range(2))
     frequencies = (1e7 ** (-np.arange(half) / half)).astype(np.float32)
     positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
     angles = positions[None, :, None] * frequencies
 
     def run(kernels: Choice) -> Arrays:
         if kernels:
-            tables = mx.cos(mx.array(angles)), mx.sin(mx.array(angles))
+            cosines, sines = mx.cos(mx.array(angles)), mx.sin(mx.array(angles))
         else:
             exact = angles.astype(np.float64)
-            tables = tuple(mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
-        return qk_norm_rope(q_gate, k, *weights, *tables, EPS, kernels)
+            cosines, sines = (mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
+        return qk_norm_rope(q_gate, k, q_weight, k_weight, cosines, sines, EPS, kernels)
 
     return _case(run, 2 * (q_gate.nbytes + k.nbytes), s)
 
@@ -279,11 +281,11 @@ def _chunk_delta_rule(m: Member, s: Setting) -> Case:
 def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
     x = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
     shapes = ((m.hidden_size, m.width), (m.hidden_size, m.width), (m.width, m.hidden_size))
-    layers = [experts(m, *dims, s) for dims in shapes]
+    gate, up, down = (experts(m, *dims, s) for dims in shapes)
     routing = _routing(m, s.num_tokens)
     return _case(
-        lambda kernels: [expert_mlp(x, routing.indices, routing.scores, *layers, kernels)],
-        _size(*layers) + 2 * x.nbytes,
+        lambda kernels: [expert_mlp(x, routing.indices, routing.scores, gate, up, down, kernels)],
+        _size(gate, up, down) + 2 * x.nbytes,
         s,
     )
 

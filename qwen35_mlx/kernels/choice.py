@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def machine_key() -> dict[str, str]:
     return {
         "chip": str(mx.device_info().get("device_name", "?")),
         "os": operating_system(),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "kernels": digest.hexdigest()[:16],
     }
 

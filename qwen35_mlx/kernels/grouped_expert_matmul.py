@@ -67,8 +67,10 @@ def _multiply(
     columns = TILE_COLUMNS if up is None else TILE_COLUMNS // 2
     run = kernel(
         "grouped_expert_matmul",
-        ("x", "order", "scores", "row_ends", "tile_ends")
-        + ("w", "scales", "biases", "up", "up_scales", "up_biases"),
+        (
+            *("x", "order", "scores", "row_ends", "tile_ends"),
+            *("w", "scales", "biases", "up", "up_scales", "up_biases"),
+        ),
         ("out",),
     )
     arrays = [*w.arrays, *(up or w).arrays]
