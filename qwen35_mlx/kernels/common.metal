@@ -63,50 +63,69 @@ template <int BITS> METAL_FUNC void load_words(const device uint32_t* from, thre
   }
 }
 
-template <typename T> METAL_FUNC void load8(const device T* from, thread float* x) {
-  metal::vec<T, 4> a = *(const device metal::vec<T, 4>*)from;
-  metal::vec<T, 4> b = *(const device metal::vec<T, 4>*)(from + 4);
+// Eight numbers by loads of 16 bytes.
+METAL_FUNC void load8(const device float* from, thread float* x) {
+  float4 a = *(const device float4*)from, b = *(const device float4*)(from + 4);
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = float(a[i]), x[i + 4] = float(b[i]);
+  for (int i = 0; i < 4; i++) x[i] = a[i], x[i + 4] = b[i];
+}
+METAL_FUNC void load8(const device bfloat16_t* from, thread float* x) {
+  uint4 pairs = *(const device uint4*)from;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    // The upper half of a float.
+    x[2 * i] = as_type<float>(pairs[i] << 16);
+    x[2 * i + 1] = as_type<float>(pairs[i] & 0xffff0000u);
+  }
+}
+METAL_FUNC void load8(const device half* from, thread float* x) {
+  uint4 pairs = *(const device uint4*)from;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    half2 pair = as_type<half2>(pairs[i]);
+    x[2 * i] = float(pair.x), x[2 * i + 1] = float(pair.y);
+  }
 }
 
+// Elements of one row of w: words if quantized, else numbers.
+template <int BITS> METAL_FUNC int row_elements(int in) { return BITS > 0 ? in / 32 * BITS : in; }
+
 // acc[r][t] += factor[t] * (row r of w) . (row t of x), over the chunk of 32 columns that a lane
-// has. Rows are row, row + step, ... below `end`, of `in` columns, w quantized to BITS in groups
-// of GROUP, or dense if BITS is 0. If NORM, x is times norm_weight and squares[t] is what its own
-// squares add up to.
+// has. Row 0 is where w, scales and biases point; ROWS rows lie `step` apart, none beyond `last`,
+// which is read again instead. w is quantized to BITS in groups of GROUP, or dense if BITS is 0.
+// If NORM, x is times norm_weight, and squares[t] is what its own squares add up to.
 template <int BITS, int GROUP, int ROWS, int TOKENS, bool NORM, typename W, typename S, typename X,
           typename N>
 METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const device S* biases,
                           const device X* x, const device N* norm_weight, int in, int chunk,
-                          size_t row, int step, size_t end, thread const float* factor,
-                          thread float* acc, thread float* squares) {
+                          int step, int last, thread const float* factor, thread float* acc,
+                          thread float* squares) {
   uint words[ROWS][BITS > 0 ? BITS : 1];
-  float partial[ROWS][TOKENS] = {};
-  float total[TOKENS] = {};
-  if constexpr (BITS > 0) {
+  float partial[ROWS][TOKENS] = {}, total[TOKENS] = {};
+  float scale[ROWS], bias[ROWS];
+  int at[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-      if (row + r * step < end)
-        load_words<BITS>(w + ((row + r * step) * (in / 32) + chunk) * BITS, words[r]);
-      else
-        for (int i = 0; i < BITS; i++) words[r][i] = 0;
+  for (int r = 0; r < ROWS; r++) {
+    at[r] = metal::min(r * step, last);
+    scale[r] = 1.0f, bias[r] = 0.0f;
+    if constexpr (BITS > 0) {
+      load_words<BITS>(w + at[r] * row_elements<BITS>(in) + chunk * BITS, words[r]);
+      const int group = at[r] * (in / GROUP) + chunk / (GROUP / 32);
+      scale[r] = float(scales[group]), bias[r] = float(biases[group]);
+    }
   }
 #pragma unroll
   for (int part = 0; part < 32; part += 8) {
-    float q[ROWS][8];
+    float q[ROWS][8], n[8];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       if constexpr (BITS > 0) {
 #pragma unroll
         for (int i = 0; i < 8; i++) q[r][i] = unpack<BITS>(words[r], part + i);
       } else {
-        if (row + r * step < end)
-          load8(w + (row + r * step) * in + chunk * 32 + part, q[r]);
-        else
-          for (int i = 0; i < 8; i++) q[r][i] = 0;
+        load8(w + at[r] * in + chunk * 32 + part, q[r]);
       }
     }
-    float n[8];
     if (NORM) load8(norm_weight + chunk * 32 + part, n);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
@@ -122,25 +141,21 @@ METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const devic
     }
   }
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    float scale = 1.0f, bias = 0.0f;
-    if constexpr (BITS > 0) {
-      if (row + r * step < end) {
-        const size_t group = (row + r * step) * (in / GROUP) + chunk / (GROUP / 32);
-        scale = float(scales[group]);
-        bias = float(biases[group]);
-      }
-    }
+  for (int r = 0; r < ROWS; r++)
 #pragma unroll
     for (int t = 0; t < TOKENS; t++)
-      acc[r * TOKENS + t] += factor[t] * metal::fma(scale, partial[r][t], bias * total[t]);
-  }
+      acc[r * TOKENS + t] += factor[t] * metal::fma(scale[r], partial[r][t], bias[r] * total[t]);
 }
 
-template <int BITS, int GROUP, int ROWS, int TOKENS, typename W, typename S, typename X>
-METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const device S* biases,
-                          const device X* x, int in, int chunk, size_t row, int step, size_t end,
-                          thread const float* factor, thread float* acc) {
-  dot_chunk<BITS, GROUP, ROWS, TOKENS, false>(w, scales, biases, x, x, in, chunk, row, step, end,
-                                              factor, acc, acc);
+// The same over all chunks of a lane's share of its rows, the first of which is `row` of w.
+template <int BITS, int GROUP, int ROWS, int TOKENS, int LANES, bool NORM, typename W, typename S,
+          typename X, typename N>
+METAL_FUNC void dot_rows(const device W* w, const device S* scales, const device S* biases,
+                         const device X* x, const device N* norm_weight, int in, size_t row,
+                         int last, int lane, thread const float* factor, thread float* acc,
+                         thread float* squares) {
+  w += row * row_elements<BITS>(in), scales += row * (in / GROUP), biases += row * (in / GROUP);
+  for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES)
+    dot_chunk<BITS, GROUP, ROWS, TOKENS, NORM>(w, scales, biases, x, norm_weight, in, chunk,
+                                               32 / LANES, last, factor, acc, squares);
 }

@@ -13,7 +13,8 @@ from .matrix import FLOATS, MAX_ROWS
 from .metal import NONE, Choice, kernel
 
 L2_EPS = 1e-6
-HEAD_DIMS = (8, 16, 32, 64, 128, 256)
+# Wider heads would need more registers or threadgroup memory than there are.
+HEAD_DIMS = (8, 16, 32, 64, 128)
 ROWS_PER_SIMDGROUP = 8
 
 

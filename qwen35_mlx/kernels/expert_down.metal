@@ -6,5 +6,6 @@
   const int block =
       int(threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
   const int row = block * ROWS * step + lane / LANES;
-  const int width = residual_shape[1];
+  const int width = residual_shape[1], last = width - 1 - row;
+  if (row - lane / LANES >= width) return;
   float acc[ROWS * TOKENS] = {};

@@ -159,10 +159,9 @@ def expert_down_kernel(
     const int in = shared_in_shape[1];
     float factor[TOKENS];
     for (int t = 0; t < TOKENS; t++) factor[t] = {"shared_scores[t]" if routing else "1.0f"};
-    for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES)
-      dot_chunk<shared_BITS, shared_GROUP, ROWS, TOKENS>(
-          {shared.arguments("shared")}, shared_in, in, chunk, size_t(row), step,
-          size_t(width), factor, acc);
+    dot_rows<shared_BITS, shared_GROUP, ROWS, TOKENS, LANES, false>(
+        {shared.arguments("shared")}, shared_in, shared_in, in, size_t(row), last, lane, factor,
+        acc, acc);
   }}
 """
     inputs = [hidden[0]]
@@ -179,11 +178,9 @@ def expert_down_kernel(
     for (int slot = 0; slot < K; slot++) {{
       const int pair = t * K + slot;
       const float factor[1] = {{scores[pair]}};
-      const size_t expert = size_t(indices[pair]) * width;
-      for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES)
-        dot_chunk<down_BITS, down_GROUP, ROWS, 1>(
-            {routed[0].arguments("down")}, routed_in + pair * in, in, chunk, expert + row,
-            step, expert + width, factor, part);
+      dot_rows<down_BITS, down_GROUP, ROWS, 1, LANES, false>(
+          {routed[0].arguments("down")}, routed_in + pair * in, routed_in, in,
+          size_t(indices[pair]) * width + row, last, lane, factor, part, part);
     }}
     for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += part[r];
   }}

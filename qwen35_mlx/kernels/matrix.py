@@ -18,7 +18,7 @@ CHUNK, MIN_ELEMENTS = 32, 8
 
 
 class Matrix(NamedTuple):
-    """`[..., out, in]` as the arrays of a kernel; bits and group_size are 0 for a dense one."""
+    """`[..., out, in]` as the arrays of a kernel; bits are 0 for a dense one."""
 
     arrays: tuple[mx.array, ...]
     bits: int
@@ -53,7 +53,7 @@ def matrix(module: nn.Module) -> Matrix | None:
     if "scales" not in parameters:
         in_dims = weight.shape[-1]
         usable = weight.dtype in FLOATS and in_dims % CHUNK == 0
-        return Matrix((weight,), 0, 0, in_dims) if usable else None
+        return Matrix((weight,), 0, CHUNK, in_dims) if usable else None
     scales = parameters["scales"]
     bits, group_size = module.bits, module.group_size
     if module.mode != "affine" or bits not in BITS or group_size not in GROUP_SIZES:

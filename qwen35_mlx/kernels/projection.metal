@@ -6,16 +6,16 @@ template <int BITS, int GROUP, int ROWS, int TOKENS, int LANES, bool NORM, typen
           typename X, typename N, typename Y>
 METAL_FUNC void project(const device W* w, const device S* scales, const device S* biases,
                         const device X* x, const device N* norm_weight, float eps, device Y* y,
-                        int in, int out, int first, uint lane) {
+                        int in, int out, int first, int lane) {
+  if (first >= out) return;
   constexpr int step = 32 / LANES;
   float acc[ROWS * TOKENS] = {};
   float factor[TOKENS], squares[TOKENS] = {};
   for (int t = 0; t < TOKENS; t++) factor[t] = 1.0f;
-  const int row = first + int(lane) / LANES;
-  for (int chunk = int(lane) % LANES; chunk < in / 32; chunk += LANES)
-    dot_chunk<BITS, GROUP, ROWS, TOKENS, NORM>(w, scales, biases, x, norm_weight, in, chunk,
-                                               size_t(row), step, size_t(out), factor, acc,
-                                               squares);
+  const int row = first + lane / LANES;
+  dot_rows<BITS, GROUP, ROWS, TOKENS, LANES, NORM>(w, scales, biases, x, norm_weight, in,
+                                                   size_t(row), out - 1 - row, lane, factor, acc,
+                                                   squares);
   // The lanes of a row have seen all of x, so the scale of its norm comes with the products.
   if (NORM)
     for (int t = 0; t < TOKENS; t++)
@@ -24,7 +24,7 @@ METAL_FUNC void project(const device W* w, const device S* scales, const device 
   for (int i = 0; i < ROWS * TOKENS; i++) {
     const float sum = lane_sum<LANES>(acc[i]) * factor[i % TOKENS];
     const int r = row + (i / TOKENS) * step;
-    if (int(lane) % LANES == 0 && r < out) y[(i % TOKENS) * out + r] = Y(sum);
+    if (lane % LANES == 0 && r < out) y[(i % TOKENS) * out + r] = Y(sum);
   }
 }
 // body
@@ -34,4 +34,4 @@ METAL_FUNC void project(const device W* w, const device S* scales, const device 
   int block = int(threadgroup_position_in_grid.x);
   const int in = x_shape[1];
   const int offset = int(simdgroup_index_in_threadgroup) * rows_per_simdgroup;
-  const uint lane = thread_index_in_simdgroup;
+  const int lane = int(thread_index_in_simdgroup);

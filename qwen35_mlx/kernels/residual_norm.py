@@ -5,7 +5,8 @@ import mlx.core as mx
 from .matrix import FLOATS, MAX_ROWS
 from .metal import NONE, Choice, kernel
 
-SIMDGROUPS = 8
+# Threads enough that each has but few numbers of a wide row.
+SIMDGROUPS, WIDE, SIMDGROUPS_IF_WIDE = 8, 2048, 32
 
 
 def residual_norm(
@@ -24,11 +25,12 @@ def residual_norm_kernel(
     """The same; the sum is rounded to x's type before the norm, as by ops."""
     width = x.shape[-1]
     rows = x.size // width
+    simdgroups = SIMDGROUPS_IF_WIDE if width > WIDE else SIMDGROUPS
     total, normed = kernel("residual_norm", ("x", "delta", "weight", "eps"), ("total", "normed"))(
         inputs=[x.reshape(rows, width), delta.reshape(rows, width), weight, eps],
-        template=[("T", x.dtype), ("SIMDGROUPS", SIMDGROUPS)],
-        grid=(32 * SIMDGROUPS, rows, 1),
-        threadgroup=(32 * SIMDGROUPS, 1, 1),
+        template=[("T", x.dtype), ("SIMDGROUPS", simdgroups)],
+        grid=(32 * simdgroups, rows, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
         output_shapes=[(rows, width)] * 2,
         output_dtypes=[x.dtype] * 2,
     )

@@ -9,8 +9,8 @@
   for (int j = 0; j < PER_LANE; j++) {
     const int expert = j * 32 + lane;
     left[j] = expert < EXPERTS ? float(logits[token * EXPERTS + expert]) : 0.0f;
-    // Nothing is larger than NaN: as the smallest, it still gives an index that exists.
-    if (metal::isnan(left[j])) left[j] = -INFINITY;
+    // NaN, by its bits, whatever the compiler makes of it: an index that exists it still gives.
+    if ((as_type<uint>(left[j]) & 0x7fffffffu) > 0x7f800000u) left[j] = -INFINITY;
     if (expert >= EXPERTS) taken |= 1u << j;
   }
   float largest = 0.0f, sum = 0.0f, mine = 0.0f;
