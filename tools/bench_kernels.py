@@ -297,7 +297,7 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
         counts = np.bincount(chosen.flatten(), minlength=TEXT["num_experts"]).tolist()
         issued = num_matrix_macs(counts, hidden, 2 * width) + num_matrix_macs(counts, width, hidden)
         ratios.append(issued / (num_tokens * k * 3 * hidden * width))
-    return sum(ratios) / seeds
+    return round(sum(ratios) / seeds, 4)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..errors import Qwen35Error
 
 # Every operation with a kernel, by the name under which it is chosen and its result is stored.
-OPS = (
+DECODE_OPS = (
     "residual_norm",
     "projection",
     "delta_step",
@@ -25,9 +25,9 @@ OPS = (
     "router",
     "expert_gate_up",
     "expert_down",
-    "chunk_delta_rule",
-    "grouped_expert_matmul",
 )
+PREFILL_OPS = ("chunk_delta_rule", "grouped_expert_matmul")
+OPS = DECODE_OPS + PREFILL_OPS
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
 

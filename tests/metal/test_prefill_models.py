@@ -15,7 +15,7 @@ from qwen35_mlx.kernels import metal
 from qwen35_mlx.model import Model
 from qwen35_mlx.weights import load_model
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_DIFFERENCE = 3e-4
 
 
