@@ -38,6 +38,8 @@ class DenseMLP(nn.Module):
 class RoutedExperts(nn.Module):
     """The stacked matrices of all experts, `[E, out, in]` each."""
 
+    kernels: Choice = NONE
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, width, num = config.hidden_size, config.moe_intermediate_size, config.num_experts
@@ -47,7 +49,8 @@ class RoutedExperts(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """x `[N, H]`, indices and scores `[N, K]` -> `[N, H]`."""
-        return expert_mlp(x, indices, scores, self.gate_proj, self.up_proj, self.down_proj)
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        return expert_mlp(x, indices, scores, *projections, self.kernels)
 
 
 class SparseMoE(nn.Module):

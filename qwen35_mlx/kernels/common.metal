@@ -8,6 +8,29 @@ METAL_FUNC float softplus(float x) {
   return metal::max(x, 0.0f) + (e < 1e-3f ? e - 0.5f * e * e : metal::precise::log(1.0f + e));
 }
 
+// An 8x8 matrix of a simdgroup: a lane holds two neighbours of a row.
+using Fragment = metal::simdgroup_matrix<float, 8, 8>;
+METAL_FUNC uint fragment_row(uint lane) { return (lane / 4 & 4) + (lane / 2) % 4; }
+METAL_FUNC uint fragment_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+// The block [row, column] of a lower triangle of blocks, row by row.
+METAL_FUNC uint triangle(uint row, uint column) { return row * (row + 1) / 2 + column; }
+
+// `height` rows of a panel of `width` columns to threadgroup memory, zeros behind the last row.
+template <int width, int stride, typename T>
+METAL_FUNC void stage(threadgroup float* panel, const device T* from, uint row_stride, uint rows,
+                      uint height, uint thread_index, uint num_threads) {
+  constexpr uint quads = width / 4;
+  for (uint i = thread_index; i < height * quads; i += num_threads) {
+    uint row = i / quads, column = i % quads * 4;
+    float4 values = 0;
+    if (row < rows) {
+      auto quad = *(const device metal::vec<T, 4>*)(from + row * row_stride + column);
+      values = float4(quad);
+    }
+    *(threadgroup float4*)(panel + row * stride + column) = values;
+  }
+}
+
 // Sum over LANES neighbours, a power of two; all of them get it.
 template <int LANES> METAL_FUNC float lane_sum(float v) {
   if (LANES == 32) return simd_sum(v);

@@ -56,7 +56,9 @@ def delta_step(
         and qkv.dtype in FLOATS
     ):
         return delta_step_kernel(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
-    return delta_step_ops(qkv, z, b, a, conv_state, recurrent_state, parameters, mask, lengths)
+    return delta_step_ops(
+        qkv, z, b, a, conv_state, recurrent_state, parameters, mask, lengths, kernels
+    )
 
 
 def delta_step_ops(
@@ -69,8 +71,9 @@ def delta_step_ops(
     parameters: DeltaParameters,
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
+    kernels: Choice = NONE,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The same for any number of tokens on any device."""
+    """The same for any number of tokens on any device; long ones may take a kernel for chunks."""
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
     key_dim = (channels - num_value_heads * value_head_dim) // 2
@@ -83,7 +86,7 @@ def delta_step_ops(
     v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
     g, beta = _gates(a, b, parameters, mask)
     q = l2_norm(q) * key_head_dim**-0.5
-    out, recurrent_state = gated_delta_rule(q, l2_norm(k), v, g, beta, recurrent_state)
+    out, recurrent_state = gated_delta_rule(q, l2_norm(k), v, g, beta, recurrent_state, kernels)
     weight = parameters.norm_weight.astype(mx.float32)
     out = mx.fast.rms_norm(out, weight, parameters.eps)
     out = out.reshape(z.shape) * nn.silu(z.astype(mx.float32))

@@ -90,7 +90,7 @@ def expert_gate_up_kernel(
         "expert_gate_up",
         ("x", "indices")[: len(inputs)] + names(*prefixes),
         ("shared_out", "routed_out")[: len(shapes)],
-        label="expert_gate_up" if routing else "dense_gate_up",
+        label="expert_gate_up" if routing else "expert_gate_up_dense",
         generated=ROUTED_GATE_UP if routing else "",
     )(
         inputs=[*inputs, *(a for w in weights.values() for a in w.arrays)],

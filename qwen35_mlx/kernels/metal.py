@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..errors import Qwen35Error
 
 # Every operation with a kernel, by the name under which it is chosen and its result is stored.
-OPS = (
+DECODE_OPS = (
     "residual_norm",
     "projection",
     "delta_step",
@@ -26,6 +26,8 @@ OPS = (
     "expert_gate_up",
     "expert_down",
 )
+PREFILL_OPS = ("chunk_delta_rule", "grouped_expert_matmul")
+OPS = DECODE_OPS + PREFILL_OPS
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
 
@@ -71,6 +73,12 @@ def kernel(
 def clear() -> None:
     """Forget built kernels, for tests that put something else under `mx.fast.metal_kernel`."""
     kernel.cache_clear()
+
+
+def num_uses() -> int:
+    """How often a kernel was asked for, to tell whether an operation ran one."""
+    info = kernel.cache_info()
+    return info.hits + info.misses
 
 
 @functools.cache

@@ -25,6 +25,10 @@ def test_a_layer_takes_few_dispatches_and_a_token_a_third_of_mlx_lms(bench):
     assert bench.a_token(ours) <= 0.35 * bench.a_token(theirs)
 
 
+def test_the_grouped_matmul_multiplies_little_that_is_not_wanted(bench):
+    assert 1 <= bench.prefill_macs_over_useful() <= 1.35
+
+
 def test_what_is_counted_of_mlx_lm_is_its_path_on_a_gpu(bench):
     counts = bench.count_mlx_lm([LINEAR, FULL])
     assert counts["gated_delta_step_packed_btree"] == 1

@@ -46,7 +46,7 @@ def compare(model, pieces, left_padding=None) -> Log:
     inputs = [mx.array(rng.integers(0, model.config.vocab_size, (rows, n))) for n in pieces]
     with emulated() as log:
         metal.clear()
-        got = logits_with(model, metal.OPS, prompt, inputs, left_padding)
+        got = logits_with(model, metal.DECODE_OPS, prompt, inputs, left_padding)
     metal.clear()
     want = logits_with(model, (), prompt, inputs, left_padding)
     for a, b in zip(got, want, strict=True):
@@ -59,7 +59,7 @@ def compare(model, pieces, left_padding=None) -> Log:
 def launches(log: Log, model) -> dict[str, int]:
     """Of every chosen kernel, how many a step."""
     names = [x.kernel for x in log.launches]
-    return {op: sum(op in name for name in names) for op in metal.OPS}
+    return {op: sum(op in name for name in names) for op in metal.DECODE_OPS}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_short_first_piece_and_no_cache_equal_plain_mlx(models, name):
         assert mx.abs(logits - want).max().item() <= MAX_DIFFERENCE
 
 
-@pytest.mark.parametrize("op", metal.OPS)
+@pytest.mark.parametrize("op", metal.DECODE_OPS)
 def test_each_kernel_alone_equals_plain_mlx(models, op):
     model = models["moe"]
     prompt, token = mx.arange(10)[None], mx.array([[3]])
@@ -120,7 +120,7 @@ def test_a_long_piece_runs_no_decode_kernel(models):
     model = models["moe"]
     with emulated() as log:
         metal.clear()
-        metal.use(model, metal.OPS)
+        metal.use(model, metal.DECODE_OPS)
         mx.eval(model(mx.arange(9)[None], model.make_cache()))
     metal.use(model, ())
     metal.clear()
