@@ -241,6 +241,9 @@ def traffic(launch: Launch, chosen: float) -> Counter[str]:
     """
     result: Counter[str] = Counter()
     for name, t in launch.traffic.items():
+        # A dense matrix also stands where its scales and biases would.
+        if not t.read_bytes and not t.written_bytes:
+            continue
         stacked = name.startswith(("gate_", "up_", "down_"))
         if name.endswith("_w") or name in ("conv_weight", "A_log", "dt_bias"):
             result["moved"] += t.read_bytes
@@ -271,8 +274,7 @@ def decode_bytes() -> dict[str, Counter[str]]:
             mx.eval(model.trunk(None, cache, embeddings=leaf((1, 1, 4096), mx.bfloat16)))
         metal.clear()
         for launch in log.launches:
-            name = re.sub("^custom_kernel_", "", launch.kernel)
-            name = re.sub("_[qd]+$", "", name)
+            name = re.sub(r"_\d$", "", launch.kernel)
             row = traffic(launch, TEXT["num_experts_per_tok"] / num_experts)
             total = result.setdefault(name, Counter())
             total.update({key: num_layers * value for key, value in row.items()})

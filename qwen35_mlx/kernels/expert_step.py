@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices
+from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
 from .metal import NONE, Choice, Template, kernel
 
 SIMDGROUPS = 2
@@ -67,20 +67,6 @@ def expert_down(
     return residual + out
 
 
-def _rows_per_simdgroup(num_tokens: int) -> int:
-    # Twice as many accumulators with more tokens would spill.
-    return 2 if num_tokens <= 2 else 1
-
-
-def _inputs(*named: tuple[str, Matrix]) -> tuple[list[str], list[mx.array], Template]:
-    """Names, arrays and template arguments of several matrices."""
-    return (
-        [n for prefix, w in named for n in w.names(prefix)],
-        [a for _, w in named for a in w.arrays],
-        [t for prefix, w in named for t in w.template(prefix)],
-    )
-
-
 def expert_gate_up_kernel(
     x: mx.array,
     shared: Sequence[Matrix],
@@ -89,56 +75,39 @@ def expert_gate_up_kernel(
 ) -> list[mx.array]:
     """The same for N up to 8, in one dispatch."""
     num_tokens = x.shape[0]
-    rows, lanes = _rows_per_simdgroup(num_tokens), lanes_per_row(x.shape[1])
-    named = list(zip(("shared_gate", "shared_up", "gate", "up"), [*shared, *routed], strict=False))
-    names, arrays, template = _inputs(*named)
-    weights = dict(named)
-    pairs = routing.indices.size if routing is not None else 0
-
-    def call(gate: str, up: str, tokens: str, rest: str) -> str:
-        parameters = f"{gate}_BITS, {gate}_GROUP, {up}_BITS, {up}_GROUP, ROWS, {tokens}, LANES"
-        pointers = f"{weights[gate].arguments(gate)}, {weights[up].arguments(up)}"
-        return f"swiglu<{parameters}>({pointers}, {rest}, first, lane);"
-
-    # The shared expert, which takes longest, comes first.
-    body = "  if (pair == 0) {\n    " + call(
-        "shared_gate", "shared_up", "TOKENS", "x, shared_out, in, shared_gate_w_shape[0], 0"
-    )
-    outputs = ["shared_out"]
+    inputs, num_pairs = [x], 0
+    prefixes: tuple[str, ...] = ("shared_gate", "shared_up")
     shapes: list[tuple[int, ...]] = [(num_tokens, shared[0].out_dims)]
     if routing is not None:
-        per_token = routing.indices.shape[1]
-        names, arrays = ["indices", *names], [routing.indices, *arrays]
-        template.append(("K", per_token))
-        body += (
-            "\n  } else {\n    const int out = gate_w_shape[1];\n    "
-            + call(
-                "gate", "up", "1",
-                "x + (pair - 1) / K * in, out_rows + (pair - 1) * out, in, out,"
-                " size_t(indices[pair - 1])",
-            )
-        )  # fmt: skip
-        outputs.append("out_rows")
-        shapes.append((num_tokens, per_token, routed[0].out_dims))
-    per_group = SIMDGROUPS * rows * (32 // lanes)
+        inputs.append(routing.indices)
+        prefixes += ("gate", "up")
+        shapes.append((*routing.indices.shape, routed[0].out_dims))
+        num_pairs = routing.indices.size
+    weights = dict(zip(prefixes, [*shared, *routed], strict=True))
+    template, per_group = _tiling(weights, num_tokens, x.shape[1], num_pairs // num_tokens)
     blocks = -(-max(shape[-1] for shape in shapes) // per_group)
     return kernel(
         "expert_gate_up",
-        ("x", *names),
-        tuple(outputs),
-        label=_label("expert_gate_up", [w for _, w in named]),
-        generated=body + "\n  }\n",
+        ("x", "indices")[: len(inputs)] + names(*prefixes),
+        ("shared_out", "routed_out")[: len(shapes)],
+        label="expert_gate_up" if routing else "dense_gate_up",
+        generated=ROUTED_GATE_UP if routing else "",
     )(
-        inputs=[x, *arrays],
-        template=[
-            *template,
-            *[("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes), ("SIMDGROUPS", SIMDGROUPS)],
-        ],
-        grid=(blocks * SIMDGROUPS * 32, 1 + pairs, 1),
+        inputs=[*inputs, *(a for w in weights.values() for a in w.arrays)],
+        template=template,
+        grid=(blocks * SIMDGROUPS * 32, 1 + num_pairs, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=shapes,
         output_dtypes=[x.dtype] * len(shapes),
     )
+
+
+ROUTED_GATE_UP = """
+  const int out = gate_w_shape[1];
+  swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROWS, 1, LANES>(
+      gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
+      routed_out + (pair - 1) * out, in, out, size_t(indices[pair - 1]), first, lane);
+"""
 
 
 def expert_down_kernel(
@@ -150,63 +119,25 @@ def expert_down_kernel(
 ) -> mx.array:
     """The same for N up to 8, in one dispatch."""
     num_tokens, width = residual.shape
-    rows = _rows_per_simdgroup(num_tokens)
-    lanes = lanes_per_row(*(h.shape[-1] for h in hidden))
-    named = [("shared", shared), *(("down", w) for w in routed)]
-    names, arrays, template = _inputs(*named)
-    body = f"""
-  {{
-    const int in = shared_in_shape[1];
-    float factor[TOKENS];
-    for (int t = 0; t < TOKENS; t++) factor[t] = {"shared_scores[t]" if routing else "1.0f"};
-    dot_rows<shared_BITS, shared_GROUP, ROWS, TOKENS, LANES, false>(
-        {shared.arguments("shared")}, shared_in, shared_in, in, size_t(row), last, lane, factor,
-        acc, acc);
-  }}
-"""
-    inputs = [hidden[0]]
-    input_names = ["shared_in"]
-    if routing is not None:
-        inputs += [hidden[1], *routing]
-        input_names += ["routed_in", "indices", "scores", "shared_scores"]
-        template.append(("K", routing.indices.shape[1]))
-        body += f"""
-  const int in = routed_in_shape[2];
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) {{
-    float part[ROWS] = {{}};
-    for (int slot = 0; slot < K; slot++) {{
-      const int pair = t * K + slot;
-      const float factor[1] = {{scores[pair]}};
-      dot_rows<down_BITS, down_GROUP, ROWS, 1, LANES, false>(
-          {routed[0].arguments("down")}, routed_in + pair * in, routed_in, in,
-          size_t(indices[pair]) * width + row, last, lane, factor, part, part);
-    }}
-    for (int r = 0; r < ROWS; r++) acc[r * TOKENS + t] += part[r];
-  }}
-"""
-    body += """
-#pragma unroll
-  for (int i = 0; i < ROWS * TOKENS; i++) {
-    const float sum = lane_sum<LANES>(acc[i]);
-    const int r = row + (i / TOKENS) * step, at = (i % TOKENS) * width + r;
-    if (lane % LANES == 0 && r < width) y[at] = T(float(residual[at]) + sum);
-  }
-"""
-    per_group = SIMDGROUPS * rows * (32 // lanes)
+    # Without routing K is 0, and what is not read is filled by anything.
+    weights = {"shared": shared, "down": routed[0] if routed else shared}
+    chosen = routing or (residual, residual, residual)
+    template, per_group = _tiling(
+        weights,
+        num_tokens,
+        max(h.shape[-1] for h in hidden),
+        routing.indices.shape[1] if routing else 0,
+    )
     (y,) = kernel(
         "expert_down",
-        ("residual", *input_names, *names),
+        ("residual", "shared_in", "routed_in", *Routing._fields, *names(*weights)),
         ("y",),
-        label=_label("expert_down", [w for _, w in named]),
-        generated=body,
     )(
-        inputs=[residual, *inputs, *arrays],
-        template=[
-            ("T", residual.dtype),
-            *template,
-            *[("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes), ("SIMDGROUPS", SIMDGROUPS)],
+        inputs=[
+            *(residual, hidden[0], hidden[-1], *chosen),
+            *(a for w in weights.values() for a in w.arrays),
         ],
+        template=[("T", residual.dtype), *template],
         grid=(-(-width // per_group) * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[residual.shape],
@@ -215,5 +146,13 @@ def expert_down_kernel(
     return y
 
 
-def _label(name: str, weights: Sequence[Matrix]) -> str:
-    return name + "_" + "".join("q" if w.bits else "d" for w in weights)
+def _tiling(
+    weights: dict[str, Matrix], num_tokens: int, in_dims: int, per_token: int
+) -> tuple[Template, int]:
+    """Template arguments, and how many rows a threadgroup makes."""
+    # Twice as many accumulators with more tokens would spill.
+    rows, lanes = 2 if num_tokens <= 2 else 1, lanes_per_row(in_dims)
+    template = [t for prefix, w in weights.items() for t in w.template(prefix)]
+    template += [("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes)]
+    template += [("SIMDGROUPS", SIMDGROUPS), ("K", per_token)]
+    return template, SIMDGROUPS * rows * (32 // lanes)

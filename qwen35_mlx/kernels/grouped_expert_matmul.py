@@ -73,16 +73,12 @@ def _multiply(
         ),
         ("out",),
     )
-    arrays = [*w.arrays, *(up or w).arrays]
-    if not w.bits:
-        # A plain matrix has neither scales nor biases; nothing reads what stands for them.
-        arrays = [a for a in arrays for _ in range(3)]
     return run(
-        inputs=[x, *rows, *arrays],
+        inputs=[x, *rows, *w.arrays, *(up or w).arrays],
         template=[
             ("T", x.dtype),
             ("BITS", w.bits),
-            ("GROUP", w.group_size or 32),
+            ("GROUP", w.group_size),
             ("GATED", up is not None),
             ("PER_TOKEN", per_token),
         ],

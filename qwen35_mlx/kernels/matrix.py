@@ -1,7 +1,8 @@
 """How kernels see the weight of a linear layer: dense, or affine quantized in MLX's layout."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +19,9 @@ CHUNK, MIN_ELEMENTS = 32, 8
 
 
 class Matrix(NamedTuple):
-    """`[..., out, in]` as the arrays of a kernel; bits are 0 for a dense one."""
+    """`[..., out, in]` for a kernel; dense, bits are 0 and the weight fills all three places."""
 
-    arrays: tuple[mx.array, ...]
+    arrays: tuple[mx.array, mx.array, mx.array]
     bits: int
     group_size: int
     in_dims: int
@@ -30,37 +31,34 @@ class Matrix(NamedTuple):
         """Rows, of each expert where they are stacked."""
         return self.arrays[0].shape[-2]
 
-    def names(self, prefix: str) -> tuple[str, ...]:
-        """The names of the arrays in a kernel."""
-        return tuple(f"{prefix}_{part}" for part in ("w", "scales", "biases")[: len(self.arrays)])
-
-    def arguments(self, prefix: str) -> str:
-        """The three pointers as `dot_chunk` takes them; a dense matrix has but one."""
-        names = self.names(prefix)
-        return ", ".join(names if self.bits else names * 3)
-
     def template(self, prefix: str) -> Template:
         """Bits and group size as template arguments."""
         return [(f"{prefix}_BITS", self.bits), (f"{prefix}_GROUP", self.group_size)]
 
 
+@functools.cache
+def names(*prefixes: str) -> tuple[str, ...]:
+    """What the arrays of matrices are called in a kernel."""
+    return tuple(f"{prefix}_{part}" for prefix in prefixes for part in ("w", "scales", "biases"))
+
+
 def matrix(module: nn.Module) -> Matrix | None:
     """The weight of a linear layer or stack of experts; None if no kernel reads such a one."""
-    parameters: dict[str, Any] = module.parameters()
-    weight = parameters["weight"]
-    if "bias" in parameters:
+    # A module is a dict of its parameters; asked once a layer and token, so without ceremony.
+    weight = module["weight"]
+    if "bias" in module:
         return None
-    if "scales" not in parameters:
+    if "scales" not in module:
         in_dims = weight.shape[-1]
         usable = weight.dtype in FLOATS and in_dims % CHUNK == 0
-        return Matrix((weight,), 0, CHUNK, in_dims) if usable else None
-    scales = parameters["scales"]
+        return Matrix((weight, weight, weight), 0, CHUNK, in_dims) if usable else None
+    scales = module["scales"]
     bits, group_size = module.bits, module.group_size
     if module.mode != "affine" or bits not in BITS or group_size not in GROUP_SIZES:
         return None
     if scales.size < MIN_ELEMENTS or weight.size < MIN_ELEMENTS:
         return None
-    arrays = (weight, scales, parameters["biases"])
+    arrays = (weight, scales, module["biases"])
     return Matrix(arrays, bits, group_size, scales.shape[-1] * group_size)
 
 

@@ -155,5 +155,5 @@ def naive_qk_norm_rope(
 
 
 def naive_output_gate(x: mx.array, gate: mx.array) -> mx.array:
-    """Of one head, `[T, D]` each; fp32."""
+    """Number by number, in fp32."""
     return x.astype(mx.float32) * mx.sigmoid(gate.astype(mx.float32))

@@ -28,7 +28,7 @@ METAL_FUNC void project(const device W* w, const device S* scales, const device 
   }
 }
 // body
-  // SEGMENTS is generated: the matrices one after the other, each in whole threadgroups.
+  // What follows is generated: the matrices one after the other, each in whole threadgroups.
   constexpr int rows_per_simdgroup = ROWS * (32 / LANES);
   constexpr int rows_per_group = SIMDGROUPS * rows_per_simdgroup;
   int block = int(threadgroup_position_in_grid.x);

@@ -3,12 +3,13 @@
 N rows of activations, H their width.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices
+from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
 from .metal import NONE, Choice, kernel
 
 SIMDGROUPS = 2
@@ -42,39 +43,59 @@ def project_kernel(
     """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix."""
     num_rows = x.shape[0]
     lanes = lanes_per_row(x.shape[1])
-    many = num_rows == 1 and sum(w.out_dims for w in weights) >= MANY_ROWS
+    out_dims = [w.out_dims for w in weights]
+    many = num_rows == 1 and sum(out_dims) >= MANY_ROWS
     rows = 4 if many else 2 if num_rows <= 4 else 1
     per_group = SIMDGROUPS * rows * (32 // lanes)
-    prefixes = [f"m{i}" for i in range(len(weights))]
-    segments = "".join(
-        f"  {{\n    const int out = {p}_w_shape[0];\n"
-        f"    if (block * rows_per_group < out) {{\n"
-        f"      project<{p}_BITS, {p}_GROUP, ROWS, TOKENS, LANES, NORM>({w.arguments(p)}, x,"
-        f" norm_weight, eps, y{i}, in, out, block * rows_per_group + offset, lane);\n"
-        f"      return;\n    }}\n"
-        f"    block -= (out + rows_per_group - 1) / rows_per_group;\n  }}\n"
-        for i, (p, w) in enumerate(zip(prefixes, weights, strict=True))
-    )
-    names = [n for p, w in zip(prefixes, weights, strict=True) for n in w.names(p)]
-    run = kernel(
-        "projection",
-        ("x", "norm_weight", "eps", *names),
-        tuple(f"y{i}" for i in range(len(weights))),
-        label="projection_" + "".join("q" if w.bits else "d" for w in weights),
-        generated=segments,
-    )
-    template = [t for p, w in zip(prefixes, weights, strict=True) for t in w.template(p)]
+    template = [t for i, w in enumerate(weights) for t in w.template(f"m{i}")]
     template += [("ROWS", rows), ("TOKENS", num_rows), ("LANES", lanes)]
-    num_groups = sum(-(-w.out_dims // per_group) for w in weights)
-    return run(
+    template += [("NORM", norm is not None), ("SIMDGROUPS", SIMDGROUPS)]
+    num_groups = sum(-(-out // per_group) for out in out_dims)
+    return _kernel(len(weights))(
         # Without a norm anything fills its place.
         inputs=[
             *((x, x, 0.0) if norm is None else (x, norm.weight, norm.eps)),
             *(a for w in weights for a in w.arrays),
         ],
-        template=[*template, ("NORM", norm is not None), ("SIMDGROUPS", SIMDGROUPS)],
+        template=template,
         grid=(num_groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
-        output_shapes=[(num_rows, w.out_dims) for w in weights],
+        output_shapes=[(num_rows, out) for out in out_dims],
         output_dtypes=[dtype] * len(weights),
+    )
+
+
+def _kernel(count: int) -> Callable[..., list[mx.array]]:
+    """Of so many matrices."""
+    return kernel(
+        "projection",
+        ("x", "norm_weight", "eps", *names(*_prefixes(count))),
+        tuple(f"y{i}" for i in range(count)),
+        label=f"projection_{count}",
+        generated=_body(count),
+    )
+
+
+@functools.cache
+def _prefixes(count: int) -> tuple[str, ...]:
+    return tuple(f"m{i}" for i in range(count))
+
+
+@functools.cache
+def _body(count: int) -> str:
+    """Finds the matrix of a threadgroup."""
+    return "".join(
+        f"""
+  {{
+    const int out = m{i}_w_shape[0];
+    if (block * rows_per_group < out) {{
+      project<m{i}_BITS, m{i}_GROUP, ROWS, TOKENS, LANES, NORM>(
+          m{i}_w, m{i}_scales, m{i}_biases, x, norm_weight, eps, y{i}, in, out,
+          block * rows_per_group + offset, lane);
+      return;
+    }}
+    block -= (out + rows_per_group - 1) / rows_per_group;
+  }}
+"""
+        for i in range(count)
     )

@@ -336,16 +336,18 @@ def test_qk_norm_rope(number):
 def test_output_gate(number):
     draw = Draw(number)
     num_heads, _, dim, _ = HEADS[number % len(HEADS)]
-    num_tokens = 1 if number % 2 else draw.integer(2, 8)
+    num_tokens = 1 if number % 2 else draw.integer(2, 4)
     for _ in range(21):
-        batch = draw.integer(1, 3)
+        batch = draw.integer(1, 2)
         x = draw.normal(batch, num_heads, num_tokens, dim)
         q_gate = draw.normal(batch, num_tokens, num_heads * 2 * dim, scale=3)
-        got = output_gate_kernel(x, q_gate).reshape(batch, num_tokens, num_heads, dim)
         gate = q_gate.reshape(batch, num_tokens, num_heads, 2, dim)[..., 1, :]
-        for b, h in itertools.product(range(batch), range(num_heads)):
-            want = naive.naive_output_gate(x[b, h], gate[b, :, h])
-            assert_close(got[b, :, h], want, TOLERANCE[draw.dtype])
+        want = naive.naive_output_gate(x, gate.swapaxes(1, 2)).swapaxes(1, 2)
+        assert_close(
+            output_gate_kernel(x, q_gate),
+            want.reshape(batch, num_tokens, -1),
+            TOLERANCE[draw.dtype],
+        )
 
 
 def test_weights_and_states_are_read_once(log):
