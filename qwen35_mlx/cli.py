@@ -230,14 +230,16 @@ def doctor(
     with user_errors():
         import json
 
-        from .doctor import run
+        from .doctor import run, store
         from .terminal import print_doctor, step_progress
 
         with step_progress("Checking kernels") as progress:
             report = run(progress)
         if not as_json:
             print_doctor(report)
-        print(json.dumps(report))
+        print(json.dumps(report), flush=True)
+        # Last: a full disk takes nothing from the report.
+        store(report)
 
 
 def demo() -> str:

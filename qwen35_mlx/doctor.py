@@ -23,10 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def run(progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
-    """The report; results of the kernels are stored for `load(kernels="auto")`.
-
-    Without Metal `kernels` is None and nothing is stored.
-    """
+    """The report; without Metal its `kernels` is None."""
     machine = describe()
     kernels = None
     if choice.unavailable() is None:
@@ -34,8 +31,13 @@ def run(progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
         for i, check in enumerate(checks.CHECKS):
             progress(check.op, i, len(checks.CHECKS))
             kernels[check.op] = examine(check, machine)
-        choice.write(kernels)
     return {"doctor": REPORT_VERSION, "machine": summary(machine), "kernels": kernels}
+
+
+def store(report: dict[str, Any]) -> None:
+    """Keep what was found of the kernels for `load(kernels="auto")`."""
+    if report["kernels"] is not None:
+        choice.write(report["kernels"])
 
 
 def examine(check: Check, machine: Machine) -> dict[str, Any]:

@@ -58,6 +58,12 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     metal.clear()
 
 
+def examine_and_store(*progress: Any) -> dict[str, Any]:
+    report = doctor.run(*progress)
+    doctor.store(report)
+    return report
+
+
 def only(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
     monkeypatch.setattr(checks, "CHECKS", [c for c in checks.CHECKS if c.op in ops])
 
@@ -82,7 +88,7 @@ def test_there_is_a_check_of_every_kernel() -> None:
 
 def test_right_kernels_are_timed_stored_and_chosen_where_faster(mac: Any) -> None:
     steps: list[tuple[str, int, int]] = []
-    report = doctor.run(lambda *step: steps.append(step))
+    report = examine_and_store(lambda *step: steps.append(step))
     assert [what for what, _, _ in steps] == list(metal.OPS)
     assert report["machine"]["chip"] == "Apple M9"
     for op, result in report["kernels"].items():
@@ -104,7 +110,7 @@ def test_a_kernel_that_computes_something_else_is_never_used(
 ) -> None:
     only(monkeypatch, "residual_norm", "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "1.01f * sigmoid(")
-    found = doctor.run()["kernels"]
+    found = examine_and_store()["kernels"]
     assert found["residual_norm"]["matched"]
     assert not found["output_gate"]["matched"]
     assert found["output_gate"]["problem"].startswith("relative error 0.01, at most 0.0001: small")
@@ -116,7 +122,7 @@ def test_a_kernel_that_does_not_compile_is_never_used(
 ) -> None:
     only(monkeypatch, "residual_norm", "router", "output_gate")
     change_source(monkeypatch, "router", ";", "; oops();")
-    found = doctor.run()["kernels"]
+    found = examine_and_store()["kernels"]
     assert [found[op]["matched"] for op in found] == [True, True, False]
     assert "oops" in found["router"]["problem"]
     assert choice.choose("auto", SMALL) == {"residual_norm", "output_gate"}
@@ -127,7 +133,7 @@ def test_a_kernel_that_did_not_run_has_not_matched(
 ) -> None:
     only(monkeypatch, "chunk_delta_rule")
     monkeypatch.setattr(checks, "SMALL", SMALL._replace(value_head_dim=12))
-    found = doctor.run()["kernels"]["chunk_delta_rule"]
+    found = examine_and_store()["kernels"]["chunk_delta_rule"]
     assert not found["matched"]
     assert found["problem"].startswith("the kernel did not run")
 
@@ -137,7 +143,7 @@ def test_outputs_that_are_not_numbers_do_not_match(
 ) -> None:
     only(monkeypatch, "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "NAN * sigmoid(")
-    found = doctor.run()["kernels"]["output_gate"]
+    found = examine_and_store()["kernels"]["output_gate"]
     assert not found["matched"]
     assert "relative error inf" in found["problem"]
 
@@ -147,12 +153,12 @@ def test_the_rotation_is_judged_at_the_end_of_the_context(
 ) -> None:
     """A cosine that is good for small angles alone is found out."""
     only(monkeypatch, "qk_norm_rope")
-    assert doctor.run()["kernels"]["qk_norm_rope"]["matched"]
+    assert examine_and_store()["kernels"]["qk_norm_rope"]["matched"]
     good = mx.cos
     monkeypatch.setattr(
         mx, "cos", lambda x: mx.where(mx.abs(x) < 1000, good(x), good(x * (1 + 3e-7)))
     )
-    found = doctor.run()["kernels"]["qk_norm_rope"]
+    found = examine_and_store()["kernels"]["qk_norm_rope"]
     assert not found["matched"]
     assert "relative error" in found["problem"]
 
@@ -161,7 +167,7 @@ def test_shapes_that_do_not_fit_are_left_out(mac: Any, monkeypatch: pytest.Monke
     only(monkeypatch, "expert_down")
     huge = SMALL._replace(name="huge", hidden_size=8192, width=4096, num_experts=4096)
     monkeypatch.setattr(checks, "FAMILY", (huge, SMALL))
-    found = doctor.run()["kernels"]["expert_down"]
+    found = examine_and_store()["kernels"]["expert_down"]
     assert found["members"]["huge"] == "not enough memory"
     assert found["matched"]
     assert choice.shape_key(huge) not in found["speedup"]
@@ -238,3 +244,16 @@ def test_the_command_prints_what_it_found(
     assert "residual_norm: matches" in text
     assert "small      3.00x: 10.0 us" in text
     assert "output_gate: not used: relative error" in text
+
+
+def test_a_result_that_cannot_be_stored_takes_nothing_from_the_report(
+    mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any, tmp_path: Path
+) -> None:
+    only(monkeypatch, "residual_norm")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "file"))
+    result = run_cli("--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["kernels"]["residual_norm"]["matched"]
+    assert "QWEN35_MLX_CACHE" in result.stderr
+    assert "Traceback" not in result.output

@@ -94,7 +94,7 @@ def test_a_short_first_piece_and_no_cache_equal_plain_mlx(models, name):
     want = model(ids)
     with emulated():
         metal.clear()
-        metal.use(model, metal.OPS)
+        metal.use(model, metal.DECODE_OPS)
         got = model(ids), model(ids, model.make_cache())
         mx.eval(got)
     metal.use(model, ())
