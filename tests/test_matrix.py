@@ -50,6 +50,15 @@ def test_what_no_kernel_reads_is_computed_by_plain_mlx(width, layer):
     assert mx.array_equal(got, layer(x))
 
 
+def test_a_norm_in_float32_is_not_rounded_to_what_comes_in():
+    # An mxfp4 embedding gives bf16 whatever the rest of the folder is.
+    x, norm, layer = mx.random.normal((2, 64)).astype(mx.bfloat16), nn.RMSNorm(64), linear(8, 64)
+    norm.weight = mx.random.normal((64,))
+    (got,) = project(x, (layer,), norm=norm)
+    assert got.dtype == mx.float32
+    assert mx.array_equal(got, layer(norm(x)))
+
+
 @pytest.mark.parametrize(
     ("in_dims", "lanes"), [(32, 1), (64, 2), (96, 4), (512, 16), (544, 32), (4096, 32)]
 )

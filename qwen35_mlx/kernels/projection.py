@@ -25,8 +25,10 @@ def project(
     norm: nn.RMSNorm | None = None,
     dtype: mx.Dtype | None = None,
 ) -> list[mx.array]:
-    """`[..., H]`, after `norm`, times each of the modules' weights, in x's type or `dtype`."""
-    dtype = dtype or x.dtype
+    """`[..., H]`, after `norm`, times each of the modules' weights.
+
+    Of type `dtype`, or of what x, the norm's weight and the module's promote to.
+    """
     rows = x.size // x.shape[-1]
     if "projection" in kernels and rows <= MAX_ROWS and x.dtype in FLOATS:
         weights = matrices(modules)
@@ -34,11 +36,14 @@ def project(
             outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm)
             return [y.reshape(*x.shape[:-1], -1) for y in outputs]
     x = x if norm is None else norm(x)
-    return [module(x).astype(dtype) for module in modules]
+    return [module(x) if dtype is None else module(x).astype(dtype) for module in modules]
 
 
 def project_kernel(
-    x: mx.array, weights: Sequence[Matrix], dtype: mx.Dtype, norm: nn.RMSNorm | None = None
+    x: mx.array,
+    weights: Sequence[Matrix],
+    dtype: mx.Dtype | None = None,
+    norm: nn.RMSNorm | None = None,
 ) -> list[mx.array]:
     """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix."""
     num_rows = x.shape[0]
@@ -61,7 +66,10 @@ def project_kernel(
         grid=(num_groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[(num_rows, out) for out in out_dims],
-        output_dtypes=[dtype] * len(weights),
+        output_dtypes=[
+            dtype or mx.result_type(x if norm is None else norm.weight, x, w.arrays[2])
+            for w in weights
+        ],
     )
 
 

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .matrix import FLOATS, MAX_ROWS
+from .matrix import MAX_ROWS
 from .metal import NONE, Choice, kernel
 
 # Threads enough that each has but few numbers of a wide row.
@@ -13,7 +13,9 @@ def residual_norm(
     x: mx.array, delta: mx.array, weight: mx.array, eps: float, kernels: Choice = NONE
 ) -> tuple[mx.array, mx.array]:
     """`x + delta`, and `rms_norm(x + delta) * weight`; x and delta `[..., H]`, weight `[H]`."""
-    if "residual_norm" in kernels and x.size <= MAX_ROWS * x.shape[-1] and x.dtype in FLOATS:
+    few = x.size <= MAX_ROWS * x.shape[-1]
+    # Of mixed types plain MLX makes a wider one.
+    if "residual_norm" in kernels and few and x.dtype == delta.dtype == weight.dtype:
         return residual_norm_kernel(x, delta, weight, eps)
     total = x + delta
     return total, mx.fast.rms_norm(total, weight, eps)
