@@ -17,10 +17,11 @@
   // Only heads narrower than a simdgroup leave lanes without a share.
   const bool has_share = lane * PER_LANE < DK;
   float s[ROWS][PER_LANE] = {};
-  if (has_share)
+  if (has_share) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < PER_LANE; i++) s[r][i] = state[state_at + r * DK + i];
+  }
 
   for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
     const int key_head = head / GROUP;
@@ -93,10 +94,11 @@
       if (lane == 0) o[t][simdgroup * ROWS + r] = metal::fma(error, kq, sq);
     }
   }
-  if (has_share)
+  if (has_share) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
       for (int i = 0; i < PER_LANE; i++) new_state[state_at + r * DK + i] = s[r][i];
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (int t = simdgroup; t < TOKENS; t += SIMDGROUPS) {
