@@ -37,8 +37,9 @@ def run(monkeypatch: pytest.MonkeyPatch, demo: Any, converted_demo: Path) -> Cal
     """The command in this process; the demo is loaded once for all tests."""
     load = sys.modules["qwen35_mlx.weights"].load
 
-    def load_once(name: str) -> Any:
-        return demo if name == str(converted_demo) else load(name)
+    def load_once(name: str, kernels: str = "auto") -> Any:
+        is_demo = name == str(converted_demo) and kernels == "auto"
+        return demo if is_demo else load(name, kernels=kernels)
 
     monkeypatch.setattr(sys.modules["qwen35_mlx.weights"], "load", load_once)
 
