@@ -211,6 +211,7 @@ def chat(
             from .weights import load
 
             loaded, tokenizer = load(name, kernels=kernels)
+        suggest_doctor(kernels)
         conversation = Chat(
             loaded,
             tokenizer,
@@ -240,6 +241,15 @@ def doctor(
         print(json.dumps(report), flush=True)
         # Last: a full disk takes nothing from the report.
         store(report)
+
+
+def suggest_doctor(kernels: str) -> None:
+    """Say that kernels wait for the doctor, where they could run and it was never asked."""
+    from .kernels.choice import read, unavailable
+    from .terminal import note
+
+    if kernels == "auto" and unavailable() is None and not read():
+        note("Metal kernels are off until they are checked on this machine: qwen35-mlx doctor")
 
 
 def demo() -> str:

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal import errors
 from metal.emulator import Log, emulated
 
 from qwen35_mlx.kernels import metal
@@ -122,6 +123,32 @@ def test_heads_the_kernels_cannot_run_go_to_ops(log: Log) -> None:
         ours = gated_delta_rule(*values, frozenset({"chunk_delta_rule"}))
         assert log.num_dispatches == before
         assert_close(ours, naive_gated_delta_rule(*values))
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@pytest.mark.parametrize(
+    ("name", "barrier", "key_head_dim"),
+    [("chunk_delta_prepare", n, 64) for n in range(6)]
+    + [("chunk_delta_scan", n, 64 if n else 32) for n in range(5)],
+)
+def test_each_barrier_is_missed_when_it_is_gone(
+    log: Log, monkeypatch: pytest.MonkeyPatch, name: str, barrier: int, key_head_dim: int
+) -> None:
+    """The cases above would notice a kernel that only works in one order of threads."""
+    read = metal._read
+    functions, body = read(name)
+    parts = body.split(BARRIER)
+    body = BARRIER.join([*parts[:barrier], parts[barrier] + ";" + parts[barrier + 1]])
+    body = BARRIER.join([body, *parts[barrier + 2 :]])
+    assert body.count(BARRIER) == len(parts) - 2
+    monkeypatch.setattr(metal, "_read", lambda n: (functions, body) if n == name else read(n))
+    metal.clear()
+    values = inputs(np.random.default_rng(0), 1, 70, 1, 1, key_head_dim, 16)
+    with pytest.raises((errors.RaceError, errors.UninitializedError)):
+        chunk_delta_rule(*values)
+    metal.clear()
 
 
 def test_macs_and_memory_of_real_heads(log: Log) -> None:

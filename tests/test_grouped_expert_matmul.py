@@ -5,6 +5,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal import errors
 from metal.emulator import Log, emulated
 from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -143,6 +144,27 @@ def test_what_the_kernel_does_not_run_goes_to_ops(log: Log, reason: str) -> None
     ours = expert_mlp(x, indices, scores, *layers, kernels)
     assert log.num_dispatches == before
     assert mx.array_equal(ours, expert_mlp(x, indices, scores, *layers))
+
+
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_each_barrier_is_missed_when_it_is_gone(
+    log: Log, monkeypatch: pytest.MonkeyPatch, barrier: int
+) -> None:
+    name, call = "grouped_expert_matmul", "threadgroup_barrier(mem_flags::mem_threadgroup);"
+    read = metal._read
+    functions, body = read(name)
+    parts = body.split(call)
+    assert len(parts) == 3
+    kept = [call, call]
+    kept[barrier] = ";"
+    body = parts[0] + kept[0] + parts[1] + kept[1] + parts[2]
+    monkeypatch.setattr(metal, "_read", lambda n: (functions, body) if n == name else read(n))
+    metal.clear()
+    layers, _ = experts(3, 64, 64, 4, 32, mx.float32)
+    indices, scores = route(mx.random.normal((20, 3), key=mx.random.key(7)), 2)
+    with pytest.raises((errors.RaceError, errors.UninitializedError)):
+        grouped_expert_mlp(mx.ones((20, 64)), indices, scores, *eligible(mx.ones((1,)), layers))
+    metal.clear()
 
 
 def test_weights_are_read_once_a_tile(log: Log) -> None:

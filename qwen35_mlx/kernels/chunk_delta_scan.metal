@@ -43,8 +43,9 @@ for (uint chunk = 0; chunk < num_chunks; chunk++) {
   const size_t place = head_place * num_chunks + chunk;
   const size_t first_token = size_t(batch) * num_tokens + start;
   const size_t first = (first_token * HK + head / (HV / HK)) * DK;
+  // Several panels have barriers between the last chunk's decays and these.
+  if (DK == PANEL) threadgroup_barrier(mem_flags::mem_threadgroup);
   // Rows behind the last token are zero: no update.
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint t = thread_index; t < C; t += THREADS) {
     decays[t] = ((const device float2*)cumulative)[place * C + t];
     strengths[t] = t < rows ? float(beta[(first_token + t) * HV + head]) : 0.0f;
