@@ -4,7 +4,8 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -58,6 +59,12 @@ def stream(
     return journal.checksums
 
 
+@cache
+def threads() -> ThreadPoolExecutor:
+    """The threads of all conversions: MLX never frees what it sets up for a thread."""
+    return ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
+
+
 class _Work:
     def __init__(
         self,
@@ -71,7 +78,9 @@ class _Work:
         self.plan, self.folder, self.journal = plan, folder, journal
         self.fetcher, self.progress = fetcher, progress
         self.pieces = pieces
-        self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
+        self.pool = threads()
+        # Started and not yet written, in order.
+        self.running: deque[tuple[Piece, Future]] = deque()
         self.writers: dict[int, ShardWriter] = {}
         self.hashes: dict[int, Future[str]] = {}
         self.unflushed: list[tuple[Piece, int]] = []
@@ -95,28 +104,27 @@ class _Work:
                 self._finish(shard)
         if self.fetcher:
             self.fetcher.start([file.name for file in _in_order(todo)])
-        # Started and not yet written, in order.
-        running: deque[tuple[Piece, Future]] = deque()
         here: set[Path] = set()
         for piece in todo:
             if self.fetcher and not piece.segment.files <= here:
                 # A file of the source may go before the next one comes.
-                while running:
-                    self._complete(*running.popleft())
+                while self.running:
+                    self._complete(*self.running.popleft())
                 self._flush()
                 self._wait(piece)
                 here |= piece.segment.files
-            if len(running) > WORKERS:
-                self._complete(*running.popleft())
-            running.append((piece, self._start(piece)))
-        while running:
-            self._complete(*running.popleft())
+            if len(self.running) > WORKERS:
+                self._complete(*self.running.popleft())
+            self.running.append((piece, self._start(piece)))
+        while self.running:
+            self._complete(*self.running.popleft())
         self._flush()
-        self._collect(wait=True)
+        self._collect(last=True)
 
     def close(self) -> None:
         """Stop the threads; what is written but not flushed is converted again next time."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        futures = [*(future for _, future in self.running), *self.hashes.values()]
+        wait([future for future in futures if not future.cancel()])
         if self.fetcher:
             self.fetcher.stop()
         for writer in self.writers.values():
@@ -194,7 +202,7 @@ class _Work:
             self.waiting[piece.shard] -= 1
             if not self.waiting[piece.shard]:
                 self._finish(piece.shard)
-        self._collect(wait=False)
+        self._collect(last=False)
 
     def _finish(self, shard: int) -> None:
         """Name a shard of which all pieces are done."""
@@ -207,9 +215,9 @@ class _Work:
         else:
             self.hashes[shard] = self.pool.submit(self._writer(shard).finish)
 
-    def _collect(self, wait: bool) -> None:
+    def _collect(self, last: bool) -> None:
         for shard, future in list(self.hashes.items()):
-            if wait or future.done():
+            if last or future.done():
                 self.journal.add_shard(self.plan.shards[shard].file, future.result())
                 del self.hashes[shard]
                 self.writers.pop(shard, None)

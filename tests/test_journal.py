@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NUM_KILLS = 25
 # Small pieces, flushed after each few of them: many moments to be killed in.
 SETTINGS = dict(bits=3, group_size=32)
-KNOBS = "pieces.SLICE_BYTES, stream.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000"
+# What a kill leaves in the cache of the system is not lost: no need to wait for the disk.
+KNOBS = """
+from qwen35_mlx.convert import convert, journal, pieces, shards, stream
+plan_module = sys.modules["qwen35_mlx.convert.plan"]
+shards.flush = journal.flush = lambda file: None
+pieces.SLICE_BYTES, stream.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000
+"""
 
 
 @pytest.fixture
@@ -32,6 +38,8 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "SLICE_BYTES", 3000)
     monkeypatch.setattr(stream, "FLUSH_BYTES", 8000)
     monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 150_000)
+    for module in (shards, journal):
+        monkeypatch.setattr(module, "flush", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -50,32 +58,34 @@ def work(tmp_path: Path) -> Path:
 
 
 def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, source, small_pieces):
-    expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
-    # Slow enough that a kill finds it at work: a thousandth of a second a piece.
+    calls = []
+    out = convert(source, tmp_path / "whole", progress=lambda *c: calls.append(c), **SETTINGS)
+    expected = listing(out)
+    # Slow enough that even 25 runs do not come to the end.
+    pause_s = NUM_KILLS * 0.12 / len(calls)
     script = (
-        "import sys, time; from qwen35_mlx.convert import convert, pieces, stream\n"
-        f"plan_module = sys.modules['qwen35_mlx.convert.plan']; {KNOBS}\n"
-        "print('ready', flush=True)\n"
-        f"convert(sys.argv[1], sys.argv[2], progress=lambda *c: time.sleep(.001), **{SETTINGS})\n"
+        f"import sys, time\n{KNOBS}\nprint('ready', flush=True)\n"
+        f"pause = lambda *call: time.sleep({pause_s})\n"
+        f"convert(sys.argv[1], sys.argv[2], progress=pause, **{SETTINGS})"
     )
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
     rng = random.Random(5)
-    num_kills, lengths = 0, [0]
-    while num_kills < NUM_KILLS and not (tmp_path / "out").exists():
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=2) as process:
+    lengths = [0]
+    for _ in range(NUM_KILLS):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
             assert process.stdout and process.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0.02, 0.12))
             process.kill()
-        num_kills += 1
+        assert not (tmp_path / "out").exists()
         path = work(tmp_path) / "journal"
         lengths.append(path.stat().st_size if path.exists() else 0)
-    # It got somewhere in between, and was never back at the start.
-    assert num_kills >= 10
-    assert lengths == sorted(lengths) or (tmp_path / "out").exists()
-    assert len(set(lengths)) > 5
-    if not (tmp_path / "out").exists():
-        assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
-    assert listing(tmp_path / "out") == expected
+    # It got on from run to run, and was never back at the start.
+    assert len(set(lengths)) > NUM_KILLS // 3
+    assert lengths[-1] > 1000
+    counts: list[int] = []
+    out = convert(source, tmp_path / "out", progress=lambda *c: counts.append(c[0]), **SETTINGS)
+    assert counts[0] > 0
+    assert listing(out) == expected
     assert_nothing_left(tmp_path, "whole", "out")
 
 
@@ -133,9 +143,7 @@ def test_a_disk_that_is_full_until_there_is_room_again(tmp_path, monkeypatch):
         with pytest.raises(Qwen35Error, match="not enough disk space"):
             convert(tmp_path / "src", disk / "out", **SETTINGS)
         assert list(disk.iterdir()) == []
-        monkeypatch.setattr(
-            "qwen35_mlx.convert.job._check_space", lambda work, needed_bytes: None
-        )
+        monkeypatch.setattr("qwen35_mlx.convert.job._check_space", lambda work, needed_bytes: None)
         monkeypatch.setattr(pieces, "SLICE_BYTES", 3000)
         monkeypatch.setattr(stream, "FLUSH_BYTES", 8000)
         with pytest.raises(Qwen35Error, match=r"(?s)cannot write .*No space left on device"):
@@ -200,7 +208,7 @@ def test_a_recipe_that_chooses_differently_is_refused(tmp_path, source, small_pi
         convert(source, tmp_path / "out", recipe=recipe, **SETTINGS)
 
 
-@pytest.mark.parametrize("change", ["a weight", "its header", "a shard more"])
+@pytest.mark.parametrize("change", ["a weight", "its header"])
 def test_a_source_that_changes_between_start_and_resume_is_refused(
     tmp_path, source, small_pieces, change
 ):
@@ -233,7 +241,9 @@ def test_what_the_disk_lost_is_converted_again(tmp_path, source, small_pieces):
     assert listing(convert(source, tmp_path / "out", **SETTINGS)) == expected
 
 
-def test_killed_between_the_name_of_a_shard_and_its_line(tmp_path, source, small_pieces, monkeypatch):
+def test_killed_between_the_name_of_a_shard_and_its_line(
+    tmp_path, source, small_pieces, monkeypatch
+):
     expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
 
     def killed(self: Journal, file: str, digest: str) -> None:
