@@ -418,7 +418,7 @@ class _Resolver:
         self.used.add(name)
         if shape is not None and tensor.shape != shape:
             self.problems[name] = f"shape    {list(tensor.shape)}, expected {list(shape)}"
-        elif tensor.dtype == FP8 and self.block and len(tensor.shape) > 1:
+        elif tensor.dtype == FP8 and self.block and _has_scales(tensor):
             return tensor if self._take_scale(tensor, self.block) else None
         elif tensor.dtype not in NUMPY_DTYPES:
             self.problems[name] = f"dtype    {tensor.dtype}, expected {', '.join(NUMPY_DTYPES)}"
@@ -429,12 +429,12 @@ class _Resolver:
     def _take_scale(self, tensor: SourceTensor, block: tuple[int, int]) -> SourceTensor | None:
         """The scales of an FP8 tensor: one for each block, those at the edges partial."""
         *leading, rows, columns = tensor.shape
-        scale = self._take(
-            scale_name(tensor), (*leading, -(-rows // block[0]), -(-columns // block[1]))
-        )
-        if scale and scale.dtype == FP8:
-            self.problems[scale.name] = f"dtype    {FP8}, expected {', '.join(NUMPY_DTYPES)}"
-        return scale
+        blocks = (*leading, -(-rows // block[0]), -(-columns // block[1]))
+        return self._take(scale_name(tensor), blocks)
+
+
+def _has_scales(tensor: SourceTensor) -> bool:
+    return len(tensor.shape) > 1 and not tensor.name.endswith("_scale_inv")
 
 
 def scale_name(tensor: SourceTensor) -> str:
