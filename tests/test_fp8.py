@@ -9,6 +9,7 @@ import pytest
 from checkpoints import Stored, Tensors, safetensors_bytes, stored, write_checkpoint
 
 from qwen35_mlx.convert import convert, pieces, plan
+from qwen35_mlx.convert.fp8 import dequantize_fp8
 from qwen35_mlx.errors import CheckpointError
 
 KEPT = ("norm.weight", "layernorm.weight", "conv1d.weight", "in_proj_a.weight", "in_proj_b.weight",
@@ -109,15 +110,12 @@ def test_scales_in_another_shard_than_their_weights(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_every_number_of_fp8_is_that_of_its_definition(tmp_path):
-    import mlx.core as mx
-
-    from qwen35_mlx.convert.fp8 import dequantize_fp8
-
-    codes = np.array([b for b in range(256) if not math.isnan(VALUES[b])], dtype=np.uint8)
-    rows = mx.array(codes.reshape(2, 127))
-    out = dequantize_fp8(rows, mx.ones((2, 1)), 128)
-    assert np.array_equal(np.array(out.astype(mx.float32)).reshape(-1), VALUES[codes])
+def test_every_number_of_fp8_is_that_of_its_definition():
+    for shape in ((2, 127), (127, 2), (1, 253)):
+        codes = np.array([b for b in range(256) if not math.isnan(VALUES[b])], dtype=np.uint8)
+        rows = codes[: math.prod(shape)].reshape(shape)
+        out = dequantize_fp8(rows, np.ones((shape[0], 1), np.float32), 128)
+        assert np.array_equal(out, VALUES[rows])
 
 
 def rewrite(folder: Path, change) -> None:
