@@ -18,7 +18,7 @@ from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
 from .names import Transform
-from .pieces import Piece
+from .pieces import WORKERS, Piece
 from .plan import Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
@@ -31,7 +31,6 @@ NOT_FINITE = {
     "BF16": (0x7FFF, 0x7F80),
     FP8: (0x7F, 0x7F),
 }
-WORKERS = 2
 # Work that a crash may cost: what was written since files and journal were last flushed.
 FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
 

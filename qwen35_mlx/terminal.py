@@ -142,6 +142,12 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             bar.update(task, tensor="", file="")
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines that are laid out already."""
+    for line in lines:
+        out.print(line, markup=False)
+
+
 def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
     rows = [("module", "count", "shape", "source", "becomes", "MB")]

@@ -32,12 +32,28 @@ CHUNK_VALUES = 2**23
 VOCAB = 1024
 NOT_FP8 = ("conv1d.weight", "in_proj_a.weight", "in_proj_b.weight", "gate.weight",
            "embed_tokens.weight", "head.weight")  # fmt: skip
-OURS = (
-    "import sys; from qwen35_mlx.convert import convert\n"
-    "from qwen35_mlx.terminal import byte_progress\n"
-    "with byte_progress('ours') as progress:\n"
-    "    convert(sys.argv[1], sys.argv[2], bits=int(sys.argv[3]), progress=progress)"
-)
+OURS = """
+import sys
+from qwen35_mlx.convert import convert
+convert(sys.argv[1], sys.argv[2], bits=int(sys.argv[3]))
+"""
+PEER = """
+import sys
+from mlx_lm import convert
+convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=int(sys.argv[3]), q_group_size=64)
+"""
+# Of this process alone: Linux would count what its parent held when it was started.
+PEAK = """
+import resource
+from pathlib import Path
+status = Path("/proc/self/status")
+if status.exists():
+    line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+    peak = int(line.split()[1]) * 1024
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak)
+"""
 
 
 def layer_config(experts: int) -> dict[str, Any]:
@@ -119,17 +135,15 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a process."""
+def run(script: str, *arguments: str) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a Python process."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    command = [sys.executable, "-c", script + PEAK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"exit {process.returncode}: {' '.join(command[:4])}")
-    # Linux counts in units of 1,024 bytes, macOS in bytes.
-    return seconds, usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return seconds, int(done.stdout.split()[-1])
 
 
 def remove(folder: Path) -> None:
@@ -151,12 +165,8 @@ def main() -> None:
 
     def convert(tool: str, source: Path, nbytes: int, bits: int, experts: int) -> None:
         out = source.parent / "out"
-        if tool == "ours":
-            command = [sys.executable, "-c", OURS, str(source), str(out), str(bits)]
-        else:
-            command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source)]
-            command += ["--mlx-path", str(out), "-q", "--q-bits", str(bits), "--q-group-size", "64"]
-        seconds, peak_bytes = run(command)
+        script = OURS if tool == "ours" else PEER
+        seconds, peak_bytes = run(script, str(source), str(out), str(bits))
         remove(out)
         form = "FP8" if source.name == "fp8" else "bf16"
         row = dict(tool=tool, form=form, experts=experts, bits=bits, peak_bytes=peak_bytes)
