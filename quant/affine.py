@@ -131,7 +131,7 @@ def largest_magnitude(w: mx.array) -> float:
     top = max(
         int((rows[i : i + step] & bits.dtype.type(mask)).max()) for i in range(0, len(rows), step)
     )
-    return float(mx.view(mx.array([top], dtype=kind), w.dtype).astype(mx.float32).item())
+    return float(np.array(mx.view(mx.array([top], dtype=kind), w.dtype).astype(mx.float32))[0])
 
 
 def _check_importance(importance: mx.array | None, inputs: int) -> None:
