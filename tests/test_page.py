@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from fake_hub import REPO, FakeHub, serving
@@ -92,8 +93,8 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert planned.source_bytes / 1e9 == pytest.approx(806, abs=2)
     mixed = plan(planned.source, recipe=experts_3)
     assert macs.text_bytes(mixed) / 1e9 == pytest.approx(174.6, abs=0.2)
-    assert macs.bytes_per_token(mixed.config, mixed) / 1e9 == pytest.approx(8.62 + 0.38, abs=0.1)
-    assert macs.tokens_per_second(mixed.config, mixed, 819) == pytest.approx(91, abs=2)
+    assert macs.bytes_per_token(mixed.config, mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
+    assert macs.tokens_per_second(mixed.config, mixed, 819) == pytest.approx(94, abs=2)
 
     pieces = cut(mixed)
     assert peak_bytes(mixed, pieces) < 10**9
@@ -101,9 +102,11 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
     lines = page.mac_lines(mixed)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
-    assert ultra.split()[6:] == ["N=169984", "N=171008", "N=173056", "no", "88"] or "N=" in ultra
+    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N="] * 4
+    assert ultra.split()[10] == f"{macs.tokens_per_second(mixed.config, mixed, 800, 8192):.0f}"
     assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
-    assert "512 GB" in lines[-4] and lines[-4].split().count("fits") == 4
+    largest = next(line for line in lines if "512 GB" in line)
+    assert largest.split().count("fits") == 4
 
 
 def test_a_picture_of_the_plan(tmp_path: Path) -> None:
@@ -137,7 +140,7 @@ def test_what_fits_this_machine_names_every_model() -> None:
     assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
     cells = {line.split()[0]: line for line in lines if line.startswith("Qwen")}
     assert cells.keys() == FAMILY.keys()
-    assert "173.5 GB, 128k*" in cells["Qwen3.5-397B-A17B"]
+    assert "173.5 GB, 256k*" in cells["Qwen3.5-397B-A17B"]
     assert "223.0 GB, no" in cells["Qwen3.5-397B-A17B"]
     assert "15.2 GB, 256k" in cells["Qwen3.5-27B"]
 
@@ -178,12 +181,16 @@ def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gb
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("settings", [dict(bits=4), dict(bits=8), dict(dtype="float32")])
-def test_peak_memory_is_within_a_tenth_of_the_plan(tmp_path, monkeypatch, settings) -> None:
-    monkeypatch.setattr(checkpoints, "VOCAB", 500_000)
-    shapes = {"model.language_model.embed_tokens.weight": (500_000, 128)}
+def test_peak_memory_is_within_a_tenth_of_the_plan(tmp_path, settings) -> None:
+    vocab = 275_000
+    text = checkpoints.text_config(moe=False, tied=False) | dict(vocab_size=vocab)
+    # Two tensors of 70 MB, so that each thread has whole slices.
+    wide = ("BF16", np.full((vocab, checkpoints.HIDDEN), 0x3F80, dtype=np.uint16))
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
     write_checkpoint(
         tmp_path / "src",
-        change=lambda t: t.update(checkpoints.random_tensors(shapes, "BF16", seed=1)),
+        config=dict(text_config=text),
+        change=lambda tensors: tensors.update(dict.fromkeys(names, wide)),
     )
     planned = plan(tmp_path / "src", **settings)
     expected = peak_bytes(planned, cut(planned))
