@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from qwen35_mlx.errors import CheckpointError, Qwen35Error
 
 SETTINGS = dict(bits=3, group_size=32)
 NUM_SHARDS = 5
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -204,3 +207,25 @@ def test_a_header_of_hundreds_of_megabytes_is_refused_unfetched(source, fake, pr
     with pytest.raises(CheckpointError, match=message):
         plan(REPO)
     assert fake.served[path.name] <= hub.FIRST_BYTES
+
+
+def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, source):
+    server = FakeHub(source)
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    script = "from qwen35_mlx.cli import main; main()"
+    try:
+        for arguments in (["plan", REPO], ["convert", REPO, str(tmp_path / "out"), "--verify"]):
+            command = [sys.executable, "-c", script, *arguments]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+    finally:
+        server.close()
+    assert "shards of the source on their way" in done.stderr
+    assert "are as they were written" in done.stdout
+    assert listing(tmp_path / "out") == listing(convert(source, tmp_path / "local"))
