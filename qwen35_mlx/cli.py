@@ -89,6 +89,13 @@ Presence = Annotated[
 Repetition = Annotated[
     float | None, typer.Option(help="Divides the logits of tokens already in the text; 1 is off.")
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        callback=one_of("auto", "ops", "metal"),
+        help="Metal kernels: auto runs those that doctor found faster, metal all, ops none.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the same answer again.")]
 
 
@@ -199,6 +206,7 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; repeatable.")
     ] = None,
     seed: Seed = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Answer once: plain text on standard output, for scripts."""
     with user_errors():
@@ -209,7 +217,7 @@ def generate(
         from .weights import load
 
         quiet_libraries()
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = load(model, kernels=kernels)
         messages: Any = [{"role": "user", "content": text}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
@@ -247,6 +255,7 @@ def chat(
     presence_penalty: Presence = None,
     repetition_penalty: Repetition = None,
     seed: Seed = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
     with user_errors():
@@ -260,7 +269,8 @@ def chat(
             from .chat import Chat
             from .weights import load
 
-            loaded, tokenizer = load(name)
+            loaded, tokenizer = load(name, kernels=kernels)
+        suggest_doctor(kernels)
         conversation = Chat(
             loaded,
             tokenizer,
@@ -270,6 +280,35 @@ def chat(
             sampling={"seed": seed, **options},
         )
         ChatSession(conversation).run(prompts)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the report.")] = False,
+) -> None:
+    """Look at this machine; check and time the Metal kernels, and remember which to use."""
+    with user_errors():
+        import json
+
+        from .doctor import run, store
+        from .terminal import print_doctor, step_progress
+
+        with step_progress("Checking kernels") as progress:
+            report = run(progress)
+        if not as_json:
+            print_doctor(report)
+        print(json.dumps(report), flush=True)
+        # Last: a full disk takes nothing from the report.
+        store(report)
+
+
+def suggest_doctor(kernels: str) -> None:
+    """Say that kernels wait for the doctor, where they could run and it was never asked."""
+    from .kernels.choice import read, unavailable
+    from .terminal import note
+
+    if kernels == "auto" and unavailable() is None and not read():
+        note("Metal kernels are off until they are checked on this machine: qwen35-mlx doctor")
 
 
 def demo() -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -144,6 +144,49 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
 
 def print_lines(lines: Sequence[str]) -> None:
     """Lines that are laid out already."""
+    for line in lines:
+        out.print(line, markup=False)
+
+
+@contextmanager
+def step_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A spinner that says which of several steps runs; plain lines where it is no terminal."""
+    if err.is_terminal and not err.is_dumb_terminal:
+        with err.status(Text(title), spinner="dots") as status:
+            yield lambda what, done, total: status.update(f"{title}: {what} ({done + 1}/{total})")
+    else:
+        yield lambda what, done, total: note(f"{title}: {what} ({done + 1}/{total})")
+
+
+def print_doctor(report: dict[str, Any]) -> None:
+    """Machine and kernels for a person to read."""
+    machine, kernels = report["machine"], report["kernels"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    lines = [
+        f"{machine['chip']}, {machine['os']}, {versions}",
+        f"memory {machine['memory_gb']:,.1f} GB, disk {machine['disk_free_gb']:,.1f} GB free",
+    ]
+    if machine["metal"]:
+        lines.append(f"the GPU may use {machine['gpu_limit_gb']:,.1f} GB")
+    if command := machine["raise_gpu_limit"]:
+        lines += [
+            "more until the next restart, all but a tenth of memory and 6 GiB at least:",
+            f"  {command}",
+        ]
+    if kernels is None:
+        lines.append("no GPU with Metal in use: the model runs on plain MLX operations")
+    for op, result in (kernels or {}).items():
+        verdict = "matches" if result["matched"] else f"not used: {result['problem']}"
+        lines.append(f"{op}: {verdict}, relative error {result['error']:g}")
+        for member, figures in result["members"].items():
+            if isinstance(figures, str):
+                lines.append(f"  {member:<10} {figures}")
+                continue
+            kernel, ops = (
+                f"{figures[f'{way}_us']:,.1f} us {figures[f'{way}_gb_per_s']:,.0f} GB/s"
+                for way in ("kernel", "ops")
+            )
+            lines.append(f"  {member:<10} {figures['speedup']:.2f}x: {kernel}, ops {ops}")
     for line in lines:
         out.print(line, markup=False)
 

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from .config import ModelConfig, read_config
 from .errors import CheckpointError, ConfigError
+from .kernels import choice, metal
 from .model import Model
 from .sampling import SamplingParams
 
@@ -230,14 +231,21 @@ def _same_kind(got: mx.Dtype, expected: mx.Dtype) -> bool:
     return got == expected
 
 
-def load(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Model, Any]:
+def load(
+    path_or_hub_id: str | Path, revision: str | None = None, *, kernels: str = "auto"
+) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
+
+    `kernels`: "auto" runs those Metal kernels that `qwen35-mlx doctor` found right and faster on
+    this machine, "metal" all of them, "ops" none.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
+    choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
     model, config = load_model(folder)
+    metal.use(model, choice.choose(kernels, model.config))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
     return model, load_tokenizer(folder, config, generation)

@@ -37,8 +37,9 @@ def run(monkeypatch: pytest.MonkeyPatch, demo: Any, converted_demo: Path) -> Cal
     """The command in this process; the demo is loaded once for all tests."""
     load = sys.modules["qwen35_mlx.weights"].load
 
-    def load_once(name: str) -> Any:
-        return demo if name == str(converted_demo) else load(name)
+    def load_once(name: str, kernels: str = "auto") -> Any:
+        is_demo = name == str(converted_demo) and kernels == "auto"
+        return demo if is_demo else load(name, kernels=kernels)
 
     monkeypatch.setattr(sys.modules["qwen35_mlx.weights"], "load", load_once)
 
@@ -347,3 +348,32 @@ def test_the_installed_command_is_this_one() -> None:
     assert command is not None
     result = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert result.stdout == f"qwen35-mlx {qwen35_mlx.__version__}\n"
+
+
+@pytest.mark.parametrize(("has_metal", "examined"), [(True, False), (True, True), (False, False)])
+def test_chat_on_a_mac_suggests_the_doctor_once(
+    run: Any,
+    converted_demo: Path,
+    monkeypatch: Any,
+    tmp_path: Path,
+    has_metal: bool,
+    examined: bool,
+) -> None:
+    import mlx.core as mx
+
+    from qwen35_mlx.kernels import choice
+
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: has_metal)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    if examined:
+        choice.write({"router": {"matched": False, "speedup": {}}})
+    result = run("chat", converted_demo, "-p", FRANCE, "--max-tokens", 1)
+    assert result.exit_code == 0
+    assert ("qwen35-mlx doctor" in result.stderr) == (has_metal and not examined)
+
+
+def test_an_unknown_choice_of_kernels_is_a_mistake_in_usage(run: Any) -> None:
+    result = run("generate", "no/model", "-p", "hi", "--kernels", "fast")
+    assert result.exit_code == 2
+    assert "auto, ops, metal" in result.stderr
