@@ -31,7 +31,16 @@ def one_of(*allowed: object) -> Callable[[Any], Any]:
     return check
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
+Source = Annotated[
+    str, typer.Argument(help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id; main if unset.")
+]
+KeepSource = Annotated[
+    bool,
+    typer.Option("--keep-source", help="Keep the shards from the hub, in OUT-source."),
+]
 Bits = Annotated[
     int | None,
     typer.Option(
@@ -98,30 +107,80 @@ def convert(
     group_size: GroupSize = 64,
     dtype: Dtype = None,
     method: Method = "minmax",
+    revision: Revision = None,
+    keep_source: KeepSource = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read OUT again and compare checksums; converts first if need be."
+        ),
+    ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights."""
+    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights.
+
+    From the hub, shards are fetched one after the other and deleted when they are converted.
+    Stopped in any way, the same command goes on where it stopped.
+    """
     with user_errors():
         from .convert import convert as run
         from .convert import plan as make_plan
-        from .terminal import byte_progress, print_converted
+        from .convert import verify as read_again
+        from .convert.page import conversion_lines
+        from .terminal import byte_progress, note, print_converted
 
-        settings: Any = dict(bits=bits, group_size=group_size, dtype=dtype, method=method)
-        plan = make_plan(source, **settings)
-        with byte_progress(f"Converting {source.resolve().name}") as progress:
-            folder = run(source, out, **settings, progress=progress)
-        print_converted(plan, folder)
+        if not (verify and out.exists()):
+            settings: Any = dict(bits=bits, group_size=group_size, dtype=dtype, method=method)
+            plan = make_plan(source, revision=revision, **settings)
+            for line in conversion_lines(plan, keep_source):
+                note(line)
+            with byte_progress(f"Converting {plan.source.origin['source']}") as progress:
+                folder = run(
+                    source,
+                    out,
+                    revision=revision,
+                    keep_source=keep_source,
+                    progress=progress,
+                    **settings,
+                )
+            print_converted(plan, folder)
+        if verify:
+            with byte_progress(f"Verifying {out.name}") as progress:
+                num_bytes = read_again(out, progress)
+            print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
 
 
 @app.command()
 def plan(
-    source: Source, bits: Bits = None, group_size: GroupSize = 64, dtype: Dtype = None
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id; without it, what fits this machine."),
+    ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
+    ] = None,
 ) -> None:
-    """Show what convert would write: tensors, bits and bytes, from the headers alone."""
+    """Show what convert would write, what that takes, and which Macs run it; from headers alone."""
     with user_errors():
+        from .convert import page
         from .convert import plan as make_plan
-        from .terminal import print_plan
+        from .convert.macs import machine_memory_bytes, this_mac
+        from .terminal import print_lines, print_plan
 
-        print_plan(make_plan(source, bits=bits, group_size=group_size, dtype=dtype))
+        mac = this_mac()
+        if source is None:
+            print_lines(page.family_lines(machine_memory_bytes(), mac))
+            return
+        planned = make_plan(
+            source, revision=revision, bits=bits, group_size=group_size, dtype=dtype
+        )
+        print_plan(planned)
+        print_lines([*page.conversion_lines(planned), "", *page.mac_lines(planned, mac)])
+        if png:
+            page.draw(planned, png)
 
 
 @app.command()
