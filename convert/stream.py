@@ -44,6 +44,15 @@ def stream(plan: Plan, folder: Path, progress: Progress | None = None) -> dict[s
     return checksums
 
 
+def read_entry(entry: Entry) -> mx.array:
+    """The whole tensor of an entry that is not quantized, as it would be written."""
+    pieces = []
+    for piece in _slices(entry):
+        pieces += _convert(entry, piece, None)
+        mx.eval(pieces[-1])
+    return mx.concatenate(pieces).reshape(entry.shape)
+
+
 def _slices(entry: Entry) -> Iterator[Segment]:
     """Whole rows of one source tensor, at most SLICE_BYTES of them where rows may part."""
     for segment in entry.segments:

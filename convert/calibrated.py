@@ -1,0 +1,53 @@
+"""Quantizes rows of a tensor with what calibration knows about their inputs."""
+
+import mlx.core as mx
+
+from qwen35_mlx.quant import quantize
+from qwen35_mlx.quant.calibrate import Calibration
+
+
+def quantize_rows(
+    rows: mx.array,
+    module: str,
+    shape: tuple[int, ...],
+    start: int,
+    bits: int,
+    group_size: int,
+    method: str,
+    calibration: Calibration | None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Quantize rows `start`, `start + 1`, … of a tensor of `shape`, each expert by its own inputs.
+
+    "gptq" falls back to "search" where there is no Hessian, as for an embedding.
+    """
+    if calibration is None or method == "minmax":
+        return quantize(rows, bits, group_size, method)
+    moments, hessian = calibration.of(module)
+    by_expert = len(shape) == 3 and any(
+        array is not None and array.ndim > own for array, own in ((moments, 1), (hessian, 2))
+    )
+    if not by_expert:
+        return _quantize(rows, bits, group_size, method, moments, hessian)
+    parts, done = [], 0
+    while done < rows.shape[0]:
+        expert, row = divmod(start + done, shape[1])
+        stop = min(done + shape[1] - row, rows.shape[0])
+        own = calibration.of(module, expert)
+        parts.append(_quantize(rows[done:stop], bits, group_size, method, *own))
+        mx.eval(parts[-1])
+        done = stop
+    wq, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
+    return wq, scales, biases
+
+
+def _quantize(
+    rows: mx.array,
+    bits: int,
+    group_size: int,
+    method: str,
+    moments: mx.array | None,
+    hessian: mx.array | None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    if method == "gptq" and hessian is not None:
+        return quantize(rows, bits, group_size, "gptq", hessian=hessian)
+    return quantize(rows, bits, group_size, "search", moments)

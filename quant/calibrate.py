@@ -1,0 +1,210 @@
+"""What calibration collects: second moments of each matrix's inputs, Hessians, errors of options."""
+
+# N rows, I inputs, E experts.
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from qwen35_mlx.errors import Qwen35Error
+
+from .affine import BITS, GROUP_SIZES, dequantize, quantize
+
+FORMAT = "qwen35-mlx calibration 1"
+# An expert's own tokens count against this many typical ones of its layer.
+FLOOR_TOKENS = 16
+SAMPLE_WEIGHTS = 2**18
+MAX_HESSIAN_BYTES = 3 * 10**9
+Setting = tuple[int, int]  # bits, group_size
+SETTINGS: tuple[Setting, ...] = tuple((b, g) for b in BITS for g in GROUP_SIZES)
+
+# Matrices that read the same input share its statistics.
+_SHARED_INPUTS = {
+    "in_proj_qkv": "input", "in_proj_z": "input",
+    "q_proj": "input", "k_proj": "input", "v_proj": "input",
+    "gate": "input", "shared_expert_gate": "input",
+    "gate_proj": "input", "up_proj": "input",
+    "out_proj": "hidden", "o_proj": "hidden", "down_proj": "hidden",
+    "lm_head": "input",
+}  # fmt: skip
+
+
+def unit_of(module: str) -> str:
+    """The module whose setting it shares: gate and up are one matrix to a fused kernel."""
+    stem, _, last = module.rpartition(".")
+    return f"{stem}.gate_proj" if last == "up_proj" else module
+
+
+def input_name(module: str) -> str | None:
+    """`….mlp.up_proj` -> `….mlp.input`: the name of what a module reads, None if unknown."""
+    parent, _, last = module.rpartition(".")
+    kind = _SHARED_INPUTS.get(last)
+    if kind == "input" and last != "lm_head":
+        # Router, shared expert and its gate read what the layer's norm wrote.
+        parent = parent.removesuffix(".shared_expert")
+    return kind and f"{parent}.{kind}"
+
+
+class Moments:
+    """Sums over tokens of x^2, or of x x^T, for one input; by expert if there are several."""
+
+    def __init__(self, inputs: int, num_experts: int = 0, hessian: bool = False):
+        self.num_experts = num_experts
+        self.counts = np.zeros(max(num_experts, 1), dtype=np.int64)
+        self.sums = mx.zeros((max(num_experts, 1), inputs))
+        # Too many experts share one Hessian.
+        fits = 4 * num_experts * inputs * inputs <= MAX_HESSIAN_BYTES
+        self.outer = mx.zeros((len(self.counts) if fits else 1, inputs, inputs)) if hessian else None
+
+    def add(self, x: mx.array, experts: mx.array | None = None) -> None:
+        """Rows `[N, I]`, and for experts the index of each, `[N]`."""
+        x = x.astype(mx.float32)
+        owners = np.zeros(x.shape[0], np.int64) if experts is None else np.array(experts)
+        self.counts += np.bincount(owners, minlength=len(self.counts))
+        self.sums = self.sums.at[mx.array(owners)].add(mx.square(x))
+        if self.outer is not None:
+            owners = owners if len(self.outer) == len(self.counts) else np.zeros_like(owners)
+            for owner in np.unique(owners):
+                rows = x[mx.array(np.flatnonzero(owners == owner))]
+                self.outer = self.outer.at[int(owner)].add(rows.T @ rows)
+        mx.eval(self.sums, self.outer if self.outer is not None else [])
+
+    def means(self) -> mx.array:
+        """Mean of x^2, `[I]` or `[E, I]`; experts with few tokens lean on all others'."""
+        return self._means(self.sums)
+
+    def hessians(self) -> mx.array | None:
+        """Mean of x x^T, `[I, I]`, or `[E, I, I]` with the same floor."""
+        return None if self.outer is None else self._means(self.outer)
+
+    def _means(self, sums: mx.array) -> mx.array:
+        typical = sums.sum(axis=0) / max(int(self.counts.sum()), 1)
+        if len(sums) == 1:
+            return typical
+        counts = mx.array((self.counts + FLOOR_TOKENS).astype(np.float32))
+        return (sums + FLOOR_TOKENS * typical) / counts.reshape(-1, *[1] * (sums.ndim - 1))
+
+
+@dataclass
+class Calibration:
+    """What is known about a source; arrays by the names of inputs, errors by those of modules."""
+
+    source: str
+    text: str
+    num_tokens: int
+    moments: dict[str, mx.array] = field(default_factory=dict)
+    hessians: dict[str, mx.array] = field(default_factory=dict)
+    # Share of the output's energy that an option loses, and KL in nats where it was measured.
+    errors: dict[str, dict[Setting, float]] = field(default_factory=dict)
+    kls: dict[str, dict[Setting, float]] = field(default_factory=dict)
+
+    def of(self, module: str, expert: int | None = None) -> tuple[mx.array | None, mx.array | None]:
+        """Second moments `[I]` and Hessian `[I, I]` of a module's input, of one of its experts."""
+        name = input_name(module) or ""
+        moments, hessian = self.moments.get(name), self.hessians.get(name)
+        if expert is not None:
+            moments = moments[expert] if moments is not None and moments.ndim == 2 else moments
+            hessian = hessian[expert] if hessian is not None and hessian.ndim == 3 else hessian
+        return moments, hessian
+
+
+def save(calibration: Calibration, path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
+    arrays = {f"{name}.moments": a for name, a in calibration.moments.items()}
+    arrays |= {f"{name}.hessian": a for name, a in calibration.hessians.items()}
+    metadata = {
+        "format": FORMAT,
+        "source": calibration.source,
+        "text": calibration.text,
+        "num_tokens": str(calibration.num_tokens),
+        "errors": _dump(calibration.errors),
+        "kls": _dump(calibration.kls),
+    }
+    partial = path.with_name(f".{path.name}.partial.safetensors")
+    try:
+        mx.save_safetensors(str(partial), arrays, metadata)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise Qwen35Error(f"cannot write {path}", got=error) from error
+
+
+def load(path: Path) -> Calibration:
+    """Read what `save` wrote; arrays are read when they are used."""
+    hint = "make one with: qwen35-mlx convert SRC OUT --calibrate"
+    try:
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        if metadata.get("format") != FORMAT:
+            raise Qwen35Error(
+                f"{path} is no calibration", got=metadata.get("format"), expected=FORMAT, hint=hint
+            )
+        calibration = Calibration(
+            metadata["source"],
+            metadata["text"],
+            int(metadata["num_tokens"]),
+            errors=_parse(metadata["errors"]),
+            kls=_parse(metadata["kls"]),
+        )
+    except Qwen35Error:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Qwen35Error(f"{path} cannot be read as a calibration", got=error, hint=hint) from None
+    for name, array in arrays.items():
+        stem, _, kind = name.rpartition(".")
+        (calibration.moments if kind == "moments" else calibration.hessians)[stem] = array
+    return calibration
+
+
+def _dump(table: dict[str, dict[Setting, float]]) -> str:
+    return json.dumps(
+        {name: {f"{b},{g}": v for (b, g), v in row.items()} for name, row in table.items()}
+    )
+
+
+def _parse(text: str) -> dict[str, dict[Setting, float]]:
+    def setting(key: str) -> Setting:
+        bits, group_size = key.split(",")
+        return int(bits), int(group_size)
+
+    return {
+        name: {setting(key): float(v) for key, v in row.items()}
+        for name, row in json.loads(text).items()
+    }
+
+
+def option_errors(
+    w: mx.array,
+    moments: mx.array | None,
+    settings: Iterable[Setting] = SETTINGS,
+    sample_weights: int = SAMPLE_WEIGHTS,
+) -> dict[Setting, float]:
+    """Share of the output's energy lost by each option that fits, `w [I]`-wise or `[E, O, I]`.
+
+    Errors are of the searched quantization, inputs taken as uncorrelated, on a sample of rows.
+    """
+    rows = w.reshape(-1, w.shape[-1])
+    weight = mx.ones((1, w.shape[-1])) if moments is None else moments.reshape(-1, w.shape[-1])
+    step = max(rows.size // sample_weights, 1)
+    picked = mx.arange(step // 2, rows.shape[0], step)
+    # Rows of one expert share its moments.
+    owner = picked * weight.shape[0] // rows.shape[0]
+    sample, weight = rows[picked], weight[owner]
+    typical = weight.mean(axis=0)
+    energy = (mx.square(sample.astype(mx.float32)) * weight).sum().item()
+    errors = {}
+    for bits, group_size in settings:
+        if w.shape[-1] % group_size:
+            continue
+        wq, scales, biases = quantize(sample, bits, group_size, "search", typical)
+        stored = scales.astype(mx.float32), biases.astype(mx.float32)
+        back = dequantize(wq, *stored, bits, group_size)
+        lost = (mx.square(back - sample.astype(mx.float32)) * weight).sum().item()
+        errors[bits, group_size] = lost / energy if energy > 0 else 0.0
+    return errors
