@@ -11,7 +11,8 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from .plan import OutputTensor
+from .names import Role
+from .plan import OutputTensor, Plan
 
 METADATA = {"format": "mlx"}
 
@@ -66,6 +67,15 @@ class ShardWriter:
             self._stream.seek(0)
             self.sha256 = hashlib.file_digest(self._stream, "sha256").hexdigest()
         self._partial.rename(self.path)
+
+
+def header_bytes(plan: Plan, carried: bool = True) -> int:
+    """Bytes of all files that are no tensor, of those that hold more than carried tensors."""
+    return sum(
+        len(_header(shard.tensors))
+        for shard in plan.shards
+        if carried or any(entry.role is not Role.CARRIED for entry in shard.entries)
+    )
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
