@@ -1,26 +1,41 @@
 """Quantizes rows of a tensor with what calibration knows about their inputs."""
 
+from typing import Protocol
+
 import mlx.core as mx
 
 from qwen35_mlx.quant import quantize
-from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.quant.calibrate import Calibration, Setting
+
+
+class Named(Protocol):
+    """A tensor to quantize: rows are all dims but the last."""
+
+    @property
+    def module(self) -> str:
+        """Its name on disk, without `.weight`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor, `[..., I]`."""
+        ...
 
 
 def quantize_rows(
     rows: mx.array,
-    module: str,
-    shape: tuple[int, ...],
+    tensor: Named,
     start: int,
-    bits: int,
-    group_size: int,
+    setting: Setting,
     method: str,
     calibration: Calibration | None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Quantize rows `start`, `start + 1`, … of a tensor of `shape`, each expert by its own inputs.
+    """Quantize rows `start`, `start + 1`, … of a tensor, those of an expert by its own inputs.
 
     "gptq" falls back to "search" where there is no Hessian, as for an embedding.
     """
-    if calibration is None or method == "minmax":
+    (bits, group_size), shape, module = setting, tensor.shape, tensor.module
+    if calibration is None or method == "minmax" or rows.ndim != 2:
         return quantize(rows, bits, group_size, method)
     moments, hessian = calibration.of(module)
     by_expert = len(shape) == 3 and any(

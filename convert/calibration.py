@@ -3,11 +3,10 @@
 # B texts, T tokens, H hidden, I inputs of a matrix, E experts.
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +28,6 @@ from qwen35_mlx.weights import load_tokenizer, read_generation_config
 
 from .calibrated import quantize_rows
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, run_layer, watched
-from .source import read_rows
 
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 TEXT_TOKENS = 512
@@ -81,18 +79,6 @@ def encode(folder: Path, config: dict[str, Any], text: str, length: int = TEXT_T
     return mx.array(ids[: num_rows * length]).reshape(num_rows, length)
 
 
-def identity(checkpoint: SourceCheckpoint) -> str:
-    """A digest of names, shapes and the last norm: the same for the same weights, not their files."""
-    digest = hashlib.sha256()
-    for entry in sorted(checkpoint.entries, key=lambda e: e.module):
-        digest.update(json.dumps([entry.module, entry.shape]).encode())
-        if entry.module == "language_model.model.norm":
-            tensor = entry.segments[0].tensor
-            values = read_rows(tensor, 0, tensor.num_rows).astype(mx.float32)
-            digest.update(memoryview(values))
-    return digest.hexdigest()[:32]
-
-
 def calibrate(
     source: str | Path,
     ids: mx.array,
@@ -109,7 +95,8 @@ def calibrate(
     adds the KL of each unit quantized alone, and holds the whole model.
     """
     checkpoint = SourceCheckpoint(Path(source).expanduser())
-    result = Calibration(identity(checkpoint), _digest(ids), ids.size)
+    planned = checkpoint.plan
+    result = Calibration(planned.source.origin["source"], planned.layout, _digest(ids), ids.size)
     if measure is None:
         measure = checkpoint.num_parameters <= MEASURED_PARAMETERS
     run = Layerwise(checkpoint)
@@ -230,13 +217,15 @@ def _group_size(modules: Sequence[nn.Module]) -> int:
 
 def rounded(w: mx.array, module: str, setting: Setting, calibration: Calibration) -> mx.array:
     """The weight as quantization leaves it, in float32."""
-    bits, group_size = setting
     method = "gptq" if calibration.hessians else "search"
-    wq, scales, biases = quantize_rows(
-        w.reshape(-1, w.shape[-1]).astype(mx.bfloat16),
-        module, w.shape, 0, bits, group_size, method, calibration,
-    )
+    rows, tensor = w.reshape(-1, w.shape[-1]), _Tensor(module, w.shape)
+    wq, scales, biases = quantize_rows(rows, tensor, 0, setting, method, calibration)
     stored = scales.astype(mx.float32), biases.astype(mx.float32)
-    back = dequantize(wq, *stored, bits, group_size).reshape(w.shape)
+    back = dequantize(wq, *stored, *setting).reshape(w.shape)
     mx.eval(back)
     return back
+
+
+class _Tensor(NamedTuple):
+    module: str
+    shape: tuple[int, ...]

@@ -15,10 +15,10 @@ from qwen35_mlx.quant.calibrate import Calibration, Setting, unit_of
 from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of, typical_errors
 
 from . import macs
+from .headers import ITEM_BYTES
 from .names import Role
 from .plan import Entry, Plan, Recipe, plan
 from .shards import header_bytes
-from .source import ITEM_BYTES
 
 PREFERENCES = ("quality", "speed")
 DEFAULT_CONTEXT = 32768

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from qwen35_mlx.config import LINEAR, ModelConfig, read_config
+from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
 from qwen35_mlx.model import DecoderLayer, Model
 from qwen35_mlx.weights import quantize_modules

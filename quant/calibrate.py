@@ -2,6 +2,7 @@
 
 # N rows, I inputs, E experts.
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -94,7 +95,9 @@ class Moments:
 class Calibration:
     """What is known about a source; arrays by the names of inputs, errors by those of modules."""
 
+    # Name of the source, digest of its modules' names and shapes, and of the token ids.
     source: str
+    layout: str
     text: str
     num_tokens: int
     moments: dict[str, mx.array] = field(default_factory=dict)
@@ -102,6 +105,11 @@ class Calibration:
     # Share of the output's energy that an option loses, and KL in nats where it was measured.
     errors: dict[str, dict[Setting, float]] = field(default_factory=dict)
     kls: dict[str, dict[Setting, float]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Differs where what was found out differs."""
+        return hashlib.sha256(repr(sorted(_metadata(self).items())).encode()).hexdigest()[:16]
 
     def of(self, module: str, expert: int | None = None) -> tuple[mx.array | None, mx.array | None]:
         """Second moments `[I]` and Hessian `[I, I]` of a module's input, of one of its experts."""
@@ -117,17 +125,9 @@ def save(calibration: Calibration, path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
     arrays = {f"{name}.moments": a for name, a in calibration.moments.items()}
     arrays |= {f"{name}.hessian": a for name, a in calibration.hessians.items()}
-    metadata = {
-        "format": FORMAT,
-        "source": calibration.source,
-        "text": calibration.text,
-        "num_tokens": str(calibration.num_tokens),
-        "errors": _dump(calibration.errors),
-        "kls": _dump(calibration.kls),
-    }
     partial = path.with_name(f".{path.name}.partial.safetensors")
     try:
-        mx.save_safetensors(str(partial), arrays, metadata)
+        mx.save_safetensors(str(partial), arrays, _metadata(calibration))
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
@@ -147,6 +147,7 @@ def load(path: Path) -> Calibration:
             )
         calibration = Calibration(
             metadata["source"],
+            metadata["layout"],
             metadata["text"],
             int(metadata["num_tokens"]),
             errors=_parse(metadata["errors"]),
@@ -160,6 +161,19 @@ def load(path: Path) -> Calibration:
         stem, _, kind = name.rpartition(".")
         (calibration.moments if kind == "moments" else calibration.hessians)[stem] = array
     return calibration
+
+
+def _metadata(calibration: Calibration) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "source": calibration.source,
+        "layout": calibration.layout,
+        "text": calibration.text,
+        "num_tokens": str(calibration.num_tokens),
+        "hessians": str(bool(calibration.hessians)),
+        "errors": _dump(calibration.errors),
+        "kls": _dump(calibration.kls),
+    }
 
 
 def _dump(table: dict[str, dict[Setting, float]]) -> str:

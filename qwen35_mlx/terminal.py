@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -52,57 +59,87 @@ def loading(name: str) -> Iterator[None]:
         yield
 
 
+# Source bytes done, source bytes in all, tensor or what is waited for, source file.
+ByteProgress = Callable[[int, int, str, str], None]
+LOG_SECONDS = 30.0
+
+
 @contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar of bytes with time left and tensor; plain lines where it is no terminal."""
+def byte_progress(title: str) -> Iterator[ByteProgress]:
+    """A bar of bytes with speed, time left, file and tensor; lines where it is no terminal."""
     if err.is_terminal and not err.is_dumb_terminal:
         with _byte_bar(title) as show:
             yield show
         return
-    started = time.perf_counter()
+    started = told = time.perf_counter()
     note(f"{title} …")
-    tenth = total_bytes = 0
+    first_bytes = last_bytes = 0
+    seen = False
 
-    def tell(done: int, total: int, tensor: str) -> None:
-        nonlocal tenth, total_bytes
-        total_bytes = total
-        reached = 10 * done // max(total, 1)
-        # Small jobs are over before a line about them is read.
-        if tenth < reached < 10 and time.perf_counter() - started > 5:
-            note(f"{title}: {10 * reached} % of {total / 1e6:,.1f} MB, {tensor}")
-        tenth = reached
+    def tell(done: int, total: int, tensor: str, file: str) -> None:
+        nonlocal told, first_bytes, last_bytes, seen
+        if not seen:
+            # What an earlier run did is no speed of this one.
+            seen, first_bytes = True, done
+        last_bytes = done
+        now = time.perf_counter()
+        if now - told >= LOG_SECONDS and done < total:
+            told = now
+            speed = (done - first_bytes) / (now - started)
+            left = f", {_duration((total - done) / speed)} left" if speed else ""
+            note(
+                f"{title}: {done / 1e9:,.2f} of {total / 1e9:,.2f} GB, {100 * done // total} %, "
+                f"{speed / 1e6:,.1f} MB/s{left}; {file}: {tensor}"
+            )
 
     yield tell
     seconds = time.perf_counter() - started
-    note(f"{title}: {total_bytes / 1e6:,.1f} MB read in {seconds:.1f} s")
+    read_bytes = last_bytes - first_bytes
+    before = f", {first_bytes / 1e6:,.1f} MB before" if first_bytes else ""
+    note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {_duration(seconds)}{before}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 @contextmanager
-def _byte_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def _byte_bar(title: str) -> Iterator[ByteProgress]:
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
         DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
         # What is left of the line; the end of a tensor's name says most.
         TextColumn(
-            "{task.fields[tensor]}",
+            "{task.fields[file]} {task.fields[tensor]}",
             style="dim",
             markup=False,
             table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
         ),
         console=err,
         expand=True,
+        # Shards come and go: the speed of the last minute says most about what is left.
+        speed_estimate_period=60,
     )
     with bar:
-        task = bar.add_task(title, total=None, tensor="")
+        task = None
 
-        def show(done: int, total: int, tensor: str) -> None:
+        def show(done: int, total: int, tensor: str, file: str) -> None:
+            nonlocal task
             name = tensor.removeprefix("language_model.").removeprefix("model.")
-            bar.update(task, completed=done, total=total, tensor=name)
+            if task is None:
+                task = bar.add_task(title, total=total, completed=done, tensor="", file="")
+            file = file.removesuffix(".safetensors").removeprefix("model-")
+            bar.update(task, completed=done, total=total, tensor=name, file=file)
 
         yield show
-        bar.update(task, tensor="")
+        if task is not None:
+            bar.update(task, tensor="", file="")
 
 
 def print_plan(plan: "Plan") -> None:
