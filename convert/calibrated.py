@@ -46,11 +46,20 @@ def quantize_rows(
     parts, done = [], 0
     while done < rows.shape[0]:
         expert, row = divmod(start + done, shape[1])
-        stop = min(done + shape[1] - row, rows.shape[0])
-        own = calibration.of(module, expert)
-        parts.append(_quantize(rows[done:stop], bits, group_size, method, *own))
+        whole = (rows.shape[0] - done) // shape[1]
+        if method == "gptq" and hessian is not None and hessian.ndim == 3 and not row and whole:
+            # Experts together: the same steps for each, once.
+            stack = rows[done : done + whole * shape[1]].reshape(whole, shape[1], -1)
+            own = hessian[expert : expert + whole]
+            found = quantize(stack, bits, group_size, "gptq", hessian=own)
+            parts.append([part.reshape(-1, part.shape[-1]) for part in found])
+            done += whole * shape[1]
+        else:
+            stop = min(done + shape[1] - row, rows.shape[0])
+            one = calibration.of(module, expert)
+            parts.append([*_quantize(rows[done:stop], bits, group_size, method, *one)])
+            done = stop
         mx.eval(parts[-1])
-        done = stop
     wq, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
     return wq, scales, biases
 

@@ -35,7 +35,7 @@ TEXT_TOKENS = 512
 MEASURED_PARAMETERS = 3 * 10**9
 MEASURED_BITS = (2, 4)
 MEASURED_GROUP_SIZE = 64
-MEASURED_TOKENS = 2048
+MEASURED_TOKENS = 1024
 
 # Steps done, steps in all, what is being done.
 Progress = Callable[[int, int, str], None]

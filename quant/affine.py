@@ -56,7 +56,8 @@ def quantize(
     """Quantize `w [..., inputs]` to (packed uint32, scales, biases), laid out as mx.quantize does.
 
     "minmax" is mx.quantize itself, "search" finds the least squared error, each column weighed by
-    `importance [inputs]`, and "gptq" the least error of products, by `hessian [inputs, inputs]`.
+    `importance [inputs]`, and "gptq" the least error of products, by `hessian [inputs, inputs]`
+    or, for stacked experts `[E, rows, inputs]`, `[E, inputs, inputs]`.
     Scales and biases have the dtype of `w`. Groups never cross a row: but for "gptq" any split
     into rows gives the same bits as the whole.
     """

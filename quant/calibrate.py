@@ -19,7 +19,7 @@ from .affine import BITS, GROUP_SIZES, dequantize, quantize
 FORMAT = "qwen35-mlx calibration 1"
 # An expert's own tokens count against this many typical ones of its layer.
 FLOOR_TOKENS = 16
-SAMPLE_WEIGHTS = 2**18
+SAMPLE_WEIGHTS = 2**16
 MAX_HESSIAN_BYTES = 3 * 10**9
 Setting = tuple[int, int]  # bits, group_size
 SETTINGS: tuple[Setting, ...] = tuple((b, g) for b in BITS for g in GROUP_SIZES)
@@ -137,10 +137,12 @@ def save(calibration: Calibration, path: Path) -> None:
 
 
 def load(path: Path) -> Calibration:
-    """Read what `save` wrote; arrays are read when they are used."""
+    """Read what `save` wrote."""
     hint = "make one with: qwen35-mlx convert SRC OUT --calibrate"
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        # Now, for all threads: an array waiting to be read belongs to one.
+        mx.eval(arrays)
         if metadata.get("format") != FORMAT:
             raise Qwen35Error(
                 f"{path} is no calibration", got=metadata.get("format"), expected=FORMAT, hint=hint

@@ -112,3 +112,15 @@ def test_stacks_and_chunks_of_rows_agree(monkeypatch):
 def test_what_is_no_hessian_is_refused(hessian, message):
     with pytest.raises(Qwen35Error, match=message):
         quantize(weights(), 4, 64, "gptq", hessian=mx.array(hessian.astype(np.float32)))
+
+
+def test_experts_together_give_the_bits_of_each_alone():
+    rng = np.random.default_rng(5)
+    w = mx.array(rng.standard_normal((3, 7, 96)).astype(np.float32))
+    x = rng.standard_normal((3, 50, 96)) * rng.uniform(0.1, 3, size=(3, 1, 96))
+    hessians = mx.array((x.transpose(0, 2, 1) @ x).astype(np.float32))
+    together = quantize(w, 3, 32, "gptq", hessian=hessians)
+    for e in range(3):
+        alone = quantize(w[e], 3, 32, "gptq", hessian=hessians[e])
+        for a, b in zip(together, alone, strict=True):
+            assert mx.array_equal(a[e], b)
