@@ -16,9 +16,11 @@ from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of, typic
 
 from . import macs
 from .headers import ITEM_BYTES
+from .hub import open_any
 from .names import Role
 from .plan import Entry, Plan, Recipe, plan
 from .shards import header_bytes
+from .source import Source
 
 PREFERENCES = ("quality", "speed")
 DEFAULT_CONTEXT = 32768
@@ -35,6 +37,8 @@ class Choice:
     file_bytes: int
     budget_bytes: int
     allocation: Allocation
+    # Whether the prediction rests on KLs that calibration measured.
+    measured: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class MacBudget:
     """What a Mac of some memory has left for weights."""
 
     memory_bytes: int
+    context: int
     limit_bytes: int
     kv_bytes: int
     state_bytes: int
@@ -72,6 +77,7 @@ def mac_budget(config: ModelConfig, memory: int, context: int) -> MacBudget:
         )
     return MacBudget(
         memory,
+        context,
         macs.raised_limit_bytes(memory),
         macs.kv_bytes(config, context),
         2 * macs.state_bytes(config),
@@ -81,7 +87,7 @@ def mac_budget(config: ModelConfig, memory: int, context: int) -> MacBudget:
 
 
 def fit(
-    source: str | Path,
+    source: str | Path | Source,
     budget_bytes: int | None = None,
     *,
     bits_per_weight: float | None = None,
@@ -97,7 +103,14 @@ def fit(
     """
     if prefer not in PREFERENCES:
         raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
+    source = source if isinstance(source, Source) else open_any(source)
     base = plan(source, recipe=lambda module: (4, 32), dtype=dtype, method=method)
+    if calibration is not None and calibration.layout != base.layout:
+        raise Qwen35Error(
+            "the calibration is of another model",
+            got=calibration.source,
+            expected=base.source.origin["source"],
+        )
     text = [e for e in base.entries if e.role is not Role.CARRIED]
     container = header_bytes(base, carried=False)
     if bits_per_weight is not None:
@@ -135,7 +148,79 @@ def fit(
     kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
     text_bytes = macs.text_bytes(chosen)
     file_bytes = text_bytes + (header_bytes(chosen, carried=False) if container else 0)
-    return Choice(chosen, named, kl, file_bytes, budget_bytes, allocation)
+    measured = bool(calibration and calibration.kls)
+    return Choice(chosen, named, kl, file_bytes, budget_bytes, allocation, measured)
+
+
+def fit_mac(
+    source: str | Path | Source,
+    memory: int,
+    *,
+    context: int = DEFAULT_CONTEXT,
+    prefer: str = "quality",
+    calibration: Calibration | None = None,
+    dtype: str | None = None,
+    method: str = "search",
+) -> tuple[Choice, MacBudget, dict[str, Choice]]:
+    """The choice for a Mac of `memory` bytes, its budget, and the choices of every preference."""
+    opened = source if isinstance(source, Source) else open_any(source)
+    budget = mac_budget(ModelConfig.from_hf(opened.config), memory, context)
+    choices = {
+        each: fit(
+            opened,
+            budget.weight_bytes,
+            calibration=calibration,
+            prefer=each,
+            dtype=dtype,
+            method=method,
+        )
+        for each in PREFERENCES
+    }
+    return choices[prefer], budget, choices
+
+
+def budget_lines(budget: MacBudget, choice: Choice, choices: Mapping[str, Choice]) -> list[str]:
+    """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
+    left = budget.weight_bytes
+    rows = [
+        ("GPU limit, raised as far as is sane", budget.limit_bytes),
+        (f"KV cache of {budget.context:,} tokens", budget.kv_bytes),
+        ("recurrent states, one of them a snapshot", budget.state_bytes),
+        ("activations of a prefill step (estimate)", budget.activation_bytes),
+        ("logits, buffers, program (estimate)", budget.program_bytes),
+        ("left for weights", left),
+        ("weights of the text model, headers included", choice.file_bytes),
+        ("spare", left - choice.file_bytes),
+    ]
+    memory_gib = budget.memory_bytes / macs.GIB
+    lines = [f"a Mac with {memory_gib:g} GB"]
+    lines += [f"  {name:44} {nbytes / 1e9:9.3f} GB" for name, nbytes in rows]
+    lines.append(f"  weights take {choice.file_bytes / left:.3%} of what is left for them")
+    if budget.limit_bytes > (default := macs.gpu_limit_bytes(budget.memory_bytes)):
+        mb = macs.wired_limit_mb(budget.limit_bytes)
+        lines.append(
+            f"  macOS gives the GPU {default / 1e9:.1f} GB at first; raise it with:"
+            f" sudo sysctl iogpu.wired_limit_mb={mb}"
+        )
+    chips = [mac for mac in macs.MACS if mac.memory_bytes == budget.memory_bytes]
+    speeds = "".join(f"  {f'{mac.chip} tok/s':>14}" for mac in chips)
+    lines += ["", f"{'prefer':8} bits/weight  predicted KL  GB/token{speeds}"]
+    for name, each in choices.items():
+        config = each.plan.config
+        read = macs.bytes_per_token(config, each.plan) / 1e9
+        bounds = [macs.tokens_per_second(config, each.plan, mac.gbps) for mac in chips]
+        mark = "  <- this plan" if each is choice else ""
+        lines.append(
+            f"{name:8} {each.plan.bits_per_weight:11.3f}  {each.predicted_kl:12.5f}  {read:8.2f}"
+            + "".join(f"  {bound:14.1f}" for bound in bounds)
+            + mark
+        )
+    measured = "measured on the calibration text" if choice.measured else "an estimate by kind"
+    lines += [
+        f"Predicted KL: nats a token to the unquantized model, {measured} of tensor.",
+        "tok/s: what memory bandwidth allows at an empty context; programs reach about half.",
+    ]
+    return lines
 
 
 def _recipe(settings: Mapping[str, Setting]) -> Recipe:
