@@ -53,6 +53,27 @@ class Report:
         }
 
 
+def report_lines(report: Report) -> list[str]:
+    """The report as a table."""
+    f, ours, theirs = report.tokens, report.quantized, report.reference
+    lines = ["layer  kind                this layer   all so far   (error / what the layer adds)"]
+    lines += [
+        f"{layer.index:5}  {layer.kind:17}  {layer.own:11.5f}  {layer.accumulated:11.5f}"
+        for layer in report.layers
+    ]
+    before, after = f.perplexities
+    lines += [
+        "",
+        f"{f.num_tokens:,} tokens           reference    quantized",
+        f"bits per weight       {theirs.bits_per_weight:10.3f}   {ours.bits_per_weight:10.3f}",
+        f"GB                    {theirs.nbytes / 1e9:10.3f}   {ours.nbytes / 1e9:10.3f}",
+        f"perplexity            {before:10.4f}   {after:10.4f}",
+        f"KL(reference || quantized): mean {f.mean_kl:.5f}, 99 % of tokens below {f.p99_kl:.5f} nats",
+        f"same most likely token: {f.top1_agreement:.2%}",
+    ]
+    return lines
+
+
 def fidelity(
     reference: str | Path | Checkpoint,
     quantized: str | Path | Checkpoint,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
@@ -13,12 +14,13 @@ from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
 from qwen35_mlx.quant.calibrate import Calibration, Setting, unit_of
 from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of, typical_errors
+from qwen35_mlx.quant.recipes import recipe as named_recipe
 
 from . import macs
 from .headers import ITEM_BYTES
 from .hub import open_any
 from .names import Role
-from .plan import Entry, Plan, Recipe, plan
+from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
 from .shards import header_bytes
 from .source import Source
 
@@ -177,6 +179,44 @@ def fit_mac(
         for each in PREFERENCES
     }
     return choices[prefer], budget, choices
+
+
+def quality_settings(
+    source: str | Path,
+    *,
+    bits: int | None = None,
+    recipe: str | None = None,
+    memory: str | None = None,
+    bits_per_weight: float | None = None,
+    prefer: str = "quality",
+    context: int = DEFAULT_CONTEXT,
+    calibration: Calibration | None = None,
+    dtype: str | None = None,
+    method: str | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Settings for `plan` and `convert` out of one of bits, recipe, memory and bits per weight.
+
+    Also the page of lines that says what a budget is spent on; empty without one.
+    """
+    ways = dict(bits=bits, recipe=recipe, fit=memory, bits_per_weight=bits_per_weight)
+    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+        raise Qwen35Error("only one may decide on bits", got=" and ".join(given))
+    if method is None:
+        method = "search" if given not in ([], ["bits"]) or calibration else DEFAULT_METHOD
+        if calibration and calibration.hessians:
+            method = "gptq"
+    settings: dict[str, Any] = dict(bits=bits, method=method)
+    if recipe is not None:
+        return settings | dict(recipe=named_recipe(recipe)), []
+    known: Any = dict(prefer=prefer, calibration=calibration, dtype=dtype, method=method)
+    if memory is not None:
+        choice, budget, choices = fit_mac(source, memory_bytes(memory), context=context, **known)
+        return settings | dict(recipe=choice.recipe), budget_lines(budget, choice, choices)
+    if bits_per_weight is not None:
+        choice = fit(source, bits_per_weight=bits_per_weight, **known)
+        line = f"predicted KL {choice.predicted_kl:.5f} nats a token"
+        return settings | dict(recipe=choice.recipe), [line]
+    return settings, []
 
 
 def budget_lines(budget: MacBudget, choice: Choice, choices: Mapping[str, Choice]) -> list[str]:

@@ -1,5 +1,6 @@
 """The command line: parses, prints, and leaves the work to the package."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,12 +53,35 @@ Dtype = Annotated[
     ),
 ]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
-        callback=one_of("minmax", "search"),
-        help="How to choose scales: minmax as mlx does, or search for the least error: "
-        "better at 2 and 3 bits, about ten times slower.",
+        callback=one_of("minmax", "search", "gptq"),
+        help="How to choose scales: minmax as mlx does; search for the least error, about ten "
+        "times slower; gptq with error feedback, from a calibration. minmax with --bits, "
+        "else the best there is.",
     ),
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="Mixed bits by kind of tensor: q8 q6 q5 q4 q3 q2.")
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(metavar="MEMORY", help="Best bits that fit a Mac of this memory, such as 192GB."),
+]
+BitsPerWeight = Annotated[
+    float | None, typer.Option(min=0, help="Best bits of this average, scales included.")
+]
+Prefer = Annotated[
+    str,
+    typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed."),
+]
+Context = Annotated[int, typer.Option(min=1, help="With --fit: tokens that have to fit beside.")]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="What an earlier --calibrate found out."),
+]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="Text to run; the bundled one if unset.")
 ]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")]
 Thinking = Annotated[
@@ -90,31 +114,152 @@ def convert(
     bits: Bits = None,
     group_size: GroupSize = 64,
     dtype: Dtype = None,
-    method: Method = "minmax",
+    method: Method = None,
+    recipe: RecipeName = None,
+    fit: Fit = None,
+    bits_per_weight: BitsPerWeight = None,
+    prefer: Prefer = "quality",
+    context: Context = 32768,
+    calibration: CalibrationFile = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Run a text through the source first, a layer at a time, to weigh errors by what "
+            "activations do; writes --calibration FILE, or OUT.calibration.safetensors.",
+        ),
+    ] = False,
+    text: TextFile = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to grouped low-bit MLX weights."""
     with user_errors():
         from .convert import convert as run
         from .convert import plan as make_plan
-        from .terminal import byte_progress, print_converted
+        from .convert.fit import quality_settings
+        from .terminal import byte_progress, print_converted, print_lines
 
-        settings: Any = dict(bits=bits, group_size=group_size, dtype=dtype, method=method)
+        found = calibration_for(source, out, calibration, calibrate, text, method)
+        settings, page = quality_settings(
+            source,
+            bits=bits,
+            recipe=recipe,
+            memory=fit,
+            bits_per_weight=bits_per_weight,
+            prefer=prefer,
+            context=context,
+            calibration=found,
+            dtype=dtype,
+            method=method,
+        )
+        settings |= dict(group_size=group_size, dtype=dtype)
+        print_lines(page)
         plan = make_plan(source, **settings)
         with byte_progress(f"Converting {source.resolve().name}") as progress:
-            folder = run(source, out, **settings, progress=progress)
+            folder = run(source, out, **settings, calibration=found, progress=progress)
         print_converted(plan, folder)
 
 
 @app.command()
 def plan(
-    source: Source, bits: Bits = None, group_size: GroupSize = 64, dtype: Dtype = None
+    source: Source,
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    dtype: Dtype = None,
+    recipe: RecipeName = None,
+    fit: Fit = None,
+    bits_per_weight: BitsPerWeight = None,
+    prefer: Prefer = "quality",
+    context: Context = 32768,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Show what convert would write: tensors, bits and bytes, from the headers alone."""
     with user_errors():
         from .convert import plan as make_plan
-        from .terminal import print_plan
+        from .convert.fit import quality_settings
+        from .terminal import print_lines, print_plan
 
-        print_plan(make_plan(source, bits=bits, group_size=group_size, dtype=dtype))
+        settings, page = quality_settings(
+            source,
+            bits=bits,
+            recipe=recipe,
+            memory=fit,
+            bits_per_weight=bits_per_weight,
+            prefer=prefer,
+            context=context,
+            calibration=calibration_for(source, None, calibration),
+            dtype=dtype,
+        )
+        print_plan(make_plan(source, **settings, group_size=group_size, dtype=dtype))
+        print_lines(page)
+
+
+@app.command()
+def fidelity(
+    reference: Annotated[Path, typer.Argument(help="Folder of the original, or a converted one.")],
+    quantized: Annotated[Path, typer.Argument(help="Converted folder to judge.")],
+    text: TextFile = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
+    png: Annotated[Path | None, typer.Option(help="Also draw the errors into this file.")] = None,
+) -> None:
+    """Compare a quantized model with its original: KL, top-1, perplexity, error of each layer.
+
+    Both are read a layer at a time, so neither has to fit in memory. Ends with a JSON line.
+    """
+    with user_errors():
+        from .terminal import print_lines, quiet_libraries, steps
+
+        quiet_libraries()
+        from .config import read_config
+        from .convert.calibration import encode, read_text
+        from .convert.fidelity import fidelity as compare
+        from .convert.fidelity import plot, report_lines
+
+        ids = encode(reference, read_config(reference), read_text(text))
+        ids = ids[: max(tokens // ids.shape[1], 1), :tokens]
+        with steps("Comparing") as progress:
+            report = compare(reference, quantized, ids, progress)
+        print_lines(report_lines(report))
+        if png:
+            plot(report, png)
+        print(json.dumps(report.as_dict()))
+
+
+def calibration_for(
+    source: Path,
+    out: Path | None,
+    file: Path | None,
+    calibrate: bool = False,
+    text: Path | None = None,
+    method: str | None = None,
+) -> Any:
+    """What --calibration names, made first with --calibrate; None without either."""
+    if not calibrate:
+        if text:
+            raise typer.BadParameter("--text goes with --calibrate.")
+        if file is None:
+            return None
+        from .quant.calibrate import load
+
+        return load(file)
+    from .config import read_config
+    from .convert.calibration import calibrate as run
+    from .convert.calibration import encode, read_text
+    from .quant.calibrate import save
+    from .terminal import note, quiet_libraries, steps
+
+    quiet_libraries()
+    assert out is not None
+    file = file or out.with_name(f"{out.name}.calibration.safetensors")
+    if file.exists():
+        raise Qwen35Error(
+            f"{file} exists already", hint="use it without --calibrate, or name another file"
+        )
+    ids = encode(source, read_config(source), read_text(text))
+    with steps(f"Calibrating on {ids.size:,} tokens") as progress:
+        found = run(source, ids, hessians=method == "gptq", progress=progress)
+    save(found, file)
+    note(f"calibration written to {file}")
+    return found
 
 
 @app.command()

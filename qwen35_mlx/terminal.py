@@ -142,6 +142,19 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             bar.update(task, tensor="", file="")
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines that are laid out already."""
+    for line in lines:
+        out.print(line, markup=False)
+
+
+@contextmanager
+def steps(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """What is being done now, of how many steps."""
+    with err.status(Text(f"{title} …"), spinner="dots") as status:
+        yield lambda done, total, what: status.update(Text(f"{title}: {done} of {total}, {what}"))
+
+
 def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
     rows = [("module", "count", "shape", "source", "becomes", "MB")]
