@@ -12,8 +12,8 @@ from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
-from qwen35_mlx.quant.calibrate import Calibration, Setting, unit_of
-from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of, typical_errors
+from qwen35_mlx.quant.calibrate import Calibration, Setting, typical_errors, unit_of
+from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
 from qwen35_mlx.quant.recipes import recipe as named_recipe
 
 from . import macs

@@ -2,13 +2,10 @@
 
 import re
 from collections.abc import Callable
-from functools import cache
-
-import mlx.core as mx
 
 from qwen35_mlx.errors import Qwen35Error
 
-from .calibrate import Setting, option_errors
+from .calibrate import Setting
 
 GROUP_SIZE = 64
 
@@ -66,9 +63,3 @@ def recipe(name: str) -> Callable[[str], Setting | None]:
 
     chosen.__name__ = name
     return chosen
-
-
-@cache
-def typical_errors() -> dict[Setting, float]:
-    """Share of energy that each setting loses of Gaussian weights, inputs unknown."""
-    return option_errors(mx.random.normal((64, 1024), key=mx.random.key(0)), None)

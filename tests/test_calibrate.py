@@ -137,7 +137,7 @@ def test_option_errors_are_those_of_the_quantized_output():
             *quantize(w, bits, group_size, "search", moments), bits, group_size
         )
         lost = np.square(x @ np.array(back - w).T).sum() / np.square(x @ np.array(w).T).sum()
-        assert errors[bits, group_size] == pytest.approx(lost, rel=0.1)
+        assert errors[bits, group_size] == pytest.approx(lost, rel=0.25)
     by_bits = [errors[bits, 64] for bits in (2, 3, 4, 5, 6, 8)]
     assert by_bits == sorted(by_bits, reverse=True)
     # What no group divides is no option.
