@@ -9,7 +9,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench bench-quant golden live clean
+.PHONY: help chat test lint bench bench-convert bench-quant golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 
 bench: $(VENV)/.installed ## measure speed; the last line is JSON
 	$(BIN)/python tools/bench.py
+
+bench-convert: $(VENV)/.installed ## memory and speed of a conversion (20 GB of disk); the last line is JSON
+	$(BIN)/python tools/bench_convert.py
 
 bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
 	$(BIN)/python tools/bench_quant.py

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model import DecoderLayer
 from qwen35_mlx.quant.calibrate import (
@@ -48,11 +49,17 @@ def read_text(file: Path | None) -> str:
         raise Qwen35Error(f"{file} cannot be read", got=error, expected="text in UTF-8") from None
 
 
-def encode(folder: Path, config: dict[str, Any], text: str, length: int = TEXT_TOKENS) -> mx.array:
-    """Token ids `[B, T]` of a text in the tokens of `folder`; the rest after whole rows is left out.
+def encode(
+    folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None = None
+) -> mx.array:
+    """Token ids `[B, T]` of a text in the tokens of `folder`, at most `most`; whole rows only.
 
     Passages apart by lines of `---`; one that begins with `Q: ` goes through the chat template.
     """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise Qwen35Error(f"no checkpoint at {folder}", expected="a folder on this machine")
+    config = read_config(folder)
     tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
     ids: list[int] = []
     for passage in text.split("\n---\n"):
@@ -62,6 +69,7 @@ def encode(folder: Path, config: dict[str, Any], text: str, length: int = TEXT_T
             messages = [{"role": role, "content": content.strip()} for role, content in turns]
             passage = tokenizer._tokenizer.apply_chat_template(messages, tokenize=False)
         ids += tokenizer.encode(passage, add_special_tokens=False)
+    ids = ids[:most]
     if len(ids) < 2:
         raise Qwen35Error(
             "the text is too short", got=f"{len(ids)} tokens", expected="2 tokens or more"

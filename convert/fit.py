@@ -193,6 +193,7 @@ def quality_settings(
     calibration: Calibration | None = None,
     dtype: str | None = None,
     method: str | None = None,
+    revision: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Settings for `plan` and `convert` out of one of bits, recipe, memory and bits per weight.
 
@@ -208,15 +209,16 @@ def quality_settings(
     settings: dict[str, Any] = dict(bits=bits, method=method)
     if recipe is not None:
         return settings | dict(recipe=named_recipe(recipe)), []
+    if memory is None and bits_per_weight is None:
+        return settings, []
+    opened = open_any(source, revision)
     known: Any = dict(prefer=prefer, calibration=calibration, dtype=dtype, method=method)
     if memory is not None:
-        choice, budget, choices = fit_mac(source, memory_bytes(memory), context=context, **known)
+        choice, budget, choices = fit_mac(opened, memory_bytes(memory), context=context, **known)
         return settings | dict(recipe=choice.recipe), budget_lines(budget, choice, choices)
-    if bits_per_weight is not None:
-        choice = fit(source, bits_per_weight=bits_per_weight, **known)
-        line = f"predicted KL {choice.predicted_kl:.5f} nats a token"
-        return settings | dict(recipe=choice.recipe), [line]
-    return settings, []
+    choice = fit(opened, bits_per_weight=bits_per_weight, **known)
+    line = f"predicted KL {choice.predicted_kl:.5f} nats a token"
+    return settings | dict(recipe=choice.recipe), [line]
 
 
 def budget_lines(budget: MacBudget, choice: Choice, choices: Mapping[str, Choice]) -> list[str]:

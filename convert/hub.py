@@ -158,7 +158,13 @@ def fetch_range(repo: str, commit: str, name: str, start: int, stop: int) -> byt
     def get() -> bytes:
         data = bytearray()
         with http_stream_backoff(
-            "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
+            "GET",
+            url,
+            headers=headers,
+            follow_redirects=True,
+            timeout=TIMEOUT_S,
+            # It cannot try again once bytes came; `retry` can.
+            retry_on_exceptions=(),
         ) as response:
             hf_raise_for_status(response)
             # Without ranges the whole shard would come: nothing but the start of it can be used.

@@ -10,6 +10,7 @@
 A plan is anything with `entries`, each with module, role, shape and output_bytes.
 """
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -79,6 +80,11 @@ def this_mac() -> Mac | None:
     alike = [mac.gbps for mac in MACS if mac.chip == chip]
     gbps = exact[0].gbps if exact else CHIP_GBPS.get(chip, min(alike, default=0))
     return Mac(chip, memory_gib, gbps)
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, Mac or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _sysctl(key: str) -> str:

@@ -263,6 +263,23 @@ def resolve(
     return _Resolver(config, tensors, block).run()
 
 
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the text model as the source names it, experts fused, with its shape."""
+    return {
+        row.source.format(trunk=TRUNKS[0], layer=layer): row.shape(config)
+        for row, layer in _walk(config)
+        if row.shape
+    }
+
+
+def _walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
+    """The rows that a model has, with the number of the layer, in the order of the output."""
+    for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
+        rows = list(group)
+        for layer in range(config.num_hidden_layers) if per_layer else (-1,):
+            yield from ((row, layer) for row in rows if row.when(config, layer))
+
+
 def precision(tensor: SourceTensor) -> str:
     """The dtype a tensor is read as: FP8 becomes bfloat16, which holds each of its numbers."""
     return "BF16" if tensor.dtype == FP8 else tensor.dtype
@@ -332,17 +349,11 @@ class _Resolver:
         self.problems: dict[str, str] = {}
 
     def run(self) -> list[Match]:
-        matches = [match for row, layer in self._walk() for match in self._match(row, layer)]
+        matches = [match for row, layer in _walk(self.config) for match in self._match(row, layer)]
         self.problems |= {n: "unknown" for n in self.tensors if n not in self.used}
         if self.problems:
             raise _problem_error(self.problems)
         return matches
-
-    def _walk(self) -> Iterator[tuple[Row, int]]:
-        for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
-            rows = list(group)
-            for layer in range(self.config.num_hidden_layers) if per_layer else (-1,):
-                yield from ((row, layer) for row in rows if row.when(self.config, layer))
 
     def _match(self, row: Row, layer: int) -> Iterator[Match]:
         if row.shape is None:
@@ -418,7 +429,7 @@ class _Resolver:
         self.used.add(name)
         if shape is not None and tensor.shape != shape:
             self.problems[name] = f"shape    {list(tensor.shape)}, expected {list(shape)}"
-        elif tensor.dtype == FP8 and self.block and len(tensor.shape) > 1:
+        elif tensor.dtype == FP8 and self.block and _has_scales(tensor):
             return tensor if self._take_scale(tensor, self.block) else None
         elif tensor.dtype not in NUMPY_DTYPES:
             self.problems[name] = f"dtype    {tensor.dtype}, expected {', '.join(NUMPY_DTYPES)}"
@@ -429,12 +440,12 @@ class _Resolver:
     def _take_scale(self, tensor: SourceTensor, block: tuple[int, int]) -> SourceTensor | None:
         """The scales of an FP8 tensor: one for each block, those at the edges partial."""
         *leading, rows, columns = tensor.shape
-        scale = self._take(
-            scale_name(tensor), (*leading, -(-rows // block[0]), -(-columns // block[1]))
-        )
-        if scale and scale.dtype == FP8:
-            self.problems[scale.name] = f"dtype    {FP8}, expected {', '.join(NUMPY_DTYPES)}"
-        return scale
+        blocks = (*leading, -(-rows // block[0]), -(-columns // block[1]))
+        return self._take(scale_name(tensor), blocks)
+
+
+def _has_scales(tensor: SourceTensor) -> bool:
+    return len(tensor.shape) > 1 and not tensor.name.endswith("_scale_inv")
 
 
 def scale_name(tensor: SourceTensor) -> str:

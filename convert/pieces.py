@@ -4,13 +4,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .names import Transform
+from .headers import ITEM_BYTES
+from .names import Transform, precision
 from .plan import Entry, OutputTensor, Plan
 from .source import FP8, Segment
 
 SLICE_BYTES = 32 * 2**20
 # FP8 becomes float32 before it is rounded.
 FP8_GROWTH = 4
+# Threads that convert a piece each.
+WORKERS = 2
+# Measured on Linux: Python with its libraries, and what the plan holds for each piece and tensor.
+PROGRAM_BYTES, LISTED_BYTES = 50 * 10**6, 1000
+# Twelve float32 copies of a chunk of 2**20 weights.
+SEARCH_BYTES = 12 * 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -97,3 +104,25 @@ def fetched_bytes(pieces: Sequence[Piece], file_bytes: Mapping[str, int]) -> int
         held = {f for f in order[: i + 1] if when[f][1] >= begin} | set(order[i + 1 : i + 2])
         most = max(most, sum(file_bytes[f.name] for f in held))
     return most
+
+
+def peak_bytes(plan: Plan, pieces: Sequence[Piece]) -> int:
+    """Resident memory of the converter: the program, the lists, and a piece in each thread."""
+    listed = LISTED_BYTES * (len(pieces) + len(plan.source.tensors))
+    return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, pieces), default=0)
+
+
+def _held_bytes(piece: Piece) -> int:
+    """The most that one piece takes while it is converted."""
+    segment, entry = piece.segment, piece.entry
+    stored, num_weights = segment.nbytes, segment.nbytes // ITEM_BYTES[segment.tensor.dtype]
+    # FP8: bytes, float32 in numpy and in MLX, bfloat16.
+    held = stored + num_weights * (4 + 4 + 2) if segment.scale else 2 * stored
+    if entry.dtype != precision(segment.tensor):
+        # The cast, and what looks for numbers out of range.
+        held += num_weights * (ITEM_BYTES[entry.dtype] + 3)
+    if entry.bits is None:
+        return held
+    if entry.method == "search":
+        held += SEARCH_BYTES + piece.output_bytes
+    return held + piece.output_bytes

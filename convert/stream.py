@@ -4,7 +4,8 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,11 +15,11 @@ from qwen35_mlx.errors import CheckpointError
 from qwen35_mlx.quant.calibrate import Calibration
 
 from .calibrated import quantize_rows
-from .fp8 import dequantize_fp8, scale_rows
+from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
 from .names import Transform
-from .pieces import Piece, entry_pieces
+from .pieces import WORKERS, Piece, entry_pieces
 from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
@@ -31,7 +32,6 @@ NOT_FINITE = {
     "BF16": (0x7FFF, 0x7F80),
     FP8: (0x7F, 0x7F),
 }
-WORKERS = 2
 # Work that a crash may cost: what was written since files and journal were last flushed.
 FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
 
@@ -60,6 +60,12 @@ def stream(
     return journal.checksums
 
 
+@cache
+def threads() -> ThreadPoolExecutor:
+    """The threads of all conversions: MLX never frees what it sets up for a thread."""
+    return ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
+
+
 class _Work:
     def __init__(
         self,
@@ -74,7 +80,9 @@ class _Work:
         self.plan, self.folder, self.journal = plan, folder, journal
         self.fetcher, self.progress, self.calibration = fetcher, progress, calibration
         self.pieces = pieces
-        self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
+        self.pool = threads()
+        # Started and not yet written, in order.
+        self.running: deque[tuple[Piece, Future]] = deque()
         self.writers: dict[int, ShardWriter] = {}
         self.hashes: dict[int, Future[str]] = {}
         self.unflushed: list[tuple[Piece, int]] = []
@@ -98,28 +106,27 @@ class _Work:
                 self._finish(shard)
         if self.fetcher:
             self.fetcher.start([file.name for file in _in_order(todo)])
-        # Started and not yet written, in order.
-        running: deque[tuple[Piece, Future]] = deque()
         here: set[Path] = set()
         for piece in todo:
             if self.fetcher and not piece.segment.files <= here:
                 # A file of the source may go before the next one comes.
-                while running:
-                    self._complete(*running.popleft())
+                while self.running:
+                    self._complete(*self.running.popleft())
                 self._flush()
                 self._wait(piece)
                 here |= piece.segment.files
-            if len(running) > WORKERS:
-                self._complete(*running.popleft())
-            running.append((piece, self._start(piece)))
-        while running:
-            self._complete(*running.popleft())
+            if len(self.running) > WORKERS:
+                self._complete(*self.running.popleft())
+            self.running.append((piece, self._start(piece)))
+        while self.running:
+            self._complete(*self.running.popleft())
         self._flush()
-        self._collect(wait=True)
+        self._collect(last=True)
 
     def close(self) -> None:
         """Stop the threads; what is written but not flushed is converted again next time."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        futures = [*(future for _, future in self.running), *self.hashes.values()]
+        wait([future for future in futures if not future.cancel()])
         if self.fetcher:
             self.fetcher.stop()
         for writer in self.writers.values():
@@ -171,7 +178,7 @@ class _Work:
     def _complete(self, piece: Piece, future: Future) -> None:
         result = future.result()
         if self.in_main:
-            parts = _convert(piece, *result, self.calibration)
+            parts = _convert(piece, result, self.calibration)
             result = _write(self._writer(piece.shard), piece, parts)
         self.unflushed.append((piece, result))
         self.unflushed_bytes += piece.output_bytes
@@ -198,7 +205,7 @@ class _Work:
             self.waiting[piece.shard] -= 1
             if not self.waiting[piece.shard]:
                 self._finish(piece.shard)
-        self._collect(wait=False)
+        self._collect(last=False)
 
     def _finish(self, shard: int) -> None:
         """Name a shard of which all pieces are done."""
@@ -211,9 +218,9 @@ class _Work:
         else:
             self.hashes[shard] = self.pool.submit(self._writer(shard).finish)
 
-    def _collect(self, wait: bool) -> None:
+    def _collect(self, last: bool) -> None:
         for shard, future in list(self.hashes.items()):
-            if wait or future.done():
+            if last or future.done():
                 self.journal.add_shard(self.plan.shards[shard].file, future.result())
                 del self.hashes[shard]
                 self.writers.pop(shard, None)
@@ -233,41 +240,39 @@ def read_entry(entry: Entry) -> mx.array:
     """The whole tensor of an entry that is not quantized, as it would be written."""
     parts: list[mx.array] = []
     for piece in entry_pieces(entry):
-        parts += _convert(piece, *_read(piece.segment))
+        parts += _convert(piece, _read(piece.segment))
     return mx.concatenate(parts).reshape(entry.shape)
 
 
 def _whole(writer: ShardWriter, piece: Piece, calibration: Calibration | None) -> int:
-    crc = _write(writer, piece, _convert(piece, *_read(piece.segment), calibration))
+    crc = _write(writer, piece, _convert(piece, _read(piece.segment), calibration))
     # Pieces of the next tensor have other sizes: freed buffers would pile up.
     mx.clear_cache()
     return crc
 
 
-def _read(segment: Segment) -> tuple[np.ndarray, np.ndarray | None]:
-    """The rows of a segment as stored, and for each of them its scales."""
+def _read(segment: Segment) -> np.ndarray:
+    """The rows of a segment as stored, or FP8 times its scales in float32."""
     rows = read_rows(segment.tensor, segment.start_row, segment.stop_row)
     _check_finite(rows, segment.tensor.dtype, segment)
-    if segment.scale is None:
-        return rows, None
+    if segment.scale is None or segment.block is None:
+        return rows
     at = scale_rows(segment)
     scales = read_rows(segment.scale, int(at[0]), int(at[-1]) + 1)
     _check_finite(scales, segment.scale.dtype, segment)
-    return rows, scales[at - at[0]]
+    factors = float32(scales, segment.scale.dtype)[at - at[0]]
+    return dequantize_fp8(rows, factors, segment.block[1])
 
 
 def _convert(
-    piece: Piece,
-    rows: np.ndarray,
-    scales: np.ndarray | None,
-    calibration: Calibration | None = None,
+    piece: Piece, rows: np.ndarray, calibration: Calibration | None = None
 ) -> list[mx.array]:
     """The output rows of a piece: the weight, or weight, scales and biases."""
     entry, segment = piece.entry, piece.segment
-    x = as_mlx(rows, segment.tensor.dtype)
-    if segment.scale and segment.block and scales is not None:
-        x = dequantize_fp8(x, as_mlx(scales, segment.scale.dtype), segment.block[1])
-        _check(x, segment, "has values out of the range of bfloat16")
+    if segment.scale is None:
+        x = as_mlx(rows, segment.tensor.dtype)
+    else:
+        x = mx.array(rows).astype(mx.bfloat16)
     if entry.transform is Transform.ADD_ONE:
         # fp32: the sum needs digits that bf16 has no room for, and dtype may be float32.
         x = x.astype(mx.float32) + 1
@@ -282,9 +287,7 @@ def _convert(
     else:
         assert entry.group_size is not None and entry.method is not None
         setting = entry.bits, entry.group_size
-        parts = list(
-            quantize_rows(x, entry, piece.row, setting, entry.method, calibration)
-        )
+        parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
     parts = [mx.contiguous(part) for part in parts]
     mx.eval(parts)
     return parts
@@ -312,7 +315,9 @@ def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
     """On the bits, which takes a tenth of the time of a look at the numbers."""
     mask, limit = NOT_FINITE[dtype]
     bits = rows.view(f"<u{rows.itemsize}")
-    if bits.size and (bits & bits.dtype.type(mask)).max() >= limit:
+    step = max(2**16 // max(bits.shape[-1], 1), 1)
+    parts = (bits[i : i + step] & bits.dtype.type(mask) for i in range(0, len(bits), step))
+    if bits.size and any(part.max() >= limit for part in parts):
         raise _unusable(segment, "holds values that are not finite")
 
 

@@ -1,6 +1,7 @@
 """Affine quantization in the layout of mlx: one entry for all methods, and what it refuses."""
 
 import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 
@@ -97,6 +98,9 @@ def _check_weight(w: mx.array, group_size: int) -> None:
         )
     if not w.size:
         raise Qwen35Error("there are no weights to quantize", got=list(w.shape))
+    # No two weights of this size are too far apart.
+    if largest_magnitude(w) < 0.4 * mx.finfo(w.dtype).max:
+        return
     if not mx.all(mx.isfinite(w)).item():
         raise Qwen35Error(
             "weights that are not finite cannot be quantized",
@@ -113,6 +117,22 @@ def _check_weight(w: mx.array, group_size: int) -> None:
             got=f"{mx.max(ranges).item():.3g} from the smallest to the largest of a group",
             expected=f"at most {limit:.3g}",
         )
+
+
+def largest_magnitude(w: mx.array) -> float:
+    """The largest absolute value, nan or inf if there is one; looks at bits, not at numbers.
+
+    As whole numbers, magnitudes are in order; that takes a tenth of the time of a search by MLX.
+    """
+    kind, mask = (mx.uint32, 0x7FFFFFFF) if w.itemsize == 4 else (mx.uint16, 0x7FFF)
+    bits = np.asarray(mx.view(w, kind))
+    # Rows at a time: the masked copy stays in the cache of the processor.
+    step = max(2**16 // w.shape[-1], 1)
+    rows = bits.reshape(-1, w.shape[-1])
+    top = max(
+        int((rows[i : i + step] & bits.dtype.type(mask)).max()) for i in range(0, len(rows), step)
+    )
+    return float(np.array(mx.view(mx.array([top], dtype=kind), w.dtype).astype(mx.float32))[0])
 
 
 def _check_importance(importance: mx.array | None, inputs: int) -> None:

@@ -32,7 +32,16 @@ def one_of(*allowed: object) -> Callable[[Any], Any]:
     return check
 
 
-Source = Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
+Source = Annotated[
+    str, typer.Argument(help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id; main if unset.")
+]
+KeepSource = Annotated[
+    bool,
+    typer.Option("--keep-source", help="Keep the shards from the hub, in OUT-source."),
+]
 Bits = Annotated[
     int | None,
     typer.Option(
@@ -57,8 +66,8 @@ Method = Annotated[
     typer.Option(
         callback=one_of("minmax", "search", "gptq"),
         help="How to choose scales: minmax as mlx does; search for the least error, about ten "
-        "times slower; gptq with error feedback, from a calibration. minmax with --bits, "
-        "else the best there is.",
+        "times slower; gptq, error feedback from a calibration made for it. "
+        "minmax with --bits, else the best there is.",
     ),
 ]
 RecipeName = Annotated[
@@ -72,8 +81,7 @@ BitsPerWeight = Annotated[
     float | None, typer.Option(min=0, help="Best bits of this average, scales included.")
 ]
 Prefer = Annotated[
-    str,
-    typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed."),
+    str, typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed.")
 ]
 Context = Annotated[int, typer.Option(min=1, help="With --fit: tokens that have to fit beside.")]
 CalibrationFile = Annotated[
@@ -81,7 +89,7 @@ CalibrationFile = Annotated[
     typer.Option("--calibration", metavar="FILE", help="What an earlier --calibrate found out."),
 ]
 TextFile = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="Text to run; the bundled one if unset.")
+    Path | None, typer.Option("--text", metavar="FILE", help="Text to run; the bundled if unset.")
 ]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")]
 Thinking = Annotated[
@@ -109,6 +117,7 @@ Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the s
 
 @app.command()
 def convert(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     bits: Bits = None,
@@ -125,43 +134,63 @@ def convert(
         bool,
         typer.Option(
             "--calibrate",
-            help="Run a text through the source first, a layer at a time, to weigh errors by what "
-            "activations do; writes --calibration FILE, or OUT.calibration.safetensors.",
+            help="Run a text through the source first, a layer at a time, and weigh errors by what "
+            "activations do; writes the file of --calibration, or OUT.calibration.safetensors.",
         ),
     ] = False,
     text: TextFile = None,
+    revision: Revision = None,
+    keep_source: KeepSource = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read OUT again and compare checksums; converts first if need be."
+        ),
+    ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights."""
+    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights.
+
+    From the hub, shards are fetched one after the other and deleted when they are converted.
+    Stopped in any way, the same command goes on where it stopped.
+    """
     with user_errors():
         from .convert import convert as run
         from .convert import plan as make_plan
-        from .convert.fit import quality_settings
-        from .terminal import byte_progress, print_converted, print_lines
+        from .convert import verify as read_again
+        from .convert.page import conversion_lines
+        from .terminal import byte_progress, note, print_converted, print_lines
 
-        found = calibration_for(source, out, calibration, calibrate, text, method)
-        settings, page = quality_settings(
-            source,
-            bits=bits,
-            recipe=recipe,
-            memory=fit,
-            bits_per_weight=bits_per_weight,
-            prefer=prefer,
-            context=context,
-            calibration=found,
-            dtype=dtype,
-            method=method,
-        )
-        settings |= dict(group_size=group_size, dtype=dtype)
-        print_lines(page)
-        plan = make_plan(source, **settings)
-        with byte_progress(f"Converting {source.resolve().name}") as progress:
-            folder = run(source, out, **settings, calibration=found, progress=progress)
-        print_converted(plan, folder)
+        if not (verify and out.exists()):
+            found = calibration_for(source, out, calibration, calibrate, text, method)
+            settings, spent = quality_settings(ctx, source, found)
+            print_lines(spent)
+            plan = make_plan(source, revision=revision, **settings)
+            for line in conversion_lines(plan, keep_source):
+                note(line)
+            with byte_progress(f"Converting {plan.source.origin['source']}") as progress:
+                folder = run(
+                    source,
+                    out,
+                    revision=revision,
+                    keep_source=keep_source,
+                    progress=progress,
+                    calibration=found,
+                    **settings,
+                )
+            print_converted(plan, folder)
+        if verify:
+            with byte_progress(f"Verifying {out.name}") as progress:
+                num_bytes = read_again(out, progress)
+            print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
 
 
 @app.command()
 def plan(
-    source: Source,
+    ctx: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id; without it, what fits this machine."),
+    ] = None,
     bits: Bits = None,
     group_size: GroupSize = 64,
     dtype: Dtype = None,
@@ -171,61 +200,46 @@ def plan(
     prefer: Prefer = "quality",
     context: Context = 32768,
     calibration: CalibrationFile = None,
+    revision: Revision = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
+    ] = None,
 ) -> None:
-    """Show what convert would write: tensors, bits and bytes, from the headers alone."""
+    """Show what convert would write, what that takes, and which Macs run it; from headers alone."""
     with user_errors():
+        from .convert import page
         from .convert import plan as make_plan
-        from .convert.fit import quality_settings
+        from .convert.macs import machine_memory_bytes, this_mac
         from .terminal import print_lines, print_plan
 
-        settings, page = quality_settings(
-            source,
-            bits=bits,
-            recipe=recipe,
-            memory=fit,
-            bits_per_weight=bits_per_weight,
-            prefer=prefer,
-            context=context,
-            calibration=calibration_for(source, None, calibration),
-            dtype=dtype,
-        )
-        print_plan(make_plan(source, **settings, group_size=group_size, dtype=dtype))
-        print_lines(page)
-
-
-@app.command()
-def fidelity(
-    reference: Annotated[Path, typer.Argument(help="Folder of the original, or a converted one.")],
-    quantized: Annotated[Path, typer.Argument(help="Converted folder to judge.")],
-    text: TextFile = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
-    png: Annotated[Path | None, typer.Option(help="Also draw the errors into this file.")] = None,
-) -> None:
-    """Compare a quantized model with its original: KL, top-1, perplexity, error of each layer.
-
-    Both are read a layer at a time, so neither has to fit in memory. Ends with a JSON line.
-    """
-    with user_errors():
-        from .terminal import print_lines, quiet_libraries, steps
-
-        quiet_libraries()
-        from .config import read_config
-        from .convert.calibration import encode, read_text
-        from .convert.fidelity import fidelity as compare
-        from .convert.fidelity import plot, report_lines
-
-        ids = encode(reference, read_config(reference), read_text(text))
-        ids = ids[: max(tokens // ids.shape[1], 1), :tokens]
-        with steps("Comparing") as progress:
-            report = compare(reference, quantized, ids, progress)
-        print_lines(report_lines(report))
+        mac = this_mac()
+        if source is None:
+            print_lines(page.family_lines(machine_memory_bytes(), mac))
+            return
+        settings, spent = quality_settings(ctx, source, calibration_for(source, None, calibration))
+        planned = make_plan(source, revision=revision, **settings)
+        print_plan(planned)
+        print_lines([*spent, ""] if spent else [])
+        print_lines([*page.conversion_lines(planned), "", *page.mac_lines(planned, mac)])
         if png:
-            plot(report, png)
-        print(json.dumps(report.as_dict()))
+            page.draw(planned, png)
+
+
+def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, list[str]]:
+    """Settings of plan and convert, and lines on what a budget is spent on."""
+    from .convert.fit import quality_settings as decide
+
+    given = ctx.params
+    names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
+    options = {name: given[name] for name in names}
+    settings, spent = decide(
+        source, **options, memory=given["fit"], method=given.get("method"), calibration=found
+    )
+    return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
 
 
 def calibration_for(
-    source: Path,
+    source: str,
     out: Path | None,
     file: Path | None,
     calibrate: bool = False,
@@ -241,7 +255,6 @@ def calibration_for(
         from .quant.calibrate import load
 
         return load(file)
-    from .config import read_config
     from .convert.calibration import calibrate as run
     from .convert.calibration import encode, read_text
     from .quant.calibrate import save
@@ -254,12 +267,42 @@ def calibration_for(
         raise Qwen35Error(
             f"{file} exists already", hint="use it without --calibrate, or name another file"
         )
-    ids = encode(source, read_config(source), read_text(text))
+    ids = encode(Path(source), read_text(text))
     with steps(f"Calibrating on {ids.size:,} tokens") as progress:
         found = run(source, ids, hessians=method == "gptq", progress=progress)
     save(found, file)
     note(f"calibration written to {file}")
     return found
+
+
+@app.command()
+def fidelity(
+    reference: Annotated[Path, typer.Argument(help="Folder of the original, or a converted one.")],
+    quantized: Annotated[Path, typer.Argument(help="Converted folder to judge.")],
+    text: TextFile = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
+    ] = None,
+) -> None:
+    """Compare a quantized model with its original: KL, top-1, perplexity, error of each layer.
+
+    Both are read a layer at a time: neither has to fit in memory. The last line is JSON.
+    """
+    with user_errors():
+        from .convert.calibration import encode, read_text
+        from .convert.fidelity import fidelity as compare
+        from .convert.fidelity import plot, report_lines
+        from .terminal import print_lines, quiet_libraries, steps
+
+        quiet_libraries()
+        ids = encode(reference, read_text(text), most=tokens)
+        with steps(f"Comparing on {ids.size:,} tokens") as progress:
+            report = compare(reference, quantized, ids, progress)
+        print_lines(report_lines(report))
+        if png:
+            plot(report, png)
+        print(json.dumps(report.as_dict()))
 
 
 @app.command()

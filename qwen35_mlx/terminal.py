@@ -157,7 +157,7 @@ def steps(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
-    rows = [("module", "count", "shape", "source", "becomes", "MB")]
+    rows = [("module", "count", "shape", "source", "becomes", "bits/weight", "MB")]
     for row in plan.table():
         quantized = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
         rows.append(
@@ -167,6 +167,7 @@ def print_plan(plan: "Plan") -> None:
                 "x".join(map(str, row.shape)),
                 row.source_dtype,
                 row.role if row.role == "dropped" else quantized,
+                f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
                 f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
             )
         )

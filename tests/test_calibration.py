@@ -1,6 +1,7 @@
 """A source run through layer by layer: its moments, its measured KLs, and what convert makes of it."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -158,22 +159,27 @@ def test_an_idle_model_still_calibrates(tmp_path):
             assert mx.all(mx.isfinite(array)).item()
 
 
-def test_text_becomes_rows_of_equal_length():
-    config = json.loads((SOURCE / "config.json").read_text())
-    tokenizer = load_tokenizer(SOURCE, config, {})
+def test_text_becomes_rows_of_equal_length(tmp_path):
+    tokenizer = load_tokenizer(SOURCE, {}, {})
     text = "What is the capital of France? " * 12
     expected = tokenizer.encode(text, add_special_tokens=False)
-    ids = encode(SOURCE, config, text, length=32)
+    ids = encode(SOURCE, text, length=32)
     assert ids.shape == (len(expected) // 32, 32)
     assert ids.flatten().tolist() == expected[: ids.size]
+    assert encode(SOURCE, text, length=32, most=40).tolist() == [expected[:32]]
     # Shorter than one row: a row of its own length.
-    assert encode(SOURCE, config, text, length=5000).tolist() == [expected]
+    assert encode(SOURCE, text, length=5000).tolist() == [expected]
     for nothing in ("", "a"):
         with pytest.raises(Qwen35Error, match="the text is too short"):
-            encode(SOURCE, config, nothing)
-    small = config | {"text_config": config["text_config"] | {"vocab_size": 80}}
+            encode(SOURCE, nothing)
+    with pytest.raises(Qwen35Error, match="no checkpoint at"):
+        encode(tmp_path / "absent", text)
+    small = shutil.copytree(SOURCE, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 80
+    (small / "config.json").write_text(json.dumps(config))
     with pytest.raises(Qwen35Error, match="ids that the model does not know"):
-        encode(SOURCE, small, text)
+        encode(small, text)
 
 
 def test_a_single_short_row_is_enough(source):
@@ -184,9 +190,8 @@ def test_a_single_short_row_is_enough(source):
 
 def test_the_bundled_text_is_there_and_questions_go_through_the_template():
     assert 15_000 < len(read_text(None).encode()) < 60_000
-    config = json.loads((SOURCE / "config.json").read_text())
-    ids = encode(SOURCE, config, "Q: Who are you?\nA: I am.\n---\nplain")
-    back = load_tokenizer(SOURCE, config, {}).decode(ids[0].tolist())
+    ids = encode(SOURCE, "Q: Who are you?\nA: I am.\n---\nplain")
+    back = load_tokenizer(SOURCE, {}, {}).decode(ids[0].tolist())
     assert "<|im_start|>user\nWho are you?<|im_end|>" in back
     assert back.endswith("plain")
 

@@ -21,7 +21,7 @@ from qwen35_mlx.model import Model
 from qwen35_mlx.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = ("dense", "moe", "yarn")
+CASES = ("dense", "moe", "yarn", "next")
 PIECES = (1, 3, 63, 64, 65)
 MAX_DIFFERENCE, MAX_KL = 3e-4, 1e-9
 

@@ -313,30 +313,40 @@ def test_progress_is_two_lines_in_a_log(consoles: Any) -> None:
     out, err = consoles()
     with terminal.byte_progress("Converting [x]") as progress:
         for done in range(0, 101):
-            progress(done * 10**6, 100 * 10**6, "language_model.model.norm.weight")
+            progress(done * 10**6, 100 * 10**6, "language_model.model.norm.weight", "a.safetensors")
     first, last = err.getvalue().splitlines()
     assert first == "Converting [x] …"
     assert re.fullmatch(r"Converting \[x\]: 100\.0 MB read in \d+\.\d s", last)
     assert out.getvalue() == ""
 
 
-def test_a_long_job_tells_a_log_every_tenth(consoles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_job_tells_a_log_every_half_minute(
+    consoles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, err = consoles()
-    clock = iter(range(0, 10**6, 60))
-    monkeypatch.setattr(terminal.time, "perf_counter", lambda: float(next(clock)))
+    now = 1000.0
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: now)
+    file = "model-00003-of-00094.safetensors"
     with terminal.byte_progress("Converting") as progress:
-        for done in range(1000):
-            progress(done, 1000, f"tensor {done}")
+        for done in range(100, 201):
+            progress(done * 10**9, 200 * 10**9, f"tensor {done}", file)
+            now += 10
+        now += 20
     lines = err.getvalue().splitlines()
-    assert len(lines) == 11
-    assert lines[5] == "Converting: 50 % of 0.0 MB, tensor 500"
+    # Every third call of the hundred, and the first and last line.
+    assert len(lines) == 33 + 2
+    assert lines[1] == (
+        "Converting: 103.00 of 200.00 GB, 51 %, 100.0 MB/s, 16 min left; "
+        "model-00003-of-00094.safetensors: tensor 103"
+    )
+    assert lines[-1] == "Converting: 100,000.0 MB read in 17 min, 100,000.0 MB before"
 
 
 def test_progress_on_a_terminal_fits_its_line(consoles: Any) -> None:
     out, err = consoles(width=80, force_terminal=True, legacy_windows=False)
     tensor = "language_model.model.layers.17.linear_attn.in_proj_qkv.weight"
     with terminal.byte_progress("Converting [x]") as progress:
-        progress(2 * 10**9, 7 * 10**9, tensor)
+        progress(2 * 10**9, 7 * 10**9, tensor, "model-00003-of-00094.safetensors")
         time.sleep(0.3)
     lines = [ESCAPES.sub("", line) for line in re.split(r"[\r\n]", err.getvalue())]
     middle = next(line for line in lines if "layers.17" in line)
