@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
 
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
@@ -27,7 +27,7 @@ from qwen35_mlx.quant.calibrate import (
 from qwen35_mlx.quant.fidelity import kl_divergence
 from qwen35_mlx.weights import load_tokenizer, read_generation_config
 
-from .layerwise import LAYER, Layerwise, SourceCheckpoint, run_layer, watched
+from .layerwise import LAYER, Layerwise, SourceCheckpoint, leaves, run_layer, watched
 
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 TEXT_TOKENS = 512
@@ -49,9 +49,7 @@ def read_text(file: Path | None) -> str:
         raise Qwen35Error(f"{file} cannot be read", got=error, expected="text in UTF-8") from None
 
 
-def encode(
-    folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None = None
-) -> mx.array:
+def encode(folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None = None) -> mx.array:
     """Token ids `[B, T]` of a text in the tokens of `folder`, at most `most`; whole rows only.
 
     Passages apart by lines of `---`; one that begins with `Q: ` goes through the chat template.
@@ -130,7 +128,7 @@ def calibrate(
 
 
 def _digest(ids: mx.array) -> str:
-    return hashlib.sha256(memoryview(ids.astype(mx.int32))).hexdigest()[:32]
+    return hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
 
 
 @contextmanager
@@ -169,7 +167,7 @@ def _collecting(
 
 
 def _matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module):
+    for path, module in leaves(root):
         if hasattr(module, "to_quantized"):
             yield prefix + path, module
 
@@ -209,7 +207,7 @@ def _measure(
                 kl_divergence(ref, logits)
                 for ref, (_, _, logits) in zip(reference, run.logits(hidden), strict=True)
             ]
-            kl = mx.concatenate(kls).mean().item() * search_gain(*setting)
+            kl = float(mx.concatenate(kls).mean()) * search_gain(*setting)
             result.kls.setdefault(unit, {})[setting] = kl
             for weight, (_, module) in zip(weights, members, strict=True):
                 module.weight = weight
@@ -224,7 +222,7 @@ def _group_size(modules: Sequence[nn.Module]) -> int:
 
 
 def rounded(w: mx.array, setting: Setting) -> mx.array:
-    """The weight as mx.quantize leaves it: what a search gains is known, and takes 50 times longer."""
+    """The weight as mx.quantize leaves it: a search takes 50 times as long, its gain is known."""
     bits, group_size = setting
     parts = mx.quantize(w, group_size=group_size, bits=bits)
     back = mx.dequantize(*parts, group_size=group_size, bits=bits)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.fidelity import Fidelity
@@ -68,7 +69,8 @@ def report_lines(report: Report) -> list[str]:
         f"bits per weight       {theirs.bits_per_weight:10.3f}   {ours.bits_per_weight:10.3f}",
         f"GB                    {theirs.nbytes / 1e9:10.3f}   {ours.nbytes / 1e9:10.3f}",
         f"perplexity            {before:10.4f}   {after:10.4f}",
-        f"KL(reference || quantized): mean {f.mean_kl:.5f}, 99 % of tokens below {f.p99_kl:.5f} nats",
+        f"KL(reference || quantized): mean {f.mean_kl:.5f}, 99 % of tokens below"
+        f" {f.p99_kl:.5f} nats",
         f"same most likely token: {f.top1_agreement:.2%}",
     ]
     return lines
@@ -133,7 +135,7 @@ def _energy(a: list[mx.array], b: list[mx.array]) -> float:
     """Sum of squares of the differences, a text at a time."""
     total = 0.0
     for x, y in zip(a, b, strict=True):
-        total += mx.square(x.astype(mx.float32) - y.astype(mx.float32)).sum().item()
+        total += float(mx.square(x.astype(mx.float32) - y.astype(mx.float32)).sum())
     return max(total, 1e-30)
 
 
@@ -145,17 +147,14 @@ def _difference(a: Any, b: Any) -> str:
 def plot(report: Report, path: Path) -> None:
     """Errors by layer and the distribution of KL by token, as a PNG."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
         raise Qwen35Error(
-            "a plot needs matplotlib", hint="pip install 'qwen35-mlx[plot]'"
+            "a picture needs matplotlib", hint="pip install 'qwen35-mlx[plot]'"
         ) from None
-    import numpy as np
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     indices = [layer.index for layer in report.layers]
     left.plot(indices, [layer.own for layer in report.layers], "o-", label="this layer alone")
     accumulated = [layer.accumulated for layer in report.layers]
@@ -170,10 +169,9 @@ def plot(report: Report, path: Path) -> None:
     right.legend()
     partial = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(partial, format="png", dpi=120)
+        with partial.open("wb") as stream:
+            FigureCanvasAgg(figure).print_png(stream)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise Qwen35Error(f"cannot write {path}", got=error) from error
-    finally:
-        plt.close(figure)

@@ -1,4 +1,4 @@
-"""Bits for every tensor within a budget of bytes: from a source's headers and what is known of it."""
+"""Bits for every tensor within a budget: from a source's headers and what is known of it."""
 
 import hashlib
 import math
@@ -288,9 +288,7 @@ def _priced(
     best: Allocation,
 ) -> dict[str, list[Option]]:
     """Tables whose error is the share of the best total, plus the share of its bytes read."""
-    shares = {
-        unit: macs.read_share(config, members[0].module) for unit, members in units.items()
-    }
+    shares = {unit: macs.read_share(config, members[0].module) for unit, members in units.items()}
     read = sum(option.nbytes * shares[unit] for unit, option in best.options.items())
     return {
         unit: [
@@ -338,7 +336,9 @@ def _errors(members: list[Entry], calibration: Calibration | None) -> dict[Setti
     }
 
 
-def _carried(error: float, row: Mapping[Setting, float], measured: Mapping[Setting, float]) -> float:
+def _carried(
+    error: float, row: Mapping[Setting, float], measured: Mapping[Setting, float]
+) -> float:
     """KL at `error` on the line through the measured points, both in logarithms."""
     floor = 1e-12
     points = sorted((max(row[s], floor), max(kl, floor)) for s, kl in measured.items() if s in row)

@@ -144,7 +144,8 @@ class Layerwise:
 
     def _fill(self, module: nn.Module, weights: dict[str, mx.array], prefix: str) -> None:
         quantize_modules(module, self.checkpoint.raw_config, weights, prefix)
-        expected = {prefix + name for name, _ in tree_flatten(module.parameters())}
+        parameters: Any = tree_flatten(module.parameters())
+        expected = {prefix + name for name, _ in parameters}
         if missing := sorted(expected - weights.keys()):
             raise CheckpointError("the checkpoint lacks tensors", got=", ".join(missing[:8]))
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
@@ -189,12 +190,18 @@ class _Watched(nn.Module):
         return self.module(x, *args, **kwargs)
 
 
+def leaves(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module that holds no other, by its path."""
+    found: Any = tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
+    return list(found)
+
+
 @contextmanager
 def watched(root: nn.Module, seen: Seen) -> Iterator[None]:
     """Within the block, `seen` hears of every call of a module that could be quantized."""
     found = {
         path: module
-        for path, module in tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
+        for path, module in leaves(root)
         if hasattr(module, "to_quantized") and not path.endswith("embed_tokens")
     }
     heard = set()

@@ -1,4 +1,4 @@
-"""Which bits and group size each tensor gets: the least total error that fits into a number of bytes."""
+"""Bits and group size for each tensor: the least total error within a number of bytes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -123,8 +123,10 @@ def _lower_bound(hulls: list[list[Option]], spare: int) -> float:
         k = 0
         while k < len(options) - 1:
             # The steepest way up from here: the lower convex hull.
-            rates = [(options[k].error - o.error) / (o.nbytes - options[k].nbytes)
-                     for o in options[k + 1 :]]
+            rates = [
+                (options[k].error - o.error) / (o.nbytes - options[k].nbytes)
+                for o in options[k + 1 :]
+            ]
             j = k + 1 + int(np.argmax(rates))
             slopes.append((max(rates), options[j].nbytes - options[k].nbytes))
             k = j

@@ -1,4 +1,4 @@
-"""What calibration collects: second moments of each matrix's inputs, Hessians, errors of options."""
+"""What calibration collects: second moments of inputs, Hessians, errors of options."""
 
 # N rows, I inputs, E experts.
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -61,7 +62,9 @@ class Moments:
         self.sums = mx.zeros((max(num_experts, 1), inputs))
         # Too many experts share one Hessian.
         fits = 4 * num_experts * inputs * inputs <= MAX_HESSIAN_BYTES
-        self.outer = mx.zeros((len(self.counts) if fits else 1, inputs, inputs)) if hessian else None
+        self.outer = (
+            mx.zeros((len(self.counts) if fits else 1, inputs, inputs)) if hessian else None
+        )
 
     def add(self, x: mx.array, experts: mx.array | None = None) -> None:
         """Rows `[N, I]`, and for experts the index of each, `[N]`."""
@@ -144,7 +147,8 @@ def load(path: Path) -> Calibration:
     """Read what `save` wrote."""
     hint = "make one with: qwen35-mlx convert SRC OUT --calibrate"
     try:
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        read: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+        arrays, metadata = read
         # Now, for all threads: an array waiting to be read belongs to one.
         mx.eval(arrays)
         if metadata.get("format") != FORMAT:
@@ -207,8 +211,9 @@ def option_errors(
 ) -> dict[Setting, float]:
     """Share of the output's energy lost by each option that fits `w [..., I]`, when searched for.
 
-    Inputs are taken as uncorrelated, with `moments [I]` or `[E, I]`. Rounded as mx.quantize does, on
-    a sample of rows, and scaled by what the search gains on Gaussian weights: 50 times faster.
+    Inputs are taken as uncorrelated, with `moments [I]` or `[E, I]`. A sample of rows is rounded as
+    mx.quantize does, its error scaled by what the search gains on Gaussian weights: 50 times
+    faster.
     """
     rows = w.reshape(-1, w.shape[-1])
     weight = mx.ones((1, w.shape[-1])) if moments is None else moments.reshape(-1, w.shape[-1])
@@ -224,12 +229,12 @@ def option_errors(
 def _minmax_errors(
     rows: mx.array, weight: mx.array, settings: Iterable[Setting]
 ) -> dict[Setting, float]:
-    energy = (mx.square(rows) * weight).sum().item()
+    energy = float((mx.square(rows) * weight).sum())
     errors = {}
     for bits, group_size in settings:
         parts = mx.quantize(rows, group_size=group_size, bits=bits)
         back = mx.dequantize(*parts, group_size=group_size, bits=bits)
-        lost = (mx.square(back - rows) * weight).sum().item()
+        lost = float((mx.square(back - rows) * weight).sum())
         errors[bits, group_size] = lost / energy if energy > 0 else 0.0
     return errors
 
@@ -238,13 +243,11 @@ def _minmax_errors(
 def typical_errors() -> dict[Setting, float]:
     """Share of energy that each setting loses of Gaussian weights when searched for."""
     w = _gaussian()
-    energy = mx.square(w).sum().item()
+    energy = mx.square(w).sum()
     errors = {}
     for bits, group_size in SETTINGS:
-        parts = quantize(w, bits, group_size, "search")
-        errors[bits, group_size] = (
-            mx.square(dequantize(*parts, bits, group_size) - w).sum().item() / energy
-        )
+        back = dequantize(*quantize(w, bits, group_size, "search"), bits, group_size)
+        errors[bits, group_size] = float(mx.square(back - w).sum() / energy)
     return errors
 
 

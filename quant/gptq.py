@@ -81,7 +81,7 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
 def _feed_back(
     rows: mx.array, bits: int, group_size: int, factor: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes [E * R, inputs], scales and biases of rows [E, R, inputs], factors [E, inputs, inputs]."""
+    """Codes [E * R, inputs], scales, biases of rows [E, R, inputs], factors [E, inputs, inputs]."""
     dtype, levels = rows.dtype, 2**bits - 1
     num, num_rows, inputs = rows.shape
     rest = rows.astype(mx.float32)

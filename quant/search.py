@@ -83,7 +83,8 @@ def fit(
 ) -> tuple[mx.array, mx.array]:
     """Scales and biases [R, K] for `rows [R, inputs]`, in `dtype` or theirs.
 
-    `importance` is [inputs], or [R, inputs] with a row of its own for each. Columns of no importance do not count, except in groups that have no others.
+    `importance` is [inputs], or [R, inputs] with a row of its own for each. Columns of no
+    importance do not count, except in groups that have no others.
     """
     dtype, levels = dtype or rows.dtype, 2**bits - 1
     grouped = rows.reshape(rows.shape[0], -1, group_size)

@@ -133,9 +133,7 @@ def test_option_errors_are_those_of_the_quantized_output():
     errors = option_errors(w, moments)
     assert set(errors) == set(SETTINGS)
     for bits, group_size in ((2, 64), (4, 32), (8, 128)):
-        back = dequantize(
-            *quantize(w, bits, group_size, "search", moments), bits, group_size
-        )
+        back = dequantize(*quantize(w, bits, group_size, "search", moments), bits, group_size)
         lost = np.square(x @ np.array(back - w).T).sum() / np.square(x @ np.array(w).T).sum()
         assert errors[bits, group_size] == pytest.approx(lost, rel=0.25)
     by_bits = [errors[bits, 64] for bits in (2, 3, 4, 5, 6, 8)]

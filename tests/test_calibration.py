@@ -1,4 +1,4 @@
-"""A source run through layer by layer: its moments, its measured KLs, and what convert makes of it."""
+"""A source run through layer by layer: moments, measured KLs, and what convert makes of them."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ from test_mlx_lm import assert_equal_logits
 
 import qwen35_mlx
 from qwen35_mlx.bundled import SOURCE
-from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert import calibration as module
+from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.calibrated import quantize_rows
 from qwen35_mlx.convert.calibration import calibrate, encode, read_text
 from qwen35_mlx.convert.fidelity import fidelity
@@ -61,7 +61,9 @@ def test_moments_are_those_of_the_whole_model(source, calibration, tmp_path):
     moments, hessian = calibration.of(f"{TRUNK}layers.1.self_attn.o_proj")
     np.testing.assert_allclose(moments, (x**2).mean(axis=0), rtol=1e-3)
     np.testing.assert_allclose(hessian, x.T @ x / len(x), rtol=1e-2, atol=1e-5)
-    ((rows, (experts,)),) = recorded_inputs(model, lambda m: (m.layers[3].mlp.switch_mlp, "down_proj"))
+    ((rows, (experts,)),) = recorded_inputs(
+        model, lambda m: (m.layers[3].mlp.switch_mlp, "down_proj")
+    )
     rows, experts = np.array(rows)[:, 0], np.array(experts)
     typical = (rows**2).mean(axis=0)
     for e in range(3):

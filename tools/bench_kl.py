@@ -25,7 +25,7 @@ from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.quant.fidelity import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
-from data import conversation, held_out  # noqa: E402
+from data import conversation, held_out
 
 SEED, TEXT_TOKENS = 7, 256
 CALIBRATION_TEXTS, GRADIENT_TEXTS, NUM_QUESTIONS = 32, 8, 48
@@ -100,9 +100,7 @@ def peers(source: Path, work: Path, ids: mx.array) -> Iterator[tuple[float, str,
         model.set_dtype(mx.float32)
         widths = (low, 64, high, 64)
         found = dict(
-            dynamic_quant.estimate_sensitivities(
-                model, ids[:GRADIENT_TEXTS], *widths, batch_size=4
-            )
+            dynamic_quant.estimate_sensitivities(model, ids[:GRADIENT_TEXTS], *widths, batch_size=4)
         )
         model = mlx_lm.load(str(source))[0]
         limit = dynamic_quant.estimate_threshold(model, found, plain_bpw[bits], *widths)
