@@ -69,8 +69,13 @@ def memory_bytes(text: str) -> int:
     return int(float(match[1]) * macs.GIB)
 
 
-def mac_budget(config: ModelConfig, memory: int, context: int) -> MacBudget:
-    """Weights that fit beside `context` tokens, if the GPU's limit is raised as far as is sane."""
+def mac_budget(config: ModelConfig, memory: int, context: int | None = None) -> MacBudget:
+    """Weights that fit beside `context` tokens, if the GPU's limit is raised as far as is sane.
+
+    Without `context` it is 32,768 tokens, or all that the model can read if that is less.
+    """
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.context_length)
     if context > config.context_length:
         raise Qwen35Error(
             "the context is longer than the model's",
@@ -158,7 +163,7 @@ def fit_mac(
     source: str | Path | Source,
     memory: int,
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     prefer: str = "quality",
     calibration: Calibration | None = None,
     dtype: str | None = None,
@@ -189,7 +194,7 @@ def quality_settings(
     memory: str | None = None,
     bits_per_weight: float | None = None,
     prefer: str = "quality",
-    context: int = DEFAULT_CONTEXT,
+    context: int | None = None,
     calibration: Calibration | None = None,
     dtype: str | None = None,
     method: str | None = None,

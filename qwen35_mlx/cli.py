@@ -83,7 +83,10 @@ BitsPerWeight = Annotated[
 Prefer = Annotated[
     str, typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed.")
 ]
-Context = Annotated[int, typer.Option(min=1, help="With --fit: tokens that have to fit beside.")]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --fit: tokens that have to fit beside; 32,768 if unset."),
+]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option("--calibration", metavar="FILE", help="What an earlier --calibrate found out."),
@@ -128,7 +131,7 @@ def convert(
     fit: Fit = None,
     bits_per_weight: BitsPerWeight = None,
     prefer: Prefer = "quality",
-    context: Context = 32768,
+    context: Context = None,
     calibration: CalibrationFile = None,
     calibrate: Annotated[
         bool,
@@ -198,7 +201,7 @@ def plan(
     fit: Fit = None,
     bits_per_weight: BitsPerWeight = None,
     prefer: Prefer = "quality",
-    context: Context = 32768,
+    context: Context = None,
     calibration: CalibrationFile = None,
     revision: Revision = None,
     png: Annotated[
