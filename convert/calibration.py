@@ -25,6 +25,7 @@ from qwen35_mlx.quant.calibrate import (
     unit_of,
 )
 from qwen35_mlx.quant.fidelity import kl_divergence
+from qwen35_mlx.quant.gptq import feedback_gain
 from qwen35_mlx.weights import load_tokenizer, read_generation_config
 
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, leaves, run_layer, watched
@@ -110,20 +111,21 @@ def calibrate(
     hidden = run.embed(ids)
     num_measured = max(MEASURED_TOKENS // ids.shape[1], 1)
     inputs, layers = [], []
+    gains: dict[str, float] = {}
     for index in range(num_layers):
         report(index, num_layers, f"layer {index}")
         layer = run.layer(index)
         if measure:
             layers.append(layer)
             inputs.append(hidden[:num_measured])
-        with _collecting(result, layer, LAYER.format(index), checkpoint, hessians):
+        with _collecting(result, layer, LAYER.format(index), checkpoint, hessians, gains):
             hidden = run_layer(layer, hidden)
-    with _collecting(result, run.ends, "", checkpoint, hessians):
+    with _collecting(result, run.ends, "", checkpoint, hessians, gains):
         for _, _, logits in run.logits(hidden):
             mx.eval(logits)
     if measure:
         inputs.append(hidden[:num_measured])
-        _measure(result, run, layers, inputs, ids[:num_measured], report)
+        _measure(result, run, layers, inputs, ids[:num_measured], gains, report)
     return result
 
 
@@ -138,6 +140,7 @@ def _collecting(
     prefix: str,
     checkpoint: SourceCheckpoint,
     hessians: bool,
+    gains: dict[str, float],
 ) -> Iterator[None]:
     """Moments of all inputs within `root` while the block runs, then the errors of its options."""
     moments: dict[str, Moments] = {}
@@ -162,7 +165,11 @@ def _collecting(
             result.hessians[name] = hessian
     for module, matrix in _matrices(root, prefix):
         if module in checkpoint.quantizable:
-            result.errors[module] = option_errors(matrix.weight, result.of(module)[0])
+            second, hessian = result.of(module)
+            gain = 1.0 if hessian is None else feedback_gain(hessian)
+            gains[module] = gain
+            errors = option_errors(matrix.weight, second)
+            result.errors[module] = {setting: gain * error for setting, error in errors.items()}
     mx.eval(result.moments, result.hessians)
 
 
@@ -178,6 +185,7 @@ def _measure(
     layers: Sequence[DecoderLayer],
     inputs: Sequence[list[mx.array]],
     ids: mx.array,
+    gains: dict[str, float],
     report: Progress,
 ) -> None:
     """KL of each unit alone: round it, run from there to the logits, compare with the model."""
@@ -207,8 +215,9 @@ def _measure(
                 kl_divergence(ref, logits)
                 for ref, (_, _, logits) in zip(reference, run.logits(hidden), strict=True)
             ]
-            kl = float(mx.concatenate(kls).mean()) * search_gain(*setting)
-            result.kls.setdefault(unit, {})[setting] = kl
+            # Less by what the search gains, and error feedback where there will be some.
+            gain = sum(gains[name] for name, _ in members) / len(members) * search_gain(*setting)
+            result.kls.setdefault(unit, {})[setting] = gain * float(mx.concatenate(kls).mean())
             for weight, (_, module) in zip(weights, members, strict=True):
                 module.weight = weight
 

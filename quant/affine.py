@@ -11,8 +11,6 @@ from .search import search
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 METHODS = ("minmax", "search", "gptq")
-# These need nothing but the weights.
-DATA_FREE_METHODS = ("minmax", "search")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 

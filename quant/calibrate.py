@@ -109,7 +109,8 @@ class Calibration:
     num_tokens: int
     moments: dict[str, mx.array] = field(default_factory=dict)
     hessians: dict[str, mx.array] = field(default_factory=dict)
-    # Share of the output's energy that an option loses, and KL in nats where it was measured.
+    # Share of the output's energy that an option loses, and KL in nats where it was measured; with
+    # error feedback where there are Hessians.
     errors: dict[str, dict[Setting, float]] = field(default_factory=dict)
     kls: dict[str, dict[Setting, float]] = field(default_factory=dict)
 

@@ -78,6 +78,21 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
     return mx.array(np.triu(upper).astype(np.float32))
 
 
+def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:
+    """Error of products with feedback relative to that without, for `hessian [..., I, I]`.
+
+    A column's rounding costs its input's variance without, and with feedback only what the later
+    inputs leave unexplained of it.
+    """
+    gains = []
+    for own in hessian.reshape(-1, *hessian.shape[-2:]):
+        factor = inverse_factor(own, own.shape[0], damping)
+        left = float((1 / mx.square(mx.diag(factor))).sum())
+        total = float(mx.diag(own).sum()) * (1 + damping)
+        gains.append(left / total if total > 0 else 1.0)
+    return sum(gains) / len(gains)
+
+
 def _feed_back(
     rows: mx.array, bits: int, group_size: int, factor: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
