@@ -56,8 +56,8 @@ def mac_lines(planned: Plan, own: Mac | None = None) -> list[str]:
     config = planned.config
     contexts = [c for c in CONTEXTS if c <= config.context_length] or [config.context_length]
     needed = [running_bytes(config, planned, context) for context in contexts]
-    head = ["memory when running", "", "", *(f"{n / 1e9:,.1f} GB" for n in needed), ""]
-    rows = [["Mac", "memory", "GPU limit", *(_tokens(c) for c in contexts), "tok/s"], head]
+    total = ["memory when running", "", "", *(f"{n / 1e9:,.1f} GB" for n in needed), ""]
+    rows = [["Mac", "memory", "GPU limit", *(_tokens(c) for c in contexts), "tok/s"], total]
     macs = [own, *MACS] if own else list(MACS)
     for mac in macs:
         fits = [_fits(mac, n) for n in needed]

@@ -95,7 +95,8 @@ def open_source(folder: Path) -> Source:
         raise CheckpointError(
             f"no checkpoint at {folder}",
             got="a file" if folder.exists() else "no such folder",
-            expected="a folder with config.json and *.safetensors, or a hub id such as owner/name",
+            expected="a folder with config.json and *.safetensors",
+            hint="a hub id is written OWNER/NAME",
         )
     config = read_config(folder)
     path = folder / INDEX_FILE

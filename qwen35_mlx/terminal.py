@@ -157,7 +157,7 @@ def steps(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
-    rows = [("module", "count", "shape", "source", "becomes", "bits/weight", "MB")]
+    rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
     for row in plan.table():
         quantized = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
         rows.append(
@@ -173,7 +173,7 @@ def print_plan(plan: "Plan") -> None:
         )
     columns = list(zip(*rows, strict=True))
     if out.is_terminal and _width(columns) > out.width:
-        del columns[3]
+        del columns[3], columns[-2]
     for line in zip(*(_aligned(column) for column in columns), strict=True):
         out.print("  ".join(line), markup=False)
     out.print(_totals(plan))

@@ -165,10 +165,12 @@ def test_plan_prints_a_table_and_writes_nothing(run: Any, tmp_path: Path) -> Non
     result = run("plan", tmp_path / "src", "--bits", "3", "--group-size", "128")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["module", "count", "shape", "source", "becomes", "MB"]
+    assert lines[0].split() == ["module", "count", "shape", "source", "becomes", "bpw", "MB"]
     embedding = next(line for line in lines if line.startswith("embed_tokens"))
-    assert embedding.split()[1:-1] == ["1", "96x128", "BF16", "3-bit", "g128"]
-    assert "bits per weight" in lines[-1]
+    assert embedding.split()[1:-1] == ["1", "96x128", "BF16", "3-bit", "g128", "3.25"]
+    assert any("bits per weight of the text model" in line for line in lines)
+    assert any(line.startswith("while converting: ") for line in lines)
+    assert any(line.split()[:5] == ["M2", "Ultra", "192", "GB", "155"] for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
@@ -179,10 +181,39 @@ def test_convert_tells_progress_on_stderr_and_the_result_on_stdout(
     result = run("convert", DEMO, out, "--bits", "4")
     assert result.exit_code == 0
     assert f"written to {out}" in result.stdout
-    assert result.stderr.splitlines()[0] == "Converting demo …"
+    assert "\nConverting demo …\n" in result.stderr
     assert "MB read in" in result.stderr
     assert f"next: qwen35-mlx chat '{out}'" in result.stderr
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == 4
+
+
+def test_verify_reads_everything_again(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("convert", DEMO, out, "--verify")
+    assert result.exit_code == 0
+    assert "are as they were written" in result.stdout
+    result = run("convert", DEMO, out, "--verify")
+    assert (result.exit_code, "written to" in result.stdout) == (0, False)
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = out / name
+        raw = bytearray(path.read_bytes())
+        raw[-2] ^= 1
+        path.write_bytes(raw)
+        result = run("convert", DEMO, out, "--verify")
+        assert result.exit_code == 1
+        assert f"got: {name} has another checksum" in result.stderr
+        raw[-2] ^= 1
+        path.write_bytes(raw)
+    (out / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in run("convert", DEMO, out, "--verify").stderr
+
+
+def test_plan_without_a_source_is_about_this_machine(run: Any) -> None:
+    result = run("plan")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    row = next(line for line in lines if line.startswith("Qwen3.5-397B-A17B"))
+    assert row.split()[1:3] == ["173.5", "GB,"]
 
 
 def test_convert_refuses_to_write_over_a_folder(run: Any, tmp_path: Path) -> None:

@@ -8,7 +8,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import EXPERT_WIDTH, Tensors, as_mlx, assert_nothing_left, stored, write_checkpoint
+from checkpoints import (
+    EXPERT_WIDTH,
+    Tensors,
+    as_mlx,
+    assert_nothing_left,
+    random_tensors,
+    safetensors_bytes,
+    stored,
+    write_checkpoint,
+)
 
 from qwen35_mlx.convert import convert, pieces
 from qwen35_mlx.errors import Qwen35Error
@@ -144,6 +153,42 @@ def test_one_file_and_many_shards_give_the_same_file(tmp_path):
         convert(tmp_path / f"src{num_shards}", tmp_path / f"out{num_shards}")
     one, two, seven = ((tmp_path / f"out{n}" / "model.safetensors").read_bytes() for n in (1, 2, 7))
     assert one == two == seven
+
+
+def test_experts_strewn_over_shards_give_the_same_file(tmp_path):
+    write_checkpoint(tmp_path / "fused", moe=True)
+    tensors = write_checkpoint(tmp_path / "src", moe=True, experts="each")
+    expected = convert(tmp_path / "fused", tmp_path / "out") / "model.safetensors"
+    (tmp_path / "src" / "model.safetensors").unlink()
+    for seed in range(3):
+        files = [f"model-{i:05}-of-00006.safetensors" for i in range(1, 7)]
+        names = list(tensors)
+        np.random.default_rng(seed).shuffle(names)
+        for i, file in enumerate(files):
+            part = {name: tensors[name] for name in names[i::6]}
+            (tmp_path / "src" / file).write_bytes(safetensors_bytes(part))
+        weight_map = {name: files[i % 6] for i, name in enumerate(names)}
+        index = tmp_path / "src" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        got = convert(tmp_path / "src", tmp_path / f"out{seed}") / "model.safetensors"
+        assert got.read_bytes() == expected.read_bytes()
+
+
+def test_fused_mtp_experts_are_carried_too(tmp_path):
+    fused = {
+        "mtp.layers.0.mlp.experts.gate_up_proj": (3, 2 * EXPERT_WIDTH, 128),
+        "mtp.layers.0.mlp.experts.down_proj": (3, 128, EXPERT_WIDTH),
+    }
+
+    def fuse(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith("mtp.layers.0.mlp.experts.")]:
+            del tensors[name]
+        tensors.update(random_tensors(fused, "BF16"))
+
+    tensors = write_checkpoint(tmp_path / "src", moe=True, mtp=True, change=fuse)
+    written = load(convert(tmp_path / "src", tmp_path / "out", bits=2))
+    for name in fused:
+        assert mx.array_equal(written[name], as_mlx(tensors[name]))
 
 
 def test_text_only_and_whole_checkpoints_give_the_same_file(tmp_path):

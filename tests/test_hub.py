@@ -189,3 +189,18 @@ def test_an_index_of_the_hub_names_no_file_elsewhere(tmp_path, source, fake, nam
     with pytest.raises(CheckpointError, match="outside the folder"):
         convert(REPO, tmp_path / "out", **SETTINGS)
     assert os.listdir(tmp_path) and not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [((200_000_000).to_bytes(8, "little"), "header is too long"),
+     ((2**63).to_bytes(8, "little"), "header is longer than the file")],
+)  # fmt: skip
+def test_a_header_of_hundreds_of_megabytes_is_refused_unfetched(source, fake, prefix, message):
+    path = source / "model-00002-of-00005.safetensors"
+    with path.open("r+b") as stream:
+        stream.write(prefix)
+        stream.truncate(300_000_000)
+    with pytest.raises(CheckpointError, match=message):
+        plan(REPO)
+    assert fake.served[path.name] <= hub.FIRST_BYTES

@@ -1,7 +1,6 @@
 """Stopped anywhere and started again, a conversion ends with the same bytes as in one go."""
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import assert_nothing_left, write_checkpoint
 
@@ -280,28 +278,3 @@ def test_a_damaged_job_file_is_refused(tmp_path, source, small_pieces, raw):
     (work(tmp_path) / "job.json").write_bytes(raw)
     with pytest.raises(Qwen35Error, match=r"job.json is damaged"):
         convert(source, tmp_path / "out", **SETTINGS)
-
-
-def test_pieces_written_by_threads_in_any_order_are_the_file(tmp_path):
-    from qwen35_mlx.convert.plan import OutputTensor
-
-    tensors = [OutputTensor("a", "U32", (64, 4)), OutputTensor("b", "BF16", (64, 3))]
-    data = {t.name: np.random.default_rng(1).bytes(t.nbytes) for t in tensors}
-    jobs = [(t.name, i * t.nbytes // 64, t.nbytes // 64) for t in tensors for i in range(64)]
-    random.Random(2).shuffle(jobs)
-    path = tmp_path / "model.safetensors"
-    writer = shards.ShardWriter(path, tensors)
-    for name, start, nbytes in jobs[:60]:
-        writer.write(name, start, memoryview(data[name][start : start + nbytes]))
-    writer.close()
-    writer = shards.ShardWriter(path, tensors)
-    for name, start, nbytes in jobs[60:]:
-        writer.write(name, start, memoryview(data[name][start : start + nbytes]))
-    assert not path.exists()
-    writer.missing_bytes = 0
-    digest = writer.finish()
-    raw = path.read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    assert list(header) == ["__metadata__", "a", "b"]
-    assert raw.endswith(data["a"] + data["b"])
-    assert digest == shards.sha256(path)
