@@ -87,7 +87,7 @@ def test_more_memory_is_better_and_experts_give_first(flagship):
     assert bits[f"{layer}mlp.gate"] == 8
     assert bits[f"{layer}mlp.switch_mlp.gate_proj"] == bits[f"{layer}mlp.switch_mlp.up_proj"] <= 4
     assert bits[f"{layer}self_attn.o_proj"] > bits[f"{layer}mlp.switch_mlp.down_proj"]
-    assert bits["language_model.model.layers.0.linear_attn.out_proj"] == 8
+    assert bits["language_model.model.layers.0.linear_attn.out_proj"] >= 6
 
 
 def test_a_mac_too_small_is_told_how_much_would_do(flagship):
