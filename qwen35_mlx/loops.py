@@ -1,7 +1,7 @@
 """A detector of answers that repeat themselves without end."""
 
 # Tokens. Tables, lists of numbers and boilerplate repeat too, but not for so long.
-MIN_REPEATED_TOKENS = 384
+MIN_REPEATED_TOKENS = 512
 MIN_REPEATS = 4
 GRAM = 8
 

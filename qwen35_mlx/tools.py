@@ -49,9 +49,12 @@ class ToolCallParser:
         rest, self._pending = self._pending, ""
         if self._state == self._text:
             # The beginning of a call that was cut is no text either.
-            return self._said("" if rest.lstrip().startswith(OPEN[:5]) else rest)
+            return self._said("" if rest.lstrip().startswith(OPEN[:7]) else rest)
         if self._state == self._value:
-            self._raw.setdefault(self._parameter, rest.removeprefix("\n"))
+            # Its end may be there, and only what has to follow be cut.
+            closed = rest.startswith(PARAMETER_END, self._scanned)
+            value = rest[: self._scanned].removesuffix("\n") if closed else rest
+            self._raw[self._parameter] = value.removeprefix("\n")
         return [self._call(complete=self._state == self._end)]
 
     def _text(self, pieces: list[Piece]) -> bool:
