@@ -71,7 +71,7 @@ def fork(cache: Sequence[Any], point: Snapshot) -> list[CacheEntry]:
     forked: list[CacheEntry] = []
     for entry, kept in zip(cache, point.entries, strict=True):
         if isinstance(kept, int):
-            copy: CacheEntry = KVCache()
+            copy: Any = KVCache()
             if kept:
                 copy.keys, copy.values = entry.keys[..., :kept, :], entry.values[..., :kept, :]
                 copy.offset = kept

@@ -91,9 +91,8 @@ class Chat:
     def __post_init__(self) -> None:
         if self.system:
             self.messages.insert(0, {"role": "system", "content": self.system})
-        if self.on_loop not in LOOP_ACTIONS:
-            raise Qwen35Error("unknown on_loop", got=self.on_loop, expected=", ".join(LOOP_ACTIONS))
-        self._store = self.store or PrefixStore(self.model)
+        self.set_on_loop(self.on_loop)
+        self.prefixes = self.store or PrefixStore(self.model)
         self._cache: PromptCache | None = None
         self._read_ahead_tokens = 0
 
@@ -103,19 +102,26 @@ class Chat:
         Closing the iterator early, or an interrupt, keeps what was said so far; if the prompt
         is refused, or stopped while it is read, the message is taken back.
         """
-        yield from self._reply([*self.messages, {"role": "user", "content": text}], progress)
+        yield from self._reply([*self.messages, _user(text)], progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Answer the last message again; the old answer is gone once the new one begins."""
         turn = self._last_turn()
         yield from self._reply(self.messages[: turn + 1], progress)
 
+    def edit(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
+        """Say `text` in place of the last message; that is gone once the answer begins."""
+        yield from self._reply([*self.messages[: self._last_turn()], _user(text)], progress)
+
     def undo(self) -> str:
         """Take the last message and all behind it back; returns its text."""
-        turn = self._last_turn()
-        text = self.messages[turn]["content"]
-        self.messages = self.messages[:turn]
-        return str(text)
+        text = self.last_message()
+        self.messages = self.messages[: self._last_turn()]
+        return text
+
+    def last_message(self) -> str:
+        """What the user said last."""
+        return str(self.messages[self._last_turn()]["content"])
 
     @property
     def tool_calls(self) -> list[ToolCall]:
@@ -142,6 +148,22 @@ class Chat:
         self.system = system
         self.messages = [{"role": "system", "content": system}] if system else []
         self.stats = TurnStats()
+
+    def set_system(self, system: str) -> None:
+        """Another system prompt for the same conversation, which is then read anew."""
+        behind = self.messages[1:] if self.system else self.messages
+        self.system = system
+        self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
+
+    def set_on_loop(self, action: str) -> None:
+        """What to do about an answer that repeats itself."""
+        if action not in LOOP_ACTIONS:
+            raise Qwen35Error("unknown on_loop", got=action, expected=", ".join(LOOP_ACTIONS))
+        self.on_loop = action
+
+    def thinks(self) -> bool:
+        """Whether the template opens a thought."""
+        return self._opens_thought(encode_text(self.tokenizer, self._render([_user("a")], True)))
 
     def num_context_tokens(self) -> int:
         """How long the next prompt is without its message."""
@@ -171,7 +193,7 @@ class Chat:
         ids = self._next_prefix()
         if len(ids) >= self.model.config.context_length:
             return
-        cache = self._cache = self._store.take(ids, self._cache, self)
+        cache = self._cache = self.prefixes.take(ids, self._cache, self)
         start = len(cache.ids)
         try:
             cache.read(
@@ -182,28 +204,33 @@ class Chat:
             )
         finally:
             self._read_ahead_tokens += len(cache.ids) - start
-            self._store.trim()
+            self.prefixes.trim()
 
     def start_reading_ahead(self) -> None:
         """`read_ahead` in the background; whatever is asked of the chat next stops it."""
-        self._store.read_ahead(self.read_ahead)
+        self.prefixes.read_ahead(self.read_ahead)
 
     def stop_reading_ahead(self, *, wait_for_end: bool = False) -> None:
         """End the reading in the background, at once or when it is done."""
-        self._store.stop_reading(wait_for_end=wait_for_end)
+        self.prefixes.stop_reading(wait_for_end=wait_for_end)
 
-    def save(self, session: str | os.PathLike[str]) -> Path:
-        """Store messages, ids and cache under a name, or at a path; returns the file's."""
+    def save(self, session: str | os.PathLike[str], *, with_cache: bool = True) -> Path:
+        """Store messages, ids and cache under a name, or at a path; returns the file's.
+
+        Without the cache it is quick; an older one stays and is used as far as it goes.
+        """
         from .sessions import save_conversation
 
-        self._store.stop_reading()
+        self.prefixes.stop_reading()
         conversation = {
             "messages": self.messages,
             "tools": list(self.tools),
             "enable_thinking": self.enable_thinking,
             "think_budget": self.think_budget,
         }
-        return save_conversation(session, conversation, self.model, self._cache)
+        return save_conversation(
+            session, conversation, self.model, self._cache if with_cache else None
+        )
 
     def load(self, session: str | os.PathLike[str]) -> str | None:
         """Go on with a saved conversation, without a prefill; returns a warning if it needs one."""
@@ -218,23 +245,23 @@ class Chat:
         self.system = first["content"] if first.get("role") == "system" else None
         self.stats = TurnStats()
         if cache is not None:
-            self._cache = self._store.take(cache.ids, cache, self)
-            self._store.trim()
+            self._cache = self.prefixes.take(cache.ids, cache, self)
+            self.prefixes.trim()
         return warning
 
     def _leave(self) -> None:
-        self._store.stop_reading()
+        self.prefixes.stop_reading()
         if self._cache is not None:
             self._cache.close()
             self._cache = None
-            self._store.trim()
+            self.prefixes.trim()
 
-    def sampling_params(self, thinking: bool | None = None) -> SamplingParams:
-        """What the next answer is drawn with; `thinking` is looked up in the template if None."""
-        if thinking is None:
-            probe = [{"role": "user", "content": "a"}]
-            thinking = self._opens_thought(encode_text(self.tokenizer, self._render(probe, True)))
-        params = preset_params(self.preset, thinking, self.model.sampling_defaults)
+    def sampling_params(
+        self, thinking: bool | None = None, preset: str | None = None
+    ) -> SamplingParams:
+        """What the next answer is drawn with; whether it thinks is for the template if None."""
+        thinking = self.thinks() if thinking is None else thinking
+        params = preset_params(preset or self.preset, thinking, self.model.sampling_defaults)
         return params.updated(**{k: v for k, v in self.sampling.items() if k != "seed"})
 
     def _last_turn(self) -> int:
@@ -248,7 +275,7 @@ class Chat:
     ) -> Generator[Piece, None, None]:
         """Read `messages`, which then are the conversation, and yield the answer to them."""
         started = time.perf_counter()
-        self._store.stop_reading()
+        self.prefixes.stop_reading()
         prompt, boundary = self._prompt(messages)
         check_ids(prompt, self.model.config.vocab_size)
         room = self.model.config.context_length - len(prompt)
@@ -258,7 +285,7 @@ class Chat:
         sampler = Sampler(
             self.sampling_params(thinking), mx.array(prompt), self.sampling.get("seed")
         )
-        cache = self._cache = self._store.take(prompt[:-1], self._cache, self)
+        cache = self._cache = self.prefixes.take(prompt[:-1], self._cache, self)
         num_kept = len(cache.ids)
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
         stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
@@ -269,7 +296,7 @@ class Chat:
         finally:
             # Of use to every turn and to other conversations, if only as a reserve.
             cache.touch(system_end)
-            self._store.trim()
+            self.prefixes.trim()
         self.stats, self.messages = stats, messages
         splitter = ThoughtSplitter(thinking)
         parser = ToolCallParser(self.tools) if self.tools else None
@@ -400,8 +427,8 @@ class Chat:
         return len(self._before_message(system)) if system or self.tools else 0
 
     def _before_message(self, messages: Sequence[Message]) -> list[int]:
-        texts = [self._render([*messages, _user(text)], False) for text in ("a", "1")]
-        return encode_text(self.tokenizer, os.path.commonprefix(texts))
+        one, other = (self._render([*messages, _user(text)], False) for text in ("a", "1"))
+        return encode_text(self.tokenizer, one[: common_prefix(one, other)])
 
     def _opens_thought(self, prompt: list[int]) -> bool:
         return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>"))

@@ -80,6 +80,14 @@ Presence = Annotated[
 Repetition = Annotated[
     float | None, typer.Option(help="Divides the logits of tokens already in the text; 1 is off.")
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        callback=one_of("auto", "thinking", "coding", "instruct", "checkpoint"),
+        help="Sampling: thinking, coding or instruct as Qwen3.5's authors advise, auto by mode, "
+        "or as the checkpoint says; auto if unset, for the demo checkpoint.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the same answer again.")]
 
 
@@ -179,7 +187,25 @@ def chat(
         typer.Option("--prompt", "-p", help="Ask this and exit; repeated: further turns."),
     ] = None,
     system: System = None,
+    session: Annotated[
+        str | None, typer.Option(help="Go on with the session of this name, and save to it.")
+    ] = None,
     think: Thinking = None,
+    think_budget: Annotated[
+        int | None, typer.Option(min=1, help="Close a thought after this many tokens.")
+    ] = None,
+    on_loop: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("stop", "penalize", "off"),
+            help="An answer that repeats itself: stop it, penalize repeats, or off.",
+        ),
+    ] = "stop",
+    snapshot_memory: Annotated[
+        float, typer.Option(min=0, help="GB for points that conversations can go on from.")
+    ] = 4.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is.")] = False,
+    preset: Preset = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -193,12 +219,14 @@ def chat(
     with user_errors():
         prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
         options = sampling_options(ctx)
-        from .terminal import ChatSession, loading, quiet_libraries
+        from .talk import ChatSession
+        from .terminal import loading, quiet_libraries
 
         quiet_libraries()
         name = demo() if model is None else model
         with loading(name):
             from .chat import Chat
+            from .prefixes import PrefixStore
             from .weights import load
 
             loaded, tokenizer = load(name)
@@ -207,10 +235,36 @@ def chat(
             tokenizer,
             system=system,
             enable_thinking=think,
+            think_budget=think_budget,
             max_tokens=max_tokens,
+            # The demo is too small for the penalty that the family's presets have.
+            preset=preset or ("checkpoint" if model is None else "auto"),
             sampling={"seed": seed, **options},
+            on_loop=on_loop,
+            store=PrefixStore(loaded, int(snapshot_memory * 1e9)),
         )
-        ChatSession(conversation).run(prompts)
+        ChatSession(conversation, session, markdown=not plain).run(prompts)
+
+
+@app.command()
+def sessions(
+    name: Annotated[str | None, typer.Argument(help="Show this session's messages.")] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", help="Delete this session; repeatable.")
+    ] = None,
+) -> None:
+    """List saved conversations, show one, or remove some."""
+    with user_errors():
+        from .sessions import list_sessions, read_conversation, remove_session, session_file
+        from .terminal import note, print_conversation, print_sessions
+
+        for each in remove or ():
+            remove_session(each)
+            note(f"removed {each}")
+        if name is not None:
+            print_conversation(read_conversation(session_file(name))["messages"])
+        elif not remove:
+            print_sessions(list_sessions())
 
 
 def demo() -> str:

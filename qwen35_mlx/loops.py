@@ -49,4 +49,3 @@ class LoopDetector:
     def restart(self) -> None:
         """Forget what was seen: a loop already told is not told again at each token."""
         self.__init__()  # type: ignore[misc]
-

@@ -110,7 +110,7 @@ class Sampler:
     def penalise_repeats(self, penalty: float, answered: Sequence[int]) -> None:
         """From now on with this presence penalty; `answered` are the ids said so far."""
         self.params = self.params.updated(presence_penalty=penalty)
-        self._answered = mx.array(answered, dtype=mx.int32)
+        self._answered = mx.array(list(answered), dtype=mx.int32)
         self._in_answer = None
 
     def __call__(self, logits: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -31,7 +31,7 @@ from .prefixes import PromptCache
 FORMAT = 1
 # Points to go back to that are kept: each has the recurrent state of all layers.
 NUM_SAVED_SNAPSHOTS = 3
-SAMPLED_WORDS = 16
+SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
 
 
 def session_home() -> Path:
@@ -146,13 +146,15 @@ def _damaged(file: Path, got: str) -> SessionError:
 
 
 def model_identity(model: Model) -> str:
-    """A digest of the model's names, shapes, types and of a few words of each tensor."""
+    """A digest of the model's names, shapes, types and of a few numbers of each tensor."""
     digest = hashlib.sha256()
     samples = []
-    for name, array in sorted(tree_flatten(model.parameters())):
+    for name, array in sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        step = max(1, array.size // SAMPLED_WORDS)
-        samples.append(array.reshape(-1)[::step][:SAMPLED_WORDS].view(mx.uint8))
+        # By rows: a stack of experts has more elements than an index of MLX can count.
+        rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+        step = max(1, rows.shape[0] // SAMPLED_ROWS)
+        samples.append(rows[::step][:SAMPLED_ROWS, :SAMPLED_COLUMNS].reshape(-1).view(mx.uint8))
     if samples:
         digest.update(np.array(mx.concatenate(samples)).tobytes())
     return digest.hexdigest()
@@ -168,7 +170,8 @@ def _checksum(arrays: Mapping[str, mx.array], identity: str) -> str:
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         # As bytes, for numpy has no bfloat16.
-        digest.update(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+        words = mx.contiguous(array).reshape(-1).view(mx.uint8)
+        digest.update(np.array(words, copy=False).data)
     return digest.hexdigest()
 
 
@@ -181,8 +184,9 @@ def _save_cache(file: Path, cache: PromptCache, identity: str) -> None:
     arrays = {"ids": mx.array(cache.ids[:end], dtype=mx.int32)}
     for layer, entry in enumerate(cache.entries):
         if isinstance(entry, KVCache):
-            arrays[f"layers.{layer}.keys"] = entry.keys[..., :end, :]
-            arrays[f"layers.{layer}.values"] = entry.values[..., :end, :]
+            keys, values = cast(tuple[mx.array, mx.array], (entry.keys, entry.values))
+            arrays[f"layers.{layer}.keys"] = keys[..., :end, :]
+            arrays[f"layers.{layer}.values"] = values[..., :end, :]
     for point in points:
         for layer, kept in enumerate(point.entries):
             if not isinstance(kept, int):
@@ -196,8 +200,9 @@ def _save_cache(file: Path, cache: PromptCache, identity: str) -> None:
 
 def _load_cache(file: Path, model: Model) -> PromptCache:
     """Raises whatever is wrong with the file."""
-    loaded, metadata = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
-    arrays: dict[str, mx.array] = dict(loaded)
+    arrays, metadata = cast(
+        tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
+    )
     identity = model_identity(model)
     if metadata.get("model") != identity or metadata.get("format") != str(FORMAT):
         raise SessionError("it is of another model or format")

@@ -1,12 +1,12 @@
 """Tool calls out of streamed text: Qwen's XML, shown to nobody, coerced by the tools' schemas.
 
-    <tool_call>
-    <function=NAME>
-    <parameter=NAME>
-    value, of any number of lines
-    </parameter>
-    </function>
-    </tool_call>
+<tool_call>
+<function=NAME>
+<parameter=NAME>
+value, of any number of lines
+</parameter>
+</function>
+</tool_call>
 """
 
 import json
@@ -26,7 +26,7 @@ class ToolCallParser:
     """Splits an answer's text into what is shown and tool calls, however it is cut."""
 
     def __init__(self, tools: Sequence[Schema]):
-        self._schemas = {name: schema for name, schema in map(_function, tools)}
+        self._schemas = dict(map(_function, tools))
         self._pending = ""
         self._state = self._text
         # Nothing was said since the last call: its line ends belong to nobody.
@@ -164,7 +164,7 @@ class ToolCallParser:
 
 def calls_of(message: Mapping[str, Any], tools: Sequence[Schema]) -> list[ToolCall]:
     """The tool calls of an assistant's message as this module's parser gave them."""
-    schemas = {name: schema for name, schema in map(_function, tools)}
+    schemas = dict(map(_function, tools))
     calls = []
     for call in message.get("tool_calls") or ():
         name, raw = call["function"]["name"], call["function"]["arguments"]

@@ -42,7 +42,7 @@ def render(name: str, arguments: dict[str, str]) -> str:
 
 
 VALUES = [
-    "Paris", "", "two\nlines", "\n\nblank lines\n\n", "3", "-7.5", "true", "False", "null", "[1, 2]",
+    "Paris", "", "two\nlines", "\n\nblank lines\n\n", "3", "-7.5", "true", "False", "null", "[1]",
     '{"a": {"b": "</parameter>"}}', "a < b && c > d", "</parameter> in a line", "<tool_call>",
     "</tool_call>\nsaid he", "x</parameter>\n</parameter>y", "<function=no>", "  indented", "NaN",
     "emoji 👩‍👩‍👧 and 漢字", "def f():\n    return '<parameter=x>'\n", "1e400",
@@ -52,14 +52,16 @@ SAID = ["", "I will look.", "Two < three, and <b> too", "漢字 😀 ok", "a <to
 
 def whole(text: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     """Another way to parse: regular expressions over the whole text."""
-    value = r"<parameter=([^>\n]+)>((?:(?!</parameter>\s*(?:<parameter=|</function>)).)*)</parameter>"
-    call = rf"\s*<tool_call>\s*<function=([^>\n]*)>((?:\s*{value})*)\s*</function>\s*</tool_call>\s*"
+    value = (
+        r"<parameter=([^>\n]+)>((?:(?!</parameter>\s*(?:<parameter=|</function>)).)*)</parameter>"
+    )
+    call = (
+        rf"\s*<tool_call>\s*<function=([^>\n]*)>((?:\s*{value})*)\s*</function>\s*</tool_call>\s*"
+    )
     calls = []
     for match in re.finditer(call, text, re.DOTALL):
         found = re.findall(value, match[2], re.DOTALL)
-        calls.append(
-            (match[1], {k: v.removeprefix("\n").removesuffix("\n") for k, v in found})
-        )
+        calls.append((match[1], {k: v.removeprefix("\n").removesuffix("\n") for k, v in found}))
     return re.sub(call, "", text, flags=re.DOTALL), calls
 
 
