@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Heading, Markdown
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # Padding to the terminal's width, which would wrap when it gets narrower.
@@ -16,6 +16,18 @@ FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 MIN_SECONDS = 0.04
 # Drawing takes at most a fifth of the time, however long a block gets.
 REST_FACTOR = 4
+
+
+class _LeftHeading(Heading):
+    """Where the text is; rich would centre it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _Markdown(Markdown):
+    elements = {**Markdown.elements, "heading_open": _LeftHeading}  # noqa: RUF012
 
 
 @dataclass
@@ -80,6 +92,8 @@ class MarkdownStream:
             same += 1
         if same == len(drawn) == len(lines):
             return
+        # The cursor has to end up behind the last line, also where lines went away.
+        same = min(same, len(lines) - 1) if len(lines) < len(drawn) else same
         if same == len(drawn):
             self._write("\n" + _joined(lines[same:]))
         else:
@@ -92,14 +106,15 @@ class MarkdownStream:
                 while up > height - 1 and same < len(drawn) - 1:
                     up -= drawn[same].rows(width)
                     same += 1
-                back = f"\r\x1b[{up}A" if up else "\r"
-                self._write(f"{back}\x1b[J{_joined(lines[same:])}")
+                # Never all of the screen at once: tmux would put it into its history.
+                back = f"\r\x1b[{up}A\x1b[K\x1b[1B\x1b[J\x1b[1A" if up else "\r\x1b[K"
+                self._write(back + _joined(lines[same:]))
         self._drawn = lines
 
     def _render(self, source: str) -> list[_Line]:
         """The block as lines of text with escapes, none of them wider than the terminal."""
         with self._console.capture() as capture:
-            markdown = Markdown(hard_breaks(source), code_theme="ansi_dark", hyperlinks=False)
+            markdown = _Markdown(hard_breaks(source), code_theme="ansi_dark", hyperlinks=False)
             self._console.print(markdown, soft_wrap=False)
         lines = []
         for text in capture.get().split("\n"):
@@ -130,14 +145,16 @@ def _goes_on(old: str, new: str) -> bool:
 
 def block_end(source: str) -> int:
     """Where the first block ends for good, whatever follows; 0 if it does not yet."""
-    fence, at, blank = "", 0, False
+    fence, is_own_block, at, blank = "", False, 0, False
     for line in source.splitlines(keepends=True):
         match = FENCE.match(line)
         if not line.endswith("\n") and (fence or not line.strip() or not blank):
             return 0
         if fence:
             if match and match[1].startswith(fence) and not line[match.end() :].strip():
-                return at + len(line)
+                if is_own_block:
+                    return at + len(line)
+                fence = ""
         elif not line.strip():
             blank = at > 0
         elif blank and not line[0].isspace():
@@ -146,7 +163,7 @@ def block_end(source: str) -> int:
             # A paragraph may end without a blank line before a fence.
             if at and not blank and not source[0].isspace() and source[0] not in "-*+0123456789>":
                 return at
-            fence = match[1]
+            fence, is_own_block = match[1], at == 0
         elif at == 0 and re.match(r"#{1,6} ", line):
             return at + len(line)
         else:

@@ -236,7 +236,8 @@ class ChatSession:
         """list the commands"""
         for name, method in self._commands().items():
             if name != "/quit":
-                words, _, what = (method.__doc__ or "").rpartition(": ")
+                words, colon, what = (method.__doc__ or "").partition(": ")
+                words, what = (words, what) if colon else ("", words)
                 terminal.note(f"{f'{name} {words}'.strip():28} {what}")
         terminal.note("Enter sends; Alt-Enter, Ctrl-J or \\ at the end of a line: a new line")
 

@@ -13,12 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
+from rich.theme import Theme
 
 if TYPE_CHECKING:
     from .convert import Plan
     from .sessions import SessionInfo
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
+# rich's own style of code has a black background, on light terminals too.
+THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})
+out = Console(highlight=False, soft_wrap=True, emoji=False, theme=THEME)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 # What a model says must not move the cursor or rename the window.
 CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
@@ -32,7 +35,7 @@ def print_error(error: Exception) -> None:
 
 def note(text: str) -> None:
     """A remark that is no result."""
-    err.print(text, style="dim", markup=False)
+    err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
 def quiet_libraries() -> None:
