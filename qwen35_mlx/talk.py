@@ -64,15 +64,20 @@ class ChatSession:
         with self._lock:
             if self.session:
                 self._open(self.session, must_exist=False)
-            if prompts:
-                for prompt in prompts:
-                    if len(prompts) > 1:
-                        terminal.out.print(f"> {prompt}", style="bold", markup=False)
-                    self.turn(self.chat.send(prompt, self._progress))
-            else:
-                self._talk()
-            if self.session:
-                self.chat.save(self.session)
+            try:
+                if prompts:
+                    self._ask(prompts)
+                else:
+                    self._talk()
+            finally:
+                if self.session:
+                    self.chat.save(self.session)
+
+    def _ask(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if len(prompts) > 1:
+                terminal.out.print(f"> {prompt}", style="bold", markup=False)
+            self.turn(self.chat.send(prompt, self._progress))
 
     def _talk(self) -> None:
         from .sessions import session_home
@@ -89,6 +94,7 @@ class ChatSession:
             except KeyboardInterrupt:
                 terminal.out.print()
                 terminal.note("stopped")
+                self._saved()
             except EOFError:
                 return
             except (Qwen35Error, OSError) as error:
@@ -166,8 +172,7 @@ class ChatSession:
         if stream is None:
             terminal.out.print()
         self._figures(self.chat.stats)
-        if self.session:
-            self.chat.save(self.session, with_cache=False)
+        self._saved()
 
     def _show(self, piece: "Piece", stream: MarkdownStream | None) -> None:
         if piece.call:

@@ -38,11 +38,12 @@ def scripted(name):
     text = {text!r}
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
     model = ScriptedModel(ids, context_length={context})
-    head = model.head
-    def repeat(hidden):
-        model.num_steps %= len(ids)
-        return head(hidden)
-    model.head = repeat
+    trunk = model.trunk
+    def from_the_start(ids, *rest, **options):
+        if ids.shape[1] > 1:
+            model.num_steps = 0
+        return trunk(ids, *rest, **options)
+    model.trunk = from_the_start
     model.parameters = dict
     return model, tokenizer
 weights.load = scripted
@@ -152,7 +153,11 @@ def test_undo_retry_and_edit(screen: Any, converted_demo: Path, home: Path) -> N
     shell.wait_for(r"taken back: What is the opposite of hot\?\n\n>$")
     assert messages(home) == before[:2]
     # The last message comes back to be changed.
-    shell.type("/ed\t\r")
+    shell.type("/ed")
+    shell.wait_for(r"> /ed\n +/edit")
+    shell.type("\t")
+    shell.wait_for("> /edit")
+    shell.type("\r")
     shell.wait_for(r"> What is the capital of France\?$")
     shell.type("\x08" * 7 + "Italy?\r")
     assert "Rome" in shell.wait_for(DONE)
@@ -228,7 +233,9 @@ def test_a_session_is_taken_up_where_it_was_left(
     shell.type("\x04")
     assert shell.exit_code() == 0
     shell = screen(*options)
-    shell.wait_for(r"session s: 1 turns, goes on after: What is the capital of France\?\n\n>$")
+    shell.wait_for(
+        r"session s: 1 turns, goes on after: What is the capital of France\?\n[^>]*\n\n>$"
+    )
     shell.type(WHO + "\r")
     figures = shell.wait_for(DONE)
     read, length = map(int, re.findall(r"prompt (\d+) of (\d+)", figures)[-1])
@@ -242,7 +249,7 @@ def test_a_resized_window(screen: Any, converted_demo: Path) -> None:
     shell.type("x" * 120)
     shell.wait_for(r"> x{98}\n *x{22}$")
     shell.resize(20, 50)
-    shell.wait_for("> x{48}\n *x+\n[ x]+$")
+    shell.wait_for(r"x{48}\n *x{24}$")
     shell.type("\r")
     answer = shell.wait_for("end\nprompt [^>]*\n\n>$")
     assert all(len(line) <= 50 for line in answer.split("\n"))
@@ -296,7 +303,7 @@ def test_readable_without_colour(
     screen: Any, converted_demo: Path, environment: dict[str, str]
 ) -> None:
     shell = screen("chat", converted_demo, "-p", FRANCE, "--temperature", "0", **environment)
-    text = shell.wait_for(r"peak memory")
+    text = shell.wait_for(r"peak\s+memory")
     assert text.index("(thought) ") < text.index("Paris")
     assert shell.exit_code() == 0
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]", shell.written)
