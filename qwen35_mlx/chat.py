@@ -414,6 +414,10 @@ class Chat:
         prompt = encode_text(self.tokenizer, text)
         if not prompt:
             raise PromptError("the prompt is empty", expected="at least one token")
+        # What opens the turn is short, and begins with a token that nothing melts with.
+        opening = encode_text(self.tokenizer, text[len(history) :])
+        if opening and text.startswith(history) and prompt[-len(opening) :] == opening:
+            return prompt, max(0, len(prompt) - len(opening))
         boundary = common_prefix(prompt, encode_text(self.tokenizer, history))
         return prompt, min(boundary, len(prompt) - 1)
 

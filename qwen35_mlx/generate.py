@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, cast
 
 import mlx.core as mx
@@ -98,9 +98,7 @@ def stream_ids(
     pending = StopText(stops)
     started = time.perf_counter()
     with ExitStack() as stack:
-        # Its warning about large models would land in the answer.
-        with redirect_stdout(sys.stderr):
-            stack.enter_context(wired_limit(model))
+        stack.enter_context(wired(model))
         prefill_seconds = 0.0
         steps = decode_steps(model, ids, cache, sampler, max_tokens, prefill_step_size, progress)
         for count, (token, logprobs) in enumerate(steps, 1):
@@ -137,6 +135,16 @@ def stream_ids(
             )
             if finish:
                 return
+
+
+@contextmanager
+def wired(model: Model) -> Iterator[None]:
+    """Keep the weights in the GPU's memory meanwhile."""
+    with ExitStack() as stack:
+        # Its warning about large models would land in the answer.
+        with redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(model))
+        yield
 
 
 def prefill(

@@ -117,8 +117,11 @@ def open_reader(commands: Mapping[str, Iterable[str]], history: Path) -> Reader:
 
 
 @contextmanager
-def silent_keys() -> Iterator[None]:
-    """What is typed meanwhile is kept for the next message, not shown amid the answer."""
+def silent_keys(raw: bool = False) -> Iterator[None]:
+    """What is typed meanwhile is kept for the next message, not shown amid the answer.
+
+    raw: keys stay as the editor wants them, Enter not turned into a new line.
+    """
     try:
         fd = sys.stdin.fileno()
         before = termios.tcgetattr(fd)
@@ -128,6 +131,9 @@ def silent_keys() -> Iterator[None]:
         return
     quiet = termios.tcgetattr(fd)
     quiet[3] &= ~termios.ECHO
+    if raw:
+        quiet[0] &= ~termios.ICRNL
+        quiet[3] &= ~termios.ICANON
     termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
     try:
         yield

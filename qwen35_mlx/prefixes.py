@@ -7,6 +7,7 @@ where a snapshot was made. Ids decide, never text: what differs in one id is rea
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from threading import Event, Thread
 from typing import Any
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 
 from .cache import CacheEntry, Snapshot, fork, kv_bytes, restore, snapshot
 from .errors import Qwen35Error
-from .generate import PREFILL_STEP_SIZE, Progress, prefill
+from .generate import PREFILL_STEP_SIZE, Progress, prefill, wired
 from .model import Model
 
 DEFAULT_SNAPSHOT_BYTES = 4 * 10**9
@@ -102,8 +103,19 @@ class PromptCache:
 
         Ends early, after a whole piece, once `stop()` is true.
         """
+        # Not in the background: it would change the other thread's stdout for a moment.
+        with wired(self.model) if stop is None else nullcontext():
+            self._read(ids, set(marks), step_size, progress, stop)
+
+    def _read(
+        self,
+        ids: Sequence[int],
+        marks: set[int],
+        step_size: int,
+        progress: Progress | None,
+        stop: Stop | None,
+    ) -> None:
         start, end = len(self.ids), len(self.ids) + len(ids)
-        marks = set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
         if progress:
             progress(0, len(ids))

@@ -58,12 +58,20 @@ class ChatSession:
         self._is_edit = False
         self._reader: Reader = LineReader()
         self._lock = ExitStack()
+        self._is_held = False
 
     def run(self, prompts: Sequence[str] = ()) -> None:
         """Ask the given prompts in turn, or talk until the user leaves."""
         with self._lock:
             if self.session:
+                chat = self.chat
+                given = chat.system, chat.enable_thinking, chat.think_budget
                 self._open(self.session, must_exist=False)
+                # What the command line says is not undone by what was saved.
+                if given[0] and given[0] != chat.system:
+                    chat.set_system(given[0])
+                chat.enable_thinking = chat.enable_thinking if given[1] is None else given[1]
+                chat.think_budget = given[2] or chat.think_budget
             try:
                 if prompts:
                     self._ask(prompts)
@@ -85,6 +93,12 @@ class ChatSession:
         words = {name: WORDS.get(name, ()) for name in self._commands()}
         self._reader = open_reader(words, session_home() / ".history")
         terminal.note(self.HINT)
+        with ExitStack() as stack:
+            if not isinstance(self._reader, LineReader):
+                stack.enter_context(silent_keys(raw=True))
+            self._loop()
+
+    def _loop(self) -> None:
         while (text := self._read()) is not None:
             try:
                 if text.startswith("/"):
@@ -117,7 +131,10 @@ class ChatSession:
         except UnicodeDecodeError as error:
             terminal.print_error(error)
         finally:
-            self.chat.stop_reading_ahead()
+            try:
+                self.chat.stop_reading_ahead()
+            except Qwen35Error as error:
+                terminal.print_error(error)
         return ""
 
     def _say(self, text: str) -> None:
@@ -142,7 +159,7 @@ class ChatSession:
         if answer == "o":
             terminal.note(f"{self.chat.drop_oldest()} turns dropped")
         elif answer == "s":
-            self.chat.restart(self.chat.system)
+            self._start_over()
         return answer in ("o", "s")
 
     def turn(self, pieces: Pieces) -> None:
@@ -150,7 +167,8 @@ class ChatSession:
         kind, stream = "", None
         is_drawn = self._markdown and terminal.out.is_terminal and not terminal.out.is_dumb_terminal
         with ExitStack() as stack:
-            stack.enter_context(silent_keys())
+            if isinstance(self._reader, LineReader):
+                stack.enter_context(silent_keys())
             self._bar = stack.enter_context(_prefill_bar())
             stack.enter_context(contextlib.closing(pieces))
             # Whatever ends the answer, what was held back is drawn.
@@ -297,9 +315,16 @@ class ChatSession:
 
     def do_clear(self, rest: str) -> None:
         """start over, with the same system prompt"""
-        self.chat.restart(self.chat.system)
         self._files = []
-        self._saved()
+        self._start_over()
+
+    def _start_over(self) -> None:
+        if self.session:
+            self.chat.save(self.session)
+            terminal.note(f"session {self.session} keeps what was said; this is not saved yet")
+            self._lock.close()
+            self.session, self._is_held = None, False
+        self.chat.restart(self.chat.system)
 
     def do_trim(self, rest: str) -> None:
         """drop the oldest turns until half of the context is free"""
@@ -399,8 +424,6 @@ class ChatSession:
     def _last_words(self) -> str:
         said = [m["content"] for m in self.chat.messages if m["role"] == "user"]
         return _shortened(said[-1]) if said else "nothing"
-
-    _is_held = False
 
     def _hold(self, name: str) -> None:
         """Let no other chat write this session."""

@@ -137,6 +137,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     assert "Traceback" not in shell.written
 
 
+def test_what_is_typed_during_an_answer_is_the_next_message(
+    screen: Any, converted_demo: Path
+) -> None:
+    shell = screen("chat", converted_demo, "--no-think", code=scripted("word " * 400))
+    shell.wait_for(PROMPT)
+    shell.type("one\r")
+    shell.wait_for("word word")
+    shell.type("two\r")
+    answers = shell.wait_for(r"\n> two\n(word|\s)+prompt [^>]*\n\n>$")
+    assert "two" not in answers.partition("\n> two\n")[0]
+
+
 def test_undo_retry_and_edit(screen: Any, converted_demo: Path, home: Path) -> None:
     shell = screen(
         "chat", converted_demo, "--session", "s", "--temperature", "0", "--preset", "checkpoint"
@@ -208,11 +220,11 @@ def test_commands_that_change_and_show(
     fence = "`" * 5
     expected = f"a b.txt:\n{fence}\nthree ```` ticks\n{fence}\n\nWhat is that?"
     assert saved[-2]["content"] == expected
-    do("/clear", "")
-    assert messages(home, "notes") == saved[:1]
+    do("/clear", "session notes keeps what was said")
     do("/save other", "saved: ")
+    assert messages(home, "notes") == saved and messages(home, "other") == saved[:1]
     do("/load none", "error: no session none")
-    do("/load notes", "session notes: 0 turns")
+    do("/load notes", r"session notes: \d turns")
     do("/load", "of: (notes, other|other, notes)")
     shell.type("/quit\r")
     assert shell.exit_code() == 0
