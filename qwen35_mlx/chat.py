@@ -276,7 +276,7 @@ class Chat:
         """Read `messages`, which then are the conversation, and yield the answer to them."""
         started = time.perf_counter()
         self.prefixes.stop_reading()
-        prompt, boundary = self._prompt(messages)
+        prompt, start, boundary = self._prompt(messages)
         check_ids(prompt, self.model.config.vocab_size)
         room = self.model.config.context_length - len(prompt)
         if room < 1:
@@ -290,7 +290,7 @@ class Chat:
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
         stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
         system_end = self._system_end()
-        marks = {system_end, boundary, *snapshot_marks(num_kept, boundary)}
+        marks = {system_end, start, boundary, *snapshot_marks(num_kept, boundary)}
         try:
             cache.read(prompt[num_kept:boundary], marks=marks, progress=progress)
         finally:
@@ -405,21 +405,25 @@ class Chat:
             **template,
         )
 
-    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int]:
-        """Ids of the next prompt, and how many of them come before the assistant's turn.
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
+        """Ids of the next prompt, and how many come before its message and before the answer.
 
-        The template drops earlier thoughts, so later prompts change right behind that point.
+        These are the points behind which later prompts differ: another message, and an answer
+        that the template shows without its thought.
         """
         text, history = self._render(messages, True), self._render(messages, False)
         prompt = encode_text(self.tokenizer, text)
         if not prompt:
             raise PromptError("the prompt is empty", expected="at least one token")
-        # What opens the turn is short, and begins with a token that nothing melts with.
+        other = self._render([*messages[:-1], _user("\0")], False)
+        # Encoded from the end, which is short; what comes before melts with none of it.
+        message = encode_text(self.tokenizer, text[common_prefix(text, other) :])
+        start = max(0, len(prompt) - len(message))
         opening = encode_text(self.tokenizer, text[len(history) :])
         if opening and text.startswith(history) and prompt[-len(opening) :] == opening:
-            return prompt, max(0, len(prompt) - len(opening))
+            return prompt, start, max(0, len(prompt) - len(opening))
         boundary = common_prefix(prompt, encode_text(self.tokenizer, history))
-        return prompt, min(boundary, len(prompt) - 1)
+        return prompt, start, min(boundary, len(prompt) - 1)
 
     def _next_prefix(self) -> list[int]:
         """What every next prompt begins with, whatever its message says."""

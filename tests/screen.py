@@ -54,21 +54,18 @@ class Screen:
         text = "\n".join(line.rstrip() for line in [*gone, *self.display.display])
         return text.rstrip("\n").split("\n")
 
-    def wait_for(self, pattern: str, again: str = "") -> str:
+    def wait_for(self, pattern: str, stay: bool = False) -> str:
         """What is below the last thing waited for, once `pattern` is in it.
 
-        Types `again` now, and every second until the pattern is there.
+        stay: this does not count as waited for.
         """
-        typed, limit = 0.0, time.monotonic() + 30
+        limit = time.monotonic() + 30
         while True:
-            if again and time.monotonic() - typed > 1:
-                typed = time.monotonic()
-                self.type(again)
             lines = self.lines()
             text = "\n".join(lines[self._from :])
             if re.search(pattern, text):
                 # The line of the prompt is still going to change.
-                self._from = len(lines) - 1
+                self._from = self._from if stay else len(lines) - 1
                 return text
             assert time.monotonic() < limit, f"no {pattern!r} in\n{text}"
             self._read()

@@ -166,7 +166,7 @@ def test_undo_retry_and_edit(screen: Any, converted_demo: Path, home: Path) -> N
     assert messages(home) == before[:2]
     # The last message comes back to be changed.
     shell.type("/ed")
-    shell.wait_for(r"> /ed\n +/edit")
+    shell.wait_for(r"> /ed\n +/edit", stay=True)
     shell.type("\t")
     shell.wait_for("> /edit")
     shell.type("\r")
