@@ -42,6 +42,8 @@ Message = dict[str, Any]
 THOUGHT_END = f"\n{THINK_CLOSE}\n\n"
 LOOP_ACTIONS = ("stop", "penalize", "off")
 LOOP_PENALTY = 1.0
+# Fewer are read again sooner than a recurrent state is kept for them.
+MIN_POINT_TOKENS = 32
 
 
 @dataclass
@@ -290,7 +292,8 @@ class Chat:
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
         stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
         system_end = self._system_end()
-        marks = {system_end, start, boundary, *snapshot_marks(num_kept, boundary)}
+        turns = {n for n in (system_end, start) if n >= MIN_POINT_TOKENS}
+        marks = {*turns, boundary, *snapshot_marks(num_kept, boundary)}
         try:
             cache.read(prompt[num_kept:boundary], marks=marks, progress=progress)
         finally:

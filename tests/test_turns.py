@@ -133,7 +133,7 @@ def test_a_turn_reads_what_is_new_and_no_more(
     model, tokenizer = demo
     chat = Chat(model, tokenizer, system=SYSTEM, enable_thinking=thinking)
     known: list[list[int]] = []
-    for turn in range(8):
+    for turn in range(5):
         thought = f"thought {turn} " * 20 + "\n</think>\n\n" if thinking else ""
         script.say(thought + f"Answer {turn} is this one.")
         if ahead:
