@@ -103,8 +103,11 @@ class ChatSession:
             try:
                 if text.startswith("/"):
                     self._command(text)
-                elif text:
-                    self._say(text)
+                elif text.strip():
+                    self._say(text.strip())
+            except BrokenPipeError:
+                # Nobody reads on; the command line leaves without a word.
+                raise
             except KeyboardInterrupt:
                 terminal.out.print()
                 terminal.note("stopped")
@@ -120,7 +123,7 @@ class ChatSession:
         self.chat.start_reading_ahead()
         draft, self._draft = self._draft, ""
         try:
-            return self._reader.read(draft).strip()
+            return self._reader.read(draft).rstrip()
         except EOFError:
             terminal.out.print()
             return None
@@ -252,7 +255,10 @@ class ChatSession:
         name, _, rest = text.partition(" ")
         commands = self._commands()
         if name not in commands:
-            raise Qwen35Error(f"no command {name}", hint="/help lists them")
+            raise Qwen35Error(
+                f"no command {name}",
+                hint="/help lists them; with a space before it, it is a message",
+            )
         commands[name](rest.strip())
 
     def do_help(self, rest: str) -> None:
