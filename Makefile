@@ -9,7 +9,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench bench-convert bench-quant bench-kernels golden live clean
+.PHONY: help chat test lint bench bench-chat bench-convert bench-quant bench-kernels golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; th
 
 bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Metal kernels; the last line is JSON
 	$(BIN)/python tools/bench_kernels.py
+
+bench-chat: $(VENV)/.installed ## count the tokens read in a conversation; the last line is JSON
+	$(BIN)/python tools/bench_chat.py
 
 golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py

@@ -1,6 +1,5 @@
-"""What the terminal shows: progress, tables, the chat; answers to stdout, the rest to stderr."""
+"""What the terminal shows: errors, progress, tables; results to stdout, the rest to stderr."""
 
-import contextlib
 import logging
 import os
 import shlex
@@ -21,14 +20,15 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
-
-from .errors import Qwen35Error
+from rich.theme import Theme
 
 if TYPE_CHECKING:
-    from .chat import Chat, TurnStats
     from .convert import Plan
+    from .sessions import SessionInfo
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
+# rich's own style of code has a black background, on light terminals too.
+THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})
+out = Console(highlight=False, soft_wrap=True, emoji=False, theme=THEME)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 # What a model says must not move the cursor or rename the window.
 CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
@@ -42,7 +42,7 @@ def print_error(error: Exception) -> None:
 
 def note(text: str) -> None:
     """A remark that is no result."""
-    err.print(text, style="dim", markup=False)
+    err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
 def quiet_libraries() -> None:
@@ -241,85 +241,26 @@ def _totals(plan: "Plan") -> str:
     )
 
 
-class ChatSession:
-    """Draws a conversation: input, dim thoughts, streamed answers, a line of figures."""
-
-    HELP = "/exit or Ctrl-D leaves; Ctrl-C stops an answer and keeps what was said"
-
-    def __init__(self, chat: "Chat"):
-        self.chat = chat
-
-    def run(self, prompts: Sequence[str] = ()) -> None:
-        """Ask the given prompts in turn, or talk until the user leaves."""
-        if prompts:
-            for prompt in prompts:
-                if len(prompts) > 1:
-                    out.print(f"> {prompt}", style="bold", markup=False)
-                self.turn(prompt)
-            return
-        with contextlib.suppress(ImportError):
-            # Line editing and history for input().
-            import readline  # noqa: F401
-        note(self.HELP)
-        while (text := self._read()) not in (None, "/exit", "/quit"):
-            if text == "/help":
-                note(self.HELP)
-            elif text:
-                try:
-                    self.turn(text)
-                except KeyboardInterrupt:
-                    out.print()
-                    note("stopped")
-                except Qwen35Error as error:
-                    print_error(error)
-
-    def _read(self) -> str | None:
-        """A line of the user's; None at the end."""
-        try:
-            out.print()
-            return input("> ").strip()
-        except EOFError:
-            out.print()
-            return None
-        except KeyboardInterrupt:
-            out.print()
-            note(self.HELP)
-        except UnicodeDecodeError as error:
-            print_error(error)
-        return ""
-
-    def turn(self, text: str) -> None:
-        """Stream one answer."""
-        kind = None
-        with contextlib.closing(self.chat.send(text)) as pieces:
-            for piece in pieces:
-                if piece.kind != kind:
-                    if kind is not None:
-                        out.print("\n")
-                    kind = piece.kind
-                    if kind == "thought" and not _has_colour():
-                        out.print("(thought) ", end="")
-                style = "dim italic" if kind == "thought" else None
-                shown = piece.text.translate(CONTROL)
-                out.print(shown, end="", style=style, markup=False)
-        out.print()
-        self._figures(self.chat.stats)
-
-    def _figures(self, stats: "TurnStats") -> None:
-        parts = [
-            f"prompt {stats.prefilled_tokens} of {stats.prompt_tokens} tokens read, "
-            f"{stats.prefill_tps:,.0f} tok/s",
-            f"answer {stats.generation_tokens} tokens, {stats.decode_tps:,.1f} tok/s",
-            f"peak memory {_memory(stats.peak_memory_gb)}",
-        ]
-        if stats.finish_reason == "length":
-            parts.append("cut at the token limit")
-        note(" · ".join(parts))
+def print_sessions(found: Sequence["SessionInfo"]) -> None:
+    """One line a session, the last saved first."""
+    if not found:
+        note("no sessions yet; qwen35-mlx chat --session NAME makes one")
+    width = max((len(info.name) for info in found), default=0)
+    for info in found:
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
+        what = info.problem or f"{info.num_turns} turns: {info.first_words}"
+        line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  {what}"
+        line = line.translate(CONTROL)
+        if out.is_terminal:
+            # What does not fit is seen with `sessions NAME`.
+            line = line[: out.width]
+        out.print(line, markup=False)
 
 
-def _memory(gigabytes: float) -> str:
-    return f"{gigabytes:,.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.0f} MB"
-
-
-def _has_colour() -> bool:
-    return out.color_system is not None and not out.no_color
+def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
+    """What was said, by whom."""
+    for message in messages:
+        out.print(f"[{message['role']}]", style="bold", markup=False)
+        if thought := message.get("reasoning_content"):
+            out.print(thought.translate(CONTROL), style="dim italic", markup=False)
+        out.print(message["content"].translate(CONTROL) + "\n", markup=False)

@@ -377,3 +377,33 @@ def test_an_unknown_choice_of_kernels_is_a_mistake_in_usage(run: Any) -> None:
     result = run("generate", "no/model", "-p", "hi", "--kernels", "fast")
     assert result.exit_code == 2
     assert "auto, ops, metal" in result.stderr
+
+
+def test_sessions_are_kept_listed_shown_and_removed(
+    run: Any, converted_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path))
+    assert "no sessions yet" in run("sessions").stderr
+    asked = ("chat", converted_demo, "--session", "s", "--no-think", "--temperature", "0")
+    assert run(*asked, "-p", FRANCE, "--system", "Be brief.").exit_code == 0
+    again = run(*asked, "-p", "Who are you?", "--system", "Be kind.")
+    assert "session s: 1 turns, goes on after: What is the capital of France?" in again.stderr
+    listed = run("sessions").stdout
+    assert re.fullmatch(rf"s  [\d-]+ [\d:]+  \d\.\d MB  2 turns: {re.escape(FRANCE)}\n", listed)
+    shown = run("sessions", "s").stdout
+    # The command line's system prompt is that of the session from then on.
+    assert shown.startswith(f"[system]\nBe kind.\n\n[user]\n{FRANCE}\n\n[assistant]\n")
+    assert run("sessions", "none").exit_code == 1
+    assert run("sessions", "--remove", "s").exit_code == 0
+    assert run("sessions").stdout == "" and list(tmp_path.glob("*.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--on-loop", "shout"), ("--preset", "wild"), ("--think-budget", "0")],
+)
+def test_settings_of_a_chat_are_checked_before_a_model_is_loaded(
+    run: Any, option: str, value: str
+) -> None:
+    result = run("chat", "/no/such/folder", "-p", "x", option, value)
+    assert result.exit_code == 2 and "Invalid value" in result.stderr
