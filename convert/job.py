@@ -18,6 +18,7 @@ import mlx.core as mx
 from qwen35_mlx import __version__
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.quant.calibrate import Calibration
 
 from .hub import Fetcher, HubSource, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
@@ -55,10 +56,12 @@ def convert(
     group_size: int = 64,
     dtype: str | None = None,
     method: str = DEFAULT_METHOD,
+    calibration: Calibration | None = None,
     keep_source: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`.
+    """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
+    and what `calibrate` found out about the same source.
 
     Needs memory for a few slices of tensors, disk for the output and, from the hub, for two or
     three shards of the source; `keep_source` keeps them all, beside `out`. Whatever stops it, `out`
@@ -71,9 +74,10 @@ def convert(
     planned = plan(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
+    _check_calibration(planned, calibration)
     pieces = cut(planned)
     companions = _companions(opened)
-    settings = _settings(planned, pieces, revision)
+    settings = _settings(planned, pieces, revision, calibration)
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
     if isinstance(opened, HubSource):
@@ -83,7 +87,7 @@ def convert(
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = stream(planned, pieces, work, journal, fetcher, progress)
+            checksums = stream(planned, pieces, work, journal, fetcher, progress, calibration)
         finally:
             journal.close()
         write_file(work / INDEX_FILE, _json(_index(planned)))
@@ -166,7 +170,26 @@ def _started_revision(work: Path, source: str | Path, revision: str | None) -> s
     return started["source_revision"] if same and is_hub_id(source) else revision
 
 
-def _settings(planned: Plan, pieces: list[Piece], revision: str | None) -> dict[str, Any]:
+def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
+    """It must be of this model; and error feedback cannot do without."""
+    if calibration is not None and calibration.layout != planned.layout:
+        raise Qwen35Error(
+            "the calibration is of another model",
+            got=calibration.source,
+            expected=planned.source.origin["source"],
+            hint="leave it out, or calibrate this one",
+        )
+    wants = any(entry.method == "gptq" for entry in planned.entries)
+    if wants and not (calibration and calibration.hessians):
+        raise Qwen35Error(
+            "method='gptq' needs a calibration with Hessians",
+            hint="calibrate with --method gptq, or use --method search",
+        )
+
+
+def _settings(
+    planned: Plan, pieces: list[Piece], revision: str | None, calibration: Calibration | None
+) -> dict[str, Any]:
     """All that decides the bytes of the output, in words that fit into JSON."""
     rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
     modules = [(e.module, e.bits, e.group_size, e.method) for e in planned.entries]
@@ -175,6 +198,7 @@ def _settings(planned: Plan, pieces: list[Piece], revision: str | None) -> dict[
         **planned.source.origin,
         **({"revision": revision} if revision else {}),
         **planned.settings,
+        **({"calibration": calibration.digest} if calibration else {}),
         "plan": hashlib.sha256(layout).hexdigest()[:16],
         "version": __version__,
         "mlx": version("mlx"),

@@ -158,13 +158,17 @@ def bytes_per_token(config: ModelConfig, plan: Planned, context: int = 0) -> int
     for entry in plan.entries:
         if entry.role is Role.CARRIED:
             continue
-        if ".switch_mlp." in entry.module:
-            total += entry.output_bytes * config.num_experts_per_tok // config.num_experts
-        elif entry.module.endswith("embed_tokens") and not config.tie_word_embeddings:
-            total += entry.output_bytes // config.vocab_size
-        else:
-            total += entry.output_bytes
+        total += int(entry.output_bytes * read_share(config, entry.module))
     return total
+
+
+def read_share(config: ModelConfig, module: str) -> float:
+    """The part of a module's bytes that one decoded token reads."""
+    if ".switch_mlp." in module:
+        return config.num_experts_per_tok / config.num_experts
+    if module.endswith("embed_tokens") and not config.tie_word_embeddings:
+        return 1 / config.vocab_size
+    return 1.0
 
 
 def tokens_per_second(config: ModelConfig, plan: Planned, gbps: float, context: int = 0) -> float:

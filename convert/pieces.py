@@ -64,6 +64,12 @@ def cut(plan: Plan) -> list[Piece]:
     ]
 
 
+def entry_pieces(entry: Entry) -> Iterator[Piece]:
+    """The pieces of one entry alone, in order."""
+    for index, (row, part) in enumerate(_slices(entry)):
+        yield Piece(index, 0, entry, part, row)
+
+
 def _slices(entry: Entry) -> Iterator[tuple[int, Segment]]:
     """First output row and source rows, at most SLICE_BYTES of them where rows may part."""
     done = 0

@@ -1,5 +1,6 @@
 """What a conversion will do, tensor by tensor: a pure function of headers, config and settings."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from typing import Any
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.affine import (
-    DATA_FREE_METHODS,
     GROUP_SIZES,
     check_method,
     check_settings,
@@ -156,6 +156,12 @@ class Plan:
         return 8 * sum(e.output_bytes for e in text) / sum(e.num_parameters for e in text)
 
     @property
+    def layout(self) -> str:
+        """Digest of names and shapes of the text model: the same for its fine-tuned copies."""
+        text = sorted((e.module, e.shape) for e in self.entries if e.role is not Role.CARRIED)
+        return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the conversion was asked for."""
         return {
@@ -224,12 +230,12 @@ def plan(
 
     Without `bits` and `dtype`: 4 bits. `dtype` alone: unquantized. Both: quantized, with scales
     and all else in `dtype`. `recipe` decides module by module; routers stay at 8 bits or whole.
-    `method` is "minmax" or "search", as in `quantize`.
+    `method` is one of `quantize`'s; "gptq" and weighed "search" want a calibration in `convert`.
     """
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
     check_settings(DEFAULT_BITS if bits is None else bits, group_size)
-    check_method(method, DATA_FREE_METHODS)
+    check_method(method)
     if dtype is not None and dtype not in DTYPES:
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
@@ -246,7 +252,7 @@ def plan(
             return None
         check_settings(answer[0], answer[1], where=module)
         own = answer[2] if len(answer) > 2 else method
-        check_method(own, DATA_FREE_METHODS)
+        check_method(own)
         return answer[0], answer[1], own
 
     matches = resolve(config, opened.tensors, block)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .headers import PREFIX_BYTES
-from .plan import OutputTensor
+from .names import Role
+from .plan import OutputTensor, Plan
 
 METADATA = {"format": "mlx"}
 
@@ -119,6 +120,15 @@ def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         # A full disk writes a part before it fails.
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
+
+
+def header_bytes(plan: Plan, carried: bool = True) -> int:
+    """Bytes of all files that are no tensor, of those that hold more than carried tensors."""
+    return sum(
+        len(_header(shard.tensors))
+        for shard in plan.shards
+        if carried or any(entry.role is not Role.CARRIED for entry in shard.entries)
+    )
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:

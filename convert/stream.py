@@ -12,14 +12,15 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.quant import quantize
+from qwen35_mlx.quant.calibrate import Calibration
 
+from .calibrated import quantize_rows
 from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
 from .names import Transform
-from .pieces import WORKERS, Piece
-from .plan import Plan
+from .pieces import WORKERS, Piece, entry_pieces
+from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
 
@@ -45,12 +46,13 @@ def stream(
     journal: Journal,
     fetcher: Fetcher | None = None,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, str]:
     """Convert what the journal does not name yet; returns the SHA-256 of each shard by name.
 
     Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
     """
-    work = _Work(plan, pieces, folder, journal, fetcher, progress)
+    work = _Work(plan, pieces, folder, journal, fetcher, progress, calibration)
     try:
         work.run()
     finally:
@@ -73,9 +75,10 @@ class _Work:
         journal: Journal,
         fetcher: Fetcher | None,
         progress: Progress | None,
+        calibration: Calibration | None,
     ):
         self.plan, self.folder, self.journal = plan, folder, journal
-        self.fetcher, self.progress = fetcher, progress
+        self.fetcher, self.progress, self.calibration = fetcher, progress, calibration
         self.pieces = pieces
         self.pool = threads()
         # Started and not yet written, in order.
@@ -170,12 +173,13 @@ class _Work:
         writer = self._writer(piece.shard)
         if self.in_main:
             return self.pool.submit(_read, piece.segment)
-        return self.pool.submit(_whole, writer, piece)
+        return self.pool.submit(_whole, writer, piece, self.calibration)
 
     def _complete(self, piece: Piece, future: Future) -> None:
         result = future.result()
         if self.in_main:
-            result = _write(self._writer(piece.shard), piece, _convert(piece, result))
+            parts = _convert(piece, result, self.calibration)
+            result = _write(self._writer(piece.shard), piece, parts)
         self.unflushed.append((piece, result))
         self.unflushed_bytes += piece.output_bytes
         self.done_bytes += piece.segment.nbytes
@@ -232,8 +236,16 @@ def _in_order(pieces: Sequence[Piece]) -> list[Path]:
     return list(dict.fromkeys(file for piece in pieces for file in sorted(piece.segment.files)))
 
 
-def _whole(writer: ShardWriter, piece: Piece) -> int:
-    crc = _write(writer, piece, _convert(piece, _read(piece.segment)))
+def read_entry(entry: Entry) -> mx.array:
+    """The whole tensor of an entry that is not quantized, as it would be written."""
+    parts: list[mx.array] = []
+    for piece in entry_pieces(entry):
+        parts += _convert(piece, _read(piece.segment))
+    return mx.concatenate(parts).reshape(entry.shape)
+
+
+def _whole(writer: ShardWriter, piece: Piece, calibration: Calibration | None) -> int:
+    crc = _write(writer, piece, _convert(piece, _read(piece.segment), calibration))
     # Pieces of the next tensor have other sizes: freed buffers would pile up.
     mx.clear_cache()
     return crc
@@ -252,7 +264,9 @@ def _read(segment: Segment) -> np.ndarray:
     return dequantize_fp8(rows, factors, segment.block[1])
 
 
-def _convert(piece: Piece, rows: np.ndarray) -> list[mx.array]:
+def _convert(
+    piece: Piece, rows: np.ndarray, calibration: Calibration | None = None
+) -> list[mx.array]:
     """The output rows of a piece: the weight, or weight, scales and biases."""
     entry, segment = piece.entry, piece.segment
     if segment.scale is None:
@@ -272,7 +286,8 @@ def _convert(piece: Piece, rows: np.ndarray) -> list[mx.array]:
         parts = [x]
     else:
         assert entry.group_size is not None and entry.method is not None
-        parts = list(quantize(x, entry.bits, entry.group_size, entry.method))
+        setting = entry.bits, entry.group_size
+        parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
     parts = [mx.contiguous(part) for part in parts]
     mx.eval(parts)
     return parts

@@ -11,8 +11,6 @@ from .search import search
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 METHODS = ("minmax", "search", "gptq")
-# These need nothing but the weights.
-DATA_FREE_METHODS = ("minmax", "search")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -57,7 +55,8 @@ def quantize(
     """Quantize `w [..., inputs]` to (packed uint32, scales, biases), laid out as mx.quantize does.
 
     "minmax" is mx.quantize itself, "search" finds the least squared error, each column weighed by
-    `importance [inputs]`, and "gptq" the least error of products, by `hessian [inputs, inputs]`.
+    `importance [inputs]`, and "gptq" the least error of products, by `hessian [inputs, inputs]`
+    or, for stacked experts `[E, rows, inputs]`, `[E, inputs, inputs]`.
     Scales and biases have the dtype of `w`. Groups never cross a row: but for "gptq" any split
     into rows gives the same bits as the whole.
     """

@@ -1,5 +1,6 @@
 """The command line: parses, prints, and leaves the work to the package."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,12 +62,37 @@ Dtype = Annotated[
     ),
 ]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
-        callback=one_of("minmax", "search"),
-        help="How to choose scales: minmax as mlx does, or search for the least error: "
-        "better at 2 and 3 bits, about ten times slower.",
+        callback=one_of("minmax", "search", "gptq"),
+        help="How to choose scales: minmax as mlx does; search for the least error, about ten "
+        "times slower; gptq, error feedback from a calibration made for it. "
+        "minmax with --bits, else the best there is.",
     ),
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="Mixed bits by kind of tensor: q8 q6 q5 q4 q3 q2.")
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(metavar="MEMORY", help="Best bits that fit a Mac of this memory, such as 192GB."),
+]
+BitsPerWeight = Annotated[
+    float | None, typer.Option(min=0, help="Best bits of this average, scales included.")
+]
+Prefer = Annotated[
+    str, typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --fit: tokens that have to fit beside; 32,768 if unset."),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="What an earlier --calibrate found out."),
+]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="Text to run; the bundled if unset.")
 ]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")]
 Thinking = Annotated[
@@ -101,12 +127,28 @@ Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the s
 
 @app.command()
 def convert(
+    ctx: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     bits: Bits = None,
     group_size: GroupSize = 64,
     dtype: Dtype = None,
-    method: Method = "minmax",
+    method: Method = None,
+    recipe: RecipeName = None,
+    fit: Fit = None,
+    bits_per_weight: BitsPerWeight = None,
+    prefer: Prefer = "quality",
+    context: Context = None,
+    calibration: CalibrationFile = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Run a text through the source first, a layer at a time, and weigh errors by what "
+            "activations do; writes the file of --calibration, or OUT.calibration.safetensors.",
+        ),
+    ] = False,
+    text: TextFile = None,
     revision: Revision = None,
     keep_source: KeepSource = False,
     verify: Annotated[
@@ -126,10 +168,12 @@ def convert(
         from .convert import plan as make_plan
         from .convert import verify as read_again
         from .convert.page import conversion_lines
-        from .terminal import byte_progress, note, print_converted
+        from .terminal import byte_progress, note, print_converted, print_lines
 
         if not (verify and out.exists()):
-            settings: Any = dict(bits=bits, group_size=group_size, dtype=dtype, method=method)
+            found = calibration_for(source, out, calibration, calibrate, text, method)
+            settings, spent = quality_settings(ctx, source, found)
+            print_lines(spent)
             plan = make_plan(source, revision=revision, **settings)
             for line in conversion_lines(plan, keep_source):
                 note(line)
@@ -140,6 +184,7 @@ def convert(
                     revision=revision,
                     keep_source=keep_source,
                     progress=progress,
+                    calibration=found,
                     **settings,
                 )
             print_converted(plan, folder)
@@ -152,6 +197,7 @@ def convert(
 
 @app.command()
 def plan(
+    ctx: typer.Context,
     source: Annotated[
         str | None,
         typer.Argument(help="Folder or hub id; without it, what fits this machine."),
@@ -159,6 +205,12 @@ def plan(
     bits: Bits = None,
     group_size: GroupSize = 64,
     dtype: Dtype = None,
+    recipe: RecipeName = None,
+    fit: Fit = None,
+    bits_per_weight: BitsPerWeight = None,
+    prefer: Prefer = "quality",
+    context: Context = None,
+    calibration: CalibrationFile = None,
     revision: Revision = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
@@ -175,13 +227,93 @@ def plan(
         if source is None:
             print_lines(page.family_lines(machine_memory_bytes(), mac))
             return
-        planned = make_plan(
-            source, revision=revision, bits=bits, group_size=group_size, dtype=dtype
-        )
+        settings, spent = quality_settings(ctx, source, calibration_for(source, None, calibration))
+        planned = make_plan(source, revision=revision, **settings)
         print_plan(planned)
+        print_lines([*spent, ""] if spent else [])
         print_lines([*page.conversion_lines(planned), "", *page.mac_lines(planned, mac)])
         if png:
             page.draw(planned, png)
+
+
+def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, list[str]]:
+    """Settings of plan and convert, and lines on what a budget is spent on."""
+    from .convert.fit import quality_settings as decide
+
+    given = ctx.params
+    names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
+    options = {name: given[name] for name in names}
+    settings, spent = decide(
+        source, **options, memory=given["fit"], method=given.get("method"), calibration=found
+    )
+    return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
+
+
+def calibration_for(
+    source: str,
+    out: Path | None,
+    file: Path | None,
+    calibrate: bool = False,
+    text: Path | None = None,
+    method: str | None = None,
+) -> Any:
+    """What --calibration names, made first with --calibrate; None without either."""
+    if not calibrate:
+        if text:
+            raise typer.BadParameter("--text goes with --calibrate.")
+        if file is None:
+            return None
+        from .quant.calibrate import load
+
+        return load(file)
+    from .convert.calibration import calibrate as run
+    from .convert.calibration import encode, read_text
+    from .quant.calibrate import save
+    from .terminal import note, quiet_libraries, step_progress
+
+    quiet_libraries()
+    assert out is not None
+    file = file or out.with_name(f"{out.name}.calibration.safetensors")
+    if file.exists():
+        raise Qwen35Error(
+            f"{file} exists already", hint="use it without --calibrate, or name another file"
+        )
+    ids = encode(Path(source), read_text(text))
+    with step_progress(f"Calibrating on {ids.size:,} tokens") as progress:
+        found = run(source, ids, hessians=method == "gptq", progress=progress)
+    save(found, file)
+    note(f"calibration written to {file}")
+    return found
+
+
+@app.command()
+def fidelity(
+    reference: Annotated[Path, typer.Argument(help="Folder of the original, or a converted one.")],
+    quantized: Annotated[Path, typer.Argument(help="Converted folder to judge.")],
+    text: TextFile = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
+    ] = None,
+) -> None:
+    """Compare a quantized model with its original: KL, top-1, perplexity, error of each layer.
+
+    Both are read a layer at a time: neither has to fit in memory. The last line is JSON.
+    """
+    with user_errors():
+        from .convert.calibration import encode, read_text
+        from .convert.fidelity import fidelity as compare
+        from .convert.fidelity import plot, report_lines
+        from .terminal import print_lines, quiet_libraries, step_progress
+
+        quiet_libraries()
+        ids = encode(reference, read_text(text), most=tokens)
+        with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
+            report = compare(reference, quantized, ids, progress)
+        print_lines(report_lines(report))
+        if png:
+            plot(report, png)
+        print(json.dumps(report.as_dict()))
 
 
 @app.command()

@@ -19,17 +19,17 @@ ROUNDS, DECODE_RUNS = 4, 16
 MEMORY_SHARE = 0.7
 
 # What is being done, how much of it is done, how much there is.
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
-def run(progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
+def run(progress: Progress = lambda done, total, what: None) -> dict[str, Any]:
     """The report; without Metal its `kernels` is None."""
     machine = describe()
     kernels = None
     if choice.unavailable() is None:
         kernels = {}
         for i, check in enumerate(checks.CHECKS):
-            progress(check.op, i, len(checks.CHECKS))
+            progress(i, len(checks.CHECKS), check.op)
             kernels[check.op] = examine(check, machine)
     return {"doctor": REPORT_VERSION, "machine": summary(machine), "kernels": kernels}
 

@@ -149,13 +149,13 @@ def print_lines(lines: Sequence[str]) -> None:
 
 
 @contextmanager
-def step_progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A spinner that says which of several steps runs; plain lines where it is no terminal."""
     if err.is_terminal and not err.is_dumb_terminal:
         with err.status(Text(title), spinner="dots") as status:
-            yield lambda what, done, total: status.update(f"{title}: {what} ({done + 1}/{total})")
+            yield lambda done, total, what: status.update(f"{title}: {what} ({done + 1}/{total})")
     else:
-        yield lambda what, done, total: note(f"{title}: {what} ({done + 1}/{total})")
+        yield lambda done, total, what: note(f"{title}: {what} ({done + 1}/{total})")
 
 
 def print_doctor(report: dict[str, Any]) -> None:

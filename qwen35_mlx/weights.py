@@ -82,7 +82,7 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     if config.tie_word_embeddings:
         weights = {k: v for k, v in weights.items() if not k.startswith("language_model.lm_head.")}
     model = Model(config)
-    _quantize_modules(model, raw_config, weights)
+    quantize_modules(model, raw_config, weights)
     _check_names_and_shapes(model, weights, folder)
     if mx.default_device() == mx.Device(mx.cpu):
         weights = {
@@ -158,10 +158,13 @@ def _read_shards(folder: Path) -> dict[str, mx.array]:
     return weights
 
 
-def _quantize_modules(
-    model: Model, config: Mapping[str, Any], weights: Mapping[str, mx.array]
+def quantize_modules(
+    model: nn.Module, config: Mapping[str, Any], weights: Mapping[str, mx.array], prefix: str = ""
 ) -> None:
-    """Swap in a quantized module wherever the files hold scales."""
+    """Swap in a quantized module wherever the files hold scales.
+
+    `prefix` is the name on disk of `model`, up to and with its dot, if it is a part of one.
+    """
     default = config.get("quantization") or config.get("quantization_config")
     if not any(name.endswith(".scales") for name in weights):
         return
@@ -173,6 +176,7 @@ def _quantize_modules(
         )
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        path = prefix + path
         if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
             return False
         own = default.get(path)

@@ -87,9 +87,9 @@ def test_there_is_a_check_of_every_kernel() -> None:
 
 
 def test_right_kernels_are_timed_stored_and_chosen_where_faster(mac: Any) -> None:
-    steps: list[tuple[str, int, int]] = []
+    steps: list[tuple[int, int, str]] = []
     report = examine_and_store(lambda *step: steps.append(step))
-    assert [what for what, _, _ in steps] == list(metal.OPS)
+    assert [what for _, _, what in steps] == list(metal.OPS)
     assert report["machine"]["chip"] == "Apple M9"
     for op, result in report["kernels"].items():
         assert (result["matched"], result["problem"]) == (True, None), op

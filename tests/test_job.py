@@ -57,10 +57,13 @@ def test_config_names_the_method_if_anything_was_quantized(tmp_path, settings, m
     assert config["qwen35_mlx"]["settings"]["method"] == method
 
 
-@pytest.mark.parametrize("method", ["gptq", "best"])
-def test_methods_that_weights_alone_cannot_feed_are_refused(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("gptq", "needs a calibration with Hessians"), ("best", "expected: minmax, search, gptq")],
+)
+def test_methods_that_weights_alone_cannot_feed_are_refused(tmp_path, method, message):
     write_checkpoint(tmp_path / "src")
-    with pytest.raises(Qwen35Error, match=f"(?s)method='{method}'.*expected: minmax, search"):
+    with pytest.raises(Qwen35Error, match=f"(?s)method='{method}'.*{message}"):
         convert(tmp_path / "src", tmp_path / "out", method=method)
     assert_nothing_left(tmp_path)
 
