@@ -96,8 +96,13 @@ def generate(
 def chat(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="Converted folder, or hub id; the bundled demo if unset.")
+        str | None,
+        typer.Argument(
+            help="Converted folder, or hub id; if unset, the newest model converted on this "
+            "machine, else the bundled demo."
+        ),
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Take the bundled demo.")] = False,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="Ask this and exit; repeated: further turns."),
@@ -134,13 +139,20 @@ def chat(
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
     with user_errors():
+        if demo and model is not None:
+            raise typer.BadParameter(f"--demo and {model} exclude each other.")
         prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
         options = sampling_options(ctx)
         from .talk import ChatSession
         from .terminal import loading, quiet_libraries
 
         quiet_libraries()
-        name = demo() if model is None else model
+        name = model
+        if name is None and not demo:
+            name = newest()
+        is_demo = name is None
+        if name is None:
+            name = bundled_demo()
         with loading(name):
             from .chat import Chat
             from .prefixes import PrefixStore
@@ -156,7 +168,7 @@ def chat(
             think_budget=think_budget,
             max_tokens=max_tokens,
             # The demo is too small for the penalty that the family's presets have.
-            preset=preset or ("checkpoint" if model is None else "auto"),
+            preset=preset or ("checkpoint" if is_demo else "auto"),
             sampling={"seed": seed, **options},
             on_loop=on_loop,
             store=PrefixStore(loaded, int(snapshot_memory * 1e9)),
@@ -214,7 +226,19 @@ def suggest_doctor(kernels: str) -> None:
         note("Metal kernels are off until they are checked on this machine: qwen35-mlx doctor")
 
 
-def demo() -> str:
+def newest() -> str | None:
+    """The folder converted last on this machine, told to the user; None if there is none."""
+    from .bundled import newest_conversion
+    from .terminal import note
+
+    folder = newest_conversion()
+    if folder is None:
+        return None
+    note(f"This is {folder}, the newest model converted here; --demo takes the bundled demo.")
+    return str(folder)
+
+
+def bundled_demo() -> str:
     """The folder of the converted demo, made on the first call."""
     from .bundled import converted_demo
     from .convert import convert as run

@@ -88,6 +88,7 @@ def convert(
                     **settings,
                 )
             print_converted(plan, folder)
+            remember(folder)
         if verify:
             with byte_progress(f"Verifying {out.name}") as progress:
                 num_bytes = read_again(out, progress)
@@ -182,6 +183,17 @@ def calibration_for(
     save(found, file)
     note(f"calibration written to {file}")
     return found
+
+
+def remember(folder: Path) -> None:
+    """Record a conversion for `chat` without a model; without a cache that is merely said."""
+    from .bundled import record_conversion
+    from .terminal import note
+
+    try:
+        record_conversion(folder)
+    except (Qwen35Error, OSError) as error:
+        note(f"chat without a model will not find this folder: {error}")
 
 
 def fidelity(

@@ -1,7 +1,7 @@
 """The bundled demo, converted once a run; a model that says what it is told; consoles."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,14 @@ from qwen35_mlx.convert import convert
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Conversions made by tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN35_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
