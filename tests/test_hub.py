@@ -74,12 +74,14 @@ def test_only_two_shards_lie_on_disk_and_none_stays(tmp_path, source, fake):
 
     def progress(done, total, tensor, file):
         folder = job.work_folder(tmp_path / "out") / "source"
-        seen.append({p.name for p in folder.glob("*.safetensors")})
-        # The next shard comes while this one is converted, however slowly.
         deadline = time.monotonic() + 30
-        while len(seen) == 1 and len(seen[0]) < 2 and time.monotonic() < deadline:
+        while True:
+            found = {p.name for p in folder.glob("*.safetensors")}
+            # The second comes while the first is converted, however slowly.
+            if len(found) != 1 or max(map(len, seen)) == 2 or time.monotonic() > deadline:
+                break
             time.sleep(0.01)
-            seen[0] = {p.name for p in folder.glob("*.safetensors")}
+        seen.append(found)
 
     planned = plan(REPO)
     convert(REPO, tmp_path / "out", progress=progress, **SETTINGS)

@@ -199,6 +199,11 @@ def test_peak_memory_is_within_a_tenth_of_the_plan(tmp_path, settings) -> None:
         f"convert(sys.argv[1], sys.argv[2], **{settings})\n"
         "print(next(s for s in open('/proc/self/status') if s.startswith('VmHWM')).split()[1])"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "src"), str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) * 1024 == pytest.approx(expected, rel=0.1)
+    peaks: list[int] = []
+    # The most is needed when both threads are at their most at once: not in every run.
+    while len(peaks) < 6 and max(peaks, default=0) < 0.9 * expected:
+        out = tmp_path / f"out{len(peaks)}"
+        command = [sys.executable, "-c", script, str(tmp_path / "src"), str(out)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    assert max(peaks) == pytest.approx(expected, rel=0.1)

@@ -33,7 +33,7 @@ sys.path.insert(0, {tests!r})
 from conftest import ScriptedModel
 import qwen35_mlx.weights as weights
 load = weights.load
-def scripted(name):
+def scripted(name, **options):
     tokenizer = load(name)[1]
     text = {text!r}
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
