@@ -326,6 +326,29 @@ def test_chat_without_a_model_takes_the_newest_conversion(
     assert run(*ask, "--demo", tmp_path / "first").exit_code == 2
 
 
+def test_only_the_demo_is_sampled_as_its_checkpoint_says(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The presets of the family are for models far larger than the demo."""
+    from qwen35_mlx import chat
+
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "cache"))
+    presets: list[str] = []
+
+    class Noting(chat.Chat):
+        def __init__(self, *arguments: Any, preset: str, **options: Any):
+            presets.append(preset)
+            super().__init__(*arguments, preset=preset, **options)
+
+    monkeypatch.setattr(chat, "Chat", Noting)
+    ask = ("chat", "-p", FRANCE, "--no-think", "--max-tokens", 1)
+    assert run(*ask).exit_code == 0
+    assert run("convert", DEMO, tmp_path / "own").exit_code == 0
+    for more in ((), ("--demo",), ("--demo", "--preset", "instruct")):
+        assert run(*ask, *more).exit_code == 0
+    assert presets == ["checkpoint", "auto", "checkpoint", "instruct"]
+
+
 def test_a_conversion_that_cannot_be_recorded_is_still_made(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
