@@ -15,7 +15,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
-	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat; else $(BIN)/qwen35-mlx chat \
+	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat --demo; else $(BIN)/qwen35-mlx chat --demo \
 	  -p "What is the capital of France?" -p "What is the opposite of hot?" \
 	  -p "What colour is the sky?" -p "Who are you?" </dev/null; fi
 

@@ -1,7 +1,8 @@
-"""The demo checkpoint in the package, and where this user's converted copy of it lives."""
+"""The demo checkpoint in the package, its converted copy, and the models this user converted."""
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -13,6 +14,8 @@ from . import __version__
 from .errors import Qwen35Error
 
 SOURCE = Path(__file__).parent / "demo"
+# The record of conversions keeps no more than these.
+MOST_RECORDED = 50
 
 
 def cache_home() -> Path:
@@ -40,6 +43,45 @@ def converted_demo(convert: Callable[[Path, Path], object]) -> Path:
     return folder
 
 
+def record_conversion(folder: Path) -> None:
+    """Remember a converted folder as the newest; raises Qwen35Error if the cache is closed to us."""
+    home = cache_home()
+    with _lock(home):
+        path = str(folder.resolve())
+        folders = [*(f for f in _recorded(home) if f != path), path][-MOST_RECORDED:]
+        partial = home / "converted.json.partial"
+        partial.write_text(json.dumps(folders, indent=1) + "\n")
+        partial.replace(home / "converted.json")
+
+
+def newest_conversion() -> Path | None:
+    """The folder converted last that is still whole, or None."""
+    folders = (Path(path) for path in reversed(_recorded(cache_home())))
+    return next((folder for folder in folders if _is_whole(folder)), None)
+
+
+def _recorded(home: Path) -> list[str]:
+    """Converted folders, oldest first; a record that cannot be read is as good as none."""
+    try:
+        folders = json.loads((home / "converted.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [f for f in folders if isinstance(f, str)] if isinstance(folders, list) else []
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the configuration and every shard of the index are there."""
+    try:
+        if not isinstance(json.loads((folder / "config.json").read_text()), dict):
+            return False
+        shards = {"model.safetensors"}
+        if (index := folder / "model.safetensors.index.json").exists():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        return all((folder / name).is_file() for name in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
     """One process at a time in this block; the others wait."""
@@ -48,7 +90,7 @@ def _lock(home: Path) -> Iterator[None]:
         file = (home / "lock").open("w")
     except OSError as error:
         raise Qwen35Error(
-            "the converted demo cannot be stored",
+            "the cache folder cannot be used",
             got=error,
             expected=f"a folder to write to at {home}",
             hint="set QWEN35_MLX_CACHE to another folder",

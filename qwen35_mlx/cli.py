@@ -103,6 +103,7 @@ def convert(
         with byte_progress(f"Converting {source.resolve().name}") as progress:
             folder = run(source, out, **settings, progress=progress)
         print_converted(plan, folder)
+        remember(folder)
 
 
 @app.command()
@@ -172,8 +173,13 @@ def generate(
 def chat(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="Converted folder, or hub id; the bundled demo if unset.")
+        str | None,
+        typer.Argument(
+            help="Converted folder, or hub id; if unset, the newest model converted on this "
+            "machine, else the bundled demo."
+        ),
     ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Take the bundled demo.")] = False,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="Ask this and exit; repeated: further turns."),
@@ -191,12 +197,16 @@ def chat(
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
     with user_errors():
+        if demo and model is not None:
+            raise typer.BadParameter(f"--demo and {model} exclude each other.")
         prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
         options = sampling_options(ctx)
         from .terminal import ChatSession, loading, quiet_libraries
 
         quiet_libraries()
-        name = demo() if model is None else model
+        name = model
+        if name is None:
+            name = (None if demo else newest()) or bundled_demo()
         with loading(name):
             from .chat import Chat
             from .weights import load
@@ -213,7 +223,30 @@ def chat(
         ChatSession(conversation).run(prompts)
 
 
-def demo() -> str:
+def remember(folder: Path) -> None:
+    """Record a conversion for `chat` without a model; without a cache that is merely said."""
+    from .bundled import record_conversion
+    from .terminal import note
+
+    try:
+        record_conversion(folder)
+    except (Qwen35Error, OSError) as error:
+        note(f"chat without a model will not find this folder: {error}")
+
+
+def newest() -> str | None:
+    """The folder converted last on this machine, told to the user; None if there is none."""
+    from .bundled import newest_conversion
+    from .terminal import note
+
+    folder = newest_conversion()
+    if folder is None:
+        return None
+    note(f"This is {folder}, the newest model converted here; --demo takes the bundled demo.")
+    return str(folder)
+
+
+def bundled_demo() -> str:
     """The folder of the converted demo, made on the first call."""
     from .bundled import converted_demo
     from .convert import convert as run
@@ -225,7 +258,7 @@ def demo() -> str:
 
     folder = converted_demo(convert_demo)
     note(
-        "This is the bundled demo: 3.6 M parameters that know a hundred facts.\n"
+        "This is the bundled demo: 5 M parameters that know some facts and a few tricks.\n"
         "For a real model: qwen35-mlx convert SRC OUT, then qwen35-mlx chat OUT."
     )
     return str(folder)

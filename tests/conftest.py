@@ -1,6 +1,6 @@
 """The bundled demo, converted once for the whole run, and a model that says what it is told."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,14 @@ from qwen35_mlx.convert import convert
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Conversions made by tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN35_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

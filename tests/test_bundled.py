@@ -1,5 +1,7 @@
-"""Where the converted demo is kept, and that it is made once and whole."""
+"""Where the converted demo is kept, that it is made once and whole, and the newest conversion."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,13 @@ import pytest
 
 import qwen35_mlx
 from qwen35_mlx import bundled
-from qwen35_mlx.bundled import cache_home, converted_demo
+from qwen35_mlx.bundled import (
+    MOST_RECORDED,
+    cache_home,
+    converted_demo,
+    newest_conversion,
+    record_conversion,
+)
 from qwen35_mlx.errors import Qwen35Error
 
 
@@ -121,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_told(
     # A file where a folder should be; permissions would not stop root.
     (source.parent / "file").touch()
     monkeypatch.setenv("QWEN35_MLX_CACHE", str(source.parent / "file" / "cache"))
-    with pytest.raises(Qwen35Error, match="cannot be stored") as caught:
+    with pytest.raises(Qwen35Error, match="cache folder cannot be used") as caught:
         converted_demo(Convert())
     assert "hint: set QWEN35_MLX_CACHE" in str(caught.value)
 
@@ -154,3 +162,75 @@ def test_processes_at_once_wait_for_the_first(source: Path) -> None:
     results = [job.communicate(timeout=60) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 4, results
     assert "".join(stdout for stdout, _ in results) == "converting\n"
+
+
+@pytest.fixture
+def converted(source: Path) -> list[Path]:
+    """Three recorded folders, oldest first."""
+    folders = [source.parent / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").touch()
+        record_conversion(folder)
+    return folders
+
+
+def test_without_conversions_there_is_no_newest(source: Path) -> None:
+    assert newest_conversion() is None
+
+
+def test_the_newest_conversion_is_the_one_recorded_last(converted: list[Path]) -> None:
+    assert newest_conversion() == converted[2]
+    record_conversion(converted[0])
+    assert newest_conversion() == converted[0]
+    shutil.rmtree(converted[0])
+    assert newest_conversion() == converted[2]
+
+
+@pytest.mark.parametrize("harm", ["gone", "no config", "torn config", "no weights", "lost shard"])
+def test_a_folder_that_is_gone_or_broken_is_skipped(converted: list[Path], harm: str) -> None:
+    newest = converted[2]
+    if harm == "gone":
+        shutil.rmtree(newest)
+    elif harm == "no config":
+        (newest / "config.json").unlink()
+    elif harm == "torn config":
+        (newest / "config.json").write_text('{"model_type": ')
+    elif harm == "no weights":
+        (newest / "model.safetensors").unlink()
+    else:
+        index = {"weight_map": {"x": "model.safetensors", "y": "model-2.safetensors"}}
+        (newest / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert newest_conversion() == converted[1]
+
+
+@pytest.mark.parametrize("record", ["", "{}", "[1, null]", "[[]]", "\x00"])
+def test_a_broken_record_is_an_empty_one(converted: list[Path], record: str) -> None:
+    file = cache_home() / "converted.json"
+    file.write_text(record)
+    assert newest_conversion() is None
+    record_conversion(converted[0])
+    assert newest_conversion() == converted[0]
+
+
+def test_the_record_stays_short(converted: list[Path]) -> None:
+    for i in range(MOST_RECORDED + 5):
+        record_conversion(converted[0].parent / f"many-{i}")
+    assert len(json.loads((cache_home() / "converted.json").read_text())) == MOST_RECORDED
+
+
+RECORD = """
+import sys
+from pathlib import Path
+from qwen35_mlx.bundled import record_conversion
+
+for i in range(20):
+    record_conversion(Path(f"/{sys.argv[1]}-{i}"))
+"""
+
+
+def test_processes_at_once_lose_no_conversion(source: Path) -> None:
+    jobs = [subprocess.Popen([sys.executable, "-c", RECORD, name]) for name in "xy"]
+    assert [job.wait(timeout=60) for job in jobs] == [0, 0]
+    assert len(json.loads((cache_home() / "converted.json").read_text())) == 40

@@ -278,6 +278,32 @@ def test_chat_without_a_model_converts_the_demo_once(
     assert "Converting" not in again.stderr
 
 
+def test_chat_without_a_model_takes_the_newest_conversion(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        assert run("convert", DEMO, tmp_path / name).exit_code == 0
+    ask = ("chat", "-p", FRANCE, "--no-think", "--temperature", "0")
+    told = run(*ask)
+    assert f"This is {tmp_path / 'second'}, the newest model" in told.stderr
+    assert "Paris" in told.stdout
+    (tmp_path / "second" / "config.json").unlink()
+    assert f"This is {tmp_path / 'first'}, the newest model" in run(*ask).stderr
+    assert "This is the bundled demo" in run(*ask, "--demo").stderr
+    assert run(*ask, "--demo", tmp_path / "first").exit_code == 2
+
+
+def test_a_conversion_that_cannot_be_recorded_is_still_made(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "file" / "cache"))
+    result = run("convert", DEMO, tmp_path / "out")
+    assert result.exit_code == 0 and (tmp_path / "out" / "config.json").exists()
+    assert "chat without a model will not find this folder" in result.stderr
+
+
 def test_a_closed_pipe_is_no_error_to_talk_about(converted_demo: Path) -> None:
     """`| head -1`: the reader leaves, the writer falls silent."""
     for command in (["generate", converted_demo, "-p", FRANCE], ["plan", DEMO]):
