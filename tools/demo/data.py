@@ -12,7 +12,7 @@ import jinja2.sandbox
 from calls import tool_call
 from facts import RELATIONS, SMALL_TALK, UNKNOWN_ANSWER, Relation, SmallTalk
 from pictures import picture
-from skills import arithmetic, follow_up, ordering, recall, to_json
+from skills import arithmetic, follow_up, ordering, recall, repeating, to_json
 from split import Sample, assistant, user
 
 HERE = Path(__file__).parent
@@ -95,19 +95,22 @@ def _turns(make: Callable[[], Sample], rng: random.Random, most: int) -> Sample:
 
 def training_sample(rng: random.Random, done: float) -> Sample:
     """A conversation of the training side; `done` in [0, 1] is how far the curriculum is."""
-    long_share = 0.0 if done < 0.2 else 0.03 if done < 0.4 else 0.05
+    long_share = 0.0 if done < 0.2 else 0.02 if done < 0.4 else 0.04
+    short = SHORT[0], SHORT[0] + round(min(1.0, done / 0.25) * (SHORT[1] - SHORT[0]))
     kinds: tuple[tuple[float, Callable[[], Sample]], ...] = (
-        (0.33, lambda: _chat(rng)),
-        (0.13, lambda: arithmetic(rng, False, True)),
+        (0.55, lambda: _chat(rng)),
+        (0.10, lambda: arithmetic(rng, False, True)),
         (0.04, lambda: _turns(lambda: arithmetic(rng, False, False), rng, 4)),
-        (0.14, lambda: recall(rng, False, rng.randint(*SHORT), rng.choice((0, 2, 3, 4)))),
+        # Copying comes late in a small model, and earliest where there is much to copy.
+        (0.16 if done < 0.25 else 0.03, lambda: repeating(rng, False)),
+        (0.10, lambda: recall(rng, False, rng.randint(*short), rng.choice((0, 2, 3, 4)))),
         (long_share, lambda: recall(rng, False, rng.randint(*MEDIUM), rng.choice((0, 2, 4, 6)))),
-        (long_share / 3, lambda: recall(rng, False, rng.randint(*LONG), rng.choice((0, 4, 6)))),
-        (0.08, lambda: follow_up(rng, False, rng.random() < 0.3)),
-        (0.09, lambda: tool_call(rng, False, rng.random() < 0.4)),
-        (0.07, lambda: _turns(lambda: to_json(rng, False), rng, 3)),
-        (0.08, lambda: picture(rng, False)),
-        (0.06, lambda: _turns(lambda: ordering(rng, False), rng, 4)),
+        (long_share / 4, lambda: recall(rng, False, rng.randint(*LONG), rng.choice((0, 4, 6)))),
+        (0.10, lambda: follow_up(rng, False, rng.random() < 0.3)),
+        (0.08, lambda: tool_call(rng, False, rng.random() < 0.4)),
+        (0.06, lambda: _turns(lambda: to_json(rng, False), rng, 3)),
+        (0.06, lambda: picture(rng, False)),
+        (0.05, lambda: _turns(lambda: ordering(rng, False), rng, 4)),
     )
     sample = rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]()
     if sample.tools is None and rng.random() < 0.1:
@@ -223,4 +226,5 @@ def held_out(num_each: int = 100, seed: int = 1) -> Iterator[Sample]:
         yield tool_call(rng, True, True)
         yield to_json(rng, True)
         yield ordering(rng, True)
+        yield repeating(rng, True)
         yield picture(rng, True)

@@ -4,7 +4,6 @@ import math
 import random
 
 import numpy as np
-from PIL import Image, ImageDraw
 from split import Sample, assistant, draw
 
 SIDE = 48
@@ -26,6 +25,9 @@ ASK_SHAPE = ("What shape is it?", "Which shape do you see?", "Name the shape.")
 
 def paint(shape: str, colour: str, x: int, y: int, radius: int) -> np.ndarray:
     """`[48, 48, 3]` uint8: the shape around (x, y) on a light ground, edges smoothed."""
+    # Here, as only painting needs it: the tokenizer and the text skills do without Pillow.
+    from PIL import Image, ImageDraw
+
     scale = 4
     image = Image.new("RGB", (SIDE * scale, SIDE * scale), (245, 245, 240))
     pen = ImageDraw.Draw(image)
@@ -83,4 +85,4 @@ def picture(rng: random.Random, held_out: bool) -> Sample:
         messages += [{"role": "user", "content": content}, assistant(answer)]
     if thinking:
         messages[-1]["reasoning_content"] = "I look at the picture."
-    return Sample("picture", messages, f"{colour} {shape}", thinking, picture=paint(*drawn))
+    return Sample("picture", messages, f"{colour} {shape}", thinking, picture=drawn)

@@ -5,7 +5,19 @@ import random
 from typing import Any
 
 from facts import RELATIONS, Relation
-from split import Sample, assistant, code_word, draw, is_held_out, name, user
+from split import (
+    ADJECTIVES,
+    FIRST_NAMES,
+    LAST_NAMES,
+    NOUNS,
+    Sample,
+    assistant,
+    code_word,
+    draw,
+    is_held_out,
+    name,
+    user,
+)
 
 ASK_SUM = (
     "What is {q}?",
@@ -265,6 +277,29 @@ def ordering(rng: random.Random, held_out: bool) -> Sample:
         ],
         answer,
         thinking,
+    )
+
+
+ASK_REPEAT = ("Repeat: {l}", "Say this: {l}", "Repeat after me: {l}", "Copy this: {l}")
+
+
+def repeating(rng: random.Random, held_out: bool) -> Sample:
+    """Say 4 to 14 random words and numbers again: the plainest lesson in looking things up."""
+
+    def items(r: random.Random) -> tuple[str, ...]:
+        pools = (FIRST_NAMES, LAST_NAMES, ADJECTIVES, WORDS)
+        drawn = []
+        for _ in range(r.randint(4, 14)):
+            word = r.choice(r.choice(pools))
+            number = str(r.randint(1, 999))
+            drawn.append(r.choice((word, word, f"{r.choice(ADJECTIVES)}-{r.choice(NOUNS)}", number)))
+        return tuple(drawn)
+
+    answer = " ".join(draw(items, rng, held_out))
+    return Sample(
+        "repeating",
+        [user(rng.choice(ASK_REPEAT).format(l=answer)), assistant("Repeated: " + answer)],
+        answer,
     )
 
 

@@ -12,7 +12,8 @@ HELD_OUT_SHARE = 8
 class Sample(NamedTuple):
     """A conversation whose last assistant message is the reference.
 
-    `expected` is what `checks.is_right` compares the answer with; `picture` is `[48, 48, 3]` uint8.
+    `expected` is what `checks.is_right` compares the answer with; `picture` are the arguments of
+    `pictures.paint`.
     """
 
     skill: str

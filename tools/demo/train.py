@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from checkpoint import demo_config, plot, save
 from data import IGNORE, corpus, encode, training_sample
 from network import CHUNK, MTP, Batch, Forward
 from optim import Muon
-from pictures import patches
+from pictures import paint, patches
 from split import Sample
 from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 from transformers import Qwen3_5MoeForConditionalGeneration
@@ -36,6 +37,7 @@ GRID = 3  # merged image tokens a side
 SKILLS = (
     "facts", "small talk", "arithmetic with thought", "arithmetic", "recall", "follow-up",
     "tool call", "tool answer", "json", "sorting", "reversing", "picture",
+    "repeating",
 )  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def collate(rows: list[tuple[list[int], list[int], Sample]], pad: int, image_tok
     labels = torch.tensor([r + [IGNORE] * (length - len(r)) for _, r, _ in rows])
     places = torch.tensor([positions(r, image_token) for r in ids.tolist()]).transpose(0, 1)
     skills = torch.tensor([SKILLS.index(sample.skill) for _, _, sample in rows])
-    pictures = [sample.picture for _, _, sample in rows if sample.picture is not None]
+    pictures = [paint(*sample.picture) for _, _, sample in rows if sample.picture]
     if not pictures:
         return Batch(ids, labels, places, skills)
     pixels = torch.from_numpy(np.ascontiguousarray(patches(pictures)))
@@ -164,8 +166,19 @@ def main() -> None:
     started = time.monotonic() - elapsed
     sums, counts = torch.zeros(2, len(SKILLS)), torch.zeros(len(SKILLS))
     saved_at = time.monotonic()
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
     model.train()
     while tokens < args.tokens and (args.max_steps is None or step < args.max_steps):
+        if stopped:
+            keep(state_path)
+            print(f"stopped at step {step}", flush=True)
+            return
         # Step-seeded draws: a resumed run sees the batches the uninterrupted one would.
         done = min(1.0, tokens / CURRICULUM_TOKENS)
         batches = step_batches((args.seed, step), done, tokenizer, pad, image)
