@@ -1,9 +1,8 @@
-"""transformers on the demo's weights, those of a converted folder dequantized: pictures and MTP."""
+"""transformers on the demo's weights, or on those of a converted folder, dequantized."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +16,9 @@ from split import Sample
 from tokenizers import Tokenizer
 from train import SKILLS, collate
 from transformers import AutoImageProcessor, Qwen3_5MoeForConditionalGeneration
+
+BATCH = 16
+MAX_NEW_TOKENS = 100
 
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,6 +78,15 @@ def fused_mtp(tensors: dict[str, torch.Tensor], num_experts: int) -> dict[str, t
     return state
 
 
+class Answer(NamedTuple):
+    """What was said to a sample: ids with the end of the turn, and text without."""
+
+    sample: Sample
+    prompt: list[int]
+    ids: list[int]
+    text: str
+
+
 class Reference:
     """The demo in transformers; text weights from `folder`, picture and MTP weights of `source`."""
 
@@ -92,63 +103,72 @@ class Reference:
         self.forward = Forward(self.model, self.mtp, torch.float32)
         self.tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
         self.processor = AutoImageProcessor.from_pretrained(source)
+        self.end = self.tokenizer.token_to_id("<|im_end|>")
         self.pad = self.model.config.text_config.pad_token_id
         self.image = self.model.config.image_token_id
 
     @torch.no_grad()
-    def answers(self, samples: list[Sample]) -> Iterator[tuple[Sample, str]]:
-        """Greedy answers to questions about pictures, by transformers' processor and generate."""
-        for sample in samples:
-            ids, labels = encode(sample, self.tokenizer)
-            prompt = torch.tensor([ids[: labels_start(labels)]])
-            images = self.processor(images=[Image.fromarray(paint(*sample.picture))], return_tensors="pt")
-            out = self.model.generate(
-                input_ids=prompt,
-                pixel_values=images["pixel_values"],
-                image_grid_thw=images["image_grid_thw"],
-                mm_token_type_ids=(prompt == self.image).int(),
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False, max_new_tokens=20, top_k=None, top_p=None, temperature=None,
-            )  # fmt: skip
-            yield sample, self.tokenizer.decode(out[0, prompt.shape[1] :].tolist())
+    def answers(self, samples: list[Sample]) -> list[Answer]:
+        """Greedy answers in the order asked, by transformers' processor and generate."""
+        prompts = [prompt_ids(sample, self.tokenizer) for sample in samples]
+        order = sorted(range(len(samples)), key=lambda i: (bool(samples[i].picture), len(prompts[i])))
+        found: dict[int, Answer] = {}
+        for first in range(0, len(order), BATCH):
+            batch = [i for i in order[first : first + BATCH]]
+            for picked in (
+                [i for i in batch if samples[i].picture],
+                [i for i in batch if not samples[i].picture],
+            ):
+                if picked:
+                    said = self._generate([prompts[i] for i in picked], [samples[i] for i in picked])
+                    for i, ids in zip(picked, said, strict=True):
+                        found[i] = Answer(samples[i], prompts[i], ids, self.tokenizer.decode(ids))
+        return [found[i] for i in range(len(samples))]
+
+    def _generate(self, prompts: list[list[int]], samples: list[Sample]) -> list[list[int]]:
+        """Greedy ids up to the end of the turn, for left-padded prompts."""
+        length = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (length - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+        inputs: dict[str, Any] = {}
+        if samples[0].picture:
+            images = [Image.fromarray(paint(*sample.picture)) for sample in samples]
+            inputs = dict(self.processor(images=images, return_tensors="pt"))
+            inputs["mm_token_type_ids"] = (ids == self.image).int()
+        out: Any = self.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=self.end, pad_token_id=self.pad, top_k=None, top_p=None,
+            temperature=None, **inputs,
+        )  # fmt: skip
+        said = [row[length:] for row in out.tolist()]
+        return [row[: row.index(self.end) + 1] if self.end in row else row for row in said]
 
     @torch.no_grad()
-    def acceptance(self, samples: list[Sample]) -> float:
-        """Share of drafted tokens (one draft a step) that greedy decoding takes."""
+    def acceptance(self, answers: list[Answer]) -> float:
+        """Share of drafted tokens (one draft a step) that greedy decoding takes; text only."""
         accepted = drafted = 0
-        for sample in samples:
-            ids, labels = encode(sample, self.tokenizer)
-            start = labels_start(labels)
-            said = self._greedy(ids[:start])
-            row = ids[:start] + said
-            answer_labels = [IGNORE] * start + said
-            skill = sample.skill if sample.skill in SKILLS else SKILLS[0]
-            batch = collate(
-                [(row, answer_labels, sample._replace(skill=skill))], self.pad, self.image
-            )
+        answers = sorted(answers, key=lambda a: len(a.prompt) + len(a.ids))
+        for first in range(0, len(answers), BATCH):
+            rows = [
+                (a.prompt + a.ids, [IGNORE] * len(a.prompt) + a.ids, a.sample._replace(skill=SKILLS[0]))
+                for a in answers[first : first + BATCH]
+            ]
+            batch = collate(rows, self.pad, self.image)
             ahead = torch.nn.functional.pad(batch.labels[:, 2:], (0, 1), value=IGNORE)
-            rows = ahead != IGNORE
-            # A draft starts from a token that was said; the prompt's last token is not.
-            rows[:, : start - 1] = False
+            # Row i drafts token i + 2 from token i + 1, which must have been said, not given.
+            wanted = (ahead != IGNORE) & (batch.labels[:, 1:] != IGNORE)
             self.forward.balance = []
             embedded, hidden, rope = self.forward.hidden(batch)
-            drafts = self.forward.logits(self.forward.draft(embedded, hidden, rope, rows)).argmax(-1)
-            accepted += int((drafts == ahead[rows]).sum())
+            drafts = self.forward.logits(self.forward.draft(embedded, hidden, rope, wanted)).argmax(-1)
+            accepted += int((drafts == ahead[wanted]).sum())
             drafted += len(drafts)
         return accepted / max(1, drafted)
 
-    def _greedy(self, prompt: list[int], max_tokens: int = 100) -> list[int]:
-        ids = torch.tensor([prompt])
-        out: Any = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=max_tokens, top_k=None, top_p=None, temperature=None,
-        )  # fmt: skip
-        return out[0, len(prompt) :].tolist()
 
-
-def labels_start(labels: list[int]) -> int:
-    """Where the last run of labels begins: the length of the prompt."""
+def prompt_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the conversation up to where the last answer begins."""
+    ids, labels = encode(sample, tokenizer)
     at = max(i for i, label in enumerate(labels) if label != IGNORE)
     while at > 0 and labels[at - 1] != IGNORE:
         at -= 1
-    return at
+    return ids[:at]

@@ -266,14 +266,15 @@ def ordering(rng: random.Random, held_out: bool) -> Sample:
     drawn = draw(items, rng, held_out)
     ask = ASK_SORT if kind == "sort" else ASK_REVERSE
     ordered = sorted(drawn, key=int) if kind == "sort" else drawn[::-1]
-    answer = ("Sorted: " if kind == "sort" else "Reversed: ") + " ".join(ordered)
+    answer = " ".join(ordered)
+    label = "Sorted" if kind == "sort" else "Reversed"
     thinking = not held_out and rng.random() < 0.2
     thought = "I sort from small to big." if kind == "sort" else "I go from last to first."
     return Sample(
         "sorting" if kind == "sort" else "reversing",
         [
             user(rng.choice(ask).format(l=" ".join(drawn))),
-            assistant(answer, thought if thinking else ""),
+            assistant(f"{label}: {answer}", thought if thinking else ""),
         ],
         answer,
         thinking,

@@ -27,8 +27,8 @@ from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 from transformers import Qwen3_5MoeForConditionalGeneration
 
 HERE = Path(__file__).parent
-STEP_TOKENS = 3072
-MUON_LR, ADAM_LR = 0.02, 3e-3
+STEP_TOKENS = 2048
+MUON_LR, ADAM_LR = 0.01, 2e-3
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.2
 CURRICULUM_TOKENS = 8e6
@@ -105,7 +105,23 @@ def build(out: Path, seed: int):
     tokenizer = train_tokenizer(corpus(), TOKENIZER_VOCAB, out, template)
     vocab_size = math.ceil(tokenizer.get_vocab_size() / 64) * 64
     config = demo_config(tokenizer.token_to_id, vocab_size)
-    return Qwen3_5MoeForConditionalGeneration(config), MTP(config), tokenizer
+    model = Qwen3_5MoeForConditionalGeneration(config)
+    remember_long(model)
+    return model, MTP(config), tokenizer
+
+
+@torch.no_grad()
+def remember_long(model) -> None:
+    """Start the heads of the delta rule with memories of 3 to 500 tokens.
+
+    transformers initializes them to forget within a token, as its models are loaded, not trained.
+    """
+    for layer in model.model.language_model.layers:
+        if layer.block_type == "linear_attention":
+            mixer = layer.linear_attn
+            rates = torch.logspace(math.log10(0.3), math.log10(0.002), mixer.num_v_heads)
+            mixer.A_log.fill_(math.log(4))
+            mixer.dt_bias.copy_(torch.log(torch.expm1(rates / 4)))  # the inverse of softplus
 
 
 def optimizers(model, mtp) -> tuple[Muon, torch.optim.AdamW]:
