@@ -9,7 +9,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench bench-quant golden live clean
+.PHONY: help chat test lint bench bench-quant demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ bench: $(VENV)/.installed ## measure speed; the last line is JSON
 
 bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
 	$(BIN)/python tools/bench_quant.py
+
+demo-eval: $(VENV)/.installed-demo ## what the demo model can, by skill and bits; the last line is JSON
+	$(BIN)/python tools/demo/evaluate.py
 
 golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py

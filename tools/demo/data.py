@@ -69,12 +69,12 @@ def _talk(talk: SmallTalk, rng: random.Random, thinking: bool) -> list[dict[str,
     return [user(rng.choice(talk.said)), assistant(talk.answer, talk.thought if thinking else "")]
 
 
-def _chat(rng: random.Random) -> Sample:
-    """One to five turns of facts, small talk, sums and lists under one switch for thinking."""
+def _chat(rng: random.Random, most: int = 5) -> Sample:
+    """One to `most` turns of facts, small talk, sums and lists under one switch for thinking."""
     thinking = rng.random() < 0.35
     weights = [len(relation.pairs) for relation in RELATIONS]
     messages: list[dict[str, Any]] = []
-    for _ in range(rng.randint(1, 5)):
+    for _ in range(rng.randint(1, most)):
         kind = rng.random()
         if kind < 0.12:
             messages += _talk(rng.choice(SMALL_TALK), rng, thinking)
@@ -95,22 +95,26 @@ def _turns(make: Callable[[], Sample], rng: random.Random, most: int) -> Sample:
 
 def training_sample(rng: random.Random, done: float) -> Sample:
     """A conversation of the training side; `done` in [0, 1] is how far the curriculum is."""
-    long_share = 0.0 if done < 0.2 else 0.02 if done < 0.4 else 0.04
-    short = SHORT[0], SHORT[0] + round(min(1.0, done / 0.25) * (SHORT[1] - SHORT[0]))
+    # Looking things up comes late in a small model, and earliest where there is little to look at:
+    # lists, passages and conversations grow with the first third of the curriculum.
+    grown = min(1.0, done / 0.3)
+    turns = 1 + round(4 * grown)
+    sentences = SHORT[0] * (grown > 0.2), 1 + round((SHORT[1] - 1) * grown)
+    names = (0, 0, 2, 3, 4) if grown > 0.5 else (0, 0, 2)
+    long_share = 0.0 if done < 0.25 else 0.03 if done < 0.5 else 0.05
     kinds: tuple[tuple[float, Callable[[], Sample]], ...] = (
-        (0.55, lambda: _chat(rng)),
+        (0.50, lambda: _chat(rng, turns)),
         (0.10, lambda: arithmetic(rng, False, True)),
-        (0.04, lambda: _turns(lambda: arithmetic(rng, False, False), rng, 4)),
-        # Copying comes late in a small model, and earliest where there is much to copy.
-        (0.16 if done < 0.25 else 0.03, lambda: repeating(rng, False)),
-        (0.10, lambda: recall(rng, False, rng.randint(*short), rng.choice((0, 2, 3, 4)))),
+        (0.04, lambda: _turns(lambda: arithmetic(rng, False, False), rng, turns)),
+        (0.20 - 0.15 * grown, lambda: repeating(rng, False, 1, 3 + round(11 * grown))),
+        (0.12, lambda: recall(rng, False, rng.randint(*sentences), rng.choice(names))),
         (long_share, lambda: recall(rng, False, rng.randint(*MEDIUM), rng.choice((0, 2, 4, 6)))),
         (long_share / 4, lambda: recall(rng, False, rng.randint(*LONG), rng.choice((0, 4, 6)))),
         (0.10, lambda: follow_up(rng, False, rng.random() < 0.3)),
         (0.08, lambda: tool_call(rng, False, rng.random() < 0.4)),
-        (0.06, lambda: _turns(lambda: to_json(rng, False), rng, 3)),
+        (0.06, lambda: _turns(lambda: to_json(rng, False), rng, min(3, turns))),
         (0.06, lambda: picture(rng, False)),
-        (0.05, lambda: _turns(lambda: ordering(rng, False), rng, 4)),
+        (0.05, lambda: _turns(lambda: ordering(rng, False, 2 + (grown > 0.4)), rng, turns)),
     )
     sample = rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]()
     if sample.tools is None and rng.random() < 0.1:

@@ -262,17 +262,22 @@ class Forward:
         """`[R, V]` float32 of hidden rows."""
         return self._linear(rows, self.model.lm_head.weight).float()
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per labelled token, trunk loss and MTP loss; the balance loss; and the skill by token."""
+    def losses(self, batch: Batch, with_mtp: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Per labelled token, trunk loss and MTP loss; the balance loss; and the skill by token.
+
+        Without the MTP layer its losses are an empty tensor.
+        """
         self.balance = []
         embedded, h, rope = self.hidden(batch)
         rows = batch.labels[:, 1:] != IGNORE
         trunk = F.cross_entropy(
             self.logits(h[:, :-1][rows]), batch.labels[:, 1:][rows], reduction="none"
         )
-        ahead = F.pad(batch.labels[:, 2:], (0, 1), value=IGNORE)
-        ahead_rows = ahead != IGNORE
-        drafted = self.logits(self.draft(embedded, h, rope, ahead_rows))
-        mtp = F.cross_entropy(drafted, ahead[ahead_rows], reduction="none")
+        mtp = trunk.new_zeros(0)
+        if with_mtp:
+            ahead = F.pad(batch.labels[:, 2:], (0, 1), value=IGNORE)
+            ahead_rows = ahead != IGNORE
+            drafted = self.logits(self.draft(embedded, h, rope, ahead_rows))
+            mtp = F.cross_entropy(drafted, ahead[ahead_rows], reduction="none")
         skills = batch.skills[:, None].expand(rows.shape)[rows]
         return trunk, mtp, torch.stack(self.balance).sum(), skills

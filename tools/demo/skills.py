@@ -253,12 +253,12 @@ ASK_SORT = ("Sort {l}.", "Sort these: {l}", "Put {l} in order.", "Sort from smal
 ASK_REVERSE = ("Reverse {l}.", "Say {l} backwards.", "Reverse the order: {l}", "Turn {l} around.")
 
 
-def ordering(rng: random.Random, held_out: bool) -> Sample:
-    """Sort 3 to 5 numbers below 100, or reverse 3 to 5 words or numbers; held-out lists."""
+def ordering(rng: random.Random, held_out: bool, least: int = 3) -> Sample:
+    """Sort `least` to `least + 2` numbers below 100, or reverse words or numbers; held-out lists."""
     kind = rng.choice(("sort", "words", "numbers"))
 
     def items(r: random.Random) -> tuple[str, ...]:
-        length = r.randint(3, 5)
+        length = r.randint(least, least + 2)
         if kind == "words":
             return tuple(r.sample(WORDS, length))
         return tuple(str(n) for n in r.sample(range(1, 100), length))
@@ -284,13 +284,13 @@ def ordering(rng: random.Random, held_out: bool) -> Sample:
 ASK_REPEAT = ("Repeat: {l}", "Say this: {l}", "Repeat after me: {l}", "Copy this: {l}")
 
 
-def repeating(rng: random.Random, held_out: bool) -> Sample:
-    """Say 4 to 14 random words and numbers again: the plainest lesson in looking things up."""
+def repeating(rng: random.Random, held_out: bool, least: int = 4, most: int = 14) -> Sample:
+    """Say random words and numbers again: the plainest lesson in looking things up."""
 
     def items(r: random.Random) -> tuple[str, ...]:
         pools = (FIRST_NAMES, LAST_NAMES, ADJECTIVES, WORDS)
         drawn = []
-        for _ in range(r.randint(4, 14)):
+        for _ in range(r.randint(least, most)):
             word = r.choice(r.choice(pools))
             number = str(r.randint(1, 999))
             drawn.append(r.choice((word, word, f"{r.choice(ADJECTIVES)}-{r.choice(NOUNS)}", number)))
