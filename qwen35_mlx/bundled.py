@@ -44,7 +44,7 @@ def converted_demo(convert: Callable[[Path, Path], object]) -> Path:
 
 
 def record_conversion(folder: Path) -> None:
-    """Remember a converted folder as the newest; raises Qwen35Error if the cache is closed to us."""
+    """Remember a converted folder as the newest; raises Qwen35Error if it cannot."""
     home = cache_home()
     with _lock(home):
         path = str(folder.resolve())

@@ -141,7 +141,7 @@ def test_the_training_text_is_what_the_template_renders(made: Path) -> None:
             add_generation_prompt=True,
             enable_thinking=sample.thinking,
         )
-        *given, (answer, learnt), rest = [p for p in pieces(sample)]
+        *given, (answer, learnt), rest = list(pieces(sample))
         assert learnt and rest == ("\n", False)
         assert prompt == "".join(p for p, _ in given).replace("<|image_pad|>" * 9, "<|image_pad|>")
         assert answer.endswith("<|im_end|>")

@@ -25,7 +25,9 @@ def is_right(sample: Sample, answer: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(sample.expected)}(?!\w)", answer) is not None
 
 
-CALL = re.compile(r"\s*<tool_call>\n<function=([^>\n]+)>\n(.*)</function>\n</tool_call>\s*", re.DOTALL)
+CALL = re.compile(
+    r"\s*<tool_call>\n<function=([^>\n]+)>\n(.*)</function>\n</tool_call>\s*", re.DOTALL
+)
 PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n(.*?)\n</parameter>\n", re.DOTALL)
 
 

@@ -2,9 +2,8 @@
 
 python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--show-wrong]
 
-transformers answers, greedily and in batches, on the dequantized weights of each conversion: it also
-computes pictures, and the MTP layer has a forward of its own. That the runtime computes the same is
-for the tests. The last line is JSON.
+transformers answers, greedily and in batches, on the dequantized weights of each conversion, as it
+also computes pictures. That the runtime computes the same is for the tests. The last line is JSON.
 """
 
 import argparse

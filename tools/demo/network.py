@@ -66,7 +66,9 @@ class _Inverse(torch.autograd.Function):
         power, result, reach = a, torch.eye(CHUNK) - a, 2
         while reach < CHUNK:
             power = power @ power
-            result = torch.baddbmm(result.flatten(0, -3), result.flatten(0, -3), power.flatten(0, -3))
+            result = torch.baddbmm(
+                result.flatten(0, -3), result.flatten(0, -3), power.flatten(0, -3)
+            )
             result, reach = result.reshape(a.shape), 2 * reach
         ctx.save_for_backward(result)
         return result

@@ -47,7 +47,11 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
         if not name.startswith("language_model."):
             continue
         short = name.removeprefix("language_model.")
-        new = short if short.startswith("lm_head") else short.replace("model.", "model.language_model.", 1)
+        new = (
+            short
+            if short.startswith("lm_head")
+            else short.replace("model.", "model.language_model.", 1)
+        )
         if "switch_mlp" in new:
             stem, _, part = new.removesuffix(".weight").rpartition(".switch_mlp.")
             if part == "down_proj":
@@ -111,16 +115,20 @@ class Reference:
     def answers(self, samples: list[Sample]) -> list[Answer]:
         """Greedy answers in the order asked, by transformers' processor and generate."""
         prompts = [prompt_ids(sample, self.tokenizer) for sample in samples]
-        order = sorted(range(len(samples)), key=lambda i: (bool(samples[i].picture), len(prompts[i])))
+        order = sorted(
+            range(len(samples)), key=lambda i: (bool(samples[i].picture), len(prompts[i]))
+        )
         found: dict[int, Answer] = {}
         for first in range(0, len(order), BATCH):
-            batch = [i for i in order[first : first + BATCH]]
+            batch = order[first : first + BATCH]
             for picked in (
                 [i for i in batch if samples[i].picture],
                 [i for i in batch if not samples[i].picture],
             ):
                 if picked:
-                    said = self._generate([prompts[i] for i in picked], [samples[i] for i in picked])
+                    said = self._generate(
+                        [prompts[i] for i in picked], [samples[i] for i in picked]
+                    )
                     for i, ids in zip(picked, said, strict=True):
                         found[i] = Answer(samples[i], prompts[i], ids, self.tokenizer.decode(ids))
         return [found[i] for i in range(len(samples))]
@@ -150,7 +158,11 @@ class Reference:
         answers = sorted(answers, key=lambda a: len(a.prompt) + len(a.ids))
         for first in range(0, len(answers), BATCH):
             rows = [
-                (a.prompt + a.ids, [IGNORE] * len(a.prompt) + a.ids, a.sample._replace(skill=SKILLS[0]))
+                (
+                    a.prompt + a.ids,
+                    [IGNORE] * len(a.prompt) + a.ids,
+                    a.sample._replace(skill=SKILLS[0]),
+                )
                 for a in answers[first : first + BATCH]
             ]
             batch = collate(rows, self.pad, self.image)
@@ -159,7 +171,9 @@ class Reference:
             wanted = (ahead != IGNORE) & (batch.labels[:, 1:] != IGNORE)
             self.forward.balance = []
             embedded, hidden, rope = self.forward.hidden(batch)
-            drafts = self.forward.logits(self.forward.draft(embedded, hidden, rope, wanted)).argmax(-1)
+            drafts = self.forward.logits(self.forward.draft(embedded, hidden, rope, wanted)).argmax(
+                -1
+            )
             accepted += int((drafts == ahead[wanted]).sum())
             drafted += len(drafts)
         return accepted / max(1, drafted)

@@ -99,7 +99,14 @@ def arithmetic(rng: random.Random, held_out: bool, thinking: bool) -> Sample:
     )
 
 
-PEOPLE = ("The baker", "A farmer", "The old captain", "My neighbour", "The teacher", "A young nurse")
+PEOPLE = (
+    "The baker",
+    "A farmer",
+    "The old captain",
+    "My neighbour",
+    "The teacher",
+    "A young nurse",
+)
 DEEDS = (
     "bought {n} apples at the market",
     "walked along the river with a dog",
@@ -254,7 +261,7 @@ ASK_REVERSE = ("Reverse {l}.", "Say {l} backwards.", "Reverse the order: {l}", "
 
 
 def ordering(rng: random.Random, held_out: bool, least: int = 3) -> Sample:
-    """Sort `least` to `least + 2` numbers below 100, or reverse words or numbers; held-out lists."""
+    """Sort `least` to `least + 2` numbers below 100, or reverse as many words or numbers."""
     kind = rng.choice(("sort", "words", "numbers"))
 
     def items(r: random.Random) -> tuple[str, ...]:
@@ -293,7 +300,9 @@ def repeating(rng: random.Random, held_out: bool, least: int = 4, most: int = 14
         for _ in range(r.randint(least, most)):
             word = r.choice(r.choice(pools))
             number = str(r.randint(1, 999))
-            drawn.append(r.choice((word, word, f"{r.choice(ADJECTIVES)}-{r.choice(NOUNS)}", number)))
+            drawn.append(
+                r.choice((word, word, f"{r.choice(ADJECTIVES)}-{r.choice(NOUNS)}", number))
+            )
         return tuple(drawn)
 
     answer = " ".join(draw(items, rng, held_out))

@@ -176,10 +176,16 @@ def main() -> None:
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
 
     def keep(path: Path) -> None:
-        state = dict(
-            model=model.state_dict(), mtp=mtp.state_dict(), optimizer=optimizer.state_dict(), step=step, tokens=tokens, elapsed=elapsed, history=history,
-            total=args.tokens,
-        )  # fmt: skip
+        state = {
+            "model": model.state_dict(),
+            "mtp": mtp.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "tokens": tokens,
+            "elapsed": elapsed,
+            "history": history,
+            "total": args.tokens,
+        }
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
