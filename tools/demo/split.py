@@ -64,9 +64,9 @@ ADJECTIVES = (
 ).split()
 NOUNS = (
     "otter anchor badger basket beacon candle canyon cactus comet compass copper coral crane "
-    "dagger dragon eagle ember falcon feather forest galaxy garden glacier hammer harbor hazel island "
-    "jacket jungle kettle ladder lantern lemon magnet maple marble meadow mirror needle ocean "
-    "orchid panda pepper planet rocket saddle tiger walnut"
+    "dagger dragon eagle ember falcon feather forest galaxy garden glacier hammer harbor hazel "
+    "island jacket jungle kettle ladder lantern lemon magnet maple marble meadow mirror needle "
+    "ocean orchid panda pepper planet rocket saddle tiger walnut"
 ).split()
 
 
