@@ -20,14 +20,15 @@ import torch
 from checkpoint import demo_config, plot, save
 from data import IGNORE, corpus, encode, training_sample
 from network import CHUNK, MTP, Batch, Forward
+from optim import Muon
 from pictures import paint, patches
 from split import Sample
 from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 from transformers import Qwen3_5MoeForConditionalGeneration
 
 HERE = Path(__file__).parent
-STEP_TOKENS = 1536
-PEAK_LR = 2e-3
+STEP_TOKENS = 3072
+MUON_LR, ADAM_LR = 0.015, 3e-3
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.2
 CURRICULUM_TOKENS = 8e6
@@ -131,14 +132,15 @@ def initialize(model) -> None:
             mixer.dt_bias.copy_(torch.log(torch.expm1(rates / 4)))  # the inverse of softplus
 
 
-def make_optimizer(model, mtp) -> torch.optim.AdamW:
-    """AdamW, with decay on matrices alone."""
-    parameters = [*model.parameters(), *mtp.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.05},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
+def optimizers(model, mtp) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon takes the projections of text and MTP layers, AdamW the rest."""
+    matrices, others = [], []
+    for name, p in [*model.named_parameters(), *mtp.named_parameters(prefix="mtp")]:
+        inner = ("proj" in name or "fc." in name) and "visual" not in name
+        small = "in_proj_a" in name or "in_proj_b" in name
+        (matrices if inner and p.ndim >= 2 and not small else others).append(p)
+    adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    return Muon(matrices), adam
 
 
 def main() -> None:
@@ -156,7 +158,7 @@ def main() -> None:
 
     model, mtp, tokenizer = build(args.out, args.seed)
     pad, image = tokenizer.token_to_id("<|endoftext|>"), model.config.image_token_id
-    optimizer = make_optimizer(model, mtp)
+    muon, adam = optimizers(model, mtp)
     forward = Forward(model, mtp, torch.float32)
     parameters = [*model.parameters(), *mtp.parameters()]
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, on {args.threads} threads")
@@ -170,7 +172,8 @@ def main() -> None:
             state = torch.load(stable_path, weights_only=True)
         model.load_state_dict(state["model"])
         mtp.load_state_dict(state["mtp"])
-        optimizer.load_state_dict(state["optimizer"])
+        muon.load_state_dict(state["muon"])
+        adam.load_state_dict(state["adam"])
         step, tokens, elapsed = state["step"], state["tokens"], state["elapsed"]
         history = state["history"]
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
@@ -179,7 +182,8 @@ def main() -> None:
         state = {
             "model": model.state_dict(),
             "mtp": mtp.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
             "step": step,
             "tokens": tokens,
             "elapsed": elapsed,
@@ -220,14 +224,15 @@ def main() -> None:
             sums[1, 0] += drafted.detach().sum()
             sums[1, 1] += len(drafted)
             tokens += batch.ids.numel()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
         left = min(1.0, (args.tokens - tokens) / (args.tokens * DECAY_SHARE))
         scale = warm * max(left, 0.01)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * scale
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        muon.step(MUON_LR * scale)
+        adam.param_groups[0]["lr"] = ADAM_LR * scale
+        adam.step()
+        for p in parameters:
+            p.grad = None
         step += 1
         elapsed = time.monotonic() - started
         if step % 20 == 0:
