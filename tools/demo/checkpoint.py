@@ -49,6 +49,8 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    if not history:
+        return
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key in [k for k in history[-1] if k != "tokens"]:
         points = [(h["tokens"] / 1e6, max(h[key], 1e-5)) for h in history if key in h]
