@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from checkpoint import demo_config, plot, save
 from data import IGNORE, corpus, encode, training_sample
+from initial import initialize
 from network import CHUNK, MTP, Batch, Forward
 from optim import Muon
 from pictures import paint, patches
@@ -31,7 +32,7 @@ STEP_TOKENS = 3072
 MUON_LR, ADAM_LR = 0.015, 3e-3
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.2
-CURRICULUM_TOKENS = 8e6
+CURRICULUM_TOKENS = 4e6
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
 # The MTP layer learns faster than the trunk: before the decay it takes part in every fourth step.
 MTP_EVERY = 4
@@ -110,26 +111,6 @@ def build(out: Path, seed: int):
     model = Qwen3_5MoeForConditionalGeneration(config)
     initialize(model)
     return model, MTP(config), tokenizer
-
-
-@torch.no_grad()
-def initialize(model) -> None:
-    """Where transformers' initial values, made to be loaded over, are none to train from.
-
-    The delta rule's heads would forget within a token; here they remember 3 to 500. The embedding
-    and the head are one tensor while training, and two in the checkpoint: else a word that is
-    copied must be learnt twice, word by word.
-    """
-    text = model.model.language_model
-    text.embed_tokens.weight.normal_(std=0.05)
-    model.lm_head.weight = text.embed_tokens.weight
-    for layer in text.layers:
-        if layer.block_type == "linear_attention":
-            mixer = layer.linear_attn
-            mixer.conv1d.weight.uniform_(-0.5, 0.5)
-            rates = torch.logspace(math.log10(0.3), math.log10(0.002), mixer.num_v_heads)
-            mixer.A_log.fill_(math.log(4))
-            mixer.dt_bias.copy_(torch.log(torch.expm1(rates / 4)))  # the inverse of softplus
 
 
 def optimizers(model, mtp) -> tuple[Muon, torch.optim.AdamW]:
