@@ -9,10 +9,10 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench bench-quant demo-eval golden live clean
+.PHONY: help chat test lint bench bench-chat bench-convert bench-quant bench-kernels demo-eval golden live clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
 	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat --demo; else $(BIN)/qwen35-mlx chat --demo \
@@ -30,11 +30,20 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 bench: $(VENV)/.installed ## measure speed; the last line is JSON
 	$(BIN)/python tools/bench.py
 
+bench-convert: $(VENV)/.installed ## memory and speed of a conversion (20 GB of disk); the last line is JSON
+	$(BIN)/python tools/bench_convert.py
+
 bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
 	$(BIN)/python tools/bench_quant.py
 
 demo-eval: $(VENV)/.installed-demo ## what the demo model can, by skill and bits; the last line is JSON
 	$(BIN)/python tools/demo/evaluate.py
+
+bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Metal kernels; the last line is JSON
+	$(BIN)/python tools/bench_kernels.py
+
+bench-chat: $(VENV)/.installed ## count the tokens read in a conversation; the last line is JSON
+	$(BIN)/python tools/bench_chat.py
 
 golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py

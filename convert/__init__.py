@@ -1,6 +1,6 @@
 """Hugging Face checkpoint to MLX shards, a slice of a tensor at a time."""
 
-from .job import convert
+from .job import convert, verify
 from .plan import Plan, plan
 
-__all__ = ["Plan", "convert", "plan"]
+__all__ = ["Plan", "convert", "plan", "verify"]

@@ -1,44 +1,39 @@
-"""One conversion from folder to folder: the output appears whole, or not at all."""
+"""One conversion: planned, journaled, resumed after any stop; the output appears whole."""
 
 import copy
 import fcntl
+import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwen35_mlx import __version__
-from qwen35_mlx.config import FULL, ModelConfig
-from qwen35_mlx.errors import Qwen35Error
+import mlx.core as mx
 
+from qwen35_mlx import __version__
+from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe
+from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.quant.calibrate import Calibration
+
+from .hub import Fetcher, HubSource, is_hub_id, open_any
+from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
+from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
-from .source import INDEX_FILE
+from .shards import sha256, sync_folder, write_file
+from .source import INDEX_FILE, Source
 from .stream import Progress, stream
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+FETCHED = "source"
 # Headers, index and config.json: small, but not nothing.
 SPARE_BYTES = 64 * 2**20
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
 # What mlx-lm and tokenizers look for outside text_config.
 TOP_LEVEL_KEYS = (
     "architectures",
@@ -55,43 +50,169 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
+    revision: str | None = None,
     recipe: Recipe | None = None,
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
     method: str = DEFAULT_METHOD,
+    calibration: Calibration | None = None,
+    keep_source: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Convert the checkpoint folder `source` into the new folder `out`; settings as in `plan`.
+    """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
+    and what `calibrate` found out about the same source.
 
-    Needs memory for one slice of a tensor and disk for the output. Whatever stops it, Ctrl-C
-    included, `out` does not exist afterwards.
+    Needs memory for a few slices of tensors, disk for the output and, from the hub, for two or
+    three shards of the source; `keep_source` keeps them all, beside `out`. Whatever stops it, `out`
+    does not exist and the same call goes on where this one stopped.
     """
-    source, out = Path(source).expanduser(), Path(out).expanduser().absolute()
+    out = Path(out).expanduser().absolute()
     _refuse_existing(out)
+    work = work_folder(out)
+    opened = open_any(source, _started_revision(work, source, revision), work / FETCHED)
     planned = plan(
-        source, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
+        opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
-    companions = _companions(source)
-    copied_bytes = sum(path.stat().st_size for path in companions)
-    _check_space(out, planned.output_bytes + copied_bytes + SPARE_BYTES)
-    with _work_folder(out) as work:
-        checksums = stream(planned, work, progress)
-        _write_json(work / INDEX_FILE, _index(planned))
+    _check_calibration(planned, calibration)
+    pieces = cut(planned)
+    companions = _companions(opened)
+    settings = _settings(planned, pieces, revision, calibration)
+    needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
+    fetcher = None
+    if isinstance(opened, HubSource):
+        fetcher = Fetcher(opened, keep_source)
+        needed += source_disk_bytes(opened, pieces, keep_source)
+    with _locked(work, out, needed):
+        open_job(work, out, settings, opened.fingerprints())
+        journal = Journal(work / JOURNAL_FILE)
+        try:
+            checksums = stream(planned, pieces, work, journal, fetcher, progress, calibration)
+        finally:
+            journal.close()
+        write_file(work / INDEX_FILE, _json(_index(planned)))
         for path in companions:
-            _write(work / path.name, path.read_bytes())
+            write_file(work / path.name, path.read_bytes())
+        small = [INDEX_FILE, *(path.name for path in companions)]
+        checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
-        _write_json(work / "config.json", output_config(planned, checksums))
-        _sync_folder(work)
+        write_file(work / "config.json", _json(output_config(planned, checksums)))
         _refuse_existing(out)
+        if (work / FETCHED).exists():
+            if keep_source:
+                (work / FETCHED).rename(_kept_folder(out))
+            else:
+                shutil.rmtree(work / FETCHED)
+        sync_folder(work)
         work.rename(out)
-    _sync_folder(out.parent)
+        # After the new name: killed in between, the folder is complete and has two files too many.
+        for name in (JOB_FILE, JOURNAL_FILE):
+            (out / name).unlink()
+    sync_folder(out.parent)
     return out
+
+
+def verify(folder: str | Path, progress: Progress | None = None) -> int:
+    """Read every file of a converted folder again; returns the number of bytes compared.
+
+    Raises CheckpointError for each file that is not as it was written.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    checksums = config.get("qwen35_mlx", {}).get("sha256")
+    if not isinstance(checksums, dict) or not checksums:
+        raise CheckpointError(
+            f"{folder} has no checksums", expected="a folder that qwen35-mlx converted"
+        )
+    paths = {name: folder / Path(name).name for name in checksums}
+    total = sum(path.stat().st_size for path in paths.values() if path.exists())
+    done, wrong = 0, []
+    for name, path in paths.items():
+        if not path.exists():
+            wrong.append(f"{name} is missing")
+        elif sha256(path) != checksums[name]:
+            wrong.append(f"{name} has another checksum")
+        done += path.stat().st_size if path.exists() else 0
+        if progress:
+            progress(done, total, "", name)
+    if wrong:
+        raise CheckpointError(
+            f"{folder} is not as it was written",
+            got="; ".join(wrong[:5]),
+            expected=f"{len(checksums)} files with the checksums in config.json",
+            hint="convert or copy it again",
+        )
+    return total
+
+
+def work_folder(out: Path) -> Path:
+    """The hidden folder beside `out` where a conversion grows."""
+    return out.with_name(f".{out.name}.converting")
+
+
+def source_disk_bytes(source: HubSource, pieces: list[Piece], keep_source: bool) -> int:
+    """Disk for shards from the hub: all of them if they are kept, else the most at any time."""
+    sizes = {name: file.nbytes for name, file in source.listing.items()}
+    if keep_source:
+        return sum(sizes[file.name] for file in source.files)
+    return fetched_bytes(pieces, sizes)
+
+
+def _kept_folder(out: Path) -> Path:
+    kept = out.with_name(f"{out.name}-source")
+    return kept if not kept.exists() else out.with_name(f"{out.name}-source-{os.getpid()}")
+
+
+def _started_revision(work: Path, source: str | Path, revision: str | None) -> str | None:
+    """The commit of a started job, so that a branch that moved on does not end it."""
+    started = read_job(work).get("settings", {})
+    same = (str(source), revision) == (started.get("source"), started.get("revision"))
+    return started["source_revision"] if same and is_hub_id(source) else revision
+
+
+def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
+    """It must be of this model; and error feedback cannot do without."""
+    if calibration is not None and calibration.layout != planned.layout:
+        raise Qwen35Error(
+            "the calibration is of another model",
+            got=calibration.source,
+            expected=planned.source.origin["source"],
+            hint="leave it out, or calibrate this one",
+        )
+    wants = any(entry.method == "gptq" for entry in planned.entries)
+    if wants and not (calibration and calibration.hessians):
+        raise Qwen35Error(
+            "method='gptq' needs a calibration with Hessians",
+            hint="calibrate with --method gptq, or use --method search",
+        )
+
+
+def _settings(
+    planned: Plan, pieces: list[Piece], revision: str | None, calibration: Calibration | None
+) -> dict[str, Any]:
+    """All that decides the bytes of the output, in words that fit into JSON."""
+    rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
+    modules = [(e.module, e.bits, e.group_size, e.method) for e in planned.entries]
+    layout = repr((rows, modules, len(pieces), SLICE_BYTES)).encode()
+    return {
+        **planned.source.origin,
+        **({"revision": revision} if revision else {}),
+        **planned.settings,
+        **({"calibration": calibration.digest} if calibration else {}),
+        "plan": hashlib.sha256(layout).hexdigest()[:16],
+        "version": __version__,
+        "mlx": version("mlx"),
+        "device": str(mx.default_device()),
+    }
 
 
 def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
+    config.pop("quantization_config", None)
+    config.get("text_config", {}).pop("quantization_config", None)
+    if config.get("model_type") == NEXT_TYPE:
+        config = next_as_moe(config) | {"architectures": ["Qwen3_5MoeForCausalLM"]}
     if not config.get("text_config"):
         kind = "qwen3_5_moe" if model.is_moe else "qwen3_5"
         outer = {key: config[key] for key in TOP_LEVEL_KEYS if key in config}
@@ -111,14 +232,8 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     config["qwen35_mlx"] = {
         "format_version": FORMAT_VERSION,
         "version": __version__,
-        **_origin(planned.source.folder),
-        "settings": {
-            "bits": planned.bits,
-            "group_size": planned.group_size,
-            "dtype": planned.dtype,
-            "recipe": planned.recipe_name,
-            "method": planned.method,
-        },
+        **planned.source.origin,
+        "settings": planned.settings,
         "norms_shifted": True,
         "sha256": checksums,
     }
@@ -141,16 +256,6 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
     rope.setdefault("partial_rotary_factor", text.get("partial_rotary_factor"))
 
 
-def _origin(folder: Path) -> dict[str, str]:
-    """Name of the source: that of its folder, or repository and revision in a hub cache."""
-    folder = folder.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        name = repository.removeprefix("models--").replace("--", "/")
-        return {"source": name, "source_revision": folder.name}
-    return {"source": folder.name}
-
-
 def _index(planned: Plan) -> dict[str, Any]:
     weight_map = {t.name: shard.file for shard in planned.shards for t in shard.tensors}
     return {
@@ -162,11 +267,14 @@ def _index(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _companions(source: Path) -> list[Path]:
+def _companions(source: Source) -> list[Path]:
     """Tokenizer, template and licence files of the source."""
-    found = [path for name in COMPANIONS for path in sorted(source.glob(name)) if path.is_file()]
+    found = source.companions()
     if not any(path.name == "tokenizer.json" for path in found):
-        log.warning("%s has no tokenizer.json: the output will not load without one", source)
+        log.warning(
+            "%s has no tokenizer.json: the output will not load without one",
+            source.origin["source"],
+        )
     return found
 
 
@@ -179,36 +287,41 @@ def _refuse_existing(out: Path) -> None:
         )
 
 
-def _check_space(out: Path, needed_bytes: int) -> None:
-    existing = next(parent for parent in out.parents if parent.exists())
+def _check_space(work: Path, needed_bytes: int) -> None:
+    existing = next(parent for parent in (work, *work.parents) if parent.exists())
     free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
+    # What an earlier run wrote counts: blocks, as files may have holes.
+    used_bytes = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())
+    if free_bytes + used_bytes < needed_bytes:
         raise Qwen35Error(
             f"not enough disk space in {existing}",
             got=f"{free_bytes / 1e9:.2f} GB free",
-            expected=f"{needed_bytes / 1e9:.2f} GB",
+            expected=f"{(needed_bytes - used_bytes) / 1e9:.2f} GB",
+            hint="an output on another disk, or fewer bits",
         )
 
 
 @contextmanager
-def _work_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked while in use, and gone if the block fails."""
-    work = out.with_name(f".{out.name}.converting")
+def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
+    """The folder `work`, made if need be and locked; kept after an error if work is in it."""
     try:
-        if work.is_dir():
-            # An earlier job was killed, unless one still holds the lock.
-            os.close(_lock(work, out))
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
+        _check_space(work, needed_bytes)
+        work.mkdir(parents=True, exist_ok=True)
         lock = _lock(work, out)
     except OSError as error:
         raise Qwen35Error(f"cannot write beside {out}", got=error) from error
     try:
-        yield work
+        yield
     except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
+        journal = work / JOURNAL_FILE
+        if not (journal.exists() and journal.stat().st_size) and not (work / FETCHED).exists():
+            shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
-            raise Qwen35Error(f"cannot write {out}", got=error) from error
+            raise Qwen35Error(
+                f"cannot write {out}",
+                got=error,
+                hint="make room and repeat the command: it goes on where it stopped",
+            ) from error
         raise
     finally:
         os.close(lock)
@@ -229,22 +342,5 @@ def _lock(work: Path, out: Path) -> int:
     return descriptor
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # Not every file system can; the files themselves are safe already.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -3,7 +3,7 @@
 # E experts, H hidden, I expert width
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import groupby
@@ -12,7 +12,8 @@ from typing import Any
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.errors import CheckpointError
 
-from .source import NUMPY_DTYPES, Segment, SourceTensor
+from .headers import SourceTensor
+from .source import FP8, NUMPY_DTYPES, Segment
 
 # The whole model and its text-only export name the same tensors differently.
 TRUNKS = ("model.language_model.", "model.")
@@ -40,6 +41,7 @@ class Transform(Enum):
 
 
 Shape = Callable[[ModelConfig], tuple[int, ...]]
+Ranges = Callable[[ModelConfig], list[tuple[int, int]]]
 Condition = Callable[[ModelConfig, int], bool]
 
 
@@ -52,7 +54,8 @@ class Row:
     """A tensor of the source: its name, where it goes, what happens to it, its shape there.
 
     `{trunk}`, `{layer}`, `{expert}` are filled in; a final `*` stands for any rest. `each` is
-    the name when every expert is stored by itself, `part` = (k, n) the k-th n-th of each expert.
+    the name when every expert is stored by itself, `part` = (k, n) the k-th n-th of each expert;
+    `ranges` are the rows that make the output, if not all of them do.
     """
 
     source: str
@@ -63,6 +66,7 @@ class Row:
     when: Condition = _every
     each: str = ""
     part: tuple[int, int] = (0, 1)
+    ranges: Ranges | None = None
 
 
 def _layer(name: str, role: Role, shape: Shape, when: Condition, **more: Any) -> Row:
@@ -75,6 +79,14 @@ def _layer(name: str, role: Role, shape: Shape, when: Condition, **more: Any) ->
 
 def _linear(config: ModelConfig, layer: int) -> bool:
     return config.layer_types[layer] == LINEAR
+
+
+def _apart(config: ModelConfig, layer: int) -> bool:
+    return _linear(config, layer) and not config.fuses_linear_projections
+
+
+def _fused(config: ModelConfig, layer: int) -> bool:
+    return _linear(config, layer) and config.fuses_linear_projections
 
 
 def _full(config: ModelConfig, layer: int) -> bool:
@@ -97,6 +109,44 @@ def _untied(config: ModelConfig, layer: int) -> bool:
     return not config.tie_word_embeddings
 
 
+def _qkvz(c: ModelConfig) -> tuple[int, ...]:
+    return (c.conv_dim + c.value_dim, c.hidden_size)
+
+
+def _ba(c: ModelConfig) -> tuple[int, ...]:
+    return (2 * c.linear_num_value_heads, c.hidden_size)
+
+
+def _by_head_group(*parts: int) -> Ranges:
+    """Of [q | k | v | z] of one key head, then of the next: the rows of these parts, in turn."""
+
+    def ranges(c: ModelConfig) -> list[tuple[int, int]]:
+        values = c.value_dim // c.linear_num_key_heads
+        widths = (c.linear_key_head_dim, c.linear_key_head_dim, values, values)
+        return _pick(c.linear_num_key_heads, widths, parts)
+
+    return ranges
+
+
+def _by_value_head(part: int) -> Ranges:
+    """Of [b | a] of the value heads of one key head, then of the next."""
+
+    def ranges(c: ModelConfig) -> list[tuple[int, int]]:
+        heads = c.linear_num_value_heads // c.linear_num_key_heads
+        return _pick(c.linear_num_key_heads, (heads, heads), (part,))
+
+    return ranges
+
+
+def _pick(groups: int, widths: tuple[int, ...], parts: tuple[int, ...]) -> list[tuple[int, int]]:
+    starts = [sum(widths[:part]) for part in parts]
+    return [
+        (group * sum(widths) + start, group * sum(widths) + start + widths[part])
+        for part, start in zip(parts, starts, strict=True)
+        for group in range(groups)
+    ]
+
+
 _PLAIN, _DECAY, _QUANTIZED, _ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
 _ADD_ONE = Transform.ADD_ONE
 _SHARED = "mlp.shared_expert."
@@ -114,13 +164,22 @@ TABLE: tuple[Row, ...] = (
            lambda c: (c.conv_dim, 1, c.linear_conv_kernel_dim), _linear,
            transform=Transform.TAPS_FIRST),
     _layer("linear_attn.in_proj_qkv.weight", _QUANTIZED,
-           lambda c: (c.conv_dim, c.hidden_size), _linear),
+           lambda c: (c.conv_dim, c.hidden_size), _apart),
     _layer("linear_attn.in_proj_z.weight", _QUANTIZED,
-           lambda c: (c.value_dim, c.hidden_size), _linear),
+           lambda c: (c.value_dim, c.hidden_size), _apart),
     _layer("linear_attn.in_proj_a.weight", _PLAIN,
-           lambda c: (c.linear_num_value_heads, c.hidden_size), _linear),
+           lambda c: (c.linear_num_value_heads, c.hidden_size), _apart),
     _layer("linear_attn.in_proj_b.weight", _PLAIN,
-           lambda c: (c.linear_num_value_heads, c.hidden_size), _linear),
+           lambda c: (c.linear_num_value_heads, c.hidden_size), _apart),
+    # Qwen3-Next: one projection for all, the rows of each key head together.
+    _layer("linear_attn.in_proj_qkvz.weight", _QUANTIZED, _qkvz, _fused,
+           output="linear_attn.in_proj_qkv.weight", ranges=_by_head_group(0, 1, 2)),
+    _layer("linear_attn.in_proj_qkvz.weight", _QUANTIZED, _qkvz, _fused,
+           output="linear_attn.in_proj_z.weight", ranges=_by_head_group(3)),
+    _layer("linear_attn.in_proj_ba.weight", _PLAIN, _ba, _fused,
+           output="linear_attn.in_proj_a.weight", ranges=_by_value_head(1)),
+    _layer("linear_attn.in_proj_ba.weight", _PLAIN, _ba, _fused,
+           output="linear_attn.in_proj_b.weight", ranges=_by_value_head(0)),
     # Not zero-centred, unlike every other norm of the trunk.
     _layer("linear_attn.norm.weight", _PLAIN, lambda c: (c.linear_value_head_dim,), _linear),
     _layer("linear_attn.out_proj.weight", _QUANTIZED,
@@ -191,13 +250,39 @@ class Match:
     segments: tuple[Segment, ...]
 
 
-def resolve(config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> list[Match]:
-    """Match every tensor to the table, in layer order.
+def resolve(
+    config: ModelConfig,
+    tensors: Mapping[str, SourceTensor],
+    block: tuple[int, int] | None = None,
+) -> list[Match]:
+    """Match every tensor to the table, in layer order; `block` is that of FP8 scales.
 
     Missing, unknown and misshapen tensors are collected and raised as one CheckpointError.
     A dropped tensor has a match with an empty name.
     """
-    return _Resolver(config, tensors).run()
+    return _Resolver(config, tensors, block).run()
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the text model as the source names it, experts fused, with its shape."""
+    return {
+        row.source.format(trunk=TRUNKS[0], layer=layer): row.shape(config)
+        for row, layer in _walk(config)
+        if row.shape
+    }
+
+
+def _walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
+    """The rows that a model has, with the number of the layer, in the order of the output."""
+    for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
+        rows = list(group)
+        for layer in range(config.num_hidden_layers) if per_layer else (-1,):
+            yield from ((row, layer) for row in rows if row.when(config, layer))
+
+
+def precision(tensor: SourceTensor) -> str:
+    """The dtype a tensor is read as: FP8 becomes bfloat16, which holds each of its numbers."""
+    return "BF16" if tensor.dtype == FP8 else tensor.dtype
 
 
 def fold(name: str) -> str:
@@ -205,8 +290,12 @@ def fold(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def refuse_other_formats(config: Mapping[str, Any], names: Mapping[str, Any]) -> None:
-    """Refuse what is converted already, and what is quantized in a format this does not read."""
+def fp8_block(config: Mapping[str, Any], names: Iterable[str]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in an FP8 checkpoint; None if it is not FP8.
+
+    Refuses what is converted already, and what is quantized in a format this does not read.
+    """
+    names = list(names)
     text = config.get("text_config")
     converted = next((n for n in names if n.startswith(("language_model.", "vision_tower."))), "")
     if "quantization" in config or "qwen35_mlx" in config or converted:
@@ -216,40 +305,55 @@ def refuse_other_formats(config: Mapping[str, Any], names: Mapping[str, Any]) ->
             expected="a Hugging Face checkpoint",
             hint="run it as it is, or convert from the original bf16 checkpoint",
         )
-    scaled = next((n for n in names if n.endswith(("_scale_inv", "_scale", ".qweight"))), "")
     settings = config.get("quantization_config")
     if isinstance(text, Mapping):
         settings = settings or text.get("quantization_config")
-    if settings or scaled:
-        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    foreign = ("_scale", ".qweight") if method == "fp8" else ("_scale_inv", "_scale", ".qweight")
+    scaled = next((n for n in names if n.endswith(foreign)), "")
+    if scaled or (settings and method != "fp8"):
         raise CheckpointError(
             "the source is quantized",
             got=f"tensor {scaled}" if scaled else f"quantization_config of {method}",
-            expected="bf16, fp16 or fp32 weights",
+            expected="bf16, fp16, fp32 or block-wise FP8 weights",
             hint="convert from the bf16 checkpoint of the same model",
         )
+    if not settings:
+        return None
+    block = settings.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(_positive(n) for n in block)):
+        raise CheckpointError(
+            "FP8 weights without a size of blocks",
+            got=f"weight_block_size={block!r}",
+            expected="two numbers, as [128, 128]",
+            hint="convert from the bf16 checkpoint of the same model",
+        )
+    return block[0], block[1]
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class _Resolver:
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, SourceTensor]):
-        self.config, self.tensors = config, tensors
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, SourceTensor],
+        block: tuple[int, int] | None,
+    ):
+        self.config, self.tensors, self.block = config, tensors, block
         self.trunk = next((t for t in TRUNKS if f"{t}embed_tokens.weight" in tensors), TRUNKS[0])
         self.used: set[str] = set()
         # Tensor name to complaint: one tensor may feed two outputs, but is reported once.
         self.problems: dict[str, str] = {}
 
     def run(self) -> list[Match]:
-        matches = [match for row, layer in self._walk() for match in self._match(row, layer)]
+        matches = [match for row, layer in _walk(self.config) for match in self._match(row, layer)]
         self.problems |= {n: "unknown" for n in self.tensors if n not in self.used}
         if self.problems:
             raise _problem_error(self.problems)
         return matches
-
-    def _walk(self) -> Iterator[tuple[Row, int]]:
-        for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
-            rows = list(group)
-            for layer in range(self.config.num_hidden_layers) if per_layer else (-1,):
-                yield from ((row, layer) for row in rows if row.when(self.config, layer))
 
     def _match(self, row: Row, layer: int) -> Iterator[Match]:
         if row.shape is None:
@@ -266,33 +370,44 @@ class _Resolver:
         if not (tensor := self._take(source, shape)):
             return
         k, n = row.part
-        if n == 1:
-            segments = [Segment(tensor, 0, tensor.num_rows)]
-        else:
+        if row.ranges:
+            ranges = row.ranges(self.config)
+            shape = (sum(stop - start for start, stop in ranges), *shape[1:])
+        elif n > 1:
             rows = shape[1] // n
-            starts = [(e * n + k) * rows for e in range(shape[0])]
-            segments = [Segment(tensor, start, start + rows) for start in starts]
+            ranges = [((e * n + k) * rows, (e * n + k + 1) * rows) for e in range(shape[0])]
             shape = (shape[0], rows, *shape[2:])
-        yield Match(output, row, output_shape(row.transform, shape), tuple(segments))
+        else:
+            ranges = [(0, tensor.num_rows)]
+        segments = tuple(self._segment(tensor, start, stop) for start, stop in ranges)
+        yield Match(output, row, output_shape(row.transform, shape), segments)
 
     def _stacked(
         self, row: Row, output: str, shape: tuple[int, ...], each: list[str]
     ) -> Iterator[Match]:
         one = (shape[1] // row.part[1], *shape[2:])
         found = [self._take(name, one) for name in each]
-        segments = tuple(Segment(t, 0, t.num_rows) for t in found if t)
-        for segment in segments:
-            if segment.tensor.dtype != segments[0].tensor.dtype:
-                dtypes = f"{segment.tensor.dtype}, expected {segments[0].tensor.dtype} as the first"
-                self.problems[segment.tensor.name] = f"dtype    {dtypes}"
+        segments = tuple(self._segment(t, 0, t.num_rows) for t in found if t)
+        for tensor in (segment.tensor for segment in segments):
+            first = segments[0].tensor
+            if precision(tensor) != precision(first):
+                dtypes = f"{tensor.dtype}, expected {first.dtype} as the first"
+                self.problems[tensor.name] = f"dtype    {dtypes}"
         if len(segments) == len(each):
             yield Match(output, row, (len(each), *one), segments)
+
+    def _segment(self, tensor: SourceTensor, start: int, stop: int) -> Segment:
+        scale = self.tensors[scale_name(tensor)] if tensor.dtype == FP8 else None
+        return Segment(tensor, start, stop, scale, self.block)
 
     def _carried(self, row: Row) -> Iterator[Match]:
         """Tensors whose names the config does not fix: whatever is there, each only once."""
         stem = row.source.rstrip("*")
         names = [n for n in self.tensors if n == row.source or (n != stem and n.startswith(stem))]
         for name in sorted(set(names) - self.used, key=_natural):
+            if name in self.used:
+                # The scale of the tensor before.
+                continue
             if row.role is Role.DROPPED:
                 self.used.add(name)
                 dropped = self.tensors[name]
@@ -303,7 +418,7 @@ class _Resolver:
                     continue
                 shape = output_shape(row.transform, tensor.shape)
                 output = row.output.rstrip("*") + name[len(stem) :]
-                yield Match(output, row, shape, (Segment(tensor, 0, tensor.num_rows),))
+                yield Match(output, row, shape, (self._segment(tensor, 0, tensor.num_rows),))
 
     def _take(self, name: str, shape: tuple[int, ...] | None = None) -> SourceTensor | None:
         """The tensor of that name if it is there, float and of that shape; else a problem."""
@@ -314,11 +429,28 @@ class _Resolver:
         self.used.add(name)
         if shape is not None and tensor.shape != shape:
             self.problems[name] = f"shape    {list(tensor.shape)}, expected {list(shape)}"
+        elif tensor.dtype == FP8 and self.block and _has_scales(tensor):
+            return tensor if self._take_scale(tensor, self.block) else None
         elif tensor.dtype not in NUMPY_DTYPES:
             self.problems[name] = f"dtype    {tensor.dtype}, expected {', '.join(NUMPY_DTYPES)}"
         else:
             return tensor
         return None
+
+    def _take_scale(self, tensor: SourceTensor, block: tuple[int, int]) -> SourceTensor | None:
+        """The scales of an FP8 tensor: one for each block, those at the edges partial."""
+        *leading, rows, columns = tensor.shape
+        blocks = (*leading, -(-rows // block[0]), -(-columns // block[1]))
+        return self._take(scale_name(tensor), blocks)
+
+
+def _has_scales(tensor: SourceTensor) -> bool:
+    return len(tensor.shape) > 1 and not tensor.name.endswith("_scale_inv")
+
+
+def scale_name(tensor: SourceTensor) -> str:
+    """Where the scales of an FP8 tensor are."""
+    return f"{tensor.name}_scale_inv"
 
 
 def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,31 +1,35 @@
 """What a conversion will do, tensor by tensor: a pure function of headers, config and settings."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.affine import (
-    DATA_FREE_METHODS,
     GROUP_SIZES,
     check_method,
     check_settings,
     quantized_shapes,
 )
 
-from .names import Match, Role, Transform, fold, refuse_other_formats, resolve
-from .source import ITEM_BYTES, Segment, Source, SourceTensor, open_source
+from .headers import ITEM_BYTES, SourceTensor
+from .hub import open_any
+from .names import Match, Role, Transform, fold, fp8_block, precision, resolve
+from .source import Segment, Source
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8
 DEFAULT_METHOD = "minmax"
 MAX_SHARD_BYTES = 5 * 10**9
 
-# Module name to (bits, group_size), or to None to leave it unquantized.
-Recipe = Callable[[str], tuple[int, int] | None]
+# Module name to (bits, group_size) or (bits, group_size, method); None leaves it unquantized.
+Choice = tuple[int, int] | tuple[int, int, str]
+Recipe = Callable[[str], Choice | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,13 @@ class Entry:
     dtype: str
     bits: int | None
     group_size: int | None
+    method: str | None
     tensors: tuple[OutputTensor, ...]
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of the source, all segments together."""
+        return sum(segment.stop_row - segment.start_row for segment in self.segments)
 
     @property
     def num_parameters(self) -> int:
@@ -146,6 +156,23 @@ class Plan:
         return 8 * sum(e.output_bytes for e in text) / sum(e.num_parameters for e in text)
 
     @property
+    def layout(self) -> str:
+        """Digest of names and shapes of the text model: the same for its fine-tuned copies."""
+        text = sorted((e.module, e.shape) for e in self.entries if e.role is not Role.CARRIED)
+        return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the conversion was asked for."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "dtype": self.dtype,
+            "recipe": self.recipe_name,
+            "method": self.method,
+        }
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization` block of config.json; None when nothing is quantized."""
         if self.bits is None:
@@ -190,41 +217,45 @@ class Plan:
 
 
 def plan(
-    source: str | Path,
+    source: str | Path | Source,
     *,
+    revision: str | None = None,
     recipe: Recipe | None = None,
     bits: int | None = None,
     group_size: int = 64,
     dtype: str | None = None,
     method: str = DEFAULT_METHOD,
 ) -> Plan:
-    """Plan the conversion of the checkpoint folder `source`; reads config and headers only.
+    """Plan the conversion of `source`, a folder or a hub id; reads config and headers only.
 
     Without `bits` and `dtype`: 4 bits. `dtype` alone: unquantized. Both: quantized, with scales
     and all else in `dtype`. `recipe` decides module by module; routers stay at 8 bits or whole.
-    `method` is "minmax" or "search", as in `quantize`.
+    `method` is one of `quantize`'s; "gptq" and weighed "search" want a calibration in `convert`.
     """
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
     check_settings(DEFAULT_BITS if bits is None else bits, group_size)
-    check_method(method, DATA_FREE_METHODS)
+    check_method(method)
     if dtype is not None and dtype not in DTYPES:
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
-    opened = open_source(Path(source).expanduser())
-    refuse_other_formats(opened.config, opened.tensors)
+    opened = source if isinstance(source, Source) else open_any(source, revision)
+    block = fp8_block(opened.config, opened.tensors)
     config = ModelConfig.from_hf(opened.config)
 
-    def chosen(module: str) -> tuple[int, int] | None:
+    def chosen(module: str) -> tuple[int, int, str] | None:
         if recipe is None:
-            return None if bits is None else (bits, group_size)
+            return None if bits is None else (bits, group_size, method)
         answer = recipe(module)
-        if answer is not None:
-            check_settings(*answer, where=module)
-        return answer
+        if answer is None:
+            return None
+        check_settings(answer[0], answer[1], where=module)
+        own = answer[2] if len(answer) > 2 else method
+        check_method(own)
+        return answer[0], answer[1], own
 
-    matches = resolve(config, opened.tensors)
+    matches = resolve(config, opened.tensors, block)
     entries = [_entry(match, chosen, dtype) for match in matches if match.name]
     _check_groups(entries)
     return Plan(
@@ -240,17 +271,19 @@ def plan(
     )
 
 
-def _entry(match: Match, chosen: Recipe, dtype: str | None) -> Entry:
-    role, name, stored = match.row.role, match.name, match.segments[0].tensor.dtype
+def _entry(
+    match: Match, chosen: Callable[[str], tuple[int, int, str] | None], dtype: str | None
+) -> Entry:
+    role, name, stored = match.row.role, match.name, precision(match.segments[0].tensor)
     module = name.removesuffix(".weight")
     keeps = role is Role.CARRIED or (role is Role.DECAY and stored == "F32")
     code = stored if dtype is None or keeps else DTYPES[dtype]
     settings = chosen(module) if role in (Role.QUANTIZED, Role.ROUTER) else None
     if settings is None:
-        bits = group_size = None
+        bits = group_size = method = None
         tensors = [OutputTensor(name, code, match.shape)]
     else:
-        bits, group_size = settings
+        bits, group_size, method = settings
         bits = ROUTER_BITS if role is Role.ROUTER else bits
         packed, scales = quantized_shapes(match.shape, bits, group_size)
         tensors = [
@@ -267,6 +300,7 @@ def _entry(match: Match, chosen: Recipe, dtype: str | None) -> Entry:
         code,
         bits,
         group_size,
+        method,
         tuple(tensors),
     )
 

@@ -1,71 +1,134 @@
 """Write a safetensors file whose header is known before any of its data."""
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import mlx.core as mx
-import numpy as np
-
-from .plan import OutputTensor
+from .headers import PREFIX_BYTES
+from .names import Role
+from .plan import OutputTensor, Plan
 
 METADATA = {"format": "mlx"}
 
 
 class ShardWriter:
-    """One file, filled tensor by tensor and piece by piece, under a temporary name until whole.
+    """One file, filled in any order, under a temporary name until it is whole.
 
-    Pieces of one tensor come in order, tensors in any. Leaving the block without an error
-    checks that every byte came, and sets `sha256`.
+    An existing temporary file is gone on with. Threads may write at once: each call has its own
+    region.
     """
 
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]):
-        self.path, self.sha256 = path, ""
+        self.path = path
         self._partial = path.with_name(f".{path.name}.partial")
-        self._next: dict[str, int] = {}
-        self._end: dict[str, int] = {}
         header = _header(tensors)
-        offset = len(header)
+        self._start: dict[str, int] = {}
+        end = len(header)
         for tensor in tensors:
-            self._next[tensor.name] = offset
-            offset += tensor.nbytes
-            self._end[tensor.name] = offset
-        self._stream = self._partial.open("w+b")
-        self._stream.write(header)
+            self._start[tensor.name] = end
+            end += tensor.nbytes
+        self._end = {t.name: self._start[t.name] + t.nbytes for t in tensors}
+        self.missing_bytes = end - len(header)
+        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if os.pread(self._file, len(header), 0) != header:
+            os.ftruncate(self._file, 0)
+            _write_all(self._file, header, 0)
+        os.ftruncate(self._file, end)
 
-    def write(self, name: str, piece: mx.array) -> None:
-        """Append `piece` to the region of tensor `name`."""
-        data = _bytes(piece)
-        start = self._next[name]
-        if start + len(data) > self._end[name]:
-            raise RuntimeError(f"{name}: {start + len(data) - self._end[name]} bytes too many")
-        self._stream.seek(start)
-        self._stream.write(data)
-        self._next[name] = start + len(data)
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Write `data` at byte `start` of tensor `name`."""
+        begin = self._start[name] + start
+        if begin + len(data) > self._end[name]:
+            raise RuntimeError(f"{name}: {begin + len(data) - self._end[name]} bytes too many")
+        _write_all(self._file, data, begin)
 
-    def __enter__(self) -> Self:
-        return self
+    def read(self, name: str, start: int, nbytes: int) -> bytes:
+        """What lies at byte `start` of tensor `name`."""
+        return os.pread(self._file, nbytes, self._start[name] + start)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._stream:
-            if kind is not None:
-                return
-            if lacking := [name for name, end in self._end.items() if self._next[name] != end]:
-                raise RuntimeError(f"{self.path.name}: data of {lacking} did not come")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.seek(0)
-            self.sha256 = hashlib.file_digest(self._stream, "sha256").hexdigest()
+    def sync(self) -> None:
+        """Return when all that was written survives a loss of power."""
+        flush(self._file)
+
+    def finish(self) -> str:
+        """Give the whole file its name; returns its SHA-256."""
+        if self.missing_bytes:
+            raise RuntimeError(f"{self.path.name}: {self.missing_bytes} bytes did not come")
+        self.sync()
+        self.close()
+        digest = sha256(self._partial)
         self._partial.rename(self.path)
+        sync_folder(self.path.parent)
+        return digest
+
+    def close(self) -> None:
+        """Leave the temporary file as it is."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush(descriptor: int) -> None:
+    """fsync, and on macOS the drive's own cache too."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+            return
+        except OSError:
+            # Network drives do not know it.
+            pass
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` last, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file under a temporary name, and rename it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        flush(stream.fileno())
+    partial.rename(path)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        # A full disk writes a part before it fails.
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def header_bytes(plan: Plan, carried: bool = True) -> int:
+    """Bytes of all files that are no tensor, of those that hold more than carried tensors."""
+    return sum(
+        len(_header(shard.tensors))
+        for shard in plan.shards
+        if carried or any(entry.role is not Role.CARRIED for entry in shard.entries)
+    )
 
 
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
@@ -82,10 +145,4 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
     raw = json.dumps(entries, separators=(",", ":")).encode()
     # Padded with spaces, so that the data begin at a multiple of 8.
     raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _bytes(piece: mx.array) -> memoryview:
-    if piece.dtype == mx.bfloat16:
-        piece = piece.view(mx.uint16)
-    return np.array(piece).reshape(-1).view(np.uint8).data
+    return len(raw).to_bytes(PREFIX_BYTES, "little") + raw

@@ -1,8 +1,8 @@
-"""A local checkpoint: its safetensors headers, checked, and rows of its tensors, read on demand."""
+"""A checkpoint in a folder: config, index and headers checked, rows read on demand."""
 
+import hashlib
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,58 +13,80 @@ import numpy as np
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError
 
+from .headers import PREFIX_BYTES, SourceTensor, read_header, unique_keys
+
 INDEX_FILE = "model.safetensors.index.json"
-HEADER_LIMIT_BYTES = 100_000_000
-ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
-# What a weight may be stored as; numpy has no bfloat16, so its bits travel as uint16.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+# What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """Where a tensor lies; its rows are all dims but the last, and a vector is one row."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-
-    @property
-    def num_rows(self) -> int:
-        return math.prod(self.shape[:-1])
-
-    @property
-    def row_bytes(self) -> int:
-        return self.nbytes // max(self.num_rows, 1)
+FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `start_row` to `stop_row` of one source tensor."""
+    """Rows `start_row` to `stop_row` of one source tensor; FP8 has scales, one for each `block`."""
 
     tensor: SourceTensor
     start_row: int
     stop_row: int
+    scale: SourceTensor | None = None
+    block: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
         return (self.stop_row - self.start_row) * self.tensor.row_bytes
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """Where its bytes lie."""
+        return frozenset(t.file for t in (self.tensor, self.scale) if t)
+
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder: parsed config.json and every tensor by name."""
+    """A checkpoint: parsed config.json, every tensor by name, and where it comes from."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Name of its folder, or repository and revision in a hub cache."""
+        folder = self.folder.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            name = repository.removeprefix("models--").replace("--", "/")
+            return {"source": name, "source_revision": folder.name}
+        return {"source": folder.name}
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, by name."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells each weight file from another version of it, by name."""
+        return {file.name: _fingerprint(file) for file in self.files}
+
+    def companions(self) -> list[Path]:
+        """Tokenizer, template and licence files."""
+        found = [path for name in COMPANIONS for path in sorted(self.folder.glob(name))]
+        return [path for path in found if path.is_file()]
 
 
 def open_source(folder: Path) -> Source:
@@ -73,15 +95,30 @@ def open_source(folder: Path) -> Source:
         raise CheckpointError(
             f"no checkpoint at {folder}",
             got="a file" if folder.exists() else "no such folder",
-            expected="a local folder with config.json and *.safetensors",
-            hint="download it first: hf download OWNER/NAME --local-dir FOLDER",
+            expected="a folder with config.json and *.safetensors",
+            hint="a hub id is written OWNER/NAME",
         )
     config = read_config(folder)
-    index = _read_index(folder)
-    files = _weight_files(folder) if index is None else sorted(set(index.values()))
+    path = folder / INDEX_FILE
+    index = read_index(path) if path.exists() else None
+    if index is None:
+        files = _weight_files(folder)
+    else:
+        files = sorted(set(index.values()))
+        check_present(files, [file for file in files if (folder / file).is_file()])
+    tensors = gather(files, lambda file: read_header(folder / file))
+    if index is not None:
+        check_index(index, tensors, {path.name for path in folder.glob("model*.safetensors")})
+    return Source(folder, config, tensors)
+
+
+def gather(
+    files: Iterable[str], read: Callable[[str], list[SourceTensor]]
+) -> dict[str, SourceTensor]:
+    """The tensors of all files by name; none may be in two of them."""
     tensors: dict[str, SourceTensor] = {}
     for file in files:
-        for tensor in read_header(folder / file):
+        for tensor in read(file):
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"tensor {tensor.name} is stored twice",
@@ -89,13 +126,11 @@ def open_source(folder: Path) -> Source:
                     expected="one file",
                 )
             tensors[tensor.name] = tensor
-    if index is not None:
-        _check_index(folder, index, tensors)
-    return Source(folder, config, tensors)
+    return tensors
 
 
-def read_rows(tensor: SourceTensor, start: int, stop: int) -> mx.array:
-    """Rows `start` to `stop` of a float tensor as `[rows, last dim]`; reads only their bytes."""
+def read_rows(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` as stored, `[rows, last dim]`; reads only their bytes."""
     buffer = np.empty((stop - start) * tensor.row_bytes, dtype=np.uint8)
     view, filled = buffer.data, 0
     try:
@@ -112,119 +147,23 @@ def read_rows(tensor: SourceTensor, start: int, stop: int) -> mx.array:
             expected=f"{len(view)} bytes of rows {start} to {stop}",
             hint="the file changed while it was read: start again",
         )
-    rows = mx.array(buffer.view(NUMPY_DTYPES[tensor.dtype]).reshape(stop - start, -1))
-    return rows.view(mx.bfloat16) if tensor.dtype == "BF16" else rows
+    return buffer.view(NUMPY_DTYPES.get(tensor.dtype, "<u1")).reshape(stop - start, -1)
 
 
-def read_header(file: Path) -> list[SourceTensor]:
-    """Tensors of one safetensors file, in file order; every byte must belong to exactly one."""
-    header, data_start, file_bytes = _parse_header(file)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _damaged(file, "__metadata__ is not an object", metadata, "an object of strings")
-    tensors = [_tensor(file, name, entry, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda t: (t.offset, t.nbytes))
-    end, before = data_start, "the header"
-    for tensor in tensors:
-        if tensor.offset != end:
-            kind = "overlaps" if tensor.offset < end else "leaves a gap after"
-            raise _damaged(
-                file,
-                f"tensor {tensor.name} {kind} {before}",
-                f"offset {tensor.offset - data_start}",
-                f"offset {end - data_start}",
-            )
-        end, before = tensor.offset + tensor.nbytes, tensor.name
-        if end > file_bytes:
-            raise CheckpointError(
-                f"{file.name} is truncated: tensor {tensor.name} ends after the file",
-                got=f"{file_bytes} bytes",
-                expected=f"at least {end} bytes",
-                hint="download the file again",
-            )
-    if end != file_bytes:
-        raise _damaged(file, "bytes after the last tensor", f"{file_bytes} bytes", f"{end} bytes")
-    return tensors
+def as_mlx(rows: np.ndarray, dtype: str) -> mx.array:
+    """Rows of a float tensor stored as `dtype`, for MLX."""
+    array = mx.array(rows)
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
-def _parse_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON header, where the data starts, and the size of the file."""
-    try:
-        file_bytes = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or header_bytes > file_bytes - 8:
-                raise CheckpointError(
-                    f"{file.name} is truncated: its header is longer than the file",
-                    got=f"{file_bytes} bytes",
-                    expected=f"at least {8 + header_bytes} bytes",
-                    hint="download the file again; a git-lfs pointer is not the file itself",
-                )
-            if header_bytes > HEADER_LIMIT_BYTES:
-                raise _damaged(
-                    file,
-                    "the header is too long",
-                    f"{header_bytes} bytes",
-                    f"at most {HEADER_LIMIT_BYTES} bytes",
-                )
-            raw = stream.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read", got=error) from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(file, "the header is not JSON", error, "a JSON object") from None
-    if not isinstance(header, dict):
-        raise _damaged(file, "the header is not an object", type(header).__name__, "an object")
-    return header, 8 + header_bytes, file_bytes
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
-    return result
-
-
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise _damaged(
-            file, f"entry of tensor {name}", entry, "an object with dtype, shape, data_offsets"
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _damaged(file, f"dtype of tensor {name}", dtype, ", ".join(ITEM_BYTES))
-    if not _whole_numbers(shape):
-        raise _damaged(file, f"shape of tensor {name}", shape, "a list of whole numbers")
-    if not _whole_numbers(offsets) or len(offsets) != 2:
-        raise _damaged(file, f"data_offsets of tensor {name}", offsets, "[begin, end]")
-    begin, end = offsets
-    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
-    if end - begin != nbytes:
-        raise _damaged(
-            file,
-            f"length of tensor {name}",
-            f"{end - begin} bytes",
-            f"{nbytes} bytes ({dtype} {shape})",
-        )
-    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
-
-
-def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
-    )
-
-
-def _damaged(file: Path, what: str, got: object, expected: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file.name} is damaged: {what}",
-        got=str(got)[:200],
-        expected=expected,
-        hint="download the file again",
-    )
+def _fingerprint(file: Path) -> str:
+    """Length, time of change and header: all but the weights themselves."""
+    stat = file.stat()
+    with file.open("rb") as stream:
+        prefix = stream.read(PREFIX_BYTES)
+        header = prefix + stream.read(int.from_bytes(prefix, "little"))
+    digest = hashlib.sha256(header).hexdigest()[:16]
+    return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}, header {digest}"
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -242,13 +181,10 @@ def _weight_files(folder: Path) -> list[str]:
     return files
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name to file name, from the index; None when the folder has no index."""
-    path = folder / INDEX_FILE
-    if not path.exists():
-        return None
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name; no file outside of the folder."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read", got=error) from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -264,18 +200,23 @@ def _read_index(folder: Path) -> dict[str, str] | None:
                 got=f"{file!r} for tensor {name}",
                 expected="a plain *.safetensors file name",
             )
-    missing = sorted(file for file in set(weight_map.values()) if not (folder / file).is_file())
-    if missing:
-        raise CheckpointError(
-            f"{_some(missing)} named in {path.name} is not in the folder",
-            got=f"{len(missing)} missing of {len(set(weight_map.values()))} files",
-            expected="every file of the index",
-            hint="the download may not be complete",
-        )
     return weight_map
 
 
-def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, SourceTensor]) -> None:
+def check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
+    """Every file of the index must be there."""
+    wanted = set(wanted)
+    if missing := sorted(wanted - set(present)):
+        raise CheckpointError(
+            f"{_some(missing)} named in {INDEX_FILE} is not in the folder",
+            got=f"{len(missing)} missing of {len(wanted)} files",
+            expected="every file of the index",
+            hint="the download may not be complete",
+        )
+
+
+def check_index(index: dict[str, str], tensors: dict[str, SourceTensor], present: set[str]) -> None:
+    """Index and headers must agree; `present` are the model*.safetensors files there are."""
     wrong = sorted(
         name
         for name, file in index.items()
@@ -288,7 +229,7 @@ def _check_index(folder: Path, index: dict[str, str], tensors: dict[str, SourceT
             expected="every tensor of the index in its file",
         )
     unlisted = sorted(tensors.keys() - index.keys())
-    stale = sorted({path.name for path in folder.glob("model*.safetensors")} - set(index.values()))
+    stale = sorted(present - set(index.values()))
     if unlisted or stale:
         raise CheckpointError(
             f"the folder holds weights that {INDEX_FILE} does not list",

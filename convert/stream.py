@@ -1,84 +1,335 @@
-"""The work of a plan: read a slice, check it, transform it, quantize or cast it, write it."""
+"""The work of a plan: read a piece, check it, transform it, quantize or cast it, write it."""
 
-from collections.abc import Callable, Iterator
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.quant import quantize
+from qwen35_mlx.quant.calibrate import Calibration
 
+from .calibrated import quantize_rows
+from .fp8 import dequantize_fp8, float32, scale_rows
+from .hub import Fetcher
+from .journal import Journal
 from .names import Transform
+from .pieces import WORKERS, Piece, entry_pieces
 from .plan import Entry, Plan
-from .shards import ShardWriter
-from .source import Segment, read_rows
+from .shards import ShardWriter, sha256
+from .source import FP8, Segment, as_mlx, read_rows
 
-SLICE_BYTES = 64 * 2**20
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+# Magnitude bits of a stored number, and the least that is not finite.
+NOT_FINITE = {
+    "F32": (0x7FFFFFFF, 0x7F800000),
+    "F16": (0x7FFF, 0x7C00),
+    "BF16": (0x7FFF, 0x7F80),
+    FP8: (0x7F, 0x7F),
+}
+# Work that a crash may cost: what was written since files and journal were last flushed.
+FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
 
-# Source bytes done, source bytes in all, name of the source tensor.
-Progress = Callable[[int, int, str], None]
+# Source bytes done, source bytes in all, source tensor or what is waited for, source file.
+Progress = Callable[[int, int, str, str], None]
 
 
-def stream(plan: Plan, folder: Path, progress: Progress | None = None) -> dict[str, str]:
-    """Stream tensors into shards; holds at most one source slice and what is made of it.
+def stream(
+    plan: Plan,
+    pieces: Sequence[Piece],
+    folder: Path,
+    journal: Journal,
+    fetcher: Fetcher | None = None,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+) -> dict[str, str]:
+    """Convert what the journal does not name yet; returns the SHA-256 of each shard by name.
 
-    Returns the SHA-256 of each file by name.
+    Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
     """
-    done_bytes, total_bytes = 0, plan.source_bytes
-    checksums = {}
-    for shard in plan.shards:
-        with ShardWriter(folder / shard.file, shard.tensors) as writer:
-            for entry in shard.entries:
-                for piece in _slices(entry):
-                    for tensor, rows in zip(
-                        entry.tensors, _convert(entry, piece, plan.method), strict=True
-                    ):
-                        writer.write(tensor.name, rows)
-                    done_bytes += piece.nbytes
-                    if progress:
-                        progress(done_bytes, total_bytes, piece.tensor.name)
-                # Slices of the next tensor have other sizes: freed buffers would pile up.
-                mx.clear_cache()
-        checksums[shard.file] = writer.sha256
-    return checksums
+    work = _Work(plan, pieces, folder, journal, fetcher, progress, calibration)
+    try:
+        work.run()
+    finally:
+        work.close()
+    return journal.checksums
 
 
-def _slices(entry: Entry) -> Iterator[Segment]:
-    """Whole rows of one source tensor, at most SLICE_BYTES of them where rows may part."""
-    for segment in entry.segments:
-        tensor, start, stop = segment.tensor, segment.start_row, segment.stop_row
-        step = max(SLICE_BYTES // max(tensor.row_bytes, 1), 1)
-        if entry.transform is Transform.CHANNELS_LAST:
-            step = stop - start
-        for row in range(start, stop, step):
-            yield Segment(tensor, row, min(row + step, stop))
+@cache
+def threads() -> ThreadPoolExecutor:
+    """The threads of all conversions: MLX never frees what it sets up for a thread."""
+    return ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
 
 
-def _convert(entry: Entry, piece: Segment, method: str | None) -> tuple[mx.array, ...]:
-    """The output rows of a slice: the weight, or weight, scales and biases."""
-    rows = read_rows(piece.tensor, piece.start_row, piece.stop_row)
-    _check_finite(rows, piece, "holds values that are not finite")
+class _Work:
+    def __init__(
+        self,
+        plan: Plan,
+        pieces: Sequence[Piece],
+        folder: Path,
+        journal: Journal,
+        fetcher: Fetcher | None,
+        progress: Progress | None,
+        calibration: Calibration | None,
+    ):
+        self.plan, self.folder, self.journal = plan, folder, journal
+        self.fetcher, self.progress, self.calibration = fetcher, progress, calibration
+        self.pieces = pieces
+        self.pool = threads()
+        # Started and not yet written, in order.
+        self.running: deque[tuple[Piece, Future]] = deque()
+        self.writers: dict[int, ShardWriter] = {}
+        self.hashes: dict[int, Future[str]] = {}
+        self.unflushed: list[tuple[Piece, int]] = []
+        self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
+        self.done_bytes, self.total_bytes = 0, plan.source_bytes
+        # Kernels of a GPU want one thread; a CPU runs as many as it has cores.
+        self.in_main = mx.default_device() == mx.Device(mx.gpu)
+
+    def run(self) -> None:
+        todo = self._resume()
+        left = {piece.index: piece for piece in todo}
+        self.waiting = dict.fromkeys(range(len(self.plan.shards)), 0)
+        self.needed: dict[Path, int] = {}
+        for piece in todo:
+            self.waiting[piece.shard] += 1
+            for file in piece.segment.files:
+                self.needed[file] = self.needed.get(file, 0) + 1
+        self._tell(left[todo[0].index].segment if todo else None)
+        for shard, count in self.waiting.items():
+            if not count:
+                self._finish(shard)
+        if self.fetcher:
+            self.fetcher.start([file.name for file in _in_order(todo)])
+        here: set[Path] = set()
+        for piece in todo:
+            if self.fetcher and not piece.segment.files <= here:
+                # A file of the source may go before the next one comes.
+                while self.running:
+                    self._complete(*self.running.popleft())
+                self._flush()
+                self._wait(piece)
+                here |= piece.segment.files
+            if len(self.running) > WORKERS:
+                self._complete(*self.running.popleft())
+            self.running.append((piece, self._start(piece)))
+        while self.running:
+            self._complete(*self.running.popleft())
+        self._flush()
+        self._collect(last=True)
+
+    def close(self) -> None:
+        """Stop the threads; what is written but not flushed is converted again next time."""
+        futures = [*(future for _, future in self.running), *self.hashes.values()]
+        wait([future for future in futures if not future.cancel()])
+        if self.fetcher:
+            self.fetcher.stop()
+        for writer in self.writers.values():
+            writer.close()
+        mx.clear_cache()
+
+    def _resume(self) -> list[Piece]:
+        """The pieces still to be done. What the journal names but the disk lost is among them."""
+        todo = []
+        for piece in self.pieces:
+            file = self.plan.shards[piece.shard].file
+            if file in self.journal.checksums:
+                self.done_bytes += piece.segment.nbytes
+                continue
+            crc = self.journal.pieces.get(piece.index)
+            if crc is not None and ((self.folder / file).exists() or self._written(piece) == crc):
+                self.done_bytes += piece.segment.nbytes
+                if piece.shard in self.writers:
+                    self.writers[piece.shard].missing_bytes -= piece.output_bytes
+            else:
+                todo.append(piece)
+        return todo
+
+    def _written(self, piece: Piece) -> int:
+        """The checksum of what lies where this piece goes."""
+        crc = 0
+        for tensor, start, nbytes in piece.regions:
+            crc = zlib.crc32(self._writer(piece.shard).read(tensor.name, start, nbytes), crc)
+        return crc
+
+    def _writer(self, shard: int) -> ShardWriter:
+        if shard not in self.writers:
+            planned = self.plan.shards[shard]
+            self.writers[shard] = ShardWriter(self.folder / planned.file, planned.tensors)
+        return self.writers[shard]
+
+    def _wait(self, piece: Piece) -> None:
+        assert self.fetcher is not None
+        for file in sorted(piece.segment.files):
+            while not self.fetcher.ready(file.name, timeout=0.5):
+                self._tell(piece.segment, self.fetcher.state())
+
+    def _start(self, piece: Piece) -> Future:
+        writer = self._writer(piece.shard)
+        if self.in_main:
+            return self.pool.submit(_read, piece.segment)
+        return self.pool.submit(_whole, writer, piece, self.calibration)
+
+    def _complete(self, piece: Piece, future: Future) -> None:
+        result = future.result()
+        if self.in_main:
+            parts = _convert(piece, result, self.calibration)
+            result = _write(self._writer(piece.shard), piece, parts)
+        self.unflushed.append((piece, result))
+        self.unflushed_bytes += piece.output_bytes
+        self.done_bytes += piece.segment.nbytes
+        self._tell(piece.segment)
+        late = time.monotonic() - self.flushed_at > FLUSH_SECONDS
+        if self.unflushed_bytes >= FLUSH_BYTES or late:
+            self._flush()
+
+    def _flush(self) -> None:
+        """First the data, then the journal; then files that nobody needs any more may go."""
+        for shard in sorted({piece.shard for piece, _ in self.unflushed}):
+            self.writers[shard].sync()
+        self.journal.add_pieces((piece.index, crc) for piece, crc in self.unflushed)
+        flushed, self.unflushed = self.unflushed, []
+        self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
+        for piece, _ in flushed:
+            for file in piece.segment.files:
+                self.needed[file] -= 1
+                if not self.needed[file] and self.fetcher:
+                    self.fetcher.release(file.name)
+            writer = self.writers[piece.shard]
+            writer.missing_bytes -= piece.output_bytes
+            self.waiting[piece.shard] -= 1
+            if not self.waiting[piece.shard]:
+                self._finish(piece.shard)
+        self._collect(last=False)
+
+    def _finish(self, shard: int) -> None:
+        """Name a shard of which all pieces are done."""
+        file = self.plan.shards[shard].file
+        if file in self.journal.checksums:
+            return
+        if (self.folder / file).exists():
+            # Stopped between the new name and the journal.
+            self.hashes[shard] = self.pool.submit(sha256, self.folder / file)
+        else:
+            self.hashes[shard] = self.pool.submit(self._writer(shard).finish)
+
+    def _collect(self, last: bool) -> None:
+        for shard, future in list(self.hashes.items()):
+            if last or future.done():
+                self.journal.add_shard(self.plan.shards[shard].file, future.result())
+                del self.hashes[shard]
+                self.writers.pop(shard, None)
+
+    def _tell(self, segment: Segment | None, waiting: str = "") -> None:
+        if self.progress and segment:
+            name, file = segment.tensor.name, segment.tensor.file.name
+            self.progress(self.done_bytes, self.total_bytes, waiting or name, file)
+
+
+def _in_order(pieces: Sequence[Piece]) -> list[Path]:
+    """The files that the pieces need, each once, in the order they are needed."""
+    return list(dict.fromkeys(file for piece in pieces for file in sorted(piece.segment.files)))
+
+
+def read_entry(entry: Entry) -> mx.array:
+    """The whole tensor of an entry that is not quantized, as it would be written."""
+    parts: list[mx.array] = []
+    for piece in entry_pieces(entry):
+        parts += _convert(piece, _read(piece.segment))
+    return mx.concatenate(parts).reshape(entry.shape)
+
+
+def _whole(writer: ShardWriter, piece: Piece, calibration: Calibration | None) -> int:
+    crc = _write(writer, piece, _convert(piece, _read(piece.segment), calibration))
+    # Pieces of the next tensor have other sizes: freed buffers would pile up.
+    mx.clear_cache()
+    return crc
+
+
+def _read(segment: Segment) -> np.ndarray:
+    """The rows of a segment as stored, or FP8 times its scales in float32."""
+    rows = read_rows(segment.tensor, segment.start_row, segment.stop_row)
+    _check_finite(rows, segment.tensor.dtype, segment)
+    if segment.scale is None or segment.block is None:
+        return rows
+    at = scale_rows(segment)
+    scales = read_rows(segment.scale, int(at[0]), int(at[-1]) + 1)
+    _check_finite(scales, segment.scale.dtype, segment)
+    factors = float32(scales, segment.scale.dtype)[at - at[0]]
+    return dequantize_fp8(rows, factors, segment.block[1])
+
+
+def _convert(
+    piece: Piece, rows: np.ndarray, calibration: Calibration | None = None
+) -> list[mx.array]:
+    """The output rows of a piece: the weight, or weight, scales and biases."""
+    entry, segment = piece.entry, piece.segment
+    if segment.scale is None:
+        x = as_mlx(rows, segment.tensor.dtype)
+    else:
+        x = mx.array(rows).astype(mx.bfloat16)
     if entry.transform is Transform.ADD_ONE:
         # fp32: the sum needs digits that bf16 has no room for, and dtype may be float32.
-        rows = rows.astype(mx.float32) + 1
+        x = x.astype(mx.float32) + 1
     elif entry.transform is Transform.CHANNELS_LAST:
-        rows = mx.contiguous(rows.reshape(piece.tensor.shape).moveaxis(1, -1))
+        x = x.reshape(segment.tensor.shape).moveaxis(1, -1)
     dtype = MLX_DTYPES[entry.dtype]
-    if rows.dtype != dtype:
-        rows = rows.astype(dtype)
-        _check_finite(rows, piece, f"has values out of the range of {dtype}")
+    if x.dtype != dtype:
+        x = x.astype(dtype)
+        _check(x, segment, f"has values out of the range of {dtype}")
     if entry.bits is None:
-        return (rows,)
-    assert entry.group_size is not None and method is not None
-    return quantize(rows, entry.bits, entry.group_size, method)
+        parts = [x]
+    else:
+        assert entry.group_size is not None and entry.method is not None
+        setting = entry.bits, entry.group_size
+        parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
+    parts = [mx.contiguous(part) for part in parts]
+    mx.eval(parts)
+    return parts
 
 
-def _check_finite(rows: mx.array, piece: Segment, what: str) -> None:
-    if not mx.all(mx.isfinite(rows)).item():
-        raise CheckpointError(
-            f"tensor {piece.tensor.name} {what}",
-            got=f"nan or inf in rows {piece.start_row} to {piece.stop_row - 1}",
-            expected="finite numbers",
-            hint=f"look at {piece.tensor.file.name}: the download may be damaged",
-        )
+def _write(writer: ShardWriter, piece: Piece, parts: Sequence[mx.array]) -> int:
+    """Write what came of a piece; returns its CRC-32."""
+    crc = 0
+    for (tensor, start, nbytes), part in zip(piece.regions, parts, strict=True):
+        data = _bytes(part)
+        if len(data) != nbytes:
+            raise RuntimeError(f"{tensor.name}: {len(data)} bytes instead of {nbytes}")
+        writer.write(tensor.name, start, data)
+        crc = zlib.crc32(data, crc)
+    return crc
+
+
+def _bytes(part: mx.array) -> memoryview:
+    if part.dtype == mx.bfloat16:
+        part = part.view(mx.uint16)
+    return np.asarray(part).reshape(-1).view(np.uint8).data
+
+
+def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
+    """On the bits, which takes a tenth of the time of a look at the numbers."""
+    mask, limit = NOT_FINITE[dtype]
+    bits = rows.view(f"<u{rows.itemsize}")
+    step = max(2**16 // max(bits.shape[-1], 1), 1)
+    parts = (bits[i : i + step] & bits.dtype.type(mask) for i in range(0, len(bits), step))
+    if bits.size and any(part.max() >= limit for part in parts):
+        raise _unusable(segment, "holds values that are not finite")
+
+
+def _check(x: mx.array, segment: Segment, what: str) -> None:
+    if not mx.all(mx.isfinite(x)).item():
+        raise _unusable(segment, what)
+
+
+def _unusable(segment: Segment, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"tensor {segment.tensor.name} {what}",
+        got=f"nan or inf in rows {segment.start_row} to {segment.stop_row - 1}",
+        expected="finite numbers",
+        hint=f"look at {segment.tensor.file.name}: the download may be damaged",
+    )

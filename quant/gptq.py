@@ -19,17 +19,27 @@ def gptq(
     """Quantize finite `w [..., inputs]` so that `w @ x` keeps its value for typical inputs x.
 
     `hessian [inputs, inputs]` is the mean of x x^T, up to a factor; `damping` times the mean of
-    its diagonal is added to it. Scales and biases are searched for as each group's turn comes.
+    its diagonal is added to it. `w [E, R, inputs]` may have a Hessian for each E. Scales and biases
+    are searched for as each group's turn comes.
     Holds the result, 3 float64 matrices of the size of `hessian`, and what `search` holds.
     Source: Frantar et al. 2022, arXiv 2210.17323, in the order of the columns.
     """
     *leading, inputs = w.shape
-    factor = inverse_factor(hessian, inputs, damping)
-    rows = w.reshape(-1, inputs)
-    num_rows = max(CHUNK_WEIGHTS // inputs, 1)
+    if own := hessian.ndim == 3 and w.ndim == 3 and len(hessian) == len(w):
+        rows = w
+        at_once = max(CHUNK_WEIGHTS // (w.shape[1] * inputs), 1)
+    else:
+        factor = inverse_factor(hessian, inputs, damping)[None]
+        rows = w.reshape(-1, inputs)
+        at_once = max(CHUNK_WEIGHTS // inputs, 1)
     parts = []
-    for start in range(0, rows.shape[0], num_rows):
-        codes, scales, biases = _feed_back(rows[start : start + num_rows], bits, group_size, factor)
+    for start in range(0, rows.shape[0], at_once):
+        chunk = rows[start : start + at_once]
+        if own:
+            factors = [inverse_factor(h, inputs, damping) for h in hessian[start : start + at_once]]
+            codes, scales, biases = _feed_back(chunk, bits, group_size, mx.stack(factors))
+        else:
+            codes, scales, biases = _feed_back(chunk[None], bits, group_size, factor)
         part = (pack(codes, bits), scales, biases)
         mx.eval(part)
         parts.append(part)
@@ -68,29 +78,53 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
     return mx.array(np.triu(upper).astype(np.float32))
 
 
+def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:
+    """Error of products with feedback relative to that without, for `hessian [..., I, I]`.
+
+    A column's rounding costs its input's variance without, and with feedback only what the later
+    inputs leave unexplained of it.
+    """
+    gains = []
+    for own in hessian.reshape(-1, *hessian.shape[-2:]):
+        factor = inverse_factor(own, own.shape[0], damping)
+        left = float((1 / mx.square(mx.diag(factor))).sum())
+        total = float(mx.diag(own).sum()) * (1 + damping)
+        gains.append(left / total if total > 0 else 1.0)
+    return sum(gains) / len(gains)
+
+
 def _feed_back(
     rows: mx.array, bits: int, group_size: int, factor: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes [R, inputs], scales and biases of some rows."""
+    """Codes [E * R, inputs], scales, biases of rows [E, R, inputs], factors [E, inputs, inputs]."""
     dtype, levels = rows.dtype, 2**bits - 1
+    num, num_rows, inputs = rows.shape
     rest = rows.astype(mx.float32)
     # An error in a column costs this much after the later columns did their best.
-    cost = 1 / mx.square(mx.diag(factor))
+    cost = 1 / mx.square(mx.diagonal(factor, axis1=1, axis2=2))
     parts = []
-    for start in range(0, rows.shape[1], group_size):
+    for start in range(0, inputs, group_size):
         stop = start + group_size
-        scales, biases = fit(rest[:, :group_size], bits, group_size, cost[start:stop], dtype=dtype)
-        scale, bias = (array.astype(mx.float32)[:, 0] for array in (scales, biases))
-        group, within = rest[:, :group_size].T, factor[start:stop, start:stop]
+        importance = cost[0, start:stop]
+        if num > 1:
+            importance = mx.repeat(cost[:, start:stop], num_rows, axis=0)
+        first = rest[..., :group_size]
+        scales, biases = fit(
+            first.reshape(-1, group_size), bits, group_size, importance, dtype=dtype
+        )
+        scale, bias = (
+            array.astype(mx.float32).reshape(num, num_rows) for array in (scales, biases)
+        )
+        group, within = first.transpose(2, 0, 1), factor[:, start:stop, start:stop]
         codes, errors = [], []
         for j in range(group_size):
             code = nearest((group[0] - bias) * inverse(scale), levels)
-            error = (group[0] - (scale * code + bias)) / within[j, j]
+            error = (group[0] - (scale * code + bias)) / within[:, j, j, None]
             codes.append(code)
             errors.append(error)
-            group = group[1:] - within[j, j + 1 :, None] * error
-        rest = rest[:, group_size:] - mx.stack(errors, axis=1) @ factor[start:stop, stop:]
-        parts.append((mx.stack(codes, axis=1), scales, biases))
+            group = group[1:] - within[:, j, j + 1 :].T[..., None] * error
+        rest = rest[..., group_size:] - mx.stack(errors, axis=-1) @ factor[:, start:stop, stop:]
+        parts.append((mx.stack(codes, axis=-1).reshape(-1, group_size), scales, biases))
         mx.async_eval(rest, parts[-1])
     wholes = [mx.concatenate(list(arrays), axis=1) for arrays in zip(*parts, strict=True)]
     return wholes[0], wholes[1], wholes[2]

@@ -83,19 +83,20 @@ def fit(
 ) -> tuple[mx.array, mx.array]:
     """Scales and biases [R, K] for `rows [R, inputs]`, in `dtype` or theirs.
 
-    Columns of no importance do not count, except in groups that have no others.
+    `importance` is [inputs], or [R, inputs] with a row of its own for each. Columns of no
+    importance do not count, except in groups that have no others.
     """
     dtype, levels = dtype or rows.dtype, 2**bits - 1
     grouped = rows.reshape(rows.shape[0], -1, group_size)
     weight = None
     if importance is not None:
-        weight = importance.astype(mx.float32).reshape(-1, group_size)
+        weight = importance.astype(mx.float32).reshape(*importance.shape[:-1], -1, group_size)
         top = weight.max(axis=-1, keepdims=True)
         # Relative to the group's largest: all equal is exactly 1, as if there were none.
         weight = mx.where(top > 0, weight / top, 1)
         weighty = mx.max(mx.where(weight > 0, grouped, -mx.inf), axis=-1, keepdims=True)
         grouped = mx.where(weight > 0, grouped, weighty.astype(rows.dtype))
-        weight = weight.T[:, None, :]
+        weight = weight.T[:, None, :] if weight.ndim == 2 else weight.transpose(2, 0, 1)
     x = mx.contiguous(grouped.astype(mx.float32).transpose(2, 0, 1))
     # A power of two near the largest weight: squares neither overflow nor vanish.
     unit = power_of_two(mx.abs(x).max(axis=0, keepdims=True))

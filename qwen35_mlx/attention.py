@@ -12,6 +12,9 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from .config import ModelConfig, RopeConfig
+from .kernels.attention_heads import output_gate, qk_norm, qk_norm_rope, rotate
+from .kernels.metal import NONE, Choice
+from .kernels.projection import project
 
 
 def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
@@ -67,30 +70,31 @@ class PartialRope:
             freqs=self._periods,
         )
 
+    def tables(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Cosines and sines `[..., R / 2]` of positions `[...]`, scaled by YaRN, in fp32."""
+        angles = positions[..., None].astype(mx.float32) * (1 / self._periods)
+        return mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
+
     def at(self, x: mx.array, positions: mx.array) -> mx.array:
         """`[B, H, T, D]` at explicit positions `[B, T]`."""
-        angles = positions[:, None, :, None].astype(mx.float32) * (1 / self._periods)
-        cos, sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
-        half = self._rotary_dim // 2
-        first, second, kept = mx.split(x, [half, 2 * half], axis=-1)
-        a, b = first.astype(mx.float32), second.astype(mx.float32)
-        turned = mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        return mx.concatenate([turned.astype(x.dtype), kept], axis=-1)
+        return rotate(x, *self.tables(positions))
 
 
 class Attention(nn.Module):
     """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
 
+    kernels: Choice = NONE
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self._num_heads = config.num_attention_heads
         self._num_kv_heads = config.num_key_value_heads
         self._scale = config.head_dim**-0.5
+        self._eps = config.rms_norm_eps
         hidden, dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, 2 * self._num_heads * dim, bias=False)
+        self.q_proj = nn.Linear(hidden, 2 * config.num_attention_heads * dim, bias=False)
         self.k_proj = nn.Linear(hidden, self._num_kv_heads * dim, bias=False)
         self.v_proj = nn.Linear(hidden, self._num_kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(self._num_heads * dim, hidden, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)
         self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.rope = PartialRope(config.rope)
@@ -98,32 +102,28 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
+        norm: nn.RMSNorm,
         mask: Any,
         cache: Any | None,
-        positions: mx.array | None = None,
+        tables: tuple[mx.array, mx.array] | None = None,
     ) -> mx.array:
-        """`[B, T, hidden]` -> the same.
+        """`[B, T, hidden]`, to be normalised by `norm` -> the same shape.
 
-        mask as MLX's attention takes it: None, "causal" or an array; positions `[B, T]` override
-        those of the cache.
+        mask as MLX's attention takes it: None, "causal" or an array; tables, cosines and sines
+        `[B or 1, T, R / 2]`, override the positions of the cache.
         """
         batch, num_tokens, _ = x.shape
-        # Heads first, then split: each head's rows are [query D | output gate D].
-        q, output_gate = mx.split(
-            self.q_proj(x).reshape(batch, num_tokens, self._num_heads, -1), 2, axis=-1
-        )
-        k = self.k_proj(x).reshape(batch, num_tokens, self._num_kv_heads, -1)
-        v = self.v_proj(x).reshape(batch, num_tokens, self._num_kv_heads, -1)
-        q = self.q_norm(q).swapaxes(1, 2)
-        k = self.k_norm(k).swapaxes(1, 2)
-        v = v.swapaxes(1, 2)
-        if positions is None:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_gate, k, v = project(x, projections, self.kernels, norm=norm)
+        v = v.reshape(batch, num_tokens, self._num_kv_heads, -1).swapaxes(1, 2)
+        weights = self.q_norm.weight, self.k_norm.weight
+        if tables is None:
+            q, k = qk_norm(q_gate, k, *weights, self._eps)
             offset = 0 if cache is None else cache.offset
             q, k = self.rope(q, offset), self.rope(k, offset)
         else:
-            q, k = self.rope.at(q, positions), self.rope.at(k, positions)
+            q, k = qk_norm_rope(q_gate, k, *weights, *tables, self._eps, self.kernels)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self._scale, mask=mask)
-        out = out.swapaxes(1, 2).reshape(batch, num_tokens, -1)
-        return self.o_proj(out * mx.sigmoid(output_gate.reshape(out.shape)))
+        return project(output_gate(out, q_gate, self.kernels), (self.o_proj,), self.kernels)[0]

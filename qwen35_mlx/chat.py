@@ -1,17 +1,49 @@
-"""A conversation: messages, thoughts apart from answers, and a cache that is not read twice."""
+"""A conversation: messages, thoughts apart from answers, tools, and nothing read twice."""
 
+import json
+import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
-from .cache import Snapshot, restore, snapshot
-from .generate import LONG_ANSWER_TOKENS, Progress, prefill, stream_generate
+from .cache import cached_tokens
+from .errors import ContextFull, PromptError, Qwen35Error
+from .generate import LONG_ANSWER_TOKENS, Progress, stream_ids
+from .loops import LoopDetector
 from .model import Model
-from .prompt import Piece, ThoughtSplitter, check_ids, check_length, encode_messages
+from .prefixes import (
+    READ_AHEAD_STEP_SIZE,
+    PrefixStore,
+    PromptCache,
+    Stop,
+    common_prefix,
+    snapshot_marks,
+)
+from .prompt import (
+    THINK_CLOSE,
+    Piece,
+    ThoughtSplitter,
+    ToolCall,
+    check_ids,
+    encode_text,
+    render_messages,
+)
+from .sampling import CHECKPOINT, Sampler, SamplingParams, preset_params
+from .tools import Schema, ToolCallParser, as_message, calls_of
+
+Message = dict[str, Any]
+# As the template closes a thought.
+THOUGHT_END = f"\n{THINK_CLOSE}\n\n"
+LOOP_ACTIONS = ("stop", "penalize", "off")
+LOOP_PENALTY = 1.0
+# Fewer are read again sooner than a recurrent state is kept for them.
+MIN_POINT_TOKENS = 32
 
 
 @dataclass
@@ -24,126 +56,422 @@ class TurnStats:
     generation_tokens: int = 0
     decode_tps: float = 0.0
     peak_memory_gb: float = 0.0
+    # "stop", "length", "loop", or None if it was stopped from outside
     finish_reason: str | None = None
+    thought_tokens: int = 0
+    # Read while nobody waited, before the turn began.
+    read_ahead_tokens: int = 0
+    # How often a loop was answered with a higher presence penalty.
+    loops: int = 0
 
 
 @dataclass
 class Chat:
     """Turns with one model; an answer has at most `max_tokens` (32,768 if None).
 
-    `sampling` overrides the model's defaults, as in stream_generate.
+    tools: JSON schemas as OpenAI's API takes them. think_budget: tokens after which a thought is
+    closed. preset: "thinking", "coding", "instruct", "auto" (by mode) or "checkpoint" (its
+    generation_config.json); `sampling` overrides it, as in stream_generate. on_loop: "stop" an
+    answer that repeats itself, "penalize", or "off". Chats that share a `store` read a common
+    beginning once.
     """
 
     model: Model
     tokenizer: Any
     system: str | None = None
+    tools: Sequence[Schema] = ()
     enable_thinking: bool | None = None
+    think_budget: int | None = None
     max_tokens: int | None = None
+    preset: str = CHECKPOINT
     sampling: dict[str, Any] = field(default_factory=dict)
-    messages: list[dict[str, str]] = field(default_factory=list)
+    on_loop: str = "stop"
+    messages: list[Message] = field(default_factory=list)
     stats: TurnStats = field(default_factory=TurnStats)
+    store: PrefixStore | None = None
 
     def __post_init__(self) -> None:
         if self.system:
             self.messages.insert(0, {"role": "system", "content": self.system})
-        self._cache: list[Any] = self.model.make_cache()
-        self._boundary_ids: list[int] = []
-        self._boundary: Snapshot | None = None
+        self.set_on_loop(self.on_loop)
+        self.prefixes = self.store or PrefixStore(self.model)
+        self._cache: PromptCache | None = None
+        self._read_ahead_tokens = 0
 
     def send(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
-        """Say `text` and yield thought and answer as they come.
+        """Say `text` and yield thought, answer and tool calls as they come.
 
         Closing the iterator early, or an interrupt, keeps what was said so far; if the prompt
         is refused, or stopped while it is read, the message is taken back.
         """
-        self.messages.append({"role": "user", "content": text})
-        started = time.perf_counter()
-        try:
-            history, prompt = self._encode(False), self._encode(True)
-            check_ids(prompt, self.model.config.vocab_size)
-            check_length(len(prompt), self.model.config.context_length)
-            num_read = self._read_history(history, prompt, progress)
-            responses = stream_generate(
-                self.model,
-                self.tokenizer,
-                prompt[num_read:],
-                max_tokens=self.max_tokens or LONG_ANSWER_TOKENS,
-                cache=self._cache,
-                cached_ids=prompt[:num_read],
-                **self.sampling,
-            )
-        except BaseException:
-            self.messages.pop()
-            raise
-        splitter = ThoughtSplitter(self._opens_thought(prompt))
-        said: dict[str, list[str]] = {"thought": [], "answer": []}
-        try:
-            for response in responses:
-                self._count(response, started)
-                yield from self._keep(splitter.feed(response.text), said)
-            yield from self._keep(splitter.finish(), said)
-        finally:
-            message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
-            if said["thought"]:
-                message["reasoning_content"] = "".join(said["thought"]).strip()
-            self.messages.append(message)
+        yield from self._reply([*self.messages, _user(text)], progress)
 
-    def _encode(self, add_generation_prompt: bool) -> list[int]:
-        return encode_messages(
-            self.tokenizer,
-            self.messages,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=self.enable_thinking,
+    def regenerate(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
+        """Answer the last message again; the old answer is gone once the new one begins."""
+        turn = self._last_turn()
+        yield from self._reply(self.messages[: turn + 1], progress)
+
+    def edit(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
+        """Say `text` in place of the last message; that is gone once the answer begins."""
+        yield from self._reply([*self.messages[: self._last_turn()], _user(text)], progress)
+
+    def undo(self) -> str:
+        """Take the last message and all behind it back; returns its text."""
+        text = self.last_message()
+        self.messages = self.messages[: self._last_turn()]
+        return text
+
+    def last_message(self) -> str:
+        """What the user said last."""
+        return str(self.messages[self._last_turn()]["content"])
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls that wait for `answer_tools`."""
+        return calls_of(self.messages[-1], self.tools) if self.messages else []
+
+    def answer_tools(
+        self, results: Sequence[Any], progress: Progress | None = None
+    ) -> Generator[Piece, None, None]:
+        """Give the results of `tool_calls`, in their order, and go on; no text: JSON of it."""
+        if not results or len(results) != len(self.tool_calls):
+            raise Qwen35Error(
+                "the results do not fit the tool calls",
+                got=f"{len(results)} results",
+                expected=f"one for each of {len(self.tool_calls)} calls",
+            )
+        told = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in results]
+        messages = [{"role": "tool", "content": text} for text in told]
+        yield from self._reply([*self.messages, *messages], progress)
+
+    def restart(self, system: str | None = None) -> None:
+        """A new conversation; what was read of this one stays in the store while there is room."""
+        self._leave()
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
+        self.stats = TurnStats()
+
+    def set_system(self, system: str) -> None:
+        """Another system prompt for the same conversation, which is then read anew."""
+        behind = self.messages[1:] if self.system else self.messages
+        self.system = system
+        self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
+
+    def set_on_loop(self, action: str) -> None:
+        """What to do about an answer that repeats itself."""
+        if action not in LOOP_ACTIONS:
+            raise Qwen35Error("unknown on_loop", got=action, expected=", ".join(LOOP_ACTIONS))
+        self.on_loop = action
+
+    def thinks(self) -> bool:
+        """Whether the template opens a thought."""
+        return self._opens_thought(encode_text(self.tokenizer, self._render([_user("a")], True)))
+
+    def num_context_tokens(self) -> int:
+        """How long the next prompt is without its message."""
+        return len(self._next_prefix())
+
+    def drop_oldest(self) -> int:
+        """Forget turns, oldest first, until half of the context is free; returns how many."""
+        dropped = 0
+        while True:
+            turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+            half = self.model.config.context_length // 2
+            if not turns or (dropped and self.num_context_tokens() <= half):
+                return dropped
+            self.messages = self.messages[: turns[0]] + (
+                self.messages[turns[1] :] if len(turns) > 1 else []
+            )
+            dropped += 1
+
+    def read_ahead(self, stop: Stop = lambda: False) -> None:
+        """Read the last answer as the template will show it, without its thought.
+
+        What then is left to read in the next turn is the new message. Ends early, after at most
+        64 tokens, once `stop()` is true.
+        """
+        if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
+            return
+        ids = self._next_prefix()
+        if len(ids) >= self.model.config.context_length:
+            return
+        cache = self._cache = self.prefixes.take(ids, self._cache, self)
+        start = len(cache.ids)
+        try:
+            cache.read(
+                ids[start:],
+                marks=[self._system_end(), len(ids)],
+                step_size=READ_AHEAD_STEP_SIZE,
+                stop=stop,
+            )
+        finally:
+            self._read_ahead_tokens += len(cache.ids) - start
+            self.prefixes.trim()
+
+    def start_reading_ahead(self) -> None:
+        """`read_ahead` in the background; whatever is asked of the chat next stops it."""
+        self.prefixes.read_ahead(self.read_ahead)
+
+    def stop_reading_ahead(self, *, wait_for_end: bool = False) -> None:
+        """End the reading in the background, at once or when it is done."""
+        self.prefixes.stop_reading(wait_for_end=wait_for_end)
+
+    def save(self, session: str | os.PathLike[str], *, with_cache: bool = True) -> Path:
+        """Store messages, ids and cache under a name, or at a path; returns the file's.
+
+        Without the cache it is quick; an older one stays and is used as far as it goes.
+        """
+        from .sessions import save_conversation
+
+        self.prefixes.stop_reading()
+        conversation = {
+            "messages": self.messages,
+            "tools": list(self.tools),
+            "enable_thinking": self.enable_thinking,
+            "think_budget": self.think_budget,
+        }
+        return save_conversation(
+            session, conversation, self.model, self._cache if with_cache else None
         )
 
-    def _opens_thought(self, prompt: list[int]) -> bool:
-        return self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
+    def load(self, session: str | os.PathLike[str]) -> str | None:
+        """Go on with a saved conversation, without a prefill; returns a warning if it needs one."""
+        from .sessions import load_conversation
 
-    def _keep(self, pieces: list[Piece], said: dict[str, list[str]]) -> Iterator[Piece]:
-        for piece in pieces:
-            said[piece.kind].append(piece.text)
-            yield piece
+        conversation, cache, warning = load_conversation(session, self.model)
+        self._leave()
+        self.messages, self.tools = conversation["messages"], conversation["tools"]
+        self.enable_thinking = conversation["enable_thinking"]
+        self.think_budget = conversation["think_budget"]
+        first = self.messages[0] if self.messages else {}
+        self.system = first["content"] if first.get("role") == "system" else None
+        self.stats = TurnStats()
+        if cache is not None:
+            self._cache = self.prefixes.take(cache.ids, cache, self)
+            self.prefixes.trim()
+        return warning
 
-    def _read_history(
-        self, history: list[int], prompt: list[int], progress: Progress | None
-    ) -> int:
-        """Bring the cache to the end of the last user turn; returns how many ids it holds.
+    def _leave(self) -> None:
+        self.prefixes.stop_reading()
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
+            self.prefixes.trim()
 
-        The template drops earlier thoughts, so the next prompt changes right behind this
-        point: it is where the cache can be taken up again.
+    def sampling_params(
+        self, thinking: bool | None = None, preset: str | None = None
+    ) -> SamplingParams:
+        """What the next answer is drawn with; whether it thinks is for the template if None."""
+        thinking = self.thinks() if thinking is None else thinking
+        params = preset_params(preset or self.preset, thinking, self.model.sampling_defaults)
+        return params.updated(**{k: v for k, v in self.sampling.items() if k != "seed"})
+
+    def _last_turn(self) -> int:
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        if not turns:
+            raise Qwen35Error("there is no message yet", expected="a conversation with a turn")
+        return turns[-1]
+
+    def _reply(
+        self, messages: list[Message], progress: Progress | None
+    ) -> Generator[Piece, None, None]:
+        """Read `messages`, which then are the conversation, and yield the answer to them."""
+        started = time.perf_counter()
+        self.prefixes.stop_reading()
+        prompt, start, boundary = self._prompt(messages)
+        check_ids(prompt, self.model.config.vocab_size)
+        room = self.model.config.context_length - len(prompt)
+        if room < 1:
+            raise _context_full(len(prompt), self.model.config.context_length)
+        thinking = self._opens_thought(prompt)
+        sampler = Sampler(
+            self.sampling_params(thinking), mx.array(prompt), self.sampling.get("seed")
+        )
+        cache = self._cache = self.prefixes.take(prompt[:-1], self._cache, self)
+        num_kept = len(cache.ids)
+        stats = TurnStats(len(prompt), len(prompt) - num_kept)
+        stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
+        system_end = self._system_end()
+        turns = {n for n in (system_end, start) if n >= MIN_POINT_TOKENS}
+        marks = {*turns, boundary, *snapshot_marks(num_kept, boundary)}
+        try:
+            cache.read(prompt[num_kept:boundary], marks=marks, progress=progress)
+        finally:
+            # Of use to every turn and to other conversations, if only as a reserve.
+            cache.touch(system_end)
+            self.prefixes.trim()
+        self.stats, self.messages = stats, messages
+        splitter = ThoughtSplitter(thinking)
+        parser = ToolCallParser(self.tools) if self.tools else None
+        said: dict[str, list[str]] = {"thought": [], "answer": []}
+        calls: list[ToolCall] = []
+        limit = min(self.max_tokens or LONG_ANSWER_TOKENS, room)
+        try:
+            with closing(self._generate(cache, prompt, sampler, splitter, limit)) as responses:
+                for text in responses:
+                    if stats.generation_tokens == 1:
+                        seconds = time.perf_counter() - started
+                        stats.prefill_tps = stats.prefilled_tokens / max(seconds, 1e-9)
+                    for piece in _with_calls(splitter.feed(text), parser):
+                        _note(piece, said, calls)
+                        yield piece
+            for piece in _with_calls(splitter.finish(), parser, at_end=True):
+                _note(piece, said, calls)
+                yield piece
+        finally:
+            message: Message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
+            if said["thought"]:
+                message["reasoning_content"] = "".join(said["thought"]).strip()
+            if calls:
+                message["tool_calls"] = [as_message(call) for call in calls]
+            self.messages.append(message)
+
+    def _generate(
+        self,
+        cache: PromptCache,
+        prompt: list[int],
+        sampler: Sampler,
+        splitter: ThoughtSplitter,
+        limit: int,
+    ) -> Generator[str, None, None]:
+        """Texts of the answer, told to the caller before `splitter` is asked where they were."""
+        stats, detector = self.stats, LoopDetector()
+        presence = sampler.params.presence_penalty
+        ids = list(prompt)
+        first_at = 0.0
+        try:
+            while True:
+                rest = mx.array(ids[len(cache.ids) :])
+                left = limit - (len(ids) - len(prompt))
+                stream = stream_ids(self.model, self.tokenizer, rest, cache.entries, sampler, left)
+                cache.is_whole = False
+                overdrawn = False
+                for response in stream:
+                    ids.append(response.token)
+                    first_at = first_at or time.perf_counter()
+                    self._count(response, len(ids) - len(prompt), first_at)
+                    stats.thought_tokens += splitter.in_thought
+                    try:
+                        yield response.text
+                    except GeneratorExit:
+                        stats.finish_reason = response.finish_reason
+                        cache.is_whole = True
+                        raise
+                    if response.finish_reason:
+                        break
+                    if self.on_loop != "off" and detector.feed(response.token):
+                        if self.on_loop == "stop":
+                            stats.finish_reason = "loop"
+                            break
+                        stats.loops += 1
+                        presence = min(presence + LOOP_PENALTY, 10.0)
+                        sampler.penalise_repeats(presence, ids[len(prompt) :])
+                        detector = LoopDetector()
+                    budget = self.think_budget
+                    overdrawn = bool(budget and splitter.in_thought)
+                    if overdrawn and stats.thought_tokens >= (budget or 0):
+                        break
+                    overdrawn = False
+                stream.close()
+                cache.is_whole = True
+                if not overdrawn:
+                    return
+                end = encode_text(self.tokenizer, THOUGHT_END)
+                if len(ids) + len(end) >= len(prompt) + limit:
+                    stats.finish_reason = "length"
+                    return
+                cache.ids = ids[: cached_tokens(cache.entries)]
+                ids += end
+                yield THOUGHT_END
+        finally:
+            # Evaluated here: a lazy array cannot be used by the thread that reads ahead.
+            mx.eval([entry.state for entry in cache.entries])
+            num_read = cached_tokens(cache.entries)
+            cache.is_whole = cache.is_whole and num_read <= len(ids)
+            cache.ids = ids[:num_read]
+
+    def _count(self, response: GenerationResponse, num_generated: int, first_at: float) -> None:
+        stats = self.stats
+        stats.generation_tokens = num_generated
+        seconds = time.perf_counter() - first_at
+        stats.decode_tps = (num_generated - 1) / seconds if num_generated > 1 and seconds else 0.0
+        stats.peak_memory_gb = response.peak_memory
+        stats.finish_reason = response.finish_reason
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        template = {"tools": list(self.tools)} if self.tools else {}
+        return render_messages(
+            self.tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=self.enable_thinking,
+            **template,
+        )
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
+        """Ids of the next prompt, and how many come before its message and before the answer.
+
+        These are the points behind which later prompts differ: another message, and an answer
+        that the template shows without its thought.
         """
-        boundary = _common_prefix(history, prompt)
-        kept = 0
-        if self._boundary is not None:
-            known = len(self._boundary_ids)
-            if known < boundary and history[:known] == self._boundary_ids:
-                restore(self._cache, self._boundary)
-                kept = known
-        if kept == 0:
-            self._cache = self.model.make_cache()
-        self._boundary = None
-        self.stats = TurnStats(prompt_tokens=len(prompt), prefilled_tokens=len(prompt) - kept)
-        if boundary == len(prompt):
-            return kept
-        if boundary > kept:
-            unread = mx.array(prompt[kept:boundary])
-            prefill(self.model, unread, self._cache, progress=progress)
-            self._boundary_ids = prompt[:boundary]
-            self._boundary = snapshot(self._cache, boundary)
-        return boundary
+        text, history = self._render(messages, True), self._render(messages, False)
+        prompt = encode_text(self.tokenizer, text)
+        if not prompt:
+            raise PromptError("the prompt is empty", expected="at least one token")
+        other = self._render([*messages[:-1], _user("\0")], False)
+        # Encoded from the end, which is short; what comes before melts with none of it.
+        message = encode_text(self.tokenizer, text[common_prefix(text, other) :])
+        start = max(0, len(prompt) - len(message))
+        opening = encode_text(self.tokenizer, text[len(history) :])
+        if opening and text.startswith(history) and prompt[-len(opening) :] == opening:
+            return prompt, start, max(0, len(prompt) - len(opening))
+        boundary = common_prefix(prompt, encode_text(self.tokenizer, history))
+        return prompt, start, min(boundary, len(prompt) - 1)
 
-    def _count(self, response: GenerationResponse, started: float) -> None:
-        if response.generation_tokens == 1:
-            seconds = time.perf_counter() - started
-            self.stats.prefill_tps = self.stats.prefilled_tokens / max(seconds, 1e-9)
-        self.stats.generation_tokens = response.generation_tokens
-        self.stats.decode_tps = response.generation_tps
-        self.stats.peak_memory_gb = response.peak_memory
-        self.stats.finish_reason = response.finish_reason
+    def _next_prefix(self) -> list[int]:
+        """What every next prompt begins with, whatever its message says."""
+        return self._before_message(self.messages)
+
+    def _system_end(self) -> int:
+        """How many ids conversations with this system prompt and these tools share; 0 if none."""
+        system = [m for m in self.messages[:1] if m["role"] == "system"]
+        return len(self._before_message(system)) if system or self.tools else 0
+
+    def _before_message(self, messages: Sequence[Message]) -> list[int]:
+        one, other = (self._render([*messages, _user(text)], False) for text in ("a", "1"))
+        return encode_text(self.tokenizer, one[: common_prefix(one, other)])
+
+    def _opens_thought(self, prompt: list[int]) -> bool:
+        return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>"))
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _with_calls(
+    pieces: Iterable[Piece], parser: ToolCallParser | None, at_end: bool = False
+) -> Iterable[Piece]:
+    """Answers through the parser of tool calls, thoughts as they are."""
+    if parser is None:
+        return pieces
+    parsed: list[Piece] = []
+    for piece in pieces:
+        parsed += parser.feed(piece.text) if piece.kind == "answer" else [piece]
+    return parsed + parser.finish() if at_end else parsed
+
+
+def _note(piece: Piece, said: dict[str, list[str]], calls: list[ToolCall]) -> None:
+    if piece.call is None:
+        said[piece.kind].append(piece.text)
+    elif piece.call.complete:
+        calls.append(piece.call)
+
+
+def _context_full(num_prompt: int, context_length: int) -> ContextFull:
+    return ContextFull(
+        "the prompt is longer than the model's context",
+        got=f"{num_prompt:,} tokens",
+        expected=f"fewer than {context_length:,}",
+        hint="shorten the message, take turns back, or drop the oldest ones",
+    )

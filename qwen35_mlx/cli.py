@@ -1,15 +1,31 @@
 """The command line: parses, prints, and leaves the work to the package."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .conversions import convert, fidelity, plan
 from .errors import Qwen35Error
+from .options import (
+    Kernels,
+    MaxTokens,
+    MinP,
+    ModelName,
+    Presence,
+    Preset,
+    Repetition,
+    Seed,
+    System,
+    Temperature,
+    Thinking,
+    TopK,
+    TopP,
+    one_of,
+    user_errors,
+)
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -20,102 +36,8 @@ app = typer.Typer(
 )
 
 
-def one_of(*allowed: object) -> Callable[[Any], Any]:
-    """A check of an option's value."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in allowed:
-            raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, allowed))}.")
-        return value
-
-    return check
-
-
-Source = Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")]
-Bits = Annotated[
-    int | None,
-    typer.Option(
-        callback=one_of(2, 3, 4, 5, 6, 8),
-        help="2, 3, 4, 5, 6 or 8 bits; 4 unless --dtype is given.",
-    ),
-]
-GroupSize = Annotated[
-    int,
-    typer.Option(callback=one_of(32, 64, 128), help="Weights that share a scale: 32, 64 or 128."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        callback=one_of("bfloat16", "float16", "float32"),
-        help="bfloat16, float16 or float32. Alone: do not quantize; "
-        "with --bits: type of scales, norms and the rest. The source's if unset.",
-    ),
-]
-Method = Annotated[
-    str,
-    typer.Option(
-        callback=one_of("minmax", "search"),
-        help="How to choose scales: minmax as mlx does, or search for the least error: "
-        "better at 2 and 3 bits, about ten times slower.",
-    ),
-]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")]
-Thinking = Annotated[
-    bool | None,
-    typer.Option(
-        "--think/--no-think", help="Think before answering; the model's default if unset."
-    ),
-]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
-MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest answer, thought included; 32,768 if unset.")
-]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; 1 is off.")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 is off.")]
-MinP = Annotated[float | None, typer.Option(help="Least probability, relative to the best.")]
-Presence = Annotated[
-    float | None, typer.Option(help="Subtracted from the logits of tokens already in the answer.")
-]
-Repetition = Annotated[
-    float | None, typer.Option(help="Divides the logits of tokens already in the text; 1 is off.")
-]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the same answer again.")]
-
-
-@app.command()
-def convert(
-    source: Source,
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    dtype: Dtype = None,
-    method: Method = "minmax",
-) -> None:
-    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights."""
-    with user_errors():
-        from .convert import convert as run
-        from .convert import plan as make_plan
-        from .terminal import byte_progress, print_converted
-
-        settings: Any = dict(bits=bits, group_size=group_size, dtype=dtype, method=method)
-        plan = make_plan(source, **settings)
-        with byte_progress(f"Converting {source.resolve().name}") as progress:
-            folder = run(source, out, **settings, progress=progress)
-        print_converted(plan, folder)
-        remember(folder)
-
-
-@app.command()
-def plan(
-    source: Source, bits: Bits = None, group_size: GroupSize = 64, dtype: Dtype = None
-) -> None:
-    """Show what convert would write: tensors, bits and bytes, from the headers alone."""
-    with user_errors():
-        from .convert import plan as make_plan
-        from .terminal import print_plan
-
-        print_plan(make_plan(source, bits=bits, group_size=group_size, dtype=dtype))
+for command in (convert, plan, fidelity):
+    app.command()(command)
 
 
 @app.command()
@@ -141,6 +63,7 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; repeatable.")
     ] = None,
     seed: Seed = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Answer once: plain text on standard output, for scripts."""
     with user_errors():
@@ -151,7 +74,7 @@ def generate(
         from .weights import load
 
         quiet_libraries()
-        loaded, tokenizer = load(model)
+        loaded, tokenizer = load(model, kernels=kernels)
         messages: Any = [{"role": "user", "content": text}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
@@ -185,7 +108,25 @@ def chat(
         typer.Option("--prompt", "-p", help="Ask this and exit; repeated: further turns."),
     ] = None,
     system: System = None,
+    session: Annotated[
+        str | None, typer.Option(help="Go on with the session of this name, and save to it.")
+    ] = None,
     think: Thinking = None,
+    think_budget: Annotated[
+        int | None, typer.Option(min=1, help="Close a thought after this many tokens.")
+    ] = None,
+    on_loop: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("stop", "penalize", "off"),
+            help="An answer that repeats itself: stop it, penalize repeats, or off.",
+        ),
+    ] = "stop",
+    snapshot_memory: Annotated[
+        float, typer.Option(min=0, help="GB for points that conversations can go on from.")
+    ] = 4.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is.")] = False,
+    preset: Preset = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -194,6 +135,7 @@ def chat(
     presence_penalty: Presence = None,
     repetition_penalty: Repetition = None,
     seed: Seed = None,
+    kernels: Kernels = "auto",
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
     with user_errors():
@@ -201,37 +143,87 @@ def chat(
             raise typer.BadParameter(f"--demo and {model} exclude each other.")
         prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
         options = sampling_options(ctx)
-        from .terminal import ChatSession, loading, quiet_libraries
+        from .talk import ChatSession
+        from .terminal import loading, quiet_libraries
 
         quiet_libraries()
         name = model
+        if name is None and not demo:
+            name = newest()
+        is_demo = name is None
         if name is None:
-            name = (None if demo else newest()) or bundled_demo()
+            name = bundled_demo()
         with loading(name):
             from .chat import Chat
+            from .prefixes import PrefixStore
             from .weights import load
 
-            loaded, tokenizer = load(name)
+            loaded, tokenizer = load(name, kernels=kernels)
+        suggest_doctor(kernels)
         conversation = Chat(
             loaded,
             tokenizer,
             system=system,
             enable_thinking=think,
+            think_budget=think_budget,
             max_tokens=max_tokens,
+            # The demo is too small for the penalty that the family's presets have.
+            preset=preset or ("checkpoint" if is_demo else "auto"),
             sampling={"seed": seed, **options},
+            on_loop=on_loop,
+            store=PrefixStore(loaded, int(snapshot_memory * 1e9)),
         )
-        ChatSession(conversation).run(prompts)
+        ChatSession(conversation, session, markdown=not plain).run(prompts)
 
 
-def remember(folder: Path) -> None:
-    """Record a conversion for `chat` without a model; without a cache that is merely said."""
-    from .bundled import record_conversion
+@app.command()
+def sessions(
+    name: Annotated[str | None, typer.Argument(help="Show this session's messages.")] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", help="Delete this session; repeatable.")
+    ] = None,
+) -> None:
+    """List saved conversations, show one, or remove some."""
+    with user_errors():
+        from .sessions import list_sessions, read_conversation, remove_session, session_file
+        from .terminal import note, print_conversation, print_sessions
+
+        for each in remove or ():
+            remove_session(each)
+            note(f"removed {each}")
+        if name is not None:
+            print_conversation(read_conversation(session_file(name))["messages"])
+        elif not remove:
+            print_sessions(list_sessions())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the report.")] = False,
+) -> None:
+    """Look at this machine; check and time the Metal kernels, and remember which to use."""
+    with user_errors():
+        import json
+
+        from .doctor import run, store
+        from .terminal import print_doctor, step_progress
+
+        with step_progress("Checking kernels") as progress:
+            report = run(progress)
+        if not as_json:
+            print_doctor(report)
+        print(json.dumps(report), flush=True)
+        # Last: a full disk takes nothing from the report.
+        store(report)
+
+
+def suggest_doctor(kernels: str) -> None:
+    """Say that kernels wait for the doctor, where they could run and it was never asked."""
+    from .kernels.choice import read, unavailable
     from .terminal import note
 
-    try:
-        record_conversion(folder)
-    except (Qwen35Error, OSError) as error:
-        note(f"chat without a model will not find this folder: {error}")
+    if kernels == "auto" and unavailable() is None and not read():
+        note("Metal kernels are off until they are checked on this machine: qwen35-mlx doctor")
 
 
 def newest() -> str | None:
@@ -258,7 +250,7 @@ def bundled_demo() -> str:
 
     folder = converted_demo(convert_demo)
     note(
-        "This is the bundled demo: 5 M parameters that know some facts and a few tricks.\n"
+        "This is the bundled demo: 3.6 M parameters that know a hundred facts.\n"
         "For a real model: qwen35-mlx convert SRC OUT, then qwen35-mlx chat OUT."
     )
     return str(folder)
@@ -295,23 +287,6 @@ def read_prompts(given: list[str]) -> list[str]:
 def is_terminal(stream: Any) -> bool:
     """Whether a person is there; a closed stream is None."""
     return stream is not None and stream.isatty()
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Print a user's mistake without a traceback and exit 1; Ctrl-C exits 130."""
-    try:
-        yield
-    except BrokenPipeError:
-        # The reader of a pipe went away: typer exits without a word.
-        raise
-    except (Qwen35Error, OSError) as error:
-        from .terminal import print_error
-
-        print_error(error)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def version(show: bool) -> None:

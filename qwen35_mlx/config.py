@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+# Qwen3-Next and Qwen3-Coder-Next: the same mathematics, fused linear-attention projections.
+NEXT_TYPE = "qwen3_next"
 LINEAR, FULL = "linear_attention", "full_attention"
 # The head sizes that ops and kernels tile evenly; the released models use 128.
 LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
@@ -87,6 +89,7 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
+    fuses_linear_projections: bool = False
 
     @property
     def key_dim(self) -> int:
@@ -125,12 +128,15 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Check a parsed config.json, nested or flat, and keep what the text model needs."""
         model_type = config.get("model_type")
-        if model_type not in DENSE_TYPES + MOE_TYPES:
+        if model_type not in (*DENSE_TYPES, *MOE_TYPES, NEXT_TYPE):
             raise ConfigError(
                 f"model_type={model_type!r} is not a Qwen3.5 model",
                 got=model_type,
-                expected=", ".join(DENSE_TYPES + MOE_TYPES),
+                expected=", ".join((*DENSE_TYPES, *MOE_TYPES, NEXT_TYPE)),
             )
+        fuses = model_type == NEXT_TYPE
+        if fuses:
+            config, model_type = next_as_moe(config), MOE_TYPES[1]
         text = dict(config.get("text_config") or config)
         inner_type = text.get("model_type", model_type)
         if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
@@ -165,6 +171,7 @@ class ModelConfig:
             max_position_embeddings=get.positive("max_position_embeddings"),
             tie_word_embeddings=bool(tied),
             rope=_rope(text, head_dim),
+            fuses_linear_projections=fuses,
         )
         keys = (
             ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
@@ -226,6 +233,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is not a JSON object", got=type(config).__name__)
     return config
+
+
+def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a Qwen3-Next model in the words of `qwen3_5_moe_text`; else unchanged."""
+    text = dict(config)
+    if text.get("model_type") != NEXT_TYPE:
+        return text
+    text["model_type"] = MOE_TYPES[1]
+    scaling = text.pop("rope_scaling", None)
+    if "rope_parameters" not in text:
+        if scaling is not None and not isinstance(scaling, Mapping):
+            raise ConfigError("rope_scaling is not an object", got=repr(scaling))
+        keys = ("rope_theta", "partial_rotary_factor")
+        rope = {key: text[key] for key in keys if key in text} | dict(scaling or {})
+        text["rope_parameters"] = {"rope_type": rope.get("type", "default")} | rope
+    return text
 
 
 class _Reader:

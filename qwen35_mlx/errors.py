@@ -25,3 +25,11 @@ class CheckpointError(Qwen35Error):
 
 class PromptError(Qwen35Error):
     """The prompt cannot be run: empty, or longer than the context."""
+
+
+class ContextFull(PromptError):
+    """The conversation has no room for another answer; nothing of it is lost."""
+
+
+class SessionError(Qwen35Error):
+    """A saved conversation is missing, damaged, in use, or cannot be written."""

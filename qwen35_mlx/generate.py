@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, cast
 
 import mlx.core as mx
@@ -66,7 +66,7 @@ def stream_generate(
             raise Qwen35Error(f"{name} is not usable", got=repr(value), expected="1 or more")
     stops = [s for s in ([stop] if isinstance(stop, str) else stop or ()) if s]
     params = model.sampling_defaults.updated(**sampling)
-    return _stream(
+    return stream_ids(
         model,
         tokenizer,
         mx.array(ids),
@@ -79,24 +79,26 @@ def stream_generate(
     )
 
 
-def _stream(
+def stream_ids(
     model: Model,
     tokenizer: Any,
     ids: mx.array,
     cache: list[Any],
     sampler: Sampler,
     max_tokens: int,
-    stops: list[str],
-    prefill_step_size: int,
-    progress: Progress | None,
-) -> Iterator[GenerationResponse]:
+    stops: Sequence[str] = (),
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    progress: Progress | None = None,
+) -> Generator[GenerationResponse, None, None]:
+    """`stream_generate` behind its checks: ids `[T]` behind what `cache` has read.
+
+    When a response is given the cache has read its token, but for the last of `max_tokens`.
+    """
     detokenizer = tokenizer.detokenizer
     pending = StopText(stops)
     started = time.perf_counter()
     with ExitStack() as stack:
-        # Its warning about large models would land in the answer.
-        with redirect_stdout(sys.stderr):
-            stack.enter_context(wired_limit(model))
+        stack.enter_context(wired(model))
         prefill_seconds = 0.0
         steps = decode_steps(model, ids, cache, sampler, max_tokens, prefill_step_size, progress)
         for count, (token, logprobs) in enumerate(steps, 1):
@@ -133,6 +135,16 @@ def _stream(
             )
             if finish:
                 return
+
+
+@contextmanager
+def wired(model: Model) -> Iterator[None]:
+    """Keep the weights in the GPU's memory meanwhile."""
+    with ExitStack() as stack:
+        # Its warning about large models would land in the answer.
+        with redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(model))
+        yield
 
 
 def prefill(

@@ -15,12 +15,17 @@ from .cache import CacheEntry, make_cache
 from .config import FULL, LINEAR, ModelConfig
 from .errors import Qwen35Error
 from .gated_delta_net import GatedDeltaNet
+from .kernels.matrix import MAX_ROWS
+from .kernels.metal import NONE, Choice
+from .kernels.residual_norm import residual_norm
 from .moe import DenseMLP, SparseMoE
 from .sampling import SamplingParams
 
 
 class DecoderLayer(nn.Module):
     """Norm, attention of either kind, residual; norm, feed-forward, residual."""
+
+    kernels: Choice = NONE
 
     def __init__(self, config: ModelConfig, layer_type: str):
         super().__init__()
@@ -41,18 +46,20 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         mask: Any,
         cache: Any | None,
-        positions: mx.array | None,
+        rope_tables: tuple[mx.array, mx.array] | None,
         last_only: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
-        normed = self.input_layernorm(x)
+        norm = self.input_layernorm
         if self.is_linear:
-            x = x + self.linear_attn(normed, mask, cache)
+            delta = self.linear_attn(x, norm, mask, cache)
         else:
-            x = x + self.self_attn(normed, mask, cache, positions)
+            delta = self.self_attn(x, norm, mask, cache, rope_tables)
         if last_only:
-            x = x[:, -1:]
-        return x + self.mlp(self.post_attention_layernorm(x))
+            x, delta = x[:, -1:], delta[:, -1:]
+        norm = self.post_attention_layernorm
+        x, normed = residual_norm(x, delta, norm.weight, norm.eps, self.kernels)
+        return self.mlp(normed, x)
 
 
 class Trunk(nn.Module):
@@ -87,10 +94,24 @@ class Trunk(nn.Module):
         linear, full = self._first[LINEAR], self._first[FULL]
         linear_mask = create_ssm_mask(x, entries[linear]) if linear is not None else None
         full_mask = create_attention_mask(x, entries[full]) if full is not None else None
+        tables = None if full is None else self._rope_tables(x, full, entries[full], positions)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
-            x = layer(x, mask, entry, positions, last_only and layer is self.layers[-1])
+            x = layer(x, mask, entry, tables, last_only and layer is self.layers[-1])
         return self.norm(x)
+
+    def _rope_tables(
+        self, x: mx.array, layer: int, entry: Any, positions: mx.array | None
+    ) -> tuple[mx.array, mx.array] | None:
+        """Once for all layers, where positions are explicit or the kernel wants them."""
+        attention = self.layers[layer].self_attn
+        batch, num_tokens, _ = x.shape
+        if positions is None:
+            if "qk_norm_rope" not in attention.kernels or batch * num_tokens > MAX_ROWS:
+                return None
+            offset = 0 if entry is None else entry.offset
+            positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
+        return attention.rope.tables(positions)
 
 
 class LanguageModel(nn.Module):

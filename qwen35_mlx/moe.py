@@ -9,10 +9,17 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from .config import ModelConfig
 from .kernels.expert_gather import expert_mlp
+from .kernels.expert_step import Routing, expert_down, expert_gate_up
+from .kernels.matrix import MAX_ROWS
+from .kernels.metal import NONE, Choice
+from .kernels.projection import project
+from .kernels.router import route
 
 
 class DenseMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`residual + down(silu(gate(x)) * up(x))`."""
+
+    kernels: Choice = NONE
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -20,13 +27,18 @@ class DenseMLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """`[..., H]` -> the same."""
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """`[..., H]` both -> the same."""
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = expert_gate_up(rows, (self.gate_proj, self.up_proj), kernels=self.kernels)
+        residual = residual.reshape(rows.shape)
+        return expert_down(hidden, residual, self.down_proj, kernels=self.kernels).reshape(x.shape)
 
 
 class RoutedExperts(nn.Module):
     """The stacked matrices of all experts, `[E, out, in]` each."""
+
+    kernels: Choice = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -37,11 +49,14 @@ class RoutedExperts(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """x `[N, H]`, indices and scores `[N, K]` -> `[N, H]`."""
-        return expert_mlp(x, indices, scores, self.gate_proj, self.up_proj, self.down_proj)
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        return expert_mlp(x, indices, scores, *projections, self.kernels)
 
 
 class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
+
+    kernels: Choice = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -52,22 +67,29 @@ class SparseMoE(nn.Module):
         self.shared_expert = DenseMLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """`[B, T, H]` -> the same."""
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """residual + experts of x, `[B, T, H]` both -> the same."""
         rows = x.reshape(-1, x.shape[-1])
-        indices, scores = route(self.gate(rows), self._num_experts_per_tok)
-        routed = self.switch_mlp(rows, indices, scores)
-        shared = mx.sigmoid(self.shared_expert_gate(rows)) * self.shared_expert(rows)
-        return (routed + shared).reshape(x.shape)
-
-
-def route(router_logits: mx.array, num_experts_per_tok: int) -> tuple[mx.array, mx.array]:
-    """Chosen experts and their weights, `[N, K]` each, from logits `[N, E]`.
-
-    Softmax over all experts in fp32, the K largest, renormalised to sum to one.
-    """
-    probabilities = mx.softmax(router_logits.astype(mx.float32), axis=-1)
-    k = num_experts_per_tok
-    indices = mx.argpartition(probabilities, kth=-k, axis=-1)[..., -k:]
-    scores = mx.take_along_axis(probabilities, indices, axis=-1)
-    return indices, scores / scores.sum(axis=-1, keepdims=True)
+        residual = residual.reshape(rows.shape)
+        logits, shared_logits = project(
+            rows, (self.gate, self.shared_expert_gate), self.kernels, dtype=mx.float32
+        )
+        routing = Routing(*route(logits, shared_logits, self._num_experts_per_tok, self.kernels))
+        routed, shared = self.switch_mlp, self.shared_expert
+        if rows.shape[0] <= MAX_ROWS and self.kernels & {"expert_gate_up", "expert_down"}:
+            hidden = expert_gate_up(
+                rows,
+                (shared.gate_proj, shared.up_proj),
+                routing,
+                (routed.gate_proj, routed.up_proj),
+                self.kernels,
+            )
+            out = expert_down(
+                hidden, residual, shared.down_proj, routing, routed.down_proj, self.kernels
+            )
+        else:
+            # Many rows are brought together by expert, which the two steps do not do.
+            hidden = expert_gate_up(rows, (shared.gate_proj, shared.up_proj))
+            weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden[0])
+            out = residual + (routed(rows, routing.indices, routing.scores) + weighted)
+        return out.reshape(x.shape)

@@ -64,6 +64,25 @@ def encode_messages(
 
     enable_thinking None leaves it to the template, which differs between the models.
     """
+    text = render_messages(
+        tokenizer,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=enable_thinking,
+        **template,
+    )
+    return encode_text(tokenizer, text)
+
+
+def render_messages(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool,
+    enable_thinking: bool | None = None,
+    **template: Any,
+) -> str:
+    """The chat template's rendering of `messages` as text."""
     if enable_thinking is not None:
         template["enable_thinking"] = enable_thinking
     if getattr(tokenizer, "chat_template", None) is None:
@@ -73,20 +92,33 @@ def encode_messages(
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
     from jinja2.exceptions import TemplateError
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    # The wrapper would decide on thinking for the template.
-    inner = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
     try:
-        text = inner.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **template
+        return str(
+            _unwrapped(tokenizer).apply_chat_template(
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **template,
+            )
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise PromptError("the chat template refuses these messages", got=error) from None
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered text."""
     try:
-        return list(inner.encode(text, add_special_tokens=False))
+        return list(_unwrapped(tokenizer).encode(text, add_special_tokens=False))
     except (TypeError, UnicodeError):
         raise _not_unicode(text) from None
+
+
+def _unwrapped(tokenizer: Any) -> Any:
+    """Without mlx-lm's wrapper, which would decide on thinking for the template."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
 
 
 def check_length(num_prompt: int, context_length: int) -> None:
@@ -112,11 +144,23 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-class Piece(NamedTuple):
-    """A bit of streamed text, of the thought or of the answer."""
+class ToolCall(NamedTuple):
+    """A function that the model wants called."""
 
-    kind: Literal["thought", "answer"]
+    name: str
+    arguments: dict[str, Any]
+    # As the model wrote them: so the next prompt repeats them.
+    raw_arguments: dict[str, str]
+    # False if the call was cut or cannot be understood: not to be run.
+    complete: bool = True
+
+
+class Piece(NamedTuple):
+    """A bit of streamed text, of the thought or of the answer, or a whole tool call."""
+
+    kind: Literal["thought", "answer", "tool_call"]
     text: str
+    call: ToolCall | None = None
 
 
 class ThoughtSplitter:
@@ -127,6 +171,11 @@ class ThoughtSplitter:
         self._in_thought = thinking
         self._pending = ""
         self._blank = True
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether what follows is thought, as far as that is certain."""
+        return self._in_thought
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain after `text`."""

@@ -5,7 +5,7 @@ The order is that of transformers, whose generation_config.json gives the defaul
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -71,6 +71,28 @@ class SamplingParams:
             ) from None
 
 
+# What the authors of Qwen3.5 recommend for each kind of work.
+PRESETS = {
+    "thinking": SamplingParams(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=1.5),
+    "coding": SamplingParams(temperature=0.6, top_p=0.95, top_k=20),
+    "instruct": SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
+}
+# Besides their names: as the mode asks, and as generation_config.json says.
+AUTO, CHECKPOINT = "auto", "checkpoint"
+
+
+def preset_params(preset: str, thinking: bool, checkpoint: SamplingParams) -> SamplingParams:
+    """The parameters of a preset; auto is thinking or instruct."""
+    if preset == CHECKPOINT:
+        return checkpoint
+    name = ("thinking" if thinking else "instruct") if preset == AUTO else preset
+    if name not in PRESETS:
+        raise Qwen35Error(
+            "unknown preset", got=preset, expected=", ".join((*PRESETS, AUTO, CHECKPOINT))
+        )
+    return PRESETS[name]
+
+
 class Sampler:
     """Draws tokens one after another; remembers what the penalties need, all on the device."""
 
@@ -83,6 +105,13 @@ class Sampler:
         self._prompt = prompt
         self._in_text: mx.array | None = None
         self._in_answer: mx.array | None = None
+        self._answered: mx.array | None = None
+
+    def penalise_repeats(self, penalty: float, answered: Sequence[int]) -> None:
+        """From now on with this presence penalty; `answered` are the ids said so far."""
+        self.params = self.params.updated(presence_penalty=penalty)
+        self._answered = mx.array(list(answered), dtype=mx.int32)
+        self._in_answer = None
 
     def __call__(self, logits: mx.array) -> mx.array:
         """logits `[1, V]` -> token `[1]`; nothing is evaluated here."""
@@ -111,6 +140,8 @@ class Sampler:
         if params.presence_penalty != 0.0:
             if self._in_answer is None:
                 self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
+                if self._answered is not None:
+                    self._in_answer[self._answered] = True
             logits = logits - params.presence_penalty * self._in_answer
         return logits
 

@@ -1,6 +1,5 @@
-"""What the terminal shows: progress, tables, the chat; answers to stdout, the rest to stderr."""
+"""What the terminal shows: errors, progress, tables; results to stdout, the rest to stderr."""
 
-import contextlib
 import logging
 import os
 import shlex
@@ -8,20 +7,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Column
 from rich.text import Text
-
-from .errors import Qwen35Error
+from rich.theme import Theme
 
 if TYPE_CHECKING:
-    from .chat import Chat, TurnStats
     from .convert import Plan
+    from .sessions import SessionInfo
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
+# rich's own style of code has a black background, on light terminals too.
+THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})
+out = Console(highlight=False, soft_wrap=True, emoji=False, theme=THEME)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 # What a model says must not move the cursor or rename the window.
 CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
@@ -35,7 +42,7 @@ def print_error(error: Exception) -> None:
 
 def note(text: str) -> None:
     """A remark that is no result."""
-    err.print(text, style="dim", markup=False)
+    err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
 def quiet_libraries() -> None:
@@ -52,62 +59,141 @@ def loading(name: str) -> Iterator[None]:
         yield
 
 
+# Source bytes done, source bytes in all, tensor or what is waited for, source file.
+ByteProgress = Callable[[int, int, str, str], None]
+LOG_SECONDS = 30.0
+
+
 @contextmanager
-def byte_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar of bytes with time left and tensor; plain lines where it is no terminal."""
+def byte_progress(title: str) -> Iterator[ByteProgress]:
+    """A bar of bytes with speed, time left, file and tensor; lines where it is no terminal."""
     if err.is_terminal and not err.is_dumb_terminal:
         with _byte_bar(title) as show:
             yield show
         return
-    started = time.perf_counter()
+    started = told = time.perf_counter()
     note(f"{title} …")
-    tenth = total_bytes = 0
+    first_bytes = last_bytes = 0
+    seen = False
 
-    def tell(done: int, total: int, tensor: str) -> None:
-        nonlocal tenth, total_bytes
-        total_bytes = total
-        reached = 10 * done // max(total, 1)
-        # Small jobs are over before a line about them is read.
-        if tenth < reached < 10 and time.perf_counter() - started > 5:
-            note(f"{title}: {10 * reached} % of {total / 1e6:,.1f} MB, {tensor}")
-        tenth = reached
+    def tell(done: int, total: int, tensor: str, file: str) -> None:
+        nonlocal told, first_bytes, last_bytes, seen
+        if not seen:
+            # What an earlier run did is no speed of this one.
+            seen, first_bytes = True, done
+        last_bytes = done
+        now = time.perf_counter()
+        if now - told >= LOG_SECONDS and done < total:
+            told = now
+            speed = (done - first_bytes) / (now - started)
+            left = f", {_duration((total - done) / speed)} left" if speed else ""
+            note(
+                f"{title}: {done / 1e9:,.2f} of {total / 1e9:,.2f} GB, {100 * done // total} %, "
+                f"{speed / 1e6:,.1f} MB/s{left}; {file}: {tensor}"
+            )
 
     yield tell
     seconds = time.perf_counter() - started
-    note(f"{title}: {total_bytes / 1e6:,.1f} MB read in {seconds:.1f} s")
+    read_bytes = last_bytes - first_bytes
+    before = f", {first_bytes / 1e6:,.1f} MB before" if first_bytes else ""
+    note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {_duration(seconds)}{before}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 @contextmanager
-def _byte_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def _byte_bar(title: str) -> Iterator[ByteProgress]:
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
         DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
         # What is left of the line; the end of a tensor's name says most.
         TextColumn(
-            "{task.fields[tensor]}",
+            "{task.fields[file]} {task.fields[tensor]}",
             style="dim",
             markup=False,
             table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
         ),
         console=err,
         expand=True,
+        # Shards come and go: the speed of the last minute says most about what is left.
+        speed_estimate_period=60,
     )
     with bar:
-        task = bar.add_task(title, total=None, tensor="")
+        task = None
 
-        def show(done: int, total: int, tensor: str) -> None:
+        def show(done: int, total: int, tensor: str, file: str) -> None:
+            nonlocal task
             name = tensor.removeprefix("language_model.").removeprefix("model.")
-            bar.update(task, completed=done, total=total, tensor=name)
+            if task is None:
+                task = bar.add_task(title, total=total, completed=done, tensor="", file="")
+            file = file.removesuffix(".safetensors").removeprefix("model-")
+            bar.update(task, completed=done, total=total, tensor=name, file=file)
 
         yield show
-        bar.update(task, tensor="")
+        if task is not None:
+            bar.update(task, tensor="", file="")
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines that are laid out already."""
+    for line in lines:
+        out.print(line, markup=False)
+
+
+@contextmanager
+def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A spinner that says which of several steps runs; plain lines where it is no terminal."""
+    if err.is_terminal and not err.is_dumb_terminal:
+        with err.status(Text(title), spinner="dots") as status:
+            yield lambda done, total, what: status.update(f"{title}: {what} ({done + 1}/{total})")
+    else:
+        yield lambda done, total, what: note(f"{title}: {what} ({done + 1}/{total})")
+
+
+def print_doctor(report: dict[str, Any]) -> None:
+    """Machine and kernels for a person to read."""
+    machine, kernels = report["machine"], report["kernels"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    lines = [
+        f"{machine['chip']}, {machine['os']}, {versions}",
+        f"memory {machine['memory_gb']:,.1f} GB, disk {machine['disk_free_gb']:,.1f} GB free",
+    ]
+    if machine["metal"]:
+        lines.append(f"the GPU may use {machine['gpu_limit_gb']:,.1f} GB")
+    if command := machine["raise_gpu_limit"]:
+        lines += [
+            "more until the next restart, all but a tenth of memory and 6 GiB at least:",
+            f"  {command}",
+        ]
+    if kernels is None:
+        lines.append("no GPU with Metal in use: the model runs on plain MLX operations")
+    for op, result in (kernels or {}).items():
+        verdict = "matches" if result["matched"] else f"not used: {result['problem']}"
+        lines.append(f"{op}: {verdict}, relative error {result['error']:g}")
+        for member, figures in result["members"].items():
+            if isinstance(figures, str):
+                lines.append(f"  {member:<10} {figures}")
+                continue
+            kernel, ops = (
+                f"{figures[f'{way}_us']:,.1f} us {figures[f'{way}_gb_per_s']:,.0f} GB/s"
+                for way in ("kernel", "ops")
+            )
+            lines.append(f"  {member:<10} {figures['speedup']:.2f}x: {kernel}, ops {ops}")
+    for line in lines:
+        out.print(line, markup=False)
 
 
 def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
-    rows = [("module", "count", "shape", "source", "becomes", "MB")]
+    rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
     for row in plan.table():
         quantized = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
         rows.append(
@@ -117,12 +203,13 @@ def print_plan(plan: "Plan") -> None:
                 "x".join(map(str, row.shape)),
                 row.source_dtype,
                 row.role if row.role == "dropped" else quantized,
+                f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
                 f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
             )
         )
     columns = list(zip(*rows, strict=True))
     if out.is_terminal and _width(columns) > out.width:
-        del columns[3]
+        del columns[3], columns[-2]
     for line in zip(*(_aligned(column) for column in columns), strict=True):
         out.print("  ".join(line), markup=False)
     out.print(_totals(plan))
@@ -154,85 +241,26 @@ def _totals(plan: "Plan") -> str:
     )
 
 
-class ChatSession:
-    """Draws a conversation: input, dim thoughts, streamed answers, a line of figures."""
-
-    HELP = "/exit or Ctrl-D leaves; Ctrl-C stops an answer and keeps what was said"
-
-    def __init__(self, chat: "Chat"):
-        self.chat = chat
-
-    def run(self, prompts: Sequence[str] = ()) -> None:
-        """Ask the given prompts in turn, or talk until the user leaves."""
-        if prompts:
-            for prompt in prompts:
-                if len(prompts) > 1:
-                    out.print(f"> {prompt}", style="bold", markup=False)
-                self.turn(prompt)
-            return
-        with contextlib.suppress(ImportError):
-            # Line editing and history for input().
-            import readline  # noqa: F401
-        note(self.HELP)
-        while (text := self._read()) not in (None, "/exit", "/quit"):
-            if text == "/help":
-                note(self.HELP)
-            elif text:
-                try:
-                    self.turn(text)
-                except KeyboardInterrupt:
-                    out.print()
-                    note("stopped")
-                except Qwen35Error as error:
-                    print_error(error)
-
-    def _read(self) -> str | None:
-        """A line of the user's; None at the end."""
-        try:
-            out.print()
-            return input("> ").strip()
-        except EOFError:
-            out.print()
-            return None
-        except KeyboardInterrupt:
-            out.print()
-            note(self.HELP)
-        except UnicodeDecodeError as error:
-            print_error(error)
-        return ""
-
-    def turn(self, text: str) -> None:
-        """Stream one answer."""
-        kind = None
-        with contextlib.closing(self.chat.send(text)) as pieces:
-            for piece in pieces:
-                if piece.kind != kind:
-                    if kind is not None:
-                        out.print("\n")
-                    kind = piece.kind
-                    if kind == "thought" and not _has_colour():
-                        out.print("(thought) ", end="")
-                style = "dim italic" if kind == "thought" else None
-                shown = piece.text.translate(CONTROL)
-                out.print(shown, end="", style=style, markup=False)
-        out.print()
-        self._figures(self.chat.stats)
-
-    def _figures(self, stats: "TurnStats") -> None:
-        parts = [
-            f"prompt {stats.prefilled_tokens} of {stats.prompt_tokens} tokens read, "
-            f"{stats.prefill_tps:,.0f} tok/s",
-            f"answer {stats.generation_tokens} tokens, {stats.decode_tps:,.1f} tok/s",
-            f"peak memory {_memory(stats.peak_memory_gb)}",
-        ]
-        if stats.finish_reason == "length":
-            parts.append("cut at the token limit")
-        note(" · ".join(parts))
+def print_sessions(found: Sequence["SessionInfo"]) -> None:
+    """One line a session, the last saved first."""
+    if not found:
+        note("no sessions yet; qwen35-mlx chat --session NAME makes one")
+    width = max((len(info.name) for info in found), default=0)
+    for info in found:
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
+        what = info.problem or f"{info.num_turns} turns: {info.first_words}"
+        line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  {what}"
+        line = line.translate(CONTROL)
+        if out.is_terminal:
+            # What does not fit is seen with `sessions NAME`.
+            line = line[: out.width]
+        out.print(line, markup=False)
 
 
-def _memory(gigabytes: float) -> str:
-    return f"{gigabytes:,.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.0f} MB"
-
-
-def _has_colour() -> bool:
-    return out.color_system is not None and not out.no_color
+def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
+    """What was said, by whom."""
+    for message in messages:
+        out.print(f"[{message['role']}]", style="bold", markup=False)
+        if thought := message.get("reasoning_content"):
+            out.print(thought.translate(CONTROL), style="dim italic", markup=False)
+        out.print(message["content"].translate(CONTROL) + "\n", markup=False)

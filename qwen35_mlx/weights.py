@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from .config import ModelConfig, read_config
 from .errors import CheckpointError, ConfigError
+from .kernels import choice, metal
 from .model import Model
 from .sampling import SamplingParams
 
@@ -81,7 +82,7 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     if config.tie_word_embeddings:
         weights = {k: v for k, v in weights.items() if not k.startswith("language_model.lm_head.")}
     model = Model(config)
-    _quantize_modules(model, raw_config, weights)
+    quantize_modules(model, raw_config, weights)
     _check_names_and_shapes(model, weights, folder)
     if mx.default_device() == mx.Device(mx.cpu):
         weights = {
@@ -157,10 +158,13 @@ def _read_shards(folder: Path) -> dict[str, mx.array]:
     return weights
 
 
-def _quantize_modules(
-    model: Model, config: Mapping[str, Any], weights: Mapping[str, mx.array]
+def quantize_modules(
+    model: nn.Module, config: Mapping[str, Any], weights: Mapping[str, mx.array], prefix: str = ""
 ) -> None:
-    """Swap in a quantized module wherever the files hold scales."""
+    """Swap in a quantized module wherever the files hold scales.
+
+    `prefix` is the name on disk of `model`, up to and with its dot, if it is a part of one.
+    """
     default = config.get("quantization") or config.get("quantization_config")
     if not any(name.endswith(".scales") for name in weights):
         return
@@ -172,6 +176,7 @@ def _quantize_modules(
         )
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        path = prefix + path
         if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
             return False
         own = default.get(path)
@@ -230,14 +235,21 @@ def _same_kind(got: mx.Dtype, expected: mx.Dtype) -> bool:
     return got == expected
 
 
-def load(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Model, Any]:
+def load(
+    path_or_hub_id: str | Path, revision: str | None = None, *, kernels: str = "auto"
+) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
+
+    `kernels`: "auto" runs those Metal kernels that `qwen35-mlx doctor` found right and faster on
+    this machine, "metal" all of them, "ops" none.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
+    choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
     model, config = load_model(folder)
+    metal.use(model, choice.choose(kernels, model.config))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
     return model, load_tokenizer(folder, config, generation)

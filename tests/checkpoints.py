@@ -14,6 +14,7 @@ HIDDEN, VOCAB, EXPERTS, EXPERT_WIDTH = 128, 96, 3, 128
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 LINEAR_K_HEADS, LINEAR_V_HEADS, LINEAR_K_DIM, LINEAR_V_DIM, TAPS = 2, 4, 16, 32, 4
 KEY_DIM, VALUE_DIM = LINEAR_K_HEADS * LINEAR_K_DIM, LINEAR_V_HEADS * LINEAR_V_DIM
+SHARED_WIDTH = 128
 LAYER_TYPES = ["linear_attention", "full_attention"] * 2
 
 # As stored: dtype as safetensors spells it, and an array of that width (bfloat16 as uint16).
@@ -42,7 +43,7 @@ def text_config(moe: bool, tied: bool) -> dict[str, Any]:
             num_experts=EXPERTS,
             num_experts_per_tok=2,
             moe_intermediate_size=EXPERT_WIDTH,
-            shared_expert_intermediate_size=128,
+            shared_expert_intermediate_size=SHARED_WIDTH,
         )
         if moe
         else dict(intermediate_size=256)
@@ -152,7 +153,7 @@ def _moe(prefix: str, experts: str) -> dict[str, tuple[int, ...]]:
     else:
         for expert in range(EXPERTS):
             shapes |= _dense(f"{prefix}experts.{expert}.", EXPERT_WIDTH)
-    shapes |= _dense(f"{prefix}shared_expert.", 128)
+    shapes |= _dense(f"{prefix}shared_expert.", SHARED_WIDTH)
     shapes[f"{prefix}shared_expert_gate.weight"] = (1, HIDDEN)
     return shapes
 

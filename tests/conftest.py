@@ -1,5 +1,6 @@
-"""The bundled demo, converted once for the whole run, and a model that says what it is told."""
+"""The bundled demo, converted once a run; a model that says what it is told; consoles."""
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from rich.console import Console
 
 import qwen35_mlx
+from qwen35_mlx import terminal
 from qwen35_mlx.convert import convert
 from qwen35_mlx.sampling import SamplingParams
 
@@ -59,3 +62,22 @@ class ScriptedModel:
 @pytest.fixture
 def scripted() -> Callable[..., ScriptedModel]:
     return ScriptedModel
+
+
+@pytest.fixture
+def consoles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[io.StringIO, io.StringIO]]:
+    """Replace both consoles by ones that write to memory."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def replace(**options: Any) -> tuple[io.StringIO, io.StringIO]:
+        files = io.StringIO(), io.StringIO()
+        for name, file in zip(("out", "err"), files, strict=True):
+            own: Console = getattr(terminal, name)
+            console = Console(
+                file=file, highlight=False, soft_wrap=True, emoji=own._emoji, **options
+            )
+            monkeypatch.setattr(terminal, name, console)
+        return files
+
+    return replace

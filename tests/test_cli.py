@@ -37,8 +37,9 @@ def run(monkeypatch: pytest.MonkeyPatch, demo: Any, converted_demo: Path) -> Cal
     """The command in this process; the demo is loaded once for all tests."""
     load = sys.modules["qwen35_mlx.weights"].load
 
-    def load_once(name: str) -> Any:
-        return demo if name == str(converted_demo) else load(name)
+    def load_once(name: str, kernels: str = "auto") -> Any:
+        is_demo = name == str(converted_demo) and kernels == "auto"
+        return demo if is_demo else load(name, kernels=kernels)
 
     monkeypatch.setattr(sys.modules["qwen35_mlx.weights"], "load", load_once)
 
@@ -165,10 +166,12 @@ def test_plan_prints_a_table_and_writes_nothing(run: Any, tmp_path: Path) -> Non
     result = run("plan", tmp_path / "src", "--bits", "3", "--group-size", "128")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["module", "count", "shape", "source", "becomes", "MB"]
+    assert lines[0].split() == ["module", "count", "shape", "source", "becomes", "bpw", "MB"]
     embedding = next(line for line in lines if line.startswith("embed_tokens"))
-    assert embedding.split()[1:-1] == ["1", "96x128", "BF16", "3-bit", "g128"]
-    assert "bits per weight" in lines[-1]
+    assert embedding.split()[1:-1] == ["1", "96x128", "BF16", "3-bit", "g128", "3.25"]
+    assert any("bits per weight of the text model" in line for line in lines)
+    assert any(line.startswith("while converting: ") for line in lines)
+    assert any(line.split()[:5] == ["M2", "Ultra", "192", "GB", "155"] for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
@@ -179,10 +182,39 @@ def test_convert_tells_progress_on_stderr_and_the_result_on_stdout(
     result = run("convert", DEMO, out, "--bits", "4")
     assert result.exit_code == 0
     assert f"written to {out}" in result.stdout
-    assert result.stderr.splitlines()[0] == "Converting demo …"
+    assert "\nConverting demo …\n" in result.stderr
     assert "MB read in" in result.stderr
     assert f"next: qwen35-mlx chat '{out}'" in result.stderr
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == 4
+
+
+def test_verify_reads_everything_again(run: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("convert", DEMO, out, "--verify")
+    assert result.exit_code == 0
+    assert "are as they were written" in result.stdout
+    result = run("convert", DEMO, out, "--verify")
+    assert (result.exit_code, "written to" in result.stdout) == (0, False)
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = out / name
+        raw = bytearray(path.read_bytes())
+        raw[-2] ^= 1
+        path.write_bytes(raw)
+        result = run("convert", DEMO, out, "--verify")
+        assert result.exit_code == 1
+        assert f"got: {name} has another checksum" in result.stderr
+        raw[-2] ^= 1
+        path.write_bytes(raw)
+    (out / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in run("convert", DEMO, out, "--verify").stderr
+
+
+def test_plan_without_a_source_is_about_this_machine(run: Any) -> None:
+    result = run("plan")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    row = next(line for line in lines if line.startswith("Qwen3.5-397B-A17B"))
+    assert row.split()[1:3] == ["173.5", "GB,"]
 
 
 def test_convert_refuses_to_write_over_a_folder(run: Any, tmp_path: Path) -> None:
@@ -294,6 +326,29 @@ def test_chat_without_a_model_takes_the_newest_conversion(
     assert run(*ask, "--demo", tmp_path / "first").exit_code == 2
 
 
+def test_only_the_demo_is_sampled_as_its_checkpoint_says(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The presets of the family are for models far larger than the demo."""
+    from qwen35_mlx import chat
+
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "cache"))
+    presets: list[str] = []
+
+    class Noting(chat.Chat):
+        def __init__(self, *arguments: Any, preset: str, **options: Any):
+            presets.append(preset)
+            super().__init__(*arguments, preset=preset, **options)
+
+    monkeypatch.setattr(chat, "Chat", Noting)
+    ask = ("chat", "-p", FRANCE, "--no-think", "--max-tokens", 1)
+    assert run(*ask).exit_code == 0
+    assert run("convert", DEMO, tmp_path / "own").exit_code == 0
+    for more in ((), ("--demo",), ("--demo", "--preset", "instruct")):
+        assert run(*ask, *more).exit_code == 0
+    assert presets == ["checkpoint", "auto", "checkpoint", "instruct"]
+
+
 def test_a_conversion_that_cannot_be_recorded_is_still_made(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,3 +397,62 @@ def test_the_installed_command_is_this_one() -> None:
     assert command is not None
     result = subprocess.run([command, "--version"], capture_output=True, text=True)
     assert result.stdout == f"qwen35-mlx {qwen35_mlx.__version__}\n"
+
+
+@pytest.mark.parametrize(("has_metal", "examined"), [(True, False), (True, True), (False, False)])
+def test_chat_on_a_mac_suggests_the_doctor_once(
+    run: Any,
+    converted_demo: Path,
+    monkeypatch: Any,
+    tmp_path: Path,
+    has_metal: bool,
+    examined: bool,
+) -> None:
+    import mlx.core as mx
+
+    from qwen35_mlx.kernels import choice
+
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: has_metal)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    if examined:
+        choice.write({"router": {"matched": False, "speedup": {}}})
+    result = run("chat", converted_demo, "-p", FRANCE, "--max-tokens", 1)
+    assert result.exit_code == 0
+    assert ("qwen35-mlx doctor" in result.stderr) == (has_metal and not examined)
+
+
+def test_an_unknown_choice_of_kernels_is_a_mistake_in_usage(run: Any) -> None:
+    result = run("generate", "no/model", "-p", "hi", "--kernels", "fast")
+    assert result.exit_code == 2
+    assert "auto, ops, metal" in result.stderr
+
+
+def test_sessions_are_kept_listed_shown_and_removed(
+    run: Any, converted_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path))
+    assert "no sessions yet" in run("sessions").stderr
+    asked = ("chat", converted_demo, "--session", "s", "--no-think", "--temperature", "0")
+    assert run(*asked, "-p", FRANCE, "--system", "Be brief.").exit_code == 0
+    again = run(*asked, "-p", "Who are you?", "--system", "Be kind.")
+    assert "session s: 1 turns, goes on after: What is the capital of France?" in again.stderr
+    listed = run("sessions").stdout
+    assert re.fullmatch(rf"s  [\d-]+ [\d:]+  \d\.\d MB  2 turns: {re.escape(FRANCE)}\n", listed)
+    shown = run("sessions", "s").stdout
+    # The command line's system prompt is that of the session from then on.
+    assert shown.startswith(f"[system]\nBe kind.\n\n[user]\n{FRANCE}\n\n[assistant]\n")
+    assert run("sessions", "none").exit_code == 1
+    assert run("sessions", "--remove", "s").exit_code == 0
+    assert run("sessions").stdout == "" and list(tmp_path.glob("*.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--on-loop", "shout"), ("--preset", "wild"), ("--think-budget", "0")],
+)
+def test_settings_of_a_chat_are_checked_before_a_model_is_loaded(
+    run: Any, option: str, value: str
+) -> None:
+    result = run("chat", "/no/such/folder", "-p", "x", option, value)
+    assert result.exit_code == 2 and "Invalid value" in result.stderr

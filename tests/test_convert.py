@@ -8,9 +8,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import EXPERT_WIDTH, Tensors, as_mlx, assert_nothing_left, stored, write_checkpoint
+from checkpoints import (
+    EXPERT_WIDTH,
+    Tensors,
+    as_mlx,
+    assert_nothing_left,
+    random_tensors,
+    safetensors_bytes,
+    stored,
+    write_checkpoint,
+)
 
-from qwen35_mlx.convert import convert, stream
+from qwen35_mlx.convert import convert, pieces
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
@@ -102,14 +111,14 @@ def moe(tmp_path_factory) -> tuple[Path, Tensors]:
 def test_output_equals_quantizing_whole_tensors(tmp_path, monkeypatch, moe, bits, group_size):
     source, tensors = moe
     # Slices of 50 rows, and a shorter one at the end of each expert.
-    monkeypatch.setattr(stream, "SLICE_BYTES", 50 * 128 * 2)
+    monkeypatch.setattr(pieces, "SLICE_BYTES", 50 * 128 * 2)
     out = convert(source, tmp_path / "out", bits=bits, group_size=group_size)
     assert_same(load(out), expected_output(tensors, bits=bits, group_size=group_size))
 
 
 def test_searching_in_slices_equals_searching_in_whole_tensors(tmp_path, monkeypatch, moe):
     source, tensors = moe
-    monkeypatch.setattr(stream, "SLICE_BYTES", 50 * 128 * 2)
+    monkeypatch.setattr(pieces, "SLICE_BYTES", 50 * 128 * 2)
     out = convert(source, tmp_path / "out", bits=3, method="search")
     assert_same(load(out), expected_output(tensors, bits=3, method="search"))
     plain = load(convert(source, tmp_path / "plain", bits=3))
@@ -146,6 +155,42 @@ def test_one_file_and_many_shards_give_the_same_file(tmp_path):
     assert one == two == seven
 
 
+def test_experts_strewn_over_shards_give_the_same_file(tmp_path):
+    write_checkpoint(tmp_path / "fused", moe=True)
+    tensors = write_checkpoint(tmp_path / "src", moe=True, experts="each")
+    expected = convert(tmp_path / "fused", tmp_path / "out") / "model.safetensors"
+    (tmp_path / "src" / "model.safetensors").unlink()
+    for seed in range(3):
+        files = [f"model-{i:05}-of-00006.safetensors" for i in range(1, 7)]
+        names = list(tensors)
+        np.random.default_rng(seed).shuffle(names)
+        for i, file in enumerate(files):
+            part = {name: tensors[name] for name in names[i::6]}
+            (tmp_path / "src" / file).write_bytes(safetensors_bytes(part))
+        weight_map = {name: files[i % 6] for i, name in enumerate(names)}
+        index = tmp_path / "src" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        got = convert(tmp_path / "src", tmp_path / f"out{seed}") / "model.safetensors"
+        assert got.read_bytes() == expected.read_bytes()
+
+
+def test_fused_mtp_experts_are_carried_too(tmp_path):
+    fused = {
+        "mtp.layers.0.mlp.experts.gate_up_proj": (3, 2 * EXPERT_WIDTH, 128),
+        "mtp.layers.0.mlp.experts.down_proj": (3, 128, EXPERT_WIDTH),
+    }
+
+    def fuse(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith("mtp.layers.0.mlp.experts.")]:
+            del tensors[name]
+        tensors.update(random_tensors(fused, "BF16"))
+
+    tensors = write_checkpoint(tmp_path / "src", moe=True, mtp=True, change=fuse)
+    written = load(convert(tmp_path / "src", tmp_path / "out", bits=2))
+    for name in fused:
+        assert mx.array_equal(written[name], as_mlx(tensors[name]))
+
+
 def test_text_only_and_whole_checkpoints_give_the_same_file(tmp_path):
     for kind in (False, True):
         write_checkpoint(tmp_path / f"src{kind}", moe=kind, flat=False)
@@ -180,7 +225,7 @@ def test_norms_are_shifted_once_when_the_conv_is_in_another_shard(tmp_path):
 def test_vision_and_mtp_are_carried_in_source_precision(tmp_path, monkeypatch, moe):
     source, tensors = moe
     # Less than a row of many tensors, and less than the patch embedding, which has to stay whole.
-    monkeypatch.setattr(stream, "SLICE_BYTES", 200)
+    monkeypatch.setattr(pieces, "SLICE_BYTES", 200)
     written = load(convert(source, tmp_path / "out", bits=2, dtype="float16"))
     carried = [n for n in tensors if n.startswith(("mtp.", "model.visual."))]
     assert len(carried) > 20
@@ -221,8 +266,10 @@ def test_many_output_shards_hold_what_one_would(tmp_path, monkeypatch, moe):
         listed = {name for name, where in index["weight_map"].items() if where == file}
         assert listed == mx.load(str(out / file)).keys()
     checksums = json.loads((out / "config.json").read_text())["qwen35_mlx"]["sha256"]
+    others = {path.name for path in out.iterdir()} - {"config.json"}
+    assert {"model.safetensors.index.json", "tokenizer.json", *files} <= others
     assert checksums == {
-        file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in files
+        file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in others
     }
 
 
@@ -233,16 +280,17 @@ def test_progress_counts_every_source_byte_once(tmp_path, moe):
     total = sum(values.nbytes for _, values in tensors.values())
     done = [call[0] for call in calls]
     assert done == sorted(set(done))
-    assert done[-1] == total
+    assert (done[0], done[-1]) == (0, total)
     assert {call[1] for call in calls} == {total}
     assert {call[2] for call in calls} == tensors.keys()
+    assert {call[3] for call in calls} == {"model.safetensors"}
 
 
 def test_memory_is_bounded_by_a_slice(tmp_path, monkeypatch):
     # 16 MB in one tensor, slices of 256 kB.
     wide = stored(np.full((128, 2**16), 0.5, dtype=np.float32), "BF16")
     write_checkpoint(tmp_path / "src", change=lambda t: t.update({"mtp.wide": wide}))
-    monkeypatch.setattr(stream, "SLICE_BYTES", 2**18)
+    monkeypatch.setattr(pieces, "SLICE_BYTES", 2**18)
     tracemalloc.start()
     mx.reset_peak_memory()
     before_bytes = mx.get_active_memory()

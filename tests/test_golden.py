@@ -14,14 +14,14 @@ import pytest
 from qwen35_mlx.attention import PartialRope
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.convert import convert
-from qwen35_mlx.gated_delta_net import l2_norm
+from qwen35_mlx.kernels.delta_step import l2_norm
 from qwen35_mlx.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_rule
 from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 from qwen35_mlx.model import Model
 from qwen35_mlx.weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = ("dense", "moe", "yarn")
+CASES = ("dense", "moe", "yarn", "next")
 PIECES = (1, 3, 63, 64, 65)
 MAX_DIFFERENCE, MAX_KL = 3e-4, 1e-9
 

@@ -6,6 +6,7 @@ import pytest
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import dequantize, quantize
+from qwen35_mlx.quant.gptq import feedback_gain
 
 INPUTS, ROWS = 128, 48
 
@@ -112,3 +113,31 @@ def test_stacks_and_chunks_of_rows_agree(monkeypatch):
 def test_what_is_no_hessian_is_refused(hessian, message):
     with pytest.raises(Qwen35Error, match=message):
         quantize(weights(), 4, 64, "gptq", hessian=mx.array(hessian.astype(np.float32)))
+
+
+def test_experts_together_give_the_bits_of_each_alone():
+    rng = np.random.default_rng(5)
+    w = mx.array(rng.standard_normal((3, 7, 96)).astype(np.float32))
+    x = rng.standard_normal((3, 50, 96)) * rng.uniform(0.1, 3, size=(3, 1, 96))
+    hessians = mx.array((x.transpose(0, 2, 1) @ x).astype(np.float32))
+    together = quantize(w, 3, 32, "gptq", hessian=hessians)
+    for e in range(3):
+        alone = quantize(w[e], 3, 32, "gptq", hessian=hessians[e])
+        for a, b in zip(together, alone, strict=True):
+            assert mx.array_equal(a[e], b)
+
+
+def test_the_predicted_gain_of_feedback_is_the_real_one():
+    w, h = weights(), moments()
+    hessian = mx.array(h.astype(np.float32))
+    for bits in (3, 4):
+        searched = quantize(w, bits, 64, "search")
+        fed_back = quantize(w, bits, 64, "gptq", hessian=hessian)
+        alone, together = (
+            np.array(dequantize(*parts, bits, 64) - w) for parts in (searched, fed_back)
+        )
+        # Without feedback errors of columns have nothing to do with each other.
+        lost = (np.square(alone) * np.diag(h)).sum()
+        left = np.einsum("ri,ij,rj", together, h, together)
+        assert feedback_gain(hessian) == pytest.approx(left / lost, rel=0.3)
+    assert feedback_gain(mx.eye(8)) == pytest.approx(1, rel=0.02)

@@ -16,8 +16,25 @@ FOLDERS = {
     "convert": "qwen35_mlx.convert",
     "quant": "qwen35_mlx.quant",
 }
-CLI = ("qwen35_mlx.cli", "qwen35_mlx.terminal")
-HEAVY = ("mlx", "mlx_lm", "numpy", "transformers", "huggingface_hub", "torch", "tokenizers")
+CLI = (
+    "qwen35_mlx.cli",
+    "qwen35_mlx.options",
+    "qwen35_mlx.conversions",
+    "qwen35_mlx.terminal",
+    "qwen35_mlx.talk",
+    "qwen35_mlx.lineinput",
+    "qwen35_mlx.markdown",
+)
+HEAVY = (
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "transformers",
+    "huggingface_hub",
+    "torch",
+    "tokenizers",
+    "prompt_toolkit",
+)
 
 
 def module_names() -> dict[str, Path]:
@@ -79,15 +96,21 @@ def offenders(modules: list[str], *forbidden: str, but: tuple[str, ...] = ()) ->
 
 
 def test_every_part_has_modules():
-    assert {"qwen35_mlx.model", "qwen35_mlx.cli", "qwen35_mlx.kernels"} <= MODULES.keys()
+    assert {
+        "qwen35_mlx.model",
+        "qwen35_mlx.cli",
+        "qwen35_mlx.options",
+        "qwen35_mlx.conversions",
+        "qwen35_mlx.kernels",
+    } <= MODULES.keys()
     assert len(CONVERT) > 1
     assert len(QUANT) > 1
 
 
 def test_nothing_imports_the_cli():
     assert offenders(list(MODULES), "qwen35_mlx.cli") == []
-    # terminal.py is its other half: how things look
-    assert offenders([m for m in MODULES if m not in CLI], "qwen35_mlx.terminal") == []
+    # The others are its other half: how things look, and what is typed.
+    assert offenders([m for m in MODULES if m not in CLI], *CLI) == []
 
 
 def test_runtime_imports_neither_convert_nor_quant():
@@ -98,6 +121,10 @@ def test_quant_imports_nothing_of_ours_but_the_errors():
     assert offenders(QUANT, "qwen35_mlx", but=("qwen35_mlx.quant", "qwen35_mlx.errors")) == []
 
 
+# They run the model itself, so that calibration and comparison see what the runtime computes.
+RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibration")
+
+
 def test_convert_imports_quant_errors_config_and_the_version_only():
     allowed = (
         "qwen35_mlx.convert",
@@ -106,15 +133,20 @@ def test_convert_imports_quant_errors_config_and_the_version_only():
         "qwen35_mlx.config",
         "qwen35_mlx.__version__",
     )
-    assert offenders(CONVERT, "qwen35_mlx", but=allowed) == []
+    assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []
+    model = ("qwen35_mlx.model", "qwen35_mlx.weights")
+    assert offenders(list(RUNNERS), "qwen35_mlx", but=(*allowed, *model)) == []
 
 
 def test_folders_are_imported_under_their_installed_names():
     assert offenders(list(MODULES), "convert", "quant") == []
 
 
-def test_only_the_cli_knows_typer_and_rich():
-    assert offenders([m for m in MODULES if m not in CLI], "typer", "rich", "click") == []
+def test_only_the_cli_knows_typer_rich_and_prompt_toolkit():
+    libraries = ("typer", "rich", "click", "prompt_toolkit")
+    assert offenders([m for m in MODULES if m not in CLI], *libraries) == []
+    typing = [m for m in MODULES if m != "qwen35_mlx.lineinput"]
+    assert offenders(typing, "prompt_toolkit") == []
 
 
 def test_no_pickle_and_no_torch():

@@ -57,10 +57,13 @@ def test_config_names_the_method_if_anything_was_quantized(tmp_path, settings, m
     assert config["qwen35_mlx"]["settings"]["method"] == method
 
 
-@pytest.mark.parametrize("method", ["gptq", "best"])
-def test_methods_that_weights_alone_cannot_feed_are_refused(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("gptq", "needs a calibration with Hessians"), ("best", "expected: minmax, search, gptq")],
+)
+def test_methods_that_weights_alone_cannot_feed_are_refused(tmp_path, method, message):
     write_checkpoint(tmp_path / "src")
-    with pytest.raises(Qwen35Error, match=f"(?s)method='{method}'.*expected: minmax, search"):
+    with pytest.raises(Qwen35Error, match=f"(?s)method='{method}'.*{message}"):
         convert(tmp_path / "src", tmp_path / "out", method=method)
     assert_nothing_left(tmp_path)
 
@@ -205,12 +208,16 @@ def test_an_existing_output_is_not_touched(tmp_path, make):
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):
     write_checkpoint(tmp_path / "src")
 
-    def progress(done, total, name):
+    def progress(done, total, name, file):
         (tmp_path / "out").mkdir(exist_ok=True)
 
     with pytest.raises(Qwen35Error, match="out exists already"):
         convert(tmp_path / "src", tmp_path / "out", progress=progress)
     assert list((tmp_path / "out").iterdir()) == []
+    assert_nothing_left(tmp_path, "out", ".out.converting")
+    (tmp_path / "out").rmdir()
+    # All the work is still there.
+    assert convert(tmp_path / "src", tmp_path / "out")
     assert_nothing_left(tmp_path, "out")
 
 
@@ -218,7 +225,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     write_checkpoint(tmp_path / "src")
     seen = []
 
-    def progress(done, total, name):
+    def progress(done, total, name, file):
         seen.append({path.name for path in tmp_path.iterdir()})
         if done > total / 2:
             raise KeyboardInterrupt
@@ -271,7 +278,7 @@ def test_two_jobs_do_not_write_the_same_output(tmp_path):
     write_checkpoint(tmp_path / "src")
     messages = []
 
-    def progress(done, total, name):
+    def progress(done, total, name, file):
         if not messages:
             with pytest.raises(Qwen35Error) as error:
                 convert(tmp_path / "src", tmp_path / "out")

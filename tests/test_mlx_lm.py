@@ -100,3 +100,12 @@ def test_an_override_without_mode_is_affine_in_an_mxfp4_folder(tmp_path: Path, m
         str(tmp_path / "source"), str(tmp_path / "converted"), quantize=True, q_mode="mxfp4"
     )
     assert_equal_logits(tmp_path / "converted")
+
+
+def test_a_converted_qwen3_next_checkpoint_runs_in_both(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "next"
+    out = convert(golden, tmp_path / "out", dtype="float32")
+    theirs, _ = mlx_lm.utils.load_model(out)
+    with np.load(golden / "golden.npz", allow_pickle=False) as file:
+        ids, expected = mx.array(file["ids"][None]), file["prefill_logits"]
+    assert np.abs(np.array(theirs(ids)[0]) - expected).max() <= MAX_DIFFERENCE

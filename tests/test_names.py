@@ -151,10 +151,12 @@ def test_both_forms_of_the_same_experts_are_refused(tmp_path):
         ({"qwen35_mlx": {}}, "", "is in MLX format already"),
         ({}, "language_model.model.norm.weight", "is in MLX format already"),
         ({}, "vision_tower.pos_embed.weight", "is in MLX format already"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "", "(?s)is quantized.*of fp8"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "", "(?s)is quantized.*of gptq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "", "(?s)without a size of blocks"),
         ({"quantization_config": "?"}, "", "is quantized"),
         ({}, "model.language_model.layers.0.x.weight_scale_inv", "is quantized"),
-        ({"model_type": "qwen3_next"}, "", "is not a Qwen3.5 model"),
+        ({"model_type": "qwen3_moe"}, "", "is not a Qwen3.5 model"),
+        ({"model_type": "qwen3_next"}, "", "text_config.model_type does not match"),
     ],
 )
 def test_sources_of_another_format_are_refused(tmp_path, config, tensor, message):

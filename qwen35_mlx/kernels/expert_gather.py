@@ -6,6 +6,9 @@ N tokens, K experts per token, E experts, H hidden, I expert width.
 import mlx.core as mx
 import mlx.nn as nn
 
+from .grouped_expert_matmul import eligible, grouped_expert_mlp
+from .metal import NONE, Choice
+
 # From this many (token, expert) pairs on, rows of one expert are brought together.
 SORT_FROM = 64
 
@@ -17,6 +20,7 @@ def expert_mlp(
     gate_proj: nn.Module,
     up_proj: nn.Module,
     down_proj: nn.Module,
+    kernels: Choice = NONE,
 ) -> mx.array:
     """Weighted sum of SwiGLU experts.
 
@@ -27,6 +31,10 @@ def expert_mlp(
     num_tokens, per_token = indices.shape
     flat = indices.flatten()
     is_sorted = flat.size >= SORT_FROM
+    if is_sorted and "grouped_expert_matmul" in kernels:
+        found = eligible(x, [gate_proj, up_proj, down_proj])
+        if found is not None:
+            return grouped_expert_mlp(x, indices, scores, *found)
     if is_sorted:
         order = mx.argsort(flat)
         flat, rows = flat[order], x[order // per_token]

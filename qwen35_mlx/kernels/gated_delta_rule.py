@@ -1,10 +1,13 @@
-"""The gated delta rule on plain MLX ops: a recurrent step for decode, chunks for prefill.
+"""The gated delta rule: on plain MLX ops a step for decode and chunks for prefill, or kernels.
 
 B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, C chunk_size, N chunks.
 State is `[B, Hv, Dv, Dk]` fp32 everywhere here.
 """
 
 import mlx.core as mx
+
+from . import chunk_delta_rule as chunk_kernel
+from .metal import NONE, Choice
 
 CHUNK_SIZE = 64
 
@@ -16,12 +19,15 @@ def gated_delta_rule(
     g: mx.array,
     beta: mx.array,
     state: mx.array | None = None,
+    kernels: Choice = NONE,
 ) -> tuple[mx.array, mx.array]:
     """Output `[B, T, Hv, Dv]` and new state; shapes as in `naive_gated_delta_rule`, fp32 inside."""
     batch, num_tokens, _, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
     if state is None:
         state = mx.zeros((batch, num_value_heads, value_head_dim, key_head_dim))
+    if num_tokens > 1 and "chunk_delta_rule" in kernels and chunk_kernel.is_eligible(q, k, v):
+        return chunk_kernel.chunk_delta_rule(q, k, v, g, beta, state)
     q, k, v, g, beta = (x.astype(mx.float32) for x in (q, k, v, g, beta))
     if num_tokens == 1:
         return recurrent_gated_delta_rule(q, k, v, g, beta, state)

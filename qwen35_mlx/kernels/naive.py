@@ -5,6 +5,8 @@ B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, E experts, K experts 
 
 import mlx.core as mx
 
+from .delta_step import DeltaParameters
+
 
 def naive_gated_delta_rule(
     q: mx.array,
@@ -66,3 +68,92 @@ def naive_expert_mlp(
             total = total + scores[n, slot] * (down_proj[expert] @ hidden)
         rows.append(total)
     return mx.stack(rows)
+
+
+def naive_project(x: mx.array, weights: list[mx.array]) -> list[mx.array]:
+    """x `[N, H]` times each `[out, H]`, all dense; fp32."""
+    return [x.astype(mx.float32) @ w.astype(mx.float32).T for w in weights]
+
+
+def naive_rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Over the last axis, in fp32; the weight is not zero-centred."""
+    x = x.astype(mx.float32)
+    return x / mx.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight.astype(mx.float32)
+
+
+def naive_residual_norm(
+    x: mx.array, delta: mx.array, weight: mx.array, eps: float
+) -> tuple[mx.array, mx.array]:
+    """`x + delta`, rounded to x's type, and its norm in fp32."""
+    total = (x.astype(mx.float32) + delta.astype(mx.float32)).astype(x.dtype)
+    return total, naive_rms_norm(total, weight, eps)
+
+
+def naive_delta_step(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    recurrent_state: mx.array,
+    parameters: DeltaParameters,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """A linear attention layer between its projections, as `delta_step` says; fp32."""
+    conv_weight, A_log, dt_bias, norm_weight = (p.astype(mx.float32) for p in parameters[:4])
+    qkv, z, b, a, conv_state = (x.astype(mx.float32) for x in (qkv, z, b, a, conv_state))
+    batch, num_tokens, channels = qkv.shape
+    num_value_heads, value_dim, key_dim = recurrent_state.shape[1:]
+    num_key_heads = (channels - num_value_heads * value_dim) // (2 * key_dim)
+    taps = conv_weight.shape[1]
+    real = mx.ones((batch, num_tokens)) if mask is None else mask.astype(mx.float32)
+    window = mx.concatenate([conv_state, qkv * real[..., None]], axis=1)
+    mixed = mx.zeros_like(qkv)
+    for j in range(taps):
+        mixed = mixed + window[:, j : j + num_tokens] * conv_weight[:, j, 0]
+    mixed = mixed * mx.sigmoid(mixed)
+    q, k, v = mx.split(mixed, [num_key_heads * key_dim, 2 * num_key_heads * key_dim], axis=-1)
+    q = q.reshape(batch, num_tokens, num_key_heads, key_dim)
+    k = k.reshape(batch, num_tokens, num_key_heads, key_dim)
+    v = v.reshape(batch, num_tokens, num_value_heads, value_dim)
+    q = q / mx.sqrt((q * q).sum(axis=-1, keepdims=True) + 1e-6) * key_dim**-0.5
+    k = k / mx.sqrt((k * k).sum(axis=-1, keepdims=True) + 1e-6)
+    g = -mx.exp(A_log) * mx.logaddexp(a + dt_bias, mx.array(0.0)) * real[..., None]
+    beta = mx.sigmoid(b) * real[..., None]
+    out, recurrent_state = naive_gated_delta_rule(q, k, v, g, beta, recurrent_state)
+    out = naive_rms_norm(out, norm_weight, parameters.eps).reshape(z.shape) * z * mx.sigmoid(z)
+    return out, window[:, num_tokens:], recurrent_state
+
+
+def naive_route(
+    logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The K most probable experts of each token, the first of equals, and their weights; fp32."""
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
+    indices = mx.argsort(-logits.astype(mx.float32), axis=-1)[:, :num_experts_per_tok]
+    scores = mx.take_along_axis(probabilities, indices, axis=-1)
+    shared = mx.sigmoid(shared_logits.astype(mx.float32))
+    return indices, scores / scores.sum(axis=-1, keepdims=True), shared
+
+
+def naive_gate_up(x: mx.array, gate_proj: mx.array, up_proj: mx.array) -> mx.array:
+    """silu(gate) * up of one expert; x `[N, H]`, projections `[I, H]`, all dense; fp32."""
+    gate, up = naive_project(x, [gate_proj, up_proj])
+    return gate * mx.sigmoid(gate) * up
+
+
+def naive_qk_norm_rope(
+    x: mx.array, weight: mx.array, positions: mx.array, frequencies: mx.array, eps: float
+) -> mx.array:
+    """One head of q or k, `[T, D]`, at positions `[T]`; frequencies `[R / 2]` in radians; fp32."""
+    x = naive_rms_norm(x, weight, eps)
+    half = frequencies.size
+    angles = positions[:, None].astype(mx.float32) * frequencies
+    a, b, kept = mx.split(x, [half, 2 * half], axis=-1)
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin, kept], axis=-1)
+
+
+def naive_output_gate(x: mx.array, gate: mx.array) -> mx.array:
+    """Number by number, in fp32."""
+    return x.astype(mx.float32) * mx.sigmoid(gate.astype(mx.float32))

@@ -37,6 +37,8 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
     Qwen3_5MoeTextRotaryEmbedding,
@@ -57,7 +59,9 @@ FAMILY: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
     "qwen3_5_moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
     "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
     "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
 }
+FLAT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 VISION = dict(
     depth=1,
@@ -149,13 +153,36 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         ),
         False,
     ),
+    "next": (
+        "qwen3_next",
+        COMMON
+        | dict(
+            vocab_size=43,
+            hidden_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            linear_num_key_heads=3,
+            linear_num_value_heads=6,
+            linear_key_head_dim=8,
+            linear_value_head_dim=16,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=20,
+            tie_word_embeddings=False,
+            layer_types=[LINEAR, LINEAR, LINEAR, FULL],
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25),
+        ),
+        False,
+    ),
 }
 
 
 def build(model_type: str, text_config: dict[str, Any], rng: np.random.Generator) -> Any:
     """The official model in float32 on the CPU, with weights moved off their defaults."""
     config_class, model_class = FAMILY[model_type]
-    if model_type.endswith("_text"):
+    if model_type in FLAT:
         config = config_class(**text_config)
     else:
         config = config_class(

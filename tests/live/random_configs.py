@@ -7,7 +7,7 @@ import numpy as np
 
 LINEAR, FULL = "linear_attention", "full_attention"
 # In turn, so that every run has each of them several times.
-MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def draw_config(rng: np.random.Generator, index: int) -> RandomConfig:
         layer_types=_draw_layer_types(rng, pick),
     )
     text["num_hidden_layers"] = len(text["layer_types"])
-    if "moe" in model_type:
+    if "moe" in model_type or model_type == "qwen3_next":
         num_experts = pick(2, 4, 5, 8, 16)
         text |= dict(
             num_experts=num_experts,

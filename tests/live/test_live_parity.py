@@ -36,7 +36,7 @@ NUM_GREEDY, MIN_GREEDY_COMPARED = 64, 48
 torch.set_num_threads(1)
 # Two correct implementations may choose differently below these distances between logits.
 MIN_TOKEN_MARGIN, MIN_ROUTER_MARGIN = 1e-3, 1e-4
-MAX_NOISE, NUM_JITTERED, MAX_REDRAWS = MAX_DIFFERENCE / 6, 3, 50
+MAX_NOISE, NUM_JITTERED, MAX_REDRAWS = MAX_DIFFERENCE / 8, 6, 50
 
 
 @dataclass
@@ -156,8 +156,13 @@ def _reference_side(
         noise = max(_noise(reference, jittered, *row) for row in rows)
         if noise > MAX_NOISE or reference.min_router_margin < MIN_ROUTER_MARGIN:
             continue
-        greedy = reference.greedy(ids[:31], NUM_GREEDY)
-        if reference.min_router_margin > MIN_ROUTER_MARGIN:
+        tokens, chosen_from = reference.greedy(ids[:31], NUM_GREEDY)
+        text = np.concatenate([ids[:31], tokens[:-1]])
+        text_logits = reference(text[None])[0][0]
+        text_logits = np.concatenate([text_logits[:30], chosen_from])
+        noise = max(noise, _noise(reference, jittered, text, text_logits))
+        if noise < MAX_NOISE and reference.min_router_margin > MIN_ROUTER_MARGIN:
+            greedy = tokens, chosen_from
             return Pair(config, ours, ids, logits, greedy, batch, batch_logits, noise, num_redraws)
     return None
 

@@ -29,7 +29,7 @@ COMMON += ["-fno-exceptions", "-fno-rtti"]
 COMMON += ["-Xclang", "-cl-single-precision-constant"]
 for kind in ("float16", "bfloat16"):
     COMMON += ["-Xclang", f"-f{kind}-excess-precision=none"]
-CODE = ["-fPIC", "-O2", "-fno-stack-protector"]
+CODE = ["-fPIC", "-O2", "-fno-stack-protector", "-fno-unroll-loops"]
 # Every access to memory calls the runtime; wider ones than 16 bytes would not.
 CHECKED = ["-fno-vectorize", "-fno-slp-vectorize", "-fno-threadsafe-statics"]
 CHECKED += ["-ftrivial-auto-var-init=pattern", "-fsanitize=thread"]
@@ -55,6 +55,8 @@ REWRITES = [
     (r"\[\[function_constant\(\d+\)\]\]", "= {}"),
     (r"\[\[threadgroup\(\d+\)\]\]", ""),
     (r"#pragma (?:once|METAL[^\n]*)", ""),
+    # registers matter on a GPU, here the time to compile
+    (r"#pragma unroll[^\n]*", ""),
 ]
 # `void next() thread {`: C++ has no such qualifiers of functions.
 METHOD_QUALIFIER = r"\)(\s*const)?\s*\b(?:thread|device|constant|threadgroup)\b(\s*[:{;])"

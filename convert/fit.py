@@ -1,0 +1,356 @@
+"""Bits for every tensor within a budget: from a source's headers and what is known of it."""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant.affine import quantized_shapes
+from qwen35_mlx.quant.allocate import Allocation, Option, allocate
+from qwen35_mlx.quant.calibrate import Calibration, Setting, typical_errors, unit_of
+from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
+from qwen35_mlx.quant.recipes import recipe as named_recipe
+
+from . import macs
+from .headers import ITEM_BYTES
+from .hub import open_any
+from .names import Role
+from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
+from .shards import header_bytes
+from .source import Source
+
+PREFERENCES = ("quality", "speed")
+DEFAULT_CONTEXT = 32768
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An allocation as a plan, with what it is expected to cost in quality."""
+
+    plan: Plan
+    recipe: Recipe
+    predicted_kl: float
+    # What the plan's text model takes in files, headers included, and what it may take.
+    file_bytes: int
+    budget_bytes: int
+    allocation: Allocation
+    # Whether the prediction rests on KLs that calibration measured.
+    measured: bool
+
+
+@dataclass(frozen=True)
+class MacBudget:
+    """What a Mac of some memory has left for weights."""
+
+    memory_bytes: int
+    context: int
+    limit_bytes: int
+    kv_bytes: int
+    state_bytes: int
+    activation_bytes: int
+    program_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        used = self.kv_bytes + self.state_bytes + self.activation_bytes + self.program_bytes
+        return self.limit_bytes - used
+
+
+def memory_bytes(text: str) -> int:
+    """`192GB`, `192 GiB` or `192` -> bytes; a Mac's GB are 2**30 bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower())
+    if not match or float(match[1]) <= 0:
+        raise Qwen35Error("not a size of memory", got=repr(text), expected="such as 192GB")
+    return int(float(match[1]) * macs.GIB)
+
+
+def mac_budget(config: ModelConfig, memory: int, context: int | None = None) -> MacBudget:
+    """Weights that fit beside `context` tokens, if the GPU's limit is raised as far as is sane.
+
+    Without `context` it is 32,768 tokens, or all that the model can read if that is less.
+    """
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.context_length)
+    if context > config.context_length:
+        raise Qwen35Error(
+            "the context is longer than the model's",
+            got=f"{context:,} tokens",
+            expected=f"at most {config.context_length:,}",
+        )
+    return MacBudget(
+        memory,
+        context,
+        macs.raised_limit_bytes(memory),
+        macs.kv_bytes(config, context),
+        2 * macs.state_bytes(config),
+        macs.prefill_bytes(config),
+        macs.FIXED_BYTES,
+    )
+
+
+def fit(
+    source: str | Path | Source,
+    budget_bytes: int | None = None,
+    *,
+    bits_per_weight: float | None = None,
+    calibration: Calibration | None = None,
+    prefer: str = "quality",
+    dtype: str | None = None,
+    method: str = "search",
+) -> Choice:
+    """Least predicted KL with the text model's files, headers and all, within the budget.
+
+    The budget is in bytes, or bits per weight as `Plan.bits_per_weight` counts them. "speed" takes
+    a percent of error for a percent fewer bytes read a token.
+    """
+    if prefer not in PREFERENCES:
+        raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
+    source = source if isinstance(source, Source) else open_any(source)
+    base = plan(source, recipe=lambda module: (4, 32), dtype=dtype, method=method)
+    if calibration is not None and calibration.layout != base.layout:
+        raise Qwen35Error(
+            "the calibration is of another model",
+            got=calibration.source,
+            expected=base.source.origin["source"],
+        )
+    text = [e for e in base.entries if e.role is not Role.CARRIED]
+    container = header_bytes(base, carried=False)
+    if bits_per_weight is not None:
+        budget_bytes = int(bits_per_weight * sum(e.num_parameters for e in text) / 8)
+        container = 0
+    assert budget_bytes is not None
+    units: dict[str, list[Entry]] = {}
+    for entry in text:
+        if entry.role is Role.QUANTIZED:
+            units.setdefault(unit_of(entry.module), []).append(entry)
+    fixed = sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
+    losses = predicted(units, calibration)
+    tables = {
+        unit: [
+            Option(*setting, sum(_nbytes(e, setting) for e in members), error)
+            for setting, error in losses[unit].items()
+        ]
+        for unit, members in units.items()
+    }
+    room = budget_bytes - fixed - container
+    smallest = sum(min(o.nbytes for o in options) for options in tables.values())
+    if room < smallest:
+        raise Qwen35Error(
+            "the budget is smaller than the smallest plan",
+            got=f"{budget_bytes / 1e9:,.3f} GB for weights",
+            expected=f"at least {(smallest + fixed + container) / 1e9:,.3f} GB",
+            hint="a larger Mac, a shorter --context, or a smaller model",
+        )
+    allocation = allocate(tables, room)
+    if prefer == "speed":
+        allocation = allocate(_priced(base.config, units, tables, allocation), room)
+    settings = {unit: (o.bits, o.group_size) for unit, o in allocation.options.items()}
+    named = _recipe(settings)
+    chosen = plan(source, recipe=named, dtype=dtype, method=method)
+    kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
+    text_bytes = macs.text_bytes(chosen)
+    file_bytes = text_bytes + (header_bytes(chosen, carried=False) if container else 0)
+    measured = bool(calibration and calibration.kls)
+    return Choice(chosen, named, kl, file_bytes, budget_bytes, allocation, measured)
+
+
+def fit_mac(
+    source: str | Path | Source,
+    memory: int,
+    *,
+    context: int | None = None,
+    prefer: str = "quality",
+    calibration: Calibration | None = None,
+    dtype: str | None = None,
+    method: str = "search",
+) -> tuple[Choice, MacBudget, dict[str, Choice]]:
+    """The choice for a Mac of `memory` bytes, its budget, and the choices of every preference."""
+    opened = source if isinstance(source, Source) else open_any(source)
+    budget = mac_budget(ModelConfig.from_hf(opened.config), memory, context)
+    choices = {
+        each: fit(
+            opened,
+            budget.weight_bytes,
+            calibration=calibration,
+            prefer=each,
+            dtype=dtype,
+            method=method,
+        )
+        for each in PREFERENCES
+    }
+    return choices[prefer], budget, choices
+
+
+def quality_settings(
+    source: str | Path,
+    *,
+    bits: int | None = None,
+    recipe: str | None = None,
+    memory: str | None = None,
+    bits_per_weight: float | None = None,
+    prefer: str = "quality",
+    context: int | None = None,
+    calibration: Calibration | None = None,
+    dtype: str | None = None,
+    method: str | None = None,
+    revision: str | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Settings for `plan` and `convert` out of one of bits, recipe, memory and bits per weight.
+
+    Also the page of lines that says what a budget is spent on; empty without one.
+    """
+    ways = dict(bits=bits, recipe=recipe, fit=memory, bits_per_weight=bits_per_weight)
+    if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+        raise Qwen35Error("only one may decide on bits", got=" and ".join(given))
+    if method is None:
+        method = "search" if given not in ([], ["bits"]) or calibration else DEFAULT_METHOD
+        if calibration and calibration.hessians:
+            method = "gptq"
+    settings: dict[str, Any] = dict(bits=bits, method=method)
+    if recipe is not None:
+        return settings | dict(recipe=named_recipe(recipe)), []
+    if memory is None and bits_per_weight is None:
+        return settings, []
+    opened = open_any(source, revision)
+    known: Any = dict(prefer=prefer, calibration=calibration, dtype=dtype, method=method)
+    if memory is not None:
+        choice, budget, choices = fit_mac(opened, memory_bytes(memory), context=context, **known)
+        return settings | dict(recipe=choice.recipe), budget_lines(budget, choice, choices)
+    choice = fit(opened, bits_per_weight=bits_per_weight, **known)
+    line = f"predicted KL {choice.predicted_kl:.5f} nats a token"
+    return settings | dict(recipe=choice.recipe), [line]
+
+
+def budget_lines(budget: MacBudget, choice: Choice, choices: Mapping[str, Choice]) -> list[str]:
+    """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
+    left = budget.weight_bytes
+    rows = [
+        ("GPU limit, raised as far as is sane", budget.limit_bytes),
+        (f"KV cache of {budget.context:,} tokens", budget.kv_bytes),
+        ("recurrent states, one of them a snapshot", budget.state_bytes),
+        ("activations of a prefill step (estimate)", budget.activation_bytes),
+        ("logits, buffers, program (estimate)", budget.program_bytes),
+        ("left for weights", left),
+        ("weights of the text model, headers included", choice.file_bytes),
+        ("spare", left - choice.file_bytes),
+    ]
+    memory_gib = budget.memory_bytes / macs.GIB
+    lines = [f"a Mac with {memory_gib:g} GB"]
+    lines += [f"  {name:44} {nbytes / 1e9:9.3f} GB" for name, nbytes in rows]
+    lines.append(f"  weights take {choice.file_bytes / left:.3%} of what is left for them")
+    if budget.limit_bytes > (default := macs.gpu_limit_bytes(budget.memory_bytes)):
+        mb = macs.wired_limit_mb(budget.limit_bytes)
+        lines.append(
+            f"  macOS gives the GPU {default / 1e9:.1f} GB at first; raise it with:"
+            f" sudo sysctl iogpu.wired_limit_mb={mb}"
+        )
+    chips = [mac for mac in macs.MACS if mac.memory_bytes == budget.memory_bytes]
+    speeds = "".join(f"  {f'{mac.chip} tok/s':>14}" for mac in chips)
+    lines += ["", f"{'prefer':8} bits/weight  predicted KL  GB/token{speeds}"]
+    for name, each in choices.items():
+        config = each.plan.config
+        read = macs.bytes_per_token(config, each.plan) / 1e9
+        bounds = [macs.tokens_per_second(config, each.plan, mac.gbps) for mac in chips]
+        mark = "  <- this plan" if each is choice else ""
+        lines.append(
+            f"{name:8} {each.plan.bits_per_weight:11.3f}  {each.predicted_kl:12.5f}  {read:8.2f}"
+            + "".join(f"  {bound:14.1f}" for bound in bounds)
+            + mark
+        )
+    measured = "measured on the calibration text" if choice.measured else "an estimate by kind"
+    lines += [
+        f"Predicted KL: nats a token to the unquantized model, {measured} of tensor.",
+        "tok/s: what memory bandwidth allows at an empty context; programs reach about half.",
+    ]
+    return lines
+
+
+def _recipe(settings: Mapping[str, Setting]) -> Recipe:
+    def chosen(module: str) -> Setting | None:
+        # Routers are asked for too, and get their own bits.
+        return settings.get(unit_of(module), (8, 64))
+
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    # The name tells one allocation from another where a job is resumed.
+    chosen.__name__ = f"allocated-{digest[:12]}"
+    return chosen
+
+
+def _nbytes(entry: Entry, setting: Setting) -> int:
+    packed, scales = quantized_shapes(entry.shape, *setting)
+    return 4 * math.prod(packed) + 2 * math.prod(scales) * ITEM_BYTES[entry.dtype]
+
+
+def _priced(
+    config: ModelConfig,
+    units: Mapping[str, list[Entry]],
+    tables: Mapping[str, list[Option]],
+    best: Allocation,
+) -> dict[str, list[Option]]:
+    """Tables whose error is the share of the best total, plus the share of its bytes read."""
+    shares = {unit: macs.read_share(config, members[0].module) for unit, members in units.items()}
+    read = sum(option.nbytes * shares[unit] for unit, option in best.options.items())
+    return {
+        unit: [
+            o._replace(error=o.error / max(best.error, 1e-12) + o.nbytes * shares[unit] / read)
+            for o in options
+        ]
+        for unit, options in tables.items()
+    }
+
+
+def predicted(
+    units: Mapping[str, list[Entry]], calibration: Calibration | None
+) -> dict[str, dict[Setting, float]]:
+    """KL in nats that each setting of each unit adds; contributions add up while they are small.
+
+    Measured KLs are carried to other settings by the errors of the outputs. What was not measured
+    has the sensitivity of its kind, scaled so that the whole at 4 bits has a published KL.
+    """
+    errors = {unit: _errors(members, calibration) for unit, members in units.items()}
+    weights = {unit: SENSITIVITIES[kind_of(unit)] for unit in units}
+    at_4_bits = typical_errors()[4, 64] * sum(weights.values())
+    result = {}
+    for unit, row in errors.items():
+        measured = calibration.kls.get(unit) if calibration else None
+        if measured:
+            result[unit] = {s: _carried(error, row, measured) for s, error in row.items()}
+        else:
+            result[unit] = {
+                s: error * weights[unit] / at_4_bits * KL_AT_4_BITS for s, error in row.items()
+            }
+    return result
+
+
+def _errors(members: list[Entry], calibration: Calibration | None) -> dict[Setting, float]:
+    """Mean over the modules of a unit, of the settings that fit their widths."""
+    known = [
+        (calibration.errors.get(e.module) if calibration else None) or typical_errors()
+        for e in members
+    ]
+    return {
+        setting: sum(row[setting] for row in known) / len(known)
+        for setting in typical_errors()
+        if all(setting in row for row in known)
+        and all(e.shape[-1] % setting[1] == 0 for e in members)
+    }
+
+
+def _carried(
+    error: float, row: Mapping[Setting, float], measured: Mapping[Setting, float]
+) -> float:
+    """KL at `error` on the line through the measured points, both in logarithms."""
+    floor = 1e-12
+    points = sorted((max(row[s], floor), max(kl, floor)) for s, kl in measured.items() if s in row)
+    (low, low_kl), (high, high_kl) = points[0], points[-1]
+    slope = 1.0
+    if high > low * 1.01:
+        # Half to double of what the square law says: a measured KL may be lost in rounding.
+        slope = min(max(math.log(high_kl / low_kl) / math.log(high / low), 0.5), 2.0)
+    start, start_kl = (low, low_kl) if error < math.sqrt(low * high) else (high, high_kl)
+    return start_kl * (max(error, floor) / start) ** slope

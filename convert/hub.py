@@ -1,0 +1,375 @@
+"""A checkpoint on the hub: its headers by range requests, its shards one after the other."""
+
+import hashlib
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen35_mlx.config import read_config
+from qwen35_mlx.errors import CheckpointError, Qwen35Error
+
+from .headers import PREFIX_BYTES, SourceTensor, header_length, parse_header
+from .source import (
+    COMPANIONS,
+    INDEX_FILE,
+    Source,
+    check_index,
+    check_present,
+    gather,
+    open_source,
+    read_index,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Most headers come with the first request.
+FIRST_BYTES = 2**17
+HEADER_THREADS = 8
+# After the client's own retries; the waits add up to about six minutes.
+WAITS_S = (1, 2, 4, 8, 15, 30, 60, 120, 120)
+# Where somebody sits and waits.
+SHORT_WAITS_S = WAITS_S[:3]
+TIMEOUT_S = 30
+# Wrong bytes are not the network's mood: they are fetched again this often.
+MAX_DOWNLOADS = 3
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file as the hub lists it; `sha256` is empty for the small ones outside of LFS."""
+
+    name: str
+    nbytes: int
+    sha256: str
+    blob_id: str
+
+
+@dataclass(frozen=True)
+class HubSource(Source):
+    """A checkpoint on the hub at one commit; `folder` is where its shards go when fetched."""
+
+    repo: str
+    commit: str
+    listing: Mapping[str, HubFile]
+
+    @property
+    def origin(self) -> dict[str, str]:
+        return {"source": self.repo, "source_revision": self.commit}
+
+    def fingerprints(self) -> dict[str, str]:
+        found = {file.name: self.listing[file.name] for file in self.files}
+        return {name: file.sha256 or file.blob_id for name, file in found.items()}
+
+    def companions(self) -> list[Path]:
+        names = [n for n in self.listing if any(fnmatch(n, pattern) for pattern in COMPANIONS)]
+        return [fetch_small(self.repo, self.commit, name) for name in names]
+
+
+def open_any(
+    source: str | Path, revision: str | None = None, fetch_into: Path | None = None
+) -> Source:
+    """Open a folder, or a hub id such as owner/name at a branch, tag or commit."""
+    folder = Path(source).expanduser()
+    if not is_hub_id(source):
+        if revision:
+            raise Qwen35Error("a folder has no revisions", got=f"revision={revision}")
+        return open_source(folder)
+    return open_hub(str(source), revision, fetch_into or Path("."))
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` is no folder but shaped like owner/name."""
+    name = str(source)
+    shaped = HUB_ID.fullmatch(name) and ".." not in name and not name.startswith((".", "-"))
+    return bool(shaped) and not Path(source).expanduser().exists()
+
+
+def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
+    """Read config.json, the index and all headers of a repository; no weight is fetched."""
+    from huggingface_hub import HfApi
+
+    info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+    listing = {
+        s.rfilename: HubFile(
+            s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else "", s.blob_id or ""
+        )
+        for s in info.siblings or []
+    }
+    commit = str(info.sha)
+    if "config.json" not in listing:
+        raise CheckpointError(f"{repo} is no model: it has no config.json")
+    config = read_config(fetch_small(repo, commit, "config.json").parent)
+    weights = {name for name in listing if fnmatch(name, "*.safetensors") and "/" not in name}
+    index = None
+    if INDEX_FILE in listing:
+        index = read_index(fetch_small(repo, commit, INDEX_FILE))
+        check_present(index.values(), weights)
+        files = sorted(set(index.values()))
+    else:
+        files = ["model.safetensors"] if "model.safetensors" in weights else sorted(weights)
+    if not files:
+        raise CheckpointError(
+            f"no weights in {repo}", got="no *.safetensors file", expected="safetensors"
+        )
+
+    def header(name: str) -> list[SourceTensor]:
+        return fetch_header(repo, commit, folder / name, listing[name].nbytes)
+
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        headers = dict(zip(files, pool.map(header, files), strict=True))
+    tensors = gather(files, headers.__getitem__)
+    if index is not None:
+        check_index(index, tensors, {n for n in weights if n.startswith("model")})
+    return HubSource(folder, config, tensors, repo, commit, listing)
+
+
+def fetch_header(repo: str, commit: str, file: Path, file_bytes: int) -> list[SourceTensor]:
+    """The tensors of a shard from its first bytes."""
+    start = fetch_range(repo, commit, file.name, 0, min(FIRST_BYTES, file_bytes))
+    header_bytes = header_length(file, start[:PREFIX_BYTES], file_bytes)
+    end = PREFIX_BYTES + header_bytes
+    if end > len(start):
+        start += fetch_range(repo, commit, file.name, len(start), end)
+    return parse_header(file, start[PREFIX_BYTES:end], file_bytes)
+
+
+def fetch_range(repo: str, commit: str, name: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file of the repository."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    url = hf_hub_url(repo, name, revision=commit)
+    headers = build_hf_headers() | {
+        "Range": f"bytes={start}-{stop - 1}",
+        # Compressed, the bytes would be of something else.
+        "Accept-Encoding": "identity",
+    }
+
+    def get() -> bytes:
+        data = bytearray()
+        with http_stream_backoff(
+            "GET",
+            url,
+            headers=headers,
+            follow_redirects=True,
+            timeout=TIMEOUT_S,
+            # It cannot try again once bytes came; `retry` can.
+            retry_on_exceptions=(),
+        ) as response:
+            hf_raise_for_status(response)
+            # Without ranges the whole shard would come: nothing but the start of it can be used.
+            skip = start if response.status_code == 200 else 0
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) >= stop - start + skip:
+                    break
+        data = data[skip : skip + stop - start]
+        if len(data) < stop - start:
+            raise OSError(f"{name}: {len(data)} of {stop - start} bytes came")
+        return bytes(data)
+
+    return retry(repo, get)
+
+
+def fetch_small(repo: str, commit: str, name: str) -> Path:
+    """A config, index or tokenizer file, by way of the hub's cache on this machine."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(retry(repo, lambda: hf_hub_download(repo, name, revision=commit)))
+
+
+def retry(
+    repo: str,
+    get: Callable[[], T],
+    waits_s: Sequence[float] = SHORT_WAITS_S,
+    stopped: Callable[[], bool] = lambda: False,
+) -> T:
+    """Call `get` again while the network or the hub fails in ways that pass, with longer waits."""
+    for wait_s in (*waits_s, None):
+        try:
+            return get()
+        # Whatever goes wrong between here and the hub has its own class.
+        except Exception as error:
+            if wait_s is None or stopped() or not _passes(error):
+                raise _network_error(repo, error) from error
+            log.warning("%s: %s; again in %s s", repo, _first_line(error), wait_s)
+            time.sleep(wait_s)
+    raise AssertionError
+
+
+def _passes(error: Exception) -> bool:
+    """Whether another try may help: not if the hub says no, or this disk is full."""
+    from huggingface_hub import constants
+
+    if isinstance(error, Qwen35Error):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    if isinstance(error, OSError):
+        network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+        # Without a number it is huggingface_hub's own, about a download that came short.
+        return (network or error.errno is None) and not constants.HF_HUB_OFFLINE
+    return type(error).__module__.startswith(("httpx", "httpcore"))
+
+
+def _network_error(repo: str, error: Exception) -> Exception:
+    if isinstance(error, Qwen35Error):
+        return error
+    return CheckpointError(
+        f"cannot get {repo} from the hub",
+        got=f"{type(error).__name__}: {_first_line(error)}",
+        expected="a folder on this machine, or a hub id that it can reach",
+        hint="for a private or gated model log in first: hf auth login; otherwise repeat the"
+        " command: what is done is kept",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+class Stopped(Exception):
+    """The conversion is over: the download under way may end."""
+
+
+class Fetcher:
+    """Fetches the shards of a source in a thread of its own, at most one ahead of the work.
+
+    Each is compared with the checksum that the hub has of it. Shards of an earlier run that are
+    whole are used again.
+    """
+
+    def __init__(self, source: HubSource, keep: bool = False):
+        self.source, self.keep = source, keep
+        self._changed = threading.Condition()
+        self._order: list[str] = []
+        self._wanted = 0
+        self._ready: set[str] = set()
+        self._error: Exception | None = None
+        self._stopped = False
+        self._state = ""
+
+    def start(self, order: Sequence[str]) -> None:
+        """Begin with the first of `order`, the files in the order they will be asked for."""
+        self._order = list(order)
+        threading.Thread(target=self._run, name="fetch", daemon=True).start()
+
+    def ready(self, file: str, timeout: float) -> bool:
+        """Whether `file` is here after at most `timeout` seconds; raises what stopped it."""
+        with self._changed:
+            self._wanted = max(self._wanted, self._order.index(file))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: file in self._ready or self._error, timeout)
+            if file in self._ready:
+                return True
+            if self._error:
+                raise self._error
+            return False
+
+    def state(self) -> str:
+        """What is waited for, in words."""
+        return self._state
+
+    def release(self, file: str) -> None:
+        """Nobody needs `file` any more."""
+        if not self.keep:
+            (self.source.folder / file).unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Fetch no further."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            for i, file in enumerate(self._order):
+                with self._changed:
+                    while not self._stopped and i > self._wanted + 1:
+                        self._changed.wait()
+                    if self._stopped:
+                        return
+                self._fetch(self.source.listing[file])
+                with self._changed:
+                    self._ready.add(file)
+                    self._changed.notify_all()
+        except Stopped:
+            return
+        # Whatever it is, the one who waits has to hear of it.
+        except Exception as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _fetch(self, file: HubFile) -> None:
+        path = self.source.folder / file.name
+        for _ in range(MAX_DOWNLOADS):
+            if not path.exists():
+                self._download(file)
+            self._state = f"checking {file.name}"
+            if (got := self._checksum(file, path)) == (file.sha256 or file.blob_id):
+                return
+            log.warning("%s has the wrong bytes: fetching it again", file.name)
+            path.unlink()
+        raise CheckpointError(
+            f"{file.name} does not have the checksum that the hub lists",
+            got=got,
+            expected=file.sha256 or file.blob_id,
+            hint=f"fetched {MAX_DOWNLOADS} times; is something between here and the hub?",
+        )
+
+    def _download(self, file: HubFile) -> None:
+        from huggingface_hub import hf_hub_download
+
+        repo, commit, folder = self.source.repo, self.source.commit, self.source.folder
+        bar = self._bar(file)
+        retry(
+            repo,
+            lambda: hf_hub_download(
+                repo, file.name, revision=commit, local_dir=folder, tqdm_class=bar
+            ),
+            WAITS_S,
+            lambda: self._stopped,
+        )
+
+    def _bar(self, file: HubFile) -> Any:
+        """What huggingface_hub reports its progress to; the one place to interrupt it."""
+        from tqdm.auto import tqdm
+
+        fetcher = self
+
+        class Bar(tqdm):
+            def __init__(self, *args: Any, **kwargs: Any):
+                super().__init__(*args, **kwargs | {"disable": True})
+                self.came = kwargs.get("initial") or 0
+
+            def update(self, n: float | None = 1) -> None:
+                self.came += n or 0
+                fetcher._state = f"fetching {self.came / 1e9:.2f} of {file.nbytes / 1e9:.2f} GB"
+                if fetcher._stopped:
+                    raise Stopped
+
+        return Bar
+
+    def _checksum(self, file: HubFile, path: Path) -> str:
+        digest = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
+        if not file.sha256:
+            # As git names its objects.
+            digest.update(f"blob {file.nbytes}\0".encode())
+        with path.open("rb") as stream:
+            while chunk := stream.read(2**22):
+                if self._stopped:
+                    raise Stopped
+                digest.update(chunk)
+        return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""What a conversion was started with and how far it came: enough to go on after any stop."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen35_mlx.errors import Qwen35Error
+
+from .shards import flush, sync_folder, write_file
+
+JOB_FILE, JOURNAL_FILE = "job.json", "journal"
+LINE = re.compile(rb"piece (\d+) (\d+)|shard (\S+) ([0-9a-f]{64})")
+
+
+class Journal:
+    """The finished pieces with their CRC-32, and the finished shards with their SHA-256.
+
+    A line is added when its data are safe. A line cut off by a crash ends the journal.
+    """
+
+    def __init__(self, path: Path):
+        self.pieces: dict[int, int] = {}
+        self.checksums: dict[str, str] = {}
+        raw = path.read_bytes() if path.exists() else b""
+        valid_bytes = 0
+        for line in raw.splitlines(keepends=True):
+            match = LINE.fullmatch(line[:-1])
+            if not match or not line.endswith(b"\n"):
+                break
+            piece, crc, shard, digest = match.groups()
+            if piece:
+                self.pieces[int(piece)] = int(crc)
+            else:
+                self.checksums[shard.decode()] = digest.decode()
+            valid_bytes += len(line)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.ftruncate(self._file, valid_bytes)
+        self._end = valid_bytes
+
+    def add_pieces(self, done: Iterable[tuple[int, int]]) -> None:
+        """Note pieces and their CRC-32."""
+        new = dict(done)
+        self._add("".join(f"piece {index} {crc}\n" for index, crc in new.items()))
+        self.pieces |= new
+
+    def add_shard(self, file: str, digest: str) -> None:
+        """Note a shard that has its name, and its SHA-256."""
+        self._add(f"shard {file} {digest}\n")
+        self.checksums[file] = digest
+
+    def _add(self, lines: str) -> None:
+        view = memoryview(lines.encode())
+        start = self._end
+        while view:
+            count = os.pwrite(self._file, view, start)
+            view, start = view[count:], start + count
+        flush(self._file)
+        # Not before: what a full disk cut short is written over by the next try.
+        self._end = start
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def open_job(work: Path, out: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Start the job of folder `work`, or check that it is the same as the one started there."""
+    path = work / JOB_FILE
+    if not path.exists():
+        job = {"settings": dict(settings), "files": dict(files)}
+        write_file(path, (json.dumps(job, indent=2) + "\n").encode())
+        sync_folder(work)
+        return
+    started = read_job(work)
+    again = f"{work} holds the work so far; remove it to start over"
+    _refuse_difference(
+        f"the conversion to {out} was started with other settings",
+        started["settings"], settings, f"repeat the first command; {again}",
+    )  # fmt: skip
+    _refuse_difference(
+        f"the source changed after the conversion to {out} was started",
+        started["files"], files, f"bring the first version back; {again}",
+    )  # fmt: skip
+
+
+def read_job(work: Path) -> dict[str, Any]:
+    """The job file of a folder, `{}` if there is none."""
+    path = work / JOB_FILE
+    try:
+        job = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(job["settings"], dict) and isinstance(job["files"], dict):
+            return dict(job)
+        raise ValueError("settings or files are no objects")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise Qwen35Error(
+            f"{path} is damaged", got=error, hint=f"remove {work} to start over"
+        ) from None
+
+
+def _refuse_difference(
+    what: str, started: Mapping[str, Any], now: Mapping[str, Any], hint: str
+) -> None:
+    keys = [k for k in {**started, **now} if started.get(k) != now.get(k)]
+    if keys:
+        raise Qwen35Error(
+            what,
+            got=", ".join(f"{k}={now.get(k)}" for k in keys[:4]),
+            expected=", ".join(f"{k}={started.get(k)}" for k in keys[:4]),
+            hint=hint,
+        )

@@ -1,0 +1,221 @@
+"""A checkpoint run layer by layer: one layer's weights in memory, activations kept between them."""
+
+# B texts, T tokens, H hidden.
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from qwen35_mlx.config import ModelConfig, read_config
+from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.model import DecoderLayer, Model
+from qwen35_mlx.weights import quantize_modules
+
+from .names import Role
+from .plan import Plan, plan
+from .stream import read_entry
+
+TRUNK = "language_model.model."
+LAYER = TRUNK + "layers.{}."
+# Tokens that go through a layer, or through the head, at once.
+LAYER_TOKENS, HEAD_TOKENS = 4096, 256
+
+# Name of a module, its input `[..., I]`, and what else it was called with.
+Seen = Callable[[str, mx.array, tuple[Any, ...]], None]
+
+
+class Checkpoint:
+    """Weights by their names in a converted folder, read when asked for."""
+
+    config: ModelConfig
+    raw_config: Mapping[str, Any]
+    num_parameters: int
+    nbytes: int
+
+    def read(self, prefix: str) -> dict[str, mx.array]:
+        """Tensors of the text model whose names begin with `prefix`."""
+        raise NotImplementedError
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the text model, scales and biases counted."""
+        return 8 * self.nbytes / self.num_parameters
+
+
+class SourceCheckpoint(Checkpoint):
+    """A Hugging Face folder, transformed as `convert` would, without quantization."""
+
+    def __init__(self, folder: Path):
+        self.plan: Plan = plan(folder, recipe=lambda module: None)
+        self.config, self.raw_config = self.plan.config, {}
+        self.entries = [e for e in self.plan.entries if e.role is not Role.CARRIED]
+        self.quantizable = {e.module for e in self.entries if e.role is Role.QUANTIZED}
+        self.num_parameters = sum(e.num_parameters for e in self.entries)
+        self.nbytes = sum(e.output_bytes for e in self.entries)
+
+    def read(self, prefix: str) -> dict[str, mx.array]:
+        return {
+            entry.tensors[0].name: read_entry(entry)
+            for entry in self.entries
+            if entry.tensors[0].name.startswith(prefix)
+        }
+
+
+class ConvertedCheckpoint(Checkpoint):
+    """A folder that `convert` or mlx-lm wrote."""
+
+    def __init__(self, folder: Path):
+        self.raw_config = read_config(folder)
+        self.config = ModelConfig.from_hf(self.raw_config)
+        self.folder, self.files = folder, sorted(folder.glob("model*.safetensors"))
+        block = self.raw_config.get("quantization") or {}
+        self.nbytes = self.num_parameters = 0
+        for name, array in self._tensors("language_model."):
+            self.nbytes += array.nbytes
+            if array.dtype == mx.uint32:
+                own = block.get(name.removesuffix(".weight")) or block
+                self.num_parameters += array.size * 32 // own["bits"]
+            elif not name.endswith((".scales", ".biases")):
+                self.num_parameters += array.size
+
+    def _tensors(self, prefix: str) -> Iterator[tuple[str, mx.array]]:
+        """Opened anew, and lazy: an array is read when it is used, and freed with its user."""
+        for file in self.files:
+            try:
+                shard = mx.load(str(file))
+            except RuntimeError as error:
+                raise CheckpointError(f"{file} cannot be read", got=error) from None
+            assert isinstance(shard, dict)
+            yield from (item for item in shard.items() if item[0].startswith(prefix))
+
+    def read(self, prefix: str) -> dict[str, mx.array]:
+        return dict(self._tensors(prefix))
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """A Hugging Face checkpoint or a converted folder, told apart by their tensor names."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {folder}",
+            got="a file" if folder.exists() else "no such folder",
+            expected="a folder with config.json and *.safetensors",
+        )
+    config = read_config(folder)
+    if "quantization" in config or "qwen35_mlx" in config:
+        return ConvertedCheckpoint(folder)
+    return SourceCheckpoint(folder)
+
+
+class Layerwise:
+    """Runs texts through a checkpoint, whose layers come and go."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        # A model without layers: embedding, last norm and head, under their names on disk.
+        self.ends = Model(replace(self.config, num_hidden_layers=0, layer_types=()))
+        weights = {
+            name: array
+            for part in ("embed_tokens.", "norm.")
+            for name, array in checkpoint.read(TRUNK + part).items()
+        }
+        if not self.config.tie_word_embeddings:
+            weights |= checkpoint.read("language_model.lm_head.")
+        self._fill(self.ends, weights, "")
+
+    def embed(self, ids: mx.array) -> list[mx.array]:
+        """ids `[B, T]` -> hidden states of each text, `[1, T, H]`."""
+        hidden = [self.ends.language_model.model.embed_tokens(row[None]) for row in ids]
+        mx.eval(hidden)
+        return hidden
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Layer `index` with its weights: all that is read of the checkpoint now."""
+        layer = DecoderLayer(self.config, self.config.layer_types[index])
+        prefix = LAYER.format(index)
+        self._fill(layer, self.checkpoint.read(prefix), prefix)
+        return layer
+
+    def _fill(self, module: nn.Module, weights: dict[str, mx.array], prefix: str) -> None:
+        quantize_modules(module, self.checkpoint.raw_config, weights, prefix)
+        parameters: Any = tree_flatten(module.parameters())
+        expected = {prefix + name for name, _ in parameters}
+        if missing := sorted(expected - weights.keys()):
+            raise CheckpointError("the checkpoint lacks tensors", got=", ".join(missing[:8]))
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        loaded = []
+        for name in sorted(expected):
+            array = weights.pop(name)
+            if on_cpu and mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(mx.float32)
+            mx.eval(array)
+            loaded.append((name.removeprefix(prefix), array))
+        module.load_weights(loaded)
+
+    def logits(self, hidden: list[mx.array]) -> Iterator[tuple[int, int, mx.array]]:
+        """Of some tokens at a time: text, first position, logits `[N, vocab]`."""
+        for i, x in enumerate(hidden):
+            normed = self.ends.trunk(None, embeddings=x)[0]
+            for start in range(0, normed.shape[0], HEAD_TOKENS):
+                yield i, start, self.ends.head(normed[start : start + HEAD_TOKENS])
+
+
+def run_layer(layer: DecoderLayer, hidden: list[mx.array]) -> list[mx.array]:
+    """`[1, T, H]` of each text -> the same after the layer; as many at once as memory wants."""
+    mask = None if layer.is_linear else "causal"
+    at_once = max(LAYER_TOKENS // hidden[0].shape[1], 1)
+    results = []
+    for start in range(0, len(hidden), at_once):
+        batch = mx.concatenate(hidden[start : start + at_once])
+        out = layer(batch, mask, None, None)
+        mx.eval(out)
+        results += [row[None] for row in out]
+    mx.clear_cache()
+    return results
+
+
+class _Watched(nn.Module):
+    def __init__(self, module: nn.Module, name: str, seen: Seen):
+        super().__init__()
+        self.module, self._name, self._seen = module, name, seen
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self._seen(self._name, x, args)
+        return self.module(x, *args, **kwargs)
+
+
+def leaves(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module that holds no other, by its path."""
+    found: Any = tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
+    return list(found)
+
+
+@contextmanager
+def watched(root: nn.Module, seen: Seen) -> Iterator[None]:
+    """Within the block, `seen` hears of every call of a module that could be quantized."""
+    found = {
+        path: module
+        for path, module in leaves(root)
+        if hasattr(module, "to_quantized") and not path.endswith("embed_tokens")
+    }
+    heard = set()
+
+    def hear(name: str, x: mx.array, args: tuple[Any, ...]) -> None:
+        heard.add(name)
+        seen(name, x, args)
+
+    wrapped = [(path, _Watched(module, path, hear)) for path, module in found.items()]
+    root.update_modules(tree_unflatten(wrapped))
+    try:
+        yield
+    finally:
+        root.update_modules(tree_unflatten(list(found.items())))
+    # A kernel that took the weights past the module would leave its statistics empty.
+    if heard != found.keys():
+        raise RuntimeError(f"not called: {sorted(found.keys() - heard)}")

@@ -1,0 +1,136 @@
+"""Bits and group size for each tensor: the least total error within a number of bytes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen35_mlx.errors import Qwen35Error
+
+# Columns of the table of exact sums; a budget of more units is counted in coarser ones.
+MAX_UNITS = 2**16
+
+
+class Option(NamedTuple):
+    """One way to store a tensor."""
+
+    bits: int
+    group_size: int
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The option of each tensor, and how far the sum of errors may be from the least possible."""
+
+    options: dict[str, Option]
+    nbytes: int
+    error: float
+    # No choice within the budget has less error than this.
+    lower_bound: float
+
+
+def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Allocation:
+    """Choose one option a tensor: least sum of errors, at most `budget_bytes` in all.
+
+    Exact where the differences of sizes have a common divisor of at least 1/65536 of what there
+    is to spend, as sizes of small models have. Otherwise sizes are rounded up to such units, what
+    rounding left over is spent on the best exchanges, and `lower_bound` says what may be missing.
+    Raises Qwen35Error with the smallest size if the budget is below it.
+    """
+    names = list(tables)
+    hulls = [_undominated(tables[name]) for name in names]
+    base = sum(options[0].nbytes for options in hulls)
+    if base > budget_bytes:
+        raise Qwen35Error(
+            "the budget is smaller than the smallest plan",
+            got=f"{budget_bytes:,} bytes for what can be quantized",
+            expected=f"at least {base:,} bytes",
+        )
+    spare = min(budget_bytes - base, sum(o[-1].nbytes - o[0].nbytes for o in hulls))
+    steps = [option.nbytes - o[0].nbytes for o in hulls for option in o[1:]]
+    unit = max(math.gcd(*steps), -(-spare // MAX_UNITS), 1)
+    chosen = _table(hulls, spare // unit, unit)
+    _spend(hulls, chosen, budget_bytes - _nbytes(hulls, chosen))
+    picked = {name: o[k] for name, o, k in zip(names, hulls, chosen, strict=True)}
+    error = math.fsum(option.error for option in picked.values())
+    bound = min(_lower_bound(hulls, spare), error)
+    return Allocation(picked, _nbytes(hulls, chosen), error, bound)
+
+
+def _undominated(options: Sequence[Option]) -> list[Option]:
+    """By size, only those with less error than every smaller one."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.nbytes, o.error)):
+        if not math.isfinite(option.error) or option.error < 0:
+            raise Qwen35Error("an error is no number", got=option.error, expected="0 or more")
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
+
+
+def _nbytes(hulls: list[list[Option]], chosen: list[int]) -> int:
+    return sum(o[k].nbytes for o, k in zip(hulls, chosen, strict=True))
+
+
+def _table(hulls: list[list[Option]], units: int, unit: int) -> list[int]:
+    """Dynamic programming: `best[u]` is the least error with u units above the smallest plan."""
+    best = np.zeros(units + 1)
+    decisions = np.zeros((len(hulls), units + 1), dtype=np.uint8)
+    for i, options in enumerate(hulls):
+        total = best + options[0].error
+        for k, option in enumerate(options[1:], 1):
+            step = -(-(option.nbytes - options[0].nbytes) // unit)
+            if step > units:
+                break
+            tried = best[: units + 1 - step] + option.error
+            better = tried < total[step:]
+            total[step:][better] = tried[better]
+            decisions[i, step:][better] = k
+        best = total
+    chosen, left = [0] * len(hulls), units
+    for i in range(len(hulls) - 1, -1, -1):
+        k = int(decisions[i, left])
+        chosen[i] = k
+        left -= -(-(hulls[i][k].nbytes - hulls[i][0].nbytes) // unit)
+    return chosen
+
+
+def _spend(hulls: list[list[Option]], chosen: list[int], spare: int) -> None:
+    """Take larger options while they fit, the one that gains most first."""
+    while True:
+        gains = [
+            (options[k].error - options[j].error, i, j)
+            for i, (options, k) in enumerate(zip(hulls, chosen, strict=True))
+            for j in range(k + 1, len(options))
+            if options[j].nbytes - options[k].nbytes <= spare
+        ]
+        if not gains:
+            return
+        _, i, j = max(gains)
+        spare -= hulls[i][j].nbytes - hulls[i][chosen[i]].nbytes
+        chosen[i] = j
+
+
+def _lower_bound(hulls: list[list[Option]], spare: int) -> float:
+    """The least error if tensors could be stored partly one way, partly another."""
+    error, slopes = 0.0, []
+    for options in hulls:
+        error += options[0].error
+        k = 0
+        while k < len(options) - 1:
+            # The steepest way up from here: the lower convex hull.
+            rates = [
+                (options[k].error - o.error) / (o.nbytes - options[k].nbytes)
+                for o in options[k + 1 :]
+            ]
+            j = k + 1 + int(np.argmax(rates))
+            slopes.append((max(rates), options[j].nbytes - options[k].nbytes))
+            k = j
+    for rate, nbytes in sorted(slopes, reverse=True):
+        taken = min(nbytes, spare)
+        error, spare = error - rate * taken, spare - taken
+    return max(error, 0.0)

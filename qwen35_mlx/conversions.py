@@ -1,0 +1,225 @@
+"""The commands that make and judge conversions: convert, plan, fidelity."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import Qwen35Error
+from .options import (
+    Bits,
+    BitsPerWeight,
+    CalibrationFile,
+    Context,
+    Dtype,
+    Fit,
+    GroupSize,
+    KeepSource,
+    Method,
+    Prefer,
+    RecipeName,
+    Revision,
+    Source,
+    TextFile,
+    user_errors,
+)
+
+
+def convert(
+    ctx: typer.Context,
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    dtype: Dtype = None,
+    method: Method = None,
+    recipe: RecipeName = None,
+    fit: Fit = None,
+    bits_per_weight: BitsPerWeight = None,
+    prefer: Prefer = "quality",
+    context: Context = None,
+    calibration: CalibrationFile = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Run a text through the source first, a layer at a time, and weigh errors by what "
+            "activations do; writes the file of --calibration, or OUT.calibration.safetensors.",
+        ),
+    ] = False,
+    text: TextFile = None,
+    revision: Revision = None,
+    keep_source: KeepSource = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read OUT again and compare checksums; converts first if need be."
+        ),
+    ] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights.
+
+    From the hub, shards are fetched one after the other and deleted when they are converted.
+    Stopped in any way, the same command goes on where it stopped.
+    """
+    with user_errors():
+        from .convert import convert as run
+        from .convert import plan as make_plan
+        from .convert import verify as read_again
+        from .convert.page import conversion_lines
+        from .terminal import byte_progress, note, print_converted, print_lines
+
+        if not (verify and out.exists()):
+            found = calibration_for(source, out, calibration, calibrate, text, method)
+            settings, spent = quality_settings(ctx, source, found)
+            print_lines(spent)
+            plan = make_plan(source, revision=revision, **settings)
+            for line in conversion_lines(plan, keep_source):
+                note(line)
+            with byte_progress(f"Converting {plan.source.origin['source']}") as progress:
+                folder = run(
+                    source,
+                    out,
+                    revision=revision,
+                    keep_source=keep_source,
+                    progress=progress,
+                    calibration=found,
+                    **settings,
+                )
+            print_converted(plan, folder)
+            remember(folder)
+        if verify:
+            with byte_progress(f"Verifying {out.name}") as progress:
+                num_bytes = read_again(out, progress)
+            print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
+
+
+def plan(
+    ctx: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id; without it, what fits this machine."),
+    ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = 64,
+    dtype: Dtype = None,
+    recipe: RecipeName = None,
+    fit: Fit = None,
+    bits_per_weight: BitsPerWeight = None,
+    prefer: Prefer = "quality",
+    context: Context = None,
+    calibration: CalibrationFile = None,
+    revision: Revision = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
+    ] = None,
+) -> None:
+    """Show what convert would write, what that takes, and which Macs run it; from headers alone."""
+    with user_errors():
+        from .convert import page
+        from .convert import plan as make_plan
+        from .convert.macs import machine_memory_bytes, this_mac
+        from .terminal import print_lines, print_plan
+
+        mac = this_mac()
+        if source is None:
+            print_lines(page.family_lines(machine_memory_bytes(), mac))
+            return
+        settings, spent = quality_settings(ctx, source, calibration_for(source, None, calibration))
+        planned = make_plan(source, revision=revision, **settings)
+        print_plan(planned)
+        print_lines([*spent, ""] if spent else [])
+        print_lines([*page.conversion_lines(planned), "", *page.mac_lines(planned, mac)])
+        if png:
+            page.draw(planned, png)
+
+
+def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, list[str]]:
+    """Settings of plan and convert, and lines on what a budget is spent on."""
+    from .convert.fit import quality_settings as decide
+
+    given = ctx.params
+    names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
+    options = {name: given[name] for name in names}
+    settings, spent = decide(
+        source, **options, memory=given["fit"], method=given.get("method"), calibration=found
+    )
+    return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
+
+
+def calibration_for(
+    source: str,
+    out: Path | None,
+    file: Path | None,
+    calibrate: bool = False,
+    text: Path | None = None,
+    method: str | None = None,
+) -> Any:
+    """What --calibration names, made first with --calibrate; None without either."""
+    if not calibrate:
+        if text:
+            raise typer.BadParameter("--text goes with --calibrate.")
+        if file is None:
+            return None
+        from .quant.calibrate import load
+
+        return load(file)
+    from .convert.calibration import calibrate as run
+    from .convert.calibration import encode, read_text
+    from .quant.calibrate import save
+    from .terminal import note, quiet_libraries, step_progress
+
+    quiet_libraries()
+    assert out is not None
+    file = file or out.with_name(f"{out.name}.calibration.safetensors")
+    if file.exists():
+        raise Qwen35Error(
+            f"{file} exists already", hint="use it without --calibrate, or name another file"
+        )
+    ids = encode(Path(source), read_text(text))
+    with step_progress(f"Calibrating on {ids.size:,} tokens") as progress:
+        found = run(source, ids, hessians=method == "gptq", progress=progress)
+    save(found, file)
+    note(f"calibration written to {file}")
+    return found
+
+
+def remember(folder: Path) -> None:
+    """Record a conversion for `chat` without a model; without a cache that is merely said."""
+    from .bundled import record_conversion
+    from .terminal import note
+
+    try:
+        record_conversion(folder)
+    except (Qwen35Error, OSError) as error:
+        note(f"chat without a model will not find this folder: {error}")
+
+
+def fidelity(
+    reference: Annotated[Path, typer.Argument(help="Folder of the original, or a converted one.")],
+    quantized: Annotated[Path, typer.Argument(help="Converted folder to judge.")],
+    text: TextFile = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
+    ] = None,
+) -> None:
+    """Compare a quantized model with its original: KL, top-1, perplexity, error of each layer.
+
+    Both are read a layer at a time: neither has to fit in memory. The last line is JSON.
+    """
+    with user_errors():
+        from .convert.calibration import encode, read_text
+        from .convert.fidelity import fidelity as compare
+        from .convert.fidelity import plot, report_lines
+        from .terminal import print_lines, quiet_libraries, step_progress
+
+        quiet_libraries()
+        ids = encode(reference, read_text(text), most=tokens)
+        with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
+            report = compare(reference, quantized, ids, progress)
+        print_lines(report_lines(report))
+        if png:
+            plot(report, png)
+        print(json.dumps(report.as_dict()))

@@ -1,0 +1,332 @@
+"""What the doctor runs: each operation as kernel and as ops, small and at the family's shapes.
+
+A case is built from a member of the family, real or made up, so that the same lines serve for
+parity and for timing. B is 1; T tokens, H hidden, E experts, K experts per token.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+from .attention_heads import output_gate, qk_norm_rope
+from .delta_step import DeltaParameters, delta_step
+from .expert_gather import expert_mlp
+from .expert_step import Routing, expert_down, expert_gate_up
+from .gated_delta_rule import gated_delta_rule
+from .metal import Choice
+from .projection import project
+from .residual_norm import residual_norm
+from .router import route
+
+Arrays = Sequence[mx.array]
+Run = Callable[[Choice], Arrays]
+# Relative RMS error of a kernel against ops. In bfloat16 most of it is the rounding of ops, which
+# is coarser still on a CPU; a kernel that is wrong is wrong in float32 too.
+TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 4e-2, mx.float16: 1e-2}
+LAST_POSITION = 262_143
+PREFILL_TOKENS = 2048
+EPS, TAPS = 1e-6, 4
+
+
+class Member(NamedTuple):
+    """The shapes of one model of the family; `width` is that of an expert, or of a dense FFN."""
+
+    name: str
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    width: int
+    linear_num_value_heads: int
+    num_experts: int = 0
+    per_token: int = 0
+    head_dim: int = 256
+    num_key_heads: int = 16
+    key_head_dim: int = 128
+    value_head_dim: int = 128
+    rotary_dim: int = 64
+
+
+FAMILY = (
+    Member("0.8B", 1024, 8, 2, 3584, 16),
+    Member("2B", 2048, 8, 2, 6144, 16),
+    Member("4B", 2560, 16, 4, 9216, 32),
+    Member("9B", 4096, 16, 4, 12288, 32),
+    Member("27B", 5120, 24, 4, 17408, 48),
+    Member("35B-A3B", 2048, 16, 2, 512, 32, 256, 8),
+    Member("122B-A10B", 3072, 32, 2, 1024, 64, 256, 8),
+    Member("397B-A17B", 4096, 32, 2, 1024, 64, 512, 10),
+)
+# Unequal head dims and counts, for parity in seconds.
+SMALL = Member("small", 128, 4, 2, 128, 4, 8, 2, 32, 2, 32, 64, 16)
+
+
+class Setting(NamedTuple):
+    """What a case is built with besides its member."""
+
+    dtype: mx.Dtype = mx.bfloat16
+    bits: int = 4
+    group_size: int = 64
+    num_tokens: int = 1
+    seed: int = 0
+
+
+class Case(NamedTuple):
+    """Something to run with and without the kernel of an operation."""
+
+    run: Run
+    num_bytes: int  # that must be moved, each once
+    tolerance: float
+
+
+class Check(NamedTuple):
+    """An operation, and how to build a case of it; dense models have no experts to route to."""
+
+    op: str
+    build: Callable[[Member, Setting], Case]
+    is_prefill: bool = False
+    needs_experts: bool = False
+
+
+def _normal(*shape: int, dtype: mx.Dtype = mx.float32, scale: float = 1.0) -> mx.array:
+    return (mx.random.normal(shape) * scale).astype(dtype)
+
+
+def _fill(layer: nn.Module, in_dims: int, dtype: mx.Dtype) -> None:
+    """Random codes of unit gain; a whole model's weights would take long to quantize."""
+    *leading, out_dims, num_words = layer.weight.shape
+    # Large stacks repeat eight experts.
+    block = [min(8, n) for n in leading] + [out_dims, num_words]
+    words = mx.random.randint(-(2**31), 2**31 - 1, block, mx.int32).view(mx.uint32)
+    step = math.sqrt(12 / in_dims) / 2**layer.bits
+    scales = mx.random.uniform(0.5 * step, 1.5 * step, (*block[:-1], layer.scales.shape[-1]))
+    for name, part in (
+        ("weight", words),
+        ("scales", scales.astype(dtype)),
+        ("biases", (scales * (0.5 - 2 ** (layer.bits - 1))).astype(dtype)),
+    ):
+        repeats = [math.ceil(n / 8) for n in leading]
+        whole = mx.tile(part, [*repeats, 1, 1]) if leading else part
+        setattr(layer, name, mx.contiguous(whole[: leading[0]] if leading else whole))
+
+
+def linear(in_dims: int, out_dims: int, s: Setting) -> nn.Module:
+    """A linear layer with random weights, quantized if `s.bits`."""
+    if not s.bits:
+        plain = nn.Linear(in_dims, out_dims, bias=False)
+        plain.weight = _normal(out_dims, in_dims, dtype=s.dtype, scale=in_dims**-0.5)
+        return plain
+    layer = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
+    _fill(layer, in_dims, s.dtype)
+    return layer
+
+
+def experts(member: Member, in_dims: int, out_dims: int, s: Setting) -> nn.Module:
+    """The same for a stack of experts; always quantized."""
+    bits = s.bits or 8
+    layer = QuantizedSwitchLinear(in_dims, out_dims, member.num_experts, False, s.group_size, bits)
+    _fill(layer, in_dims, s.dtype)
+    return layer
+
+
+def _size(*modules: nn.Module) -> int:
+    return sum(a.nbytes for m in modules for a in m.parameters().values())
+
+
+def _case(run: Run, num_bytes: int, s: Setting) -> Case:
+    return Case(run, num_bytes, TOLERANCE[s.dtype])
+
+
+def _residual_norm(m: Member, s: Setting) -> Case:
+    x, delta = (_normal(1, s.num_tokens, m.hidden_size, dtype=s.dtype) for _ in range(2))
+    weight = _normal(m.hidden_size, dtype=s.dtype)
+    return _case(
+        lambda kernels: residual_norm(x, delta, weight, EPS, kernels),
+        4 * x.nbytes + weight.nbytes,
+        s,
+    )
+
+
+def _projection(m: Member, s: Setting) -> Case:
+    x = _normal(1, s.num_tokens, m.hidden_size, dtype=s.dtype)
+    value_dim = m.linear_num_value_heads * m.value_head_dim
+    outs = (2 * m.num_key_heads * m.key_head_dim + value_dim, value_dim)
+    modules = [linear(m.hidden_size, out, s) for out in outs]
+    plain = s._replace(bits=0)
+    modules += [linear(m.hidden_size, m.linear_num_value_heads, plain) for _ in range(2)]
+    return _case(lambda kernels: project(x, modules, kernels), _size(*modules), s)
+
+
+def _delta_step(m: Member, s: Setting) -> Case:
+    T, Hv, Dk, Dv = s.num_tokens, m.linear_num_value_heads, m.key_head_dim, m.value_head_dim
+    channels = 2 * m.num_key_heads * Dk + Hv * Dv
+    qkv, z, b, a = (_normal(1, T, n, dtype=s.dtype) for n in (channels, Hv * Dv, Hv, Hv))
+    conv_state = _normal(1, TAPS - 1, channels, dtype=s.dtype)
+    state = _normal(1, Hv, Dv, Dk)
+    parameters = DeltaParameters(
+        _normal(channels, TAPS, 1, dtype=s.dtype, scale=0.5),
+        mx.log(mx.random.uniform(1, 16, (Hv,))).astype(s.dtype),
+        _normal(Hv, dtype=s.dtype),
+        _normal(Dv, dtype=s.dtype),
+        EPS,
+    )
+    mask = mx.arange(T)[None] > 0 if T > 1 else None
+    return _case(
+        lambda kernels: delta_step(
+            qkv, z, b, a, conv_state, state, parameters, mask, None, kernels
+        ),
+        2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes,
+        s,
+    )
+
+
+def _qk_norm_rope(m: Member, s: Setting) -> Case:
+    """At the end of the context, where a GPU's sine of a large angle would show."""
+    T, D, half = s.num_tokens, m.head_dim, m.rotary_dim // 2
+    q_gate = _normal(1, T, m.num_heads * 2 * D, dtype=s.dtype)
+    k = _normal(1, T, m.num_kv_heads * D, dtype=s.dtype)
+    q_weight, k_weight = (_normal(D, dtype=s.dtype) for _ in range(2))
+    frequencies = (1e7 ** (-np.arange(half) / half)).astype(np.float32)
+    positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
+    angles = positions[None, :, None] * frequencies
+
+    def run(kernels: Choice) -> Arrays:
+        if kernels:
+            cosines, sines = mx.cos(mx.array(angles)), mx.sin(mx.array(angles))
+        else:
+            exact = angles.astype(np.float64)
+            cosines, sines = (mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
+        return qk_norm_rope(q_gate, k, q_weight, k_weight, cosines, sines, EPS, kernels)
+
+    return _case(run, 2 * (q_gate.nbytes + k.nbytes), s)
+
+
+def _output_gate(m: Member, s: Setting) -> Case:
+    x = _normal(1, m.num_heads, s.num_tokens, m.head_dim, dtype=s.dtype)
+    q_gate = _normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim, dtype=s.dtype)
+    return _case(lambda kernels: [output_gate(x, q_gate, kernels)], 3 * x.nbytes, s)
+
+
+def _router(m: Member, s: Setting) -> Case:
+    logits = _normal(s.num_tokens, m.num_experts, scale=2.0)
+    shared = _normal(s.num_tokens, 1)
+
+    def run(kernels: Choice) -> Arrays:
+        indices, scores, shared_scores = route(logits, shared, m.per_token, kernels)
+        # The order of the chosen is free.
+        dense = mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)
+        return [dense, shared_scores]
+
+    return _case(run, logits.nbytes, s)
+
+
+def _routing(m: Member, num_tokens: int) -> Routing:
+    """Experts of random popularity, as in real texts."""
+    logits = _normal(num_tokens, m.num_experts) + _normal(m.num_experts)
+    return Routing(*route(logits, mx.zeros((num_tokens, 1)), m.per_token))
+
+
+def _expert_gate_up(m: Member, s: Setting) -> Case:
+    x = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
+    shared = [linear(m.hidden_size, m.width, s) for _ in range(2)]
+    if not m.num_experts:
+        return _case(lambda kernels: expert_gate_up(x, shared, kernels=kernels), _size(*shared), s)
+    routed = [experts(m, m.hidden_size, m.width, s) for _ in range(2)]
+    routing = _routing(m, s.num_tokens)
+    chosen = _size(*routed) * s.num_tokens * m.per_token // m.num_experts
+    return _case(
+        lambda kernels: expert_gate_up(x, shared, routing, routed, kernels),
+        _size(*shared) + chosen,
+        s,
+    )
+
+
+def _expert_down(m: Member, s: Setting) -> Case:
+    residual = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
+    hidden = [_normal(s.num_tokens, m.width, dtype=s.dtype)]
+    shared = linear(m.width, m.hidden_size, s)
+    if not m.num_experts:
+        return _case(
+            lambda kernels: [expert_down(hidden, residual, shared, kernels=kernels)],
+            _size(shared),
+            s,
+        )
+    hidden.append(_normal(s.num_tokens, m.per_token, m.width, dtype=s.dtype))
+    routed, routing = experts(m, m.width, m.hidden_size, s), _routing(m, s.num_tokens)
+    chosen = _size(routed) * s.num_tokens * m.per_token // m.num_experts
+    return _case(
+        lambda kernels: [expert_down(hidden, residual, shared, routing, routed, kernels)],
+        _size(shared) + chosen,
+        s,
+    )
+
+
+def _chunk_delta_rule(m: Member, s: Setting) -> Case:
+    T, Hv = s.num_tokens, m.linear_num_value_heads
+    q, k = (_normal(1, T, m.num_key_heads, m.key_head_dim) for _ in range(2))
+    q, k = (x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True)) for x in (q, k))
+    q = q * m.key_head_dim**-0.5
+    v = _normal(1, T, Hv, m.value_head_dim, dtype=s.dtype)
+    g, beta = -mx.abs(_normal(1, T, Hv)), mx.random.uniform(shape=(1, T, Hv))
+    state = _normal(1, Hv, m.value_head_dim, m.key_head_dim)
+    inputs = (q, k, v, g, beta, state)
+    num_bytes = sum(x.nbytes for x in inputs) + state.nbytes + v.size * 4
+    return _case(lambda kernels: gated_delta_rule(*inputs, kernels), num_bytes, s)
+
+
+def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
+    x = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
+    shapes = ((m.hidden_size, m.width), (m.hidden_size, m.width), (m.width, m.hidden_size))
+    gate, up, down = (experts(m, *dims, s) for dims in shapes)
+    routing = _routing(m, s.num_tokens)
+    return _case(
+        lambda kernels: [expert_mlp(x, routing.indices, routing.scores, gate, up, down, kernels)],
+        _size(gate, up, down) + 2 * x.nbytes,
+        s,
+    )
+
+
+CHECKS = (
+    Check("residual_norm", _residual_norm),
+    Check("projection", _projection),
+    Check("delta_step", _delta_step),
+    Check("qk_norm_rope", _qk_norm_rope),
+    Check("output_gate", _output_gate),
+    Check("router", _router, needs_experts=True),
+    Check("expert_gate_up", _expert_gate_up),
+    Check("expert_down", _expert_down),
+    Check("chunk_delta_rule", _chunk_delta_rule, is_prefill=True),
+    Check("grouped_expert_matmul", _grouped_expert_matmul, is_prefill=True, needs_experts=True),
+)
+
+
+def num_bytes_needed(check: Check, member: Member) -> int:
+    """Memory for a case at a member's shapes, and for making it."""
+    stacks = (
+        3 * member.num_experts * member.hidden_size * member.width if "expert" in check.op else 0
+    )
+    dense = 4 * member.hidden_size * (member.width + 4 * member.linear_num_value_heads * 128)
+    # A little more than 4 bits a weight, twice while it is put together.
+    return 2 * (stacks + dense) * 5 // 8 + 10**9
+
+
+def parity_settings(check: Check) -> Iterator[Setting]:
+    """Every width and type once, group sizes and lengths in turn."""
+    tokens = (70, 33, 130) if check.is_prefill else (1, 3, 8)
+    for i, bits in enumerate((2, 3, 4, 5, 6, 8)):
+        for j, dtype in enumerate(TOLERANCE):
+            yield Setting(dtype, bits, (32, 64, 128)[(i + j) % 3], tokens[(i + 2 * j) % 3], i)
+
+
+def relative_error(got: Arrays, want: Arrays) -> float:
+    """The largest relative RMS error of any output; infinite for one that is not finite."""
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        a, b = a.astype(mx.float32), b.astype(mx.float32)
+        error = float(mx.sqrt(mx.square(a - b).sum() / mx.maximum(mx.square(b).sum(), 1e-30)))
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst

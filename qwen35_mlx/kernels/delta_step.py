@@ -1,0 +1,177 @@
+"""A linear attention layer between its projections: convolution, gates, delta rule, gated norm.
+
+B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, K convolution taps, C channels of q|k|v.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .gated_delta_rule import gated_delta_rule
+from .matrix import FLOATS, MAX_ROWS
+from .metal import NONE, Choice, kernel
+
+L2_EPS = 1e-6
+# Wider heads would need more registers or threadgroup memory than there are.
+HEAD_DIMS = (8, 16, 32, 64, 128)
+ROWS_PER_SIMDGROUP = 8
+
+
+class DeltaParameters(NamedTuple):
+    """Weights of the layer that are no projections."""
+
+    conv_weight: mx.array  # [C, K, 1]
+    A_log: mx.array  # [Hv]
+    dt_bias: mx.array  # [Hv]
+    norm_weight: mx.array  # [Dv], not zero-centred
+    eps: float
+
+
+def delta_step(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    recurrent_state: mx.array,
+    parameters: DeltaParameters,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+    kernels: Choice = NONE,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Output `[B, T, Hv * Dv]` in z's type, new conv_state and recurrent_state.
+
+    qkv `[B, T, C]`, z `[B, T, Hv * Dv]`, b and a `[B, T, Hv]` are the projections; conv_state
+    `[B, K - 1, C]`, recurrent_state `[B, Hv, Dv, Dk]` fp32. mask `[B, T]` is False at padding,
+    which leaves no trace; lengths `[B]` are those of right-padded rows.
+    """
+    value_dim, key_dim = recurrent_state.shape[2:]
+    if (
+        "delta_step" in kernels
+        and qkv.shape[1] <= MAX_ROWS
+        and lengths is None
+        and key_dim in HEAD_DIMS
+        and value_dim in HEAD_DIMS
+        and qkv.dtype in FLOATS
+    ):
+        return delta_step_kernel(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
+    return delta_step_ops(
+        qkv, z, b, a, conv_state, recurrent_state, parameters, mask, lengths, kernels
+    )
+
+
+def delta_step_ops(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    recurrent_state: mx.array,
+    parameters: DeltaParameters,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+    kernels: Choice = NONE,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The same for any number of tokens on any device; long ones may take a kernel for chunks."""
+    batch, num_tokens, channels = qkv.shape
+    num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
+    key_dim = (channels - num_value_heads * value_head_dim) // 2
+    if mask is not None:
+        qkv = mx.where(mask[..., None], qkv, 0)
+    qkv, conv_state = _convolve(qkv, conv_state, parameters.conv_weight, lengths)
+    q, k, v = mx.split(qkv, [key_dim, 2 * key_dim], axis=-1)
+    q = q.reshape(batch, num_tokens, -1, key_head_dim)
+    k = k.reshape(batch, num_tokens, -1, key_head_dim)
+    v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
+    g, beta = _gates(a, b, parameters, mask)
+    q = l2_norm(q) * key_head_dim**-0.5
+    out, recurrent_state = gated_delta_rule(q, l2_norm(k), v, g, beta, recurrent_state, kernels)
+    weight = parameters.norm_weight.astype(mx.float32)
+    out = mx.fast.rms_norm(out, weight, parameters.eps)
+    out = out.reshape(z.shape) * nn.silu(z.astype(mx.float32))
+    return out.astype(z.dtype), conv_state, recurrent_state
+
+
+def _convolve(
+    qkv: mx.array, state: mx.array, weight: mx.array, lengths: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """SiLU of the causal convolution, and the last K - 1 inputs as the new conv_state."""
+    num_tokens, channels = qkv.shape[1:]
+    keep = state.shape[1]
+    window = mx.concatenate([state, qkv], axis=1)
+    if lengths is None:
+        # A copy: a view would keep the whole window of a long prefill alive.
+        state = mx.contiguous(window[:, num_tokens:])
+    else:
+        # Right-padded rows: the state ends where the row ends.
+        ends = mx.clip(lengths, 0, num_tokens)
+        rows = (ends[:, None] + mx.arange(keep))[..., None]
+        state = mx.take_along_axis(window, rows, axis=1)
+    if num_tokens == 1:
+        mixed = (window * weight[..., 0].T).sum(axis=1, keepdims=True)
+    else:
+        mixed = mx.conv1d(window, weight, groups=channels)
+    return nn.silu(mixed), state
+
+
+def _gates(
+    a: mx.array, b: mx.array, parameters: DeltaParameters, mask: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Log decay g and update strength beta, `[B, T, Hv]` each, fp32."""
+    beta = mx.sigmoid(b.astype(mx.float32))
+    # fp32: exp(A_log) overflows fp16, and small decays vanish in bf16.
+    g = -mx.exp(parameters.A_log.astype(mx.float32)) * nn.softplus(
+        a.astype(mx.float32) + parameters.dt_bias.astype(mx.float32)
+    )
+    if mask is not None:
+        # No decay and no update: the state passes a pad untouched.
+        g, beta = mx.where(mask[..., None], g, 0), mx.where(mask[..., None], beta, 0)
+    return g, beta
+
+
+def l2_norm(x: mx.array) -> mx.array:
+    """Unit length over the last axis, in fp32; eps is added to the sum of squares."""
+    x = x.astype(mx.float32)
+    return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + L2_EPS)
+
+
+def delta_step_kernel(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    recurrent_state: mx.array,
+    parameters: DeltaParameters,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The same for T up to 8, in one dispatch that reads and writes the state once."""
+    batch, num_tokens, channels = qkv.shape
+    num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
+    names = "qkv z b a conv_state state conv_weight A_log dt_bias norm_weight eps mask".split()
+    conv_weight, *others, eps = parameters
+    out, conv_state, recurrent_state = kernel(
+        "delta_step", tuple(names), ("out", "new_conv_state", "new_state")
+    )(
+        # Without a mask anything fills its place.
+        inputs=[
+            *(qkv, z, b, a, conv_state, recurrent_state, conv_weight, *others, eps),
+            b if mask is None else mask,
+        ],
+        template=[
+            ("T", z.dtype),
+            ("TOKENS", num_tokens),
+            ("TAPS", conv_weight.shape[1]),
+            ("HK", (channels - z.shape[-1]) // (2 * key_head_dim)),
+            ("HV", num_value_heads),
+            ("DK", key_head_dim),
+            ("DV", value_head_dim),
+            ("MASKED", mask is not None),
+        ],
+        grid=(32 * (value_head_dim // ROWS_PER_SIMDGROUP), num_value_heads, batch),
+        threadgroup=(32 * (value_head_dim // ROWS_PER_SIMDGROUP), 1, 1),
+        output_shapes=[z.shape, conv_state.shape, recurrent_state.shape],
+        output_dtypes=[z.dtype, z.dtype, mx.float32],
+    )
+    return out, conv_state, recurrent_state

@@ -1,0 +1,74 @@
+"""How kernels see the weight of a linear layer: dense, or affine quantized in MLX's layout."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .metal import Template
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+FLOATS = (mx.bfloat16, mx.float16, mx.float32)
+# Most rows of activations for which a decode kernel keeps its sums in registers.
+MAX_ROWS = 8
+# Columns that one lane takes at a time; MLX passes smaller arrays than this in another way.
+CHUNK, MIN_ELEMENTS = 32, 8
+
+
+class Matrix(NamedTuple):
+    """`[..., out, in]` for a kernel; dense, bits are 0 and the weight fills all three places."""
+
+    arrays: tuple[mx.array, mx.array, mx.array]
+    bits: int
+    group_size: int
+    in_dims: int
+
+    @property
+    def out_dims(self) -> int:
+        """Rows, of each expert where they are stacked."""
+        return self.arrays[0].shape[-2]
+
+    def template(self, prefix: str) -> Template:
+        """Bits and group size as template arguments."""
+        return [(f"{prefix}_BITS", self.bits), (f"{prefix}_GROUP", self.group_size)]
+
+
+@functools.cache
+def names(*prefixes: str) -> tuple[str, ...]:
+    """What the arrays of matrices are called in a kernel."""
+    return tuple(f"{prefix}_{part}" for prefix in prefixes for part in ("w", "scales", "biases"))
+
+
+def matrix(module: nn.Module) -> Matrix | None:
+    """The weight of a linear layer or stack of experts; None if no kernel reads such a one."""
+    # A module is a dict of its parameters; asked once a layer and token, so without ceremony.
+    weight = module["weight"]
+    if "bias" in module:
+        return None
+    if "scales" not in module:
+        in_dims = weight.shape[-1]
+        usable = weight.dtype in FLOATS and in_dims % CHUNK == 0
+        return Matrix((weight, weight, weight), 0, CHUNK, in_dims) if usable else None
+    scales = module["scales"]
+    bits, group_size = module.bits, module.group_size
+    if module.mode != "affine" or bits not in BITS or group_size not in GROUP_SIZES:
+        return None
+    if scales.size < MIN_ELEMENTS or weight.size < MIN_ELEMENTS:
+        return None
+    arrays = (weight, scales, module["biases"])
+    return Matrix(arrays, bits, group_size, scales.shape[-1] * group_size)
+
+
+def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
+    """All of them, or None if one of them is for no kernel."""
+    found = [matrix(m) for m in modules]
+    return None if any(m is None for m in found) else [m for m in found if m is not None]
+
+
+def lanes_per_row(*in_dims: int) -> int:
+    """How many lanes share a row so that none is idle: a power of two up to 32."""
+    chunks = max(in_dims) // CHUNK
+    return min(32, 1 << (chunks - 1).bit_length())

@@ -1,0 +1,141 @@
+"""What a person types: several lines, history and completion on a terminal; lines elsewhere."""
+
+import os
+import sys
+import termios
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+PROMPT = "> "
+
+
+class Reader(Protocol):
+    """Reads a message; EOFError at the end, KeyboardInterrupt for Ctrl-C."""
+
+    def read(self, default: str = "") -> str:
+        """The message, `default` to begin with where it can be edited."""
+
+    def ask(self, question: str) -> str:
+        """A short answer to a question."""
+
+
+class LineReader:
+    """A message is a line."""
+
+    def read(self, default: str = "") -> str:
+        """The next line; there is nothing to edit."""
+        return input(PROMPT)
+
+    def ask(self, question: str) -> str:
+        """The next line."""
+        return input(question)
+
+
+class EditingReader:
+    """prompt_toolkit: Enter sends, Alt-Enter, Ctrl-J or a backslash at the end go on below."""
+
+    def __init__(self, commands: Mapping[str, Iterable[str]], history: Path):
+        """commands: what to complete, and what after each."""
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import Completer, Completion, PathCompleter
+        from prompt_toolkit.document import Document
+        from prompt_toolkit.filters import Condition
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.key_binding import KeyBindings
+
+        class Commands(Completer):
+            """Commands, their words, and files behind /file."""
+
+            def get_completions(self, document: Document, complete_event: Any) -> Iterable[Any]:
+                text = document.text_before_cursor
+                command, space, rest = text.partition(" ")
+                if not text.startswith("/") or "\n" in text:
+                    return
+                if not space:
+                    words, typed = iter(commands), command
+                elif command == "/file":
+                    path = Document(rest)
+                    yield from PathCompleter(expanduser=True).get_completions(path, complete_event)
+                    return
+                else:
+                    words, typed = iter(commands.get(command, ())), rest
+                for word in words:
+                    if word.startswith(typed):
+                        yield Completion(word, start_position=-len(typed))
+
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def send(event: Any) -> None:
+            buffer = event.current_buffer
+            if buffer.document.text_before_cursor.endswith("\\"):
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("c-j")
+        @keys.add("escape", "enter")
+        def go_on_below(event: Any) -> None:
+            event.current_buffer.insert_text("\n")
+
+        kept: Any = InMemoryHistory()
+        with suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            history.touch(mode=0o600)
+            kept = FileHistory(str(history))
+        self._session: Any = PromptSession(
+            PROMPT,
+            multiline=True,
+            prompt_continuation="  ",
+            history=kept,
+            completer=Commands(),
+            complete_while_typing=Condition(self._is_command),
+            key_bindings=keys,
+            enable_open_in_editor=True,
+        )
+        self._answers: Any = PromptSession(history=InMemoryHistory())
+
+    def _is_command(self) -> bool:
+        return bool(self._session.app.current_buffer.text.startswith("/"))
+
+    def read(self, default: str = "") -> str:
+        """A message; it may have several lines."""
+        return str(self._session.prompt(default=default))
+
+    def ask(self, question: str) -> str:
+        """A line that is not remembered."""
+        return str(self._answers.prompt(question))
+
+
+def open_reader(commands: Mapping[str, Iterable[str]], history: Path) -> Reader:
+    """An editor where a person sits at a terminal that can do it."""
+    able = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return EditingReader(commands, history) if able else LineReader()
+
+
+@contextmanager
+def silent_keys(raw: bool = False) -> Iterator[None]:
+    """What is typed meanwhile is kept for the next message, not shown amid the answer.
+
+    raw: keys stay as the editor wants them, Enter not turned into a new line.
+    """
+    try:
+        fd = sys.stdin.fileno()
+        before = termios.tcgetattr(fd)
+    # No terminal, or no file at all.
+    except (ValueError, OSError, AttributeError, termios.error):
+        yield
+        return
+    quiet = termios.tcgetattr(fd)
+    quiet[3] &= ~termios.ECHO
+    if raw:
+        quiet[0] &= ~termios.ICRNL
+        quiet[3] &= ~termios.ICANON
+    termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -1,0 +1,112 @@
+"""What this machine is: chip, memory, the GPU's share of it, versions. Nothing personal."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from . import __version__
+
+MIB = 2**20
+# What macOS and other programs need; with less the machine swaps, or stops.
+MIN_RESERVE_MIB, RESERVE_FRACTION = 6 * 1024, 0.1
+PACKAGES = ("mlx", "mlx-lm")
+
+
+class Machine(NamedTuple):
+    """Sizes in bytes; `gpu_limit_bytes` is None where there is no Metal."""
+
+    chip: str
+    os: str
+    memory_bytes: int
+    gpu_limit_bytes: int | None
+    disk_free_bytes: int
+    versions: dict[str, str]
+
+    @property
+    def has_metal(self) -> bool:
+        """Whether kernels can run."""
+        return self.gpu_limit_bytes is not None
+
+
+def describe() -> Machine:
+    """This machine now."""
+    info = mx.device_info()
+    is_metal = mx.metal.is_available()
+    memory = int(info.get("memory_size", 0)) or _sysctl("hw.memsize") or _physical_memory()
+    limit = None
+    if is_metal:
+        # 0 or absent: nobody raised it, and the recommendation is the limit.
+        raised = _sysctl("iogpu.wired_limit_mb")
+        limit = raised * MIB if raised else int(info.get("max_recommended_working_set_size", 0))
+    versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "?"
+    return Machine(
+        chip=str(info.get("device_name") or platform.machine()),
+        os=operating_system(),
+        memory_bytes=memory,
+        gpu_limit_bytes=limit,
+        disk_free_bytes=shutil.disk_usage(Path.home()).free,
+        versions=versions,
+    )
+
+
+def operating_system() -> str:
+    """Such as macOS 15.5 or Linux 6.8."""
+    if release := platform.mac_ver()[0]:
+        return f"macOS {release}"
+    return f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
+
+
+def best_wired_limit_mib(memory_bytes: int) -> int:
+    """MiB for the GPU: memory less a tenth of it, and less 6 GiB at least."""
+    total = memory_bytes // MIB
+    return total - max(MIN_RESERVE_MIB, int(total * RESERVE_FRACTION))
+
+
+def raise_limit_command(machine: Machine) -> str | None:
+    """The line that gives the GPU more memory until the next start; None if it has as much."""
+    best = best_wired_limit_mib(machine.memory_bytes)
+    if machine.gpu_limit_bytes is None or best <= machine.gpu_limit_bytes // MIB:
+        return None
+    return f"sudo sysctl iogpu.wired_limit_mb={best}"
+
+
+def _sysctl(name: str) -> int:
+    """A number of the kernel's; 0 where there is none."""
+    try:
+        run = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=10)
+        return int(run.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return 0
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def summary(machine: Machine) -> dict[str, Any]:
+    """For a report: whole gigabytes, no names of users, hosts or folders."""
+    gb = {
+        "memory_gb": machine.memory_bytes,
+        "gpu_limit_gb": machine.gpu_limit_bytes,
+        "disk_free_gb": machine.disk_free_bytes,
+    }
+    rounded = {k: None if v is None else round(v / 1e9, 1) for k, v in gb.items()}
+    return {
+        "chip": machine.chip,
+        "os": machine.os,
+        "metal": machine.has_metal,
+        **rounded,
+        "raise_gpu_limit": raise_limit_command(machine),
+        "versions": machine.versions,
+    }

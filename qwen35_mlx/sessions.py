@@ -1,0 +1,312 @@
+"""Conversations on disk: what was said as JSON, what was read as safetensors.
+
+The first is the conversation. The second only saves reading it again, and holds the ids that it
+was made of: where they differ from the prompt, the prompt is read. So one may be older than the
+other, and each is replaced as a whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
+
+from .cache import Snapshot, restore, snapshot
+from .errors import SessionError
+from .model import Model
+from .prefixes import PromptCache
+
+FORMAT = 1
+# Points to go back to that are kept: each has the recurrent state of all layers.
+NUM_SAVED_SNAPSHOTS = 3
+SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
+
+
+def session_home() -> Path:
+    """Where sessions with a name live; the environment variable QWEN35_MLX_SESSIONS overrides."""
+    if own := os.environ.get("QWEN35_MLX_SESSIONS"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "qwen35-mlx" / "sessions"
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "qwen35-mlx" / "sessions"
+
+
+def session_file(session: str | os.PathLike[str]) -> Path:
+    """The JSON file of a session; a text without a slash is a name."""
+    text = os.fspath(session)
+    if not isinstance(session, str) or os.sep in text:
+        path = Path(text).expanduser()
+        return path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    if not re.fullmatch(r"\w[\w.-]*", text):
+        raise SessionError(
+            "not a session's name", got=repr(text), expected="letters, digits, dots, - and _"
+        )
+    return session_home() / f"{text}.json"
+
+
+def cache_file(file: Path) -> Path:
+    """The cache beside a session's JSON file."""
+    return file.with_suffix(".safetensors")
+
+
+def save_conversation(
+    session: str | os.PathLike[str],
+    conversation: Mapping[str, Any],
+    model: Model,
+    cache: PromptCache | None,
+) -> Path:
+    """Write both files, each whole or not at all."""
+    file = session_file(session)
+    identity = model_identity(model)
+    content = {"format": FORMAT, "saved": time.time(), "model": identity, **conversation}
+    content["num_tokens"] = len(cache.ids) if cache else 0
+    sealed = {"sha256": _digest_of(content), **content}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _replacing(file) as temporary:
+            text = json.dumps(sealed, ensure_ascii=False, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        if cache is not None and cache.furthest:
+            _save_cache(cache_file(file), cache, identity)
+    # MLX raises RuntimeError where it cannot write; text may hold surrogates.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SessionError(
+            "the session cannot be saved", got=error, expected=f"room to write at {file.parent}"
+        ) from None
+    return file
+
+
+def load_conversation(
+    session: str | os.PathLike[str], model: Model
+) -> tuple[dict[str, Any], PromptCache | None, str | None]:
+    """The conversation, its cache, and a warning where that has to be read again.
+
+    Raises SessionError if there is no such session or what was said is damaged.
+    """
+    file = session_file(session)
+    content = read_conversation(file)
+    if content["model"] != model_identity(model):
+        return content, None, "the session is of another model; it is read again"
+    if not cache_file(file).exists():
+        return content, None, None
+    try:
+        return content, _load_cache(cache_file(file), model), None
+    # Whatever a damaged file leads to: nothing of it is used.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        return content, None, f"the session's cache cannot be used, it is read again: {reason}"
+
+
+def read_conversation(file: Path) -> dict[str, Any]:
+    """What was said, checked."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        checksum = content.pop("sha256")
+        known = content["format"]
+    except FileNotFoundError:
+        raise SessionError(
+            f"no session {file.stem}", got=f"no {file}", hint="qwen35-mlx sessions lists them"
+        ) from None
+    except OSError as error:
+        raise SessionError(f"the session {file.stem} cannot be read", got=error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from None
+    if checksum != _digest_of(content):
+        raise _damaged(file, "its checksum is another")
+    if known != FORMAT:
+        raise SessionError(
+            f"the session {file.stem} has another format",
+            got=known,
+            expected=FORMAT,
+            hint="use the version of qwen35-mlx that wrote it",
+        )
+    return dict(content)
+
+
+def _damaged(file: Path, got: str) -> SessionError:
+    return SessionError(
+        f"the session {file.stem} is damaged",
+        got=got,
+        expected=f"{file} as it was written",
+        hint=f"remove it with: qwen35-mlx sessions --remove {file.stem}",
+    )
+
+
+def model_identity(model: Model) -> str:
+    """A digest of the model's names, shapes, types and of a few numbers of each tensor."""
+    digest = hashlib.sha256()
+    samples = []
+    for name, array in sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        # By rows: a stack of experts has more elements than an index of MLX can count.
+        rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+        step = max(1, rows.shape[0] // SAMPLED_ROWS)
+        samples.append(rows[::step][:SAMPLED_ROWS, :SAMPLED_COLUMNS].reshape(-1).view(mx.uint8))
+    if samples:
+        digest.update(np.array(mx.concatenate(samples)).tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _checksum(arrays: Mapping[str, mx.array], identity: str) -> str:
+    digest = hashlib.sha256(identity.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        # As bytes, for numpy has no bfloat16.
+        words = mx.contiguous(array).reshape(-1).view(mx.uint8)
+        digest.update(np.array(words, copy=False).data)
+    return digest.hexdigest()
+
+
+def _save_cache(file: Path, cache: PromptCache, identity: str) -> None:
+    """The furthest point and the last few before it; keys and values once."""
+    end = cache.furthest
+    points = [cache.snapshots[n] for n in sorted(cache.snapshots)[-NUM_SAVED_SNAPSHOTS:]]
+    if end not in cache.snapshots:
+        points.append(snapshot(cache.entries, end))
+    arrays = {"ids": mx.array(cache.ids[:end], dtype=mx.int32)}
+    for layer, entry in enumerate(cache.entries):
+        if isinstance(entry, KVCache):
+            keys, values = cast(tuple[mx.array, mx.array], (entry.keys, entry.values))
+            arrays[f"layers.{layer}.keys"] = keys[..., :end, :]
+            arrays[f"layers.{layer}.values"] = values[..., :end, :]
+    for point in points:
+        for layer, kept in enumerate(point.entries):
+            if not isinstance(kept, int):
+                for i, array in enumerate(kept):
+                    arrays[f"points.{point.num_tokens}.layers.{layer}.{i}"] = array
+    arrays = {name: mx.contiguous(array) for name, array in arrays.items()}
+    metadata = {"format": str(FORMAT), "model": identity, "sha256": _checksum(arrays, identity)}
+    with _replacing(file) as temporary:
+        mx.save_safetensors(str(temporary), arrays, metadata)
+
+
+def _load_cache(file: Path, model: Model) -> PromptCache:
+    """Raises whatever is wrong with the file."""
+    arrays, metadata = cast(
+        tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
+    )
+    identity = model_identity(model)
+    if metadata.get("model") != identity or metadata.get("format") != str(FORMAT):
+        raise SessionError("it is of another model or format")
+    if metadata.get("sha256") != _checksum(arrays, identity):
+        raise SessionError("its checksum is another")
+    ids = arrays.pop("ids").tolist()
+    cache = PromptCache(model, ids)  # type: ignore[arg-type]
+    for layer, entry in enumerate(cache.entries):
+        if isinstance(entry, KVCache):
+            entry.keys = arrays.pop(f"layers.{layer}.keys")
+            entry.values = arrays.pop(f"layers.{layer}.values")
+            entry.offset = len(cache.ids)
+    for num_tokens in sorted({int(name.split(".")[1]) for name in arrays}):
+        kept: list[int | tuple[mx.array, ...]] = []
+        for layer, entry in enumerate(cache.entries):
+            prefix = f"points.{num_tokens}.layers.{layer}."
+            states = tuple(arrays[n] for n in sorted(arrays) if n.startswith(prefix))
+            kept.append(num_tokens if isinstance(entry, KVCache) else states)
+        cache.snapshots[num_tokens] = Snapshot(num_tokens, tuple(kept))
+    restore(cache.entries, cache.snapshots[len(cache.ids)])
+    return cache
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A name to write to, which on success becomes `file`, at once and for good."""
+    # One writer a session, see locked(): a leftover of a killed one is written over.
+    temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
+    temporary.unlink(missing_ok=True)
+    temporary.touch(mode=0o600)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(session: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hold a session: a second chat that wants it is refused."""
+    file = session_file(session)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = file.with_name(f".{file.stem}.lock").open("w")
+    except OSError as error:
+        raise SessionError("sessions cannot be stored", got=error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SessionError(
+                f"the session {file.stem} is open in another chat", hint="leave it, or use another"
+            ) from None
+        except OSError:
+            # Some network drives know no locks.
+            pass
+        yield file
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """A line of the list of sessions."""
+
+    name: str
+    saved: float
+    num_turns: int
+    num_bytes: int
+    first_words: str
+    problem: str = ""
+
+
+def list_sessions() -> list[SessionInfo]:
+    """Every session with a name, the last saved first."""
+    home = session_home()
+    found = []
+    for file in home.glob("[!.]*.json") if home.is_dir() else ():
+        files = [f for f in (file, cache_file(file)) if f.exists()]
+        num_bytes = sum(f.stat().st_size for f in files)
+        try:
+            content = read_conversation(file)
+        except SessionError as error:
+            problem = str(error).partition("\n")[0]
+            found.append(SessionInfo(file.stem, file.stat().st_mtime, 0, num_bytes, "", problem))
+            continue
+        asked = [m["content"] for m in content["messages"] if m["role"] == "user"]
+        first = " ".join(asked[0].split()) if asked else ""
+        found.append(SessionInfo(file.stem, content["saved"], len(asked), num_bytes, first))
+    return sorted(found, key=lambda info: -info.saved)
+
+
+def remove_session(session: str | os.PathLike[str]) -> None:
+    """Delete a session, damaged or not."""
+    file = session_file(session)
+    if not file.exists():
+        raise SessionError(f"no session {file.stem}", hint="qwen35-mlx sessions lists them")
+    with locked(session):
+        for path in (cache_file(file), file, file.with_name(f".{file.stem}.lock")):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,133 @@
+"""Whole models that decode through the emulated kernels give the logits of plain MLX."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal.emulator import Log, emulated
+
+from qwen35_mlx.config import FULL, LINEAR
+from qwen35_mlx.convert import convert
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.kernels import metal
+from qwen35_mlx.weights import load_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+MAX_DIFFERENCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def models(converted_demo, tmp_path_factory):
+    folders = {"demo": converted_demo}
+    for name in ("dense", "moe", "yarn"):
+        folder = tmp_path_factory.mktemp("golden") / name
+        folders[name] = convert(GOLDEN / name, folder, dtype="float32")
+    return {name: load_model(folder)[0] for name, folder in folders.items()}
+
+
+def logits_with(model, kernels, prompt, pieces, left_padding=None):
+    """Logits of the pieces that follow a prompt; the prompt is always read by plain MLX."""
+    cache = model.make_cache(left_padding=left_padding)
+    metal.use(model, ())
+    mx.eval(model(prompt, cache))
+    metal.use(model, kernels)
+    result = [model(piece, cache) for piece in pieces]
+    mx.eval(result)
+    metal.use(model, ())
+    return result
+
+
+def compare(model, pieces, left_padding=None) -> Log:
+    rows = len(left_padding) if left_padding else 1
+    rng = np.random.default_rng(0)
+    # A prompt longer than what the kernels take, of odd length.
+    prompt = mx.array(rng.integers(0, model.config.vocab_size, (rows, 11)))
+    inputs = [mx.array(rng.integers(0, model.config.vocab_size, (rows, n))) for n in pieces]
+    with emulated() as log:
+        metal.clear()
+        got = logits_with(model, metal.DECODE_OPS, prompt, inputs, left_padding)
+    metal.clear()
+    want = logits_with(model, (), prompt, inputs, left_padding)
+    for a, b in zip(got, want, strict=True):
+        assert b.std().item() > 0.3
+        scale = max(1.0, mx.abs(b).max().item())
+        assert mx.abs(a - b).max().item() <= MAX_DIFFERENCE * scale
+    return log
+
+
+def launches(log: Log, model) -> dict[str, int]:
+    """Of every chosen kernel, how many a step."""
+    names = [x.kernel for x in log.launches]
+    return {op: sum(op in name for name in names) for op in metal.DECODE_OPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces", "left_padding"),
+    [
+        ("dense", (1, 3), None),
+        ("dense", (1,), [0, 5, 11]),
+        ("moe", (1, 8), None),
+        ("moe", (3,), [2, 0]),
+        ("yarn", (2, 1), None),
+        ("demo", (1, 1), None),
+        ("demo", (1,), [4, 0]),
+    ],
+)
+def test_logits_equal_those_of_plain_mlx(models, name, pieces, left_padding):
+    model = models[name]
+    log = compare(model, pieces, left_padding)
+    count = launches(log, model)
+    types = model.config.layer_types
+    assert count["delta_step"] == types.count(LINEAR) * len(pieces)
+    assert count["qk_norm_rope"] == count["output_gate"] == types.count(FULL) * len(pieces)
+    assert count["residual_norm"] == len(types) * len(pieces)
+    # The odd widths of yarn are left to plain MLX.
+    experts = 0 if name == "yarn" else len(types) * len(pieces)
+    assert count["expert_gate_up"] == count["expert_down"] == experts
+    assert (count["projection"] > 0) == (name != "yarn")
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_short_first_piece_and_no_cache_equal_plain_mlx(models, name):
+    model, ids = models[name], mx.array([[5, 3, 8, 1]])
+    want = model(ids)
+    with emulated():
+        metal.clear()
+        metal.use(model, metal.DECODE_OPS)
+        got = model(ids), model(ids, model.make_cache())
+        mx.eval(got)
+    metal.use(model, ())
+    metal.clear()
+    for logits in got:
+        assert mx.abs(logits - want).max().item() <= MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("op", metal.DECODE_OPS)
+def test_each_kernel_alone_equals_plain_mlx(models, op):
+    model = models["moe"]
+    prompt, token = mx.arange(10)[None], mx.array([[3]])
+    with emulated() as log:
+        metal.clear()
+        (got,) = logits_with(model, (op,), prompt, [token])
+    metal.clear()
+    (want,) = logits_with(model, (), prompt, [token])
+    assert mx.abs(got - want).max().item() <= MAX_DIFFERENCE
+    assert {x.kernel.startswith(op) for x in log.launches} == {True}
+
+
+def test_a_long_piece_runs_no_decode_kernel(models):
+    model = models["moe"]
+    with emulated() as log:
+        metal.clear()
+        metal.use(model, metal.DECODE_OPS)
+        mx.eval(model(mx.arange(9)[None], model.make_cache()))
+    metal.use(model, ())
+    metal.clear()
+    # The router alone has no limit.
+    assert {x.kernel.split("_")[0] for x in log.launches} == {"router"}
+
+
+def test_an_unknown_kernel_is_refused(models):
+    with pytest.raises(Qwen35Error, match="no such kernel: warp_drive"):
+        metal.use(models["dense"], ["warp_drive"])

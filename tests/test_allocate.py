@@ -1,0 +1,98 @@
+"""The choice of bits against a search through everything."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant.allocate import Option, allocate
+
+
+def random_tables(seed: int, num: int, step: int) -> dict[str, list[Option]]:
+    """Sizes in whole steps, errors that fall with size on the whole; some options are no good."""
+    rng = np.random.default_rng(seed)
+    tables = {}
+    for i in range(num):
+        sizes = step * np.sort(rng.integers(1, 200, size=rng.integers(1, 7)))
+        errors = rng.lognormal(0, 2) * np.exp(-rng.uniform(0.01, 0.05) * sizes / step)
+        errors *= rng.lognormal(0, 0.5, size=len(sizes))
+        tables[f"t{i}"] = [
+            Option(2 + k, 64, int(s), float(e))
+            for k, (s, e) in enumerate(zip(sizes, errors, strict=True))
+        ]
+    return tables
+
+
+def best_error(tables: dict[str, list[Option]], budget: int) -> float:
+    return min(
+        sum(o.error for o in chosen)
+        for chosen in product(*tables.values())
+        if sum(o.nbytes for o in chosen) <= budget
+    )
+
+
+def sizes(tables: dict[str, list[Option]]) -> tuple[int, int]:
+    smallest = sum(min(o.nbytes for o in options) for options in tables.values())
+    return smallest, sum(max(o.nbytes for o in options) for options in tables.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_within_the_budget_has_less_error(seed):
+    tables = random_tables(seed, num=5, step=1024)
+    low, high = sizes(tables)
+    for budget in (low, low + 1, (2 * low + high) // 3, (low + high) // 2, high, 2 * high):
+        found = allocate(tables, budget)
+        assert found.nbytes == sum(o.nbytes for o in found.options.values()) <= budget
+        assert found.error == pytest.approx(sum(o.error for o in found.options.values()))
+        assert found.error == pytest.approx(best_error(tables, budget), rel=1e-9)
+        assert found.lower_bound <= found.error * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sizes_without_a_common_unit_stay_within_the_stated_bound(seed):
+    rng = np.random.default_rng(seed)
+    tables = {
+        name: [o._replace(nbytes=o.nbytes * 10**6 + int(rng.integers(10**6))) for o in options]
+        for name, options in random_tables(seed, num=6, step=1).items()
+    }
+    low, high = sizes(tables)
+    for budget in (low, (2 * low + high) // 3, (low + high) // 2):
+        found = allocate(tables, budget)
+        best = best_error(tables, budget)
+        assert found.nbytes <= budget
+        assert found.lower_bound <= best * (1 + 1e-9)
+        assert found.error <= best * 1.01
+
+
+def test_many_tensors_fill_the_budget_and_come_close_to_the_bound():
+    tables = random_tables(3, num=700, step=2**20)
+    low, high = sizes(tables)
+    for share in (0.05, 0.3, 0.8):
+        budget = int(low + share * (high - low)) + 12345
+        found = allocate(tables, budget)
+        assert found.nbytes <= budget
+        assert found.error <= found.lower_bound * 1.002
+        if share < 0.5:
+            assert found.nbytes >= 0.999 * budget
+
+
+def test_options_that_cost_more_and_lose_more_are_never_taken():
+    tables = {"a": [Option(2, 64, 10, 1.0), Option(3, 64, 20, 2.0), Option(4, 64, 30, 0.5)]}
+    assert allocate(tables, 25).options["a"].bits == 2
+    assert allocate(tables, 30).options["a"].bits == 4
+
+
+def test_a_budget_below_the_smallest_plan_says_what_would_do():
+    tables = random_tables(0, num=4, step=1000)
+    low, _ = sizes(tables)
+    with pytest.raises(Qwen35Error, match="smaller than the smallest plan") as error:
+        allocate(tables, low - 1)
+    assert f"at least {low:,} bytes" in str(error.value)
+    assert allocate(tables, low).nbytes == low
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), -1.0])
+def test_errors_that_are_no_numbers_are_refused(error):
+    with pytest.raises(Qwen35Error, match="an error is no number"):
+        allocate({"a": [Option(2, 64, 10, error)]}, 100)

@@ -1,0 +1,184 @@
+"""Bits for a budget: the plans of the 397B from headers alone, and small ones that are run."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+from test_config import family_config
+from test_mlx_lm import assert_equal_logits, write_source
+
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.convert import convert, macs, plan
+from qwen35_mlx.convert.fit import fit, fit_mac, memory_bytes, quality_settings
+from qwen35_mlx.convert.names import TABLE, Role
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.quant.recipes import RECIPES, recipe
+
+GIB = 2**30
+
+
+def write_headers(folder: Path, config: dict) -> Path:
+    """A checkpoint of which only the headers are there: the data are a hole in the file."""
+    parsed = ModelConfig.from_hf(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row in TABLE:
+        if row.shape is None or row.role is Role.DROPPED:
+            continue
+        for layer in range(parsed.num_hidden_layers if "{layer}" in row.source else 1):
+            if row.when(parsed, layer):
+                name = row.source.format(trunk="model.language_model.", layer=layer)
+                shapes[name] = row.shape(parsed)
+    shapes["mtp.layers.0.mlp.experts.gate_up_proj"] = (512, 2048, 4096)
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(entries).encode()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(raw).to_bytes(8, "little") + raw)
+        try:
+            stream.truncate(8 + len(raw) + end)
+        except OSError:
+            pytest.skip("this file system has no sparse files")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flagship(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_headers(tmp_path_factory.mktemp("397b") / "src", family_config("397B-A17B"))
+
+
+@cache
+def fitted(flagship: Path, memory_gib: int, context: int = 32768):
+    return fit_mac(flagship, memory_gib * GIB, context=context)
+
+
+@pytest.mark.parametrize(("memory_gib", "context"), [(192, 32768), (256, 32768), (192, 262144)])
+def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
+    choice, budget, choices = fitted(flagship, memory_gib, context)
+    config = choice.plan.config
+    # By the rules of macs.py, line by line and in all.
+    in_use = macs.running_bytes(config, choice.plan, context)
+    limit = macs.raised_limit_bytes(memory_gib * GIB)
+    assert in_use <= limit
+    assert budget.weight_bytes == limit - macs.overhead_bytes(config, context)
+    assert 0.995 * budget.weight_bytes <= choice.file_bytes <= budget.weight_bytes
+    assert choice.file_bytes > macs.text_bytes(choice.plan)
+    # What the plan says is what its tensors add up to.
+    text = [e for e in choice.plan.entries if e.role is not Role.CARRIED]
+    assert macs.text_bytes(choice.plan) == sum(t.nbytes for e in text for t in e.tensors)
+    assert choice.allocation.error <= 1.01 * choice.allocation.lower_bound
+    speed = choices["speed"]
+    assert macs.bytes_per_token(config, speed.plan) < macs.bytes_per_token(config, choice.plan)
+    assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
+
+
+def test_more_memory_is_better_and_experts_give_first(flagship):
+    small, large = (fitted(flagship, gib)[0] for gib in (192, 256))
+    assert large.predicted_kl < small.predicted_kl / 2
+    bits = {e.module: e.bits for e in small.plan.entries}
+    layer = "language_model.model.layers.7."
+    assert bits[f"{layer}mlp.gate"] == 8
+    assert bits[f"{layer}mlp.switch_mlp.gate_proj"] == bits[f"{layer}mlp.switch_mlp.up_proj"] <= 4
+    assert bits[f"{layer}self_attn.o_proj"] > bits[f"{layer}mlp.switch_mlp.down_proj"]
+    assert bits["language_model.model.layers.0.linear_attn.out_proj"] >= 6
+
+
+def test_a_mac_too_small_is_told_how_much_would_do(flagship):
+    with pytest.raises(Qwen35Error, match="smaller than the smallest plan") as error:
+        fit_mac(flagship, 96 * GIB)
+    least = float(str(error.value).split("at least ")[1].split(" GB")[0])
+    choice = fit(flagship, math.ceil(least * 1e9) + 10**6)
+    assert choice.file_bytes <= least * 1e9 + 10**6
+    with pytest.raises(Qwen35Error, match="smaller than the smallest plan"):
+        fit(flagship, int(least * 1e9) - 10**7)
+
+
+def test_recipes_order_the_397b_by_size(flagship):
+    sizes = {
+        name: macs.text_bytes(plan(flagship, recipe=recipe(name), method="search")) / 1e9
+        for name in RECIPES
+    }
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert 185 < sizes["q3"] < 196
+    assert 222 < sizes["q4"] < 232
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4GB", "0", "12 parsecs"])
+def test_what_is_no_memory_is_refused(text):
+    with pytest.raises(Qwen35Error, match="not a size of memory"):
+        memory_bytes(text)
+
+
+def test_memory_of_a_mac_is_in_gibibytes():
+    assert memory_bytes("192GB") == memory_bytes("192 GiB") == memory_bytes("192") == 192 * GIB
+    assert memory_bytes("0.5g") == GIB // 2
+
+
+def test_a_context_beyond_the_model_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "src", moe=True)
+    with pytest.raises(Qwen35Error, match="context is longer"):
+        fit_mac(tmp_path / "src", 16 * GIB, context=513)
+
+
+@pytest.mark.parametrize("bits_per_weight", [3.7, 5.0, 7.3])
+def test_bits_per_weight_are_met_from_below_and_beat_uniform_bits(tmp_path, bits_per_weight):
+    write_checkpoint(tmp_path / "src", moe=True, vision=True, mtp=True)
+    choice = fit(tmp_path / "src", bits_per_weight=bits_per_weight)
+    assert choice.plan.bits_per_weight <= bits_per_weight
+    assert choice.plan.bits_per_weight > 0.97 * bits_per_weight
+
+
+def test_only_one_may_decide_on_bits(tmp_path):
+    with pytest.raises(Qwen35Error, match="only one may decide") as error:
+        quality_settings(tmp_path, bits=4, memory="64GB")
+    assert "bits and fit" in str(error.value)
+    with pytest.raises(Qwen35Error, match="no recipe 'q7'"):
+        quality_settings(tmp_path, recipe="q7")
+
+
+def test_measured_kls_move_bits_to_where_they_count(tmp_path):
+    write_checkpoint(tmp_path / "src", moe=True)
+    planned = plan(tmp_path / "src")
+    quantized = [e.module for e in planned.entries if e.role is Role.QUANTIZED]
+    last = "language_model.model.layers.3.mlp.switch_mlp.down_proj"
+    kls = {m: {(2, 64): 1e-4, (4, 64): 1e-5} for m in quantized}
+    kls[last] = {(2, 64): 1.0, (4, 64): 0.1}
+    calibration = Calibration("src", planned.layout, "", 100, kls=kls)
+    choice = fit(tmp_path / "src", bits_per_weight=4.0, calibration=calibration)
+    bits = {unit: option.bits for unit, option in choice.allocation.options.items()}
+    assert bits[last] == 8
+    assert max(b for unit, b in bits.items() if unit != last) < 8
+    other = Calibration("other", "0" * 16, "", 100)
+    with pytest.raises(Qwen35Error, match="of another model"):
+        fit(tmp_path / "src", bits_per_weight=4.0, calibration=other)
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("way", [dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)])
+def test_mixed_bits_load_in_mlx_lm_with_equal_logits(tmp_path, moe, way):
+    write_source(tmp_path / "source", moe)
+    settings, _ = quality_settings(tmp_path / "source", **way)
+    out = convert(tmp_path / "source", tmp_path / "converted", **settings)
+    block = json.loads((out / "config.json").read_text())["quantization"]
+    settings = {(v["bits"], v["group_size"]) for v in block.values() if isinstance(v, dict)}
+    assert len(settings) > 1
+    assert_equal_logits(out)
+
+
+def test_the_page_adds_up(flagship):
+    settings, lines = quality_settings(flagship, memory="256GB", prefer="speed", context=65536)
+    assert settings["method"] == "search"
+    amounts = [float(line[46:56]) for line in lines if line.startswith("  ") and line[-3:] == " GB"]
+    limit, kv, states, activations, program, left, weights, spare = amounts
+    assert left == pytest.approx(limit - kv - states - activations - program, abs=0.003)
+    assert spare == pytest.approx(left - weights, abs=0.002)
+    assert kv == pytest.approx(30720 * 65536 / 1e9, abs=0.001)
+    (chosen,) = [line for line in lines if line.endswith("<- this plan")]
+    assert chosen.startswith("speed")

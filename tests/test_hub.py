@@ -1,0 +1,239 @@
+"""From the hub shard by shard: the same bytes as from a folder, whatever the network does."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+from fake_hub import REPO, FakeHub, serving
+
+from qwen35_mlx.convert import convert, hub, job, plan
+from qwen35_mlx.errors import CheckpointError, Qwen35Error
+
+SETTINGS = dict(bits=3, group_size=32)
+NUM_SHARDS = 5
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "src"
+    write_checkpoint(
+        folder, moe=True, mtp=True, experts="each", num_shards=NUM_SHARDS, tokenizer=True
+    )
+    return folder
+
+
+@pytest.fixture
+def fake(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serving(source, tmp_path / "cache", monkeypatch) as server:
+        yield server
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "config.json"}
+
+
+def test_the_same_bytes_as_from_a_folder(tmp_path, source, fake):
+    local = convert(source, tmp_path / "local", **SETTINGS)
+    out = convert(REPO, tmp_path / "out", **SETTINGS)
+    assert listing(out) == listing(local)
+    assert f'"source": "{REPO}"' in (out / "config.json").read_text()
+    assert f'"source_revision": "{fake.commit}"' in (out / "config.json").read_text()
+    assert not job.work_folder(out).exists()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["cut", None, "cut", "cut", 500, "cut"],
+        [429, 429, None, 503, 500, 429],
+        ["wrong", None, "wrong", None, "wrong"],
+        ["slow", "cut", 500, "wrong", 429, None, "slow", "cut", "wrong"],
+    ],
+)
+def test_faults_of_the_network_change_nothing(tmp_path, source, fake, faults, caplog):
+    local = convert(source, tmp_path / "local", **SETTINGS)
+    planned = plan(REPO)
+    fake.faults = list(faults)
+    with caplog.at_level(logging.ERROR):
+        out = convert(REPO, tmp_path / "out", **SETTINGS)
+    assert not fake.faults and fake.num_faults == len([f for f in faults if f])
+    assert listing(out) == listing(local)
+    assert planned.source_bytes == plan(source).source_bytes
+
+
+def test_only_two_shards_lie_on_disk_and_none_stays(tmp_path, source, fake):
+    seen: list[set[str]] = []
+
+    def progress(done, total, tensor, file):
+        folder = job.work_folder(tmp_path / "out") / "source"
+        deadline = time.monotonic() + 30
+        while True:
+            found = {p.name for p in folder.glob("*.safetensors")}
+            # The second comes while the first is converted, however slowly.
+            if len(found) != 1 or max(map(len, seen)) == 2 or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        seen.append(found)
+
+    planned = plan(REPO)
+    convert(REPO, tmp_path / "out", progress=progress, **SETTINGS)
+    assert max(map(len, seen)) == 2
+    assert len(set().union(*seen)) == NUM_SHARDS
+    needed = job.source_disk_bytes(planned.source, job.cut(planned), keep_source=False)
+    sizes = sorted(p.stat().st_size for p in source.glob("*.safetensors"))
+    assert sizes[0] < needed <= sum(sizes[-2:])
+
+
+def test_the_source_is_kept_on_request(tmp_path, source, fake):
+    convert(REPO, tmp_path / "out", keep_source=True, **SETTINGS)
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "out-source" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_bytes_that_stay_wrong_are_an_error_and_the_next_run_goes_on(tmp_path, source, fake):
+    local = convert(source, tmp_path / "local", **SETTINGS)
+    plan(REPO)
+    headers = NUM_SHARDS
+    fake.faults = [None] * headers + [None, None] + ["wrong"] * 3
+    with pytest.raises(CheckpointError) as error:
+        convert(REPO, tmp_path / "out", **SETTINGS)
+    lines = str(error.value).splitlines()
+    assert "does not have the checksum that the hub lists" in lines[0]
+    assert lines[1].startswith("  got: ") and lines[1].split()[1] != lines[2].split()[1]
+    done: list[int] = []
+    fake.served.clear()
+    out = convert(REPO, tmp_path / "out", progress=lambda *c: done.append(c[0]), **SETTINGS)
+    assert done[0] > 0
+    # What was converted is not fetched again, but for its header.
+    first = "model-00001-of-00005.safetensors"
+    assert fake.served[first] <= (source / first).stat().st_size
+    assert listing(out) == listing(local)
+
+
+def test_a_network_that_is_gone_is_an_error_and_the_next_run_goes_on(
+    tmp_path, source, fake, monkeypatch
+):
+    local = convert(source, tmp_path / "local", **SETTINGS)
+    fake.faults = [None] * (NUM_SHARDS + 2) + [500] * 200
+    with pytest.raises(CheckpointError, match=r"(?s)cannot get Qwen/Tiny.*what is done is kept"):
+        convert(REPO, tmp_path / "out", **SETTINGS)
+    fake.faults = []
+    # Meanwhile the branch moved on; the job is of the commit it was started at.
+    assert listing(convert(REPO, tmp_path / "out", **SETTINGS)) == listing(local)
+
+
+def test_headers_alone_are_fetched_for_a_plan(source, fake, monkeypatch):
+    monkeypatch.setattr(hub, "FIRST_BYTES", 100)
+    planned = plan(REPO, **SETTINGS)
+    local = plan(source, **SETTINGS)
+    assert [s.tensors for s in planned.shards] == [s.tensors for s in local.shards]
+    for path in source.glob("*.safetensors"):
+        raw = path.read_bytes()
+        assert fake.served[path.name] == max(8 + int.from_bytes(raw[:8], "little"), 100)
+
+
+def test_disk_for_two_shards_is_asked_for_before_the_start(tmp_path, source, fake, monkeypatch):
+    planned = plan(REPO, **SETTINGS)
+    shards = job.source_disk_bytes(planned.source, job.cut(planned), keep_source=False)
+    usage = shutil.disk_usage(tmp_path)
+    free = planned.output_bytes + job.SPARE_BYTES + shards // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    fake.served.clear()
+    with pytest.raises(Qwen35Error, match="not enough disk space"):
+        convert(REPO, tmp_path / "out", **SETTINGS)
+    assert not job.work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "message"),
+    [
+        ("Qwen/Other", None, "cannot get Qwen/Other from the hub"),
+        (REPO, "v9", "cannot get Qwen/Tiny from the hub"),
+        ("no/such/folder", None, "no checkpoint at"),
+        ("./nothing", None, "no checkpoint at"),
+        ("../nothing", None, "no checkpoint at"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_a_clear_error(fake, repo, revision, message):
+    with pytest.raises(Qwen35Error, match=message):
+        plan(repo, revision=revision)
+
+
+def test_a_revision_is_part_of_the_job(tmp_path, source, fake):
+    def stop(done, total, tensor, file):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(REPO, tmp_path / "out", revision="v1", progress=stop, **SETTINGS)
+    with pytest.raises(Qwen35Error, match=r"(?s)revision=None.*revision=v1"):
+        convert(REPO, tmp_path / "out", **SETTINGS)
+    assert convert(REPO, tmp_path / "out", revision="v1", **SETTINGS)
+
+
+def test_a_folder_has_no_revision(source):
+    with pytest.raises(Qwen35Error, match="a folder has no revisions"):
+        plan(source, revision="main")
+
+
+def test_small_files_without_lfs_are_checked_as_git_does(tmp_path, source, fake):
+    local = convert(source, tmp_path / "local", **SETTINGS)
+    fake.hides_checksums = True
+    plan(REPO)
+    fake.faults = [None] * NUM_SHARDS + ["wrong"]
+    assert listing(convert(REPO, tmp_path / "out", **SETTINGS)) == listing(local)
+    assert not fake.faults
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "a/b.safetensors"])
+def test_an_index_of_the_hub_names_no_file_elsewhere(tmp_path, source, fake, name):
+    path = source / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00002-of-00005.safetensors", name))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        convert(REPO, tmp_path / "out", **SETTINGS)
+    assert os.listdir(tmp_path) and not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [((200_000_000).to_bytes(8, "little"), "header is too long"),
+     ((2**63).to_bytes(8, "little"), "header is longer than the file")],
+)  # fmt: skip
+def test_a_header_of_hundreds_of_megabytes_is_refused_unfetched(source, fake, prefix, message):
+    path = source / "model-00002-of-00005.safetensors"
+    with path.open("r+b") as stream:
+        stream.write(prefix)
+        stream.truncate(300_000_000)
+    with pytest.raises(CheckpointError, match=message):
+        plan(REPO)
+    assert fake.served[path.name] <= hub.FIRST_BYTES
+
+
+def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, source):
+    server = FakeHub(source)
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    script = "from qwen35_mlx.cli import main; main()"
+    try:
+        for arguments in (["plan", REPO], ["convert", REPO, str(tmp_path / "out"), "--verify"]):
+            command = [sys.executable, "-c", script, *arguments]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+    finally:
+        server.close()
+    assert "shards of the source on their way" in done.stderr
+    assert "are as they were written" in done.stdout
+    assert listing(tmp_path / "out") == listing(convert(source, tmp_path / "local"))

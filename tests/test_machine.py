@@ -1,0 +1,81 @@
+"""What a machine says about itself, on faked Macs."""
+
+import json
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from qwen35_mlx import machine
+
+GB = 2**30
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch):
+    """Turns this into a Mac of some memory, with the given answers of sysctl."""
+
+    def become(memory_gb: int, **sysctl: int) -> machine.Machine:
+        info = {
+            "device_name": "Apple M3 Ultra",
+            "memory_size": memory_gb * GB,
+            "max_recommended_working_set_size": memory_gb * GB * 3 // 4,
+        }
+        monkeypatch.setattr(mx, "device_info", lambda: info)
+        monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+        monkeypatch.setattr(platform, "mac_ver", lambda: ("15.5", ("", "", ""), "arm64"))
+
+        def run(command: list[str], **_: object) -> SimpleNamespace:
+            assert command[:2] == ["sysctl", "-n"]
+            return SimpleNamespace(stdout=str(sysctl.get(command[2].split(".")[-1], "")) + "\n")
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return machine.describe()
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "megabytes"),
+    # A tenth for the rest of the machine, 6 GiB at least.
+    [(512, 471860), (256, 235930), (192, 176948), (64, 58983), (36, 30720)],
+)
+def test_the_line_that_raises_the_limit(mac, memory_gb: int, megabytes: int) -> None:
+    described = mac(memory_gb, wired_limit_mb=0)
+    assert described.chip == "Apple M3 Ultra"
+    assert described.os == "macOS 15.5"
+    assert described.gpu_limit_bytes == memory_gb * GB * 3 // 4
+    command = f"sudo sysctl iogpu.wired_limit_mb={megabytes}"
+    assert machine.raise_limit_command(described) == command
+    assert machine.summary(described)["raise_gpu_limit"] == command
+
+
+def test_no_line_where_it_would_not_raise_the_limit(mac) -> None:
+    # Small machines have three quarters already, and a raised limit stays.
+    assert machine.raise_limit_command(mac(16)) is None
+    raised = mac(192, wired_limit_mb=180000)
+    assert raised.gpu_limit_bytes == 180000 * 2**20
+    assert machine.raise_limit_command(raised) is None
+
+
+def test_without_metal_there_is_no_limit() -> None:
+    described = machine.describe()
+    if mx.metal.is_available():
+        pytest.skip("this machine has Metal")
+    assert not described.has_metal
+    assert machine.raise_limit_command(described) is None
+    assert described.memory_bytes > GB
+    assert described.versions["mlx"] == mx.__version__
+
+
+def test_the_summary_names_no_person_no_host_and_no_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("USER", "ada")
+    monkeypatch.setattr(socket, "gethostname", lambda: "adas-mac")
+    text = json.dumps(machine.summary(machine.describe()))
+    assert not any(private in text for private in ("ada", str(Path.home()), "/", platform.node()))

@@ -1,0 +1,209 @@
+"""Plans of the real sizes, from headers alone, and what they say of Macs."""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from fake_hub import REPO, FakeHub, serving
+
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.convert import job, macs, page, plan
+from qwen35_mlx.convert.family import FAMILY, family_source
+from qwen35_mlx.convert.macs import GIB
+from qwen35_mlx.convert.pieces import cut, peak_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+# Qwen3.5-397B-A17B
+REAL = dict(
+    HIDDEN=4096, VOCAB=248_320, EXPERTS=512, EXPERT_WIDTH=1024, SHARED_WIDTH=1024, HEADS=32,
+    KV_HEADS=2, HEAD_DIM=256, LINEAR_K_HEADS=16, LINEAR_V_HEADS=64, LINEAR_K_DIM=128,
+    LINEAR_V_DIM=128, KEY_DIM=2048, VALUE_DIM=8192,
+    LAYER_TYPES=(["linear_attention"] * 3 + ["full_attention"]) * 15,
+)  # fmt: skip
+SHARD_BYTES = 9 * 10**9
+
+
+def write_sparse(folder: Path, patch: pytest.MonkeyPatch, num_layers: int = 60) -> None:
+    """The 397B with its true names and shapes, in shards that hold nothing but headers."""
+    folder.mkdir()
+    with patch.context() as real:
+        for name, value in REAL.items():
+            real.setattr(checkpoints, name, value)
+        real.setattr(checkpoints, "LAYER_TYPES", REAL["LAYER_TYPES"][:num_layers])
+        shapes = checkpoints.tensor_shapes(
+            moe=True, tied=False, experts="fused", flat=False, vision=True, mtp=True
+        )
+        text = checkpoints.text_config(moe=True, tied=False)
+    text |= dict(num_experts_per_tok=10, max_position_embeddings=262_144)
+    config = dict(model_type="qwen3_5_moe", tie_word_embeddings=False, text_config=text)
+    (folder / "config.json").write_text(json.dumps(config))
+    shards: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, shape in sorted(shapes.items()):
+        nbytes = 2 * math.prod(shape)
+        if filled + nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            filled = 0
+        entry = dict(dtype="BF16", shape=list(shape), data_offsets=[filled, filled + nbytes])
+        shards[-1][name] = entry
+        filled += nbytes
+    weight_map = {}
+    for i, header in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        raw = json.dumps(header).encode()
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        with (folder / file).open("wb") as stream:
+            stream.write(len(raw).to_bytes(8, "little") + raw)
+            try:
+                stream.truncate(8 + len(raw) + end)
+            except OSError:
+                pytest.skip("this file system has no sparse files")
+        weight_map |= dict.fromkeys(header, file)
+    index = {"weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    write_sparse(tmp_path / "src", monkeypatch)
+    with serving(tmp_path / "src", tmp_path / "cache", monkeypatch) as hub:
+        yield hub
+
+
+def experts_3(module: str) -> tuple[int, int]:
+    return (3 if "switch_mlp" in module else 4), 64
+
+
+def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
+    planned = plan(REPO, bits=4)
+    assert sum(real.served.values()) < 4 * 10**6 + len(real.served) * 2**17
+    text = [e for e in planned.entries if e.role.name != "CARRIED"]
+    # What llama.cpp prints, and the sizes of published conversions.
+    assert sum(e.num_parameters for e in text) / 1e9 == pytest.approx(396.35, abs=0.02)
+    assert sum(e.output_bytes for e in text) / 1e9 == pytest.approx(222.9, abs=0.2)
+    assert planned.source_bytes / 1e9 == pytest.approx(806, abs=2)
+    mixed = plan(planned.source, recipe=experts_3)
+    assert macs.text_bytes(mixed) / 1e9 == pytest.approx(174.6, abs=0.2)
+    assert macs.bytes_per_token(mixed.config, mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
+    assert macs.tokens_per_second(mixed.config, mixed, 819) == pytest.approx(94, abs=2)
+
+    pieces = cut(mixed)
+    assert peak_bytes(mixed, pieces) < 10**9
+    fetched = job.source_disk_bytes(planned.source, pieces, keep_source=False)
+    assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
+    lines = page.mac_lines(mixed)
+    ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
+    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N="] * 4
+    assert ultra.split()[10] == f"{macs.tokens_per_second(mixed.config, mixed, 800, 8192):.0f}"
+    assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
+    largest = next(line for line in lines if "512 GB" in line)
+    assert largest.split().count("fits") == 4
+
+
+def test_a_picture_of_the_plan(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_checkpoint(tmp_path / "src", moe=True)
+    page.draw(plan(tmp_path / "src"), tmp_path / "plan.png")
+    raw = (tmp_path / "plan.png").read_bytes()
+    assert raw.startswith(b"\x89PNG") and len(raw) > 20_000
+
+
+def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypatch) -> None:
+    write_checkpoint(tmp_path / "src")
+    for name in ("matplotlib", "matplotlib.backends.backend_agg", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=r"qwen35-mlx\[plot\]"):
+        page.draw(plan(tmp_path / "src"), tmp_path / "plan.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.8B", 0.75), ("2B", 1.88), ("27B", 26.9), ("35B-A3B", 34.7), ("122B-A10B", 122.1),
+     ("397B-A17B", 396.35)],
+)  # fmt: skip
+def test_sizes_of_the_family(name: str, billions: float) -> None:
+    planned = plan(family_source(f"Qwen3.5-{name}"))
+    assert planned.num_parameters / 1e9 == pytest.approx(billions, rel=0.012)
+
+
+def test_what_fits_this_machine_names_every_model() -> None:
+    lines = page.family_lines(192 * GIB, macs.Mac("M2 Ultra", 192, 800))
+    assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
+    cells = {line.split()[0]: line for line in lines if line.startswith("Qwen")}
+    assert cells.keys() == FAMILY.keys()
+    assert "173.5 GB, 256k*" in cells["Qwen3.5-397B-A17B"]
+    assert "223.0 GB, no" in cells["Qwen3.5-397B-A17B"]
+    assert "15.2 GB, 256k" in cells["Qwen3.5-27B"]
+
+
+def test_cache_and_state_of_the_397b() -> None:
+    config = ModelConfig.from_hf(family_source("Qwen3.5-397B-A17B").config)
+    assert macs.kv_bytes(config, 1) == 30_720
+    assert macs.state_bytes(config) / 1e6 == pytest.approx(188.7 + 3.3, abs=0.1)
+
+
+def test_limits_rise_with_memory_and_leave_room() -> None:
+    for mac in macs.MACS:
+        limit, raised = (
+            f(mac.memory_bytes) for f in (macs.gpu_limit_bytes, macs.raised_limit_bytes)
+        )
+        assert limit < raised <= mac.memory_bytes - 8 * GIB
+    assert 165e9 < macs.raised_limit_bytes(192 * GIB) < 190e9
+    assert macs.gpu_limit_bytes(16 * GIB) == 16 * GIB * 2 // 3
+    assert macs.wired_limit_mb(170 * GIB + 1) == 171 * 1024
+
+
+@pytest.mark.parametrize(
+    ("brand", "memory_gib", "gbps"),
+    [("Apple M3 Max", 128, 400), ("Apple M3 Max", 36, 300), ("Apple M4 Max", 64, 410),
+     ("Apple M2 Ultra", 192, 800), ("Apple M9", 64, 0)],
+)  # fmt: skip
+def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gbps) -> None:
+    answers = {"machdep.cpu.brand_string": brand, "hw.memsize": str(memory_gib * GIB)}
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(
+        subprocess, "check_output", lambda command, **_: answers[command[-1]] + "\n"
+    )
+    assert macs.this_mac() == macs.Mac(brand.removeprefix("Apple "), memory_gib, gbps)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    assert macs.this_mac() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("settings", [dict(bits=4), dict(bits=8), dict(dtype="float32")])
+def test_peak_memory_is_within_a_tenth_of_the_plan(tmp_path, settings) -> None:
+    vocab = 275_000
+    text = checkpoints.text_config(moe=False, tied=False) | dict(vocab_size=vocab)
+    # Two tensors of 70 MB, so that each thread has whole slices.
+    wide = ("BF16", np.full((vocab, checkpoints.HIDDEN), 0x3F80, dtype=np.uint16))
+    names = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    write_checkpoint(
+        tmp_path / "src",
+        config=dict(text_config=text),
+        change=lambda tensors: tensors.update(dict.fromkeys(names, wide)),
+    )
+    planned = plan(tmp_path / "src", **settings)
+    expected = peak_bytes(planned, cut(planned))
+    script = (
+        "import sys; from qwen35_mlx.convert import convert\n"
+        f"convert(sys.argv[1], sys.argv[2], **{settings})\n"
+        "print(next(s for s in open('/proc/self/status') if s.startswith('VmHWM')).split()[1])"
+    )
+    peaks: list[int] = []
+    # The most is needed when both threads are at their most at once: not in every run.
+    while len(peaks) < 6 and max(peaks, default=0) < 0.9 * expected:
+        out = tmp_path / f"out{len(peaks)}"
+        command = [sys.executable, "-c", script, str(tmp_path / "src"), str(out)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    assert max(peaks) == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,284 @@
+"""Sessions on disk: they go on without a prefill, and survive whatever happens to the files."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from qwen35_mlx import Chat
+from qwen35_mlx.errors import SessionError
+from qwen35_mlx.sessions import cache_file, list_sessions, locked, remove_session, session_file
+
+FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
+GREEDY = {"temperature": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "sessions"))
+    return tmp_path / "sessions"
+
+
+def new_chat(demo: Any, **options: Any) -> Chat:
+    return Chat(*demo, max_tokens=30, sampling=GREEDY, **options)
+
+
+def ask(chat: Chat, text: str) -> str:
+    return "".join(piece.text for piece in chat.send(text) if piece.kind == "answer")
+
+
+def test_a_session_goes_on_without_a_prefill(demo: Any) -> None:
+    chat = new_chat(demo, system="Answer briefly.")
+    ask(chat, FRANCE)
+    ask(chat, WHO)
+    chat.read_ahead()
+    chat.save("one")
+    resumed = new_chat(demo)
+    assert resumed.load("one") is None
+    assert resumed.messages == chat.messages and resumed.system == "Answer briefly."
+    for each in (chat, resumed):
+        each.read_ahead()
+    assert resumed._read_ahead_tokens == 0
+    answers = [ask(each, HOT) for each in (chat, resumed)]
+    assert answers[0] == answers[1]
+    assert resumed.stats.prefilled_tokens == chat.stats.prefilled_tokens
+    message = len(chat.tokenizer.encode(HOT))
+    assert resumed.stats.prefilled_tokens <= message + 10
+    # Back to the turn before the one that was saved.
+    resumed.undo()
+    list(resumed.regenerate())
+    assert resumed.stats.prefilled_tokens <= 10
+
+
+def test_a_session_left_right_behind_an_answer_reads_no_more_than_that(demo: Any) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    chat.save("one")
+    resumed = new_chat(demo)
+    assert resumed.load("one") is None
+    for each in (chat, resumed):
+        ask(each, WHO)
+    assert resumed.stats.prefilled_tokens == chat.stats.prefilled_tokens
+    assert resumed.stats.prefilled_tokens < resumed.stats.prompt_tokens
+
+
+def damage_cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def damage_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1234] ^= 4
+    file.write_bytes(data)
+
+
+def damage_empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def damage_header(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"ids"', b'"idz"', 1))
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_empty, damage_header])
+def test_a_damaged_cache_is_read_again_with_a_warning(
+    demo: Any, damage: Callable[[Path], None]
+) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    file = chat.save("one")
+    damage(cache_file(file))
+    resumed = new_chat(demo)
+    warning = resumed.load("one")
+    assert warning and "read again" in warning
+    assert ask(resumed, HOT) == ask(chat, HOT)
+    assert resumed.stats.prefilled_tokens == resumed.stats.prompt_tokens
+    # Saved again it is whole again.
+    resumed.save("one")
+    assert new_chat(demo).load("one") is None
+
+
+@pytest.mark.parametrize("damage", [damage_bit, damage_cut, damage_empty])
+def test_damaged_words_are_refused(demo: Any, damage: Callable[[Path], None]) -> None:
+    chat = new_chat(demo)
+    chat.messages.append({"role": "user", "content": "word " * 1000})
+    file = chat.save("one")
+    damage(file)
+    other = new_chat(demo)
+    before = list(other.messages)
+    with pytest.raises(SessionError, match="damaged"):
+        other.load("one")
+    assert other.messages == before
+    assert list_sessions()[0].problem
+    remove_session("one")
+    assert list_sessions() == []
+
+
+def test_a_session_of_another_model_keeps_only_the_words(demo: Any) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    chat.save("one")
+    model, _ = demo
+    weight = model.language_model.model.norm.weight
+    was = mx.array(weight)
+    try:
+        model.language_model.model.norm.weight = was * 1.5
+        resumed = new_chat(demo)
+        assert "another model" in (resumed.load("one") or "")
+        assert resumed.messages == chat.messages
+        ask(resumed, HOT)
+        assert resumed.stats.prefilled_tokens == resumed.stats.prompt_tokens
+    finally:
+        model.language_model.model.norm.weight = was
+
+
+def test_a_cache_of_other_words_is_of_no_harm(demo: Any) -> None:
+    chat, other = new_chat(demo), new_chat(demo)
+    ask(chat, FRANCE)
+    ask(other, WHO)
+    chat.save("one")
+    other.save("two")
+    cache_file(session_file("two")).replace(cache_file(session_file("one")))
+    resumed = new_chat(demo)
+    assert resumed.load("one") is None
+    assert ask(resumed, HOT) == ask(chat, HOT)
+
+
+def test_names_paths_and_permissions(demo: Any, tmp_path: Path, home: Path) -> None:
+    chat = new_chat(demo)
+    with pytest.raises(SessionError, match="no session none"):
+        chat.load("none")
+    for name in ("", ".hidden", "a b", "..", "a\\b"):
+        with pytest.raises(SessionError, match="not a session's name"):
+            chat.save(name)
+    assert chat.save("plain.name") == home / "plain.name.json"
+    assert chat.save(tmp_path / "file") == tmp_path / "file.json"
+    assert chat.save(str(tmp_path / "sub" / "file.json")) == tmp_path / "sub" / "file.json"
+    assert (home / "plain.name.json").stat().st_mode & 0o077 == 0
+    (tmp_path / "blocked").write_text("")
+    with pytest.raises(SessionError, match="cannot be saved"):
+        chat.save(tmp_path / "blocked" / "file")
+
+
+def test_sessions_are_listed_and_removed(demo: Any) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    chat.save("old")
+    ask(chat, WHO)
+    chat.save("new")
+    new, old = list_sessions()
+    assert (new.name, old.name) == ("new", "old")
+    assert (new.num_turns, old.num_turns) == (2, 1)
+    assert new.first_words == FRANCE and new.num_bytes > 100_000
+    remove_session("new")
+    assert [info.name for info in list_sessions()] == ["old"]
+    with pytest.raises(SessionError, match="no session new"):
+        remove_session("new")
+
+
+def test_a_session_is_open_once(demo: Any) -> None:
+    with locked("one"):
+        with pytest.raises(SessionError, match="open in another chat"), locked("one"):
+            pass
+        with locked("two"):
+            pass
+    with locked("one"):
+        pass
+
+
+def test_unicode_that_cannot_be_written_loses_nothing(demo: Any) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    chat.save("one")
+    chat.messages.append({"role": "user", "content": "\udce9"})
+    with pytest.raises(SessionError, match="cannot be saved"):
+        chat.save("one")
+    resumed = new_chat(demo)
+    assert resumed.load("one") is None and resumed.messages == chat.messages[:2]
+
+
+SAVE = """
+import os, sys
+import mlx.core, numpy, transformers, qwen35_mlx.chat, qwen35_mlx.sessions, qwen35_mlx.weights
+from mlx_lm.tokenizer_utils import load
+def save():
+    model, tokenizer = qwen35_mlx.weights.load(sys.argv[1])
+    chat = qwen35_mlx.chat.Chat(model, tokenizer)
+    chat.load("one")
+    words = len(chat.messages[-1]["content"])
+    for version in range(10**6):
+        # What was said and what was read grow together.
+        chat.messages[-1]["content"] = "x" * (words + version + 1)
+        chat._cache.read([7])
+        chat.save("one")
+        if version == 0:
+            os.write(1, b"%d\\n" % os.getpid())
+"""
+# Imports once, forks a saver for each line on standard input, and tells when one is gone. The
+# fork comes before MLX has started its threads, which a child would not have; on a Mac a child
+# cannot use the GPU at all, and starts anew.
+SAVERS = (
+    SAVE
+    + f"""
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        if sys.platform == "darwin":
+            os.execv(sys.executable, [sys.executable, "-c", {SAVE + "save()"!r}, sys.argv[1]])
+        save()
+    os.waitpid(child, 0)
+    print("gone", flush=True)
+"""
+)
+NUM_KILLS = int(os.environ.get("QWEN35_NUM_KILLS", "5" if sys.platform == "darwin" else "20"))
+
+
+def test_a_kill_while_saving_leaves_the_old_or_the_new_session(
+    demo: Any, converted_demo: Path, home: Path
+) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    chat.messages.append({"role": "user", "content": ""})
+    chat.save("one")
+    said, read = chat.messages[:2], list(chat._cache.ids)  # type: ignore[union-attr]
+    generator = random.Random(0)
+    savers = subprocess.Popen(
+        [sys.executable, "-c", SAVERS, str(converted_demo)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert savers.stdin and savers.stdout
+    words, num_torn = -1, 0
+    with savers:
+        for kill in range(NUM_KILLS):
+            savers.stdin.write("go\n")
+            savers.stdin.flush()
+            pid = int(savers.stdout.readline())
+            # Anywhere, and every other time in the midst of a write.
+            limit = time.monotonic() + generator.uniform(0.0, 0.03) + kill % 2
+            while time.monotonic() < limit and not (kill % 2 and any(home.glob(".*.tmp.*"))):
+                pass
+            time.sleep(generator.choice([0, 0, 0.0005]))
+            os.kill(pid, signal.SIGKILL)
+            assert savers.stdout.readline() == "gone\n"
+            num_torn += any(home.glob(".*.tmp.*"))
+            resumed = new_chat(demo)
+            assert resumed.load("one") is None
+            *before, last = resumed.messages
+            assert before == said and len(last["content"]) > words
+            words = len(last["content"])
+            held = resumed._cache.ids  # type: ignore[union-attr]
+            # Nothing that was read got lost, and what was said is at most one save ahead.
+            assert held[: len(read)] == read and set(held[len(read) :]) <= {7}
+        savers.stdin.close()
+    # Many were killed in the middle of a write, not between two; leftovers do not pile up.
+    assert num_torn >= NUM_KILLS // 5
+    assert len(list(home.glob(".*"))) <= 3

@@ -1,0 +1,338 @@
+"""What the Metal kernels save, counted without a GPU: dispatches, and bytes, of a decoded token.
+
+Shapes are those of Qwen3.5-397B-A17B at 4 bits, group 64, bf16, 4,096 tokens in the cache. Ends
+with one JSON line.
+
+The rule for dispatches, the same for ours and for mlx-lm's own model code: build the graph of a
+layer and count its nodes, without evaluating it. A custom kernel, `mx.fast` operation or compiled
+function is one, attention over a cache two (its two passes), a concatenation one for each part;
+views count nothing, and neither does a reshape, though mlx-lm's copy at times. The number of
+experts changes no count, so the stacks are views of zeros.
+
+The rule for bytes: the kernels run in the emulator at real dims, with a few experts more than are
+chosen. What a kernel reads of weights, scales, biases and state, each read of each lane counted, is
+held against each chosen or resident array once and each state read and written once. A scale that
+neighbouring lanes of a simdgroup read in one instruction is one read. Reads of activations and of
+norm weights, vectors of a few kB that all threadgroups read and a cache serves, are reported apart.
+"""
+
+import io
+import json
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.gated_delta as gated_delta
+import mlx_lm.models.qwen3_5 as mlx_lm_model
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from metal.emulator import Launch, emulated
+
+from qwen35_mlx.config import FULL, LINEAR, ModelConfig
+from qwen35_mlx.kernels import metal
+from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
+from qwen35_mlx.model import Model
+
+TEXT: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "num_hidden_layers": 60,
+    "full_attention_interval": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 1024,
+    "shared_expert_intermediate_size": 1024,
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+    },
+}
+NUM_LAYERS = {LINEAR: 45, FULL: 15}
+CONTEXT = 4096
+VIEWS = frozenset(
+    """AsStrided Broadcast BroadcastAxes ExpandDims Flatten Reshape Slice Split Squeeze StopGradient
+    Transpose Unflatten""".split()
+)
+
+
+def leaf(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Evaluated zeros of any shape in the memory of one."""
+    array = mx.broadcast_to(mx.zeros((1,) * len(shape), dtype), shape)
+    mx.eval(array)
+    return array
+
+
+def with_leaves(model: nn.Module, quantized: Callable[..., Any]) -> nn.Module:
+    """The model at 4 bits, bf16, its weights leaves of the graph."""
+    nn.quantize(model, group_size=64, bits=4, class_predicate=quantized)
+
+    def replace(p: mx.array) -> mx.array:
+        return leaf(p.shape, mx.bfloat16 if mx.issubdtype(p.dtype, mx.floating) else p.dtype)
+
+    model.update(tree_map(replace, model.parameters()))
+    model.eval()
+    return model
+
+
+class Graph:
+    """Stands for what the CPU has no primitive of, and counts the primitives between them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.roots: list[mx.array] = []
+
+    def stand_in(self, name: str, dispatches: int = 1) -> Callable[..., mx.array]:
+        def call(x: mx.array, *others: Any, **options: Any) -> mx.array:
+            self.roots += [a for a in (x, *others) if isinstance(a, mx.array)]
+            self.counts[name] += dispatches
+            return leaf(x.shape, x.dtype)
+
+        return call
+
+    def dequantize(self, w: mx.array, scales: mx.array, *_: Any, **options: Any) -> mx.array:
+        self.roots += [w, scales]
+        self.counts["Dequantize"] += 1
+        return leaf((*w.shape[:-1], w.shape[-1] * 32 // options["bits"]), scales.dtype)
+
+    def custom_kernel(self, name: str, **_: Any) -> Callable[..., list[mx.array]]:
+        def call(inputs: list[Any], output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
+            self.roots += [a for a in inputs if isinstance(a, mx.array)]
+            self.counts[name] += 1
+            return [leaf(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
+
+        return call
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, what is built is recorded, and Python believes in a GPU."""
+        fast, kernels = mx.fast, {}
+        with (
+            patch.object(fast, "rms_norm", self.stand_in("RMSNorm")),
+            patch.object(fast, "rope", self.stand_in("RoPE")),
+            patch.object(fast, "scaled_dot_product_attention", self.stand_in("SDPA", 2)),
+            patch.object(fast, "metal_kernel", self.custom_kernel),
+            patch.object(mx, "dequantize", self.dequantize),
+            patch.object(mx.metal, "is_available", lambda: True),
+            patch.object(mx, "default_device", lambda: mx.gpu),
+        ):
+            kernels["_gated_delta_kernel"] = gated_delta._make_gated_delta_kernel()
+            kernels["_gated_delta_kernel_packed"] = gated_delta._make_gated_delta_packed_kernel()
+            metal.clear()
+            with patch.multiple(gated_delta, **kernels):
+                yield
+        metal.clear()
+
+    def finish(self, *outputs: mx.array) -> Counter[str]:
+        """Dispatches by name, once what is asked for is known."""
+        text = io.StringIO()
+        mx.export_to_dot(text, *self.roots, *outputs)
+        edges = Counter(re.findall(r'"\w+" -> (\d+)\n', text.getvalue()))
+        for node, label in re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()):
+            if label not in VIEWS:
+                self.counts[label] += edges[node] if label == "Concatenate" else 1
+        return self.counts
+
+
+def kv_cache() -> KVCache:
+    """With room for the next token, as it mostly has."""
+    entry = KVCache()
+    shape = (1, TEXT["num_key_value_heads"], CONTEXT + 128, TEXT["head_dim"])
+    entry.keys, entry.values = leaf(shape, mx.bfloat16), leaf(shape, mx.bfloat16)
+    entry.offset = CONTEXT
+    return entry
+
+
+def linear_cache() -> ArraysCache:
+    """Both states of a layer."""
+    heads, dim = TEXT["linear_num_value_heads"], TEXT["linear_key_head_dim"]
+    channels = (2 * TEXT["linear_num_key_heads"] + heads) * dim
+    entry = ArraysCache(size=2)
+    entry[0] = leaf((1, 3, channels), mx.bfloat16)
+    entry[1] = leaf((1, heads, dim, dim), mx.float32)
+    return entry
+
+
+def states(cache: list[Any]) -> list[mx.array]:
+    """What a step writes into the cache."""
+    return [
+        a
+        for entry in cache
+        for a in ((entry.keys, entry.values) if isinstance(entry, KVCache) else entry.cache)
+    ]
+
+
+def count_ours(layer_types: list[str], num_tokens: int = 1) -> Counter[str]:
+    """Of a whole step of a model with these layers."""
+    text = TEXT | {"layer_types": layer_types, "num_hidden_layers": len(layer_types)}
+    model = Model(ModelConfig.from_hf(text))
+    with_leaves(model, model.quant_predicate)
+    metal.use(model, metal.OPS)
+    cache = [linear_cache() if t == LINEAR else kv_cache() for t in layer_types]
+    graph = Graph()
+    with graph.recording():
+        logits = model(leaf((1, num_tokens), mx.int32), cache)
+        return graph.finish(logits, *states(cache))
+
+
+def count_mlx_lm(layer_types: list[str]) -> Counter[str]:
+    """Of the same step by mlx-lm's model."""
+    args = mlx_lm_model.TextModelArgs.from_dict(TEXT | {"num_hidden_layers": 4})
+    model = mlx_lm_model.TextModel(args)
+    # The fourth of its layers is the attention layer.
+    linear, full = model.model.layers[0], model.model.layers[3]
+    model.model.layers = [linear if t == LINEAR else full for t in layer_types]
+    model.model.ssm_idx = layer_types.index(LINEAR) if LINEAR in layer_types else None
+    model.model.fa_idx = layer_types.index(FULL) if FULL in layer_types else None
+    with_leaves(model, lambda path, module: hasattr(module, "to_quantized"))
+    cache = [linear_cache() if t == LINEAR else kv_cache() for t in layer_types]
+    graph = Graph()
+    with graph.recording():
+        logits = model(leaf((1, 1), mx.int32), cache)
+        return graph.finish(logits, *states(cache))
+
+
+def per_kind(count: Callable[[list[str]], Counter[str]]) -> dict[str, Counter[str]]:
+    """Dispatches of a layer of each kind, and of what is around the layers."""
+    # The second of its kind, so that what layers share is not counted to one of them.
+    both = count([LINEAR, FULL])
+    kinds = {kind: count([LINEAR, FULL, kind]) - both for kind in (LINEAR, FULL)}
+    return kinds | {"around": both - kinds[LINEAR] - kinds[FULL]}
+
+
+def a_token(kinds: dict[str, Counter[str]]) -> int:
+    """Dispatches of all layers and what is around them."""
+    around = kinds["around"].total()
+    return around + sum(n * kinds[kind].total() for kind, n in NUM_LAYERS.items())
+
+
+STATE = ("state", "new_state", "conv_state", "new_conv_state")
+
+
+def traffic(launch: Launch, chosen: float) -> Counter[str]:
+    """Bytes that a launch moves, and would at least, and of small vectors that it reads.
+
+    Of stacked experts, the part `chosen` is needed.
+    """
+    result: Counter[str] = Counter()
+    for name, t in launch.traffic.items():
+        # A dense matrix also stands where its scales and biases would.
+        if not t.read_bytes and not t.written_bytes:
+            continue
+        stacked = name.startswith(("gate_", "up_", "down_"))
+        if name.endswith("_w") or name in ("conv_weight", "A_log", "dt_bias"):
+            result["moved"] += t.read_bytes
+        elif name.endswith(("_scales", "_biases")):
+            # Two lanes share a group of 64, side by side and in the same instruction.
+            result["moved"] += t.read_bytes // 2
+        elif name in STATE:
+            result["moved"] += t.read_bytes + t.written_bytes
+        else:
+            result["vectors"] += 0 if name.endswith("_shape") else t.read_bytes
+            continue
+        result["least"] += int(t.buffer_bytes * (chosen if stacked else 1))
+    return result
+
+
+def decode_bytes() -> dict[str, Counter[str]]:
+    """Traffic of each kernel in one layer of each kind, from the emulator."""
+    num_experts = TEXT["num_experts_per_tok"] + 2
+    text = TEXT | {"num_experts": num_experts, "vocab_size": 64, "num_hidden_layers": 2}
+    result: dict[str, Counter[str]] = {}
+    for kind, num_layers in NUM_LAYERS.items():
+        model = Model(ModelConfig.from_hf(text | {"layer_types": [kind], "num_hidden_layers": 1}))
+        with_leaves(model, model.quant_predicate)
+        metal.use(model, metal.OPS)
+        cache = [linear_cache() if kind == LINEAR else kv_cache()]
+        with emulated() as log:
+            metal.clear()
+            mx.eval(model.trunk(None, cache, embeddings=leaf((1, 1, 4096), mx.bfloat16)))
+        metal.clear()
+        for launch in log.launches:
+            name = re.sub(r"_\d$", "", launch.kernel)
+            row = traffic(launch, TEXT["num_experts_per_tok"] / num_experts)
+            total = result.setdefault(name, Counter())
+            total.update({key: num_layers * value for key, value in row.items()})
+    return result
+
+
+def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
+    """Multiply-adds of the grouped expert matmul over useful ones, the mean over seeds.
+
+    Experts as popular as in real texts: log-normal, so that the most wanted get eight times the
+    rows of the average. By the arithmetic that its tests hold against the emulator's count.
+    """
+    hidden, width, k = (
+        TEXT[n] for n in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok")
+    )
+    ratios = []
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        popularity = 0.8 * rng.standard_normal(TEXT["num_experts"])
+        logits = popularity + rng.gumbel(size=(num_tokens, TEXT["num_experts"]))
+        chosen = np.argpartition(logits, -k, axis=1)[:, -k:]
+        counts = np.bincount(chosen.flatten(), minlength=TEXT["num_experts"]).tolist()
+        issued = num_matrix_macs(counts, hidden, 2 * width) + num_matrix_macs(counts, width, hidden)
+        ratios.append(issued / (num_tokens * k * 3 * hidden * width))
+    return round(sum(ratios) / seeds, 4)
+
+
+def main() -> None:
+    """Count, print, and end with JSON."""
+    ours, theirs = per_kind(count_ours), per_kind(count_mlx_lm)
+    for name, kinds in (("ours", ours), ("mlx-lm", theirs)):
+        print(f"{name}: {a_token(kinds)} dispatches a token")
+        for kind, counts in kinds.items():
+            print(f"  {kind}: {counts.total()}")
+            print("    " + ", ".join(f"{k} {n}" for k, n in sorted(counts.items())))
+    rows = decode_bytes()
+    print(f"{'bytes a token':16}{'moved':>15}{'least':>15}{'ratio':>8}{'small vectors':>16}")
+    for name, row in rows.items():
+        ratio = f"{row['moved'] / row['least']:.4f}" if row["least"] else "-"
+        print(f"{name:16}{row['moved']:15,}{row['least']:15,}{ratio:>8}{row['vectors']:16,}")
+    worst = max(row["moved"] / row["least"] for row in rows.values() if row["least"])
+    result = {
+        "machine": platform.machine(),
+        "os": platform.system(),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm"),
+        "model": "Qwen3.5-397B-A17B shapes, 4 bits, group 64, bf16",
+        "context": CONTEXT,
+        "dispatches": a_token(ours),
+        "dispatches_mlx_lm": a_token(theirs),
+        "dispatches_vs_mlx_lm": round(a_token(ours) / a_token(theirs), 4),
+        "dispatches_per_linear_layer": ours[LINEAR].total(),
+        "dispatches_per_full_layer": ours[FULL].total(),
+        "decode_bytes_over_minimum": round(worst, 4),
+        "prefill_macs_over_useful": prefill_macs_over_useful(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
