@@ -26,8 +26,8 @@ CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; tok/s: what memory bandwidth allows one sequence at 8k, never reached in"
-    " full.\nComputed from sizes, not measured on these Macs."
+    " that\nlimit raised; tok/s: what memory bandwidth allows one sequence at {context}, never"
+    " reached in full.\nComputed from sizes, not measured on these Macs."
 )
 
 
@@ -66,7 +66,7 @@ def mac_lines(planned: Plan, own: Mac | None = None) -> list[str]:
         limit = f"{gpu_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         name = f"this {mac.chip}" if mac is own else mac.chip
         rows.append([name, f"{mac.memory_gib} GB", limit, *fits, shown])
-    return [*aligned(rows), *NOTE.splitlines()]
+    return [*aligned(rows), *NOTE.format(context=_tokens(contexts[0])).splitlines()]
 
 
 def family_lines(memory_bytes: int, own: Mac | None) -> list[str]:

@@ -1,6 +1,7 @@
 """The bundled demo, converted once a run; a model that says what it is told; consoles."""
 
 import io
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,12 @@ from qwen35_mlx.convert import convert
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_stops_children() -> None:
+    """A run in the background ignores Ctrl-C; programs that the tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
