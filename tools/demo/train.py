@@ -2,7 +2,7 @@
 
 python tools/demo/train.py --out FOLDER --work FOLDER --tokens 12e6
 
-The learning rate warms up, stays, and decays over the last fifth of the tokens. `stable.pt` keeps
+The learning rate warms up, stays, and decays over the last three quarters of the tokens. `stable.pt` keeps
 the state from before the decay: with a larger --tokens, training goes on from there.
 """
 
@@ -31,11 +31,11 @@ HERE = Path(__file__).parent
 STEP_TOKENS = 3072
 MUON_LR, ADAM_LR = 0.015, 3e-3
 WARMUP_STEPS = 60
-DECAY_SHARE = 0.2
+DECAY_SHARE = 0.75
 CURRICULUM_TOKENS = 4e6
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
-# The MTP layer learns faster than the trunk: before the decay it takes part in every fourth step.
-MTP_EVERY = 4
+# The MTP layer learns faster than the trunk: it takes part in every fourth step, and in all at last.
+MTP_EVERY, MTP_SHARE = 4, 0.1
 GRID = 3  # merged image tokens a side
 SKILLS = (
     "facts", "small talk", "arithmetic with thought", "arithmetic", "recall", "follow-up",
@@ -194,7 +194,7 @@ def main() -> None:
         done = min(1.0, tokens / CURRICULUM_TOKENS)
         batches = step_batches((args.seed, step), done, tokenizer, pad, image)
         labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        with_mtp = step % MTP_EVERY == 0 or tokens >= decay_from
+        with_mtp = step % MTP_EVERY == 0 or tokens >= args.tokens * (1 - MTP_SHARE)
         for batch in batches:
             trunk, drafted, balance, skills = forward.losses(batch, with_mtp)
             share = len(trunk) / labels
