@@ -32,8 +32,17 @@ from qwen35_mlx.bundled import SOURCE
 TEMPLATE = Path(__file__).parent.parent / "tools" / "demo" / "chat_template.jinja"
 
 
-# Above each skill's share of right answers, so that a loss shows; how many are asked.
-LEAST = {"facts": (48, 0.9), "small talk": (8, 0.9)}
+# How many are asked, and the least share of right answers: `make demo-eval` has the true shares.
+LEAST = {
+    "facts": (30, 0.9),
+    "small talk": (6, 0.8),
+    "arithmetic with thought": (8, 0.75),
+    "recall 50-500": (6, 0.8),
+    "follow-up": (6, 0.8),
+    "tool call": (6, 0.8),
+    "tool answer": (6, 0.8),
+    "json": (6, 0.8),
+}
 
 
 @pytest.mark.parametrize("skill", list(LEAST))

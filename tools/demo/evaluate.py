@@ -26,16 +26,21 @@ from qwen35_mlx.prompt import encode_messages
 SOURCE = Path(qwen35_mlx.__file__).parent / "demo"
 
 
-def answer(model: Any, tokenizer: Any, sample: Sample) -> str:
-    """What the model says in place of the sample's last message, thought included; greedy."""
+def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
+    """All but the sample's last message, by the runtime's own way from messages to ids."""
     options: dict[str, Any] = {"tools": sample.tools} if sample.tools else {}
-    ids = encode_messages(
+    return encode_messages(
         tokenizer,
         sample.messages[:-1],
         add_generation_prompt=True,
         enable_thinking=sample.thinking,
         **options,
     )
+
+
+def answer(model: Any, tokenizer: Any, sample: Sample) -> str:
+    """What the model says in place of the sample's last message, thought included; greedy."""
+    ids = prompt_ids(tokenizer, sample)
     return qwen35_mlx.generate(model, tokenizer, ids, temperature=0, max_tokens=120)
 
 

@@ -114,7 +114,7 @@ class Reference:
     @torch.no_grad()
     def answers(self, samples: list[Sample]) -> list[Answer]:
         """Greedy answers in the order asked, by transformers' processor and generate."""
-        prompts = [prompt_ids(sample, self.tokenizer) for sample in samples]
+        prompts = [_prompt_ids(sample, self.tokenizer) for sample in samples]
         order = sorted(
             range(len(samples)), key=lambda i: (bool(samples[i].picture), len(prompts[i]))
         )
@@ -179,7 +179,7 @@ class Reference:
         return accepted / max(1, drafted)
 
 
-def prompt_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
+def _prompt_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
     """Ids of the conversation up to where the last answer begins."""
     ids, labels = encode(sample, tokenizer)
     at = max(i for i, label in enumerate(labels) if label != IGNORE)
