@@ -2,8 +2,8 @@
 
 python tools/demo/train.py --out FOLDER --work FOLDER --tokens 12e6
 
-The learning rate warms up, stays, and decays over the last three quarters of the tokens. `stable.pt` keeps
-the state from before the decay: with a larger --tokens, training goes on from there.
+The learning rate warms up, stays, and decays over the last three quarters of the tokens.
+`stable.pt` keeps the state from before the decay: with a larger --tokens, training goes on there.
 """
 
 import argparse
@@ -34,7 +34,7 @@ WARMUP_STEPS = 60
 DECAY_SHARE = 0.75
 CURRICULUM_TOKENS = 4e6
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
-# The MTP layer learns faster than the trunk: it takes part in every fourth step, and in all at last.
+# The MTP layer learns faster than the trunk: every fourth step does, and every one at last.
 MTP_EVERY, MTP_SHARE = 4, 0.1
 GRID = 3  # merged image tokens a side
 SKILLS = (
