@@ -7,6 +7,7 @@ import numpy as np
 from split import Sample, assistant, draw
 
 SIDE = 48
+GRID = 3  # merged image tokens a side
 COLOURS = {
     "red": (214, 40, 40), "green": (46, 160, 67), "blue": (37, 99, 235),
     "yellow": (250, 204, 21), "black": (20, 20, 20), "purple": (147, 51, 190),

@@ -22,7 +22,8 @@ from data import IGNORE, corpus, encode, training_sample
 from initial import initialize
 from network import CHUNK, MTP, Batch, Forward
 from optim import Muon
-from pictures import paint, patches
+from pictures import GRID, paint, patches
+from sight import teach_sight
 from split import Sample
 from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 from transformers import Qwen3_5MoeForConditionalGeneration
@@ -30,13 +31,14 @@ from transformers import Qwen3_5MoeForConditionalGeneration
 HERE = Path(__file__).parent
 STEP_TOKENS = 3072
 MUON_LR, ADAM_LR = 0.015, 3e-3
+# The vision tower learns first, by itself, and then at a tenth of the rate.
+SIGHT_STEPS, SIGHT_SHARE = 1200, 0.1
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.75
 CURRICULUM_TOKENS = 4e6
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
 # The MTP layer learns faster than the trunk: every fourth step does, and every one at last.
 MTP_EVERY, MTP_SHARE = 4, 0.1
-GRID = 3  # merged image tokens a side
 SKILLS = (
     "facts", "small talk", "arithmetic with thought", "arithmetic", "recall", "follow-up",
     "tool call", "tool answer", "json", "sorting", "reversing", "picture",
@@ -115,12 +117,16 @@ def build(out: Path, seed: int):
 
 def optimizers(model, mtp) -> tuple[Muon, torch.optim.AdamW]:
     """Muon takes the projections of text and MTP layers, AdamW the rest."""
-    matrices, others = [], []
+    matrices, others, visual = [], [], []
     for name, p in [*model.named_parameters(), *mtp.named_parameters(prefix="mtp")]:
-        inner = ("proj" in name or "fc." in name) and "visual" not in name
+        inner = ("proj" in name or "fc." in name) and p.ndim >= 2
         small = "in_proj_a" in name or "in_proj_b" in name
-        (matrices if inner and p.ndim >= 2 and not small else others).append(p)
-    adam = torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.01)
+        if "visual" in name:
+            visual.append(p)
+        else:
+            (matrices if inner and not small else others).append(p)
+    groups = [{"params": others, "share": 1.0}, {"params": visual, "share": SIGHT_SHARE}]
+    adam = torch.optim.AdamW(groups, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.01)
     return Muon(matrices), adam
 
 
@@ -158,6 +164,8 @@ def main() -> None:
         step, tokens, elapsed = state["step"], state["tokens"], state["elapsed"]
         history = state["history"]
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
+    else:
+        teach_sight(model.model.visual, SIGHT_STEPS, float(model.lm_head.weight.std()))
 
     def keep(path: Path) -> None:
         state = {
@@ -205,12 +213,14 @@ def main() -> None:
             sums[1, 0] += drafted.detach().sum()
             sums[1, 1] += len(drafted)
             tokens += batch.ids.numel()
-        torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
+        for group in adam.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         warm = min(1.0, (step + 1) / WARMUP_STEPS)
         left = min(1.0, (args.tokens - tokens) / (args.tokens * DECAY_SHARE))
         scale = warm * max(left, 0.01)
         muon.step(MUON_LR * scale)
-        adam.param_groups[0]["lr"] = ADAM_LR * scale
+        for group in adam.param_groups:
+            group["lr"] = ADAM_LR * scale * group["share"]
         adam.step()
         for p in parameters:
             p.grad = None
