@@ -11,12 +11,14 @@ pytest.importorskip("PIL")
 
 from checkpoint import demo_config, save  # noqa: E402
 from data import encode, training_sample  # noqa: E402
-from network import CHUNK, MTP, Forward, chunk_gated_delta_rule  # noqa: E402
+from initial import initialize  # noqa: E402
+from network import CHUNK, MTP, Batch, Forward, chunk_gated_delta_rule  # noqa: E402
 from pictures import paint, patches, picture  # noqa: E402
 from reference import Reference  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from sight import teach_sight  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
-from train import collate, initialize  # noqa: E402
+from train import collate  # noqa: E402
 from transformers import AutoImageProcessor, Qwen3_5MoeForConditionalGeneration  # noqa: E402
 
 from qwen35_mlx.bundled import SOURCE  # noqa: E402
@@ -35,7 +37,34 @@ def model(tokenizer: Tokenizer) -> Any:
     config = demo_config(tokenizer.token_to_id, 2560)
     model = Qwen3_5MoeForConditionalGeneration(config)
     initialize(model)
+    with torch.no_grad():
+        # Some matrices start at zero, which would hide the gradients before them.
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
     return model
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_looking_up_is_laid_out(tokenizer: Tokenizer, seed: int) -> None:
+    """Untrained: tokens that stood in the same order before are the likelier ones."""
+    torch.manual_seed(seed)
+    model = Qwen3_5MoeForConditionalGeneration(demo_config(tokenizer.token_to_id, 2560))
+    initialize(model)
+    ids = torch.randint(20, 2560, (8, 32)).repeat(1, 2)
+    places = torch.arange(64).expand(3, 8, 64)
+    batch = Batch(ids, ids, places, torch.zeros(8, dtype=torch.long))
+    with torch.no_grad():
+        losses = Forward(model, MTP(model.config), torch.float32).losses(batch, False)[0]
+    first, again = losses.reshape(8, 63)[:, :31].mean(), losses.reshape(8, 63)[:, 32:].mean()
+    assert again < first - 1
+
+
+def test_shapes_come_up_in_a_first_lesson(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(0)
+    model = Qwen3_5MoeForConditionalGeneration(demo_config(tokenizer.token_to_id, 2560))
+    initialize(model)
+    # One in thirty by chance.
+    assert teach_sight(model.model.visual, 80, 0.1) > 0.1
 
 
 def _batch(model: Any, tokenizer: Tokenizer, with_pictures: bool) -> Any:
