@@ -103,17 +103,19 @@ def training_sample(rng: random.Random, done: float) -> Sample:
     names = (0, 0, 2, 3, 4) if grown > 0.5 else (0, 0, 2)
     long_share = 0.0 if done < 0.25 else 0.03 if done < 0.5 else 0.05
     kinds: tuple[tuple[float, Callable[[], Sample]], ...] = (
-        (0.34, lambda: _chat(rng, turns)),
-        (0.16, lambda: arithmetic(rng, False, True)),
+        (0.16, lambda: _chat(rng, turns)),
+        (0.26, lambda: arithmetic(rng, False, True)),
+        # With a carry, products are the largest of its tables.
+        (0.20, lambda: arithmetic(rng, False, True, "*")),
         (0.04, lambda: _turns(lambda: arithmetic(rng, False, False), rng, turns)),
         (0.20 - 0.15 * grown, lambda: repeating(rng, False, 1, 3 + round(11 * grown))),
-        (0.12, lambda: recall(rng, False, rng.randint(*sentences), rng.choice(names))),
+        (0.10, lambda: recall(rng, False, rng.randint(*sentences), rng.choice(names))),
         (long_share, lambda: recall(rng, False, rng.randint(*MEDIUM), rng.choice((0, 2, 4, 6)))),
         (long_share / 4, lambda: recall(rng, False, rng.randint(*LONG), rng.choice((0, 4, 6)))),
-        (0.08, lambda: follow_up(rng, False, rng.random() < 0.3)),
-        (0.12, lambda: tool_call(rng, False, rng.random() < 0.4)),
-        (0.09, lambda: _turns(lambda: to_json(rng, False), rng, min(3, turns))),
-        (0.08, lambda: picture(rng, False)),
+        (0.05, lambda: follow_up(rng, False, rng.random() < 0.3)),
+        (0.10, lambda: tool_call(rng, False, rng.random() < 0.4)),
+        (0.05, lambda: _turns(lambda: to_json(rng, False), rng, min(3, turns))),
+        (0.05, lambda: picture(rng, False)),
         (0.06, lambda: _turns(lambda: ordering(rng, False, 2 + (grown > 0.4)), rng, turns)),
     )
     sample = rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]()

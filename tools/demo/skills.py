@@ -63,15 +63,15 @@ def _result(a: int, sign: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
-def arithmetic(rng: random.Random, held_out: bool, thinking: bool) -> Sample:
+def arithmetic(rng: random.Random, held_out: bool, thinking: bool, signs: str = "") -> Sample:
     """`a + b` and `a - b` (never below zero) up to 999 with a thought and up to 99 without.
 
     Products: two digits by one digit with a thought, one digit by one digit without; of those,
-    being a table of 64, all are in training and none is held out.
+    being a table of 64, all are in training and none is held out. `signs` weighs the operations.
     """
 
     def operands(r: random.Random) -> tuple[int, str, int]:
-        sign = r.choice("++--*" if thinking or not held_out else "+-")
+        sign = r.choice(signs or ("++--*" if thinking or not held_out else "+-"))
         if sign == "*":
             return r.randint(2, 99 if thinking else 9), sign, r.randint(2, 9)
         top = 10 ** r.choice((1, 2, 2, 3, 3) if thinking else (1, 2, 2)) - 1
