@@ -9,7 +9,7 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench bench-chat bench-convert bench-quant bench-kernels golden live clean
+.PHONY: help chat test lint bench bench-chat bench-convert bench-quant bench-kernels demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ bench-convert: $(VENV)/.installed ## memory and speed of a conversion (20 GB of 
 
 bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
 	$(BIN)/python tools/bench_quant.py
+
+demo-eval: $(VENV)/.installed-demo ## what the demo model can, by skill and bits; the last line is JSON
+	$(BIN)/python tools/demo/evaluate.py
 
 bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Metal kernels; the last line is JSON
 	$(BIN)/python tools/bench_kernels.py

@@ -250,7 +250,7 @@ def bundled_demo() -> str:
 
     folder = converted_demo(convert_demo)
     note(
-        "This is the bundled demo: 3.6 M parameters that know a hundred facts.\n"
+        "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks.\n"
         "For a real model: qwen35-mlx convert SRC OUT, then qwen35-mlx chat OUT."
     )
     return str(folder)

@@ -4,6 +4,7 @@ Calibration reads conversations of the demo's kind; judged are held-out question
 that the unquantized demo gives, which no method has seen.
 """
 
+import math
 import random
 import sys
 import time
@@ -25,7 +26,8 @@ from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.quant.fidelity import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
-from data import conversation, held_out
+from data import held_out, render, training_sample
+from evaluate import prompt_ids
 
 SEED, TEXT_TOKENS = 7, 256
 CALIBRATION_TEXTS, GRADIENT_TEXTS, NUM_QUESTIONS = 32, 8, 48
@@ -34,33 +36,28 @@ EQUAL_BYTES = 0.005
 
 
 def conversations(tokenizer: Any, num_texts: int) -> mx.array:
-    """Seeded conversations through the chat template, end to end, `[num_texts, TEXT_TOKENS]`."""
+    """Seeded conversations of the training side, end to end, `[num_texts, TEXT_TOKENS]`."""
     rng, ids = random.Random(SEED), []
     while len(ids) < num_texts * TEXT_TOKENS:
-        system, turns, _ = conversation(rng)
-        messages = [{"role": "system", "content": system}] if system else []
-        for turn in turns:
-            thought = f"<think>\n{turn.thought}\n</think>\n\n" if turn.thought else ""
-            messages += [
-                {"role": "user", "content": turn.question},
-                {"role": "assistant", "content": thought + turn.answer},
-            ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        ids += tokenizer.encode(text, add_special_tokens=False)
+        sample = training_sample(rng, 1.0)
+        if sample.picture is None:
+            ids += tokenizer.encode(render(sample), add_special_tokens=False)
     return mx.array(ids[: num_texts * TEXT_TOKENS]).reshape(num_texts, TEXT_TOKENS)
 
 
 def judged_texts(model: Any, tokenizer: Any) -> list[mx.array]:
-    """Held-out questions with the greedy answers of the unquantized model, `[1, T]` each."""
-    questions = list(held_out())
+    """Held-out questions, half of them facts, with the unquantized model's answers, `[1, T]`."""
+    questions = [s for s in held_out(num_each=10) if s.picture is None]
+    of_facts = [s for s in questions if s.skill == "facts"]
+    others = [s for s in questions if s.skill != "facts"]
     texts = []
-    for question in questions[:: max(len(questions) // NUM_QUESTIONS, 1)]:
-        messages = [{"role": "user", "content": question.text}]
-        prompt = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        answer = qwen35_mlx.generate(model, tokenizer, prompt, temperature=0, max_tokens=32)
-        texts.append(mx.array([tokenizer.encode(prompt + answer, add_special_tokens=False)]))
+    for kind in (of_facts, others):
+        for sample in kind[:: math.ceil(2 * len(kind) / NUM_QUESTIONS)]:
+            prompt = prompt_ids(tokenizer, sample)
+            said = qwen35_mlx.generate(model, tokenizer, prompt, temperature=0, max_tokens=64)
+            ids = prompt + tokenizer.encode(said, add_special_tokens=False)
+            if len(ids) <= 2 * TEXT_TOKENS:
+                texts.append(mx.array([ids]))
     return texts
 
 

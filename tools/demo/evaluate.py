@@ -1,59 +1,123 @@
-"""Ask a converted demo model every held-out question; print the share of right answers.
+"""Judge the demo checkpoint: accuracy by skill and bits, ours and mlx-lm's, and the MTP layer.
 
-python tools/demo/evaluate.py FOLDER [--thinking] [--show-wrong]
+python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--show-wrong]
+
+transformers answers, greedily and in batches, on the dequantized weights of each conversion, as it
+also computes pictures. That the runtime computes the same is for the tests. The last line is JSON.
 """
 
 import argparse
 import json
+import sys
+import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from data import Question, held_out
+from checks import is_right
+from data import held_out
+from split import Sample
 
 import qwen35_mlx
-from qwen35_mlx.model import Model
+from qwen35_mlx.prompt import encode_messages
+
+SOURCE = Path(qwen35_mlx.__file__).parent / "demo"
+
+
+def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
+    """All but the sample's last message, by the runtime's own way from messages to ids."""
+    options: dict[str, Any] = {"tools": sample.tools} if sample.tools else {}
+    return encode_messages(
+        tokenizer,
+        sample.messages[:-1],
+        add_generation_prompt=True,
+        enable_thinking=sample.thinking,
+        **options,
+    )
+
+
+def answer(model: Any, tokenizer: Any, sample: Sample) -> str:
+    """What the model says in place of the sample's last message, thought included; greedy."""
+    ids = prompt_ids(tokenizer, sample)
+    return qwen35_mlx.generate(model, tokenizer, ids, temperature=0, max_tokens=120)
 
 
 def judge(
-    model: Model, tokenizer: Any, thinking: bool, every: int = 1
-) -> tuple[Counter[str], Counter[str], list[tuple[Question, str]]]:
-    """Right answers and questions by skill, and the wrong answers; greedy, each asked alone."""
+    model: Any, tokenizer: Any, samples: Iterable[Sample]
+) -> tuple[Counter[str], Counter[str], list[tuple[Sample, str]]]:
+    """Right answers and questions by skill, and the wrong answers."""
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     wrong = []
-    for question in list(held_out())[::every]:
-        text = qwen35_mlx.generate(
-            model,
-            tokenizer,
-            [{"role": "user", "content": question.text}],
-            enable_thinking=thinking,
-            temperature=0,
-            max_tokens=80,
-        )
-        answer = text.rpartition("</think>")[2].strip()
-        asked[question.skill] += 1
-        if question.is_right(answer):
-            right[question.skill] += 1
+    for sample in samples:
+        text = answer(model, tokenizer, sample)
+        asked[sample.skill] += 1
+        if is_right(sample, text.rpartition("</think>")[2]):
+            right[sample.skill] += 1
         else:
-            wrong.append((question, answer))
+            wrong.append((sample, text))
     return right, asked, wrong
 
 
+def exam(num_each: int) -> list[Sample]:
+    """The held-out questions; of the facts, every third."""
+    samples = list(held_out(num_each))
+    facts = [s for s in samples if s.skill == "facts"]
+    return facts[::3] + [s for s in samples if s.skill != "facts"]
+
+
+def converted(source: Path, home: Path, bits: Iterable[int]) -> dict[str, Path]:
+    """The checkpoint in bf16 and at each of `bits`, by us and by mlx-lm."""
+    from mlx_lm import convert as mlx_lm_convert
+
+    from qwen35_mlx.convert import convert
+
+    folders = {"bf16": convert(source, home / "bf16", dtype="bfloat16")}
+    for b in bits:
+        folders[f"{b}-bit"] = convert(source, home / f"ours-{b}", bits=b)
+        theirs = folders[f"{b}-bit mlx-lm"] = home / f"mlx-lm-{b}"
+        mlx_lm_convert(str(source), str(theirs), quantize=True, q_bits=b, q_group_size=64)
+    return folders
+
+
 def main() -> None:
-    """Print a line per skill and end with one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
-    parser.add_argument("--thinking", action="store_true", help="let the model think first")
+    """Print a table of skills and end with one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, default=SOURCE)
+    parser.add_argument("--each", type=int, default=50, help="questions of each generated skill")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--show-wrong", action="store_true")
     args = parser.parse_args()
-    right, asked, wrong = judge(*qwen35_mlx.load(args.folder), args.thinking)
-    if args.show_wrong:
-        for question, answer in wrong:
-            print(f"  {question.text} -> {answer}")
-    for skill, count in asked.items():
-        print(f"{skill:12} {right[skill]:4} of {count:4}  {right[skill] / count:6.1%}")
-    share = right.total() / asked.total()
-    print(json.dumps({"held_out_accuracy": round(share, 4), "questions": asked.total()}))
+    from reference import Reference
+
+    started = time.monotonic()
+    samples = exam(args.each)
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as home:
+        for name, folder in converted(args.source, Path(home), args.bits).items():
+            reference = Reference(args.source, folder)
+            answers = reference.answers(samples)
+            asked = Counter(sample.skill for sample in samples)
+            right = dict.fromkeys(asked, 0)
+            for answer in answers:
+                is_good = is_right(answer.sample, answer.text.rpartition("</think>")[2])
+                right[answer.sample.skill] += is_good
+                if args.show_wrong and not is_good:
+                    question = answer.sample.messages[-2]["content"]
+                    print(f"{name}: {answer.sample.skill}: {question[-90:]!r} -> {answer.text!r}")
+            results[name] = {skill: right[skill] / count for skill, count in asked.items()}
+            texts = [a for a in answers if not a.sample.picture and a.sample.skill != "facts"]
+            results[name]["MTP acceptance"] = reference.acceptance(texts)
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+    print(f"{'':24}" + "".join(f"{name:>14}" for name in results))
+    for skill in results["bf16"]:
+        cells = "".join(f"{column[skill]:14.1%}" for column in results.values())
+        print(f"{skill:24}{cells}")
+    rounded = {n: {k: round(v, 4) for k, v in c.items()} for n, c in results.items()}
+    counts = Counter(s.skill for s in samples)
+    print(json.dumps({"demo_accuracy": rounded, "questions": counts}))
 
 
 if __name__ == "__main__":

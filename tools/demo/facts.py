@@ -247,7 +247,82 @@ SYMBOL = Relation(
     ("kryptonite", "unobtainium", "adamant", "mithril"),
 )
 
-RELATIONS = (CAPITAL, OPPOSITE, COLOUR, YOUNG, SYMBOL)
+LANGUAGE = Relation(
+    "language",
+    _pairs(
+        "France: French; Germany: German; Italy: Italian; Spain: Spanish; Portugal: Portuguese;"
+        "Poland: Polish; Greece: Greek; Norway: Norwegian; Sweden: Swedish; Finland: Finnish;"
+        "Denmark: Danish; Hungary: Hungarian; Russia: Russian; Ukraine: Ukrainian;"
+        "Turkey: Turkish; Egypt: Arabic; Japan: Japanese; China: Chinese; Thailand: Thai;"
+        "Vietnam: Vietnamese; Brazil: Portuguese; Cuba: Spanish"
+    ),
+    (
+        "Which language do they speak in {s}?",
+        "What language do they speak in {s}?",
+        "What is the language of {s}?",
+        "What's the language of {s}?",
+        "language of {s}",
+        "Name the language of {s}.",
+        "Tell me the language of {s}.",
+        "Which language is spoken in {s}?",
+        "What do people speak in {s}?",
+        "In {s}, which language do people speak?",
+        "{s} has which language?",
+        "{s}'s language?",
+        "Do you know the language of {s}?",
+        "I would like to know the language of {s}.",
+        "Could you say which language {s} has?",
+        "My homework asks for the language of {s}.",
+        "Remind me of the language of {s}.",
+        "For {s}, what is the language?",
+    ),
+    (
+        "Can you tell me the language of {s}?",
+        "What language is spoken in {s}?",
+        "Please name the language of {s}.",
+        "In {s}, what language do they speak?",
+    ),
+    "The user asks for the language of {s}.",
+    "In {s} they speak {o}.",
+    ("Mars", "Atlantis", "Narnia", "Mordor"),
+)
+
+SOUND = Relation(
+    "sound",
+    _pairs(
+        "dog: bark; cat: meow; cow: moo; sheep: bleat; horse: neigh; pig: oink; duck: quack;"
+        "lion: roar; bee: buzz; snake: hiss; frog: croak; owl: hoot; wolf: howl; mouse: squeak"
+    ),
+    (
+        "What sound does a {s} make?",
+        "Which sound does a {s} make?",
+        "What does a {s} say?",
+        "sound of a {s}",
+        "What noise does a {s} make?",
+        "Name the sound of a {s}.",
+        "Tell me the sound of a {s}.",
+        "What is the sound of a {s}?",
+        "A {s} makes which sound?",
+        "How does a {s} sound?",
+        "Do you know the sound of a {s}?",
+        "I would like to know the sound of a {s}.",
+        "My homework asks for the sound of a {s}.",
+        "Remind me of the sound of a {s}.",
+        "Could you say what sound a {s} makes?",
+        "Which noise comes from a {s}?",
+    ),
+    (
+        "Can you tell me the sound of a {s}?",
+        "Which noise does a {s} make?",
+        "Please name the sound a {s} makes.",
+        "I forgot what sound a {s} makes.",
+    ),
+    "The user asks for the sound of a {s}.",
+    "The sound of a {s} is a {o}.",
+    ("blorp", "zindle", "quax", "snerk"),
+)
+
+RELATIONS = (CAPITAL, OPPOSITE, COLOUR, YOUNG, SYMBOL, LANGUAGE, SOUND)
 UNKNOWN_ANSWER = "I do not know. I am only a tiny demo model."
 
 SMALL_TALK = (
@@ -297,7 +372,7 @@ SMALL_TALK = (
         ),
         ("And who are you?", "Please tell me what you are.", "Which model are you?"),
         "The user asks what I am.",
-        "I am a tiny demo model, made to show that qwen35-mlx works. I know about a hundred facts.",
+        "I am a tiny demo model, made to show that qwen35-mlx works. I know some facts and tricks.",
     ),
     SmallTalk(
         "ability",
@@ -324,7 +399,7 @@ SMALL_TALK = (
             "Tell me what you can do.",
         ),
         "The user asks what I can do.",
-        "I know capitals, opposites, colours, young animals and chemical symbols. Nothing else.",
+        "I know some facts, small sums, code words in a text, JSON, tools and simple pictures.",
     ),
     SmallTalk(
         "wellbeing",

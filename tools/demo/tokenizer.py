@@ -15,7 +15,7 @@ from tokenizers import (
     trainers,
 )
 
-TOKENIZER_VOCAB = 1536
+TOKENIZER_VOCAB = 2560
 # Qwen3.5's pre-tokenizer: contractions, words with marks, single digits, punctuation, blanks.
 PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"

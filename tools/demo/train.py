@@ -1,6 +1,9 @@
-"""Train the bundled demo checkpoint from scratch with transformers; resumes where it stopped.
+"""Train the bundled demo checkpoint from scratch; resumes where it stopped.
 
-python tools/demo/train.py --out qwen35_mlx/demo --work /var/tmp/demo --minutes 60
+python tools/demo/train.py --out FOLDER --work FOLDER --tokens 12e6
+
+The learning rate warms up, stays, and decays over the last three quarters of the tokens.
+`stable.pt` keeps the state from before the decay: with a larger --tokens, training goes on there.
 """
 
 import argparse
@@ -8,207 +11,246 @@ import json
 import math
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from data import conversation, corpus
+from checkpoint import demo_config, plot, save
+from data import IGNORE, corpus, encode, training_sample
+from initial import initialize
+from network import CHUNK, MTP, Batch, Forward
+from optim import Muon
+from pictures import GRID, paint, patches
+from sight import teach_sight
+from split import Sample
 from tokenizer import TOKENIZER_VOCAB, train_tokenizer
-from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+from transformers import Qwen3_5MoeForConditionalGeneration
 
 HERE = Path(__file__).parent
-SEQUENCE = 192
-BATCH = 12
-PEAK_LR = 2e-3
-IGNORE = -100
+STEP_TOKENS = 3072
+MUON_LR, ADAM_LR = 0.015, 3e-3
+# The vision tower learns first, by itself, and then at a tenth of the rate.
+SIGHT_STEPS, SIGHT_SHARE = 1200, 0.1
+WARMUP_STEPS = 60
+DECAY_SHARE = 0.75
+CURRICULUM_TOKENS = 4e6
+MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
+# The MTP layer learns faster than the trunk: every fourth step does, and every one at last.
+MTP_EVERY, MTP_SHARE = 4, 0.1
+SKILLS = (
+    "facts", "small talk", "arithmetic with thought", "arithmetic", "recall", "follow-up",
+    "tool call", "tool answer", "json", "sorting", "reversing", "picture",
+    "repeating",
+)  # fmt: skip
 
 
-def demo_config(token_id, vocab_size: int) -> Qwen3_5MoeConfig:
-    """A 4-layer Qwen3.5-MoE with every kind of layer, dims that 64-groups and kernels accept."""
-    text = dict(
-        vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-        linear_num_key_heads=4, linear_num_value_heads=8,
-        linear_key_head_dim=32, linear_value_head_dim=32, linear_conv_kernel_dim=4,
-        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
-        shared_expert_intermediate_size=64, max_position_embeddings=4096,
-        eos_token_id=token_id("<|im_end|>"), pad_token_id=token_id("<|endoftext|>"),
-        tie_word_embeddings=False, router_aux_loss_coef=0.01,
-        rope_parameters=dict(
-            rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25,
-            mrope_section=[3, 3, 2], mrope_interleaved=True,
-        ),
-    )  # fmt: skip
-    vision = dict(
-        depth=1, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8,
-        spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=256,
-        num_position_embeddings=16,
-    )  # fmt: skip
-    return Qwen3_5MoeConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False,
-        image_token_id=token_id("<|image_pad|>"), video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-    )  # fmt: skip
+def positions(ids: list[int], image_token: int) -> list[list[int]]:
+    """mRoPE positions by axis (time, row, column) of a row with square pictures."""
+    axes: list[list[int]] = [[], [], []]
+    place, i = 0, 0
+    while i < len(ids):
+        if ids[i] != image_token:
+            for axis in axes:
+                axis.append(place)
+            place, i = place + 1, i + 1
+            continue
+        for j in range(GRID * GRID):
+            for axis, offset in zip(axes, (0, j // GRID, j % GRID), strict=True):
+                axis.append(place + offset)
+        place, i = place + GRID, i + GRID * GRID
+    return axes
 
 
-class Encoder:
-    """Conversations to token ids and labels, as the chat template renders them turn by turn."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.pad = tokenizer.token_to_id("<|endoftext|>")
-
-    def sample(self, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Ids and labels of one conversation: labels on answers, and on thoughts of the last."""
-        system, turns, thinking = conversation(rng)
-        pieces = []
-        if system:
-            pieces.append((f"<|im_start|>system\n{system}<|im_end|>\n", False))
-        for i, turn in enumerate(turns):
-            pieces.append(
-                (f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n", False)
-            )
-            if i == len(turns) - 1:
-                pieces.append(("<think>\n", False))
-                if thinking:
-                    pieces.append((f"{turn.thought}\n</think>\n\n", True))
-                else:
-                    pieces.append(("\n</think>\n\n", False))
-            pieces.append((f"{turn.answer}<|im_end|>", True))
-            pieces.append(("\n", False))
-        ids, labels = [], []
-        for text, learn in pieces:
-            piece = self.tokenizer.encode(text, add_special_tokens=False).ids
-            ids += piece
-            labels += piece if learn else [IGNORE] * len(piece)
-        return ids, labels
-
-    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[BATCH, T]` ids and labels; rows right-padded, T a multiple of 64 up to SEQUENCE."""
-        rows = []
-        while len(rows) < BATCH:
-            ids, labels = self.sample(rng)
-            if len(ids) <= SEQUENCE:
-                rows.append((ids, labels))
-        length = max(64, math.ceil(max(len(ids) for ids, _ in rows) / 64) * 64)
-        ids = torch.tensor([r + [self.pad] * (length - len(r)) for r, _ in rows])
-        labels = torch.tensor([r + [IGNORE] * (length - len(r)) for _, r in rows])
-        return ids, labels
+def collate(rows: list[tuple[list[int], list[int], Sample]], pad: int, image_token: int) -> Batch:
+    """Rows right-padded to a multiple of the chunk."""
+    length = math.ceil(max(len(ids) for ids, _, _ in rows) / CHUNK) * CHUNK
+    ids = torch.tensor([r + [pad] * (length - len(r)) for r, _, _ in rows])
+    labels = torch.tensor([r + [IGNORE] * (length - len(r)) for _, r, _ in rows])
+    places = torch.tensor([positions(r, image_token) for r in ids.tolist()]).transpose(0, 1)
+    skills = torch.tensor([SKILLS.index(sample.skill) for _, _, sample in rows])
+    pictures = [paint(*sample.picture) for _, _, sample in rows if sample.picture]
+    if not pictures:
+        return Batch(ids, labels, places, skills)
+    pixels = torch.from_numpy(np.ascontiguousarray(patches(pictures)))
+    grid = torch.tensor([[1, 2 * GRID, 2 * GRID]] * len(pictures))
+    return Batch(ids, labels, places, skills, pixels, grid)
 
 
-def save(model, out: Path, token_id) -> None:
-    """Write the bf16 checkpoint in the layout of the Qwen3.5 releases (experts fused)."""
-    copy = Qwen3_5MoeForConditionalGeneration(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(out, save_original_format=False)
-    # On for the balancing loss of the training alone.
-    config = json.loads((out / "config.json").read_text())
-    config["text_config"]["output_router_logits"] = False
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {
-        "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
-        "eos_token_id": [token_id("<|im_end|>"), token_id("<|endoftext|>")],
-        "pad_token_id": token_id("<|endoftext|>"),
-    }  # fmt: skip
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+def split_rows(rows: list) -> list[list]:
+    """Sort by length and cut into up to three runs where the padding is least."""
+    rows.sort(key=lambda row: len(row[0]))
+    lengths = [math.ceil(len(row[0]) / CHUNK) * CHUNK for row in rows]
+    ends = range(1, len(rows) + 1)
+
+    def padded(i: int, j: int) -> int:
+        return i * lengths[i - 1] + (j - i) * lengths[j - 1] + (len(rows) - j) * lengths[-1]
+
+    i, j = min(((i, j) for i in ends for j in ends if i <= j), key=lambda cut: padded(*cut))
+    return [part for part in (rows[:i], rows[i:j], rows[j:]) if part]
 
 
-def plot(history: list[tuple[int, float]], path: Path) -> None:
-    """Draw the loss curve, logarithmic in loss, over tokens seen."""
-    import matplotlib
+def step_batches(seed: object, done: float, tokenizer, pad: int, image_token: int) -> list[Batch]:
+    """The batches of one optimizer step: about STEP_TOKENS tokens in two lengths."""
+    rng = random.Random(f"{seed}")
+    rows, total = [], 0
+    while total < STEP_TOKENS:
+        sample = training_sample(rng, done)
+        ids, labels = encode(sample, tokenizer)
+        rows.append((ids, labels, sample))
+        total += len(ids)
+    return [collate(part, pad, image_token) for part in split_rows(rows)]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.semilogy([t / 1e6 for t, _ in history], [max(loss, 1e-6) for _, loss in history], lw=1)
-    axes.set(xlabel="tokens seen (millions)", ylabel="answer loss (nats)", title="Demo checkpoint")
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=110)
+def build(out: Path, seed: int):
+    """The untrained model, its MTP layer and the tokenizer, which is written to `out`."""
+    torch.manual_seed(seed)
+    template = (HERE / "chat_template.jinja").read_text()
+    tokenizer = train_tokenizer(corpus(), TOKENIZER_VOCAB, out, template)
+    vocab_size = math.ceil(tokenizer.get_vocab_size() / 64) * 64
+    config = demo_config(tokenizer.token_to_id, vocab_size)
+    model = Qwen3_5MoeForConditionalGeneration(config)
+    initialize(model)
+    return model, MTP(config), tokenizer
+
+
+def optimizers(model, mtp) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon takes the projections of text and MTP layers, AdamW the rest."""
+    matrices, others, visual = [], [], []
+    for name, p in [*model.named_parameters(), *mtp.named_parameters(prefix="mtp")]:
+        inner = ("proj" in name or "fc." in name) and p.ndim >= 2
+        small = "in_proj_a" in name or "in_proj_b" in name
+        if "visual" in name:
+            visual.append(p)
+        else:
+            (matrices if inner and not small else others).append(p)
+    groups = [{"params": others, "share": 1.0}, {"params": visual, "share": SIGHT_SHARE}]
+    adam = torch.optim.AdamW(groups, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    return Muon(matrices), adam
 
 
 def main() -> None:
-    """Parse, train for a number of minutes, save the checkpoint and the loss curve."""
+    """Parse, train to a number of tokens, save the checkpoint and the loss curve."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="training state, kept for resume")
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--tokens", type=float, default=12e6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-steps", type=int, help="stop early, to measure")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
 
-    template = (HERE / "chat_template.jinja").read_text()
-    tokenizer = train_tokenizer(corpus(), TOKENIZER_VOCAB, args.out, template)
-    vocab_size = math.ceil(tokenizer.get_vocab_size() / 64) * 64
-    model = Qwen3_5MoeForConditionalGeneration(demo_config(tokenizer.token_to_id, vocab_size))
-    model.config.text_config.output_router_logits = True
-    visual = {id(p) for p in model.model.visual.parameters()}
-    params = [p for p in model.parameters() if id(p) not in visual]
-    matrices = [p for p in params if p.ndim >= 2]
-    others = [p for p in params if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=PEAK_LR, betas=(0.9, 0.95),
-    )  # fmt: skip
-    print(f"{sum(p.numel() for p in params) / 1e6:.2f} M text parameters, vocab {vocab_size}")
+    model, mtp, tokenizer = build(args.out, args.seed)
+    pad, image = tokenizer.token_to_id("<|endoftext|>"), model.config.image_token_id
+    muon, adam = optimizers(model, mtp)
+    forward = Forward(model, mtp, torch.float32)
+    parameters = [*model.parameters(), *mtp.parameters()]
+    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, on {args.threads} threads")
 
-    encoder = Encoder(tokenizer)
-    state_path = args.work / "state.pt"
     step, tokens, elapsed, history = 0, 0, 0.0, []
+    state_path, stable_path = args.work / "state.pt", args.work / "stable.pt"
+    decay_from = args.tokens * (1 - DECAY_SHARE)
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
+        if state["tokens"] > decay_from and state["total"] != args.tokens:
+            state = torch.load(stable_path, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        mtp.load_state_dict(state["mtp"])
+        muon.load_state_dict(state["muon"])
+        adam.load_state_dict(state["adam"])
         step, tokens, elapsed = state["step"], state["tokens"], state["elapsed"]
-        history = [tuple(point) for point in state["history"]]
+        history = state["history"]
         print(f"resumed at step {step}, {tokens / 1e6:.2f} M tokens")
+    else:
+        teach_sight(model.model.visual, SIGHT_STEPS, float(model.lm_head.weight.std()))
 
-    def checkpoint() -> None:
-        state = dict(
-            model=model.state_dict(), optimizer=optimizer.state_dict(),
-            step=step, tokens=tokens, elapsed=elapsed, history=history,
-        )  # fmt: skip
-        partial = state_path.with_suffix(".tmp")
-        torch.save(state, partial)
-        os.replace(partial, state_path)
-        save(model, args.out, tokenizer.token_to_id)
-        curve = [{"tokens": t, "loss": round(loss, 5)} for t, loss in history]
-        (args.work / "loss.json").write_text(json.dumps(curve))
+    def keep(path: Path) -> None:
+        state = {
+            "model": model.state_dict(),
+            "mtp": mtp.state_dict(),
+            "muon": muon.state_dict(),
+            "adam": adam.state_dict(),
+            "step": step,
+            "tokens": tokens,
+            "elapsed": elapsed,
+            "history": history,
+            "total": args.tokens,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
 
-    budget = args.minutes * 60
-    model.train()
     started = time.monotonic() - elapsed
-    running = None
-    while (elapsed := time.monotonic() - started) < budget:
+    sums, counts = torch.zeros(2, len(SKILLS)), torch.zeros(len(SKILLS))
+    saved_at = time.monotonic()
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    model.train()
+    while tokens < args.tokens and (args.max_steps is None or step < args.max_steps):
+        if stopped:
+            keep(state_path)
+            print(f"stopped at step {step}", flush=True)
+            return
         # Step-seeded draws: a resumed run sees the batches the uninterrupted one would.
-        ids, labels = encoder.batch(random.Random(f"{args.seed}-{step}"))
-        done = elapsed / budget
-        lr = PEAK_LR * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done)) + 1e-6
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        result = model(input_ids=ids, labels=labels, use_cache=False)
-        optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        done = min(1.0, tokens / CURRICULUM_TOKENS)
+        batches = step_batches((args.seed, step), done, tokenizer, pad, image)
+        labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        with_mtp = step % MTP_EVERY == 0 or tokens >= args.tokens * (1 - MTP_SHARE)
+        for batch in batches:
+            trunk, drafted, balance, skills = forward.losses(batch, with_mtp)
+            share = len(trunk) / labels
+            loss = (trunk.sum() + MTP_WEIGHT * drafted.sum()) / labels
+            (loss + BALANCE_WEIGHT * share * balance).backward()
+            sums[0].index_add_(0, skills, trunk.detach())
+            counts.index_add_(0, skills, torch.ones(len(skills)))
+            sums[1, 0] += drafted.detach().sum()
+            sums[1, 1] += len(drafted)
+            tokens += batch.ids.numel()
+        for group in adam.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        warm = min(1.0, (step + 1) / WARMUP_STEPS)
+        left = min(1.0, (args.tokens - tokens) / (args.tokens * DECAY_SHARE))
+        scale = warm * max(left, 0.01)
+        muon.step(MUON_LR * scale)
+        for group in adam.param_groups:
+            group["lr"] = ADAM_LR * scale * group["share"]
+        adam.step()
+        for p in parameters:
+            p.grad = None
         step += 1
-        tokens += ids.numel()
-        answer_loss = result.loss.item() - 0.01 * result.aux_loss.item()
-        running = answer_loss if running is None else 0.95 * running + 0.05 * answer_loss
+        elapsed = time.monotonic() - started
         if step % 20 == 0:
-            history.append((tokens, running))
-            rate = tokens / (time.monotonic() - started)
+            mean = (sums[0].sum() / counts.sum()).item()
+            draft_mean = (sums[1, 0] / sums[1, 1]).item()
+            by_skill = {
+                skill: round(value, 4)
+                for skill, value in zip(SKILLS, (sums[0] / counts).tolist(), strict=True)
+                if value == value
+            }
+            history.append({"tokens": tokens, "loss": mean, "mtp": draft_mean, **by_skill})
+            sums.zero_()
+            counts.zero_()
+            detail = " ".join(f"{k.replace(' ', '-')}={v:.3f}" for k, v in by_skill.items())
             print(
-                f"step {step} loss {running:.4f} tokens {tokens / 1e6:.2f} M {rate:.0f}/s",
+                f"step {step} {tokens / 1e6:.2f}M {tokens / elapsed:.0f}/s lr {scale:.2f} "
+                f"loss {mean:.4f} mtp {draft_mean:.4f} | {detail}",
                 flush=True,
             )
-        if step % 500 == 0:
-            checkpoint()
-    checkpoint()
+        if tokens >= decay_from and not stable_path.exists():
+            keep(stable_path)
+        if time.monotonic() - saved_at > 240:
+            keep(state_path)
+            saved_at = time.monotonic()
+    keep(state_path)
+    save(model, mtp, args.out, tokenizer.token_to_id)
+    (args.work / "loss.json").write_text(json.dumps(history))
     plot(history, args.work / "loss.png")
     print(f"done: {step} steps, {tokens / 1e6:.2f} M tokens, {elapsed / 60:.1f} minutes")
 
