@@ -8,6 +8,8 @@ from .errors import PromptError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+# Kinds of content in a message, by its type or its key, that only the vision tower could read.
+PICTURES = {"image", "image_url", "video", "video_url"}
 
 
 def encode_prompt(
@@ -91,6 +93,7 @@ def render_messages(
             got="no chat_template.jinja and none in tokenizer_config.json",
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
+    _refuse_pictures(messages)
     from jinja2.exceptions import TemplateError
 
     try:
@@ -104,6 +107,19 @@ def render_messages(
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise PromptError("the chat template refuses these messages", got=error) from None
+
+
+def _refuse_pictures(messages: Sequence[Any]) -> None:
+    """The template would leave a placeholder, which the text model reads as if it were a word."""
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for item in content if isinstance(content, list | tuple) else ():
+            if isinstance(item, Mapping) and PICTURES & {*item, str(item.get("type"))}:
+                raise PromptError(
+                    "this program reads no pictures and no videos",
+                    got=f"{item.get('type') or 'a picture'} in a message",
+                    expected="text",
+                )
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

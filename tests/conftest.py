@@ -47,7 +47,7 @@ def demo(converted_demo: Path) -> tuple[Any, Any]:
 class ScriptedModel:
     """Says the given tokens whatever it reads, and counts what it is asked for."""
 
-    def __init__(self, tokens: list[int], vocab_size: int = 2048, context_length: int = 4096):
+    def __init__(self, tokens: list[int], vocab_size: int = 2560, context_length: int = 4096):
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
         self.sampling_defaults = SamplingParams()
         self.tokens = tokens

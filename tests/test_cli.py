@@ -259,7 +259,7 @@ def test_options_reach_the_sampler(run: Any, converted_demo: Path, answer: Any) 
     greedy = answer(max_tokens=8) + "\n"
     assert said("--top-k", "1") == said("--top-p", "1e-6") == said("--min-p", "1") == greedy
     for penalty in ("presence", "repetition"):
-        option = (f"--{penalty}-penalty", "9", "--temperature", "0", "--max-tokens", "40")
+        option = (f"--{penalty}-penalty", "99", "--temperature", "0", "--max-tokens", "40")
         assert said(*option) != said(*option[2:])
 
 

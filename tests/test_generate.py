@@ -242,7 +242,7 @@ def test_a_stop_string_that_only_begins_is_shown_at_the_limit(
         ([], {}, PromptError, "is empty"),
         ([1] * 32, {}, PromptError, "longer than the model's context"),
         ([1] * 33, {}, PromptError, "longer than the model's context"),
-        ([1, 2048], {}, PromptError, "does not know"),
+        ([1, 2560], {}, PromptError, "does not know"),
         ([-1], {}, PromptError, "does not know"),
         ([{"role": "robot", "content": "x"}], {}, PromptError, "refuses"),
         ([1], {"max_tokens": 0}, Qwen35Error, "max_tokens is not usable"),

@@ -48,8 +48,10 @@ def test_text_ids_arrays_and_messages_become_ids(demo: Any) -> None:
         ([{"role": "user", "content": "a\udce9b"}], "not valid Unicode"),
         ([{"role": "system", "content": "Be kind."}], "No user query"),
         ([*HELLO, {"role": "narrator", "content": "x"}], "Unexpected message role"),
-        ([{"role": "user", "content": 7}], "reads text only"),
-        ([{"role": "user"}], "template refuses"),
+        ([{"role": "user", "content": 7}], "template refuses"),
+        ([*HELLO, {"content": "x"}], "template refuses"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "no pictures"),
+        ([*HELLO, {"role": "tool", "content": [{"video": "a.mp4"}, {"text": "x"}]}], "no pictures"),
     ],
     ids=repr,
 )

@@ -303,7 +303,7 @@ def test_a_full_context_is_said_before_and_leaves_a_choice(
     shell.wait_for(r"change the message\?")
     shell.type("o\r")
     assert "So it is." in shell.wait_for(r"[1-9] turns dropped\n[^>]*\n\n>$")
-    shell.type("many words " * 30 + "\r")
+    shell.type("many words " * 60 + "\r")
     shell.wait_for(r"change the message\?")
     shell.type("s\r")
     shell.wait_for(r"error: the prompt is longer[^>]*\n>$")
