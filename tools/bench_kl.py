@@ -5,7 +5,6 @@ that the unquantized demo gives, which no method has seen.
 """
 
 import math
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,23 +25,13 @@ from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.quant.fidelity import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
-from data import held_out, render, training_sample
+from data import conversations, held_out
 from evaluate import prompt_ids
 
-SEED, TEXT_TOKENS = 7, 256
+TEXT_TOKENS = 256
 CALIBRATION_TEXTS, GRADIENT_TEXTS, NUM_QUESTIONS = 32, 8, 48
 # Another size of ours is made for a peer further away than this.
 EQUAL_BYTES = 0.005
-
-
-def conversations(tokenizer: Any, num_texts: int) -> mx.array:
-    """Seeded conversations of the training side, end to end, `[num_texts, TEXT_TOKENS]`."""
-    rng, ids = random.Random(SEED), []
-    while len(ids) < num_texts * TEXT_TOKENS:
-        sample = training_sample(rng, 1.0)
-        if sample.picture is None:
-            ids += tokenizer.encode(render(sample), add_special_tokens=False)
-    return mx.array(ids[: num_texts * TEXT_TOKENS]).reshape(num_texts, TEXT_TOKENS)
 
 
 def judged_texts(model: Any, tokenizer: Any) -> list[mx.array]:
@@ -130,7 +119,7 @@ def kl_table(source: Path, work: Path) -> dict[str, dict[str, float]]:
     convert(source, work / "bf16", dtype="bfloat16")
     model, tokenizer = qwen35_mlx.load(work / "bf16")
     judge = Judge(model, judged_texts(model, tokenizer))
-    ids = conversations(tokenizer._tokenizer, CALIBRATION_TEXTS)
+    ids = mx.array(conversations(tokenizer._tokenizer, CALIBRATION_TEXTS, TEXT_TOKENS))
     calibration = calibrate(source, ids, hessians=True, measure=True)
     print(
         f"\nKL to bf16 in nats a token, {sum(t.size for t in judge.texts)} held-out tokens;"

@@ -203,6 +203,16 @@ def corpus(num_rounds: int = 1500, seed: int = 0) -> Iterator[str]:
             yield from render(sample).split("<|")
 
 
+def conversations(tokenizer: Any, num_texts: int, length: int, seed: int = 7) -> list[list[int]]:
+    """Ids of seeded conversations of the training side, end to end, in rows of `length`."""
+    rng, ids = random.Random(seed), []
+    while len(ids) < num_texts * length:
+        sample = training_sample(rng, 1.0)
+        if sample.picture is None:
+            ids += tokenizer.encode(render(sample), add_special_tokens=False)
+    return [ids[i * length : (i + 1) * length] for i in range(num_texts)]
+
+
 def held_out_facts() -> Iterator[Sample]:
     """Every fact and every intent of small talk, in wordings that training never saw."""
     for relation in RELATIONS:

@@ -12,16 +12,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from checks import is_right
-from data import held_out
+from data import conversations, held_out
 from split import Sample
 
 import qwen35_mlx
 from qwen35_mlx.prompt import encode_messages
+from qwen35_mlx.weights import load_tokenizer
 
 SOURCE = Path(qwen35_mlx.__file__).parent / "demo"
 
@@ -68,17 +70,29 @@ def exam(num_each: int) -> list[Sample]:
     return facts[::3] + [s for s in samples if s.skill != "facts"]
 
 
-def converted(source: Path, home: Path, bits: Iterable[int]) -> dict[str, Path]:
-    """The checkpoint in bf16 and at each of `bits`, by us and by mlx-lm."""
+def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
+    """The checkpoint in bf16 and at each of `bits`: plainly rounded by us and by mlx-lm, and ours
+    in as many bytes with bits and error feedback by calibration on the training side."""
     from mlx_lm import convert as mlx_lm_convert
 
-    from qwen35_mlx.convert import convert
+    from qwen35_mlx.convert import convert, plan
+    from qwen35_mlx.convert.calibration import calibrate
+    from qwen35_mlx.convert.fit import fit
 
     folders = {"bf16": convert(source, home / "bf16", dtype="bfloat16")}
+    if bits:
+        tokenizer = load_tokenizer(source, {}, {})._tokenizer
+        rows = mx.array(conversations(tokenizer, num_texts=32, length=256))
+        found = calibrate(source, rows, hessians=True, measure=True)
     for b in bits:
         folders[f"{b}-bit"] = convert(source, home / f"ours-{b}", bits=b)
         theirs = folders[f"{b}-bit mlx-lm"] = home / f"mlx-lm-{b}"
         mlx_lm_convert(str(source), str(theirs), quantize=True, q_bits=b, q_group_size=64)
+        size = plan(source, bits=b).bits_per_weight
+        choice = fit(source, bits_per_weight=size, calibration=found, method="gptq")
+        folders[f"{size:.2f} gptq"] = convert(
+            source, home / f"gptq-{b}", recipe=choice.recipe, method="gptq", calibration=found
+        )
     return folders
 
 
