@@ -90,7 +90,7 @@ def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
         mlx_lm_convert(str(source), str(theirs), quantize=True, q_bits=b, q_group_size=64)
         size = plan(source, bits=b).bits_per_weight
         choice = fit(source, bits_per_weight=size, calibration=found, method="gptq")
-        folders[f"{size:.2f} gptq"] = convert(
+        folders[f"{size:.2f} bpw gptq"] = convert(
             source, home / f"gptq-{b}", recipe=choice.recipe, method="gptq", calibration=found
         )
     return folders
