@@ -30,7 +30,7 @@ from qwen35_mlx.weights import load_model  # noqa: E402
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 
 SEED = int(os.environ.get("QWEN35_SEED") or np.random.SeedSequence().entropy % 10**6)
-NUM_CONFIGS = int(os.environ.get("QWEN35_CONFIGS") or 24)
+NUM_CONFIGS = int(os.environ.get("QWEN35_CONFIGS") or 20)
 NUM_GREEDY, MIN_GREEDY_COMPARED = 64, 48
 # The models are too small for more threads to pay.
 torch.set_num_threads(1)
