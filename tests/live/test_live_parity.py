@@ -36,7 +36,7 @@ NUM_GREEDY, MIN_GREEDY_COMPARED = 64, 48
 torch.set_num_threads(1)
 # Two correct implementations may choose differently below these distances between logits.
 MIN_TOKEN_MARGIN, MIN_ROUTER_MARGIN = 1e-3, 1e-4
-MAX_NOISE, NUM_JITTERED, MAX_REDRAWS = MAX_DIFFERENCE / 8, 6, 50
+MAX_NOISE, NUM_JITTERED, MAX_REDRAWS = MAX_DIFFERENCE / 8, 6, 12
 
 
 @dataclass
@@ -105,9 +105,10 @@ def pair(
 ) -> Pair:
     # Config i of a seed is the same whether or not the others run.
     rng = np.random.default_rng([SEED, request.param])
-    config = draw_config(rng, request.param)
     pair = None
     while pair is None:
+        # Another config too: of some shapes hardly any input is settled, and a run must end.
+        config = draw_config(rng, request.param)
         pair = _draw_pair(config, tmp_path_factory.mktemp("live"), rng)
     report.pairs.append(pair)
     return pair
