@@ -1,6 +1,6 @@
 """Train the bundled demo checkpoint from scratch; resumes where it stopped.
 
-python tools/demo/train.py --out FOLDER --work FOLDER --tokens 12e6
+python tools/demo/train.py --out FOLDER --work FOLDER --tokens 18.5e6
 
 The learning rate warms up, stays, and decays over the last three quarters of the tokens.
 `stable.pt` keeps the state from before the decay: with a larger --tokens, training goes on there.
@@ -135,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="training state, kept for resume")
-    parser.add_argument("--tokens", type=float, default=12e6)
+    parser.add_argument("--tokens", type=float, default=18.5e6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, help="stop early, to measure")
