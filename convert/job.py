@@ -25,7 +25,7 @@ from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256, sync_folder, write_file
-from .source import INDEX_FILE, Source
+from .source import INDEX_FILE, Source, read_rows
 from .stream import Progress, stream
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
+    if not isinstance(opened, HubSource):
+        _check_tied_head(planned)
     pieces = cut(planned)
     companions = _companions(opened)
     settings = _settings(planned, pieces, revision, calibration)
@@ -185,6 +187,29 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
             "method='gptq' needs a calibration with Hessians",
             hint="calibrate with --method gptq, or use --method search",
         )
+
+
+def _check_tied_head(planned: Plan) -> None:
+    """A head that is dropped as tied must be the embedding: where not, the reference runs it."""
+    for head in planned.dropped:
+        (embedding,) = (
+            segment.tensor
+            for entry in planned.entries
+            if entry.module.endswith(".embed_tokens")
+            for segment in entry.segments
+        )
+        step = max(SLICE_BYTES // head.row_bytes, 1)
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or any(
+            (read_rows(head, i, stop) != read_rows(embedding, i, stop)).any()
+            for i in range(0, head.num_rows, step)
+            for stop in (min(i + step, head.num_rows),)
+        ):
+            raise CheckpointError(
+                f"config.json ties the embeddings, but {head.name} is not the embedding",
+                got=f"a {head.name} of its own",
+                expected="none, or a copy of the embedding",
+                hint='say "tie_word_embeddings": false in config.json',
+            )
 
 
 def _settings(

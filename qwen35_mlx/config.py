@@ -131,13 +131,20 @@ class ModelConfig:
         if model_type not in (*DENSE_TYPES, *MOE_TYPES, NEXT_TYPE):
             raise ConfigError(
                 f"model_type={model_type!r} is not a Qwen3.5 model",
-                got=model_type,
+                got=repr(model_type),
                 expected=", ".join((*DENSE_TYPES, *MOE_TYPES, NEXT_TYPE)),
             )
         fuses = model_type == NEXT_TYPE
         if fuses:
             config, model_type = next_as_moe(config), MOE_TYPES[1]
-        text = dict(config.get("text_config") or config)
+        inner = config.get("text_config") or config
+        if not isinstance(inner, Mapping):
+            raise ConfigError(
+                "text_config is not an object",
+                got=repr(inner),
+                expected="an object with the keys of the text model",
+            )
+        text = dict(inner)
         inner_type = text.get("model_type", model_type)
         if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
             model_type in MOE_TYPES
@@ -152,7 +159,8 @@ class ModelConfig:
         get = _Reader(text)
         head_dim = get.positive("head_dim")
         layer_types = _layer_types(text, get.positive("num_hidden_layers"))
-        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        # The outer key decides, as in the reference; mlx-lm reads the inner one.
+        tying = _Reader(config if "tie_word_embeddings" in config else text)
         values = dict(
             model_type=model_type,
             vocab_size=get.positive("vocab_size"),
@@ -169,7 +177,7 @@ class ModelConfig:
             linear_conv_kernel_dim=get.positive("linear_conv_kernel_dim"),
             rms_norm_eps=get.number("rms_norm_eps"),
             max_position_embeddings=get.positive("max_position_embeddings"),
-            tie_word_embeddings=bool(tied),
+            tie_word_embeddings=tying.flag("tie_word_embeddings", default=False),
             rope=_rope(text, head_dim),
             fuses_linear_projections=fuses,
         )
@@ -257,11 +265,22 @@ class _Reader:
     def __init__(self, text: Mapping[str, Any], prefix: str = ""):
         self.text, self.prefix = text, prefix
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
+        """Without a default the key is required; with one, null and 0 stand for it."""
         value = self.text.get(key)
+        if default is not None and (value is None or value == 0):
+            return default
         if value is None:
-            raise ConfigError(f"config key {self.prefix}{key} is missing", expected="a number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConfigError(
+                f"config key {self.prefix}{key} is missing",
+                got="null" if key in self.text else "no such key",
+                expected="a number above zero",
+            )
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
@@ -279,10 +298,22 @@ class _Reader:
             )
         return int(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.text.get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(
+                f"config key {self.prefix}{key}={value!r} is not usable",
+                got=repr(value),
+                expected="true or false",
+            )
+        return value
+
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
     if "hidden_act" not in text:
-        raise ConfigError("config key hidden_act is missing", expected="'silu'")
+        raise ConfigError(
+            "config key hidden_act is missing", got="no such key", expected="'silu'"
+        )
     for key, allowed in NEUTRAL.items():
         if key in text and text[key] not in allowed:
             raise ConfigError(
@@ -347,26 +378,24 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta, rotary_dim)
     scale = get.number("factor")
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = _yarn_attention_factor(
-            scale, rope.get("mscale"), rope.get("mscale_all_dim")
-        )
+    if rope.get("attention_factor") is None:
+        mscale, mscale_all_dim = get.number("mscale", 0), get.number("mscale_all_dim", 0)
+        attention_factor = _yarn_attention_factor(scale, mscale, mscale_all_dim)
+    else:
+        attention_factor = get.number("attention_factor")
     return RopeConfig(
         theta,
         rotary_dim,
         factor=scale,
         original_max_position_embeddings=get.positive("original_max_position_embeddings"),
-        attention_factor=float(attention_factor),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        truncate=bool(rope.get("truncate", True)),
+        attention_factor=attention_factor,
+        beta_fast=get.number("beta_fast", 32),
+        beta_slow=get.number("beta_slow", 1),
+        truncate=get.flag("truncate", default=True),
     )
 
 
-def _yarn_attention_factor(
-    factor: float, mscale: float | None, mscale_all_dim: float | None
-) -> float:
+def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
     """YaRN (arXiv 2309.00071), section 3.4: scale of the rotated queries and keys."""
 
     def scale(weight: float) -> float:

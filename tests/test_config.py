@@ -248,3 +248,71 @@ def test_a_missing_or_damaged_file_is_an_error(tmp_path, text):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("inner", [True, False, None])
+@pytest.mark.parametrize("outer", [True, False])
+def test_the_outer_word_on_tying_wins_as_in_the_reference(inner, outer):
+    """The reference saves an outer false beside an inner true, with a head of its own."""
+    config = family_config("2B") | {"tie_word_embeddings": outer}
+    config["text_config"]["tie_word_embeddings"] = inner
+    assert ModelConfig.from_hf(config).tie_word_embeddings is outer
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+
+
+@pytest.mark.parametrize(
+    ("level", "key", "value"),
+    [
+        ("text_config", "hidden_size", float("inf")),
+        ("text_config", "hidden_size", None),
+        ("text_config", "rms_norm_eps", float("nan")),
+        ("text_config", "tie_word_embeddings", "false"),
+        ("rope_parameters", "factor", None),
+        ("rope_parameters", "partial_rotary_factor", float("inf")),
+        ("rope_parameters", "attention_factor", "1.2"),
+        ("rope_parameters", "attention_factor", -1.0),
+        ("rope_parameters", "beta_fast", [32]),
+        ("rope_parameters", "beta_slow", -1),
+        ("rope_parameters", "mscale", "0.7"),
+        ("rope_parameters", "mscale_all_dim", float("inf")),
+        ("rope_parameters", "truncate", "false"),
+        ("rope_parameters", "truncate", None),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(level, key, value):
+    """They ended in an OverflowError, in float's own words, or were taken for something else."""
+    config = family_config("397B-A17B")
+    config["text_config"]["rope_parameters"] |= YARN
+    whole = {"text_config": config["text_config"], **config["text_config"]}
+    whole[level][key] = value
+    with pytest.raises(ConfigError, match=key) as error:
+        ModelConfig.from_hf(config)
+    assert "got:" in str(error.value)
+    assert "expected:" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["qwen", 3, [1, 2], True])
+def test_a_text_config_that_is_no_object_is_refused(value):
+    with pytest.raises(ConfigError, match="text_config is not an object"):
+        ModelConfig.from_hf(family_config("2B") | {"text_config": value})
+
+
+def test_a_missing_key_is_told_from_a_null():
+    config = family_config("2B")
+    config["text_config"]["head_dim"] = None
+    with pytest.raises(ConfigError, match="got: null"):
+        ModelConfig.from_hf(config)
+    del config["text_config"]["head_dim"]
+    with pytest.raises(ConfigError, match="got: no such key"):
+        ModelConfig.from_hf(config)
+
+
+def test_a_zero_of_yarn_stands_for_its_default_as_in_the_reference():
+    config = family_config("2B")
+    rope = config["text_config"]["rope_parameters"]
+    rope |= YARN
+    plain = ModelConfig.from_hf(config)
+    rope |= dict(beta_fast=0, beta_slow=None, mscale=1.0, mscale_all_dim=0.0)
+    assert ModelConfig.from_hf(config) == plain

@@ -20,7 +20,7 @@ from checkpoints import (
 )
 
 from qwen35_mlx.convert import convert, pieces
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
@@ -251,6 +251,21 @@ def test_a_tied_checkpoint_may_store_its_head_and_the_output_has_none(tmp_path):
         config = json.loads((out / "config.json").read_text())
         assert config["tie_word_embeddings"] is True
         assert config["text_config"]["tie_word_embeddings"] is True
+
+
+def test_a_head_of_its_own_is_not_dropped_because_the_config_ties(tmp_path):
+    """The reference runs such a head; without it the logits were those of another model."""
+
+    def untie(tensors):
+        dtype, values = tensors[f"{TRUNK}embed_tokens.weight"]
+        values = values.copy()
+        values[-1, -1] += 1
+        tensors["lm_head.weight"] = dtype, values
+
+    write_checkpoint(tmp_path / "src", tied=True, change=untie)
+    with pytest.raises(CheckpointError, match=r"ties the embeddings, but lm_head\.weight"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_many_output_shards_hold_what_one_would(tmp_path, monkeypatch, moe):
