@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -238,14 +239,12 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     config.get("text_config", {}).pop("quantization_config", None)
     if config.get("model_type") == NEXT_TYPE:
         config = next_as_moe(config) | {"architectures": ["Qwen3_5MoeForCausalLM"]}
+    kind = "qwen3_5_moe" if model.is_moe else "qwen3_5"
     if not config.get("text_config"):
-        kind = "qwen3_5_moe" if model.is_moe else "qwen3_5"
         outer = {key: config[key] for key in TOP_LEVEL_KEYS if key in config}
-        config = {
-            **outer,
-            "model_type": kind,
-            "text_config": {**config, "model_type": f"{kind}_text"},
-        }
+        config = {**outer, "text_config": {**config, "model_type": f"{kind}_text"}}
+    # mlx-lm knows no outer type of text-only models.
+    config["model_type"] = kind
     text = config["text_config"]
     for level in (config, text):
         # Where the checkpoint lay on the machine that saved it.
@@ -279,6 +278,19 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
     rope = text["rope_parameters"]
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("partial_rotary_factor", text.get("partial_rotary_factor"))
+    if (yarn := model.rope).factor is None:
+        return
+    assert yarn.attention_factor is not None
+    # mlx-lm computes attention_factor from mscale, and knows no null and no 0 for a default.
+    rope |= {
+        "attention_factor": yarn.attention_factor,
+        "mscale": (yarn.attention_factor - 1) / (0.1 * math.log(yarn.factor) or 1),
+        "mscale_all_dim": 0,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+    }
+    if not yarn.truncate:
+        log.warning("YaRN without truncation: this project runs the output, mlx-lm truncates")
 
 
 def _index(planned: Plan) -> dict[str, Any]:

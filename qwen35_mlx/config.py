@@ -311,9 +311,7 @@ class _Reader:
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
     if "hidden_act" not in text:
-        raise ConfigError(
-            "config key hidden_act is missing", got="no such key", expected="'silu'"
-        )
+        raise ConfigError("config key hidden_act is missing", got="no such key", expected="'silu'")
     for key, allowed in NEUTRAL.items():
         if key in text and text[key] not in allowed:
             raise ConfigError(

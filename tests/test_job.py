@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import assert_nothing_left, write_checkpoint, write_tokenizer
 
+from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.convert import convert, job, plan
 from qwen35_mlx.errors import Qwen35Error
 
@@ -81,8 +83,8 @@ def test_the_plan_keeps_the_config_of_the_source(tmp_path):
     [("LLLF", None, 4), ("LFLF", 4, 2), ("FFFF", None, 1), ("LLLL", None, 5), ("LFFL", 2, None)],
 )
 def test_layer_types_decide_the_interval(caplog, kinds, stated, interval):
-    model = type("Model", (), {})()
-    model.layer_types = tuple({"L": "linear_attention", "F": "full_attention"}[k] for k in kinds)
+    layer_types = tuple({"L": "linear_attention", "F": "full_attention"}[k] for k in kinds)
+    model = SimpleNamespace(layer_types=layer_types, rope=RopeConfig(1e4, 8))
     text = {"rope_parameters": {"type": "default"}, "partial_rotary_factor": 0.25}
     if stated:
         text["full_attention_interval"] = stated

@@ -10,6 +10,7 @@ import pytest
 from checkpoints import VOCAB, text_config, write_checkpoint
 
 import qwen35_mlx
+from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
 
 MAX_DIFFERENCE = 3e-4
@@ -71,6 +72,43 @@ def run(model: Any, ids: mx.array) -> np.ndarray:
 def test_mlx_lm_loads_what_we_write(tmp_path: Path, moe: bool, settings: dict[str, Any]) -> None:
     write_source(tmp_path / "source", moe)
     convert(tmp_path / "source", tmp_path / "converted", **settings)
+    assert_equal_logits(tmp_path / "converted")
+
+
+@KINDS
+def test_mlx_lm_loads_a_text_model_that_was_nested(tmp_path: Path, moe: bool) -> None:
+    """It knows the text types only inside; the outer one was left as it was."""
+    text = text_config(moe, tied=False)
+    nested = {"model_type": text["model_type"], "text_config": text}
+    write_checkpoint(tmp_path / "source", moe=moe, tokenizer=True, config=nested)
+    convert(tmp_path / "source", tmp_path / "converted", dtype="float32")
+    assert_equal_logits(tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    "yarn",
+    [
+        {},
+        {"attention_factor": 0.7},
+        {"mscale": 0.7},
+        {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8},
+        {"beta_fast": None, "beta_slow": 0, "mscale": None},
+    ],
+    ids=str,
+)
+def test_yarn_is_written_in_the_words_of_mlx_lm(tmp_path: Path, yarn: dict[str, Any]) -> None:
+    """It takes mscale alone, knows no attention_factor, and computes with a null or a 0."""
+    text = text_config(moe=False, tied=False)
+    text["rope_parameters"] |= {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        **yarn,
+    }
+    write_checkpoint(tmp_path / "source", tokenizer=True, config={"text_config": text})
+    convert(tmp_path / "source", tmp_path / "converted", dtype="float32")
+    before, after = (ModelConfig.from_file(tmp_path / f) for f in ("source", "converted"))
+    assert after.rope == before.rope
     assert_equal_logits(tmp_path / "converted")
 
 
