@@ -16,8 +16,9 @@ from typing import Any
 import mlx.core as mx
 
 from qwen35_mlx import __version__
-from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe
+from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.headers import INDEX_FILE
 from qwen35_mlx.quant.calibrate import Calibration
 
 from .hub import Fetcher, HubSource, is_hub_id, open_any
@@ -25,7 +26,7 @@ from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256, sync_folder, write_file
-from .source import INDEX_FILE, Source
+from .source import Source
 from .stream import Progress, stream
 
 log = logging.getLogger(__name__)
@@ -118,8 +119,8 @@ def verify(folder: str | Path, progress: Progress | None = None) -> int:
     Raises CheckpointError for each file that is not as it was written.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    checksums = config.get("qwen35_mlx", {}).get("sha256")
+    ours = read_config(folder).get("qwen35_mlx")
+    checksums = ours.get("sha256") if isinstance(ours, dict) else None
     if not isinstance(checksums, dict) or not checksums:
         raise CheckpointError(
             f"{folder} has no checksums", expected="a folder that qwen35-mlx converted"
@@ -210,7 +211,7 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
     config.pop("quantization_config", None)
-    config.get("text_config", {}).pop("quantization_config", None)
+    (config.get("text_config") or {}).pop("quantization_config", None)
     if config.get("model_type") == NEXT_TYPE:
         config = next_as_moe(config) | {"architectures": ["Qwen3_5MoeForCausalLM"]}
     if not config.get("text_config"):

@@ -20,6 +20,8 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # The head sizes that ops and kernels tile evenly; the released models use 128.
 LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
+# MLX counts rows in 32 bits.
+MAX_SIZE = 2**31 - 1
 
 # Keys that would change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -137,7 +139,9 @@ class ModelConfig:
         fuses = model_type == NEXT_TYPE
         if fuses:
             config, model_type = next_as_moe(config), MOE_TYPES[1]
-        text = dict(config.get("text_config") or config)
+        text = config.get("text_config") or config
+        if not isinstance(text, Mapping):
+            raise ConfigError("text_config is not an object", got=repr(text)[:80])
         inner_type = text.get("model_type", model_type)
         if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
             model_type in MOE_TYPES
@@ -153,6 +157,12 @@ class ModelConfig:
         head_dim = get.positive("head_dim")
         layer_types = _layer_types(text, get.positive("num_hidden_layers"))
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        if not isinstance(tied, bool):
+            raise ConfigError(
+                f"config key tie_word_embeddings={tied!r} is not usable",
+                got=repr(tied),
+                expected="true or false",
+            )
         values = dict(
             model_type=model_type,
             vocab_size=get.positive("vocab_size"),
@@ -169,7 +179,7 @@ class ModelConfig:
             linear_conv_kernel_dim=get.positive("linear_conv_kernel_dim"),
             rms_norm_eps=get.number("rms_norm_eps"),
             max_position_embeddings=get.positive("max_position_embeddings"),
-            tie_word_embeddings=bool(tied),
+            tie_word_embeddings=tied,
             rope=_rope(text, head_dim),
             fuses_linear_projections=fuses,
         )
@@ -228,7 +238,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             got="no such file",
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is not a JSON object", got=type(config).__name__)
@@ -261,7 +271,8 @@ class _Reader:
         value = self.text.get(key)
         if value is None:
             raise ConfigError(f"config key {self.prefix}{key} is missing", expected="a number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (plain and 0 < value < math.inf):
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
@@ -271,11 +282,11 @@ class _Reader:
 
     def positive(self, key: str) -> int:
         value = self.number(key)
-        if int(value) != value:
+        if int(value) != value or value > MAX_SIZE:
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
-                expected="a whole number",
+                expected=f"a whole number up to {MAX_SIZE}",
             )
         return int(value)
 
@@ -347,8 +358,9 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta, rotary_dim)
     scale = get.number("factor")
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
+    if rope.get("attention_factor") is not None:
+        attention_factor = get.number("attention_factor")
+    else:
         attention_factor = _yarn_attention_factor(
             scale, rope.get("mscale"), rope.get("mscale_all_dim")
         )
@@ -357,9 +369,9 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
         rotary_dim,
         factor=scale,
         original_max_position_embeddings=get.positive("original_max_position_embeddings"),
-        attention_factor=float(attention_factor),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=attention_factor,
+        beta_fast=get.number("beta_fast") if rope.get("beta_fast") else 32.0,
+        beta_slow=get.number("beta_slow") if rope.get("beta_slow") else 1.0,
         truncate=bool(rope.get("truncate", True)),
     )
 
