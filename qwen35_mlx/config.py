@@ -156,7 +156,8 @@ class ModelConfig:
         get = _Reader(text)
         head_dim = get.positive("head_dim")
         layer_types = _layer_types(text, get.positive("num_hidden_layers"))
-        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        # In transformers the outer one decides, whatever stands in text_config.
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         if not isinstance(tied, bool):
             raise ConfigError(
                 f"config key tie_word_embeddings={tied!r} is not usable",

@@ -173,7 +173,6 @@ def test_a_missing_rope_key_is_named(key):
         ("hidden_size", float("inf")),
         ("hidden_size", 2**31),
         ("rms_norm_eps", float("inf")),
-        ("tie_word_embeddings", "false"),
         ("num_key_value_heads", 3),
         ("linear_num_key_heads", 3),
         ("num_experts_per_tok", 513),
@@ -222,11 +221,24 @@ def test_an_unknown_key_is_reported(caplog):
     assert "new_trick" in caplog.text
 
 
+def test_tying_is_true_or_false():
+    with pytest.raises(ConfigError, match="tie_word_embeddings='false'"):
+        ModelConfig.from_hf(family_config("2B") | {"tie_word_embeddings": "false"})
+
+
 def test_tying_may_be_said_outside_the_text_config():
     config = family_config("2B")
     del config["text_config"]["tie_word_embeddings"]
     assert not ModelConfig.from_hf(config).tie_word_embeddings
     assert ModelConfig.from_hf(config | {"tie_word_embeddings": True}).tie_word_embeddings
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tying_outside_wins_over_the_text_config(tied):
+    """transformers writes its default into text_config, and ties by what stands outside."""
+    config = family_config("2B") | {"tie_word_embeddings": tied}
+    config["text_config"]["tie_word_embeddings"] = not tied
+    assert ModelConfig.from_hf(config).tie_word_embeddings is tied
 
 
 def test_yarn_stretches_the_context_and_scales_attention():

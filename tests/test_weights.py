@@ -238,7 +238,7 @@ WEIGHT = "language_model.lm_head.weight"
             ["quantization block", "group_size=0", "(32, 64, 128)"],
         ),
         (
-            edit_json("config.json", lambda c: c["text_config"].update(tie_word_embeddings=True)),
+            edit_json("config.json", lambda c: c.update(tie_word_embeddings=True)),
             [f"unknown: {WEIGHT} (96, 16)"],
         ),
         (
