@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx import __version__
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
-from qwen35_mlx.headers import INDEX_FILE
+from qwen35_mlx.headers import INDEX_FILE, SourceTensor
 from qwen35_mlx.quant.calibrate import Calibration
 
 from .hub import Fetcher, HubSource, is_hub_id, open_any
@@ -26,7 +27,7 @@ from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256, sync_folder, write_file
-from .source import Source
+from .source import Source, read_rows
 from .stream import Progress, stream
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
+    if not isinstance(opened, HubSource):
+        _check_dropped(planned)
     pieces = cut(planned)
     companions = _companions(opened)
     settings = _settings(planned, pieces, revision, calibration)
@@ -186,6 +189,28 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
             "method='gptq' needs a calibration with Hessians",
             hint="calibrate with --method gptq, or use --method search",
         )
+
+
+def _check_dropped(planned: Plan) -> None:
+    """A head may be left out only if it is the embedding: where they differ, both count."""
+    embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
+    kept = embedding.segments[0].tensor
+    for head in planned.dropped:
+        if (head.dtype, head.shape) == (kept.dtype, kept.shape) and _same_rows(head, kept):
+            continue
+        raise CheckpointError(
+            f"tensor {head.name} is not the embedding, to which config.json ties it",
+            got=f"a head of its own, {head.dtype} {list(head.shape)}",
+            expected=f"no head, or a copy of {kept.name}",
+            hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
+            " does, or remove the tensor",
+        )
+
+
+def _same_rows(a: SourceTensor, b: SourceTensor) -> bool:
+    step = max(SLICE_BYTES // a.row_bytes, 1)
+    parts = ((i, min(i + step, a.num_rows)) for i in range(0, a.num_rows, step))
+    return all(np.array_equal(read_rows(a, *part), read_rows(b, *part)) for part in parts)
 
 
 def _settings(
