@@ -41,13 +41,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 INERT = frozenset(
     """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
     eos_token_id full_attention_interval id2label image_token_id initializer_range
-    is_encoder_decoder label2id language_model_only mtp_num_hidden_layers mtp_layer_types
-    mtp_use_dedicated_embeddings num_mtp_layers output_attentions output_hidden_states
-    output_router_logits pad_token_id partial_rotary_factor problem_type quantization
-    quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config torch_dtype
-    transformers_version use_cache video_token_id vision_config vision_end_token_id
-    vision_start_token_id _name_or_path _attn_implementation intermediate_size
-    rope_theta""".split()
+    generation_config is_encoder_decoder label2id language_model_only mtp_num_hidden_layers
+    mtp_layer_types mtp_use_dedicated_embeddings num_mtp_layers output_attentions
+    output_hidden_states output_router_logits pad_token_id partial_rotary_factor problem_type
+    quantization quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config
+    torch_dtype transformers_version use_cache video_token_id vision_config vision_end_token_id
+    vision_start_token_id _name_or_path _attn_implementation intermediate_size rope_theta""".split()
 )
 
 
@@ -230,20 +229,24 @@ class ModelConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Parse `folder/config.json`; a missing or damaged file is a ConfigError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "config.json").exists():
         raise ConfigError(
             f"no config.json in {folder}",
             got="no such file",
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
-        ) from None
+        )
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a file that holds a JSON object; anything else is a ConfigError."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is not a JSON object", got=type(config).__name__)
-    return config
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)
+    return parsed
 
 
 def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:

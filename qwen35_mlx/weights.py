@@ -1,6 +1,5 @@
 """Read a converted folder into the modules: every name and shape checked, nothing dropped."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import ModelConfig, read_config
+from .config import ModelConfig, read_config, read_object
 from .errors import CheckpointError, ConfigError
 from .headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
 from .kernels import choice, metal
@@ -269,10 +268,4 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """`generation_config.json` as a dict; empty when there is none."""
     path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    return parsed if isinstance(parsed, dict) else {}
+    return read_object(path) if path.exists() else {}

@@ -261,6 +261,8 @@ WEIGHT = "language_model.lm_head.weight"
             ["tokenizer", "cannot be read"],
         ),
         (lambda f: (f / "generation_config.json").write_text("{"), ["is not JSON"]),
+        (lambda f: (f / "generation_config.json").write_text("[" * 100_000), ["is not JSON"]),
+        (lambda f: (f / "generation_config.json").write_text("[]"), ["not a JSON object"]),
         (
             lambda f: (f / "generation_config.json").write_text(
                 '{"do_sample": true, "temperature": "warm"}'
