@@ -160,7 +160,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files in a folder; a link must lead somewhere."""
-    return sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    # Not the ._* that macOS puts beside files on drives of other systems; pathlib finds them.
+    found = (path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    return sorted(path.name for path in found if path.is_file())
 
 
 def check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
