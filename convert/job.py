@@ -22,7 +22,7 @@ from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.headers import INDEX_FILE, SourceTensor
 from qwen35_mlx.quant.calibrate import Calibration
 
-from .hub import Fetcher, HubSource, is_hub_id, open_any
+from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
@@ -77,8 +77,7 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
-    if not isinstance(opened, HubSource):
-        _check_dropped(planned)
+    _check_dropped(planned)
     pieces = cut(planned)
     companions = _companions(opened)
     settings = _settings(planned, pieces, revision, calibration)
@@ -196,7 +195,9 @@ def _check_dropped(planned: Plan) -> None:
     embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
     kept = embedding.segments[0].tensor
     for head in planned.dropped:
-        if (head.dtype, head.shape) == (kept.dtype, kept.shape) and _same_rows(head, kept):
+        if (head.dtype, head.shape) == (kept.dtype, kept.shape) and _same(
+            planned.source, head, kept
+        ):
             continue
         raise CheckpointError(
             f"tensor {head.name} is not the embedding, to which config.json ties it",
@@ -207,7 +208,15 @@ def _check_dropped(planned: Plan) -> None:
         )
 
 
-def _same_rows(a: SourceTensor, b: SourceTensor) -> bool:
+def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
+    """Whether two tensors of one shape hold the same; of the hub's, only their first bytes."""
+    if isinstance(source, HubSource):
+        nbytes = min(a.nbytes, FIRST_BYTES)
+        first, second = (
+            fetch_range(source.repo, source.commit, t.file.name, t.offset, t.offset + nbytes)
+            for t in (a, b)
+        )
+        return first == second
     step = max(SLICE_BYTES // a.row_bytes, 1)
     parts = ((i, min(i + step, a.num_rows)) for i in range(0, a.num_rows, step))
     return all(np.array_equal(read_rows(a, *part), read_rows(b, *part)) for part in parts)
