@@ -84,6 +84,8 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     weights = _read_shards(folder)
     weights = {k: v for k, v in weights.items() if not k.startswith(CARRIED)}
     _refuse_unconverted(weights, folder)
+    if config.tie_word_embeddings:
+        _drop_copied_head(weights)
     model = Model(config)
     quantize_modules(model, raw_config, weights)
     _check_names_and_shapes(model, weights, folder)
@@ -106,6 +108,14 @@ def _refuse_unconverted(names: Iterable[str], origin: str | Path) -> None:
             expected="names that begin with language_model.",
             hint=CONVERT_HINT.format(folder=origin),
         )
+
+
+def _drop_copied_head(weights: dict[str, mx.array]) -> None:
+    """Of tied embeddings a file may hold both; a head of its own stays, and is refused."""
+    for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
+        kept = weights.get(name.replace("lm_head", "model.embed_tokens"))
+        if kept is not None and mx.array_equal(weights[name], kept).item():
+            del weights[name]
 
 
 def _read_shards(folder: Path) -> dict[str, mx.array]:

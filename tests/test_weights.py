@@ -176,6 +176,19 @@ SCALES = "language_model.lm_head.scales"
 WEIGHT = "language_model.lm_head.weight"
 
 
+def test_a_copy_of_the_embedding_beside_tied_embeddings_is_dropped(folder: Path) -> None:
+    def copy_head(held: dict[str, mx.array]) -> None:
+        for name in [n for n in held if "lm_head" in n]:
+            held[name] = held[name.replace("lm_head", "model.embed_tokens")]
+
+    rewrite(copy_head)(folder)
+    edit_json("config.json", lambda c: c.update(tie_word_embeddings=True))(folder)
+    model, _ = load_model(folder)
+    ids = mx.array([[1, 2]])
+    hidden = model.language_model.model(ids)
+    assert mx.array_equal(model(ids), model.language_model.model.embed_tokens.as_linear(hidden))
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
