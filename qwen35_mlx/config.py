@@ -20,6 +20,8 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # The head sizes that ops and kernels tile evenly; the released models use 128.
 LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
+# MLX counts rows in 32 bits.
+MAX_SIZE = 2**31 - 1
 
 # Keys that would change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,13 +41,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 INERT = frozenset(
     """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
     eos_token_id full_attention_interval id2label image_token_id initializer_range
-    is_encoder_decoder label2id language_model_only mtp_num_hidden_layers mtp_layer_types
-    mtp_use_dedicated_embeddings num_mtp_layers output_attentions output_hidden_states
-    output_router_logits pad_token_id partial_rotary_factor problem_type quantization
-    quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config torch_dtype
-    transformers_version use_cache video_token_id vision_config vision_end_token_id
-    vision_start_token_id _name_or_path _attn_implementation intermediate_size
-    rope_theta""".split()
+    generation_config is_encoder_decoder label2id language_model_only mtp_num_hidden_layers
+    mtp_layer_types mtp_use_dedicated_embeddings num_mtp_layers output_attentions
+    output_hidden_states output_router_logits pad_token_id partial_rotary_factor problem_type
+    quantization quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config
+    torch_dtype transformers_version use_cache video_token_id vision_config vision_end_token_id
+    vision_start_token_id _name_or_path _attn_implementation intermediate_size rope_theta""".split()
 )
 
 
@@ -137,14 +138,11 @@ class ModelConfig:
         fuses = model_type == NEXT_TYPE
         if fuses:
             config, model_type = next_as_moe(config), MOE_TYPES[1]
-        inner = config.get("text_config") or config
-        if not isinstance(inner, Mapping):
+        text = config.get("text_config") or config
+        if not isinstance(text, Mapping):
             raise ConfigError(
-                "text_config is not an object",
-                got=repr(inner),
-                expected="an object with the keys of the text model",
+                "text_config is not an object", got=repr(text)[:80], expected="an object"
             )
-        text = dict(inner)
         inner_type = text.get("model_type", model_type)
         if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
             model_type in MOE_TYPES
@@ -159,7 +157,7 @@ class ModelConfig:
         get = _Reader(text)
         head_dim = get.positive("head_dim")
         layer_types = _layer_types(text, get.positive("num_hidden_layers"))
-        # The outer key decides, as in the reference; mlx-lm reads the inner one.
+        # In transformers the outer one decides, whatever stands in text_config.
         tying = _Reader(config if "tie_word_embeddings" in config else text)
         values = dict(
             model_type=model_type,
@@ -227,20 +225,24 @@ class ModelConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Parse `folder/config.json`; a missing or damaged file is a ConfigError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "config.json").exists():
         raise ConfigError(
             f"no config.json in {folder}",
             got="no such file",
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        )
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a file that holds a JSON object; anything else is a ConfigError."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is not a JSON object", got=type(config).__name__)
-    return config
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)
+    return parsed
 
 
 def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,11 +278,8 @@ class _Reader:
                 got="null" if key in self.text else "no such key",
                 expected="a number above zero",
             )
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (plain and 0 < value < math.inf):
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
@@ -290,11 +289,11 @@ class _Reader:
 
     def positive(self, key: str) -> int:
         value = self.number(key)
-        if int(value) != value:
+        if int(value) != value or value > MAX_SIZE:
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
-                expected="a whole number",
+                expected=f"a whole number up to {MAX_SIZE}",
             )
         return int(value)
 

@@ -20,7 +20,7 @@ from checkpoints import (
 )
 
 from qwen35_mlx.convert import convert, pieces
-from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
@@ -253,19 +253,20 @@ def test_a_tied_checkpoint_may_store_its_head_and_the_output_has_none(tmp_path):
         assert config["text_config"]["tie_word_embeddings"] is True
 
 
-def test_a_head_of_its_own_is_not_dropped_because_the_config_ties(tmp_path):
-    """The reference runs such a head; without it the logits were those of another model."""
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(tmp_path, dtype):
+    """transformers keeps both where they differ, whatever the config says."""
 
-    def untie(tensors):
-        dtype, values = tensors[f"{TRUNK}embed_tokens.weight"]
-        values = values.copy()
+    def add_head(tensors: Tensors) -> None:
+        _, embedding = tensors[f"{TRUNK}embed_tokens.weight"]
+        values = np.array(as_mlx(("BF16", embedding)).astype(mx.float32))
         values[-1, -1] += 1
-        tensors["lm_head.weight"] = dtype, values
+        tensors["lm_head.weight"] = stored(values, dtype)
 
-    write_checkpoint(tmp_path / "src", tied=True, change=untie)
-    with pytest.raises(CheckpointError, match=r"ties the embeddings, but lm_head\.weight"):
+    write_checkpoint(tmp_path / "src", tied=True, change=add_head)
+    with pytest.raises(Qwen35Error, match=r"lm_head.weight is not the embedding"):
         convert(tmp_path / "src", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert_nothing_left(tmp_path)
 
 
 def test_many_output_shards_hold_what_one_would(tmp_path, monkeypatch, moe):
@@ -362,6 +363,14 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, name, row, value):
         tmp_path / "src", moe=True, vision=True, mtp=True, change=put(name, row, value)
     )
     with pytest.raises(Qwen35Error, match=f"tensor {name} holds values that are not finite"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert_nothing_left(tmp_path)
+
+
+def test_weights_too_far_apart_for_a_scale_are_named(tmp_path):
+    name = f"{TRUNK}layers.0.mlp.up_proj.weight"
+    write_checkpoint(tmp_path / "src", change=put(name, 7, 3.3e38))
+    with pytest.raises(Qwen35Error, match=f"{name} cannot be quantized: a group of weights spans"):
         convert(tmp_path / "src", tmp_path / "out")
     assert_nothing_left(tmp_path)
 
