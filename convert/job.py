@@ -293,6 +293,7 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
     assert yarn.attention_factor is not None
     # mlx-lm computes attention_factor from mscale, and knows no null and no 0 for a default.
     rope |= {
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
         "attention_factor": yarn.attention_factor,
         "mscale": (yarn.attention_factor - 1) / (0.1 * math.log(yarn.factor) or 1),
         "mscale_all_dim": 0,

@@ -22,6 +22,8 @@ LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 # MLX counts rows in 32 bits.
 MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 1024
+TRAINED_LENGTH = "original_max_position_embeddings"
 
 # Keys that would change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -156,7 +158,7 @@ class ModelConfig:
         _refuse_unsupported(text)
         get = _Reader(text)
         head_dim = get.positive("head_dim")
-        layer_types = _layer_types(text, get.positive("num_hidden_layers"))
+        layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))
         # In transformers the outer one decides, whatever stands in text_config.
         tying = _Reader(config if "tie_word_embeddings" in config else text)
         values = dict(
@@ -287,13 +289,13 @@ class _Reader:
             )
         return value
 
-    def positive(self, key: str) -> int:
+    def positive(self, key: str, most: int = MAX_SIZE) -> int:
         value = self.number(key)
-        if int(value) != value or value > MAX_SIZE:
+        if int(value) != value or value > most:
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
-                expected=f"a whole number up to {MAX_SIZE}",
+                expected=f"a whole number up to {most}",
             )
         return int(value)
 
@@ -321,7 +323,7 @@ def _refuse_unsupported(text: Mapping[str, Any]) -> None:
 
 
 def _report_unknown(text: Mapping[str, Any], known: set[str]) -> None:
-    known |= INERT | NEUTRAL.keys() | {"rope_parameters"}
+    known |= INERT | NEUTRAL.keys() | {"rope_parameters", TRAINED_LENGTH}
     unknown = sorted(key for key in text if key not in known)
     if unknown:
         log.warning("config keys without a known meaning are not used: %s", ", ".join(unknown))
@@ -362,7 +364,9 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
             f"rope_type={kind!r} is not supported", got=repr(kind), expected="'default' or 'yarn'"
         )
     factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
-    get = _Reader(rope | {"partial_rotary_factor": factor}, "rope_parameters.")
+    # Beside rope_parameters it counts more than inside, as in the reference.
+    outer = {key: text[key] for key in (TRAINED_LENGTH,) if key in text}
+    get = _Reader(rope | outer | {"partial_rotary_factor": factor}, "rope_parameters.")
     partial = get.number("partial_rotary_factor")
     rotary_dim = int(head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
@@ -384,7 +388,7 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
         theta,
         rotary_dim,
         factor=scale,
-        original_max_position_embeddings=get.positive("original_max_position_embeddings"),
+        original_max_position_embeddings=get.positive(TRAINED_LENGTH),
         attention_factor=attention_factor,
         beta_fast=get.number("beta_fast", 32),
         beta_slow=get.number("beta_slow", 1),

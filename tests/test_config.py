@@ -274,6 +274,20 @@ def test_yarn_without_its_keys_is_refused(key):
         ModelConfig.from_hf(config)
 
 
+def test_a_trained_length_beside_the_rope_parameters_counts_more_than_inside():
+    config = family_config("2B")
+    config["text_config"]["rope_parameters"] |= YARN | {"original_max_position_embeddings": 64}
+    config["text_config"]["original_max_position_embeddings"] = 128
+    assert ModelConfig.from_hf(config).rope.original_max_position_embeddings == 128
+
+
+def test_a_billion_layers_are_refused_before_they_are_listed():
+    config = family_config("2B")
+    config["text_config"]["num_hidden_layers"] = 10**9
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        ModelConfig.from_hf(config)
+
+
 def test_a_folder_in_place_of_the_file_is_an_error(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ConfigError, match=r"config\.json"):

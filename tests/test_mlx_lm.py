@@ -102,9 +102,10 @@ def test_yarn_is_written_in_the_words_of_mlx_lm(tmp_path: Path, yarn: dict[str, 
     text["rope_parameters"] |= {
         "rope_type": "yarn",
         "factor": 4.0,
-        "original_max_position_embeddings": 64,
+        "original_max_position_embeddings": 256,
         **yarn,
     }
+    text["original_max_position_embeddings"] = 64
     write_checkpoint(tmp_path / "source", tokenizer=True, config={"text_config": text})
     convert(tmp_path / "source", tmp_path / "converted", dtype="float32")
     before, after = (ModelConfig.from_file(tmp_path / f) for f in ("source", "converted"))
