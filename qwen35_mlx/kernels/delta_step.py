@@ -44,38 +44,20 @@ def delta_step(
 
     qkv `[B, T, C]`, z `[B, T, Hv * Dv]`, b and a `[B, T, Hv]` are the projections; conv_state
     `[B, K - 1, C]`, recurrent_state `[B, Hv, Dv, Dk]` fp32. mask `[B, T]` is False at padding,
-    which leaves no trace; lengths `[B]` are those of right-padded rows.
+    which leaves no trace; lengths `[B]` are those of right-padded rows. Of many tokens, the delta
+    rule alone may run as a kernel.
     """
-    value_dim, key_dim = recurrent_state.shape[2:]
+    batch, num_tokens, channels = qkv.shape
+    num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
     if (
         "delta_step" in kernels
-        and qkv.shape[1] <= MAX_ROWS
+        and num_tokens <= MAX_ROWS
         and lengths is None
-        and key_dim in HEAD_DIMS
-        and value_dim in HEAD_DIMS
+        and key_head_dim in HEAD_DIMS
+        and value_head_dim in HEAD_DIMS
         and qkv.dtype in FLOATS
     ):
         return delta_step_kernel(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
-    return delta_step_ops(
-        qkv, z, b, a, conv_state, recurrent_state, parameters, mask, lengths, kernels
-    )
-
-
-def delta_step_ops(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    recurrent_state: mx.array,
-    parameters: DeltaParameters,
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
-    kernels: Choice = NONE,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The same for any number of tokens on any device; long ones may take a kernel for chunks."""
-    batch, num_tokens, channels = qkv.shape
-    num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
     key_dim = (channels - num_value_heads * value_head_dim) // 2
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
