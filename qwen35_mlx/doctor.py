@@ -90,8 +90,9 @@ def _compare(check: Check, member: Member, setting: Setting, result: dict[str, A
         raise _Mismatch(f"the kernel did not run: {where}")
     error = checks.relative_error(got, wanted)
     result["error"] = max(result["error"], float(f"{error:.2g}"))
-    if not error <= case.tolerance:
-        raise _Mismatch(f"relative error {error:.2g}, at most {case.tolerance:.2g}: {where}")
+    tolerance = checks.TOLERANCE[setting.dtype]
+    if not error <= tolerance:
+        raise _Mismatch(f"relative error {error:.2g}, at most {tolerance:.2g}: {where}")
     return case
 
 

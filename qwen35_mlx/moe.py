@@ -9,7 +9,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from .config import ModelConfig
 from .kernels.expert_gather import expert_mlp
-from .kernels.expert_step import Routing, expert_down, expert_gate_up
+from .kernels.expert_step import expert_down, expert_gate_up
 from .kernels.matrix import MAX_ROWS
 from .kernels.metal import NONE, Choice
 from .kernels.projection import project
@@ -74,7 +74,7 @@ class SparseMoE(nn.Module):
         logits, shared_logits = project(
             rows, (self.gate, self.shared_expert_gate), self.kernels, dtype=mx.float32
         )
-        routing = Routing(*route(logits, shared_logits, self._num_experts_per_tok, self.kernels))
+        routing = route(logits, shared_logits, self._num_experts_per_tok, self.kernels)
         routed, shared = self.switch_mlp, self.shared_expert
         if rows.shape[0] <= MAX_ROWS and self.kernels & {"expert_gate_up", "expert_down"}:
             hidden = expert_gate_up(

@@ -18,7 +18,7 @@ from qwen35_mlx.kernels.grouped_expert_matmul import (
     tiles,
 )
 from qwen35_mlx.kernels.naive import naive_expert_mlp
-from qwen35_mlx.kernels.router import route_ops
+from qwen35_mlx.kernels.router import route
 
 CASES_EACH = 10
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 2e-2}
@@ -58,8 +58,8 @@ def experts(num, hidden, width, bits, group_size, dtype, seed=0):
     return layers, dense
 
 
-def route(logits, per_token):
-    return route_ops(logits, mx.zeros((logits.shape[0], 1)), per_token)[:2]
+def routed(logits, per_token):
+    return route(logits, mx.zeros((logits.shape[0], 1)), per_token)[:2]
 
 
 def relative_error(got: mx.array, want: mx.array) -> float:
@@ -80,7 +80,7 @@ def test_random_cases(log: Log, bits: int, group_size: int, dtype: mx.Dtype) -> 
         x = mx.array(rng.standard_normal((num_tokens, hidden), np.float32)).astype(dtype)
         # Skewed: some experts get most rows, some none.
         logits = 2 * rng.standard_normal((num_tokens, num_experts)) + np.arange(num_experts)
-        indices, scores = route(mx.array(logits.astype(np.float32)), per_token)
+        indices, scores = routed(mx.array(logits.astype(np.float32)), per_token)
         found = eligible(x, layers)
         assert found is not None
         ours = grouped_expert_mlp(x, indices, scores, *found)
@@ -103,7 +103,7 @@ def test_there_are_at_least_200_cases() -> None:
 def test_widths_that_are_no_multiple_of_the_tile(log: Log, dtype: mx.Dtype) -> None:
     layers, dense = experts(3, 160, 96, 4, 32, dtype)
     x = mx.random.normal((40, 160), key=mx.random.key(1)).astype(dtype)
-    indices, scores = route(mx.random.normal((40, 3), key=mx.random.key(2)), 2)
+    indices, scores = routed(mx.random.normal((40, 3), key=mx.random.key(2)), 2)
     before = log.num_dispatches
     ours = expert_mlp(x, indices, scores, *layers, KERNEL)
     assert log.num_dispatches == before + 2
@@ -139,7 +139,7 @@ def test_what_the_kernel_does_not_run_goes_to_ops(log: Log, reason: str) -> None
     else:
         kernels = frozenset({"chunk_delta_rule"})
     x = mx.random.normal((num_tokens, 64), key=mx.random.key(4))
-    indices, scores = route(mx.random.normal((num_tokens, 4), key=mx.random.key(5)), 2)
+    indices, scores = routed(mx.random.normal((num_tokens, 4), key=mx.random.key(5)), 2)
     before = log.num_dispatches
     ours = expert_mlp(x, indices, scores, *layers, kernels)
     assert log.num_dispatches == before
@@ -161,7 +161,7 @@ def test_each_barrier_is_missed_when_it_is_gone(
     monkeypatch.setattr(metal, "_read", lambda n: (functions, body) if n == name else read(n))
     metal.clear()
     layers, _ = experts(3, 64, 64, 4, 32, mx.float32)
-    indices, scores = route(mx.random.normal((20, 3), key=mx.random.key(7)), 2)
+    indices, scores = routed(mx.random.normal((20, 3), key=mx.random.key(7)), 2)
     with pytest.raises((errors.RaceError, errors.UninitializedError)):
         grouped_expert_mlp(mx.ones((20, 64)), indices, scores, *eligible(mx.ones((1,)), layers))
     metal.clear()

@@ -8,11 +8,11 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from qwen35_mlx.kernels.expert_gather import SORT_FROM, expert_mlp
 from qwen35_mlx.kernels.naive import naive_expert_mlp
-from qwen35_mlx.kernels.router import route_ops
+from qwen35_mlx.kernels.router import route
 
 
 def routed(logits, per_token):
-    return route_ops(logits, mx.zeros((len(logits), 1)), per_token)[:2]
+    return route(logits, mx.zeros((len(logits), 1)), per_token)[:2]
 
 
 def projections(num_experts, hidden, width, seed):

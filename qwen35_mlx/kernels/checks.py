@@ -16,12 +16,13 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
 from .expert_gather import expert_mlp
-from .expert_step import Routing, expert_down, expert_gate_up
+from .expert_step import expert_down, expert_gate_up
 from .gated_delta_rule import gated_delta_rule
+from .matrix import BITS, GROUP_SIZES
 from .metal import Choice
 from .projection import project
 from .residual_norm import residual_norm
-from .router import route
+from .router import Routing, route
 
 Arrays = Sequence[mx.array]
 Run = Callable[[Choice], Arrays]
@@ -74,13 +75,16 @@ class Setting(NamedTuple):
     num_tokens: int = 1
     seed: int = 0
 
+    def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
+        """Random numbers."""
+        return (mx.random.normal(shape) * scale).astype(self.dtype)
+
 
 class Case(NamedTuple):
     """Something to run with and without the kernel of an operation."""
 
     run: Run
     num_bytes: int  # that must be moved, each once
-    tolerance: float
 
 
 class Check(NamedTuple):
@@ -92,44 +96,28 @@ class Check(NamedTuple):
     needs_experts: bool = False
 
 
-def _normal(*shape: int, dtype: mx.Dtype = mx.float32, scale: float = 1.0) -> mx.array:
-    return (mx.random.normal(shape) * scale).astype(dtype)
-
-
-def _fill(layer: nn.Module, in_dims: int, dtype: mx.Dtype) -> None:
-    """Random codes of unit gain; a whole model's weights would take long to quantize."""
-    *leading, out_dims, num_words = layer.weight.shape
-    # Large stacks repeat eight experts.
-    block = [min(8, n) for n in leading] + [out_dims, num_words]
-    words = mx.random.randint(-(2**31), 2**31 - 1, block, mx.int32).view(mx.uint32)
-    step = math.sqrt(12 / in_dims) / 2**layer.bits
-    scales = mx.random.uniform(0.5 * step, 1.5 * step, (*block[:-1], layer.scales.shape[-1]))
-    for name, part in (
-        ("weight", words),
-        ("scales", scales.astype(dtype)),
-        ("biases", (scales * (0.5 - 2 ** (layer.bits - 1))).astype(dtype)),
-    ):
-        repeats = [math.ceil(n / 8) for n in leading]
-        whole = mx.tile(part, [*repeats, 1, 1]) if leading else part
-        setattr(layer, name, mx.contiguous(whole[: leading[0]] if leading else whole))
-
-
-def linear(in_dims: int, out_dims: int, s: Setting) -> nn.Module:
-    """A linear layer with random weights, quantized if `s.bits`."""
+def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn.Module:
+    """A linear layer or a stack of experts with random weights, quantized if `s.bits`."""
     if not s.bits:
         plain = nn.Linear(in_dims, out_dims, bias=False)
-        plain.weight = _normal(out_dims, in_dims, dtype=s.dtype, scale=in_dims**-0.5)
+        plain.weight = s.normal(out_dims, in_dims, scale=in_dims**-0.5)
         return plain
-    layer = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
-    _fill(layer, in_dims, s.dtype)
-    return layer
-
-
-def experts(member: Member, in_dims: int, out_dims: int, s: Setting) -> nn.Module:
-    """The same for a stack of experts; always quantized."""
-    bits = s.bits or 8
-    layer = QuantizedSwitchLinear(in_dims, out_dims, member.num_experts, False, s.group_size, bits)
-    _fill(layer, in_dims, s.dtype)
+    # Random codes of unit gain: a whole model's weights would take long to quantize.
+    layer: nn.Module = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
+    rows: tuple[int, ...] = (out_dims,)
+    if num_experts:
+        layer = QuantizedSwitchLinear(in_dims, out_dims, num_experts, False, s.group_size, s.bits)
+        rows = (min(8, num_experts), out_dims)
+    step = math.sqrt(12 / in_dims) / 2**s.bits
+    words = (*rows, layer.weight.shape[-1])
+    scales = mx.random.uniform(0.5 * step, 1.5 * step, (*rows, layer.scales.shape[-1]))
+    for name, part in (
+        ("weight", mx.random.randint(-(2**31), 2**31 - 1, words, mx.int32).view(mx.uint32)),
+        ("scales", scales.astype(s.dtype)),
+        ("biases", (scales * (0.5 - 2 ** (s.bits - 1))).astype(s.dtype)),
+    ):
+        # Large stacks repeat eight experts.
+        setattr(layer, name, part[mx.arange(num_experts) % 8] if num_experts else part)
     return layer
 
 
@@ -137,59 +125,49 @@ def _size(*modules: nn.Module) -> int:
     return sum(a.nbytes for m in modules for a in m.parameters().values())
 
 
-def _case(run: Run, num_bytes: int, s: Setting) -> Case:
-    return Case(run, num_bytes, TOLERANCE[s.dtype])
-
-
 def _residual_norm(m: Member, s: Setting) -> Case:
-    x, delta = (_normal(1, s.num_tokens, m.hidden_size, dtype=s.dtype) for _ in range(2))
-    weight = _normal(m.hidden_size, dtype=s.dtype)
-    return _case(
-        lambda kernels: residual_norm(x, delta, weight, EPS, kernels),
-        4 * x.nbytes + weight.nbytes,
-        s,
+    x, delta = (s.normal(1, s.num_tokens, m.hidden_size) for _ in range(2))
+    weight = s.normal(m.hidden_size)
+    return Case(
+        lambda kernels: residual_norm(x, delta, weight, EPS, kernels), 4 * x.nbytes + weight.nbytes
     )
 
 
 def _projection(m: Member, s: Setting) -> Case:
-    x = _normal(1, s.num_tokens, m.hidden_size, dtype=s.dtype)
+    x = s.normal(1, s.num_tokens, m.hidden_size)
     value_dim = m.linear_num_value_heads * m.value_head_dim
     outs = (2 * m.num_key_heads * m.key_head_dim + value_dim, value_dim)
-    modules = [linear(m.hidden_size, out, s) for out in outs]
+    modules = [_linear(m.hidden_size, out, s) for out in outs]
     plain = s._replace(bits=0)
-    modules += [linear(m.hidden_size, m.linear_num_value_heads, plain) for _ in range(2)]
-    return _case(lambda kernels: project(x, modules, kernels), _size(*modules), s)
+    modules += [_linear(m.hidden_size, m.linear_num_value_heads, plain) for _ in range(2)]
+    return Case(lambda kernels: project(x, modules, kernels), _size(*modules))
 
 
 def _delta_step(m: Member, s: Setting) -> Case:
     T, Hv, Dk, Dv = s.num_tokens, m.linear_num_value_heads, m.key_head_dim, m.value_head_dim
     channels = 2 * m.num_key_heads * Dk + Hv * Dv
-    qkv, z, b, a = (_normal(1, T, n, dtype=s.dtype) for n in (channels, Hv * Dv, Hv, Hv))
-    conv_state = _normal(1, TAPS - 1, channels, dtype=s.dtype)
-    state = _normal(1, Hv, Dv, Dk)
+    qkv, z, b, a = (s.normal(1, T, n) for n in (channels, Hv * Dv, Hv, Hv))
+    conv_state, state = s.normal(1, TAPS - 1, channels), mx.random.normal((1, Hv, Dv, Dk))
     parameters = DeltaParameters(
-        _normal(channels, TAPS, 1, dtype=s.dtype, scale=0.5),
+        s.normal(channels, TAPS, 1, scale=0.5),
         mx.log(mx.random.uniform(1, 16, (Hv,))).astype(s.dtype),
-        _normal(Hv, dtype=s.dtype),
-        _normal(Dv, dtype=s.dtype),
+        s.normal(Hv),
+        s.normal(Dv),
         EPS,
     )
     mask = mx.arange(T)[None] > 0 if T > 1 else None
-    return _case(
-        lambda kernels: delta_step(
-            qkv, z, b, a, conv_state, state, parameters, mask, None, kernels
-        ),
+    inputs = (qkv, z, b, a, conv_state, state, parameters, mask, None)
+    return Case(
+        lambda kernels: delta_step(*inputs, kernels),
         2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes,
-        s,
     )
 
 
 def _qk_norm_rope(m: Member, s: Setting) -> Case:
     """At the end of the context, where a GPU's sine of a large angle would show."""
     T, D, half = s.num_tokens, m.head_dim, m.rotary_dim // 2
-    q_gate = _normal(1, T, m.num_heads * 2 * D, dtype=s.dtype)
-    k = _normal(1, T, m.num_kv_heads * D, dtype=s.dtype)
-    q_weight, k_weight = (_normal(D, dtype=s.dtype) for _ in range(2))
+    q_gate, k = s.normal(1, T, m.num_heads * 2 * D), s.normal(1, T, m.num_kv_heads * D)
+    q_weight, k_weight = s.normal(D), s.normal(D)
     frequencies = (1e7 ** (-np.arange(half) / half)).astype(np.float32)
     positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
     angles = positions[None, :, None] * frequencies
@@ -202,18 +180,18 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
             cosines, sines = (mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
         return qk_norm_rope(q_gate, k, q_weight, k_weight, cosines, sines, EPS, kernels)
 
-    return _case(run, 2 * (q_gate.nbytes + k.nbytes), s)
+    return Case(run, 2 * (q_gate.nbytes + k.nbytes))
 
 
 def _output_gate(m: Member, s: Setting) -> Case:
-    x = _normal(1, m.num_heads, s.num_tokens, m.head_dim, dtype=s.dtype)
-    q_gate = _normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim, dtype=s.dtype)
-    return _case(lambda kernels: [output_gate(x, q_gate, kernels)], 3 * x.nbytes, s)
+    x = s.normal(1, m.num_heads, s.num_tokens, m.head_dim)
+    q_gate = s.normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim)
+    return Case(lambda kernels: [output_gate(x, q_gate, kernels)], 3 * x.nbytes)
 
 
 def _router(m: Member, s: Setting) -> Case:
-    logits = _normal(s.num_tokens, m.num_experts, scale=2.0)
-    shared = _normal(s.num_tokens, 1)
+    logits = 2 * mx.random.normal((s.num_tokens, m.num_experts))
+    shared = mx.random.normal((s.num_tokens, 1))
 
     def run(kernels: Choice) -> Arrays:
         indices, scores, shared_scores = route(logits, shared, m.per_token, kernels)
@@ -221,72 +199,67 @@ def _router(m: Member, s: Setting) -> Case:
         dense = mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)
         return [dense, shared_scores]
 
-    return _case(run, logits.nbytes, s)
+    return Case(run, logits.nbytes)
 
 
 def _routing(m: Member, num_tokens: int) -> Routing:
     """Experts of random popularity, as in real texts."""
-    logits = _normal(num_tokens, m.num_experts) + _normal(m.num_experts)
-    return Routing(*route(logits, mx.zeros((num_tokens, 1)), m.per_token))
+    logits = mx.random.normal((num_tokens, m.num_experts)) + mx.random.normal((m.num_experts,))
+    return route(logits, mx.zeros((num_tokens, 1)), m.per_token)
 
 
 def _expert_gate_up(m: Member, s: Setting) -> Case:
-    x = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
-    shared = [linear(m.hidden_size, m.width, s) for _ in range(2)]
+    x = s.normal(s.num_tokens, m.hidden_size)
+    shared = [_linear(m.hidden_size, m.width, s) for _ in range(2)]
     if not m.num_experts:
-        return _case(lambda kernels: expert_gate_up(x, shared, kernels=kernels), _size(*shared), s)
-    routed = [experts(m, m.hidden_size, m.width, s) for _ in range(2)]
+        return Case(lambda kernels: expert_gate_up(x, shared, kernels=kernels), _size(*shared))
+    routed = [_linear(m.hidden_size, m.width, s, m.num_experts) for _ in range(2)]
     routing = _routing(m, s.num_tokens)
     chosen = _size(*routed) * s.num_tokens * m.per_token // m.num_experts
-    return _case(
+    return Case(
         lambda kernels: expert_gate_up(x, shared, routing, routed, kernels),
         _size(*shared) + chosen,
-        s,
     )
 
 
 def _expert_down(m: Member, s: Setting) -> Case:
-    residual = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
-    hidden = [_normal(s.num_tokens, m.width, dtype=s.dtype)]
-    shared = linear(m.width, m.hidden_size, s)
+    residual = s.normal(s.num_tokens, m.hidden_size)
+    hidden = [s.normal(s.num_tokens, m.width)]
+    shared = _linear(m.width, m.hidden_size, s)
     if not m.num_experts:
-        return _case(
-            lambda kernels: [expert_down(hidden, residual, shared, kernels=kernels)],
-            _size(shared),
-            s,
+        return Case(
+            lambda kernels: [expert_down(hidden, residual, shared, kernels=kernels)], _size(shared)
         )
-    hidden.append(_normal(s.num_tokens, m.per_token, m.width, dtype=s.dtype))
-    routed, routing = experts(m, m.width, m.hidden_size, s), _routing(m, s.num_tokens)
+    hidden.append(s.normal(s.num_tokens, m.per_token, m.width))
+    routed = _linear(m.width, m.hidden_size, s, m.num_experts)
+    routing = _routing(m, s.num_tokens)
     chosen = _size(routed) * s.num_tokens * m.per_token // m.num_experts
-    return _case(
+    return Case(
         lambda kernels: [expert_down(hidden, residual, shared, routing, routed, kernels)],
         _size(shared) + chosen,
-        s,
     )
 
 
 def _chunk_delta_rule(m: Member, s: Setting) -> Case:
-    T, Hv = s.num_tokens, m.linear_num_value_heads
-    q, k = (_normal(1, T, m.num_key_heads, m.key_head_dim) for _ in range(2))
+    T, Hv, Dk, Dv = s.num_tokens, m.linear_num_value_heads, m.key_head_dim, m.value_head_dim
+    q, k = (mx.random.normal((1, T, m.num_key_heads, Dk)) for _ in range(2))
     q, k = (x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True)) for x in (q, k))
-    q = q * m.key_head_dim**-0.5
-    v = _normal(1, T, Hv, m.value_head_dim, dtype=s.dtype)
-    g, beta = -mx.abs(_normal(1, T, Hv)), mx.random.uniform(shape=(1, T, Hv))
-    state = _normal(1, Hv, m.value_head_dim, m.key_head_dim)
+    q, v = q * Dk**-0.5, s.normal(1, T, Hv, Dv)
+    g, beta = -mx.abs(mx.random.normal((1, T, Hv))), mx.random.uniform(shape=(1, T, Hv))
+    state = mx.random.normal((1, Hv, Dv, Dk))
     inputs = (q, k, v, g, beta, state)
     num_bytes = sum(x.nbytes for x in inputs) + state.nbytes + v.size * 4
-    return _case(lambda kernels: gated_delta_rule(*inputs, kernels), num_bytes, s)
+    return Case(lambda kernels: gated_delta_rule(*inputs, kernels), num_bytes)
 
 
 def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
-    x = _normal(s.num_tokens, m.hidden_size, dtype=s.dtype)
+    x = s.normal(s.num_tokens, m.hidden_size)
     shapes = ((m.hidden_size, m.width), (m.hidden_size, m.width), (m.width, m.hidden_size))
-    gate, up, down = (experts(m, *dims, s) for dims in shapes)
-    routing = _routing(m, s.num_tokens)
-    return _case(
-        lambda kernels: [expert_mlp(x, routing.indices, routing.scores, gate, up, down, kernels)],
+    gate, up, down = (_linear(*dims, s, m.num_experts) for dims in shapes)
+    indices, scores, _ = _routing(m, s.num_tokens)
+    return Case(
+        lambda kernels: [expert_mlp(x, indices, scores, gate, up, down, kernels)],
         _size(gate, up, down) + 2 * x.nbytes,
-        s,
     )
 
 
@@ -317,9 +290,9 @@ def num_bytes_needed(check: Check, member: Member) -> int:
 def parity_settings(check: Check) -> Iterator[Setting]:
     """Every width and type once, group sizes and lengths in turn."""
     tokens = (70, 33, 130) if check.is_prefill else (1, 3, 8)
-    for i, bits in enumerate((2, 3, 4, 5, 6, 8)):
+    for i, bits in enumerate(BITS):
         for j, dtype in enumerate(TOLERANCE):
-            yield Setting(dtype, bits, (32, 64, 128)[(i + j) % 3], tokens[(i + 2 * j) % 3], i)
+            yield Setting(dtype, bits, GROUP_SIZES[(i + j) % 3], tokens[(i + 2 * j) % 3], i)
 
 
 def relative_error(got: Arrays, want: Arrays) -> float:

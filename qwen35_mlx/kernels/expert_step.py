@@ -5,23 +5,15 @@ A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
 from .metal import NONE, Choice, Template, kernel
+from .router import Routing
 
 SIMDGROUPS = 2
-
-
-class Routing(NamedTuple):
-    """Where each token goes: indices and scores `[N, K]`, shared_scores `[N, 1]` fp32."""
-
-    indices: mx.array
-    scores: mx.array
-    shared_scores: mx.array
 
 
 def expert_gate_up(
