@@ -5,12 +5,12 @@ B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, N chunks.
 
 import mlx.core as mx
 
+from .matrix import FLOATS
 from .metal import kernel
 
 CHUNK_SIZE = 64
 # 8x8 blocks in the lower triangle of a chunk, diagonal included.
 TRIANGLE = 36
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def is_eligible(q: mx.array, k: mx.array, v: mx.array) -> bool:

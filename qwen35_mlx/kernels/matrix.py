@@ -64,8 +64,8 @@ def matrix(module: nn.Module) -> Matrix | None:
 
 def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
     """All of them, or None if one of them is for no kernel."""
-    found = [matrix(m) for m in modules]
-    return None if any(m is None for m in found) else [m for m in found if m is not None]
+    found = [m for m in map(matrix, modules) if m is not None]
+    return found if len(found) == len(modules) else None
 
 
 def lanes_per_row(*in_dims: int) -> int:

@@ -28,6 +28,10 @@ DECODE_OPS = (
 )
 PREFILL_OPS = ("chunk_delta_rule", "grouped_expert_matmul")
 OPS = DECODE_OPS + PREFILL_OPS
+# Those of them that run as kernels.
+Choice = frozenset[str]
+NONE: Choice = frozenset()
+Template = list[tuple[str, Any]]
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
 
@@ -50,13 +54,12 @@ def kernel(
     output_names: Sequence[str],
     *,
     label: str | None = None,
-    header: str = "",
     generated: str = "",
 ) -> Callable[..., list[mx.array]]:
     """The kernel of `<name>.metal`; names as tuples, call it as `mx.fast.metal_kernel` says.
 
-    `common.metal` and `header` stand before the functions of the file, `generated` is the end of
-    its body. A `label` is the kernel's own name, and must tell apart what differs in these.
+    `common.metal` stands before the functions of the file, `generated` is the end of its body. A
+    `label` is the kernel's own name, and must tell apart what differs in these.
     """
     functions, body = _read(name)
     # Typed as object by MLX.
@@ -65,7 +68,7 @@ def kernel(
         name=label or name,
         input_names=list(input_names),
         output_names=list(output_names),
-        header=_read("common")[0] + header + functions,
+        header=_read("common")[0] + functions,
         source=body + generated,
     )
 
@@ -87,8 +90,3 @@ def _read(name: str) -> tuple[str, str]:
     text = files(__package__).joinpath(f"{name}.metal").read_text(encoding="utf-8")
     functions, _, body = text.partition(BODY)
     return functions, body
-
-
-Choice = frozenset[str]
-NONE: Choice = frozenset()
-Template = list[tuple[str, Any]]

@@ -4,7 +4,7 @@ N rows of activations, H their width.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,7 +56,10 @@ def project_kernel(
     template += [("ROWS", rows), ("TOKENS", num_rows), ("LANES", lanes)]
     template += [("NORM", norm is not None), ("SIMDGROUPS", SIMDGROUPS)]
     num_groups = sum(-(-out // per_group) for out in out_dims)
-    return _kernel(len(weights))(
+    inputs, outputs, generated = _signature(len(weights))
+    return kernel(
+        "projection", inputs, outputs, label=f"projection_{len(weights)}", generated=generated
+    )(
         # Without a norm anything fills its place.
         inputs=[
             *((x, x, 0.0) if norm is None else (x, norm.weight, norm.eps)),
@@ -73,37 +76,24 @@ def project_kernel(
     )
 
 
-def _kernel(count: int) -> Callable[..., list[mx.array]]:
-    """Of so many matrices."""
-    return kernel(
-        "projection",
-        ("x", "norm_weight", "eps", *names(*_prefixes(count))),
-        tuple(f"y{i}" for i in range(count)),
-        label=f"projection_{count}",
-        generated=_body(count),
-    )
-
-
 @functools.cache
-def _prefixes(count: int) -> tuple[str, ...]:
-    return tuple(f"m{i}" for i in range(count))
-
-
-@functools.cache
-def _body(count: int) -> str:
-    """Finds the matrix of a threadgroup."""
-    return "".join(
+def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Inputs and outputs for so many matrices, and the code that finds that of a threadgroup."""
+    prefixes = [f"m{i}" for i in range(count)]
+    generated = "".join(
         f"""
   {{
-    const int out = m{i}_w_shape[0];
+    const int out = {m}_w_shape[0];
     if (block * rows_per_group < out) {{
-      project<m{i}_BITS, m{i}_GROUP, ROWS, TOKENS, LANES, NORM>(
-          m{i}_w, m{i}_scales, m{i}_biases, x, norm_weight, eps, y{i}, in, out,
+      project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM>(
+          {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, y{i}, in, out,
           block * rows_per_group + offset, lane);
       return;
     }}
     block -= (out + rows_per_group - 1) / rows_per_group;
   }}
 """
-        for i in range(count)
+        for i, m in enumerate(prefixes)
     )
+    inputs = ("x", "norm_weight", "eps", *names(*prefixes))
+    return inputs, tuple(f"y{i}" for i in range(count)), generated
