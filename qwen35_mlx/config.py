@@ -25,6 +25,17 @@ MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
 TRAINED_LENGTH = "original_max_position_embeddings"
 
+# Keys of whole numbers above zero, in every model and in those of one kind.
+SIZES = tuple(
+    """vocab_size hidden_size num_attention_heads num_key_value_heads head_dim linear_num_key_heads
+    linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+    max_position_embeddings""".split()
+)
+DENSE_SIZES = ("intermediate_size",)
+MOE_SIZES = tuple(
+    """num_experts num_experts_per_tok moe_intermediate_size
+    shared_expert_intermediate_size""".split()
+)
 # Keys that would change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -95,11 +106,6 @@ class ModelConfig:
     fuses_linear_projections: bool = False
 
     @property
-    def key_dim(self) -> int:
-        """Channels of all linear-attention queries, and of all keys."""
-        return self.linear_num_key_heads * self.linear_key_head_dim
-
-    @property
     def value_dim(self) -> int:
         """Channels of all linear-attention values."""
         return self.linear_num_value_heads * self.linear_value_head_dim
@@ -107,7 +113,7 @@ class ModelConfig:
     @property
     def conv_dim(self) -> int:
         """Channels of the depthwise convolution: q, k and v."""
-        return 2 * self.key_dim + self.value_dim
+        return 2 * self.linear_num_key_heads * self.linear_key_head_dim + self.value_dim
 
     @property
     def context_length(self) -> int:
@@ -121,11 +127,6 @@ class ModelConfig:
     def is_moe(self) -> bool:
         """Whether the feed-forward layers are routed experts."""
         return self.num_experts > 0
-
-    @classmethod
-    def from_file(cls, folder: Path) -> "ModelConfig":
-        """Read `folder/config.json`."""
-        return cls.from_hf(read_config(folder))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -157,56 +158,31 @@ class ModelConfig:
         is_moe = model_type in MOE_TYPES
         _refuse_unsupported(text)
         get = _Reader(text)
-        head_dim = get.positive("head_dim")
         layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))
         # In transformers the outer one decides, whatever stands in text_config.
         tying = _Reader(config if "tie_word_embeddings" in config else text)
-        values = dict(
+        sizes = SIZES + (MOE_SIZES if is_moe else DENSE_SIZES)
+        result = cls(
             model_type=model_type,
-            vocab_size=get.positive("vocab_size"),
-            hidden_size=get.positive("hidden_size"),
             num_hidden_layers=len(layer_types),
-            num_attention_heads=get.positive("num_attention_heads"),
-            num_key_value_heads=get.positive("num_key_value_heads"),
-            head_dim=head_dim,
             layer_types=layer_types,
-            linear_num_key_heads=get.positive("linear_num_key_heads"),
-            linear_num_value_heads=get.positive("linear_num_value_heads"),
-            linear_key_head_dim=get.positive("linear_key_head_dim"),
-            linear_value_head_dim=get.positive("linear_value_head_dim"),
-            linear_conv_kernel_dim=get.positive("linear_conv_kernel_dim"),
             rms_norm_eps=get.number("rms_norm_eps"),
-            max_position_embeddings=get.positive("max_position_embeddings"),
             tie_word_embeddings=tying.flag("tie_word_embeddings", default=False),
-            rope=_rope(text, head_dim),
+            rope=_rope(text, get.positive("head_dim")),
             fuses_linear_projections=fuses,
+            **{key: get.positive(key) for key in sizes},
         )
-        keys = (
-            ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
-             "shared_expert_intermediate_size")
-            if is_moe
-            else ("intermediate_size",)
-        )  # fmt: skip
-        values |= {key: get.positive(key) for key in keys}
         _report_unknown(text, {f.name for f in fields(cls)})
-        result = cls(**values)
         result._check()
         return result
 
     def _check(self) -> None:
         for key in ("linear_key_head_dim", "linear_value_head_dim"):
             if getattr(self, key) not in LINEAR_HEAD_DIMS:
-                raise ConfigError(
-                    f"{key}={getattr(self, key)} is not supported",
-                    got=getattr(self, key),
-                    expected=f"one of {', '.join(map(str, LINEAR_HEAD_DIMS))}",
-                )
+                one = f"one of {', '.join(map(str, LINEAR_HEAD_DIMS))}"
+                raise _unsupported(key, getattr(self, key), one)
         if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
-            raise ConfigError(
-                f"head_dim={self.head_dim} is not supported",
-                got=self.head_dim,
-                expected=f"a multiple of 8 up to {MAX_HEAD_DIM}",
-            )
+            raise _unsupported("head_dim", self.head_dim, f"a multiple of 8 up to {MAX_HEAD_DIM}")
         for few, many in (
             ("num_key_value_heads", "num_attention_heads"),
             ("linear_num_key_heads", "linear_num_value_heads"),
@@ -282,32 +258,29 @@ class _Reader:
             )
         plain = isinstance(value, int | float) and not isinstance(value, bool)
         if not (plain and 0 < value < math.inf):
-            raise ConfigError(
-                f"config key {self.prefix}{key}={value!r} is not usable",
-                got=repr(value),
-                expected="a number above zero",
-            )
+            raise self._unusable(key, "a number above zero")
         return value
 
     def positive(self, key: str, most: int = MAX_SIZE) -> int:
         value = self.number(key)
         if int(value) != value or value > most:
-            raise ConfigError(
-                f"config key {self.prefix}{key}={value!r} is not usable",
-                got=repr(value),
-                expected=f"a whole number up to {most}",
-            )
+            raise self._unusable(key, f"a whole number up to {most}")
         return int(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.text.get(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(
-                f"config key {self.prefix}{key}={value!r} is not usable",
-                got=repr(value),
-                expected="true or false",
-            )
+            raise self._unusable(key, "true or false")
         return value
+
+    def _unusable(self, key: str, expected: str) -> ConfigError:
+        value = self.text.get(key)
+        what = f"config key {self.prefix}{key}={value!r} is not usable"
+        return ConfigError(what, got=repr(value), expected=expected)
+
+
+def _unsupported(key: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{key}={value!r} is not supported", got=repr(value), expected=expected)
 
 
 def _refuse_unsupported(text: Mapping[str, Any]) -> None:
@@ -315,11 +288,8 @@ def _refuse_unsupported(text: Mapping[str, Any]) -> None:
         raise ConfigError("config key hidden_act is missing", got="no such key", expected="'silu'")
     for key, allowed in NEUTRAL.items():
         if key in text and text[key] not in allowed:
-            raise ConfigError(
-                f"{key}={text[key]!r} is not supported",
-                got=repr(text[key]),
-                expected=" or ".join(repr(v) for v in allowed if v is not None) or "absent",
-            )
+            wanted = " or ".join(repr(v) for v in allowed if v is not None) or "absent"
+            raise _unsupported(key, text[key], wanted)
 
 
 def _report_unknown(text: Mapping[str, Any], known: set[str]) -> None:
@@ -360,13 +330,11 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
-        raise ConfigError(
-            f"rope_type={kind!r} is not supported", got=repr(kind), expected="'default' or 'yarn'"
-        )
-    factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
-    # Beside rope_parameters it counts more than inside, as in the reference.
-    outer = {key: text[key] for key in (TRAINED_LENGTH,) if key in text}
-    get = _Reader(rope | outer | {"partial_rotary_factor": factor}, "rope_parameters.")
+        raise _unsupported("rope_type", kind, "'default' or 'yarn'")
+    # Beside rope_parameters one counts less than inside, the other more, as in the reference.
+    less = {"partial_rotary_factor": text.get("partial_rotary_factor")}
+    more = {key: text[key] for key in (TRAINED_LENGTH,) if key in text}
+    get = _Reader(less | rope | more, "rope_parameters.")
     partial = get.number("partial_rotary_factor")
     rotary_dim = int(head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
@@ -378,16 +346,17 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
     theta = get.number("rope_theta")
     if kind == "default":
         return RopeConfig(theta, rotary_dim)
-    scale = get.number("factor")
-    if rope.get("attention_factor") is None:
-        mscale, mscale_all_dim = get.number("mscale", 0), get.number("mscale_all_dim", 0)
-        attention_factor = _yarn_attention_factor(scale, mscale, mscale_all_dim)
-    else:
+    factor = get.number("factor")
+    if rope.get("attention_factor") is not None:
         attention_factor = get.number("attention_factor")
+    else:
+        attention_factor = _yarn_attention_factor(
+            factor, get.number("mscale", 0), get.number("mscale_all_dim", 0)
+        )
     return RopeConfig(
         theta,
         rotary_dim,
-        factor=scale,
+        factor=factor,
         original_max_position_embeddings=get.positive(TRAINED_LENGTH),
         attention_factor=attention_factor,
         beta_fast=get.number("beta_fast", 32),
@@ -402,6 +371,4 @@ def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) 
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if mscale and mscale_all_dim:
-        return scale(mscale) / scale(mscale_all_dim)
-    return scale(1.0)
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import VOCAB, text_config, write_checkpoint
 
 import qwen35_mlx
-from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.convert import convert
 
 MAX_DIFFERENCE = 3e-4
@@ -108,7 +108,9 @@ def test_yarn_is_written_in_the_words_of_mlx_lm(tmp_path: Path, yarn: dict[str, 
     text["original_max_position_embeddings"] = 64
     write_checkpoint(tmp_path / "source", tokenizer=True, config={"text_config": text})
     convert(tmp_path / "source", tmp_path / "converted", dtype="float32")
-    before, after = (ModelConfig.from_file(tmp_path / f) for f in ("source", "converted"))
+    before, after = (
+        ModelConfig.from_hf(read_config(tmp_path / f)) for f in ("source", "converted")
+    )
     assert after.rope == before.rope
     assert_equal_logits(tmp_path / "converted")
 
