@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from .config import ModelConfig, RopeConfig
-from .kernels.attention_heads import output_gate, qk_norm, qk_norm_rope, rotate
+from .kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
 from .kernels.metal import NONE, Choice
 from .kernels.projection import project
 
@@ -75,10 +75,6 @@ class PartialRope:
         angles = positions[..., None].astype(mx.float32) * (1 / self._periods)
         return mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
 
-    def at(self, x: mx.array, positions: mx.array) -> mx.array:
-        """`[B, H, T, D]` at explicit positions `[B, T]`."""
-        return rotate(x, *self.tables(positions))
-
 
 class Attention(nn.Module):
     """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
@@ -89,7 +85,6 @@ class Attention(nn.Module):
         super().__init__()
         self._num_kv_heads = config.num_key_value_heads
         self._scale = config.head_dim**-0.5
-        self._eps = config.rms_norm_eps
         hidden, dim = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(hidden, 2 * config.num_attention_heads * dim, bias=False)
         self.k_proj = nn.Linear(hidden, self._num_kv_heads * dim, bias=False)
@@ -118,11 +113,11 @@ class Attention(nn.Module):
         v = v.reshape(batch, num_tokens, self._num_kv_heads, -1).swapaxes(1, 2)
         weights = self.q_norm.weight, self.k_norm.weight
         if tables is None:
-            q, k = qk_norm(q_gate, k, *weights, self._eps)
+            q, k = qk_norm(q_gate, k, *weights, self.q_norm.eps)
             offset = 0 if cache is None else cache.offset
             q, k = self.rope(q, offset), self.rope(k, offset)
         else:
-            q, k = qk_norm_rope(q_gate, k, *weights, *tables, self._eps, self.kernels)
+            q, k = qk_norm_rope(q_gate, k, *weights, *tables, self.q_norm.eps, self.kernels)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self._scale, mask=mask)

@@ -45,8 +45,7 @@ def examine(check: Check, machine: Machine) -> dict[str, Any]:
 
     Nothing a kernel does, crash at compiling included, ends the examination of the others.
     """
-    result: dict[str, Any] = {"matched": False, "error": 0.0, "problem": None}
-    result |= {"speedup": {}, "members": {}}
+    result: dict[str, Any] = dict(matched=False, error=0.0, problem=None, speedup={}, members={})
     try:
         for setting in checks.parity_settings(check):
             _compare(check, checks.SMALL, setting, result)

@@ -14,14 +14,6 @@ from .kernels.metal import NONE, Choice
 from .kernels.projection import project
 
 
-class GatedRMSNorm(nn.Module):
-    """The weight of `rms_norm(x) * weight * silu(z)` over each value head; not zero-centred."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = mx.ones(dim)
-
-
 class GatedDeltaNet(nn.Module):
     """One linear attention layer (arXiv 2412.06464) with a fixed-size state."""
 
@@ -35,7 +27,6 @@ class GatedDeltaNet(nn.Module):
             config.linear_value_head_dim,
             config.linear_key_head_dim,
         )
-        self._eps = config.rms_norm_eps
         hidden, channels = config.hidden_size, config.conv_dim
         num_value_heads = config.linear_num_value_heads
         self.in_proj_qkv = nn.Linear(hidden, channels, bias=False)
@@ -47,7 +38,8 @@ class GatedDeltaNet(nn.Module):
         )
         self.A_log = mx.zeros(num_value_heads)
         self.dt_bias = mx.ones(num_value_heads)
-        self.norm = GatedRMSNorm(config.linear_value_head_dim)
+        # Not called: delta_step ends in `rms_norm(x) * weight * silu(z)` over each value head.
+        self.norm = nn.RMSNorm(config.linear_value_head_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
 
     def __call__(
@@ -68,7 +60,7 @@ class GatedDeltaNet(nn.Module):
         out, conv_state, recurrent_state = delta_step(
             *(qkv, z, b, a, conv_state, recurrent_state),
             DeltaParameters(
-                self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self._eps
+                self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps
             ),
             mask,
             getattr(cache, "lengths", None),

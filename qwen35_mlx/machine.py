@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from . import __version__
 MIB = 2**20
 # What macOS and other programs need; with less the machine swaps, or stops.
 MIN_RESERVE_MIB, RESERVE_FRACTION = 6 * 1024, 0.1
-PACKAGES = ("mlx", "mlx-lm")
 
 
 class Machine(NamedTuple):
@@ -44,19 +43,17 @@ def describe() -> Machine:
         # 0 or absent: nobody raised it, and the recommendation is the limit.
         raised = _sysctl("iogpu.wired_limit_mb")
         limit = raised * MIB if raised else int(info.get("max_recommended_working_set_size", 0))
-    versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "?"
     return Machine(
         chip=str(info.get("device_name") or platform.machine()),
         os=operating_system(),
         memory_bytes=memory,
         gpu_limit_bytes=limit,
         disk_free_bytes=shutil.disk_usage(Path.home()).free,
-        versions=versions,
+        versions={
+            "python": platform.python_version(),
+            "qwen35-mlx": __version__,
+            **{package: version(package) for package in ("mlx", "mlx-lm")},
+        },
     )
 
 

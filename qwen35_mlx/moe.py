@@ -38,19 +38,12 @@ class DenseMLP(nn.Module):
 class RoutedExperts(nn.Module):
     """The stacked matrices of all experts, `[E, out, in]` each."""
 
-    kernels: Choice = NONE
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, width, num = config.hidden_size, config.moe_intermediate_size, config.num_experts
         self.gate_proj = SwitchLinear(hidden, width, num, bias=False)
         self.up_proj = SwitchLinear(hidden, width, num, bias=False)
         self.down_proj = SwitchLinear(width, hidden, num, bias=False)
-
-    def __call__(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-        """x `[N, H]`, indices and scores `[N, K]` -> `[N, H]`."""
-        projections = self.gate_proj, self.up_proj, self.down_proj
-        return expert_mlp(x, indices, scores, *projections, self.kernels)
 
 
 class SparseMoE(nn.Module):
@@ -91,5 +84,7 @@ class SparseMoE(nn.Module):
             # Many rows are brought together by expert, which the two steps do not do.
             hidden = expert_gate_up(rows, (shared.gate_proj, shared.up_proj))
             weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden[0])
-            out = residual + (routed(rows, routing.indices, routing.scores) + weighted)
+            projections = routed.gate_proj, routed.up_proj, routed.down_proj
+            out = expert_mlp(rows, routing.indices, routing.scores, *projections, self.kernels)
+            out = residual + (out + weighted)
         return out.reshape(x.shape)

@@ -13,6 +13,7 @@ from .config import ModelConfig, read_config, read_object
 from .errors import CheckpointError, ConfigError
 from .headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
 from .kernels import choice, metal
+from .kernels.matrix import BITS, GROUP_SIZES
 from .model import Model
 from .sampling import SamplingParams
 
@@ -21,7 +22,7 @@ CARRIED = ("vision_tower.", "visual.", "mtp.", "language_model.mtp.")
 CONVERT_HINT = "run: qwen35-mlx convert {folder} OUT"
 # Mode -> the bits and group sizes that MLX has for it; others divide by zero inside of it.
 MODES = {
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "affine": (BITS, GROUP_SIZES),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
@@ -202,15 +203,16 @@ def _check_names_and_shapes(model: Model, weights: Mapping[str, mx.array], folde
     expected = dict(tree_flatten(model.parameters()))
     problems = [f"missing: {k} {expected[k].shape}" for k in sorted(expected.keys() - weights)]
     problems += [f"unknown: {k} {weights[k].shape}" for k in sorted(weights.keys() - expected)]
+    pairs = [(k, weights[k], expected[k]) for k in sorted(expected.keys() & weights)]
     problems += [
-        f"wrong shape: {k} is {weights[k].shape}, expected {v.shape}"
-        for k, v in sorted(expected.items())
-        if k in weights and weights[k].shape != v.shape
+        f"wrong shape: {k} is {got.shape}, expected {wanted.shape}"
+        for k, got, wanted in pairs
+        if got.shape != wanted.shape
     ]
     problems += [
-        f"wrong type: {k} is {weights[k].dtype}, expected {v.dtype}"
-        for k, v in sorted(expected.items())
-        if k in weights and not _same_kind(weights[k].dtype, v.dtype)
+        f"wrong type: {k} is {got.dtype}, expected {wanted.dtype}"
+        for k, got, wanted in pairs
+        if not _same_kind(got.dtype, wanted.dtype)
     ]
     if problems:
         shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])

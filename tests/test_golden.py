@@ -14,6 +14,7 @@ import pytest
 from qwen35_mlx.attention import PartialRope
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.convert import convert
+from qwen35_mlx.kernels.attention_heads import rotate
 from qwen35_mlx.kernels.delta_step import l2_norm
 from qwen35_mlx.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_rule
 from qwen35_mlx.kernels.naive import naive_gated_delta_rule
@@ -151,7 +152,7 @@ def test_rope_turns_as_the_reference_at_the_last_positions(kind: str) -> None:
     rope = PartialRope(RopeConfig(theta=1e7, rotary_dim=64, **(yarn if kind == "yarn" else {})))
     expected = golden[f"rope_{kind}_out"]
     x, positions = golden["rope_x"][None, None], golden["rope_positions"]
-    at_once = rope.at(x, positions[None])[0, 0]
+    at_once = rotate(x, *rope.tables(positions[None]))[0, 0]
     one_by_one = [
         rope(x[:, :, i : i + 1], position)[0, 0] for i, position in enumerate(positions.tolist())
     ]
