@@ -7,60 +7,41 @@ Ends with one JSON line; every ratio above 1 means ours is faster.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.utils
-from mlx.utils import tree_flatten
+from label import label
 from mlx_lm.generate import generate_step
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
+from qwen35_mlx.convert.family import family_config
+from qwen35_mlx.convert.names import expected_shapes
 from qwen35_mlx.generate import decode_steps
 from qwen35_mlx.model import Model
 from qwen35_mlx.sampling import Sampler, SamplingParams
 from qwen35_mlx.weights import load_model
 
-CONFIG = {
-    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
-    "model_type": "qwen3_5_moe",
-    "tie_word_embeddings": False,
-    "text_config": {
-        "model_type": "qwen3_5_moe_text",
-        "hidden_act": "silu",
-        "hidden_size": 1024,
-        "num_hidden_layers": 8,
-        "full_attention_interval": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "linear_num_key_heads": 8,
-        "linear_num_value_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 256,
-        "shared_expert_intermediate_size": 256,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000000,
-            "partial_rotary_factor": 0.25,
-        },
-    },
-}
+# About 300 MB at 4 bits.
+CONFIG = family_config("Qwen3.5-35B-A3B")
+CONFIG["text_config"] |= dict(
+    hidden_size=1024,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    head_dim=128,
+    linear_num_key_heads=8,
+    linear_num_value_heads=16,
+    num_experts=64,
+    moe_intermediate_size=256,
+    shared_expert_intermediate_size=256,
+    vocab_size=32_000,
+    max_position_embeddings=32_768,
+)
 Run = Callable[[mx.array, int], Iterator[object]]
 
 
@@ -69,23 +50,10 @@ def write_checkpoint(folder: Path, seed: int = 0) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     mx.random.seed(seed)
-    model = Model(ModelConfig.from_hf(CONFIG))
     tensors = {}
-    for name, value in tree_flatten(model.parameters()):
-        name = name.replace("language_model.model.", "model.language_model.")
-        name = name.replace("language_model.lm_head", "lm_head")
-        if "norm" in name:
-            value = 0.1 * mx.random.normal(value.shape)
-        elif "conv1d" in name:
-            value = mx.random.normal(value.shape).swapaxes(1, 2) * 0.3
-        elif value.ndim > 1:
-            value = mx.random.normal(value.shape) * value.shape[-1] ** -0.5
-        tensors[name] = value.astype(mx.bfloat16)
-    for name in [n for n in tensors if n.endswith("switch_mlp.gate_proj.weight")]:
-        base = name.removesuffix("switch_mlp.gate_proj.weight")
-        pair = [tensors.pop(f"{base}switch_mlp.{p}_proj.weight") for p in ("gate", "up")]
-        tensors[f"{base}experts.gate_up_proj"] = mx.concatenate(pair, axis=1)
-        tensors[f"{base}experts.down_proj"] = tensors.pop(f"{base}switch_mlp.down_proj.weight")
+    for name, shape in expected_shapes(ModelConfig.from_hf(CONFIG)).items():
+        scale = 0.3 if "conv1d" in name else 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+        tensors[name] = (scale * mx.random.normal(shape)).astype(mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
 
 
@@ -156,22 +124,13 @@ def main() -> None:
         prefill, decode = medians[name]
         print(f"{names[name]:20} {prefill:14.2f} {decode:14.2f} {len(rows):5}")
     result: dict[str, object] = {}
-    for peer, label in (("default", "default"), ("float32", "float32")):
+    for peer in ("default", "float32"):
         for i, phase in enumerate(("prefill", "decode")):
             # Round by round, so that drift of the machine's speed cancels.
             pairs = zip(speeds["ours"], speeds[peer], strict=False)
             ratio = statistics.median(a[i] / b[i] for a, b in pairs)
-            result[f"{phase}_vs_mlx_lm_{label}"] = round(ratio, 3)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    result |= {
-        "machine": platform.machine(),
-        "os": platform.system(),
-        "device": str(mx.default_device()),
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "commit": commit,
+            result[f"{phase}_vs_mlx_lm_{peer}"] = round(ratio, 3)
+    result |= label() | {
         "megabytes": round(megabytes),
         "bits": 4,
         "prompt_tokens": args.prompt_tokens,

@@ -11,10 +11,9 @@ everything, and its logits are compared with a fresh reading. Ends with one JSON
 """
 
 import argparse
+import functools
 import json
 import logging
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,7 +22,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +30,7 @@ import mlx.core as mx
 import mlx_lm.chat
 import mlx_lm.server
 import numpy as np
+from label import label
 
 import qwen35_mlx.chat
 from qwen35_mlx import Chat, load
@@ -49,6 +48,9 @@ WORDS = (
     "river stone paper north winter garden silver engine letter mountain copper window island "
     "bridge summer market shadow captain forest village"
 ).split()
+
+# Logits behind a prompt.
+Fresh = Callable[[list[int]], np.ndarray]
 
 
 class Script:
@@ -112,9 +114,6 @@ class Counter:
             yield
 
 
-# --- ours ---
-
-
 class ScriptedChat:
     """A `Chat` that says the script, and remembers the logits at the start of each answer."""
 
@@ -154,53 +153,36 @@ class ScriptedChat:
                 pass
 
 
-class FreshReader:
-    """Logits behind a prompt that is read from its beginning; each is read once."""
+def fresh_reader(model: Any) -> Fresh:
+    """Gives the logits behind a prompt that is read from its beginning; each is read once."""
 
-    def __init__(self, model: Any):
-        self._model = model
-        self._known: dict[tuple[int, ...], np.ndarray] = {}
+    @functools.cache
+    def read(prompt: tuple[int, ...]) -> np.ndarray:
+        cache, ids = model.make_cache(), mx.array([prompt])
+        for start in range(0, len(prompt), 2048):
+            hidden = model.trunk(ids[:, start : start + 2048], cache, last_only=True)
+            mx.eval(hidden, [entry.state for entry in cache])
+        return np.array(model.head(hidden)[0, -1].astype(mx.float32))
 
-    def __call__(self, prompt: list[int]) -> np.ndarray:
-        key = tuple(prompt)
-        if key not in self._known:
-            cache, ids = self._model.make_cache(), mx.array([prompt])
-            for start in range(0, len(prompt), 2048):
-                hidden = self._model.trunk(ids[:, start : start + 2048], cache, last_only=True)
-                mx.eval(hidden, [entry.state for entry in cache])
-            row = self._model.head(hidden)[0, -1].astype(mx.float32)
-            self._known[key] = np.array(row)
-        return self._known[key]
+    return lambda prompt: read(tuple(prompt))
 
 
-class KnownText:
-    """Everything that was read or generated so far."""
-
-    def __init__(self) -> None:
-        self._sequences: list[list[int]] = []
-
-    def new_tokens(self, prompt: list[int]) -> int:
-        """Tokens of a prompt behind the longest prefix it shares with any of it."""
-        shared = (qwen35_mlx.chat.common_prefix(s, prompt) for s in self._sequences)
-        return len(prompt) - max(shared, default=0)
-
-    def add(self, ids: list[int]) -> None:
-        self._sequences.append(ids)
-
-
-def ours(model: Any, tokenizer: Any, script: Script, fresh: FreshReader, ahead: bool) -> Any:
+def ours(model: Any, tokenizer: Any, script: Script, fresh: Fresh, ahead: bool) -> Any:
     """Per turn: prefilled, new, message and prompt tokens, and the largest difference of logits."""
     talk = ScriptedChat(model, tokenizer, system=script.system)
-    known, rows = KnownText(), []
+    known: list[list[int]] = []
+    rows = []
     for question, answer in zip(script.questions, script.answers, strict=True):
         if ahead:
             talk.chat.start_reading_ahead()
             talk.chat.stop_reading_ahead(wait_for_end=True)
             if talk.chat._cache:
-                known.add(list(talk.chat._cache.ids))
+                known.append(list(talk.chat._cache.ids))
         talk.ask(talk.chat.send(question), answer)
-        new = known.new_tokens(talk.prompt)
-        known.add([*talk.prompt, *answer])
+        # All but the longest prefix it shares with what was read or generated so far.
+        shared = (qwen35_mlx.chat.common_prefix(ids, talk.prompt) for ids in known)
+        new = len(talk.prompt) - max(shared, default=0)
+        known.append([*talk.prompt, *answer])
         assert talk.prefilled == talk.chat.stats.prefilled_tokens
         difference = float(np.abs(talk.logits - fresh(talk.prompt)).max())
         message = len(script.ids(question))
@@ -209,7 +191,7 @@ def ours(model: Any, tokenizer: Any, script: Script, fresh: FreshReader, ahead: 
 
 
 def switching(
-    model: Any, tokenizer: Any, script: Script, fresh: FreshReader, folder: Path
+    model: Any, tokenizer: Any, script: Script, fresh: Fresh, folder: Path
 ) -> dict[str, Any]:
     """Undo, retry, edit, three sessions in turns and one from disk: tokens read, and the bound."""
     talk = ScriptedChat(model, tokenizer, system=script.system)
@@ -254,9 +236,6 @@ def switching(
     return found
 
 
-# --- mlx-lm's ---
-
-
 @contextmanager
 def without_layers(kind: type, counter: Counter) -> Iterator[None]:
     """mlx-lm's model moves its caches on as its layers would, and computes nothing."""
@@ -277,92 +256,70 @@ def without_layers(kind: type, counter: Counter) -> Iterator[None]:
         yield
 
 
+class Reader:
+    """mlx-lm reading the script: `read` are its tokens before the first of each answer."""
+
+    def __init__(self, script: Script):
+        self.counter, self.read = Counter(), []
+        self._script, self._turn, self._started = script, -1, 0
+
+    def question(self) -> str:
+        """The next one, or what ends mlx-lm's chat."""
+        self._turn, self._started = self._turn + 1, self.counter.num_tokens
+        return self._script.questions[self._turn] if self._turn < NUM_TURNS else "q"
+
+    def sampler(self, *_: Any, **__: Any) -> Said:
+        """That says the answer."""
+        return Said(self._script.answers[self._turn], self._first)
+
+    def _first(self) -> None:
+        self.read.append(self.counter.num_tokens - self._started)
+
+
 def mlx_lm_chat(model: Any, tokenizer: Any, script: Script) -> list[int]:
     """Runs `mlx_lm.chat.main` with a person's side that reads from the script."""
-    counter, read, turns = Counter(), [], iter(range(NUM_TURNS))
-    turn = started = 0
-
-    class Person:
-        def __init__(self, *_: Any, **__: Any):
-            pass
-
-        def __enter__(self) -> "Person":
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def prompt(self) -> str:
-            nonlocal turn, started
-            started = counter.num_tokens
-            if (at := next(turns, None)) is None:
-                return "q"
-            turn = at
-            return script.questions[turn]
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_: None
-
-    def sampler(*_: Any, **__: Any) -> Said:
-        return Said(script.answers[turn], lambda: read.append(counter.num_tokens - started))
-
+    reader, screen = Reader(script), mock.MagicMock()
+    screen.return_value.__enter__.return_value.prompt = reader.question
     argv = ["mlx_lm.chat", "--system-prompt", script.system, "--max-tokens", "4096"]
     with (
         mock.patch.object(sys, "argv", argv),
         mock.patch.object(mlx_lm.chat, "load", lambda *_, **__: (model, tokenizer)),
-        mock.patch.object(mlx_lm.chat, "ChatUI", Person),
-        mock.patch.object(mlx_lm.chat, "make_sampler", sampler),
-        without_layers(type(model), counter),
+        mock.patch.object(mlx_lm.chat, "ChatUI", screen),
+        mock.patch.object(mlx_lm.chat, "make_sampler", reader.sampler),
+        without_layers(type(model), reader.counter),
     ):
         mlx_lm.chat.main()
-    return read
+    return reader.read
 
 
 def mlx_lm_server(model: Any, tokenizer: Any, script: Script) -> list[int]:
     """Runs mlx-lm's server; the client sends what a client has: the answers without thoughts."""
-    counter, read = Counter(), []
-    turn = started = 0
-    args = _server_arguments()
+    reader, args = Reader(script), _server_arguments()
     provider = mlx_lm.server.ModelProvider(args)
-
-    def sampler(*_: Any, **__: Any) -> Said:
-        return Said(script.answers[turn], lambda: read.append(counter.num_tokens - started))
 
     def loaded(self: Any, *_: Any, **__: Any) -> Any:
         self.model_key, self.model, self.tokenizer = ("demo", None, None), model, tokenizer
         self.is_batchable = True
         return model, tokenizer
 
-    ready = threading.Event()
-    servers: list[ThreadingHTTPServer] = []
-
-    class Server(ThreadingHTTPServer):
-        def serve_forever(self, poll_interval: float = 0.05) -> None:
-            servers.append(self)
-            ready.set()
-            super().serve_forever(poll_interval)
-
     with (
         mock.patch.object(mlx_lm.server.ModelProvider, "load", loaded),
         mock.patch.object(mlx_lm.server.ModelProvider, "load_default", lambda self: None),
-        mock.patch.object(mlx_lm.server, "_make_sampler", sampler),
+        mock.patch.object(mlx_lm.server, "_make_sampler", reader.sampler),
         mock.patch.object(mlx_lm.server.APIHandler, "log_message", lambda *_: None),
-        without_layers(type(model), counter),
+        without_layers(type(model), reader.counter),
     ):
         generator = mlx_lm.server.ResponseGenerator(
             provider, mlx_lm.server.LRUPromptCache(args.prompt_cache_size)
         )
-        server = Server(
+        server = ThreadingHTTPServer(
             ("127.0.0.1", 0), lambda *a, **k: mlx_lm.server.APIHandler(generator, *a, **k)
         )
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        ready.wait()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         try:
             messages = [{"role": "system", "content": script.system}]
-            for turn in range(NUM_TURNS):
-                messages.append({"role": "user", "content": script.questions[turn]})
-                started = counter.num_tokens
+            for _ in range(NUM_TURNS):
+                messages.append({"role": "user", "content": reader.question()})
                 body = {"model": "default_model", "messages": messages, "max_tokens": 4096}
                 request = urllib.request.Request(
                     f"http://127.0.0.1:{server.server_port}/v1/chat/completions",
@@ -376,7 +333,7 @@ def mlx_lm_server(model: Any, tokenizer: Any, script: Script) -> list[int]:
             server.shutdown()
             generator.stop_and_join()
             server.server_close()
-    return read
+    return reader.read
 
 
 def _server_arguments() -> argparse.Namespace:
@@ -406,7 +363,7 @@ def main() -> None:
         config["text_config"]["max_position_embeddings"] = CONTEXT_LENGTH
         (folder / "config.json").write_text(json.dumps(config))
         model, tokenizer = load(folder)
-        script, fresh = Script(tokenizer), FreshReader(model)
+        script, fresh = Script(tokenizer), fresh_reader(model)
         plain = ours(model, tokenizer, script, fresh, ahead=False)
         ahead = ours(model, tokenizer, script, fresh, ahead=True)
         more = switching(model, tokenizer, script, fresh, Path(temporary))
@@ -439,19 +396,11 @@ def report(plain: Any, ahead: Any, more: Any, theirs: Any, seconds: float) -> No
     late = [n for n, row in enumerate(ahead[1:], 2) if row[0] > row[2] + MAX_MORE_THAN_NEW]
     worse = [name for name, (num_read, bound, _) in more.items() if num_read > bound]
     is_good = not (broken or late or worse) and difference <= MAX_DIFFERENCE
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
     print(
         json.dumps(
             {
                 "benchmark": "chat",
-                "machine": platform.machine(),
-                "os": platform.platform(),
-                "mlx": version("mlx"),
-                "mlx_lm": version("mlx-lm"),
-                "commit": commit,
+                **label(),
                 "model": "demo, float32",
                 "seconds": round(seconds),
                 "prefilled_tokens": [row[0] for row in plain],

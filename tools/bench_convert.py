@@ -10,16 +10,16 @@ import argparse
 import json
 import math
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from label import label
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert.family import family_config
@@ -146,13 +146,6 @@ def run(script: str, *arguments: str) -> tuple[float, int]:
     return seconds, int(done.stdout.split()[-1])
 
 
-def remove(folder: Path) -> None:
-    """A folder of this bench."""
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
 def main() -> None:
     """Write, convert, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -167,7 +160,7 @@ def main() -> None:
         out = source.parent / "out"
         script = OURS if tool == "ours" else PEER
         seconds, peak_bytes = run(script, str(source), str(out), str(bits))
-        remove(out)
+        shutil.rmtree(out)
         form = "FP8" if source.name == "fp8" else "bf16"
         row = dict(tool=tool, form=form, experts=experts, bits=bits, peak_bytes=peak_bytes)
         rows.append(row | dict(mb_per_s=nbytes / 1e6 / seconds))
@@ -178,20 +171,17 @@ def main() -> None:
         )
 
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        for form, experts in (
-            ("bf16", args.experts),
-            ("fp8", args.experts),
-            ("peer", peer_experts),
-        ):
+        sources = {"bf16": args.experts, "fp8": args.experts}
+        if peer_experts != args.experts:
+            sources["peer"] = peer_experts
+        for form, experts in sources.items():
             source = Path(scratch) / form
-            if form == "peer" and peer_experts == args.experts:
-                continue
             nbytes = write_source(source, experts, fp8=form == "fp8")
             for bits in (3, 4):
                 convert("ours", source, nbytes, bits, experts)
                 if form != "fp8" and experts == peer_experts:
                     convert("mlx-lm", source, nbytes, bits, experts)
-            remove(source)
+            shutil.rmtree(source)
 
     ours = [row for row in rows if row["tool"] == "ours"]
     peers = [row for row in rows if row["tool"] == "mlx-lm"]
@@ -203,10 +193,7 @@ def main() -> None:
         "mlx_lm_source_mb_per_s": round(sum(r["mb_per_s"] for r in peers) / len(peers), 1),
         "experts": args.experts,
         "mlx_lm_experts": peer_experts,
-        "machine": platform.machine(),
-        "os": platform.system(),
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
+        **label(),
         "cores": os.cpu_count(),
     }
     print(json.dumps(result))

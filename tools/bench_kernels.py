@@ -18,13 +18,11 @@ norm weights, vectors of a few kB that all threadgroups read and a cache serves,
 
 import io
 import json
-import platform
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +32,7 @@ import mlx.nn as nn
 import mlx_lm.models.gated_delta as gated_delta
 import mlx_lm.models.qwen3_5 as mlx_lm_model
 import numpy as np
+from label import label
 from mlx.utils import tree_map
 from mlx_lm.models.cache import ArraysCache, KVCache
 
@@ -41,38 +40,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from metal.emulator import Launch, emulated
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
+from qwen35_mlx.convert.family import family_config
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
 from qwen35_mlx.model import Model
 
-TEXT: dict[str, Any] = {
-    "model_type": "qwen3_5_moe_text",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "num_hidden_layers": 60,
-    "full_attention_interval": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 64,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 1024,
-    "shared_expert_intermediate_size": 1024,
-    "vocab_size": 248320,
-    "max_position_embeddings": 262144,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000000,
-        "partial_rotary_factor": 0.25,
-    },
-}
+TEXT: dict[str, Any] = family_config("Qwen3.5-397B-A17B")["text_config"]
 NUM_LAYERS = {LINEAR: 45, FULL: 15}
 CONTEXT = 4096
 VIEWS = frozenset(
@@ -153,9 +126,9 @@ class Graph:
         text = io.StringIO()
         mx.export_to_dot(text, *self.roots, *outputs)
         edges = Counter(re.findall(r'"\w+" -> (\d+)\n', text.getvalue()))
-        for node, label in re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()):
-            if label not in VIEWS:
-                self.counts[label] += edges[node] if label == "Concatenate" else 1
+        for node, name in re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()):
+            if name not in VIEWS:
+                self.counts[name] += edges[node] if name == "Concatenate" else 1
         return self.counts
 
 
@@ -317,10 +290,7 @@ def main() -> None:
         print(f"{name:16}{row['moved']:15,}{row['least']:15,}{ratio:>8}{row['vectors']:16,}")
     worst = max(row["moved"] / row["least"] for row in rows.values() if row["least"])
     result = {
-        "machine": platform.machine(),
-        "os": platform.system(),
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
+        **label(),
         "model": "Qwen3.5-397B-A17B shapes, 4 bits, group 64, bf16",
         "context": CONTEXT,
         "dispatches": a_token(ours),

@@ -7,19 +7,17 @@ Weights: random ones of three shapes of tail, the demo checkpoint, and a trained
 import argparse
 import importlib.util
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from bench_kl import kl_table
+from label import label
 
 from qwen35_mlx.bundled import SOURCE
 from qwen35_mlx.quant import quantize
@@ -135,18 +133,11 @@ def main() -> None:
     ratios, times = ({}, {}) if args.only_kl else mse_table(args.demo, args.group_size)
     with tempfile.TemporaryDirectory() as work:
         kl = kl_table(args.demo, Path(work))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     result = {
         "mse_ratio": ratios,
         "kl": kl,
         "time": times,
-        "machine": platform.machine(),
-        "os": platform.system(),
-        "device": str(mx.default_device()),
-        "mlx": version("mlx"),
-        "commit": commit,
+        **label(),
         "group_size": args.group_size,
     }
     print(json.dumps(result))

@@ -1,35 +1,22 @@
 """How many dispatches a decoded token takes at the shapes of the largest model."""
 
-import importlib.util
-from pathlib import Path
-
-import pytest
+import bench_kernels as bench
 
 from qwen35_mlx.config import FULL, LINEAR
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_kernels.py"
 
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_kernels", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_layer_takes_few_dispatches_and_a_token_a_third_of_mlx_lms(bench):
+def test_a_layer_takes_few_dispatches_and_a_token_a_third_of_mlx_lms():
     ours, theirs = bench.per_kind(bench.count_ours), bench.per_kind(bench.count_mlx_lm)
     assert ours[LINEAR].total() <= 9
     assert ours[FULL].total() <= 13
     assert bench.a_token(ours) <= 0.35 * bench.a_token(theirs)
 
 
-def test_the_grouped_matmul_multiplies_little_that_is_not_wanted(bench):
+def test_the_grouped_matmul_multiplies_little_that_is_not_wanted():
     assert 1 <= bench.prefill_macs_over_useful() <= 1.35
 
 
-def test_what_is_counted_of_mlx_lm_is_its_path_on_a_gpu(bench):
+def test_what_is_counted_of_mlx_lm_is_its_path_on_a_gpu():
     counts = bench.count_mlx_lm([LINEAR, FULL])
     assert counts["gated_delta_step_packed_btree"] == 1
     assert counts["SDPA"] == 2
