@@ -146,16 +146,14 @@ class ModelConfig:
             raise ConfigError(
                 "text_config is not an object", got=repr(text)[:80], expected="an object"
             )
+        is_moe = model_type in MOE_TYPES
         inner_type = text.get("model_type", model_type)
-        if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
-            model_type in MOE_TYPES
-        ):
+        if inner_type not in (MOE_TYPES if is_moe else DENSE_TYPES):
             raise ConfigError(
                 "text_config.model_type does not match model_type",
                 got=f"{inner_type!r} inside {model_type!r}",
                 expected="both dense or both mixture-of-experts",
             )
-        is_moe = model_type in MOE_TYPES
         _refuse_unsupported(text)
         get = _Reader(text)
         layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))

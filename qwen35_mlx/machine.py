@@ -27,17 +27,13 @@ class Machine(NamedTuple):
     disk_free_bytes: int
     versions: dict[str, str]
 
-    @property
-    def has_metal(self) -> bool:
-        """Whether kernels can run."""
-        return self.gpu_limit_bytes is not None
-
 
 def describe() -> Machine:
     """This machine now."""
     info = mx.device_info()
     is_metal = mx.metal.is_available()
-    memory = int(info.get("memory_size", 0)) or _sysctl("hw.memsize") or _physical_memory()
+    memory = int(info.get("memory_size", 0)) or _sysctl("hw.memsize")
+    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = None
     if is_metal:
         # 0 or absent: nobody raised it, and the recommendation is the limit.
@@ -64,15 +60,10 @@ def operating_system() -> str:
     return f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
 
 
-def best_wired_limit_mib(memory_bytes: int) -> int:
-    """MiB for the GPU: memory less a tenth of it, and less 6 GiB at least."""
-    total = memory_bytes // MIB
-    return total - max(MIN_RESERVE_MIB, int(total * RESERVE_FRACTION))
-
-
 def raise_limit_command(machine: Machine) -> str | None:
     """The line that gives the GPU more memory until the next start; None if it has as much."""
-    best = best_wired_limit_mib(machine.memory_bytes)
+    total = machine.memory_bytes // MIB
+    best = total - max(MIN_RESERVE_MIB, int(total * RESERVE_FRACTION))
     if machine.gpu_limit_bytes is None or best <= machine.gpu_limit_bytes // MIB:
         return None
     return f"sudo sysctl iogpu.wired_limit_mb={best}"
@@ -87,10 +78,6 @@ def _sysctl(name: str) -> int:
         return 0
 
 
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def summary(machine: Machine) -> dict[str, Any]:
     """For a report: whole gigabytes, no names of users, hosts or folders."""
     gb = {
@@ -102,7 +89,7 @@ def summary(machine: Machine) -> dict[str, Any]:
     return {
         "chip": machine.chip,
         "os": machine.os,
-        "metal": machine.has_metal,
+        "metal": machine.gpu_limit_bytes is not None,
         **rounded,
         "raise_gpu_limit": raise_limit_command(machine),
         "versions": machine.versions,

@@ -30,10 +30,10 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.gated_delta as gated_delta
-import mlx_lm.models.qwen3_5 as mlx_lm_model
 import numpy as np
 from label import label
 from mlx.utils import tree_map
+from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -151,50 +151,46 @@ def linear_cache() -> ArraysCache:
     return entry
 
 
-def states(cache: list[Any]) -> list[mx.array]:
-    """What a step writes into the cache."""
-    return [
-        a
-        for entry in cache
-        for a in ((entry.keys, entry.values) if isinstance(entry, KVCache) else entry.cache)
-    ]
+def caches(layer_types: list[str]) -> list[Any]:
+    """One entry a layer."""
+    return [linear_cache() if t == LINEAR else kv_cache() for t in layer_types]
 
 
-def count_ours(layer_types: list[str], num_tokens: int = 1) -> Counter[str]:
-    """Of a whole step of a model with these layers."""
-    text = TEXT | {"layer_types": layer_types, "num_hidden_layers": len(layer_types)}
+def our_model(layer_types: list[str], **changes: int) -> Model:
+    """Ours, of these layers, with all kernels."""
+    text = TEXT | {"layer_types": layer_types, "num_hidden_layers": len(layer_types)} | changes
     model = Model(ModelConfig.from_hf(text))
     with_leaves(model, model.quant_predicate)
     metal.use(model, metal.OPS)
-    cache = [linear_cache() if t == LINEAR else kv_cache() for t in layer_types]
-    graph = Graph()
-    with graph.recording():
-        logits = model(leaf((1, num_tokens), mx.int32), cache)
-        return graph.finish(logits, *states(cache))
+    return model
 
 
-def count_mlx_lm(layer_types: list[str]) -> Counter[str]:
-    """Of the same step by mlx-lm's model."""
-    args = mlx_lm_model.TextModelArgs.from_dict(TEXT | {"num_hidden_layers": 4})
-    model = mlx_lm_model.TextModel(args)
+def mlx_lm_model(layer_types: list[str]) -> nn.Module:
+    """mlx-lm's, of these layers."""
+    args = qwen3_5.TextModelArgs.from_dict(TEXT | {"num_hidden_layers": 4})
+    model = qwen3_5.TextModel(args)
     # The fourth of its layers is the attention layer.
     linear, full = model.model.layers[0], model.model.layers[3]
     model.model.layers = [linear if t == LINEAR else full for t in layer_types]
     model.model.ssm_idx = layer_types.index(LINEAR) if LINEAR in layer_types else None
     model.model.fa_idx = layer_types.index(FULL) if FULL in layer_types else None
-    with_leaves(model, lambda path, module: hasattr(module, "to_quantized"))
-    cache = [linear_cache() if t == LINEAR else kv_cache() for t in layer_types]
-    graph = Graph()
+    return with_leaves(model, lambda path, module: hasattr(module, "to_quantized"))
+
+
+def count(make: Callable[[list[str]], nn.Module], layer_types: list[str]) -> Counter[str]:
+    """Dispatches of a whole step of a model with these layers, and of what it caches."""
+    model, cache, graph = make(layer_types), caches(layer_types), Graph()
     with graph.recording():
         logits = model(leaf((1, 1), mx.int32), cache)
-        return graph.finish(logits, *states(cache))
+        entries = [(c.keys, c.values) if isinstance(c, KVCache) else c.cache for c in cache]
+        return graph.finish(logits, *(a for entry in entries for a in entry))
 
 
-def per_kind(count: Callable[[list[str]], Counter[str]]) -> dict[str, Counter[str]]:
+def per_kind(make: Callable[[list[str]], nn.Module]) -> dict[str, Counter[str]]:
     """Dispatches of a layer of each kind, and of what is around the layers."""
     # The second of its kind, so that what layers share is not counted to one of them.
-    both = count([LINEAR, FULL])
-    kinds = {kind: count([LINEAR, FULL, kind]) - both for kind in (LINEAR, FULL)}
+    both = count(make, [LINEAR, FULL])
+    kinds = {kind: count(make, [LINEAR, FULL, kind]) - both for kind in (LINEAR, FULL)}
     return kinds | {"around": both - kinds[LINEAR] - kinds[FULL]}
 
 
@@ -235,13 +231,9 @@ def traffic(launch: Launch, chosen: float) -> Counter[str]:
 def decode_bytes() -> dict[str, Counter[str]]:
     """Traffic of each kernel in one layer of each kind, from the emulator."""
     num_experts = TEXT["num_experts_per_tok"] + 2
-    text = TEXT | {"num_experts": num_experts, "vocab_size": 64, "num_hidden_layers": 2}
     result: dict[str, Counter[str]] = {}
     for kind, num_layers in NUM_LAYERS.items():
-        model = Model(ModelConfig.from_hf(text | {"layer_types": [kind], "num_hidden_layers": 1}))
-        with_leaves(model, model.quant_predicate)
-        metal.use(model, metal.OPS)
-        cache = [linear_cache() if kind == LINEAR else kv_cache()]
+        model, cache = our_model([kind], num_experts=num_experts, vocab_size=64), caches([kind])
         with emulated() as log:
             metal.clear()
             mx.eval(model.trunk(None, cache, embeddings=leaf((1, 1, 4096), mx.bfloat16)))
@@ -277,7 +269,7 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
 
 def main() -> None:
     """Count, print, and end with JSON."""
-    ours, theirs = per_kind(count_ours), per_kind(count_mlx_lm)
+    ours, theirs = per_kind(our_model), per_kind(mlx_lm_model)
     for name, kinds in (("ours", ours), ("mlx-lm", theirs)):
         print(f"{name}: {a_token(kinds)} dispatches a token")
         for kind, counts in kinds.items():

@@ -6,7 +6,7 @@ from qwen35_mlx.config import FULL, LINEAR
 
 
 def test_a_layer_takes_few_dispatches_and_a_token_a_third_of_mlx_lms():
-    ours, theirs = bench.per_kind(bench.count_ours), bench.per_kind(bench.count_mlx_lm)
+    ours, theirs = bench.per_kind(bench.our_model), bench.per_kind(bench.mlx_lm_model)
     assert ours[LINEAR].total() <= 9
     assert ours[FULL].total() <= 13
     assert bench.a_token(ours) <= 0.35 * bench.a_token(theirs)
@@ -17,7 +17,7 @@ def test_the_grouped_matmul_multiplies_little_that_is_not_wanted():
 
 
 def test_what_is_counted_of_mlx_lm_is_its_path_on_a_gpu():
-    counts = bench.count_mlx_lm([LINEAR, FULL])
+    counts = bench.count(bench.mlx_lm_model, [LINEAR, FULL])
     assert counts["gated_delta_step_packed_btree"] == 1
     assert counts["SDPA"] == 2
     assert any(name.startswith("Compiled") for name in counts)
