@@ -151,7 +151,10 @@ def _collecting(
         # Modules that share an input are called with the same rows: the first one counts.
         if name is None or first.setdefault(name, module) != module:
             return
-        experts = args[0].reshape(-1) if args else None
+        experts = None
+        if args:
+            # The row of one of few tokens stands for all of its experts.
+            x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
         if name not in moments:
             num_experts = 0 if experts is None else checkpoint.config.num_experts
             moments[name] = Moments(x.shape[-1], num_experts, hessians)

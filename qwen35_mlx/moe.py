@@ -5,11 +5,11 @@ B batch, T tokens, N = B * T, K experts per token, E experts, H hidden, I expert
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from .config import ModelConfig
-from .kernels.expert_gather import expert_mlp
 from .kernels.expert_step import expert_down, expert_gate_up
+from .kernels.grouped_expert_matmul import expert_mlp
 from .kernels.matrix import MAX_ROWS
 from .kernels.metal import NONE, Choice
 from .kernels.projection import project
@@ -35,17 +35,6 @@ class DenseMLP(nn.Module):
         return expert_down(hidden, residual, self.down_proj, kernels=self.kernels).reshape(x.shape)
 
 
-class RoutedExperts(nn.Module):
-    """The stacked matrices of all experts, `[E, out, in]` each."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        hidden, width, num = config.hidden_size, config.moe_intermediate_size, config.num_experts
-        self.gate_proj = SwitchLinear(hidden, width, num, bias=False)
-        self.up_proj = SwitchLinear(hidden, width, num, bias=False)
-        self.down_proj = SwitchLinear(width, hidden, num, bias=False)
-
-
 class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
 
@@ -56,7 +45,9 @@ class SparseMoE(nn.Module):
         self._num_experts_per_tok = config.num_experts_per_tok
         # On disk the router is called gate, as the format of mlx-lm has it.
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.switch_mlp = RoutedExperts(config)
+        self.switch_mlp = SwitchGLU(
+            config.hidden_size, config.moe_intermediate_size, config.num_experts
+        )
         self.shared_expert = DenseMLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -84,7 +75,6 @@ class SparseMoE(nn.Module):
             # Many rows are brought together by expert, which the two steps do not do.
             hidden = expert_gate_up(rows, (shared.gate_proj, shared.up_proj))
             weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden[0])
-            projections = routed.gate_proj, routed.up_proj, routed.down_proj
-            out = expert_mlp(rows, routing.indices, routing.scores, *projections, self.kernels)
+            out = expert_mlp(rows, routing.indices, routing.scores, routed, self.kernels)
             out = residual + (out + weighted)
         return out.reshape(x.shape)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from metal import errors
 from metal.emulator import Log, emulated
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from qwen35_mlx.kernels import metal
-from qwen35_mlx.kernels.expert_gather import SORT_FROM, expert_mlp
 from qwen35_mlx.kernels.grouped_expert_matmul import (
+    SORT_FROM,
     eligible,
+    expert_mlp,
     grouped_expert_mlp,
     num_matrix_macs,
     tiles,
@@ -56,6 +57,12 @@ def experts(num, hidden, width, bits, group_size, dtype, seed=0):
             dense.append(layer.weight)
         layers.append(layer)
     return layers, dense
+
+
+def stack(layers):
+    experts = SwitchGLU(1, 1, 1)
+    experts.gate_proj, experts.up_proj, experts.down_proj = layers
+    return experts
 
 
 def routed(logits, per_token):
@@ -105,7 +112,7 @@ def test_widths_that_are_no_multiple_of_the_tile(log: Log, dtype: mx.Dtype) -> N
     x = mx.random.normal((40, 160), key=mx.random.key(1)).astype(dtype)
     indices, scores = routed(mx.random.normal((40, 3), key=mx.random.key(2)), 2)
     before = log.num_dispatches
-    ours = expert_mlp(x, indices, scores, *layers, KERNEL)
+    ours = expert_mlp(x, indices, scores, stack(layers), KERNEL)
     assert log.num_dispatches == before + 2
     assert relative_error(ours, naive_expert_mlp(x, indices, scores, *dense)) <= TOLERANCE[dtype]
 
@@ -114,7 +121,7 @@ def test_one_expert_that_gets_every_token(log: Log) -> None:
     layers, dense = experts(5, 64, 32, 4, 32, mx.float32)
     x = mx.random.normal((70, 64), key=mx.random.key(3))
     indices, scores = mx.full((70, 1), 3, mx.uint32), mx.full((70, 1), 0.5)
-    ours = expert_mlp(x, indices, scores, *layers, KERNEL)
+    ours = expert_mlp(x, indices, scores, stack(layers), KERNEL)
     assert relative_error(ours, naive_expert_mlp(x, indices, scores, *dense)) <= 1e-5
 
 
@@ -141,9 +148,9 @@ def test_what_the_kernel_does_not_run_goes_to_ops(log: Log, reason: str) -> None
     x = mx.random.normal((num_tokens, 64), key=mx.random.key(4))
     indices, scores = routed(mx.random.normal((num_tokens, 4), key=mx.random.key(5)), 2)
     before = log.num_dispatches
-    ours = expert_mlp(x, indices, scores, *layers, kernels)
+    ours = expert_mlp(x, indices, scores, stack(layers), kernels)
     assert log.num_dispatches == before
-    assert mx.array_equal(ours, expert_mlp(x, indices, scores, *layers))
+    assert mx.array_equal(ours, expert_mlp(x, indices, scores, stack(layers)))
 
 
 @pytest.mark.parametrize("barrier", [0, 1])

@@ -4,15 +4,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from qwen35_mlx.kernels.expert_gather import SORT_FROM, expert_mlp
+from qwen35_mlx.kernels.grouped_expert_matmul import SORT_FROM, expert_mlp
 from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
 
 
 def routed(logits, per_token):
     return route(logits, mx.zeros((len(logits), 1)), per_token)[:2]
+
+
+def stack(layers):
+    experts = SwitchGLU(1, 1, 1)
+    experts.gate_proj, experts.up_proj, experts.down_proj = layers
+    return experts
 
 
 def projections(num_experts, hidden, width, seed):
@@ -35,7 +41,7 @@ def test_gathered_experts_equal_the_naive_ones(num_tokens, num_experts, per_toke
     x = mx.random.normal((num_tokens, 32), key=mx.random.key(1))
     logits = mx.random.normal((num_tokens, num_experts), key=mx.random.key(2))
     indices, scores = routed(logits, per_token)
-    ours = expert_mlp(x, indices, scores, *layers)
+    ours = expert_mlp(x, indices, scores, stack(layers))
     truth = naive_expert_mlp(x, indices, scores, *(layer.weight for layer in layers))
     np.testing.assert_allclose(np.array(ours), np.array(truth), rtol=1e-4, atol=1e-5)
 
@@ -50,7 +56,7 @@ def test_quantized_experts_equal_the_naive_ones_of_the_dequantized_weights(bits,
     ]
     x = mx.random.normal((num_tokens, 64), key=mx.random.key(3))
     indices, scores = routed(mx.random.normal((num_tokens, 6), key=mx.random.key(4)), 2)
-    ours = expert_mlp(x, indices, scores, *quantized)
+    ours = expert_mlp(x, indices, scores, stack(quantized))
     truth = naive_expert_mlp(x, indices, scores, *dense)
     np.testing.assert_allclose(np.array(ours), np.array(truth), rtol=1e-4, atol=1e-5)
 
@@ -81,4 +87,4 @@ def test_experts_keep_the_type_of_the_activations():
     assert all(isinstance(layer, nn.Module) for layer in layers)
     x = mx.ones((2, 32), dtype=mx.float16)
     indices, scores = routed(mx.zeros((2, 4)), 2)
-    assert expert_mlp(x, indices, scores, *layers).dtype == mx.float16
+    assert expert_mlp(x, indices, scores, stack(layers)).dtype == mx.float16

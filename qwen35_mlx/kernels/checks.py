@@ -6,18 +6,19 @@ parity and for timing. B is 1; T tokens, H hidden, E experts, K experts per toke
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
-from .expert_gather import expert_mlp
 from .expert_step import expert_down, expert_gate_up
 from .gated_delta_rule import gated_delta_rule
+from .grouped_expert_matmul import expert_mlp
 from .matrix import BITS, GROUP_SIZES
 from .metal import Choice
 from .projection import project
@@ -122,7 +123,8 @@ def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn
 
 
 def _size(*modules: nn.Module) -> int:
-    return sum(a.nbytes for m in modules for a in m.parameters().values())
+    flat: Any = tree_flatten([m.parameters() for m in modules])
+    return sum(array.nbytes for _, array in flat)
 
 
 def _residual_norm(m: Member, s: Setting) -> Case:
@@ -254,12 +256,14 @@ def _chunk_delta_rule(m: Member, s: Setting) -> Case:
 
 def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
     x = s.normal(s.num_tokens, m.hidden_size)
-    shapes = ((m.hidden_size, m.width), (m.hidden_size, m.width), (m.width, m.hidden_size))
-    gate, up, down = (_linear(*dims, s, m.num_experts) for dims in shapes)
+    dims = (m.hidden_size, m.width)
+    experts = SwitchGLU(*dims, m.num_experts)
+    for name, shape in (("gate_proj", dims), ("up_proj", dims), ("down_proj", dims[::-1])):
+        setattr(experts, name, _linear(*shape, s, m.num_experts))
     indices, scores, _ = _routing(m, s.num_tokens)
     return Case(
-        lambda kernels: [expert_mlp(x, indices, scores, gate, up, down, kernels)],
-        _size(gate, up, down) + 2 * x.nbytes,
+        lambda kernels: [expert_mlp(x, indices, scores, experts, kernels)],
+        _size(experts) + 2 * x.nbytes,
     )
 
 

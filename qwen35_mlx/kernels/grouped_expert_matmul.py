@@ -1,17 +1,40 @@
-"""The routed experts as two Metal matrix products over rows sorted by expert, for prefill.
+"""The routed experts: on MLX ops, or as two Metal matrix products over rows sorted by expert.
 
 N tokens, K experts per token, R = N * K rows, E experts, H hidden, I expert width.
 """
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from .matrix import FLOATS, Matrix, matrices
-from .metal import kernel
+from .metal import NONE, Choice, kernel
 
+# From so many (token, expert) pairs on, rows of one expert are brought together, by ops as well.
+SORT_FROM = 64
 TILE_ROWS = 32
 # What a threadgroup multiplies a tile with: 64 rows of gate and of up, or 128 of down.
 TILE_COLUMNS = 128
+
+
+def expert_mlp(
+    x: mx.array,
+    indices: mx.array,
+    scores: mx.array,
+    experts: SwitchGLU,
+    kernels: Choice = NONE,
+) -> mx.array:
+    """Weighted sum of SwiGLU experts, `[N, H]` in x's type.
+
+    x `[N, H]`; indices and scores `[N, K]`; gate_proj and up_proj of experts hold `[E, I, H]`,
+    down_proj `[E, H, I]`, quantized or not.
+    """
+    if "grouped_expert_matmul" in kernels and indices.size >= SORT_FROM:
+        found = eligible(x, [experts.gate_proj, experts.up_proj, experts.down_proj])
+        if found is not None:
+            return grouped_expert_mlp(x, indices, scores, *found)
+    out = experts(x, indices)
+    return (out * scores[..., None].astype(out.dtype)).sum(axis=1)
 
 
 def eligible(x: mx.array, projections: list[nn.Module]) -> list[Matrix] | None:
@@ -47,7 +70,7 @@ def grouped_expert_mlp(
     up: Matrix,
     down: Matrix,
 ) -> mx.array:
-    """Weighted sum of SwiGLU experts; shapes as in `expert_mlp`, `[N, H]` in x's type."""
+    """The same for many tokens, in two dispatches and what sorts the rows."""
     num_tokens, per_token = indices.shape
     flat = indices.flatten()
     order = mx.argsort(flat)
