@@ -13,7 +13,8 @@ METAL_FUNC float2 exact_sum(float2 a, float2 b) {
 
 // body
 constexpr uint C = 64, BLOCKS = 8, THREADS = 128;
-constexpr uint PANEL = DK % 32 == 0 ? 32 : DK % 16 == 0 ? 16 : 8, STRIDE = PANEL + 4, SYSTEM_STRIDE = C + 4;
+constexpr uint PANEL = DK % 32 == 0 ? 32 : DK % 16 == 0 ? 16 : 8, STRIDE = PANEL + 4;
+constexpr uint SYSTEM_STRIDE = C + 4;
 constexpr uint SHARED = 2 * C * STRIDE > C * SYSTEM_STRIDE ? 2 * C * STRIDE : C * SYSTEM_STRIDE;
 // As vectors, so that they are aligned.
 threadgroup float4 shared_quads[SHARED / 4];

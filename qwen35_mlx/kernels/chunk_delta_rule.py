@@ -17,11 +17,8 @@ def is_eligible(q: mx.array, k: mx.array, v: mx.array) -> bool:
     """Whether the kernel runs these heads; the state of a larger one would not fit registers."""
     key_head_dim, value_head_dim = q.shape[3], v.shape[3]
     return (
-        key_head_dim % 8 == 0
-        and 0 < key_head_dim <= 128
-        and value_head_dim % 8 == 0
-        and value_head_dim > 0
-        and v.shape[2] % q.shape[2] == 0
+        key_head_dim % 8 == value_head_dim % 8 == 0
+        and key_head_dim <= 128
         and {q.dtype, k.dtype, v.dtype} <= set(FLOATS)
     )
 

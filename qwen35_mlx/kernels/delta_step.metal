@@ -2,110 +2,110 @@
 // head of one sequence; each simdgroup keeps ROWS rows of its state in registers, from the only
 // read to the only write.
 // body
-  constexpr int PER_LANE = DK < 32 ? 1 : DK / 32, ROWS = 8, SIMDGROUPS = DV / ROWS;
-  constexpr int THREADS = 32 * SIMDGROUPS;
-  constexpr int GROUP = HV / HK, CHANNELS = 2 * HK * DK + HV * DV;
-  threadgroup float q[TOKENS][DK], k[TOKENS][DK], v[TOKENS][DV], o[TOKENS][DV];
-  threadgroup float decays[TOKENS], betas[TOKENS];
-  const int head = int(threadgroup_position_in_grid.y), batch = int(threadgroup_position_in_grid.z);
-  const int simdgroup = int(simdgroup_index_in_threadgroup);
-  const int lane = int(thread_index_in_simdgroup);
+constexpr int PER_LANE = DK < 32 ? 1 : DK / 32, ROWS = 8, SIMDGROUPS = DV / ROWS;
+constexpr int THREADS = 32 * SIMDGROUPS;
+constexpr int GROUP = HV / HK, CHANNELS = 2 * HK * DK + HV * DV;
+threadgroup float q[TOKENS][DK], k[TOKENS][DK], v[TOKENS][DV], o[TOKENS][DV];
+threadgroup float decays[TOKENS], betas[TOKENS];
+const int head = int(threadgroup_position_in_grid.y), batch = int(threadgroup_position_in_grid.z);
+const int simdgroup = int(simdgroup_index_in_threadgroup);
+const int lane = int(thread_index_in_simdgroup);
 
-  // First, so that the state is on its way while the convolution runs.
-  const size_t state_at =
-      ((size_t(batch) * HV + head) * DV + simdgroup * ROWS) * DK + lane * PER_LANE;
-  // Only heads narrower than a simdgroup leave lanes without a share.
-  const bool has_share = lane * PER_LANE < DK;
-  float s[ROWS][PER_LANE] = {};
-  if (has_share) {
+// First, so that the state is on its way while the convolution runs.
+const size_t state_at =
+    ((size_t(batch) * HV + head) * DV + simdgroup * ROWS) * DK + lane * PER_LANE;
+// Only heads narrower than a simdgroup leave lanes without a share.
+const bool has_share = lane * PER_LANE < DK;
+float s[ROWS][PER_LANE] = {};
+if (has_share) {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < PER_LANE; i++) s[r][i] = state[state_at + r * DK + i];
-  }
+  for (int r = 0; r < ROWS; r++)
+    for (int i = 0; i < PER_LANE; i++) s[r][i] = state[state_at + r * DK + i];
+}
 
-  for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
-    const int key_head = head / GROUP;
-    const int channel = i < DK       ? key_head * DK + i
-                        : i < 2 * DK ? (HK + key_head) * DK + i - DK
-                                     : 2 * HK * DK + head * DV + i - 2 * DK;
-    float window[TAPS], taps[TAPS];
-    for (int j = 0; j < TAPS; j++) taps[j] = float(conv_weight[channel * TAPS + j]);
-    for (int j = 0; j < TAPS - 1; j++)
-      window[j] = float(conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel]);
-    for (int t = 0; t < TOKENS; t++) {
-      const int token = batch * TOKENS + t;
-      const bool pad = MASKED && !bool(mask[token]);
-      window[TAPS - 1] = pad ? 0.0f : float(qkv[token * CHANNELS + channel]);
-      float sum = 0.0f;
-      for (int j = 0; j < TAPS; j++) sum = metal::fma(window[j], taps[j], sum);
-      for (int j = 0; j < TAPS - 1; j++) window[j] = window[j + 1];
-      const float mixed = silu(sum);
-      if (i < DK) q[t][i] = mixed;
-      else if (i < 2 * DK) k[t][i - DK] = mixed;
-      else v[t][i - 2 * DK] = mixed;
-    }
-    // Heads of a group share q and k; the first of them writes their new window.
-    if (i >= 2 * DK || head % GROUP == 0)
-      for (int j = 0; j < TAPS - 1; j++)
-        new_conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel] = T(window[j]);
-  }
-  if (simdgroup == 0 && lane < TOKENS) {
-    const int token = batch * TOKENS + lane;
-    const bool pad = MASKED && !bool(mask[token]);
-    const float dt = softplus(float(a[token * HV + head]) + float(dt_bias[head]));
-    const float rate = metal::precise::exp(float(A_log[head]));
-    // A pad leaves the state as it is.
-    decays[lane] = pad ? 1.0f : metal::precise::exp(-rate * dt);
-    betas[lane] = pad ? 0.0f : sigmoid(float(b[token * HV + head]));
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  for (int row = simdgroup; row < 2 * TOKENS; row += SIMDGROUPS) {
-    const bool is_q = row < TOKENS;
-    threadgroup float* x = is_q ? q[row] : k[row - TOKENS];
-    float squares = 0.0f;
-    for (int i = lane; i < DK; i += 32) squares = metal::fma(x[i], x[i], squares);
-    float scale = metal::precise::rsqrt(simd_sum(squares) + 1e-6f);
-    if (is_q) scale *= metal::precise::rsqrt(float(DK));
-    for (int i = lane; i < DK; i += 32) x[i] *= scale;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
+for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
+  const int key_head = head / GROUP;
+  const int channel = i < DK       ? key_head * DK + i
+                      : i < 2 * DK ? (HK + key_head) * DK + i - DK
+                                   : 2 * HK * DK + head * DV + i - 2 * DK;
+  float window[TAPS], taps[TAPS];
+  for (int j = 0; j < TAPS; j++) taps[j] = float(conv_weight[channel * TAPS + j]);
+  for (int j = 0; j < TAPS - 1; j++)
+    window[j] = float(conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel]);
   for (int t = 0; t < TOKENS; t++) {
-    const float decay = decays[t], beta = betas[t];
-    float key[PER_LANE] = {}, query[PER_LANE] = {}, kq = 0.0f;
-    for (int i = 0; has_share && i < PER_LANE; i++) {
-      key[i] = k[t][lane * PER_LANE + i], query[i] = q[t][lane * PER_LANE + i];
-      kq = metal::fma(key[i], query[i], kq);
-    }
-    kq = simd_sum(kq);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      float sk = 0.0f, sq = 0.0f;
-      for (int i = 0; i < PER_LANE; i++) {
-        s[r][i] *= decay;
-        sk = metal::fma(s[r][i], key[i], sk);
-        sq = metal::fma(s[r][i], query[i], sq);
-      }
-      sk = simd_sum(sk), sq = simd_sum(sq);
-      const float error = beta * (v[t][simdgroup * ROWS + r] - sk);
-      for (int i = 0; i < PER_LANE; i++) s[r][i] = metal::fma(error, key[i], s[r][i]);
-      // The new state times q, without waiting for the new state.
-      if (lane == 0) o[t][simdgroup * ROWS + r] = metal::fma(error, kq, sq);
-    }
+    const int token = batch * TOKENS + t;
+    const bool pad = MASKED && !bool(mask[token]);
+    window[TAPS - 1] = pad ? 0.0f : float(qkv[token * CHANNELS + channel]);
+    float sum = 0.0f;
+    for (int j = 0; j < TAPS; j++) sum = metal::fma(window[j], taps[j], sum);
+    for (int j = 0; j < TAPS - 1; j++) window[j] = window[j + 1];
+    const float mixed = silu(sum);
+    if (i < DK) q[t][i] = mixed;
+    else if (i < 2 * DK) k[t][i - DK] = mixed;
+    else v[t][i - 2 * DK] = mixed;
   }
-  if (has_share) {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-      for (int i = 0; i < PER_LANE; i++) new_state[state_at + r * DK + i] = s[r][i];
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Heads of a group share q and k; the first of them writes their new window.
+  if (i >= 2 * DK || head % GROUP == 0)
+    for (int j = 0; j < TAPS - 1; j++)
+      new_conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel] = T(window[j]);
+}
+if (simdgroup == 0 && lane < TOKENS) {
+  const int token = batch * TOKENS + lane;
+  const bool pad = MASKED && !bool(mask[token]);
+  const float dt = softplus(float(a[token * HV + head]) + float(dt_bias[head]));
+  const float rate = metal::precise::exp(float(A_log[head]));
+  // A pad leaves the state as it is.
+  decays[lane] = pad ? 1.0f : metal::precise::exp(-rate * dt);
+  betas[lane] = pad ? 0.0f : sigmoid(float(b[token * HV + head]));
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (int t = simdgroup; t < TOKENS; t += SIMDGROUPS) {
-    float squares = 0.0f;
-    for (int i = lane; i < DV; i += 32) squares = metal::fma(o[t][i], o[t][i], squares);
-    const float scale = metal::precise::rsqrt(simd_sum(squares) / DV + eps);
-    const int at = ((batch * TOKENS + t) * HV + head) * DV;
-    for (int i = lane; i < DV; i += 32)
-      out[at + i] = T(o[t][i] * scale * float(norm_weight[i]) * silu(float(z[at + i])));
+for (int row = simdgroup; row < 2 * TOKENS; row += SIMDGROUPS) {
+  const bool is_q = row < TOKENS;
+  threadgroup float* x = is_q ? q[row] : k[row - TOKENS];
+  float squares = 0.0f;
+  for (int i = lane; i < DK; i += 32) squares = metal::fma(x[i], x[i], squares);
+  float scale = metal::precise::rsqrt(simd_sum(squares) + 1e-6f);
+  if (is_q) scale *= metal::precise::rsqrt(float(DK));
+  for (int i = lane; i < DK; i += 32) x[i] *= scale;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (int t = 0; t < TOKENS; t++) {
+  const float decay = decays[t], beta = betas[t];
+  float key[PER_LANE] = {}, query[PER_LANE] = {}, kq = 0.0f;
+  for (int i = 0; has_share && i < PER_LANE; i++) {
+    key[i] = k[t][lane * PER_LANE + i], query[i] = q[t][lane * PER_LANE + i];
+    kq = metal::fma(key[i], query[i], kq);
   }
+  kq = simd_sum(kq);
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float sk = 0.0f, sq = 0.0f;
+    for (int i = 0; i < PER_LANE; i++) {
+      s[r][i] *= decay;
+      sk = metal::fma(s[r][i], key[i], sk);
+      sq = metal::fma(s[r][i], query[i], sq);
+    }
+    sk = simd_sum(sk), sq = simd_sum(sq);
+    const float error = beta * (v[t][simdgroup * ROWS + r] - sk);
+    for (int i = 0; i < PER_LANE; i++) s[r][i] = metal::fma(error, key[i], s[r][i]);
+    // The new state times q, without waiting for the new state.
+    if (lane == 0) o[t][simdgroup * ROWS + r] = metal::fma(error, kq, sq);
+  }
+}
+if (has_share) {
+#pragma unroll
+  for (int r = 0; r < ROWS; r++)
+    for (int i = 0; i < PER_LANE; i++) new_state[state_at + r * DK + i] = s[r][i];
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+for (int t = simdgroup; t < TOKENS; t += SIMDGROUPS) {
+  float squares = 0.0f;
+  for (int i = lane; i < DV; i += 32) squares = metal::fma(o[t][i], o[t][i], squares);
+  const float scale = metal::precise::rsqrt(simd_sum(squares) / DV + eps);
+  const int at = ((batch * TOKENS + t) * HV + head) * DV;
+  for (int i = lane; i < DV; i += 32)
+    out[at + i] = T(o[t][i] * scale * float(norm_weight[i]) * silu(float(z[at + i])));
+}

@@ -31,17 +31,16 @@ METAL_FUNC void swiglu(const device GW* gate_w, const device GS* gate_scales,
   }
 }
 // body
-  const int pair = int(threadgroup_position_in_grid.y);
-  const int in = x_shape[1];
-  const int lane = int(thread_index_in_simdgroup);
-  const int block =
-      int(threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
-  const int first = block * ROWS * (32 / LANES);
-  // The shared expert, which takes longest, comes first; the routed ones are generated if there are.
-  if (pair == 0) {
-    swiglu<shared_gate_BITS, shared_gate_GROUP, shared_up_BITS, shared_up_GROUP, ROWS, TOKENS,
-           LANES>(shared_gate_w, shared_gate_scales, shared_gate_biases, shared_up_w,
-                  shared_up_scales, shared_up_biases, x, shared_out, in, shared_gate_w_shape[0], 0,
-                  first, lane);
-    return;
-  }
+const int pair = int(threadgroup_position_in_grid.y);
+const int in = x_shape[1];
+const int lane = int(thread_index_in_simdgroup);
+const int block = int(threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup);
+const int first = block * ROWS * (32 / LANES);
+// The shared expert, which takes longest, comes first; the routed ones are generated if there are.
+if (pair == 0) {
+  swiglu<shared_gate_BITS, shared_gate_GROUP, shared_up_BITS, shared_up_GROUP, ROWS, TOKENS,
+         LANES>(shared_gate_w, shared_gate_scales, shared_gate_biases, shared_up_w,
+                shared_up_scales, shared_up_biases, x, shared_out, in, shared_gate_w_shape[0], 0,
+                first, lane);
+  return;
+}

@@ -95,10 +95,10 @@ def expert_gate_up_kernel(
 
 
 ROUTED_GATE_UP = """
-  const int out = gate_w_shape[1];
-  swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROWS, 1, LANES>(
-      gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
-      routed_out + (pair - 1) * out, in, out, size_t(indices[pair - 1]), first, lane);
+const int out = gate_w_shape[1];
+swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROWS, 1, LANES>(
+    gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
+    routed_out + (pair - 1) * out, in, out, size_t(indices[pair - 1]), first, lane);
 """
 
 

@@ -28,10 +28,10 @@ METAL_FUNC void project(const device W* w, const device S* scales, const device 
   }
 }
 // body
-  // What follows is generated: the matrices one after the other, each in whole threadgroups.
-  constexpr int rows_per_simdgroup = ROWS * (32 / LANES);
-  constexpr int rows_per_group = SIMDGROUPS * rows_per_simdgroup;
-  int block = int(threadgroup_position_in_grid.x);
-  const int in = x_shape[1];
-  const int offset = int(simdgroup_index_in_threadgroup) * rows_per_simdgroup;
-  const int lane = int(thread_index_in_simdgroup);
+// What follows is generated: the matrices one after the other, each in whole threadgroups.
+constexpr int rows_per_simdgroup = ROWS * (32 / LANES);
+constexpr int rows_per_group = SIMDGROUPS * rows_per_simdgroup;
+int block = int(threadgroup_position_in_grid.x);
+const int in = x_shape[1];
+const int offset = int(simdgroup_index_in_threadgroup) * rows_per_simdgroup;
+const int lane = int(thread_index_in_simdgroup);

@@ -82,16 +82,16 @@ def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     prefixes = [f"m{i}" for i in range(count)]
     generated = "".join(
         f"""
-  {{
-    const int out = {m}_w_shape[0];
-    if (block * rows_per_group < out) {{
-      project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM>(
-          {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, y{i}, in, out,
-          block * rows_per_group + offset, lane);
-      return;
-    }}
-    block -= (out + rows_per_group - 1) / rows_per_group;
+{{
+  const int out = {m}_w_shape[0];
+  if (block * rows_per_group < out) {{
+    project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM>(
+        {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, y{i}, in, out,
+        block * rows_per_group + offset, lane);
+    return;
   }}
+  block -= (out + rows_per_group - 1) / rows_per_group;
+}}
 """
         for i, m in enumerate(prefixes)
     )
