@@ -30,9 +30,9 @@ class DenseMLP(nn.Module):
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """`[..., H]` both -> the same."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = expert_gate_up(rows, (self.gate_proj, self.up_proj), kernels=self.kernels)
+        hidden = expert_gate_up(rows, self, kernels=self.kernels)
         residual = residual.reshape(rows.shape)
-        return expert_down(hidden, residual, self.down_proj, kernels=self.kernels).reshape(x.shape)
+        return expert_down(hidden, residual, self, kernels=self.kernels).reshape(x.shape)
 
 
 class SparseMoE(nn.Module):
@@ -61,19 +61,11 @@ class SparseMoE(nn.Module):
         routing = route(logits, shared_logits, self._num_experts_per_tok, self.kernels)
         routed, shared = self.switch_mlp, self.shared_expert
         if rows.shape[0] <= MAX_ROWS and self.kernels & {"expert_gate_up", "expert_down"}:
-            hidden = expert_gate_up(
-                rows,
-                (shared.gate_proj, shared.up_proj),
-                routing,
-                (routed.gate_proj, routed.up_proj),
-                self.kernels,
-            )
-            out = expert_down(
-                hidden, residual, shared.down_proj, routing, routed.down_proj, self.kernels
-            )
+            hidden = expert_gate_up(rows, shared, routing, routed, self.kernels)
+            out = expert_down(hidden, residual, shared, routing, routed, self.kernels)
         else:
             # Many rows are brought together by expert, which the two steps do not do.
-            hidden = expert_gate_up(rows, (shared.gate_proj, shared.up_proj))
+            hidden = expert_gate_up(rows, shared)
             weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden[0])
             out = expert_mlp(rows, routing.indices, routing.scores, routed, self.kernels)
             out = residual + (out + weighted)

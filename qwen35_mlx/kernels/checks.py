@@ -122,6 +122,14 @@ def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn
     return layer
 
 
+def _mlp(m: Member, s: Setting, num_experts: int = 0) -> SwitchGLU:
+    """A feed-forward layer, or routed experts."""
+    mlp, dims = SwitchGLU(1, 1, 1), (m.hidden_size, m.width)
+    for name, shape in (("gate_proj", dims), ("up_proj", dims), ("down_proj", dims[::-1])):
+        setattr(mlp, name, _linear(*shape, s, num_experts))
+    return mlp
+
+
 def _size(*modules: nn.Module) -> int:
     flat: Any = tree_flatten([m.parameters() for m in modules])
     return sum(array.nbytes for _, array in flat)
@@ -204,41 +212,34 @@ def _router(m: Member, s: Setting) -> Case:
     return Case(run, logits.nbytes)
 
 
-def _routing(m: Member, num_tokens: int) -> Routing:
-    """Experts of random popularity, as in real texts."""
-    logits = mx.random.normal((num_tokens, m.num_experts)) + mx.random.normal((m.num_experts,))
-    return route(logits, mx.zeros((num_tokens, 1)), m.per_token)
+def _routed(m: Member, s: Setting) -> tuple[Routing | None, SwitchGLU | None]:
+    """Experts of random popularity, as in real texts; none of a dense model."""
+    if not m.num_experts:
+        return None, None
+    logits = mx.random.normal((s.num_tokens, m.num_experts)) + mx.random.normal((m.num_experts,))
+    routing = route(logits, mx.zeros((s.num_tokens, 1)), m.per_token)
+    return routing, _mlp(m, s, m.num_experts)
 
 
 def _expert_gate_up(m: Member, s: Setting) -> Case:
-    x = s.normal(s.num_tokens, m.hidden_size)
-    shared = [_linear(m.hidden_size, m.width, s) for _ in range(2)]
-    if not m.num_experts:
-        return Case(lambda kernels: expert_gate_up(x, shared, kernels=kernels), _size(*shared))
-    routed = [_linear(m.hidden_size, m.width, s, m.num_experts) for _ in range(2)]
-    routing = _routing(m, s.num_tokens)
-    chosen = _size(*routed) * s.num_tokens * m.per_token // m.num_experts
-    return Case(
-        lambda kernels: expert_gate_up(x, shared, routing, routed, kernels),
-        _size(*shared) + chosen,
-    )
+    x, shared, (routing, routed) = s.normal(s.num_tokens, m.hidden_size), _mlp(m, s), _routed(m, s)
+    num_bytes = _size(shared.gate_proj, shared.up_proj)
+    if routed is not None:
+        stacks = _size(routed.gate_proj, routed.up_proj)
+        num_bytes += stacks * s.num_tokens * m.per_token // m.num_experts
+    return Case(lambda kernels: expert_gate_up(x, shared, routing, routed, kernels), num_bytes)
 
 
 def _expert_down(m: Member, s: Setting) -> Case:
-    residual = s.normal(s.num_tokens, m.hidden_size)
-    hidden = [s.normal(s.num_tokens, m.width)]
-    shared = _linear(m.width, m.hidden_size, s)
-    if not m.num_experts:
-        return Case(
-            lambda kernels: [expert_down(hidden, residual, shared, kernels=kernels)], _size(shared)
-        )
-    hidden.append(s.normal(s.num_tokens, m.per_token, m.width))
-    routed = _linear(m.width, m.hidden_size, s, m.num_experts)
-    routing = _routing(m, s.num_tokens)
-    chosen = _size(routed) * s.num_tokens * m.per_token // m.num_experts
+    residual, hidden = s.normal(s.num_tokens, m.hidden_size), [s.normal(s.num_tokens, m.width)]
+    shared, (routing, routed) = _mlp(m, s), _routed(m, s)
+    num_bytes = _size(shared.down_proj)
+    if routed is not None:
+        hidden.append(s.normal(s.num_tokens, m.per_token, m.width))
+        num_bytes += _size(routed.down_proj) * s.num_tokens * m.per_token // m.num_experts
     return Case(
         lambda kernels: [expert_down(hidden, residual, shared, routing, routed, kernels)],
-        _size(shared) + chosen,
+        num_bytes,
     )
 
 
@@ -255,15 +256,12 @@ def _chunk_delta_rule(m: Member, s: Setting) -> Case:
 
 
 def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
-    x = s.normal(s.num_tokens, m.hidden_size)
-    dims = (m.hidden_size, m.width)
-    experts = SwitchGLU(*dims, m.num_experts)
-    for name, shape in (("gate_proj", dims), ("up_proj", dims), ("down_proj", dims[::-1])):
-        setattr(experts, name, _linear(*shape, s, m.num_experts))
-    indices, scores, _ = _routing(m, s.num_tokens)
+    x, (routing, routed) = s.normal(s.num_tokens, m.hidden_size), _routed(m, s)
+    assert routing is not None and routed is not None
+    indices, scores, _ = routing
     return Case(
-        lambda kernels: [expert_mlp(x, indices, scores, experts, kernels)],
-        _size(experts) + 2 * x.nbytes,
+        lambda kernels: [expert_mlp(x, indices, scores, routed, kernels)],
+        _size(routed) + 2 * x.nbytes,
     )
 
 

@@ -18,23 +18,26 @@ SIMDGROUPS = 2
 
 def expert_gate_up(
     x: mx.array,
-    shared: Sequence[nn.Module],
+    shared: nn.Module,
     routing: Routing | None = None,
-    routed: Sequence[nn.Module] = (),
+    routed: nn.Module | None = None,
     kernels: Choice = NONE,
 ) -> list[mx.array]:
     """silu(gate) * up of the shared expert, `[N, Is]`, and of the chosen ones, `[N, K, I]`.
 
-    x `[N, H]`; shared and routed are (gate_proj, up_proj); without routing the first alone.
+    x `[N, H]`; shared and routed hold gate_proj, up_proj and down_proj, routed as stacks; without
+    routing the first alone.
     """
     if "expert_gate_up" in kernels and x.shape[0] <= MAX_ROWS and x.dtype in FLOATS:
-        weights = matrices([*shared, *routed])
+        mlps = [shared] if routed is None else [shared, routed]
+        weights = matrices([proj for mlp in mlps for proj in (mlp.gate_proj, mlp.up_proj)])
         if weights is not None:
             return expert_gate_up_kernel(x, weights[:2], routing, weights[2:])
-    outputs = [nn.silu(shared[0](x)) * shared[1](x)]
-    if routing is not None:
-        gate, up = (proj(x[:, None, None, :], routing.indices)[:, :, 0] for proj in routed)
-        outputs.append(nn.silu(gate) * up)
+    outputs = [nn.silu(shared.gate_proj(x)) * shared.up_proj(x)]
+    if routing is not None and routed is not None:
+        rows = x[:, None, None, :]
+        gate, up = routed.gate_proj(rows, routing.indices), routed.up_proj(rows, routing.indices)
+        outputs.append((nn.silu(gate) * up)[:, :, 0])
     return outputs
 
 
@@ -48,13 +51,14 @@ def expert_down(
 ) -> mx.array:
     """residual `[N, H]` + down_proj of what `expert_gate_up` gives, weighted by the routing."""
     if "expert_down" in kernels and residual.shape[0] <= MAX_ROWS and residual.dtype in FLOATS:
-        weights = matrices([shared] if routed is None else [shared, routed])
+        mlps = [shared] if routed is None else [shared, routed]
+        weights = matrices([mlp.down_proj for mlp in mlps])
         if weights is not None:
             return expert_down_kernel(hidden, residual, weights[0], routing, weights[1:])
-    out = shared(hidden[0])
+    out = shared.down_proj(hidden[0])
     if routing is not None and routed is not None:
         out = out * routing.shared_scores.astype(out.dtype)
-        chosen = routed(hidden[1][:, :, None, :], routing.indices)[:, :, 0]
+        chosen = routed.down_proj(hidden[1][:, :, None, :], routing.indices)[:, :, 0]
         out = out + (chosen * routing.scores[..., None].astype(out.dtype)).sum(axis=1)
     return residual + out
 
