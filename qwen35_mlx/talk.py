@@ -344,7 +344,7 @@ class ChatSession:
             self._hide_thoughts = word == "hide"
             self.chat.enable_thinking = word != "off"
         elif word == "budget":
-            self.chat.think_budget = _number(number, int) or None
+            self.chat.think_budget = _count(number)
         else:
             raise Qwen35Error("/think what?", got=repr(rest), expected="on, off, hide or budget N")
 
@@ -360,7 +360,7 @@ class ChatSession:
         elif name == "on_loop":
             chat.set_on_loop(value or "stop")
         elif name == "max_tokens":
-            chat.max_tokens = _number(value, int) or None
+            chat.max_tokens = _count(value)
         else:
             chat.sampling[name] = _number(value, NUMBERS[name]) if value else None
             try:
@@ -484,6 +484,14 @@ def _number(text: str, kind: Callable[[str], Any]) -> Any:
         return kind(text.replace(",", ""))
     except ValueError:
         raise Qwen35Error("not a number", got=repr(text)) from None
+
+
+def _count(text: str) -> int | None:
+    """A number of tokens; nothing and 0 are no limit of one's own."""
+    from .generate import check_count
+
+    count = _number(text or "0", int)
+    return check_count("the number of tokens", count) if count else None
 
 
 def _shortened(text: str) -> str:
