@@ -63,7 +63,8 @@ def stream_generate(
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
     check_count("prefill_step_size", prefill_step_size)
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    is_list = stop is None or (isinstance(stop, Sequence) and not isinstance(stop, str))
+    stops = list(stop or ()) if is_list else [stop]
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)

@@ -344,7 +344,7 @@ class ChatSession:
             self._hide_thoughts = word == "hide"
             self.chat.enable_thinking = word != "off"
         elif word == "budget":
-            self.chat.think_budget = _count(number)
+            self.chat.think_budget = _number(number, int) or None
         else:
             raise Qwen35Error("/think what?", got=repr(rest), expected="on, off, hide or budget N")
 
@@ -360,7 +360,7 @@ class ChatSession:
         elif name == "on_loop":
             chat.set_on_loop(value or "stop")
         elif name == "max_tokens":
-            chat.max_tokens = _count(value)
+            chat.max_tokens = _number(value or "0", int) or None
         else:
             chat.sampling[name] = _number(value, NUMBERS[name]) if value else None
             try:
@@ -480,18 +480,10 @@ def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _number(text: str, kind: Callable[[str], Any]) -> Any:
-    try:
-        return kind(text.replace(",", ""))
-    except ValueError:
-        raise Qwen35Error("not a number", got=repr(text)) from None
-
-
-def _count(text: str) -> int | None:
-    """A number of tokens; nothing and 0 are no limit of one's own."""
-    from .generate import check_count
-
-    count = _number(text or "0", int)
-    return check_count("the number of tokens", count) if count else None
+    with contextlib.suppress(ValueError):
+        if (number := kind(text.replace(",", ""))) >= 0 or kind is float:
+            return number
+    raise Qwen35Error("not a number", got=repr(text), expected="0 or more" if kind is int else None)
 
 
 def _shortened(text: str) -> str:

@@ -1,8 +1,9 @@
 """A conversation: equal to one begun afresh, read once, and whole after every accident."""
 
-from collections.abc import Callable
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
