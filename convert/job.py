@@ -128,13 +128,15 @@ def verify(folder: str | Path, progress: Progress | None = None) -> int:
     total = sum(path.stat().st_size for path in paths.values() if path.exists())
     done, wrong = 0, []
     for name, path in paths.items():
+        if progress:
+            progress(done, total, "", name)
         if not path.exists():
             wrong.append(f"{name} is missing")
         elif sha256(path) != checksums[name]:
             wrong.append(f"{name} has another checksum")
         done += path.stat().st_size if path.exists() else 0
-        if progress:
-            progress(done, total, "", name)
+    if progress:
+        progress(done, total, "", "")
     if wrong:
         raise CheckpointError(
             f"{folder} is not as it was written",

@@ -63,8 +63,8 @@ def stream_generate(
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
     check_count("prefill_step_size", prefill_step_size)
-    is_list = stop is None or (isinstance(stop, Sequence) and not isinstance(stop, str))
-    stops = list(stop or ()) if is_list else [stop]
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+    stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)
