@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.headers import SourceTensor
 
-from .headers import SourceTensor
 from .names import expected_shapes
 from .source import Source
 

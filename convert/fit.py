@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.headers import ITEM_BYTES
 from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
 from qwen35_mlx.quant.calibrate import Calibration, Setting, typical_errors, unit_of
@@ -17,7 +18,6 @@ from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
 from qwen35_mlx.quant.recipes import recipe as named_recipe
 
 from . import macs
-from .headers import ITEM_BYTES
 from .hub import open_any
 from .names import Role
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan

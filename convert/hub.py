@@ -15,18 +15,18 @@ from typing import Any, TypeVar
 
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
-
-from .headers import PREFIX_BYTES, SourceTensor, header_length, parse_header
-from .source import (
-    COMPANIONS,
+from qwen35_mlx.headers import (
     INDEX_FILE,
-    Source,
-    check_index,
+    PREFIX_BYTES,
+    SourceTensor,
     check_present,
     gather,
-    open_source,
+    header_length,
+    parse_header,
     read_index,
 )
+
+from .source import COMPANIONS, Source, check_index, open_source
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx import __version__
-from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe
+from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.headers import INDEX_FILE, SourceTensor
 from qwen35_mlx.quant.calibrate import Calibration
 
-from .hub import Fetcher, HubSource, is_hub_id, open_any
+from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256, sync_folder, write_file
-from .source import INDEX_FILE, Source
+from .source import Source, read_rows
 from .stream import Progress, stream
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
+    _check_dropped(planned)
     pieces = cut(planned)
     companions = _companions(opened)
     settings = _settings(planned, pieces, revision, calibration)
@@ -118,8 +121,8 @@ def verify(folder: str | Path, progress: Progress | None = None) -> int:
     Raises CheckpointError for each file that is not as it was written.
     """
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    checksums = config.get("qwen35_mlx", {}).get("sha256")
+    ours = read_config(folder).get("qwen35_mlx")
+    checksums = ours.get("sha256") if isinstance(ours, dict) else None
     if not isinstance(checksums, dict) or not checksums:
         raise CheckpointError(
             f"{folder} has no checksums", expected="a folder that qwen35-mlx converted"
@@ -189,6 +192,38 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
         )
 
 
+def _check_dropped(planned: Plan) -> None:
+    """A head may be left out only if it is the embedding: where they differ, both count."""
+    embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
+    kept = embedding.segments[0].tensor
+    for head in planned.dropped:
+        if (head.dtype, head.shape) == (kept.dtype, kept.shape) and _same(
+            planned.source, head, kept
+        ):
+            continue
+        raise CheckpointError(
+            f"tensor {head.name} is not the embedding, to which config.json ties it",
+            got=f"a head of its own, {head.dtype} {list(head.shape)}",
+            expected=f"no head, or a copy of {kept.name}",
+            hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
+            " does, or remove the tensor",
+        )
+
+
+def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
+    """Whether two tensors of one shape hold the same; of the hub's, only their first bytes."""
+    if isinstance(source, HubSource):
+        nbytes = min(a.nbytes, FIRST_BYTES)
+        first, second = (
+            fetch_range(source.repo, source.commit, t.file.name, t.offset, t.offset + nbytes)
+            for t in (a, b)
+        )
+        return first == second
+    step = max(SLICE_BYTES // a.row_bytes, 1)
+    parts = ((i, min(i + step, a.num_rows)) for i in range(0, a.num_rows, step))
+    return all(np.array_equal(read_rows(a, *part), read_rows(b, *part)) for part in parts)
+
+
 def _settings(
     planned: Plan, pieces: list[Piece], revision: str | None, calibration: Calibration | None
 ) -> dict[str, Any]:
@@ -212,7 +247,7 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
     config.pop("quantization_config", None)
-    config.get("text_config", {}).pop("quantization_config", None)
+    (config.get("text_config") or {}).pop("quantization_config", None)
     if config.get("model_type") == NEXT_TYPE:
         config = next_as_moe(config) | {"architectures": ["Qwen3_5MoeForCausalLM"]}
     if not config.get("text_config"):

@@ -96,6 +96,8 @@ def read_job(work: Path) -> dict[str, Any]:
         raise ValueError("settings or files are no objects")
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise Qwen35Error(f"cannot use {work} to work in", got=error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise Qwen35Error(
             f"{path} is damaged", got=error, hint=f"remove {work} to start over"

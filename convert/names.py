@@ -11,8 +11,8 @@ from typing import Any
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.headers import SourceTensor
 
-from .headers import SourceTensor
 from .source import FP8, NUMPY_DTYPES, Segment
 
 # The whole model and its text-only export name the same tensors differently.

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .headers import ITEM_BYTES
+from qwen35_mlx.headers import ITEM_BYTES
+
 from .names import Transform, precision
 from .plan import Entry, OutputTensor, Plan
 from .source import FP8, Segment

@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.headers import ITEM_BYTES, SourceTensor
 from qwen35_mlx.quant.affine import (
     GROUP_SIZES,
     check_method,
@@ -17,7 +18,6 @@ from qwen35_mlx.quant.affine import (
     quantized_shapes,
 )
 
-from .headers import ITEM_BYTES, SourceTensor
 from .hub import open_any
 from .names import Match, Role, Transform, fold, fp8_block, precision, resolve
 from .source import Segment, Source

@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .headers import PREFIX_BYTES
+from qwen35_mlx.headers import PREFIX_BYTES
+
 from .names import Role
 from .plan import OutputTensor, Plan
 

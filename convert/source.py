@@ -1,8 +1,6 @@
 """A checkpoint in a folder: config, index and headers checked, rows read on demand."""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,18 @@ import numpy as np
 
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.headers import (
+    INDEX_FILE,
+    PREFIX_BYTES,
+    SourceTensor,
+    check_present,
+    gather,
+    read_header,
+    read_index,
+    some,
+    weight_files,
+)
 
-from .headers import PREFIX_BYTES, SourceTensor, read_header, unique_keys
-
-INDEX_FILE = "model.safetensors.index.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -99,34 +105,17 @@ def open_source(folder: Path) -> Source:
             hint="a hub id is written OWNER/NAME",
         )
     config = read_config(folder)
-    path = folder / INDEX_FILE
+    path, present = folder / INDEX_FILE, weight_files(folder)
     index = read_index(path) if path.exists() else None
     if index is None:
-        files = _weight_files(folder)
+        files = _without_index(folder, present)
     else:
         files = sorted(set(index.values()))
-        check_present(files, [file for file in files if (folder / file).is_file()])
+        check_present(files, present)
     tensors = gather(files, lambda file: read_header(folder / file))
     if index is not None:
-        check_index(index, tensors, {path.name for path in folder.glob("model*.safetensors")})
+        check_index(index, tensors, {file for file in present if file.startswith("model")})
     return Source(folder, config, tensors)
-
-
-def gather(
-    files: Iterable[str], read: Callable[[str], list[SourceTensor]]
-) -> dict[str, SourceTensor]:
-    """The tensors of all files by name; none may be in two of them."""
-    tensors: dict[str, SourceTensor] = {}
-    for file in files:
-        for tensor in read(file):
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"tensor {tensor.name} is stored twice",
-                    got=f"{tensors[tensor.name].file.name} and {file}",
-                    expected="one file",
-                )
-            tensors[tensor.name] = tensor
-    return tensors
 
 
 def read_rows(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
@@ -166,53 +155,18 @@ def _fingerprint(file: Path) -> str:
     return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}, header {digest}"
 
 
-def _weight_files(folder: Path) -> list[str]:
+def _without_index(folder: Path, present: list[str]) -> list[str]:
     """Names of the weight files of a checkpoint without an index."""
-    if (folder / "model.safetensors").is_file():
+    if "model.safetensors" in present:
         return ["model.safetensors"]
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
+    if not present:
         raise CheckpointError(
             f"no weights in {folder}",
             got="no *.safetensors file",
             expected="model.safetensors, or shards with model.safetensors.index.json",
             hint="pytorch *.bin checkpoints are not read",
         )
-    return files
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name to file name; no file outside of the folder."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read", got=error) from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(
-            f"{path.name} has no weight_map", expected="an object of tensor name to file name"
-        )
-    for name, file in weight_map.items():
-        plain = isinstance(file, str) and not set(file) & {"/", "\\", "\0"}
-        if not plain or not file.endswith(".safetensors") or file.startswith(".."):
-            raise CheckpointError(
-                f"{path.name} names a file outside the folder or of another kind",
-                got=f"{file!r} for tensor {name}",
-                expected="a plain *.safetensors file name",
-            )
-    return weight_map
-
-
-def check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
-    """Every file of the index must be there."""
-    wanted = set(wanted)
-    if missing := sorted(wanted - set(present)):
-        raise CheckpointError(
-            f"{_some(missing)} named in {INDEX_FILE} is not in the folder",
-            got=f"{len(missing)} missing of {len(wanted)} files",
-            expected="every file of the index",
-            hint="the download may not be complete",
-        )
+    return present
 
 
 def check_index(index: dict[str, str], tensors: dict[str, SourceTensor], present: set[str]) -> None:
@@ -225,7 +179,7 @@ def check_index(index: dict[str, str], tensors: dict[str, SourceTensor], present
     if wrong:
         raise CheckpointError(
             f"tensors are not in the file that {INDEX_FILE} names",
-            got=f"{_some(wrong)}, not in {index[wrong[0]]}",
+            got=f"{some(wrong)}, not in {index[wrong[0]]}",
             expected="every tensor of the index in its file",
         )
     unlisted = sorted(tensors.keys() - index.keys())
@@ -233,12 +187,7 @@ def check_index(index: dict[str, str], tensors: dict[str, SourceTensor], present
     if unlisted or stale:
         raise CheckpointError(
             f"the folder holds weights that {INDEX_FILE} does not list",
-            got=_some(unlisted or stale),
+            got=some(unlisted or stale),
             expected="index and files that agree",
             hint="remove the files of another download, or the index if it is out of date",
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

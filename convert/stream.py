@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.quant.calibrate import Calibration
 
 from .calibrated import quantize_rows
@@ -287,7 +287,10 @@ def _convert(
     else:
         assert entry.group_size is not None and entry.method is not None
         setting = entry.bits, entry.group_size
-        parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
+        try:
+            parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
+        except Qwen35Error as error:
+            raise CheckpointError(f"{segment.tensor.name} cannot be quantized: {error}") from error
     parts = [mx.contiguous(part) for part in parts]
     mx.eval(parts)
     return parts

@@ -20,6 +20,8 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # The head sizes that ops and kernels tile evenly; the released models use 128.
 LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
+# MLX counts rows in 32 bits.
+MAX_SIZE = 2**31 - 1
 
 # Keys that would change the computation, and the values under which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,13 +41,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 INERT = frozenset(
     """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
     eos_token_id full_attention_interval id2label image_token_id initializer_range
-    is_encoder_decoder label2id language_model_only mtp_num_hidden_layers mtp_layer_types
-    mtp_use_dedicated_embeddings num_mtp_layers output_attentions output_hidden_states
-    output_router_logits pad_token_id partial_rotary_factor problem_type quantization
-    quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config torch_dtype
-    transformers_version use_cache video_token_id vision_config vision_end_token_id
-    vision_start_token_id _name_or_path _attn_implementation intermediate_size
-    rope_theta""".split()
+    generation_config is_encoder_decoder label2id language_model_only mtp_num_hidden_layers
+    mtp_layer_types mtp_use_dedicated_embeddings num_mtp_layers output_attentions
+    output_hidden_states output_router_logits pad_token_id partial_rotary_factor problem_type
+    quantization quantization_config qwen35_mlx return_dict router_aux_loss_coef text_config
+    torch_dtype transformers_version use_cache video_token_id vision_config vision_end_token_id
+    vision_start_token_id _name_or_path _attn_implementation intermediate_size rope_theta""".split()
 )
 
 
@@ -137,7 +138,9 @@ class ModelConfig:
         fuses = model_type == NEXT_TYPE
         if fuses:
             config, model_type = next_as_moe(config), MOE_TYPES[1]
-        text = dict(config.get("text_config") or config)
+        text = config.get("text_config") or config
+        if not isinstance(text, Mapping):
+            raise ConfigError("text_config is not an object", got=repr(text)[:80])
         inner_type = text.get("model_type", model_type)
         if inner_type not in DENSE_TYPES + MOE_TYPES or (inner_type in MOE_TYPES) != (
             model_type in MOE_TYPES
@@ -152,7 +155,14 @@ class ModelConfig:
         get = _Reader(text)
         head_dim = get.positive("head_dim")
         layer_types = _layer_types(text, get.positive("num_hidden_layers"))
-        tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+        # In transformers the outer one decides, whatever stands in text_config.
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        if not isinstance(tied, bool):
+            raise ConfigError(
+                f"config key tie_word_embeddings={tied!r} is not usable",
+                got=repr(tied),
+                expected="true or false",
+            )
         values = dict(
             model_type=model_type,
             vocab_size=get.positive("vocab_size"),
@@ -169,7 +179,7 @@ class ModelConfig:
             linear_conv_kernel_dim=get.positive("linear_conv_kernel_dim"),
             rms_norm_eps=get.number("rms_norm_eps"),
             max_position_embeddings=get.positive("max_position_embeddings"),
-            tie_word_embeddings=bool(tied),
+            tie_word_embeddings=tied,
             rope=_rope(text, head_dim),
             fuses_linear_projections=fuses,
         )
@@ -219,20 +229,24 @@ class ModelConfig:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Parse `folder/config.json`; a missing or damaged file is a ConfigError."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "config.json").exists():
         raise ConfigError(
             f"no config.json in {folder}",
             got="no such file",
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        )
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a file that holds a JSON object; anything else is a ConfigError."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is not a JSON object", got=type(config).__name__)
-    return config
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)
+    return parsed
 
 
 def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,7 +275,8 @@ class _Reader:
         value = self.text.get(key)
         if value is None:
             raise ConfigError(f"config key {self.prefix}{key} is missing", expected="a number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (plain and 0 < value < math.inf):
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
@@ -271,11 +286,11 @@ class _Reader:
 
     def positive(self, key: str) -> int:
         value = self.number(key)
-        if int(value) != value:
+        if int(value) != value or value > MAX_SIZE:
             raise ConfigError(
                 f"config key {self.prefix}{key}={value!r} is not usable",
                 got=repr(value),
-                expected="a whole number",
+                expected=f"a whole number up to {MAX_SIZE}",
             )
         return int(value)
 
@@ -347,8 +362,9 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
     if kind == "default":
         return RopeConfig(theta, rotary_dim)
     scale = get.number("factor")
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
+    if rope.get("attention_factor") is not None:
+        attention_factor = get.number("attention_factor")
+    else:
         attention_factor = _yarn_attention_factor(
             scale, rope.get("mscale"), rope.get("mscale_all_dim")
         )
@@ -357,9 +373,9 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
         rotary_dim,
         factor=scale,
         original_max_position_embeddings=get.positive("original_max_position_embeddings"),
-        attention_factor=float(attention_factor),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=attention_factor,
+        beta_fast=get.number("beta_fast") if rope.get("beta_fast") else 32.0,
+        beta_slow=get.number("beta_slow") if rope.get("beta_slow") else 1.0,
         truncate=bool(rope.get("truncate", True)),
     )
 

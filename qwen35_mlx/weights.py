@@ -1,6 +1,5 @@
 """Read a converted folder into the modules: every name and shape checked, nothing dropped."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import ModelConfig, read_config
+from .config import ModelConfig, read_config, read_object
 from .errors import CheckpointError, ConfigError
+from .headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
 from .kernels import choice, metal
 from .model import Model
 from .sampling import SamplingParams
@@ -19,12 +19,17 @@ from .sampling import SamplingParams
 # Parts that a folder may carry and the text model does not run.
 CARRIED = ("vision_tower.", "visual.", "mtp.", "language_model.mtp.")
 CONVERT_HINT = "run: qwen35-mlx convert {folder} OUT"
-MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# Mode -> the bits and group sizes that MLX has for it; others divide by zero inside of it.
+MODES = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 # Qwen3.5 ends a turn with the first and a document with the second; both stop an answer.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # Not *.py: nothing that comes with a checkpoint is run.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
-INDEX = "model.safetensors.index.json"
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -44,8 +49,8 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         )
     folder = _download(name, revision, SMALL_FILES)
     ModelConfig.from_hf(read_config(folder))
-    if (folder / INDEX).exists():
-        _refuse_unconverted(_read_index(folder / INDEX), name)
+    if (folder / INDEX_FILE).exists():
+        _refuse_unconverted(read_index(folder / INDEX_FILE), name)
     return _download(name, revision, (*SMALL_FILES, "model*.safetensors"))
 
 
@@ -80,7 +85,7 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     weights = {k: v for k, v in weights.items() if not k.startswith(CARRIED)}
     _refuse_unconverted(weights, folder)
     if config.tie_word_embeddings:
-        weights = {k: v for k, v in weights.items() if not k.startswith("language_model.lm_head.")}
+        _drop_copied_head(weights)
     model = Model(config)
     quantize_modules(model, raw_config, weights)
     _check_names_and_shapes(model, weights, folder)
@@ -105,56 +110,40 @@ def _refuse_unconverted(names: Iterable[str], origin: str | Path) -> None:
         )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged", got=repr(error), expected="an object with a weight_map"
-        ) from None
+def _drop_copied_head(weights: dict[str, mx.array]) -> None:
+    """Of tied embeddings a file may hold both; a head of its own stays, and is refused."""
+    for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
+        kept = weights.get(name.replace("lm_head", "model.embed_tokens"))
+        if kept is not None and mx.array_equal(weights[name], kept).item():
+            del weights[name]
 
 
 def _read_shards(folder: Path) -> dict[str, mx.array]:
     """All tensors of `model*.safetensors`; shards and index must agree."""
-    files = sorted(folder.glob("model*.safetensors"))
-    weight_map: dict[str, str] = {}
-    if (folder / INDEX).exists():
-        weight_map = _read_index(folder / INDEX)
-        named = set(weight_map.values())
-        absent = sorted(named - {f.name for f in files})
-        if absent:
-            raise CheckpointError(
-                f"{len(absent)} shard(s) of {folder} are missing",
-                got=", ".join(f.name for f in files) or "no shard",
-                expected=", ".join(absent),
-                hint="download or convert the folder again",
-            )
-        files = [f for f in files if f.name in named]
+    present, index = weight_files(folder), folder / INDEX_FILE
+    weight_map = read_index(index) if index.exists() else {}
+    check_present(weight_map.values(), present)
+    files = sorted(set(weight_map.values())) or [f for f in present if f.startswith("model")]
     if not files:
         raise CheckpointError(
             f"no weights in {folder}", got="no model*.safetensors", expected="a converted folder"
         )
+    # MLX reads files whose tensors overlap, or begin a byte too early.
+    headers = gather(files, lambda file: read_header(folder / file))
+    if lost := weight_map.keys() - headers:
+        raise CheckpointError(
+            f"{len(lost)} tensor(s) that the index of {folder} names are in no shard",
+            got=some(sorted(lost)),
+            hint="download or convert the folder again",
+        )
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
-            shard = mx.load(str(file))
+            shard = mx.load(str(folder / file))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read",
-                got=_first_line(error),
-                expected="a complete safetensors file",
-                hint="the file is probably truncated; download or convert it again",
-            ) from None
+            raise CheckpointError(f"{file} cannot be read", got=_first_line(error)) from None
         assert isinstance(shard, dict)
         weights |= shard
-    if lost := sorted(set(weight_map) - set(weights)):
-        raise CheckpointError(
-            f"{len(lost)} tensor(s) that the index of {folder} names are in no shard",
-            got=", ".join(lost[:8]),
-            hint="download or convert the folder again",
-        )
     return weights
 
 
@@ -179,25 +168,28 @@ def quantize_modules(
         path = prefix + path
         if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
             return False
-        own = default.get(path)
+        # Some programs leave the first component out.
+        own = default.get(path, default.get(path.removeprefix("language_model.")))
         # As mlx-lm reads it: an entry of its own without a mode is affine whatever the rest is.
         chosen = default | {"mode": "affine"} | own if isinstance(own, dict) else default
-        mode = chosen.get("mode", "affine")
-        if mode not in MODES:
+        bits, group_size, mode = chosen["bits"], chosen["group_size"], chosen.get("mode", "affine")
+        known = MODES.get(mode) if isinstance(mode, str) else None
+        if known is None:
             raise ConfigError(
                 f"quantization mode {mode!r} of {path} is not supported",
                 got=repr(mode),
                 expected=", ".join(MODES),
             )
-        return {"bits": chosen["bits"], "group_size": chosen["group_size"], "mode": mode}
+        if not (isinstance(bits, int) and bits in known[0] and group_size in known[1]):
+            raise ConfigError(
+                f"the quantization block of config.json has no usable setting for {path}",
+                got=f"bits={bits!r}, group_size={group_size!r}",
+                expected=f"bits of {known[0]}, a group_size of {known[1]} for mode {mode}",
+            )
+        return {"bits": bits, "group_size": group_size, "mode": mode}
 
     try:
-        nn.quantize(
-            model,
-            group_size=default["group_size"],
-            bits=default["bits"],
-            class_predicate=settings,
-        )
+        nn.quantize(model, class_predicate=settings)
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
@@ -286,10 +278,4 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """`generation_config.json` as a dict; empty when there is none."""
     path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    return parsed if isinstance(parsed, dict) else {}
+    return read_object(path) if path.exists() else {}

@@ -170,6 +170,9 @@ def test_a_missing_rope_key_is_named(key):
         ("hidden_size", "1024"),
         ("hidden_size", 10.5),
         ("hidden_size", True),
+        ("hidden_size", float("inf")),
+        ("hidden_size", 2**31),
+        ("rms_norm_eps", float("inf")),
         ("num_key_value_heads", 3),
         ("linear_num_key_heads", 3),
         ("num_experts_per_tok", 513),
@@ -178,6 +181,7 @@ def test_a_missing_rope_key_is_named(key):
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.001}),
         ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 2.0}),
+        ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": float("inf")}),
     ],
 )
 def test_what_is_not_run_is_refused_by_name(key, value):
@@ -203,6 +207,12 @@ def test_a_dense_config_inside_a_moe_one_is_refused():
         ModelConfig.from_hf(config)
 
 
+@pytest.mark.parametrize("text", ["x", [1]])
+def test_a_text_config_that_is_no_object_is_refused(text):
+    with pytest.raises(ConfigError, match="text_config is not an object"):
+        ModelConfig.from_hf(family_config("2B") | {"text_config": text})
+
+
 def test_an_unknown_key_is_reported(caplog):
     config = family_config("2B")
     config["text_config"]["new_trick"] = 1
@@ -211,11 +221,24 @@ def test_an_unknown_key_is_reported(caplog):
     assert "new_trick" in caplog.text
 
 
+def test_tying_is_true_or_false():
+    with pytest.raises(ConfigError, match="tie_word_embeddings='false'"):
+        ModelConfig.from_hf(family_config("2B") | {"tie_word_embeddings": "false"})
+
+
 def test_tying_may_be_said_outside_the_text_config():
     config = family_config("2B")
     del config["text_config"]["tie_word_embeddings"]
     assert not ModelConfig.from_hf(config).tie_word_embeddings
     assert ModelConfig.from_hf(config | {"tie_word_embeddings": True}).tie_word_embeddings
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tying_outside_wins_over_the_text_config(tied):
+    """transformers writes its default into text_config, and ties by what stands outside."""
+    config = family_config("2B") | {"tie_word_embeddings": tied}
+    config["text_config"]["tie_word_embeddings"] = not tied
+    assert ModelConfig.from_hf(config).tie_word_embeddings is tied
 
 
 def test_yarn_stretches_the_context_and_scales_attention():
@@ -232,6 +255,15 @@ def test_yarn_stretches_the_context_and_scales_attention():
     assert ModelConfig.from_hf(config).rope.attention_factor == 1.5
 
 
+@pytest.mark.parametrize("key", ["attention_factor", "beta_fast", "beta_slow"])
+def test_a_yarn_key_that_is_no_number_is_refused(key):
+    config = family_config("2B")
+    rope = {"factor": 4.0, "original_max_position_embeddings": 262144, "rope_type": "yarn"}
+    config["text_config"]["rope_parameters"] |= rope | {key: "x"}
+    with pytest.raises(ConfigError, match=key):
+        ModelConfig.from_hf(config)
+
+
 @pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings"])
 def test_yarn_without_its_keys_is_refused(key):
     config = family_config("2B")
@@ -242,7 +274,13 @@ def test_yarn_without_its_keys_is_refused(key):
         ModelConfig.from_hf(config)
 
 
-@pytest.mark.parametrize("text", [None, "{", "[1]", '"x"'])
+def test_a_folder_in_place_of_the_file_is_an_error(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", '"x"', "[" * 100_000])
 def test_a_missing_or_damaged_file_is_an_error(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)

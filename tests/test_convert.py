@@ -253,6 +253,22 @@ def test_a_tied_checkpoint_may_store_its_head_and_the_output_has_none(tmp_path):
         assert config["text_config"]["tie_word_embeddings"] is True
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_a_head_that_is_not_the_embedding_is_not_dropped_in_silence(tmp_path, dtype):
+    """transformers keeps both where they differ, whatever the config says."""
+
+    def add_head(tensors: Tensors) -> None:
+        _, embedding = tensors[f"{TRUNK}embed_tokens.weight"]
+        values = np.array(as_mlx(("BF16", embedding)).astype(mx.float32))
+        values[-1, -1] += 1
+        tensors["lm_head.weight"] = stored(values, dtype)
+
+    write_checkpoint(tmp_path / "src", tied=True, change=add_head)
+    with pytest.raises(Qwen35Error, match=r"lm_head.weight is not the embedding"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert_nothing_left(tmp_path)
+
+
 def test_many_output_shards_hold_what_one_would(tmp_path, monkeypatch, moe):
     source, tensors = moe
     monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 100_000)
@@ -347,6 +363,14 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, name, row, value):
         tmp_path / "src", moe=True, vision=True, mtp=True, change=put(name, row, value)
     )
     with pytest.raises(Qwen35Error, match=f"tensor {name} holds values that are not finite"):
+        convert(tmp_path / "src", tmp_path / "out")
+    assert_nothing_left(tmp_path)
+
+
+def test_weights_too_far_apart_for_a_scale_are_named(tmp_path):
+    name = f"{TRUNK}layers.0.mlp.up_proj.weight"
+    write_checkpoint(tmp_path / "src", change=put(name, 7, 3.3e38))
+    with pytest.raises(Qwen35Error, match=f"{name} cannot be quantized: a group of weights spans"):
         convert(tmp_path / "src", tmp_path / "out")
     assert_nothing_left(tmp_path)
 

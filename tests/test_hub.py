@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import Tensors, write_checkpoint
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.convert import convert, hub, job, plan
@@ -67,6 +67,25 @@ def test_faults_of_the_network_change_nothing(tmp_path, source, fake, faults, ca
     assert not fake.faults and fake.num_faults == len([f for f in faults if f])
     assert listing(out) == listing(local)
     assert planned.source_bytes == plan(source).source_bytes
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_head_of_its_own_is_seen_before_anything_is_fetched(tmp_path, monkeypatch, own):
+    def add_head(tensors: Tensors) -> None:
+        dtype, values = tensors["model.language_model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = dtype, values[::-1].copy() if own else values
+
+    source, out = tmp_path / "tied", tmp_path / "out"
+    write_checkpoint(source, tied=True, num_shards=2, tokenizer=True, change=add_head)
+    with serving(source, tmp_path / "cache", monkeypatch):
+        if own:
+            with pytest.raises(CheckpointError, match=r"lm_head.weight is not the embedding"):
+                convert(REPO, out, **SETTINGS)
+            assert not job.work_folder(out).exists()
+        else:
+            assert listing(convert(REPO, out, **SETTINGS)) == listing(
+                convert(source, tmp_path / "local", **SETTINGS)
+            )
 
 
 def test_only_two_shards_lie_on_disk_and_none_stays(tmp_path, source, fake):

@@ -68,6 +68,19 @@ def test_methods_that_weights_alone_cannot_feed_are_refused(tmp_path, method, me
     assert_nothing_left(tmp_path)
 
 
+def test_a_flat_config_may_have_an_empty_text_config(tmp_path):
+    write_checkpoint(tmp_path / "src", flat=True, config={"text_config": None})
+    config = job.output_config(plan(tmp_path / "src"), {})
+    assert config["text_config"]["hidden_size"] == 128
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"qwen35_mlx": null}', '{"qwen35_mlx": []}'])
+def test_a_folder_without_checksums_cannot_be_verified(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(Qwen35Error, match=r"is not JSON|not a JSON object|has no checksums"):
+        job.verify(tmp_path)
+
+
 def test_the_plan_keeps_the_config_of_the_source(tmp_path):
     write_checkpoint(tmp_path / "src")
     planned = plan(tmp_path / "src")
@@ -203,6 +216,15 @@ def test_an_existing_output_is_not_touched(tmp_path, make):
     assert not calls
     assert os.lstat(tmp_path / "out") == before
     assert_nothing_left(tmp_path, "out")
+
+
+@pytest.mark.parametrize("out", ["src/config.json/out", "a" * 244])
+def test_an_output_where_none_can_be_is_refused(tmp_path, out):
+    """The second fits as a name, but not with what the hidden folder beside it is called."""
+    write_checkpoint(tmp_path / "src")
+    with pytest.raises(Qwen35Error, match=r"cannot use .*\.converting to work in"):
+        convert(tmp_path / "src", tmp_path / out)
+    assert_nothing_left(tmp_path)
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from checkpoints import as_mlx, random_tensors, safetensors_bytes, write_checkpoint
 
-from qwen35_mlx.convert import headers
-from qwen35_mlx.convert.headers import read_header
+from qwen35_mlx import headers
 from qwen35_mlx.convert.source import as_mlx as to_mlx
 from qwen35_mlx.convert.source import open_source, read_rows
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.headers import read_header
 
 INDEX = "model.safetensors.index.json"
 SHAPES = {"vector": (7,), "matrix": (6, 5), "cube": (3, 4, 5), "scalar": ()}
@@ -103,6 +103,8 @@ def test_a_file_cut_short_after_its_header_was_read_is_reported(tmp_path):
         (b"\xff\xfe", 0, "header is not JSON"),
         (b"[" * 100_000, 0, "header is not JSON"),
         (b'{"w": 1, "w": 2}', 0, "'w' appears twice"),
+        ({"\x1b[31mw": entry()}, 8, r"name of a tensor\n  got: '\\x1b\[31mw'"),
+        ({"\ud800": entry()}, 8, "name of a tensor"),
     ],
 )
 def test_a_damaged_header_is_refused_with_the_file_and_the_tensor(tmp_path, header, data, message):
@@ -111,6 +113,13 @@ def test_a_damaged_header_is_refused_with_the_file_and_the_tensor(tmp_path, head
         read_header(path)
     assert "model.safetensors" in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+def test_a_file_that_mlx_saved_without_metadata_is_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"w": mx.ones((2, 3)), "v": mx.ones((3,), dtype=mx.bfloat16)})
+    assert b'"__metadata__":null' in path.read_bytes()
+    assert {t.name: t.shape for t in read_header(path)} == {"w": (2, 3), "v": (3,)}
 
 
 @pytest.mark.parametrize("raw", [b"", b"1234567", (2**63).to_bytes(8, "little") + b"{}"])
@@ -146,6 +155,8 @@ def test_shards_with_and_without_an_index_hold_the_same(tmp_path):
     tensors = write_checkpoint(tmp_path / "src", num_shards=3)
     with_index = open_source(tmp_path / "src").tensors
     (tmp_path / "src" / INDEX).unlink()
+    # What macOS writes beside each file on an exFAT drive.
+    (tmp_path / "src" / "._model-00001-of-00003.safetensors").write_bytes(b"\0\5\x16\7")
     assert open_source(tmp_path / "src").tensors == with_index
     assert with_index.keys() == tensors.keys()
     assert {t.file.name for t in with_index.values()} == {
@@ -170,6 +181,13 @@ def test_an_index_naming_anything_but_a_file_of_the_folder_is_refused(tmp_path, 
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes({}))
     edit_index(tmp_path / "src", lambda index: index["weight_map"].update(other=file))
     with pytest.raises(CheckpointError, match="outside the folder or of another kind"):
+        open_source(tmp_path / "src")
+
+
+def test_a_shard_whose_name_is_too_long_for_a_file_is_missing(tmp_path):
+    write_checkpoint(tmp_path / "src", num_shards=2)
+    edit_index(tmp_path / "src", lambda i: i["weight_map"].update(w="a" * 300 + ".safetensors"))
+    with pytest.raises(CheckpointError, match=r"aaa.safetensors named in .*index"):
         open_source(tmp_path / "src")
 
 

@@ -125,6 +125,31 @@ def truncate(num_bytes: int) -> Edit:
     return edit
 
 
+def move_tensor(num_bytes: int) -> Edit:
+    """The last tensor elsewhere in the file: MLX reads other numbers and says nothing."""
+
+    def edit(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
+        last = max(header, key=lambda n: header[n].get("data_offsets", [0])[0])
+        header[last]["data_offsets"] = [n + num_bytes for n in header[last]["data_offsets"]]
+        new = json.dumps(header).encode()
+        data = raw[start:] + bytes(max(num_bytes, 0))
+        file.write_bytes(len(new).to_bytes(8, "little") + new + data)
+
+    return edit
+
+
+def insert_a_byte(folder: Path) -> None:
+    """Between header and data, so that all data begin a byte too early."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    file.write_bytes(raw[:start] + b" " + raw[start:])
+
+
 def lose_a_shard(folder: Path) -> None:
     split(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -151,20 +176,36 @@ SCALES = "language_model.lm_head.scales"
 WEIGHT = "language_model.lm_head.weight"
 
 
+def test_a_copy_of_the_embedding_beside_tied_embeddings_is_dropped(folder: Path) -> None:
+    def copy_head(held: dict[str, mx.array]) -> None:
+        for name in [n for n in held if "lm_head" in n]:
+            held[name] = held[name.replace("lm_head", "model.embed_tokens")]
+
+    rewrite(copy_head)(folder)
+    edit_json("config.json", lambda c: c.update(tie_word_embeddings=True))(folder)
+    model, _ = load_model(folder)
+    ids = mx.array([[1, 2]])
+    hidden = model.language_model.model(ids)
+    assert mx.array_equal(model(ids), model.language_model.model.embed_tokens.as_linear(hidden))
+
+
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (truncate(1), ["cannot be read", "complete safetensors", "truncated"]),
-        (truncate(100_000), ["cannot be read", "truncated"]),
-        (truncate(0), ["cannot be read"]),
-        (lose_a_shard, ["1 shard(s)", "model-00002-of-00002.safetensors", "hint"]),
-        (name_outside, ["1 shard(s)", "../model-outside.safetensors"]),
+        (truncate(1), ["model.safetensors is truncated", "expected: at least", "hint"]),
+        (truncate(100_000), ["is truncated"]),
+        (truncate(0), ["is truncated", "0 bytes"]),
+        (move_tensor(2), ["model.safetensors is damaged", "tensor", "leaves a gap"]),
+        (move_tensor(-2), ["model.safetensors is damaged", "tensor", "overlaps"]),
+        (insert_a_byte, ["bytes after the last tensor"]),
+        (lose_a_shard, ["model-00002-of-00002.safetensors", "1 missing of 2 files", "hint"]),
+        (name_outside, ["outside the folder", "../model-outside.safetensors"]),
         (pickled, ["no weights", "model*.safetensors"]),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["is damaged"]),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["is damaged"]),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["cannot be read"]),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), ["no weight_map"]),
         (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
-            ["is damaged", "weight_map"],
+            ["no weight_map"],
         ),
         (
             edit_json("model.safetensors.index.json",
@@ -205,6 +246,15 @@ WEIGHT = "language_model.lm_head.weight"
             ["quantization block", "7"],
         ),
         (
+            # MLX would divide by it, and the process be gone.
+            edit_json("config.json", lambda c: c["quantization"].update(group_size=0)),
+            ["quantization block", "group_size=0", "(32, 64, 128)"],
+        ),
+        (
+            edit_json("config.json", lambda c: c.update(tie_word_embeddings=True)),
+            [f"unknown: {WEIGHT} (96, 16)"],
+        ),
+        (
             edit_json("config.json", lambda c: c["quantization"].update(bits="4")),
             ["quantization block"],
         ),
@@ -224,6 +274,8 @@ WEIGHT = "language_model.lm_head.weight"
             ["tokenizer", "cannot be read"],
         ),
         (lambda f: (f / "generation_config.json").write_text("{"), ["is not JSON"]),
+        (lambda f: (f / "generation_config.json").write_text("[" * 100_000), ["is not JSON"]),
+        (lambda f: (f / "generation_config.json").write_text("[]"), ["not a JSON object"]),
         (
             lambda f: (f / "generation_config.json").write_text(
                 '{"do_sample": true, "temperature": "warm"}'
@@ -239,6 +291,18 @@ def test_what_is_refused_and_how(folder: Path, edit: Edit, words: list[str]) -> 
     assert isinstance(caught.value, CheckpointError | ConfigError) or "temperature" in words[0]
     for word in words:
         assert word in str(caught.value)
+
+
+def test_settings_of_a_module_may_be_named_without_the_first_component(folder: Path) -> None:
+    expected = logits(folder)
+
+    def rename(config: dict[str, Any]) -> None:
+        block = config["quantization"]
+        config["quantization"] = {k.removeprefix("language_model."): v for k, v in block.items()}
+        assert "model.layers.0.mlp.gate" in config["quantization"]
+
+    edit_json("config.json", rename)(folder)
+    np.testing.assert_array_equal(logits(folder), expected)
 
 
 def test_an_unconverted_checkpoint_is_told_what_to_do(source: Path) -> None:

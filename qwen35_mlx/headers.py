@@ -1,13 +1,15 @@
-"""Headers of safetensors files: parsed, and refused unless every byte belongs to one tensor."""
+"""Headers of safetensors files and their index; every byte must belong to one tensor."""
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen35_mlx.errors import CheckpointError
+from .errors import CheckpointError
 
+INDEX_FILE = "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000
 PREFIX_BYTES = 8
 ITEM_BYTES = {
@@ -78,8 +80,9 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
         raise _damaged(file, "the header is not JSON", error, "a JSON object") from None
     if not isinstance(header, dict):
         raise _damaged(file, "the header is not an object", type(header).__name__, "an object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
+    metadata = header.pop("__metadata__", None)
+    # MLX writes null where there is none.
+    if not isinstance(metadata, dict | None):
         raise _damaged(file, "__metadata__ is not an object", metadata, "an object of strings")
     data_start = PREFIX_BYTES + len(raw)
     tensors = [_tensor(file, name, entry, data_start) for name, entry in header.items()]
@@ -116,7 +119,74 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def gather(
+    files: Iterable[str], read: Callable[[str], list[SourceTensor]]
+) -> dict[str, SourceTensor]:
+    """The tensors of all files by name; none may be in two of them."""
+    tensors: dict[str, SourceTensor] = {}
+    for file in files:
+        for tensor in read(file):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"tensor {tensor.name} is stored twice",
+                    got=f"{tensors[tensor.name].file.name} and {file}",
+                    expected="one file",
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name to file name; no file outside of the folder."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read", got=error) from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{path.name} has no weight_map", expected="an object of tensor name to file name"
+        )
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and not set(file) & {"/", "\\", "\0"}
+        if not plain or not file.endswith(".safetensors") or file.startswith(".."):
+            raise CheckpointError(
+                f"{path.name} names a file outside the folder or of another kind",
+                got=f"{file!r} for tensor {name}",
+                expected="a plain *.safetensors file name",
+            )
+    return weight_map
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files in a folder; a link must lead somewhere."""
+    # Not the ._* that macOS puts beside files on drives of other systems; pathlib finds them.
+    found = (path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    return sorted(path.name for path in found if path.is_file())
+
+
+def check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
+    """Every file of the index must be there."""
+    wanted = set(wanted)
+    if missing := sorted(wanted - set(present)):
+        raise CheckpointError(
+            f"{some(missing)} named in {INDEX_FILE} is not in the folder",
+            got=f"{len(missing)} missing of {len(wanted)} files",
+            expected="every file of the index",
+            hint="the download may not be complete",
+        )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
+    # Control characters would reach the terminal; halves of surrogates fit into no file.
+    if not name.isprintable():
+        raise _damaged(file, "the name of a tensor", ascii(name), "printable characters")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(
             file, f"entry of tensor {name}", entry, "an object with dtype, shape, data_offsets"
