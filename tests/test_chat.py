@@ -243,11 +243,12 @@ def test_numbers_of_tokens_below_one_are_refused(demo: Any, wrong: dict[str, int
 
 
 END_WHILE_READING = """
-import sys
+import sys, time
 from qwen35_mlx import Chat, load
-chat = Chat(*load(sys.argv[1]), max_tokens=5)
+chat = Chat(*load(sys.argv[1]))
 list(chat.send("What is the capital of France?"))
 chat.start_reading_ahead()
+time.sleep(0.01)
 """
 
 
