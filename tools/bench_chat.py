@@ -36,6 +36,7 @@ import qwen35_mlx.chat
 from qwen35_mlx import Chat, load
 from qwen35_mlx.bundled import SOURCE
 from qwen35_mlx.convert import convert
+from qwen35_mlx.model import Model
 from qwen35_mlx.prefixes import PrefixStore
 from qwen35_mlx.sampling import Sampler
 
@@ -84,7 +85,7 @@ class Script:
 class Said:
     """Stands in for a sampler: says a list of tokens, and calls back before the first."""
 
-    def __init__(self, ids: list[int], on_first: Callable[[], None] = lambda: None):
+    def __init__(self, ids: list[int], on_first: Callable[[], None]):
         self._ids, self._at, self._on_first = ids, 0, on_first
 
     def __call__(self, logits: mx.array) -> mx.array:
@@ -97,20 +98,20 @@ class Said:
 
 
 class Counter:
-    """Counts the tokens that a class of models reads."""
+    """Counts the tokens that models of ours read."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
 
     @contextmanager
-    def on(self, kind: type, method: str) -> Iterator[None]:
-        real = getattr(kind, method)
+    def counting(self) -> Iterator[None]:
+        real = Model.trunk
 
         def counted(model: Any, ids: mx.array, *args: Any, **options: Any) -> Any:
             self.num_tokens += ids.size
             return real(model, ids, *args, **options)
 
-        with mock.patch.object(kind, method, counted):
+        with mock.patch.object(Model, "trunk", counted):
             yield
 
 
@@ -147,7 +148,7 @@ class ScriptedChat:
         before = self.counter.num_tokens
         with (
             mock.patch.object(qwen35_mlx.chat, "Sampler", Scripted),
-            self.counter.on(type(self.chat.model), "trunk"),
+            self.counter.counting(),
         ):
             for _ in pieces:
                 pass
@@ -227,7 +228,7 @@ def switching(
     talk.chat.read_ahead()
     talk.chat.save(folder / "session")
     resumed = ScriptedChat(model, tokenizer)
-    with resumed.counter.on(type(model), "trunk"):
+    with resumed.counter.counting():
         warning = resumed.chat.load(folder / "session")
     assert warning is None
     found["resume"] = (resumed.counter.num_tokens, 0, 0.0)

@@ -68,7 +68,7 @@ def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
     return found if len(found) == len(modules) else None
 
 
-def lanes_per_row(*in_dims: int) -> int:
+def lanes_per_row(in_dims: int) -> int:
     """How many lanes share a row so that none is idle: a power of two up to 32."""
-    chunks = max(in_dims) // CHUNK
+    chunks = in_dims // CHUNK
     return min(32, 1 << (chunks - 1).bit_length())
