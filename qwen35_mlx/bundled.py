@@ -11,7 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import __version__
+from .config import read_config
 from .errors import Qwen35Error
+from .headers import INDEX_FILE, read_index
 
 SOURCE = Path(__file__).parent / "demo"
 # The record of conversions keeps no more than these.
@@ -71,14 +73,12 @@ def _recorded(home: Path) -> list[str]:
 
 def _is_whole(folder: Path) -> bool:
     """Whether the configuration and every shard of the index are there."""
+    index = folder / INDEX_FILE
     try:
-        if not isinstance(json.loads((folder / "config.json").read_text()), dict):
-            return False
-        shards = {"model.safetensors"}
-        if (index := folder / "model.safetensors.index.json").exists():
-            shards = set(json.loads(index.read_text())["weight_map"].values())
+        read_config(folder)
+        shards = set(read_index(index).values()) if index.exists() else {"model.safetensors"}
         return all((folder / name).is_file() for name in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, Qwen35Error):
         return False
 
 
