@@ -40,6 +40,8 @@ COMPANIONS = (
 # What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 FP8 = "F8_E4M3"
+# Rows and columns that share a scale.
+Block = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Segment:
     start_row: int
     stop_row: int
     scale: SourceTensor | None = None
-    block: tuple[int, int] | None = None
+    block: Block | None = None
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from test_mlx_lm import assert_equal_logits, write_source
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert, macs, plan
 from qwen35_mlx.convert.fit import fit, fit_mac, memory_bytes, quality_settings
-from qwen35_mlx.convert.names import TABLE, Role
+from qwen35_mlx.convert.names import Role, expected_shapes
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.calibrate import Calibration
 from qwen35_mlx.quant.recipes import RECIPES, recipe
@@ -23,15 +23,7 @@ GIB = 2**30
 
 def write_headers(folder: Path, config: dict) -> Path:
     """A checkpoint of which only the headers are there: the data are a hole in the file."""
-    parsed = ModelConfig.from_hf(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for row in TABLE:
-        if row.shape is None or row.role is Role.DROPPED:
-            continue
-        for layer in range(parsed.num_hidden_layers if "{layer}" in row.source else 1):
-            if row.when(parsed, layer):
-                name = row.source.format(trunk="model.language_model.", layer=layer)
-                shapes[name] = row.shape(parsed)
+    shapes = expected_shapes(ModelConfig.from_hf(config))
     shapes["mtp.layers.0.mlp.experts.gate_up_proj"] = (512, 2048, 4096)
     entries, end = {}, 0
     for name, shape in shapes.items():
