@@ -167,7 +167,7 @@ class _Work:
         assert self.fetcher is not None
         for file in sorted(piece.segment.files):
             while not self.fetcher.ready(file.name, timeout=0.5):
-                self._tell(piece.segment, self.fetcher.state())
+                self._tell(piece.segment, self.fetcher.state)
 
     def _start(self, piece: Piece) -> Future:
         writer = self._writer(piece.shard)

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +120,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def gather(
-    files: Iterable[str], read: Callable[[str], list[SourceTensor]]
-) -> dict[str, SourceTensor]:
+def gather(headers: Iterable[Iterable[SourceTensor]]) -> dict[str, SourceTensor]:
     """The tensors of all files by name; none may be in two of them."""
     tensors: dict[str, SourceTensor] = {}
-    for file in files:
-        for tensor in read(file):
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"tensor {tensor.name} is stored twice",
-                    got=f"{tensors[tensor.name].file.name} and {file}",
-                    expected="one file",
-                )
-            tensors[tensor.name] = tensor
+    for tensor in chain.from_iterable(headers):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"tensor {tensor.name} is stored twice",
+                got=f"{tensors[tensor.name].file.name} and {tensor.file.name}",
+                expected="one file",
+            )
+        tensors[tensor.name] = tensor
     return tensors
 
 
