@@ -2,9 +2,10 @@
 
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
 from .names import Transform
-from .pieces import WORKERS, Piece, entry_pieces
+from .pieces import WORKERS, Piece, entry_pieces, uses
 from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
@@ -66,20 +67,17 @@ def threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
 
 
+@dataclass
 class _Work:
-    def __init__(
-        self,
-        plan: Plan,
-        pieces: Sequence[Piece],
-        folder: Path,
-        journal: Journal,
-        fetcher: Fetcher | None,
-        progress: Progress | None,
-        calibration: Calibration | None,
-    ):
-        self.plan, self.folder, self.journal = plan, folder, journal
-        self.fetcher, self.progress, self.calibration = fetcher, progress, calibration
-        self.pieces = pieces
+    plan: Plan
+    pieces: Sequence[Piece]
+    folder: Path
+    journal: Journal
+    fetcher: Fetcher | None
+    progress: Progress | None
+    calibration: Calibration | None
+
+    def __post_init__(self) -> None:
         self.pool = threads()
         # Started and not yet written, in order.
         self.running: deque[tuple[Piece, Future]] = deque()
@@ -87,39 +85,36 @@ class _Work:
         self.hashes: dict[int, Future[str]] = {}
         self.unflushed: list[tuple[Piece, int]] = []
         self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
-        self.done_bytes, self.total_bytes = 0, plan.source_bytes
+        self.done_bytes, self.total_bytes = 0, self.plan.source_bytes
         # Kernels of a GPU want one thread; a CPU runs as many as it has cores.
         self.in_main = mx.default_device() == mx.Device(mx.gpu)
 
     def run(self) -> None:
         todo = self._resume()
-        left = {piece.index: piece for piece in todo}
-        self.waiting = dict.fromkeys(range(len(self.plan.shards)), 0)
-        self.needed: dict[Path, int] = {}
-        for piece in todo:
-            self.waiting[piece.shard] += 1
-            for file in piece.segment.files:
-                self.needed[file] = self.needed.get(file, 0) + 1
-        self._tell(left[todo[0].index].segment if todo else None)
-        for shard, count in self.waiting.items():
-            if not count:
+        # Pieces that a shard waits for, and that need a file.
+        self.waiting = Counter(piece.shard for piece in todo)
+        self.needed = Counter(file for piece in todo for file in piece.segment.files)
+        if todo:
+            self._tell(todo[0].segment)
+        for shard in range(len(self.plan.shards)):
+            if not self.waiting[shard]:
                 self._finish(shard)
         if self.fetcher:
-            self.fetcher.start([file.name for file in _in_order(todo)])
+            self.fetcher.start([file.name for file in uses(todo)])
         here: set[Path] = set()
         for piece in todo:
             if self.fetcher and not piece.segment.files <= here:
                 # A file of the source may go before the next one comes.
                 while self.running:
-                    self._complete(*self.running.popleft())
+                    self._complete()
                 self._flush()
                 self._wait(piece)
                 here |= piece.segment.files
             if len(self.running) > WORKERS:
-                self._complete(*self.running.popleft())
+                self._complete()
             self.running.append((piece, self._start(piece)))
         while self.running:
-            self._complete(*self.running.popleft())
+            self._complete()
         self._flush()
         self._collect(last=True)
 
@@ -175,7 +170,8 @@ class _Work:
             return self.pool.submit(_read, piece.segment)
         return self.pool.submit(_whole, writer, piece, self.calibration)
 
-    def _complete(self, piece: Piece, future: Future) -> None:
+    def _complete(self) -> None:
+        piece, future = self.running.popleft()
         result = future.result()
         if self.in_main:
             parts = _convert(piece, result, self.calibration)
@@ -225,15 +221,10 @@ class _Work:
                 del self.hashes[shard]
                 self.writers.pop(shard, None)
 
-    def _tell(self, segment: Segment | None, waiting: str = "") -> None:
-        if self.progress and segment:
+    def _tell(self, segment: Segment, waiting: str = "") -> None:
+        if self.progress:
             name, file = segment.tensor.name, segment.tensor.file.name
             self.progress(self.done_bytes, self.total_bytes, waiting or name, file)
-
-
-def _in_order(pieces: Sequence[Piece]) -> list[Path]:
-    """The files that the pieces need, each once, in the order they are needed."""
-    return list(dict.fromkeys(file for piece in pieces for file in sorted(piece.segment.files)))
 
 
 def read_entry(entry: Entry) -> mx.array:
@@ -281,14 +272,13 @@ def _convert(
     dtype = MLX_DTYPES[entry.dtype]
     if x.dtype != dtype:
         x = x.astype(dtype)
-        _check(x, segment, f"has values out of the range of {dtype}")
+        if not mx.all(mx.isfinite(x)).item():
+            raise _unusable(segment, f"has values out of the range of {dtype}")
     if entry.bits is None:
         parts = [x]
     else:
-        assert entry.group_size is not None and entry.method is not None
-        setting = entry.bits, entry.group_size
         try:
-            parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
+            parts = list(quantize_rows(x, entry, piece.row, calibration))
         except Qwen35Error as error:
             raise CheckpointError(f"{segment.tensor.name} cannot be quantized: {error}") from error
     parts = [mx.contiguous(part) for part in parts]
@@ -322,11 +312,6 @@ def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
     parts = (bits[i : i + step] & bits.dtype.type(mask) for i in range(0, len(bits), step))
     if bits.size and any(part.max() >= limit for part in parts):
         raise _unusable(segment, "holds values that are not finite")
-
-
-def _check(x: mx.array, segment: Segment, what: str) -> None:
-    if not mx.all(mx.isfinite(x)).item():
-        raise _unusable(segment, what)
 
 
 def _unusable(segment: Segment, what: str) -> CheckpointError:
