@@ -54,10 +54,10 @@ class SourceCheckpoint(Checkpoint):
     def __init__(self, folder: Path):
         self.plan: Plan = plan(folder, recipe=lambda module: None)
         self.config, self.raw_config = self.plan.config, {}
-        self.entries = [e for e in self.plan.entries if e.role is not Role.CARRIED]
+        self.entries = self.plan.text_entries
         self.quantizable = {e.module for e in self.entries if e.role is Role.QUANTIZED}
         self.num_parameters = sum(e.num_parameters for e in self.entries)
-        self.nbytes = sum(e.output_bytes for e in self.entries)
+        self.nbytes = self.plan.text_bytes
 
     def read(self, prefix: str) -> dict[str, mx.array]:
         return {

@@ -36,7 +36,7 @@ class ShardWriter:
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.pread(self._file, len(header), 0) != header:
             os.ftruncate(self._file, 0)
-            _write_all(self._file, header, 0)
+            write_all(self._file, header, 0)
         os.ftruncate(self._file, end)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
@@ -44,7 +44,7 @@ class ShardWriter:
         begin = self._start[name] + start
         if begin + len(data) > self._end[name]:
             raise RuntimeError(f"{name}: {begin + len(data) - self._end[name]} bytes too many")
-        _write_all(self._file, data, begin)
+        write_all(self._file, data, begin)
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
         """What lies at byte `start` of tensor `name`."""
@@ -108,14 +108,19 @@ def sync_folder(folder: Path) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file under a temporary name, and rename it."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        flush(stream.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            flush(stream.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write `data` at byte `offset` of a file."""
     view = memoryview(data)
     while view:
         # A full disk writes a part before it fails.

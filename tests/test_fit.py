@@ -53,26 +53,27 @@ def fitted(flagship: Path, memory_gib: int, context: int = 32768):
 
 @pytest.mark.parametrize(("memory_gib", "context"), [(192, 32768), (256, 32768), (192, 262144)])
 def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
-    choice, budget, choices = fitted(flagship, memory_gib, context)
+    budget, choices = fitted(flagship, memory_gib, context)
+    choice = choices["quality"]
     config = choice.plan.config
     # By the rules of macs.py, line by line and in all.
-    in_use = macs.running_bytes(config, choice.plan, context)
+    in_use = macs.running_bytes(choice.plan, context)
     limit = macs.raised_limit_bytes(memory_gib * GIB)
     assert in_use <= limit
-    assert budget.weight_bytes == limit - macs.overhead_bytes(config, context)
+    assert budget.weight_bytes == limit - sum(macs.overheads(config, context).values())
     assert 0.995 * budget.weight_bytes <= choice.file_bytes <= budget.weight_bytes
-    assert choice.file_bytes > macs.text_bytes(choice.plan)
+    assert choice.file_bytes > choice.plan.text_bytes
     # What the plan says is what its tensors add up to.
     text = [e for e in choice.plan.entries if e.role is not Role.CARRIED]
-    assert macs.text_bytes(choice.plan) == sum(t.nbytes for e in text for t in e.tensors)
+    assert choice.plan.text_bytes == sum(t.nbytes for e in text for t in e.tensors)
     assert choice.allocation.error <= 1.01 * choice.allocation.lower_bound
     speed = choices["speed"]
-    assert macs.bytes_per_token(config, speed.plan) < macs.bytes_per_token(config, choice.plan)
+    assert macs.bytes_per_token(speed.plan) < macs.bytes_per_token(choice.plan)
     assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
 
 
 def test_more_memory_is_better_and_experts_give_first(flagship):
-    small, large = (fitted(flagship, gib)[0] for gib in (192, 256))
+    small, large = (fitted(flagship, gib)[1]["quality"] for gib in (192, 256))
     assert large.predicted_kl < small.predicted_kl / 2
     bits = {e.module: e.bits for e in small.plan.entries}
     layer = "language_model.model.layers.7."
@@ -94,7 +95,7 @@ def test_a_mac_too_small_is_told_how_much_would_do(flagship):
 
 def test_recipes_order_the_397b_by_size(flagship):
     sizes = {
-        name: macs.text_bytes(plan(flagship, recipe=recipe(name), method="search")) / 1e9
+        name: plan(flagship, recipe=recipe(name), method="search").text_bytes / 1e9
         for name in RECIPES
     }
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)

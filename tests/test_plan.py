@@ -110,7 +110,7 @@ def test_a_recipe_decides_by_module_and_config_names_the_exceptions(tmp_path):
         return None if "self_attn" in module else (4, 64)
 
     planned = plan(tmp_path / "src", recipe=recipe)
-    assert planned.recipe_name == "recipe"
+    assert planned.settings["recipe"] == "recipe"
     assert len(asked) == len(set(asked))
     assert not any("norm" in m or "in_proj_a" in m or "mtp" in m for m in asked)
     block = planned.quantization
@@ -213,8 +213,8 @@ def test_a_group_size_that_does_not_divide_names_the_weights_and_the_sizes_that_
     assert f"    {LAYER}mlp.switch_mlp.down_proj: 96 inputs" in lines
     assert f"    {LAYER}mlp.shared_expert.down_proj: 96 inputs" in lines
     assert "  expected: group_size 32" in lines
-    assert plan(tmp_path / "src", group_size=32).bits == 4
-    assert plan(tmp_path / "src", dtype="bfloat16").bits is None
+    assert plan(tmp_path / "src", group_size=32).settings["bits"] == 4
+    assert plan(tmp_path / "src", dtype="bfloat16").settings["bits"] is None
 
 
 def narrow_experts(path: Path) -> None:
