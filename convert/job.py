@@ -71,7 +71,7 @@ def convert(
     does not exist and the same call goes on where this one stopped.
     """
     out = Path(out).expanduser().absolute()
-    _refuse_existing(out)
+    refuse_existing(out)
     work = work_folder(out)
     opened = open_any(source, _started_revision(work, source, revision), work / FETCHED)
     planned = plan(
@@ -101,7 +101,7 @@ def convert(
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
         write_file(work / "config.json", _json(output_config(planned, checksums)))
-        _refuse_existing(out)
+        refuse_existing(out)
         if (work / FETCHED).exists():
             if keep_source:
                 (work / FETCHED).rename(_kept_folder(out))
@@ -132,13 +132,15 @@ def verify(folder: str | Path, progress: Progress | None = None) -> int:
     total = sum(path.stat().st_size for path in paths.values() if path.exists())
     done, wrong = 0, []
     for name, path in paths.items():
+        if progress:
+            progress(done, total, "", name)
         if not path.exists():
             wrong.append(f"{name} is missing")
         elif sha256(path) != checksums[name]:
             wrong.append(f"{name} has another checksum")
         done += path.stat().st_size if path.exists() else 0
-        if progress:
-            progress(done, total, "", name)
+    if progress:
+        progress(done, total, "", "")
     if wrong:
         raise CheckpointError(
             f"{folder} is not as it was written",
@@ -326,7 +328,8 @@ def _companions(source: Source) -> list[Path]:
     return found
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raise if a file or folder would be written over."""
     if os.path.lexists(out):
         raise Qwen35Error(
             f"{out} exists already",

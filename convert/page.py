@@ -80,7 +80,7 @@ def family_lines(memory_bytes: int, own: Mac | None) -> list[str]:
         *aligned(rows),
         "size, and the longest context that fits; *: with iogpu.wired_limit_mb raised to"
         f" {wired_limit_mb(raised_limit_bytes(memory_bytes))}",
-        "then plan SOURCE for one of them: sizes are those of the text model, group 64",
+        "then plan SRC for one of them: sizes are those of the text model, group 64",
     ]
 
 

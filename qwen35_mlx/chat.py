@@ -14,7 +14,7 @@ from mlx_lm.generate import GenerationResponse
 
 from .cache import cached_tokens
 from .errors import ContextFull, PromptError, Qwen35Error
-from .generate import LONG_ANSWER_TOKENS, Progress, stream_ids
+from .generate import LONG_ANSWER_TOKENS, Progress, check_count, stream_ids
 from .loops import LoopDetector
 from .model import Model
 from .prefixes import (
@@ -278,6 +278,10 @@ class Chat:
         """Read `messages`, which then are the conversation, and yield the answer to them."""
         started = time.perf_counter()
         self.prefixes.stop_reading()
+        most = LONG_ANSWER_TOKENS if self.max_tokens is None else self.max_tokens
+        check_count("max_tokens", most)
+        if self.think_budget is not None:
+            check_count("think_budget", self.think_budget)
         prompt, start, boundary = self._prompt(messages)
         check_ids(prompt, self.model.config.vocab_size)
         room = self.model.config.context_length - len(prompt)
@@ -305,7 +309,7 @@ class Chat:
         parser = ToolCallParser(self.tools) if self.tools else None
         said: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
-        limit = min(self.max_tokens or LONG_ANSWER_TOKENS, room)
+        limit = min(most, room)
         try:
             with closing(self._generate(cache, prompt, sampler, splitter, limit)) as responses:
                 for text in responses:

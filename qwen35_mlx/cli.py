@@ -32,6 +32,8 @@ app = typer.Typer(
     help="Run Qwen3.5 on a Mac: convert a checkpoint, then chat with it.",
     no_args_is_help=True,
     add_completion=False,
+    # Rich's tables cut the names of options.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -65,7 +67,10 @@ def generate(
     seed: Seed = None,
     kernels: Kernels = "auto",
 ) -> None:
-    """Answer once: plain text on standard output, for scripts."""
+    """Answer once, in plain text on standard output, for scripts.
+
+    A thought comes first and ends in </think>; --no-think goes without.
+    """
     with user_errors():
         text = read_prompts([] if prompt is None else [prompt])[0]
         options = sampling_options(ctx)
@@ -98,8 +103,9 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
+            metavar="MODEL",
             help="Converted folder, or hub id; if unset, the newest model converted on this "
-            "machine, else the bundled demo."
+            "machine, else the bundled demo.",
         ),
     ] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Take the bundled demo.")] = False,
@@ -143,6 +149,7 @@ def chat(
             raise typer.BadParameter(f"--demo and {model} exclude each other.")
         prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
         options = sampling_options(ctx)
+        from .lineinput import can_edit, silent_keys
         from .talk import ChatSession
         from .terminal import loading, quiet_libraries
 
@@ -153,7 +160,7 @@ def chat(
         is_demo = name is None
         if name is None:
             name = bundled_demo()
-        with loading(name):
+        with loading(name), silent_keys(raw=can_edit()):
             from .chat import Chat
             from .prefixes import PrefixStore
             from .weights import load
@@ -171,14 +178,16 @@ def chat(
             preset=preset or ("checkpoint" if is_demo else "auto"),
             sampling={"seed": seed, **options},
             on_loop=on_loop,
-            store=PrefixStore(loaded, int(snapshot_memory * 1e9)),
+            store=PrefixStore(loaded, snapshot_memory * 1e9),
         )
         ChatSession(conversation, session, markdown=not plain).run(prompts)
 
 
 @app.command()
 def sessions(
-    name: Annotated[str | None, typer.Argument(help="Show this session's messages.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this session's messages.")
+    ] = None,
     remove: Annotated[
         list[str] | None, typer.Option("--remove", help="Delete this session; repeatable.")
     ] = None,
@@ -201,7 +210,10 @@ def sessions(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the report.")] = False,
 ) -> None:
-    """Look at this machine; check and time the Metal kernels, and remember which to use."""
+    """Check and time the Metal kernels; remember which to use.
+
+    Prints what this machine is, and a report to paste into a bug report.
+    """
     with user_errors():
         import json
 

@@ -29,7 +29,7 @@ from .options import (
 def convert(
     ctx: typer.Context,
     source: Source,
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     bits: Bits = None,
     group_size: GroupSize = 64,
     dtype: Dtype = None,
@@ -58,7 +58,7 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to grouped low-bit MLX weights.
+    """Convert a Hugging Face checkpoint to low-bit MLX weights.
 
     From the hub, shards are fetched one after the other and deleted when they are converted.
     Stopped in any way, the same command goes on where it stopped.
@@ -67,10 +67,13 @@ def convert(
         from .convert import convert as run
         from .convert import plan as make_plan
         from .convert import verify as read_again
+        from .convert.job import refuse_existing
         from .convert.page import conversion_lines
         from .terminal import byte_progress, note, print_converted, print_lines
 
         if not (verify and out.exists()):
+            # Before a calibration, which may take hours.
+            refuse_existing(out)
             found = calibration_for(source, out, calibration, calibrate, text, method)
             settings, spent = quality_settings(ctx, source, found)
             print_lines(spent)
@@ -99,7 +102,7 @@ def plan(
     ctx: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(help="Folder or hub id; without it, what fits this machine."),
+        typer.Argument(metavar="SRC", help="Folder or hub id; without it, what fits this machine."),
     ] = None,
     bits: Bits = None,
     group_size: GroupSize = 64,
@@ -115,7 +118,10 @@ def plan(
         Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
     ] = None,
 ) -> None:
-    """Show what convert would write, what that takes, and which Macs run it; from headers alone."""
+    """Show what convert would write, and which Macs run it.
+
+    Also the memory and disk that it takes. Reads headers alone.
+    """
     with user_errors():
         from .convert import page
         from .convert import plan as make_plan
@@ -197,17 +203,20 @@ def remember(folder: Path) -> None:
 
 
 def fidelity(
-    reference: Annotated[Path, typer.Argument(help="Folder of the original, or a converted one.")],
-    quantized: Annotated[Path, typer.Argument(help="Converted folder to judge.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
+    ],
+    quantized: Annotated[Path, typer.Argument(metavar="OUT", help="Converted folder to judge.")],
     text: TextFile = None,
     tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
     ] = None,
 ) -> None:
-    """Compare a quantized model with its original: KL, top-1, perplexity, error of each layer.
+    """Compare a quantized model with its original.
 
-    Both are read a layer at a time: neither has to fit in memory. The last line is JSON.
+    Prints KL, top-1 agreement, perplexity and the error of each layer; the last line is JSON.
+    Both are read a layer at a time: neither has to fit in memory.
     """
     with user_errors():
         from .convert.calibration import encode, read_text

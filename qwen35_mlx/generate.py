@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from numbers import Integral
 from typing import Any, cast
 
 import mlx.core as mx
@@ -60,11 +61,12 @@ def stream_generate(
     already = cached_tokens(cache or [])
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
-    limit = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-    for name, value in (("max_tokens", limit), ("prefill_step_size", prefill_step_size)):
-        if not isinstance(value, int) or value < 1:
-            raise Qwen35Error(f"{name} is not usable", got=repr(value), expected="1 or more")
-    stops = [s for s in ([stop] if isinstance(stop, str) else stop or ()) if s]
+    limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+    check_count("prefill_step_size", prefill_step_size)
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+    stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
+    if not all(isinstance(s, str) for s in stops):
+        raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)
     return stream_ids(
         model,
@@ -73,10 +75,19 @@ def stream_generate(
         model.make_cache() if cache is None else cache,
         Sampler(params, mx.array([*cached_ids, *ids]), seed),
         min(limit, room),
-        stops,
+        [s for s in stops if s],
         prefill_step_size,
         progress,
     )
+
+
+def check_count(name: str, value: Any) -> int:
+    """A number of tokens, from whatever type of whole number."""
+    if not isinstance(value, Integral) or value < 1:
+        raise Qwen35Error(
+            f"{name} is not usable", got=repr(value), expected="a whole number, 1 or more"
+        )
+    return int(value)
 
 
 def stream_ids(

@@ -112,8 +112,13 @@ class EditingReader:
 
 def open_reader(commands: Mapping[str, Iterable[str]], history: Path) -> Reader:
     """An editor where a person sits at a terminal that can do it."""
-    able = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    return EditingReader(commands, history) if able else LineReader()
+    return EditingReader(commands, history) if can_edit() else LineReader()
+
+
+def can_edit() -> bool:
+    """Whether a person sits at a terminal that can do more than lines."""
+    streams = (sys.stdin, sys.stdout)
+    return all(s and s.isatty() for s in streams) and os.environ.get("TERM") != "dumb"
 
 
 @contextmanager

@@ -39,7 +39,10 @@ def one_of(*allowed: object) -> Callable[[Any], Any]:
 
 
 Source = Annotated[
-    str, typer.Argument(help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME.")
+    str,
+    typer.Argument(
+        metavar="SRC", help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME."
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id; main if unset.")
@@ -84,7 +87,7 @@ Fit = Annotated[
     typer.Option(metavar="MEMORY", help="Best bits that fit a Mac of this memory, such as 192GB."),
 ]
 BitsPerWeight = Annotated[
-    float | None, typer.Option(min=0, help="Best bits of this average, scales included.")
+    float | None, typer.Option(min=0, max=32, help="Best bits of this average, scales included.")
 ]
 Prefer = Annotated[
     str, typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed.")

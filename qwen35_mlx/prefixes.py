@@ -158,7 +158,7 @@ class PrefixStore:
     use from several threads; the one that reads ahead is stopped by every call.
     """
 
-    def __init__(self, model: Model, memory_bytes: int = DEFAULT_SNAPSHOT_BYTES):
+    def __init__(self, model: Model, memory_bytes: float = DEFAULT_SNAPSHOT_BYTES):
         self.model = model
         self.memory_bytes = memory_bytes
         self.caches: list[PromptCache] = []
@@ -223,9 +223,13 @@ class PrefixStore:
                 job(self._stopping.is_set)
             except BaseException as error:
                 self._failure = error
+            finally:
+                # MLX ends a thread's streams late; a process that exits before is aborted.
+                mx.clear_streams()
 
         self._reader = Thread(target=run, name="read-ahead", daemon=True)
         self._reader.start()
+        self._at_exit = weakref.finalize(self, _end, self._reader, self._stopping)
 
     def stop_reading(self, *, wait_for_end: bool = False) -> None:
         """End the reading ahead, at once or when it is done; raises what went wrong in it."""
@@ -235,9 +239,16 @@ class PrefixStore:
             self._stopping.set()
         self._reader.join()
         self._reader = None
+        self._at_exit.detach()
         failure, self._failure = self._failure, None
         if failure:
             raise failure
+
+
+def _end(reader: Thread, stopping: Event) -> None:
+    """At exit: a thread that still computes then would abort the process."""
+    stopping.set()
+    reader.join()
 
 
 def snapshot_marks(start: int, end: int) -> range:

@@ -39,6 +39,8 @@ def encode_prompt(
 def _token_ids(prompt: Any) -> list[int]:
     """Whole numbers out of a list or an array."""
     try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError
         return [operator.index(i) for i in getattr(prompt, "tolist", lambda: prompt)()]
     except TypeError:
         raise PromptError(
@@ -94,8 +96,6 @@ def render_messages(
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
     _refuse_pictures(messages)
-    from jinja2.exceptions import TemplateError
-
     try:
         return str(
             _unwrapped(tokenizer).apply_chat_template(
@@ -105,7 +105,8 @@ def render_messages(
                 **template,
             )
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    # A template is a program and fails in its own ways.
+    except Exception as error:
         raise PromptError("the chat template refuses these messages", got=error) from None
 
 

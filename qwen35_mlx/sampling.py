@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import mlx.core as mx
@@ -65,9 +65,11 @@ class SamplingParams:
         try:
             return replace(self, **{k: v for k, v in changes.items() if v is not None})
         except TypeError:
-            known = ", ".join(self.__dataclass_fields__)
+            known = self.__dataclass_fields__
             raise Qwen35Error(
-                "unknown sampling option", got=", ".join(changes), expected=known
+                "unknown sampling option",
+                got=", ".join(name for name in changes if name not in known),
+                expected=", ".join(known),
             ) from None
 
 
@@ -98,10 +100,10 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: mx.array, seed: int | None = None):
         """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not."""
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed <= MAX_SEED):
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
             raise Qwen35Error("seed is not usable", got=repr(seed), expected=f"0 to {MAX_SEED}")
         self.params = params
-        self._key = mx.random.key(secrets.randbits(63) if seed is None else seed)
+        self._key = mx.random.key(secrets.randbits(63) if seed is None else int(seed))
         self._prompt = prompt
         self._in_text: mx.array | None = None
         self._in_answer: mx.array | None = None

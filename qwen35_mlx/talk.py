@@ -360,7 +360,7 @@ class ChatSession:
         elif name == "on_loop":
             chat.set_on_loop(value or "stop")
         elif name == "max_tokens":
-            chat.max_tokens = _number(value, int) or None
+            chat.max_tokens = _number(value or "0", int) or None
         else:
             chat.sampling[name] = _number(value, NUMBERS[name]) if value else None
             try:
@@ -480,10 +480,10 @@ def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _number(text: str, kind: Callable[[str], Any]) -> Any:
-    try:
-        return kind(text.replace(",", ""))
-    except ValueError:
-        raise Qwen35Error("not a number", got=repr(text)) from None
+    with contextlib.suppress(ValueError):
+        if (number := kind(text.replace(",", ""))) >= 0 or kind is float:
+            return number
+    raise Qwen35Error("not a number", got=repr(text), expected="0 or more" if kind is int else None)
 
 
 def _shortened(text: str) -> str:

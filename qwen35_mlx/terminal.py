@@ -47,8 +47,9 @@ def note(text: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep the remarks of libraries out of the chat."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where it is imported already.
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

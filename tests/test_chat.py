@@ -1,6 +1,9 @@
 """A conversation: equal to one begun afresh, read once, and whole after every accident."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -229,6 +232,31 @@ def test_a_refused_setting_takes_the_message_back(demo: Any, wrong: dict[str, An
     assert chat.messages == []
     chat.sampling = {"temperature": 0.0}
     assert "Paris" in ask(chat, FRANCE)
+
+
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"max_tokens": -3}, {"think_budget": -1}])
+def test_numbers_of_tokens_below_one_are_refused(demo: Any, wrong: dict[str, int]) -> None:
+    chat = Chat(*demo, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(Qwen35Error, match="is not usable"):
+        list(chat.send(FRANCE))
+    assert chat.messages == []
+
+
+END_WHILE_READING = """
+import sys, time
+from qwen35_mlx import Chat, load
+chat = Chat(*load(sys.argv[1]))
+list(chat.send("What is the capital of France?"))
+chat.start_reading_ahead()
+time.sleep(0.01)
+"""
+
+
+def test_a_script_may_end_while_it_reads_ahead(converted_demo: Path) -> None:
+    for _ in range(2):
+        command = [sys.executable, "-c", END_WHILE_READING, str(converted_demo)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_same_seed_gives_the_same_conversation(demo: Any) -> None:

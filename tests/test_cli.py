@@ -76,6 +76,17 @@ def test_help_answers_at_once() -> None:
     assert min(seconds) < 0.6
 
 
+@pytest.mark.parametrize("command", ["convert", "plan", "fidelity", "generate", "chat", "sessions"])
+def test_no_name_of_an_option_is_cut_in_a_narrow_help(
+    run: Any, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = run(command, "--help").stdout
+    parameters = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    for name in (name for p in parameters for name in p.opts if name.startswith("--")):
+        assert name in shown
+
+
 def test_version_and_no_command(run: Any) -> None:
     assert run("--version").stdout == f"qwen35-mlx {qwen35_mlx.__version__}\n"
     assert run().exit_code == 2
@@ -86,10 +97,11 @@ def test_version_and_no_command(run: Any) -> None:
     [
         (["frobnicate"], "frobnicate"),
         (["generate"], "MODEL"),
-        (["convert", "x"], "out"),
+        (["convert", "x"], "OUT"),
         (["convert", "x", "y", "--bits", "7"], "7 is not one of 2, 3, 4, 5, 6, 8"),
         (["convert", "x", "y", "--bits", "four"], "--bits"),
         (["plan", "x", "--group-size", "48"], "48 is not one of 32, 64, 128"),
+        (["plan", "x", "--bits-per-weight", "inf"], "--bits-per-weight"),
         (["plan", "x", "--dtype", "int8"], "int8 is not one of bfloat16"),
         (["generate", "x", "-p", "hi", "--temperature", "-1"], "temperature is not usable"),
         (["generate", "x", "-p", "hi", "--temperature", "nan"], "temperature is not usable"),
@@ -188,6 +200,13 @@ def test_convert_tells_progress_on_stderr_and_the_result_on_stdout(
     assert json.loads((out / "config.json").read_text())["quantization"]["bits"] == 4
 
 
+def test_a_folder_in_the_way_is_told_before_hours_of_calibration(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    result = run("convert", "no/source", tmp_path / "out", "--calibrate")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {tmp_path / 'out'} exists already")
+
+
 def test_verify_reads_everything_again(run: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("convert", DEMO, out, "--verify")
@@ -195,6 +214,8 @@ def test_verify_reads_everything_again(run: Any, tmp_path: Path) -> None:
     assert "are as they were written" in result.stdout
     result = run("convert", DEMO, out, "--verify")
     assert (result.exit_code, "written to" in result.stdout) == (0, False)
+    # All of it is read by this run, none by one before.
+    assert re.search(r": [4-9]\.\d MB read in [^,]*\n", result.stderr)
     for name in ("model.safetensors", "tokenizer.json"):
         path = out / name
         raw = bytearray(path.read_bytes())
@@ -368,6 +389,17 @@ def test_a_closed_pipe_is_no_error_to_talk_about(converted_demo: Path) -> None:
         assert job.stderr.read() == ""
         assert job.wait(timeout=60) == 1
         job.stderr.close()
+
+
+def test_no_library_remarks_on_a_prompt_that_is_too_long(converted_demo: Path) -> None:
+    job = shell("chat", converted_demo, "-p", "word " * 5000)
+    stdout, stderr = job.communicate(timeout=60)
+    assert (job.returncode, stdout) == (1, "") and stderr.startswith("error: the prompt is longer")
+
+
+def test_snapshot_memory_without_a_bound(run: Any, converted_demo: Path) -> None:
+    asked = ("chat", converted_demo, "-p", FRANCE, "--max-tokens", "1", "--snapshot-memory", "inf")
+    assert run(*asked).exit_code == 0
 
 
 def test_output_that_the_locale_cannot_show_is_no_traceback(converted_demo: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
@@ -227,6 +228,14 @@ def test_stop_strings_in_an_answer(
     assert responses[-1].finish_reason == "stop"
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers(demo: Any) -> None:
+    three = np.int64(3)
+    parts = list(stream_generate(*demo, "Hi", temperature=1.0, max_tokens=three, seed=three))
+    assert "".join(r.text for r in parts) == generate(
+        *demo, "Hi", temperature=1.0, max_tokens=3, seed=3
+    )
+
+
 def test_a_stop_string_that_only_begins_is_shown_at_the_limit(
     demo: Any, scripted: Callable[..., Any]
 ) -> None:
@@ -247,9 +256,13 @@ def test_a_stop_string_that_only_begins_is_shown_at_the_limit(
         ([{"role": "robot", "content": "x"}], {}, PromptError, "refuses"),
         ([1], {"max_tokens": 0}, Qwen35Error, "max_tokens is not usable"),
         ([1], {"max_tokens": 1.5}, Qwen35Error, "max_tokens is not usable"),
+        (b"text", {}, PromptError, "not usable"),
+        ([{"role": "user", "content": "x"}, "y"], {}, PromptError, "refuses"),
+        ([1], {"stop": 3}, Qwen35Error, "stop is not usable"),
+        ([1], {"stop": ["x", None]}, Qwen35Error, "stop is not usable"),
         ([1], {"prefill_step_size": 0}, Qwen35Error, "prefill_step_size is not usable"),
         ([1], {"temperature": -1}, Qwen35Error, "temperature is not usable"),
-        ([1], {"top_q": 1}, Qwen35Error, "unknown sampling option"),
+        ([1], {"top_k": 1, "top_q": 1}, Qwen35Error, "unknown sampling option\n  got: top_q\n"),
         ([1], {"seed": -1}, Qwen35Error, "seed is not usable"),
     ],
     ids=str,

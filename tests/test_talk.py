@@ -149,6 +149,19 @@ def test_what_is_typed_during_an_answer_is_the_next_message(
     assert "two" not in answers.partition("\n> two\n")[0]
 
 
+def test_what_is_typed_while_the_model_loads_is_the_first_message(
+    screen: Any, converted_demo: Path
+) -> None:
+    slowly = (
+        "import time, qwen35_mlx.weights as w; load = w.load\n"
+        "w.load = lambda *a, **k: (time.sleep(2), load(*a, **k))[1]\n"
+    )
+    shell = screen("chat", converted_demo, "--temperature", "0", code=f"exec({slowly!r});{CLI}")
+    shell.wait_for("Loading")
+    shell.type(FRANCE + "\r")
+    assert "Paris" in shell.wait_for(DONE)
+
+
 def test_undo_retry_and_edit(screen: Any, converted_demo: Path, home: Path) -> None:
     shell = screen(
         "chat", converted_demo, "--session", "s", "--temperature", "0", "--preset", "checkpoint"
@@ -195,6 +208,10 @@ def test_commands_that_change_and_show(
     do("/set temperature -1", "error: temperature is not usable")
     do("/set temperature hot", "error: not a number")
     do("/set", "error: no such setting")
+    do("/set max_tokens -3", "error: not a number")
+    do("/set seed -1", "error: not a number")
+    do("/set max_tokens", "temperature 0.6")
+    do("/think budget -1", "error: not a number")
     do("/set preset coding", "preset coding: temperature 0.6")
     do("/set preset nice", "error: unknown preset")
     do("/set temperature 0", "temperature 0,")
