@@ -4,15 +4,14 @@ import mlx.core as mx
 
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.quant.packing import Quantized, joined
 
 from .plan import Entry
-
-Parts = tuple[mx.array, mx.array, mx.array]
 
 
 def quantize_rows(
     rows: mx.array, entry: Entry, start: int, calibration: Calibration | None
-) -> Parts:
+) -> Quantized:
     """Quantize rows `start`, `start + 1`, … of an entry, those of an expert by its own inputs.
 
     "gptq" falls back to "search" where there is no Hessian, as for an embedding.
@@ -22,7 +21,7 @@ def quantize_rows(
     if calibration is None or method == "minmax":
         return quantize(rows, bits, group_size, method)
 
-    def calibrated(rows: mx.array, moments: mx.array | None, hessian: mx.array | None) -> Parts:
+    def calibrated(rows: mx.array, moments: mx.array | None, hessian: mx.array | None) -> Quantized:
         if method == "gptq" and hessian is not None:
             return quantize(rows, bits, group_size, "gptq", hessian=hessian)
         return quantize(rows, bits, group_size, "search", moments)
@@ -39,12 +38,11 @@ def quantize_rows(
             stop = done + whole * num_rows
             stack = rows[done:stop].reshape(whole, num_rows, -1)
             found = calibrated(stack, None, hessian[expert : expert + whole])
-            parts.append([part.reshape(-1, part.shape[-1]) for part in found])
+            parts.append(joined([found], [-1]))
         else:
             stop = min(done + num_rows - row, rows.shape[0])
             own = calibration.of(entry.module, expert)
-            parts.append([*calibrated(rows[done:stop], *own)])
+            parts.append(calibrated(rows[done:stop], *own))
         done = stop
         mx.eval(parts[-1])
-    wq, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
-    return wq, scales, biases
+    return joined(parts, [-1])

@@ -37,11 +37,9 @@ def dequantize_fp8(rows: np.ndarray, scales: np.ndarray, columns: int) -> np.nda
     else:
         values = PAIRS[rows.reshape(-1).view("<u2")].view("<f4").reshape(rows.shape)
     whole = rows.shape[1] // columns * columns
-    blocks = values[:, :whole].reshape(len(rows), -1, columns) if whole else None
-    if blocks is not None and np.shares_memory(blocks, values):
-        blocks *= scales[:, : whole // columns, None]
-    elif whole:
-        values[:, :whole] *= scales[:, : whole // columns].repeat(columns, axis=1)
+    # A view: the last dim is split.
+    blocks = values[:, :whole].reshape(len(rows), whole // columns, columns)
+    blocks *= scales[:, : whole // columns, None]
     if whole < rows.shape[1]:
         values[:, whole:] *= scales[:, -1:]
     return values

@@ -100,13 +100,7 @@ class Source:
 
 def open_source(folder: Path) -> Source:
     """Read config.json, the index and all headers of `folder`; no weight is read."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no checkpoint at {folder}",
-            got="a file" if folder.exists() else "no such folder",
-            expected="a folder with config.json and *.safetensors",
-            hint="a hub id is written OWNER/NAME",
-        )
+    check_folder(folder, "a hub id is written OWNER/NAME")
     config = read_config(folder)
     path = folder / INDEX_FILE
     index = read_index(path) if path.exists() else None
@@ -115,6 +109,17 @@ def open_source(folder: Path) -> Source:
         return (read_header(folder / file) for file in files)
 
     return Source(folder, config, gather_checked(folder, weight_files(folder), index, headers))
+
+
+def check_folder(folder: Path, hint: str = "") -> None:
+    """Refuse what is no folder."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {folder}",
+            got="a file" if folder.exists() else "no such folder",
+            expected="a folder with config.json and *.safetensors",
+            hint=hint,
+        )
 
 
 def gather_checked(

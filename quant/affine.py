@@ -6,6 +6,7 @@ import numpy as np
 from qwen35_mlx.errors import Qwen35Error
 
 from .gptq import DAMPING, gptq
+from .packing import Quantized
 from .search import search
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -33,13 +34,13 @@ def quantized_shapes(
     return (*leading, inputs * bits // 32), (*leading, inputs // group_size)
 
 
-def check_method(method: str, methods: tuple[str, ...] = METHODS) -> None:
-    """Refuse a method that is none of `methods`."""
-    if method not in methods:
+def check_method(method: str) -> None:
+    """Refuse what is no method."""
+    if method not in METHODS:
         raise Qwen35Error(
             f"method={method!r} is not a way to quantize",
             got=repr(method),
-            expected=", ".join(methods),
+            expected=", ".join(METHODS),
         )
 
 
@@ -51,7 +52,7 @@ def quantize(
     importance: mx.array | None = None,
     hessian: mx.array | None = None,
     damping: float = DAMPING,
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> Quantized:
     """Quantize `w [..., inputs]` to (packed uint32, scales, biases), laid out as mx.quantize does.
 
     "minmax" is mx.quantize itself, "search" finds the least squared error, each column weighed by
