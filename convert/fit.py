@@ -21,7 +21,7 @@ from . import macs
 from .hub import open_any
 from .names import Role
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
-from .shards import header_bytes
+from .shards import text_header_bytes
 from .source import Source
 
 PREFERENCES = ("quality", "speed")
@@ -64,23 +64,6 @@ def memory_bytes(text: str) -> int:
     return int(float(match[1]) * macs.GIB)
 
 
-def mac_budget(config: ModelConfig, memory: int, context: int | None = None) -> MacBudget:
-    """Weights that fit beside `context` tokens, if the GPU's limit is raised as far as is sane.
-
-    Without `context` it is 32,768 tokens, or all that the model can read if that is less.
-    """
-    if context is None:
-        context = min(DEFAULT_CONTEXT, config.context_length)
-    if context > config.context_length:
-        raise Qwen35Error(
-            "the context is longer than the model's",
-            got=f"{context:,} tokens",
-            expected=f"at most {config.context_length:,}",
-        )
-    limit_bytes = macs.raised_limit_bytes(memory)
-    return MacBudget(memory, limit_bytes, macs.overheads(config, context))
-
-
 def fit(
     source: str | Path | Source,
     budget_bytes: int | None = None,
@@ -98,7 +81,7 @@ def fit(
     """
     if prefer not in PREFERENCES:
         raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
-    source = source if isinstance(source, Source) else open_any(source)
+    source = open_any(source)
     base = plan(source, recipe=lambda module: (4, 32), dtype=dtype, method=method)
     if calibration is not None and calibration.layout != base.layout:
         raise Qwen35Error(
@@ -107,7 +90,7 @@ def fit(
             expected=base.source.origin["source"],
         )
     text = base.text_entries
-    container = header_bytes(base, carried=False)
+    container = text_header_bytes(base)
     if bits_per_weight is not None:
         budget_bytes = int(bits_per_weight * sum(e.num_parameters for e in text) / 8)
         container = 0
@@ -141,7 +124,7 @@ def fit(
     named = _recipe(settings)
     chosen = plan(source, recipe=named, dtype=dtype, method=method)
     kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
-    file_bytes = chosen.text_bytes + (header_bytes(chosen, carried=False) if container else 0)
+    file_bytes = chosen.text_bytes + (text_header_bytes(chosen) if container else 0)
     measured = bool(calibration and calibration.kls)
     return Choice(chosen, named, kl, file_bytes, allocation, measured)
 
@@ -149,9 +132,23 @@ def fit(
 def fit_mac(
     source: str | Path | Source, memory: int, *, context: int | None = None, **settings: Any
 ) -> tuple[MacBudget, dict[str, Choice]]:
-    """What a Mac of `memory` bytes has for weights, and the choice of `fit` by preference."""
-    opened = source if isinstance(source, Source) else open_any(source)
-    budget = mac_budget(ModelConfig.from_hf(opened.config), memory, context)
+    """What a Mac has for weights beside `context` tokens, and the choice of `fit` by preference.
+
+    The GPU's limit is raised as far as is sane. Without `context` it is 32,768 tokens, or all that
+    the model can read if that is less.
+    """
+    opened = open_any(source)
+    config = ModelConfig.from_hf(opened.config)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.context_length)
+    if context > config.context_length:
+        raise Qwen35Error(
+            "the context is longer than the model's",
+            got=f"{context:,} tokens",
+            expected=f"at most {config.context_length:,}",
+        )
+    overheads = macs.overheads(config, context)
+    budget = MacBudget(memory, macs.raised_limit_bytes(memory), overheads)
     choices = {
         prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
         for prefer in PREFERENCES

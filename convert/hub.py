@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -74,15 +74,16 @@ class HubSource(Source):
 
 
 def open_any(
-    source: str | Path, revision: str | None = None, fetch_into: Path | None = None
+    source: str | Path | Source, revision: str | None = None, fetch_into: Path | None = None
 ) -> Source:
     """Open a folder, or a hub id such as owner/name at a branch, tag or commit."""
-    folder = Path(source).expanduser()
-    if not is_hub_id(source):
-        if revision:
-            raise Qwen35Error("a folder has no revisions", got=f"revision={revision}")
-        return open_source(folder)
-    return open_hub(str(source), revision, fetch_into or Path("."))
+    if isinstance(source, Source):
+        return source
+    if is_hub_id(source):
+        return open_hub(str(source), revision, fetch_into or Path("."))
+    if revision:
+        raise Qwen35Error("a folder has no revisions", got=f"revision={revision}")
+    return open_source(Path(source).expanduser())
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -232,31 +233,29 @@ class Fetcher:
 
     def __init__(self, source: HubSource, keep: bool = False):
         self.source, self.keep = source, keep
-        self._changed = threading.Condition()
-        self._order: list[str] = []
-        self._wanted = 0
-        self._ready: set[str] = set()
-        self._error: Exception | None = None
-        self._stopped = False
         # What is waited for, in words.
         self.state = ""
+        self._here: dict[str, Future[None]] = {}
+        self._asked: set[str] = set()
+        # How many may be fetched now: the first, and one more for each that is asked for.
+        self._allowed = threading.Semaphore()
+        self._stopped = False
 
     def start(self, order: Sequence[str]) -> None:
         """Begin with the first of `order`, the files in the order they will be asked for."""
-        self._order = list(order)
+        self._here = {file: Future() for file in order}
         threading.Thread(target=self._run, name="fetch", daemon=True).start()
 
     def ready(self, file: str, timeout: float) -> bool:
         """Whether `file` is here after at most `timeout` seconds; raises what stopped it."""
-        with self._changed:
-            self._wanted = max(self._wanted, self._order.index(file))
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: file in self._ready or self._error, timeout)
-            if file in self._ready:
-                return True
-            if self._error:
-                raise self._error
+        if file not in self._asked:
+            self._asked.add(file)
+            self._allowed.release()
+        here = self._here[file]
+        if not wait([here], timeout).done:
             return False
+        here.result()
+        return True
 
     def release(self, file: str) -> None:
         """Nobody needs `file` any more."""
@@ -265,27 +264,21 @@ class Fetcher:
 
     def stop(self) -> None:
         """Fetch no further."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        self._allowed.release()
 
     def _run(self) -> None:
-        try:
-            for i, file in enumerate(self._order):
-                with self._changed:
-                    while not self._stopped and i > self._wanted + 1:
-                        self._changed.wait()
-                    if self._stopped:
-                        return
-                self._fetch(self.source.listing[file])
-                with self._changed:
-                    self._ready.add(file)
-                    self._changed.notify_all()
-        # Whatever it is, the one who waits has to hear of it.
-        except Exception as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+        for name, here in self._here.items():
+            self._allowed.acquire()
+            if self._stopped:
+                return
+            try:
+                self._fetch(self.source.listing[name])
+            # Whatever it is, the one who waits has to hear of it.
+            except Exception as error:
+                here.set_exception(error)
+                return
+            here.set_result(None)
 
     def _fetch(self, file: HubFile) -> None:
         path = self.source.folder / file.name

@@ -230,7 +230,7 @@ def plan(
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
-    opened = source if isinstance(source, Source) else open_any(source, revision)
+    opened = open_any(source, revision)
     block = fp8_block(opened.config, opened.tensors)
     config = ModelConfig.from_hf(opened.config)
 

@@ -128,12 +128,12 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def header_bytes(plan: Plan, carried: bool = True) -> int:
-    """Bytes of all files that are no tensor, of those that hold more than carried tensors."""
+def text_header_bytes(plan: Plan) -> int:
+    """Bytes that are no tensor, of all files that hold more than carried tensors."""
     return sum(
         len(_header(shard.tensors))
         for shard in plan.shards
-        if carried or any(entry.role is not Role.CARRIED for entry in shard.entries)
+        if any(entry.role is not Role.CARRIED for entry in shard.entries)
     )
 
 
