@@ -299,25 +299,13 @@ class Fetcher:
 
     def _download(self, file: HubFile) -> None:
         from huggingface_hub import hf_hub_download
-
-        repo, commit, folder = self.source.repo, self.source.commit, self.source.folder
-        bar = self._bar(file)
-        retry(
-            repo,
-            lambda: hf_hub_download(
-                repo, file.name, revision=commit, local_dir=folder, tqdm_class=bar
-            ),
-            WAITS_S,
-            lambda: self._stopped,
-        )
-
-    def _bar(self, file: HubFile) -> Any:
-        """What huggingface_hub reports its progress to; the one place to interrupt it."""
         from tqdm.auto import tqdm
 
-        fetcher = self
+        fetcher, source = self, self.source
 
         class Bar(tqdm):
+            """What huggingface_hub reports its progress to; the one place to interrupt it."""
+
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **kwargs | {"disable": True})
                 self.came = kwargs.get("initial") or 0
@@ -328,7 +316,11 @@ class Fetcher:
                 if fetcher._stopped:
                     raise Stopped
 
-        return Bar
+        get = partial(
+            hf_hub_download, source.repo, file.name, revision=source.commit,
+            local_dir=source.folder, tqdm_class=Bar,
+        )  # fmt: skip
+        retry(source.repo, get, WAITS_S, lambda: self._stopped)
 
     def _checksum(self, file: HubFile, path: Path) -> str:
         digest = hashlib.sha256() if file.in_lfs else hashlib.sha1(usedforsecurity=False)

@@ -3,7 +3,6 @@
 import copy
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
@@ -27,9 +26,9 @@ from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_a
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
-from .shards import sha256, sync_folder, write_file
+from .shards import sha256, sync_folder, write_file, write_json
 from .source import Source, read_rows
-from .stream import Progress, stream
+from .stream import Progress, Stream
 
 log = logging.getLogger(__name__)
 
@@ -91,16 +90,16 @@ def convert(
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = stream(planned, pieces, work, journal, fetcher, progress, calibration)
+            checksums = Stream(planned, pieces, work, journal, fetcher, progress, calibration).run()
         finally:
             journal.close()
-        write_file(work / INDEX_FILE, _json(_index(planned)))
+        write_json(work / INDEX_FILE, _index(planned))
         for path in companions:
             write_file(work / path.name, path.read_bytes())
         small = [INDEX_FILE, *(path.name for path in companions)]
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
-        write_file(work / "config.json", _json(output_config(planned, checksums)))
+        write_json(work / "config.json", output_config(planned, checksums))
         refuse_existing(out)
         if (work / FETCHED).exists():
             if keep_source:
@@ -391,7 +390,3 @@ def _lock(work: Path, out: Path) -> int:
         # Some network drives know no locks; two jobs at once are rarer than such drives.
         pass
     return descriptor
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -371,9 +371,7 @@ class _Resolver:
 
 def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape after the transform."""
-    if transform is Transform.TAPS_FIRST:
-        return shape[0], shape[2], shape[1]
-    if transform is Transform.CHANNELS_LAST:
+    if transform in (Transform.TAPS_FIRST, Transform.CHANNELS_LAST):
         return shape[0], *shape[2:], shape[1]
     return shape
 

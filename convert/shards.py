@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qwen35_mlx.headers import PREFIX_BYTES
@@ -82,27 +83,21 @@ def flush(descriptor: int) -> None:
     """fsync, and on macOS the drive's own cache too."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        try:
+        # Network drives do not know it.
+        with suppress(OSError):
             fcntl.fcntl(descriptor, full)
             return
-        except OSError:
-            # Network drives do not know it.
-            pass
     os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make new names in `folder` last, where the file system can."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -117,6 +112,11 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file as `write_file` does."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.quant.affine import largest_bits
 from qwen35_mlx.quant.calibrate import Calibration
 
 from .calibrated import quantize_rows
@@ -40,27 +41,6 @@ FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
 Progress = Callable[[int, int, str, str], None]
 
 
-def stream(
-    plan: Plan,
-    pieces: Sequence[Piece],
-    folder: Path,
-    journal: Journal,
-    fetcher: Fetcher | None = None,
-    progress: Progress | None = None,
-    calibration: Calibration | None = None,
-) -> dict[str, str]:
-    """Convert what the journal does not name yet; returns the SHA-256 of each shard by name.
-
-    Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
-    """
-    work = _Work(plan, pieces, folder, journal, fetcher, progress, calibration)
-    try:
-        work.run()
-    finally:
-        work.close()
-    return journal.checksums
-
-
 @cache
 def threads() -> ThreadPoolExecutor:
     """The threads of all conversions: MLX never frees what it sets up for a thread."""
@@ -68,7 +48,12 @@ def threads() -> ThreadPoolExecutor:
 
 
 @dataclass
-class _Work:
+class Stream:
+    """Converts what the journal does not name yet.
+
+    Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
+    """
+
     plan: Plan
     pieces: Sequence[Piece]
     folder: Path
@@ -89,7 +74,15 @@ class _Work:
         # Kernels of a GPU want one thread; a CPU runs as many as it has cores.
         self.in_main = mx.default_device() == mx.Device(mx.gpu)
 
-    def run(self) -> None:
+    def run(self) -> dict[str, str]:
+        """Do it; returns the SHA-256 of each shard by name."""
+        try:
+            self._run()
+        finally:
+            self._close()
+        return self.journal.checksums
+
+    def _run(self) -> None:
         todo = self._resume()
         # Pieces that a shard waits for, and that need a file.
         self.waiting = Counter(piece.shard for piece in todo)
@@ -118,7 +111,7 @@ class _Work:
         self._flush()
         self._collect(last=True)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Stop the threads; what is written but not flushed is converted again next time."""
         futures = [*(future for _, future in self.running), *self.hashes.values()]
         wait([future for future in futures if not future.cancel()])
@@ -305,12 +298,8 @@ def _bytes(part: mx.array) -> memoryview:
 
 
 def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
-    """On the bits, which takes a tenth of the time of a look at the numbers."""
     mask, limit = NOT_FINITE[dtype]
-    bits = rows.view(f"<u{rows.itemsize}")
-    step = max(2**16 // max(bits.shape[-1], 1), 1)
-    parts = (bits[i : i + step] & bits.dtype.type(mask) for i in range(0, len(bits), step))
-    if bits.size and any(part.max() >= limit for part in parts):
+    if largest_bits(rows.view(f"<u{rows.itemsize}"), mask) >= limit:
         raise _unusable(segment, "holds values that are not finite")
 
 
