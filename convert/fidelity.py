@@ -88,10 +88,11 @@ def fidelity(
     """
     pair = [c if isinstance(c, Checkpoint) else open_checkpoint(c) for c in (reference, quantized)]
     theirs, ours = pair
-    if theirs.config != ours.config:
+    facts = ((key, a, getattr(ours.config, key)) for key, a in vars(theirs.config).items())
+    if differences := [f"{key} {a} and {b}" for key, a, b in facts if a != b]:
         raise Qwen35Error(
             "these are not the same model",
-            got=_difference(theirs.config, ours.config),
+            got=", ".join(differences),
             expected="two folders of one model",
         )
     runs = [Layerwise(checkpoint) for checkpoint in pair]
@@ -107,14 +108,8 @@ def fidelity(
         own, states[1] = run_layer(layer, before), run_layer(layer, states[1])
         change = _energy(after, before)
         states[0] = after
-        layers.append(
-            LayerError(
-                index,
-                kind,
-                (_energy(own, after) / change) ** 0.5,
-                (_energy(states[1], after) / change) ** 0.5,
-            )
-        )
+        errors = [(_energy(x, after) / change) ** 0.5 for x in (own, states[1])]
+        layers.append(LayerError(index, kind, *errors))
         del layer
         mx.clear_cache()
     result = Fidelity()
@@ -132,11 +127,6 @@ def _energy(a: list[mx.array], b: list[mx.array]) -> float:
     for x, y in zip(a, b, strict=True):
         total += float(mx.square(x.astype(mx.float32) - y.astype(mx.float32)).sum())
     return max(total, 1e-30)
-
-
-def _difference(a: Any, b: Any) -> str:
-    keys = [k for k in vars(a) if getattr(a, k) != getattr(b, k)]
-    return ", ".join(f"{k} {getattr(a, k)} and {getattr(b, k)}" for k in keys)
 
 
 def plot(report: Report, path: Path) -> None:
