@@ -38,14 +38,8 @@ FETCHED = "source"
 SPARE_BYTES = 64 * 2**20
 # What mlx-lm and tokenizers look for outside text_config.
 TOP_LEVEL_KEYS = (
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-)
+    "architectures bos_token_id dtype eos_token_id pad_token_id torch_dtype transformers_version"
+).split()
 
 
 def convert(

@@ -23,21 +23,11 @@ from qwen35_mlx.headers import (
     weight_files,
 )
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
+COMPANIONS = """
+tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json
+chat_template.jinja chat_template.json generation_config.json
+preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE*
+""".split()
 # What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 FP8 = "F8_E4M3"

@@ -27,14 +27,10 @@ Setting = tuple[int, int]  # bits, group_size
 SETTINGS: tuple[Setting, ...] = tuple((b, g) for b in BITS for g in GROUP_SIZES)
 
 # Matrices that read the same input share its statistics.
-_SHARED_INPUTS = {
-    "in_proj_qkv": "input", "in_proj_z": "input",
-    "q_proj": "input", "k_proj": "input", "v_proj": "input",
-    "gate": "input", "shared_expert_gate": "input",
-    "gate_proj": "input", "up_proj": "input",
-    "out_proj": "hidden", "o_proj": "hidden", "down_proj": "hidden",
-    "lm_head": "input",
-}  # fmt: skip
+_READ_INPUT = (
+    "in_proj_qkv in_proj_z q_proj k_proj v_proj gate shared_expert_gate gate_proj up_proj lm_head"
+).split()
+_READ_HIDDEN = ("out_proj", "o_proj", "down_proj")
 
 
 def unit_of(module: str) -> str:
@@ -46,25 +42,22 @@ def unit_of(module: str) -> str:
 def input_name(module: str) -> str | None:
     """`….mlp.up_proj` -> `….mlp.input`: the name of what a module reads, None if unknown."""
     parent, _, last = module.rpartition(".")
-    kind = _SHARED_INPUTS.get(last)
-    if kind == "input" and last != "lm_head":
-        # Router, shared expert and its gate read what the layer's norm wrote.
-        parent = parent.removesuffix(".shared_expert")
-    return kind and f"{parent}.{kind}"
+    if last in _READ_HIDDEN:
+        return f"{parent}.hidden"
+    # Router, shared expert and its gate read what the layer's norm wrote.
+    return f"{parent.removesuffix('.shared_expert')}.input" if last in _READ_INPUT else None
 
 
 class Moments:
     """Sums over tokens of x^2, or of x x^T, for one input; by expert if there are several."""
 
     def __init__(self, inputs: int, num_experts: int = 0, hessian: bool = False):
-        self.num_experts = num_experts
         self.counts = np.zeros(max(num_experts, 1), dtype=np.int64)
         self.sums = mx.zeros((max(num_experts, 1), inputs))
         # Too many experts share one Hessian.
         fits = 4 * num_experts * inputs * inputs <= MAX_HESSIAN_BYTES
-        self.outer = (
-            mx.zeros((len(self.counts) if fits else 1, inputs, inputs)) if hessian else None
-        )
+        num_hessians = len(self.counts) if fits else 1
+        self.outer = mx.zeros((num_hessians, inputs, inputs)) if hessian else None
 
     def add(self, x: mx.array, experts: mx.array | None = None) -> None:
         """Rows `[N, I]`, and for experts the index of each, `[N]`."""
