@@ -100,7 +100,7 @@ class ConvertedCheckpoint(Checkpoint):
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """A Hugging Face checkpoint or a converted folder, told apart by their tensor names."""
+    """A Hugging Face checkpoint or a converted folder, told apart by their config.json."""
     folder = Path(folder).expanduser()
     check_folder(folder)
     config = read_config(folder)
