@@ -99,13 +99,11 @@ class Shard:
 class PlanRow:
     """One line of the printed plan: like modules of all layers together.
 
-    Carried tensors are summed up in one line, without shape and transform.
+    Carried tensors are summed up in one line, without shape. What is dropped has that for a dtype.
     """
 
     name: str
     shape: tuple[int, ...]
-    role: str
-    transform: str
     source_dtype: str
     dtype: str
     bits: int | None = None
@@ -179,19 +177,10 @@ class Plan:
         """The plan with layers folded to `*`, in the order of the work; dropped tensors last."""
         folded: dict[PlanRow, list[Entry]] = {}
         for entry in self.entries:
-            name, shape, transform = fold(entry.module), entry.shape, entry.transform.name.lower()
+            name, shape, stored = fold(entry.module), entry.shape, entry.segments[0].tensor.dtype
             if entry.role is Role.CARRIED:
-                name, shape, transform = name.partition(".")[0] + ".*", (), ""
-            row = PlanRow(
-                name,
-                shape,
-                entry.role.name.lower(),
-                transform,
-                entry.segments[0].tensor.dtype,
-                entry.dtype,
-                entry.bits,
-                entry.group_size,
-            )
+                name, shape = name.partition(".")[0] + ".*", ()
+            row = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
             folded.setdefault(row, []).append(entry)
         rows = [
             replace(
@@ -202,7 +191,7 @@ class Plan:
             )
             for row, group in folded.items()
         ]
-        rows += [PlanRow(t.name, t.shape, "dropped", "keep", t.dtype, "") for t in self.dropped]
+        rows += [PlanRow(t.name, t.shape, t.dtype, "dropped") for t in self.dropped]
         return tuple(rows)
 
 
