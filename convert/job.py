@@ -191,21 +191,20 @@ def _check_dropped(planned: Plan) -> None:
     embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
     kept = embedding.segments[0].tensor
     for head in planned.dropped:
-        if (head.dtype, head.shape) == (kept.dtype, kept.shape) and _same(
-            planned.source, head, kept
-        ):
-            continue
-        raise CheckpointError(
-            f"tensor {head.name} is not the embedding, to which config.json ties it",
-            got=f"a head of its own, {head.dtype} {list(head.shape)}",
-            expected=f"no head, or a copy of {kept.name}",
-            hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
-            " does, or remove the tensor",
-        )
+        if not _same(planned.source, head, kept):
+            raise CheckpointError(
+                f"tensor {head.name} is not the embedding, to which config.json ties it",
+                got=f"a head of its own, {head.dtype} {list(head.shape)}",
+                expected=f"no head, or a copy of {kept.name}",
+                hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
+                " does, or remove the tensor",
+            )
 
 
 def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
-    """Whether two tensors of one shape hold the same; of the hub's, only their first bytes."""
+    """Whether two tensors hold the same; of the hub's, only their first bytes are compared."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
     if isinstance(source, HubSource):
         nbytes = min(a.nbytes, FIRST_BYTES)
         first, second = (

@@ -64,12 +64,8 @@ def header_length(file: Path, prefix: bytes, file_bytes: int) -> int:
             hint="download the file again; a git-lfs pointer is not the file itself",
         )
     if header_bytes > HEADER_LIMIT_BYTES:
-        raise _damaged(
-            file,
-            "the header is too long",
-            f"{header_bytes} bytes",
-            f"at most {HEADER_LIMIT_BYTES} bytes",
-        )
+        limit = f"at most {HEADER_LIMIT_BYTES} bytes"
+        raise _damaged(file, "the header is too long", f"{header_bytes} bytes", limit)
     return header_bytes
 
 
@@ -92,12 +88,9 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
     for tensor in tensors:
         if tensor.offset != end:
             kind = "overlaps" if tensor.offset < end else "leaves a gap after"
-            raise _damaged(
-                file,
-                f"tensor {tensor.name} {kind} {before}",
-                f"offset {tensor.offset - data_start}",
-                f"offset {end - data_start}",
-            )
+            what = f"tensor {tensor.name} {kind} {before}"
+            got, expected = (f"offset {at - data_start}" for at in (tensor.offset, end))
+            raise _damaged(file, what, got, expected)
         end, before = tensor.offset + tensor.nbytes, tensor.name
         if end > file_bytes:
             raise CheckpointError(
@@ -199,12 +192,8 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
-        raise _damaged(
-            file,
-            f"length of tensor {name}",
-            f"{end - begin} bytes",
-            f"{nbytes} bytes ({dtype} {shape})",
-        )
+        expected = f"{nbytes} bytes ({dtype} {shape})"
+        raise _damaged(file, f"length of tensor {name}", f"{end - begin} bytes", expected)
     return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 
