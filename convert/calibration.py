@@ -18,9 +18,9 @@ from qwen35_mlx.model import DecoderLayer
 from qwen35_mlx.quant.calibrate import (
     Calibration,
     Moments,
-    Setting,
     input_name,
     option_errors,
+    rounded,
     search_gain,
     unit_of,
 )
@@ -28,7 +28,7 @@ from qwen35_mlx.quant.fidelity import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
 from qwen35_mlx.weights import load_tokenizer, read_generation_config
 
-from .layerwise import LAYER, Layerwise, SourceCheckpoint, leaves, run_layer, watched
+from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, watched
 
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 TEXT_TOKENS = 512
@@ -166,20 +166,14 @@ def _collecting(
         result.moments[name] = moment.means()
         if (hessian := moment.hessians()) is not None:
             result.hessians[name] = hessian
-    for module, matrix in _matrices(root, prefix):
-        if module in checkpoint.quantizable:
+    for path, matrix in matrices(root).items():
+        if (module := prefix + path) in checkpoint.quantizable:
             second, hessian = result.of(module)
             gain = 1.0 if hessian is None else feedback_gain(hessian)
             gains[module] = gain
             errors = option_errors(matrix.weight, second)
             result.errors[module] = {setting: gain * error for setting, error in errors.items()}
     mx.eval(result.moments, result.hessians)
-
-
-def _matrices(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in leaves(root):
-        if hasattr(module, "to_quantized"):
-            yield prefix + path, module
 
 
 def _measure(
@@ -199,8 +193,8 @@ def _measure(
     starts: dict[str, int] = {}
     parts = [(run.ends, "", -1), *((la, LAYER.format(i), i) for i, la in enumerate(layers))]
     for root, prefix, index in parts:
-        for name, module in _matrices(root, prefix):
-            if name in result.errors:
+        for path, module in matrices(root).items():
+            if (name := prefix + path) in result.errors:
                 units.setdefault(unit_of(name), []).append((name, module))
                 starts[unit_of(name)] = len(layers) if name.endswith("lm_head") else index
     for done, (unit, members) in enumerate(units.items()):
@@ -231,12 +225,3 @@ def _group_size(modules: Sequence[nn.Module]) -> int:
         for size in (MEASURED_GROUP_SIZE, 32)
         if all(module.weight.shape[-1] % size == 0 for module in modules)
     )
-
-
-def rounded(w: mx.array, setting: Setting) -> mx.array:
-    """The weight as mx.quantize leaves it: a search takes 50 times as long, its gain is known."""
-    bits, group_size = setting
-    parts = mx.quantize(w, group_size=group_size, bits=bits)
-    back = mx.dequantize(*parts, group_size=group_size, bits=bits)
-    mx.eval(back)
-    return back

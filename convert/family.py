@@ -28,9 +28,7 @@ FAMILY: dict[str, tuple[int, int, int, int, int, bool, int | tuple[int, int, int
 def family_config(name: str) -> dict[str, Any]:
     """The part of config.json that sizes follow from."""
     hidden, layers, heads, kv_heads, value_heads, tied, width = FAMILY[name]
-    moe = isinstance(width, tuple)
     text: dict[str, Any] = {
-        "model_type": "qwen3_5_moe_text" if moe else "qwen3_5_text",
         "hidden_act": "silu",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -54,12 +52,12 @@ def family_config(name: str) -> dict[str, Any]:
         },
     }
     if isinstance(width, tuple):
-        keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-        text |= dict(zip(keys, width, strict=True))
-        text["shared_expert_intermediate_size"] = width[2]
+        kind, keys = "qwen3_5_moe", ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        text |= dict(zip(keys, width, strict=True)) | {"shared_expert_intermediate_size": width[2]}
     else:
+        kind = "qwen3_5"
         text["intermediate_size"] = width
-    return {"model_type": text["model_type"].removesuffix("_text"), "text_config": text}
+    return {"model_type": kind, "text_config": {"model_type": f"{kind}_text", **text}}
 
 
 def family_source(name: str) -> Source:

@@ -1,6 +1,5 @@
 """A quantized checkpoint held against its reference, both run layer by layer."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from qwen35_mlx.quant.fidelity import Fidelity
 
 from .calibration import Progress
 from .layerwise import Checkpoint, Layerwise, open_checkpoint, run_layer
+from .picture import picture
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ def fidelity(
     """
     pair = [c if isinstance(c, Checkpoint) else open_checkpoint(c) for c in (reference, quantized)]
     theirs, ours = pair
-    if theirs.config != ours.config:
+    facts = ((key, a, getattr(ours.config, key)) for key, a in vars(theirs.config).items())
+    if differences := [f"{key} {a} and {b}" for key, a, b in facts if a != b]:
         raise Qwen35Error(
             "these are not the same model",
-            got=_difference(theirs.config, ours.config),
+            got=", ".join(differences),
             expected="two folders of one model",
         )
     runs = [Layerwise(checkpoint) for checkpoint in pair]
@@ -107,28 +108,17 @@ def fidelity(
         own, states[1] = run_layer(layer, before), run_layer(layer, states[1])
         change = _energy(after, before)
         states[0] = after
-        layers.append(
-            LayerError(
-                index,
-                kind,
-                (_energy(own, after) / change) ** 0.5,
-                (_energy(states[1], after) / change) ** 0.5,
-            )
-        )
+        errors = [(_energy(x, after) / change) ** 0.5 for x in (own, states[1])]
+        layers.append(LayerError(index, kind, *errors))
         del layer
         mx.clear_cache()
     result = Fidelity()
     following = mx.concatenate([ids[:, 1:], mx.full((len(ids), 1), -1)], axis=1)
-    for (i, start, p), (_, _, q) in zip(*(_logits(runs, states)), strict=True):
+    logits = [run.logits(hidden) for run, hidden in zip(runs, states, strict=True)]
+    for (i, start, p), (_, _, q) in zip(*logits, strict=True):
         result.add(p, q, following[i, start : start + len(p)])
         mx.clear_cache()
     return Report(theirs, ours, tuple(layers), result)
-
-
-def _logits(
-    runs: list[Layerwise], states: list[list[mx.array]]
-) -> list[Iterator[tuple[int, int, mx.array]]]:
-    return [run.logits(hidden) for run, hidden in zip(runs, states, strict=True)]
 
 
 def _energy(a: list[mx.array], b: list[mx.array]) -> float:
@@ -139,39 +129,22 @@ def _energy(a: list[mx.array], b: list[mx.array]) -> float:
     return max(total, 1e-30)
 
 
-def _difference(a: Any, b: Any) -> str:
-    keys = [k for k in vars(a) if getattr(a, k) != getattr(b, k)]
-    return ", ".join(f"{k} {getattr(a, k)} and {getattr(b, k)}" for k in keys)
-
-
 def plot(report: Report, path: Path) -> None:
     """Errors by layer and the distribution of KL by token, as a PNG."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Qwen35Error(
-            "a picture needs matplotlib", hint="pip install 'qwen35-mlx[plot]'"
-        ) from None
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    indices = [layer.index for layer in report.layers]
-    left.plot(indices, [layer.own for layer in report.layers], "o-", label="this layer alone")
-    accumulated = [layer.accumulated for layer in report.layers]
-    left.plot(indices, accumulated, "s--", label="all layers up to it")
-    left.set(xlabel="layer", ylabel="error / what the layer adds", yscale="log")
-    left.legend()
-    kls = np.sort(np.concatenate(report.tokens.kls))
-    right.plot(np.maximum(kls, 1e-9), np.linspace(0, 1, len(kls)))
-    right.axvline(report.tokens.mean_kl, linestyle=":", label=f"mean {report.tokens.mean_kl:.4g}")
-    right.axvline(report.tokens.p99_kl, linestyle="--", label=f"99 % {report.tokens.p99_kl:.4g}")
-    right.set(xlabel="KL(reference || quantized), nats", ylabel="share of tokens", xscale="log")
-    right.legend()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            FigureCanvasAgg(figure).print_png(stream)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise Qwen35Error(f"cannot write {path}", got=error) from error
+    with picture(path, (11, 4)) as (_, left, right):
+        indices = [layer.index for layer in report.layers]
+        left.plot(indices, [layer.own for layer in report.layers], "o-", label="this layer alone")
+        accumulated = [layer.accumulated for layer in report.layers]
+        left.plot(indices, accumulated, "s--", label="all layers up to it")
+        left.set(xlabel="layer", ylabel="error / what the layer adds", yscale="log")
+        left.legend()
+        kls = np.sort(np.concatenate(report.tokens.kls))
+        right.plot(np.maximum(kls, 1e-9), np.linspace(0, 1, len(kls)))
+        right.axvline(
+            report.tokens.mean_kl, linestyle=":", label=f"mean {report.tokens.mean_kl:.4g}"
+        )
+        right.axvline(
+            report.tokens.p99_kl, linestyle="--", label=f"99 % {report.tokens.p99_kl:.4g}"
+        )
+        right.set(xlabel="KL(reference || quantized), nats", ylabel="share of tokens", xscale="log")
+        right.legend()

@@ -21,7 +21,7 @@ from . import macs
 from .hub import open_any
 from .names import Role
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
-from .shards import header_bytes
+from .shards import text_header_bytes
 from .source import Source
 
 PREFERENCES = ("quality", "speed")
@@ -35,9 +35,8 @@ class Choice:
     plan: Plan
     recipe: Recipe
     predicted_kl: float
-    # What the plan's text model takes in files, headers included, and what it may take.
+    # What the plan's text model takes in files, headers included.
     file_bytes: int
-    budget_bytes: int
     allocation: Allocation
     # Whether the prediction rests on KLs that calibration measured.
     measured: bool
@@ -48,17 +47,13 @@ class MacBudget:
     """What a Mac of some memory has left for weights."""
 
     memory_bytes: int
-    context: int
     limit_bytes: int
-    kv_bytes: int
-    state_bytes: int
-    activation_bytes: int
-    program_bytes: int
+    # What is not for weights, by what it is for.
+    overheads: Mapping[str, int]
 
     @property
     def weight_bytes(self) -> int:
-        used = self.kv_bytes + self.state_bytes + self.activation_bytes + self.program_bytes
-        return self.limit_bytes - used
+        return self.limit_bytes - sum(self.overheads.values())
 
 
 def memory_bytes(text: str) -> int:
@@ -67,30 +62,6 @@ def memory_bytes(text: str) -> int:
     if not match or float(match[1]) <= 0:
         raise Qwen35Error("not a size of memory", got=repr(text), expected="such as 192GB")
     return int(float(match[1]) * macs.GIB)
-
-
-def mac_budget(config: ModelConfig, memory: int, context: int | None = None) -> MacBudget:
-    """Weights that fit beside `context` tokens, if the GPU's limit is raised as far as is sane.
-
-    Without `context` it is 32,768 tokens, or all that the model can read if that is less.
-    """
-    if context is None:
-        context = min(DEFAULT_CONTEXT, config.context_length)
-    if context > config.context_length:
-        raise Qwen35Error(
-            "the context is longer than the model's",
-            got=f"{context:,} tokens",
-            expected=f"at most {config.context_length:,}",
-        )
-    return MacBudget(
-        memory,
-        context,
-        macs.raised_limit_bytes(memory),
-        macs.kv_bytes(config, context),
-        2 * macs.state_bytes(config),
-        macs.prefill_bytes(config),
-        macs.FIXED_BYTES,
-    )
 
 
 def fit(
@@ -110,7 +81,7 @@ def fit(
     """
     if prefer not in PREFERENCES:
         raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
-    source = source if isinstance(source, Source) else open_any(source)
+    source = open_any(source)
     base = plan(source, recipe=lambda module: (4, 32), dtype=dtype, method=method)
     if calibration is not None and calibration.layout != base.layout:
         raise Qwen35Error(
@@ -118,8 +89,8 @@ def fit(
             got=calibration.source,
             expected=base.source.origin["source"],
         )
-    text = [e for e in base.entries if e.role is not Role.CARRIED]
-    container = header_bytes(base, carried=False)
+    text = base.text_entries
+    container = text_header_bytes(base)
     if bits_per_weight is not None:
         budget_bytes = int(bits_per_weight * sum(e.num_parameters for e in text) / 8)
         container = 0
@@ -153,37 +124,36 @@ def fit(
     named = _recipe(settings)
     chosen = plan(source, recipe=named, dtype=dtype, method=method)
     kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
-    text_bytes = macs.text_bytes(chosen)
-    file_bytes = text_bytes + (header_bytes(chosen, carried=False) if container else 0)
+    file_bytes = chosen.text_bytes + (text_header_bytes(chosen) if container else 0)
     measured = bool(calibration and calibration.kls)
-    return Choice(chosen, named, kl, file_bytes, budget_bytes, allocation, measured)
+    return Choice(chosen, named, kl, file_bytes, allocation, measured)
 
 
 def fit_mac(
-    source: str | Path | Source,
-    memory: int,
-    *,
-    context: int | None = None,
-    prefer: str = "quality",
-    calibration: Calibration | None = None,
-    dtype: str | None = None,
-    method: str = "search",
-) -> tuple[Choice, MacBudget, dict[str, Choice]]:
-    """The choice for a Mac of `memory` bytes, its budget, and the choices of every preference."""
-    opened = source if isinstance(source, Source) else open_any(source)
-    budget = mac_budget(ModelConfig.from_hf(opened.config), memory, context)
-    choices = {
-        each: fit(
-            opened,
-            budget.weight_bytes,
-            calibration=calibration,
-            prefer=each,
-            dtype=dtype,
-            method=method,
+    source: str | Path | Source, memory: int, *, context: int | None = None, **settings: Any
+) -> tuple[MacBudget, dict[str, Choice]]:
+    """What a Mac has for weights beside `context` tokens, and the choice of `fit` by preference.
+
+    The GPU's limit is raised as far as is sane. Without `context` it is 32,768 tokens, or all that
+    the model can read if that is less.
+    """
+    opened = open_any(source)
+    config = ModelConfig.from_hf(opened.config)
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.context_length)
+    if context > config.context_length:
+        raise Qwen35Error(
+            "the context is longer than the model's",
+            got=f"{context:,} tokens",
+            expected=f"at most {config.context_length:,}",
         )
-        for each in PREFERENCES
+    overheads = macs.overheads(config, context)
+    budget = MacBudget(memory, macs.raised_limit_bytes(memory), overheads)
+    choices = {
+        prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
+        for prefer in PREFERENCES
     }
-    return choices[prefer], budget, choices
+    return budget, choices
 
 
 def quality_settings(
@@ -217,31 +187,29 @@ def quality_settings(
     if memory is None and bits_per_weight is None:
         return settings, []
     opened = open_any(source, revision)
-    known: Any = dict(prefer=prefer, calibration=calibration, dtype=dtype, method=method)
+    known: Any = dict(calibration=calibration, dtype=dtype, method=method)
     if memory is not None:
-        choice, budget, choices = fit_mac(opened, memory_bytes(memory), context=context, **known)
-        return settings | dict(recipe=choice.recipe), budget_lines(budget, choice, choices)
-    choice = fit(opened, bits_per_weight=bits_per_weight, **known)
-    line = f"predicted KL {choice.predicted_kl:.5f} nats a token"
-    return settings | dict(recipe=choice.recipe), [line]
+        budget, choices = fit_mac(opened, memory_bytes(memory), context=context, **known)
+        choice, lines = choices[prefer], budget_lines(budget, prefer, choices)
+    else:
+        choice = fit(opened, bits_per_weight=bits_per_weight, prefer=prefer, **known)
+        lines = [f"predicted KL {choice.predicted_kl:.5f} nats a token"]
+    return settings | dict(recipe=choice.recipe), lines
 
 
-def budget_lines(budget: MacBudget, choice: Choice, choices: Mapping[str, Choice]) -> list[str]:
+def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, Choice]) -> list[str]:
     """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
-    left = budget.weight_bytes
-    rows = [
-        ("GPU limit, raised as far as is sane", budget.limit_bytes),
-        (f"KV cache of {budget.context:,} tokens", budget.kv_bytes),
-        ("recurrent states, one of them a snapshot", budget.state_bytes),
-        ("activations of a prefill step (estimate)", budget.activation_bytes),
-        ("logits, buffers, program (estimate)", budget.program_bytes),
-        ("left for weights", left),
-        ("weights of the text model, headers included", choice.file_bytes),
-        ("spare", left - choice.file_bytes),
-    ]
+    left, choice = budget.weight_bytes, choices[prefer]
+    rows = {
+        "GPU limit, raised as far as is sane": budget.limit_bytes,
+        **budget.overheads,
+        "left for weights": left,
+        "weights of the text model, headers included": choice.file_bytes,
+        "spare": left - choice.file_bytes,
+    }
     memory_gib = budget.memory_bytes / macs.GIB
     lines = [f"a Mac with {memory_gib:g} GB"]
-    lines += [f"  {name:44} {nbytes / 1e9:9.3f} GB" for name, nbytes in rows]
+    lines += [f"  {name:44} {nbytes / 1e9:9.3f} GB" for name, nbytes in rows.items()]
     lines.append(f"  weights take {choice.file_bytes / left:.3%} of what is left for them")
     if budget.limit_bytes > (default := macs.gpu_limit_bytes(budget.memory_bytes)):
         mb = macs.wired_limit_mb(budget.limit_bytes)
@@ -253,10 +221,9 @@ def budget_lines(budget: MacBudget, choice: Choice, choices: Mapping[str, Choice
     speeds = "".join(f"  {f'{mac.chip} tok/s':>14}" for mac in chips)
     lines += ["", f"{'prefer':8} bits/weight  predicted KL  GB/token{speeds}"]
     for name, each in choices.items():
-        config = each.plan.config
-        read = macs.bytes_per_token(config, each.plan) / 1e9
-        bounds = [macs.tokens_per_second(config, each.plan, mac.gbps) for mac in chips]
-        mark = "  <- this plan" if each is choice else ""
+        read = macs.bytes_per_token(each.plan) / 1e9
+        bounds = [macs.tokens_per_second(each.plan, mac.gbps) for mac in chips]
+        mark = "  <- this plan" if name == prefer else ""
         lines.append(
             f"{name:8} {each.plan.bits_per_weight:11.3f}  {each.predicted_kl:12.5f}  {read:8.2f}"
             + "".join(f"  {bound:14.1f}" for bound in bounds)

@@ -2,22 +2,14 @@
 
 # n rows, C columns; scales lie in blocks of b rows and c columns, those at the edges partial.
 
+import mlx.core as mx
 import numpy as np
 
 from .source import Segment
 
-
-def _values() -> np.ndarray:
-    """The number that each byte stands for; no infinity, two NaN."""
-    byte = np.arange(256)
-    exponent, mantissa = byte >> 3 & 15, byte & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
-    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
-    magnitude[byte & 0x7F == 0x7F] = np.nan
-    return np.where(byte & 0x80, -magnitude, magnitude).astype("<f4")
-
-
-VALUES = _values()
+BYTES = mx.array(np.arange(256, dtype=np.uint8))
+# The number that each stands for; on the CPU, so that importing this wakes no GPU.
+VALUES = np.array(mx.from_fp8(BYTES, mx.float32, stream=mx.cpu))
 # Two bytes at a time: half the look-ups. A pair of float32 travels as 64 bits.
 PAIRS = np.stack([np.tile(VALUES, 256), VALUES.repeat(256)], axis=1).view("<u8").reshape(-1)
 
@@ -37,11 +29,9 @@ def dequantize_fp8(rows: np.ndarray, scales: np.ndarray, columns: int) -> np.nda
     else:
         values = PAIRS[rows.reshape(-1).view("<u2")].view("<f4").reshape(rows.shape)
     whole = rows.shape[1] // columns * columns
-    blocks = values[:, :whole].reshape(len(rows), -1, columns) if whole else None
-    if blocks is not None and np.shares_memory(blocks, values):
-        blocks *= scales[:, : whole // columns, None]
-    elif whole:
-        values[:, :whole] *= scales[:, : whole // columns].repeat(columns, axis=1)
+    # A view: the last dim is split.
+    blocks = values[:, :whole].reshape(len(rows), whole // columns, columns)
+    blocks *= scales[:, : whole // columns, None]
     if whole < rows.shape[1]:
         values[:, whole:] *= scales[:, -1:]
     return values

@@ -7,9 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +20,12 @@ from qwen35_mlx.headers import (
     INDEX_FILE,
     PREFIX_BYTES,
     SourceTensor,
-    check_present,
-    gather,
     header_length,
     parse_header,
     read_index,
 )
 
-from .source import COMPANIONS, Source, check_index, open_source
+from .source import COMPANIONS, Source, gather_checked, open_source
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,12 +45,12 @@ MAX_DOWNLOADS = 3
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file as the hub lists it; `sha256` is empty for the small ones outside of LFS."""
+    """A file as the hub lists it, with its SHA-256, or outside of LFS the name git gives it."""
 
     name: str
     nbytes: int
-    sha256: str
-    blob_id: str
+    checksum: str
+    in_lfs: bool
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class HubSource(Source):
         return {"source": self.repo, "source_revision": self.commit}
 
     def fingerprints(self) -> dict[str, str]:
-        found = {file.name: self.listing[file.name] for file in self.files}
-        return {name: file.sha256 or file.blob_id for name, file in found.items()}
+        return {file.name: self.listing[file.name].checksum for file in self.files}
 
     def companions(self) -> list[Path]:
         names = [n for n in self.listing if any(fnmatch(n, pattern) for pattern in COMPANIONS)]
@@ -76,15 +74,16 @@ class HubSource(Source):
 
 
 def open_any(
-    source: str | Path, revision: str | None = None, fetch_into: Path | None = None
+    source: str | Path | Source, revision: str | None = None, fetch_into: Path | None = None
 ) -> Source:
     """Open a folder, or a hub id such as owner/name at a branch, tag or commit."""
-    folder = Path(source).expanduser()
-    if not is_hub_id(source):
-        if revision:
-            raise Qwen35Error("a folder has no revisions", got=f"revision={revision}")
-        return open_source(folder)
-    return open_hub(str(source), revision, fetch_into or Path("."))
+    if isinstance(source, Source):
+        return source
+    if is_hub_id(source):
+        return open_hub(str(source), revision, fetch_into or Path("."))
+    if revision:
+        raise Qwen35Error("a folder has no revisions", got=f"revision={revision}")
+    return open_source(Path(source).expanduser())
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -101,7 +100,7 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
     info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     listing = {
         s.rfilename: HubFile(
-            s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else "", s.blob_id or ""
+            s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "", bool(s.lfs)
         )
         for s in info.siblings or []
     }
@@ -109,27 +108,14 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
     if "config.json" not in listing:
         raise CheckpointError(f"{repo} is no model: it has no config.json")
     config = read_config(fetch_small(repo, commit, "config.json").parent)
-    weights = {name for name in listing if fnmatch(name, "*.safetensors") and "/" not in name}
-    index = None
-    if INDEX_FILE in listing:
-        index = read_index(fetch_small(repo, commit, INDEX_FILE))
-        check_present(index.values(), weights)
-        files = sorted(set(index.values()))
-    else:
-        files = ["model.safetensors"] if "model.safetensors" in weights else sorted(weights)
-    if not files:
-        raise CheckpointError(
-            f"no weights in {repo}", got="no *.safetensors file", expected="safetensors"
-        )
+    present = {name for name in listing if fnmatch(name, "*.safetensors") and "/" not in name}
+    index = read_index(fetch_small(repo, commit, INDEX_FILE)) if INDEX_FILE in listing else None
 
     def header(name: str) -> list[SourceTensor]:
         return fetch_header(repo, commit, folder / name, listing[name].nbytes)
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        headers = dict(zip(files, pool.map(header, files), strict=True))
-    tensors = gather(files, headers.__getitem__)
-    if index is not None:
-        check_index(index, tensors, {n for n in weights if n.startswith("model")})
+        tensors = gather_checked(repo, present, index, partial(pool.map, header))
     return HubSource(folder, config, tensors, repo, commit, listing)
 
 
@@ -195,24 +181,31 @@ def retry(
     stopped: Callable[[], bool] = lambda: False,
 ) -> T:
     """Call `get` again while the network or the hub fails in ways that pass, with longer waits."""
-    for wait_s in (*waits_s, None):
+    waits = iter(waits_s)
+    while True:
         try:
             return get()
+        except Qwen35Error:
+            raise
         # Whatever goes wrong between here and the hub has its own class.
         except Exception as error:
+            wait_s = next(waits, None)
             if wait_s is None or stopped() or not _passes(error):
-                raise _network_error(repo, error) from error
+                raise CheckpointError(
+                    f"cannot get {repo} from the hub",
+                    got=f"{type(error).__name__}: {_first_line(error)}",
+                    expected="a folder on this machine, or a hub id that it can reach",
+                    hint="for a private or gated model log in first: hf auth login; otherwise"
+                    " repeat the command: what is done is kept",
+                ) from error
             log.warning("%s: %s; again in %s s", repo, _first_line(error), wait_s)
             time.sleep(wait_s)
-    raise AssertionError
 
 
 def _passes(error: Exception) -> bool:
     """Whether another try may help: not if the hub says no, or this disk is full."""
     from huggingface_hub import constants
 
-    if isinstance(error, Qwen35Error):
-        return False
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 425, 429) or status >= 500
@@ -221,18 +214,6 @@ def _passes(error: Exception) -> bool:
         # Without a number it is huggingface_hub's own, about a download that came short.
         return (network or error.errno is None) and not constants.HF_HUB_OFFLINE
     return type(error).__module__.startswith(("httpx", "httpcore"))
-
-
-def _network_error(repo: str, error: Exception) -> Exception:
-    if isinstance(error, Qwen35Error):
-        return error
-    return CheckpointError(
-        f"cannot get {repo} from the hub",
-        got=f"{type(error).__name__}: {_first_line(error)}",
-        expected="a folder on this machine, or a hub id that it can reach",
-        hint="for a private or gated model log in first: hf auth login; otherwise repeat the"
-        " command: what is done is kept",
-    )
 
 
 def _first_line(error: Exception) -> str:
@@ -252,34 +233,29 @@ class Fetcher:
 
     def __init__(self, source: HubSource, keep: bool = False):
         self.source, self.keep = source, keep
-        self._changed = threading.Condition()
-        self._order: list[str] = []
-        self._wanted = 0
-        self._ready: set[str] = set()
-        self._error: Exception | None = None
+        # What is waited for, in words.
+        self.state = ""
+        self._here: dict[str, Future[None]] = {}
+        self._asked: set[str] = set()
+        # How many may be fetched now: the first, and one more for each that is asked for.
+        self._allowed = threading.Semaphore()
         self._stopped = False
-        self._state = ""
 
     def start(self, order: Sequence[str]) -> None:
         """Begin with the first of `order`, the files in the order they will be asked for."""
-        self._order = list(order)
+        self._here = {file: Future() for file in order}
         threading.Thread(target=self._run, name="fetch", daemon=True).start()
 
     def ready(self, file: str, timeout: float) -> bool:
         """Whether `file` is here after at most `timeout` seconds; raises what stopped it."""
-        with self._changed:
-            self._wanted = max(self._wanted, self._order.index(file))
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: file in self._ready or self._error, timeout)
-            if file in self._ready:
-                return True
-            if self._error:
-                raise self._error
+        if file not in self._asked:
+            self._asked.add(file)
+            self._allowed.release()
+        here = self._here[file]
+        if not wait([here], timeout).done:
             return False
-
-    def state(self) -> str:
-        """What is waited for, in words."""
-        return self._state
+        here.result()
+        return True
 
     def release(self, file: str) -> None:
         """Nobody needs `file` any more."""
@@ -288,83 +264,67 @@ class Fetcher:
 
     def stop(self) -> None:
         """Fetch no further."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        self._stopped = True
+        self._allowed.release()
 
     def _run(self) -> None:
-        try:
-            for i, file in enumerate(self._order):
-                with self._changed:
-                    while not self._stopped and i > self._wanted + 1:
-                        self._changed.wait()
-                    if self._stopped:
-                        return
-                self._fetch(self.source.listing[file])
-                with self._changed:
-                    self._ready.add(file)
-                    self._changed.notify_all()
-        except Stopped:
-            return
-        # Whatever it is, the one who waits has to hear of it.
-        except Exception as error:
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+        for name, here in self._here.items():
+            self._allowed.acquire()
+            if self._stopped:
+                return
+            try:
+                self._fetch(self.source.listing[name])
+            # Whatever it is, the one who waits has to hear of it.
+            except Exception as error:
+                here.set_exception(error)
+                return
+            here.set_result(None)
 
     def _fetch(self, file: HubFile) -> None:
         path = self.source.folder / file.name
         for _ in range(MAX_DOWNLOADS):
             if not path.exists():
                 self._download(file)
-            self._state = f"checking {file.name}"
-            if (got := self._checksum(file, path)) == (file.sha256 or file.blob_id):
+            self.state = f"checking {file.name}"
+            if (got := self._checksum(file, path)) == file.checksum:
                 return
             log.warning("%s has the wrong bytes: fetching it again", file.name)
             path.unlink()
         raise CheckpointError(
             f"{file.name} does not have the checksum that the hub lists",
             got=got,
-            expected=file.sha256 or file.blob_id,
+            expected=file.checksum,
             hint=f"fetched {MAX_DOWNLOADS} times; is something between here and the hub?",
         )
 
     def _download(self, file: HubFile) -> None:
         from huggingface_hub import hf_hub_download
-
-        repo, commit, folder = self.source.repo, self.source.commit, self.source.folder
-        bar = self._bar(file)
-        retry(
-            repo,
-            lambda: hf_hub_download(
-                repo, file.name, revision=commit, local_dir=folder, tqdm_class=bar
-            ),
-            WAITS_S,
-            lambda: self._stopped,
-        )
-
-    def _bar(self, file: HubFile) -> Any:
-        """What huggingface_hub reports its progress to; the one place to interrupt it."""
         from tqdm.auto import tqdm
 
-        fetcher = self
+        fetcher, source = self, self.source
 
         class Bar(tqdm):
+            """What huggingface_hub reports its progress to; the one place to interrupt it."""
+
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **kwargs | {"disable": True})
                 self.came = kwargs.get("initial") or 0
 
             def update(self, n: float | None = 1) -> None:
                 self.came += n or 0
-                fetcher._state = f"fetching {self.came / 1e9:.2f} of {file.nbytes / 1e9:.2f} GB"
+                fetcher.state = f"fetching {self.came / 1e9:.2f} of {file.nbytes / 1e9:.2f} GB"
                 if fetcher._stopped:
                     raise Stopped
 
-        return Bar
+        get = partial(
+            hf_hub_download, source.repo, file.name, revision=source.commit,
+            local_dir=source.folder, tqdm_class=Bar,
+        )  # fmt: skip
+        retry(source.repo, get, WAITS_S, lambda: self._stopped)
 
     def _checksum(self, file: HubFile, path: Path) -> str:
-        digest = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
-        if not file.sha256:
+        digest = hashlib.sha256() if file.in_lfs else hashlib.sha1(usedforsecurity=False)
+        if not file.in_lfs:
             # As git names its objects.
             digest.update(f"blob {file.nbytes}\0".encode())
         with path.open("rb") as stream:

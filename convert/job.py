@@ -3,7 +3,6 @@
 import copy
 import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
@@ -27,9 +26,9 @@ from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_a
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
-from .shards import sha256, sync_folder, write_file
+from .shards import sha256, sync_folder, write_file, write_json
 from .source import Source, read_rows
-from .stream import Progress, stream
+from .stream import Progress, Stream
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +38,8 @@ FETCHED = "source"
 SPARE_BYTES = 64 * 2**20
 # What mlx-lm and tokenizers look for outside text_config.
 TOP_LEVEL_KEYS = (
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-)
+    "architectures bos_token_id dtype eos_token_id pad_token_id torch_dtype transformers_version"
+).split()
 
 
 def convert(
@@ -91,16 +84,16 @@ def convert(
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = stream(planned, pieces, work, journal, fetcher, progress, calibration)
+            checksums = Stream(planned, pieces, work, journal, fetcher, progress, calibration).run()
         finally:
             journal.close()
-        write_file(work / INDEX_FILE, _json(_index(planned)))
+        write_json(work / INDEX_FILE, _index(planned))
         for path in companions:
             write_file(work / path.name, path.read_bytes())
         small = [INDEX_FILE, *(path.name for path in companions)]
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
-        write_file(work / "config.json", _json(output_config(planned, checksums)))
+        write_json(work / "config.json", output_config(planned, checksums))
         refuse_existing(out)
         if (work / FETCHED).exists():
             if keep_source:
@@ -198,21 +191,20 @@ def _check_dropped(planned: Plan) -> None:
     embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
     kept = embedding.segments[0].tensor
     for head in planned.dropped:
-        if (head.dtype, head.shape) == (kept.dtype, kept.shape) and _same(
-            planned.source, head, kept
-        ):
-            continue
-        raise CheckpointError(
-            f"tensor {head.name} is not the embedding, to which config.json ties it",
-            got=f"a head of its own, {head.dtype} {list(head.shape)}",
-            expected=f"no head, or a copy of {kept.name}",
-            hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
-            " does, or remove the tensor",
-        )
+        if not _same(planned.source, head, kept):
+            raise CheckpointError(
+                f"tensor {head.name} is not the embedding, to which config.json ties it",
+                got=f"a head of its own, {head.dtype} {list(head.shape)}",
+                expected=f"no head, or a copy of {kept.name}",
+                hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
+                " does, or remove the tensor",
+            )
 
 
 def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
-    """Whether two tensors of one shape hold the same; of the hub's, only their first bytes."""
+    """Whether two tensors hold the same; of the hub's, only their first bytes are compared."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
     if isinstance(source, HubSource):
         nbytes = min(a.nbytes, FIRST_BYTES)
         first, second = (
@@ -391,7 +383,3 @@ def _lock(work: Path, out: Path) -> int:
         # Some network drives know no locks; two jobs at once are rarer than such drives.
         pass
     return descriptor
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

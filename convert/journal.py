@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen35_mlx.errors import Qwen35Error
 
-from .shards import flush, sync_folder, write_file
+from .shards import flush, sync_folder, write_all, write_json
 
 JOB_FILE, JOURNAL_FILE = "job.json", "journal"
 LINE = re.compile(rb"piece (\d+) (\d+)|shard (\S+) ([0-9a-f]{64})")
@@ -52,14 +52,11 @@ class Journal:
         self.checksums[file] = digest
 
     def _add(self, lines: str) -> None:
-        view = memoryview(lines.encode())
-        start = self._end
-        while view:
-            count = os.pwrite(self._file, view, start)
-            view, start = view[count:], start + count
+        data = lines.encode()
+        write_all(self._file, data, self._end)
         flush(self._file)
         # Not before: what a full disk cut short is written over by the next try.
-        self._end = start
+        self._end += len(data)
 
     def close(self) -> None:
         """Close the file."""
@@ -70,8 +67,7 @@ def open_job(work: Path, out: Path, settings: Mapping[str, Any], files: Mapping[
     """Start the job of folder `work`, or check that it is the same as the one started there."""
     path = work / JOB_FILE
     if not path.exists():
-        job = {"settings": dict(settings), "files": dict(files)}
-        write_file(path, (json.dumps(job, indent=2) + "\n").encode())
+        write_json(path, {"settings": dict(settings), "files": dict(files)})
         sync_folder(work)
         return
     started = read_job(work)

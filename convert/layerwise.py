@@ -19,6 +19,7 @@ from qwen35_mlx.weights import quantize_modules
 
 from .names import Role
 from .plan import Plan, plan
+from .source import check_folder
 from .stream import read_entry
 
 TRUNK = "language_model.model."
@@ -54,10 +55,10 @@ class SourceCheckpoint(Checkpoint):
     def __init__(self, folder: Path):
         self.plan: Plan = plan(folder, recipe=lambda module: None)
         self.config, self.raw_config = self.plan.config, {}
-        self.entries = [e for e in self.plan.entries if e.role is not Role.CARRIED]
+        self.entries = self.plan.text_entries
         self.quantizable = {e.module for e in self.entries if e.role is Role.QUANTIZED}
         self.num_parameters = sum(e.num_parameters for e in self.entries)
-        self.nbytes = sum(e.output_bytes for e in self.entries)
+        self.nbytes = self.plan.text_bytes
 
     def read(self, prefix: str) -> dict[str, mx.array]:
         return {
@@ -99,14 +100,9 @@ class ConvertedCheckpoint(Checkpoint):
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """A Hugging Face checkpoint or a converted folder, told apart by their tensor names."""
+    """A Hugging Face checkpoint or a converted folder, told apart by their config.json."""
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no checkpoint at {folder}",
-            got="a file" if folder.exists() else "no such folder",
-            expected="a folder with config.json and *.safetensors",
-        )
+    check_folder(folder)
     config = read_config(folder)
     if "quantization" in config or "qwen35_mlx" in config:
         return ConvertedCheckpoint(folder)
@@ -184,38 +180,30 @@ class _Watched(nn.Module):
     def __init__(self, module: nn.Module, name: str, seen: Seen):
         super().__init__()
         self.module, self._name, self._seen = module, name, seen
+        self.heard = False
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self.heard = True
         self._seen(self._name, x, args)
         return self.module(x, *args, **kwargs)
 
 
-def leaves(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module that holds no other, by its path."""
+def matrices(root: nn.Module) -> dict[str, nn.Module]:
+    """Every module that could be quantized, by its path."""
     found: Any = tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
-    return list(found)
+    return {path: module for path, module in found if hasattr(module, "to_quantized")}
 
 
 @contextmanager
 def watched(root: nn.Module, seen: Seen) -> Iterator[None]:
-    """Within the block, `seen` hears of every call of a module that could be quantized."""
-    found = {
-        path: module
-        for path, module in leaves(root)
-        if hasattr(module, "to_quantized") and not path.endswith("embed_tokens")
-    }
-    heard = set()
-
-    def hear(name: str, x: mx.array, args: tuple[Any, ...]) -> None:
-        heard.add(name)
-        seen(name, x, args)
-
-    wrapped = [(path, _Watched(module, path, hear)) for path, module in found.items()]
-    root.update_modules(tree_unflatten(wrapped))
+    """Within the block, `seen` hears of every call of a matrix, but for looking up embeddings."""
+    found = {p: module for p, module in matrices(root).items() if not p.endswith("embed_tokens")}
+    wrapped = {path: _Watched(module, path, seen) for path, module in found.items()}
+    root.update_modules(tree_unflatten(list(wrapped.items())))
     try:
         yield
     finally:
         root.update_modules(tree_unflatten(list(found.items())))
     # A kernel that took the weights past the module would leave its statistics empty.
-    if heard != found.keys():
-        raise RuntimeError(f"not called: {sorted(found.keys() - heard)}")
+    if missed := sorted(path for path, module in wrapped.items() if not module.heard):
+        raise RuntimeError(f"not called: {missed}")

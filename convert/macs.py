@@ -1,25 +1,13 @@
-"""What a Mac holds and how fast it reads: memory limits, bytes in use, tokens per second.
-
-    gpu_limit_bytes(memory_bytes: int) -> int             what macOS lets the GPU have by default
-    raised_limit_bytes(memory_bytes: int) -> int          what iogpu.wired_limit_mb can sanely give
-    overhead_bytes(config: ModelConfig, context: int) -> int      all but the weights
-    running_bytes(config: ModelConfig, plan: Plan, context: int) -> int
-    bytes_per_token(config: ModelConfig, plan: Plan, context: int = 0) -> int
-    tokens_per_second(config: ModelConfig, plan: Plan, gbps: float, context: int = 0) -> float
-
-A plan is anything with `entries`, each with module, role, shape and output_bytes.
-"""
+"""What a Mac holds and how fast it reads: memory limits, bytes in use, tokens per second."""
 
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from qwen35_mlx.config import FULL, ModelConfig
 
-from .names import Role
+from .plan import Plan
 
 GIB = 2**30
 # Of the decoded token's logits, of MLX's buffer cache and of the program itself; an estimate.
@@ -27,15 +15,6 @@ FIXED_BYTES = GIB
 PREFILL_TOKENS = 2048
 # What macOS and its windows need for themselves: a share, and no less than this.
 SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
-
-
-class Planned(Protocol):
-    """The part of a Plan that is read here."""
-
-    @property
-    def entries(self) -> Iterable[Any]:
-        """The steps of the conversion."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -136,30 +115,25 @@ def prefill_bytes(config: ModelConfig) -> int:
     return PREFILL_TOKENS * 2 * max(width, attention, linear)
 
 
-def overhead_bytes(config: ModelConfig, context: int) -> int:
-    """All that running takes beside weights: cache, two states (one a snapshot), activations."""
-    cache = kv_bytes(config, context) + 2 * state_bytes(config)
-    return cache + prefill_bytes(config) + FIXED_BYTES
+def overheads(config: ModelConfig, context: int) -> dict[str, int]:
+    """Bytes of all that running takes beside weights, by what they are for."""
+    return {
+        f"KV cache of {context:,} tokens": kv_bytes(config, context),
+        "recurrent states, one of them a snapshot": 2 * state_bytes(config),
+        "activations of a prefill step (estimate)": prefill_bytes(config),
+        "logits, buffers, program (estimate)": FIXED_BYTES,
+    }
 
 
-def text_bytes(plan: Planned) -> int:
-    """Weights that are loaded to run: all but what is carried along."""
-    return sum(entry.output_bytes for entry in plan.entries if entry.role is not Role.CARRIED)
-
-
-def running_bytes(config: ModelConfig, plan: Planned, context: int) -> int:
+def running_bytes(plan: Plan, context: int) -> int:
     """Memory in use with `context` tokens read; the activations in it are an estimate."""
-    return text_bytes(plan) + overhead_bytes(config, context)
+    return plan.text_bytes + sum(overheads(plan.config, context).values())
 
 
-def bytes_per_token(config: ModelConfig, plan: Planned, context: int = 0) -> int:
+def bytes_per_token(plan: Plan, context: int = 0) -> int:
     """Bytes read for one decoded token: resident weights, chosen experts, keys, values, states."""
-    total = kv_bytes(config, context) + 2 * state_bytes(config)
-    for entry in plan.entries:
-        if entry.role is Role.CARRIED:
-            continue
-        total += int(entry.output_bytes * read_share(config, entry.module))
-    return total
+    read = (int(e.output_bytes * read_share(plan.config, e.module)) for e in plan.text_entries)
+    return kv_bytes(plan.config, context) + 2 * state_bytes(plan.config) + sum(read)
 
 
 def read_share(config: ModelConfig, module: str) -> float:
@@ -171,6 +145,6 @@ def read_share(config: ModelConfig, module: str) -> float:
     return 1.0
 
 
-def tokens_per_second(config: ModelConfig, plan: Planned, gbps: float, context: int = 0) -> float:
+def tokens_per_second(plan: Plan, gbps: float, context: int = 0) -> float:
     """The bound that memory bandwidth sets on decoding; real programs reach a part of it."""
-    return gbps * 1e9 / bytes_per_token(config, plan, context)
+    return gbps * 1e9 / bytes_per_token(plan, context)

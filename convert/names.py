@@ -1,22 +1,29 @@
 """One table from Hugging Face tensor names to MLX names; a checkpoint must fit it."""
 
-# E experts, H hidden, I expert width
+# H hidden, F feed-forward width; Hq/Hkv heads of attention, of dim D; Hk/Hv key/value heads of
+# linear attention, of dims Dk/Dv, R of the latter to one of the former, C channels of the
+# convolution; E experts of width I, S width of the shared one.
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
-from qwen35_mlx.config import FULL, LINEAR, ModelConfig
+from qwen35_mlx.config import LINEAR, ModelConfig
 from qwen35_mlx.errors import CheckpointError
 from qwen35_mlx.headers import SourceTensor
 
-from .source import FP8, NUMPY_DTYPES, Segment
+from .source import FP8, NUMPY_DTYPES, Block, Segment
+
+Tensors = Mapping[str, SourceTensor]
 
 # The whole model and its text-only export name the same tensors differently.
 TRUNKS = ("model.language_model.", "model.")
+OUTPUT_TRUNK = "language_model.model."
+SCALE = "_scale_inv"  # ends the name of the scales of an FP8 tensor
 MAX_PROBLEM_LINES = 20
 
 
@@ -40,204 +47,119 @@ class Transform(Enum):
     CHANNELS_LAST = auto()  # patch embedding [O, C, T, H, W] -> [O, T, H, W, C]
 
 
-Shape = Callable[[ModelConfig], tuple[int, ...]]
-Ranges = Callable[[ModelConfig], list[tuple[int, int]]]
-Condition = Callable[[ModelConfig, int], bool]
-
-
-def _every(config: ModelConfig, layer: int) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Row:
-    """A tensor of the source: its name, where it goes, what happens to it, its shape there.
+    """A tensor of the source, what happens to it, its shape there, who has it, where it goes.
 
-    `{trunk}`, `{layer}`, `{expert}` are filled in; a final `*` stands for any rest. `each` is
-    the name when every expert is stored by itself, `part` = (k, n) the k-th n-th of each expert;
-    `ranges` are the rows that make the output, if not all of them do.
+    `{trunk}`, `{layer}`, `{expert}` are filled in, for the source and for the output; a final `*`
+    stands for any rest, of any shape. `shape` is in terms of `_sizes`, `when` of `_facts`. `output`
+    is named if it is another than `source`, `each` if every expert may be stored by itself.
+    `split` = (groups, widths): the rows are groups of parts, and the output is some `parts` of all.
     """
 
     source: str
-    output: str
     role: Role
-    shape: Shape | None = None
+    shape: str = ""
+    when: str = ""
     transform: Transform = Transform.KEEP
-    when: Condition = _every
+    output: str = ""
     each: str = ""
-    part: tuple[int, int] = (0, 1)
-    ranges: Ranges | None = None
+    split: tuple[str, str] | None = None
+    parts: tuple[int, ...] = ()
 
 
-def _layer(name: str, role: Role, shape: Shape, when: Condition, **more: Any) -> Row:
-    output = more.pop("output", name)
-    if each := more.pop("each", ""):
-        more["each"] = "{trunk}layers.{layer}." + each
-    prefix = "language_model.model.layers.{layer}."
-    return Row("{trunk}layers.{layer}." + name, prefix + output, role, shape, when=when, **more)
+def _sizes(c: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab": c.vocab_size,
+        "H": c.hidden_size,
+        "F": c.intermediate_size,
+        "Hq": c.num_attention_heads,
+        "Hkv": c.num_key_value_heads,
+        "D": c.head_dim,
+        "Hk": c.linear_num_key_heads,
+        "Hv": c.linear_num_value_heads,
+        "Dk": c.linear_key_head_dim,
+        "Dv": c.linear_value_head_dim,
+        "R": c.linear_num_value_heads // c.linear_num_key_heads,
+        "C": c.conv_dim,
+        "taps": c.linear_conv_kernel_dim,
+        "E": c.num_experts,
+        "I": c.moe_intermediate_size,
+        "S": c.shared_expert_intermediate_size,
+    }
 
 
-def _linear(config: ModelConfig, layer: int) -> bool:
-    return config.layer_types[layer] == LINEAR
+def _facts(config: ModelConfig, layer: int) -> set[str]:
+    return {
+        "linear" if config.layer_types[layer] == LINEAR else "full",
+        "fused" if config.fuses_linear_projections else "apart",
+        "moe" if config.is_moe else "dense",
+        "tied" if config.tie_word_embeddings else "untied",
+    }
 
 
-def _apart(config: ModelConfig, layer: int) -> bool:
-    return _linear(config, layer) and not config.fuses_linear_projections
+PLAIN, DECAY, QUANTIZED, ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
+ADD_ONE = Transform.ADD_ONE
+# Qwen3-Next: one projection for all, the rows of each key head together.
+QKVZ, BA = ("Hk", "Dk Dk R*Dv R*Dv"), ("Hk", "R R")
+# [E, 2I, H] with the gate first.
+GATE_UP = ("E", "I I")
 
-
-def _fused(config: ModelConfig, layer: int) -> bool:
-    return _linear(config, layer) and config.fuses_linear_projections
-
-
-def _full(config: ModelConfig, layer: int) -> bool:
-    return config.layer_types[layer] == FULL
-
-
-def _dense(config: ModelConfig, layer: int) -> bool:
-    return not config.is_moe
-
-
-def _moe(config: ModelConfig, layer: int) -> bool:
-    return config.is_moe
-
-
-def _tied(config: ModelConfig, layer: int) -> bool:
-    return config.tie_word_embeddings
-
-
-def _untied(config: ModelConfig, layer: int) -> bool:
-    return not config.tie_word_embeddings
-
-
-def _qkvz(c: ModelConfig) -> tuple[int, ...]:
-    return (c.conv_dim + c.value_dim, c.hidden_size)
-
-
-def _ba(c: ModelConfig) -> tuple[int, ...]:
-    return (2 * c.linear_num_value_heads, c.hidden_size)
-
-
-def _by_head_group(*parts: int) -> Ranges:
-    """Of [q | k | v | z] of one key head, then of the next: the rows of these parts, in turn."""
-
-    def ranges(c: ModelConfig) -> list[tuple[int, int]]:
-        values = c.value_dim // c.linear_num_key_heads
-        widths = (c.linear_key_head_dim, c.linear_key_head_dim, values, values)
-        return _pick(c.linear_num_key_heads, widths, parts)
-
-    return ranges
-
-
-def _by_value_head(part: int) -> Ranges:
-    """Of [b | a] of the value heads of one key head, then of the next."""
-
-    def ranges(c: ModelConfig) -> list[tuple[int, int]]:
-        heads = c.linear_num_value_heads // c.linear_num_key_heads
-        return _pick(c.linear_num_key_heads, (heads, heads), (part,))
-
-    return ranges
-
-
-def _pick(groups: int, widths: tuple[int, ...], parts: tuple[int, ...]) -> list[tuple[int, int]]:
-    starts = [sum(widths[:part]) for part in parts]
-    return [
-        (group * sum(widths) + start, group * sum(widths) + start + widths[part])
-        for part, start in zip(parts, starts, strict=True)
-        for group in range(groups)
-    ]
-
-
-_PLAIN, _DECAY, _QUANTIZED, _ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
-_ADD_ONE = Transform.ADD_ONE
-_SHARED = "mlp.shared_expert."
-_GATE_UP = "mlp.experts.gate_up_proj"
-
-# fmt: off
 TABLE: tuple[Row, ...] = (
-    Row("{trunk}embed_tokens.weight", "language_model.model.embed_tokens.weight", _QUANTIZED,
-        lambda c: (c.vocab_size, c.hidden_size)),
-    _layer("input_layernorm.weight", _PLAIN, lambda c: (c.hidden_size,), _every,
-           transform=_ADD_ONE),
-    _layer("linear_attn.A_log", _DECAY, lambda c: (c.linear_num_value_heads,), _linear),
-    _layer("linear_attn.dt_bias", _PLAIN, lambda c: (c.linear_num_value_heads,), _linear),
-    _layer("linear_attn.conv1d.weight", _PLAIN,
-           lambda c: (c.conv_dim, 1, c.linear_conv_kernel_dim), _linear,
-           transform=Transform.TAPS_FIRST),
-    _layer("linear_attn.in_proj_qkv.weight", _QUANTIZED,
-           lambda c: (c.conv_dim, c.hidden_size), _apart),
-    _layer("linear_attn.in_proj_z.weight", _QUANTIZED,
-           lambda c: (c.value_dim, c.hidden_size), _apart),
-    _layer("linear_attn.in_proj_a.weight", _PLAIN,
-           lambda c: (c.linear_num_value_heads, c.hidden_size), _apart),
-    _layer("linear_attn.in_proj_b.weight", _PLAIN,
-           lambda c: (c.linear_num_value_heads, c.hidden_size), _apart),
-    # Qwen3-Next: one projection for all, the rows of each key head together.
-    _layer("linear_attn.in_proj_qkvz.weight", _QUANTIZED, _qkvz, _fused,
-           output="linear_attn.in_proj_qkv.weight", ranges=_by_head_group(0, 1, 2)),
-    _layer("linear_attn.in_proj_qkvz.weight", _QUANTIZED, _qkvz, _fused,
-           output="linear_attn.in_proj_z.weight", ranges=_by_head_group(3)),
-    _layer("linear_attn.in_proj_ba.weight", _PLAIN, _ba, _fused,
-           output="linear_attn.in_proj_a.weight", ranges=_by_value_head(1)),
-    _layer("linear_attn.in_proj_ba.weight", _PLAIN, _ba, _fused,
-           output="linear_attn.in_proj_b.weight", ranges=_by_value_head(0)),
+    Row("{trunk}embed_tokens.weight", QUANTIZED, "vocab H"),
+    Row("{layer}input_layernorm.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("{layer}linear_attn.A_log", DECAY, "Hv", "linear"),
+    Row("{layer}linear_attn.dt_bias", PLAIN, "Hv", "linear"),
+    Row("{layer}linear_attn.conv1d.weight", PLAIN, "C 1 taps", "linear", Transform.TAPS_FIRST),
+    Row("{layer}linear_attn.in_proj_qkv.weight", QUANTIZED, "C H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_z.weight", QUANTIZED, "Hv*Dv H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_a.weight", PLAIN, "Hv H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_b.weight", PLAIN, "Hv H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_qkvz.weight", QUANTIZED, "C+Hv*Dv H", "linear fused",
+        output="{layer}linear_attn.in_proj_qkv.weight", split=QKVZ, parts=(0, 1, 2)),
+    Row("{layer}linear_attn.in_proj_qkvz.weight", QUANTIZED, "C+Hv*Dv H", "linear fused",
+        output="{layer}linear_attn.in_proj_z.weight", split=QKVZ, parts=(3,)),
+    Row("{layer}linear_attn.in_proj_ba.weight", PLAIN, "2*Hv H", "linear fused",
+        output="{layer}linear_attn.in_proj_a.weight", split=BA, parts=(1,)),
+    Row("{layer}linear_attn.in_proj_ba.weight", PLAIN, "2*Hv H", "linear fused",
+        output="{layer}linear_attn.in_proj_b.weight", split=BA, parts=(0,)),
     # Not zero-centred, unlike every other norm of the trunk.
-    _layer("linear_attn.norm.weight", _PLAIN, lambda c: (c.linear_value_head_dim,), _linear),
-    _layer("linear_attn.out_proj.weight", _QUANTIZED,
-           lambda c: (c.hidden_size, c.value_dim), _linear),
+    Row("{layer}linear_attn.norm.weight", PLAIN, "Dv", "linear"),
+    Row("{layer}linear_attn.out_proj.weight", QUANTIZED, "H Hv*Dv", "linear"),
     # Twice the rows: query and output gate of each head.
-    _layer("self_attn.q_proj.weight", _QUANTIZED,
-           lambda c: (2 * c.num_attention_heads * c.head_dim, c.hidden_size), _full),
-    _layer("self_attn.k_proj.weight", _QUANTIZED,
-           lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size), _full),
-    _layer("self_attn.v_proj.weight", _QUANTIZED,
-           lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size), _full),
-    _layer("self_attn.o_proj.weight", _QUANTIZED,
-           lambda c: (c.hidden_size, c.num_attention_heads * c.head_dim), _full),
-    _layer("self_attn.q_norm.weight", _PLAIN, lambda c: (c.head_dim,), _full,
-           transform=_ADD_ONE),
-    _layer("self_attn.k_norm.weight", _PLAIN, lambda c: (c.head_dim,), _full,
-           transform=_ADD_ONE),
-    _layer("post_attention_layernorm.weight", _PLAIN, lambda c: (c.hidden_size,), _every,
-           transform=_ADD_ONE),
-    _layer("mlp.gate_proj.weight", _QUANTIZED,
-           lambda c: (c.intermediate_size, c.hidden_size), _dense),
-    _layer("mlp.up_proj.weight", _QUANTIZED,
-           lambda c: (c.intermediate_size, c.hidden_size), _dense),
-    _layer("mlp.down_proj.weight", _QUANTIZED,
-           lambda c: (c.hidden_size, c.intermediate_size), _dense),
-    _layer("mlp.gate.weight", _ROUTER, lambda c: (c.num_experts, c.hidden_size), _moe),
-    # Fused [E, 2I, H] with the gate first; for each output the source shape is of the fused form.
-    _layer(_GATE_UP, _QUANTIZED,
-           lambda c: (c.num_experts, 2 * c.moe_intermediate_size, c.hidden_size), _moe,
-           output="mlp.switch_mlp.gate_proj.weight",
-           each="mlp.experts.{expert}.gate_proj.weight", part=(0, 2)),
-    _layer(_GATE_UP, _QUANTIZED,
-           lambda c: (c.num_experts, 2 * c.moe_intermediate_size, c.hidden_size), _moe,
-           output="mlp.switch_mlp.up_proj.weight",
-           each="mlp.experts.{expert}.up_proj.weight", part=(1, 2)),
-    _layer("mlp.experts.down_proj", _QUANTIZED,
-           lambda c: (c.num_experts, c.hidden_size, c.moe_intermediate_size), _moe,
-           output="mlp.switch_mlp.down_proj.weight",
-           each="mlp.experts.{expert}.down_proj.weight"),
-    _layer(_SHARED + "gate_proj.weight", _QUANTIZED,
-           lambda c: (c.shared_expert_intermediate_size, c.hidden_size), _moe),
-    _layer(_SHARED + "up_proj.weight", _QUANTIZED,
-           lambda c: (c.shared_expert_intermediate_size, c.hidden_size), _moe),
-    _layer(_SHARED + "down_proj.weight", _QUANTIZED,
-           lambda c: (c.hidden_size, c.shared_expert_intermediate_size), _moe),
-    _layer("mlp.shared_expert_gate.weight", _ROUTER, lambda c: (1, c.hidden_size), _moe),
-    Row("{trunk}norm.weight", "language_model.model.norm.weight", _PLAIN,
-        lambda c: (c.hidden_size,), _ADD_ONE),
-    Row("lm_head.weight", "language_model.lm_head.weight", _QUANTIZED,
-        lambda c: (c.vocab_size, c.hidden_size), when=_untied),
-    Row("lm_head.weight", "", Role.DROPPED, when=_tied),
+    Row("{layer}self_attn.q_proj.weight", QUANTIZED, "2*Hq*D H", "full"),
+    Row("{layer}self_attn.k_proj.weight", QUANTIZED, "Hkv*D H", "full"),
+    Row("{layer}self_attn.v_proj.weight", QUANTIZED, "Hkv*D H", "full"),
+    Row("{layer}self_attn.o_proj.weight", QUANTIZED, "H Hq*D", "full"),
+    Row("{layer}self_attn.q_norm.weight", PLAIN, "D", "full", ADD_ONE),
+    Row("{layer}self_attn.k_norm.weight", PLAIN, "D", "full", ADD_ONE),
+    Row("{layer}post_attention_layernorm.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("{layer}mlp.gate_proj.weight", QUANTIZED, "F H", "dense"),
+    Row("{layer}mlp.up_proj.weight", QUANTIZED, "F H", "dense"),
+    Row("{layer}mlp.down_proj.weight", QUANTIZED, "H F", "dense"),
+    Row("{layer}mlp.gate.weight", ROUTER, "E H", "moe"),
+    Row("{layer}mlp.experts.gate_up_proj", QUANTIZED, "E 2*I H", "moe",
+        output="{layer}mlp.switch_mlp.gate_proj.weight", split=GATE_UP, parts=(0,),
+        each="{layer}mlp.experts.{expert}.gate_proj.weight"),
+    Row("{layer}mlp.experts.gate_up_proj", QUANTIZED, "E 2*I H", "moe",
+        output="{layer}mlp.switch_mlp.up_proj.weight", split=GATE_UP, parts=(1,),
+        each="{layer}mlp.experts.{expert}.up_proj.weight"),
+    Row("{layer}mlp.experts.down_proj", QUANTIZED, "E H I", "moe",
+        output="{layer}mlp.switch_mlp.down_proj.weight",
+        each="{layer}mlp.experts.{expert}.down_proj.weight"),
+    Row("{layer}mlp.shared_expert.gate_proj.weight", QUANTIZED, "S H", "moe"),
+    Row("{layer}mlp.shared_expert.up_proj.weight", QUANTIZED, "S H", "moe"),
+    Row("{layer}mlp.shared_expert.down_proj.weight", QUANTIZED, "H S", "moe"),
+    Row("{layer}mlp.shared_expert_gate.weight", ROUTER, "1 H", "moe"),
+    Row("{trunk}norm.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("lm_head.weight", QUANTIZED, "vocab H", "untied", output="language_model.lm_head.weight"),
+    Row("lm_head.weight", Role.DROPPED, when="tied"),
     # The norms of the MTP layers keep their zero-centred weights.
-    Row("mtp.*", "mtp.*", Role.CARRIED),
-    Row("model.visual.patch_embed.proj.weight", "vision_tower.patch_embed.proj.weight",
-        Role.CARRIED, transform=Transform.CHANNELS_LAST),
-    Row("model.visual.*", "vision_tower.*", Role.CARRIED),
-)
-# fmt: on
+    Row("mtp.*", Role.CARRIED),
+    Row("model.visual.patch_embed.proj.weight", Role.CARRIED, transform=Transform.CHANNELS_LAST,
+        output="vision_tower.patch_embed.proj.weight"),
+    Row("model.visual.*", Role.CARRIED, output="vision_tower.*"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -250,11 +172,7 @@ class Match:
     segments: tuple[Segment, ...]
 
 
-def resolve(
-    config: ModelConfig,
-    tensors: Mapping[str, SourceTensor],
-    block: tuple[int, int] | None = None,
-) -> list[Match]:
+def resolve(config: ModelConfig, tensors: Tensors, block: Block | None = None) -> list[Match]:
     """Match every tensor to the table, in layer order; `block` is that of FP8 scales.
 
     Missing, unknown and misshapen tensors are collected and raised as one CheckpointError.
@@ -265,8 +183,9 @@ def resolve(
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the text model as the source names it, experts fused, with its shape."""
+    sizes = _sizes(config)
     return {
-        row.source.format(trunk=TRUNKS[0], layer=layer): row.shape(config)
+        _filled(row.source, TRUNKS[0], layer): _shape(row.shape, sizes)
         for row, layer in _walk(config)
         if row.shape
     }
@@ -275,9 +194,23 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
     """The rows that a model has, with the number of the layer, in the order of the output."""
     for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
-        rows = list(group)
+        rows = [(row, set(row.when.split())) for row in group]
         for layer in range(config.num_hidden_layers) if per_layer else (-1,):
-            yield from ((row, layer) for row in rows if row.when(config, layer))
+            facts = _facts(config, layer)
+            yield from ((row, layer) for row, when in rows if when <= facts)
+
+
+def _filled(name: str, trunk: str, layer: int, expert: int = 0) -> str:
+    return name.format(trunk=trunk, layer=f"{trunk}layers.{layer}.", expert=expert)
+
+
+def _shape(text: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """`E 2*I H`: each a sum of products of sizes and numbers."""
+
+    def product(term: str) -> int:
+        return math.prod(int(f) if f.isdigit() else sizes[f] for f in term.split("*"))
+
+    return tuple(sum(map(product, dim.split("+"))) for dim in text.split())
 
 
 def precision(tensor: SourceTensor) -> str:
@@ -290,7 +223,7 @@ def fold(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def fp8_block(config: Mapping[str, Any], names: Iterable[str]) -> tuple[int, int] | None:
+def fp8_block(config: Mapping[str, Any], names: Iterable[str]) -> Block | None:
     """Rows and columns that share a scale in an FP8 checkpoint; None if it is not FP8.
 
     Refuses what is converted already, and what is quantized in a format this does not read.
@@ -321,7 +254,8 @@ def fp8_block(config: Mapping[str, Any], names: Iterable[str]) -> tuple[int, int
     if not settings:
         return None
     block = settings.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(_positive(n) for n in block)):
+    whole = isinstance(block, list) and all(type(n) is int and n > 0 for n in block)
+    if not whole or len(block) != 2:
         raise CheckpointError(
             "FP8 weights without a size of blocks",
             got=f"weight_block_size={block!r}",
@@ -331,18 +265,10 @@ def fp8_block(config: Mapping[str, Any], names: Iterable[str]) -> tuple[int, int
     return block[0], block[1]
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 class _Resolver:
-    def __init__(
-        self,
-        config: ModelConfig,
-        tensors: Mapping[str, SourceTensor],
-        block: tuple[int, int] | None,
-    ):
+    def __init__(self, config: ModelConfig, tensors: Tensors, block: Block | None):
         self.config, self.tensors, self.block = config, tensors, block
+        self.sizes = _sizes(config)
         self.trunk = next((t for t in TRUNKS if f"{t}embed_tokens.weight" in tensors), TRUNKS[0])
         self.used: set[str] = set()
         # Tensor name to complaint: one tensor may feed two outputs, but is reported once.
@@ -356,37 +282,39 @@ class _Resolver:
         return matches
 
     def _match(self, row: Row, layer: int) -> Iterator[Match]:
-        if row.shape is None:
+        if not row.shape:
             yield from self._carried(row)
             return
-        fill = {"trunk": self.trunk, "layer": layer}
-        source, output = row.source.format(**fill), row.output.format(**fill)
-        shape = row.shape(self.config)
+        source = _filled(row.source, self.trunk, layer)
+        name = _filled(row.output or row.source, OUTPUT_TRUNK, layer)
+        shape = kept = _shape(row.shape, self.sizes)
+        ranges = [(0, math.prod(shape[:-1]))]
+        if row.split:
+            ranges = self._ranges(*row.split, row.parts)
+            num_rows = sum(stop - start for start, stop in ranges)
+            kept = (*shape[:-2], num_rows // math.prod(shape[:-2]), shape[-1])
         if row.each and source not in self.tensors:
-            each = [row.each.format(**fill, expert=e) for e in range(shape[0])]
+            each = [_filled(row.each, self.trunk, layer, e) for e in range(shape[0])]
             if any(name in self.tensors for name in each):
-                yield from self._stacked(row, output, shape, each)
+                yield from self._stacked(row, name, kept, each)
                 return
-        if not (tensor := self._take(source, shape)):
-            return
-        k, n = row.part
-        if row.ranges:
-            ranges = row.ranges(self.config)
-            shape = (sum(stop - start for start, stop in ranges), *shape[1:])
-        elif n > 1:
-            rows = shape[1] // n
-            ranges = [((e * n + k) * rows, (e * n + k + 1) * rows) for e in range(shape[0])]
-            shape = (shape[0], rows, *shape[2:])
-        else:
-            ranges = [(0, tensor.num_rows)]
-        segments = tuple(self._segment(tensor, start, stop) for start, stop in ranges)
-        yield Match(output, row, output_shape(row.transform, shape), segments)
+        if tensor := self._take(source, shape):
+            segments = tuple(self._segment(tensor, start, stop) for start, stop in ranges)
+            yield Match(name, row, output_shape(row.transform, kept), segments)
+
+    def _ranges(self, groups: str, widths: str, parts: tuple[int, ...]) -> list[tuple[int, int]]:
+        *starts, width = accumulate(_shape(widths, self.sizes), initial=0)
+        ends = [*starts[1:], width]
+        return [
+            (group * width + starts[part], group * width + ends[part])
+            for part in parts
+            for group in range(self.sizes[groups])
+        ]
 
     def _stacked(
-        self, row: Row, output: str, shape: tuple[int, ...], each: list[str]
+        self, row: Row, name: str, shape: tuple[int, ...], each: list[str]
     ) -> Iterator[Match]:
-        one = (shape[1] // row.part[1], *shape[2:])
-        found = [self._take(name, one) for name in each]
+        found = [self._take(one, shape[1:]) for one in each]
         segments = tuple(self._segment(t, 0, t.num_rows) for t in found if t)
         for tensor in (segment.tensor for segment in segments):
             first = segments[0].tensor
@@ -394,10 +322,10 @@ class _Resolver:
                 dtypes = f"{tensor.dtype}, expected {first.dtype} as the first"
                 self.problems[tensor.name] = f"dtype    {dtypes}"
         if len(segments) == len(each):
-            yield Match(output, row, (len(each), *one), segments)
+            yield Match(name, row, shape, segments)
 
     def _segment(self, tensor: SourceTensor, start: int, stop: int) -> Segment:
-        scale = self.tensors[scale_name(tensor)] if tensor.dtype == FP8 else None
+        scale = self.tensors[tensor.name + SCALE] if tensor.dtype == FP8 else None
         return Segment(tensor, start, stop, scale, self.block)
 
     def _carried(self, row: Row) -> Iterator[Match]:
@@ -417,7 +345,7 @@ class _Resolver:
                     self.problems[name] = f"shape    {list(tensor.shape)}, expected 5 dims"
                     continue
                 shape = output_shape(row.transform, tensor.shape)
-                output = row.output.rstrip("*") + name[len(stem) :]
+                output = (row.output or row.source).rstrip("*") + name[len(stem) :]
                 yield Match(output, row, shape, (self._segment(tensor, 0, tensor.num_rows),))
 
     def _take(self, name: str, shape: tuple[int, ...] | None = None) -> SourceTensor | None:
@@ -429,35 +357,21 @@ class _Resolver:
         self.used.add(name)
         if shape is not None and tensor.shape != shape:
             self.problems[name] = f"shape    {list(tensor.shape)}, expected {list(shape)}"
-        elif tensor.dtype == FP8 and self.block and _has_scales(tensor):
-            return tensor if self._take_scale(tensor, self.block) else None
+        elif tensor.dtype == FP8 and self.block and tensor.shape[1:] and not name.endswith(SCALE):
+            # One scale for each block, those at the edges partial.
+            *leading, rows, columns = tensor.shape
+            blocks = (*leading, -(-rows // self.block[0]), -(-columns // self.block[1]))
+            return tensor if self._take(tensor.name + SCALE, blocks) else None
         elif tensor.dtype not in NUMPY_DTYPES:
             self.problems[name] = f"dtype    {tensor.dtype}, expected {', '.join(NUMPY_DTYPES)}"
         else:
             return tensor
         return None
 
-    def _take_scale(self, tensor: SourceTensor, block: tuple[int, int]) -> SourceTensor | None:
-        """The scales of an FP8 tensor: one for each block, those at the edges partial."""
-        *leading, rows, columns = tensor.shape
-        blocks = (*leading, -(-rows // block[0]), -(-columns // block[1]))
-        return self._take(scale_name(tensor), blocks)
-
-
-def _has_scales(tensor: SourceTensor) -> bool:
-    return len(tensor.shape) > 1 and not tensor.name.endswith("_scale_inv")
-
-
-def scale_name(tensor: SourceTensor) -> str:
-    """Where the scales of an FP8 tensor are."""
-    return f"{tensor.name}_scale_inv"
-
 
 def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape after the transform."""
-    if transform is Transform.TAPS_FIRST:
-        return shape[0], shape[2], shape[1]
-    if transform is Transform.CHANNELS_LAST:
+    if transform in (Transform.TAPS_FIRST, Transform.CHANNELS_LAST):
         return shape[0], *shape[2:], shape[1]
     return shape
 

@@ -1,10 +1,8 @@
 """The page that `plan` prints under its table: disk and memory, and what every Mac makes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from qwen35_mlx.errors import Qwen35Error
 
 from .family import FAMILY, family_source
 from .hub import HubSource
@@ -19,6 +17,7 @@ from .macs import (
     tokens_per_second,
     wired_limit_mb,
 )
+from .picture import picture
 from .pieces import SLICE_BYTES, WORKERS, cut, peak_bytes
 from .plan import Plan, plan
 
@@ -53,15 +52,15 @@ def conversion_lines(planned: Plan, keep_source: bool = False) -> list[str]:
 
 def mac_lines(planned: Plan, own: Mac | None = None) -> list[str]:
     """For every Mac and context: fits, fits with a raised limit, or not."""
-    config = planned.config
-    contexts = [c for c in CONTEXTS if c <= config.context_length] or [config.context_length]
-    needed = [running_bytes(config, planned, context) for context in contexts]
+    longest = planned.config.context_length
+    contexts = [c for c in CONTEXTS if c <= longest] or [longest]
+    needed = [running_bytes(planned, context) for context in contexts]
     total = ["memory when running", "", "", *(f"{n / 1e9:,.1f} GB" for n in needed), ""]
     rows = [["Mac", "memory", "GPU limit", *(_tokens(c) for c in contexts), "tok/s"], total]
     macs = [own, *MACS] if own else list(MACS)
     for mac in macs:
         fits = [_fits(mac, n) for n in needed]
-        speed = tokens_per_second(config, planned, mac.gbps, contexts[0]) if mac.gbps else 0
+        speed = tokens_per_second(planned, mac.gbps, contexts[0]) if mac.gbps else 0
         shown = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
         limit = f"{gpu_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         name = f"this {mac.chip}" if mac is own else mac.chip
@@ -74,11 +73,8 @@ def family_lines(memory_bytes: int, own: Mac | None) -> list[str]:
     where = f"a Mac with {own.chip}" if own else "this machine; limits as on a Mac of its memory"
     rows = [["model", *(f"{bits}-bit" for bits in FAMILY_BITS)]]
     for name in FAMILY:
-        cells = []
-        for bits in FAMILY_BITS:
-            planned = plan(family_source(name), bits=bits)
-            cells.append(_longest(planned, memory_bytes, own))
-        rows.append([name, *cells])
+        plans = (plan(family_source(name), bits=bits) for bits in FAMILY_BITS)
+        rows.append([name, *(_longest(planned, memory_bytes) for planned in plans)])
     return [
         f"{memory_bytes / GIB:.0f} GB of memory: {where}",
         *aligned(rows),
@@ -88,11 +84,11 @@ def family_lines(memory_bytes: int, own: Mac | None) -> list[str]:
     ]
 
 
-def _longest(planned: Plan, memory_bytes: int, own: Mac | None) -> str:
+def _longest(planned: Plan, memory_bytes: int) -> str:
     size = f"{planned.output_bytes / 1e9:,.1f} GB"
     limits = (gpu_limit_bytes(memory_bytes), ""), (raised_limit_bytes(memory_bytes), "*")
     for limit, mark in limits:
-        fitting = [c for c in CONTEXTS if running_bytes(planned.config, planned, c) <= limit]
+        fitting = [c for c in CONTEXTS if running_bytes(planned, c) <= limit]
         if fitting:
             return f"{size}, {_tokens(fitting[-1])}{mark}"
     return f"{size}, no"
@@ -113,31 +109,20 @@ def _tokens(context: int) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides: list[Callable[..., str]] = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     return [
-        "  ".join(side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True))
-        for row in rows
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
 
 
 def draw(planned: Plan, file: Path) -> None:
     """The page as a picture: where the bytes are, and memory against the limits of Macs."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Qwen35Error(
-            "a picture needs matplotlib", hint="pip install 'qwen35-mlx[plot]'"
-        ) from None
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_bytes(left, planned)
-    _draw_macs(right, planned)
-    figure.suptitle(
-        f"{planned.source.origin['source']}: {planned.output_bytes / 1e9:,.1f} GB, "
-        f"{planned.bits_per_weight:.2f} bits per weight"
-    )
-    FigureCanvasAgg(figure).print_png(str(file))
+    with picture(file, (12, 6.5)) as (figure, left, right):
+        _draw_bytes(left, planned)
+        _draw_macs(right, planned)
+        figure.suptitle(
+            f"{planned.source.origin['source']}: {planned.output_bytes / 1e9:,.1f} GB, "
+            f"{planned.bits_per_weight:.2f} bits per weight"
+        )
 
 
 def _draw_bytes(axes: Any, planned: Plan) -> None:
@@ -162,7 +147,7 @@ def _draw_macs(axes: Any, planned: Plan) -> None:
     ):
         axes.barh(names, values, color=colour, label=label)
     for context, style in zip(CONTEXTS, (":", "-.", "--", "-"), strict=True):
-        needed = running_bytes(planned.config, planned, context) / 1e9
+        needed = running_bytes(planned, context) / 1e9
         axes.axvline(
             needed, color="#cc3311", linestyle=style, label=f"needed at {_tokens(context)}"
         )

@@ -1,7 +1,7 @@
 """A plan cut into pieces that are read, converted and written by themselves, file after file."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen35_mlx.headers import ITEM_BYTES
@@ -52,37 +52,33 @@ def cut(plan: Plan) -> list[Piece]:
     A piece comes when the last of its files does: scales may lie in another file than weights.
     """
     rank = {file: i for i, file in enumerate(plan.source.files)}
+
+    def place(piece: Piece) -> tuple[int, ...]:
+        segment, tensor = piece.segment, piece.segment.tensor
+        last = max(rank[file] for file in segment.files)
+        return last, rank[tensor.file], tensor.offset, segment.start_row
+
     found = [
-        (max(rank[f] for f in part.files), rank[part.tensor.file], part, shard, entry, row)
+        piece
         for shard, whole in enumerate(plan.shards)
         for entry in whole.entries
-        for row, part in _slices(entry)
+        for piece in entry_pieces(entry, shard)
     ]
-    found.sort(key=lambda f: (*f[:2], f[2].tensor.offset, f[2].start_row))
-    return [
-        Piece(index, shard, entry, part, row)
-        for index, (_, _, part, shard, entry, row) in enumerate(found)
-    ]
+    return [replace(piece, index=i) for i, piece in enumerate(sorted(found, key=place))]
 
 
-def entry_pieces(entry: Entry) -> Iterator[Piece]:
-    """The pieces of one entry alone, in order."""
-    for index, (row, part) in enumerate(_slices(entry)):
-        yield Piece(index, 0, entry, part, row)
-
-
-def _slices(entry: Entry) -> Iterator[tuple[int, Segment]]:
-    """First output row and source rows, at most SLICE_BYTES of them where rows may part."""
+def entry_pieces(entry: Entry, shard: int = 0) -> Iterator[Piece]:
+    """The pieces of one entry: at most SLICE_BYTES of the source where rows may part."""
     done = 0
     for segment in entry.segments:
-        tensor, start, stop = segment.tensor, segment.start_row, segment.stop_row
-        row_bytes = tensor.row_bytes * (FP8_GROWTH if tensor.dtype == FP8 else 1)
+        start, stop = segment.start_row, segment.stop_row
+        row_bytes = segment.tensor.row_bytes * (FP8_GROWTH if segment.tensor.dtype == FP8 else 1)
         step = max(SLICE_BYTES // max(row_bytes, 1), 1)
         if entry.transform is Transform.CHANNELS_LAST:
             step = stop - start
         for row in range(start, stop, step):
-            end = min(row + step, stop)
-            yield done + row - start, Segment(tensor, row, end, segment.scale, segment.block)
+            part = replace(segment, start_row=row, stop_row=min(row + step, stop))
+            yield Piece(0, shard, entry, part, done + row - start)
         done += stop - start
 
 

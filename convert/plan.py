@@ -99,13 +99,11 @@ class Shard:
 class PlanRow:
     """One line of the printed plan: like modules of all layers together.
 
-    Carried tensors are summed up in one line, without shape and transform.
+    Carried tensors are summed up in one line, without shape. What is dropped has that for a dtype.
     """
 
     name: str
     shape: tuple[int, ...]
-    role: str
-    transform: str
     source_dtype: str
     dtype: str
     bits: int | None = None
@@ -121,11 +119,8 @@ class Plan:
 
     source: Source
     config: ModelConfig
-    bits: int | None
-    group_size: int
-    dtype: str | None
-    recipe_name: str | None
-    method: str | None
+    # What the conversion was asked for: bits, group_size, dtype, recipe, method.
+    settings: dict[str, Any]
     shards: tuple[Shard, ...]
     dropped: tuple[SourceTensor, ...]
 
@@ -134,8 +129,9 @@ class Plan:
         return (entry for shard in self.shards for entry in shard.entries)
 
     @property
-    def num_shards(self) -> int:
-        return len(self.shards)
+    def text_entries(self) -> list[Entry]:
+        """What is loaded to run: all but what is carried along."""
+        return [entry for entry in self.entries if entry.role is not Role.CARRIED]
 
     @property
     def source_bytes(self) -> int:
@@ -146,38 +142,30 @@ class Plan:
         return sum(entry.output_bytes for entry in self.entries)
 
     @property
+    def text_bytes(self) -> int:
+        return sum(entry.output_bytes for entry in self.text_entries)
+
+    @property
     def num_parameters(self) -> int:
         return sum(entry.num_parameters for entry in self.entries)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of the text model per parameter, scales and biases counted."""
-        text = [entry for entry in self.entries if entry.role is not Role.CARRIED]
-        return 8 * sum(e.output_bytes for e in text) / sum(e.num_parameters for e in text)
+        return 8 * self.text_bytes / sum(e.num_parameters for e in self.text_entries)
 
     @property
     def layout(self) -> str:
         """Digest of names and shapes of the text model: the same for its fine-tuned copies."""
-        text = sorted((e.module, e.shape) for e in self.entries if e.role is not Role.CARRIED)
+        text = sorted((entry.module, entry.shape) for entry in self.text_entries)
         return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the conversion was asked for."""
-        return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "dtype": self.dtype,
-            "recipe": self.recipe_name,
-            "method": self.method,
-        }
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization` block of config.json; None when nothing is quantized."""
-        if self.bits is None:
+        default = {key: self.settings[key] for key in ("group_size", "bits")}
+        if default["bits"] is None:
             return None
-        default = {"group_size": self.group_size, "bits": self.bits}
         block: dict[str, Any] = {**default, "mode": "affine"}
         for entry in self.entries:
             own = {"group_size": entry.group_size, "bits": entry.bits}
@@ -189,19 +177,10 @@ class Plan:
         """The plan with layers folded to `*`, in the order of the work; dropped tensors last."""
         folded: dict[PlanRow, list[Entry]] = {}
         for entry in self.entries:
-            name, shape, transform = fold(entry.module), entry.shape, entry.transform.name.lower()
+            name, shape, stored = fold(entry.module), entry.shape, entry.segments[0].tensor.dtype
             if entry.role is Role.CARRIED:
-                name, shape, transform = name.partition(".")[0] + ".*", (), ""
-            row = PlanRow(
-                name,
-                shape,
-                entry.role.name.lower(),
-                transform,
-                entry.segments[0].tensor.dtype,
-                entry.dtype,
-                entry.bits,
-                entry.group_size,
-            )
+                name, shape = name.partition(".")[0] + ".*", ()
+            row = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
             folded.setdefault(row, []).append(entry)
         rows = [
             replace(
@@ -212,7 +191,7 @@ class Plan:
             )
             for row, group in folded.items()
         ]
-        rows += [PlanRow(t.name, t.shape, "dropped", "keep", t.dtype, "") for t in self.dropped]
+        rows += [PlanRow(t.name, t.shape, t.dtype, "dropped") for t in self.dropped]
         return tuple(rows)
 
 
@@ -240,7 +219,7 @@ def plan(
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
-    opened = source if isinstance(source, Source) else open_any(source, revision)
+    opened = open_any(source, revision)
     block = fp8_block(opened.config, opened.tensors)
     config = ModelConfig.from_hf(opened.config)
 
@@ -258,17 +237,15 @@ def plan(
     matches = resolve(config, opened.tensors, block)
     entries = [_entry(match, chosen, dtype) for match in matches if match.name]
     _check_groups(entries)
-    return Plan(
-        opened,
-        config,
-        bits,
-        group_size,
-        dtype,
-        None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
-        None if bits is None else method,
-        _shards(entries),
-        tuple(match.segments[0].tensor for match in matches if not match.name),
-    )
+    settings = {
+        "bits": bits,
+        "group_size": group_size,
+        "dtype": dtype,
+        "recipe": None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
+        "method": None if bits is None else method,
+    }
+    dropped = tuple(match.segments[0].tensor for match in matches if not match.name)
+    return Plan(opened, config, settings, _shards(entries), dropped)
 
 
 def _entry(

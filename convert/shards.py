@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qwen35_mlx.headers import PREFIX_BYTES
@@ -36,7 +37,7 @@ class ShardWriter:
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.pread(self._file, len(header), 0) != header:
             os.ftruncate(self._file, 0)
-            _write_all(self._file, header, 0)
+            write_all(self._file, header, 0)
         os.ftruncate(self._file, end)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
@@ -44,7 +45,7 @@ class ShardWriter:
         begin = self._start[name] + start
         if begin + len(data) > self._end[name]:
             raise RuntimeError(f"{name}: {begin + len(data) - self._end[name]} bytes too many")
-        _write_all(self._file, data, begin)
+        write_all(self._file, data, begin)
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
         """What lies at byte `start` of tensor `name`."""
@@ -82,40 +83,44 @@ def flush(descriptor: int) -> None:
     """fsync, and on macOS the drive's own cache too."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        try:
+        # Network drives do not know it.
+        with suppress(OSError):
             fcntl.fcntl(descriptor, full)
             return
-        except OSError:
-            # Network drives do not know it.
-            pass
     os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make new names in `folder` last, where the file system can."""
-    try:
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file under a temporary name, and rename it."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        flush(stream.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            flush(stream.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file as `write_file` does."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write `data` at byte `offset` of a file."""
     view = memoryview(data)
     while view:
         # A full disk writes a part before it fails.
@@ -123,12 +128,12 @@ def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def header_bytes(plan: Plan, carried: bool = True) -> int:
-    """Bytes of all files that are no tensor, of those that hold more than carried tensors."""
+def text_header_bytes(plan: Plan) -> int:
+    """Bytes that are no tensor, of all files that hold more than carried tensors."""
     return sum(
         len(_header(shard.tensors))
         for shard in plan.shards
-        if carried or any(entry.role is not Role.CARRIED for entry in shard.entries)
+        if any(entry.role is not Role.CARRIED for entry in shard.entries)
     )
 
 

@@ -1,6 +1,7 @@
 """A checkpoint in a folder: config, index and headers checked, rows read on demand."""
 
 import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,16 @@ from qwen35_mlx.headers import (
     weight_files,
 )
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-)
+COMPANIONS = """
+tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json
+chat_template.jinja chat_template.json generation_config.json
+preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE*
+""".split()
 # What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 FP8 = "F8_E4M3"
+# Rows and columns that share a scale.
+Block = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Segment:
     start_row: int
     stop_row: int
     scale: SourceTensor | None = None
-    block: tuple[int, int] | None = None
+    block: Block | None = None
 
     @property
     def nbytes(self) -> int:
@@ -97,25 +90,52 @@ class Source:
 
 def open_source(folder: Path) -> Source:
     """Read config.json, the index and all headers of `folder`; no weight is read."""
+    check_folder(folder, "a hub id is written OWNER/NAME")
+    config = read_config(folder)
+    path = folder / INDEX_FILE
+    index = read_index(path) if path.exists() else None
+
+    def headers(files: Iterable[str]) -> Iterable[list[SourceTensor]]:
+        return (read_header(folder / file) for file in files)
+
+    return Source(folder, config, gather_checked(folder, weight_files(folder), index, headers))
+
+
+def check_folder(folder: Path, hint: str = "") -> None:
+    """Refuse what is no folder."""
     if not folder.is_dir():
         raise CheckpointError(
             f"no checkpoint at {folder}",
             got="a file" if folder.exists() else "no such folder",
             expected="a folder with config.json and *.safetensors",
-            hint="a hub id is written OWNER/NAME",
+            hint=hint,
         )
-    config = read_config(folder)
-    path, present = folder / INDEX_FILE, weight_files(folder)
-    index = read_index(path) if path.exists() else None
-    if index is None:
-        files = _without_index(folder, present)
-    else:
-        files = sorted(set(index.values()))
-        check_present(files, present)
-    tensors = gather(files, lambda file: read_header(folder / file))
+
+
+def gather_checked(
+    where: str | Path,
+    present: Collection[str],
+    index: Mapping[str, str] | None,
+    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
+) -> dict[str, SourceTensor]:
+    """All tensors by name: of the files of the index, else of model.safetensors, else of all.
+
+    `present` are the weight files that are there, `headers` reads those of some of them.
+    """
     if index is not None:
-        check_index(index, tensors, {file for file in present if file.startswith("model")})
-    return Source(folder, config, tensors)
+        check_present(index.values(), present)
+        tensors = gather(headers(sorted(set(index.values()))))
+        _check_index(index, tensors, {file for file in present if file.startswith("model")})
+        return tensors
+    if not present:
+        raise CheckpointError(
+            f"no weights in {where}",
+            got="no *.safetensors file",
+            expected="model.safetensors, or shards with model.safetensors.index.json",
+            hint="pytorch *.bin checkpoints are not read",
+        )
+    whole = "model.safetensors"
+    return gather(headers([whole] if whole in present else sorted(present)))
 
 
 def read_rows(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
@@ -155,21 +175,9 @@ def _fingerprint(file: Path) -> str:
     return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}, header {digest}"
 
 
-def _without_index(folder: Path, present: list[str]) -> list[str]:
-    """Names of the weight files of a checkpoint without an index."""
-    if "model.safetensors" in present:
-        return ["model.safetensors"]
-    if not present:
-        raise CheckpointError(
-            f"no weights in {folder}",
-            got="no *.safetensors file",
-            expected="model.safetensors, or shards with model.safetensors.index.json",
-            hint="pytorch *.bin checkpoints are not read",
-        )
-    return present
-
-
-def check_index(index: dict[str, str], tensors: dict[str, SourceTensor], present: set[str]) -> None:
+def _check_index(
+    index: Mapping[str, str], tensors: Mapping[str, SourceTensor], present: set[str]
+) -> None:
     """Index and headers must agree; `present` are the model*.safetensors files there are."""
     wrong = sorted(
         name

@@ -2,9 +2,10 @@
 
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.quant.affine import largest_bits
 from qwen35_mlx.quant.calibrate import Calibration
 
 from .calibrated import quantize_rows
@@ -19,7 +21,7 @@ from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
 from .names import Transform
-from .pieces import WORKERS, Piece, entry_pieces
+from .pieces import WORKERS, Piece, entry_pieces, uses
 from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
@@ -39,47 +41,28 @@ FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
 Progress = Callable[[int, int, str, str], None]
 
 
-def stream(
-    plan: Plan,
-    pieces: Sequence[Piece],
-    folder: Path,
-    journal: Journal,
-    fetcher: Fetcher | None = None,
-    progress: Progress | None = None,
-    calibration: Calibration | None = None,
-) -> dict[str, str]:
-    """Convert what the journal does not name yet; returns the SHA-256 of each shard by name.
-
-    Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
-    """
-    work = _Work(plan, pieces, folder, journal, fetcher, progress, calibration)
-    try:
-        work.run()
-    finally:
-        work.close()
-    return journal.checksums
-
-
 @cache
 def threads() -> ThreadPoolExecutor:
     """The threads of all conversions: MLX never frees what it sets up for a thread."""
     return ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
 
 
-class _Work:
-    def __init__(
-        self,
-        plan: Plan,
-        pieces: Sequence[Piece],
-        folder: Path,
-        journal: Journal,
-        fetcher: Fetcher | None,
-        progress: Progress | None,
-        calibration: Calibration | None,
-    ):
-        self.plan, self.folder, self.journal = plan, folder, journal
-        self.fetcher, self.progress, self.calibration = fetcher, progress, calibration
-        self.pieces = pieces
+@dataclass
+class Stream:
+    """Converts what the journal does not name yet.
+
+    Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
+    """
+
+    plan: Plan
+    pieces: Sequence[Piece]
+    folder: Path
+    journal: Journal
+    fetcher: Fetcher | None
+    progress: Progress | None
+    calibration: Calibration | None
+
+    def __post_init__(self) -> None:
         self.pool = threads()
         # Started and not yet written, in order.
         self.running: deque[tuple[Piece, Future]] = deque()
@@ -87,43 +70,48 @@ class _Work:
         self.hashes: dict[int, Future[str]] = {}
         self.unflushed: list[tuple[Piece, int]] = []
         self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
-        self.done_bytes, self.total_bytes = 0, plan.source_bytes
+        self.done_bytes, self.total_bytes = 0, self.plan.source_bytes
         # Kernels of a GPU want one thread; a CPU runs as many as it has cores.
         self.in_main = mx.default_device() == mx.Device(mx.gpu)
 
-    def run(self) -> None:
+    def run(self) -> dict[str, str]:
+        """Do it; returns the SHA-256 of each shard by name."""
+        try:
+            self._run()
+        finally:
+            self._close()
+        return self.journal.checksums
+
+    def _run(self) -> None:
         todo = self._resume()
-        left = {piece.index: piece for piece in todo}
-        self.waiting = dict.fromkeys(range(len(self.plan.shards)), 0)
-        self.needed: dict[Path, int] = {}
-        for piece in todo:
-            self.waiting[piece.shard] += 1
-            for file in piece.segment.files:
-                self.needed[file] = self.needed.get(file, 0) + 1
-        self._tell(left[todo[0].index].segment if todo else None)
-        for shard, count in self.waiting.items():
-            if not count:
+        # Pieces that a shard waits for, and that need a file.
+        self.waiting = Counter(piece.shard for piece in todo)
+        self.needed = Counter(file for piece in todo for file in piece.segment.files)
+        if todo:
+            self._tell(todo[0].segment)
+        for shard in range(len(self.plan.shards)):
+            if not self.waiting[shard]:
                 self._finish(shard)
         if self.fetcher:
-            self.fetcher.start([file.name for file in _in_order(todo)])
+            self.fetcher.start([file.name for file in uses(todo)])
         here: set[Path] = set()
         for piece in todo:
             if self.fetcher and not piece.segment.files <= here:
                 # A file of the source may go before the next one comes.
                 while self.running:
-                    self._complete(*self.running.popleft())
+                    self._complete()
                 self._flush()
                 self._wait(piece)
                 here |= piece.segment.files
             if len(self.running) > WORKERS:
-                self._complete(*self.running.popleft())
+                self._complete()
             self.running.append((piece, self._start(piece)))
         while self.running:
-            self._complete(*self.running.popleft())
+            self._complete()
         self._flush()
         self._collect(last=True)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Stop the threads; what is written but not flushed is converted again next time."""
         futures = [*(future for _, future in self.running), *self.hashes.values()]
         wait([future for future in futures if not future.cancel()])
@@ -167,7 +155,7 @@ class _Work:
         assert self.fetcher is not None
         for file in sorted(piece.segment.files):
             while not self.fetcher.ready(file.name, timeout=0.5):
-                self._tell(piece.segment, self.fetcher.state())
+                self._tell(piece.segment, self.fetcher.state)
 
     def _start(self, piece: Piece) -> Future:
         writer = self._writer(piece.shard)
@@ -175,7 +163,8 @@ class _Work:
             return self.pool.submit(_read, piece.segment)
         return self.pool.submit(_whole, writer, piece, self.calibration)
 
-    def _complete(self, piece: Piece, future: Future) -> None:
+    def _complete(self) -> None:
+        piece, future = self.running.popleft()
         result = future.result()
         if self.in_main:
             parts = _convert(piece, result, self.calibration)
@@ -225,15 +214,10 @@ class _Work:
                 del self.hashes[shard]
                 self.writers.pop(shard, None)
 
-    def _tell(self, segment: Segment | None, waiting: str = "") -> None:
-        if self.progress and segment:
+    def _tell(self, segment: Segment, waiting: str = "") -> None:
+        if self.progress:
             name, file = segment.tensor.name, segment.tensor.file.name
             self.progress(self.done_bytes, self.total_bytes, waiting or name, file)
-
-
-def _in_order(pieces: Sequence[Piece]) -> list[Path]:
-    """The files that the pieces need, each once, in the order they are needed."""
-    return list(dict.fromkeys(file for piece in pieces for file in sorted(piece.segment.files)))
 
 
 def read_entry(entry: Entry) -> mx.array:
@@ -281,14 +265,13 @@ def _convert(
     dtype = MLX_DTYPES[entry.dtype]
     if x.dtype != dtype:
         x = x.astype(dtype)
-        _check(x, segment, f"has values out of the range of {dtype}")
+        if not mx.all(mx.isfinite(x)).item():
+            raise _unusable(segment, f"has values out of the range of {dtype}")
     if entry.bits is None:
         parts = [x]
     else:
-        assert entry.group_size is not None and entry.method is not None
-        setting = entry.bits, entry.group_size
         try:
-            parts = list(quantize_rows(x, entry, piece.row, setting, entry.method, calibration))
+            parts = list(quantize_rows(x, entry, piece.row, calibration))
         except Qwen35Error as error:
             raise CheckpointError(f"{segment.tensor.name} cannot be quantized: {error}") from error
     parts = [mx.contiguous(part) for part in parts]
@@ -315,18 +298,9 @@ def _bytes(part: mx.array) -> memoryview:
 
 
 def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
-    """On the bits, which takes a tenth of the time of a look at the numbers."""
     mask, limit = NOT_FINITE[dtype]
-    bits = rows.view(f"<u{rows.itemsize}")
-    step = max(2**16 // max(bits.shape[-1], 1), 1)
-    parts = (bits[i : i + step] & bits.dtype.type(mask) for i in range(0, len(bits), step))
-    if bits.size and any(part.max() >= limit for part in parts):
+    if largest_bits(rows.view(f"<u{rows.itemsize}"), mask) >= limit:
         raise _unusable(segment, "holds values that are not finite")
-
-
-def _check(x: mx.array, segment: Segment, what: str) -> None:
-    if not mx.all(mx.isfinite(x)).item():
-        raise _unusable(segment, what)
 
 
 def _unusable(segment: Segment, what: str) -> CheckpointError:

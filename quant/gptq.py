@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 
-from .packing import pack
+from .packing import Quantized, joined, pack
 from .search import CHUNK_WEIGHTS, fit, inverse, nearest
 
 DAMPING = 0.01
@@ -15,7 +15,7 @@ DAMPING = 0.01
 
 def gptq(
     w: mx.array, bits: int, group_size: int, hessian: mx.array, damping: float = DAMPING
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> Quantized:
     """Quantize finite `w [..., inputs]` so that `w @ x` keeps its value for typical inputs x.
 
     `hessian [inputs, inputs]` is the mean of x x^T, up to a factor; `damping` times the mean of
@@ -43,9 +43,7 @@ def gptq(
         part = (pack(codes, bits), scales, biases)
         mx.eval(part)
         parts.append(part)
-    whole = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
-    wq, scales, biases = (array.reshape(*leading, array.shape[-1]) for array in whole)
-    return wq, scales, biases
+    return joined(parts, leading)
 
 
 def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
@@ -93,9 +91,7 @@ def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:
     return sum(gains) / len(gains)
 
 
-def _feed_back(
-    rows: mx.array, bits: int, group_size: int, factor: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+def _feed_back(rows: mx.array, bits: int, group_size: int, factor: mx.array) -> Quantized:
     """Codes [E * R, inputs], scales, biases of rows [E, R, inputs], factors [E, inputs, inputs]."""
     dtype, levels = rows.dtype, 2**bits - 1
     num, num_rows, inputs = rows.shape

@@ -1,8 +1,12 @@
 """Codes to the words of mlx: a stream of bits, the first code lowest, in little-endian uint32."""
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 WORD_BITS = 32
+# Words, scales, biases.
+Quantized = tuple[mx.array, mx.array, mx.array]
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
@@ -21,3 +25,10 @@ def pack(codes: mx.array, bits: int) -> mx.array:
             # 3, 5 and 6 bits: a code may lie across two words.
             words[word + 1] = words[word + 1] | (lane >> (WORD_BITS - shift))
     return mx.stack(words, axis=-1).reshape(*leading, inputs * bits // WORD_BITS)
+
+
+def joined(parts: Iterable[Iterable[mx.array]], leading: Iterable[int]) -> Quantized:
+    """What chunks of rows were quantized to, together, with these dims before the last."""
+    wholes = (mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
+    wq, scales, biases = (array.reshape(*leading, array.shape[-1]) for array in wholes)
+    return wq, scales, biases

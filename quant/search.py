@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .packing import pack
+from .packing import Quantized, joined, pack
 
 CHUNK_WEIGHTS = 2**20
 # Where the search starts: ranges whose ends lie this many steps inside of minimum and maximum.
@@ -42,7 +42,7 @@ class Fit(NamedTuple):
 
 def search(
     w: mx.array, bits: int, group_size: int, importance: mx.array | None = None
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> Quantized:
     """Quantize finite `w [..., inputs]` with the least error, weighed by `importance [inputs]`.
 
     Holds the result and about 12 float32 copies of a chunk of 2**20 weights (or of one row).
@@ -61,9 +61,7 @@ def search(
         part = (pack(encode(chunk, scales, biases, bits), bits), scales, biases)
         mx.eval(part)
         parts.append(part)
-    whole = [mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)]
-    wq, scales, biases = (array.reshape(*leading, array.shape[-1]) for array in whole)
-    return wq, scales, biases
+    return joined(parts, leading)
 
 
 def encode(rows: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,8 @@ def header_length(file: Path, prefix: bytes, file_bytes: int) -> int:
             hint="download the file again; a git-lfs pointer is not the file itself",
         )
     if header_bytes > HEADER_LIMIT_BYTES:
-        raise _damaged(
-            file,
-            "the header is too long",
-            f"{header_bytes} bytes",
-            f"at most {HEADER_LIMIT_BYTES} bytes",
-        )
+        limit = f"at most {HEADER_LIMIT_BYTES} bytes"
+        raise _damaged(file, "the header is too long", f"{header_bytes} bytes", limit)
     return header_bytes
 
 
@@ -91,12 +88,9 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
     for tensor in tensors:
         if tensor.offset != end:
             kind = "overlaps" if tensor.offset < end else "leaves a gap after"
-            raise _damaged(
-                file,
-                f"tensor {tensor.name} {kind} {before}",
-                f"offset {tensor.offset - data_start}",
-                f"offset {end - data_start}",
-            )
+            what = f"tensor {tensor.name} {kind} {before}"
+            got, expected = (f"offset {at - data_start}" for at in (tensor.offset, end))
+            raise _damaged(file, what, got, expected)
         end, before = tensor.offset + tensor.nbytes, tensor.name
         if end > file_bytes:
             raise CheckpointError(
@@ -119,20 +113,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def gather(
-    files: Iterable[str], read: Callable[[str], list[SourceTensor]]
-) -> dict[str, SourceTensor]:
+def gather(headers: Iterable[Iterable[SourceTensor]]) -> dict[str, SourceTensor]:
     """The tensors of all files by name; none may be in two of them."""
     tensors: dict[str, SourceTensor] = {}
-    for file in files:
-        for tensor in read(file):
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"tensor {tensor.name} is stored twice",
-                    got=f"{tensors[tensor.name].file.name} and {file}",
-                    expected="one file",
-                )
-            tensors[tensor.name] = tensor
+    for tensor in chain.from_iterable(headers):
+        if tensor.name in tensors:
+            raise CheckpointError(
+                f"tensor {tensor.name} is stored twice",
+                got=f"{tensors[tensor.name].file.name} and {tensor.file.name}",
+                expected="one file",
+            )
+        tensors[tensor.name] = tensor
     return tensors
 
 
@@ -201,12 +192,8 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
-        raise _damaged(
-            file,
-            f"length of tensor {name}",
-            f"{end - begin} bytes",
-            f"{nbytes} bytes ({dtype} {shape})",
-        )
+        expected = f"{nbytes} bytes ({dtype} {shape})"
+        raise _damaged(file, f"length of tensor {name}", f"{end - begin} bytes", expected)
     return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
 
 

@@ -196,14 +196,14 @@ def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
     rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
     for row in plan.table():
-        quantized = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
+        becomes = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
         rows.append(
             (
                 row.name.removeprefix("language_model.").removeprefix("model."),
                 str(row.count),
                 "x".join(map(str, row.shape)),
                 row.source_dtype,
-                row.role if row.role == "dropped" else quantized,
+                becomes,
                 f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
                 f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
             )

@@ -130,7 +130,7 @@ def _read_shards(folder: Path) -> dict[str, mx.array]:
             f"no weights in {folder}", got="no model*.safetensors", expected="a converted folder"
         )
     # MLX reads files whose tensors overlap, or begin a byte too early.
-    headers = gather(files, lambda file: read_header(folder / file))
+    headers = gather(read_header(folder / file) for file in files)
     if lost := weight_map.keys() - headers:
         raise CheckpointError(
             f"{len(lost)} tensor(s) that the index of {folder} names are in no shard",

@@ -102,9 +102,9 @@ def test_each_expert_is_quantized_by_its_own_inputs(calibration):
     rng = np.random.default_rng(3)
     name = f"{TRUNK}layers.0.mlp.switch_mlp.down_proj"
     w = mx.array(rng.standard_normal((3, 128, 128)).astype(np.float32))
-    tensor = SimpleNamespace(module=name, shape=w.shape)
     for method in ("search", "gptq"):
-        whole = quantize_rows(w.reshape(-1, 128), tensor, 0, (3, 64), method, calibration)
+        tensor = SimpleNamespace(module=name, shape=w.shape, bits=3, group_size=64, method=method)
+        whole = quantize_rows(w.reshape(-1, 128), tensor, 0, calibration)
         for e in range(3):
             moments, hessian = calibration.of(name, e)
             own = dict(hessian=hessian) if method == "gptq" else dict(importance=moments)
@@ -112,7 +112,7 @@ def test_each_expert_is_quantized_by_its_own_inputs(calibration):
             for a, b in zip(whole, alone, strict=True):
                 assert mx.array_equal(a[128 * e : 128 * (e + 1)], b)
         # A piece that begins and ends inside of experts.
-        part = quantize_rows(w.reshape(-1, 128)[50:300], tensor, 50, (3, 64), method, calibration)
+        part = quantize_rows(w.reshape(-1, 128)[50:300], tensor, 50, calibration)
         same = [mx.array_equal(a, b[50:300]).item() for a, b in zip(part, whole, strict=True)]
         assert all(same)
 

@@ -13,7 +13,7 @@ from test_mlx_lm import assert_equal_logits, write_source
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert, macs, plan
 from qwen35_mlx.convert.fit import fit, fit_mac, memory_bytes, quality_settings
-from qwen35_mlx.convert.names import TABLE, Role
+from qwen35_mlx.convert.names import Role, expected_shapes
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.calibrate import Calibration
 from qwen35_mlx.quant.recipes import RECIPES, recipe
@@ -23,15 +23,7 @@ GIB = 2**30
 
 def write_headers(folder: Path, config: dict) -> Path:
     """A checkpoint of which only the headers are there: the data are a hole in the file."""
-    parsed = ModelConfig.from_hf(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for row in TABLE:
-        if row.shape is None or row.role is Role.DROPPED:
-            continue
-        for layer in range(parsed.num_hidden_layers if "{layer}" in row.source else 1):
-            if row.when(parsed, layer):
-                name = row.source.format(trunk="model.language_model.", layer=layer)
-                shapes[name] = row.shape(parsed)
+    shapes = expected_shapes(ModelConfig.from_hf(config))
     shapes["mtp.layers.0.mlp.experts.gate_up_proj"] = (512, 2048, 4096)
     entries, end = {}, 0
     for name, shape in shapes.items():
@@ -61,26 +53,27 @@ def fitted(flagship: Path, memory_gib: int, context: int = 32768):
 
 @pytest.mark.parametrize(("memory_gib", "context"), [(192, 32768), (256, 32768), (192, 262144)])
 def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
-    choice, budget, choices = fitted(flagship, memory_gib, context)
+    budget, choices = fitted(flagship, memory_gib, context)
+    choice = choices["quality"]
     config = choice.plan.config
     # By the rules of macs.py, line by line and in all.
-    in_use = macs.running_bytes(config, choice.plan, context)
+    in_use = macs.running_bytes(choice.plan, context)
     limit = macs.raised_limit_bytes(memory_gib * GIB)
     assert in_use <= limit
-    assert budget.weight_bytes == limit - macs.overhead_bytes(config, context)
+    assert budget.weight_bytes == limit - sum(macs.overheads(config, context).values())
     assert 0.995 * budget.weight_bytes <= choice.file_bytes <= budget.weight_bytes
-    assert choice.file_bytes > macs.text_bytes(choice.plan)
+    assert choice.file_bytes > choice.plan.text_bytes
     # What the plan says is what its tensors add up to.
     text = [e for e in choice.plan.entries if e.role is not Role.CARRIED]
-    assert macs.text_bytes(choice.plan) == sum(t.nbytes for e in text for t in e.tensors)
+    assert choice.plan.text_bytes == sum(t.nbytes for e in text for t in e.tensors)
     assert choice.allocation.error <= 1.01 * choice.allocation.lower_bound
     speed = choices["speed"]
-    assert macs.bytes_per_token(config, speed.plan) < macs.bytes_per_token(config, choice.plan)
+    assert macs.bytes_per_token(speed.plan) < macs.bytes_per_token(choice.plan)
     assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
 
 
 def test_more_memory_is_better_and_experts_give_first(flagship):
-    small, large = (fitted(flagship, gib)[0] for gib in (192, 256))
+    small, large = (fitted(flagship, gib)[1]["quality"] for gib in (192, 256))
     assert large.predicted_kl < small.predicted_kl / 2
     bits = {e.module: e.bits for e in small.plan.entries}
     layer = "language_model.model.layers.7."
@@ -102,7 +95,7 @@ def test_a_mac_too_small_is_told_how_much_would_do(flagship):
 
 def test_recipes_order_the_397b_by_size(flagship):
     sizes = {
-        name: macs.text_bytes(plan(flagship, recipe=recipe(name), method="search")) / 1e9
+        name: plan(flagship, recipe=recipe(name), method="search").text_bytes / 1e9
         for name in RECIPES
     }
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)

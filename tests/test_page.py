@@ -92,9 +92,9 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert sum(e.output_bytes for e in text) / 1e9 == pytest.approx(222.9, abs=0.2)
     assert planned.source_bytes / 1e9 == pytest.approx(806, abs=2)
     mixed = plan(planned.source, recipe=experts_3)
-    assert macs.text_bytes(mixed) / 1e9 == pytest.approx(174.6, abs=0.2)
-    assert macs.bytes_per_token(mixed.config, mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
-    assert macs.tokens_per_second(mixed.config, mixed, 819) == pytest.approx(94, abs=2)
+    assert mixed.text_bytes / 1e9 == pytest.approx(174.6, abs=0.2)
+    assert macs.bytes_per_token(mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
+    assert macs.tokens_per_second(mixed, 819) == pytest.approx(94, abs=2)
 
     pieces = cut(mixed)
     assert peak_bytes(mixed, pieces) < 10**9
@@ -103,7 +103,7 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     lines = page.mac_lines(mixed)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
     assert [cell[:2] for cell in ultra.split()[6:10]] == ["N="] * 4
-    assert ultra.split()[10] == f"{macs.tokens_per_second(mixed.config, mixed, 800, 8192):.0f}"
+    assert ultra.split()[10] == f"{macs.tokens_per_second(mixed, 800, 8192):.0f}"
     assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
     largest = next(line for line in lines if "512 GB" in line)
     assert largest.split().count("fits") == 4

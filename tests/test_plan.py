@@ -110,7 +110,7 @@ def test_a_recipe_decides_by_module_and_config_names_the_exceptions(tmp_path):
         return None if "self_attn" in module else (4, 64)
 
     planned = plan(tmp_path / "src", recipe=recipe)
-    assert planned.recipe_name == "recipe"
+    assert planned.settings["recipe"] == "recipe"
     assert len(asked) == len(set(asked))
     assert not any("norm" in m or "in_proj_a" in m or "mtp" in m for m in asked)
     block = planned.quantization
@@ -133,7 +133,7 @@ def test_the_table_folds_layers_and_sums_up_what_is_carried(tmp_path):
     assert gate_proj.num_parameters == 4 * 3 * 128 * 128
     assert gate_proj.nbytes * 8 == 4.5 * gate_proj.num_parameters
     assert rows[f"{LAYER}linear_attn.A_log"].count == 2
-    assert rows["mtp.*"].role == "carried"
+    assert rows["mtp.*"].shape == ()
     assert sum(row.nbytes for row in rows.values()) == planned.output_bytes
     assert sum(row.num_parameters for row in rows.values()) == planned.num_parameters
 
@@ -144,7 +144,7 @@ def test_a_head_that_is_tied_is_listed_as_dropped(tmp_path):
 
     write_checkpoint(tmp_path / "src", tied=True, change=untie)
     rows = rows_of(tmp_path / "src")
-    assert rows["lm_head.weight"].role == "dropped"
+    assert rows["lm_head.weight"].dtype == "dropped"
     assert rows["lm_head.weight"].nbytes == 0
     assert "language_model.lm_head" not in rows
 
@@ -213,8 +213,8 @@ def test_a_group_size_that_does_not_divide_names_the_weights_and_the_sizes_that_
     assert f"    {LAYER}mlp.switch_mlp.down_proj: 96 inputs" in lines
     assert f"    {LAYER}mlp.shared_expert.down_proj: 96 inputs" in lines
     assert "  expected: group_size 32" in lines
-    assert plan(tmp_path / "src", group_size=32).bits == 4
-    assert plan(tmp_path / "src", dtype="bfloat16").bits is None
+    assert plan(tmp_path / "src", group_size=32).settings["bits"] == 4
+    assert plan(tmp_path / "src", dtype="bfloat16").settings["bits"] is None
 
 
 def narrow_experts(path: Path) -> None:

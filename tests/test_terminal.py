@@ -27,12 +27,12 @@ def test_errors_show_brackets_and_colons(consoles: Any) -> None:
 # The widest rows of the 397B model.
 LAYERS = "language_model.model.layers.*.mlp."
 WIDE = [
-    PlanRow(LAYERS + "switch_mlp.down_proj", (512, 4096, 1024), "quantized", "keep", "F8_E4M3",
-            "BF16", 4, 64, 60, 1, 72_477_573_120),
-    PlanRow(LAYERS + "shared_expert.down_proj", (4096, 1024), "quantized", "keep", "F8_E4M3",
-            "BF16", 4, 64, 60, 1, 141_557_760),
-    PlanRow("vision_tower.*", (), "carried", "", "BF16", "BF16", count=333, nbytes=912_345_678),
-    PlanRow("model.language_model.old", (3,), "dropped", "keep", "BF16", ""),
+    PlanRow(LAYERS + "switch_mlp.down_proj", (512, 4096, 1024), "F8_E4M3", "BF16",
+            4, 64, 60, 1, 72_477_573_120),
+    PlanRow(LAYERS + "shared_expert.down_proj", (4096, 1024), "F8_E4M3", "BF16",
+            4, 64, 60, 1, 141_557_760),
+    PlanRow("vision_tower.*", (), "BF16", "BF16", count=333, nbytes=912_345_678),
+    PlanRow("model.language_model.old", (3,), "BF16", "dropped"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,31 @@
+"""A picture of two diagrams, with matplotlib where it is installed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from qwen35_mlx.errors import Qwen35Error
+
+from .shards import write_file
+
+
+@contextmanager
+def picture(file: Path, inches: tuple[float, float]) -> Iterator[tuple[Any, Any, Any]]:
+    """A figure with its left and right axes, written as a PNG after the block."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Qwen35Error(
+            "a picture needs matplotlib", hint="pip install 'qwen35-mlx[plot]'"
+        ) from None
+    figure = Figure(figsize=inches, layout="constrained")
+    yield figure, *figure.subplots(1, 2)
+    png = BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    try:
+        write_file(file, png.getvalue())
+    except OSError as error:
+        raise Qwen35Error(f"cannot write {file}", got=error) from error
