@@ -1,20 +1,16 @@
 """What a Mac holds and how fast it reads: memory limits, bytes in use, tokens per second."""
 
-import os
 import platform
-import subprocess
 from dataclasses import dataclass
 
 from qwen35_mlx.config import FULL, ModelConfig
+from qwen35_mlx.machine import GIB, highest_limit_bytes, sysctl
 
 from .plan import Plan
 
-GIB = 2**30
 # Of the decoded token's logits, of MLX's buffer cache and of the program itself; an estimate.
 FIXED_BYTES = GIB
 PREFILL_TOKENS = 2048
-# What macOS and its windows need for themselves: a share, and no less than this.
-SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def this_mac() -> Mac | None:
     """This machine, with bandwidth 0 for a chip not in the table; None where it is no Mac."""
     if platform.system() != "Darwin" or platform.machine() != "arm64":
         return None
-    brand, memory = (_sysctl(key) for key in ("machdep.cpu.brand_string", "hw.memsize"))
+    brand, memory = (sysctl(key) for key in ("machdep.cpu.brand_string", "hw.memsize"))
     if not memory.isdigit():
         return None
     chip, memory_gib = brand.removeprefix("Apple "), int(memory) // GIB
@@ -61,18 +57,6 @@ def this_mac() -> Mac | None:
     return Mac(chip, memory_gib, gbps)
 
 
-def machine_memory_bytes() -> int:
-    """Memory of this machine, Mac or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _sysctl(key: str) -> str:
-    try:
-        return subprocess.check_output(["sysctl", "-n", key], text=True, timeout=5).strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def gpu_limit_bytes(memory_bytes: int) -> int:
     """What the GPU may wire by default: about three quarters, two thirds of 36 GB and less."""
     return memory_bytes * 2 // 3 if memory_bytes <= 36 * GIB else memory_bytes * 3 // 4
@@ -80,8 +64,7 @@ def gpu_limit_bytes(memory_bytes: int) -> int:
 
 def raised_limit_bytes(memory_bytes: int) -> int:
     """What `iogpu.wired_limit_mb` may be raised to with enough left for the system."""
-    left = max(SYSTEM_BYTES, int(memory_bytes * SYSTEM_SHARE))
-    return max(memory_bytes - left, gpu_limit_bytes(memory_bytes))
+    return max(highest_limit_bytes(memory_bytes), gpu_limit_bytes(memory_bytes))
 
 
 def wired_limit_mb(needed_bytes: int) -> int:

@@ -125,12 +125,13 @@ def plan(
     with user_errors():
         from .convert import page
         from .convert import plan as make_plan
-        from .convert.macs import machine_memory_bytes, this_mac
+        from .convert.macs import this_mac
+        from .machine import memory_bytes
         from .terminal import print_lines, print_plan
 
         mac = this_mac()
         if source is None:
-            print_lines(page.family_lines(machine_memory_bytes(), mac))
+            print_lines(page.family_lines(memory_bytes(), mac))
             return
         settings, spent = quality_settings(ctx, source, calibration_for(source, None, calibration))
         planned = make_plan(source, revision=revision, **settings)

@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from . import __version__
 
-MIB = 2**20
-# What macOS and other programs need; with less the machine swaps, or stops.
-MIN_RESERVE_MIB, RESERVE_FRACTION = 6 * 1024, 0.1
+MIB, GIB = 2**20, 2**30
+# What macOS and other programs need, a share and no less than this: else it swaps, or stops.
+SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
 
 
 class Machine(NamedTuple):
@@ -32,17 +32,15 @@ def describe() -> Machine:
     """This machine now."""
     info = mx.device_info()
     is_metal = mx.metal.is_available()
-    memory = int(info.get("memory_size", 0)) or _sysctl("hw.memsize")
-    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = None
     if is_metal:
         # 0 or absent: nobody raised it, and the recommendation is the limit.
-        raised = _sysctl("iogpu.wired_limit_mb")
+        raised = int(sysctl("iogpu.wired_limit_mb") or 0)
         limit = raised * MIB if raised else int(info.get("max_recommended_working_set_size", 0))
     return Machine(
         chip=str(info.get("device_name") or platform.machine()),
         os=operating_system(),
-        memory_bytes=memory,
+        memory_bytes=int(info.get("memory_size", 0)) or memory_bytes(),
         gpu_limit_bytes=limit,
         disk_free_bytes=shutil.disk_usage(Path.home()).free,
         versions={
@@ -60,22 +58,32 @@ def operating_system() -> str:
     return f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
 
 
+def memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def highest_limit_bytes(memory_bytes: int) -> int:
+    """What the GPU of a Mac may be given with enough left for the system."""
+    return memory_bytes - max(SYSTEM_BYTES, int(memory_bytes * SYSTEM_SHARE))
+
+
 def raise_limit_command(machine: Machine) -> str | None:
     """The line that gives the GPU more memory until the next start; None if it has as much."""
-    total = machine.memory_bytes // MIB
-    best = total - max(MIN_RESERVE_MIB, int(total * RESERVE_FRACTION))
+    best = highest_limit_bytes(machine.memory_bytes) // MIB
     if machine.gpu_limit_bytes is None or best <= machine.gpu_limit_bytes // MIB:
         return None
     return f"sudo sysctl iogpu.wired_limit_mb={best}"
 
 
-def _sysctl(name: str) -> int:
-    """A number of the kernel's; 0 where there is none."""
+def sysctl(name: str) -> str:
+    """A value of the kernel's; empty where there is none."""
     try:
-        run = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=10)
-        return int(run.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return 0
+        return subprocess.check_output(
+            ["sysctl", "-n", name], stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def summary(machine: Machine) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def test_the_command_prints_what_it_found(
     change_source(monkeypatch, "output_gate", "sigmoid(", "2.0f * sigmoid(")
     text = run_cli().stdout
     assert "Apple M9" in text
-    assert "sudo sysctl iogpu.wired_limit_mb=58983" in text
+    assert "sudo sysctl iogpu.wired_limit_mb=57344" in text
     assert "residual_norm: matches" in text
     assert "small      3.00x: 10.0 us" in text
     assert "output_gate: not used: relative error" in text

@@ -125,13 +125,14 @@ def test_quant_imports_nothing_of_ours_but_the_errors():
 RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibration")
 
 
-def test_convert_imports_quant_errors_config_headers_and_the_version_only():
+def test_convert_imports_of_the_runtime_what_runs_no_model():
     allowed = (
         "qwen35_mlx.convert",
         "qwen35_mlx.quant",
         "qwen35_mlx.errors",
         "qwen35_mlx.config",
         "qwen35_mlx.headers",
+        "qwen35_mlx.machine",
         "qwen35_mlx.__version__",
     )
     assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []
