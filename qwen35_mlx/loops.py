@@ -45,7 +45,3 @@ class LoopDetector:
 
     def _at(self, from_end: int) -> int | None:
         return self._ids[-1 - from_end] if from_end < len(self._ids) else None
-
-    def restart(self) -> None:
-        """Forget what was seen: a loop already told is not told again at each token."""
-        self.__init__()  # type: ignore[misc]

@@ -115,14 +115,19 @@ def _unwrapped(tokenizer: Any) -> Any:
     return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
 
 
-def check_length(num_prompt: int, context_length: int) -> None:
+def check_length(
+    num_prompt: int,
+    context_length: int,
+    refusal: type[PromptError] = PromptError,
+    hint: str = "shorten it, or convert with YaRN rope_parameters in the source's config.json",
+) -> None:
     """A prompt must leave room for at least one token of an answer."""
     if num_prompt >= context_length:
-        raise PromptError(
+        raise refusal(
             "the prompt is longer than the model's context",
             got=f"{num_prompt:,} tokens",
             expected=f"fewer than {context_length:,}",
-            hint="shorten it, or convert with YaRN rope_parameters in the source's config.json",
+            hint=hint,
         )
 
 
