@@ -6,40 +6,24 @@ from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .errors import Qwen35Error
-from .options import (
-    Bits,
-    BitsPerWeight,
-    CalibrationFile,
-    Context,
-    Dtype,
-    Fit,
-    GroupSize,
-    KeepSource,
-    Method,
-    Prefer,
-    RecipeName,
-    Revision,
-    Source,
-    TextFile,
-    user_errors,
-)
 
 
 def convert(
     ctx: typer.Context,
-    source: Source,
+    source: options.Source,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    dtype: Dtype = None,
-    method: Method = None,
-    recipe: RecipeName = None,
-    fit: Fit = None,
-    bits_per_weight: BitsPerWeight = None,
-    prefer: Prefer = "quality",
-    context: Context = None,
-    calibration: CalibrationFile = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = 64,
+    dtype: options.Dtype = None,
+    method: options.Method = None,
+    recipe: options.RecipeName = None,
+    fit: options.Fit = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    prefer: options.Prefer = "quality",
+    context: options.Context = None,
+    calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -48,9 +32,9 @@ def convert(
             "activations do; writes the file of --calibration, or OUT.calibration.safetensors.",
         ),
     ] = False,
-    text: TextFile = None,
-    revision: Revision = None,
-    keep_source: KeepSource = False,
+    text: options.TextFile = None,
+    revision: options.Revision = None,
+    keep_source: options.KeepSource = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -63,7 +47,7 @@ def convert(
     From the hub, shards are fetched one after the other and deleted when they are converted.
     Stopped in any way, the same command goes on where it stopped.
     """
-    with user_errors():
+    with options.user_errors():
         from .convert import convert as run
         from .convert import plan as make_plan
         from .convert import verify as read_again
@@ -104,16 +88,16 @@ def plan(
         str | None,
         typer.Argument(metavar="SRC", help="Folder or hub id; without it, what fits this machine."),
     ] = None,
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    dtype: Dtype = None,
-    recipe: RecipeName = None,
-    fit: Fit = None,
-    bits_per_weight: BitsPerWeight = None,
-    prefer: Prefer = "quality",
-    context: Context = None,
-    calibration: CalibrationFile = None,
-    revision: Revision = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = 64,
+    dtype: options.Dtype = None,
+    recipe: options.RecipeName = None,
+    fit: options.Fit = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    prefer: options.Prefer = "quality",
+    context: options.Context = None,
+    calibration: options.CalibrationFile = None,
+    revision: options.Revision = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
     ] = None,
@@ -122,7 +106,7 @@ def plan(
 
     Also the memory and disk that it takes. Reads headers alone.
     """
-    with user_errors():
+    with options.user_errors():
         from .convert import page
         from .convert import plan as make_plan
         from .convert.macs import machine_memory_bytes, this_mac
@@ -147,9 +131,9 @@ def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, 
 
     given = ctx.params
     names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
-    options = {name: given[name] for name in names}
+    wanted = {name: given[name] for name in names}
     settings, spent = decide(
-        source, **options, memory=given["fit"], method=given.get("method"), calibration=found
+        source, **wanted, memory=given["fit"], method=given.get("method"), calibration=found
     )
     return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
 
@@ -207,7 +191,7 @@ def fidelity(
         Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
     ],
     quantized: Annotated[Path, typer.Argument(metavar="OUT", help="Converted folder to judge.")],
-    text: TextFile = None,
+    text: options.TextFile = None,
     tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
@@ -218,7 +202,7 @@ def fidelity(
     Prints KL, top-1 agreement, perplexity and the error of each layer; the last line is JSON.
     Both are read a layer at a time: neither has to fit in memory.
     """
-    with user_errors():
+    with options.user_errors():
         from .convert.calibration import encode, read_text
         from .convert.fidelity import fidelity as compare
         from .convert.fidelity import plot, report_lines

@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from . import terminal
 from .errors import ContextFull, Qwen35Error
 from .lineinput import LineReader, Reader, open_reader, silent_keys
 from .markdown import MarkdownStream
-from .sampling import AUTO, CHECKPOINT, PRESETS
+from .sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 
 if TYPE_CHECKING:
     from .chat import Chat, TurnStats
@@ -25,21 +25,12 @@ if TYPE_CHECKING:
 MIN_BAR_TOKENS = 512
 NEARLY_FULL = 0.8
 MAX_FILE_BYTES = 20 * 10**6
-NUMBERS = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "presence_penalty": float,
-    "repetition_penalty": float,
-    "seed": int,
-}
+NUMBERS: dict[str, Any] = {f.name: f.type for f in fields(SamplingParams)} | {"seed": int}
 OPTIONS = (*NUMBERS, "max_tokens", "preset", "on_loop")
 WORDS = {
     "/think": ("on", "off", "hide", "budget"),
     "/set": (*OPTIONS, *(f"preset {name}" for name in (*PRESETS, AUTO, CHECKPOINT))),
 }
-Pieces = Generator["Piece", None, None]
 
 
 class ChatSession:
@@ -47,10 +38,10 @@ class ChatSession:
 
     HINT = "/help lists commands, /exit or Ctrl-D leaves; Ctrl-C stops an answer and keeps it"
 
-    def __init__(self, chat: "Chat", session: str | None = None, markdown: bool = True):
-        """session: the name under which every turn is saved."""
+    def __init__(self, chat: "Chat", markdown: bool = True):
         self.chat = chat
-        self.session = session
+        # The name under which every turn is saved, held against other chats.
+        self.session: str | None = None
         self._markdown = markdown
         self._hide_thoughts = False
         self._files: list[str] = []
@@ -58,20 +49,18 @@ class ChatSession:
         self._is_edit = False
         self._reader: Reader = LineReader()
         self._lock = ExitStack()
-        self._is_held = False
 
-    def run(self, prompts: Sequence[str] = ()) -> None:
-        """Ask the given prompts in turn, or talk until the user leaves."""
+    def run(self, prompts: Sequence[str] = (), session: str | None = None) -> None:
+        """Ask the given prompts in turn, or talk until the user leaves; goes on with `session`."""
         with self._lock:
-            if self.session:
+            if session:
                 chat = self.chat
-                given = chat.system, chat.enable_thinking, chat.think_budget
-                self._open(self.session, must_exist=False)
+                system, thinking, budget = chat.system, chat.enable_thinking, chat.think_budget
+                self._open(session, must_exist=False)
                 # What the command line says is not undone by what was saved.
-                if given[0] and given[0] != chat.system:
-                    chat.set_system(given[0])
-                chat.enable_thinking = chat.enable_thinking if given[1] is None else given[1]
-                chat.think_budget = given[2] or chat.think_budget
+                chat.set_system(system or chat.system)
+                chat.enable_thinking = chat.enable_thinking if thinking is None else thinking
+                chat.think_budget = budget or chat.think_budget
             try:
                 if prompts:
                     self._ask(prompts)
@@ -85,7 +74,7 @@ class ChatSession:
         for prompt in prompts:
             if len(prompts) > 1:
                 terminal.out.print(f"> {prompt}", style="bold", markup=False)
-            self.turn(self.chat.send(prompt, self._progress))
+            self.turn(self.chat.send, prompt)
 
     def _talk(self) -> None:
         from .sessions import session_home
@@ -93,29 +82,25 @@ class ChatSession:
         words = {name: WORDS.get(name, ()) for name in self._commands()}
         self._reader = open_reader(words, session_home() / ".history")
         terminal.note(self.HINT)
-        with ExitStack() as stack:
-            if not isinstance(self._reader, LineReader):
-                stack.enter_context(silent_keys(raw=True))
-            self._loop()
-
-    def _loop(self) -> None:
-        while (text := self._read()) is not None:
-            try:
-                if text.startswith("/"):
-                    self._command(text)
-                elif text.strip():
-                    self._say(text.strip())
-            except BrokenPipeError:
-                # Nobody reads on; the command line leaves without a word.
-                raise
-            except KeyboardInterrupt:
-                terminal.out.print()
-                terminal.note("stopped")
-                self._saved()
-            except EOFError:
-                return
-            except (Qwen35Error, OSError) as error:
-                terminal.print_error(error)
+        is_editor = not isinstance(self._reader, LineReader)
+        with silent_keys(raw=True) if is_editor else contextlib.nullcontext():
+            while (text := self._read()) is not None:
+                try:
+                    if text.startswith("/"):
+                        self._command(text)
+                    elif text.strip():
+                        self._say(text.strip())
+                except BrokenPipeError:
+                    # Nobody reads on; the command line leaves without a word.
+                    raise
+                except KeyboardInterrupt:
+                    terminal.out.print()
+                    terminal.note("stopped")
+                    self._saved()
+                except EOFError:
+                    return
+                except (Qwen35Error, OSError) as error:
+                    terminal.print_error(error)
 
     def _read(self) -> str | None:
         """A message or a command; None at the end."""
@@ -146,13 +131,13 @@ class ChatSession:
         message = "\n\n".join([*self._files, text])
         send = self.chat.edit if is_edit else self.chat.send
         try:
-            self.turn(send(message, self._progress))
+            self.turn(send, message)
         except ContextFull as error:
             terminal.print_error(error)
             if not self._make_room():
                 self._draft, self._is_edit = text, is_edit
                 return
-            self.turn(send(message, self._progress))
+            self.turn(send, message)
         self._files = []
 
     def _make_room(self) -> bool:
@@ -160,20 +145,21 @@ class ChatSession:
         question = "Drop the (o)ldest turns, (s)tart over, or (k)eep all and change the message? "
         answer = self._reader.ask(question).strip().lower()[:1]
         if answer == "o":
-            terminal.note(f"{self.chat.drop_oldest()} turns dropped")
+            self.do_trim()
         elif answer == "s":
             self._start_over()
         return answer in ("o", "s")
 
-    def turn(self, pieces: Pieces) -> None:
-        """Stream one answer."""
+    def turn(self, reply: Callable[..., Generator["Piece", None, None]], *said: str) -> None:
+        """Stream one answer, that of `reply(*said, progress)`."""
         kind, stream = "", None
-        is_drawn = self._markdown and terminal.out.is_terminal and not terminal.out.is_dumb_terminal
+        is_drawn = self._markdown and terminal.can_draw(terminal.out)
+        has_colour = terminal.out.color_system is not None and not terminal.out.no_color
         with ExitStack() as stack:
             if isinstance(self._reader, LineReader):
                 stack.enter_context(silent_keys())
-            self._bar = stack.enter_context(_prefill_bar())
-            stack.enter_context(contextlib.closing(pieces))
+            progress = stack.enter_context(_prefill_bar())
+            pieces = stack.enter_context(contextlib.closing(reply(*said, progress)))
             # Whatever ends the answer, what was held back is drawn.
             ended = stack.enter_context(ExitStack())
             for piece in pieces:
@@ -184,7 +170,7 @@ class ChatSession:
                     kind, stream = piece.kind, None
                     if kind == "thought" and self._hide_thoughts:
                         ended.enter_context(self._folded())
-                    elif kind == "thought" and not _has_colour():
+                    elif kind == "thought" and not has_colour:
                         terminal.out.print("(thought) ", end="")
                     elif kind == "answer" and is_drawn:
                         stream = MarkdownStream(terminal.out)
@@ -216,9 +202,6 @@ class ChatSession:
             yield
         seconds = time.perf_counter() - started
         terminal.note(f"thought: {self.chat.stats.thought_tokens} tokens, {seconds:.1f} s")
-
-    def _progress(self, done: int, total: int) -> None:
-        self._bar(done, total)
 
     def _figures(self, stats: "TurnStats") -> None:
         parts = [
@@ -282,7 +265,7 @@ class ChatSession:
 
     def do_retry(self, rest: str) -> None:
         """answer the last message again"""
-        self.turn(self.chat.regenerate(self._progress))
+        self.turn(self.chat.regenerate)
 
     def do_edit(self, rest: str) -> None:
         """[TEXT]: change the last message and send it again"""
@@ -329,12 +312,12 @@ class ChatSession:
             self.chat.save(self.session)
             terminal.note(f"session {self.session} keeps what was said; this is not saved yet")
             self._lock.close()
-            self.session, self._is_held = None, False
+            self.session = None
         self.chat.restart(self.chat.system)
 
-    def do_trim(self, rest: str) -> None:
+    def do_trim(self, rest: str = "") -> None:
         """drop the oldest turns until half of the context is free"""
-        terminal.note(f"{self.chat.drop_oldest()} turns dropped")
+        terminal.note(f"{terminal.count(self.chat.drop_oldest(), 'turn')} dropped")
         self._saved()
 
     def do_think(self, rest: str) -> None:
@@ -419,27 +402,25 @@ class ChatSession:
         if must_exist or exists:
             # Before anything of this conversation is let go.
             read_conversation(session_file(name))
-        if name != self.session or not self._is_held:
+        if name != self.session:
             self._hold(name)
         if exists:
             if warning := self.chat.load(name):
                 terminal.note(f"warning: {warning}")
-            turns = sum(m["role"] == "user" for m in self.chat.messages)
-            terminal.note(f"session {name}: {turns} turns, goes on after: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        said = [m["content"] for m in self.chat.messages if m["role"] == "user"]
-        return _shortened(said[-1]) if said else "nothing"
+            said = [m["content"] for m in self.chat.messages if m["role"] == "user"]
+            turns = terminal.count(len(said), "turn")
+            last = _shortened(said[-1]) if said else "nothing"
+            terminal.note(f"session {name}: {turns}, goes on after: {last}")
 
     def _hold(self, name: str) -> None:
         """Let no other chat write this session."""
         from .sessions import locked
 
-        with ExitStack() as new:
-            new.enter_context(locked(name))
-            self._lock.close()
-            self._lock.push(new.pop_all())
-        self.session, self._is_held = name, True
+        lock = ExitStack()
+        lock.enter_context(locked(name))
+        self._lock.close()
+        self._lock.push(lock)
+        self.session = name
 
     def _saved(self) -> None:
         if self.session:
@@ -449,7 +430,7 @@ class ChatSession:
 @contextmanager
 def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar for a long prompt, gone before the answer."""
-    if not terminal.err.is_terminal or terminal.err.is_dumb_terminal:
+    if not terminal.can_draw(terminal.err):
         yield lambda done, total: None
         return
     bar = Progress(
@@ -493,7 +474,3 @@ def _shortened(text: str) -> str:
 
 def _memory(gigabytes: float) -> str:
     return f"{gigabytes:,.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.0f} MB"
-
-
-def _has_colour() -> bool:
-    return terminal.out.color_system is not None and not terminal.out.no_color

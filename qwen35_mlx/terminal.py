@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.status import Status
 from rich.table import Column
 from rich.text import Text
 from rich.theme import Theme
@@ -53,11 +54,19 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-@contextmanager
-def loading(name: str) -> Iterator[None]:
+def can_draw(console: Console) -> bool:
+    """Whether what is shown can be drawn over."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def loading(name: str) -> Status:
     """A spinner while a model loads; on failure nothing is left of it."""
-    with err.status(Text(f"Loading {name}"), spinner="dots"):
-        yield
+    return err.status(Text(f"Loading {name}"), spinner="dots")
 
 
 # Source bytes done, source bytes in all, tensor or what is waited for, source file.
@@ -68,7 +77,7 @@ LOG_SECONDS = 30.0
 @contextmanager
 def byte_progress(title: str) -> Iterator[ByteProgress]:
     """A bar of bytes with speed, time left, file and tensor; lines where it is no terminal."""
-    if err.is_terminal and not err.is_dumb_terminal:
+    if can_draw(err):
         with _byte_bar(title) as show:
             yield show
         return
@@ -143,7 +152,7 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             bar.update(task, tensor="", file="")
 
 
-def print_lines(lines: Sequence[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Lines that are laid out already."""
     for line in lines:
         out.print(line, markup=False)
@@ -152,7 +161,7 @@ def print_lines(lines: Sequence[str]) -> None:
 @contextmanager
 def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A spinner that says which of several steps runs; plain lines where it is no terminal."""
-    if err.is_terminal and not err.is_dumb_terminal:
+    if can_draw(err):
         with err.status(Text(title), spinner="dots") as status:
             yield lambda done, total, what: status.update(f"{title}: {what} ({done + 1}/{total})")
     else:
@@ -188,8 +197,7 @@ def print_doctor(report: dict[str, Any]) -> None:
                 for way in ("kernel", "ops")
             )
             lines.append(f"  {member:<10} {figures['speedup']:.2f}x: {kernel}, ops {ops}")
-    for line in lines:
-        out.print(line, markup=False)
+    print_lines(lines)
 
 
 def print_plan(plan: "Plan") -> None:
@@ -211,8 +219,7 @@ def print_plan(plan: "Plan") -> None:
     columns = list(zip(*rows, strict=True))
     if out.is_terminal and _width(columns) > out.width:
         del columns[3], columns[-2]
-    for line in zip(*(_aligned(column) for column in columns), strict=True):
-        out.print("  ".join(line), markup=False)
+    print_lines(map("  ".join, zip(*map(_aligned, columns), strict=True)))
     out.print(_totals(plan))
 
 
@@ -249,7 +256,7 @@ def print_sessions(found: Sequence["SessionInfo"]) -> None:
     width = max((len(info.name) for info in found), default=0)
     for info in found:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
-        what = info.problem or f"{info.num_turns} turns: {info.first_words}"
+        what = info.problem or f"{count(info.num_turns, 'turn')}: {info.first_words}"
         line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  {what}"
         line = line.translate(CONTROL)
         if out.is_terminal:
