@@ -255,12 +255,10 @@ class Chat:
             self._cache = None
             self.prefixes.trim()
 
-    def sampling_params(
-        self, thinking: bool | None = None, preset: str | None = None
-    ) -> SamplingParams:
+    def sampling_params(self, thinking: bool | None = None) -> SamplingParams:
         """What the next answer is drawn with; whether it thinks is for the template if None."""
         thinking = self.thinks() if thinking is None else thinking
-        params = preset_params(preset or self.preset, thinking, self.model.sampling_defaults)
+        params = preset_params(self.preset, thinking, self.model.sampling_defaults)
         return params.updated(**{k: v for k, v in self.sampling.items() if k != "seed"})
 
     def _turns(self) -> list[int]:

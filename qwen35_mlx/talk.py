@@ -336,22 +336,21 @@ class ChatSession:
         name, _, value = rest.partition(" ")
         if name not in OPTIONS:
             raise Qwen35Error("no such setting", got=repr(name), expected=", ".join(OPTIONS))
-        chat, before = self.chat, dict(self.chat.sampling)
+        chat, before = self.chat, (self.chat.preset, self.chat.sampling)
         if name == "preset":
-            chat.sampling_params(preset=value or CHECKPOINT)
             chat.preset = value or CHECKPOINT
         elif name == "on_loop":
             chat.set_on_loop(value or "stop")
         elif name == "max_tokens":
             chat.max_tokens = _number(value or "0", int) or None
         else:
-            chat.sampling[name] = _number(value, NUMBERS[name]) if value else None
-            try:
-                chat.sampling_params()
-            except Qwen35Error:
-                chat.sampling = before
-                raise
-        terminal.note(self._settings())
+            number = _number(value, NUMBERS[name]) if value else None
+            chat.sampling = {**chat.sampling, name: number}
+        try:
+            terminal.note(self._settings())
+        except Qwen35Error:
+            chat.preset, chat.sampling = before
+            raise
 
     def _settings(self) -> str:
         chat = self.chat

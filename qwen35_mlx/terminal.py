@@ -216,21 +216,14 @@ def print_plan(plan: "Plan") -> None:
                 f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
             )
         )
-    columns = list(zip(*rows, strict=True))
-    if out.is_terminal and _width(columns) > out.width:
-        del columns[3], columns[-2]
-    print_lines(map("  ".join, zip(*map(_aligned, columns), strict=True)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_narrow = out.is_terminal and sum(widths) + 2 * (len(widths) - 1) > out.width
+    for name, *figures in rows:
+        cells = [name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]
+        if is_narrow:
+            del cells[3], cells[-2]
+        out.print("  ".join(cells), markup=False)
     out.print(_totals(plan))
-
-
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(len, column)) for column in columns) + 2 * (len(columns) - 1)
-
-
-def _aligned(column: Sequence[str]) -> list[str]:
-    """Names to the left, all else to the right."""
-    width = max(map(len, column))
-    return [s.ljust(width) if column[0] == "module" else s.rjust(width) for s in column]
 
 
 def print_converted(plan: "Plan", folder: Path) -> None:
