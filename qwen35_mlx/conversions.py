@@ -147,17 +147,14 @@ def calibration_for(
     method: str | None = None,
 ) -> Any:
     """What --calibration names, made first with --calibrate; None without either."""
-    if not calibrate:
-        if text:
-            raise typer.BadParameter("--text goes with --calibrate.")
-        if file is None:
-            return None
-        from .quant.calibrate import load
+    if text and not calibrate:
+        raise typer.BadParameter("--text goes with --calibrate.")
+    from .quant.calibrate import load, save
 
-        return load(file)
+    if not calibrate:
+        return load(file) if file else None
     from .convert.calibration import calibrate as run
     from .convert.calibration import encode, read_text
-    from .quant.calibrate import save
     from .terminal import note, quiet_libraries, step_progress
 
     quiet_libraries()

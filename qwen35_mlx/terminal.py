@@ -5,7 +5,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +74,13 @@ ByteProgress = Callable[[int, int, str, str], None]
 LOG_SECONDS = 30.0
 
 
-@contextmanager
-def byte_progress(title: str) -> Iterator[ByteProgress]:
+def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
     """A bar of bytes with speed, time left, file and tensor; lines where it is no terminal."""
-    if can_draw(err):
-        with _byte_bar(title) as show:
-            yield show
-        return
+    return _byte_bar(title) if can_draw(err) else _byte_lines(title)
+
+
+@contextmanager
+def _byte_lines(title: str) -> Iterator[ByteProgress]:
     started = told = time.perf_counter()
     note(f"{title} …")
     first_bytes = last_bytes = 0
