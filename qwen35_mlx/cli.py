@@ -28,7 +28,7 @@ for command in (convert, plan, fidelity):
 @app.command()
 def generate(
     ctx: typer.Context,
-    model: options.ModelName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text; standard input if unset.")
     ] = None,
@@ -115,7 +115,14 @@ def chat(
         float, typer.Option(min=0, help="GB for points that conversations can go on from.")
     ] = 4.0,
     plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is.")] = False,
-    preset: options.Preset = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.one_of("auto", "thinking", "coding", "instruct", "checkpoint"),
+            help="Sampling: thinking, coding or instruct as Qwen3.5's authors advise, auto by "
+            "mode, or as the checkpoint says; auto if unset, for the demo checkpoint.",
+        ),
+    ] = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,

@@ -12,12 +12,25 @@ from .errors import Qwen35Error
 
 def convert(
     ctx: typer.Context,
-    source: options.Source,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
     dtype: options.Dtype = None,
-    method: options.Method = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.one_of("minmax", "search", "gptq"),
+            help="How to choose scales: minmax as mlx does; search for the least error, about ten "
+            "times slower; gptq, error feedback from a calibration made for it. "
+            "minmax with --bits, else the best there is.",
+        ),
+    ] = None,
     recipe: options.RecipeName = None,
     fit: options.Fit = None,
     bits_per_weight: options.BitsPerWeight = None,
@@ -34,7 +47,9 @@ def convert(
     ] = False,
     text: options.TextFile = None,
     revision: options.Revision = None,
-    keep_source: options.KeepSource = False,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Keep the shards from the hub, in OUT-source.")
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
