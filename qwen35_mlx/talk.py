@@ -1,15 +1,12 @@
 """The conversation in the terminal: commands, and turns drawn as they come."""
 
-import contextlib
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import terminal
 from .errors import ContextFull, Qwen35Error
@@ -21,8 +18,6 @@ if TYPE_CHECKING:
     from .chat import Chat, TurnStats
     from .prompt import Piece
 
-# Shorter prompts are read before a bar would be seen.
-MIN_BAR_TOKENS = 512
 NEARLY_FULL = 0.8
 MAX_FILE_BYTES = 20 * 10**6
 NUMBERS: dict[str, Any] = {f.name: f.type for f in fields(SamplingParams)} | {"seed": int}
@@ -83,7 +78,7 @@ class ChatSession:
         self._reader = open_reader(words, session_home() / ".history")
         terminal.note(self.HINT)
         is_editor = not isinstance(self._reader, LineReader)
-        with silent_keys(raw=True) if is_editor else contextlib.nullcontext():
+        with silent_keys(raw=True) if is_editor else nullcontext():
             while (text := self._read()) is not None:
                 try:
                     if text.startswith("/"):
@@ -158,8 +153,8 @@ class ChatSession:
         with ExitStack() as stack:
             if isinstance(self._reader, LineReader):
                 stack.enter_context(silent_keys())
-            progress = stack.enter_context(_prefill_bar())
-            pieces = stack.enter_context(contextlib.closing(reply(*said, progress)))
+            progress = stack.enter_context(terminal.token_progress())
+            pieces = stack.enter_context(closing(reply(*said, progress)))
             # Whatever ends the answer, what was held back is drawn.
             ended = stack.enter_context(ExitStack())
             for piece in pieces:
@@ -426,41 +421,8 @@ class ChatSession:
             self.chat.save(self.session, with_cache=False)
 
 
-@contextmanager
-def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar for a long prompt, gone before the answer."""
-    if not terminal.can_draw(terminal.err):
-        yield lambda done, total: None
-        return
-    bar = Progress(
-        TextColumn("reading the prompt"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TextColumn("{task.fields[tps]:,.0f} tok/s"),
-        TimeRemainingColumn(compact=True),
-        console=terminal.err,
-        transient=True,
-    )
-    started = time.perf_counter()
-    task = bar.add_task("", total=1, tps=0)
-
-    def show(done: int, total: int) -> None:
-        if total < MIN_BAR_TOKENS:
-            return
-        bar.start()
-        tps = done / max(time.perf_counter() - started, 1e-9)
-        bar.update(task, completed=done, total=total, tps=tps)
-        if done == total:
-            bar.stop()
-
-    try:
-        yield show
-    finally:
-        bar.stop()
-
-
 def _number(text: str, kind: Callable[[str], Any]) -> Any:
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if (number := kind(text.replace(",", ""))) >= 0 or kind is float:
             return number
     raise Qwen35Error("not a number", got=repr(text), expected="0 or more" if kind is int else None)

@@ -72,6 +72,8 @@ def loading(name: str) -> Status:
 # Source bytes done, source bytes in all, tensor or what is waited for, source file.
 ByteProgress = Callable[[int, int, str, str], None]
 LOG_SECONDS = 30.0
+# Shorter prompts are read before a bar would be seen.
+MIN_BAR_TOKENS = 512
 
 
 def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
@@ -150,6 +152,39 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
         yield show
         if task is not None:
             bar.update(task, tensor="", file="")
+
+
+@contextmanager
+def token_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for a long prompt, gone before the answer."""
+    if not can_draw(err):
+        yield lambda done, total: None
+        return
+    bar = Progress(
+        TextColumn("reading the prompt"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.fields[tps]:,.0f} tok/s"),
+        TimeRemainingColumn(compact=True),
+        console=err,
+        transient=True,
+    )
+    started = time.perf_counter()
+    task = bar.add_task("", total=1, tps=0)
+
+    def show(done: int, total: int) -> None:
+        if total < MIN_BAR_TOKENS:
+            return
+        bar.start()
+        tps = done / max(time.perf_counter() - started, 1e-9)
+        bar.update(task, completed=done, total=total, tps=tps)
+        if done == total:
+            bar.stop()
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def print_lines(lines: Iterable[str]) -> None:
