@@ -57,19 +57,15 @@ class ChatSession:
                 chat.enable_thinking = chat.enable_thinking if thinking is None else thinking
                 chat.think_budget = budget or chat.think_budget
             try:
-                if prompts:
-                    self._ask(prompts)
-                else:
+                if not prompts:
                     self._talk()
+                for prompt in prompts:
+                    if len(prompts) > 1:
+                        terminal.out.print(f"> {prompt}", style="bold", markup=False)
+                    self.turn(self.chat.send, prompt)
             finally:
                 if self.session:
                     self.chat.save(self.session)
-
-    def _ask(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            if len(prompts) > 1:
-                terminal.out.print(f"> {prompt}", style="bold", markup=False)
-            self.turn(self.chat.send, prompt)
 
     def _talk(self) -> None:
         from .sessions import session_home
