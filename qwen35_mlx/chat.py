@@ -1,16 +1,16 @@
 """A conversation: messages, thoughts apart from answers, tools, and nothing read twice."""
 
 import json
+import math
 import os
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse
 
 from .cache import cached_tokens
 from .errors import ContextFull, PromptError, Qwen35Error
@@ -27,10 +27,12 @@ from .prefixes import (
 )
 from .prompt import (
     THINK_CLOSE,
+    THINK_OPEN,
     Piece,
     ThoughtSplitter,
     ToolCall,
     check_ids,
+    check_length,
     encode_text,
     render_messages,
 )
@@ -108,8 +110,7 @@ class Chat:
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Answer the last message again; the old answer is gone once the new one begins."""
-        turn = self._last_turn()
-        yield from self._reply(self.messages[: turn + 1], progress)
+        yield from self._reply(self.messages[: self._last_turn() + 1], progress)
 
     def edit(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Say `text` in place of the last message; that is gone once the answer begins."""
@@ -147,11 +148,11 @@ class Chat:
     def restart(self, system: str | None = None) -> None:
         """A new conversation; what was read of this one stays in the store while there is room."""
         self._leave()
-        self.system = system
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages = []
+        self.set_system(system)
         self.stats = TurnStats()
 
-    def set_system(self, system: str) -> None:
+    def set_system(self, system: str | None) -> None:
         """Another system prompt for the same conversation, which is then read anew."""
         behind = self.messages[1:] if self.system else self.messages
         self.system = system
@@ -169,20 +170,16 @@ class Chat:
 
     def num_context_tokens(self) -> int:
         """How long the next prompt is without its message."""
-        return len(self._next_prefix())
+        return len(self._before_message(self.messages))
 
     def drop_oldest(self) -> int:
         """Forget turns, oldest first, until half of the context is free; returns how many."""
-        dropped = 0
-        while True:
-            turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-            half = self.model.config.context_length // 2
-            if not turns or (dropped and self.num_context_tokens() <= half):
-                return dropped
-            self.messages = self.messages[: turns[0]] + (
-                self.messages[turns[1] :] if len(turns) > 1 else []
-            )
+        dropped, half = 0, self.model.config.context_length // 2
+        while (turns := self._turns()) and not (dropped and self.num_context_tokens() <= half):
+            first, following = [*turns, len(self.messages)][:2]
+            self.messages = self.messages[:first] + self.messages[following:]
             dropped += 1
+        return dropped
 
     def read_ahead(self, stop: Stop = lambda: False) -> None:
         """Read the last answer as the template will show it, without its thought.
@@ -192,7 +189,7 @@ class Chat:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
             return
-        ids = self._next_prefix()
+        ids = self._before_message(self.messages)
         if len(ids) >= self.model.config.context_length:
             return
         cache = self._cache = self.prefixes.take(ids, self._cache, self)
@@ -258,17 +255,18 @@ class Chat:
             self._cache = None
             self.prefixes.trim()
 
-    def sampling_params(
-        self, thinking: bool | None = None, preset: str | None = None
-    ) -> SamplingParams:
+    def sampling_params(self, thinking: bool | None = None) -> SamplingParams:
         """What the next answer is drawn with; whether it thinks is for the template if None."""
         thinking = self.thinks() if thinking is None else thinking
-        params = preset_params(preset or self.preset, thinking, self.model.sampling_defaults)
+        params = preset_params(self.preset, thinking, self.model.sampling_defaults)
         return params.updated(**{k: v for k, v in self.sampling.items() if k != "seed"})
 
+    def _turns(self) -> list[int]:
+        """Where in the messages the user speaks."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+
     def _last_turn(self) -> int:
-        turns = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-        if not turns:
+        if not (turns := self._turns()):
             raise Qwen35Error("there is no message yet", expected="a conversation with a turn")
         return turns[-1]
 
@@ -284,9 +282,9 @@ class Chat:
             check_count("think_budget", self.think_budget)
         prompt, start, boundary = self._prompt(messages)
         check_ids(prompt, self.model.config.vocab_size)
-        room = self.model.config.context_length - len(prompt)
-        if room < 1:
-            raise _context_full(len(prompt), self.model.config.context_length)
+        context_length = self.model.config.context_length
+        hint = "shorten the message, take turns back, or drop the oldest ones"
+        check_length(len(prompt), context_length, ContextFull, hint)
         thinking = self._opens_thought(prompt)
         sampler = Sampler(
             self.sampling_params(thinking), mx.array(prompt), self.sampling.get("seed")
@@ -306,22 +304,17 @@ class Chat:
             self.prefixes.trim()
         self.stats, self.messages = stats, messages
         splitter = ThoughtSplitter(thinking)
-        parser = ToolCallParser(self.tools) if self.tools else None
         said: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
-        limit = min(most, room)
+        limit = min(most, context_length - len(prompt))
         try:
-            with closing(self._generate(cache, prompt, sampler, splitter, limit)) as responses:
-                for text in responses:
-                    if stats.generation_tokens == 1:
-                        seconds = time.perf_counter() - started
-                        stats.prefill_tps = stats.prefilled_tokens / max(seconds, 1e-9)
-                    for piece in _with_calls(splitter.feed(text), parser):
-                        _note(piece, said, calls)
-                        yield piece
-            for piece in _with_calls(splitter.finish(), parser, at_end=True):
-                _note(piece, said, calls)
-                yield piece
+            with closing(self._generate(cache, prompt, sampler, splitter, limit, started)) as texts:
+                for piece in _pieces(texts, splitter, self.tools):
+                    if piece.call is None:
+                        said[piece.kind].append(piece.text)
+                    elif piece.call.complete:
+                        calls.append(piece.call)
+                    yield piece
         finally:
             message: Message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
             if said["thought"]:
@@ -337,10 +330,12 @@ class Chat:
         sampler: Sampler,
         splitter: ThoughtSplitter,
         limit: int,
+        started: float,
     ) -> Generator[str, None, None]:
         """Texts of the answer, told to the caller before `splitter` is asked where they were."""
         stats, detector = self.stats, LoopDetector()
         presence = sampler.params.presence_penalty
+        budget = self.think_budget or math.inf
         ids = list(prompt)
         first_at = 0.0
         try:
@@ -348,38 +343,36 @@ class Chat:
                 rest = mx.array(ids[len(cache.ids) :])
                 left = limit - (len(ids) - len(prompt))
                 stream = stream_ids(self.model, self.tokenizer, rest, cache.entries, sampler, left)
-                cache.is_whole = False
-                overdrawn = False
-                for response in stream:
-                    ids.append(response.token)
-                    first_at = first_at or time.perf_counter()
-                    self._count(response, len(ids) - len(prompt), first_at)
-                    stats.thought_tokens += splitter.in_thought
-                    try:
-                        yield response.text
-                    except GeneratorExit:
-                        stats.finish_reason = response.finish_reason
+                with closing(stream):
+                    cache.is_whole = False
+                    for response in stream:
+                        # While one token is looked at, all layers have read the same.
                         cache.is_whole = True
-                        raise
-                    if response.finish_reason:
-                        break
-                    if self.on_loop != "off" and detector.feed(response.token):
-                        if self.on_loop == "stop":
-                            stats.finish_reason = "loop"
+                        ids.append(response.token)
+                        stats.generation_tokens = len(ids) - len(prompt)
+                        now = time.perf_counter()
+                        if not first_at:
+                            first_at = now
+                            stats.prefill_tps = stats.prefilled_tokens / max(now - started, 1e-9)
+                        elif now > first_at:
+                            stats.decode_tps = (stats.generation_tokens - 1) / (now - first_at)
+                        stats.thought_tokens += splitter.in_thought
+                        stats.peak_memory_gb = response.peak_memory
+                        stats.finish_reason = response.finish_reason
+                        yield response.text
+                        if response.finish_reason:
+                            return
+                        if self.on_loop != "off" and detector.feed(response.token):
+                            if self.on_loop == "stop":
+                                stats.finish_reason = "loop"
+                                return
+                            stats.loops += 1
+                            presence = min(presence + LOOP_PENALTY, 10.0)
+                            sampler.penalise_repeats(presence, ids[len(prompt) :])
+                            detector = LoopDetector()
+                        if splitter.in_thought and stats.thought_tokens >= budget:
                             break
-                        stats.loops += 1
-                        presence = min(presence + LOOP_PENALTY, 10.0)
-                        sampler.penalise_repeats(presence, ids[len(prompt) :])
-                        detector = LoopDetector()
-                    budget = self.think_budget
-                    overdrawn = bool(budget and splitter.in_thought)
-                    if overdrawn and stats.thought_tokens >= (budget or 0):
-                        break
-                    overdrawn = False
-                stream.close()
-                cache.is_whole = True
-                if not overdrawn:
-                    return
+                        cache.is_whole = False
                 end = encode_text(self.tokenizer, THOUGHT_END)
                 if len(ids) + len(end) >= len(prompt) + limit:
                     stats.finish_reason = "length"
@@ -393,14 +386,6 @@ class Chat:
             num_read = cached_tokens(cache.entries)
             cache.is_whole = cache.is_whole and num_read <= len(ids)
             cache.ids = ids[:num_read]
-
-    def _count(self, response: GenerationResponse, num_generated: int, first_at: float) -> None:
-        stats = self.stats
-        stats.generation_tokens = num_generated
-        seconds = time.perf_counter() - first_at
-        stats.decode_tps = (num_generated - 1) / seconds if num_generated > 1 and seconds else 0.0
-        stats.peak_memory_gb = response.peak_memory
-        stats.finish_reason = response.finish_reason
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         template = {"tools": list(self.tools)} if self.tools else {}
@@ -432,50 +417,39 @@ class Chat:
         boundary = common_prefix(prompt, encode_text(self.tokenizer, history))
         return prompt, start, min(boundary, len(prompt) - 1)
 
-    def _next_prefix(self) -> list[int]:
-        """What every next prompt begins with, whatever its message says."""
-        return self._before_message(self.messages)
-
     def _system_end(self) -> int:
         """How many ids conversations with this system prompt and these tools share; 0 if none."""
         system = [m for m in self.messages[:1] if m["role"] == "system"]
         return len(self._before_message(system)) if system or self.tools else 0
 
     def _before_message(self, messages: Sequence[Message]) -> list[int]:
+        """What every next prompt behind `messages` begins with, whatever its message says."""
         one, other = (self._render([*messages, _user(text)], False) for text in ("a", "1"))
         return encode_text(self.tokenizer, one[: common_prefix(one, other)])
 
     def _opens_thought(self, prompt: list[int]) -> bool:
-        return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>"))
+        return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith(THINK_OPEN))
 
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _with_calls(
-    pieces: Iterable[Piece], parser: ToolCallParser | None, at_end: bool = False
-) -> Iterable[Piece]:
-    """Answers through the parser of tool calls, thoughts as they are."""
-    if parser is None:
-        return pieces
-    parsed: list[Piece] = []
-    for piece in pieces:
-        parsed += parser.feed(piece.text) if piece.kind == "answer" else [piece]
-    return parsed + parser.finish() if at_end else parsed
+def _pieces(
+    texts: Iterable[str], splitter: ThoughtSplitter, tools: Sequence[Schema]
+) -> Iterator[Piece]:
+    """Thoughts and answers out of streamed text; with tools, calls too."""
+    parser = ToolCallParser(tools) if tools else None
 
+    def parsed(pieces: list[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            if parser and piece.kind == "answer":
+                yield from parser.feed(piece.text)
+            else:
+                yield piece
 
-def _note(piece: Piece, said: dict[str, list[str]], calls: list[ToolCall]) -> None:
-    if piece.call is None:
-        said[piece.kind].append(piece.text)
-    elif piece.call.complete:
-        calls.append(piece.call)
-
-
-def _context_full(num_prompt: int, context_length: int) -> ContextFull:
-    return ContextFull(
-        "the prompt is longer than the model's context",
-        got=f"{num_prompt:,} tokens",
-        expected=f"fewer than {context_length:,}",
-        hint="shorten the message, take turns back, or drop the oldest ones",
-    )
+    for text in texts:
+        yield from parsed(splitter.feed(text))
+    yield from parsed(splitter.finish())
+    if parser:
+        yield from parser.finish()

@@ -7,29 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .conversions import convert, fidelity, plan
 from .errors import Qwen35Error
-from .options import (
-    Kernels,
-    MaxTokens,
-    MinP,
-    ModelName,
-    Presence,
-    Preset,
-    Repetition,
-    Seed,
-    System,
-    Temperature,
-    Thinking,
-    TopK,
-    TopP,
-    one_of,
-    user_errors,
-)
 
 app = typer.Typer(
     name="qwen35-mlx",
-    help="Run Qwen3.5 on a Mac: convert a checkpoint, then chat with it.",
     no_args_is_help=True,
     add_completion=False,
     # Rich's tables cut the names of options.
@@ -45,35 +28,35 @@ for command in (convert, plan, fidelity):
 @app.command()
 def generate(
     ctx: typer.Context,
-    model: ModelName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The text; standard input if unset.")
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")
     ] = False,
-    system: System = None,
-    think: Thinking = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    presence_penalty: Presence = None,
-    repetition_penalty: Repetition = None,
+    system: options.System = None,
+    think: options.Thinking = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    presence_penalty: options.Presence = None,
+    repetition_penalty: options.Repetition = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; repeatable.")
     ] = None,
-    seed: Seed = None,
-    kernels: Kernels = "auto",
+    seed: options.Seed = None,
+    kernels: options.Kernels = "auto",
 ) -> None:
     """Answer once, in plain text on standard output, for scripts.
 
     A thought comes first and ends in </think>; --no-think goes without.
     """
-    with user_errors():
+    with options.user_errors():
         text = read_prompts([] if prompt is None else [prompt])[0]
-        options = sampling_options(ctx)
+        sampling = sampling_options(ctx)
         from .generate import LONG_ANSWER_TOKENS, stream_generate
         from .terminal import quiet_libraries
         from .weights import load
@@ -91,7 +74,7 @@ def generate(
             stop=stop,
             seed=seed,
             enable_thinking=think,
-            **options,
+            **sampling,
         ):
             print(response.text, end="", flush=True)
         print()
@@ -113,18 +96,18 @@ def chat(
         list[str] | None,
         typer.Option("--prompt", "-p", help="Ask this and exit; repeated: further turns."),
     ] = None,
-    system: System = None,
+    system: options.System = None,
     session: Annotated[
         str | None, typer.Option(help="Go on with the session of this name, and save to it.")
     ] = None,
-    think: Thinking = None,
+    think: options.Thinking = None,
     think_budget: Annotated[
         int | None, typer.Option(min=1, help="Close a thought after this many tokens.")
     ] = None,
     on_loop: Annotated[
         str,
         typer.Option(
-            callback=one_of("stop", "penalize", "off"),
+            callback=options.one_of("stop", "penalize", "off"),
             help="An answer that repeats itself: stop it, penalize repeats, or off.",
         ),
     ] = "stop",
@@ -132,31 +115,38 @@ def chat(
         float, typer.Option(min=0, help="GB for points that conversations can go on from.")
     ] = 4.0,
     plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is.")] = False,
-    preset: Preset = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    presence_penalty: Presence = None,
-    repetition_penalty: Repetition = None,
-    seed: Seed = None,
-    kernels: Kernels = "auto",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.one_of("auto", "thinking", "coding", "instruct", "checkpoint"),
+            help="Sampling: thinking, coding or instruct as Qwen3.5's authors advise, auto by "
+            "mode, or as the checkpoint says; auto if unset, for the demo checkpoint.",
+        ),
+    ] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    presence_penalty: options.Presence = None,
+    repetition_penalty: options.Repetition = None,
+    seed: options.Seed = None,
+    kernels: options.Kernels = "auto",
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
-    with user_errors():
+    with options.user_errors():
         if demo and model is not None:
             raise typer.BadParameter(f"--demo and {model} exclude each other.")
-        prompts = read_prompts(prompt or []) if prompt or not is_terminal(sys.stdin) else []
-        options = sampling_options(ctx)
+        # A closed stream is None.
+        can_type = sys.stdin and sys.stdin.isatty()
+        prompts = [] if can_type and not prompt else read_prompts(prompt or [])
+        sampling = sampling_options(ctx)
         from .lineinput import can_edit, silent_keys
         from .talk import ChatSession
         from .terminal import loading, quiet_libraries
 
         quiet_libraries()
-        name = model
-        if name is None and not demo:
-            name = newest()
+        name = newest() if model is None and not demo else model
         is_demo = name is None
         if name is None:
             name = bundled_demo()
@@ -176,11 +166,11 @@ def chat(
             max_tokens=max_tokens,
             # The demo is too small for the penalty that the family's presets have.
             preset=preset or ("checkpoint" if is_demo else "auto"),
-            sampling={"seed": seed, **options},
+            sampling={"seed": seed, **sampling},
             on_loop=on_loop,
             store=PrefixStore(loaded, snapshot_memory * 1e9),
         )
-        ChatSession(conversation, session, markdown=not plain).run(prompts)
+        ChatSession(conversation, markdown=not plain).run(prompts, session)
 
 
 @app.command()
@@ -193,7 +183,7 @@ def sessions(
     ] = None,
 ) -> None:
     """List saved conversations, show one, or remove some."""
-    with user_errors():
+    with options.user_errors():
         from .sessions import list_sessions, read_conversation, remove_session, session_file
         from .terminal import note, print_conversation, print_sessions
 
@@ -214,7 +204,7 @@ def doctor(
 
     Prints what this machine is, and a report to paste into a bug report.
     """
-    with user_errors():
+    with options.user_errors():
         import json
 
         from .doctor import run, store
@@ -272,12 +262,12 @@ def sampling_options(ctx: typer.Context) -> dict[str, Any]:
     """The command's sampling options, refused before a model is loaded if they are no good."""
     from .sampling import SamplingParams
 
-    options = {name: ctx.params[name] for name in SamplingParams.__dataclass_fields__}
+    sampling = {name: ctx.params[name] for name in SamplingParams.__dataclass_fields__}
     try:
-        SamplingParams().updated(**options)
+        SamplingParams().updated(**sampling)
     except Qwen35Error as error:
         raise typer.BadParameter(str(error)) from None
-    return options
+    return sampling
 
 
 def read_prompts(given: list[str]) -> list[str]:
@@ -294,11 +284,6 @@ def read_prompts(given: list[str]) -> list[str]:
                 "the prompt is empty", got=repr(text), expected="text with -p or on standard input"
             )
     return prompts
-
-
-def is_terminal(stream: Any) -> bool:
-    """Whether a person is there; a closed stream is None."""
-    return stream is not None and stream.isatty()
 
 
 def version(show: bool) -> None:

@@ -6,40 +6,37 @@ from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .errors import Qwen35Error
-from .options import (
-    Bits,
-    BitsPerWeight,
-    CalibrationFile,
-    Context,
-    Dtype,
-    Fit,
-    GroupSize,
-    KeepSource,
-    Method,
-    Prefer,
-    RecipeName,
-    Revision,
-    Source,
-    TextFile,
-    user_errors,
-)
 
 
 def convert(
     ctx: typer.Context,
-    source: Source,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    dtype: Dtype = None,
-    method: Method = None,
-    recipe: RecipeName = None,
-    fit: Fit = None,
-    bits_per_weight: BitsPerWeight = None,
-    prefer: Prefer = "quality",
-    context: Context = None,
-    calibration: CalibrationFile = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = 64,
+    dtype: options.Dtype = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            callback=options.one_of("minmax", "search", "gptq"),
+            help="How to choose scales: minmax as mlx does; search for the least error, about ten "
+            "times slower; gptq, error feedback from a calibration made for it. "
+            "minmax with --bits, else the best there is.",
+        ),
+    ] = None,
+    recipe: options.RecipeName = None,
+    fit: options.Fit = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    prefer: options.Prefer = "quality",
+    context: options.Context = None,
+    calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -48,9 +45,11 @@ def convert(
             "activations do; writes the file of --calibration, or OUT.calibration.safetensors.",
         ),
     ] = False,
-    text: TextFile = None,
-    revision: Revision = None,
-    keep_source: KeepSource = False,
+    text: options.TextFile = None,
+    revision: options.Revision = None,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Keep the shards from the hub, in OUT-source.")
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -63,7 +62,7 @@ def convert(
     From the hub, shards are fetched one after the other and deleted when they are converted.
     Stopped in any way, the same command goes on where it stopped.
     """
-    with user_errors():
+    with options.user_errors():
         from .convert import convert as run
         from .convert import plan as make_plan
         from .convert import verify as read_again
@@ -104,16 +103,16 @@ def plan(
         str | None,
         typer.Argument(metavar="SRC", help="Folder or hub id; without it, what fits this machine."),
     ] = None,
-    bits: Bits = None,
-    group_size: GroupSize = 64,
-    dtype: Dtype = None,
-    recipe: RecipeName = None,
-    fit: Fit = None,
-    bits_per_weight: BitsPerWeight = None,
-    prefer: Prefer = "quality",
-    context: Context = None,
-    calibration: CalibrationFile = None,
-    revision: Revision = None,
+    bits: options.Bits = None,
+    group_size: options.GroupSize = 64,
+    dtype: options.Dtype = None,
+    recipe: options.RecipeName = None,
+    fit: options.Fit = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    prefer: options.Prefer = "quality",
+    context: options.Context = None,
+    calibration: options.CalibrationFile = None,
+    revision: options.Revision = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
     ] = None,
@@ -122,7 +121,7 @@ def plan(
 
     Also the memory and disk that it takes. Reads headers alone.
     """
-    with user_errors():
+    with options.user_errors():
         from .convert import page
         from .convert import plan as make_plan
         from .convert.macs import this_mac
@@ -148,9 +147,9 @@ def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, 
 
     given = ctx.params
     names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
-    options = {name: given[name] for name in names}
+    wanted = {name: given[name] for name in names}
     settings, spent = decide(
-        source, **options, memory=given["fit"], method=given.get("method"), calibration=found
+        source, **wanted, memory=given["fit"], method=given.get("method"), calibration=found
     )
     return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
 
@@ -164,17 +163,14 @@ def calibration_for(
     method: str | None = None,
 ) -> Any:
     """What --calibration names, made first with --calibrate; None without either."""
-    if not calibrate:
-        if text:
-            raise typer.BadParameter("--text goes with --calibrate.")
-        if file is None:
-            return None
-        from .quant.calibrate import load
+    if text and not calibrate:
+        raise typer.BadParameter("--text goes with --calibrate.")
+    from .quant.calibrate import load, save
 
-        return load(file)
+    if not calibrate:
+        return load(file) if file else None
     from .convert.calibration import calibrate as run
     from .convert.calibration import encode, read_text
-    from .quant.calibrate import save
     from .terminal import note, quiet_libraries, step_progress
 
     quiet_libraries()
@@ -208,7 +204,7 @@ def fidelity(
         Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
     ],
     quantized: Annotated[Path, typer.Argument(metavar="OUT", help="Converted folder to judge.")],
-    text: TextFile = None,
+    text: options.TextFile = None,
     tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
@@ -219,7 +215,7 @@ def fidelity(
     Prints KL, top-1 agreement, perplexity and the error of each layer; the last line is JSON.
     Both are read a layer at a time: neither has to fit in memory.
     """
-    with user_errors():
+    with options.user_errors():
         from .convert.calibration import encode, read_text
         from .convert.fidelity import fidelity as compare
         from .convert.fidelity import plot, report_lines

@@ -108,23 +108,20 @@ def stream_ids(
     detokenizer = tokenizer.detokenizer
     pending = StopText(stops)
     started = time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(wired(model))
+    with wired(model):
         prefill_seconds = 0.0
         steps = decode_steps(model, ids, cache, sampler, max_tokens, prefill_step_size, progress)
         for count, (token, logprobs) in enumerate(steps, 1):
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
-            finish = None
+            finish = "length" if count == max_tokens else None
             if token in tokenizer.eos_token_ids:
                 finish = "stop"
-                detokenizer.finalize()
             else:
                 detokenizer.add_token(token)
-                if count == max_tokens:
-                    finish = "length"
-                    detokenizer.finalize()
+            if finish:
+                detokenizer.finalize()
             text = pending.feed(detokenizer.last_segment)
             if pending.stopped:
                 finish = "stop"
@@ -167,15 +164,13 @@ def prefill(
 ) -> mx.array:
     """Read ids `[T]` into the cache in pieces; returns the last hidden state `[1, 1, H]`."""
     total = ids.size
-    if progress:
-        progress(0, total)
     for start in range(0, total, step_size):
+        if progress:
+            progress(start, total)
         hidden = model.trunk(ids[None, start : start + step_size], cache, last_only=True)
         if start + step_size < total:
             mx.eval([entry.state for entry in cache])
             mx.clear_cache()
-            if progress:
-                progress(start + step_size, total)
     mx.eval(hidden, [entry.state for entry in cache])
     if progress:
         progress(total, total)

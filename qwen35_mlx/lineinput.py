@@ -6,23 +6,13 @@ import termios
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 PROMPT = "> "
 
 
-class Reader(Protocol):
-    """Reads a message; EOFError at the end, KeyboardInterrupt for Ctrl-C."""
-
-    def read(self, default: str = "") -> str:
-        """The message, `default` to begin with where it can be edited."""
-
-    def ask(self, question: str) -> str:
-        """A short answer to a question."""
-
-
 class LineReader:
-    """A message is a line."""
+    """A message is a line; EOFError at the end, KeyboardInterrupt for Ctrl-C."""
 
     def read(self, default: str = "") -> str:
         """The next line; there is nothing to edit."""
@@ -53,15 +43,12 @@ class EditingReader:
                 command, space, rest = text.partition(" ")
                 if not text.startswith("/") or "\n" in text:
                     return
-                if not space:
-                    words, typed = iter(commands), command
-                elif command == "/file":
+                if command == "/file" and space:
                     path = Document(rest)
                     yield from PathCompleter(expanduser=True).get_completions(path, complete_event)
                     return
-                else:
-                    words, typed = iter(commands.get(command, ())), rest
-                for word in words:
+                typed = rest if space else command
+                for word in commands.get(command, ()) if space else commands:
                     if word.startswith(typed):
                         yield Completion(word, start_position=-len(typed))
 
@@ -92,14 +79,13 @@ class EditingReader:
             prompt_continuation="  ",
             history=kept,
             completer=Commands(),
-            complete_while_typing=Condition(self._is_command),
+            complete_while_typing=Condition(
+                lambda: self._session.app.current_buffer.text.startswith("/")
+            ),
             key_bindings=keys,
             enable_open_in_editor=True,
         )
         self._answers: Any = PromptSession(history=InMemoryHistory())
-
-    def _is_command(self) -> bool:
-        return bool(self._session.app.current_buffer.text.startswith("/"))
 
     def read(self, default: str = "") -> str:
         """A message; it may have several lines."""
@@ -108,6 +94,9 @@ class EditingReader:
     def ask(self, question: str) -> str:
         """A line that is not remembered."""
         return str(self._answers.prompt(question))
+
+
+Reader = LineReader | EditingReader
 
 
 def open_reader(commands: Mapping[str, Iterable[str]], history: Path) -> Reader:

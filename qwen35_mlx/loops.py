@@ -38,14 +38,8 @@ class LoopDetector:
 
     def _matching(self, period: int) -> int:
         """How many of the last tokens equal those one period before."""
-        count = 0
-        while count < period and self._at(count) == self._at(count + period):
+        ids, count = self._ids, 0
+        most = min(period, len(ids) - period)
+        while count < most and ids[-1 - count] == ids[-1 - count - period]:
             count += 1
         return count
-
-    def _at(self, from_end: int) -> int | None:
-        return self._ids[-1 - from_end] if from_end < len(self._ids) else None
-
-    def restart(self) -> None:
-        """Forget what was seen: a loop already told is not told again at each token."""
-        self.__init__()  # type: ignore[misc]

@@ -54,26 +54,26 @@ class MarkdownStream:
         self._source += text
         if time.monotonic() >= self._next_draw:
             started = time.monotonic()
-            self._finish_blocks()
-            self._draw(self._source)
+            self._draw_all()
             ended = time.monotonic()
             self._next_draw = ended + max(MIN_SECONDS, REST_FACTOR * (ended - started))
 
     def finish(self) -> None:
         """Draw what is left, and end the line."""
-        self._finish_blocks()
-        self._draw(self._source)
+        self._draw_all()
         self._source = ""
         if self._has_blocks or self._drawn:
             self._write("\n")
         self._drawn, self._has_blocks = [], False
 
-    def _finish_blocks(self) -> None:
+    def _draw_all(self) -> None:
+        """Finish the blocks that have ended, and draw what there is of the next."""
         while end := block_end(self._source):
             self._draw(self._source[:end])
             self._source = self._source[end:].lstrip("\n")
             self._has_blocks = self._has_blocks or bool(self._drawn)
             self._drawn = []
+        self._draw(self._source)
 
     def _draw(self, source: str) -> None:
         """Bring the block on the screen from what is drawn to `source`."""

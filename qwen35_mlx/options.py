@@ -38,18 +38,8 @@ def one_of(*allowed: object) -> Callable[[Any], Any]:
     return check
 
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME."
-    ),
-]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id; main if unset.")
-]
-KeepSource = Annotated[
-    bool,
-    typer.Option("--keep-source", help="Keep the shards from the hub, in OUT-source."),
 ]
 Bits = Annotated[
     int | None,
@@ -68,15 +58,6 @@ Dtype = Annotated[
         callback=one_of("bfloat16", "float16", "float32"),
         help="bfloat16, float16 or float32. Alone: do not quantize; "
         "with --bits: type of scales, norms and the rest. The source's if unset.",
-    ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        callback=one_of("minmax", "search", "gptq"),
-        help="How to choose scales: minmax as mlx does; search for the least error, about ten "
-        "times slower; gptq, error feedback from a calibration made for it. "
-        "minmax with --bits, else the best there is.",
     ),
 ]
 RecipeName = Annotated[
@@ -103,7 +84,6 @@ CalibrationFile = Annotated[
 TextFile = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Text to run; the bundled if unset.")
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")]
 Thinking = Annotated[
     bool | None,
     typer.Option(
@@ -129,14 +109,6 @@ Kernels = Annotated[
     typer.Option(
         callback=one_of("auto", "ops", "metal"),
         help="Metal kernels: auto runs those that doctor found faster, metal all, ops none.",
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        callback=one_of("auto", "thinking", "coding", "instruct", "checkpoint"),
-        help="Sampling: thinking, coding or instruct as Qwen3.5's authors advise, auto by mode, "
-        "or as the checkpoint says; auto if unset, for the demo checkpoint.",
     ),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the same answer again.")]

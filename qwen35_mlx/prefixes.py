@@ -60,14 +60,13 @@ class PromptCache:
 
     def usable(self, ids: Sequence[int]) -> int:
         """The length of the longest prefix of `ids` that this cache can be taken back to."""
-        shared = common_prefix(self.ids, ids)
-        return max((n for n in self._points() if n <= shared), default=0)
+        return self._point_before(common_prefix(self.ids, ids))
 
     def rewind(self, num_tokens: int) -> int:
         """Go back to the nearest point at or before; returns how many tokens are left."""
         if num_tokens < 0:
             raise Qwen35Error("cannot rewind", got=num_tokens, expected="0 tokens or more")
-        kept = max((n for n in self._points() if n <= num_tokens), default=0)
+        kept = self._point_before(num_tokens)
         if kept == 0:
             self.entries = self.model.make_cache()
         elif kept < len(self.ids) or not self.is_whole:
@@ -82,10 +81,8 @@ class PromptCache:
         """A second cache that holds the first `num_tokens`, one of this one's points."""
         if num_tokens == 0:
             return PromptCache(self.model)
-        if num_tokens not in self.snapshots and num_tokens == len(self.ids) and self.is_whole:
-            point = snapshot(self.entries, num_tokens)
-        else:
-            point = self.snapshots[num_tokens]
+        # Without a snapshot there, it is the end.
+        point = self.snapshots.get(num_tokens) or snapshot(self.entries, num_tokens)
         copy = PromptCache(self.model, self.ids[:num_tokens], fork(self.entries, point))
         copy.snapshots = {n: s for n, s in self.snapshots.items() if n <= num_tokens}
         return copy
@@ -103,38 +100,27 @@ class PromptCache:
 
         Ends early, after a whole piece, once `stop()` is true.
         """
-        # Not in the background: it would change the other thread's stdout for a moment.
-        with wired(self.model) if stop is None else nullcontext():
-            self._read(ids, set(marks), step_size, progress, stop)
-
-    def _read(
-        self,
-        ids: Sequence[int],
-        marks: set[int],
-        step_size: int,
-        progress: Progress | None,
-        stop: Stop | None,
-    ) -> None:
-        start, end = len(self.ids), len(self.ids) + len(ids)
+        start, end, marks = len(self.ids), len(self.ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
         if progress:
             progress(0, len(ids))
-        for cut in cuts:
-            while len(self.ids) < cut:
-                if stop and stop():
-                    return
-                at = len(self.ids)
-                piece = list(ids[at - start : min(at + step_size, cut) - start])
-                self.is_whole = False
-                prefill(self.model, mx.array(piece), self.entries, step_size)
-                self.ids += piece
-                self.is_whole = True
-                if progress:
-                    progress(len(self.ids) - start, len(ids))
-                if len(piece) == step_size >= PREFILL_STEP_SIZE:
-                    mx.clear_cache()
-            if cut in marks:
-                self.snapshot()
+        # Not in the background: it would change the other thread's stdout for a moment.
+        with wired(self.model) if stop is None else nullcontext():
+            for cut in cuts:
+                while (at := len(self.ids)) < cut:
+                    if stop and stop():
+                        return
+                    piece = list(ids[at - start : min(at + step_size, cut) - start])
+                    self.is_whole = False
+                    prefill(self.model, mx.array(piece), self.entries, step_size)
+                    self.ids += piece
+                    self.is_whole = True
+                    if progress:
+                        progress(len(self.ids) - start, len(ids))
+                    if len(piece) == step_size >= PREFILL_STEP_SIZE:
+                        mx.clear_cache()
+                if cut in marks:
+                    self.snapshot()
 
     def close(self) -> None:
         """Nobody goes on here for now: keep the end as a point, leave the rest to the store."""
@@ -145,10 +131,12 @@ class PromptCache:
     @property
     def furthest(self) -> int:
         """The last point there is."""
-        return max(self._points(), default=0)
+        return self._point_before(len(self.ids))
 
-    def _points(self) -> Iterable[int]:
-        return (*self.snapshots, len(self.ids)) if self.is_whole else self.snapshots
+    def _point_before(self, num_tokens: int) -> int:
+        """The last point at or before `num_tokens`; an empty cache is always one."""
+        points = (*self.snapshots, len(self.ids)) if self.is_whole else self.snapshots
+        return max((n for n in points if n <= num_tokens), default=0)
 
 
 class PrefixStore:

@@ -13,27 +13,20 @@ PICTURES = {"image", "image_url", "video", "video_url"}
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: Prompt, *, enable_thinking: bool | None = None, **template: Any
+    tokenizer: Any, prompt: Prompt, *, enable_thinking: bool | None = None
 ) -> list[int]:
     """Token ids of a raw text, of ids as they are, or of messages through the chat template."""
     if isinstance(prompt, str):
-        try:
-            ids = tokenizer.encode(prompt, add_special_tokens=False)
-        except (TypeError, UnicodeError):
-            raise _not_unicode(prompt) from None
+        ids = encode_text(tokenizer, prompt)
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = encode_messages(
-            tokenizer,
-            prompt,
-            enable_thinking=enable_thinking,
-            add_generation_prompt=True,
-            **template,
+            tokenizer, prompt, add_generation_prompt=True, enable_thinking=enable_thinking
         )
     else:
         ids = _token_ids(prompt)
     if not ids:
         raise PromptError("the prompt is empty", got=repr(prompt), expected="at least one token")
-    return list(ids)
+    return ids
 
 
 def _token_ids(prompt: Any) -> list[int]:
@@ -50,32 +43,9 @@ def _token_ids(prompt: Any) -> list[int]:
         ) from None
 
 
-def _not_unicode(text: str) -> PromptError:
-    return PromptError(
-        "the prompt is not valid Unicode", got=ascii(text)[:80], expected="text without surrogates"
-    )
-
-
-def encode_messages(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    *,
-    add_generation_prompt: bool,
-    enable_thinking: bool | None = None,
-    **template: Any,
-) -> list[int]:
-    """The chat template's rendering of `messages` as token ids.
-
-    enable_thinking None leaves it to the template, which differs between the models.
-    """
-    text = render_messages(
-        tokenizer,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=enable_thinking,
-        **template,
-    )
-    return encode_text(tokenizer, text)
+def encode_messages(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
+    """The chat template's rendering of `messages` as token ids; options as in `render_messages`."""
+    return encode_text(tokenizer, render_messages(tokenizer, messages, **options))
 
 
 def render_messages(
@@ -86,7 +56,10 @@ def render_messages(
     enable_thinking: bool | None = None,
     **template: Any,
 ) -> str:
-    """The chat template's rendering of `messages` as text."""
+    """The chat template's rendering of `messages` as text.
+
+    enable_thinking None leaves it to the template, which differs between the models.
+    """
     if enable_thinking is not None:
         template["enable_thinking"] = enable_thinking
     if getattr(tokenizer, "chat_template", None) is None:
@@ -128,7 +101,11 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     try:
         return list(_unwrapped(tokenizer).encode(text, add_special_tokens=False))
     except (TypeError, UnicodeError):
-        raise _not_unicode(text) from None
+        raise PromptError(
+            "the prompt is not valid Unicode",
+            got=ascii(text)[:80],
+            expected="text without surrogates",
+        ) from None
 
 
 def _unwrapped(tokenizer: Any) -> Any:
@@ -138,14 +115,19 @@ def _unwrapped(tokenizer: Any) -> Any:
     return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
 
 
-def check_length(num_prompt: int, context_length: int) -> None:
+def check_length(
+    num_prompt: int,
+    context_length: int,
+    refusal: type[PromptError] = PromptError,
+    hint: str = "shorten it, or convert with YaRN rope_parameters in the source's config.json",
+) -> None:
     """A prompt must leave room for at least one token of an answer."""
     if num_prompt >= context_length:
-        raise PromptError(
+        raise refusal(
             "the prompt is longer than the model's context",
             got=f"{num_prompt:,} tokens",
             expected=f"fewer than {context_length:,}",
-            hint="shorten it, or convert with YaRN rope_parameters in the source's config.json",
+            hint=hint,
         )
 
 
@@ -185,33 +167,29 @@ class ThoughtSplitter:
 
     def __init__(self, thinking: bool):
         """thinking: whether the prompt has opened a thought already."""
-        self._in_thought = thinking
+        # Whether what follows is thought, as far as that is certain.
+        self.in_thought = thinking
         self._pending = ""
         self._blank = True
-
-    @property
-    def in_thought(self) -> bool:
-        """Whether what follows is thought, as far as that is certain."""
-        return self._in_thought
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain after `text`."""
         self._pending += text
         pieces: list[Piece] = []
         while True:
-            tag = THINK_CLOSE if self._in_thought else THINK_OPEN
+            tag = THINK_CLOSE if self.in_thought else THINK_OPEN
             at = self._pending.find(tag)
             # An answer may open a thought of its own, but only before it has said anything.
-            said = not self._in_thought and not (self._blank and not self._pending[:at].strip())
+            said = not self.in_thought and not (self._blank and not self._pending[:at].strip())
             if at < 0 or said:
                 break
             pieces += self._piece(self._pending[:at].rstrip("\n"))
             self._pending = self._pending[at + len(tag) :]
-            self._in_thought = not self._in_thought
+            self.in_thought = not self.in_thought
             self._blank = True
-        keep = held_back(self._pending, (tag,)) if self._in_thought or self._blank else 0
+        keep = held_back(self._pending, (tag,)) if self.in_thought or self._blank else 0
         ready = len(self._pending) - keep
-        if self._in_thought:
+        if self.in_thought:
             ready = len(self._pending[:ready].rstrip("\n"))
         pieces += self._piece(self._pending[:ready])
         self._pending = self._pending[ready:]
@@ -220,7 +198,7 @@ class ThoughtSplitter:
     def finish(self) -> list[Piece]:
         """What was held back, now that nothing follows."""
         rest, self._pending = self._pending, ""
-        return self._piece(rest.rstrip("\n") if self._in_thought else rest)
+        return self._piece(rest.rstrip("\n") if self.in_thought else rest)
 
     def _piece(self, text: str) -> list[Piece]:
         # The newlines around a tag belong to neither side.
@@ -229,7 +207,7 @@ class ThoughtSplitter:
         if not text:
             return []
         self._blank = self._blank and not text.strip()
-        return [Piece("thought" if self._in_thought else "answer", text)]
+        return [Piece("thought" if self.in_thought else "answer", text)]
 
 
 def held_back(text: str, markers: Sequence[str]) -> int:

@@ -52,7 +52,7 @@ class SamplingParams:
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingParams":
         """The defaults a checkpoint recommends; without `do_sample` it decodes greedily."""
-        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+        names = cls.__dataclass_fields__
         given = {name: config[name] for name in names if config.get(name) is not None}
         if not config.get("do_sample", False):
             given = {k: v for k, v in given.items() if k.endswith("_penalty")}

@@ -28,6 +28,8 @@ from .errors import SessionError
 from .model import Model
 from .prefixes import PromptCache
 
+# A name, or the path of a file.
+Session = str | os.PathLike[str]
 FORMAT = 1
 # Points to go back to that are kept: each has the recurrent state of all layers.
 NUM_SAVED_SNAPSHOTS = 3
@@ -44,7 +46,7 @@ def session_home() -> Path:
     return Path(base) / "qwen35-mlx" / "sessions"
 
 
-def session_file(session: str | os.PathLike[str]) -> Path:
+def session_file(session: Session) -> Path:
     """The JSON file of a session; a text without a slash is a name."""
     text = os.fspath(session)
     if not isinstance(session, str) or os.sep in text:
@@ -63,10 +65,7 @@ def cache_file(file: Path) -> Path:
 
 
 def save_conversation(
-    session: str | os.PathLike[str],
-    conversation: Mapping[str, Any],
-    model: Model,
-    cache: PromptCache | None,
+    session: Session, conversation: Mapping[str, Any], model: Model, cache: PromptCache | None
 ) -> Path:
     """Write both files, each whole or not at all."""
     file = session_file(session)
@@ -90,7 +89,7 @@ def save_conversation(
 
 
 def load_conversation(
-    session: str | os.PathLike[str], model: Model
+    session: Session, model: Model
 ) -> tuple[dict[str, Any], PromptCache | None, str | None]:
     """The conversation, its cache, and a warning where that has to be read again.
 
@@ -250,7 +249,7 @@ def _replacing(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(session: str | os.PathLike[str]) -> Iterator[Path]:
+def locked(session: Session) -> Iterator[Path]:
     """Hold a session: a second chat that wants it is refused."""
     file = session_file(session)
     try:
@@ -302,7 +301,7 @@ def list_sessions() -> list[SessionInfo]:
     return sorted(found, key=lambda info: -info.saved)
 
 
-def remove_session(session: str | os.PathLike[str]) -> None:
+def remove_session(session: Session) -> None:
     """Delete a session, damaged or not."""
     file = session_file(session)
     if not file.exists():

@@ -1,45 +1,31 @@
 """The conversation in the terminal: commands, and turns drawn as they come."""
 
-import contextlib
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import terminal
 from .errors import ContextFull, Qwen35Error
 from .lineinput import LineReader, Reader, open_reader, silent_keys
 from .markdown import MarkdownStream
-from .sampling import AUTO, CHECKPOINT, PRESETS
+from .sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 
 if TYPE_CHECKING:
     from .chat import Chat, TurnStats
     from .prompt import Piece
 
-# Shorter prompts are read before a bar would be seen.
-MIN_BAR_TOKENS = 512
 NEARLY_FULL = 0.8
 MAX_FILE_BYTES = 20 * 10**6
-NUMBERS = {
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "presence_penalty": float,
-    "repetition_penalty": float,
-    "seed": int,
-}
+NUMBERS: dict[str, Any] = {f.name: f.type for f in fields(SamplingParams)} | {"seed": int}
 OPTIONS = (*NUMBERS, "max_tokens", "preset", "on_loop")
 WORDS = {
     "/think": ("on", "off", "hide", "budget"),
     "/set": (*OPTIONS, *(f"preset {name}" for name in (*PRESETS, AUTO, CHECKPOINT))),
 }
-Pieces = Generator["Piece", None, None]
 
 
 class ChatSession:
@@ -47,10 +33,10 @@ class ChatSession:
 
     HINT = "/help lists commands, /exit or Ctrl-D leaves; Ctrl-C stops an answer and keeps it"
 
-    def __init__(self, chat: "Chat", session: str | None = None, markdown: bool = True):
-        """session: the name under which every turn is saved."""
+    def __init__(self, chat: "Chat", markdown: bool = True):
         self.chat = chat
-        self.session = session
+        # The name under which every turn is saved, held against other chats.
+        self.session: str | None = None
         self._markdown = markdown
         self._hide_thoughts = False
         self._files: list[str] = []
@@ -58,34 +44,28 @@ class ChatSession:
         self._is_edit = False
         self._reader: Reader = LineReader()
         self._lock = ExitStack()
-        self._is_held = False
 
-    def run(self, prompts: Sequence[str] = ()) -> None:
-        """Ask the given prompts in turn, or talk until the user leaves."""
+    def run(self, prompts: Sequence[str] = (), session: str | None = None) -> None:
+        """Ask the given prompts in turn, or talk until the user leaves; goes on with `session`."""
         with self._lock:
-            if self.session:
+            if session:
                 chat = self.chat
-                given = chat.system, chat.enable_thinking, chat.think_budget
-                self._open(self.session, must_exist=False)
+                system, thinking, budget = chat.system, chat.enable_thinking, chat.think_budget
+                self._open(session, must_exist=False)
                 # What the command line says is not undone by what was saved.
-                if given[0] and given[0] != chat.system:
-                    chat.set_system(given[0])
-                chat.enable_thinking = chat.enable_thinking if given[1] is None else given[1]
-                chat.think_budget = given[2] or chat.think_budget
+                chat.set_system(system or chat.system)
+                chat.enable_thinking = chat.enable_thinking if thinking is None else thinking
+                chat.think_budget = budget or chat.think_budget
             try:
-                if prompts:
-                    self._ask(prompts)
-                else:
+                if not prompts:
                     self._talk()
+                for prompt in prompts:
+                    if len(prompts) > 1:
+                        terminal.out.print(f"> {prompt}", style="bold", markup=False)
+                    self.turn(self.chat.send, prompt)
             finally:
                 if self.session:
                     self.chat.save(self.session)
-
-    def _ask(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            if len(prompts) > 1:
-                terminal.out.print(f"> {prompt}", style="bold", markup=False)
-            self.turn(self.chat.send(prompt, self._progress))
 
     def _talk(self) -> None:
         from .sessions import session_home
@@ -93,29 +73,25 @@ class ChatSession:
         words = {name: WORDS.get(name, ()) for name in self._commands()}
         self._reader = open_reader(words, session_home() / ".history")
         terminal.note(self.HINT)
-        with ExitStack() as stack:
-            if not isinstance(self._reader, LineReader):
-                stack.enter_context(silent_keys(raw=True))
-            self._loop()
-
-    def _loop(self) -> None:
-        while (text := self._read()) is not None:
-            try:
-                if text.startswith("/"):
-                    self._command(text)
-                elif text.strip():
-                    self._say(text.strip())
-            except BrokenPipeError:
-                # Nobody reads on; the command line leaves without a word.
-                raise
-            except KeyboardInterrupt:
-                terminal.out.print()
-                terminal.note("stopped")
-                self._saved()
-            except EOFError:
-                return
-            except (Qwen35Error, OSError) as error:
-                terminal.print_error(error)
+        is_editor = not isinstance(self._reader, LineReader)
+        with silent_keys(raw=True) if is_editor else nullcontext():
+            while (text := self._read()) is not None:
+                try:
+                    if text.startswith("/"):
+                        self._command(text)
+                    elif text.strip():
+                        self._say(text.strip())
+                except BrokenPipeError:
+                    # Nobody reads on; the command line leaves without a word.
+                    raise
+                except KeyboardInterrupt:
+                    terminal.out.print()
+                    terminal.note("stopped")
+                    self._saved()
+                except EOFError:
+                    return
+                except (Qwen35Error, OSError) as error:
+                    terminal.print_error(error)
 
     def _read(self) -> str | None:
         """A message or a command; None at the end."""
@@ -146,13 +122,13 @@ class ChatSession:
         message = "\n\n".join([*self._files, text])
         send = self.chat.edit if is_edit else self.chat.send
         try:
-            self.turn(send(message, self._progress))
+            self.turn(send, message)
         except ContextFull as error:
             terminal.print_error(error)
             if not self._make_room():
                 self._draft, self._is_edit = text, is_edit
                 return
-            self.turn(send(message, self._progress))
+            self.turn(send, message)
         self._files = []
 
     def _make_room(self) -> bool:
@@ -160,20 +136,21 @@ class ChatSession:
         question = "Drop the (o)ldest turns, (s)tart over, or (k)eep all and change the message? "
         answer = self._reader.ask(question).strip().lower()[:1]
         if answer == "o":
-            terminal.note(f"{self.chat.drop_oldest()} turns dropped")
+            self.do_trim()
         elif answer == "s":
             self._start_over()
         return answer in ("o", "s")
 
-    def turn(self, pieces: Pieces) -> None:
-        """Stream one answer."""
+    def turn(self, reply: Callable[..., Generator["Piece", None, None]], *said: str) -> None:
+        """Stream one answer, that of `reply(*said, progress)`."""
         kind, stream = "", None
-        is_drawn = self._markdown and terminal.out.is_terminal and not terminal.out.is_dumb_terminal
+        is_drawn = self._markdown and terminal.can_draw(terminal.out)
+        has_colour = terminal.out.color_system is not None and not terminal.out.no_color
         with ExitStack() as stack:
             if isinstance(self._reader, LineReader):
                 stack.enter_context(silent_keys())
-            self._bar = stack.enter_context(_prefill_bar())
-            stack.enter_context(contextlib.closing(pieces))
+            progress = stack.enter_context(terminal.token_progress())
+            pieces = stack.enter_context(closing(reply(*said, progress)))
             # Whatever ends the answer, what was held back is drawn.
             ended = stack.enter_context(ExitStack())
             for piece in pieces:
@@ -184,7 +161,7 @@ class ChatSession:
                     kind, stream = piece.kind, None
                     if kind == "thought" and self._hide_thoughts:
                         ended.enter_context(self._folded())
-                    elif kind == "thought" and not _has_colour():
+                    elif kind == "thought" and not has_colour:
                         terminal.out.print("(thought) ", end="")
                     elif kind == "answer" and is_drawn:
                         stream = MarkdownStream(terminal.out)
@@ -216,9 +193,6 @@ class ChatSession:
             yield
         seconds = time.perf_counter() - started
         terminal.note(f"thought: {self.chat.stats.thought_tokens} tokens, {seconds:.1f} s")
-
-    def _progress(self, done: int, total: int) -> None:
-        self._bar(done, total)
 
     def _figures(self, stats: "TurnStats") -> None:
         parts = [
@@ -282,7 +256,7 @@ class ChatSession:
 
     def do_retry(self, rest: str) -> None:
         """answer the last message again"""
-        self.turn(self.chat.regenerate(self._progress))
+        self.turn(self.chat.regenerate)
 
     def do_edit(self, rest: str) -> None:
         """[TEXT]: change the last message and send it again"""
@@ -329,12 +303,12 @@ class ChatSession:
             self.chat.save(self.session)
             terminal.note(f"session {self.session} keeps what was said; this is not saved yet")
             self._lock.close()
-            self.session, self._is_held = None, False
+            self.session = None
         self.chat.restart(self.chat.system)
 
-    def do_trim(self, rest: str) -> None:
+    def do_trim(self, rest: str = "") -> None:
         """drop the oldest turns until half of the context is free"""
-        terminal.note(f"{self.chat.drop_oldest()} turns dropped")
+        terminal.note(f"{terminal.count(self.chat.drop_oldest(), 'turn')} dropped")
         self._saved()
 
     def do_think(self, rest: str) -> None:
@@ -353,22 +327,21 @@ class ChatSession:
         name, _, value = rest.partition(" ")
         if name not in OPTIONS:
             raise Qwen35Error("no such setting", got=repr(name), expected=", ".join(OPTIONS))
-        chat, before = self.chat, dict(self.chat.sampling)
+        chat, before = self.chat, (self.chat.preset, self.chat.sampling)
         if name == "preset":
-            chat.sampling_params(preset=value or CHECKPOINT)
             chat.preset = value or CHECKPOINT
         elif name == "on_loop":
             chat.set_on_loop(value or "stop")
         elif name == "max_tokens":
             chat.max_tokens = _number(value or "0", int) or None
         else:
-            chat.sampling[name] = _number(value, NUMBERS[name]) if value else None
-            try:
-                chat.sampling_params()
-            except Qwen35Error:
-                chat.sampling = before
-                raise
-        terminal.note(self._settings())
+            number = _number(value, NUMBERS[name]) if value else None
+            chat.sampling = {**chat.sampling, name: number}
+        try:
+            terminal.note(self._settings())
+        except Qwen35Error:
+            chat.preset, chat.sampling = before
+            raise
 
     def _settings(self) -> str:
         chat = self.chat
@@ -419,68 +392,33 @@ class ChatSession:
         if must_exist or exists:
             # Before anything of this conversation is let go.
             read_conversation(session_file(name))
-        if name != self.session or not self._is_held:
+        if name != self.session:
             self._hold(name)
         if exists:
             if warning := self.chat.load(name):
                 terminal.note(f"warning: {warning}")
-            turns = sum(m["role"] == "user" for m in self.chat.messages)
-            terminal.note(f"session {name}: {turns} turns, goes on after: {self._last_words()}")
-
-    def _last_words(self) -> str:
-        said = [m["content"] for m in self.chat.messages if m["role"] == "user"]
-        return _shortened(said[-1]) if said else "nothing"
+            said = [m["content"] for m in self.chat.messages if m["role"] == "user"]
+            turns = terminal.count(len(said), "turn")
+            last = _shortened(said[-1]) if said else "nothing"
+            terminal.note(f"session {name}: {turns}, goes on after: {last}")
 
     def _hold(self, name: str) -> None:
         """Let no other chat write this session."""
         from .sessions import locked
 
-        with ExitStack() as new:
-            new.enter_context(locked(name))
-            self._lock.close()
-            self._lock.push(new.pop_all())
-        self.session, self._is_held = name, True
+        lock = ExitStack()
+        lock.enter_context(locked(name))
+        self._lock.close()
+        self._lock.push(lock)
+        self.session = name
 
     def _saved(self) -> None:
         if self.session:
             self.chat.save(self.session, with_cache=False)
 
 
-@contextmanager
-def _prefill_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar for a long prompt, gone before the answer."""
-    if not terminal.err.is_terminal or terminal.err.is_dumb_terminal:
-        yield lambda done, total: None
-        return
-    bar = Progress(
-        TextColumn("reading the prompt"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TextColumn("{task.fields[tps]:,.0f} tok/s"),
-        TimeRemainingColumn(compact=True),
-        console=terminal.err,
-        transient=True,
-    )
-    started = time.perf_counter()
-    task = bar.add_task("", total=1, tps=0)
-
-    def show(done: int, total: int) -> None:
-        if total < MIN_BAR_TOKENS:
-            return
-        bar.start()
-        tps = done / max(time.perf_counter() - started, 1e-9)
-        bar.update(task, completed=done, total=total, tps=tps)
-        if done == total:
-            bar.stop()
-
-    try:
-        yield show
-    finally:
-        bar.stop()
-
-
 def _number(text: str, kind: Callable[[str], Any]) -> Any:
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if (number := kind(text.replace(",", ""))) >= 0 or kind is float:
             return number
     raise Qwen35Error("not a number", got=repr(text), expected="0 or more" if kind is int else None)
@@ -493,7 +431,3 @@ def _shortened(text: str) -> str:
 
 def _memory(gigabytes: float) -> str:
     return f"{gigabytes:,.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.0f} MB"
-
-
-def _has_colour() -> bool:
-    return terminal.out.color_system is not None and not terminal.out.no_color

@@ -4,8 +4,8 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.status import Status
 from rich.table import Column
 from rich.text import Text
 from rich.theme import Theme
@@ -53,25 +54,35 @@ def quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-@contextmanager
-def loading(name: str) -> Iterator[None]:
+def can_draw(console: Console) -> bool:
+    """Whether what is shown can be drawn over."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def loading(name: str) -> Status:
     """A spinner while a model loads; on failure nothing is left of it."""
-    with err.status(Text(f"Loading {name}"), spinner="dots"):
-        yield
+    return err.status(Text(f"Loading {name}"), spinner="dots")
 
 
 # Source bytes done, source bytes in all, tensor or what is waited for, source file.
 ByteProgress = Callable[[int, int, str, str], None]
 LOG_SECONDS = 30.0
+# Shorter prompts are read before a bar would be seen.
+MIN_BAR_TOKENS = 512
+
+
+def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
+    """A bar of bytes with speed, time left, file and tensor; lines where it is no terminal."""
+    return _byte_bar(title) if can_draw(err) else _byte_lines(title)
 
 
 @contextmanager
-def byte_progress(title: str) -> Iterator[ByteProgress]:
-    """A bar of bytes with speed, time left, file and tensor; lines where it is no terminal."""
-    if err.is_terminal and not err.is_dumb_terminal:
-        with _byte_bar(title) as show:
-            yield show
-        return
+def _byte_lines(title: str) -> Iterator[ByteProgress]:
     started = told = time.perf_counter()
     note(f"{title} …")
     first_bytes = last_bytes = 0
@@ -143,7 +154,40 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             bar.update(task, tensor="", file="")
 
 
-def print_lines(lines: Sequence[str]) -> None:
+@contextmanager
+def token_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar for a long prompt, gone before the answer."""
+    if not can_draw(err):
+        yield lambda done, total: None
+        return
+    bar = Progress(
+        TextColumn("reading the prompt"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.fields[tps]:,.0f} tok/s"),
+        TimeRemainingColumn(compact=True),
+        console=err,
+        transient=True,
+    )
+    started = time.perf_counter()
+    task = bar.add_task("", total=1, tps=0)
+
+    def show(done: int, total: int) -> None:
+        if total < MIN_BAR_TOKENS:
+            return
+        bar.start()
+        tps = done / max(time.perf_counter() - started, 1e-9)
+        bar.update(task, completed=done, total=total, tps=tps)
+        if done == total:
+            bar.stop()
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def print_lines(lines: Iterable[str]) -> None:
     """Lines that are laid out already."""
     for line in lines:
         out.print(line, markup=False)
@@ -152,7 +196,7 @@ def print_lines(lines: Sequence[str]) -> None:
 @contextmanager
 def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A spinner that says which of several steps runs; plain lines where it is no terminal."""
-    if err.is_terminal and not err.is_dumb_terminal:
+    if can_draw(err):
         with err.status(Text(title), spinner="dots") as status:
             yield lambda done, total, what: status.update(f"{title}: {what} ({done + 1}/{total})")
     else:
@@ -188,8 +232,7 @@ def print_doctor(report: dict[str, Any]) -> None:
                 for way in ("kernel", "ops")
             )
             lines.append(f"  {member:<10} {figures['speedup']:.2f}x: {kernel}, ops {ops}")
-    for line in lines:
-        out.print(line, markup=False)
+    print_lines(lines)
 
 
 def print_plan(plan: "Plan") -> None:
@@ -208,22 +251,14 @@ def print_plan(plan: "Plan") -> None:
                 f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
             )
         )
-    columns = list(zip(*rows, strict=True))
-    if out.is_terminal and _width(columns) > out.width:
-        del columns[3], columns[-2]
-    for line in zip(*(_aligned(column) for column in columns), strict=True):
-        out.print("  ".join(line), markup=False)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_narrow = out.is_terminal and sum(widths) + 2 * (len(widths) - 1) > out.width
+    for name, *figures in rows:
+        cells = [name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]
+        if is_narrow:
+            del cells[3], cells[-2]
+        out.print("  ".join(cells), markup=False)
     out.print(_totals(plan))
-
-
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(max(map(len, column)) for column in columns) + 2 * (len(columns) - 1)
-
-
-def _aligned(column: Sequence[str]) -> list[str]:
-    """Names to the left, all else to the right."""
-    width = max(map(len, column))
-    return [s.ljust(width) if column[0] == "module" else s.rjust(width) for s in column]
 
 
 def print_converted(plan: "Plan", folder: Path) -> None:
@@ -249,7 +284,7 @@ def print_sessions(found: Sequence["SessionInfo"]) -> None:
     width = max((len(info.name) for info in found), default=0)
     for info in found:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
-        what = info.problem or f"{info.num_turns} turns: {info.first_words}"
+        what = info.problem or f"{count(info.num_turns, 'turn')}: {info.first_words}"
         line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  {what}"
         line = line.translate(CONTROL)
         if out.is_terminal:

@@ -17,8 +17,11 @@ from typing import Any
 from .prompt import Piece, ToolCall, held_back
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-FUNCTION, FUNCTION_END = "<function=", "</function>"
-PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+FUNCTION, FUNCTION_END = re.compile(r"\s*<function=([^>\n]*)>"), re.compile(r"\s*</function>\s*")
+PARAMETER, PARAMETER_END = re.compile(r"\s*<parameter=([^>\n]*)>"), "</parameter>"
+# A value ends where a tag follows its end: it may hold the end's text itself.
+FOLLOWING = ("<parameter=", "</function>")
+VALUE = re.compile(rf"\n?(.*?)\n?{PARAMETER_END}(?=\s*(?:{'|'.join(FOLLOWING)}))", re.DOTALL)
 Schema = Mapping[str, Any]
 
 
@@ -26,151 +29,92 @@ class ToolCallParser:
     """Splits an answer's text into what is shown and tool calls, however it is cut."""
 
     def __init__(self, tools: Sequence[Schema]):
-        self._schemas = dict(map(_function, tools))
+        self._tools = tools
         self._pending = ""
-        self._state = self._text
+        self._in_call = False
+        # Where an end of the call may still be found.
+        self._scanned = 0
         # Nothing was said since the last call: its line ends belong to nobody.
         self._after_call = False
-        self._name = self._parameter = ""
-        self._raw: dict[str, str] = {}
-        self._scanned = 0
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain after `text`."""
         self._pending += text
         pieces: list[Piece] = []
-        # Each state takes what it is sure of, and says whether to go on.
-        while self._state(pieces):
-            pass
-        return pieces
+        while True:
+            if not self._in_call:
+                before, opened, behind = self._pending.partition(OPEN)
+                ready = len(before) - (0 if opened else held_back(before, (OPEN,)))
+                # The line ends before a call belong to it.
+                ready = len(before[:ready].rstrip())
+                pieces += self._said(before[:ready])
+                if not opened:
+                    self._pending = before[ready:]
+                    return pieces
+                self._pending, self._in_call, self._scanned = behind, True, 0
+            end = -1
+            if self._pending.find(CLOSE, self._scanned) >= 0:
+                call, length = _read_call(self._pending, self._tools)
+                # What is in a value ends no call; what cannot be understood is skipped.
+                end = self._pending.find(CLOSE, length)
+            if end < 0:
+                self._scanned = max(0, len(self._pending) - len(CLOSE) + 1)
+                return pieces
+            pieces.append(Piece("tool_call", "", call))
+            self._pending = self._pending[end + len(CLOSE) :]
+            self._in_call, self._after_call = False, True
 
     def finish(self) -> list[Piece]:
         """What was held back, now that nothing follows; a call that is cut is not complete."""
         rest, self._pending = self._pending, ""
-        if self._state == self._text:
-            # The beginning of a call that was cut is no text either.
-            return self._said("" if rest.lstrip().startswith(OPEN[:7]) else rest)
-        if self._state == self._value:
-            # Its end may be there, and only what has to follow be cut.
-            closed = rest.startswith(PARAMETER_END, self._scanned)
-            value = rest[: self._scanned].removesuffix("\n") if closed else rest
-            self._raw[self._parameter] = value.removeprefix("\n")
-        return [self._call(complete=self._state == self._end)]
-
-    def _text(self, pieces: list[Piece]) -> bool:
-        at = self._pending.find(OPEN)
-        if at >= 0:
-            pieces += self._said(self._pending[:at].rstrip())
-            self._become(self._function_name, at + len(OPEN))
-            self._name, self._raw = "", {}
-            return True
-        ready = len(self._pending) - held_back(self._pending, (OPEN,))
-        # The line ends before a call belong to it.
-        ready = len(self._pending[:ready].rstrip())
-        pieces += self._said(self._pending[:ready])
-        self._pending = self._pending[ready:]
-        return False
+        if self._in_call:
+            return [Piece("tool_call", "", _read_call(rest, self._tools)[0])]
+        # The beginning of a call that was cut is no text either.
+        return self._said("" if rest.lstrip().startswith(OPEN[:7]) else rest)
 
     def _said(self, text: str) -> list[Piece]:
         if self._after_call:
             text = text.lstrip()
-        if not text:
-            return []
-        self._after_call = False
-        return [Piece("answer", text)]
+        self._after_call = self._after_call and not text
+        return [Piece("answer", text)] if text else []
 
-    def _function_name(self, pieces: list[Piece]) -> bool:
-        return self._tag(pieces, {FUNCTION: self._named})
 
-    def _inside(self, pieces: list[Piece]) -> bool:
-        return self._tag(pieces, {PARAMETER: self._parameter_named, FUNCTION_END: self._ended})
-
-    def _end(self, pieces: list[Piece]) -> bool:
-        def closed(length: int) -> bool:
-            self._become(self._text, length)
-            pieces.append(self._call(complete=True))
-            return True
-
-        return self._tag(pieces, {CLOSE: closed})
-
-    def _tag(self, pieces: list[Piece], tags: Mapping[str, Any]) -> bool:
-        """Whichever of `tags` follows; anything else spoils the call."""
-        text = self._pending.lstrip()
-        start = len(self._pending) - len(text)
-        for tag, found in tags.items():
-            if text.startswith(tag):
-                if not tag.endswith("="):
-                    return bool(found(start + len(tag)))
-                line, closed, _ = text[len(tag) :].partition(">")
-                if closed and "\n" not in line:
-                    return bool(found(line.strip(), start + len(tag) + len(line) + 1))
-                if "\n" not in line:
-                    return False
-            elif tag.startswith(text):
-                return False
-        self._become(self._spoilt, 0)
-        return True
-
-    def _named(self, name: str, length: int) -> bool:
-        self._name = name
-        self._become(self._inside, length)
-        return True
-
-    def _parameter_named(self, name: str, length: int) -> bool:
-        self._parameter = name
-        self._become(self._value, length)
-        return True
-
-    def _ended(self, length: int) -> bool:
-        self._become(self._end, length)
-        return True
-
-    def _value(self, pieces: list[Piece]) -> bool:
-        """A value ends where a tag follows its end: it may hold the end's text itself."""
-        while (at := self._pending.find(PARAMETER_END, self._scanned)) >= 0:
-            behind = self._pending[at + len(PARAMETER_END) :].lstrip()
-            following = (PARAMETER, FUNCTION_END)
-            if behind.startswith(following):
-                value = self._pending[:at]
-                self._raw[self._parameter] = value.removeprefix("\n").removesuffix("\n")
-                self._become(self._inside, at + len(PARAMETER_END))
-                return True
-            if any(tag.startswith(behind) for tag in following):
-                self._scanned = at
-                return False
-            self._scanned = at + 1
-        self._scanned = max(self._scanned, len(self._pending) - len(PARAMETER_END) + 1)
-        return False
-
-    def _spoilt(self, pieces: list[Piece]) -> bool:
-        """Skip what cannot be understood, up to the end of the call."""
-        at = self._pending.find(CLOSE)
-        if at < 0:
-            return False
-        self._become(self._text, at + len(CLOSE))
-        pieces.append(self._call(complete=False))
-        return True
-
-    def _become(self, state: Any, consumed: int) -> None:
-        self._state = state
-        self._pending = self._pending[consumed:]
-        self._scanned = 0
-
-    def _call(self, complete: bool) -> Piece:
-        self._after_call = True
-        arguments = _coerced(self._raw, self._schemas.get(self._name, {}))
-        return Piece("tool_call", "", ToolCall(self._name, arguments, dict(self._raw), complete))
+def _read_call(text: str, tools: Sequence[Schema]) -> tuple[ToolCall, int]:
+    """The call that `text`, behind its opening tag, begins with, and the length understood."""
+    if not (function := FUNCTION.match(text)):
+        return _typed("", {}, tools, complete=False), 0
+    raw, at = {}, function.end()
+    while parameter := PARAMETER.match(text, at):
+        if value := VALUE.match(text, parameter.end()):
+            said, at = value[1], value.end()
+        else:
+            said, at = text[parameter.end() :], len(text)
+            # Its end may be there, and only what has to follow be cut.
+            before, ended, behind = said.rpartition(PARAMETER_END)
+            if ended and any(tag.startswith(behind.lstrip()) for tag in FOLLOWING):
+                said = before.removesuffix("\n")
+            said = said.removeprefix("\n")
+        raw[parameter[1].strip()] = said
+    end = FUNCTION_END.match(text, at)
+    at = end.end() if end else at
+    complete = end is not None and (text.startswith(CLOSE, at) or CLOSE.startswith(text[at:]))
+    return _typed(function[1].strip(), raw, tools, complete), at
 
 
 def calls_of(message: Mapping[str, Any], tools: Sequence[Schema]) -> list[ToolCall]:
     """The tool calls of an assistant's message as this module's parser gave them."""
-    schemas = dict(map(_function, tools))
-    calls = []
-    for call in message.get("tool_calls") or ():
-        name, raw = call["function"]["name"], call["function"]["arguments"]
-        schema = schemas.get(name, {})
-        calls.append(ToolCall(name, _coerced(raw, schema), dict(raw)))
-    return calls
+    called = [call["function"] for call in message.get("tool_calls") or ()]
+    return [_typed(function["name"], function["arguments"], tools) for function in called]
+
+
+def _typed(
+    name: str, raw: Mapping[str, str], tools: Sequence[Schema], complete: bool = True
+) -> ToolCall:
+    """A call with its arguments as the tool's schema has them."""
+    schema = dict(map(_function, tools)).get(name, {})
+    properties = schema.get("properties") or {}
+    arguments = {key: coerce(text, properties.get(key, {}), schema) for key, text in raw.items()}
+    return ToolCall(name, arguments, dict(raw), complete)
 
 
 def as_message(call: ToolCall) -> dict[str, Any]:
@@ -179,11 +123,6 @@ def as_message(call: ToolCall) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": dict(call.raw_arguments)},
     }
-
-
-def _coerced(raw: Mapping[str, str], schema: Schema) -> dict[str, Any]:
-    properties = schema.get("properties") or {}
-    return {name: coerce(text, properties.get(name, {}), schema) for name, text in raw.items()}
 
 
 def _function(tool: Schema) -> tuple[str, Schema]:

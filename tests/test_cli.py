@@ -467,8 +467,9 @@ def test_sessions_are_kept_listed_shown_and_removed(
     assert "no sessions yet" in run("sessions").stderr
     asked = ("chat", converted_demo, "--session", "s", "--no-think", "--temperature", "0")
     assert run(*asked, "-p", FRANCE, "--system", "Be brief.").exit_code == 0
+    assert run("sessions").stdout.endswith(f"  1 turn: {FRANCE}\n")
     again = run(*asked, "-p", "Who are you?", "--system", "Be kind.")
-    assert "session s: 1 turns, goes on after: What is the capital of France?" in again.stderr
+    assert "session s: 1 turn, goes on after: What is the capital of France?" in again.stderr
     listed = run("sessions").stdout
     assert re.fullmatch(rf"s  [\d-]+ [\d:]+  \d\.\d MB  2 turns: {re.escape(FRANCE)}\n", listed)
     shown = run("sessions", "s").stdout
