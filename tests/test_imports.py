@@ -21,6 +21,7 @@ CLI = (
     "qwen35_mlx.options",
     "qwen35_mlx.conversions",
     "qwen35_mlx.terminal",
+    "qwen35_mlx.talk",
     "qwen35_mlx.lineinput",
     "qwen35_mlx.markdown",
 )
