@@ -14,7 +14,8 @@ import numpy as np
 
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.model import DecoderLayer
+from qwen35_mlx.model.language import DecoderLayer
+from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
 from qwen35_mlx.quant.calibrate import (
     Calibration,
     Moments,
@@ -26,7 +27,6 @@ from qwen35_mlx.quant.calibrate import (
 )
 from qwen35_mlx.quant.fidelity import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
-from qwen35_mlx.weights import load_tokenizer, read_generation_config
 
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, watched
 

@@ -12,7 +12,7 @@ from qwen35_mlx.quant.fidelity import Fidelity
 
 from .calibration import Progress
 from .layerwise import Checkpoint, Layerwise, open_checkpoint, run_layer
-from .picture import picture
+from .plots import picture
 
 
 @dataclass(frozen=True)

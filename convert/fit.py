@@ -19,10 +19,10 @@ from qwen35_mlx.quant.recipes import recipe as named_recipe
 
 from . import macs
 from .hub import open_any
-from .names import Role
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
 from .shards import text_header_bytes
 from .source import Source
+from .tensor_table import Role
 
 PREFERENCES = ("quality", "speed")
 DEFAULT_CONTEXT = 32768

@@ -1,14 +1,13 @@
 """One conversion: planned, journaled, resumed after any stop; the output appears whole."""
 
 import copy
-import fcntl
 import hashlib
 import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from qwen35_mlx import __version__
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.headers import INDEX_FILE, SourceTensor
 from qwen35_mlx.quant.calibrate import Calibration
 
@@ -26,9 +26,9 @@ from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_a
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
-from .shards import sha256, sync_folder, write_file, write_json
+from .shards import sha256
 from .source import Source, read_rows
-from .stream import Progress, Stream
+from .worker import Progress, Stream
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +350,12 @@ def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
     try:
         _check_space(work, needed_bytes)
         work.mkdir(parents=True, exist_ok=True)
-        lock = _lock(work, out)
+        lock = ExitStack()
+        lock.enter_context(locked(work, wait=False))
+    except BlockingIOError:
+        raise Qwen35Error(
+            f"another conversion to {out} is running", hint="wait for it, or stop it"
+        ) from None
     except OSError as error:
         raise Qwen35Error(f"cannot write beside {out}", got=error) from error
     try:
@@ -367,19 +372,4 @@ def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
             ) from error
         raise
     finally:
-        os.close(lock)
-
-
-def _lock(work: Path, out: Path) -> int:
-    descriptor = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise Qwen35Error(
-            f"another conversion to {out} is running", hint="wait for it, or stop it"
-        ) from None
-    except OSError:
-        # Some network drives know no locks; two jobs at once are rarer than such drives.
-        pass
-    return descriptor
+        lock.close()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.files import flush, sync_folder, write_json
 
-from .shards import flush, sync_folder, write_all, write_json
+from .shards import write_all
 
 JOB_FILE, JOURNAL_FILE = "job.json", "journal"
 LINE = re.compile(rb"piece (\d+) (\d+)|shard (\S+) ([0-9a-f]{64})")

@@ -14,13 +14,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.model import DecoderLayer, Model
-from qwen35_mlx.weights import quantize_modules
+from qwen35_mlx.model.language import DecoderLayer, Model
+from qwen35_mlx.model.loading import quantize_modules
 
-from .names import Role
 from .plan import Plan, plan
 from .source import check_folder
-from .stream import read_entry
+from .tensor_table import Role
+from .worker import read_entry
 
 TRUNK = "language_model.model."
 LAYER = TRUNK + "layers.{}."

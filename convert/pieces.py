@@ -6,9 +6,9 @@ from pathlib import Path
 
 from qwen35_mlx.headers import ITEM_BYTES
 
-from .names import Transform, precision
 from .plan import Entry, OutputTensor, Plan
 from .source import FP8, Segment
+from .tensor_table import Transform, precision
 
 SLICE_BYTES = 32 * 2**20
 # FP8 becomes float32 before it is rounded.

@@ -11,16 +11,11 @@ from typing import Any
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.quant.affine import (
-    GROUP_SIZES,
-    check_method,
-    check_settings,
-    quantized_shapes,
-)
+from qwen35_mlx.quant.affine import GROUP_SIZES, check_method, check_settings, quantized_shapes
 
 from .hub import open_any
-from .names import Match, Role, Transform, fold, fp8_block, precision, resolve
 from .source import Segment, Source
+from .tensor_table import Match, Role, Transform, fold, fp8_block, precision, resolve
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8

@@ -1,17 +1,16 @@
 """Write a safetensors file whose header is known before any of its data."""
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from qwen35_mlx.files import flush, sync_folder
 from qwen35_mlx.headers import PREFIX_BYTES
 
-from .names import Role
 from .plan import OutputTensor, Plan
+from .tensor_table import Role
 
 METADATA = {"format": "mlx"}
 
@@ -77,46 +76,6 @@ def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(descriptor: int) -> None:
-    """fsync, and on macOS the drive's own cache too."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    if full is not None:
-        # Network drives do not know it.
-        with suppress(OSError):
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` last, where the file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file under a temporary name, and rename it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            flush(stream.fileno())
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file as `write_file` does."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -4,7 +4,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.files import replacing
 
 from .affine import BITS, GROUP_SIZES, dequantize, quantize
 
@@ -126,14 +126,10 @@ def save(calibration: Calibration, path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
     arrays = {f"{name}.moments": a for name, a in calibration.moments.items()}
     arrays |= {f"{name}.hessian": a for name, a in calibration.hessians.items()}
-    partial = path.with_name(f".{path.name}.partial.safetensors")
     try:
-        mx.save_safetensors(str(partial), arrays, _metadata(calibration))
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        with replacing(path) as temporary:
+            mx.save_safetensors(str(temporary), arrays, _metadata(calibration))
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise Qwen35Error(f"cannot write {path}", got=error) from error
 
 

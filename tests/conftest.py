@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import qwen35_mlx
-from qwen35_mlx import terminal
+from qwen35_mlx.cli import terminal
 from qwen35_mlx.convert import convert
 from qwen35_mlx.sampling import SamplingParams
 

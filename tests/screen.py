@@ -14,7 +14,7 @@ from fcntl import ioctl
 import pyte
 
 # The child must own the terminal for Ctrl-C to reach it.
-CLI = "from qwen35_mlx.cli import main; main()"
+CLI = "from qwen35_mlx.cli.main import main; main()"
 OWN = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
 HIDDEN = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "INPUTRC", "TTY_COMPATIBLE")
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.attention import PartialRope, rope_periods
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.kernels import attention_heads
+from qwen35_mlx.model.attention import PartialRope, rope_periods
 
 DEFAULT = RopeConfig(theta=1e7, rotary_dim=16)
 YARN = RopeConfig(1e4, 16, 4.0, original_max_position_embeddings=64, attention_factor=1.139)

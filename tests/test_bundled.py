@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import qwen35_mlx
-from qwen35_mlx import bundled
-from qwen35_mlx.bundled import (
+from qwen35_mlx.cli import local_models as bundled
+from qwen35_mlx.cli.local_models import (
     MOST_RECORDED,
     cache_home,
     converted_demo,
@@ -137,7 +137,7 @@ def test_a_cache_that_cannot_be_written_is_told(
 CONVERT_SLOWLY = """
 import sys, time
 from pathlib import Path
-from qwen35_mlx import bundled
+from qwen35_mlx.cli import local_models as bundled
 
 def convert(source, out):
     print("converting", flush=True)
@@ -223,7 +223,7 @@ def test_the_record_stays_short(converted: list[Path]) -> None:
 RECORD = """
 import sys
 from pathlib import Path
-from qwen35_mlx.bundled import record_conversion
+from qwen35_mlx.cli.local_models import record_conversion
 
 for i in range(20):
     record_conversion(Path(f"/{sys.argv[1]}-{i}"))

@@ -9,10 +9,10 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
-from qwen35_mlx.cache import cached_tokens, restore, snapshot
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.weights import load_model
+from qwen35_mlx.model.cache import cached_tokens, restore, snapshot
+from qwen35_mlx.model.loading import load_model
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])

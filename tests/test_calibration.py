@@ -11,18 +11,18 @@ from checkpoints import VOCAB, write_checkpoint
 from test_mlx_lm import assert_equal_logits
 
 import qwen35_mlx
-from qwen35_mlx.bundled import SOURCE
+from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import calibration as module
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.calibrated import quantize_rows
 from qwen35_mlx.convert.calibration import calibrate, encode, read_text
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.model.loading import load_tokenizer
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.calibrate import search_gain
 from qwen35_mlx.quant.fidelity import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
-from qwen35_mlx.weights import load_tokenizer
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(8, 49)))
 TRUNK = "language_model.model."

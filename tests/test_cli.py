@@ -18,7 +18,7 @@ from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
 import qwen35_mlx
-from qwen35_mlx import cli
+from qwen35_mlx.cli.main import main as cli
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
@@ -35,13 +35,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, demo: Any, converted_demo: Path) -> Callable[..., Any]:
     """The command in this process; the demo is loaded once for all tests."""
-    load = sys.modules["qwen35_mlx.weights"].load
+    load = sys.modules["qwen35_mlx.model.loading"].load
 
     def load_once(name: str, kernels: str = "auto") -> Any:
         is_demo = name == str(converted_demo) and kernels == "auto"
         return demo if is_demo else load(name, kernels=kernels)
 
-    monkeypatch.setattr(sys.modules["qwen35_mlx.weights"], "load", load_once)
+    monkeypatch.setattr(sys.modules["qwen35_mlx.model.loading"], "load", load_once)
 
     def run(*arguments: object, stdin: str | bytes | None = None) -> Any:
         result = CliRunner().invoke(cli.app, [str(a) for a in arguments], input=stdin)
@@ -54,7 +54,12 @@ def run(monkeypatch: pytest.MonkeyPatch, demo: Any, converted_demo: Path) -> Cal
 def shell(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from qwen35_mlx.cli import main; main()", *map(str, arguments)],
+        [
+            sys.executable,
+            "-c",
+            "from qwen35_mlx.cli.main import main; main()",
+            *map(str, arguments),
+        ],
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -351,7 +356,7 @@ def test_only_the_demo_is_sampled_as_its_checkpoint_says(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The presets of the family are for models far larger than the demo."""
-    from qwen35_mlx import chat
+    from qwen35_mlx.chat import conversation as chat
 
     monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "cache"))
     presets: list[str] = []

@@ -27,7 +27,7 @@ from tokenizer import TOKENIZER_VOCAB, train_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from qwen35_mlx.bundled import SOURCE
+from qwen35_mlx.cli.local_models import SOURCE
 
 TEMPLATE = Path(__file__).parent.parent / "tools" / "demo" / "chat_template.jinja"
 

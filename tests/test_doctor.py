@@ -12,8 +12,8 @@ import pytest
 from metal.emulator import emulated
 from typer.testing import CliRunner
 
-from qwen35_mlx import cli, doctor
-from qwen35_mlx.kernels import checks, choice, metal
+from qwen35_mlx.cli.main import main as cli
+from qwen35_mlx.kernels import checks, choice, doctor, metal
 from qwen35_mlx.kernels.checks import SMALL, Setting
 
 DENSE = SMALL._replace(name="dense", hidden_size=64, num_experts=0, per_token=0)

@@ -16,9 +16,10 @@ from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import qwen35_mlx
-from qwen35_mlx import generate, stream_generate
+from qwen35_mlx import stream_generate
+from qwen35_mlx.engine import generate
+from qwen35_mlx.engine.output import StopText
 from qwen35_mlx.errors import PromptError, Qwen35Error
-from qwen35_mlx.generate import StopText
 from qwen35_mlx.prompt import encode_prompt
 from qwen35_mlx.sampling import SamplingParams
 
@@ -321,7 +322,7 @@ def test_the_warning_of_mlx_lm_is_no_part_of_the_answer(
         yield
         print("after")
 
-    monkeypatch.setattr(sys.modules["qwen35_mlx.generate"], "wired_limit", warn)
+    monkeypatch.setattr(sys.modules["qwen35_mlx.engine.decode"], "wired_limit", warn)
     for response in stream_generate(scripted([5]), demo[1], "Hi", max_tokens=2):
         print(response.text, end="")
     captured = capsys.readouterr()

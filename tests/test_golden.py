@@ -11,15 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.attention import PartialRope
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.convert import convert
 from qwen35_mlx.kernels.attention_heads import rotate
 from qwen35_mlx.kernels.delta_step import l2_norm
 from qwen35_mlx.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_rule
 from qwen35_mlx.kernels.naive import naive_gated_delta_rule
-from qwen35_mlx.model import Model
-from qwen35_mlx.weights import load_model
+from qwen35_mlx.model.attention import PartialRope
+from qwen35_mlx.model.language import Model
+from qwen35_mlx.model.loading import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("dense", "moe", "yarn", "next")

@@ -243,7 +243,7 @@ def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, sour
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    script = "from qwen35_mlx.cli import main; main()"
+    script = "from qwen35_mlx.cli.main import main; main()"
     try:
         for arguments in (["plan", REPO], ["convert", REPO, str(tmp_path / "out"), "--verify"]):
             command = [sys.executable, "-c", script, *arguments]

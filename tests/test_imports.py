@@ -13,18 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
     "qwen35_mlx": "qwen35_mlx",
     "qwen35_mlx/kernels": "qwen35_mlx.kernels",
+    "qwen35_mlx/model": "qwen35_mlx.model",
+    "qwen35_mlx/engine": "qwen35_mlx.engine",
+    "qwen35_mlx/chat": "qwen35_mlx.chat",
+    "qwen35_mlx/cli": "qwen35_mlx.cli",
     "convert": "qwen35_mlx.convert",
     "quant": "qwen35_mlx.quant",
 }
-CLI = (
-    "qwen35_mlx.cli",
-    "qwen35_mlx.options",
-    "qwen35_mlx.conversions",
-    "qwen35_mlx.terminal",
-    "qwen35_mlx.talk",
-    "qwen35_mlx.lineinput",
-    "qwen35_mlx.markdown",
-)
+# From the top down: a package imports those behind it, and the modules beside the packages.
+RUNTIME_LAYERS = ("cli", "chat", "engine", "model", "kernels")
 HEAVY = (
     "mlx",
     "mlx_lm",
@@ -50,6 +47,7 @@ def module_names() -> dict[str, Path]:
 MODULES = module_names()
 CONVERT = [m for m in MODULES if m.startswith("qwen35_mlx.convert")]
 QUANT = [m for m in MODULES if m.startswith("qwen35_mlx.quant")]
+CLI = [m for m in MODULES if m.split(".")[1:2] == ["cli"]]
 RUNTIME = [m for m in MODULES if m not in (*CONVERT, *QUANT, *CLI)]
 
 
@@ -95,22 +93,23 @@ def offenders(modules: list[str], *forbidden: str, but: tuple[str, ...] = ()) ->
     ]
 
 
-def test_every_part_has_modules():
-    assert {
-        "qwen35_mlx.model",
-        "qwen35_mlx.cli",
-        "qwen35_mlx.options",
-        "qwen35_mlx.conversions",
-        "qwen35_mlx.kernels",
-    } <= MODULES.keys()
-    assert len(CONVERT) > 1
-    assert len(QUANT) > 1
+def test_every_folder_has_modules():
+    for folder, package in FOLDERS.items():
+        assert len([m for m in MODULES if m.rpartition(".")[0] == package]) > 1, folder
+
+
+@pytest.mark.parametrize("layer", range(len(RUNTIME_LAYERS)))
+def test_imports_point_down(layer):
+    """A package knows none above it; the modules beside the packages know no package."""
+    above = [f"qwen35_mlx.{name}" for name in RUNTIME_LAYERS[:layer]]
+    own = f"qwen35_mlx.{RUNTIME_LAYERS[layer]}"
+    assert offenders([m for m in MODULES if within(m, own)], *above) == []
+    beside = [m for m in MODULES if m.count(".") == 1 and m not in FOLDERS.values()]
+    assert offenders(beside, own) == []
 
 
 def test_nothing_imports_the_cli():
-    assert offenders(list(MODULES), "qwen35_mlx.cli") == []
-    # The others are its other half: how things look, and what is typed.
-    assert offenders([m for m in MODULES if m not in CLI], *CLI) == []
+    assert offenders([m for m in MODULES if m not in CLI], "qwen35_mlx.cli") == []
 
 
 def test_runtime_imports_neither_convert_nor_quant():
@@ -118,7 +117,12 @@ def test_runtime_imports_neither_convert_nor_quant():
 
 
 def test_quant_imports_nothing_of_ours_but_the_errors():
-    assert offenders(QUANT, "qwen35_mlx", but=("qwen35_mlx.quant", "qwen35_mlx.errors")) == []
+    assert (
+        offenders(
+            QUANT, "qwen35_mlx", but=("qwen35_mlx.quant", "qwen35_mlx.errors", "qwen35_mlx.files")
+        )
+        == []
+    )
 
 
 # They run the model itself, so that calibration and comparison see what the runtime computes.
@@ -131,12 +135,13 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.quant",
         "qwen35_mlx.errors",
         "qwen35_mlx.config",
+        "qwen35_mlx.files",
         "qwen35_mlx.headers",
         "qwen35_mlx.machine",
         "qwen35_mlx.__version__",
     )
     assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []
-    model = ("qwen35_mlx.model", "qwen35_mlx.weights")
+    model = ("qwen35_mlx.model.language", "qwen35_mlx.model.loading")
     assert offenders(list(RUNNERS), "qwen35_mlx", but=(*allowed, *model)) == []
 
 
@@ -147,7 +152,7 @@ def test_folders_are_imported_under_their_installed_names():
 def test_only_the_cli_knows_typer_rich_and_prompt_toolkit():
     libraries = ("typer", "rich", "click", "prompt_toolkit")
     assert offenders([m for m in MODULES if m not in CLI], *libraries) == []
-    typing = [m for m in MODULES if m != "qwen35_mlx.lineinput"]
+    typing = [m for m in MODULES if m != "qwen35_mlx.cli.line_input"]
     assert offenders(typing, "prompt_toolkit") == []
 
 
@@ -183,7 +188,7 @@ def run_python(code: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("module", ["qwen35_mlx", "qwen35_mlx.cli"])
+@pytest.mark.parametrize("module", ["qwen35_mlx", "qwen35_mlx.cli.main"])
 def test_import_is_light(module):
     code = f"import sys, {module}; print(*[m for m in {HEAVY} if m in sys.modules])"
     assert run_python(code).split() == []

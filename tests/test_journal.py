@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from checkpoints import assert_nothing_left, write_checkpoint
 
-from qwen35_mlx.convert import convert, journal, pieces, shards, stream
+from qwen35_mlx.convert import convert, journal, pieces, shards
+from qwen35_mlx.convert import worker as stream
 from qwen35_mlx.convert.journal import Journal
 from qwen35_mlx.errors import Qwen35Error
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import qwen35_mlx
-from qwen35_mlx.loops import MIN_REPEATED_TOKENS, LoopDetector
+from qwen35_mlx.chat.loops import MIN_REPEATED_TOKENS, LoopDetector
 
 
 def first_alarm(ids: list[int]) -> int | None:

@@ -9,8 +9,8 @@ import pyte
 import pytest
 from rich.console import Console
 
-from qwen35_mlx import markdown
-from qwen35_mlx.markdown import MarkdownStream, block_end, hard_breaks
+from qwen35_mlx.cli import markdown
+from qwen35_mlx.cli.markdown import MarkdownStream, block_end, hard_breaks
 
 TEXT = """# A title with `code`
 

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.model import Model
+from qwen35_mlx.model.language import Model
 
 VOCAB = 97
 

@@ -16,7 +16,8 @@ from checkpoints import write_checkpoint
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.config import ModelConfig
-from qwen35_mlx.convert import job, macs, page, plan
+from qwen35_mlx.convert import job, macs, plan
+from qwen35_mlx.convert import report as page
 from qwen35_mlx.convert.family import FAMILY, family_source
 from qwen35_mlx.convert.macs import GIB
 from qwen35_mlx.convert.pieces import cut, peak_bytes

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
 
-from qwen35_mlx import prefixes
 from qwen35_mlx.convert import convert
+from qwen35_mlx.engine import prefix_cache as prefixes
+from qwen35_mlx.engine.prefix_cache import PrefixStore, PromptCache, common_prefix, snapshot_marks
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.prefixes import PrefixStore, PromptCache, common_prefix, snapshot_marks
-from qwen35_mlx.weights import load_model
+from qwen35_mlx.model.loading import load_model
 
 MAX_DIFFERENCE = 3e-4
 

@@ -8,15 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from qwen35_mlx.engine.output import Piece, ThoughtSplitter, held_back
 from qwen35_mlx.errors import PromptError
-from qwen35_mlx.prompt import (
-    Piece,
-    ThoughtSplitter,
-    check_ids,
-    check_length,
-    encode_prompt,
-    held_back,
-)
+from qwen35_mlx.prompt import check_ids, check_length, encode_prompt
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

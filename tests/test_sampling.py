@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from qwen35_mlx.engine.sampler import MAX_SEED, Sampler, draw
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.sampling import MAX_SEED, Sampler, SamplingParams, draw
+from qwen35_mlx.sampling import SamplingParams
 
 VOCAB, DRAWS = 40, 20_000
 

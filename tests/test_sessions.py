@@ -14,8 +14,8 @@ import mlx.core as mx
 import pytest
 
 from qwen35_mlx import Chat
+from qwen35_mlx.chat.sessions import cache_file, hold, list_sessions, remove_session, session_file
 from qwen35_mlx.errors import SessionError
-from qwen35_mlx.sessions import cache_file, list_sessions, locked, remove_session, session_file
 
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
 GREEDY = {"temperature": 0.0}
@@ -186,12 +186,12 @@ def test_sessions_are_listed_and_removed(demo: Any) -> None:
 
 
 def test_a_session_is_open_once(demo: Any) -> None:
-    with locked("one"):
-        with pytest.raises(SessionError, match="open in another chat"), locked("one"):
+    with hold("one"):
+        with pytest.raises(SessionError, match="open in another chat"), hold("one"):
             pass
-        with locked("two"):
+        with hold("two"):
             pass
-    with locked("one"):
+    with hold("one"):
         pass
 
 
@@ -208,11 +208,12 @@ def test_unicode_that_cannot_be_written_loses_nothing(demo: Any) -> None:
 
 SAVE = """
 import os, sys
-import mlx.core, numpy, transformers, qwen35_mlx.chat, qwen35_mlx.sessions, qwen35_mlx.weights
+import mlx.core, numpy, transformers
+import qwen35_mlx.chat.conversation, qwen35_mlx.chat.sessions, qwen35_mlx.model.loading
 from mlx_lm.tokenizer_utils import load
 def save():
-    model, tokenizer = qwen35_mlx.weights.load(sys.argv[1])
-    chat = qwen35_mlx.chat.Chat(model, tokenizer)
+    model, tokenizer = qwen35_mlx.model.loading.load(sys.argv[1])
+    chat = qwen35_mlx.Chat(model, tokenizer)
     chat.load("one")
     words = len(chat.messages[-1]["content"])
     for version in range(10**6):

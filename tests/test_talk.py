@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from screen import CLI, Screen
 
-from qwen35_mlx import talk
-from qwen35_mlx.chat import TurnStats
+from qwen35_mlx.chat.conversation import TurnStats
+from qwen35_mlx.cli import chat_view as talk
+from qwen35_mlx.engine.output import Piece, ToolCall
 from qwen35_mlx.errors import PromptError
-from qwen35_mlx.prompt import Piece, ToolCall
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
@@ -31,7 +31,7 @@ SCRIPTED = """
 import sys
 sys.path.insert(0, {tests!r})
 from conftest import ScriptedModel
-import qwen35_mlx.weights as weights
+import qwen35_mlx.model.loading as weights
 load = weights.load
 def scripted(name, **options):
     tokenizer = load(name)[1]
@@ -153,7 +153,7 @@ def test_what_is_typed_while_the_model_loads_is_the_first_message(
     screen: Any, converted_demo: Path
 ) -> None:
     slowly = (
-        "import time, qwen35_mlx.weights as w; load = w.load\n"
+        "import time, qwen35_mlx.model.loading as w; load = w.load\n"
         "w.load = lambda *a, **k: (time.sleep(2), load(*a, **k))[1]\n"
     )
     shell = screen("chat", converted_demo, "--temperature", "0", code=f"exec({slowly!r});{CLI}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import write_checkpoint
 
-from qwen35_mlx import terminal
+from qwen35_mlx.cli import terminal
 from qwen35_mlx.convert import plan
 from qwen35_mlx.convert.plan import PlanRow
 from qwen35_mlx.errors import Qwen35Error

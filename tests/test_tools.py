@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qwen35_mlx.prompt import Piece
-from qwen35_mlx.tools import ToolCallParser, as_message, calls_of, coerce
+from qwen35_mlx.engine.output import Piece
+from qwen35_mlx.engine.tool_calls import ToolCallParser, as_message, calls_of, coerce
 
 PROPERTIES: dict[str, Any] = {
     "text": {"type": "string"},

@@ -8,12 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import qwen35_mlx.chat
+import qwen35_mlx.chat.conversation
 from qwen35_mlx import Chat
+from qwen35_mlx.engine.output import Piece
+from qwen35_mlx.engine.prefix_cache import PrefixStore, common_prefix
+from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.errors import ContextFull, Qwen35Error
-from qwen35_mlx.prefixes import PrefixStore, common_prefix
-from qwen35_mlx.prompt import Piece
-from qwen35_mlx.sampling import PRESETS, Sampler
+from qwen35_mlx.sampling import PRESETS
 
 MAX_DIFFERENCE = 3e-4
 SYSTEM = "You answer briefly and you are kind. " * 12
@@ -102,7 +103,7 @@ class Script:
 @pytest.fixture
 def script(demo: Any, monkeypatch: pytest.MonkeyPatch) -> Script:
     made = Script(demo[1])
-    monkeypatch.setattr(qwen35_mlx.chat, "Sampler", made.sampler())
+    monkeypatch.setattr(qwen35_mlx.chat.conversation, "Sampler", made.sampler())
     return made
 
 
@@ -196,7 +197,7 @@ def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
 def test_an_edit_in_a_long_message_goes_back_to_a_point_inside(
     demo: Any, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen35_mlx.prefixes, "PREFILL_STEP_SIZE", 64)
+    monkeypatch.setattr(qwen35_mlx.engine.prefix_cache, "PREFILL_STEP_SIZE", 64)
     model, tokenizer = demo
     chat = Chat(model, tokenizer)
     words = "word and other " * 200

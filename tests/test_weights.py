@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 import qwen35_mlx
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import CheckpointError, ConfigError, Qwen35Error
-from qwen35_mlx.weights import load_model, resolve
+from qwen35_mlx.model.loading import load_model, resolve
 
 Edit = Callable[[Path], Any]
 

@@ -32,13 +32,13 @@ import mlx_lm.server
 import numpy as np
 from label import label
 
-import qwen35_mlx.chat
+import qwen35_mlx.chat.conversation
 from qwen35_mlx import Chat, load
-from qwen35_mlx.bundled import SOURCE
+from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import convert
-from qwen35_mlx.model import Model
-from qwen35_mlx.prefixes import PrefixStore
-from qwen35_mlx.sampling import Sampler
+from qwen35_mlx.engine.prefix_cache import PrefixStore
+from qwen35_mlx.engine.sampler import Sampler
+from qwen35_mlx.model.language import Model
 
 NUM_TURNS, FILE_TURN = 20, 18
 NUM_SYSTEM_TOKENS, NUM_FILE_TOKENS = 4_000, 8_000
@@ -147,7 +147,7 @@ class ScriptedChat:
 
         before = self.counter.num_tokens
         with (
-            mock.patch.object(qwen35_mlx.chat, "Sampler", Scripted),
+            mock.patch.object(qwen35_mlx.chat.conversation, "Sampler", Scripted),
             self.counter.counting(),
         ):
             for _ in pieces:

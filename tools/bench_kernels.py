@@ -43,7 +43,7 @@ from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.convert.family import family_config
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
-from qwen35_mlx.model import Model
+from qwen35_mlx.model.language import Model
 
 TEXT: dict[str, Any] = family_config("Qwen3.5-397B-A17B")["text_config"]
 NUM_LAYERS = {LINEAR: 45, FULL: 15}

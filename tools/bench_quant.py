@@ -19,7 +19,7 @@ import numpy as np
 from bench_kl import kl_table
 from label import label
 
-from qwen35_mlx.bundled import SOURCE
+from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS
 

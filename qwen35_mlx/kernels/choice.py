@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
-from ..bundled import cache_home
 from ..config import ModelConfig
 from ..errors import Qwen35Error
+from ..files import cache_home, write_json
 from ..machine import operating_system
 from .metal import NONE, OPS, Choice
 
@@ -118,17 +116,10 @@ def read() -> dict[str, Any]:
 def write(found: Mapping[str, Any]) -> Path:
     """Store results by operation, whole or not at all."""
     path = result_path()
-    temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({"machine": machine_key(), "kernels": dict(found)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_json(path, {"machine": machine_key(), "kernels": dict(found)})
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise Qwen35Error(
             "the doctor's result cannot be stored",
             got=error,

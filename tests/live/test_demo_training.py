@@ -21,7 +21,7 @@ from tokenizers import Tokenizer  # noqa: E402
 from train import collate  # noqa: E402
 from transformers import AutoImageProcessor, Qwen3_5MoeForConditionalGeneration  # noqa: E402
 
-from qwen35_mlx.bundled import SOURCE  # noqa: E402
+from qwen35_mlx.cli.local_models import SOURCE  # noqa: E402
 
 pytestmark = pytest.mark.live
 

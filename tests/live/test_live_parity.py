@@ -24,8 +24,8 @@ from live.random_configs import RandomConfig, draw_config  # noqa: E402
 from test_golden import MAX_DIFFERENCE, MAX_KL, PIECES, distances, run_in_pieces  # noqa: E402
 
 from qwen35_mlx.convert import convert  # noqa: E402
-from qwen35_mlx.model import Model  # noqa: E402
-from qwen35_mlx.weights import load_model  # noqa: E402
+from qwen35_mlx.model.language import Model  # noqa: E402
+from qwen35_mlx.model.loading import load_model  # noqa: E402
 
 pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("default")]
 

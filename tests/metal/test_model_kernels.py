@@ -11,7 +11,7 @@ from qwen35_mlx.config import FULL, LINEAR
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.kernels import metal
-from qwen35_mlx.weights import load_model
+from qwen35_mlx.model.loading import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_DIFFERENCE = 1e-4

@@ -12,8 +12,8 @@ from metal.emulator import Log, emulated
 import qwen35_mlx
 from qwen35_mlx.convert import convert
 from qwen35_mlx.kernels import metal
-from qwen35_mlx.model import Model
-from qwen35_mlx.weights import load_model
+from qwen35_mlx.model.language import Model
+from qwen35_mlx.model.loading import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_DIFFERENCE = 3e-4

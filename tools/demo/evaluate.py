@@ -22,8 +22,8 @@ from data import conversations, held_out
 from split import Sample
 
 import qwen35_mlx
+from qwen35_mlx.model.loading import load_tokenizer
 from qwen35_mlx.prompt import encode_messages
-from qwen35_mlx.weights import load_tokenizer
 
 SOURCE = Path(qwen35_mlx.__file__).parent / "demo"
 

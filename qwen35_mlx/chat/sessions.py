@@ -5,15 +5,13 @@ was made of: where they differ from the prompt, the prompt is read. So one may b
 other, and each is replaced as a whole.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,10 +21,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from .cache import Snapshot, restore, snapshot
-from .errors import SessionError
-from .model import Model
-from .prefixes import PromptCache
+from ..engine.prefix_cache import PromptCache
+from ..errors import SessionError
+from ..files import data_home, locked, replacing
+from ..model.cache import Snapshot, restore, snapshot
+from ..model.language import Model
 
 # A name, or the path of a file.
 Session = str | os.PathLike[str]
@@ -38,12 +37,9 @@ SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
 
 def session_home() -> Path:
     """Where sessions with a name live; the environment variable QWEN35_MLX_SESSIONS overrides."""
-    if own := os.environ.get("QWEN35_MLX_SESSIONS"):
-        return Path(own).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "qwen35-mlx" / "sessions"
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "qwen35-mlx" / "sessions"
+    if chosen := os.environ.get("QWEN35_MLX_SESSIONS"):
+        return Path(chosen).expanduser()
+    return data_home() / "sessions"
 
 
 def session_file(session: Session) -> Path:
@@ -75,7 +71,7 @@ def save_conversation(
     sealed = {"sha256": _digest_of(content), **content}
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _replacing(file) as temporary:
+        with replacing(file, 0o600) as temporary:
             text = json.dumps(sealed, ensure_ascii=False, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
         if cache is not None and cache.furthest:
@@ -193,7 +189,7 @@ def _save_cache(file: Path, cache: PromptCache, identity: str) -> None:
                     arrays[f"points.{point.num_tokens}.layers.{layer}.{i}"] = array
     arrays = {name: mx.contiguous(array) for name, array in arrays.items()}
     metadata = {"format": str(FORMAT), "model": identity, "sha256": _checksum(arrays, identity)}
-    with _replacing(file) as temporary:
+    with replacing(file, 0o600) as temporary:
         mx.save_safetensors(str(temporary), arrays, metadata)
 
 
@@ -226,47 +222,20 @@ def _load_cache(file: Path, model: Model) -> PromptCache:
 
 
 @contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A name to write to, which on success becomes `file`, at once and for good."""
-    # One writer a session, see locked(): a leftover of a killed one is written over.
-    temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def locked(session: Session) -> Iterator[Path]:
+def hold(session: Session) -> Iterator[Path]:
     """Hold a session: a second chat that wants it is refused."""
     file = session_file(session)
+    held = ExitStack()
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = file.with_name(f".{file.stem}.lock").open("w")
+        held.enter_context(locked(file.with_name(f".{file.stem}.lock"), wait=False))
+    except BlockingIOError:
+        raise SessionError(
+            f"the session {file.stem} is open in another chat", hint="leave it, or use another"
+        ) from None
     except OSError as error:
         raise SessionError("sessions cannot be stored", got=error) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SessionError(
-                f"the session {file.stem} is open in another chat", hint="leave it, or use another"
-            ) from None
-        except OSError:
-            # Some network drives know no locks.
-            pass
+    with held:
         yield file
 
 
@@ -306,6 +275,6 @@ def remove_session(session: Session) -> None:
     file = session_file(session)
     if not file.exists():
         raise SessionError(f"no session {file.stem}", hint="qwen35-mlx sessions lists them")
-    with locked(session):
+    with hold(session):
         for path in (cache_file(file), file, file.with_name(f".{file.stem}.lock")):
             path.unlink(missing_ok=True)

@@ -8,15 +8,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ContextFull, Qwen35Error
+from ..sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 from . import terminal
-from .errors import ContextFull, Qwen35Error
-from .lineinput import LineReader, Reader, open_reader, silent_keys
+from .line_input import LineReader, Reader, open_reader, silent_keys
 from .markdown import MarkdownStream
-from .sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 
 if TYPE_CHECKING:
-    from .chat import Chat, TurnStats
-    from .prompt import Piece
+    from ..chat.conversation import Chat, TurnStats
+    from ..engine.output import Piece
 
 NEARLY_FULL = 0.8
 MAX_FILE_BYTES = 20 * 10**6
@@ -68,7 +68,7 @@ class ChatSession:
                     self.chat.save(self.session)
 
     def _talk(self) -> None:
-        from .sessions import session_home
+        from ..chat.sessions import session_home
 
         words = {name: WORDS.get(name, ()) for name in self._commands()}
         self._reader = open_reader(words, session_home() / ".history")
@@ -377,7 +377,7 @@ class ChatSession:
     def do_load(self, rest: str) -> None:
         """NAME: save this session and go on with another"""
         if not rest:
-            from .sessions import list_sessions
+            from ..chat.sessions import list_sessions
 
             names = ", ".join(info.name for info in list_sessions()) or "none"
             raise Qwen35Error("load what?", expected=f"/load NAME, of: {names}")
@@ -386,7 +386,7 @@ class ChatSession:
         self._open(rest, must_exist=True)
 
     def _open(self, name: str, must_exist: bool) -> None:
-        from .sessions import read_conversation, session_file
+        from ..chat.sessions import read_conversation, session_file
 
         exists = session_file(name).exists()
         if must_exist or exists:
@@ -404,10 +404,10 @@ class ChatSession:
 
     def _hold(self, name: str) -> None:
         """Let no other chat write this session."""
-        from .sessions import locked
+        from ..chat.sessions import hold
 
         lock = ExitStack()
-        lock.enter_context(locked(name))
+        lock.enter_context(hold(name))
         self._lock.close()
         self._lock.push(lock)
         self.session = name

@@ -20,11 +20,11 @@ from .calibrated import quantize_rows
 from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
-from .names import Transform
 from .pieces import WORKERS, Piece, entry_pieces, uses
 from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
+from .tensor_table import Transform
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Magnitude bits of a stored number, and the least that is not finite.

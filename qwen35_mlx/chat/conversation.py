@@ -12,12 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .cache import cached_tokens
-from .errors import ContextFull, PromptError, Qwen35Error
-from .generate import LONG_ANSWER_TOKENS, Progress, check_count, stream_ids
-from .loops import LoopDetector
-from .model import Model
-from .prefixes import (
+from ..engine.decode import Progress
+from ..engine.generate import LONG_ANSWER_TOKENS, check_count, stream_ids
+from ..engine.output import Piece, ThoughtSplitter, ToolCall
+from ..engine.prefix_cache import (
     READ_AHEAD_STEP_SIZE,
     PrefixStore,
     PromptCache,
@@ -25,19 +23,14 @@ from .prefixes import (
     common_prefix,
     snapshot_marks,
 )
-from .prompt import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    Piece,
-    ThoughtSplitter,
-    ToolCall,
-    check_ids,
-    check_length,
-    encode_text,
-    render_messages,
-)
-from .sampling import CHECKPOINT, Sampler, SamplingParams, preset_params
-from .tools import Schema, ToolCallParser, as_message, calls_of
+from ..engine.sampler import Sampler
+from ..engine.tool_calls import Schema, ToolCallParser, as_message, calls_of
+from ..errors import ContextFull, PromptError, Qwen35Error
+from ..model.cache import cached_tokens
+from ..model.language import Model
+from ..prompt import THINK_CLOSE, THINK_OPEN, check_ids, check_length, encode_text, render_messages
+from ..sampling import CHECKPOINT, SamplingParams, preset_params
+from .loops import LoopDetector
 
 Message = dict[str, Any]
 # As the template closes a thought.

@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kernels import checks, choice, metal
-from .kernels.checks import Case, Check, Member, Setting
-from .kernels.metal import NONE
-from .machine import Machine, describe, summary
+from ..machine import Machine, describe, summary
+from . import checks, choice, metal
+from .checks import Case, Check, Member, Setting
+from .metal import NONE
 
 REPORT_VERSION = 1
 # Rounds take turns, and the best counts; runs of a round overlap as far as the GPU lets them.

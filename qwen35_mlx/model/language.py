@@ -10,16 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
+from ..config import FULL, LINEAR, ModelConfig
+from ..errors import Qwen35Error
+from ..kernels.matrix import MAX_ROWS
+from ..kernels.metal import NONE, Choice
+from ..kernels.residual_norm import residual_norm
+from ..sampling import SamplingParams
 from .attention import Attention
 from .cache import CacheEntry, make_cache
-from .config import FULL, LINEAR, ModelConfig
-from .errors import Qwen35Error
+from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
-from .kernels.matrix import MAX_ROWS
-from .kernels.metal import NONE, Choice
-from .kernels.residual_norm import residual_norm
-from .moe import DenseMLP, SparseMoE
-from .sampling import SamplingParams
 
 
 class DecoderLayer(nn.Module):

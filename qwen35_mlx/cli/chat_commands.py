@@ -1,31 +1,15 @@
-"""The command line: parses, prints, and leaves the work to the package."""
+"""The commands that talk to a model: generate, chat, sessions."""
 
 import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import Qwen35Error
 from . import options
-from .conversions import convert, fidelity, plan
-from .errors import Qwen35Error
-
-app = typer.Typer(
-    name="qwen35-mlx",
-    no_args_is_help=True,
-    add_completion=False,
-    # Rich's tables cut the names of options.
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
 
 
-for command in (convert, plan, fidelity):
-    app.command()(command)
-
-
-@app.command()
 def generate(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Converted folder, or hub id.")],
@@ -57,9 +41,9 @@ def generate(
     with options.user_errors():
         text = read_prompts([] if prompt is None else [prompt])[0]
         sampling = sampling_options(ctx)
-        from .generate import LONG_ANSWER_TOKENS, stream_generate
+        from ..engine.generate import LONG_ANSWER_TOKENS, stream_generate
+        from ..model.loading import load
         from .terminal import quiet_libraries
-        from .weights import load
 
         quiet_libraries()
         loaded, tokenizer = load(model, kernels=kernels)
@@ -80,7 +64,6 @@ def generate(
         print()
 
 
-@app.command()
 def chat(
     ctx: typer.Context,
     model: Annotated[
@@ -141,8 +124,8 @@ def chat(
         can_type = sys.stdin and sys.stdin.isatty()
         prompts = [] if can_type and not prompt else read_prompts(prompt or [])
         sampling = sampling_options(ctx)
-        from .lineinput import can_edit, silent_keys
-        from .talk import ChatSession
+        from .chat_view import ChatSession
+        from .line_input import can_edit, silent_keys
         from .terminal import loading, quiet_libraries
 
         quiet_libraries()
@@ -151,9 +134,9 @@ def chat(
         if name is None:
             name = bundled_demo()
         with loading(name), silent_keys(raw=can_edit()):
-            from .chat import Chat
-            from .prefixes import PrefixStore
-            from .weights import load
+            from ..chat.conversation import Chat
+            from ..engine.prefix_cache import PrefixStore
+            from ..model.loading import load
 
             loaded, tokenizer = load(name, kernels=kernels)
         suggest_doctor(kernels)
@@ -173,7 +156,6 @@ def chat(
         ChatSession(conversation, markdown=not plain).run(prompts, session)
 
 
-@app.command()
 def sessions(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Show this session's messages.")
@@ -184,7 +166,7 @@ def sessions(
 ) -> None:
     """List saved conversations, show one, or remove some."""
     with options.user_errors():
-        from .sessions import list_sessions, read_conversation, remove_session, session_file
+        from ..chat.sessions import list_sessions, read_conversation, remove_session, session_file
         from .terminal import note, print_conversation, print_sessions
 
         for each in remove or ():
@@ -196,32 +178,9 @@ def sessions(
             print_sessions(list_sessions())
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print nothing but the report.")] = False,
-) -> None:
-    """Check and time the Metal kernels; remember which to use.
-
-    Prints what this machine is, and a report to paste into a bug report.
-    """
-    with options.user_errors():
-        import json
-
-        from .doctor import run, store
-        from .terminal import print_doctor, step_progress
-
-        with step_progress("Checking kernels") as progress:
-            report = run(progress)
-        if not as_json:
-            print_doctor(report)
-        print(json.dumps(report), flush=True)
-        # Last: a full disk takes nothing from the report.
-        store(report)
-
-
 def suggest_doctor(kernels: str) -> None:
     """Say that kernels wait for the doctor, where they could run and it was never asked."""
-    from .kernels.choice import read, unavailable
+    from ..kernels.choice import read, unavailable
     from .terminal import note
 
     if kernels == "auto" and unavailable() is None and not read():
@@ -230,7 +189,7 @@ def suggest_doctor(kernels: str) -> None:
 
 def newest() -> str | None:
     """The folder converted last on this machine, told to the user; None if there is none."""
-    from .bundled import newest_conversion
+    from .local_models import newest_conversion
     from .terminal import note
 
     folder = newest_conversion()
@@ -242,8 +201,8 @@ def newest() -> str | None:
 
 def bundled_demo() -> str:
     """The folder of the converted demo, made on the first call."""
-    from .bundled import converted_demo
-    from .convert import convert as run
+    from ..convert import convert as run
+    from .local_models import converted_demo
     from .terminal import byte_progress, note
 
     def convert_demo(source: Path, out: Path) -> None:
@@ -260,7 +219,7 @@ def bundled_demo() -> str:
 
 def sampling_options(ctx: typer.Context) -> dict[str, Any]:
     """The command's sampling options, refused before a model is loaded if they are no good."""
-    from .sampling import SamplingParams
+    from ..sampling import SamplingParams
 
     sampling = {name: ctx.params[name] for name in SamplingParams.__dataclass_fields__}
     try:
@@ -284,30 +243,3 @@ def read_prompts(given: list[str]) -> list[str]:
                 "the prompt is empty", got=repr(text), expected="text with -p or on standard input"
             )
     return prompts
-
-
-def version(show: bool) -> None:
-    """Print the version and leave."""
-    if show:
-        from . import __version__
-
-        typer.echo(f"qwen35-mlx {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    _: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Run Qwen3.5 on a Mac: convert a checkpoint, then chat with it."""
-
-
-def main() -> None:
-    """Entry point of the qwen35-mlx command."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal of another encoding than UTF-8 shows ? for what it cannot show.
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    app()

@@ -7,13 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from .config import ModelConfig
-from .kernels.expert_step import expert_down, expert_gate_up
-from .kernels.grouped_expert_matmul import expert_mlp
-from .kernels.matrix import MAX_ROWS
-from .kernels.metal import NONE, Choice
-from .kernels.projection import project
-from .kernels.router import route
+from ..config import ModelConfig
+from ..kernels.expert_step import expert_down, expert_gate_up
+from ..kernels.grouped_expert_matmul import expert_mlp
+from ..kernels.matrix import MAX_ROWS
+from ..kernels.metal import NONE, Choice
+from ..kernels.projection import project
+from ..kernels.router import route
 
 
 class DenseMLP(nn.Module):

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .prompt import Piece, ToolCall, held_back
+from .output import Piece, ToolCall, held_back
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = re.compile(r"\s*<function=([^>\n]*)>"), re.compile(r"\s*</function>\s*")

@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .config import ModelConfig
-from .kernels.delta_step import DeltaParameters, delta_step
-from .kernels.metal import NONE, Choice
-from .kernels.projection import project
+from ..config import ModelConfig
+from ..kernels.delta_step import DeltaParameters, delta_step
+from ..kernels.metal import NONE, Choice
+from ..kernels.projection import project
 
 
 class GatedDeltaNet(nn.Module):

@@ -17,9 +17,9 @@ from .macs import (
     tokens_per_second,
     wired_limit_mb,
 )
-from .picture import picture
 from .pieces import SLICE_BYTES, WORKERS, cut, peak_bytes
 from .plan import Plan, plan
+from .plots import picture
 
 CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)

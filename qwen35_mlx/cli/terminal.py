@@ -24,8 +24,8 @@ from rich.text import Text
 from rich.theme import Theme
 
 if TYPE_CHECKING:
-    from .convert import Plan
-    from .sessions import SessionInfo
+    from ..chat.sessions import SessionInfo
+    from ..convert import Plan
 
 # rich's own style of code has a black background, on light terminals too.
 THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import Qwen35Error
 from . import options
-from .errors import Qwen35Error
 
 
 def convert(
@@ -63,11 +63,11 @@ def convert(
     Stopped in any way, the same command goes on where it stopped.
     """
     with options.user_errors():
-        from .convert import convert as run
-        from .convert import plan as make_plan
-        from .convert import verify as read_again
-        from .convert.job import refuse_existing
-        from .convert.page import conversion_lines
+        from ..convert import convert as run
+        from ..convert import plan as make_plan
+        from ..convert import verify as read_again
+        from ..convert.job import refuse_existing
+        from ..convert.report import conversion_lines
         from .terminal import byte_progress, note, print_converted, print_lines
 
         if not (verify and out.exists()):
@@ -122,10 +122,10 @@ def plan(
     Also the memory and disk that it takes. Reads headers alone.
     """
     with options.user_errors():
-        from .convert import page
-        from .convert import plan as make_plan
-        from .convert.macs import this_mac
-        from .machine import memory_bytes
+        from ..convert import plan as make_plan
+        from ..convert import report as page
+        from ..convert.macs import this_mac
+        from ..machine import memory_bytes
         from .terminal import print_lines, print_plan
 
         mac = this_mac()
@@ -143,7 +143,7 @@ def plan(
 
 def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, list[str]]:
     """Settings of plan and convert, and lines on what a budget is spent on."""
-    from .convert.fit import quality_settings as decide
+    from ..convert.fit import quality_settings as decide
 
     given = ctx.params
     names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
@@ -165,12 +165,12 @@ def calibration_for(
     """What --calibration names, made first with --calibrate; None without either."""
     if text and not calibrate:
         raise typer.BadParameter("--text goes with --calibrate.")
-    from .quant.calibrate import load, save
+    from ..quant.calibrate import load, save
 
     if not calibrate:
         return load(file) if file else None
-    from .convert.calibration import calibrate as run
-    from .convert.calibration import encode, read_text
+    from ..convert.calibration import calibrate as run
+    from ..convert.calibration import encode, read_text
     from .terminal import note, quiet_libraries, step_progress
 
     quiet_libraries()
@@ -190,7 +190,7 @@ def calibration_for(
 
 def remember(folder: Path) -> None:
     """Record a conversion for `chat` without a model; without a cache that is merely said."""
-    from .bundled import record_conversion
+    from .local_models import record_conversion
     from .terminal import note
 
     try:
@@ -216,9 +216,9 @@ def fidelity(
     Both are read a layer at a time: neither has to fit in memory.
     """
     with options.user_errors():
-        from .convert.calibration import encode, read_text
-        from .convert.fidelity import fidelity as compare
-        from .convert.fidelity import plot, report_lines
+        from ..convert.calibration import encode, read_text
+        from ..convert.fidelity import fidelity as compare
+        from ..convert.fidelity import plot, report_lines
         from .terminal import print_lines, quiet_libraries, step_progress
 
         quiet_libraries()

@@ -1,26 +1,24 @@
 """Prefill and decode: tokens and timings from a prompt."""
 
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Generator, Iterator, Sequence
 from numbers import Integral
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse, wired_limit
+from mlx_lm.generate import GenerationResponse
 
-from .cache import cached_tokens
-from .errors import Qwen35Error
-from .model import Model
-from .prompt import Prompt, check_ids, check_length, encode_prompt, held_back
-from .sampling import Sampler
+from ..errors import Qwen35Error
+from ..model.cache import cached_tokens
+from ..model.language import Model
+from ..prompt import Prompt, check_ids, check_length, encode_prompt
+from .decode import PREFILL_STEP_SIZE, Progress, decode_steps, wired
+from .output import StopText
+from .sampler import Sampler
 
-PREFILL_STEP_SIZE = 2048
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
 DEFAULT_MAX_TOKENS = 1_024
 LONG_ANSWER_TOKENS = 32_768
-Progress = Callable[[int, int], None]
 
 
 def generate(
@@ -143,96 +141,3 @@ def stream_ids(
             )
             if finish:
                 return
-
-
-@contextmanager
-def wired(model: Model) -> Iterator[None]:
-    """Keep the weights in the GPU's memory meanwhile."""
-    with ExitStack() as stack:
-        # Its warning about large models would land in the answer.
-        with redirect_stdout(sys.stderr):
-            stack.enter_context(wired_limit(model))
-        yield
-
-
-def prefill(
-    model: Model,
-    ids: mx.array,
-    cache: list[Any],
-    step_size: int = PREFILL_STEP_SIZE,
-    progress: Progress | None = None,
-) -> mx.array:
-    """Read ids `[T]` into the cache in pieces; returns the last hidden state `[1, 1, H]`."""
-    total = ids.size
-    for start in range(0, total, step_size):
-        if progress:
-            progress(start, total)
-        hidden = model.trunk(ids[None, start : start + step_size], cache, last_only=True)
-        if start + step_size < total:
-            mx.eval([entry.state for entry in cache])
-            mx.clear_cache()
-    mx.eval(hidden, [entry.state for entry in cache])
-    if progress:
-        progress(total, total)
-    return hidden
-
-
-def decode_steps(
-    model: Model,
-    ids: mx.array,
-    cache: list[Any],
-    sampler: Sampler,
-    max_tokens: int,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, mx.array]]:
-    """Yield up to `max_tokens` tokens with their log probabilities `[V]` (lazy).
-
-    The graph of step N + 1 is built and started before token N is read, so the device never
-    waits for Python; the last token asked for is not fed back.
-    """
-
-    def step(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        logits = model.head(hidden)[:, -1]
-        return sampler(logits), logits
-
-    token, logits = step(prefill(model, ids, cache, prefill_step_size, progress))
-    mx.async_eval(token)
-    for count in range(1, max_tokens + 1):
-        following = None
-        if count < max_tokens:
-            following = step(model.trunk(token[:, None], cache))
-            mx.async_eval(following[0])
-        row = logits[0].astype(mx.float32)
-        yield int(cast(int, token.item())), row - mx.logsumexp(row)
-        if following is None:
-            return
-        token, logits = following
-
-
-class StopText:
-    """Streams text through, ending before the first stop string, even one cut over tokens."""
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = stops
-        self._pending = ""
-        self.stopped = False
-
-    def feed(self, text: str) -> str:
-        """What may be shown after `text`."""
-        if not self._stops:
-            return text
-        self._pending += text
-        found = [(at + len(s), at) for s in self._stops if (at := self._pending.find(s)) >= 0]
-        if found:
-            self.stopped = True
-            # The one that was complete first, however the text was cut into tokens.
-            return self._pending[: min(found)[1]]
-        ready = len(self._pending) - held_back(self._pending, self._stops)
-        shown, self._pending = self._pending[:ready], self._pending[ready:]
-        return shown
-
-    def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        rest, self._pending = self._pending, ""
-        return rest

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import Qwen35Error
+from ..errors import Qwen35Error
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.errors import Qwen35Error
-
-from .shards import write_file
+from qwen35_mlx.files import write_file
 
 
 @contextmanager

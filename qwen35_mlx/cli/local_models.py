@@ -1,33 +1,21 @@
 """The demo checkpoint in the package, its converted copy, and the models this user converted."""
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from . import __version__
-from .config import read_config
-from .errors import Qwen35Error
-from .headers import INDEX_FILE, read_index
+from .. import __version__
+from ..config import read_config
+from ..errors import Qwen35Error
+from ..files import cache_home, locked, write_json
+from ..headers import INDEX_FILE, read_index
 
-SOURCE = Path(__file__).parent / "demo"
+SOURCE = Path(__file__).parent.parent / "demo"
 # The record of conversions keeps no more than these.
 MOST_RECORDED = 50
-
-
-def cache_home() -> Path:
-    """This user's cache folder; the environment variable QWEN35_MLX_CACHE overrides it."""
-    if own := os.environ.get("QWEN35_MLX_CACHE"):
-        return Path(own).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qwen35-mlx"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen35-mlx"
 
 
 def converted_demo(convert: Callable[[Path, Path], object]) -> Path:
@@ -51,9 +39,7 @@ def record_conversion(folder: Path) -> None:
     with _lock(home):
         path = str(folder.resolve())
         folders = [*(f for f in _recorded(home) if f != path), path][-MOST_RECORDED:]
-        partial = home / "converted.json.partial"
-        partial.write_text(json.dumps(folders, indent=1) + "\n")
-        partial.replace(home / "converted.json")
+        write_json(home / "converted.json", folders)
 
 
 def newest_conversion() -> Path | None:
@@ -87,7 +73,8 @@ def _lock(home: Path) -> Iterator[None]:
     """One process at a time in this block; the others wait."""
     try:
         home.mkdir(parents=True, exist_ok=True)
-        file = (home / "lock").open("w")
+        held = ExitStack()
+        held.enter_context(locked(home / "lock"))
     except OSError as error:
         raise Qwen35Error(
             "the cache folder cannot be used",
@@ -95,8 +82,5 @@ def _lock(home: Path) -> Iterator[None]:
             expected=f"a folder to write to at {home}",
             hint="set QWEN35_MLX_CACHE to another folder",
         ) from None
-    with file:
-        # Some network drives know no locks.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with held:
         yield

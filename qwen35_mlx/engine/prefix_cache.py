@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .cache import CacheEntry, Snapshot, fork, kv_bytes, restore, snapshot
-from .errors import Qwen35Error
-from .generate import PREFILL_STEP_SIZE, Progress, prefill, wired
-from .model import Model
+from ..errors import Qwen35Error
+from ..model.cache import CacheEntry, Snapshot, fork, kv_bytes, restore, snapshot
+from ..model.language import Model
+from .decode import PREFILL_STEP_SIZE, Progress, prefill, wired
 
 DEFAULT_SNAPSHOT_BYTES = 4 * 10**9
 # A long prefill keeps at most this many points, lest they push out all others.

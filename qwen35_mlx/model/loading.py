@@ -9,13 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .config import ModelConfig, read_config, read_object
-from .errors import CheckpointError, ConfigError
-from .headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
-from .kernels import choice, metal
-from .kernels.matrix import BITS, GROUP_SIZES
-from .model import Model
-from .sampling import SamplingParams
+from ..config import ModelConfig, read_config, read_object
+from ..errors import CheckpointError, ConfigError
+from ..headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
+from ..kernels import choice, metal
+from ..kernels.matrix import BITS, GROUP_SIZES
+from ..sampling import SamplingParams
+from .language import Model
 
 # Parts that a folder may carry and the text model does not run.
 CARRIED = ("vision_tower.", "visual.", "mtp.", "language_model.mtp.")

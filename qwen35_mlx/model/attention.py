@@ -11,10 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from .config import ModelConfig, RopeConfig
-from .kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
-from .kernels.metal import NONE, Choice
-from .kernels.projection import project
+from ..config import ModelConfig, RopeConfig
+from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
+from ..kernels.metal import NONE, Choice
+from ..kernels.projection import project
 
 
 def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:

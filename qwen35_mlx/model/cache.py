@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
-from .config import FULL, ModelConfig
-from .errors import Qwen35Error
+from ..config import FULL, ModelConfig
+from ..errors import Qwen35Error
 
 CacheEntry = KVCache | BatchKVCache | ArraysCache
 

@@ -1,0 +1,1 @@
+"""Conversations: turns, sessions on disk, repetition."""

@@ -1,0 +1,1 @@
+"""From token ids to token ids: prompt cache, decoding, sampling, output."""

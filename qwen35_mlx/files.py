@@ -1,0 +1,102 @@
+"""Files: written whole or not at all, locked against other processes, and this user's folders."""
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def cache_home() -> Path:
+    """Folder of what can be made again; the environment variable QWEN35_MLX_CACHE overrides it."""
+    return _user_folder("QWEN35_MLX_CACHE", "Library/Caches", "XDG_CACHE_HOME", ".cache")
+
+
+def data_home() -> Path:
+    """Folder of what the user made and cannot be made again."""
+    return _user_folder("", "Library/Application Support", "XDG_DATA_HOME", ".local/share")
+
+
+def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) -> Path:
+    if override and (chosen := os.environ.get(override)):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / on_macos / "qwen35-mlx"
+    return Path(os.environ.get(variable) or Path.home() / elsewhere) / "qwen35-mlx"
+
+
+@contextmanager
+def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
+    """Yield a temporary name to write to; on success it becomes `file`, flushed to the disk.
+
+    On an error the temporary file is removed and `file` stays as it was. The name keeps the
+    suffix of `file`, because MLX chooses a format by it.
+    """
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))
+        yield temporary
+        with temporary.open("rb") as written:
+            flush(written.fileno())
+        temporary.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(file.parent)
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(file: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_file(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def flush(descriptor: int) -> None:
+    """fsync, and on macOS the drive's own cache too."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        # Network drives do not know it.
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` last, where the file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock on `path`: an existing folder, or a lock file, made if need be.
+
+    Raises BlockingIOError if another process holds it and `wait` is false. The lock ends with
+    the process, whatever ends it.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            # Some network drives know no locks; two writers are rarer than such drives.
+            pass
+        yield
+    finally:
+        os.close(descriptor)

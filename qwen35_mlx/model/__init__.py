@@ -1,0 +1,1 @@
+"""What is computed: the language model, its caches, and reading it from a folder."""
