@@ -31,10 +31,11 @@ def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) ->
 def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary name to write to; on success it becomes `file`, flushed to the disk.
 
-    On an error the temporary file is removed and `file` stays as it was. The name keeps the
-    suffix of `file`, because MLX chooses a format by it.
+    On an error the temporary file is removed and `file` stays as it was. One writer at a time:
+    what a killed one left is written over. The temporary name keeps the suffix of `file`,
+    because MLX chooses a format by it.
     """
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
+    temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))
         yield temporary

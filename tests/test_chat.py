@@ -10,8 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx import Chat
-from qwen35_mlx.engine import generate
+from qwen35_mlx import Chat, generate
 from qwen35_mlx.errors import PromptError, Qwen35Error
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.prompt import encode_messages

@@ -2,9 +2,7 @@
 
 import itertools
 import random
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,7 @@ from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 import qwen35_mlx
-from qwen35_mlx import stream_generate
-from qwen35_mlx.engine import generate
+from qwen35_mlx import generate, stream_generate
 from qwen35_mlx.engine.output import StopText
 from qwen35_mlx.errors import PromptError, Qwen35Error
 from qwen35_mlx.prompt import encode_prompt
@@ -308,26 +305,6 @@ def test_progress_follows_the_prefill(demo: Any, scripted: Callable[..., Any]) -
     )  # fmt: skip
     next(parts)
     assert told == [(0, 7), (3, 7), (6, 7), (7, 7)]
-
-
-def test_the_warning_of_mlx_lm_is_no_part_of_the_answer(
-    demo: Any,
-    scripted: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    @contextmanager
-    def warn(_: Any) -> Iterator[None]:
-        print("[WARNING] large")
-        yield
-        print("after")
-
-    monkeypatch.setattr(sys.modules["qwen35_mlx.engine.decode"], "wired_limit", warn)
-    for response in stream_generate(scripted([5]), demo[1], "Hi", max_tokens=2):
-        print(response.text, end="")
-    captured = capsys.readouterr()
-    assert "WARNING" not in captured.out
-    assert "WARNING" in captured.err
 
 
 def test_mlx_lm_steps_through_our_model(demo: Any) -> None:

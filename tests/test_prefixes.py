@@ -10,12 +10,13 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 
 from qwen35_mlx.convert import convert
-from qwen35_mlx.engine import prefix_cache as prefixes
-from qwen35_mlx.engine.prefix_cache import PrefixStore, PromptCache, common_prefix, snapshot_marks
+from qwen35_mlx.engine.prefix_store import PrefixStore, snapshot_marks
+from qwen35_mlx.engine.prompt_cache import PromptCache, common_prefix
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.loading import load_model
 
 MAX_DIFFERENCE = 3e-4
+STEP = 64
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def assert_right(cache: PromptCache) -> None:
     token = mx.array([[1]])
     point = cache.snapshot()
     got = cache.model(token, cache=cache.entries)[0, -1]
-    cache.is_whole = False
+    cache._is_consistent = False
     assert cache.rewind(point.num_tokens) == point.num_tokens
     expected = cache.model(mx.array([[*cache.ids, 1]]))[0, -1]
     np.testing.assert_allclose(np.array(got), np.array(expected), atol=MAX_DIFFERENCE)
@@ -95,7 +96,7 @@ def test_a_conversation_comes_back_to_what_it_left(model: Any) -> None:
     for text in texts:
         cache = store.take(text)
         cache.read(text[len(cache.ids) :], marks=[50])
-        cache.close()
+        cache.release()
     assert len(store.caches) == 3
     for text in texts:
         cache = store.take([*text, 7])
@@ -123,7 +124,7 @@ def test_an_interrupted_reading_leaves_only_its_points(
     with pytest.raises(KeyboardInterrupt):
         cache.read(text, marks=[30], step_size=10)
     # Six pieces were read; the first layer had read more than the others.
-    assert len(cache.ids) == 60 and cache.usable(text) == 30
+    assert len(cache.ids) == 60 and cache.reusable_tokens(text) == 30
     assert cache.rewind(100) == 30
     assert_right(cache)
 
@@ -137,7 +138,7 @@ def test_the_least_recently_used_points_go_first(model: Any) -> None:
     text = ids(60)
     cache = store.take(text, owner=owner)
     cache.read(text, marks=[10, 20, 30, 40])
-    cache.touch(10)
+    cache.mark_used(10)
     assert store.nbytes == 4 * one and store.num_snapshots == 4
     store.trim()
     assert sorted(cache.snapshots) == [10, 30, 40] and store.nbytes == 3 * one
@@ -188,16 +189,16 @@ def test_reading_ahead_stops_between_two_pieces(model: Any) -> None:
             pieces.release()
             go_on.acquire()
 
-        cache.read(text, step_size=prefixes.READ_AHEAD_STEP_SIZE, stop=stop, progress=told)
+        cache.read(text, step_size=STEP, should_stop=stop, progress=told)
 
-    store.read_ahead(job)
+    store.background.start(job)
     # One call before the first piece, one behind it, and there it waits.
     for _ in range(3):
         pieces.acquire()
-    store._stopping.set()
+    store.background._stopping.set()
     go_on.release(3)
-    store.stop_reading()
-    assert len(cache.ids) == 2 * prefixes.READ_AHEAD_STEP_SIZE
+    store.background.stop()
+    assert len(cache.ids) == 2 * STEP
     assert_right(cache)
     cache.read(text[len(cache.ids) :])
     assert_right(cache)
@@ -209,7 +210,7 @@ def test_what_goes_wrong_in_the_background_is_told(model: Any) -> None:
     def job(stop: Any) -> None:
         raise Qwen35Error("no")
 
-    store.read_ahead(job)
+    store.background.start(job)
     with pytest.raises(Qwen35Error, match="no"):
-        store.stop_reading(wait_for_end=True)
-    store.stop_reading()
+        store.background.stop(wait_for_end=True)
+    store.background.stop()

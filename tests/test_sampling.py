@@ -80,17 +80,31 @@ def test_repetition_penalty_counts_prompt_and_answer_once_each() -> None:
     seen = []
     for _ in range(3):
         seen.append(sampler._penalise(logits).tolist()[0])
-        sampler(logits)
+        sampler.accept(sampler(logits))
     assert seen[0] == [4.0, -2.0, 5.0, 3.0, 1.0]
     # 2 was said first; halved to 2.5 it loses to 0, which was penalised already.
     assert seen[1] == seen[2] == [4.0, -2.0, 2.5, 3.0, 1.0]
 
 
+def drawn_and_accepted(sampler: Sampler, logits: mx.array) -> int:
+    token = sampler(logits)
+    sampler.accept(token)
+    return int(token.item())
+
+
+def test_a_token_that_was_drawn_and_discarded_is_not_penalised() -> None:
+    sampler = Sampler(SamplingParams(presence_penalty=1.5, repetition_penalty=2.0), mx.array([2]))
+    logits = mx.array([[2.0, 1.0, -3.0]])
+    assert [int(sampler(logits).item()) for _ in range(3)] == [0, 0, 0]
+    sampler.accept(mx.array([0, 1]))
+    assert sampler._penalise(logits).tolist()[0] == [-0.5, -1.0, -6.0]
+
+
 def test_presence_penalty_counts_the_answer_alone() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=1.5), mx.array([0, 1, 2]))
     logits = mx.array([[2.0, 1.0, -3.0]])
-    said = [int(sampler(logits).item()) for _ in range(3)]
-    assert said == [0, 1, 0]
+    drawn = [drawn_and_accepted(sampler, logits) for _ in range(3)]
+    assert drawn == [0, 1, 0]
     assert sampler._penalise(logits).tolist()[0] == [0.5, -0.5, -3.0]
 
 

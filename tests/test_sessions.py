@@ -265,12 +265,12 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new_session(
             pid = int(savers.stdout.readline())
             # Anywhere, and every other time in the midst of a write.
             limit = time.monotonic() + generator.uniform(0.0, 0.03) + kill % 2
-            while time.monotonic() < limit and not (kill % 2 and any(home.glob(".*.tmp.*"))):
+            while time.monotonic() < limit and not (kill % 2 and any(home.glob(".*.partial.*"))):
                 pass
             time.sleep(generator.choice([0, 0, 0.0005]))
             os.kill(pid, signal.SIGKILL)
             assert savers.stdout.readline() == "gone\n"
-            num_torn += any(home.glob(".*.tmp.*"))
+            num_torn += any(home.glob(".*.partial.*"))
             resumed = new_chat(demo)
             assert resumed.load("one") is None
             *before, last = resumed.messages

@@ -22,7 +22,8 @@ from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.family import family_config
 from qwen35_mlx.convert.tensor_table import expected_shapes
-from qwen35_mlx.engine.decode import decode_steps
+from qwen35_mlx.engine.decode import decode
+from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
@@ -75,7 +76,10 @@ def ours(model: Model) -> Run:
 
     def run(prompt: mx.array, num_tokens: int) -> Iterator[object]:
         sampler = Sampler(SamplingParams(), prompt)
-        return decode_steps(model, prompt, model.make_cache(), sampler, num_tokens)
+        cache = PromptCache(model)
+        hidden = cache.read(prompt.tolist())
+        assert hidden is not None
+        return decode(cache, hidden, sampler, num_tokens)
 
     return run
 

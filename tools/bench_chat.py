@@ -36,7 +36,7 @@ import qwen35_mlx.chat.conversation
 from qwen35_mlx import Chat, load
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import convert
-from qwen35_mlx.engine.prefix_cache import PrefixStore
+from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.model.language import Model
 

@@ -4,31 +4,32 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from ..engine.decode import Progress
-from ..engine.generate import LONG_ANSWER_TOKENS, check_count, stream_ids
-from ..engine.output import Piece, ThoughtSplitter, ToolCall
-from ..engine.prefix_cache import (
-    READ_AHEAD_STEP_SIZE,
-    PrefixStore,
-    PromptCache,
-    Stop,
-    common_prefix,
-    snapshot_marks,
-)
+from ..engine.decode import decode
+from ..engine.generate import LONG_ANSWER_TOKENS, check_count
+from ..engine.output import OutputParser, Piece, ToolCall
+from ..engine.prefix_store import PrefixStore, snapshot_marks
+from ..engine.prompt_cache import Progress, PromptCache, common_prefix
 from ..engine.sampler import Sampler
-from ..engine.tool_calls import Schema, ToolCallParser, as_message, calls_of
+from ..engine.tool_calls import Schema, as_message, calls_of
 from ..errors import ContextFull, PromptError, Qwen35Error
-from ..model.cache import cached_tokens
 from ..model.language import Model
-from ..prompt import THINK_CLOSE, THINK_OPEN, check_ids, check_length, encode_text, render_messages
+from ..prompt import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    check_ids,
+    check_length,
+    encode_text,
+    render_messages,
+)
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from .loops import LoopDetector
 
@@ -39,6 +40,8 @@ LOOP_ACTIONS = ("stop", "penalize", "off")
 LOOP_PENALTY = 1.0
 # Fewer are read again sooner than a recurrent state is kept for them.
 MIN_POINT_TOKENS = 32
+# Short, so that whoever presses Enter does not wait for a piece to end.
+READ_AHEAD_STEP_SIZE = 64
 
 
 @dataclass
@@ -84,6 +87,7 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     stats: TurnStats = field(default_factory=TurnStats)
     store: PrefixStore | None = None
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.system:
@@ -91,6 +95,8 @@ class Chat:
         self.set_on_loop(self.on_loop)
         self.prefixes = self.store or PrefixStore(self.model)
         self._cache: PromptCache | None = None
+        # The iterator of the last turn, which the next one closes.
+        self._turn: Callable[[], Generator[Piece, None, None] | None] = lambda: None
         self._read_ahead_tokens = 0
 
     def send(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
@@ -99,20 +105,28 @@ class Chat:
         Closing the iterator early, or an interrupt, keeps what was said so far; if the prompt
         is refused, or stopped while it is read, the message is taken back.
         """
-        yield from self._reply([*self.messages, _user(text)], progress)
+        return self._start(lambda: [*self.messages, _user(text)], progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Answer the last message again; the old answer is gone once the new one begins."""
-        yield from self._reply(self.messages[: self._last_turn() + 1], progress)
+        return self._start(lambda: self.messages[: self._last_turn() + 1], progress)
 
     def edit(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Say `text` in place of the last message; that is gone once the answer begins."""
-        yield from self._reply([*self.messages[: self._last_turn()], _user(text)], progress)
+
+        def edited() -> list[Message]:
+            messages = [*self.messages[: self._last_turn()], _user(text)]
+            self._keep_branch()
+            return messages
+
+        return self._start(edited, progress)
 
     def undo(self) -> str:
         """Take the last message and all behind it back; returns its text."""
+        self._close_turn()
         text = self.last_message()
         self.messages = self.messages[: self._last_turn()]
+        self._keep_branch()
         return text
 
     def last_message(self) -> str:
@@ -127,16 +141,25 @@ class Chat:
     def answer_tools(
         self, results: Sequence[Any], progress: Progress | None = None
     ) -> Generator[Piece, None, None]:
-        """Give the results of `tool_calls`, in their order, and go on; no text: JSON of it."""
-        if not results or len(results) != len(self.tool_calls):
-            raise Qwen35Error(
-                "the results do not fit the tool calls",
-                got=f"{len(results)} results",
-                expected=f"one for each of {len(self.tool_calls)} calls",
-            )
-        told = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in results]
-        messages = [{"role": "tool", "content": text} for text in told]
-        yield from self._reply([*self.messages, *messages], progress)
+        """Send the results of `tool_calls`, in call order, and stream the reply.
+
+        A result that is not text is sent as JSON.
+        """
+
+        def answered() -> list[Message]:
+            num_calls = len(self.tool_calls)
+            if not results or len(results) != num_calls:
+                raise Qwen35Error(
+                    "the results do not fit the tool calls",
+                    got=f"{len(results)} results",
+                    expected=f"one for each of {num_calls} calls",
+                )
+            texts = [
+                r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in results
+            ]
+            return [*self.messages, *({"role": "tool", "content": text} for text in texts)]
+
+        return self._start(answered, progress)
 
     def restart(self, system: str | None = None) -> None:
         """A new conversation; what was read of this one stays in the store while there is room."""
@@ -147,6 +170,7 @@ class Chat:
 
     def set_system(self, system: str | None) -> None:
         """Another system prompt for the same conversation, which is then read anew."""
+        self._close_turn()
         behind = self.messages[1:] if self.system else self.messages
         self.system = system
         self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
@@ -174,11 +198,11 @@ class Chat:
             dropped += 1
         return dropped
 
-    def read_ahead(self, stop: Stop = lambda: False) -> None:
-        """Read the last answer as the template will show it, without its thought.
+    def read_ahead(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Prefill the last answer as the next prompt will contain it, without its thought.
 
-        What then is left to read in the next turn is the new message. Ends early, after at most
-        64 tokens, once `stop()` is true.
+        Then only the new message is left to read in the next turn. Ends early, after at most
+        64 tokens, once `should_stop()` is true.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
             return
@@ -192,19 +216,19 @@ class Chat:
                 ids[start:],
                 marks=[self._system_end(), len(ids)],
                 step_size=READ_AHEAD_STEP_SIZE,
-                stop=stop,
+                should_stop=should_stop,
             )
         finally:
             self._read_ahead_tokens += len(cache.ids) - start
             self.prefixes.trim()
 
     def start_reading_ahead(self) -> None:
-        """`read_ahead` in the background; whatever is asked of the chat next stops it."""
-        self.prefixes.read_ahead(self.read_ahead)
+        """`read_ahead` in the background; any later call of the chat stops it."""
+        self.prefixes.background.start(self.read_ahead)
 
     def stop_reading_ahead(self, *, wait_for_end: bool = False) -> None:
         """End the reading in the background, at once or when it is done."""
-        self.prefixes.stop_reading(wait_for_end=wait_for_end)
+        self.prefixes.background.stop(wait_for_end=wait_for_end)
 
     def save(self, session: str | os.PathLike[str], *, with_cache: bool = True) -> Path:
         """Store messages, ids and cache under a name, or at a path; returns the file's.
@@ -213,7 +237,7 @@ class Chat:
         """
         from .sessions import save_conversation
 
-        self.prefixes.stop_reading()
+        self.stop_reading_ahead()
         conversation = {
             "messages": self.messages,
             "tools": list(self.tools),
@@ -242,11 +266,29 @@ class Chat:
         return warning
 
     def _leave(self) -> None:
-        self.prefixes.stop_reading()
+        self._close_turn()
+        self._keep_branch()
+        self.prefixes.trim()
+
+    def _keep_branch(self) -> None:
+        """Leave what was read to the store: another turn begins before its end."""
         if self._cache is not None:
-            self._cache.close()
+            self._cache.release()
             self._cache = None
-            self.prefixes.trim()
+
+    def _start(
+        self, messages: Callable[[], list[Message]], progress: Progress | None
+    ) -> Generator[Piece, None, None]:
+        """The iterator of a turn; nothing happens before its first piece is asked for."""
+        turn = self._reply(messages, progress, lambda: turn)
+        return turn
+
+    def _close_turn(self) -> None:
+        """Stop what still reads or answers: the iterator of an earlier turn, and reading ahead."""
+        if turn := self._turn():
+            turn.close()
+        self._turn = lambda: None
+        self.stop_reading_ahead()
 
     def sampling_params(self, thinking: bool | None = None) -> SamplingParams:
         """What the next answer is drawn with; whether it thinks is for the template if None."""
@@ -264,11 +306,18 @@ class Chat:
         return turns[-1]
 
     def _reply(
-        self, messages: list[Message], progress: Progress | None
+        self,
+        next_messages: Callable[[], list[Message]],
+        progress: Progress | None,
+        turn: Callable[[], Generator[Piece, None, None]],
     ) -> Generator[Piece, None, None]:
-        """Read `messages`, which then are the conversation, and yield the answer to them."""
+        """Read `next_messages()`, which become the conversation, and yield the answer to them."""
         started = time.perf_counter()
-        self.prefixes.stop_reading()
+        self._close_turn()
+        self._turn = weakref.ref(turn())
+        # Or the iterator would hold itself, and an abandoned one would not end.
+        del turn
+        messages = next_messages()
         most = LONG_ANSWER_TOKENS if self.max_tokens is None else self.max_tokens
         check_count("max_tokens", most)
         if self.think_budget is not None:
@@ -290,95 +339,86 @@ class Chat:
         turns = {n for n in (system_end, start) if n >= MIN_POINT_TOKENS}
         marks = {*turns, boundary, *snapshot_marks(num_kept, boundary)}
         try:
-            cache.read(prompt[num_kept:boundary], marks=marks, progress=progress)
+            hidden = cast(mx.array, cache.read(prompt[num_kept:], marks=marks, progress=progress))
         finally:
             # Of use to every turn and to other conversations, if only as a reserve.
-            cache.touch(system_end)
+            cache.mark_used(system_end)
             self.prefixes.trim()
+        stats.prefill_tps = stats.prefilled_tokens / max(time.perf_counter() - started, 1e-9)
         self.stats, self.messages = stats, messages
-        splitter = ThoughtSplitter(thinking)
-        said: dict[str, list[str]] = {"thought": [], "answer": []}
+        parser = OutputParser(self.tokenizer, stop=self.stop, thinking=thinking, tools=self.tools)
+        texts: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
         limit = min(most, context_length - len(prompt))
         try:
-            with closing(self._generate(cache, prompt, sampler, splitter, limit, started)) as texts:
-                for piece in _pieces(texts, splitter, self.tools):
+            with closing(self._answer(cache, hidden, sampler, parser, limit)) as pieces:
+                for piece in pieces:
                     if piece.call is None:
-                        said[piece.kind].append(piece.text)
+                        texts[piece.kind].append(piece.text)
                     elif piece.call.complete:
                         calls.append(piece.call)
                     yield piece
         finally:
-            message: Message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
-            if said["thought"]:
-                message["reasoning_content"] = "".join(said["thought"]).strip()
+            message: Message = {"role": "assistant", "content": "".join(texts["answer"]).strip()}
+            if texts["thought"]:
+                message["reasoning_content"] = "".join(texts["thought"]).strip()
             if calls:
                 message["tool_calls"] = [as_message(call) for call in calls]
             self.messages.append(message)
 
-    def _generate(
+    def _answer(
         self,
         cache: PromptCache,
-        prompt: list[int],
+        hidden: mx.array,
         sampler: Sampler,
-        splitter: ThoughtSplitter,
+        parser: OutputParser,
         limit: int,
-        started: float,
-    ) -> Generator[str, None, None]:
-        """Texts of the answer, told to the caller before `splitter` is asked where they were."""
+    ) -> Generator[Piece, None, None]:
+        """The pieces of an answer of at most `limit` tokens; fills in `stats` as they come."""
         stats, detector = self.stats, LoopDetector()
-        presence = sampler.params.presence_penalty
+        num_prompt = len(cache.ids)
         budget = self.think_budget or math.inf
-        ids = list(prompt)
-        first_at = 0.0
-        try:
-            while True:
-                rest = mx.array(ids[len(cache.ids) :])
-                left = limit - (len(ids) - len(prompt))
-                stream = stream_ids(self.model, self.tokenizer, rest, cache.entries, sampler, left)
-                with closing(stream):
-                    cache.is_whole = False
-                    for response in stream:
-                        # While one token is looked at, all layers have read the same.
-                        cache.is_whole = True
-                        ids.append(response.token)
-                        stats.generation_tokens = len(ids) - len(prompt)
-                        now = time.perf_counter()
-                        if not first_at:
-                            first_at = now
-                            stats.prefill_tps = stats.prefilled_tokens / max(now - started, 1e-9)
-                        elif now > first_at:
-                            stats.decode_tps = (stats.generation_tokens - 1) / (now - first_at)
-                        stats.thought_tokens += splitter.in_thought
-                        stats.peak_memory_gb = response.peak_memory
-                        stats.finish_reason = response.finish_reason
-                        yield response.text
-                        if response.finish_reason:
-                            return
-                        if self.on_loop != "off" and detector.feed(response.token):
-                            if self.on_loop == "stop":
-                                stats.finish_reason = "loop"
-                                return
+        started = time.perf_counter()
+        while True:
+            with closing(decode(cache, hidden, sampler, limit - stats.generation_tokens)) as steps:
+                for token, _ in steps:
+                    stats.generation_tokens += 1
+                    if stats.generation_tokens == 1:
+                        started = time.perf_counter()
+                    else:
+                        seconds = max(time.perf_counter() - started, 1e-9)
+                        stats.decode_tps = (stats.generation_tokens - 1) / seconds
+                    stats.thought_tokens += parser.in_thought
+                    stats.peak_memory_gb = mx.get_peak_memory() / 1e9
+                    pieces = parser.feed(token)
+                    if parser.stopped:
+                        stats.finish_reason = "stop"
+                    elif stats.generation_tokens == limit:
+                        stats.finish_reason = "length"
+                    elif self.on_loop != "off" and detector.feed(token):
+                        detector = LoopDetector()
+                        if self.on_loop == "stop":
+                            stats.finish_reason = "loop"
+                        else:
                             stats.loops += 1
-                            presence = min(presence + LOOP_PENALTY, 10.0)
-                            sampler.penalise_repeats(presence, ids[len(prompt) :])
-                            detector = LoopDetector()
-                        if splitter.in_thought and stats.thought_tokens >= budget:
-                            break
-                        cache.is_whole = False
-                end = encode_text(self.tokenizer, THOUGHT_END)
-                if len(ids) + len(end) >= len(prompt) + limit:
-                    stats.finish_reason = "length"
-                    return
-                cache.ids = ids[: cached_tokens(cache.entries)]
-                ids += end
-                yield THOUGHT_END
-        finally:
-            # Evaluated here: a lazy array cannot be used by the thread that reads ahead.
-            mx.eval([entry.state for entry in cache.entries])
-            num_read = cached_tokens(cache.entries)
-            cache.is_whole = cache.is_whole and num_read <= len(ids)
-            cache.ids = ids[:num_read]
+                            higher = sampler.params.presence_penalty + LOOP_PENALTY
+                            sampler.penalise_repeats(min(higher, 10.0), cache.ids[num_prompt:])
+                    yield from pieces
+                    if stats.finish_reason:
+                        yield from parser.finish()
+                        return
+                    if parser.in_thought and stats.thought_tokens >= budget:
+                        break
+            end = encode_text(self.tokenizer, THOUGHT_END)
+            if stats.generation_tokens + len(end) >= limit:
+                stats.finish_reason = "length"
+                yield from parser.finish()
+                return
+            hidden = cast(mx.array, cache.read(end))
+            sampler.accept(mx.array(end))
+            stats.generation_tokens += len(end)
+            for token in end:
+                yield from parser.feed(token)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         template = {"tools": list(self.tools)} if self.tools else {}
@@ -428,21 +468,6 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _pieces(
-    texts: Iterable[str], splitter: ThoughtSplitter, tools: Sequence[Schema]
-) -> Iterator[Piece]:
-    """Thoughts and answers out of streamed text; with tools, calls too."""
-    parser = ToolCallParser(tools) if tools else None
-
-    def parsed(pieces: list[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            if parser and piece.kind == "answer":
-                yield from parser.feed(piece.text)
-            else:
-                yield piece
-
-    for text in texts:
-        yield from parsed(splitter.feed(text))
-    yield from parsed(splitter.finish())
-    if parser:
-        yield from parser.finish()
+def _tool_message(result: Any) -> Message:
+    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    return {"role": "tool", "content": text}

@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from ..engine.prefix_cache import PromptCache
+from ..engine.prompt_cache import PromptCache
 from ..errors import SessionError
 from ..files import data_home, locked, replacing
 from ..model.cache import Snapshot, restore, snapshot
@@ -74,7 +74,7 @@ def save_conversation(
         with replacing(file, 0o600) as temporary:
             text = json.dumps(sealed, ensure_ascii=False, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
-        if cache is not None and cache.furthest:
+        if cache is not None and cache.last_point:
             _save_cache(cache_file(file), cache, identity)
     # MLX raises RuntimeError where it cannot write; text may hold surrogates.
     except (OSError, RuntimeError, ValueError) as error:
@@ -171,12 +171,12 @@ def _checksum(arrays: Mapping[str, mx.array], identity: str) -> str:
 
 
 def _save_cache(file: Path, cache: PromptCache, identity: str) -> None:
-    """The furthest point and the last few before it; keys and values once."""
-    end = cache.furthest
+    """The last point and the last few before it; keys and values once."""
+    end = cache.last_point
     points = [cache.snapshots[n] for n in sorted(cache.snapshots)[-NUM_SAVED_SNAPSHOTS:]]
     if end not in cache.snapshots:
         points.append(snapshot(cache.entries, end))
-    arrays = {"ids": mx.array(cache.ids[:end], dtype=mx.int32)}
+    arrays = {"ids": mx.array(list(cache.ids[:end]), dtype=mx.int32)}
     for layer, entry in enumerate(cache.entries):
         if isinstance(entry, KVCache):
             keys, values = cast(tuple[mx.array, mx.array], (entry.keys, entry.values))

@@ -135,7 +135,7 @@ def chat(
             name = bundled_demo()
         with loading(name), silent_keys(raw=can_edit()):
             from ..chat.conversation import Chat
-            from ..engine.prefix_cache import PrefixStore
+            from ..engine.prefix_store import PrefixStore
             from ..model.loading import load
 
             loaded, tokenizer = load(name, kernels=kernels)

@@ -1,80 +1,47 @@
-"""Prefill and decode: the only loop from token ids to token ids."""
+"""The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from typing import Any, cast
+from collections.abc import Generator
+from typing import NamedTuple, cast
 
 import mlx.core as mx
-from mlx_lm.generate import wired_limit
 
-from ..model.language import Model
+from .prompt_cache import PromptCache
 from .sampler import Sampler
 
-PREFILL_STEP_SIZE = 2048
-Progress = Callable[[int, int], None]
+
+class Step(NamedTuple):
+    """A drawn token, and the log probabilities `[V]` it was drawn from before sampling (lazy)."""
+
+    token: int
+    logprobs: mx.array
 
 
-@contextmanager
-def wired(model: Model) -> Iterator[None]:
-    """Keep the weights in the GPU's memory meanwhile."""
-    with ExitStack() as stack:
-        # Its warning about large models would land in the answer.
-        with redirect_stdout(sys.stderr):
-            stack.enter_context(wired_limit(model))
-        yield
+def decode(
+    cache: PromptCache, hidden: mx.array, sampler: Sampler, max_tokens: int
+) -> Generator[Step, None, None]:
+    """Yield up to `max_tokens` tokens that follow `hidden` `[1, 1, H]`, the last one read.
 
-
-def prefill(
-    model: Model,
-    ids: mx.array,
-    cache: list[Any],
-    step_size: int = PREFILL_STEP_SIZE,
-    progress: Progress | None = None,
-) -> mx.array:
-    """Read ids `[T]` into the cache in pieces; returns the last hidden state `[1, 1, H]`."""
-    total = ids.size
-    for start in range(0, total, step_size):
-        if progress:
-            progress(start, total)
-        hidden = model.trunk(ids[None, start : start + step_size], cache, last_only=True)
-        if start + step_size < total:
-            mx.eval([entry.state for entry in cache])
-            mx.clear_cache()
-    mx.eval(hidden, [entry.state for entry in cache])
-    if progress:
-        progress(total, total)
-    return hidden
-
-
-def decode_steps(
-    model: Model,
-    ids: mx.array,
-    cache: list[Any],
-    sampler: Sampler,
-    max_tokens: int,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
-    progress: Progress | None = None,
-) -> Iterator[tuple[int, mx.array]]:
-    """Yield up to `max_tokens` tokens with their log probabilities `[V]` (lazy).
-
-    The graph of step N + 1 is built and started before token N is read, so the device never
-    waits for Python; the last token asked for is not fed back.
+    At every yield `cache` has read the token, except the last of `max_tokens`. The graph of step
+    N + 1 is built and started before token N is read, so the device never waits for Python.
     """
 
-    def step(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        logits = model.head(hidden)[:, -1]
-        return sampler(logits), logits
+    def draw(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        logits = cache.model.head(hidden)[:, -1]
+        token = sampler(logits)
+        mx.async_eval(token)
+        return token, logits
 
-    token, logits = step(prefill(model, ids, cache, prefill_step_size, progress))
-    mx.async_eval(token)
-    for count in range(1, max_tokens + 1):
-        following = None
-        if count < max_tokens:
-            following = step(model.trunk(token[:, None], cache))
-            mx.async_eval(following[0])
-        row = logits[0].astype(mx.float32)
-        yield int(cast(int, token.item())), row - mx.logsumexp(row)
-        if following is None:
-            return
-        token, logits = following
+    try:
+        token, logits = draw(hidden)
+        for count in range(1, max_tokens + 1):
+            drawn, row = token, logits[0].astype(mx.float32)
+            if count < max_tokens:
+                # Not before it is certain that a token follows: a discarded one is not penalised.
+                sampler.accept(drawn)
+                token, logits = draw(cache.step(drawn))
+            token_id = int(cast(int, drawn.item()))
+            if count < max_tokens:
+                cache.commit(token_id)
+            yield Step(token_id, row - mx.logsumexp(row))
+    finally:
+        cache.settle()

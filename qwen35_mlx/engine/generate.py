@@ -1,9 +1,10 @@
-"""Prefill and decode: tokens and timings from a prompt."""
+"""One answer to one prompt, as text: the functions for scripts."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
@@ -12,8 +13,9 @@ from ..errors import Qwen35Error
 from ..model.cache import cached_tokens
 from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
-from .decode import PREFILL_STEP_SIZE, Progress, decode_steps, wired
-from .output import StopText
+from .decode import decode
+from .output import OutputParser
+from .prompt_cache import PREFILL_STEP_SIZE, UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
 
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
@@ -66,17 +68,12 @@ def stream_generate(
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)
-    return stream_ids(
-        model,
-        tokenizer,
-        mx.array(ids),
-        model.make_cache() if cache is None else cache,
-        Sampler(params, mx.array([*cached_ids, *ids]), seed),
-        min(limit, room),
-        [s for s in stops if s],
-        prefill_step_size,
-        progress,
-    )
+    sampler = Sampler(params, mx.array([*cached_ids, *ids]), seed)
+    read_before = list(cached_ids) or [UNKNOWN_ID] * already
+    prompt_cache = PromptCache(model, read_before, cache)
+    parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
+    limit = min(limit, room)
+    return _responses(prompt_cache, ids, sampler, limit, parser, prefill_step_size, progress)
 
 
 def check_count(name: str, value: Any) -> int:
@@ -88,51 +85,36 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def stream_ids(
-    model: Model,
-    tokenizer: Any,
-    ids: mx.array,
-    cache: list[Any],
+def _responses(
+    cache: PromptCache,
+    ids: Sequence[int],
     sampler: Sampler,
     max_tokens: int,
-    stops: Sequence[str] = (),
-    prefill_step_size: int = PREFILL_STEP_SIZE,
-    progress: Progress | None = None,
-) -> Generator[GenerationResponse, None, None]:
-    """`stream_generate` behind its checks: ids `[T]` behind what `cache` has read.
-
-    When a response is given the cache has read its token, but for the last of `max_tokens`.
-    """
-    detokenizer = tokenizer.detokenizer
-    pending = StopText(stops)
+    parser: OutputParser,
+    step_size: int,
+    progress: Progress | None,
+) -> Iterator[GenerationResponse]:
+    """`stream_generate` behind its checks."""
     started = time.perf_counter()
-    with wired(model):
-        prefill_seconds = 0.0
-        steps = decode_steps(model, ids, cache, sampler, max_tokens, prefill_step_size, progress)
+    hidden = cast(mx.array, cache.read(ids, step_size=step_size, progress=progress))
+    prefill_seconds = 0.0
+    with closing(decode(cache, hidden, sampler, max_tokens)) as steps:
         for count, (token, logprobs) in enumerate(steps, 1):
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
-            finish = "length" if count == max_tokens else None
-            if token in tokenizer.eos_token_ids:
-                finish = "stop"
-            else:
-                detokenizer.add_token(token)
+            pieces = parser.feed(token)
+            finish = "stop" if parser.stopped else "length" if count == max_tokens else None
             if finish:
-                detokenizer.finalize()
-            text = pending.feed(detokenizer.last_segment)
-            if pending.stopped:
-                finish = "stop"
-            elif finish:
-                text += pending.finish()
+                pieces += parser.finish()
             seconds = time.perf_counter() - started
             yield GenerationResponse(
-                text=text,
+                text="".join(piece.text for piece in pieces),
                 token=token,
                 logprobs=logprobs,
                 from_draft=False,
-                prompt_tokens=ids.size,
-                prompt_tps=ids.size / max(prefill_seconds, 1e-9),
+                prompt_tokens=len(ids),
+                prompt_tps=len(ids) / max(prefill_seconds, 1e-9),
                 generation_tokens=count,
                 # The first token comes out of the prefill.
                 generation_tps=(count - 1) / seconds if count > 1 and seconds > 0 else 0.0,

@@ -108,3 +108,47 @@ class StopText:
         """What was held back, now that nothing follows."""
         rest, self._pending = self._pending, ""
         return rest
+
+
+class OutputParser:
+    """Temporary: the three filters behind one interface."""
+
+    def __init__(self, tokenizer, *, stop=(), thinking=False, tools=(), split=True):
+        from .tool_calls import ToolCallParser
+
+        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
+        self._stop = StopText(stop)
+        self._splitter = ThoughtSplitter(thinking) if split else None
+        self._tools = ToolCallParser(tools) if tools and split else None
+        self.stopped = False
+
+    @property
+    def in_thought(self):
+        return self._splitter is not None and self._splitter.in_thought
+
+    def feed(self, token):
+        if token in self._tokenizer.eos_token_ids:
+            self.stopped = True
+            return []
+        self._detokenizer.add_token(token)
+        text = self._stop.feed(self._detokenizer.last_segment)
+        self.stopped = self._stop.stopped
+        return self._split(text)
+
+    def _split(self, text, end=False):
+        if self._splitter is None:
+            return [Piece("answer", text)] if text else []
+        pieces = self._splitter.feed(text) + (self._splitter.finish() if end else [])
+        if not self._tools:
+            return pieces
+        out = []
+        for piece in pieces:
+            out += self._tools.feed(piece.text) if piece.kind == "answer" else [piece]
+        return out + (self._tools.finish() if end else [])
+
+    def finish(self):
+        self._detokenizer.finalize()
+        text = self._stop.feed(self._detokenizer.last_segment)
+        if not self._stop.stopped:
+            text += self._stop.finish()
+        return self._split(text, end=True)

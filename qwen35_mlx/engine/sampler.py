@@ -41,15 +41,16 @@ class Sampler:
         """logits `[1, V]` -> token `[1]`; nothing is evaluated here."""
         logits = self._penalise(logits.astype(mx.float32))
         if self.params.temperature < GREEDY_BELOW:
-            token = mx.argmax(logits, axis=-1)
-        else:
-            self._key, key = mx.random.split(self._key)
-            token = draw(logits / self.params.temperature, self.params, key)
+            return mx.argmax(logits, axis=-1)
+        self._key, key = mx.random.split(self._key)
+        return draw(logits / self.params.temperature, self.params, key)
+
+    def accept(self, tokens: mx.array) -> None:
+        """Count `tokens` `[N]`, drawn or forced, as part of the answer."""
         if self._in_answer is not None:
-            self._in_answer[token] = True
+            self._in_answer[tokens] = True
         if self._in_text is not None:
-            self._in_text[token] = True
-        return token
+            self._in_text[tokens] = True
 
     def _penalise(self, logits: mx.array) -> mx.array:
         params, vocab = self.params, logits.shape[-1]

@@ -1,0 +1,77 @@
+"""One thread in the background: MLX never frees what it sets up for a thread."""
+
+import atexit
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+
+import mlx.core as mx
+
+# Gets a function that says whether to stop.
+Job = Callable[[Callable[[], bool]], None]
+
+_jobs: SimpleQueue[tuple[Job, Callable[[], bool], Future[None]] | None] = SimpleQueue()
+_at_exit, _starting = Event(), Lock()
+_thread: Thread | None = None
+
+
+class BackgroundJob:
+    """At most one job at a time for its owner; all owners share the thread."""
+
+    def __init__(self) -> None:
+        self._stopping = Event()
+        self._running: Future[None] | None = None
+
+    def start(self, job: Job) -> None:
+        """Run `job(should_stop)`; a job of this owner that runs is stopped first."""
+        self.stop()
+        # A new event: the old job keeps the one that stops it.
+        self._stopping = stopping = Event()
+        self._running = Future()
+        _start_thread()
+        _jobs.put((job, lambda: stopping.is_set() or _at_exit.is_set(), self._running))
+
+    def stop(self, *, wait_for_end: bool = False) -> None:
+        """Return when no job runs; raises what went wrong in it."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if not wait_for_end:
+            self._stopping.set()
+            # One that has not begun.
+            if running.cancel():
+                return
+        running.result()
+
+
+def _start_thread() -> None:
+    global _thread
+    with _starting:
+        if _thread is None:
+            _thread = Thread(target=_work, name="qwen35-mlx-background", daemon=True)
+            _thread.start()
+            atexit.register(_end)
+
+
+def _work() -> None:
+    while (item := _jobs.get()) is not None:
+        job, should_stop, result = item
+        if result.set_running_or_notify_cancel():
+            try:
+                job(should_stop)
+                result.set_result(None)
+            except BaseException as error:
+                result.set_exception(error)
+        # Or a forgotten chat would live until the next job.
+        del item, job, should_stop, result
+    # MLX ends a thread's streams late; a process that exits before that is aborted.
+    mx.clear_streams()
+
+
+def _end() -> None:
+    """A thread that still computes at exit would abort the process."""
+    _at_exit.set()
+    _jobs.put(None)
+    if _thread is not None:
+        _thread.join()

@@ -1,0 +1,92 @@
+"""The prompt caches of all conversations with one model; the longest matching prefix is reused.
+
+Ids decide, never text: what differs in one id is read again.
+"""
+
+import weakref
+from collections.abc import Sequence
+
+from ..model.cache import kv_bytes
+from ..model.language import Model
+from .background import BackgroundJob
+from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
+
+DEFAULT_SNAPSHOT_BYTES = 4 * 10**9
+# A long prefill keeps at most this many points, or they would push out all others.
+MAX_SNAPSHOTS_A_PREFILL = 8
+
+
+class PrefixStore:
+    """Prompt caches, of which the least recently used snapshots are dropped first.
+
+    `memory_bytes` bounds the snapshots of all caches, and keys and values of those not in use.
+    Not for use from several threads; `background` is stopped before anything else is done.
+    """
+
+    def __init__(self, model: Model, memory_bytes: float = DEFAULT_SNAPSHOT_BYTES):
+        self.model = model
+        self.memory_bytes = memory_bytes
+        self.caches: list[PromptCache] = []
+        self.background = BackgroundJob()
+
+    def take(
+        self, ids: Sequence[int], current: PromptCache | None = None, owner: object = None
+    ) -> PromptCache:
+        """A cache that holds the longest prefix of `ids` that any of them can give.
+
+        `current`, the caller's own, is changed in place; if another one holds more, `current` is
+        released to the store. The caches of others stay as they are.
+        """
+        # The caller's own comes first among equals: it costs no copy.
+        candidates = [
+            current or PromptCache(self.model),
+            *(c for c in self.caches if c is not current),
+        ]
+        best = max(candidates, key=lambda c: c.reusable_tokens(ids))
+        num_tokens = best.reusable_tokens(ids)
+        if best is candidates[0]:
+            best.rewind(num_tokens)
+        else:
+            if current is not None:
+                current.release()
+            if best.in_use or num_tokens < best.last_point:
+                best.mark_used(num_tokens)
+                best = best.fork(num_tokens)
+            else:
+                best.rewind(num_tokens)
+        if owner is not None:
+            best.owner = weakref.ref(owner)
+        self.caches = [c for c in self.caches if c is not best] + [best]
+        return best
+
+    @property
+    def nbytes(self) -> int:
+        """What the budget counts."""
+        points = {id(s): s.nbytes for c in self.caches for s in c.snapshots.values()}
+        return sum(points.values()) + sum(kv_bytes(c.entries) for c in self.caches if not c.in_use)
+
+    @property
+    def num_snapshots(self) -> int:
+        """How many points there are to continue from."""
+        return len({id(s) for c in self.caches for s in c.snapshots.values()})
+
+    def trim(self) -> None:
+        """Drop the least recently used snapshots until the rest fits the budget."""
+        while self.nbytes > self.memory_bytes:
+            points = [(s.last_used, n, c) for c in self.caches for n, s in c.snapshots.items()]
+            if not points:
+                break
+            _, num_tokens, cache = min(points, key=lambda point: point[0])
+            # Forks share their snapshots: dropped here, it is dropped there too.
+            old = cache.snapshots[num_tokens]
+            for other in self.caches:
+                if other.snapshots.get(num_tokens) is old:
+                    del other.snapshots[num_tokens]
+            self.caches = [c for c in self.caches if c.in_use or c.snapshots]
+
+
+def snapshot_marks(start: int, end: int) -> range:
+    """Where a prefill from `start` to `end` takes snapshots besides the turns' boundaries."""
+    interval = max(PREFILL_STEP_SIZE, -(-(end - start) // MAX_SNAPSHOTS_A_PREFILL))
+    interval = -(-interval // PREFILL_STEP_SIZE) * PREFILL_STEP_SIZE
+    return range(start + interval, end, interval)
