@@ -261,6 +261,19 @@ def test_a_loop_may_be_penalised_or_let_be(demo: Any, script: Script) -> None:
         Chat(*demo, on_loop="shout")
 
 
+def test_the_coding_preset_does_not_stop_repetition(demo: Any, script: Script) -> None:
+    chat = Chat(*demo, preset="coding", max_tokens=700)
+    assert chat.loop_action == "off"
+    script.say("x\n</think>\n\n" + "It repeats itself. " * 400, end=False)
+    list(chat.send("Why?"))
+    assert chat.stats.generation_tokens == 700
+    chat.set_on_loop("stop")
+    assert chat.loop_action == "stop"
+    chat.set_on_loop(None)
+    chat.preset = "instruct"
+    assert chat.loop_action == "stop"
+
+
 def test_a_penalty_from_now_on_counts_what_was_said_before() -> None:
     sampler = Sampler(PRESETS["coding"].updated(temperature=0.0), mx.array([1]))
     logits = mx.array([[0.0, 1.0, 0.9, 0.8]])

@@ -70,8 +70,8 @@ class Chat:
     tools: JSON schemas as OpenAI's API takes them. think_budget: tokens after which a thought is
     closed. preset: "thinking", "coding", "instruct", "auto" (by mode) or "checkpoint" (its
     generation_config.json); `sampling` overrides it, as in stream_generate. on_loop: "stop" an
-    answer that repeats itself, "penalize", or "off". Chats that share a `store` read a common
-    beginning once.
+    answer that repeats itself, "penalize", or "off"; None is "off" in the coding preset, else
+    "stop". `stop` strings end an answer. Chats that share a `store` read a common beginning once.
     """
 
     model: Model
@@ -83,7 +83,7 @@ class Chat:
     max_tokens: int | None = None
     preset: str = CHECKPOINT
     sampling: dict[str, Any] = field(default_factory=dict)
-    on_loop: str = "stop"
+    on_loop: str | None = None
     messages: list[Message] = field(default_factory=list)
     stats: TurnStats = field(default_factory=TurnStats)
     store: PrefixStore | None = None
@@ -175,11 +175,16 @@ class Chat:
         self.system = system
         self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
 
-    def set_on_loop(self, action: str) -> None:
-        """What to do about an answer that repeats itself."""
-        if action not in LOOP_ACTIONS:
+    def set_on_loop(self, action: str | None) -> None:
+        """What to do about an answer that repeats itself; None leaves it to the preset."""
+        if action is not None and action not in LOOP_ACTIONS:
             raise Qwen35Error("unknown on_loop", got=action, expected=", ".join(LOOP_ACTIONS))
         self.on_loop = action
+
+    @property
+    def loop_action(self) -> str:
+        """`on_loop`, or what the preset has: code repeats itself rightly."""
+        return self.on_loop or ("off" if self.preset == "coding" else "stop")
 
     def thinks(self) -> bool:
         """Whether the template opens a thought."""
@@ -375,7 +380,7 @@ class Chat:
         limit: int,
     ) -> Generator[Piece, None, None]:
         """The pieces of an answer of at most `limit` tokens; fills in `stats` as they come."""
-        stats, detector = self.stats, LoopDetector()
+        stats, detector, action = self.stats, LoopDetector(), self.loop_action
         num_prompt = len(cache.ids)
         budget = self.think_budget or math.inf
         started = time.perf_counter()
@@ -395,9 +400,9 @@ class Chat:
                         stats.finish_reason = "stop"
                     elif stats.generation_tokens == limit:
                         stats.finish_reason = "length"
-                    elif self.on_loop != "off" and detector.feed(token):
+                    elif action != "off" and detector.feed(token):
                         detector = LoopDetector()
-                        if self.on_loop == "stop":
+                        if action == "stop":
                             stats.finish_reason = "loop"
                         else:
                             stats.loops += 1

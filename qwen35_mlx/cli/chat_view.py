@@ -331,7 +331,7 @@ class ChatSession:
         if name == "preset":
             chat.preset = value or CHECKPOINT
         elif name == "on_loop":
-            chat.set_on_loop(value or "stop")
+            chat.set_on_loop(value or None)
         elif name == "max_tokens":
             chat.max_tokens = _number(value or "0", int) or None
         else:
@@ -348,7 +348,7 @@ class ChatSession:
         params = ", ".join(f"{k} {v:g}" for k, v in asdict(chat.sampling_params()).items())
         thoughts = "thinks" if chat.thinks() else "does not think"
         budget = f", at most {chat.think_budget:,} tokens" if chat.think_budget else ""
-        return f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.on_loop}"
+        return f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.loop_action}"
 
     def do_stats(self, rest: str) -> None:
         """figures of the last turn, sampling, context, memory"""
