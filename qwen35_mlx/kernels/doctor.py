@@ -111,7 +111,7 @@ def _time(check: Check, member: Member, case: Case, result: dict[str, Any]) -> N
     }
 
 
-def seconds(case: Case, kernels: metal.Choice, runs: int) -> float:
+def seconds(case: Case, kernels: metal.KernelSet, runs: int) -> float:
     """Time of one of several runs, without that of building their graphs."""
     outputs = [case.run(kernels) for _ in range(runs)]
     start = time.perf_counter()
