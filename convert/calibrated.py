@@ -3,8 +3,8 @@
 import mlx.core as mx
 
 from qwen35_mlx.quant import quantize
-from qwen35_mlx.quant.calibrate import Calibration
 from qwen35_mlx.quant.packing import Quantized, joined
+from qwen35_mlx.quant.statistics import Calibration
 
 from .plan import Entry
 

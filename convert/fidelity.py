@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant.fidelity import Fidelity
+from qwen35_mlx.quant.divergence import Divergence
 
-from .calibration import Progress
+from .calibrate import Progress
 from .layerwise import Checkpoint, Layerwise, open_checkpoint, run_layer
 from .plots import picture
 
@@ -27,12 +27,12 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Report:
-    """Fidelity of `quantized` to `reference` on a text."""
+    """Divergence of `quantized` to `reference` on a text."""
 
     reference: Checkpoint
     quantized: Checkpoint
     layers: tuple[LayerError, ...]
-    tokens: Fidelity
+    tokens: Divergence
 
     def as_dict(self) -> dict[str, Any]:
         """All figures under names that carry their units."""
@@ -112,7 +112,7 @@ def fidelity(
         layers.append(LayerError(index, kind, *errors))
         del layer
         mx.clear_cache()
-    result = Fidelity()
+    result = Divergence()
     following = mx.concatenate([ids[:, 1:], mx.full((len(ids), 1), -1)], axis=1)
     logits = [run.logits(hidden) for run, hidden in zip(runs, states, strict=True)]
     for (i, start, p), (_, _, q) in zip(*logits, strict=True):

@@ -17,13 +17,13 @@ LINE = re.compile(rb"piece (\d+) (\d+)|shard (\S+) ([0-9a-f]{64})")
 
 
 class Journal:
-    """The finished pieces with their CRC-32, and the finished shards with their SHA-256.
+    """The finished tasks with their CRC-32, and the finished shards with their SHA-256.
 
     A line is added when its data are safe. A line cut off by a crash ends the journal.
     """
 
     def __init__(self, path: Path):
-        self.pieces: dict[int, int] = {}
+        self.tasks: dict[int, int] = {}
         self.checksums: dict[str, str] = {}
         raw = path.read_bytes() if path.exists() else b""
         valid_bytes = 0
@@ -33,7 +33,7 @@ class Journal:
                 break
             piece, crc, shard, digest = match.groups()
             if piece:
-                self.pieces[int(piece)] = int(crc)
+                self.tasks[int(piece)] = int(crc)
             else:
                 self.checksums[shard.decode()] = digest.decode()
             valid_bytes += len(line)
@@ -41,11 +41,11 @@ class Journal:
         os.ftruncate(self._file, valid_bytes)
         self._end = valid_bytes
 
-    def add_pieces(self, done: Iterable[tuple[int, int]]) -> None:
-        """Note pieces and their CRC-32."""
+    def add_tasks(self, done: Iterable[tuple[int, int]]) -> None:
+        """Note tasks and their CRC-32."""
         new = dict(done)
         self._add("".join(f"piece {index} {crc}\n" for index, crc in new.items()))
-        self.pieces |= new
+        self.tasks |= new
 
     def add_shard(self, file: str, digest: str) -> None:
         """Note a shard that has its name, and its SHA-256."""

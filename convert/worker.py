@@ -1,4 +1,4 @@
-"""The work of a plan: read a piece, check it, transform it, quantize or cast it, write it."""
+"""The work of a plan: read a task, check it, transform it, quantize or cast it, write it."""
 
 import time
 import zlib
@@ -14,16 +14,16 @@ import numpy as np
 
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.quant.affine import largest_bits
-from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.quant.statistics import Calibration
 
 from .calibrated import quantize_rows
 from .fp8 import dequantize_fp8, float32, scale_rows
 from .hub import Fetcher
 from .journal import Journal
-from .pieces import WORKERS, Piece, entry_pieces, uses
 from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
 from .source import FP8, Segment, as_mlx, read_rows
+from .tasks import WORKERS, Task, entry_tasks, uses
 from .tensor_table import Transform
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -51,11 +51,11 @@ def threads() -> ThreadPoolExecutor:
 class Stream:
     """Converts what the journal does not name yet.
 
-    Holds WORKERS pieces of the source, at most SLICE_BYTES each, and what is made of them.
+    Holds WORKERS tasks of the source, at most SLICE_BYTES each, and what is made of them.
     """
 
     plan: Plan
-    pieces: Sequence[Piece]
+    tasks: Sequence[Task]
     folder: Path
     journal: Journal
     fetcher: Fetcher | None
@@ -65,10 +65,10 @@ class Stream:
     def __post_init__(self) -> None:
         self.pool = threads()
         # Started and not yet written, in order.
-        self.running: deque[tuple[Piece, Future]] = deque()
+        self.running: deque[tuple[Task, Future]] = deque()
         self.writers: dict[int, ShardWriter] = {}
         self.hashes: dict[int, Future[str]] = {}
-        self.unflushed: list[tuple[Piece, int]] = []
+        self.unflushed: list[tuple[Task, int]] = []
         self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
         self.done_bytes, self.total_bytes = 0, self.plan.source_bytes
         # Kernels of a GPU want one thread; a CPU runs as many as it has cores.
@@ -84,9 +84,9 @@ class Stream:
 
     def _run(self) -> None:
         todo = self._resume()
-        # Pieces that a shard waits for, and that need a file.
-        self.waiting = Counter(piece.shard for piece in todo)
-        self.needed = Counter(file for piece in todo for file in piece.segment.files)
+        # Tasks that a shard waits for, and that need a file.
+        self.waiting = Counter(task.shard for task in todo)
+        self.needed = Counter(file for task in todo for file in task.segment.files)
         if todo:
             self._tell(todo[0].segment)
         for shard in range(len(self.plan.shards)):
@@ -95,17 +95,17 @@ class Stream:
         if self.fetcher:
             self.fetcher.start([file.name for file in uses(todo)])
         here: set[Path] = set()
-        for piece in todo:
-            if self.fetcher and not piece.segment.files <= here:
+        for task in todo:
+            if self.fetcher and not task.segment.files <= here:
                 # A file of the source may go before the next one comes.
                 while self.running:
                     self._complete()
                 self._flush()
-                self._wait(piece)
-                here |= piece.segment.files
+                self._wait(task)
+                here |= task.segment.files
             if len(self.running) > WORKERS:
                 self._complete()
-            self.running.append((piece, self._start(piece)))
+            self.running.append((task, self._start(task)))
         while self.running:
             self._complete()
         self._flush()
@@ -121,28 +121,28 @@ class Stream:
             writer.close()
         mx.clear_cache()
 
-    def _resume(self) -> list[Piece]:
-        """The pieces still to be done. What the journal names but the disk lost is among them."""
+    def _resume(self) -> list[Task]:
+        """The tasks still to be done. What the journal names but the disk lost is among them."""
         todo = []
-        for piece in self.pieces:
-            file = self.plan.shards[piece.shard].file
+        for task in self.tasks:
+            file = self.plan.shards[task.shard].file
             if file in self.journal.checksums:
-                self.done_bytes += piece.segment.nbytes
+                self.done_bytes += task.segment.nbytes
                 continue
-            crc = self.journal.pieces.get(piece.index)
-            if crc is not None and ((self.folder / file).exists() or self._written(piece) == crc):
-                self.done_bytes += piece.segment.nbytes
-                if piece.shard in self.writers:
-                    self.writers[piece.shard].missing_bytes -= piece.output_bytes
+            crc = self.journal.tasks.get(task.index)
+            if crc is not None and ((self.folder / file).exists() or self._written(task) == crc):
+                self.done_bytes += task.segment.nbytes
+                if task.shard in self.writers:
+                    self.writers[task.shard].missing_bytes -= task.output_bytes
             else:
-                todo.append(piece)
+                todo.append(task)
         return todo
 
-    def _written(self, piece: Piece) -> int:
-        """The checksum of what lies where this piece goes."""
+    def _written(self, task: Task) -> int:
+        """The checksum of what lies where this task goes."""
         crc = 0
-        for tensor, start, nbytes in piece.regions:
-            crc = zlib.crc32(self._writer(piece.shard).read(tensor.name, start, nbytes), crc)
+        for tensor, start, nbytes in task.regions:
+            crc = zlib.crc32(self._writer(task.shard).read(tensor.name, start, nbytes), crc)
         return crc
 
     def _writer(self, shard: int) -> ShardWriter:
@@ -151,53 +151,53 @@ class Stream:
             self.writers[shard] = ShardWriter(self.folder / planned.file, planned.tensors)
         return self.writers[shard]
 
-    def _wait(self, piece: Piece) -> None:
+    def _wait(self, task: Task) -> None:
         assert self.fetcher is not None
-        for file in sorted(piece.segment.files):
+        for file in sorted(task.segment.files):
             while not self.fetcher.ready(file.name, timeout=0.5):
-                self._tell(piece.segment, self.fetcher.state)
+                self._tell(task.segment, self.fetcher.state)
 
-    def _start(self, piece: Piece) -> Future:
-        writer = self._writer(piece.shard)
+    def _start(self, task: Task) -> Future:
+        writer = self._writer(task.shard)
         if self.in_main:
-            return self.pool.submit(_read, piece.segment)
-        return self.pool.submit(_whole, writer, piece, self.calibration)
+            return self.pool.submit(_read, task.segment)
+        return self.pool.submit(_whole, writer, task, self.calibration)
 
     def _complete(self) -> None:
-        piece, future = self.running.popleft()
+        task, future = self.running.popleft()
         result = future.result()
         if self.in_main:
-            parts = _convert(piece, result, self.calibration)
-            result = _write(self._writer(piece.shard), piece, parts)
-        self.unflushed.append((piece, result))
-        self.unflushed_bytes += piece.output_bytes
-        self.done_bytes += piece.segment.nbytes
-        self._tell(piece.segment)
+            parts = _convert(task, result, self.calibration)
+            result = _write(self._writer(task.shard), task, parts)
+        self.unflushed.append((task, result))
+        self.unflushed_bytes += task.output_bytes
+        self.done_bytes += task.segment.nbytes
+        self._tell(task.segment)
         late = time.monotonic() - self.flushed_at > FLUSH_SECONDS
         if self.unflushed_bytes >= FLUSH_BYTES or late:
             self._flush()
 
     def _flush(self) -> None:
         """First the data, then the journal; then files that nobody needs any more may go."""
-        for shard in sorted({piece.shard for piece, _ in self.unflushed}):
+        for shard in sorted({task.shard for task, _ in self.unflushed}):
             self.writers[shard].sync()
-        self.journal.add_pieces((piece.index, crc) for piece, crc in self.unflushed)
+        self.journal.add_tasks((task.index, crc) for task, crc in self.unflushed)
         flushed, self.unflushed = self.unflushed, []
         self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
-        for piece, _ in flushed:
-            for file in piece.segment.files:
+        for task, _ in flushed:
+            for file in task.segment.files:
                 self.needed[file] -= 1
                 if not self.needed[file] and self.fetcher:
                     self.fetcher.release(file.name)
-            writer = self.writers[piece.shard]
-            writer.missing_bytes -= piece.output_bytes
-            self.waiting[piece.shard] -= 1
-            if not self.waiting[piece.shard]:
-                self._finish(piece.shard)
+            writer = self.writers[task.shard]
+            writer.missing_bytes -= task.output_bytes
+            self.waiting[task.shard] -= 1
+            if not self.waiting[task.shard]:
+                self._finish(task.shard)
         self._collect(last=False)
 
     def _finish(self, shard: int) -> None:
-        """Name a shard of which all pieces are done."""
+        """Name a shard of which all tasks are done."""
         file = self.plan.shards[shard].file
         if file in self.journal.checksums:
             return
@@ -223,14 +223,14 @@ class Stream:
 def read_entry(entry: Entry) -> mx.array:
     """The whole tensor of an entry that is not quantized, as it would be written."""
     parts: list[mx.array] = []
-    for piece in entry_pieces(entry):
-        parts += _convert(piece, _read(piece.segment))
+    for task in entry_tasks(entry):
+        parts += _convert(task, _read(task.segment))
     return mx.concatenate(parts).reshape(entry.shape)
 
 
-def _whole(writer: ShardWriter, piece: Piece, calibration: Calibration | None) -> int:
-    crc = _write(writer, piece, _convert(piece, _read(piece.segment), calibration))
-    # Pieces of the next tensor have other sizes: freed buffers would pile up.
+def _whole(writer: ShardWriter, task: Task, calibration: Calibration | None) -> int:
+    crc = _write(writer, task, _convert(task, _read(task.segment), calibration))
+    # Tasks of the next tensor have other sizes: freed buffers would pile up.
     mx.clear_cache()
     return crc
 
@@ -249,10 +249,10 @@ def _read(segment: Segment) -> np.ndarray:
 
 
 def _convert(
-    piece: Piece, rows: np.ndarray, calibration: Calibration | None = None
+    task: Task, rows: np.ndarray, calibration: Calibration | None = None
 ) -> list[mx.array]:
-    """The output rows of a piece: the weight, or weight, scales and biases."""
-    entry, segment = piece.entry, piece.segment
+    """The output rows of a task: the weight, or weight, scales and biases."""
+    entry, segment = task.entry, task.segment
     if segment.scale is None:
         x = as_mlx(rows, segment.tensor.dtype)
     else:
@@ -271,7 +271,7 @@ def _convert(
         parts = [x]
     else:
         try:
-            parts = list(quantize_rows(x, entry, piece.row, calibration))
+            parts = list(quantize_rows(x, entry, task.row, calibration))
         except Qwen35Error as error:
             raise CheckpointError(f"{segment.tensor.name} cannot be quantized: {error}") from error
     parts = [mx.contiguous(part) for part in parts]
@@ -279,10 +279,10 @@ def _convert(
     return parts
 
 
-def _write(writer: ShardWriter, piece: Piece, parts: Sequence[mx.array]) -> int:
-    """Write what came of a piece; returns its CRC-32."""
+def _write(writer: ShardWriter, task: Task, parts: Sequence[mx.array]) -> int:
+    """Write what came of a task; returns its CRC-32."""
     crc = 0
-    for (tensor, start, nbytes), part in zip(piece.regions, parts, strict=True):
+    for (tensor, start, nbytes), part in zip(task.regions, parts, strict=True):
         data = _bytes(part)
         if len(data) != nbytes:
             raise RuntimeError(f"{tensor.name}: {len(data)} bytes instead of {nbytes}")

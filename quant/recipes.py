@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from qwen35_mlx.errors import Qwen35Error
 
-from .calibrate import Setting
+from .statistics import Setting
 
 GROUP_SIZE = 64
 

@@ -13,7 +13,7 @@ from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.fidelity import fidelity, plot, report_lines
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer, watched
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant.fidelity import Fidelity, kl_divergence
+from qwen35_mlx.quant.divergence import Divergence, kl_divergence
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(3, 21)))
 
@@ -26,7 +26,7 @@ def test_figures_are_those_of_numpy():
     p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
     kl = (p * np.log(p / q)).sum(axis=1)
     np.testing.assert_allclose(kl_divergence(mx.array(a), mx.array(b)), kl, rtol=1e-4)
-    result = Fidelity()
+    result = Divergence()
     for part in (slice(0, 13), slice(13, 40)):
         result.add(mx.array(a[part]), mx.array(b[part]), mx.array(following[part]))
     assert result.num_tokens == 40

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoints import Stored, Tensors, safetensors_bytes, stored, write_checkpoint
 
-from qwen35_mlx.convert import convert, pieces, plan
+from qwen35_mlx.convert import convert, plan, tasks
 from qwen35_mlx.convert.fp8 import dequantize_fp8
 from qwen35_mlx.errors import CheckpointError
 
@@ -86,7 +86,7 @@ def test_fp8_gives_the_bytes_of_the_weights_multiplied_out(
     tmp_path, monkeypatch, experts, block, scale_dtype
 ):
     # Slices of 50 rows, which end inside of blocks.
-    monkeypatch.setattr(pieces, "SLICE_BYTES", 50 * 128 * 4)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", 50 * 128 * 4)
     fp8, plain = write_both(tmp_path, block, experts=experts, scale_dtype=scale_dtype)
     for i, settings in enumerate((dict(bits=4), dict(dtype="bfloat16"))):
         files = [

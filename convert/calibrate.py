@@ -16,7 +16,9 @@ from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.language import DecoderLayer
 from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
-from qwen35_mlx.quant.calibrate import (
+from qwen35_mlx.quant.divergence import kl_divergence
+from qwen35_mlx.quant.gptq import feedback_gain
+from qwen35_mlx.quant.statistics import (
     Calibration,
     Moments,
     input_name,
@@ -25,8 +27,6 @@ from qwen35_mlx.quant.calibrate import (
     search_gain,
     unit_of,
 )
-from qwen35_mlx.quant.fidelity import kl_divergence
-from qwen35_mlx.quant.gptq import feedback_gain
 
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, watched
 

@@ -1,4 +1,4 @@
-"""A plan cut into pieces that are read, converted and written by themselves, file after file."""
+"""A plan cut into tasks that are read, converted and written by themselves, file after file."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +13,16 @@ from .tensor_table import Transform, precision
 SLICE_BYTES = 32 * 2**20
 # FP8 becomes float32 before it is rounded.
 FP8_GROWTH = 4
-# Threads that convert a piece each.
+# Threads that convert a task each.
 WORKERS = 2
-# Measured on Linux: Python with its libraries, and what the plan holds for each piece and tensor.
+# Measured on Linux: Python with its libraries, and what the plan holds for each task and tensor.
 PROGRAM_BYTES, LISTED_BYTES = 50 * 10**6, 1000
 # Twelve float32 copies of a chunk of 2**20 weights.
 SEARCH_BYTES = 12 * 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Piece:
+class Task:
     """Rows of one source tensor, and the output rows of one entry that are made of them."""
 
     index: int
@@ -46,29 +46,29 @@ class Piece:
         return sum(nbytes for _, _, nbytes in self.regions)
 
 
-def cut(plan: Plan) -> list[Piece]:
-    """All pieces in the order of the source files, so that each file is needed for a while only.
+def cut(plan: Plan) -> list[Task]:
+    """All tasks in the order of the source files, so that each file is needed for a while only.
 
-    A piece comes when the last of its files does: scales may lie in another file than weights.
+    A task comes when the last of its files does: scales may lie in another file than weights.
     """
     rank = {file: i for i, file in enumerate(plan.source.files)}
 
-    def place(piece: Piece) -> tuple[int, ...]:
-        segment, tensor = piece.segment, piece.segment.tensor
+    def place(task: Task) -> tuple[int, ...]:
+        segment, tensor = task.segment, task.segment.tensor
         last = max(rank[file] for file in segment.files)
         return last, rank[tensor.file], tensor.offset, segment.start_row
 
     found = [
-        piece
+        task
         for shard, whole in enumerate(plan.shards)
         for entry in whole.entries
-        for piece in entry_pieces(entry, shard)
+        for task in entry_tasks(entry, shard)
     ]
-    return [replace(piece, index=i) for i, piece in enumerate(sorted(found, key=place))]
+    return [replace(task, index=i) for i, task in enumerate(sorted(found, key=place))]
 
 
-def entry_pieces(entry: Entry, shard: int = 0) -> Iterator[Piece]:
-    """The pieces of one entry: at most SLICE_BYTES of the source where rows may part."""
+def entry_tasks(entry: Entry, shard: int = 0) -> Iterator[Task]:
+    """The tasks of one entry: at most SLICE_BYTES of the source where rows may part."""
     done = 0
     for segment in entry.segments:
         start, stop = segment.start_row, segment.stop_row
@@ -78,22 +78,22 @@ def entry_pieces(entry: Entry, shard: int = 0) -> Iterator[Piece]:
             step = stop - start
         for row in range(start, stop, step):
             part = replace(segment, start_row=row, stop_row=min(row + step, stop))
-            yield Piece(0, shard, entry, part, done + row - start)
+            yield Task(0, shard, entry, part, done + row - start)
         done += stop - start
 
 
-def uses(pieces: Sequence[Piece]) -> dict[Path, tuple[int, int]]:
-    """Positions of the first and the last piece that need each file, in the order of the first."""
+def uses(tasks: Sequence[Task]) -> dict[Path, tuple[int, int]]:
+    """Positions of the first and the last task that need each file, in the order of the first."""
     found: dict[Path, tuple[int, int]] = {}
-    for i, piece in enumerate(pieces):
-        for file in sorted(piece.segment.files):
+    for i, task in enumerate(tasks):
+        for file in sorted(task.segment.files):
             found[file] = (found.get(file, (i,))[0], i)
     return found
 
 
-def fetched_bytes(pieces: Sequence[Piece], file_bytes: Mapping[str, int]) -> int:
+def fetched_bytes(tasks: Sequence[Task], file_bytes: Mapping[str, int]) -> int:
     """The most bytes of source files on disk at once: those in use, and the next one."""
-    when = uses(pieces)
+    when = uses(tasks)
     order = list(when)
     most = 0
     for i, file in enumerate(order):
@@ -103,15 +103,15 @@ def fetched_bytes(pieces: Sequence[Piece], file_bytes: Mapping[str, int]) -> int
     return most
 
 
-def peak_bytes(plan: Plan, pieces: Sequence[Piece]) -> int:
-    """Resident memory of the converter: the program, the lists, and a piece in each thread."""
-    listed = LISTED_BYTES * (len(pieces) + len(plan.source.tensors))
-    return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, pieces), default=0)
+def peak_bytes(plan: Plan, tasks: Sequence[Task]) -> int:
+    """Resident memory of the converter: the program, the lists, and a task in each thread."""
+    listed = LISTED_BYTES * (len(tasks) + len(plan.source.tensors))
+    return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, tasks), default=0)
 
 
-def _held_bytes(piece: Piece) -> int:
-    """The most that one piece takes while it is converted."""
-    segment, entry = piece.segment, piece.entry
+def _held_bytes(task: Task) -> int:
+    """The most that one task takes while it is converted."""
+    segment, entry = task.segment, task.entry
     stored, num_weights = segment.nbytes, segment.nbytes // ITEM_BYTES[segment.tensor.dtype]
     # FP8: bytes, float32 in numpy and in MLX, bfloat16.
     held = stored + num_weights * (4 + 4 + 2) if segment.scale else 2 * stored
@@ -121,5 +121,5 @@ def _held_bytes(piece: Piece) -> int:
     if entry.bits is None:
         return held
     if entry.method == "search":
-        held += SEARCH_BYTES + piece.output_bytes
-    return held + piece.output_bytes
+        held += SEARCH_BYTES + task.output_bytes
+    return held + task.output_bytes

@@ -19,7 +19,7 @@ def kl_divergence(reference: mx.array, quantized: mx.array) -> mx.array:
 
 
 @dataclass
-class Fidelity:
+class Divergence:
     """Collects token by token; the totals are properties."""
 
     kls: list[np.ndarray] = field(default_factory=list)
