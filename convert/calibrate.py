@@ -3,7 +3,7 @@
 # B texts, T tokens, H hidden, I inputs of a matrix, E experts.
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.language import DecoderLayer
 from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
+from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
 from qwen35_mlx.quant.statistics import (
@@ -37,9 +38,6 @@ MEASURED_PARAMETERS = 3 * 10**9
 MEASURED_BITS = (3, 5)
 MEASURED_GROUP_SIZE = 64
 MEASURED_TOKENS = 1024
-
-# Steps done, steps in all, what is being done.
-Progress = Callable[[int, int, str], None]
 
 
 def read_text(file: Path | None) -> str:
@@ -91,7 +89,7 @@ def calibrate(
     *,
     hessians: bool = False,
     measure: bool | None = None,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Calibration:
     """Statistics of every matrix's inputs for ids `[B, T]`, and what each option would lose.
 
@@ -183,7 +181,7 @@ def _measure(
     inputs: Sequence[list[mx.array]],
     ids: mx.array,
     gains: dict[str, float],
-    report: Progress,
+    report: StepProgress,
 ) -> None:
     """KL of each unit alone: round it, run from there to the logits, compare with the model."""
     reference = [logits for _, _, logits in run.logits(inputs[-1])]

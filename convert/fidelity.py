@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import Divergence
 
-from .calibrate import Progress
 from .layerwise import Checkpoint, Layerwise, open_checkpoint, run_layer
 from .plots import picture
 
@@ -80,7 +80,7 @@ def fidelity(
     reference: str | Path | Checkpoint,
     quantized: str | Path | Checkpoint,
     ids: mx.array,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Report:
     """Run ids `[B, T]` through two folders, Hugging Face's or converted, and compare.
 

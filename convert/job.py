@@ -20,6 +20,7 @@ from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_co
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.headers import INDEX_FILE, SourceTensor
+from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
@@ -28,7 +29,7 @@ from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256
 from .source import Source, read_rows
 from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
-from .worker import Progress, Stream
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def convert(
     method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
     keep_source: bool = False,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Path:
     """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
     and what `calibrate` found out about the same source.
@@ -84,7 +85,7 @@ def convert(
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = Stream(planned, tasks, work, journal, fetcher, progress, calibration).run()
+            checksums = Worker(planned, tasks, work, journal, fetcher, progress, calibration).run()
         finally:
             journal.close()
         write_json(work / INDEX_FILE, _index(planned))
@@ -109,7 +110,7 @@ def convert(
     return out
 
 
-def verify(folder: str | Path, progress: Progress | None = None) -> int:
+def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
     """Read every file of a converted folder again; returns the number of bytes compared.
 
     Raises CheckpointError for each file that is not as it was written.

@@ -20,7 +20,7 @@ from qwen35_mlx.model.loading import quantize_modules
 from .plan import Plan, plan
 from .source import check_folder
 from .tensor_table import Role
-from .worker import read_entry
+from .transform import read_entry
 
 TRUNK = "language_model.model."
 LAYER = TRUNK + "layers.{}."

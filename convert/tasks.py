@@ -1,4 +1,4 @@
-"""A plan cut into tasks that are read, converted and written by themselves, file after file."""
+"""Cuts a plan into tasks that can be done independently, one source file after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +10,11 @@ from .plan import Entry, OutputTensor, Plan
 from .source import FP8, Segment
 from .tensor_table import Transform, precision
 
+# Most bytes that a task reads.
 SLICE_BYTES = 32 * 2**20
 # FP8 becomes float32 before it is rounded.
 FP8_GROWTH = 4
-# Threads that convert a task each.
+# Threads; each does one task at a time.
 WORKERS = 2
 # Measured on Linux: Python with its libraries, and what the plan holds for each task and tensor.
 PROGRAM_BYTES, LISTED_BYTES = 50 * 10**6, 1000
@@ -23,7 +24,7 @@ SEARCH_BYTES = 12 * 4 * 2**20
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of one source tensor, and the output rows of one entry that are made of them."""
+    """Converts rows of one source tensor into rows of an entry's tensors, from `row` on."""
 
     index: int
     shard: int
@@ -32,43 +33,42 @@ class Task:
     row: int
 
     @property
-    def regions(self) -> list[tuple[OutputTensor, int, int]]:
-        """Each output tensor with the first byte and the number of bytes that are written."""
-        rows = self.segment.stop_row - self.segment.start_row
-        found = []
-        for tensor in self.entry.tensors:
-            row_bytes = tensor.nbytes // self.entry.num_rows
-            found.append((tensor, self.row * row_bytes, rows * row_bytes))
-        return found
+    def num_rows(self) -> int:
+        return self.segment.stop_row - self.segment.start_row
 
     @property
     def output_bytes(self) -> int:
-        return sum(nbytes for _, _, nbytes in self.regions)
+        return self.entry.output_bytes // self.entry.num_rows * self.num_rows
+
+    def outputs(self) -> list[tuple[OutputTensor, int, int]]:
+        """Each output tensor with the first byte and the number of bytes to write."""
+        row_bytes = [(t, t.nbytes // self.entry.num_rows) for t in self.entry.tensors]
+        return [(t, self.row * nbytes, self.num_rows * nbytes) for t, nbytes in row_bytes]
 
 
 def cut(plan: Plan) -> list[Task]:
-    """All tasks in the order of the source files, so that each file is needed for a while only.
+    """All tasks, ordered so that each source file is needed for as short a time as possible.
 
-    A task comes when the last of its files does: scales may lie in another file than weights.
+    A task waits for the last of its files: scales may be stored in another file than weights.
     """
     rank = {file: i for i, file in enumerate(plan.source.files)}
 
-    def place(task: Task) -> tuple[int, ...]:
+    def order(task: Task) -> tuple[int, ...]:
         segment, tensor = task.segment, task.segment.tensor
         last = max(rank[file] for file in segment.files)
         return last, rank[tensor.file], tensor.offset, segment.start_row
 
-    found = [
+    tasks = [
         task
-        for shard, whole in enumerate(plan.shards)
-        for entry in whole.entries
-        for task in entry_tasks(entry, shard)
+        for index, shard in enumerate(plan.shards)
+        for entry in shard.entries
+        for task in entry_tasks(entry, index)
     ]
-    return [replace(task, index=i) for i, task in enumerate(sorted(found, key=place))]
+    return [replace(task, index=i) for i, task in enumerate(sorted(tasks, key=order))]
 
 
 def entry_tasks(entry: Entry, shard: int = 0) -> Iterator[Task]:
-    """The tasks of one entry: at most SLICE_BYTES of the source where rows may part."""
+    """The tasks of one entry; each reads at most SLICE_BYTES, where rows can be separated."""
     done = 0
     for segment in entry.segments:
         start, stop = segment.start_row, segment.stop_row
@@ -84,39 +84,40 @@ def entry_tasks(entry: Entry, shard: int = 0) -> Iterator[Task]:
 
 def uses(tasks: Sequence[Task]) -> dict[Path, tuple[int, int]]:
     """Positions of the first and the last task that need each file, in the order of the first."""
-    found: dict[Path, tuple[int, int]] = {}
+    first: dict[Path, int] = {}
+    last: dict[Path, int] = {}
     for i, task in enumerate(tasks):
         for file in sorted(task.segment.files):
-            found[file] = (found.get(file, (i,))[0], i)
-    return found
+            first.setdefault(file, i)
+            last[file] = i
+    return {file: (first[file], last[file]) for file in first}
 
 
 def fetched_bytes(tasks: Sequence[Task], file_bytes: Mapping[str, int]) -> int:
-    """The most bytes of source files on disk at once: those in use, and the next one."""
-    when = uses(tasks)
-    order = list(when)
-    most = 0
-    for i, file in enumerate(order):
-        begin = when[file][0]
-        held = {f for f in order[: i + 1] if when[f][1] >= begin} | set(order[i + 1 : i + 2])
-        most = max(most, sum(file_bytes[f.name] for f in held))
-    return most
+    """Peak bytes of source files on disk: the files in use, and the next one."""
+    periods = list(uses(tasks).items())
+    peak = 0
+    for i, (_, (now, _)) in enumerate(periods):
+        on_disk = [file for file, (_, last) in periods[: i + 1] if last >= now]
+        on_disk += [file for file, _ in periods[i + 1 : i + 2]]
+        peak = max(peak, sum(file_bytes[file.name] for file in on_disk))
+    return peak
 
 
 def peak_bytes(plan: Plan, tasks: Sequence[Task]) -> int:
-    """Resident memory of the converter: the program, the lists, and a task in each thread."""
+    """Peak resident memory of a conversion: the program, its lists, and a task in each thread."""
     listed = LISTED_BYTES * (len(tasks) + len(plan.source.tensors))
     return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, tasks), default=0)
 
 
 def _held_bytes(task: Task) -> int:
-    """The most that one task takes while it is converted."""
+    """Peak memory of one task."""
     segment, entry = task.segment, task.entry
     stored, num_weights = segment.nbytes, segment.nbytes // ITEM_BYTES[segment.tensor.dtype]
     # FP8: bytes, float32 in numpy and in MLX, bfloat16.
     held = stored + num_weights * (4 + 4 + 2) if segment.scale else 2 * stored
     if entry.dtype != precision(segment.tensor):
-        # The cast, and what looks for numbers out of range.
+        # The cast, and the check for numbers out of range.
         held += num_weights * (ITEM_BYTES[entry.dtype] + 3)
     if entry.bits is None:
         return held

@@ -15,8 +15,8 @@ from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import calibrate as module
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.calibrate import calibrate, encode, read_text
-from qwen35_mlx.convert.calibrated import quantize_rows
 from qwen35_mlx.convert.fidelity import fidelity
+from qwen35_mlx.convert.transform import quantize_rows
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.loading import load_tokenizer
 from qwen35_mlx.quant import quantize
