@@ -1,4 +1,4 @@
-"""Runs a text through a source checkpoint and collects what quantization should know."""
+"""Runs a text through a source checkpoint and collects statistics for quantization."""
 
 # B texts, T tokens, H hidden, I inputs of a matrix, E experts.
 
@@ -33,15 +33,15 @@ from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, 
 
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 TEXT_TOKENS = 512
-# A model of this size and less is measured: each unit quantized alone, at these settings.
+# In models up to this size, each unit is quantized alone at these settings and its KL measured.
 MEASURED_PARAMETERS = 3 * 10**9
 MEASURED_BITS = (3, 5)
-MEASURED_GROUP_SIZE = 64
+MEASURED_GROUP_SIZES = (64, 32)
 MEASURED_TOKENS = 1024
 
 
 def read_text(file: Path | None) -> str:
-    """A text file of the user's, or the text that comes with this package."""
+    """The text of a file, or the text that comes with this package."""
     try:
         return (file or TEXT_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -49,9 +49,10 @@ def read_text(file: Path | None) -> str:
 
 
 def encode(folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None = None) -> mx.array:
-    """Token ids `[B, T]` of a text in the tokens of `folder`, at most `most`; whole rows only.
+    """Token ids `[B, T]` of at most `most` tokens of a text, by the tokenizer of `folder`.
 
-    Passages apart by lines of `---`; one that begins with `Q: ` goes through the chat template.
+    Lines of `---` separate passages. A passage `Q: … A: …` goes through the chat template. An
+    incomplete last row is left out.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -68,13 +69,12 @@ def encode(folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None 
         ids += tokenizer.encode(passage, add_special_tokens=False)
     ids = ids[:most]
     if len(ids) < 2:
-        raise Qwen35Error(
-            "the text is too short", got=f"{len(ids)} tokens", expected="2 tokens or more"
-        )
+        got = f"{len(ids)} tokens"
+        raise Qwen35Error("the text is too short", got=got, expected="2 tokens or more")
     vocab = (config.get("text_config") or config)["vocab_size"]
     if max(ids) >= vocab:
         raise Qwen35Error(
-            "the tokenizer gives ids that the model does not know",
+            "the tokenizer produces ids that the model does not have",
             got=max(ids),
             expected=f"below {vocab}",
         )
@@ -89,137 +89,142 @@ def calibrate(
     *,
     hessians: bool = False,
     measure: bool | None = None,
-    progress: StepProgress | None = None,
+    progress: StepProgress = lambda done, total, step: None,
 ) -> Calibration:
-    """Statistics of every matrix's inputs for ids `[B, T]`, and what each option would lose.
+    """Statistics of every matrix's inputs for ids `[B, T]`, and the error of each setting.
 
-    Holds one layer of the source (12.9 GB of the 397B in bf16, and 4.3 GB while its largest stack
-    is put together), its moments, and B * T * H activations; with `hessians`, I * I float32 for
-    each input, by expert where that is less than 3 GB. `measure` (default: up to 3 B parameters)
-    adds the KL of each unit quantized alone, and holds the whole model.
+    Holds one layer of the source (12.9 GB of the 397B in bf16, and 4.3 GB more while its largest
+    stack is assembled), its moments, and B * T * H activations; with `hessians`, I * I float32 for
+    each input, for each expert where that is less than 3 GB. `measure` (default: up to 3 B
+    parameters) adds the KL of each unit quantized alone, and holds the whole model.
     """
     checkpoint = SourceCheckpoint(Path(source).expanduser())
-    planned = checkpoint.plan
-    result = Calibration(planned.source.origin["source"], planned.layout, _digest(ids), ids.size)
     if measure is None:
         measure = checkpoint.num_parameters <= MEASURED_PARAMETERS
-    run = Layerwise(checkpoint)
-    num_layers = checkpoint.config.num_hidden_layers
-    report = progress or (lambda done, total, what: None)
-    hidden = run.embed(ids)
-    num_measured = max(MEASURED_TOKENS // ids.shape[1], 1)
-    inputs, layers = [], []
-    gains: dict[str, float] = {}
-    for index in range(num_layers):
-        report(index, num_layers, f"layer {index}")
-        layer = run.layer(index)
-        if measure:
-            layers.append(layer)
-            inputs.append(hidden[:num_measured])
-        with _collecting(result, layer, LAYER.format(index), checkpoint, hessians, gains):
-            hidden = run_layer(layer, hidden)
-    with _collecting(result, run.ends, "", checkpoint, hessians, gains):
-        for _, _, logits in run.logits(hidden):
-            mx.eval(logits)
+    calibrator = _Calibrator(checkpoint, ids, hessians, progress)
+    calibrator.collect_all(keep=measure)
     if measure:
-        inputs.append(hidden[:num_measured])
-        _measure(result, run, layers, inputs, ids[:num_measured], gains, report)
-    return result
+        calibrator.measure_all()
+    return calibrator.result
 
 
-def _digest(ids: mx.array) -> str:
-    return hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+class _Calibrator:
+    def __init__(
+        self, checkpoint: SourceCheckpoint, ids: mx.array, hessians: bool, progress: StepProgress
+    ):
+        self.checkpoint, self.ids, self.hessians = checkpoint, ids, hessians
+        self.progress, self.model = progress, Layerwise(checkpoint)
+        planned = checkpoint.plan
+        digest = hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+        self.result = Calibration(planned.source.origin["source"], planned.layout, digest, ids.size)
+        # By module, what error feedback will leave of the error.
+        self.gains: dict[str, float] = {}
+        # Of the texts that are measured: inputs of each layer, then of the head.
+        self.num_measured = max(MEASURED_TOKENS // ids.shape[1], 1)
+        self.layers: list[DecoderLayer] = []
+        self.inputs: list[list[mx.array]] = []
 
-
-@contextmanager
-def _collecting(
-    result: Calibration,
-    root: nn.Module,
-    prefix: str,
-    checkpoint: SourceCheckpoint,
-    hessians: bool,
-    gains: dict[str, float],
-) -> Iterator[None]:
-    """Moments of all inputs within `root` while the block runs, then the errors of its options."""
-    moments: dict[str, Moments] = {}
-    first: dict[str, str] = {}
-
-    def seen(module: str, x: mx.array, args: tuple[Any, ...]) -> None:
-        name = input_name(prefix + module)
-        # Modules that share an input are called with the same rows: the first one counts.
-        if name is None or first.setdefault(name, module) != module:
-            return
-        experts = None
-        if args:
-            # The row of one of few tokens stands for all of its experts.
-            x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
-        if name not in moments:
-            num_experts = 0 if experts is None else checkpoint.config.num_experts
-            moments[name] = Moments(x.shape[-1], num_experts, hessians)
-        moments[name].add(x.reshape(-1, x.shape[-1]), experts)
-
-    with watched(root, seen):
-        yield
-    for name, moment in moments.items():
-        result.moments[name] = moment.means()
-        if (hessian := moment.hessians()) is not None:
-            result.hessians[name] = hessian
-    for path, matrix in matrices(root).items():
-        if (module := prefix + path) in checkpoint.quantizable:
-            second, hessian = result.of(module)
-            gain = 1.0 if hessian is None else feedback_gain(hessian)
-            gains[module] = gain
-            errors = option_errors(matrix.weight, second)
-            result.errors[module] = {setting: gain * error for setting, error in errors.items()}
-    mx.eval(result.moments, result.hessians)
-
-
-def _measure(
-    result: Calibration,
-    run: Layerwise,
-    layers: Sequence[DecoderLayer],
-    inputs: Sequence[list[mx.array]],
-    ids: mx.array,
-    gains: dict[str, float],
-    report: StepProgress,
-) -> None:
-    """KL of each unit alone: round it, run from there to the logits, compare with the model."""
-    reference = [logits for _, _, logits in run.logits(inputs[-1])]
-    mx.eval(reference)
-    # Modules by unit, each with the first layer that has to run again.
-    units: dict[str, list[tuple[str, nn.Module]]] = {}
-    starts: dict[str, int] = {}
-    parts = [(run.ends, "", -1), *((la, LAYER.format(i), i) for i, la in enumerate(layers))]
-    for root, prefix, index in parts:
-        for path, module in matrices(root).items():
-            if (name := prefix + path) in result.errors:
-                units.setdefault(unit_of(name), []).append((name, module))
-                starts[unit_of(name)] = len(layers) if name.endswith("lm_head") else index
-    for done, (unit, members) in enumerate(units.items()):
-        for bits in MEASURED_BITS:
-            setting = bits, _group_size([module for _, module in members])
-            report(done, len(units), f"{unit} at {bits} bits")
-            weights = [module.weight for _, module in members]
-            for _, module in members:
-                module.weight = rounded(module.weight, setting)
-            start = starts[unit]
-            hidden = run.embed(ids) if start < 0 else inputs[start]
-            for layer in layers[max(start, 0) :]:
+    def collect_all(self, keep: bool) -> None:
+        """Collect statistics layer by layer; `keep` layers and inputs to measure them."""
+        hidden = self.model.embed(self.ids)
+        num_layers = self.checkpoint.config.num_hidden_layers
+        for index in range(num_layers):
+            self.progress(index, num_layers, f"layer {index}")
+            layer = self.model.layer(index)
+            if keep:
+                self.layers.append(layer)
+                self.inputs.append(hidden[: self.num_measured])
+            with self._collecting(layer, LAYER.format(index)):
                 hidden = run_layer(layer, hidden)
-            kls = [
-                kl_divergence(ref, logits)
-                for ref, (_, _, logits) in zip(reference, run.logits(hidden), strict=True)
-            ]
-            # Less by what the search gains, and error feedback where there will be some.
-            gain = sum(gains[name] for name, _ in members) / len(members) * search_gain(*setting)
-            result.kls.setdefault(unit, {})[setting] = gain * float(mx.concatenate(kls).mean())
-            for weight, (_, module) in zip(weights, members, strict=True):
-                module.weight = weight
+        self.inputs.append(hidden[: self.num_measured])
+        with self._collecting(self.model.ends, ""):
+            for _, _, logits in self.model.logits(hidden):
+                mx.eval(logits)
+
+    @contextmanager
+    def _collecting(self, root: nn.Module, prefix: str) -> Iterator[None]:
+        """Moments of all inputs within `root` while the block runs, then the errors of settings."""
+        moments: dict[str, Moments] = {}
+        first: dict[str, str] = {}
+
+        def record(module: str, x: mx.array, args: tuple[Any, ...]) -> None:
+            name = input_name(prefix + module)
+            # Modules that share an input are called with the same rows: only the first counts.
+            if name is None or first.setdefault(name, module) != module:
+                return
+            experts = None
+            if args:
+                # For few tokens, one row is passed for all experts of its token.
+                x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
+            if name not in moments:
+                num_experts = 0 if experts is None else self.checkpoint.config.num_experts
+                moments[name] = Moments(x.shape[-1], num_experts, self.hessians)
+            moments[name].add(x.reshape(-1, x.shape[-1]), experts)
+
+        with watched(root, record):
+            yield
+        result = self.result
+        for name, moment in moments.items():
+            result.moments[name] = moment.means()
+            if (hessian := moment.hessians()) is not None:
+                result.hessians[name] = hessian
+        for path, matrix in matrices(root).items():
+            if (module := prefix + path) in self.checkpoint.quantizable:
+                second, hessian = result.of(module)
+                gain = self.gains[module] = 1.0 if hessian is None else feedback_gain(hessian)
+                errors = option_errors(matrix.weight, second)
+                result.errors[module] = {setting: gain * error for setting, error in errors.items()}
+        mx.eval(result.moments, result.hessians)
+
+    def measure_all(self) -> None:
+        """KL of each unit alone: round its weights, run from there to the logits, compare."""
+        reference = [logits for _, _, logits in self.model.logits(self.inputs[-1])]
+        mx.eval(reference)
+        # Modules by unit, and the first layer that has to run again.
+        units: dict[str, dict[str, nn.Module]] = {}
+        starts: dict[str, int] = {}
+        layers = [(layer, LAYER.format(i), i) for i, layer in enumerate(self.layers)]
+        for root, prefix, index in [(self.model.ends, "", -1), *layers]:
+            for path, module in matrices(root).items():
+                if (name := prefix + path) in self.result.errors:
+                    units.setdefault(unit_of(name), {})[name] = module
+                    is_head = name.endswith("lm_head")
+                    starts[unit_of(name)] = len(self.layers) if is_head else index
+        for done, (unit, members) in enumerate(units.items()):
+            modules = list(members.values())
+            gain = sum(self.gains[name] for name in members) / len(members)
+            for bits in MEASURED_BITS:
+                self.progress(done, len(units), f"{unit} at {bits} bits")
+                setting = bits, _group_size(modules)
+                kl = self._kl(modules, setting, starts[unit], reference)
+                # Rounded by mx.quantize: search and error feedback will lose less.
+                kl *= gain * search_gain(*setting)
+                self.result.kls.setdefault(unit, {})[setting] = kl
+
+    def _kl(
+        self,
+        modules: Sequence[nn.Module],
+        setting: tuple[int, int],
+        start: int,
+        reference: Sequence[mx.array],
+    ) -> float:
+        """Mean KL with these modules rounded; runs the layers from `start` on, -1 the embedding."""
+        weights = [module.weight for module in modules]
+        for module in modules:
+            module.weight = rounded(module.weight, setting)
+        hidden = (
+            self.inputs[start] if start >= 0 else self.model.embed(self.ids[: self.num_measured])
+        )
+        for layer in self.layers[max(start, 0) :]:
+            hidden = run_layer(layer, hidden)
+        logits = (logits for _, _, logits in self.model.logits(hidden))
+        kls = [kl_divergence(*pair) for pair in zip(reference, logits, strict=True)]
+        mean = float(mx.concatenate(kls).mean())
+        for module, weight in zip(modules, weights, strict=True):
+            module.weight = weight
+        return mean
 
 
 def _group_size(modules: Sequence[nn.Module]) -> int:
-    return next(
-        size
-        for size in (MEASURED_GROUP_SIZE, 32)
-        if all(module.weight.shape[-1] % size == 0 for module in modules)
-    )
+    widths = [module.weight.shape[-1] for module in modules]
+    return next(g for g in MEASURED_GROUP_SIZES if all(width % g == 0 for width in widths))

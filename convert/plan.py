@@ -11,7 +11,7 @@ from typing import Any
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.quant.affine import GROUP_SIZES, check_method, check_settings, quantized_shapes
+from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
 
 from .hub import open_any
 from .source import Segment, Source
@@ -209,8 +209,7 @@ def plan(
     """
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
-    check_settings(DEFAULT_BITS if bits is None else bits, group_size)
-    check_method(method)
+    check_settings(DEFAULT_BITS if bits is None else bits, group_size, method)
     if dtype is not None and dtype not in DTYPES:
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
@@ -227,8 +226,7 @@ def plan(
             return None
         # A recipe may leave the method to the whole conversion.
         module_bits, module_group_size, module_method = (*setting, method)[:3]
-        check_settings(module_bits, module_group_size, where=module)
-        check_method(module_method)
+        check_settings(module_bits, module_group_size, module_method, where=module)
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
     matches = resolve(config, opened.tensors, block)

@@ -126,7 +126,7 @@ def test_calibrated_weights_lie_nearer_and_load_in_mlx_lm(source, calibration, t
     before, after = (fidelity(source, folder, other) for folder in (plain, ours))
     # A random model: its inputs hardly differ in size, and no token was learnt.
     assert after.tokens.mean_kl < before.tokens.mean_kl
-    assert sum(a.own for a in after.layers) < 0.9 * sum(b.own for b in before.layers)
+    assert sum(a.alone for a in after.layers) < 0.9 * sum(b.alone for b in before.layers)
     settings = json.loads((ours / "config.json").read_text())["qwen35_mlx"]["settings"]
     assert settings["method"] == method
 
@@ -182,7 +182,7 @@ def test_text_becomes_rows_of_equal_length(tmp_path):
     config = json.loads((small / "config.json").read_text())
     config["text_config"]["vocab_size"] = 80
     (small / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Qwen35Error, match="ids that the model does not know"):
+    with pytest.raises(Qwen35Error, match="ids that the model does not have"):
         encode(small, text)
 
 

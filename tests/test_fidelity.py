@@ -105,10 +105,10 @@ def test_more_bits_are_nearer_in_every_figure(folders):
     assert fine.tokens.top1_agreement >= coarse.tokens.top1_agreement
     assert same.tokens.mean_kl < 1e-6
     for near, far in zip(fine.layers, coarse.layers, strict=True):
-        assert 0 < 4 * near.own < far.own
+        assert 0 < 4 * near.alone < far.alone
     # Error of earlier layers is not counted as a layer's own.
-    assert coarse.layers[-1].accumulated > coarse.layers[-1].own
-    assert coarse.layers[0].own < 1
+    assert coarse.layers[-1].accumulated > coarse.layers[-1].alone
+    assert coarse.layers[0].alone < 1
     figures = coarse.as_dict()
     assert figures["reference_bits_per_weight"] == pytest.approx(16, abs=0.01)
     assert 3.5 < figures["quantized_bits_per_weight"] < 4
