@@ -9,7 +9,7 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 
 import qwen35_mlx
-from qwen35_mlx.convert import convert
+from qwen35_mlx.convert import convert, layerwise
 from qwen35_mlx.convert.fidelity import fidelity, plot, report_lines
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer, watched
 from qwen35_mlx.errors import Qwen35Error
@@ -65,6 +65,25 @@ def test_layer_by_layer_gives_the_logits_of_the_whole(folders, name):
     model, _ = qwen35_mlx.load(folders / ("bf16" if name == "src" else name))
     assert mx.abs(logits - model(IDS)).max().item() < 1e-4
     assert logits.std().item() > 0.3
+
+
+def test_figures_do_not_depend_on_how_many_tokens_go_through_at_once(folders, monkeypatch):
+    whole = fidelity(folders / "src", folders / "q3", IDS)
+    monkeypatch.setattr(layerwise, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(layerwise, "LAYER_TOKENS", 43)
+    run = Layerwise(open_checkpoint(folders / "q3"))
+    hidden = run.embed(IDS)
+    parts = [(text, start, len(logits)) for text, start, logits in run.logits(hidden)]
+    assert parts == [
+        (text, start, n) for text in range(3) for start, n in ((0, 8), (8, 8), (16, 5))
+    ]
+    split = fidelity(folders / "src", folders / "q3", IDS)
+    assert split.tokens.num_tokens == 63
+    figures = split.as_dict()
+    for key, value in whole.as_dict().items():
+        assert figures[key] == pytest.approx(value, rel=1e-3), key
+    # One prediction of each text has nothing to be compared with.
+    assert sum(map(len, split.tokens.quantized_losses)) == 60
 
 
 def test_tied_embeddings_serve_as_the_head(tmp_path):

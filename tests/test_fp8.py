@@ -165,6 +165,21 @@ def test_scales_that_do_not_fit_are_refused(tmp_path, name, change, message):
         plan(fp8)
 
 
+@pytest.mark.parametrize("is_vector", [False, True])
+def test_fp8_without_scales_is_refused(tmp_path, is_vector):
+    """No block in config.json, or a vector, which has no blocks: nothing says what a byte means."""
+    name = "input_layernorm" if is_vector else "self_attn.q_proj"
+    name = f"model.language_model.layers.1.{name}.weight"
+    config = dict(quant_method="fp8", weight_block_size=[128, 128]) if is_vector else None
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = ("F8_E4M3", np.ones(tensors[name][1].shape, np.uint8))
+
+    write_checkpoint(tmp_path / "src", change=change, config=dict(quantization_config=config))
+    with pytest.raises(CheckpointError, match=f"dtype    {name}: F8_E4M3, expected F32, F16, BF16"):
+        plan(tmp_path / "src")
+
+
 def test_nan_among_fp8_weights_is_named(tmp_path):
     fp8, _ = write_both(tmp_path, (128, 128), experts="each")
     name = "model.language_model.layers.1.self_attn.q_proj.weight"

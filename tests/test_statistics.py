@@ -52,6 +52,19 @@ def test_experts_have_their_own_moments_and_lean_on_the_others_when_idle():
     assert not np.allclose(means[0], means[3], rtol=0.05)
 
 
+def test_hessians_of_few_tokens_lean_on_the_others_the_more_inputs_there_are():
+    x, experts = rows(60, inputs=50, seed=4), np.arange(60) % 2
+    moments = Moments(50, num_experts=2, hessian=True)
+    moments.add(mx.array(x), mx.array(experts))
+    for expert, hessian in enumerate(np.array(moments.hessians())):
+        own = x[experts == expert]
+        # 25 = half the inputs, more than the 16 tokens of the second moments.
+        expected = (own.T @ own + 25 * x.T @ x / 60) / (30 + 25)
+        np.testing.assert_allclose(hessian, expected, rtol=1e-4, atol=1e-5)
+    expected = (np.square(x[::2]).sum(axis=0) + 16 * np.square(x).mean(axis=0)) / (30 + 16)
+    np.testing.assert_allclose(np.array(moments.means())[0], expected, rtol=1e-4)
+
+
 def test_hessians_of_too_many_experts_become_one(monkeypatch):
     x, experts = rows(50), np.arange(50) % 4
     monkeypatch.setattr(module, "MAX_HESSIAN_BYTES", 4 * 4 * 25 - 1)
