@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen35_mlx.config import read_config
-from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.errors import CheckpointError, Qwen35Error, first_line
 from qwen35_mlx.headers import (
     INDEX_FILE,
     PREFIX_BYTES,
@@ -193,12 +193,12 @@ def retry(
             if wait_s is None or stopped() or not _passes(error):
                 raise CheckpointError(
                     f"cannot get {repo} from the hub",
-                    got=f"{type(error).__name__}: {_first_line(error)}",
+                    got=f"{type(error).__name__}: {first_line(error)}",
                     expected="a folder on this machine, or a hub id that it can reach",
                     hint="for a private or gated model log in first: hf auth login; otherwise"
                     " repeat the command: what is done is kept",
                 ) from error
-            log.warning("%s: %s; again in %s s", repo, _first_line(error), wait_s)
+            log.warning("%s: %s; again in %s s", repo, first_line(error), wait_s)
             time.sleep(wait_s)
 
 
@@ -214,10 +214,6 @@ def _passes(error: Exception) -> bool:
         # Without a number it is huggingface_hub's own, about a download that came short.
         return (network or error.errno is None) and not constants.HF_HUB_OFFLINE
     return type(error).__module__.startswith(("httpx", "httpcore"))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 class Stopped(Exception):

@@ -20,15 +20,16 @@ from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_co
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.headers import INDEX_FILE, SourceTensor
-from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.progress import ByteProgress
+from qwen35_mlx.quant.statistics import Calibration
 
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
-from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256
 from .source import Source, read_rows
-from .worker import Progress, Stream
+from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def convert(
     method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
     keep_source: bool = False,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Path:
     """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
     and what `calibrate` found out about the same source.
@@ -72,19 +73,19 @@ def convert(
     )
     _check_calibration(planned, calibration)
     _check_dropped(planned)
-    pieces = cut(planned)
+    tasks = cut(planned)
     companions = _companions(opened)
-    settings = _settings(planned, pieces, revision, calibration)
+    settings = _settings(planned, tasks, revision, calibration)
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
     if isinstance(opened, HubSource):
         fetcher = Fetcher(opened, keep_source)
-        needed += source_disk_bytes(opened, pieces, keep_source)
+        needed += source_disk_bytes(opened, tasks, keep_source)
     with _locked(work, out, needed):
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = Stream(planned, pieces, work, journal, fetcher, progress, calibration).run()
+            checksums = Worker(planned, tasks, work, journal, fetcher, progress, calibration).run()
         finally:
             journal.close()
         write_json(work / INDEX_FILE, _index(planned))
@@ -109,7 +110,7 @@ def convert(
     return out
 
 
-def verify(folder: str | Path, progress: Progress | None = None) -> int:
+def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
     """Read every file of a converted folder again; returns the number of bytes compared.
 
     Raises CheckpointError for each file that is not as it was written.
@@ -149,12 +150,12 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.converting")
 
 
-def source_disk_bytes(source: HubSource, pieces: list[Piece], keep_source: bool) -> int:
+def source_disk_bytes(source: HubSource, tasks: list[Task], keep_source: bool) -> int:
     """Disk for shards from the hub: all of them if they are kept, else the most at any time."""
     sizes = {name: file.nbytes for name, file in source.listing.items()}
     if keep_source:
         return sum(sizes[file.name] for file in source.files)
-    return fetched_bytes(pieces, sizes)
+    return fetched_bytes(tasks, sizes)
 
 
 def _kept_folder(out: Path) -> Path:
@@ -218,12 +219,12 @@ def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
 
 
 def _settings(
-    planned: Plan, pieces: list[Piece], revision: str | None, calibration: Calibration | None
+    planned: Plan, tasks: list[Task], revision: str | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """All that decides the bytes of the output, in words that fit into JSON."""
     rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
     modules = [(e.module, e.bits, e.group_size, e.method) for e in planned.entries]
-    layout = repr((rows, modules, len(pieces), SLICE_BYTES)).encode()
+    layout = repr((rows, modules, len(tasks), SLICE_BYTES)).encode()
     return {
         **planned.source.origin,
         **({"revision": revision} if revision else {}),

@@ -1,4 +1,4 @@
-"""A checkpoint run layer by layer: one layer's weights in memory, activations kept between them."""
+"""Runs a checkpoint layer by layer: holds the weights of one layer, and all activations."""
 
 # B texts, T tokens, H hidden.
 
@@ -20,19 +20,19 @@ from qwen35_mlx.model.loading import quantize_modules
 from .plan import Plan, plan
 from .source import check_folder
 from .tensor_table import Role
-from .worker import read_entry
+from .transform import read_entry
 
 TRUNK = "language_model.model."
 LAYER = TRUNK + "layers.{}."
-# Tokens that go through a layer, or through the head, at once.
+# Tokens per call of a layer, and of the head.
 LAYER_TOKENS, HEAD_TOKENS = 4096, 256
 
-# Name of a module, its input `[..., I]`, and what else it was called with.
-Seen = Callable[[str, mx.array, tuple[Any, ...]], None]
+# Name of a module, its input `[..., I]`, and its other arguments.
+OnCall = Callable[[str, mx.array, tuple[Any, ...]], None]
 
 
 class Checkpoint:
-    """Weights by their names in a converted folder, read when asked for."""
+    """Weights under the names of a converted folder, read on demand."""
 
     config: ModelConfig
     raw_config: Mapping[str, Any]
@@ -45,12 +45,12 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the text model, scales and biases counted."""
+        """Of the text model; counts scales and biases."""
         return 8 * self.nbytes / self.num_parameters
 
 
 class SourceCheckpoint(Checkpoint):
-    """A Hugging Face folder, transformed as `convert` would, without quantization."""
+    """A Hugging Face folder, transformed as `convert` does, without quantization."""
 
     def __init__(self, folder: Path):
         self.plan: Plan = plan(folder, recipe=lambda module: None)
@@ -80,13 +80,13 @@ class ConvertedCheckpoint(Checkpoint):
         for name, array in self._tensors("language_model."):
             self.nbytes += array.nbytes
             if array.dtype == mx.uint32:
-                own = block.get(name.removesuffix(".weight")) or block
-                self.num_parameters += array.size * 32 // own["bits"]
+                setting = block.get(name.removesuffix(".weight")) or block
+                self.num_parameters += array.size * 32 // setting["bits"]
             elif not name.endswith((".scales", ".biases")):
                 self.num_parameters += array.size
 
     def _tensors(self, prefix: str) -> Iterator[tuple[str, mx.array]]:
-        """Opened anew, and lazy: an array is read when it is used, and freed with its user."""
+        """Lazy arrays, from files opened again: an array is read at its use, and freed after it."""
         for file in self.files:
             try:
                 shard = mx.load(str(file))
@@ -100,7 +100,7 @@ class ConvertedCheckpoint(Checkpoint):
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """A Hugging Face checkpoint or a converted folder, told apart by their config.json."""
+    """A converted folder, as config.json shows, or else a Hugging Face checkpoint."""
     folder = Path(folder).expanduser()
     check_folder(folder)
     config = read_config(folder)
@@ -110,11 +110,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 class Layerwise:
-    """Runs texts through a checkpoint, whose layers come and go."""
+    """Runs texts through a checkpoint; loads embedding, norm and head, and one layer on demand."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        # A model without layers: embedding, last norm and head, under their names on disk.
+        # A model without layers: embedding, last norm and head.
         self.ends = Model(replace(self.config, num_hidden_layers=0, layer_types=()))
         weights = {
             name: array
@@ -126,13 +126,13 @@ class Layerwise:
         self._fill(self.ends, weights, "")
 
     def embed(self, ids: mx.array) -> list[mx.array]:
-        """ids `[B, T]` -> hidden states of each text, `[1, T, H]`."""
+        """ids `[B, T]` -> hidden states `[1, T, H]` of each text."""
         hidden = [self.ends.language_model.model.embed_tokens(row[None]) for row in ids]
         mx.eval(hidden)
         return hidden
 
     def layer(self, index: int) -> DecoderLayer:
-        """Layer `index` with its weights: all that is read of the checkpoint now."""
+        """Read layer `index` and nothing else."""
         layer = DecoderLayer(self.config, self.config.layer_types[index])
         prefix = LAYER.format(index)
         self._fill(layer, self.checkpoint.read(prefix), prefix)
@@ -155,7 +155,7 @@ class Layerwise:
         module.load_weights(loaded)
 
     def logits(self, hidden: list[mx.array]) -> Iterator[tuple[int, int, mx.array]]:
-        """Of some tokens at a time: text, first position, logits `[N, vocab]`."""
+        """For HEAD_TOKENS at a time: index of the text, first position, logits `[N, vocab]`."""
         for i, x in enumerate(hidden):
             normed = self.ends.trunk(None, embeddings=x)[0]
             for start in range(0, normed.shape[0], HEAD_TOKENS):
@@ -163,7 +163,7 @@ class Layerwise:
 
 
 def run_layer(layer: DecoderLayer, hidden: list[mx.array]) -> list[mx.array]:
-    """`[1, T, H]` of each text -> the same after the layer; as many at once as memory wants."""
+    """Hidden states `[1, T, H]` of each text after the layer; LAYER_TOKENS at a time."""
     mask = None if layer.is_linear else "causal"
     at_once = max(LAYER_TOKENS // hidden[0].shape[1], 1)
     results = []
@@ -177,33 +177,33 @@ def run_layer(layer: DecoderLayer, hidden: list[mx.array]) -> list[mx.array]:
 
 
 class _Watched(nn.Module):
-    def __init__(self, module: nn.Module, name: str, seen: Seen):
+    def __init__(self, module: nn.Module, name: str, on_call: OnCall):
         super().__init__()
-        self.module, self._name, self._seen = module, name, seen
-        self.heard = False
+        self.module, self._name, self._on_call = module, name, on_call
+        self.is_called = False
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.heard = True
-        self._seen(self._name, x, args)
+        self.is_called = True
+        self._on_call(self._name, x, args)
         return self.module(x, *args, **kwargs)
 
 
 def matrices(root: nn.Module) -> dict[str, nn.Module]:
-    """Every module that could be quantized, by its path."""
+    """Every module that can be quantized, by its path."""
     found: Any = tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
     return {path: module for path, module in found if hasattr(module, "to_quantized")}
 
 
 @contextmanager
-def watched(root: nn.Module, seen: Seen) -> Iterator[None]:
-    """Within the block, `seen` hears of every call of a matrix, but for looking up embeddings."""
+def watched(root: nn.Module, on_call: OnCall) -> Iterator[None]:
+    """Within the block, every call of a matrix also calls `on_call`, except embedding look-ups."""
     found = {p: module for p, module in matrices(root).items() if not p.endswith("embed_tokens")}
-    wrapped = {path: _Watched(module, path, seen) for path, module in found.items()}
+    wrapped = {path: _Watched(module, path, on_call) for path, module in found.items()}
     root.update_modules(tree_unflatten(list(wrapped.items())))
     try:
         yield
     finally:
         root.update_modules(tree_unflatten(list(found.items())))
-    # A kernel that took the weights past the module would leave its statistics empty.
-    if missed := sorted(path for path, module in wrapped.items() if not module.heard):
+    # A kernel that reads the weights without calling the module would leave its statistics empty.
+    if missed := sorted(path for path, module in wrapped.items() if not module.is_called):
         raise RuntimeError(f"not called: {missed}")

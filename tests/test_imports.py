@@ -126,7 +126,7 @@ def test_quant_imports_nothing_of_ours_but_the_errors():
 
 
 # They run the model itself, so that calibration and comparison see what the runtime computes.
-RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibration")
+RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibrate")
 
 
 def test_convert_imports_of_the_runtime_what_runs_no_model():
@@ -138,6 +138,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.files",
         "qwen35_mlx.headers",
         "qwen35_mlx.machine",
+        "qwen35_mlx.progress",
         "qwen35_mlx.__version__",
     )
     assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from .matrix import FLOATS, Matrix, matrices
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
 
 # From so many (token, expert) pairs on, rows of one expert are brought together, by ops as well.
 SORT_FROM = 64
@@ -22,7 +22,7 @@ def expert_mlp(
     indices: mx.array,
     scores: mx.array,
     experts: SwitchGLU,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> mx.array:
     """Weighted sum of SwiGLU experts, `[N, H]` in x's type.
 

@@ -13,7 +13,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..config import ModelConfig, RopeConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 
 
@@ -79,7 +79,7 @@ class PartialRope:
 class Attention(nn.Module):
     """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -11,7 +11,7 @@ from ..config import ModelConfig
 from ..kernels.expert_step import expert_down, expert_gate_up
 from ..kernels.grouped_expert_matmul import expert_mlp
 from ..kernels.matrix import MAX_ROWS
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 from ..kernels.router import route
 
@@ -19,7 +19,7 @@ from ..kernels.router import route
 class DenseMLP(nn.Module):
     """`residual + down(silu(gate(x)) * up(x))`."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -38,7 +38,7 @@ class DenseMLP(nn.Module):
 class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -13,7 +13,7 @@ from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.residual_norm import residual_norm
 from ..sampling import SamplingParams
 from .attention import Attention
@@ -25,7 +25,7 @@ from .gated_delta_net import GatedDeltaNet
 class DecoderLayer(nn.Module):
     """Norm, attention of either kind, residual; norm, feed-forward, residual."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig, layer_type: str):
         super().__init__()

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..config import ModelConfig, read_config, read_object
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line
 from ..headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
 from ..kernels import choice, metal
 from ..kernels.matrix import BITS, GROUP_SIZES
@@ -64,13 +64,9 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"cannot get {name} from the hub",
-            got=f"{type(error).__name__}: {_first_line(error)}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="a folder on this machine, or a hub id that it can reach",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
@@ -142,7 +138,7 @@ def _read_shards(folder: Path) -> dict[str, mx.array]:
         try:
             shard = mx.load(str(folder / file))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read", got=_first_line(error)) from None
+            raise CheckpointError(f"{file} cannot be read", got=first_line(error)) from None
         assert isinstance(shard, dict)
         weights |= shard
     return weights
@@ -195,7 +191,7 @@ def quantize_modules(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            "the quantization block of config.json does not fit the model", got=_first_line(error)
+            "the quantization block of config.json does not fit the model", got=first_line(error)
         ) from None
 
 
@@ -267,7 +263,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read",
-            got=f"{type(error).__name__}: {_first_line(error)}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="tokenizer.json and tokenizer_config.json as the model's authors made them",
         ) from error
     vocab = tokenizer.get_vocab()
