@@ -11,11 +11,14 @@ from typing import Any
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES, SourceTensor
+from qwen35_mlx.names import fold
 from qwen35_mlx.quant.affine import GROUP_SIZES, check_method, check_settings, quantized_shapes
+from qwen35_mlx.quantization import Quantization, common_quantization
+from qwen35_mlx.resolver import Match, Resolved, Segment, precision, resolve
+from qwen35_mlx.tensor_table import Role, Transform
 
 from .hub import open_any
-from .source import Segment, Source
-from .tensor_table import Match, Role, Transform, fold, fp8_block, precision, resolve
+from .source import Source
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8
@@ -44,7 +47,9 @@ class OutputTensor:
 class Entry:
     """One step: row segments in, one tensor out, or three (weight, scales, biases) if quantized.
 
-    `dtype` is that of the weight, or of its scales and biases when `bits` is set.
+    `dtype` is that of the weight, or of its scales and biases when `bits` is set. Weights that the
+    source holds quantized have no `method`: their rows are copied, those of scales and biases by
+    entries of their own.
     """
 
     module: str
@@ -57,6 +62,7 @@ class Entry:
     group_size: int | None
     method: str | None
     tensors: tuple[OutputTensor, ...]
+    mode: str = "affine"
 
     @cached_property
     def num_rows(self) -> int:
@@ -65,7 +71,8 @@ class Entry:
 
     @property
     def num_parameters(self) -> int:
-        return math.prod(self.shape)
+        # Of a quantized module the weight counts.
+        return 0 if self.module.endswith((".scales", ".biases")) else math.prod(self.shape)
 
     @property
     def source_bytes(self) -> int:
@@ -117,7 +124,8 @@ class Plan:
     # What the conversion was asked for: bits, group_size, dtype, recipe, method.
     settings: dict[str, Any]
     shards: tuple[Shard, ...]
-    dropped: tuple[SourceTensor, ...]
+    # Heads that are not written, each with the part of the embedding that it must equal.
+    copies: tuple[tuple[SourceTensor, SourceTensor], ...]
 
     @property
     def entries(self) -> Iterator[Entry]:
@@ -158,14 +166,16 @@ class Plan:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization` block of config.json; None when nothing is quantized."""
-        default = {key: self.settings[key] for key in ("group_size", "bits")}
-        if default["bits"] is None:
+        bits, group_size = self.settings["bits"], self.settings["group_size"]
+        if bits is None:
             return None
-        block: dict[str, Any] = {**default, "mode": "affine"}
+        default = Quantization(bits, group_size, self.settings.get("mode", "affine"))
+        block: dict[str, Any] = default.as_config() | {"mode": default.mode}
         for entry in self.entries:
-            own = {"group_size": entry.group_size, "bits": entry.bits}
-            if entry.bits is not None and own != default:
-                block[entry.module] = own
+            if entry.bits is not None and entry.group_size is not None:
+                own = Quantization(entry.bits, entry.group_size, entry.mode)
+                if own != default:
+                    block[entry.module] = own.as_config()
         return block
 
     def table(self) -> tuple[PlanRow, ...]:
@@ -186,7 +196,7 @@ class Plan:
             )
             for row, group in folded.items()
         ]
-        rows += [PlanRow(t.name, t.shape, t.dtype, "dropped") for t in self.dropped]
+        rows += [PlanRow(t.name, t.shape, t.dtype, "dropped") for t, _ in self.copies]
         return tuple(rows)
 
 
@@ -202,10 +212,12 @@ def plan(
 ) -> Plan:
     """Plan the conversion of `source`, a folder or a hub id; reads config and headers only.
 
-    Without `bits` and `dtype`: 4 bits. `dtype` alone: unquantized. Both: quantized, with scales
-    and all else in `dtype`. `recipe` decides module by module; routers stay at 8 bits or whole.
-    `method` is one of `quantize`'s; "gptq" and weighed "search" want a calibration in `convert`.
+    Without `bits` and `dtype`: 4 bits; what MLX quantized is kept as it is. `dtype` alone:
+    unquantized. Both: quantized, with scales and all else in `dtype`. `recipe` decides module by
+    module; routers stay at 8 bits or whole. `method` is one of `quantize`'s; "gptq" and weighed
+    "search" want a calibration in `convert`.
     """
+    asked = [bits, dtype, recipe]
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
     check_settings(DEFAULT_BITS if bits is None else bits, group_size)
@@ -215,8 +227,9 @@ def plan(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
     opened = open_any(source, revision)
-    block = fp8_block(opened.config, opened.tensors)
-    config = ModelConfig.from_hf(opened.config)
+    found = resolve(opened.config, opened.tensors)
+    if found.quantizations:
+        return _copy(opened, found, *asked)
 
     def chosen(module: str) -> tuple[int, int, str] | None:
         if recipe is None:
@@ -229,8 +242,7 @@ def plan(
         check_method(own)
         return answer[0], answer[1], own
 
-    matches = resolve(config, opened.tensors, block)
-    entries = [_entry(match, chosen, dtype) for match in matches if match.name]
+    entries = [_entry(match, chosen, dtype) for match in found.matches]
     _check_groups(entries)
     settings = {
         "bits": bits,
@@ -239,8 +251,50 @@ def plan(
         "recipe": None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
         "method": None if bits is None else method,
     }
-    dropped = tuple(match.segments[0].tensor for match in matches if not match.name)
-    return Plan(opened, config, settings, _shards(entries), dropped)
+    return Plan(opened, found.config, settings, _shards(entries), tuple(found.copies))
+
+
+def _copy(source: Source, found: Resolved, bits: object, dtype: object, recipe: object) -> Plan:
+    """The plan for a source that MLX quantized: other names and rows, the same numbers."""
+    common = common_quantization(found.quantizations.values(), source.config)
+    if bits not in (None, common.bits) or dtype is not None or recipe is not None:
+        raise Qwen35Error(
+            "the source is quantized already: its weights cannot be quantized again",
+            got=f"bits={bits}, dtype={dtype}, recipe={'given' if recipe else None}"
+            f" for weights of {common.bits} bits",
+            expected="neither bits nor dtype nor recipe: then its own are kept",
+            hint="for other bits convert from the bf16 checkpoint of the same model; this one runs"
+            " as it is",
+        )
+    entries = [entry for match in found.matches for entry in _copied(match)]
+    settings = {**common._asdict(), "dtype": None, "recipe": None, "method": None}
+    return Plan(source, found.config, settings, _shards(entries), tuple(found.copies))
+
+
+def _copied(match: Match) -> list[Entry]:
+    """An entry for each tensor of a parameter, as stored."""
+    kind = match.quantization
+    if kind is None:
+        return [_entry(match, lambda module: None, None)]
+    entries = []
+    for part in match.parts:
+        dtype, is_weight = part.segments[0].tensor.dtype, part.name == match.name
+        entries.append(
+            Entry(
+                match.module if is_weight else part.name,
+                match.row.role,
+                match.transform,
+                part.segments,
+                match.shape if is_weight else part.shape,
+                dtype,
+                kind.bits if is_weight else None,
+                kind.group_size if is_weight else None,
+                None,
+                (OutputTensor(part.name, dtype, part.shape),),
+                kind.mode,
+            )
+        )
+    return entries
 
 
 def _entry(
@@ -266,7 +320,7 @@ def _entry(
     return Entry(
         module,
         role,
-        match.row.transform,
+        match.transform,
         match.segments,
         match.shape,
         code,

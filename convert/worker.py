@@ -13,8 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.headers import FP8
 from qwen35_mlx.quant.affine import largest_bits
 from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.resolver import Segment
+from qwen35_mlx.tensor_table import Transform
 
 from .calibrated import quantize_rows
 from .fp8 import dequantize_fp8, float32, scale_rows
@@ -23,8 +26,7 @@ from .journal import Journal
 from .pieces import WORKERS, Piece, entry_pieces, uses
 from .plan import Entry, Plan
 from .shards import ShardWriter, sha256
-from .source import FP8, Segment, as_mlx, read_rows
-from .tensor_table import Transform
+from .source import as_mlx, read_rows
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Magnitude bits of a stored number, and the least that is not finite.
@@ -253,6 +255,9 @@ def _convert(
 ) -> list[mx.array]:
     """The output rows of a piece: the weight, or weight, scales and biases."""
     entry, segment = piece.entry, piece.segment
+    if segment.tensor.dtype not in NOT_FINITE:
+        # Quantized already: bytes that nothing is known of.
+        return [mx.array(rows)]
     if segment.scale is None:
         x = as_mlx(rows, segment.tensor.dtype)
     else:
@@ -267,7 +272,7 @@ def _convert(
         x = x.astype(dtype)
         if not mx.all(mx.isfinite(x)).item():
             raise _unusable(segment, f"has values out of the range of {dtype}")
-    if entry.bits is None:
+    if entry.method is None:
         parts = [x]
     else:
         try:
@@ -298,6 +303,8 @@ def _bytes(part: mx.array) -> memoryview:
 
 
 def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
+    if dtype not in NOT_FINITE:
+        return
     mask, limit = NOT_FINITE[dtype]
     if largest_bits(rows.view(f"<u{rows.itemsize}"), mask) >= limit:
         raise _unusable(segment, "holds values that are not finite")

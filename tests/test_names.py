@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 from checkpoints import LAYER_TYPES, stored, write_checkpoint
+from qwen35_mlx.convert.tensor_table import Role, Transform, fold, resolve
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import plan
 from qwen35_mlx.convert.source import open_source
-from qwen35_mlx.convert.tensor_table import Role, Transform, fold, resolve
 from qwen35_mlx.errors import CheckpointError, ConfigError
 
 TRUNK = "model.language_model."
