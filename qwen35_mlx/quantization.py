@@ -111,8 +111,6 @@ class Claims:
 def common_quantization(found: Iterable[Quantization], config: Mapping[str, Any]) -> Quantization:
     """The default of a quantization block: that of `config` if it is usable, else the commonest."""
     block = quantization_block(config)
-    stated = tuple(block.get(key) for key in ("bits", "group_size")) + (
-        block.get("mode", "affine"),
-    )
+    stated = block.get("bits"), block.get("group_size"), block.get("mode", "affine")
     all_found = list(found)
     return max(all_found, key=lambda one: (one == stated, all_found.count(one)))
