@@ -35,13 +35,13 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     raw_config = read_config(folder)
     headers = read_headers(folder)
     found = resolve_tensors(raw_config, headers)
+    check_copies(found)
     if not found.is_converted:
         # What `convert` would refuse is not sent there.
         read_headers(folder, strict=True)
         raise not_converted(folder)
     model = Model(found.config)
     quantize_modules(model, found.quantizations)
-    check_copies(found)
     model.load_weights(list(read_parameters(found.text_matches).items()), strict=True)
     model.eval()
     mx.eval(model.parameters())
