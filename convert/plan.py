@@ -70,9 +70,14 @@ class Entry:
         return sum(segment.stop_row - segment.start_row for segment in self.segments)
 
     @property
+    def belongs_to_weight(self) -> bool:
+        """Whether it is copied scales or biases, and goes with the entry before."""
+        ends = (".scales", ".biases")
+        return self.role is not Role.CARRIED and self.module.endswith(ends)
+
+    @property
     def num_parameters(self) -> int:
-        # Of a quantized module the weight counts.
-        return 0 if self.module.endswith((".scales", ".biases")) else math.prod(self.shape)
+        return 0 if self.belongs_to_weight else math.prod(self.shape)
 
     @property
     def source_bytes(self) -> int:
@@ -182,6 +187,9 @@ class Plan:
         """The plan with layers folded to `*`, in the order of the work; dropped tensors last."""
         folded: dict[PlanRow, list[Entry]] = {}
         for entry in self.entries:
+            if entry.belongs_to_weight:
+                folded[row].append(entry)
+                continue
             name, shape, stored = fold(entry.module), entry.shape, entry.segments[0].tensor.dtype
             if entry.role is Role.CARRIED:
                 name, shape = name.partition(".")[0] + ".*", ()
@@ -190,7 +198,7 @@ class Plan:
         rows = [
             replace(
                 row,
-                count=len(group),
+                count=sum(not entry.belongs_to_weight for entry in group),
                 num_parameters=sum(entry.num_parameters for entry in group),
                 nbytes=sum(entry.output_bytes for entry in group),
             )
@@ -355,7 +363,7 @@ def _shards(entries: list[Entry]) -> tuple[Shard, ...]:
     groups: list[list[Entry]] = []
     filled = MAX_SHARD_BYTES
     for entry in entries:
-        if filled + entry.output_bytes > MAX_SHARD_BYTES:
+        if filled + entry.output_bytes > MAX_SHARD_BYTES and not entry.belongs_to_weight:
             groups.append([])
             filled = 0
         groups[-1].append(entry)

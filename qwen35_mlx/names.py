@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import dropwhile
 from typing import TypeVar
 
 from .errors import CheckpointError
@@ -19,8 +20,8 @@ ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
 def bare(name: str) -> str:
     """`model.language_model.layers.0.x` -> `layers.0.x`; a name of no known part as it is."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
-    start = next((i for i, part in enumerate(parts) if part not in PREFIXES), 0)
-    return ".".join(parts[start:]) if parts[start] in ROOTS else name
+    parts = list(dropwhile(lambda part: part in PREFIXES, parts))
+    return ".".join(parts) if parts and parts[0] in ROOTS else name
 
 
 def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, zip_longest
@@ -154,6 +155,9 @@ class _Resolver:
         self.used |= set(ignored)
         matches = [match for row, layer in walk(self.config) for match in self._match(row, layer)]
         self.problems |= {n: ("unknown", "") for n in self.tensors if n not in self.used}
+        # The tower may be there as torch and as MLX names it.
+        counts = Counter(match.name for match in matches)
+        self.problems |= {name: ("twice", "") for name, count in counts.items() if count > 1}
         if self.problems:
             raise _problem_error(self._with_full_names())
         if ignored:
@@ -253,7 +257,8 @@ class _Resolver:
         """Experts that are stored one by one must be of one type."""
 
         def kind(one: _Stored) -> str:
-            return f"{one.quantization or precision(one.tensors['weight'])}"
+            dtypes = " ".join(map(precision, one.tensors.values()))
+            return f"{dtypes} {one.quantization.as_config()}" if one.quantization else dtypes
 
         expected = kind(stored[0])
         others = [one for one in stored if kind(one) != expected]

@@ -145,6 +145,7 @@ def test_convert_copies_what_is_quantized_bit_for_bit(
     blocks = [json.loads((f / "config.json").read_text())["quantization"] for f in (packed, out)]
     assert blocks[0] == blocks[1]
     assert plan(other).bits_per_weight == pytest.approx(plan_of(packed), rel=1e-3)
+    assert not any(row.name.endswith(("scales", "biases")) for row in plan(other).table())
     for wish in (dict(bits=8), dict(dtype="float16"), dict(recipe=lambda module: (4, 32))):
         with pytest.raises(Qwen35Error, match="quantized already") as error:
             plan(other, **wish)
@@ -203,6 +204,18 @@ def test_two_names_for_one_tensor_are_refused(tmp_path: Path, source: Path) -> N
 
     other = rewritten(source, tmp_path / "other", twice)
     with pytest.raises(CheckpointError, match=r"(?s)two tensors.*language_model.lm_head.weight"):
+        plan(other)
+
+
+def test_a_vision_tower_under_two_names_is_refused(tmp_path: Path, source: Path) -> None:
+    """Both would be written as vision_tower."""
+
+    def twice(held: Arrays) -> Arrays:
+        tower = {n: a for n, a in held.items() if n.startswith("model.visual.")}
+        return held | {n.replace("model.visual", "vision_tower"): a for n, a in tower.items()}
+
+    other = rewritten(source, tmp_path / "other", twice)
+    with pytest.raises(CheckpointError, match=r"twice    vision_tower"):
         plan(other)
 
 

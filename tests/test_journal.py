@@ -27,7 +27,7 @@ PAUSE_S = 0.003
 SETTINGS = dict(bits=3, group_size=32)
 # What a kill leaves in the cache of the system is not lost: no need to wait for the disk.
 KNOBS = """
-from qwen35_mlx.convert import convert, journal, pieces, shards, stream
+from qwen35_mlx.convert import convert, journal, pieces, shards, worker as stream
 plan_module = sys.modules["qwen35_mlx.convert.plan"]
 shards.flush = journal.flush = lambda file: None
 pieces.SLICE_BYTES, stream.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000

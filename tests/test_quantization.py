@@ -109,6 +109,14 @@ def test_a_qwen3_next_folder_of_mlx_lm_is_split_without_quantizing_it_again(
     assert "language_model.model.layers.0.linear_attn.in_proj_qkv.scales" in names
 
 
+def test_a_plain_qwen3_next_folder_of_mlx_lm_is_quantized_by_convert(
+    tmp_path: Path, sources: Path
+) -> None:
+    expected = written_by_mlx_lm("next", sources, tmp_path / "next", {})
+    out = convert(tmp_path / "next", tmp_path / "out", bits=8, group_size=32)
+    assert 0 < np.abs(logits(out) - expected).max() < 0.1
+
+
 def test_fidelity_reads_a_qwen3_next_folder_layer_by_layer(tmp_path: Path, sources: Path) -> None:
     expected = written_by_mlx_lm("next", sources, tmp_path / "next", {"bits": 8})
     checkpoint = open_checkpoint(tmp_path / "next")
