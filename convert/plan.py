@@ -186,14 +186,14 @@ class Plan:
     def table(self) -> tuple[PlanRow, ...]:
         """The plan with layers folded to `*`, in the order of the work; dropped tensors last."""
         folded: dict[PlanRow, list[Entry]] = {}
+        row = PlanRow("", (), "", "")
         for entry in self.entries:
-            if entry.belongs_to_weight:
-                folded[row].append(entry)
-                continue
-            name, shape, stored = fold(entry.module), entry.shape, entry.segments[0].tensor.dtype
-            if entry.role is Role.CARRIED:
-                name, shape = name.partition(".")[0] + ".*", ()
-            row = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
+            if not entry.belongs_to_weight:
+                name, shape = fold(entry.module), entry.shape
+                if entry.role is Role.CARRIED:
+                    name, shape = name.partition(".")[0] + ".*", ()
+                stored = entry.segments[0].tensor.dtype
+                row = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
             folded.setdefault(row, []).append(entry)
         rows = [
             replace(

@@ -113,8 +113,10 @@ def test_a_plain_qwen3_next_folder_of_mlx_lm_is_quantized_by_convert(
     tmp_path: Path, sources: Path
 ) -> None:
     expected = written_by_mlx_lm("next", sources, tmp_path / "next", {})
-    out = convert(tmp_path / "next", tmp_path / "out", bits=8, group_size=32)
-    assert 0 < np.abs(logits(out) - expected).max() < 0.1
+    plain = convert(tmp_path / "next", tmp_path / "plain", dtype="float32")
+    np.testing.assert_allclose(logits(plain), expected, atol=1e-3)
+    packed = convert(tmp_path / "next", tmp_path / "packed", bits=8, group_size=32)
+    assert 0 < np.abs(logits(packed) - expected).mean() < 0.05
 
 
 def test_fidelity_reads_a_qwen3_next_folder_layer_by_layer(tmp_path: Path, sources: Path) -> None:
