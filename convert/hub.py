@@ -20,12 +20,13 @@ from qwen35_mlx.headers import (
     INDEX_FILE,
     PREFIX_BYTES,
     SourceTensor,
+    gather_checked,
     header_length,
     parse_header,
     read_index,
 )
 
-from .source import COMPANIONS, Source, gather_checked, open_source
+from .source import COMPANIONS, Source, open_source
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -115,7 +116,7 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
         return fetch_header(repo, commit, folder / name, listing[name].nbytes)
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        tensors = gather_checked(repo, present, index, partial(pool.map, header))
+        tensors = gather_checked(repo, present, index, partial(pool.map, header), strict=True)
     return HubSource(folder, config, tensors, repo, commit, listing)
 
 

@@ -20,8 +20,11 @@ from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_co
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.headers import INDEX_FILE, SourceTensor
+from qwen35_mlx.names import bare, output_name
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
+from qwen35_mlx.quantization import quantization_block
+from qwen35_mlx.resolver import refuse_other_head
 
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
@@ -72,7 +75,7 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
-    _check_dropped(planned)
+    _check_copies(planned)
     tasks = cut(planned)
     companions = _companions(opened)
     settings = _settings(planned, tasks, revision, calibration)
@@ -187,19 +190,11 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
         )
 
 
-def _check_dropped(planned: Plan) -> None:
-    """A head may be left out only if it is the embedding: where they differ, both count."""
-    embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
-    kept = embedding.segments[0].tensor
-    for head in planned.dropped:
-        if not _same(planned.source, head, kept):
-            raise CheckpointError(
-                f"tensor {head.name} is not the embedding, to which config.json ties it",
-                got=f"a head of its own, {head.dtype} {list(head.shape)}",
-                expected=f"no head, or a copy of {kept.name}",
-                hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
-                " does, or remove the tensor",
-            )
+def _check_copies(planned: Plan) -> None:
+    """A head may be left out only if it is the embedding."""
+    for head, embedding in planned.copies:
+        if not _same(planned.source, head, embedding):
+            raise refuse_other_head(head, embedding)
 
 
 def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
@@ -240,8 +235,9 @@ def _settings(
 def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
-    config.pop("quantization_config", None)
-    (config.get("text_config") or {}).pop("quantization_config", None)
+    for level in (config, config.get("text_config") or {}):
+        for key in ("quantization", "quantization_config"):
+            level.pop(key, None)
     if config.get("model_type") == NEXT_TYPE:
         config = next_as_moe(config) | {"architectures": ["Qwen3_5MoeForCausalLM"]}
     kind = "qwen3_5_moe" if model.is_moe else "qwen3_5"
@@ -257,7 +253,8 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         level["tie_word_embeddings"] = model.tie_word_embeddings
     _complete_text_config(text, model)
     if planned.quantization:
-        config["quantization"] = config["quantization_config"] = planned.quantization
+        block = planned.quantization | _carried_settings(planned.source)
+        config["quantization"] = config["quantization_config"] = block
     config["qwen35_mlx"] = {
         "format_version": FORMAT_VERSION,
         "version": __version__,
@@ -267,6 +264,13 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         "sha256": checksums,
     }
     return config
+
+
+def _carried_settings(source: Source) -> dict[str, Any]:
+    """What a quantized source says of modules that are carried along."""
+    block = {bare(key): value for key, value in quantization_block(source.config).items()}
+    roots = ("mtp.", "vision_tower.")
+    return {output_name(key): value for key, value in block.items() if key.startswith(roots)}
 
 
 def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:

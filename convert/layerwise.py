@@ -2,6 +2,7 @@
 
 # B texts, T tokens, H hidden.
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,12 +15,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.headers import read_headers
 from qwen35_mlx.model.language import DecoderLayer, Model
-from qwen35_mlx.model.loading import quantize_modules
+from qwen35_mlx.model.loading import check_copies, quantize_modules, read_parameters
+from qwen35_mlx.quantization import Quantization
+from qwen35_mlx.resolver import Resolved, resolve
+from qwen35_mlx.tensor_table import Role
 
 from .plan import Plan, plan
 from .source import check_folder
-from .tensor_table import Role
 from .transform import read_entry
 
 TRUNK = "language_model.model."
@@ -35,7 +39,7 @@ class Checkpoint:
     """Weights under the names of a converted folder, read on demand."""
 
     config: ModelConfig
-    raw_config: Mapping[str, Any]
+    quantizations: Mapping[str, Quantization]
     num_parameters: int
     nbytes: int
 
@@ -54,7 +58,7 @@ class SourceCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path):
         self.plan: Plan = plan(folder, recipe=lambda module: None)
-        self.config, self.raw_config = self.plan.config, {}
+        self.config, self.quantizations = self.plan.config, {}
         self.entries = self.plan.text_entries
         self.quantizable = {e.module for e in self.entries if e.role is Role.QUANTIZED}
         self.num_parameters = sum(e.num_parameters for e in self.entries)
@@ -71,42 +75,29 @@ class SourceCheckpoint(Checkpoint):
 class ConvertedCheckpoint(Checkpoint):
     """A folder that `convert` or mlx-lm wrote."""
 
-    def __init__(self, folder: Path):
-        self.raw_config = read_config(folder)
-        self.config = ModelConfig.from_hf(self.raw_config)
-        self.folder, self.files = folder, sorted(folder.glob("model*.safetensors"))
-        block = self.raw_config.get("quantization") or {}
-        self.nbytes = self.num_parameters = 0
-        for name, array in self._tensors("language_model."):
-            self.nbytes += array.nbytes
-            if array.dtype == mx.uint32:
-                setting = block.get(name.removesuffix(".weight")) or block
-                self.num_parameters += array.size * 32 // setting["bits"]
-            elif not name.endswith((".scales", ".biases")):
-                self.num_parameters += array.size
-
-    def _tensors(self, prefix: str) -> Iterator[tuple[str, mx.array]]:
-        """Lazy arrays, from files opened again: an array is read at its use, and freed after it."""
-        for file in self.files:
-            try:
-                shard = mx.load(str(file))
-            except RuntimeError as error:
-                raise CheckpointError(f"{file} cannot be read", got=error) from None
-            assert isinstance(shard, dict)
-            yield from (item for item in shard.items() if item[0].startswith(prefix))
+    def __init__(self, found: Resolved):
+        check_copies(found)
+        self.config, self.quantizations = found.config, found.quantizations
+        self.matches = found.text_matches
+        self.num_parameters = sum(math.prod(match.shape) for match in self.matches)
+        self.nbytes = sum(
+            segment.nbytes
+            for match in self.matches
+            for part in match.parts
+            for segment in part.segments
+        )
 
     def read(self, prefix: str) -> dict[str, mx.array]:
-        return dict(self._tensors(prefix))
+        """Opened anew, and lazy: an array is read when it is used, and freed with its user."""
+        return read_parameters(match for match in self.matches if match.name.startswith(prefix))
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """A converted folder, as config.json shows, or else a Hugging Face checkpoint."""
+    """A Hugging Face checkpoint or a folder that MLX runs, told apart by their tensors."""
     folder = Path(folder).expanduser()
     check_folder(folder)
-    config = read_config(folder)
-    if "quantization" in config or "qwen35_mlx" in config:
-        return ConvertedCheckpoint(folder)
-    return SourceCheckpoint(folder)
+    found = resolve(read_config(folder), read_headers(folder))
+    return ConvertedCheckpoint(found) if found.is_converted else SourceCheckpoint(folder)
 
 
 class Layerwise:
@@ -139,7 +130,7 @@ class Layerwise:
         return layer
 
     def _fill(self, module: nn.Module, weights: dict[str, mx.array], prefix: str) -> None:
-        quantize_modules(module, self.checkpoint.raw_config, weights, prefix)
+        quantize_modules(module, self.checkpoint.quantizations, prefix)
         parameters: Any = tree_flatten(module.parameters())
         expected = {prefix + name for name, _ in parameters}
         if missing := sorted(expected - weights.keys()):

@@ -11,11 +11,14 @@ from typing import Any
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES, SourceTensor
+from qwen35_mlx.names import fold
 from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
+from qwen35_mlx.quantization import Quantization, common_quantization
+from qwen35_mlx.resolver import Match, Resolved, Segment, precision, resolve
+from qwen35_mlx.tensor_table import Role, Transform
 
 from .hub import open_any
-from .source import Segment, Source
-from .tensor_table import Match, Role, Transform, fold, fp8_block, precision, resolve
+from .source import Source
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8
@@ -23,9 +26,9 @@ DEFAULT_METHOD = "minmax"
 MAX_SHARD_BYTES = 5 * 10**9
 
 # Bits, group size and method of one module.
-Quantization = tuple[int, int, str]
+Setting = tuple[int, int, str]
 # Module name to (bits, group_size), or to these and a method; None leaves the module unquantized.
-Recipe = Callable[[str], tuple[int, int] | Quantization | None]
+Recipe = Callable[[str], tuple[int, int] | Setting | None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Entry:
     """A module's weight: the source rows it is made of, and the tensors it becomes.
 
     Quantized, it becomes three tensors: weight, scales, biases. `dtype` is the dtype of the
-    weight, or of scales and biases when `bits` is set.
+    weight, or of scales and biases when `bits` is set. Weights that the source holds quantized
+    have no `method`: their rows are copied, those of scales and biases by entries of their own.
     """
 
     module: str
@@ -59,6 +63,7 @@ class Entry:
     group_size: int | None
     method: str | None
     tensors: tuple[OutputTensor, ...]
+    mode: str = "affine"
 
     @cached_property
     def num_rows(self) -> int:
@@ -66,8 +71,14 @@ class Entry:
         return sum(segment.stop_row - segment.start_row for segment in self.segments)
 
     @property
+    def belongs_to_weight(self) -> bool:
+        """Whether it is copied scales or biases, and goes with the entry before."""
+        ends = (".scales", ".biases")
+        return self.role is not Role.CARRIED and self.module.endswith(ends)
+
+    @property
     def num_parameters(self) -> int:
-        return math.prod(self.shape)
+        return 0 if self.belongs_to_weight else math.prod(self.shape)
 
     @property
     def source_bytes(self) -> int:
@@ -120,7 +131,8 @@ class Plan:
     # As requested: bits, group_size, dtype, recipe, method.
     settings: dict[str, Any]
     shards: tuple[Shard, ...]
-    dropped: tuple[SourceTensor, ...]
+    # Heads that are not written, each with the part of the embedding that it must equal.
+    copies: tuple[tuple[SourceTensor, SourceTensor], ...]
 
     @property
     def entries(self) -> Iterator[Entry]:
@@ -161,32 +173,37 @@ class Plan:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The `quantization` block of config.json; None when nothing is quantized."""
-        default = {key: self.settings[key] for key in ("group_size", "bits")}
-        if default["bits"] is None:
+        bits, group_size = self.settings["bits"], self.settings["group_size"]
+        if bits is None:
             return None
-        block: dict[str, Any] = {**default, "mode": "affine"}
+        default = Quantization(bits, group_size, self.settings.get("mode", "affine"))
+        block: dict[str, Any] = default.as_config() | {"mode": default.mode}
         for entry in self.entries:
-            override = {"group_size": entry.group_size, "bits": entry.bits}
-            if entry.bits is not None and override != default:
-                block[entry.module] = override
+            if entry.bits is not None and entry.group_size is not None:
+                own = Quantization(entry.bits, entry.group_size, entry.mode)
+                if own != default:
+                    block[entry.module] = own.as_config()
         return block
 
     def table(self) -> tuple[PlanRow, ...]:
         """The plan with layers folded to `*`, in the order of the output; dropped tensors last."""
         rows: dict[PlanRow, PlanRow] = {}
+        kind = PlanRow("", (), "", "")
         for entry in self.entries:
-            name, shape, stored = fold(entry.module), entry.shape, entry.segments[0].tensor.dtype
-            if entry.role is Role.CARRIED:
-                name, shape = name.partition(".")[0] + ".*", ()
-            kind = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
+            if not entry.belongs_to_weight:
+                name, shape = fold(entry.module), entry.shape
+                if entry.role is Role.CARRIED:
+                    name, shape = name.partition(".")[0] + ".*", ()
+                stored = entry.segments[0].tensor.dtype
+                kind = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
             row = rows.get(kind, kind)
             rows[kind] = replace(
                 row,
-                count=row.count + 1,
+                count=row.count + (not entry.belongs_to_weight),
                 num_parameters=row.num_parameters + entry.num_parameters,
                 nbytes=row.nbytes + entry.output_bytes,
             )
-        dropped = [PlanRow(t.name, t.shape, t.dtype, "dropped", count=1) for t in self.dropped]
+        dropped = [PlanRow(t.name, t.shape, t.dtype, "dropped", count=1) for t, _ in self.copies]
         return (*rows.values(), *dropped)
 
 
@@ -202,11 +219,13 @@ def plan(
 ) -> Plan:
     """Plan the conversion of `source`, a folder or a hub id. Reads config and headers only.
 
-    Without `bits` and `dtype`: 4 bits. `dtype` alone: unquantized. Both: quantized, with scales
-    and all other tensors in `dtype`. `recipe` decides for each module; it can leave a router
-    unquantized, but not change its 8 bits. `method` is a method of `quantize`; to use "gptq", and
-    "search" with importance, give `convert` a calibration.
+    Without `bits` and `dtype`: 4 bits; what MLX quantized stays as it is. `dtype` alone:
+    unquantized. Both: quantized, with scales and all other tensors in `dtype`. `recipe` decides
+    for each module; it can leave a router unquantized, but not change its 8 bits. `method` is a
+    method of `quantize`; to use "gptq", and "search" with importance, give `convert` a
+    calibration.
     """
+    asked = [bits, dtype, recipe]
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
     check_settings(DEFAULT_BITS if bits is None else bits, group_size, method)
@@ -215,10 +234,11 @@ def plan(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
     opened = open_any(source, revision)
-    block = fp8_block(opened.config, opened.tensors)
-    config = ModelConfig.from_hf(opened.config)
+    found = resolve(opened.config, opened.tensors)
+    if found.quantizations:
+        return _copy(opened, found, *asked)
 
-    def quantization(module: str, role: Role) -> Quantization | None:
+    def quantization(module: str, role: Role) -> Setting | None:
         if role not in (Role.QUANTIZED, Role.ROUTER) or bits is None:
             return None
         setting = (bits, group_size) if recipe is None else recipe(module)
@@ -229,8 +249,7 @@ def plan(
         check_settings(module_bits, module_group_size, module_method, where=module)
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
-    matches = resolve(config, opened.tensors, block)
-    entries = [_entry(match, quantization, dtype) for match in matches if match.name]
+    entries = [_entry(match, quantization, dtype) for match in found.matches]
     _check_groups(entries)
     settings = {
         "bits": bits,
@@ -239,12 +258,54 @@ def plan(
         "recipe": None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
         "method": None if bits is None else method,
     }
-    dropped = tuple(match.segments[0].tensor for match in matches if not match.name)
-    return Plan(opened, config, settings, _shards(entries), dropped)
+    return Plan(opened, found.config, settings, _shards(entries), tuple(found.copies))
+
+
+def _copy(source: Source, found: Resolved, bits: object, dtype: object, recipe: object) -> Plan:
+    """The plan for a source that MLX quantized: other names and rows, the same numbers."""
+    common = common_quantization(found.quantizations.values(), source.config)
+    if bits not in (None, common.bits) or dtype is not None or recipe is not None:
+        raise Qwen35Error(
+            "the source is quantized already: its weights cannot be quantized again",
+            got=f"bits={bits}, dtype={dtype}, recipe={'given' if recipe else None}"
+            f" for weights of {common.bits} bits",
+            expected="neither bits nor dtype nor recipe: then its own are kept",
+            hint="for other bits convert from the bf16 checkpoint of the same model; this one runs"
+            " as it is",
+        )
+    entries = [entry for match in found.matches for entry in _copied(match)]
+    settings = {**common._asdict(), "dtype": None, "recipe": None, "method": None}
+    return Plan(source, found.config, settings, _shards(entries), tuple(found.copies))
+
+
+def _copied(match: Match) -> list[Entry]:
+    """An entry for each tensor of a parameter, as stored."""
+    kind = match.quantization
+    if kind is None:
+        return [_entry(match, lambda module, role: None, None)]
+    entries = []
+    for part in match.parts:
+        dtype, is_weight = part.segments[0].tensor.dtype, part.name == match.name
+        entries.append(
+            Entry(
+                match.module if is_weight else part.name,
+                match.row.role,
+                match.transform,
+                part.segments,
+                match.shape if is_weight else part.shape,
+                dtype,
+                kind.bits if is_weight else None,
+                kind.group_size if is_weight else None,
+                None,
+                (OutputTensor(part.name, dtype, part.shape),),
+                kind.mode,
+            )
+        )
+    return entries
 
 
 def _entry(
-    match: Match, quantization: Callable[[str, Role], Quantization | None], dtype: str | None
+    match: Match, quantization: Callable[[str, Role], Setting | None], dtype: str | None
 ) -> Entry:
     role, shape, segments = match.row.role, match.shape, match.segments
     module, stored = match.name.removesuffix(".weight"), precision(segments[0].tensor)
@@ -257,7 +318,7 @@ def _entry(
         tensors = [OutputTensor(match.name, "U32", packed)]
         tensors += [OutputTensor(f"{module}.{part}", code, scales) for part in ("scales", "biases")]
     return Entry(
-        module, role, match.row.transform, segments, shape, code, bits, group_size, method,
+        module, role, match.transform, segments, shape, code, bits, group_size, method,
         tuple(tensors),
     )  # fmt: skip
 
@@ -283,7 +344,7 @@ def _shards(entries: list[Entry]) -> tuple[Shard, ...]:
     groups: list[list[Entry]] = []
     filled = MAX_SHARD_BYTES
     for entry in entries:
-        if filled + entry.output_bytes > MAX_SHARD_BYTES:
+        if filled + entry.output_bytes > MAX_SHARD_BYTES and not entry.belongs_to_weight:
             groups.append([])
             filled = 0
         groups[-1].append(entry)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from qwen35_mlx.files import flush, sync_folder
 from qwen35_mlx.headers import PREFIX_BYTES
+from qwen35_mlx.tensor_table import Role
 
 from .plan import OutputTensor, Plan
-from .tensor_table import Role
 
 METADATA = {"format": "mlx"}
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen35_mlx.headers import ITEM_BYTES
+from qwen35_mlx.headers import FP8, ITEM_BYTES
+from qwen35_mlx.resolver import Segment, precision
+from qwen35_mlx.tensor_table import Transform
 
 from .plan import Entry, OutputTensor, Plan
-from .source import FP8, Segment
-from .tensor_table import Transform, precision
 
 # Most bytes that a task reads.
 SLICE_BYTES = 32 * 2**20

@@ -4,16 +4,18 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.headers import FP8
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import largest_bits
 from qwen35_mlx.quant.packing import Quantized, joined
 from qwen35_mlx.quant.statistics import Calibration
+from qwen35_mlx.resolver import Segment
+from qwen35_mlx.tensor_table import Transform
 
 from .fp8 import dequantize_fp8, float32, scale_rows
 from .plan import Entry
-from .source import FP8, Segment, as_mlx, read_rows
+from .source import as_mlx, read_rows
 from .tasks import Task, entry_tasks
-from .tensor_table import Transform
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Magnitude bits of a stored number, and the least that is not finite.
@@ -49,6 +51,9 @@ def transform(
 ) -> list[mx.array]:
     """The output rows of a task: the weight, or weight, scales and biases."""
     entry, segment = task.entry, task.segment
+    if segment.tensor.dtype not in NOT_FINITE:
+        # Quantized already: bytes that nothing is known of.
+        return [mx.array(rows)]
     if segment.scale is None:
         x = as_mlx(rows, segment.tensor.dtype)
     else:
@@ -64,7 +69,7 @@ def transform(
         if not mx.all(mx.isfinite(x)).item():
             raise _unusable(segment, f"has values out of the range of {dtype}")
     parts: list[mx.array] = [x]
-    if entry.bits is not None:
+    if entry.method is not None:
         try:
             parts = list(quantize_rows(x, entry, task.row, calibration))
         except Qwen35Error as error:
@@ -116,6 +121,8 @@ def quantize_rows(
 
 
 def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
+    if dtype not in NOT_FINITE:
+        return
     mask, limit = NOT_FINITE[dtype]
     if largest_bits(rows.view(f"<u{rows.itemsize}"), mask) >= limit:
         raise _unusable(segment, "holds values that are not finite")

@@ -14,12 +14,12 @@ import numpy as np
 
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
+from qwen35_mlx.resolver import Segment
 
 from .hub import Fetcher
 from .journal import Journal
 from .plan import Plan
 from .shards import ShardWriter, sha256
-from .source import Segment
 from .tasks import WORKERS, Task, uses
 from .transform import read_segment, transform
 

@@ -4,13 +4,12 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quantization import BITS, GROUP_SIZES
 
 from .gptq import DAMPING, gptq
 from .packing import Quantized
 from .search import search
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 METHODS = ("minmax", "search", "gptq")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 

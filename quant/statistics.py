@@ -15,8 +15,9 @@ import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.files import replacing
+from qwen35_mlx.quantization import BITS, GROUP_SIZES
 
-from .affine import BITS, GROUP_SIZES, dequantize, quantize
+from .affine import dequantize, quantize
 
 FORMAT = "qwen35-mlx calibration 1"
 # Tokens of the layer's average that are added to those of each expert.

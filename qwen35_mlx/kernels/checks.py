@@ -14,12 +14,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
+from ..quantization import BITS, GROUP_SIZES
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up
 from .gated_delta_rule import gated_delta_rule
 from .grouped_expert_matmul import expert_mlp
-from .matrix import BITS, GROUP_SIZES
 from .metal import KernelSet
 from .projection import project
 from .residual_norm import residual_norm
