@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
@@ -24,6 +23,7 @@ from .metal import Choice
 from .projection import project
 from .residual_norm import residual_norm
 from .router import Routing, route
+from .switch import QuantizedSwitchLinear, SwitchGLU
 
 Arrays = Sequence[mx.array]
 Run = Callable[[Choice], Arrays]
