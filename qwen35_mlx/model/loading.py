@@ -15,6 +15,7 @@ from ..headers import INDEX_FILE, check_present, gather, read_header, read_index
 from ..kernels import choice, metal
 from ..kernels.matrix import BITS, GROUP_SIZES
 from ..sampling import SamplingParams
+from ..tokenizer import Tokenizer, read_tokenizer
 from .language import Model
 
 # Parts that a folder may carry and the text model does not run.
@@ -249,21 +250,19 @@ def load(
     return model, load_tokenizer(folder, config, generation)
 
 
-def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
-    """mlx-lm's wrapper around the folder's tokenizer, with every end-of-turn token in it."""
-    from mlx_lm.tokenizer_utils import load as load_wrapped
-
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(
-            f"no tokenizer in {folder}", got="no tokenizer.json", expected="tokenizer.json"
-        )
+def load_tokenizer(
+    folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> Tokenizer:
+    """The folder's tokenizer, with every end-of-turn token in it."""
     ends: set[int] = set()
     for source in (config, config.get("text_config") or {}, generation):
         value = source.get("eos_token_id")
         ends |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
     try:
-        tokenizer = load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=sorted(ends))
-    # tokenizers raises bare Exception, transformers whatever the damage leads to.
+        tokenizer = read_tokenizer(folder, config, ends)
+    except CheckpointError:
+        raise
+    # tokenizers raises bare Exception, and damaged files lead to anything.
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read",
@@ -273,7 +272,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[
     vocab = tokenizer.get_vocab()
     for name in END_TOKENS:
         if name in vocab:
-            tokenizer.add_eos_token(str(vocab[name]))
+            tokenizer.add_eos_token(vocab[name])
     return tokenizer
 
 
