@@ -1,10 +1,12 @@
 """Prefill and decode: the only loop from token ids to token ids."""
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, cast
 
 import mlx.core as mx
+from mlx_lm.generate import wired_limit
 
 from ..model.language import Model
 from .sampler import Sampler
@@ -16,16 +18,11 @@ Progress = Callable[[int, int], None]
 @contextmanager
 def wired(model: Model) -> Iterator[None]:
     """Keep the weights in the GPU's memory meanwhile."""
-    if not mx.metal.is_available():
+    with ExitStack() as stack:
+        # Its warning about large models would land in the answer.
+        with redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(model))
         yield
-        return
-    before = mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
-    try:
-        yield
-    finally:
-        # What still runs must not lose its memory.
-        mx.synchronize()
-        mx.set_wired_limit(before)
 
 
 def prefill(
