@@ -257,20 +257,18 @@ def _special_tokens(
         added = {int(i): AddedToken(**t) for i, t in config["added_tokens_decoder"].items()}
     else:
         config |= _object(folder / "special_tokens_map.json")
-        if "additional_special_tokens" in config and "extra_special_tokens" not in config:
-            config["extra_special_tokens"] = config["additional_special_tokens"]
-    tokens = {k: v for k, v in config.items() if k in NAMED or _is_token(k, v)}
-    extra = config.get("extra_special_tokens") or []
-    if isinstance(extra, dict):
-        tokens, extra = tokens | extra, []
-    extra = [_token(t) for t in extra]
-    named = {use: None if token is None else _token(token) for use, token in tokens.items()}
-    if "added_tokens_decoder" not in config:
-        special = {str(t) for t in (*named.values(), *extra) if t is not None}
+        names = [*(config.get(use) for use in NAMED), *(config.get("extra_special_tokens") or [])]
+        special = {str(_token(name)) for name in names if name is not None}
         for text, i in _object(folder / "added_tokens.json").items():
             is_special = text in special
             added[i] = AddedToken(text, special=is_special, normalized=not is_special)
         added |= in_file
+    tokens = {k: v for k, v in config.items() if k in NAMED or _is_token(k, v)}
+    extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
+    if isinstance(extra, dict):
+        tokens, extra = tokens | extra, []
+    extra = [_token(t) for t in extra]
+    named = {use: None if token is None else _token(token) for use, token in tokens.items()}
     by_text = {str(token): token for token in added.values()}
     for use in NAMED:
         if named.get(use) is not None:
