@@ -43,7 +43,10 @@ class SwitchLinear(nn.Module):
         self, group_size: int = 64, bits: int = 4, mode: str = "affine", **unused: Any
     ) -> "QuantizedSwitchLinear":
         """The same matrices, quantized by MLX."""
-        quantized = QuantizedSwitchLinear(1, 1, 1, False, group_size, bits, mode)
+        num_experts, out_dims, in_dims = self.weight.shape
+        quantized = QuantizedSwitchLinear(
+            in_dims, out_dims, num_experts, False, group_size, bits, mode
+        )
         quantized.quantize(self.weight)
         if "bias" in self:
             quantized.bias = self.bias
@@ -65,7 +68,7 @@ class QuantizedSwitchLinear(nn.Module):
     ):
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
-        in_dims = -(-in_dims // group_size) * group_size
+        # Lazy: nothing is computed where other weights are put in its place.
         self.quantize(mx.zeros((num_experts, out_dims, in_dims)))
         if bias:
             self.bias = mx.zeros((num_experts, out_dims))
