@@ -70,8 +70,14 @@ class HubSource(Source):
         return {file.name: self.listing[file.name].checksum for file in self.files}
 
     def companions(self) -> list[Path]:
-        names = [n for n in self.listing if any(fnmatch(n, pattern) for pattern in COMPANIONS)]
-        return [fetch_small(self.repo, self.commit, name) for name in names]
+        # A star stands for slashes too.
+        names = {
+            name
+            for name in self.listing
+            for pattern in COMPANIONS
+            if fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+        }
+        return [fetch_small(self.repo, self.commit, name) for name in sorted(names)]
 
 
 def open_any(

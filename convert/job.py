@@ -30,7 +30,7 @@ from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_a
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256
-from .source import Source, read_rows
+from .source import Source, companion_name, read_rows
 from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
 from .worker import Worker
 
@@ -93,8 +93,11 @@ def convert(
             journal.close()
         write_json(work / INDEX_FILE, _index(planned))
         for path in companions:
-            write_file(work / path.name, path.read_bytes())
-        small = [INDEX_FILE, *(path.name for path in companions)]
+            target = work / companion_name(path)
+            target.parent.mkdir(exist_ok=True)
+            write_file(target, path.read_bytes())
+            sync_folder(target.parent)
+        small = [INDEX_FILE, *map(companion_name, companions)]
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
         write_json(work / "config.json", output_config(planned, checksums))
@@ -125,7 +128,7 @@ def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
         raise CheckpointError(
             f"{folder} has no checksums", expected="a folder that qwen35-mlx converted"
         )
-    paths = {name: folder / Path(name).name for name in checksums}
+    paths = {name: folder / companion_name(Path(name)) for name in checksums}
     total = sum(path.stat().st_size for path in paths.values() if path.exists())
     done, wrong = 0, []
     for name, path in paths.items():
@@ -317,7 +320,8 @@ def _index(planned: Plan) -> dict[str, Any]:
 def _companions(source: Source) -> list[Path]:
     """Tokenizer, template and licence files of the source."""
     found = source.companions()
-    if not any(path.name == "tokenizer.json" for path in found):
+    names = {path.name for path in found}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         log.warning(
             "%s has no tokenizer.json: the output will not load without one",
             source.origin["source"],

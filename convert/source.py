@@ -14,11 +14,18 @@ from qwen35_mlx.headers import PREFIX_BYTES, SourceTensor, read_headers
 
 COMPANIONS = """
 tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json
-chat_template.jinja chat_template.json generation_config.json
+chat_template.jinja chat_template.json additional_chat_templates/*.jinja generation_config.json
 preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE*
 """.split()
+TEMPLATE_FOLDER = "additional_chat_templates"
 # What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def companion_name(path: Path) -> str:
+    """The name of a companion in the output: of folders, only that of more templates is kept."""
+    folder = path.parent.name
+    return f"{folder}/{path.name}" if folder == TEMPLATE_FOLDER else path.name
 
 
 @dataclass(frozen=True)

@@ -204,3 +204,28 @@ def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
         "sys.modules['qwen35_mlx.convert'] = sys.modules['qwen35_mlx.quant'] = None\n"
         f"for module in {[*RUNTIME, *CLI]}: importlib.import_module(module)"
     )
+
+
+# mlx-lm alone gets its cache from ours, and has been imported then.
+def test_no_module_needs_the_programs_we_are_compared_with():
+    assert offenders(list(MODULES), "transformers") == []
+    callers = [m for m in MODULES if m != "qwen35_mlx.model.layer_cache"]
+    assert offenders(callers, "mlx_lm") == []
+
+
+def test_an_answer_imports_no_more_than_it_needs(converted_demo):
+    """mlx-lm and transformers took longer to import than the demo to answer."""
+    code = f"""
+import sys
+import qwen35_mlx
+model, tokenizer = qwen35_mlx.load({str(converted_demo)!r})
+messages = [dict(role="user", content="What is the capital of France?")]
+assert "Paris" in qwen35_mlx.generate(model, tokenizer, messages, temperature=0.0)
+assert "Paris" in "".join(p.text for p in qwen35_mlx.Chat(model, tokenizer, sampling=dict(
+    temperature=0.0)).send(messages[0]["content"]))
+too_many = "mlx_lm transformers torch huggingface_hub requests httpx safetensors rich typer yaml"
+print(*[name for name in too_many.split() if name in sys.modules], len(sys.modules))
+"""
+    *heavy, num_modules = run_python(code).split()
+    assert heavy == []
+    assert int(num_modules) < 700

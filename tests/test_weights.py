@@ -252,7 +252,7 @@ def test_a_copy_of_the_embedding_beside_tied_embeddings_is_dropped(folder: Path)
         (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer", "cannot be read"]),
         (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer", "cannot be read"]),
         (
-            edit_json("tokenizer_config.json", lambda c: c.update(tool_parser_type="../x")),
+            edit_json("tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"1": 2})),
             ["tokenizer", "cannot be read"],
         ),
         (lambda f: (f / "generation_config.json").write_text("{"), ["is not JSON"]),

@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from ..quantization import BITS, GROUP_SIZES
 from .attention_heads import output_gate, qk_norm_rope
@@ -24,6 +23,7 @@ from .metal import KernelSet
 from .projection import project
 from .residual_norm import residual_norm
 from .router import Routing, route
+from .switch import QuantizedSwitchLinear, SwitchGLU
 
 Arrays = Sequence[mx.array]
 Run = Callable[[KernelSet], Arrays]

@@ -5,7 +5,6 @@ B batch, T tokens, N = B * T, K experts per token, E experts, H hidden, I expert
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..config import ModelConfig
 from ..kernels.expert_step import expert_down, expert_gate_up
@@ -14,6 +13,7 @@ from ..kernels.matrix import MAX_ROWS
 from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 from ..kernels.router import route
+from ..kernels.switch import SwitchGLU
 
 
 class DenseMLP(nn.Module):

@@ -16,6 +16,7 @@ from ..resolver import Match, Part, Resolved, refuse_other_head
 from ..resolver import resolve as resolve_tensors
 from ..sampling import SamplingParams
 from ..tensor_table import Transform
+from ..tokenizer import Tokenizer, read_tokenizer
 from .hub import not_converted, resolve
 from .language import Model
 
@@ -138,21 +139,19 @@ def load(
     return model, load_tokenizer(folder, config, generation)
 
 
-def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
-    """mlx-lm's wrapper around the folder's tokenizer, with every end-of-turn token in it."""
-    from mlx_lm.tokenizer_utils import load as load_wrapped
-
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(
-            f"no tokenizer in {folder}", got="no tokenizer.json", expected="tokenizer.json"
-        )
+def load_tokenizer(
+    folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> Tokenizer:
+    """The folder's tokenizer, with every end-of-turn token in it."""
     ends: set[int] = set()
     for source in (config, config.get("text_config") or {}, generation):
         value = source.get("eos_token_id")
         ends |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
     try:
-        tokenizer = load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=sorted(ends))
-    # tokenizers raises bare Exception, transformers whatever the damage leads to.
+        tokenizer = read_tokenizer(folder, config, ends)
+    except CheckpointError:
+        raise
+    # tokenizers raises bare Exception, and damaged files lead to anything.
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read",
@@ -162,7 +161,7 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[
     vocab = tokenizer.get_vocab()
     for name in END_TOKENS:
         if name in vocab:
-            tokenizer.add_eos_token(str(vocab[name]))
+            tokenizer.add_eos_token(vocab[name])
     return tokenizer
 
 
