@@ -233,7 +233,9 @@ def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, Choice]) 
     measured = "measured on the calibration text" if choice.measured else "an estimate by kind"
     lines.append(f"Predicted KL: nats a token to the unquantized model, {measured} of tensor.")
     if macs:
-        lines.append(f"{BANDWIDTH_LIMIT}: an upper bound at an empty context; nobody reaches it.")
+        lines.append(
+            f"{BANDWIDTH_LIMIT}: an upper bound at an empty context; no program reaches it."
+        )
     return lines
 
 

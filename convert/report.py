@@ -26,7 +26,7 @@ CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; {bandwidth}: an upper bound at {context}, which nobody reaches.\n"
+    " that\nlimit raised; {bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
 )
 

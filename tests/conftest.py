@@ -14,6 +14,7 @@ from rich.console import Console
 import qwen35_mlx
 from qwen35_mlx.cli import terminal
 from qwen35_mlx.convert import convert
+from qwen35_mlx.memory import Allowance
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
@@ -50,6 +51,7 @@ class ScriptedModel:
     def __init__(self, tokens: list[int], vocab_size: int = 2560, context_length: int = 4096):
         self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context_length)
         self.sampling_defaults = SamplingParams()
+        self.allowance = Allowance()
         self.tokens = tokens
         self.num_read = self.num_steps = 0
 

@@ -18,7 +18,6 @@ from ..model.cache import CacheEntry, Snapshot, fork, kv_bytes, restore, snapsho
 from ..model.language import Model
 from .decode import PREFILL_STEP_SIZE, Progress, prefill, wired
 
-DEFAULT_SNAPSHOT_BYTES = 4 * 10**9
 # A long prefill keeps at most this many points, lest they push out all others.
 MAX_SNAPSHOTS_A_PREFILL = 8
 # Short, so that whoever presses Enter does not wait for it.
@@ -146,9 +145,10 @@ class PrefixStore:
     use from several threads; the one that reads ahead is stopped by every call.
     """
 
-    def __init__(self, model: Model, memory_bytes: float = DEFAULT_SNAPSHOT_BYTES):
+    def __init__(self, model: Model, memory_bytes: float | None = None):
+        """memory_bytes: what `load` found to be left for it if None."""
         self.model = model
-        self.memory_bytes = memory_bytes
+        self.memory_bytes = model.allowance.snapshot_bytes if memory_bytes is None else memory_bytes
         self.caches: list[PromptCache] = []
         self._reader: Thread | None = None
         self._stopping = Event()

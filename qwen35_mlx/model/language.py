@@ -15,6 +15,7 @@ from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.metal import NONE, Choice
 from ..kernels.residual_norm import residual_norm
+from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention
 from .cache import CacheEntry, make_cache
@@ -132,6 +133,7 @@ class Model(nn.Module):
         self.config = config
         self.model_type = config.model_type
         self.sampling_defaults = SamplingParams()
+        self.allowance = Allowance()
         self.language_model = LanguageModel(config)
 
     def __call__(

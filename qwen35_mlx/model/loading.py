@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import CheckpointError, ConfigError
 from ..headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
 from ..kernels import choice, metal
 from ..kernels.matrix import BITS, GROUP_SIZES
+from ..memory import allow, wire
 from ..sampling import SamplingParams
 from .language import Model
 
@@ -73,11 +75,14 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
+def load_model(
+    folder: str | Path, context: int | None = None, force: bool = False
+) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
     On the CPU everything is float32, whatever the files hold: other types are many times
-    slower there. Raises ConfigError or CheckpointError.
+    slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
+    see `load` for `context` and `force`.
     """
     folder = Path(folder)
     raw_config = read_config(folder)
@@ -95,6 +100,16 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
             k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v
             for k, v in weights.items()
         }
+    # Until here nothing but headers is read: MLX loads when it evaluates.
+    model.allowance = allow(
+        config,
+        sum(array.nbytes for array in weights.values()),
+        context=context,
+        force=force,
+        item_bytes=weights["language_model.model.norm.weight"].dtype.size,
+    )
+    model.config = replace(config, context_limit=model.allowance.context)
+    wire(model.allowance)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     mx.eval(model.parameters())
@@ -230,19 +245,26 @@ def _same_kind(got: mx.Dtype, expected: mx.Dtype) -> bool:
 
 
 def load(
-    path_or_hub_id: str | Path, revision: str | None = None, *, kernels: str = "auto"
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    *,
+    kernels: str = "auto",
+    context: int | None = None,
+    force: bool = False,
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
     `kernels`: "auto" runs those Metal kernels that `qwen35-mlx doctor` found right and faster on
     this machine, "metal" all of them, "ops" none.
+    `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
+    32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
-    model, config = load_model(folder)
+    model, config = load_model(folder, context, force)
     metal.use(model, choice.choose(kernels, model.config))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
