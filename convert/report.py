@@ -130,20 +130,20 @@ def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[st
     """For every released model the recipe of most bits that fits this memory."""
     ways: dict[str, dict[str, Any]] = {"unquantized": dict(dtype="bfloat16")}
     ways |= {f"--recipe {name}": dict(recipe=recipe(name)) for name in RECIPES}
-    limits = (default_limit_bytes(memory_bytes), ""), (raised_limit_bytes(memory_bytes), "*")
     context = context or DEFAULT_CONTEXT
     rows = [["model", "fits with", "bits per weight", "size", "memory when running"]]
     for member in FAMILY:
-        source, row = family_source(member.full_name), [member.full_name, "no recipe", "", "", ""]
-        check_context(ModelConfig.from_hf(source.config), context)
-        for name, way in ways.items():
-            planned = plan(source, **way)
-            totals = [(running(planned, context, limit).total, limit, m) for limit, m in limits]
-            if found := [(n, mark) for n, limit, mark in totals if n <= limit]:
-                needed, mark = found[0]
-                bits = f"{planned.bits_per_weight:.2f}"
-                row[1:] = [name + mark, bits, _gb(planned.output_bytes), _gb(needed)]
-                break
+        source = family_source(member.full_name)
+        row = [member.full_name, "no recipe", "", "", ""]
+        smallest, *others = reversed(ways)
+        # The smallest first: where it does not fit, nothing does.
+        if _need(plan(source, **ways[smallest]), memory_bytes, context):
+            for name in [*reversed(others), smallest]:
+                planned = plan(source, **ways[name])
+                if need := _need(planned, memory_bytes, context):
+                    bits = f"{planned.bits_per_weight:.2f}"
+                    row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
+                    break
         rows.append(row)
     return [
         f"{memory_bytes / GIB:.0f} GB of memory: {where}, with a context of {context:,} tokens",
@@ -158,25 +158,31 @@ def _raised_note(memory_bytes: int) -> str:
     return f"*: with iogpu.wired_limit_mb raised to {mb}"
 
 
+def _need(planned: Plan, memory_bytes: int, context: int) -> tuple[int, str] | None:
+    """Bytes in use, and * if the GPU's limit has to be raised for them; None if it is too much."""
+    check_context(planned.config, context)
+    for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
+        needed = running(planned, context, limit(memory_bytes)).total
+        if needed <= limit(memory_bytes):
+            return needed, mark
+    return None
+
+
 def _longest(planned: Plan, memory_bytes: int, context: int | None) -> str:
-    size = _gb(planned.output_bytes)
-    if context is not None:
-        check_context(planned.config, context)
-    limits = (default_limit_bytes(memory_bytes), ""), (raised_limit_bytes(memory_bytes), "*")
-    for limit, mark in limits:
-        contexts = CONTEXTS if context is None else (context,)
-        fitting = [c for c in contexts if running(planned, c, limit).total <= limit]
-        if fitting:
-            return f"{size}, {_tokens(fitting[-1])}{mark}"
-    return f"{size}, no"
+    """Size, and the longest of the contexts that fits; one that needs no raised limit is better."""
+    needs = {c: _need(planned, memory_bytes, c) for c in ([context] if context else CONTEXTS)}
+    fitting = [(not need[1], c, need[1]) for c, need in needs.items() if need]
+    if not fitting:
+        return f"{_gb(planned.output_bytes)}, no"
+    _, longest, mark = max(fitting)
+    return f"{_gb(planned.output_bytes)}, {_tokens(longest)}{mark}"
 
 
 def _fits(mac: Mac, planned: Plan, context: int) -> str:
-    limit, raised = (f(mac.memory_bytes) for f in (default_limit_bytes, raised_limit_bytes))
-    if running(planned, context, limit).total <= limit:
-        return "fits"
-    needed = running(planned, context, raised).total
-    return f"N={wired_limit_mb(needed)}" if needed <= raised else "no"
+    need = _need(planned, mac.memory_bytes, context)
+    if need is None:
+        return "no"
+    return f"N={wired_limit_mb(need[0])}" if need[1] else "fits"
 
 
 def _gb(num_bytes: int) -> str:

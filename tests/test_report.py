@@ -18,11 +18,13 @@ from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.convert import job, mac_models, plan
 from qwen35_mlx.convert import report as page
-from qwen35_mlx.convert.mac_models import Mac
+from qwen35_mlx.convert.mac_models import MACS, Mac, find_macs
 from qwen35_mlx.convert.pieces import cut, peak_bytes
 from qwen35_mlx.convert.report import family_source
+from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.family import FAMILY
-from qwen35_mlx.machine import GIB
+from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes
+from qwen35_mlx.quant.recipes import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 # Qwen3.5-397B-A17B
@@ -105,7 +107,7 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
     lines = page.mac_lines(mixed, MACS)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
-    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N="] * 4
+    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N=", "N=", "N=", "no"]
     assert ultra.split()[10] == f"{mac_models.tokens_per_second(mixed, 800, 8192):.0f}"
     assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
     largest = next(line for line in lines if "512 GB" in line)
@@ -143,16 +145,17 @@ def test_what_fits_this_machine_names_every_model() -> None:
     assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
     cells = {line.split()[0]: line for line in lines if line.startswith("Qwen")}
     assert list(cells) == [member.full_name for member in FAMILY]
-    assert "173.5 GB, 256k*" in cells["Qwen3.5-397B-A17B"]
+    assert "173.5 GB, 128k*" in cells["Qwen3.5-397B-A17B"]
     assert "223.0 GB, no" in cells["Qwen3.5-397B-A17B"]
     assert "15.2 GB, 256k" in cells["Qwen3.5-27B"]
 
 
-def test_fit_without_a_source_finds_a_recipe_for_every_model() -> None:
+def test_fit_without_a_source_finds_a_recipe_for_every_model(monkeypatch) -> None:
+    monkeypatch.setattr(page, "FAMILY", [FAMILY[0], *FAMILY[-2:]])
     lines = page.fitting_lines(192 * GIB, "a Mac", None)
     assert lines[0] == "192 GB of memory: a Mac, with a context of 32,768 tokens"
     found = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("Qwen")}
-    assert list(found) == [member.full_name for member in FAMILY]
+    assert list(found) == [member.full_name for member in page.FAMILY]
     assert found["Qwen3.5-0.8B"][0] == "unquantized"
     assert found["Qwen3.5-122B-A10B"][:2] == ["--recipe", "q8"]
     assert found["Qwen3.5-397B-A17B"][:2] == ["--recipe", "q2"]
@@ -191,7 +194,7 @@ def test_the_page_names_contexts_scores_and_an_upper_bound() -> None:
     assert [float(n) for n in re.findall(r"\d\.\d", lines[2])] == [1.1, 1.9, 1.6, 1.1]
     assert lines[3].split()[-4:] == ["2,048", "896", "192", "64"]
     assert any("upper bound" in line and "no program reaches" in line for line in lines)
-    (only,) = [line for line in lines if "M3 Ultra" in line]
+    assert len([line for line in lines if "M3 Ultra" in line]) == 1
     own = page.mac_lines(planned, find_macs("M3 Ultra 256GB"), 100_000)
     assert "at 100,000" in own[0] and "at 8k" not in own[0]
     with pytest.raises(Qwen35Error, match="context does not fit"):
@@ -227,7 +230,7 @@ def test_macs_are_found_by_memory_chip_or_both() -> None:
     assert find_macs("M4 Pro 48GB") == [Mac("M4 Pro", 48, 273)]
     assert find_macs("24GB") == [Mac("", 24, 0)]
     for wrong in ("", "M9 Ultra", "Intel", "256 parsecs", "M3 Ultra lots"):
-        with pytest.raises(Qwen35Error, match="not a (Mac|size)"):
+        with pytest.raises(Qwen35Error, match=r"not a (Mac|size)"):
             find_macs(wrong)
 
 
@@ -248,6 +251,7 @@ def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gb
     assert mac_models.this_mac() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("settings", [dict(bits=4), dict(bits=8), dict(dtype="float32")])
 def test_peak_memory_is_within_a_tenth_of_the_plan(tmp_path, settings) -> None:
