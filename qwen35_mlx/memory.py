@@ -25,7 +25,7 @@ MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
 PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
 KV_GROWTH = 256
 # What else is allocated ahead, seen in models of many layers.
-AHEAD = 1.06
+AHEAD = 1.15
 # Of `chunk_gated_delta_rule`: tokens of a chunk.
 CHUNK_SIZE = 64
 
@@ -148,11 +148,13 @@ def prefill_step_size(
 
 def _prefill_bytes(config: ModelConfig, context: int, budget_bytes: int, item_bytes: int) -> int:
     """The peak of any prefill step on the way to `context` tokens."""
-    widest, attention = min(MAX_STEP_SIZE, context), [0]
+    # The first step is the widest: the fewest keys are there.
+    first = prefill_step_size(config, min(context, MAX_STEP_SIZE), budget_bytes, item_bytes)
+    widest, attention = min(first, context), [0]
     if LINEAR in config.layer_types:
         attention.append(_linear_layer_bytes(config, widest, item_bytes))
     if FULL in config.layer_types:
-        # The widest step reads furthest where its scores just fit the budget.
+        # It is taken up to where its scores just fit the budget.
         reach = budget_bytes // max(scores_bytes(config, 1, 1, item_bytes) * widest, 1)
         reach = min(context, max(reach, widest))
         last = min(prefill_step_size(config, context, budget_bytes, item_bytes), context)
@@ -188,7 +190,7 @@ def chunk_rule_bytes(config: ModelConfig, step: int) -> int:
         + 2 * config.linear_num_key_heads * config.linear_key_head_dim
     )
     padded = -(-step // CHUNK_SIZE) * CHUNK_SIZE
-    return int(padded * per_token * 4) + 8 * _layer_state_bytes(config)
+    return int(padded * per_token * 4) + 16 * _layer_state_bytes(config)
 
 
 def _linear_layer_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
