@@ -68,7 +68,7 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     ("name", "context", "limit_bytes"),
     # With a step of all tokens, then with one that the limit on scores shortens to 64 and to 128.
     [("dense", 512, GIB), ("experts", 512, GIB), ("wide_linear", 512, GIB),
-     ("dense", 1024, 16 * 2**20), ("experts", 768, 24 * 2**20)],
+     ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20)],
 )  # fmt: skip
 def test_the_count_is_an_upper_bound_of_what_a_prefill_takes(
     name: str, context: int, limit_bytes: int

@@ -49,8 +49,8 @@ TEXT: dict[str, Any] = family_config("Qwen3.5-397B-A17B")["text_config"]
 NUM_LAYERS = {LINEAR: 45, FULL: 15}
 CONTEXT = 4096
 VIEWS = frozenset(
-    """AsStrided Broadcast BroadcastAxes ExpandDims Flatten Reshape Slice Split Squeeze StopGradient
-    Transpose Unflatten""".split()
+    """AsStrided Broadcast BroadcastAxes Depends ExpandDims Flatten Reshape Slice Split
+    Squeeze StopGradient Transpose Unflatten""".split()
 )
 
 
