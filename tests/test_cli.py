@@ -18,6 +18,7 @@ from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
 import qwen35_mlx
+from qwen35_mlx import machine, memory
 from qwen35_mlx.cli import main as cli
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
@@ -37,9 +38,9 @@ def run(monkeypatch: pytest.MonkeyPatch, demo: Any, converted_demo: Path) -> Cal
     """The command in this process; the demo is loaded once for all tests."""
     load = sys.modules["qwen35_mlx.model.loading"].load
 
-    def load_once(name: str, kernels: str = "auto") -> Any:
-        is_demo = name == str(converted_demo) and kernels == "auto"
-        return demo if is_demo else load(name, kernels=kernels)
+    def load_once(name: str, kernels: str = "auto", **options: Any) -> Any:
+        is_demo = name == str(converted_demo) and kernels == "auto" and not any(options.values())
+        return demo if is_demo else load(name, kernels=kernels, **options)
 
     monkeypatch.setattr(sys.modules["qwen35_mlx.model.loading"], "load", load_once)
 
@@ -241,6 +242,21 @@ def test_plan_without_a_source_is_about_this_machine(run: Any) -> None:
     lines = result.stdout.splitlines()
     row = next(line for line in lines if line.startswith("Qwen3.5-397B-A17B"))
     assert row.split()[1:3] == ["173.5", "GB,"]
+
+
+def test_a_model_that_does_not_fit_is_refused_unless_forced(
+    run: Any, converted_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", converted_demo, "-p", FRANCE, "--max-tokens", "1", "--context", "200")
+    assert run(*asked).exit_code == 0
+    described = machine.describe()._replace(memory_bytes=1000)
+    monkeypatch.setattr(memory, "describe", lambda: described)
+    for command in (asked, ("chat", *asked[1:])):
+        result = run(*command)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "error: the model does not fit this machine" in result.stderr
+        assert "KV cache of 200 tokens" in result.stderr and "--force" in result.stderr
+        assert run(*command, "--force").exit_code == 0
 
 
 def test_convert_refuses_to_write_over_a_folder(run: Any, tmp_path: Path) -> None:

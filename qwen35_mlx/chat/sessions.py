@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,10 +140,22 @@ def _damaged(file: Path, got: str) -> SessionError:
 
 
 def model_identity(model: Model) -> str:
-    """A digest of the model's names, shapes, types and of a few numbers of each tensor."""
+    """A digest of the model's names, shapes, types and of a few numbers of each tensor.
+
+    Kept while the model has the same arrays: it takes an operation or more for each of them.
+    """
+    tensors = sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    arrays = hash(tuple(id(array) for _, array in tensors))
+    known = getattr(model, "_identity", "")
+    if not known.startswith(f"{arrays} "):
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors)}"
+    return known.partition(" ")[2]
+
+
+def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]]) -> str:
     digest = hashlib.sha256()
     samples = []
-    for name, array in sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))):
+    for name, array in tensors:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         # By rows: a stack of experts has more elements than an index of MLX can count.
         rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)

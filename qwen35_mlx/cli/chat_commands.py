@@ -33,6 +33,8 @@ def generate(
     ] = None,
     seed: options.Seed = None,
     kernels: options.Kernels = "auto",
+    context: options.RunContext = None,
+    force: options.Force = False,
 ) -> None:
     """Answer once, in plain text on standard output, for scripts.
 
@@ -46,7 +48,7 @@ def generate(
         from .terminal import quiet_libraries
 
         quiet_libraries()
-        loaded, tokenizer = load(model, kernels=kernels)
+        loaded, tokenizer = load(model, kernels=kernels, context=context, force=force)
         messages: Any = [{"role": "user", "content": text}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
@@ -95,8 +97,13 @@ def chat(
         ),
     ] = "stop",
     snapshot_memory: Annotated[
-        float, typer.Option(min=0, help="GB for points that conversations can go on from.")
-    ] = 4.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Memory for prompt-cache snapshots, in GB. Default: what weights and context "
+            "leave, at most 4 and at most a sixteenth of memory.",
+        ),
+    ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Show Markdown as it is.")] = False,
     preset: Annotated[
         str | None,
@@ -115,6 +122,8 @@ def chat(
     repetition_penalty: options.Repetition = None,
     seed: options.Seed = None,
     kernels: options.Kernels = "auto",
+    context: options.RunContext = None,
+    force: options.Force = False,
 ) -> None:
     """Chat in the terminal: streaming, thoughts apart from answers."""
     with options.user_errors():
@@ -138,7 +147,7 @@ def chat(
             from ..engine.prefix_store import PrefixStore
             from ..model.loading import load
 
-            loaded, tokenizer = load(name, kernels=kernels)
+            loaded, tokenizer = load(name, kernels=kernels, context=context, force=force)
         suggest_doctor(kernels)
         conversation = Chat(
             loaded,
@@ -151,7 +160,7 @@ def chat(
             preset=preset or ("checkpoint" if is_demo else "auto"),
             sampling={"seed": seed, **sampling},
             on_loop=on_loop,
-            store=PrefixStore(loaded, snapshot_memory * 1e9),
+            store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
         )
         ChatSession(conversation, markdown=not plain).run(prompts, session)
 

@@ -34,7 +34,7 @@ def convert(
     recipe: options.RecipeName = None,
     fit: options.Fit = None,
     bits_per_weight: options.BitsPerWeight = None,
-    prefer: options.Prefer = "quality",
+    prefer: options.Prefer = None,
     context: options.Context = None,
     calibration: options.CalibrationFile = None,
     calibrate: Annotated[
@@ -101,7 +101,11 @@ def plan(
     ctx: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="SRC", help="Folder or hub id; without it, what fits this machine."),
+        typer.Argument(
+            metavar="SRC",
+            help="Folder, hub id, or a released model such as Qwen3.5-27B, which is planned "
+            "offline from its sizes; without it, what of the family fits.",
+        ),
     ] = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
@@ -109,10 +113,16 @@ def plan(
     recipe: options.RecipeName = None,
     fit: options.Fit = None,
     bits_per_weight: options.BitsPerWeight = None,
-    prefer: options.Prefer = "quality",
+    prefer: options.Prefer = None,
     context: options.Context = None,
     calibration: options.CalibrationFile = None,
     revision: options.Revision = None,
+    mac: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAC", help="Show this Mac alone: 256GB, M3 Ultra, or M3 Ultra 256GB."
+        ),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
     ] = None,
@@ -123,28 +133,87 @@ def plan(
     """
     with options.user_errors():
         from ..convert import plan as make_plan
-        from ..convert import report as page
-        from ..convert.macs import this_mac
-        from ..machine import memory_bytes
-        from .terminal import print_lines, print_plan
+        from ..convert import report
+        from ..convert.mac_models import MACS, find_macs, this_mac
+        from .terminal import note, print_lines, print_plan
 
-        mac = this_mac()
+        macs = find_macs(mac) if mac else [*filter(None, [this_mac()]), *MACS]
         if source is None:
-            print_lines(page.family_lines(memory_bytes(), mac))
+            print_lines(plan_of_family(ctx, macs))
             return
-        settings, spent = quality_settings(ctx, source, calibration_for(source, None, calibration))
-        planned = make_plan(source, revision=revision, **settings)
+        found = calibration_for(source, None, calibration)
+        opened = report.find_source(source, revision)
+        if not isinstance(opened, str):
+            note(f"{opened.folder}: sizes of the text model, nothing is fetched")
+        settings, spent = quality_settings(ctx, opened, found)
+        planned = make_plan(opened, revision=revision, **settings)
         print_plan(planned)
         print_lines([*spent, ""] if spent else [])
-        print_lines([*page.conversion_lines(planned), "", *page.mac_lines(planned, mac)])
+        page = report.conversion_lines(planned)
+        print_lines([*page, "", *report.mac_lines(planned, macs, context)])
         if png:
-            page.draw(planned, png)
+            report.draw(planned, png)
 
 
-def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, list[str]]:
+def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
+    """The page of `plan` without SRC: for --fit, --mac or this machine."""
+    from ..convert.mac_models import this_mac
+    from ..convert.report import family_lines, fitting_lines
+    from ..machine import memory_bytes, parse_memory
+
+    given, values = typed(ctx), ctx.params
+    for name in ("calibration", "revision", "png", "prefer"):
+        if name in given:
+            raise typer.BadParameter(f"--{name} needs SRC.")
+    ways = given & {"bits", "group_size", "dtype", "recipe", "bits_per_weight"}
+    if "fit" in given and (others := ways | (given & {"mac"})):
+        names = " or ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+        raise typer.BadParameter(f"without SRC, --fit names memory and finds bits: no {names}.")
+    if "fit" in given:
+        return fitting_lines(parse_memory(values["fit"]), "a Mac", values["context"])
+    own, memory = this_mac(), memory_bytes()
+    where = f"a Mac with {own.chip}" if own else "this machine; limits as on a Mac of its memory"
+    if "mac" in given:
+        sizes = {mac.memory_bytes for mac in macs}
+        if len(sizes) > 1:
+            raise typer.BadParameter(f"--mac {values['mac']} comes in several sizes; add one.")
+        (memory,) = sizes
+        chips = " or ".join(mac.chip for mac in macs if mac.chip)
+        where = f"a Mac with {chips}" if chips else "a Mac"
+    settings = (lambda source: quality_settings(ctx, source, None)[0]) if ways else None
+    return family_lines(memory, where, values["context"], settings)
+
+
+def typed(ctx: typer.Context) -> set[str]:
+    """The parameters that were given."""
+    return {
+        name
+        for name in ctx.params
+        if (origin := ctx.get_parameter_source(name)) and origin.name == "COMMANDLINE"
+    }
+
+
+def refuse_idle_options(ctx: typer.Context) -> None:
+    """Refuse options that nothing would come of beside the others."""
+    given = typed(ctx)
+    budget = given & {"fit", "bits_per_weight"}
+    if "prefer" in given and not budget:
+        raise typer.BadParameter("--prefer goes with --fit or --bits-per-weight.")
+    if "group_size" in given and (budget or "recipe" in given):
+        raise typer.BadParameter("--group-size goes with --bits: a recipe has its own.")
+    if "group_size" in given and "dtype" in given and "bits" not in given:
+        raise typer.BadParameter("--group-size goes with --bits: --dtype alone quantizes nothing.")
+    if "context" in given and ctx.info_name == "convert" and "fit" not in given:
+        raise typer.BadParameter("--context goes with --fit.")
+
+
+def quality_settings(
+    ctx: typer.Context, source: Any, found: Any
+) -> tuple[dict[str, Any], list[str]]:
     """Settings of plan and convert, and lines on what a budget is spent on."""
     from ..convert.fit import quality_settings as decide
 
+    refuse_idle_options(ctx)
     given = ctx.params
     names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
     wanted = {name: given[name] for name in names}

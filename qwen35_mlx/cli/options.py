@@ -72,11 +72,27 @@ BitsPerWeight = Annotated[
     float | None, typer.Option(min=0, max=32, help="Best bits of this average, scales included.")
 ]
 Prefer = Annotated[
-    str, typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed.")
+    str | None,
+    typer.Option(
+        callback=one_of("quality", "speed"),
+        help="With --fit or --bits-per-weight: quality, the default, or speed.",
+    ),
 ]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, help="With --fit: tokens that have to fit beside; 32,768 if unset."),
+    typer.Option(min=1, help="Tokens that have to fit beside the weights; 32,768 with --fit."),
+]
+RunContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Most tokens of prompt and answers together; the memory for them is counted before "
+        "the model is read. Unset: all that fits, 32,768 at least.",
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Load a model that does not fit this machine.")
 ]
 CalibrationFile = Annotated[
     Path | None,

@@ -15,7 +15,7 @@ from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
 from .decode import decode
 from .output import OutputParser
-from .prompt_cache import PREFILL_STEP_SIZE, UNKNOWN_ID, Progress, PromptCache
+from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
 
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
@@ -62,7 +62,7 @@ def stream_generate(
     cache: list[Any] | None = None,
     cached_ids: Sequence[int] = (),
     enable_thinking: bool | None = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int | None = None,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
@@ -82,7 +82,8 @@ def stream_generate(
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
-    check_count("prefill_step_size", prefill_step_size)
+    if prefill_step_size is not None:
+        check_count("prefill_step_size", prefill_step_size)
     is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
     stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
     if not all(isinstance(s, str) for s in stops):
@@ -111,7 +112,7 @@ def _responses(
     sampler: Sampler,
     max_tokens: int,
     parser: OutputParser,
-    step_size: int,
+    step_size: int | None,
     progress: Progress | None,
 ) -> Iterator[GenerationResponse]:
     """`stream_generate` behind its checks."""
