@@ -260,11 +260,17 @@ def test_the_wired_limit_is_set_once_a_process_and_the_pool_is_bounded(
     mac: Any, converted_demo: Path
 ) -> None:
     told = mac(16 * GIB)
-    model, _ = qwen35_mlx.load(converted_demo)
+    model, tokenizer = qwen35_mlx.load(converted_demo)
     assert told["wired"] == [12 * GIB]
     assert told["cache"] == [model.allowance.pool_bytes]
     assert memory.POOL_BYTES < model.allowance.pool_bytes < 2 * GIB
     qwen35_mlx.load(converted_demo)
+    # Nor do turns change it, or reading ahead after them.
+    chat = qwen35_mlx.Chat(model, tokenizer, max_tokens=3)
+    for question in ("One?", "Two?"):
+        list(chat.send(question))
+        chat.read_ahead()
+    qwen35_mlx.generate(model, tokenizer, "One", max_tokens=2)
     assert told["wired"] == [12 * GIB]
 
 
