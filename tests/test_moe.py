@@ -88,3 +88,13 @@ def test_experts_keep_the_type_of_the_activations():
     x = mx.ones((2, 32), dtype=mx.float16)
     indices, scores = routed(mx.zeros((2, 4)), 2)
     assert expert_mlp(x, indices, scores, stack(layers)).dtype == mx.float16
+
+
+@pytest.mark.parametrize(("num_experts", "per_token"), [(64, 33), (1025, 4)])
+def test_routers_larger_than_the_kernel_run_on_ops(num_experts, per_token):
+    logits = mx.random.normal((2, num_experts), key=mx.random.key(0))
+    arguments = (logits, mx.zeros((2, 1)), per_token)
+    for found, expected in zip(
+        route(*arguments, frozenset({"router"})), route(*arguments), strict=True
+    ):
+        assert mx.array_equal(found, expected)
