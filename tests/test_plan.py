@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import stored, write_checkpoint
+from checkpoints import stored, text_config, write_checkpoint
 
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.plan import PlanRow
@@ -68,6 +68,20 @@ def test_bits_per_weight_count_scales_and_biases_but_nothing_carried(tmp_path):
     assert all(8 * e.output_bytes == 4.5 * e.num_parameters for e in quantized)
     assert 4.5 < bare.bits_per_weight < 5
     assert plan(tmp_path / "bare", dtype="bfloat16").bits_per_weight == pytest.approx(16, abs=0.01)
+
+
+def test_the_layout_tells_models_apart_by_names_and_shapes_of_the_text_model(tmp_path):
+    def shrink(tensors):
+        tensors["model.language_model.embed_tokens.weight"] = stored(np.ones((64, 128)), "BF16")
+
+    text = text_config(moe=False, tied=True) | dict(vocab_size=64)
+    write_checkpoint(tmp_path / "bare", tied=True)
+    write_checkpoint(tmp_path / "laden", tied=True, vision=True, mtp=True, dtype="F16")
+    write_checkpoint(tmp_path / "small", tied=True, config=dict(text_config=text), change=shrink)
+    write_checkpoint(tmp_path / "untied")
+    layouts = [plan(tmp_path / name).layout for name in ("bare", "laden", "small", "untied")]
+    assert layouts[0] == layouts[1] == plan(tmp_path / "bare", bits=8).layout
+    assert len(set(layouts)) == 3
 
 
 def test_defaults_are_4_bits_and_dtype_alone_means_unquantized(tmp_path):
