@@ -52,7 +52,8 @@ def test_periods_are_exact_powers_of_theta():
     periods, factor = rope_periods(RopeConfig(1e7, 64))
     assert factor == 1.0
     truth = [1e7 ** (2 * i / 64) for i in range(32)]
-    np.testing.assert_allclose(periods, truth, rtol=1e-6)
+    # To the last bit: at the end of the context one more is 0.01 rad.
+    np.testing.assert_array_equal(periods, np.array(truth, dtype=np.float32))
 
 
 def test_yarn_keeps_fast_dims_and_stretches_slow_ones():
@@ -97,3 +98,16 @@ def test_the_yarn_band_is_clamped_to_the_rotated_dims(
     stretched = np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0, 1)
     expected = plain / (stretched / 4 + 1 - stretched)
     np.testing.assert_allclose(rope_periods(rope)[0], expected, rtol=1e-5)
+
+
+def test_a_yarn_band_of_no_width_is_a_step_between_dims():
+    rope = RopeConfig(
+        1e4, 16, 4.0, 64, attention_factor=1.139, beta_fast=4.0, beta_slow=4.0, truncate=False
+    )
+    periods, factor = rope_periods(rope)
+    assert factor == 1.139
+    edge = 16 * math.log(64 / (4 * 2 * math.pi)) / (2 * math.log(1e4))
+    assert edge % 1 > 0.1
+    plain, _ = rope_periods(RopeConfig(1e4, 16))
+    expected = np.where(np.arange(8) > edge, 4.0, 1.0)
+    np.testing.assert_allclose(periods / plain, expected, rtol=1e-5)

@@ -237,27 +237,26 @@ def print_doctor(report: dict[str, Any]) -> None:
 
 def print_plan(plan: "Plan") -> None:
     """The tensors folded over layers, and the totals; nothing is cut, a pipe has no width."""
-    rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
+    from ..convert.report import aligned
+
+    rows = [["module", "count", "shape", "source", "becomes", "bpw", "MB"]]
     for row in plan.table():
-        becomes = f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype
         rows.append(
-            (
+            [
                 row.name.removeprefix("language_model.").removeprefix("model."),
                 str(row.count),
                 "x".join(map(str, row.shape)),
                 row.source_dtype,
-                becomes,
+                f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype,
                 f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
                 f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
-            )
+            ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    is_narrow = out.is_terminal and sum(widths) + 2 * (len(widths) - 1) > out.width
-    for name, *figures in rows:
-        cells = [name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]
-        if is_narrow:
-            del cells[3], cells[-2]
-        out.print("  ".join(cells), markup=False)
+    lines = aligned(rows)
+    if out.is_terminal and len(lines[0]) > out.width:
+        # Too narrow: without source and bits per weight.
+        lines = aligned([[*cells[:3], cells[4], cells[6]] for cells in rows])
+    print_lines(lines)
     out.print(_totals(plan))
 
 
