@@ -126,25 +126,26 @@ def _plain(value: Any) -> Any:
 
 
 def _message(message: Any, has_thoughts: bool) -> Any:
-    """A message in the form that templates take: OpenAI's null and its arguments as text are not.
+    """A message in the form that templates take: OpenAI's arguments as JSON text are not.
 
     has_thoughts: whether the template takes thoughts apart from answers.
     """
     if not isinstance(message, Mapping):
         return _plain(message)
-    plain = {key: value for key, value in _plain(message).items() if value is not None}
+    plain = _plain(message)
     if isinstance(calls := plain.get("tool_calls"), list):
         plain["tool_calls"] = [_call(call) for call in calls]
     if plain.get("role") != "assistant" or not has_thoughts:
         return plain
-    for name in ("reasoning", "thinking"):
-        if isinstance(plain.get(name), str):
-            plain.setdefault("reasoning_content", plain[name])
+    names = ("reasoning_content", "reasoning", "thinking")
+    given = next((plain[name] for name in names if plain.get(name) is not None), None)
     content = plain.get("content")
-    if "reasoning_content" in plain or not isinstance(content, str):
-        return plain
-    # Here, not in the template: that looks for tags, and those in a text are marked.
-    if thought := INLINE_THOUGHT.match(content):
+    if given is not None:
+        plain["reasoning_content"] = given
+    elif isinstance(content, str) and THINK_CLOSE in content:
+        # Here, not in the template: that looks for tags, and those in a text are marked.
+        if not (thought := INLINE_THOUGHT.match(content)):
+            return plain
         plain["reasoning_content"] = (thought[1] or thought[2] or "").strip("\n")
         plain["content"] = content[thought.end() :].lstrip("\n")
     return plain

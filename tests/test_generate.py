@@ -14,6 +14,7 @@ import pytest
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import qwen35_mlx
 from qwen35_mlx import generate, stream_generate
@@ -348,3 +349,29 @@ def test_batches_of_mlx_lm_run_on_our_model(demo: Any) -> None:
 
 def test_the_package_names_stay_functions() -> None:
     assert callable(qwen35_mlx.generate) and callable(qwen35_mlx.stream_generate)
+
+
+def test_the_quantized_cache_of_mlx_lm_runs_on_our_model(demo: Any) -> None:
+    """Its option kv_bits takes what it quantizes from our cache, and our attention reads it."""
+    model, tokenizer = demo
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    tokens = []
+    for bits in (None, 8):
+        cache = make_prompt_cache(model)
+        steps = generate_step(
+            mx.array(ids), model, max_tokens=20, prompt_cache=cache, kv_bits=bits, kv_group_size=32
+        )
+        tokens.append([token for token, _ in steps])
+        assert any(hasattr(entry, "bits") for entry in cache) == (bits is not None)
+    assert tokens[0] == tokens[1]
+
+
+def test_the_tokenizer_streams_through_mlx_lm(demo: Any) -> None:
+    model, tokenizer = demo
+    options: dict[str, Any] = dict(max_tokens=30)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    ours = generate(model, tokenizer, ids, temperature=0.0, **options)
+    for given in (tokenizer, TokenizerWrapper(tokenizer)):
+        parts = mlx_lm.stream_generate(model, given, ids, **options)
+        assert "".join(part.text for part in parts) == ours
+        assert encode_prompt(given, QUESTION) == ids
