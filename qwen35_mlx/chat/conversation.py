@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..engine.decode import Progress
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count, stream_ids
-from ..engine.output import Piece, ThoughtSplitter, ToolCall
+from ..engine.output import Piece, StopText, ThoughtSplitter, ToolCall
 from ..engine.prefix_cache import (
     READ_AHEAD_STEP_SIZE,
     PrefixStore,
@@ -84,6 +84,8 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     stats: TurnStats = field(default_factory=TurnStats)
     store: PrefixStore | None = None
+    # Texts that end the answer and are no part of it.
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.system:
@@ -302,12 +304,15 @@ class Chat:
         limit = min(most, context_length - len(prompt))
         try:
             with closing(self._generate(cache, prompt, sampler, splitter, limit, started)) as texts:
-                for piece in _pieces(texts, splitter, self.tools):
+                stops = StopText([text for text in self.stop if text])
+                for piece in _until(stops, _pieces(texts, splitter, self.tools)):
                     if piece.call is None:
                         said[piece.kind].append(piece.text)
                     elif piece.call.complete:
                         calls.append(piece.call)
                     yield piece
+                if stops.stopped:
+                    stats.finish_reason = "stop"
         finally:
             message: Message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
             if said["thought"]:
@@ -446,3 +451,17 @@ def _pieces(
     yield from parsed(splitter.finish())
     if parser:
         yield from parser.finish()
+
+
+def _until(stops: StopText, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces before a stop text in the answer."""
+    for piece in pieces:
+        is_answer = piece.kind == "answer"
+        if text := stops.feed(piece.text) if is_answer else stops.finish():
+            yield Piece("answer", text)
+        if stops.stopped:
+            return
+        if not is_answer:
+            yield piece
+    if text := stops.finish():
+        yield Piece("answer", text)
