@@ -18,7 +18,7 @@ from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
 import qwen35_mlx
-from qwen35_mlx.cli.main import main as cli
+from qwen35_mlx.cli import main as cli
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"

@@ -12,7 +12,7 @@ import pytest
 from metal.emulator import emulated
 from typer.testing import CliRunner
 
-from qwen35_mlx.cli.main import main as cli
+from qwen35_mlx.cli import main as cli
 from qwen35_mlx.kernels import checks, choice, doctor, metal
 from qwen35_mlx.kernels.checks import SMALL, Setting
 

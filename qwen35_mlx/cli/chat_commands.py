@@ -96,12 +96,16 @@ def chat(
     is_terminal = sys.stdin and sys.stdin.isatty()
     prompts = [] if is_terminal and not prompt else read_prompts(prompt or [])
     sampling = options.sampling_options(ctx)
+    from ..chat.sessions import session_file
     from .chat_view import ChatView
     from .line_input import can_edit, silent_keys
     from .progress import spinner
     from .terminal import quiet_libraries
 
     quiet_libraries()
+    if session:
+        # A name that cannot be: said before the model loads.
+        session_file(session)
     name = newest() if model is None and not demo else model
     is_demo = name is None
     if name is None:

@@ -53,7 +53,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         with user_errors():
-            refuse_unused(str(self.name), given_options(ctx))
+            refuse_unused(ctx)
             for parameter in self.params:
                 value = ctx.params.get(parameter.name)
                 if parameter.metavar in PATHS and value is not None:
@@ -98,15 +98,14 @@ def given_options(ctx: Any) -> set[str]:
     return given
 
 
-def refuse_unused(command: str, given: set[str]) -> None:
+def refuse_unused(ctx: Any) -> None:
     """Raise a usage error if an option would have no effect."""
-    for together, needed in RULES.get(command, ()):
+    given = given_options(ctx)
+    for together, needed in RULES.get(ctx.command.name, ()):
         if given.issuperset(together) and not given.intersection(needed):
             if needed:
-                message = f"{' with '.join(together)} needs {' or '.join(needed)}."
-            else:
-                message = f"{' and '.join(together)} exclude each other."
-            raise typer.BadParameter(message)
+                ctx.fail(f"{' with '.join(together)} needs {' or '.join(needed)}.")
+            ctx.fail(f"{' and '.join(together)} exclude each other.")
 
 
 def check_path(path: str) -> None:

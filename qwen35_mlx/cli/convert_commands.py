@@ -98,7 +98,7 @@ def convert(
     from .terminal import note
 
     if keep_source and not is_hub_id(source):
-        raise typer.BadParameter("--keep-source needs a hub id.")
+        ctx.fail("--keep-source needs a hub id.")
     if out is None:
         out = default_out(source, ctx.params)
         note(f"OUT is {out}, by the settings")
@@ -163,7 +163,7 @@ def refuse_other_settings(ctx: typer.Context, source: str, out: Path) -> None:
 
     given = given_options(ctx)
     if unused := given & {"--calibrate", "--keep-source", "--revision"}:
-        raise typer.BadParameter(f"{out} exists already: {', '.join(unused)} would do nothing.")
+        ctx.fail(f"{out} exists already: {', '.join(unused)} would do nothing.")
     facts = read_config(out).get("qwen35_mlx")
     if not isinstance(facts, dict):
         return

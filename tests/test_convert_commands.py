@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from qwen35_mlx.cli import main as cli
 from qwen35_mlx.cli.local_models import SOURCE
-from qwen35_mlx.cli.main import main as cli
 from qwen35_mlx.quant.calibrate import load
 
 
