@@ -11,7 +11,8 @@ from qwen35_mlx.cli import generate_command
 from qwen35_mlx.cli.generate_command import print_answer
 from qwen35_mlx.engine.output import Piece, ToolCall
 
-FRANCE = "What is the capital of France?"
+# The demo continues this without an end.
+CAPITAL = "The capital of"
 SUM = "What is 17 + 25?"
 ASKED = {"role": "user", "content": SUM}
 GREEDY = ("--temperature", "0")
@@ -95,11 +96,11 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
 
 
 def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
-    options = ("-p", FRANCE, "--raw", "--max-tokens", "9", *GREEDY)
-    raw = qwen35_mlx.generate(*demo, FRANCE, temperature=0.0, max_tokens=9)
+    options = ("-p", CAPITAL, "--raw", "--max-tokens", "9", *GREEDY)
+    raw = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=9)
     assert generate(*options).stdout == raw + "\n"
     found = json.loads(generate(*options, "--json").stdout)
-    num_tokens = len(demo[1].encode(FRANCE, add_special_tokens=False))
+    num_tokens = len(demo[1].encode(CAPITAL, add_special_tokens=False))
     counts = found["prompt_tokens"], found["cached_tokens"], found["generated_tokens"]
     assert counts == (num_tokens, 0, 9)
     assert (found["text"], found["thought"], found["finish_reason"]) == (raw, "", "length")
@@ -116,13 +117,13 @@ def test_system_prompts_reach_the_model(generate: Any, answer: Any) -> None:
 
 
 def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
-    hot = ("-p", FRANCE, "--raw", "--temperature", "9", "--top-k", "0", "--max-tokens", "8")
+    hot = ("-p", CAPITAL, "--raw", "--temperature", "9", "--top-k", "0", "--max-tokens", "8")
 
     def stdout(*options: str) -> str:
         return str(generate(*hot, *options).stdout)
 
     assert stdout("--seed", "1") == stdout("--seed", "1") != stdout("--seed", "2")
-    greedy = qwen35_mlx.generate(*demo, FRANCE, temperature=0.0, max_tokens=8) + "\n"
+    greedy = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=8) + "\n"
     assert stdout("--top-k", "1") == stdout("--top-p", "1e-6") == stdout("--min-p", "1") == greedy
     for penalty in ("presence", "repetition"):
         longer = ("--temperature", "0", "--max-tokens", "40")
