@@ -224,7 +224,7 @@ def test_commands_that_change_and_show(
     file = tmp_path / "a b.txt"
     file.write_text("three ```` ticks\n")
     do(f"/file {file}", r"a b.txt, \d+ tokens, goes with the next message")
-    do(f"/file {tmp_path}/none", "error: .*No such file")
+    do(f"/file {tmp_path}/none", "error: no file .*none")
     do("/save notes", r"saved: .*")
     do("What is that?", FIGURES)
     saved = messages(home, "notes")
@@ -232,7 +232,7 @@ def test_commands_that_change_and_show(
     fence = "`" * 5
     expected = f"a b.txt:\n{fence}\nthree ```` ticks\n{fence}\n\nWhat is that?"
     assert saved[-2]["content"] == expected
-    do("/clear", "session notes keeps what was said")
+    do("/clear", "session notes keeps the conversation")
     do("/save other", "saved: ")
     assert messages(home, "notes") == saved and messages(home, "other") == saved[:1]
     do("/load none", "error: no session none")

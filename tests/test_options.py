@@ -266,6 +266,22 @@ def test_a_call_with_an_option_that_would_do_nothing_is_refused(line: str) -> No
     assert any(word in result.stderr for word in ("exclude each other", " needs "))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "x", "-p", "hi", "--stop", ""],
+        ["chat", "x", "-p", "hi", "--session", ""],
+        ["convert", "x", "--recipe", ""],
+        ["convert", "x", "--fit", ""],
+        ["convert", "a/b", "--revision", ""],
+        ["sessions", "--remove", ""],
+    ],
+)
+def test_an_empty_value_is_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main.app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "") and " is empty." in result.stderr
+
+
 def test_the_choices_are_those_of_the_quantizer() -> None:
     hints = get_type_hints(convert_commands.convert)
     assert get_args(get_args(hints["bits"])[0]) == BITS

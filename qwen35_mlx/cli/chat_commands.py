@@ -96,14 +96,19 @@ def chat(
     is_terminal = sys.stdin and sys.stdin.isatty()
     prompts = [] if is_terminal and not prompt else read_prompts(prompt or [])
     sampling = options.sampling_options(ctx)
-    from ..chat.sessions import session_file
-    from .chat_view import ChatView
     from .line_input import can_edit, silent_keys
     from .progress import spinner
     from .terminal import quiet_libraries
 
     quiet_libraries()
-    if session:
+    with spinner("Starting"), silent_keys(raw=can_edit()):
+        # Seconds, for all of MLX.
+        from ..chat.conversation import Chat
+        from ..chat.sessions import session_file
+        from ..engine.prefix_cache import PrefixStore
+        from ..model.loading import load
+        from .chat_view import ChatView
+    if session is not None:
         # A name that cannot be: said before the model loads.
         session_file(session)
     name = newest() if model is None and not demo else model
@@ -111,10 +116,6 @@ def chat(
     if name is None:
         name = bundled_demo()
     with spinner(f"Loading {name}"), silent_keys(raw=can_edit()):
-        from ..chat.conversation import Chat
-        from ..engine.prefix_cache import PrefixStore
-        from ..model.loading import load
-
         loaded, tokenizer = load(name, kernels=kernels)
     suggest_doctor(kernels)
     conversation = Chat(
@@ -203,7 +204,8 @@ def bundled_demo() -> str:
 
     folder = converted_demo(convert_demo)
     note(
-        "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks.\n"
+        "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
+        "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
         "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
     )
     return str(folder)

@@ -13,6 +13,8 @@ from ..errors import Qwen35Error
 
 # Arguments and options that are paths, by the placeholder that the help shows.
 PATHS = ("MODEL", "SRC", "OUT", "FILE")
+# An empty prompt has an error of its own.
+MAY_BE_EMPTY = ("system", "prompt")
 BITS = ("--bits", "--recipe", "--fit", "--bits-per-weight")
 BUDGETS = ("--fit", "--bits-per-weight")
 
@@ -58,6 +60,8 @@ class Command(TyperCommand):
                 value = ctx.params.get(parameter.name)
                 if parameter.metavar in PATHS and value is not None:
                     check_path(os.fspath(value))
+                elif parameter.name not in MAY_BE_EMPTY and (value == "" or value == [""]):
+                    ctx.fail(f"{parameter.opts[-1]} is empty.")
             result = super().invoke(ctx)
             # A full disk shows here, while its error can still be reported.
             if sys.stdout:

@@ -59,13 +59,13 @@ def _totals(plan: "Plan") -> str:
     )
 
 
-def print_sessions(found: Sequence["SessionInfo"]) -> None:
+def print_sessions(infos: Sequence["SessionInfo"]) -> None:
     """One line a session, the last saved first."""
-    if not found:
+    if not infos:
         terminal.note("no sessions yet; qwen35-mlx chat --session NAME makes one")
         return
-    width = max(len(info.name) for info in found)
-    for info in found:
+    width = max(len(info.name) for info in infos)
+    for info in infos:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
         turns = f"{terminal.count(info.num_turns, 'turn')}: {info.first_words}"
         line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  "

@@ -131,6 +131,7 @@ def set_thinking(view: "ChatView", rest: str) -> None:
         view.chat.think_budget = _number(number, int) or None
     else:
         raise Qwen35Error("/think what?", got=repr(rest), expected="on, off, hide or budget N")
+    terminal.note(settings(view) + (" · thoughts hidden" if view.hide_thoughts else ""))
 
 
 def set_option(view: "ChatView", rest: str) -> None:
