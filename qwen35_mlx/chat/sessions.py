@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..engine.prompt_cache import PromptCache
 from ..errors import SessionError
-from ..files import data_home, locked, replacing
+from ..files import locked, replacing, session_home
 from ..model.cache import KVCache, Snapshot, restore, snapshot
 from ..model.language import Model
 
@@ -34,18 +34,15 @@ NUM_SAVED_SNAPSHOTS = 3
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
 
 
-def session_home() -> Path:
-    """Where sessions with a name live; the environment variable QWEN35_MLX_SESSIONS overrides."""
-    if chosen := os.environ.get("QWEN35_MLX_SESSIONS"):
-        return Path(chosen).expanduser()
-    return data_home() / "sessions"
-
-
 def session_file(session: Session) -> Path:
     """The JSON file of a session; a text without a slash is a name."""
     text = os.fspath(session)
     if not isinstance(session, str) or os.sep in text:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
+        is_file_name = path.name not in ("", "..") and not text.endswith(os.sep)
+        has_home = not text.startswith("~") or path != Path(text)
+        if not is_file_name or not has_home or re.search(r"[\x00-\x1f\x7f]", text):
+            raise SessionError("not a session's file", got=repr(text), expected="a file's path")
         return path if path.suffix == ".json" else path.with_name(path.name + ".json")
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise SessionError(
