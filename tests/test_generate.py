@@ -359,8 +359,9 @@ def test_the_quantized_cache_of_mlx_lm_runs_on_our_model(demo: Any) -> None:
     for bits in (None, 8):
         cache = make_prompt_cache(model)
         steps = generate_step(
-            mx.array(ids), model, max_tokens=20, prompt_cache=cache, kv_bits=bits, kv_group_size=32
-        )
+            mx.array(ids), model, max_tokens=20, prompt_cache=cache, kv_bits=bits,
+            kv_group_size=32, quantized_kv_start=0,
+        )  # fmt: skip
         tokens.append([token for token, _ in steps])
         assert any(hasattr(entry, "bits") for entry in cache) == (bits is not None)
     assert tokens[0] == tokens[1]
