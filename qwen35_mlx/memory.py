@@ -23,7 +23,8 @@ MIN_SNAPSHOTS = 4
 MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
 # Logits and sampling, MLX's pool of freed buffers, and the program; an estimate.
 PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
-KV_GROWTH = 256
+# Tokens by which buffers of keys and values grow at least.
+KV_STEP = 256
 # What else is allocated ahead, seen in models of many layers.
 AHEAD = 1.15
 # Of `chunk_gated_delta_rule`: tokens of a chunk.
@@ -85,7 +86,7 @@ def count(
         context=context,
         step_size=step,
         weights=weight_bytes,
-        kv_cache=kv_bytes(config, -(-context // KV_GROWTH) * KV_GROWTH, item_bytes),
+        kv_cache=kv_bytes(config, kv_capacity(context), item_bytes),
         # The next ones are made while the last are still there.
         states=2 * state,
         snapshots=MIN_SNAPSHOTS * state,
@@ -93,6 +94,14 @@ def count(
         activations=peak - scores,
         program=PROGRAM_BYTES,
     )
+
+
+def kv_capacity(num_tokens: int) -> int:
+    """Tokens that a buffer of keys and values has room for: an eighth more than it holds.
+
+    Geometric growth keeps the number of buffers logarithmic; a freed buffer fits no later one.
+    """
+    return -(-(num_tokens + num_tokens // 8) // KV_STEP) * KV_STEP
 
 
 def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
@@ -175,7 +184,7 @@ def _full_layer_bytes(config: ModelConfig, step: int, context: int, item_bytes: 
     return (
         scores_bytes(config, step, context, item_bytes)
         + step * context
-        + _layer_kv_bytes(config, context + KV_GROWTH, item_bytes)
+        + _layer_kv_bytes(config, kv_capacity(context), item_bytes)
         + step * per_token * item_bytes
     )
 

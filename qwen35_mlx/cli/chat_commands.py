@@ -101,9 +101,7 @@ def chat(
     sampling = options.sampling_options(ctx)
     from .line_input import can_edit, silent_keys
     from .progress import spinner
-    from .terminal import quiet_libraries
 
-    quiet_libraries()
     with spinner("Starting"), silent_keys(raw=can_edit()):
         # Seconds, for all of MLX.
         from ..chat.conversation import Chat

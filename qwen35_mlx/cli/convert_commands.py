@@ -298,9 +298,8 @@ def calibration_for(
     from ..convert.calibrate import calibrate as run
     from ..convert.calibrate import encode, read_text
     from .progress import step_progress
-    from .terminal import note, quiet_libraries
+    from .terminal import note
 
-    quiet_libraries()
     assert out is not None
     file = file or out.with_name(f"{out.name}.calibration.safetensors")
     if file.exists():
@@ -350,9 +349,7 @@ def fidelity(
     from ..convert.fidelity import plot, report_lines
     from .progress import step_progress
     from .report import print_lines
-    from .terminal import quiet_libraries
 
-    quiet_libraries()
     ids = encode(reference, read_text(text), most=tokens)
     with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
         report = compare(reference, quantized, ids, progress)

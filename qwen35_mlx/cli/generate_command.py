@@ -90,9 +90,8 @@ def generate(
     from ..engine.prefix_store import PrefixStore
     from ..model.loading import load
     from .progress import spinner
-    from .terminal import note, quiet_libraries
+    from .terminal import note
 
-    quiet_libraries()
     with spinner(f"Loading {model}"):
         loaded, tokenizer = load(model, kernels=kernels, context=context, force=force)
     chat = Chat(

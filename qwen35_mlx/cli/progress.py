@@ -16,10 +16,9 @@ from rich.status import Status
 from rich.table import Column
 from rich.text import Text
 
+from ..progress import ByteProgress, StepProgress
 from . import terminal
 
-# Bytes done, bytes in all, tensor or the reason for waiting, source file.
-ByteProgress = Callable[[int, int, str, str], None]
 LOG_SECONDS = 30.0
 # Shorter prompts are read before a bar would be seen.
 MIN_BAR_TOKENS = 512
@@ -31,7 +30,7 @@ def spinner(text: str) -> Status:
 
 
 @contextmanager
-def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def step_progress(title: str) -> Iterator[StepProgress]:
     """A spinner with the current step; one line a step where stderr is no terminal."""
     if terminal.can_draw(terminal.err):
         with spinner(title) as status:

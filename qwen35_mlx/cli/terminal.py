@@ -1,8 +1,5 @@
 """The two consoles: results go to stdout; errors and remarks go to stderr."""
 
-import logging
-import os
-
 from rich.console import Console
 from rich.theme import Theme
 
@@ -31,14 +28,6 @@ def print_error(error: BaseException) -> None:
 def note(text: str) -> None:
     """A remark that is no result."""
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
-
-
-def quiet_libraries() -> None:
-    """Keep the log messages of libraries out of the output."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Where it is imported already.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def can_draw(console: Console) -> bool:
