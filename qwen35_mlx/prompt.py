@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import PromptError
+from .messages import for_template
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -68,11 +69,12 @@ def render_messages(
             got="no chat_template.jinja and none in tokenizer_config.json",
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
+    messages = for_template(messages)
     _refuse_pictures(messages)
     try:
         return str(
             _unwrapped(tokenizer).apply_chat_template(
-                list(messages),
+                messages,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **template,
