@@ -134,3 +134,30 @@ def test_a_template_that_renders_json_gets_typed_values(
     assert f'"arguments": {arguments}' in text
     # What the model wrote in JSON comes back as it is.
     assert said.startswith("<tool_call>\n<") or said in text
+
+
+def test_a_call_in_a_thought_that_never_closes_waits_for_its_answer(
+    demo: Any, scripted: Callable[..., Any]
+) -> None:
+    tokenizer = demo[1]
+    call = "<tool_call>\n<function=mul>\n<parameter=a>\n3\n</parameter>\n</function>\n</tool_call>"
+    said = tokenizer.encode(f"I should multiply.\n\n{call}", add_special_tokens=False)
+    answer = tokenizer.encode("Done.\n</think>\n\n9", add_special_tokens=False)
+    end = [tokenizer.eos_token_id]
+    chat = Chat(scripted([*said, *end, *answer, *end]), tokenizer, tools=[MULTIPLY])
+    list(chat.send("3 times 3?"))
+    assert [(c.name, c.arguments) for c in chat.tool_calls] == [("mul", {"a": 3})]
+    assert chat.messages[-1]["reasoning_content"] == "I should multiply."
+    assert "".join(p.text for p in chat.answer_tools([9]) if p.kind == "answer") == "9"
+
+
+def test_an_answer_that_spells_the_tag_of_a_thought_is_no_thought_in_the_next_prompt(
+    demo: Any, scripted: Callable[..., Any]
+) -> None:
+    tokenizer = demo[1]
+    spelled = [token for char in "</think>" for token in tokenizer.encode(char)]
+    ids = [*tokenizer.encode("Split at "), *spelled, *tokenizer.encode("!")]
+    chat = Chat(scripted([*ids, tokenizer.eos_token_id]), tokenizer, enable_thinking=False)
+    assert "".join(piece.text for piece in chat.send("How?")) == "Split at </think>!"
+    # With text there, Qwen's template does not look for a thought in the content.
+    assert chat.messages[1]["reasoning_content"] == ""

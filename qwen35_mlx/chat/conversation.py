@@ -4,9 +4,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 
 from ..engine.decode import Progress
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count, stream_ids
-from ..engine.output import Piece, ThoughtSplitter, ToolCall
+from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_cache import (
     READ_AHEAD_STEP_SIZE,
     PrefixStore,
@@ -24,7 +25,8 @@ from ..engine.prefix_cache import (
     snapshot_marks,
 )
 from ..engine.sampler import Sampler
-from ..engine.tool_calls import Schema, ToolCallParser, as_message, calls_of
+from ..engine.tool_calls import as_message, calls_of
+from ..engine.tool_values import Schema
 from ..errors import ContextFull, PromptError, Qwen35Error
 from ..model.cache import cached_tokens
 from ..model.language import Model
@@ -296,13 +298,13 @@ class Chat:
             cache.touch(system_end)
             self.prefixes.trim()
         self.stats, self.messages = stats, messages
-        splitter = ThoughtSplitter(thinking)
+        parser = OutputParser(self.tokenizer, thinking=thinking, tools=self.tools)
         said: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
         limit = min(most, context_length - len(prompt))
         try:
-            with closing(self._generate(cache, prompt, sampler, splitter, limit, started)) as texts:
-                for piece in _pieces(texts, splitter, self.tools):
+            with closing(self._generate(cache, prompt, sampler, parser, limit, started)) as pieces:
+                for piece in chain(pieces, _rest(parser)):
                     if piece.call is None:
                         said[piece.kind].append(piece.text)
                     elif piece.call.complete:
@@ -310,10 +312,12 @@ class Chat:
                     yield piece
         finally:
             message: Message = {"role": "assistant", "content": "".join(said["answer"]).strip()}
-            if said["thought"]:
+            # Without it, templates look for the thought in an answer that names the tag.
+            if said["thought"] or THINK_CLOSE in message["content"]:
                 message["reasoning_content"] = "".join(said["thought"]).strip()
             if calls:
-                message["tool_calls"] = [as_message(call) for call in calls]
+                typed = self._renders_json_arguments()
+                message["tool_calls"] = [as_message(call, typed=typed) for call in calls]
             self.messages.append(message)
 
     def _generate(
@@ -321,12 +325,14 @@ class Chat:
         cache: PromptCache,
         prompt: list[int],
         sampler: Sampler,
-        splitter: ThoughtSplitter,
+        parser: OutputParser,
         limit: int,
         started: float,
-    ) -> Generator[str, None, None]:
-        """Texts of the answer, told to the caller before `splitter` is asked where they were."""
-        stats, detector = self.stats, LoopDetector()
+    ) -> Generator[Piece, None, None]:
+        """Pieces of the answer; what `parser` still holds back at the end is left to the caller."""
+        stats = self.stats
+        question = self.last_message() if self._turns() else ""
+        detector = LoopDetector(self.tokenizer, question)
         presence = sampler.params.presence_penalty
         budget = self.think_budget or math.inf
         ids = list(prompt)
@@ -349,10 +355,11 @@ class Chat:
                             stats.prefill_tps = stats.prefilled_tokens / max(now - started, 1e-9)
                         elif now > first_at:
                             stats.decode_tps = (stats.generation_tokens - 1) / (now - first_at)
-                        stats.thought_tokens += splitter.in_thought
+                        stats.thought_tokens += parser.in_thought
                         stats.peak_memory_gb = response.peak_memory
                         stats.finish_reason = response.finish_reason
-                        yield response.text
+                        if response.finish_reason != "stop":
+                            yield from parser.feed(response.token)
                         if response.finish_reason:
                             return
                         if self.on_loop != "off" and detector.feed(response.token):
@@ -362,8 +369,8 @@ class Chat:
                             stats.loops += 1
                             presence = min(presence + LOOP_PENALTY, 10.0)
                             sampler.penalise_repeats(presence, ids[len(prompt) :])
-                            detector = LoopDetector()
-                        if splitter.in_thought and stats.thought_tokens >= budget:
+                            detector = LoopDetector(self.tokenizer, question)
+                        if parser.in_thought and stats.thought_tokens >= budget:
                             break
                         cache.is_whole = False
                 end = encode_text(self.tokenizer, THOUGHT_END)
@@ -372,7 +379,7 @@ class Chat:
                     return
                 cache.ids = ids[: cached_tokens(cache.entries)]
                 ids += end
-                yield THOUGHT_END
+                yield from parser.insert(end)
         finally:
             # Evaluated here: a lazy array cannot be used by the thread that reads ahead.
             mx.eval([entry.state for entry in cache.entries])
@@ -389,6 +396,15 @@ class Chat:
             enable_thinking=self.enable_thinking,
             **template,
         )
+
+    def _renders_json_arguments(self) -> bool:
+        """Whether the template renders the arguments of a call as JSON, not value by value."""
+        call = as_message(ToolCall("probe", {"key": "a-probe"}, {}))
+        answer = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}
+        try:
+            return '"a-probe"' in self._render([_user("a"), answer], False)
+        except PromptError:
+            return False
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
         """Ids of the next prompt, and how many come before its message and before the answer.
@@ -428,21 +444,6 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _pieces(
-    texts: Iterable[str], splitter: ThoughtSplitter, tools: Sequence[Schema]
-) -> Iterator[Piece]:
-    """Thoughts and answers out of streamed text; with tools, calls too."""
-    parser = ToolCallParser(tools) if tools else None
-
-    def parsed(pieces: list[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            if parser and piece.kind == "answer":
-                yield from parser.feed(piece.text)
-            else:
-                yield piece
-
-    for text in texts:
-        yield from parsed(splitter.feed(text))
-    yield from parsed(splitter.finish())
-    if parser:
-        yield from parser.finish()
+def _rest(parser: OutputParser) -> Iterator[Piece]:
+    """What the parser held back, asked for once nothing follows."""
+    yield from parser.finish()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from numbers import Integral
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..model.cache import cached_tokens
 from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
 from .decode import PREFILL_STEP_SIZE, Progress, decode_steps, wired
-from .output import StopText
+from .output import OutputParser
 from .sampler import Sampler
 
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
@@ -66,17 +67,34 @@ def stream_generate(
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)
-    return stream_ids(
+    responses = stream_ids(
         model,
         tokenizer,
         mx.array(ids),
         model.make_cache() if cache is None else cache,
         Sampler(params, mx.array([*cached_ids, *ids]), seed),
         min(limit, room),
-        [s for s in stops if s],
         prefill_step_size,
         progress,
     )
+    return _with_text(responses, OutputParser(tokenizer, stop=stops, split=False))
+
+
+def _with_text(
+    responses: Generator[GenerationResponse, None, None], parser: OutputParser
+) -> Generator[GenerationResponse, None, None]:
+    """The responses with their text, up to a stop string."""
+    with closing(responses):
+        for response in responses:
+            pieces = [] if response.finish_reason == "stop" else parser.feed(response.token)
+            if parser.stopped:
+                response.finish_reason = "stop"
+            elif response.finish_reason:
+                pieces += parser.finish()
+            response.text = "".join(piece.text for piece in pieces)
+            yield response
+            if response.finish_reason:
+                return
 
 
 def check_count(name: str, value: Any) -> int:
@@ -95,16 +113,13 @@ def stream_ids(
     cache: list[Any],
     sampler: Sampler,
     max_tokens: int,
-    stops: Sequence[str] = (),
     prefill_step_size: int = PREFILL_STEP_SIZE,
     progress: Progress | None = None,
 ) -> Generator[GenerationResponse, None, None]:
-    """`stream_generate` behind its checks: ids `[T]` behind what `cache` has read.
+    """`stream_generate` behind its checks, without texts: ids `[T]` behind what `cache` has read.
 
     When a response is given the cache has read its token, but for the last of `max_tokens`.
     """
-    detokenizer = tokenizer.detokenizer
-    pending = StopText(stops)
     started = time.perf_counter()
     with wired(model):
         prefill_seconds = 0.0
@@ -116,18 +131,9 @@ def stream_ids(
             finish = "length" if count == max_tokens else None
             if token in tokenizer.eos_token_ids:
                 finish = "stop"
-            else:
-                detokenizer.add_token(token)
-            if finish:
-                detokenizer.finalize()
-            text = pending.feed(detokenizer.last_segment)
-            if pending.stopped:
-                finish = "stop"
-            elif finish:
-                text += pending.finish()
             seconds = time.perf_counter() - started
             yield GenerationResponse(
-                text=text,
+                text="",
                 token=token,
                 logprobs=logprobs,
                 from_draft=False,
