@@ -1,7 +1,7 @@
 """One answer to one prompt, as text: the functions for scripts."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
@@ -94,7 +94,8 @@ def stream_generate(
     prompt_cache = PromptCache(model, read_before, cache)
     parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
     limit = min(limit, room)
-    return _responses(prompt_cache, ids, sampler, limit, parser, prefill_step_size, progress)
+    ends = tokenizer.eos_token_ids
+    return _responses(prompt_cache, ids, sampler, limit, parser, ends, prefill_step_size, progress)
 
 
 def check_count(name: str, value: Any) -> int:
@@ -112,6 +113,7 @@ def _responses(
     sampler: Sampler,
     max_tokens: int,
     parser: OutputParser,
+    end_tokens: Collection[int],
     step_size: int | None,
     progress: Progress | None,
 ) -> Iterator[GenerationResponse]:
@@ -124,8 +126,11 @@ def _responses(
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
-            pieces = parser.feed(token)
-            finish = "stop" if parser.stopped else "length" if count == max_tokens else None
+            is_end = token in end_tokens
+            pieces = [] if is_end else parser.feed(token)
+            finish = "stop" if is_end or parser.stopped else None
+            if count == max_tokens:
+                finish = finish or "length"
             if finish:
                 pieces += parser.finish()
             seconds = time.perf_counter() - started
