@@ -110,6 +110,8 @@ def test_a_file_gets_its_name_only_when_every_byte_is_there(tmp_path):
         writer.finish()
     with pytest.raises(RuntimeError, match="a: 2 bytes too many"):
         writer.write("a", len(DATA["a"]) - 2, memoryview(bytes(4)))
+    with pytest.raises(RuntimeError, match="a: 1 bytes too many"):
+        writer.write("a", len(DATA["a"]) - 1, memoryview(bytes(2)))
     assert not path.exists()
     write(writer, PIECES[:1])
     assert_whole(path, writer.finish())
