@@ -216,9 +216,7 @@ QMV = "qmv_fast_impl<T, GROUP, BITS>(w, scales, biases, x, y, in, out, {place});
 QMV_WIDE = (
     "qmv_wide_impl<T, GROUP, BITS, VECTORS, 8>(w, scales, biases, x, y, in, out, m, {place});"
 )
-PLACE = (
-    "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
-)
+PLACE = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
 HEADERS = "".join(
     f'#include "mlx/backend/metal/kernels/{name}.h"\n'
     for name in ("steel/gemm/gemm", "quantized_utils", "quantized")

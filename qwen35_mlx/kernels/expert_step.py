@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
+from .matrix import (
+    CONVERT,
+    FLOATS,
+    MAX_ROWS,
+    Matrix,
+    lanes_per_row,
+    matrices,
+    names,
+    rows_per_simdgroup,
+    token_class,
+)
 from .metal import NONE, Choice, Template, kernel
 from .router import Routing
 
@@ -80,8 +90,13 @@ def expert_gate_up_kernel(
         shapes.append((*routing.indices.shape, routed[0].out_dims))
         num_pairs = routing.indices.size
     weights = dict(zip(prefixes, [*shared, *routed], strict=True))
-    template, per_group = _tiling(weights, num_tokens, x.shape[1], num_pairs // num_tokens)
-    blocks = -(-max(shape[-1] for shape in shapes) // per_group)
+    # A row of each of the two matrices counts twice.
+    rows, routed_rows = rows_per_simdgroup(num_tokens) // 2, 2
+    lanes = lanes_per_row(x.shape[1])
+    blocks = max(
+        -(-shape[-1] // (SIMDGROUPS * n * (32 // lanes)))
+        for shape, n in zip(shapes, (rows, routed_rows), strict=False)
+    )
     return kernel(
         "expert_gate_up",
         ("x", "indices")[: len(inputs)] + names(*prefixes),
@@ -90,7 +105,11 @@ def expert_gate_up_kernel(
         generated=ROUTED_GATE_UP if routing else "",
     )(
         inputs=[*inputs, *(a for w in weights.values() for a in w.arrays)],
-        template=template,
+        template=[
+            *_template(weights, num_tokens, lanes, num_pairs // num_tokens),
+            ("ROWS", rows),
+            ("ROUTED_ROWS", routed_rows),
+        ],
         grid=(blocks * SIMDGROUPS * 32, 1 + num_pairs, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=shapes,
@@ -100,9 +119,9 @@ def expert_gate_up_kernel(
 
 ROUTED_GATE_UP = """
 const int out = gate_w_shape[1];
-swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROWS, 1, LANES>(
+swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROUTED_ROWS, 1, LANES, CONVERT>(
     gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
-    routed_out + (pair - 1) * out, in, out, size_t(indices[pair - 1]), first, lane);
+    routed_out + (pair - 1) * out, in, out, 1, int(indices[pair - 1]), block, lane);
 """
 
 
@@ -118,12 +137,9 @@ def expert_down_kernel(
     # Without routing K is 0, and what is not read is filled by anything.
     weights = {"shared": shared, "down": routed[0] if routed else shared}
     chosen = routing or (residual, residual, residual)
-    template, per_group = _tiling(
-        weights,
-        num_tokens,
-        max(h.shape[-1] for h in hidden),
-        routing.indices.shape[1] if routing else 0,
-    )
+    rows, lanes = rows_per_simdgroup(num_tokens), lanes_per_row(max(h.shape[-1] for h in hidden))
+    per_token = routing.indices.shape[1] if routing else 0
+    blocks = -(-width // (SIMDGROUPS * rows * (32 // lanes)))
     (y,) = kernel(
         "expert_down",
         ("residual", "shared_in", "routed_in", *Routing._fields, *names(*weights)),
@@ -133,8 +149,12 @@ def expert_down_kernel(
             *(residual, hidden[0], hidden[-1], *chosen),
             *(a for w in weights.values() for a in w.arrays),
         ],
-        template=[("T", residual.dtype), *template],
-        grid=(-(-width // per_group) * SIMDGROUPS * 32, 1, 1),
+        template=[
+            ("T", residual.dtype),
+            *_template(weights, num_tokens, lanes, per_token),
+            ("ROWS", rows),
+        ],
+        grid=(blocks * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[residual.shape],
         output_dtypes=[residual.dtype],
@@ -142,13 +162,8 @@ def expert_down_kernel(
     return y
 
 
-def _tiling(
-    weights: dict[str, Matrix], num_tokens: int, in_dims: int, per_token: int
-) -> tuple[Template, int]:
-    """Template arguments, and how many rows a threadgroup makes."""
-    # Twice as many accumulators with more tokens would spill.
-    rows, lanes = 2 if num_tokens <= 2 else 1, lanes_per_row(in_dims)
+def _template(weights: dict[str, Matrix], num_tokens: int, lanes: int, per_token: int) -> Template:
+    """Template arguments that both kernels have."""
     template = [t for prefix, w in weights.items() for t in w.template(prefix)]
-    template += [("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes)]
-    template += [("SIMDGROUPS", SIMDGROUPS), ("K", per_token)]
-    return template, SIMDGROUPS * rows * (32 // lanes)
+    template += [("TOKENS", token_class(num_tokens)), ("LANES", lanes), ("K", per_token)]
+    return [*template, ("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]

@@ -9,12 +9,22 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
+from .matrix import (
+    CONVERT,
+    FLOATS,
+    MAX_ROWS,
+    Matrix,
+    lanes_per_row,
+    matrices,
+    names,
+    rows_per_simdgroup,
+    token_class,
+)
 from .metal import NONE, Choice, kernel
 
 SIMDGROUPS = 2
-# From so many rows of weights on, there are simdgroups enough for four rows each.
-MANY_ROWS = 8192
+# With fewer rows of weights, simdgroups of few rows each, so that more of them run.
+FEW_ROWS = 2048
 
 
 def project(
@@ -44,25 +54,27 @@ def project_kernel(
     weights: Sequence[Matrix],
     dtype: mx.Dtype | None = None,
     norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
 ) -> list[mx.array]:
-    """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix."""
+    """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix, residual `[N, out]` added."""
     num_rows = x.shape[0]
     lanes = lanes_per_row(x.shape[1])
     out_dims = [w.out_dims for w in weights]
-    many = num_rows == 1 and sum(out_dims) >= MANY_ROWS
-    rows = 4 if many else 2 if num_rows <= 4 else 1
+    rows = 2 if sum(out_dims) < FEW_ROWS else rows_per_simdgroup(num_rows)
     per_group = SIMDGROUPS * rows * (32 // lanes)
     template = [t for i, w in enumerate(weights) for t in w.template(f"m{i}")]
-    template += [("ROWS", rows), ("TOKENS", num_rows), ("LANES", lanes)]
-    template += [("NORM", norm is not None), ("SIMDGROUPS", SIMDGROUPS)]
+    template += [("ROWS", rows), ("TOKENS", token_class(num_rows)), ("LANES", lanes)]
+    template += [("NORM", norm is not None), ("RESIDUAL", residual is not None)]
+    template += [("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]
     num_groups = sum(-(-out // per_group) for out in out_dims)
     inputs, outputs, generated = _signature(len(weights))
     return kernel(
         "projection", inputs, outputs, label=f"projection_{len(weights)}", generated=generated
     )(
-        # Without a norm anything fills its place.
+        # Without a norm or a residual anything fills its place.
         inputs=[
             *((x, x, 0.0) if norm is None else (x, norm.weight, norm.eps)),
+            x if residual is None else residual,
             *(a for w in weights for a in w.arrays),
         ],
         template=template,
@@ -85,8 +97,8 @@ def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
 {{
   const int out = {m}_w_shape[0];
   if (block * rows_per_group < out) {{
-    project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM>(
-        {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, y{i}, in, out,
+    project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM, RESIDUAL, CONVERT>(
+        {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, residual, y{i}, in, out, num_tokens,
         block * rows_per_group + offset, lane);
     return;
   }}
@@ -95,5 +107,5 @@ def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
 """
         for i, m in enumerate(prefixes)
     )
-    inputs = ("x", "norm_weight", "eps", *names(*prefixes))
+    inputs = ("x", "norm_weight", "eps", "residual", *names(*prefixes))
     return inputs, tuple(f"y{i}" for i in range(count)), generated

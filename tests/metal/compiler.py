@@ -245,7 +245,9 @@ def compiled(signature: Signature, flags: list[str], count, *, checked: bool = F
 
     def make(source: Path, product: Path) -> None:
         ir, code = source.with_suffix(".ll"), source.with_suffix(".o")
-        if stderr := zig("clang", *COMMON, *flags, "-I", SHIM, "-S", "-emit-llvm", source, "-o", ir):
+        if stderr := zig(
+            "clang", *COMMON, *flags, "-I", SHIM, "-S", "-emit-llvm", source, "-o", ir
+        ):
             raise NotMetalError(complaint(stderr))
         if checked:
             check(source)

@@ -103,7 +103,7 @@ def test_projection(number, monkeypatch):
     draw = Draw(number)
     if number % 4 == 3:
         # As if there were rows enough for four in a simdgroup.
-        monkeypatch.setattr(projection, "MANY_ROWS", 1)
+        monkeypatch.setattr(projection, "FEW_ROWS", 1)
     forms = draw.formats(1 + number % 4)
     for case in range(11):
         width = draw.width(forms, chunk_range(number))

@@ -20,7 +20,10 @@ def slots(step: str) -> float:
 
     def run(length: int) -> None:
         kernel = mx.fast.metal_kernel(
-            name="toy", input_names=["w", "x", "n"], output_names=["y"], source=LOOP.replace("STEP", step)
+            name="toy",
+            input_names=["w", "x", "n"],
+            output_names=["y"],
+            source=LOOP.replace("STEP", step),
         )
         kernel(
             inputs=[mx.ones(64, mx.uint32), mx.ones(64), length],
