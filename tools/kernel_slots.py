@@ -26,7 +26,7 @@ from metal.signature import Signature
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.expert_step import expert_down_kernel, expert_gate_up_kernel
 from qwen35_mlx.kernels.matrix import BITS, Matrix, matrix
-from qwen35_mlx.kernels.projection import project_kernel
+from qwen35_mlx.kernels.projection import FEW_ROWS, project_kernel
 from qwen35_mlx.kernels.router import Routing
 
 TOKENS = (1, 2, 4, 8)
@@ -184,7 +184,7 @@ def per_weight(run, rows: int, width: int) -> float:
 
 def ours(bits: int, num_tokens: int, group_size: int = 64) -> float:
     """`projection` of one matrix."""
-    rows, width = 64, 2048
+    rows, width = FEW_ROWS, 1024
 
     def run(columns: int) -> None:
         project_kernel(ones(num_tokens, columns), [quantized(rows, columns, bits, group_size)])
@@ -242,8 +242,10 @@ def mlx_kernel(name: str, bits: int, vectors: int, group_size: int = 64) -> floa
                 *quantized(rows, columns, bits, group_size).arrays,
                 *(ones(vectors, columns), columns, rows, vectors),
             ],
-            template=[("T", mx.bfloat16), ("GROUP", group_size), ("BITS", bits)]
-            + [("VECTORS", vectors)],
+            template=[
+                *(("T", mx.bfloat16), ("GROUP", group_size), ("BITS", bits)),
+                ("VECTORS", vectors),
+            ],
             grid=(32 if wide else 32 * vectors, 2 * rows // 8, 1),
             threadgroup=(32, 2, 1),
             output_shapes=[(vectors, rows)],

@@ -1,11 +1,14 @@
-// What several kernels share. It stands before the functions of each kernel.
+// What several kernels share. It stands before the functions of each kernel. Fused operations are
+// written as such here and in decode kernels, so that no compiler fuses them in one place only: a
+// row has the same bits whatever rows are beside it.
 
 METAL_FUNC float sigmoid(float x) { return 1.0f / (1.0f + metal::precise::exp(-x)); }
 METAL_FUNC float silu(float x) { return x * sigmoid(x); }
 // log(1 + exp(x)) without overflow; the series keeps what 1 + e would lose.
 METAL_FUNC float softplus(float x) {
   float e = metal::precise::exp(-metal::abs(x));
-  return metal::max(x, 0.0f) + (e < 1e-3f ? e - 0.5f * e * e : metal::precise::log(1.0f + e));
+  const float series = metal::fma(-0.5f * e, e, e);
+  return metal::max(x, 0.0f) + (e < 1e-3f ? series : metal::precise::log(1.0f + e));
 }
 
 // An 8x8 matrix of a simdgroup: a lane holds two neighbours of a row.
@@ -88,6 +91,22 @@ template <typename T> METAL_FUNC void load8(const device T* from, thread float* 
   }
 }
 
+// N neighbours that a lane has, at once if there are four.
+template <int N> METAL_FUNC void load_lane(const device float* from, thread float* values) {
+  if constexpr (N == 4) {
+    float4 quad = *(const device float4*)from;
+#pragma unroll
+    for (int i = 0; i < 4; i++) values[i] = quad[i];
+  } else {
+    for (int i = 0; i < N; i++) values[i] = from[i];
+  }
+}
+template <int N> METAL_FUNC void store_lane(device float* to, thread const float* values) {
+  if constexpr (N == 4) *(device float4*)to = float4(values[0], values[1], values[2], values[3]);
+  else
+    for (int i = 0; i < N; i++) to[i] = values[i];
+}
+
 // Elements of one row of w: words if quantized, else numbers.
 template <int BITS> METAL_FUNC int row_elements(int in) { return BITS > 0 ? in / 32 * BITS : in; }
 
@@ -112,7 +131,7 @@ struct Rows {
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         load_halves<BITS>(w + row(r) * row_elements<BITS>(in) + chunk * BITS, halves[r]);
-        const int group = row(r) * (in / GROUP) + chunk / (GROUP / 32);
+        const int group = row(r) * (in / GROUP) + uint(chunk) / (GROUP / 32);
         scale[r] = float(scales[group]), bias[r] = float(biases[group]);
       }
     }

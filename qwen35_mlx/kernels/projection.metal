@@ -23,11 +23,10 @@ METAL_FUNC void project(const device W* w, const device S* scales, const device 
     if (NORM) factor = metal::precise::rsqrt(lane_sum<LANES>(squares[t]) / float(in) + eps);
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      float sum = lane_sum<LANES>(rows.sums[r][t]) * factor;
-      const int to = row + r * (32 / LANES);
+      const float sum = lane_sum<LANES>(rows.sums[r][t]);
+      const int to = row + r * (32 / LANES), at = t * out + to;
       if (lane % LANES != 0 || to >= out) continue;
-      if (RESIDUAL) sum += float(residual[t * out + to]);
-      y[t * out + to] = Y(sum);
+      y[at] = Y(RESIDUAL ? metal::fma(sum, factor, float(residual[at])) : sum * factor);
     }
   }
 }
