@@ -276,13 +276,17 @@ def slots_per_weight() -> dict[str, dict[str, list[float]]]:
     }
 
 
-def main() -> None:
-    """Print the table."""
-    table = slots_per_weight()
-    print(f"{'bits':>4}" + "".join(f"{f'T = {t}':>24}" for t in TOKENS))
+def print_slots(table: dict[str, dict[str, list[float]]]) -> None:
+    """Ours, MLX's and their ratio."""
+    print(f"{'bits':>4}" + "".join(f"{f'slots, T = {t}':>24}" for t in TOKENS))
     for bits, row in table.items():
         cells = (f"{a:6.2f} / {b:5.2f} = {a / b:.2f}" for a, b in row.values())
         print(f"{bits:>4}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def main() -> None:
+    """Print the tables."""
+    print_slots(slots_per_weight())
     for bits in BITS:
         print(bits, {name: round(slots, 2) for name, slots in ours_experts(bits).items()})
 

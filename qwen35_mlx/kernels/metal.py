@@ -34,6 +34,13 @@ NONE: Choice = frozenset()
 Template = list[tuple[str, Any]]
 # Of one kernel; Metal has no more.
 MAX_BUFFERS = 31
+# Sums and the exact parts of unpacking must not be rearranged, whatever MLX's default is; the first
+# versions of MLX with this default cannot be told.
+OPTIONS: dict[str, Any] = (
+    {"compile_options": {"math_mode": "safe"}}
+    if "compile_options" in (mx.fast.metal_kernel.__doc__ or "")
+    else {}
+)
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
 
@@ -82,8 +89,7 @@ def kernel(
         output_names=list(output_names),
         header=_read("common")[0] + functions,
         source=source,
-        # Sums and the exact parts of unpacking must not be rearranged, whatever MLX's default is.
-        compile_options={"math_mode": "safe"},
+        **OPTIONS,
     )
 
 

@@ -27,7 +27,7 @@ def cases(number: int) -> Iterator[Case]:
     width = draw.width(forms, chunk_range(number))
     x, norm = draw.normal(rows, width), draw.norm(width)
     weights = [matrix(draw.linear(draw.integer(32, 60), width, form)[0]) for form in forms]
-    yield "projection", lambda x: project_kernel(x, weights, None, norm), [x]
+    yield "projection", lambda x: project_kernel(x, weights, mx.float32, norm), [x]
 
     weight = draw.normal(width)
     yield (

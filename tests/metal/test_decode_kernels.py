@@ -147,7 +147,7 @@ def test_expert_down(number, cases, monkeypatch):
         assert_close(got, residual.astype(mx.float32) + want, TOLERANCE[draw.dtype])
 
 
-@deal(24, 13, everyday=4)
+@deal(24, 13, everyday=10)
 def test_delta_step(number, cases):
     draw = Draw(number)
     num_tokens = 1 if number % 2 else draw.integer(2, 8)
