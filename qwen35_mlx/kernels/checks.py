@@ -22,7 +22,6 @@ from .grouped_expert_matmul import expert_mlp
 from .matrix import BITS, GROUP_SIZES
 from .metal import Choice
 from .projection import project
-from .residual_norm import residual_norm
 from .router import Routing, route
 
 Arrays = Sequence[mx.array]
@@ -133,14 +132,6 @@ def _mlp(m: Member, s: Setting, num_experts: int = 0) -> SwitchGLU:
 def _size(*modules: nn.Module) -> int:
     flat: Any = tree_flatten([m.parameters() for m in modules])
     return sum(array.nbytes for _, array in flat)
-
-
-def _residual_norm(m: Member, s: Setting) -> Case:
-    x, delta = (s.normal(1, s.num_tokens, m.hidden_size) for _ in range(2))
-    weight = s.normal(m.hidden_size)
-    return Case(
-        lambda kernels: residual_norm(x, delta, weight, EPS, kernels), 4 * x.nbytes + weight.nbytes
-    )
 
 
 def _projection(m: Member, s: Setting) -> Case:
@@ -266,7 +257,6 @@ def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
 
 
 CHECKS = (
-    Check("residual_norm", _residual_norm),
     Check("projection", _projection),
     Check("delta_step", _delta_step),
     Check("qk_norm_rope", _qk_norm_rope),

@@ -17,7 +17,6 @@ from ..errors import Qwen35Error
 
 # Every operation with a kernel, by the name under which it is chosen and its result is stored.
 DECODE_OPS = (
-    "residual_norm",
     "projection",
     "delta_step",
     "qk_norm_rope",

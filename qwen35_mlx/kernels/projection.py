@@ -33,20 +33,26 @@ def project(
     kernels: Choice = NONE,
     *,
     norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
     dtype: mx.Dtype | None = None,
 ) -> list[mx.array]:
-    """`[..., H]`, after `norm`, times each of the modules' weights.
+    """`[..., H]`, after `norm`, times each of the modules' weights, plus `residual`.
 
-    Of type `dtype`, or of what x, the norm's weight and the module's promote to.
+    Of type `dtype`, or of what x, the residual, the norm's weight and the module's promote to.
     """
     rows = x.size // x.shape[-1]
     if "projection" in kernels and rows <= MAX_ROWS and x.dtype in FLOATS:
         weights = matrices(modules)
         if weights is not None:
-            outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm)
+            if residual is not None:
+                residual = residual.reshape(rows, -1)
+            outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm, residual)
             return [y.reshape(*x.shape[:-1], -1) for y in outputs]
     x = x if norm is None else norm(x)
-    return [module(x) if dtype is None else module(x).astype(dtype) for module in modules]
+    outputs = [module(x) for module in modules]
+    if residual is not None:
+        outputs = [residual + y for y in outputs]
+    return outputs if dtype is None else [y.astype(dtype) for y in outputs]
 
 
 def project_kernel(
@@ -71,6 +77,8 @@ def project_kernel(
     template += [("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]
     num_groups = sum(-(-out // per_group) for out in out_dims)
     inputs, outputs, generated = _signature(len(weights))
+    activations = [x, *([] if norm is None else [norm.weight])]
+    activations += [] if residual is None else [residual]
     made = kernel(
         "projection", inputs, outputs, label=f"projection_{len(weights)}", generated=generated
     )(
@@ -84,10 +92,7 @@ def project_kernel(
         grid=(num_groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[(num_rows, out) for out in out_dims],
-        output_dtypes=[
-            dtype or mx.result_type(x if norm is None else norm.weight, x, w.arrays[2])
-            for w in weights
-        ],
+        output_dtypes=[dtype or mx.result_type(*activations, w.arrays[2]) for w in weights],
     )
     return [made[order.index(i)] for i in range(len(order))]
 

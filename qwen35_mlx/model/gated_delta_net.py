@@ -45,7 +45,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(
         self, x: mx.array, norm: nn.RMSNorm, mask: mx.array | None, cache: Any | None
     ) -> mx.array:
-        """`[B, T, hidden]`, to be normalised by `norm` -> the same shape.
+        """x `[B, T, hidden]`, to be normalised by `norm` -> x + the layer's output.
 
         mask `[B, T]` is False at padding, which leaves no trace.
         """
@@ -69,4 +69,4 @@ class GatedDeltaNet(nn.Module):
         if cache is not None:
             cache[0], cache[1] = conv_state, recurrent_state
             cache.advance(num_tokens)
-        return project(out, (self.out_proj,), self.kernels)[0]
+        return project(out, (self.out_proj,), self.kernels, residual=x)[0]

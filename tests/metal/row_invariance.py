@@ -11,7 +11,6 @@ from qwen35_mlx.kernels.delta_step import delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
 from qwen35_mlx.kernels.matrix import matrix
 from qwen35_mlx.kernels.projection import project_kernel
-from qwen35_mlx.kernels.residual_norm import residual_norm_kernel
 from qwen35_mlx.kernels.router import route_kernel
 
 Arrays = Sequence[mx.array]
@@ -29,12 +28,10 @@ def cases(number: int) -> Iterator[Case]:
     weights = [matrix(draw.linear(draw.integer(32, 60), width, form)[0]) for form in forms]
     yield "projection", lambda x: project_kernel(x, weights, mx.float32, norm), [x]
 
-    weight = draw.normal(width)
-    yield (
-        "residual_norm",
-        lambda x, delta: residual_norm_kernel(x, delta, weight, 1e-6),
-        [x, draw.normal(rows, width)],
-    )
+    def with_residual(x: mx.array, residual: mx.array) -> Arrays:
+        return project_kernel(x, weights[:1], mx.float32, norm, residual)
+
+    yield "projection", with_residual, [x, draw.normal(rows, weights[0].out_dims)]
 
     out = draw.integer(32, 60)
     routing = draw.routing()

@@ -20,6 +20,7 @@ BUGS = [
     ("common", "b.multiply(v, t)", "b.multiply(v, 0)", "expert_gate_up", 2),
     ("common", "float4(values[0], values[1]", "float4(values[1], values[1]", "delta_step", 10),
     ("projection", ": sum * factor", ": sum", "projection", 3),
+    ("projection", "float(residual[at])", "float(residual[to])", "projection", 0),
     ("projection", "out - 1 - row", "out - 1", "projection", 2),
     ("projection", "to >= out", "false", "projection", 2),
     ("expert_gate_up", "size_t(expert) * out", "size_t(expert)", "expert_gate_up", 2),
