@@ -309,6 +309,7 @@ def main() -> None:
         "decode_bytes_over_minimum": round(worst, 4),
         "prefill_macs_over_useful": prefill_macs_over_useful(),
         "slots_per_weight": slots,
+        "slots_per_weight_with_norm": slots_per_weight(norm=True),
         "row_invariant": row_invariant(),
     }
     print(json.dumps(result))

@@ -182,12 +182,14 @@ def per_weight(run, rows: int, width: int) -> float:
     return (long - short) / (rows * width)
 
 
-def ours(bits: int, num_tokens: int, group_size: int = 64) -> float:
-    """`projection` of one matrix."""
+def ours(bits: int, num_tokens: int, *, norm: bool = False, group_size: int = 64) -> float:
+    """`projection` of one matrix, of x or of the RMS norm of x."""
     rows, width = FEW_ROWS, 1024
 
     def run(columns: int) -> None:
-        project_kernel(ones(num_tokens, columns), [quantized(rows, columns, bits, group_size)])
+        before = nn.RMSNorm(columns) if norm else None
+        weights = [quantized(rows, columns, bits, group_size)]
+        project_kernel(ones(num_tokens, columns), weights, mx.bfloat16, before)
 
     return per_weight(run, rows, width)
 
@@ -255,6 +257,7 @@ def mlx_kernel(name: str, bits: int, vectors: int, group_size: int = 64) -> floa
     return per_weight(run, rows, width)
 
 
+@functools.cache
 def mlx(bits: int, num_tokens: int) -> float:
     """The cheaper of what MLX runs: `qmv` for each row or, from M3 on, `qmv_wide` in tiles.
 
@@ -268,10 +271,15 @@ def mlx(bits: int, num_tokens: int) -> float:
     return min(rows, num_tiles * mlx_kernel("qmv_wide", bits, vectors))
 
 
-def slots_per_weight() -> dict[str, dict[str, list[float]]]:
-    """bits -> rows of activations -> [ours, MLX's], of all rows together, bf16, groups of 64."""
+def slots_per_weight(*, norm: bool = False) -> dict[str, dict[str, list[float]]]:
+    """bits -> rows of activations -> [ours, MLX's], of all rows together, bf16, groups of 64.
+
+    With `norm` ours does the RMS norm before the matrix too, for which MLX has another dispatch.
+    """
     return {
-        str(bits): {str(t): [round(ours(bits, t), 2), round(mlx(bits, t), 2)] for t in TOKENS}
+        str(bits): {
+            str(t): [round(ours(bits, t, norm=norm), 2), round(mlx(bits, t), 2)] for t in TOKENS
+        }
         for bits in BITS
     }
 
@@ -287,6 +295,9 @@ def print_slots(table: dict[str, dict[str, list[float]]]) -> None:
 def main() -> None:
     """Print the tables."""
     print_slots(slots_per_weight())
+    print("With the norm before it in ours:")
+    print_slots(slots_per_weight(norm=True))
+    print("One routed expert, T = 1:")
     for bits in BITS:
         print(bits, {name: round(slots, 2) for name, slots in ours_experts(bits).items()})
 

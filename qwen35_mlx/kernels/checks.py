@@ -218,7 +218,11 @@ def _expert_gate_up(m: Member, s: Setting) -> Case:
     if routed is not None:
         stacks = _size(routed.gate_proj, routed.up_proj)
         num_bytes += stacks * s.num_tokens * m.per_token // m.num_experts
-    return Case(lambda kernels: expert_gate_up(x, shared, routing, routed, kernels), num_bytes)
+    norm = nn.RMSNorm(m.hidden_size)
+    norm.weight = s.normal(m.hidden_size)
+    return Case(
+        lambda kernels: expert_gate_up(x, shared, routing, routed, norm, kernels), num_bytes
+    )
 
 
 def _expert_down(m: Member, s: Setting) -> Case:

@@ -210,3 +210,8 @@ METAL_FUNC void multiply_rows(thread A& a, thread B& b, const device X* x,
     }
   }
 }
+
+// The scale of an RMS norm: the lanes of a row of weights have seen all of x on their way.
+template <int LANES> METAL_FUNC float norm_factor(float squares, int in, float eps) {
+  return metal::precise::rsqrt(lane_sum<LANES>(squares) / float(in) + eps);
+}

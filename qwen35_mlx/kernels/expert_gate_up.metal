@@ -2,11 +2,12 @@
 // shared expert for all tokens; LANES lanes share a row.
 
 template <int GATE_BITS, int GATE_GROUP, int UP_BITS, int UP_GROUP, int ROWS, int TOKENS, int LANES,
-          bool CONVERT, typename GW, typename GS, typename UW, typename US, typename X, typename Y>
+          bool NORM, bool CONVERT, typename GW, typename GS, typename UW, typename US, typename X,
+          typename N, typename Y>
 METAL_FUNC void swiglu(const device GW* gate_w, const device GS* gate_scales,
                        const device GS* gate_biases, const device UW* up_w,
                        const device US* up_scales, const device US* up_biases, const device X* x,
-                       device Y* y, int in, int out, int num_tokens, int expert, int block,
+                       const device N* norm_weight, float eps, device Y* y, int in, int out, int num_tokens, int expert, int block,
                        int lane) {
   constexpr int step = 32 / LANES;
   const int first = block * ROWS * step;
@@ -17,14 +18,16 @@ METAL_FUNC void swiglu(const device GW* gate_w, const device GS* gate_scales,
       gate_w, gate_scales, gate_biases, in, at, step, out - 1 - row);
   auto up = rows_from<UP_BITS, UP_GROUP, ROWS, TOKENS, CONVERT>(up_w, up_scales, up_biases, in, at,
                                                                 step, out - 1 - row);
-  float unused[TOKENS];
-  multiply_rows<TOKENS, LANES, false>(gate, up, x, x, in, num_tokens, lane, unused);
+  float squares[TOKENS] = {};
+  multiply_rows<TOKENS, LANES, NORM>(gate, up, x, norm_weight, in, num_tokens, lane, squares);
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     if (!has_token<TOKENS>(t, num_tokens)) continue;
+    const float factor = NORM ? norm_factor<LANES>(squares[t], in, eps) : 1.0f;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-      const float g = lane_sum<LANES>(gate.sums[r][t]), u = lane_sum<LANES>(up.sums[r][t]);
+      const float g = lane_sum<LANES>(gate.sums[r][t]) * factor;
+      const float u = lane_sum<LANES>(up.sums[r][t]) * factor;
       const int to = row + r * step;
       if (lane % LANES == 0 && to < out) y[t * out + to] = Y(silu(g) * u);
     }
@@ -38,8 +41,8 @@ const int block = int(threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_in
 // The shared expert, which takes longest, comes first; the routed ones are generated if there are.
 if (pair == 0) {
   swiglu<shared_gate_BITS, shared_gate_GROUP, shared_up_BITS, shared_up_GROUP, ROWS, TOKENS, LANES,
-         CONVERT>(shared_gate_w, shared_gate_scales, shared_gate_biases, shared_up_w,
-                  shared_up_scales, shared_up_biases, x, shared_out, in, shared_gate_w_shape[0],
+         NORM, CONVERT>(shared_gate_w, shared_gate_scales, shared_gate_biases, shared_up_w,
+                  shared_up_scales, shared_up_biases, x, norm_weight, eps, shared_out, in, shared_gate_w_shape[0],
                   num_tokens, 0, block, lane);
   return;
 }

@@ -5,6 +5,7 @@ A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,18 +32,20 @@ def expert_gate_up(
     shared: nn.Module,
     routing: Routing | None = None,
     routed: nn.Module | None = None,
+    norm: nn.RMSNorm | None = None,
     kernels: Choice = NONE,
 ) -> list[mx.array]:
     """silu(gate) * up of the shared expert, `[N, Is]`, and of the chosen ones, `[N, K, I]`.
 
-    x `[N, H]`; shared and routed hold gate_proj, up_proj and down_proj, routed as stacks; without
-    routing the first alone.
+    x `[N, H]`, to be normalised by `norm`; shared and routed hold gate_proj, up_proj and down_proj,
+    routed as stacks; without routing the first alone.
     """
     if "expert_gate_up" in kernels and x.shape[0] <= MAX_ROWS and x.dtype in FLOATS:
         mlps = [shared] if routed is None else [shared, routed]
         weights = matrices([proj for mlp in mlps for proj in (mlp.gate_proj, mlp.up_proj)])
         if weights is not None:
-            return expert_gate_up_kernel(x, weights[:2], routing, weights[2:])
+            return expert_gate_up_kernel(x, weights[:2], routing, weights[2:], norm)
+    x = x if norm is None else norm(x)
     outputs = [nn.silu(shared.gate_proj(x)) * shared.up_proj(x)]
     if routing is not None and routed is not None:
         rows = x[:, None, None, :]
@@ -78,10 +81,13 @@ def expert_gate_up_kernel(
     shared: Sequence[Matrix],
     routing: Routing | None = None,
     routed: Sequence[Matrix] = (),
+    norm: nn.RMSNorm | None = None,
 ) -> list[mx.array]:
     """The same for N up to 8, in one dispatch."""
     num_tokens = x.shape[0]
-    inputs, num_pairs = [x], 0
+    # Without a norm anything fills its place.
+    inputs: list[Any] = [x, x, 0.0] if norm is None else [x, norm.weight, norm.eps]
+    num_pairs = 0
     prefixes: tuple[str, ...] = ("shared_gate", "shared_up")
     shapes: list[tuple[int, ...]] = [(num_tokens, shared[0].out_dims)]
     if routing is not None:
@@ -99,7 +105,7 @@ def expert_gate_up_kernel(
     )
     return kernel(
         "expert_gate_up",
-        ("x", "indices")[: len(inputs)] + names(*prefixes),
+        ("x", "norm_weight", "eps", "indices")[: len(inputs)] + names(*prefixes),
         ("shared_out", "routed_out")[: len(shapes)],
         label="expert_gate_up" if routing else "expert_gate_up_dense",
         generated=ROUTED_GATE_UP if routing else "",
@@ -109,19 +115,21 @@ def expert_gate_up_kernel(
             *_template(weights, num_tokens, lanes, num_pairs // num_tokens),
             ("ROWS", rows),
             ("ROUTED_ROWS", routed_rows),
+            ("NORM", norm is not None),
         ],
         grid=(blocks * SIMDGROUPS * 32, 1 + num_pairs, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=shapes,
-        output_dtypes=[x.dtype] * len(shapes),
+        output_dtypes=[x.dtype if norm is None else mx.result_type(x, norm.weight)] * len(shapes),
     )
 
 
 ROUTED_GATE_UP = """
 const int out = gate_w_shape[1];
-swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROUTED_ROWS, 1, LANES, CONVERT>(
+swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROUTED_ROWS, 1, LANES, NORM, CONVERT>(
     gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
-    routed_out + (pair - 1) * out, in, out, 1, int(indices[pair - 1]), block, lane);
+    norm_weight, eps, routed_out + (pair - 1) * out, in, out, 1, int(indices[pair - 1]), block,
+    lane);
 """
 
 

@@ -18,9 +18,7 @@ METAL_FUNC void project(const device W* w, const device S* scales, const device 
 #pragma unroll
   for (int t = 0; t < TOKENS; t++) {
     if (!has_token<TOKENS>(t, num_tokens)) continue;
-    // The lanes of a row have seen all of x, so the scale of its norm comes with the products.
-    float factor = 1.0f;
-    if (NORM) factor = metal::precise::rsqrt(lane_sum<LANES>(squares[t]) / float(in) + eps);
+    const float factor = NORM ? norm_factor<LANES>(squares[t], in, eps) : 1.0f;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const float sum = lane_sum<LANES>(rows.sums[r][t]);

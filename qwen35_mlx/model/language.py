@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
             x = self.self_attn(x, norm, mask, cache, rope_tables)
         if last_only:
             x = x[:, -1:]
-        return self.mlp(self.post_attention_layernorm(x), x)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Trunk(nn.Module):

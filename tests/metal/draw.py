@@ -77,9 +77,9 @@ class Draw:
         step = math.lcm(*(group for _, group in forms))
         return step * self.integer(max(1, -(-chunks[0] * 32 // step)), chunks[1] * 32 // step)
 
-    def norm(self, width: int) -> nn.RMSNorm | None:
-        """For a third of the specialisations."""
-        if self.number % 3:
+    def norm(self, width: int, every: int = 3) -> nn.RMSNorm | None:
+        """For some of the specialisations."""
+        if self.number % every:
             return None
         norm = nn.RMSNorm(width, eps=1e-5)
         norm.weight = self.normal(width, dtype=self.weight_dtype)

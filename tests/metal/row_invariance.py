@@ -39,7 +39,7 @@ def cases(number: int) -> Iterator[Case]:
     routed = [matrix(draw.linear(out, width, form, NUM_EXPERTS)[0]) for form in forms[2:]]
 
     def gate_up(x: mx.array, *chosen: mx.array) -> Arrays:
-        return expert_gate_up_kernel(x, shared, Routing(*chosen), routed)
+        return expert_gate_up_kernel(x, shared, Routing(*chosen), routed, norm)
 
     yield "expert_gate_up", gate_up, [x, *routing]
 

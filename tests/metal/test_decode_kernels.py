@@ -84,12 +84,15 @@ def test_expert_gate_up(number, cases, monkeypatch):
         routed = [draw.linear(inner, width, form, NUM_EXPERTS) for form in forms[:2]]
         shared = [draw.linear(shared_inner, width, form) for form in forms[2:]]
         has_routing = number % 5 != 4
+        norm = draw.norm(width, every=2)
         got = expert_gate_up_kernel(
             x,
             [matrix(layer) for layer, _ in shared],
             routing if has_routing else None,
             [matrix(layer) for layer, _ in routed] if has_routing else [],
+            norm,
         )
+        x = x if norm is None else naive.naive_rms_norm(x, norm.weight, norm.eps)
         want = [naive.naive_gate_up(x, *(w for _, w in shared))]
         if has_routing:
             gate, up = (w for _, w in routed)
@@ -104,7 +107,7 @@ def test_expert_gate_up(number, cases, monkeypatch):
                 )
             )
         for a, b in zip(got, want, strict=True):
-            assert_close(a, b, TOLERANCE[draw.dtype])
+            assert_close(a, b, TOLERANCE[a.dtype])
 
 
 @deal(20, 15, everyday=2)
