@@ -81,7 +81,8 @@ class Draw:
         """For some of the specialisations."""
         if self.number % every:
             return None
-        norm = nn.RMSNorm(width, eps=1e-5)
+        # So large that it is seen.
+        norm = nn.RMSNorm(width, eps=0.01)
         norm.weight = self.normal(width, dtype=self.weight_dtype)
         return norm
 
