@@ -69,7 +69,7 @@ METAL_FUNC float unpack(thread const ushort* halves, int i) {
   return low + field<CONVERT>(halves[bit / 16 + 1], 0, BITS - count, CONVERT ? 16 : count);
 }
 
-// The halves of a chunk, by the widest loads that are aligned and no wider than a simdgroup likes.
+// The halves of a chunk, by loads of 8 bytes, or of 4 where chunks are not aligned to 8.
 template <int BITS>
 METAL_FUNC void load_halves(const device uint32_t* from, thread ushort* halves) {
   constexpr int width = BITS % 2 == 0 ? 4 : 2;

@@ -14,8 +14,8 @@ GROUP_SIZES = (32, 64, 128)
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 # Most rows of activations for which a decode kernel keeps its sums in registers.
 MAX_ROWS = 8
-# Weights become floats by integer conversion, or else by bits of a mantissa: fewer issue slots, and
-# the same numbers. For a Mac on which that is slower.
+# True: kernels convert integers to floats. False: they set bits of a mantissa, which takes fewer
+# issue slots and gives the same numbers. To be changed if a Mac measures otherwise.
 CONVERT = False
 # Columns that one lane takes at a time; MLX passes smaller arrays than this in another way.
 CHUNK, MIN_ELEMENTS = 32, 8

@@ -33,8 +33,8 @@ NONE: Choice = frozenset()
 Template = list[tuple[str, Any]]
 # Of one kernel; Metal has no more.
 MAX_BUFFERS = 31
-# Sums and the exact parts of unpacking must not be rearranged, whatever MLX's default is; the first
-# versions of MLX with this default cannot be told.
+# Sums and exact subtractions must not be rearranged, whatever MLX's default is. Older versions of
+# MLX have no such option and compile in this mode.
 OPTIONS: dict[str, Any] = (
     {"compile_options": {"math_mode": "safe"}}
     if "compile_options" in (mx.fast.metal_kernel.__doc__ or "")

@@ -75,7 +75,9 @@ class Launch:
     num_threads: int
     num_simd_ops: int
     num_barriers: int
-    num_float_ops: int  # a fused multiply-add is two; without those of simd and matrix operations
+    # A fused multiply-add is two; without those of simd and matrix operations. Or what else the
+    # kernel's library counts.
+    num_float_ops: int
     num_matrix_macs: int
     threadgroup_bytes: int
     traffic: dict[str, Traffic]

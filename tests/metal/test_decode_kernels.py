@@ -47,7 +47,7 @@ def assert_close(got: mx.array, want: mx.array, tolerance: float) -> None:
 @deal(20, 15, everyday=2)
 def test_projection(number, cases, monkeypatch):
     draw = Draw(number)
-    # As if there were rows enough for four in a simdgroup.
+    # Both numbers of rows in a simdgroup, and both ways to make a float.
     monkeypatch.setattr(projection, "FEW_ROWS", 1 if number % 5 < 3 else 1000)
     monkeypatch.setattr(projection, "CONVERT", number % 7 == 3)
     forms = draw.formats(1 + number % 4)
