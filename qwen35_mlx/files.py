@@ -99,7 +99,12 @@ def write_file(file: Path, data: bytes) -> None:
 
 def write_json(file: Path, value: object) -> None:
     """Write a JSON file, whole or not at all."""
-    write_file(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # The name of a file may be no Unicode.
+        data = json.dumps(value, indent=2).encode()
+    write_file(file, data + b"\n")
 
 
 def flush(descriptor: int) -> None:

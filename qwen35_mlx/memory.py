@@ -339,5 +339,5 @@ def wire(allowance: Allowance) -> None:
         return
     mx.set_cache_limit(allowance.pool_bytes)
     if not _wired:
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        mx.set_wired_limit(int(mx.device_info().get("max_recommended_working_set_size", 0)))
         _wired = True

@@ -36,6 +36,14 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(autouse=True)
+def consoles_begin_empty() -> Iterator[None]:
+    """What a console could not write to one test's stream is not written to the next one's."""
+    yield
+    for console in (terminal.out, terminal.err):
+        console._buffer.clear()
+
+
 @pytest.fixture(scope="session")
 def converted_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(DEMO, tmp_path_factory.mktemp("demo") / "demo-4bit", bits=4)

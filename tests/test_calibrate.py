@@ -62,7 +62,7 @@ def test_moments_are_those_of_the_whole_model(source, calibration, tmp_path):
     moments, hessian = calibration.of(f"{TRUNK}layers.1.self_attn.o_proj")
     np.testing.assert_allclose(moments, (x**2).mean(axis=0), rtol=1e-3)
     np.testing.assert_allclose(hessian, x.T @ x / len(x), rtol=1e-2, atol=1e-5)
-    ((rows, (experts,)),) = recorded_inputs(
+    ((rows, (experts, *_)),) = recorded_inputs(
         model, lambda m: (m.layers[3].mlp.switch_mlp, "down_proj")
     )
     rows, experts = np.array(rows)[:, 0], np.array(experts)

@@ -1,12 +1,13 @@
 """Files are replaced whole, through links, and nothing but a file is replaced."""
 
+import json
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from qwen35_mlx.files import locked, replacing, write_file
+from qwen35_mlx.files import locked, replacing, write_file, write_json
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -48,10 +49,15 @@ def test_neither_a_folder_nor_a_device_is_replaced(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
 
 
+def test_names_that_are_no_unicode_are_kept(tmp_path: Path) -> None:
+    names = ["a", "\udcff", "漢"]
+    write_json(tmp_path / "a.json", names)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == names
+
+
 def test_a_lock_is_held_against_others_and_ends(tmp_path: Path) -> None:
     for path in (tmp_path / "lock", tmp_path):
-        with locked(path, wait=False):
-            with pytest.raises(BlockingIOError), locked(path, wait=False):
-                pass
+        with locked(path, wait=False), pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
         with locked(path, wait=False):
             pass
