@@ -44,6 +44,14 @@ def demo(converted_demo: Path) -> tuple[Any, Any]:
     return qwen35_mlx.load(converted_demo)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is typed into a terminal needs a process and a model of its own."""
+    for item in items:
+        if "screen" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 class ScriptedModel:
     """Says the given tokens whatever it reads, and counts what it is asked for."""
 

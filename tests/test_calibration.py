@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
+from everyday import everyday
 from test_mlx_lm import assert_equal_logits
 
 import qwen35_mlx
@@ -117,7 +118,7 @@ def test_each_expert_is_quantized_by_its_own_inputs(calibration):
         assert all(same)
 
 
-@pytest.mark.parametrize("method", ["search", "gptq"])
+@pytest.mark.parametrize("method", everyday(["search", "gptq"], 0))
 def test_calibrated_weights_lie_nearer_and_load_in_mlx_lm(source, calibration, tmp_path, method):
     plain = convert(source, tmp_path / "plain", bits=3)
     ours = convert(source, tmp_path / "ours", bits=3, method=method, calibration=calibration)
@@ -140,6 +141,7 @@ def test_statistics_of_another_model_and_missing_ones_are_refused(source, calibr
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_idle_model_still_calibrates(tmp_path):
     """Zeros in, zeros out: no expert input, no Hessian, nothing to weigh by."""
 

@@ -252,6 +252,7 @@ time.sleep(0.01)
 """
 
 
+@pytest.mark.slow
 def test_a_script_may_end_while_it_reads_ahead(converted_demo: Path) -> None:
     for _ in range(2):
         command = [sys.executable, "-c", END_WHILE_READING, str(converted_demo)]

@@ -385,6 +385,7 @@ def test_a_conversion_that_cannot_be_recorded_is_still_made(
     assert "chat without a model will not find this folder" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error_to_talk_about(converted_demo: Path) -> None:
     """`| head -1`: the reader leaves, the writer falls silent."""
     for command in (["generate", converted_demo, "-p", FRANCE], ["plan", DEMO]):
@@ -396,6 +397,7 @@ def test_a_closed_pipe_is_no_error_to_talk_about(converted_demo: Path) -> None:
         job.stderr.close()
 
 
+@pytest.mark.slow
 def test_no_library_remarks_on_a_prompt_that_is_too_long(converted_demo: Path) -> None:
     job = shell("chat", converted_demo, "-p", "word " * 5000)
     stdout, stderr = job.communicate(timeout=60)
@@ -407,6 +409,7 @@ def test_snapshot_memory_without_a_bound(run: Any, converted_demo: Path) -> None
     assert run(*asked).exit_code == 0
 
 
+@pytest.mark.slow
 def test_output_that_the_locale_cannot_show_is_no_traceback(converted_demo: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     job = shell("chat", converted_demo, "-p", "é", "-p", "ü", "--max-tokens", "1",
@@ -416,6 +419,7 @@ def test_output_that_the_locale_cannot_show_is_no_traceback(converted_demo: Path
     assert "> ?" in stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_ctrl_c_in_a_script_exits_130(converted_demo: Path, command: str) -> None:
     # Hot enough never to end by itself.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from everyday import everyday
 from test_config import family_config
 from test_mlx_lm import assert_equal_logits, write_source
 
@@ -51,7 +52,9 @@ def fitted(flagship: Path, memory_gib: int, context: int = 32768):
     return fit_mac(flagship, memory_gib * GIB, context=context)
 
 
-@pytest.mark.parametrize(("memory_gib", "context"), [(192, 32768), (256, 32768), (192, 262144)])
+@pytest.mark.parametrize(
+    ("memory_gib", "context"), everyday([(192, 32768), (256, 32768), (192, 262144)], 0)
+)
 def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     budget, choices = fitted(flagship, memory_gib, context)
     choice = choices["quality"]
@@ -72,6 +75,7 @@ def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
 
 
+@pytest.mark.slow
 def test_more_memory_is_better_and_experts_give_first(flagship):
     small, large = (fitted(flagship, gib)[1]["quality"] for gib in (192, 256))
     assert large.predicted_kl < small.predicted_kl / 2
@@ -154,7 +158,9 @@ def test_measured_kls_move_bits_to_where_they_count(tmp_path):
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-@pytest.mark.parametrize("way", [dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)])
+@pytest.mark.parametrize(
+    "way", everyday([dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)], 2)
+)
 def test_mixed_bits_load_in_mlx_lm_with_equal_logits(tmp_path, moe, way):
     write_source(tmp_path / "source", moe)
     settings, _ = quality_settings(tmp_path / "source", **way)

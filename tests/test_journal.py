@@ -27,10 +27,10 @@ PAUSE_S = 0.003
 SETTINGS = dict(bits=3, group_size=32)
 # What a kill leaves in the cache of the system is not lost: no need to wait for the disk.
 KNOBS = """
-from qwen35_mlx.convert import convert, journal, pieces, shards, stream
+from qwen35_mlx.convert import convert, journal, pieces, shards, worker
 plan_module = sys.modules["qwen35_mlx.convert.plan"]
 shards.flush = journal.flush = lambda file: None
-pieces.SLICE_BYTES, stream.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000
+pieces.SLICE_BYTES, worker.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000
 """
 
 
@@ -59,6 +59,7 @@ def work(tmp_path: Path) -> Path:
     return tmp_path / ".out.converting"
 
 
+@pytest.mark.slow
 def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, source, small_pieces):
     calls = []
     out = convert(source, tmp_path / "whole", progress=lambda *c: calls.append(c), **SETTINGS)

@@ -8,6 +8,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from checkpoints import VOCAB, text_config, write_checkpoint
+from everyday import everyday
 
 import qwen35_mlx
 from qwen35_mlx.config import ModelConfig, read_config
@@ -58,15 +59,20 @@ def run(model: Any, ids: mx.array) -> np.ndarray:
 @KINDS
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(bits=3, group_size=64),
-        dict(bits=4, group_size=64),
-        dict(bits=4, group_size=64, method="search"),
-        dict(bits=4, group_size=128),
-        dict(bits=8, group_size=32),
-        dict(dtype="bfloat16"),
-        dict(dtype="float32"),
-    ],
+    everyday(
+        [
+            dict(bits=3, group_size=64),
+            dict(bits=4, group_size=64),
+            dict(bits=4, group_size=64, method="search"),
+            dict(bits=4, group_size=128),
+            dict(bits=8, group_size=32),
+            dict(dtype="bfloat16"),
+            dict(dtype="float32"),
+        ],
+        1,
+        4,
+        5,
+    ),
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_mlx_lm_loads_what_we_write(tmp_path: Path, moe: bool, settings: dict[str, Any]) -> None:
@@ -118,13 +124,18 @@ def test_yarn_is_written_in_the_words_of_mlx_lm(tmp_path: Path, yarn: dict[str, 
 @KINDS
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(quantize=True, q_bits=3, q_group_size=64),
-        dict(quantize=True, q_bits=4, q_group_size=32),
-        dict(quantize=True, q_bits=8, q_group_size=128),
-        dict(quantize=True, q_group_size=64, quant_predicate="mixed_3_6"),
-        dict(dtype="bfloat16"),
-    ],
+    everyday(
+        [
+            dict(quantize=True, q_bits=3, q_group_size=64),
+            dict(quantize=True, q_bits=4, q_group_size=32),
+            dict(quantize=True, q_bits=8, q_group_size=128),
+            dict(quantize=True, q_group_size=64, quant_predicate="mixed_3_6"),
+            dict(dtype="bfloat16"),
+        ],
+        1,
+        3,
+        4,
+    ),
     ids=lambda settings: "-".join(str(v) for k, v in settings.items() if k != "quantize"),
 )
 def test_we_load_what_mlx_lm_writes(tmp_path: Path, moe: bool, settings: dict[str, Any]) -> None:

@@ -180,6 +180,7 @@ def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gb
     assert macs.this_mac() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("settings", [dict(bits=4), dict(bits=8), dict(dtype="float32")])
 def test_peak_memory_is_within_a_tenth_of_the_plan(tmp_path, settings) -> None:

@@ -243,6 +243,7 @@ for _ in sys.stdin:
 NUM_KILLS = int(os.environ.get("QWEN35_NUM_KILLS", "5" if sys.platform == "darwin" else "20"))
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_or_the_new_session(
     demo: Any, converted_demo: Path, home: Path
 ) -> None:

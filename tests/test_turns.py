@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 
 import qwen35_mlx.chat.conversation
 from qwen35_mlx import Chat
@@ -127,8 +128,9 @@ def spoken(pieces: Any, kind: str = "answer") -> str:
     return "".join(p.text for p in pieces if p.kind == kind)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("ahead", "thinking"), everyday([(False, False), (False, True), (True, False), (True, True)], 2)
+)
 def test_a_turn_reads_what_is_new_and_no_more(
     demo: Any, script: Script, ahead: bool, thinking: bool
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_turn_reads_what_is_new_and_no_more(
             known.append(list(chat._cache.ids))
 
 
+@pytest.mark.slow
 def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
     demo: Any, script: Script
 ) -> None:
@@ -247,6 +250,7 @@ def test_a_loop_is_stopped(demo: Any, script: Script) -> None:
     assert spoken(chat.send("Why?")) == "Fine." and chat.stats.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_loop_may_be_penalised_or_let_be(demo: Any, script: Script) -> None:
     chat = Chat(*demo, on_loop="penalize", max_tokens=1150, sampling={"presence_penalty": 0.5})
     script.say("x\n</think>\n\n" + "It repeats itself. " * 400, end=False)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from everyday import everyday
 from metal.emulator import emulated
 from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -98,7 +99,7 @@ def assert_close(got: mx.array, want: mx.array, tolerance: float) -> None:
     assert np.sqrt(np.mean((a - b) ** 2)) <= tolerance * np.sqrt(np.mean(b**2))
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", everyday(range(20), 0, 3))
 def test_projection(number, monkeypatch):
     draw = Draw(number)
     if number % 4 == 3:
@@ -141,7 +142,7 @@ def random_routing(draw: Draw) -> Routing:
     )
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", everyday(range(20), 1))
 def test_expert_gate_up(number):
     draw = Draw(number)
     forms = draw.formats(4)
@@ -176,7 +177,7 @@ def test_expert_gate_up(number):
             assert_close(a, b, TOLERANCE[draw.dtype])
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", everyday(range(20), 1))
 def test_expert_down(number):
     draw = Draw(number)
     forms = draw.formats(2)
@@ -216,7 +217,7 @@ def test_expert_down(number):
         assert_close(got, residual.astype(mx.float32) + want, TOLERANCE[draw.dtype])
 
 
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", everyday(range(24), 0, 1))
 def test_delta_step(number):
     draw = Draw(number)
     dims = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
@@ -257,7 +258,7 @@ def test_delta_step(number):
         assert_close(state, want_state, 1e-5)
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", everyday(range(11), 3))
 def test_router(number):
     draw = Draw(number)
     num_experts = [4, 31, 33, 60, 64, 128, 256, 512, 512, 512, 1024][number]
@@ -286,7 +287,7 @@ def test_router_takes_experts_that_exist_whatever_the_logits_are():
     assert indices[2].tolist() == list(range(5, 13))
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", everyday(range(6), 1))
 def test_residual_norm(number):
     draw = Draw(number)
     weight_dtype = DTYPES[number // 2 % 3]
@@ -306,7 +307,7 @@ def test_residual_norm(number):
 HEADS = [(3, 1, 32, 8), (4, 2, 64, 64), (2, 2, 128, 32), (8, 2, 256, 64), (3, 1, 24, 12)]
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", everyday(range(10), 1))
 def test_qk_norm_rope(number):
     draw = Draw(number)
     num_heads, num_kv_heads, dim, rotary = HEADS[number % len(HEADS)]
@@ -334,7 +335,7 @@ def test_qk_norm_rope(number):
                 assert_close(got[b, h], want, TOLERANCE[draw.dtype])
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", everyday(range(10), 1))
 def test_output_gate(number):
     draw = Draw(number)
     num_heads, _, dim, _ = HEADS[number % len(HEADS)]
