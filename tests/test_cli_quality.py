@@ -18,6 +18,7 @@ def run(*arguments: object) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_calibrate_convert_reuse_and_compare(tmp_path: Path) -> None:
     text, out, file = tmp_path / "t.txt", tmp_path / "out", tmp_path / "out.calibration.safetensors"
     text.write_text("Q: What is the capital of France?\nA: The capital of France is Paris.")

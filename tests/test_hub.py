@@ -236,6 +236,7 @@ def test_a_header_of_hundreds_of_megabytes_is_refused_unfetched(source, fake, pr
     assert fake.served[path.name] <= hub.FIRST_BYTES
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, source):
     server = FakeHub(source)
     environment = os.environ | {

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import assert_nothing_left, write_checkpoint
+from everyday import everyday
 
 from qwen35_mlx.convert import convert, journal, pieces, shards
 from qwen35_mlx.convert import worker as stream
@@ -180,12 +181,15 @@ def stop_halfway(source: Path, out: Path, **settings: Any) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "got", "expected"),
-    [
-        (dict(bits=4), "bits=4", "bits=3"),
-        (dict(group_size=64), "group_size=64", "group_size=32"),
-        (dict(dtype="float16"), "dtype=float16", "dtype=None"),
-        (dict(method="search"), "method=search", "method=minmax"),
-    ],
+    everyday(
+        [
+            (dict(bits=4), "bits=4", "bits=3"),
+            (dict(group_size=64), "group_size=64", "group_size=32"),
+            (dict(dtype="float16"), "dtype=float16", "dtype=None"),
+            (dict(method="search"), "method=search", "method=minmax"),
+        ],
+        3,
+    ),
 )
 def test_changed_settings_are_refused_with_both_values(
     tmp_path, source, small_pieces, settings, got, expected

@@ -265,6 +265,7 @@ def test_a_loop_may_be_penalised_or_let_be(demo: Any, script: Script) -> None:
         Chat(*demo, on_loop="shout")
 
 
+@pytest.mark.slow
 def test_the_coding_preset_does_not_stop_repetition(demo: Any, script: Script) -> None:
     chat = Chat(*demo, preset="coding", max_tokens=700)
     assert chat.loop_action == "off"

@@ -300,3 +300,7 @@ def count_float_ops(ir: str) -> str:
         block.append(line)
     flush()
     return "\n".join([*out, "@emu_float_ops = global i64 0, align 8", ""])
+
+
+if __name__ == "__main__":
+    runtime_library()
