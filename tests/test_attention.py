@@ -55,6 +55,49 @@ def test_periods_are_exact_powers_of_theta():
     np.testing.assert_allclose(periods, truth, rtol=1e-6)
 
 
+def yarn_periods(rope: RopeConfig) -> list[float]:
+    """Dim by dim, by the formula of the paper and the bounds of the reference."""
+    assert rope.factor and rope.original_max_position_embeddings
+
+    def dim(turns: float) -> float:
+        """The dim, counted from 0 to R, that turns so often over the trained length."""
+        radians = rope.original_max_position_embeddings / turns / (2 * math.pi)
+        return rope.rotary_dim * math.log(radians, rope.theta) / 2
+
+    first, last = dim(rope.beta_fast), dim(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.rotary_dim - 1)
+    periods = []
+    for i in range(rope.rotary_dim // 2):
+        period = rope.theta ** (2 * i / rope.rotary_dim)
+        # 1 where a dim is stretched, 0 where it is kept.
+        share = (i - first) / (last - first) if last > first else float(i > first)
+        share = min(max(share, 0.0), 1.0)
+        periods.append(1 / (share / (rope.factor * period) + (1 - share) / period))
+    return periods
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(1e7, 64, 4.0, 262144),
+        RopeConfig(1e7, 64, 4.0, 262144, truncate=False),
+        RopeConfig(1e4, 32, 2.0, 4096, beta_fast=20.0, beta_slow=2.0),
+        # The first dim turns too seldom already.
+        RopeConfig(1e4, 16, 4.0, original_max_position_embeddings=64),
+        # Even the last one turns more than once.
+        RopeConfig(10.0, 8, 4.0, 10_000, beta_fast=1000.0),
+        # A step instead of a ramp.
+        RopeConfig(1e4, 16, 4.0, 4096, beta_fast=1.0, beta_slow=1.0, truncate=False),
+    ],
+    ids=["released", "not truncated", "other betas", "first dim", "last dim", "step"],
+)
+def test_yarn_periods_are_those_of_the_formula_within_its_bounds(rope: RopeConfig) -> None:
+    periods, _ = rope_periods(rope)
+    np.testing.assert_allclose(periods, yarn_periods(rope), rtol=1e-5)
+
+
 def test_yarn_keeps_fast_dims_and_stretches_slow_ones():
     rope = RopeConfig(1e7, 64, 4.0, 262144, attention_factor=1.0)
     periods, _ = rope_periods(rope)

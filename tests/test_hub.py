@@ -113,7 +113,9 @@ def test_only_two_shards_lie_on_disk_and_none_stays(tmp_path, source, fake):
 
 def test_the_source_is_kept_on_request(tmp_path, source, fake):
     convert(REPO, tmp_path / "out", keep_source=True, **SETTINGS)
-    for path in source.glob("*.safetensors"):
+    shards = list(source.glob("*.safetensors"))
+    assert len(shards) == NUM_SHARDS
+    for path in shards:
         assert (tmp_path / "out-source" / path.name).read_bytes() == path.read_bytes()
 
 

@@ -1,5 +1,6 @@
 """One file format with mlx-lm: it loads what we write, we load what it writes, logits are equal."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,16 @@ def test_we_load_what_mlx_lm_writes(tmp_path: Path, moe: bool, settings: dict[st
     assert_equal_logits(tmp_path / "converted")
 
 
-@KINDS
-def test_an_override_without_mode_is_affine_in_an_mxfp4_folder(tmp_path: Path, moe: bool) -> None:
+def test_an_override_without_mode_is_affine_in_an_mxfp4_folder(tmp_path: Path) -> None:
     """mlx-lm writes the router as 8 bits, group 64, and no mode, whatever the rest is."""
-    write_source(tmp_path / "source", moe)
+    write_source(tmp_path / "source", moe=True)
     mlx_lm.convert(
         str(tmp_path / "source"), str(tmp_path / "converted"), quantize=True, q_mode="mxfp4"
     )
+    block = json.loads((tmp_path / "converted" / "config.json").read_text())["quantization"]
+    assert block["mode"] == "mxfp4"
+    overrides = [v for v in block.values() if isinstance(v, dict)]
+    assert overrides and all("mode" not in v for v in overrides)
     assert_equal_logits(tmp_path / "converted")
 
 

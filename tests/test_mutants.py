@@ -91,6 +91,7 @@ def test_the_other_lines_and_their_ends_stay() -> None:
         "assert a == 3",
         "@cache(maxsize=3)\ndef f(): ...",
         "class A:\n    a = b",
+        "def f():\n    return None",
         'y = f"{3}"',
     ],
 )

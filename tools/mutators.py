@@ -153,7 +153,11 @@ class _Finder(ast.NodeVisitor):
                 self.constant("default value", default)
             elif default is not None:
                 self.visit(default)
-        self.visit_body(node.body)
+        last = node.body[-1]
+        if isinstance(last, ast.Return) and _is_none(last.value):
+            self.visit_body(node.body[:-1])
+        else:
+            self.visit_body(node.body)
         self.in_class_body = saved
 
     visit_AsyncFunctionDef = visit_FunctionDef
@@ -347,6 +351,10 @@ def _other_values(value: object) -> Iterator[object]:
 
 def _on_one_line(node: ast.expr | ast.stmt) -> bool:
     return node.lineno == node.end_lineno
+
+
+def _is_none(value: ast.expr | None) -> bool:
+    return value is None or (isinstance(value, ast.Constant) and value.value is None)
 
 
 def _is_type_alias(names: list[str], value: ast.expr) -> bool:
