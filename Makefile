@@ -7,6 +7,8 @@ BIN = $(VENV)/bin
 # The first of these that is new enough; name another with `make test PYTHONS=/path/to/python`.
 PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+# The threads of numpy's BLAS wait for each other at full load; small matrices need no others.
+export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels demo-eval golden live clean

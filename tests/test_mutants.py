@@ -135,8 +135,7 @@ def test_tests_are_found_by_what_they_import() -> None:
     # Through the module that imports it, as no test does.
     assert "tests/test_model.py" in tests["qwen35_mlx/model/gated_delta_net.py"]
     for file, found in tests.items():
-        has_code = bool(find_mutants((mutants.ROOT / file).read_text("utf-8")))
-        assert found or not has_code, f"no test is known for {file}"
+        assert found or file.endswith("__init__.py"), f"no test is known for {file}"
     for file in {file for found in tests.values() for file in found} | set(mutants.OVERRIDES):
         assert (mutants.ROOT / file).exists(), file
 

@@ -7,6 +7,7 @@ mutators.py for what is changed. The last line is JSON. Exit code 1: fewer than 
 import argparse
 import ast
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -114,6 +115,7 @@ def module_name(file: str) -> str:
     return name if name.startswith("qwen35_mlx") else f"qwen35_mlx.{name}"
 
 
+@functools.cache
 def imports(source: str, package: str = "") -> set[tuple[str, str]]:
     """Each `(module, name)` of a source's imports; relative ones start from the package."""
     found = set()
@@ -195,6 +197,7 @@ class Workplace:
             "TMPDIR": str(self.home),
             "EMULATOR_CACHE": str(folder.parent / "emulator"),
             "PYTHONHASHSEED": "0",
+            "OPENBLAS_NUM_THREADS": "1",
         }
         # Set-up of the compiler, which takes it 16 s.
         self.environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
