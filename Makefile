@@ -35,10 +35,10 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure speed; the last line is JSON
+bench: $(VENV)/.installed-test ## measure speed; the last line is JSON
 	$(BIN)/python tools/bench.py
 
-bench-convert: $(VENV)/.installed ## memory and speed of a conversion (20 GB of disk); the last line is JSON
+bench-convert: $(VENV)/.installed-test ## memory and speed of a conversion (20 GB of disk); the last line is JSON
 	$(BIN)/python tools/bench_convert.py
 
 bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
@@ -50,7 +50,7 @@ demo-eval: $(VENV)/.installed-demo ## what the demo model can, by skill and bits
 bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Metal kernels; the last line is JSON
 	$(BIN)/python tools/bench_kernels.py
 
-bench-chat: $(VENV)/.installed ## count the tokens read in a conversation; the last line is JSON
+bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; the last line is JSON
 	$(BIN)/python tools/bench_chat.py
 
 golden: $(VENV)/.installed-live ## make the golden vectors again with transformers

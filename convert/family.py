@@ -6,9 +6,9 @@ from typing import Any
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.headers import SourceTensor
+from qwen35_mlx.tensor_table import expected_shapes
 
 from .source import Source
-from .tensor_table import expected_shapes
 
 # hidden size, layers, query heads, key/value heads, linear value heads, tied,
 # and the width of the feed-forward layers or (experts, experts a token, width of each).

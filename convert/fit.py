@@ -13,16 +13,16 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES
 from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
-from qwen35_mlx.quant.calibrate import Calibration, Setting, typical_errors, unit_of
 from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
 from qwen35_mlx.quant.recipes import recipe as named_recipe
+from qwen35_mlx.quant.statistics import Calibration, Setting, typical_errors, unit_of
+from qwen35_mlx.tensor_table import Role
 
 from . import macs
 from .hub import open_any
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
 from .shards import text_header_bytes
 from .source import Source
-from .tensor_table import Role
 
 PREFERENCES = ("quality", "speed")
 DEFAULT_CONTEXT = 32768

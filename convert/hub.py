@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen35_mlx.config import read_config
-from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.errors import CheckpointError, Qwen35Error, first_line
 from qwen35_mlx.headers import (
     INDEX_FILE,
     PREFIX_BYTES,
     SourceTensor,
+    gather_checked,
     header_length,
     parse_header,
     read_index,
 )
 
-from .source import COMPANIONS, Source, gather_checked, open_source
+from .source import COMPANIONS, Source, open_source
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,8 +70,14 @@ class HubSource(Source):
         return {file.name: self.listing[file.name].checksum for file in self.files}
 
     def companions(self) -> list[Path]:
-        names = [n for n in self.listing if any(fnmatch(n, pattern) for pattern in COMPANIONS)]
-        return [fetch_small(self.repo, self.commit, name) for name in names]
+        # A star stands for slashes too.
+        names = {
+            name
+            for name in self.listing
+            for pattern in COMPANIONS
+            if fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+        }
+        return [fetch_small(self.repo, self.commit, name) for name in sorted(names)]
 
 
 def open_any(
@@ -115,7 +122,7 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
         return fetch_header(repo, commit, folder / name, listing[name].nbytes)
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        tensors = gather_checked(repo, present, index, partial(pool.map, header))
+        tensors = gather_checked(repo, present, index, partial(pool.map, header), strict=True)
     return HubSource(folder, config, tensors, repo, commit, listing)
 
 
@@ -193,12 +200,12 @@ def retry(
             if wait_s is None or stopped() or not _passes(error):
                 raise CheckpointError(
                     f"cannot get {repo} from the hub",
-                    got=f"{type(error).__name__}: {_first_line(error)}",
+                    got=f"{type(error).__name__}: {first_line(error)}",
                     expected="a folder on this machine, or a hub id that it can reach",
                     hint="for a private or gated model log in first: hf auth login; otherwise"
                     " repeat the command: what is done is kept",
                 ) from error
-            log.warning("%s: %s; again in %s s", repo, _first_line(error), wait_s)
+            log.warning("%s: %s; again in %s s", repo, first_line(error), wait_s)
             time.sleep(wait_s)
 
 
@@ -214,10 +221,6 @@ def _passes(error: Exception) -> bool:
         # Without a number it is huggingface_hub's own, about a download that came short.
         return (network or error.errno is None) and not constants.HF_HUB_OFFLINE
     return type(error).__module__.startswith(("httpx", "httpcore"))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 class Stopped(Exception):

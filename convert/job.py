@@ -20,15 +20,19 @@ from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_co
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.headers import INDEX_FILE, SourceTensor
-from qwen35_mlx.quant.calibrate import Calibration
+from qwen35_mlx.names import bare, output_name
+from qwen35_mlx.progress import ByteProgress
+from qwen35_mlx.quant.statistics import Calibration
+from qwen35_mlx.quantization import quantization_block
+from qwen35_mlx.resolver import refuse_other_head
 
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
-from .pieces import SLICE_BYTES, Piece, cut, fetched_bytes
 from .plan import DEFAULT_METHOD, Plan, Recipe, plan
 from .shards import sha256
-from .source import Source, read_rows
-from .worker import Progress, Stream
+from .source import Source, companion_name, read_rows
+from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ def convert(
     method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
     keep_source: bool = False,
-    progress: Progress | None = None,
+    progress: ByteProgress | None = None,
 ) -> Path:
     """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
     and what `calibrate` found out about the same source.
@@ -71,26 +75,29 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
-    _check_dropped(planned)
-    pieces = cut(planned)
+    _check_copies(planned)
+    tasks = cut(planned)
     companions = _companions(opened)
-    settings = _settings(planned, pieces, revision, calibration)
+    settings = _settings(planned, tasks, revision, calibration)
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
     if isinstance(opened, HubSource):
         fetcher = Fetcher(opened, keep_source)
-        needed += source_disk_bytes(opened, pieces, keep_source)
+        needed += source_disk_bytes(opened, tasks, keep_source)
     with _locked(work, out, needed):
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = Stream(planned, pieces, work, journal, fetcher, progress, calibration).run()
+            checksums = Worker(planned, tasks, work, journal, fetcher, progress, calibration).run()
         finally:
             journal.close()
         write_json(work / INDEX_FILE, _index(planned))
         for path in companions:
-            write_file(work / path.name, path.read_bytes())
-        small = [INDEX_FILE, *(path.name for path in companions)]
+            target = work / companion_name(path)
+            target.parent.mkdir(exist_ok=True)
+            write_file(target, path.read_bytes())
+            sync_folder(target.parent)
+        small = [INDEX_FILE, *map(companion_name, companions)]
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
         write_json(work / "config.json", output_config(planned, checksums))
@@ -109,7 +116,7 @@ def convert(
     return out
 
 
-def verify(folder: str | Path, progress: Progress | None = None) -> int:
+def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
     """Read every file of a converted folder again; returns the number of bytes compared.
 
     Raises CheckpointError for each file that is not as it was written.
@@ -121,7 +128,7 @@ def verify(folder: str | Path, progress: Progress | None = None) -> int:
         raise CheckpointError(
             f"{folder} has no checksums", expected="a folder that qwen35-mlx converted"
         )
-    paths = {name: folder / Path(name).name for name in checksums}
+    paths = {name: folder / companion_name(Path(name)) for name in checksums}
     total = sum(path.stat().st_size for path in paths.values() if path.exists())
     done, wrong = 0, []
     for name, path in paths.items():
@@ -149,12 +156,12 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.converting")
 
 
-def source_disk_bytes(source: HubSource, pieces: list[Piece], keep_source: bool) -> int:
+def source_disk_bytes(source: HubSource, tasks: list[Task], keep_source: bool) -> int:
     """Disk for shards from the hub: all of them if they are kept, else the most at any time."""
     sizes = {name: file.nbytes for name, file in source.listing.items()}
     if keep_source:
         return sum(sizes[file.name] for file in source.files)
-    return fetched_bytes(pieces, sizes)
+    return fetched_bytes(tasks, sizes)
 
 
 def _kept_folder(out: Path) -> Path:
@@ -186,19 +193,11 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
         )
 
 
-def _check_dropped(planned: Plan) -> None:
-    """A head may be left out only if it is the embedding: where they differ, both count."""
-    embedding = next(e for e in planned.entries if e.module.endswith(".embed_tokens"))
-    kept = embedding.segments[0].tensor
-    for head in planned.dropped:
-        if not _same(planned.source, head, kept):
-            raise CheckpointError(
-                f"tensor {head.name} is not the embedding, to which config.json ties it",
-                got=f"a head of its own, {head.dtype} {list(head.shape)}",
-                expected=f"no head, or a copy of {kept.name}",
-                hint="set tie_word_embeddings to false in config.json to keep both, as transformers"
-                " does, or remove the tensor",
-            )
+def _check_copies(planned: Plan) -> None:
+    """A head may be left out only if it is the embedding."""
+    for head, embedding in planned.copies:
+        if not _same(planned.source, head, embedding):
+            raise refuse_other_head(head, embedding)
 
 
 def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
@@ -218,12 +217,12 @@ def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
 
 
 def _settings(
-    planned: Plan, pieces: list[Piece], revision: str | None, calibration: Calibration | None
+    planned: Plan, tasks: list[Task], revision: str | None, calibration: Calibration | None
 ) -> dict[str, Any]:
     """All that decides the bytes of the output, in words that fit into JSON."""
     rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
     modules = [(e.module, e.bits, e.group_size, e.method) for e in planned.entries]
-    layout = repr((rows, modules, len(pieces), SLICE_BYTES)).encode()
+    layout = repr((rows, modules, len(tasks), SLICE_BYTES)).encode()
     return {
         **planned.source.origin,
         **({"revision": revision} if revision else {}),
@@ -239,8 +238,9 @@ def _settings(
 def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
-    config.pop("quantization_config", None)
-    (config.get("text_config") or {}).pop("quantization_config", None)
+    for level in (config, config.get("text_config") or {}):
+        for key in ("quantization", "quantization_config"):
+            level.pop(key, None)
     if config.get("model_type") == NEXT_TYPE:
         config = next_as_moe(config) | {"architectures": ["Qwen3_5MoeForCausalLM"]}
     kind = "qwen3_5_moe" if model.is_moe else "qwen3_5"
@@ -256,7 +256,8 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         level["tie_word_embeddings"] = model.tie_word_embeddings
     _complete_text_config(text, model)
     if planned.quantization:
-        config["quantization"] = config["quantization_config"] = planned.quantization
+        block = planned.quantization | _carried_settings(planned.source)
+        config["quantization"] = config["quantization_config"] = block
     config["qwen35_mlx"] = {
         "format_version": FORMAT_VERSION,
         "version": __version__,
@@ -266,6 +267,13 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         "sha256": checksums,
     }
     return config
+
+
+def _carried_settings(source: Source) -> dict[str, Any]:
+    """What a quantized source says of modules that are carried along."""
+    block = {bare(key): value for key, value in quantization_block(source.config).items()}
+    roots = ("mtp.", "vision_tower.")
+    return {output_name(key): value for key, value in block.items() if key.startswith(roots)}
 
 
 def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
@@ -312,7 +320,8 @@ def _index(planned: Plan) -> dict[str, Any]:
 def _companions(source: Source) -> list[Path]:
     """Tokenizer, template and licence files of the source."""
     found = source.companions()
-    if not any(path.name == "tokenizer.json" for path in found):
+    names = {path.name for path in found}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         log.warning(
             "%s has no tokenizer.json: the output will not load without one",
             source.origin["source"],

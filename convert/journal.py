@@ -1,4 +1,4 @@
-"""What a conversion was started with and how far it came: enough to go on after any stop."""
+"""The settings and the progress of a conversion on disk, so that it can resume after any stop."""
 
 import json
 import os
@@ -13,17 +13,18 @@ from qwen35_mlx.files import flush, sync_folder, write_json
 from .shards import write_all
 
 JOB_FILE, JOURNAL_FILE = "job.json", "journal"
+# In the file a task is called piece.
 LINE = re.compile(rb"piece (\d+) (\d+)|shard (\S+) ([0-9a-f]{64})")
 
 
 class Journal:
-    """The finished pieces with their CRC-32, and the finished shards with their SHA-256.
+    """The finished tasks with their CRC-32, and the finished shards with their SHA-256.
 
-    A line is added when its data are safe. A line cut off by a crash ends the journal.
+    A line is added after its data are flushed. Reading stops at the first incomplete line.
     """
 
     def __init__(self, path: Path):
-        self.pieces: dict[int, int] = {}
+        self.tasks: dict[int, int] = {}
         self.checksums: dict[str, str] = {}
         raw = path.read_bytes() if path.exists() else b""
         valid_bytes = 0
@@ -33,7 +34,7 @@ class Journal:
                 break
             piece, crc, shard, digest = match.groups()
             if piece:
-                self.pieces[int(piece)] = int(crc)
+                self.tasks[int(piece)] = int(crc)
             else:
                 self.checksums[shard.decode()] = digest.decode()
             valid_bytes += len(line)
@@ -41,14 +42,14 @@ class Journal:
         os.ftruncate(self._file, valid_bytes)
         self._end = valid_bytes
 
-    def add_pieces(self, done: Iterable[tuple[int, int]]) -> None:
-        """Note pieces and their CRC-32."""
+    def add_tasks(self, done: Iterable[tuple[int, int]]) -> None:
+        """Record tasks and their CRC-32."""
         new = dict(done)
         self._add("".join(f"piece {index} {crc}\n" for index, crc in new.items()))
-        self.pieces |= new
+        self.tasks |= new
 
     def add_shard(self, file: str, digest: str) -> None:
-        """Note a shard that has its name, and its SHA-256."""
+        """Record a shard that has its name, and its SHA-256."""
         self._add(f"shard {file} {digest}\n")
         self.checksums[file] = digest
 
@@ -56,7 +57,7 @@ class Journal:
         data = lines.encode()
         write_all(self._file, data, self._end)
         flush(self._file)
-        # Not before: what a full disk cut short is written over by the next try.
+        # Only now: after a full disk, the next write replaces an incomplete line.
         self._end += len(data)
 
     def close(self) -> None:
@@ -65,32 +66,32 @@ class Journal:
 
 
 def open_job(work: Path, out: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Start the job of folder `work`, or check that it is the same as the one started there."""
+    """Start the job of folder `work`, or check that the job started there is the same."""
     path = work / JOB_FILE
     if not path.exists():
         write_json(path, {"settings": dict(settings), "files": dict(files)})
         sync_folder(work)
         return
     started = read_job(work)
-    again = f"{work} holds the work so far; remove it to start over"
+    restart = f"{work} holds the finished part; remove it to start over"
     _refuse_difference(
         f"the conversion to {out} was started with other settings",
-        started["settings"], settings, f"repeat the first command; {again}",
+        started["settings"], settings, f"repeat the first command; {restart}",
     )  # fmt: skip
     _refuse_difference(
         f"the source changed after the conversion to {out} was started",
-        started["files"], files, f"bring the first version back; {again}",
+        started["files"], files, f"restore the first version; {restart}",
     )  # fmt: skip
 
 
 def read_job(work: Path) -> dict[str, Any]:
-    """The job file of a folder, `{}` if there is none."""
+    """Contents of the job file of a folder; `{}` if there is none."""
     path = work / JOB_FILE
     try:
         job = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(job["settings"], dict) and isinstance(job["files"], dict):
             return dict(job)
-        raise ValueError("settings or files are no objects")
+        raise ValueError("settings and files are not objects")
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -1,7 +1,8 @@
-"""A checkpoint run layer by layer: one layer's weights in memory, activations kept between them."""
+"""Runs a checkpoint layer by layer: holds the weights of one layer, and all activations."""
 
 # B texts, T tokens, H hidden.
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,28 +15,31 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.headers import read_headers
 from qwen35_mlx.model.language import DecoderLayer, Model
-from qwen35_mlx.model.loading import quantize_modules
+from qwen35_mlx.model.loading import check_copies, quantize_modules, read_parameters
+from qwen35_mlx.quantization import Quantization
+from qwen35_mlx.resolver import Resolved, resolve
+from qwen35_mlx.tensor_table import Role
 
 from .plan import Plan, plan
 from .source import check_folder
-from .tensor_table import Role
-from .worker import read_entry
+from .transform import read_entry
 
 TRUNK = "language_model.model."
 LAYER = TRUNK + "layers.{}."
-# Tokens that go through a layer, or through the head, at once.
+# Tokens per call of a layer, and of the head.
 LAYER_TOKENS, HEAD_TOKENS = 4096, 256
 
-# Name of a module, its input `[..., I]`, and what else it was called with.
-Seen = Callable[[str, mx.array, tuple[Any, ...]], None]
+# Name of a module, its input `[..., I]`, and its other arguments.
+OnCall = Callable[[str, mx.array, tuple[Any, ...]], None]
 
 
 class Checkpoint:
-    """Weights by their names in a converted folder, read when asked for."""
+    """Weights under the names of a converted folder, read on demand."""
 
     config: ModelConfig
-    raw_config: Mapping[str, Any]
+    quantizations: Mapping[str, Quantization]
     num_parameters: int
     nbytes: int
 
@@ -45,16 +49,16 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the text model, scales and biases counted."""
+        """Of the text model; counts scales and biases."""
         return 8 * self.nbytes / self.num_parameters
 
 
 class SourceCheckpoint(Checkpoint):
-    """A Hugging Face folder, transformed as `convert` would, without quantization."""
+    """A Hugging Face folder, transformed as `convert` does, without quantization."""
 
     def __init__(self, folder: Path):
         self.plan: Plan = plan(folder, recipe=lambda module: None)
-        self.config, self.raw_config = self.plan.config, {}
+        self.config, self.quantizations = self.plan.config, {}
         self.entries = self.plan.text_entries
         self.quantizable = {e.module for e in self.entries if e.role is Role.QUANTIZED}
         self.num_parameters = sum(e.num_parameters for e in self.entries)
@@ -71,50 +75,37 @@ class SourceCheckpoint(Checkpoint):
 class ConvertedCheckpoint(Checkpoint):
     """A folder that `convert` or mlx-lm wrote."""
 
-    def __init__(self, folder: Path):
-        self.raw_config = read_config(folder)
-        self.config = ModelConfig.from_hf(self.raw_config)
-        self.folder, self.files = folder, sorted(folder.glob("model*.safetensors"))
-        block = self.raw_config.get("quantization") or {}
-        self.nbytes = self.num_parameters = 0
-        for name, array in self._tensors("language_model."):
-            self.nbytes += array.nbytes
-            if array.dtype == mx.uint32:
-                own = block.get(name.removesuffix(".weight")) or block
-                self.num_parameters += array.size * 32 // own["bits"]
-            elif not name.endswith((".scales", ".biases")):
-                self.num_parameters += array.size
-
-    def _tensors(self, prefix: str) -> Iterator[tuple[str, mx.array]]:
-        """Opened anew, and lazy: an array is read when it is used, and freed with its user."""
-        for file in self.files:
-            try:
-                shard = mx.load(str(file))
-            except RuntimeError as error:
-                raise CheckpointError(f"{file} cannot be read", got=error) from None
-            assert isinstance(shard, dict)
-            yield from (item for item in shard.items() if item[0].startswith(prefix))
+    def __init__(self, found: Resolved):
+        check_copies(found)
+        self.config, self.quantizations = found.config, found.quantizations
+        self.matches = found.text_matches
+        self.num_parameters = sum(math.prod(match.shape) for match in self.matches)
+        self.nbytes = sum(
+            segment.nbytes
+            for match in self.matches
+            for part in match.parts
+            for segment in part.segments
+        )
 
     def read(self, prefix: str) -> dict[str, mx.array]:
-        return dict(self._tensors(prefix))
+        """Opened anew, and lazy: an array is read when it is used, and freed with its user."""
+        return read_parameters(match for match in self.matches if match.name.startswith(prefix))
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """A Hugging Face checkpoint or a converted folder, told apart by their config.json."""
+    """A Hugging Face checkpoint or a folder that MLX runs, told apart by their tensors."""
     folder = Path(folder).expanduser()
     check_folder(folder)
-    config = read_config(folder)
-    if "quantization" in config or "qwen35_mlx" in config:
-        return ConvertedCheckpoint(folder)
-    return SourceCheckpoint(folder)
+    found = resolve(read_config(folder), read_headers(folder))
+    return ConvertedCheckpoint(found) if found.is_converted else SourceCheckpoint(folder)
 
 
 class Layerwise:
-    """Runs texts through a checkpoint, whose layers come and go."""
+    """Runs texts through a checkpoint; loads embedding, norm and head, and one layer on demand."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        # A model without layers: embedding, last norm and head, under their names on disk.
+        # A model without layers: embedding, last norm and head.
         self.ends = Model(replace(self.config, num_hidden_layers=0, layer_types=()))
         weights = {
             name: array
@@ -126,20 +117,20 @@ class Layerwise:
         self._fill(self.ends, weights, "")
 
     def embed(self, ids: mx.array) -> list[mx.array]:
-        """ids `[B, T]` -> hidden states of each text, `[1, T, H]`."""
+        """ids `[B, T]` -> hidden states `[1, T, H]` of each text."""
         hidden = [self.ends.language_model.model.embed_tokens(row[None]) for row in ids]
         mx.eval(hidden)
         return hidden
 
     def layer(self, index: int) -> DecoderLayer:
-        """Layer `index` with its weights: all that is read of the checkpoint now."""
+        """Read layer `index` and nothing else."""
         layer = DecoderLayer(self.config, self.config.layer_types[index])
         prefix = LAYER.format(index)
         self._fill(layer, self.checkpoint.read(prefix), prefix)
         return layer
 
     def _fill(self, module: nn.Module, weights: dict[str, mx.array], prefix: str) -> None:
-        quantize_modules(module, self.checkpoint.raw_config, weights, prefix)
+        quantize_modules(module, self.checkpoint.quantizations, prefix)
         parameters: Any = tree_flatten(module.parameters())
         expected = {prefix + name for name, _ in parameters}
         if missing := sorted(expected - weights.keys()):
@@ -155,7 +146,7 @@ class Layerwise:
         module.load_weights(loaded)
 
     def logits(self, hidden: list[mx.array]) -> Iterator[tuple[int, int, mx.array]]:
-        """Of some tokens at a time: text, first position, logits `[N, vocab]`."""
+        """For HEAD_TOKENS at a time: index of the text, first position, logits `[N, vocab]`."""
         for i, x in enumerate(hidden):
             normed = self.ends.trunk(None, embeddings=x)[0]
             for start in range(0, normed.shape[0], HEAD_TOKENS):
@@ -163,7 +154,7 @@ class Layerwise:
 
 
 def run_layer(layer: DecoderLayer, hidden: list[mx.array]) -> list[mx.array]:
-    """`[1, T, H]` of each text -> the same after the layer; as many at once as memory wants."""
+    """Hidden states `[1, T, H]` of each text after the layer; LAYER_TOKENS at a time."""
     mask = None if layer.is_linear else "causal"
     at_once = max(LAYER_TOKENS // hidden[0].shape[1], 1)
     results = []
@@ -177,33 +168,33 @@ def run_layer(layer: DecoderLayer, hidden: list[mx.array]) -> list[mx.array]:
 
 
 class _Watched(nn.Module):
-    def __init__(self, module: nn.Module, name: str, seen: Seen):
+    def __init__(self, module: nn.Module, name: str, on_call: OnCall):
         super().__init__()
-        self.module, self._name, self._seen = module, name, seen
-        self.heard = False
+        self.module, self._name, self._on_call = module, name, on_call
+        self.is_called = False
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.heard = True
-        self._seen(self._name, x, args)
+        self.is_called = True
+        self._on_call(self._name, x, args)
         return self.module(x, *args, **kwargs)
 
 
 def matrices(root: nn.Module) -> dict[str, nn.Module]:
-    """Every module that could be quantized, by its path."""
+    """Every module that can be quantized, by its path."""
     found: Any = tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
     return {path: module for path, module in found if hasattr(module, "to_quantized")}
 
 
 @contextmanager
-def watched(root: nn.Module, seen: Seen) -> Iterator[None]:
-    """Within the block, `seen` hears of every call of a matrix, but for looking up embeddings."""
+def watched(root: nn.Module, on_call: OnCall) -> Iterator[None]:
+    """Within the block, every call of a matrix also calls `on_call`, except embedding look-ups."""
     found = {p: module for p, module in matrices(root).items() if not p.endswith("embed_tokens")}
-    wrapped = {path: _Watched(module, path, seen) for path, module in found.items()}
+    wrapped = {path: _Watched(module, path, on_call) for path, module in found.items()}
     root.update_modules(tree_unflatten(list(wrapped.items())))
     try:
         yield
     finally:
         root.update_modules(tree_unflatten(list(found.items())))
-    # A kernel that took the weights past the module would leave its statistics empty.
-    if missed := sorted(path for path, module in wrapped.items() if not module.heard):
+    # A kernel that reads the weights without calling the module would leave its statistics empty.
+    if missed := sorted(path for path, module in wrapped.items() if not module.is_called):
         raise RuntimeError(f"not called: {missed}")

@@ -17,9 +17,9 @@ from .macs import (
     tokens_per_second,
     wired_limit_mb,
 )
-from .pieces import SLICE_BYTES, WORKERS, cut, peak_bytes
 from .plan import Plan, plan
 from .plots import picture
+from .tasks import SLICE_BYTES, WORKERS, cut, peak_bytes
 
 CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
@@ -32,15 +32,15 @@ NOTE = (
 
 def conversion_lines(planned: Plan, keep_source: bool = False) -> list[str]:
     """Memory and disk while converting."""
-    pieces = cut(planned)
-    peak = peak_bytes(planned, pieces)
+    tasks = cut(planned)
+    peak = peak_bytes(planned, tasks)
     lines = [
         f"while converting: {peak / 1e6:,.0f} MB of memory at the peak ({WORKERS} slices of at most"
         f" {SLICE_BYTES / 2**20:.0f} MiB of the source and what is made of them)"
     ]
     disk = planned.output_bytes + SPARE_BYTES
     if isinstance(planned.source, HubSource):
-        fetched = source_disk_bytes(planned.source, pieces, keep_source)
+        fetched = source_disk_bytes(planned.source, tasks, keep_source)
         lines.append(
             f"disk: {(disk + fetched) / 1e9:,.1f} GB, {planned.output_bytes / 1e9:,.1f} of them the"
             f" output and {fetched / 1e9:,.1f} shards of the source on their way"

@@ -1,4 +1,4 @@
-"""Write a safetensors file whose header is known before any of its data."""
+"""Writes safetensors files; a header is written before any of the data."""
 
 import hashlib
 import json
@@ -8,30 +8,30 @@ from pathlib import Path
 
 from qwen35_mlx.files import flush, sync_folder
 from qwen35_mlx.headers import PREFIX_BYTES
+from qwen35_mlx.tensor_table import Role
 
 from .plan import OutputTensor, Plan
-from .tensor_table import Role
 
 METADATA = {"format": "mlx"}
 
 
 class ShardWriter:
-    """One file, filled in any order, under a temporary name until it is whole.
+    """Writes one file in any order, under a temporary name until it is complete.
 
-    An existing temporary file is gone on with. Threads may write at once: each call has its own
-    region.
+    Continues an existing temporary file. Threads may write at the same time, as each call has its
+    own region.
     """
 
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]):
         self.path = path
         self._partial = path.with_name(f".{path.name}.partial")
         header = _header(tensors)
-        self._start: dict[str, int] = {}
+        # First byte and end of each tensor.
+        self._range: dict[str, tuple[int, int]] = {}
         end = len(header)
         for tensor in tensors:
-            self._start[tensor.name] = end
-            end += tensor.nbytes
-        self._end = {t.name: self._start[t.name] + t.nbytes for t in tensors}
+            start, end = end, end + tensor.nbytes
+            self._range[tensor.name] = start, end
         self.missing_bytes = end - len(header)
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.pread(self._file, len(header), 0) != header:
@@ -41,23 +41,23 @@ class ShardWriter:
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write `data` at byte `start` of tensor `name`."""
-        begin = self._start[name] + start
-        if begin + len(data) > self._end[name]:
-            raise RuntimeError(f"{name}: {begin + len(data) - self._end[name]} bytes too many")
-        write_all(self._file, data, begin)
+        begin, end = self._range[name]
+        if (excess := begin + start + len(data) - end) > 0:
+            raise RuntimeError(f"{name}: {excess} bytes too many")
+        write_all(self._file, data, begin + start)
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
-        """What lies at byte `start` of tensor `name`."""
-        return os.pread(self._file, nbytes, self._start[name] + start)
+        """`nbytes` bytes of the temporary file from byte `start` of tensor `name` on."""
+        return os.pread(self._file, nbytes, self._range[name][0] + start)
 
     def sync(self) -> None:
-        """Return when all that was written survives a loss of power."""
+        """Return when all written bytes would survive a loss of power."""
         flush(self._file)
 
     def finish(self) -> str:
-        """Give the whole file its name; returns its SHA-256."""
+        """Give the complete file its name; returns its SHA-256."""
         if self.missing_bytes:
-            raise RuntimeError(f"{self.path.name}: {self.missing_bytes} bytes did not come")
+            raise RuntimeError(f"{self.path.name}: {self.missing_bytes} bytes are missing")
         self.sync()
         self.close()
         digest = sha256(self._partial)
@@ -66,14 +66,14 @@ class ShardWriter:
         return digest
 
     def close(self) -> None:
-        """Leave the temporary file as it is."""
+        """Close the file; a temporary file stays."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -82,13 +82,13 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write `data` at byte `offset` of a file."""
     view = memoryview(data)
     while view:
-        # A full disk writes a part before it fails.
+        # On a full disk a part is written before the error.
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
 
 
 def text_header_bytes(plan: Plan) -> int:
-    """Bytes that are no tensor, of all files that hold more than carried tensors."""
+    """Header bytes of all files except those with carried tensors only."""
     return sum(
         len(_header(shard.tensors))
         for shard in plan.shards
@@ -108,6 +108,6 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
         }
         offset = end
     raw = json.dumps(entries, separators=(",", ":")).encode()
-    # Padded with spaces, so that the data begin at a multiple of 8.
+    # Padded with spaces: the data begin at a multiple of 8.
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw

@@ -1,7 +1,6 @@
 """A checkpoint in a folder: config, index and headers checked, rows read on demand."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,48 +10,22 @@ import numpy as np
 
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.headers import (
-    INDEX_FILE,
-    PREFIX_BYTES,
-    SourceTensor,
-    check_present,
-    gather,
-    read_header,
-    read_index,
-    some,
-    weight_files,
-)
+from qwen35_mlx.headers import PREFIX_BYTES, SourceTensor, read_headers
 
 COMPANIONS = """
 tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json
-chat_template.jinja chat_template.json generation_config.json
+chat_template.jinja chat_template.json additional_chat_templates/*.jinja generation_config.json
 preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE*
 """.split()
+TEMPLATE_FOLDER = "additional_chat_templates"
 # What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-FP8 = "F8_E4M3"
-# Rows and columns that share a scale.
-Block = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows `start_row` to `stop_row` of one source tensor; FP8 has scales, one for each `block`."""
-
-    tensor: SourceTensor
-    start_row: int
-    stop_row: int
-    scale: SourceTensor | None = None
-    block: Block | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return (self.stop_row - self.start_row) * self.tensor.row_bytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        """Where its bytes lie."""
-        return frozenset(t.file for t in (self.tensor, self.scale) if t)
+def companion_name(path: Path) -> str:
+    """The name of a companion in the output: of folders, only that of more templates is kept."""
+    folder = path.parent.name
+    return f"{folder}/{path.name}" if folder == TEMPLATE_FOLDER else path.name
 
 
 @dataclass(frozen=True)
@@ -91,14 +64,7 @@ class Source:
 def open_source(folder: Path) -> Source:
     """Read config.json, the index and all headers of `folder`; no weight is read."""
     check_folder(folder, "a hub id is written OWNER/NAME")
-    config = read_config(folder)
-    path = folder / INDEX_FILE
-    index = read_index(path) if path.exists() else None
-
-    def headers(files: Iterable[str]) -> Iterable[list[SourceTensor]]:
-        return (read_header(folder / file) for file in files)
-
-    return Source(folder, config, gather_checked(folder, weight_files(folder), index, headers))
+    return Source(folder, read_config(folder), read_headers(folder, strict=True))
 
 
 def check_folder(folder: Path, hint: str = "") -> None:
@@ -110,32 +76,6 @@ def check_folder(folder: Path, hint: str = "") -> None:
             expected="a folder with config.json and *.safetensors",
             hint=hint,
         )
-
-
-def gather_checked(
-    where: str | Path,
-    present: Collection[str],
-    index: Mapping[str, str] | None,
-    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
-) -> dict[str, SourceTensor]:
-    """All tensors by name: of the files of the index, else of model.safetensors, else of all.
-
-    `present` are the weight files that are there, `headers` reads those of some of them.
-    """
-    if index is not None:
-        check_present(index.values(), present)
-        tensors = gather(headers(sorted(set(index.values()))))
-        _check_index(index, tensors, {file for file in present if file.startswith("model")})
-        return tensors
-    if not present:
-        raise CheckpointError(
-            f"no weights in {where}",
-            got="no *.safetensors file",
-            expected="model.safetensors, or shards with model.safetensors.index.json",
-            hint="pytorch *.bin checkpoints are not read",
-        )
-    whole = "model.safetensors"
-    return gather(headers([whole] if whole in present else sorted(present)))
 
 
 def read_rows(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
@@ -173,29 +113,3 @@ def _fingerprint(file: Path) -> str:
         header = prefix + stream.read(int.from_bytes(prefix, "little"))
     digest = hashlib.sha256(header).hexdigest()[:16]
     return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}, header {digest}"
-
-
-def _check_index(
-    index: Mapping[str, str], tensors: Mapping[str, SourceTensor], present: set[str]
-) -> None:
-    """Index and headers must agree; `present` are the model*.safetensors files there are."""
-    wrong = sorted(
-        name
-        for name, file in index.items()
-        if name not in tensors or tensors[name].file.name != file
-    )
-    if wrong:
-        raise CheckpointError(
-            f"tensors are not in the file that {INDEX_FILE} names",
-            got=f"{some(wrong)}, not in {index[wrong[0]]}",
-            expected="every tensor of the index in its file",
-        )
-    unlisted = sorted(tensors.keys() - index.keys())
-    stale = sorted(present - set(index.values()))
-    if unlisted or stale:
-        raise CheckpointError(
-            f"the folder holds weights that {INDEX_FILE} does not list",
-            got=some(unlisted or stale),
-            expected="index and files that agree",
-            hint="remove the files of another download, or the index if it is out of date",
-        )

@@ -1,24 +1,28 @@
-"""Affine quantization in the layout of mlx: one entry for all methods, and what it refuses."""
+"""Affine quantization in the layout of mlx, by three methods; checks of settings and weights."""
 
 import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quantization import BITS, GROUP_SIZES
 
 from .gptq import DAMPING, gptq
 from .packing import Quantized
 from .search import search
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 METHODS = ("minmax", "search", "gptq")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
-def check_settings(bits: int, group_size: int, where: str = "") -> None:
-    """Refuse a width or a group size that mlx has no matrix kernels for."""
-    for key, got, allowed in (("bits", bits, BITS), ("group_size", group_size, GROUP_SIZES)):
-        if not isinstance(got, int) or got not in allowed:
+def check_settings(bits: int, group_size: int, method: str = METHODS[0], where: str = "") -> None:
+    """Refuse an unknown method, and bits or a group size for which mlx has no kernels."""
+    for key, got, allowed in (
+        ("bits", bits, BITS),
+        ("group_size", group_size, GROUP_SIZES),
+        ("method", method, METHODS),
+    ):
+        # As text: 4.0 is not a number of bits.
+        if repr(got) not in map(repr, allowed):
             raise Qwen35Error(
                 f"{key}={got!r} is not supported{where and f' (for {where})'}",
                 got=repr(got),
@@ -29,19 +33,9 @@ def check_settings(bits: int, group_size: int, where: str = "") -> None:
 def quantized_shapes(
     shape: tuple[int, ...], bits: int, group_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the packed uint32 weight and of its scales (biases are alike)."""
+    """Shapes of the packed uint32 weight and of its scales; biases have the shape of scales."""
     *leading, inputs = shape
     return (*leading, inputs * bits // 32), (*leading, inputs // group_size)
-
-
-def check_method(method: str) -> None:
-    """Refuse what is no method."""
-    if method not in METHODS:
-        raise Qwen35Error(
-            f"method={method!r} is not a way to quantize",
-            got=repr(method),
-            expected=", ".join(METHODS),
-        )
 
 
 def quantize(
@@ -53,20 +47,19 @@ def quantize(
     hessian: mx.array | None = None,
     damping: float = DAMPING,
 ) -> Quantized:
-    """Quantize `w [..., inputs]` to (packed uint32, scales, biases), laid out as mx.quantize does.
+    """Quantize `w [..., inputs]` to (packed uint32, scales, biases) in the layout of mx.quantize.
 
-    "minmax" is mx.quantize itself, "search" finds the least squared error, each column weighed by
-    `importance [inputs]`, and "gptq" the least error of products, by `hessian [inputs, inputs]`
-    or, for stacked experts `[E, rows, inputs]`, `[E, inputs, inputs]`.
-    Scales and biases have the dtype of `w`. Groups never cross a row: but for "gptq" any split
-    into rows gives the same bits as the whole.
+    "minmax" is mx.quantize. "search" minimizes the squared error of the weights, each column
+    weighted by `importance [inputs]`. "gptq" minimizes the error of `w @ x` for inputs with
+    `hessian [inputs, inputs]`, or `[E, inputs, inputs]` for stacked experts `[E, rows, inputs]`.
+    Scales and biases have the dtype of `w`. Except for "gptq", rows quantized separately give the
+    same bits as together.
     """
-    check_settings(bits, group_size)
-    check_method(method)
+    check_settings(bits, group_size, method)
     _check_weight(w, group_size)
     for name, value, owner in (("importance", importance, "search"), ("hessian", hessian, "gptq")):
         if value is not None and method != owner:
-            raise Qwen35Error(f"method={method!r} has no use for {name}", got=name)
+            raise Qwen35Error(f"method={method!r} does not use {name}", got=name)
     if w.ndim == 1:
         parts = quantize(w[None], bits, group_size, method, importance, hessian, damping)
         wq, scales, biases = (part[0] for part in parts)
@@ -97,7 +90,7 @@ def _check_weight(w: mx.array, group_size: int) -> None:
         )
     if not w.size:
         raise Qwen35Error("there are no weights to quantize", got=list(w.shape))
-    # No two weights of this size are too far apart.
+    # Cheap: below this no group can span too much.
     if largest_magnitude(w) < 0.4 * mx.finfo(w.dtype).max:
         return
     if not mx.all(mx.isfinite(w)).item():
@@ -108,7 +101,7 @@ def _check_weight(w: mx.array, group_size: int) -> None:
         )
     groups = w.reshape(-1, group_size)
     ranges = groups.max(axis=-1).astype(mx.float32) - groups.min(axis=-1).astype(mx.float32)
-    # 0.9: the grid of codes may reach a little farther than the weights.
+    # 0.9: the grid of codes may extend a little beyond the weights.
     limit = 0.9 * mx.finfo(w.dtype).max
     if not mx.all(ranges <= limit).item():
         raise Qwen35Error(
@@ -119,19 +112,18 @@ def _check_weight(w: mx.array, group_size: int) -> None:
 
 
 def largest_magnitude(w: mx.array) -> float:
-    """The largest absolute value, nan or inf if there is one; looks at bits, not at numbers."""
+    """The largest absolute value; nan or inf if there is one."""
     kind, mask = (mx.uint32, 0x7FFFFFFF) if w.itemsize == 4 else (mx.uint16, 0x7FFF)
     top = largest_bits(np.asarray(mx.view(w, kind)).reshape(-1, w.shape[-1]), mask)
     return float(np.array(mx.view(mx.array([top], dtype=kind), w.dtype).astype(mx.float32))[0])
 
 
 def largest_bits(rows: np.ndarray, mask: int) -> int:
-    """The largest of whole numbers `[rows, columns]` under a mask, 0 of none.
+    """The largest of unsigned integers `[rows, columns]` under a mask; 0 if there are none.
 
-    The magnitudes of numbers are in the order of their bits, which takes a tenth of the time of a
-    search by MLX.
+    Floats sort by magnitude as their bits do; this takes a tenth of the time of a search by MLX.
     """
-    # Rows at a time: the masked copy stays in the cache of the processor.
+    # A few rows at a time: the masked copy stays in the processor's cache.
     step = max(2**16 // max(rows.shape[-1], 1), 1)
     parts = (rows[i : i + step] & rows.dtype.type(mask) for i in range(0, len(rows), step))
     return max((int(part.max()) for part in parts), default=0) if rows.size else 0
@@ -142,15 +134,12 @@ def _check_importance(importance: mx.array | None, inputs: int) -> None:
         return
     if importance.shape != (inputs,):
         raise Qwen35Error(
-            "importance is a number for each input",
+            "importance is not one number for each input",
             got=list(importance.shape),
             expected=[inputs],
         )
     if not mx.all((importance >= 0) & mx.isfinite(importance)).item():
-        raise Qwen35Error(
-            "importance must be finite and not negative",
-            got="negative numbers, nan or inf",
-        )
+        raise Qwen35Error("importance must be finite and not negative", got="negative, nan or inf")
 
 
 def dequantize(

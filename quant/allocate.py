@@ -1,4 +1,4 @@
-"""Bits and group size for each tensor: the least total error within a number of bytes."""
+"""Chooses bits and group size of each tensor: the least total error within a byte budget."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 
-# Columns of the table of exact sums; a budget of more units is counted in coarser ones.
+# Columns of the table of dynamic programming; a larger budget is counted in coarser units.
 MAX_UNITS = 2**16
 
 
@@ -24,21 +24,20 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Allocation:
-    """The option of each tensor, and how far the sum of errors may be from the least possible."""
+    """The option of each tensor; `lower_bound` is the least possible sum of errors."""
 
     options: dict[str, Option]
     nbytes: int
     error: float
-    # No choice within the budget has less error than this.
     lower_bound: float
 
 
 def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Allocation:
-    """Choose one option a tensor: least sum of errors, at most `budget_bytes` in all.
+    """Choose one option for each tensor: the least sum of errors within `budget_bytes` in all.
 
-    Exact where the differences of sizes have a common divisor of at least 1/65536 of what there
-    is to spend, as sizes of small models have. Otherwise sizes are rounded up to such units, what
-    rounding left over is spent on the best exchanges, and `lower_bound` says what may be missing.
+    Exact where the differences of sizes have a common divisor of at least 1/65536 of the spendable
+    bytes, as in small models. Otherwise sizes are rounded up to units of that, and the bytes that
+    rounding leaves over are spent on the best exchanges.
     Raises Qwen35Error with the smallest size if the budget is below it.
     """
     names = list(tables)
@@ -51,8 +50,8 @@ def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Alloc
             expected=f"at least {base:,} bytes",
         )
     spare = min(budget_bytes - base, sum(o[-1].nbytes - o[0].nbytes for o in hulls))
-    steps = [option.nbytes - o[0].nbytes for o in hulls for option in o[1:]]
-    unit = max(math.gcd(*steps), -(-spare // MAX_UNITS), 1)
+    extra_bytes = [option.nbytes - o[0].nbytes for o in hulls for option in o[1:]]
+    unit = max(math.gcd(*extra_bytes), -(-spare // MAX_UNITS), 1)
     chosen = _table(hulls, spare // unit, unit)
     _spend(hulls, chosen, budget_bytes - _nbytes(hulls, chosen))
     picked = {name: o[k] for name, o, k in zip(names, hulls, chosen, strict=True)}
@@ -62,11 +61,11 @@ def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Alloc
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:
-    """By size, only those with less error than every smaller one."""
+    """The options with less error than every smaller option, ordered by size."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.nbytes, o.error)):
         if not math.isfinite(option.error) or option.error < 0:
-            raise Qwen35Error("an error is no number", got=option.error, expected="0 or more")
+            raise Qwen35Error("an error is not a number", got=option.error, expected="0 or more")
         if not kept or option.error < kept[-1].error:
             kept.append(option)
     return kept
@@ -77,7 +76,10 @@ def _nbytes(hulls: list[list[Option]], chosen: list[int]) -> int:
 
 
 def _table(hulls: list[list[Option]], units: int, unit: int) -> list[int]:
-    """Dynamic programming: `best[u]` is the least error with u units above the smallest plan."""
+    """Index of each tensor's option by dynamic programming.
+
+    `best[u]` is the least error with u units more than the smallest plan.
+    """
     best = np.zeros(units + 1)
     decisions = np.zeros((len(hulls), units + 1), dtype=np.uint8)
     for i, options in enumerate(hulls):
@@ -100,7 +102,7 @@ def _table(hulls: list[list[Option]], units: int, unit: int) -> list[int]:
 
 
 def _spend(hulls: list[list[Option]], chosen: list[int], spare: int) -> None:
-    """Take larger options while they fit, the one that gains most first."""
+    """Take larger options while they fit, first the one that reduces the error most."""
     while True:
         gains = [
             (options[k].error - options[j].error, i, j)
@@ -116,13 +118,13 @@ def _spend(hulls: list[list[Option]], chosen: list[int], spare: int) -> None:
 
 
 def _lower_bound(hulls: list[list[Option]], spare: int) -> float:
-    """The least error if tensors could be stored partly one way, partly another."""
+    """The least error if a tensor could mix its options."""
     error, slopes = 0.0, []
     for options in hulls:
         error += options[0].error
         k = 0
         while k < len(options) - 1:
-            # The steepest way up from here: the lower convex hull.
+            # The option of the steepest descent: the next corner of the lower convex hull.
             rates = [
                 (options[k].error - o.error) / (o.nbytes - options[k].nbytes)
                 for o in options[k + 1 :]

@@ -1,4 +1,4 @@
-"""Rounding column after column, each one's error made up for by the columns still to come."""
+"""GPTQ: rounds column after column; later columns compensate the error of earlier ones."""
 
 # R rows, G weights a group. Within a group columns lie first: [G, R].
 
@@ -16,33 +16,32 @@ DAMPING = 0.01
 def gptq(
     w: mx.array, bits: int, group_size: int, hessian: mx.array, damping: float = DAMPING
 ) -> Quantized:
-    """Quantize finite `w [..., inputs]` so that `w @ x` keeps its value for typical inputs x.
+    """Quantize finite `w [..., inputs]` with the least error of `w @ x` for typical inputs x.
 
     `hessian [inputs, inputs]` is the mean of x x^T, up to a factor; `damping` times the mean of
     its diagonal is added to it. `w [E, R, inputs]` may have a Hessian for each E. Scales and biases
-    are searched for as each group's turn comes.
+    are searched group by group, on the weights as compensated so far.
     Holds the result, 3 float64 matrices of the size of `hessian`, and what `search` holds.
     Source: Frantar et al. 2022, arXiv 2210.17323, in the order of the columns.
     """
     *leading, inputs = w.shape
-    if own := hessian.ndim == 3 and w.ndim == 3 and len(hessian) == len(w):
-        rows = w
-        at_once = max(CHUNK_WEIGHTS // (w.shape[1] * inputs), 1)
+    # [E, R, inputs]; without a Hessian for each E, all rows are one stack.
+    if hessian.ndim == 3 and w.ndim == 3 and len(hessian) == len(w):
+        stack, hessians, rows_at_once = w, hessian, w.shape[1]
     else:
-        factor = inverse_factor(hessian, inputs, damping)[None]
-        rows = w.reshape(-1, inputs)
-        at_once = max(CHUNK_WEIGHTS // inputs, 1)
+        stack, hessians = w.reshape(1, -1, inputs), hessian[None]
+        rows_at_once = max(CHUNK_WEIGHTS // inputs, 1)
+    experts_at_once = max(CHUNK_WEIGHTS // (rows_at_once * inputs), 1)
     parts = []
-    for start in range(0, rows.shape[0], at_once):
-        chunk = rows[start : start + at_once]
-        if own:
-            factors = [inverse_factor(h, inputs, damping) for h in hessian[start : start + at_once]]
-            codes, scales, biases = _feed_back(chunk, bits, group_size, mx.stack(factors))
-        else:
-            codes, scales, biases = _feed_back(chunk[None], bits, group_size, factor)
-        part = (pack(codes, bits), scales, biases)
-        mx.eval(part)
-        parts.append(part)
+    for first in range(0, len(stack), experts_at_once):
+        experts = slice(first, first + experts_at_once)
+        factors = mx.stack([inverse_factor(h, inputs, damping) for h in hessians[experts]])
+        for row in range(0, stack.shape[1], rows_at_once):
+            rows = stack[experts, row : row + rows_at_once]
+            codes, scales, biases = _feed_back(rows, bits, group_size, factors)
+            part = (pack(codes, bits), scales, biases)
+            mx.eval(part)
+            parts.append(part)
     return joined(parts, leading)
 
 
@@ -54,7 +53,7 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
             got=list(hessian.shape),
             expected=[inputs, inputs],
         )
-    # float64, which mlx has on no GPU: a Hessian of correlated inputs is close to singular.
+    # float64, which mlx lacks on a GPU: a Hessian of correlated inputs is nearly singular.
     h = np.array(hessian.astype(mx.float32)).astype(np.float64)
     if not np.isfinite(h).all() or not np.allclose(h, h.T, rtol=1e-3, atol=1e-6 * np.abs(h).max()):
         raise Qwen35Error(
@@ -64,7 +63,7 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
     mean = np.trace(h) / inputs
     h += np.eye(inputs) * (damping * mean if mean > 0 else 1)
     try:
-        # From the last column to the first: this way round, no inverse of the whole is needed.
+        # From the last column to the first: in this order the whole need not be inverted.
         lower = np.linalg.cholesky(h[::-1, ::-1])
     except np.linalg.LinAlgError:
         raise Qwen35Error(
@@ -77,16 +76,16 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
 
 
 def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:
-    """Error of products with feedback relative to that without, for `hessian [..., I, I]`.
+    """Error of products with feedback relative to without, for `hessian [..., I, I]`.
 
-    A column's rounding costs its input's variance without, and with feedback only what the later
-    inputs leave unexplained of it.
+    Without feedback, rounding a column costs the variance of its input. With feedback it costs the
+    part of that variance that later inputs do not explain.
     """
     gains = []
-    for own in hessian.reshape(-1, *hessian.shape[-2:]):
-        factor = inverse_factor(own, own.shape[0], damping)
+    for matrix in hessian.reshape(-1, *hessian.shape[-2:]):
+        factor = inverse_factor(matrix, len(matrix), damping)
         left = float((1 / mx.square(mx.diag(factor))).sum())
-        total = float(mx.diag(own).sum()) * (1 + damping)
+        total = float(mx.diag(matrix).sum()) * (1 + damping)
         gains.append(left / total if total > 0 else 1.0)
     return sum(gains) / len(gains)
 
@@ -96,7 +95,7 @@ def _feed_back(rows: mx.array, bits: int, group_size: int, factor: mx.array) -> 
     dtype, levels = rows.dtype, 2**bits - 1
     num, num_rows, inputs = rows.shape
     rest = rows.astype(mx.float32)
-    # An error in a column costs this much after the later columns did their best.
+    # Cost of an error in a column after the later columns have compensated it.
     cost = 1 / mx.square(mx.diagonal(factor, axis1=1, axis2=2))
     parts = []
     for start in range(0, inputs, group_size):

@@ -1,15 +1,15 @@
-"""Mixed settings that need no calibration, and what is assumed of a model that was not measured."""
+"""Mixed settings that need no calibration, and the sensitivities assumed without measurement."""
 
 import re
 from collections.abc import Callable
 
 from qwen35_mlx.errors import Qwen35Error
 
-from .calibrate import Setting
+from .statistics import Setting
 
 GROUP_SIZE = 64
 
-# Patterns of module names, first match counts; what no pattern fits is of the last kind.
+# Patterns of module names; the first match counts, and the last matches every name.
 _KINDS = (
     ("out_proj", r"linear_attn\.out_proj$"),
     ("attention", r"(linear_attn|self_attn)\."),
@@ -20,8 +20,9 @@ _KINDS = (
     ("embedding", r""),
 )
 
-# Bits by kind. Public sweeps of 35B-A3B to 397B-A17B agree: linear_attn.out_proj suffers most, then
-# the other projections of attention, then down, then gate and up; experts are nearly all bytes.
+# Bits by kind. Public sweeps of 35B-A3B to 397B-A17B agree: linear_attn.out_proj loses the most
+# accuracy, then the other projections of attention, then down, then gate and up. Experts are nearly
+# all bytes.
 RECIPES: dict[str, dict[str, int]] = {
     name: dict(zip((kind for kind, _ in _KINDS), bits, strict=True))
     for name, bits in {
@@ -35,23 +36,23 @@ RECIPES: dict[str, dict[str, int]] = {
     }.items()
 }
 
-# KL of one unit that loses all of its output's energy, relative to the experts' down_proj of one
-# layer. Weighed so that experts make two thirds of the loss at uniform bits: then giving the rest
-# more bits gains the 30 % that exl3 publishes for the 397B. Within the rest, the order above.
+# KL of a unit that loses all energy of its output, relative to the experts' down_proj of one layer.
+# Set so that experts cause two thirds of the loss at uniform bits: then more bits for the others
+# gain the 30 % that exl3 publishes for the 397B. The others are in the order above.
 SENSITIVITIES = dict(
     out_proj=0.45, attention=0.15, shared=0.1, down=1.0, gate_up=1.2, lm_head=0.5, embedding=0.5
 )
-# Nats at 4 bits everywhere: what exl3 publishes for the 397B at 4.0 bits per weight.
+# In nats; published by exl3 for the 397B at 4.0 bits per weight.
 KL_AT_4_BITS = 0.02
 
 
 def kind_of(module: str) -> str:
-    """The kind of a quantized module, by its name."""
+    """The kind of a quantized module."""
     return next(kind for kind, pattern in _KINDS if re.search(pattern, module))
 
 
 def recipe(name: str) -> Callable[[str], Setting | None]:
-    """The recipe `q8` … `q2`: module name to (bits, group_size)."""
+    """The recipe `q8` … `q2`: a function of the module name to (bits, group_size)."""
     if name not in RECIPES:
         raise Qwen35Error(
             f"there is no recipe {name!r}", got=repr(name), expected=", ".join(RECIPES)

@@ -33,3 +33,8 @@ class ContextFull(PromptError):
 
 class SessionError(Qwen35Error):
     """A saved conversation is missing, damaged, in use, or cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,9 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+# What a weight that is not quantized may be stored as.
+FLOATS = ("F32", "F16", "BF16")
+FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,56 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(path.name for path in found if path.is_file())
 
 
-def check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
+def read_headers(folder: Path, strict: bool = False) -> dict[str, SourceTensor]:
+    """All tensors of a folder by name; reads no weight. `strict` as in `gather_checked`."""
+    path = folder / INDEX_FILE
+    index = read_index(path) if path.exists() else None
+
+    def headers(files: Iterable[str]) -> Iterable[list[SourceTensor]]:
+        return (read_header(folder / file) for file in files)
+
+    return gather_checked(folder, weight_files(folder), index, headers, strict)
+
+
+def gather_checked(
+    where: str | Path,
+    present: Collection[str],
+    index: Mapping[str, str] | None,
+    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
+    strict: bool,
+) -> dict[str, SourceTensor]:
+    """All tensors by name: of the files of the index, else of model.safetensors, else of all.
+
+    `present` are the weight files that are there, `headers` reads those of some of them. Files and
+    tensors that the index does not list are left alone, or refused if `strict`.
+    """
+    if index is not None:
+        _check_present(index.values(), present)
+        tensors = gather(headers(sorted(set(index.values()))))
+        _check_index(index, tensors, strict)
+        stale = {file for file in present if file.startswith("model")} - set(index.values())
+        unlisted = sorted(tensors.keys() - index.keys()) or sorted(stale)
+        if unlisted and strict:
+            raise CheckpointError(
+                f"the folder holds weights that {INDEX_FILE} does not list",
+                got=some(unlisted),
+                expected="index and files that agree",
+                hint="remove the files of another download, or the index if it is out of date",
+            )
+        return tensors
+    if not present:
+        raise CheckpointError(
+            f"no weights in {where}",
+            got="no *.safetensors file",
+            expected="model.safetensors, or shards with model.safetensors.index.json",
+            hint="pytorch *.bin checkpoints are not read",
+        )
+    whole = "model.safetensors"
+    named = [file for file in sorted(present) if strict or file.startswith("model")]
+    return gather(headers([whole] if whole in present else named or sorted(present)))
+
+
+def _check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
     """Every file of the index must be there."""
     wanted = set(wanted)
     if missing := sorted(wanted - set(present)):
@@ -165,6 +217,24 @@ def check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
             got=f"{len(missing)} missing of {len(wanted)} files",
             expected="every file of the index",
             hint="the download may not be complete",
+        )
+
+
+def _check_index(
+    index: Mapping[str, str], tensors: Mapping[str, SourceTensor], strict: bool
+) -> None:
+    """Every tensor of the index must be there, and in its file if `strict`."""
+    wrong = sorted(
+        name
+        for name, file in index.items()
+        if name not in tensors or (strict and tensors[name].file.name != file)
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensor(s) are not in the file that {INDEX_FILE} names",
+            got=f"{some(wrong)}, not in {index[wrong[0]]}",
+            expected="every tensor of the index in its file",
+            hint="download or convert the folder again",
         )
 
 

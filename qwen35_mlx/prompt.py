@@ -1,15 +1,23 @@
 """Prompts to token ids: text, ids, or messages through the chat template."""
 
+import json
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .control_tokens import ControlTokens, control_tokens
 from .errors import PromptError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # Kinds of content in a message, by its type or its key, that only the vision tower could read.
 PICTURES = {"image", "image_url", "video", "video_url"}
+# A thought in front of an answer, as servers give it that do not take them apart; the prompt may
+# have opened it.
+INLINE_THOUGHT = re.compile(
+    r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)\n</think>\n\n", re.DOTALL
+)
 
 
 def encode_prompt(
@@ -17,7 +25,7 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids of a raw text, of ids as they are, or of messages through the chat template."""
     if isinstance(prompt, str):
-        ids = encode_text(tokenizer, prompt)
+        ids = _encoded(_unwrapped(tokenizer), prompt)
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = encode_messages(
             tokenizer, prompt, add_generation_prompt=True, enable_thinking=enable_thinking
@@ -56,23 +64,31 @@ def render_messages(
     enable_thinking: bool | None = None,
     **template: Any,
 ) -> str:
-    """The chat template's rendering of `messages` as text.
+    """The chat template's rendering of `messages` as text, for `encode_text`.
 
-    enable_thinking None leaves it to the template, which differs between the models.
+    enable_thinking None leaves it to the template, which differs between the models. Names of
+    control tokens in messages and tools are marked, so that they stay text.
     """
     if enable_thinking is not None:
         template["enable_thinking"] = enable_thinking
-    if getattr(tokenizer, "chat_template", None) is None:
+    tokenizer = _unwrapped(tokenizer)
+    chat_template = getattr(tokenizer, "chat_template", None)
+    if chat_template is None and not getattr(tokenizer, "chat_templates", None):
         raise PromptError(
             "this model has no chat template",
-            got="no chat_template.jinja and none in tokenizer_config.json",
+            got="no chat_template.jinja, no chat_template.json, none in tokenizer_config.json",
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
     _refuse_pictures(messages)
+    has_thoughts = "reasoning_content" in str(chat_template)
+    conversation = [_message(message, has_thoughts) for message in messages]
+    template = _plain(template)
+    if controls := _controls(tokenizer):
+        conversation, template = controls.protect(conversation), controls.protect(template)
     try:
         return str(
-            _unwrapped(tokenizer).apply_chat_template(
-                list(messages),
+            tokenizer.apply_chat_template(
+                conversation,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **template,
@@ -96,10 +112,89 @@ def _refuse_pictures(messages: Sequence[Any]) -> None:
                 )
 
 
+def _plain(value: Any) -> Any:
+    """What a template may see: JSON's types and nothing with methods of its own."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return f"<{type(value).__name__}>"
+
+
+def _message(message: Any, has_thoughts: bool) -> Any:
+    """A message in the form that templates take: OpenAI's null and its arguments as text are not.
+
+    has_thoughts: whether the template takes thoughts apart from answers.
+    """
+    if not isinstance(message, Mapping):
+        return _plain(message)
+    plain = {key: value for key, value in _plain(message).items() if value is not None}
+    if isinstance(calls := plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_call(call) for call in calls]
+    if plain.get("role") != "assistant" or not has_thoughts:
+        return plain
+    for name in ("reasoning", "thinking"):
+        if isinstance(plain.get(name), str):
+            plain.setdefault("reasoning_content", plain[name])
+    content = plain.get("content")
+    if "reasoning_content" in plain or not isinstance(content, str):
+        return plain
+    # Here, not in the template: that looks for tags, and those in a text are marked.
+    if thought := INLINE_THOUGHT.match(content):
+        plain["reasoning_content"] = (thought[1] or thought[2] or "").strip("\n")
+        plain["content"] = content[thought.end() :].lstrip("\n")
+    return plain
+
+
+def _call(call: Any) -> Any:
+    """A tool call whose arguments are a mapping, as templates iterate over them."""
+    if not isinstance(call, dict):
+        raise PromptError("a tool call is not an object", got=repr(call)[:80])
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise PromptError("a tool call has no function name", got=repr(call)[:80])
+    function = function | {"arguments": tool_arguments(function.get("arguments"))}
+    return call | {"function": function} if "function" in call else function
+
+
+def tool_arguments(arguments: Any) -> dict[str, Any]:
+    """The arguments of a tool call: a mapping, JSON text of one, or nothing."""
+    parsed = arguments
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise PromptError(
+                "the arguments of a tool call are not JSON",
+                got=f"{arguments[:80]!r}: {error}",
+                expected="a JSON object, as text or as a mapping",
+            ) from None
+    if parsed is None:
+        return {}
+    if not isinstance(parsed, Mapping):
+        raise PromptError(
+            "the arguments of a tool call are not an object",
+            got=repr(arguments)[:80],
+            expected="a JSON object, as text or as a mapping",
+        )
+    return dict(parsed)
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a rendered text."""
+    """Token ids of a text from `render_messages`, or of a part of it."""
+    tokenizer = _unwrapped(tokenizer)
+    return _encoded(_controls(tokenizer) or tokenizer, text)
+
+
+def _encoded(encoder: Any, text: str) -> list[int]:
     try:
-        return list(_unwrapped(tokenizer).encode(text, add_special_tokens=False))
+        if isinstance(encoder, ControlTokens):
+            return encoder.encode(text)
+        return list(encoder.encode(text, add_special_tokens=False))
     except (TypeError, UnicodeError):
         raise PromptError(
             "the prompt is not valid Unicode",
@@ -108,11 +203,16 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
         ) from None
 
 
+def _controls(tokenizer: Any) -> ControlTokens | None:
+    """The control tokens of our tokenizer or of transformers'; None of what has no such core."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else control_tokens(backend)
+
+
 def _unwrapped(tokenizer: Any) -> Any:
     """Without mlx-lm's wrapper, which would decide on thinking for the template."""
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-    return tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
+    inner = getattr(tokenizer, "_tokenizer", None)
+    return inner if hasattr(inner, "apply_chat_template") else tokenizer
 
 
 def check_length(

@@ -7,11 +7,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.model.cache import cached_tokens, restore, snapshot
+from qwen35_mlx.model.cache import (
+    ArraysCache,
+    BatchKVCache,
+    KVCache,
+    cached_tokens,
+    restore,
+    snapshot,
+)
 from qwen35_mlx.model.loading import load_model
 
 

@@ -1,143 +1,207 @@
-"""Moments against numpy, the file of a calibration, errors of options."""
+"""A source run through layer by layer: moments, measured KLs, and what convert makes of them."""
+
+import json
+import shutil
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import VOCAB, write_checkpoint
+from test_mlx_lm import assert_equal_logits
 
+import qwen35_mlx
+from qwen35_mlx.cli.local_models import SOURCE
+from qwen35_mlx.convert import calibrate as module
+from qwen35_mlx.convert import convert, plan
+from qwen35_mlx.convert.calibrate import calibrate, encode, read_text
+from qwen35_mlx.convert.fidelity import fidelity
+from qwen35_mlx.convert.transform import quantize_rows
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant import calibrate as module
-from qwen35_mlx.quant import dequantize, quantize
-from qwen35_mlx.quant.calibrate import (
-    FLOOR_TOKENS,
-    SETTINGS,
-    Calibration,
-    Moments,
-    input_name,
-    load,
-    option_errors,
-    save,
-    unit_of,
-)
+from qwen35_mlx.model.loading import load_tokenizer
+from qwen35_mlx.quant import quantize
+from qwen35_mlx.quant.divergence import kl_divergence
+from qwen35_mlx.quant.gptq import feedback_gain
+from qwen35_mlx.quant.statistics import search_gain
 
-LAYER = "language_model.model.layers.3."
+IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(8, 49)))
+TRUNK = "language_model.model."
 
 
-def rows(num: int, inputs: int = 5, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((num, inputs)).astype(np.float32)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration") / "src"
+    write_checkpoint(folder, moe=True, num_shards=2, vision=True, mtp=True, tokenizer=True)
+    return folder
 
 
-def test_moments_are_means_over_all_that_was_added():
-    x = rows(31)
-    moments = Moments(5, hessian=True)
-    moments.add(mx.array(x[:10]))
-    moments.add(mx.array(x[10:]))
-    np.testing.assert_allclose(moments.means(), (x**2).mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(moments.hessians(), x.T @ x / 31, rtol=1e-4, atol=1e-6)
+@pytest.fixture(scope="module")
+def calibration(source):
+    return calibrate(source, IDS, hessians=True, measure=True)
 
 
-def test_experts_have_their_own_moments_and_lean_on_the_others_when_idle():
-    x = rows(900, seed=1) * np.linspace(0.5, 2, 900, dtype=np.float32)[:, None]
-    experts = np.where(np.arange(900) < 890, np.arange(900) % 3, 3)
-    moments = Moments(5, num_experts=5, hessian=True)
-    moments.add(mx.array(x), mx.array(experts))
-    means, hessians = np.array(moments.means()), np.array(moments.hessians())
-    typical = (x**2).mean(axis=0)
-    for e in range(5):
-        own = x[experts == e]
-        expected = ((own**2).sum(axis=0) + FLOOR_TOKENS * typical) / (len(own) + FLOOR_TOKENS)
-        np.testing.assert_allclose(means[e], expected, rtol=1e-4)
-        np.testing.assert_allclose(np.diag(hessians[e]), expected, rtol=1e-4)
-    # Never routed to: exactly what its layer sees.
-    np.testing.assert_allclose(means[4], typical, rtol=1e-4)
-    assert not np.allclose(means[0], means[3], rtol=0.05)
+def recorded_inputs(model, module_of):
+    """What one module of the whole model is called with, by other means than the code's."""
+    parent, name = module_of(model)
+    original, calls = parent[name], []
+
+    class Recorder(type(original)):
+        def __call__(self, x, *args, **kwargs):
+            calls.append((x, args))
+            return super().__call__(x, *args, **kwargs)
+
+    original.__class__ = Recorder
+    model(IDS)
+    return calls
 
 
-def test_hessians_of_too_many_experts_become_one(monkeypatch):
-    x, experts = rows(50), np.arange(50) % 4
-    monkeypatch.setattr(module, "MAX_HESSIAN_BYTES", 4 * 4 * 25 - 1)
-    moments = Moments(5, num_experts=4, hessian=True)
-    moments.add(mx.array(x), mx.array(experts))
-    hessian = np.array(moments.hessians())
-    assert moments.means().shape == (4, 5)
-    np.testing.assert_allclose(hessian, x.T @ x / 50, atol=1e-5)
-
-
-def test_matrices_that_read_the_same_share_a_name():
-    same = ["gate", "shared_expert_gate", "shared_expert.gate_proj", "shared_expert.up_proj"]
-    assert {input_name(f"{LAYER}mlp.{m}") for m in same} == {f"{LAYER}mlp.input"}
-    names = [
-        "self_attn.q_proj",
-        "self_attn.o_proj",
-        "mlp.switch_mlp.up_proj",
-        "mlp.switch_mlp.down_proj",
-        "mlp.shared_expert.down_proj",
-    ]
-    assert len({input_name(LAYER + n) for n in names}) == len(names)
-    assert input_name("language_model.model.embed_tokens") is None
-    assert unit_of(f"{LAYER}mlp.switch_mlp.up_proj") == f"{LAYER}mlp.switch_mlp.gate_proj"
-    assert unit_of(f"{LAYER}self_attn.v_proj") == f"{LAYER}self_attn.v_proj"
-
-
-def example() -> Calibration:
-    return Calibration(
-        "a/b",
-        "l" * 16,
-        "t" * 32,
-        123,
-        moments={"x.input": mx.array([1.0, 2.0]), "y.input": mx.ones((3, 2))},
-        hessians={"x.input": mx.eye(2)},
-        errors={"x": {(2, 64): 0.1, (8, 128): 1e-6}},
-        kls={"x": {(2, 64): 0.5}},
+def test_moments_are_those_of_the_whole_model(source, calibration, tmp_path):
+    model, _ = qwen35_mlx.load(convert(source, tmp_path / "bf16", dtype="bfloat16"))
+    ((x, _),) = recorded_inputs(model, lambda m: (m.layers[1].self_attn, "o_proj"))
+    x = np.array(x).reshape(-1, x.shape[-1])
+    moments, hessian = calibration.of(f"{TRUNK}layers.1.self_attn.o_proj")
+    np.testing.assert_allclose(moments, (x**2).mean(axis=0), rtol=1e-3)
+    np.testing.assert_allclose(hessian, x.T @ x / len(x), rtol=1e-2, atol=1e-5)
+    ((rows, (experts,)),) = recorded_inputs(
+        model, lambda m: (m.layers[3].mlp.switch_mlp, "down_proj")
     )
+    rows, experts = np.array(rows)[:, 0], np.array(experts)
+    typical = (rows**2).mean(axis=0)
+    for e in range(3):
+        own = rows[experts == e]
+        expected = ((own**2).sum(axis=0) + 16 * typical) / (len(own) + 16)
+        found, _ = calibration.of(f"{TRUNK}layers.3.mlp.switch_mlp.down_proj", e)
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    head, _ = calibration.of("language_model.lm_head")
+    assert head.shape == (128,)
 
 
-def test_a_calibration_comes_back_from_its_file(tmp_path):
-    save(example(), tmp_path / "c.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
-    back = load(tmp_path / "c.safetensors")
-    assert (back.source, back.layout, back.num_tokens) == ("a/b", "l" * 16, 123)
-    assert (back.errors, back.kls) == (example().errors, example().kls)
-    assert back.digest == example().digest
-    moments, hessian = back.of("x.q_proj")
-    assert moments.tolist() == [1.0, 2.0]
-    assert hessian.tolist() == [[1.0, 0.0], [0.0, 1.0]]
-    back.kls["x"][2, 64] = 0.6
-    assert back.digest != example().digest
+def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, calibration, tmp_path):
+    folder = convert(source, tmp_path / "bf16", dtype="bfloat16")
+    model, _ = qwen35_mlx.load(folder)
+    before = model(IDS)
+    for unit, members in (
+        (f"{TRUNK}layers.2.mlp.shared_expert.gate_proj", ("gate_proj", "up_proj")),
+        (f"{TRUNK}layers.2.mlp.shared_expert.down_proj", ("down_proj",)),
+    ):
+        changed, _ = qwen35_mlx.load(folder)
+        for name in members:
+            linear = changed.layers[2].mlp.shared_expert[name]
+            linear.weight = module.rounded(linear.weight, (3, 64))
+        kl = kl_divergence(before, changed(IDS)).mean().item()
+        # As far as search and error feedback go below mx.quantize.
+        gain = search_gain(3, 64) * feedback_gain(calibration.of(unit)[1])
+        assert calibration.kls[unit][3, 64] == pytest.approx(kl * gain, rel=1e-3)
+        assert 0 < calibration.kls[unit][5, 64] < calibration.kls[unit][3, 64] / 4
+    quantizable = {e.module for e in plan(source).entries if e.bits and e.role.name == "QUANTIZED"}
+    assert set(calibration.errors) == quantizable
+    assert set(calibration.kls) == {m for m in quantizable if not m.endswith("up_proj")}
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "foreign", "absent"])
-def test_a_file_that_is_no_calibration_is_refused(tmp_path, damage):
-    path = tmp_path / "c.safetensors"
-    if damage == "cut":
-        save(example(), path)
-        path.write_bytes(path.read_bytes()[:-3])
-    elif damage == "noise":
-        path.write_bytes(b"\x07" * 100)
-    elif damage == "foreign":
-        mx.save_safetensors(str(path), {"w": mx.ones(2)}, {"format": "mlx"})
-    with pytest.raises(Qwen35Error, match=r"is no calibration|cannot be read as a calibration"):
-        load(path)
+def test_each_expert_is_quantized_by_its_own_inputs(calibration):
+    rng = np.random.default_rng(3)
+    name = f"{TRUNK}layers.0.mlp.switch_mlp.down_proj"
+    w = mx.array(rng.standard_normal((3, 128, 128)).astype(np.float32))
+    for method in ("search", "gptq"):
+        tensor = SimpleNamespace(module=name, shape=w.shape, bits=3, group_size=64, method=method)
+        whole = quantize_rows(w.reshape(-1, 128), tensor, 0, calibration)
+        for e in range(3):
+            moments, hessian = calibration.of(name, e)
+            own = dict(hessian=hessian) if method == "gptq" else dict(importance=moments)
+            alone = quantize(w[e], 3, 64, method, **own)
+            for a, b in zip(whole, alone, strict=True):
+                assert mx.array_equal(a[128 * e : 128 * (e + 1)], b)
+        # A piece that begins and ends inside of experts.
+        part = quantize_rows(w.reshape(-1, 128)[50:300], tensor, 50, calibration)
+        same = [mx.array_equal(a, b[50:300]).item() for a, b in zip(part, whole, strict=True)]
+        assert all(same)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(Qwen35Error, match="cannot write"):
-        save(example(), tmp_path / "no" / "c.safetensors")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("method", ["search", "gptq"])
+def test_calibrated_weights_lie_nearer_and_load_in_mlx_lm(source, calibration, tmp_path, method):
+    plain = convert(source, tmp_path / "plain", bits=3)
+    ours = convert(source, tmp_path / "ours", bits=3, method=method, calibration=calibration)
+    assert_equal_logits(ours)
+    other = mx.array(np.random.default_rng(9).integers(VOCAB, size=(4, 33)))
+    before, after = (fidelity(source, folder, other) for folder in (plain, ours))
+    # A random model: its inputs hardly differ in size, and no token was learnt.
+    assert after.tokens.mean_kl < before.tokens.mean_kl
+    assert sum(a.alone for a in after.layers) < 0.9 * sum(b.alone for b in before.layers)
+    settings = json.loads((ours / "config.json").read_text())["qwen35_mlx"]["settings"]
+    assert settings["method"] == method
 
 
-def test_option_errors_are_those_of_the_quantized_output():
-    rng = np.random.default_rng(2)
-    w = mx.array(rng.standard_normal((16, 128)).astype(np.float32))
-    x = rng.standard_normal((4000, 128)).astype(np.float32) * rng.uniform(0.1, 2, 128)
-    moments = mx.array((x**2).mean(axis=0).astype(np.float32))
-    errors = option_errors(w, moments)
-    assert set(errors) == set(SETTINGS)
-    for bits, group_size in ((2, 64), (4, 32), (8, 128)):
-        back = dequantize(*quantize(w, bits, group_size, "search", moments), bits, group_size)
-        lost = np.square(x @ np.array(back - w).T).sum() / np.square(x @ np.array(w).T).sum()
-        assert errors[bits, group_size] == pytest.approx(lost, rel=0.25)
-    by_bits = [errors[bits, 64] for bits in (2, 3, 4, 5, 6, 8)]
-    assert by_bits == sorted(by_bits, reverse=True)
-    # What no group divides is no option.
-    assert {g for _, g in option_errors(mx.ones((2, 96)) * mx.arange(96), None)} == {32}
-    assert set(option_errors(mx.zeros((2, 64)), None).values()) == {0.0}
+def test_statistics_of_another_model_and_missing_ones_are_refused(source, calibration, tmp_path):
+    write_checkpoint(tmp_path / "dense")
+    with pytest.raises(Qwen35Error, match="of another model"):
+        convert(tmp_path / "dense", tmp_path / "out", calibration=calibration)
+    with pytest.raises(Qwen35Error, match="needs a calibration with Hessians"):
+        convert(source, tmp_path / "out", method="gptq")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_idle_model_still_calibrates(tmp_path):
+    """Zeros in, zeros out: no expert input, no Hessian, nothing to weigh by."""
+
+    def silence(tensors):
+        for name, (dtype, values) in list(tensors.items()):
+            if "embed_tokens" in name or "shared_expert.up_proj" in name:
+                tensors[name] = dtype, np.zeros_like(values)
+
+    write_checkpoint(tmp_path / "src", moe=True, tokenizer=True, change=silence)
+    found = calibrate(tmp_path / "src", IDS[:1, :2], hessians=True, measure=False)
+    assert found.kls == {}
+    out = convert(
+        tmp_path / "src",
+        tmp_path / "out",
+        recipe=lambda name: (2, 64) if ".layers.1." in name else None,
+        method="gptq",
+        calibration=found,
+    )
+    for array in mx.load(str(out / "model.safetensors")).values():
+        if array.dtype == mx.bfloat16:
+            assert mx.all(mx.isfinite(array)).item()
+
+
+def test_text_becomes_rows_of_equal_length(tmp_path):
+    tokenizer = load_tokenizer(SOURCE, {}, {})
+    text = "What is the capital of France? " * 12
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    ids = encode(SOURCE, text, length=32)
+    assert ids.shape == (len(expected) // 32, 32)
+    assert ids.flatten().tolist() == expected[: ids.size]
+    assert encode(SOURCE, text, length=32, most=40).tolist() == [expected[:32]]
+    # Shorter than one row: a row of its own length.
+    assert encode(SOURCE, text, length=5000).tolist() == [expected]
+    for nothing in ("", "a"):
+        with pytest.raises(Qwen35Error, match="the text is too short"):
+            encode(SOURCE, nothing)
+    with pytest.raises(Qwen35Error, match="no checkpoint at"):
+        encode(tmp_path / "absent", text)
+    small = shutil.copytree(SOURCE, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 80
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Qwen35Error, match="ids that the model does not have"):
+        encode(small, text)
+
+
+def test_a_single_short_row_is_enough(source):
+    found = calibrate(source, IDS[:1, :3], measure=True)
+    assert found.num_tokens == 3
+    assert all(kl >= 0 for row in found.kls.values() for kl in row.values())
+
+
+def test_the_bundled_text_is_there_and_questions_go_through_the_template():
+    assert 15_000 < len(read_text(None).encode()) < 60_000
+    ids = encode(SOURCE, "Q: Who are you?\nA: I am.\n---\nplain")
+    back = load_tokenizer(SOURCE, {}, {}).decode(ids[0].tolist())
+    assert "<|im_start|>user\nWho are you?<|im_end|>" in back
+    assert back.endswith("plain")
+
+
+def test_text_that_is_none_is_refused(tmp_path):
+    (tmp_path / "noise").write_bytes(b"\xff\xfe\xff")
+    for name in ("noise", "absent"):
+        with pytest.raises(Qwen35Error, match="cannot be read"):
+            read_text(tmp_path / name)

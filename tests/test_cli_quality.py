@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from qwen35_mlx.cli import main as cli
 from qwen35_mlx.cli.local_models import SOURCE
-from qwen35_mlx.quant.calibrate import load
+from qwen35_mlx.quant.statistics import load
 
 
 def run(*arguments: object) -> Any:

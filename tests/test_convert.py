@@ -20,7 +20,7 @@ from checkpoints import (
 )
 from everyday import everyday
 
-from qwen35_mlx.convert import convert, pieces
+from qwen35_mlx.convert import convert, tasks
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
@@ -112,7 +112,7 @@ def moe(tmp_path_factory) -> tuple[Path, Tensors]:
 def test_output_equals_quantizing_whole_tensors(tmp_path, monkeypatch, moe, bits, group_size):
     source, tensors = moe
     # Slices of 50 rows, and a shorter one at the end of each expert.
-    monkeypatch.setattr(pieces, "SLICE_BYTES", 50 * 128 * 2)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", 50 * 128 * 2)
     out = convert(source, tmp_path / "out", bits=bits, group_size=group_size)
     assert_same(load(out), expected_output(tensors, bits=bits, group_size=group_size))
 
@@ -120,7 +120,7 @@ def test_output_equals_quantizing_whole_tensors(tmp_path, monkeypatch, moe, bits
 @pytest.mark.slow
 def test_searching_in_slices_equals_searching_in_whole_tensors(tmp_path, monkeypatch, moe):
     source, tensors = moe
-    monkeypatch.setattr(pieces, "SLICE_BYTES", 50 * 128 * 2)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", 50 * 128 * 2)
     out = convert(source, tmp_path / "out", bits=3, method="search")
     assert_same(load(out), expected_output(tensors, bits=3, method="search"))
     plain = load(convert(source, tmp_path / "plain", bits=3))
@@ -228,7 +228,7 @@ def test_norms_are_shifted_once_when_the_conv_is_in_another_shard(tmp_path):
 @pytest.mark.parametrize("slice_bytes", everyday([1900, 200], 0))
 def test_vision_and_mtp_are_carried_in_source_precision(tmp_path, monkeypatch, moe, slice_bytes):
     source, tensors = moe
-    monkeypatch.setattr(pieces, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", slice_bytes)
     written = load(convert(source, tmp_path / "out", bits=2, dtype="float16"))
     carried = [n for n in tensors if n.startswith(("mtp.", "model.visual."))]
     assert len(carried) > 20
@@ -309,7 +309,7 @@ def test_memory_is_bounded_by_a_slice(tmp_path, monkeypatch):
     # 16 MB in one tensor, slices of 256 kB.
     wide = stored(np.full((128, 2**16), 0.5, dtype=np.float32), "BF16")
     write_checkpoint(tmp_path / "src", change=lambda t: t.update({"mtp.wide": wide}))
-    monkeypatch.setattr(pieces, "SLICE_BYTES", 2**18)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", 2**18)
     tracemalloc.start()
     mx.reset_peak_memory()
     before_bytes = mx.get_active_memory()

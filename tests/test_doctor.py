@@ -44,7 +44,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     )
     monkeypatch.setattr(checks, "PREFILL_TOKENS", 40)
 
-    def seconds(case: Any, kernels: metal.Choice, runs: int) -> float:
+    def seconds(case: Any, kernels: metal.KernelSet, runs: int) -> float:
         # The only operation, or the last that ran as a kernel.
         state.op = next(iter(kernels), state.op)
         way = "kernel" if kernels else "ops"
@@ -184,7 +184,7 @@ def test_messages_lose_the_paths_in_them() -> None:
 def test_timing_evaluates_every_run() -> None:
     ran = []
 
-    def run(kernels: metal.Choice) -> list[mx.array]:
+    def run(kernels: metal.KernelSet) -> list[mx.array]:
         ran.append(kernels)
         return [mx.ones(4) * len(ran)]
 

@@ -9,11 +9,11 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 
 import qwen35_mlx
-from qwen35_mlx.convert import convert
+from qwen35_mlx.convert import convert, layerwise
 from qwen35_mlx.convert.fidelity import fidelity, plot, report_lines
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer, watched
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant.fidelity import Fidelity, kl_divergence
+from qwen35_mlx.quant.divergence import Divergence, kl_divergence
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(3, 21)))
 
@@ -26,7 +26,7 @@ def test_figures_are_those_of_numpy():
     p, q = p / p.sum(axis=1, keepdims=True), q / q.sum(axis=1, keepdims=True)
     kl = (p * np.log(p / q)).sum(axis=1)
     np.testing.assert_allclose(kl_divergence(mx.array(a), mx.array(b)), kl, rtol=1e-4)
-    result = Fidelity()
+    result = Divergence()
     for part in (slice(0, 13), slice(13, 40)):
         result.add(mx.array(a[part]), mx.array(b[part]), mx.array(following[part]))
     assert result.num_tokens == 40
@@ -67,6 +67,25 @@ def test_layer_by_layer_gives_the_logits_of_the_whole(folders, name):
     assert logits.std().item() > 0.3
 
 
+def test_figures_do_not_depend_on_how_many_tokens_go_through_at_once(folders, monkeypatch):
+    whole = fidelity(folders / "src", folders / "q3", IDS)
+    monkeypatch.setattr(layerwise, "HEAD_TOKENS", 8)
+    monkeypatch.setattr(layerwise, "LAYER_TOKENS", 43)
+    run = Layerwise(open_checkpoint(folders / "q3"))
+    hidden = run.embed(IDS)
+    parts = [(text, start, len(logits)) for text, start, logits in run.logits(hidden)]
+    assert parts == [
+        (text, start, n) for text in range(3) for start, n in ((0, 8), (8, 8), (16, 5))
+    ]
+    split = fidelity(folders / "src", folders / "q3", IDS)
+    assert split.tokens.num_tokens == 63
+    figures = split.as_dict()
+    for key, value in whole.as_dict().items():
+        assert figures[key] == pytest.approx(value, rel=1e-3), key
+    # One prediction of each text has nothing to be compared with.
+    assert sum(map(len, split.tokens.quantized_losses)) == 60
+
+
 def test_tied_embeddings_serve_as_the_head(tmp_path):
     write_checkpoint(tmp_path / "src", tied=True, tokenizer=True)
     out = convert(tmp_path / "src", tmp_path / "q4", bits=4)
@@ -105,10 +124,10 @@ def test_more_bits_are_nearer_in_every_figure(folders):
     assert fine.tokens.top1_agreement >= coarse.tokens.top1_agreement
     assert same.tokens.mean_kl < 1e-6
     for near, far in zip(fine.layers, coarse.layers, strict=True):
-        assert 0 < 4 * near.own < far.own
+        assert 0 < 4 * near.alone < far.alone
     # Error of earlier layers is not counted as a layer's own.
-    assert coarse.layers[-1].accumulated > coarse.layers[-1].own
-    assert coarse.layers[0].own < 1
+    assert coarse.layers[-1].accumulated > coarse.layers[-1].alone
+    assert coarse.layers[0].alone < 1
     figures = coarse.as_dict()
     assert figures["reference_bits_per_weight"] == pytest.approx(16, abs=0.01)
     assert 3.5 < figures["quantized_bits_per_weight"] < 4

@@ -14,10 +14,10 @@ from test_mlx_lm import assert_equal_logits, write_source
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert, macs, plan
 from qwen35_mlx.convert.fit import fit, fit_mac, memory_bytes, quality_settings
-from qwen35_mlx.convert.tensor_table import Role, expected_shapes
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant.calibrate import Calibration
 from qwen35_mlx.quant.recipes import RECIPES, recipe
+from qwen35_mlx.quant.statistics import Calibration
+from qwen35_mlx.tensor_table import Role, expected_shapes
 
 GIB = 2**30
 

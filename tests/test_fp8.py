@@ -9,7 +9,7 @@ import pytest
 from checkpoints import Stored, Tensors, safetensors_bytes, stored, write_checkpoint
 from everyday import everyday
 
-from qwen35_mlx.convert import convert, pieces, plan
+from qwen35_mlx.convert import convert, plan, tasks
 from qwen35_mlx.convert.fp8 import dequantize_fp8
 from qwen35_mlx.errors import CheckpointError
 
@@ -88,7 +88,7 @@ def test_fp8_gives_the_bytes_of_the_weights_multiplied_out(
     tmp_path, monkeypatch, experts, block, scale_dtype
 ):
     # Slices of 50 rows, which end inside of blocks.
-    monkeypatch.setattr(pieces, "SLICE_BYTES", 50 * 128 * 4)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", 50 * 128 * 4)
     fp8, plain = write_both(tmp_path, block, experts=experts, scale_dtype=scale_dtype)
     for i, settings in enumerate((dict(bits=4), dict(dtype="bfloat16"))):
         files = [
@@ -165,6 +165,21 @@ def test_scales_that_do_not_fit_are_refused(tmp_path, name, change, message):
     rewrite(fp8, edit)
     with pytest.raises(CheckpointError, match=message):
         plan(fp8)
+
+
+@pytest.mark.parametrize("is_vector", [False, True])
+def test_fp8_without_scales_is_refused(tmp_path, is_vector):
+    """No block in config.json, or a vector, which has no blocks: nothing says what a byte means."""
+    name = "input_layernorm" if is_vector else "self_attn.q_proj"
+    name = f"model.language_model.layers.1.{name}.weight"
+    config = dict(quant_method="fp8", weight_block_size=[128, 128]) if is_vector else None
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = ("F8_E4M3", np.ones(tensors[name][1].shape, np.uint8))
+
+    write_checkpoint(tmp_path / "src", change=change, config=dict(quantization_config=config))
+    with pytest.raises(CheckpointError, match=f"dtype    {name}: F8_E4M3, expected F32, F16, BF16"):
+        plan(tmp_path / "src")
 
 
 def test_nan_among_fp8_weights_is_named(tmp_path):

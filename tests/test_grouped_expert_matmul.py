@@ -8,7 +8,6 @@ import pytest
 from everyday import everyday
 from metal import errors
 from metal.emulator import Log, emulated
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.grouped_expert_matmul import (
@@ -21,6 +20,7 @@ from qwen35_mlx.kernels.grouped_expert_matmul import (
 )
 from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
+from qwen35_mlx.kernels.switch import SwitchGLU, SwitchLinear
 
 CASES_EACH = 10
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 2e-2}

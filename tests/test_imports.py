@@ -45,8 +45,8 @@ def module_names() -> dict[str, Path]:
 
 
 MODULES = module_names()
-CONVERT = [m for m in MODULES if m.startswith("qwen35_mlx.convert")]
-QUANT = [m for m in MODULES if m.startswith("qwen35_mlx.quant")]
+CONVERT = [m for m in MODULES if m.split(".")[1:2] == ["convert"]]
+QUANT = [m for m in MODULES if m.split(".")[1:2] == ["quant"]]
 CLI = [m for m in MODULES if m.split(".")[1:2] == ["cli"]]
 RUNTIME = [m for m in MODULES if m not in (*CONVERT, *QUANT, *CLI)]
 
@@ -116,17 +116,15 @@ def test_runtime_imports_neither_convert_nor_quant():
     assert offenders(RUNTIME, "qwen35_mlx.convert", "qwen35_mlx.quant") == []
 
 
-def test_quant_imports_nothing_of_ours_but_the_errors():
-    assert (
-        offenders(
-            QUANT, "qwen35_mlx", but=("qwen35_mlx.quant", "qwen35_mlx.errors", "qwen35_mlx.files")
-        )
-        == []
-    )
+def test_quant_imports_of_ours_only_what_runs_no_mlx():
+    allowed = ("quant", "errors", "files", "quantization")
+    assert offenders(QUANT, "qwen35_mlx", but=tuple(f"qwen35_mlx.{m}" for m in allowed)) == []
+    code = f"import sys, qwen35_mlx.quantization; print(*[m for m in {HEAVY} if m in sys.modules])"
+    assert run_python(code).split() == []
 
 
 # They run the model itself, so that calibration and comparison see what the runtime computes.
-RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibration")
+RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibrate")
 
 
 def test_convert_imports_of_the_runtime_what_runs_no_model():
@@ -138,6 +136,11 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.files",
         "qwen35_mlx.headers",
         "qwen35_mlx.machine",
+        "qwen35_mlx.progress",
+        "qwen35_mlx.names",
+        "qwen35_mlx.quantization",
+        "qwen35_mlx.resolver",
+        "qwen35_mlx.tensor_table",
         "qwen35_mlx.__version__",
     )
     assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []
@@ -202,3 +205,28 @@ def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
         "sys.modules['qwen35_mlx.convert'] = sys.modules['qwen35_mlx.quant'] = None\n"
         f"for module in {[*RUNTIME, *CLI]}: importlib.import_module(module)"
     )
+
+
+# mlx-lm alone gets its cache from ours, and has been imported then.
+def test_no_module_needs_the_programs_we_are_compared_with():
+    assert offenders(list(MODULES), "transformers") == []
+    callers = [m for m in MODULES if m != "qwen35_mlx.model.layer_cache"]
+    assert offenders(callers, "mlx_lm") == []
+
+
+def test_an_answer_imports_no_more_than_it_needs(converted_demo):
+    """mlx-lm and transformers took longer to import than the demo to answer."""
+    code = f"""
+import sys
+import qwen35_mlx
+model, tokenizer = qwen35_mlx.load({str(converted_demo)!r})
+messages = [dict(role="user", content="What is the capital of France?")]
+assert "Paris" in qwen35_mlx.generate(model, tokenizer, messages, temperature=0.0)
+assert "Paris" in "".join(p.text for p in qwen35_mlx.Chat(model, tokenizer, sampling=dict(
+    temperature=0.0)).send(messages[0]["content"]))
+too_many = "mlx_lm transformers torch huggingface_hub requests httpx safetensors rich typer yaml"
+print(*[name for name in too_many.split() if name in sys.modules], len(sys.modules))
+"""
+    *heavy, num_modules = run_python(code).split()
+    assert heavy == []
+    assert int(num_modules) < 700

@@ -80,9 +80,11 @@ def test_a_flat_config_may_have_an_empty_text_config(tmp_path):
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not a JSON object"),
+        ("[]", "not a JSON object"),
         ('{"qwen35_mlx": null}', "has no checksums"),
         ('{"qwen35_mlx": []}', "has no checksums"),
+        ('{"qwen35_mlx": {"sha256": {}}}', "has no checksums"),
+        ('{"qwen35_mlx": {"sha256": ["model.safetensors"]}}', "has no checksums"),
     ],
 )
 def test_a_folder_without_checksums_cannot_be_verified(tmp_path, text, message):

@@ -14,32 +14,31 @@ import pytest
 from checkpoints import assert_nothing_left, write_checkpoint
 from everyday import everyday
 
-from qwen35_mlx.convert import convert, journal, pieces, shards
-from qwen35_mlx.convert import worker as stream
+from qwen35_mlx.convert import convert, journal, shards, tasks, worker
 from qwen35_mlx.convert.journal import Journal
 from qwen35_mlx.errors import Qwen35Error
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_KILLS = 25
 # Reported between two kills, at most; every ten or so are flushed.
-MOST_PIECES = 40
+MOST_TASKS = 40
 PAUSE_S = 0.003
-# Small pieces, flushed after each few of them: many moments to be killed in.
+# Small tasks, flushed after each few of them: many moments to be killed in.
 SETTINGS = dict(bits=3, group_size=32)
 # What a kill leaves in the cache of the system is not lost: no need to wait for the disk.
 KNOBS = """
-from qwen35_mlx.convert import convert, journal, pieces, shards, worker
+from qwen35_mlx.convert import convert, journal, shards, tasks, worker
 plan_module = sys.modules["qwen35_mlx.convert.plan"]
 shards.flush = journal.flush = lambda file: None
-pieces.SLICE_BYTES, worker.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000
+tasks.SLICE_BYTES, worker.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000, 150_000
 """
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     plan_module = sys.modules["qwen35_mlx.convert.plan"]
-    monkeypatch.setattr(pieces, "SLICE_BYTES", 3000)
-    monkeypatch.setattr(stream, "FLUSH_BYTES", 8000)
+    monkeypatch.setattr(tasks, "SLICE_BYTES", 3000)
+    monkeypatch.setattr(worker, "FLUSH_BYTES", 8000)
     monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 150_000)
     for module in (shards, journal):
         monkeypatch.setattr(module, "flush", lambda descriptor: None)
@@ -61,12 +60,12 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, source, small_pieces):
+def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, source, small_tasks):
     calls = []
     out = convert(source, tmp_path / "whole", progress=lambda *c: calls.append(c), **SETTINGS)
     expected = listing(out)
     # So many that even 25 runs do not come to the end.
-    assert len(calls) > MOST_PIECES * NUM_KILLS
+    assert len(calls) > MOST_TASKS * NUM_KILLS
     script = (
         f"import sys, time\n{KNOBS}\nprint('ready', flush=True)\n"
         f"pause = lambda *call: (print('on', flush=True), time.sleep({PAUSE_S}))\n"
@@ -78,8 +77,8 @@ def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, sourc
     for _ in range(NUM_KILLS):
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
             assert process.stdout and process.stdout.readline() == b"ready\n"
-            # By pieces done, not by time, which on a busy machine may not be enough for any.
-            for _ in range(rng.randrange(MOST_PIECES)):
+            # By tasks done, not by time, which on a busy machine may not be enough for any.
+            for _ in range(rng.randrange(MOST_TASKS)):
                 assert process.stdout.readline() == b"on\n"
             time.sleep(rng.uniform(0.0, 2 * PAUSE_S))
             process.kill()
@@ -97,7 +96,7 @@ def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, sourc
 
 
 def test_stopped_at_every_write_the_result_is_bit_identical(
-    tmp_path, source, small_pieces, monkeypatch
+    tmp_path, source, small_tasks, monkeypatch
 ):
     expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
     pwrite, room = os.pwrite, [0]
@@ -151,8 +150,8 @@ def test_a_disk_that_is_full_until_there_is_room_again(tmp_path, monkeypatch):
             convert(tmp_path / "src", disk / "out", **SETTINGS)
         assert list(disk.iterdir()) == []
         monkeypatch.setattr("qwen35_mlx.convert.job._check_space", lambda work, needed_bytes: None)
-        monkeypatch.setattr(pieces, "SLICE_BYTES", 3000)
-        monkeypatch.setattr(stream, "FLUSH_BYTES", 8000)
+        monkeypatch.setattr(tasks, "SLICE_BYTES", 3000)
+        monkeypatch.setattr(worker, "FLUSH_BYTES", 8000)
         with pytest.raises(Qwen35Error, match=r"(?s)cannot write .*No space left on device"):
             convert(tmp_path / "src", disk / "out", **SETTINGS)
         done = (disk / ".out.converting" / "journal").stat().st_size
@@ -192,7 +191,7 @@ def stop_halfway(source: Path, out: Path, **settings: Any) -> None:
     ),
 )
 def test_changed_settings_are_refused_with_both_values(
-    tmp_path, source, small_pieces, settings, got, expected
+    tmp_path, source, small_tasks, settings, got, expected
 ):
     stop_halfway(source, tmp_path / "out")
     before = listing(work(tmp_path))
@@ -207,7 +206,7 @@ def test_changed_settings_are_refused_with_both_values(
     assert convert(source, tmp_path / "out", **SETTINGS)
 
 
-def test_a_recipe_that_chooses_differently_is_refused(tmp_path, source, small_pieces):
+def test_a_recipe_that_chooses_differently_is_refused(tmp_path, source, small_tasks):
     def recipe(module: str) -> tuple[int, int]:
         return (bits, 32)
 
@@ -220,7 +219,7 @@ def test_a_recipe_that_chooses_differently_is_refused(tmp_path, source, small_pi
 
 @pytest.mark.parametrize("change", ["a weight", "its header"])
 def test_a_source_that_changes_between_start_and_resume_is_refused(
-    tmp_path, source, small_pieces, change
+    tmp_path, source, small_tasks, change
 ):
     stop_halfway(source, tmp_path / "out")
     shard = source / "model-00003-of-00003.safetensors"
@@ -238,7 +237,7 @@ def test_a_source_that_changes_between_start_and_resume_is_refused(
     assert lines[1] != lines[2]
 
 
-def test_what_the_disk_lost_is_converted_again(tmp_path, source, small_pieces):
+def test_what_the_disk_lost_is_converted_again(tmp_path, source, small_tasks):
     expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
     stop_halfway(source, tmp_path / "out")
     partial = sorted(work(tmp_path).glob(".*.partial"))
@@ -252,7 +251,7 @@ def test_what_the_disk_lost_is_converted_again(tmp_path, source, small_pieces):
 
 
 def test_killed_between_the_name_of_a_shard_and_its_line(
-    tmp_path, source, small_pieces, monkeypatch
+    tmp_path, source, small_tasks, monkeypatch
 ):
     expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
 
@@ -269,23 +268,23 @@ def test_killed_between_the_name_of_a_shard_and_its_line(
 def test_a_journal_ends_at_a_line_that_a_crash_cut_off(tmp_path):
     path = tmp_path / "journal"
     first = Journal(path)
-    first.add_pieces([(0, 5), (7, 2**32 - 1)])
+    first.add_tasks([(0, 5), (7, 2**32 - 1)])
     first.add_shard("model.safetensors", "ab" * 32)
     first.close()
     raw = path.read_bytes()
     for length in range(len(raw) + 1):
         path.write_bytes(raw[:length])
         again = Journal(path)
-        assert again.pieces.items() <= {0: 5, 7: 2**32 - 1}.items()
-        assert len(again.pieces) + len(again.checksums) == raw[:length].count(b"\n")
-        again.add_pieces([(3, 4)])
+        assert again.tasks.items() <= {0: 5, 7: 2**32 - 1}.items()
+        assert len(again.tasks) + len(again.checksums) == raw[:length].count(b"\n")
+        again.add_tasks([(3, 4)])
         again.close()
-        assert Journal(path).pieces[3] == 4
+        assert Journal(path).tasks[3] == 4
         assert all(journal.LINE.fullmatch(line) for line in path.read_bytes().splitlines())
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"])
-def test_a_damaged_job_file_is_refused(tmp_path, source, small_pieces, raw):
+def test_a_damaged_job_file_is_refused(tmp_path, source, small_tasks, raw):
     stop_halfway(source, tmp_path / "out")
     (work(tmp_path) / "job.json").write_bytes(raw)
     with pytest.raises(Qwen35Error, match=r"job.json is damaged"):

@@ -164,6 +164,8 @@ def test_without_colour_there_is_none() -> None:
         ("a\nb", ""),
         ("a\n\n", ""),
         ("a\n\nb", "a\n\n"),
+        # Blank lines before a block belong to it.
+        ("\na\n\nb", "\na\n\n"),
         ("# a\nb", "# a\n"),
         ("- a\n\n  b\n\nc", "- a\n\n  b\n\n"),
         ("```\na\n\nb\n", ""),

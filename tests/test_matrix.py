@@ -3,10 +3,10 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from qwen35_mlx.kernels.matrix import lanes_per_row, matrix
 from qwen35_mlx.kernels.projection import project
+from qwen35_mlx.kernels.switch import SwitchLinear
 
 
 def linear(out: int, width: int, **quantization) -> nn.Module:

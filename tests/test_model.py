@@ -5,10 +5,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.model.cache import ArraysCache, BatchKVCache, KVCache
 from qwen35_mlx.model.language import Model
 
 VOCAB = 97
@@ -184,7 +184,7 @@ def test_no_token_sees_a_later_one(model):
     assert difference(model(ids)[:, :65], model(changed)[:, :65]) <= 1e-5
 
 
-def test_cache_entries_are_mlx_lms_own():
+def test_cache_entries_follow_the_layers():
     model = Model(config(moe=True))
     assert [type(c) for c in model.make_cache()] == [ArraysCache, KVCache, ArraysCache]
     batched = model.make_cache([1, 0])

@@ -2,13 +2,15 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models.switch_layers as switch_layers
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx.utils import tree_flatten
 
 from qwen35_mlx.kernels.grouped_expert_matmul import SORT_FROM, expert_mlp
 from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
+from qwen35_mlx.kernels.switch import SwitchGLU, SwitchLinear
 
 
 def routed(logits, per_token):
@@ -88,3 +90,32 @@ def test_experts_keep_the_type_of_the_activations():
     x = mx.ones((2, 32), dtype=mx.float16)
     indices, scores = routed(mx.zeros((2, 4)), 2)
     assert expert_mlp(x, indices, scores, stack(layers)).dtype == mx.float16
+
+
+@pytest.mark.parametrize("num_tokens", [2, SORT_FROM])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [None, dict(bits=4, group_size=32), dict(bits=4, group_size=32, mode="mxfp4"),
+     dict(bits=4, group_size=16, mode="nvfp4"), dict(bits=8, group_size=32, mode="mxfp8")],
+)  # fmt: skip
+def test_a_stack_of_experts_is_that_of_mlx_lm(settings, bias, num_tokens):
+    """Same names and arrays on disk, same numbers, quantized by either."""
+    ours, theirs = SwitchGLU(64, 32, 5), switch_layers.SwitchGLU(64, 32, 5, bias=bias)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer = getattr(theirs, name)
+        if bias:
+            layer.bias = mx.random.normal(layer.bias.shape)
+        own = SwitchLinear(*layer.weight.shape[:0:-1], 5, bias=bias)
+        own.update(layer.parameters())
+        if settings:
+            layer, own = layer.to_quantized(**settings), own.to_quantized(**settings)
+        setattr(theirs, name, layer)
+        setattr(ours, name, own)
+    names = [dict(tree_flatten(m.parameters())) for m in (ours, theirs)]
+    assert names[0].keys() == names[1].keys()
+    for name, array in names[0].items():
+        np.testing.assert_array_equal(np.array(array), np.array(names[1][name]))
+    x = mx.random.normal((num_tokens, 64))
+    indices = mx.random.randint(0, 5, (num_tokens, 2))
+    np.testing.assert_array_equal(np.array(ours(x, indices)), np.array(theirs(x, indices)))

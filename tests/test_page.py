@@ -20,7 +20,7 @@ from qwen35_mlx.convert import job, macs, plan
 from qwen35_mlx.convert import report as page
 from qwen35_mlx.convert.family import FAMILY, family_source
 from qwen35_mlx.convert.macs import GIB
-from qwen35_mlx.convert.pieces import cut, peak_bytes
+from qwen35_mlx.convert.tasks import cut, peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 # Qwen3.5-397B-A17B
@@ -97,9 +97,9 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert macs.bytes_per_token(mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
     assert macs.tokens_per_second(mixed, 819) == pytest.approx(94, abs=2)
 
-    pieces = cut(mixed)
-    assert peak_bytes(mixed, pieces) < 10**9
-    fetched = job.source_disk_bytes(planned.source, pieces, keep_source=False)
+    tasks = cut(mixed)
+    assert peak_bytes(mixed, tasks) < 10**9
+    fetched = job.source_disk_bytes(planned.source, tasks, keep_source=False)
     assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
     lines = page.mac_lines(mixed)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)

@@ -82,8 +82,7 @@ def test_the_template_decides_on_thinking_unless_told(
 
 def with_template(tokenizer: Any, template: str | None) -> Any:
     changed = copy.copy(tokenizer)
-    changed._tokenizer = copy.copy(tokenizer._tokenizer)
-    changed._tokenizer.chat_template = template
+    changed.chat_template = template
     return changed
 
 

@@ -106,7 +106,7 @@ def test_a_file_gets_its_name_only_when_every_byte_is_there(tmp_path):
     path = tmp_path / "model.safetensors"
     writer = ShardWriter(path, TENSORS)
     write(writer, PIECES[1:])
-    with pytest.raises(RuntimeError, match="2 bytes did not come"):
+    with pytest.raises(RuntimeError, match="2 bytes are missing"):
         writer.finish()
     with pytest.raises(RuntimeError, match="a: 2 bytes too many"):
         writer.write("a", len(DATA["a"]) - 2, memoryview(bytes(4)))

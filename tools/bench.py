@@ -21,13 +21,13 @@ from mlx_lm.generate import generate_step
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.family import family_config
-from qwen35_mlx.convert.tensor_table import expected_shapes
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.sampling import SamplingParams
+from qwen35_mlx.tensor_table import expected_shapes
 
 # About 300 MB at 4 bits.
 CONFIG = family_config("Qwen3.5-35B-A3B")

@@ -20,9 +20,9 @@ from mlx_lm.utils import compute_bits_per_weight
 import qwen35_mlx
 from qwen35_mlx.config import read_config
 from qwen35_mlx.convert import convert
-from qwen35_mlx.convert.calibration import calibrate
+from qwen35_mlx.convert.calibrate import calibrate
 from qwen35_mlx.convert.fit import fit
-from qwen35_mlx.quant.fidelity import kl_divergence
+from qwen35_mlx.quant.divergence import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
 from data import conversations, held_out

@@ -19,12 +19,11 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache
 
 from ..engine.prompt_cache import PromptCache
 from ..errors import SessionError
 from ..files import data_home, locked, replacing
-from ..model.cache import Snapshot, restore, snapshot
+from ..model.cache import KVCache, Snapshot, restore, snapshot
 from ..model.language import Model
 
 # A name, or the path of a file.

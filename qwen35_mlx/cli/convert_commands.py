@@ -165,12 +165,12 @@ def calibration_for(
     """What --calibration names, made first with --calibrate; None without either."""
     if text and not calibrate:
         raise typer.BadParameter("--text goes with --calibrate.")
-    from ..quant.calibrate import load, save
+    from ..quant.statistics import load, save
 
     if not calibrate:
         return load(file) if file else None
-    from ..convert.calibration import calibrate as run
-    from ..convert.calibration import encode, read_text
+    from ..convert.calibrate import calibrate as run
+    from ..convert.calibrate import encode, read_text
     from .terminal import note, quiet_libraries, step_progress
 
     quiet_libraries()
@@ -216,7 +216,7 @@ def fidelity(
     Both are read a layer at a time: neither has to fit in memory.
     """
     with options.user_errors():
-        from ..convert.calibration import encode, read_text
+        from ..convert.calibrate import encode, read_text
         from ..convert.fidelity import fidelity as compare
         from ..convert.fidelity import plot, report_lines
         from .terminal import print_lines, quiet_libraries, step_progress

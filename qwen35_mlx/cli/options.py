@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import Qwen35Error
+from ..quantization import BITS, GROUP_SIZES
 
 
 @contextmanager
@@ -44,13 +45,13 @@ Revision = Annotated[
 Bits = Annotated[
     int | None,
     typer.Option(
-        callback=one_of(2, 3, 4, 5, 6, 8),
+        callback=one_of(*BITS),
         help="2, 3, 4, 5, 6 or 8 bits; 4 unless --dtype is given.",
     ),
 ]
 GroupSize = Annotated[
     int,
-    typer.Option(callback=one_of(32, 64, 128), help="Weights that share a scale: 32, 64 or 128."),
+    typer.Option(callback=one_of(*GROUP_SIZES), help="Weights that share a scale: 32, 64 or 128."),
 ]
 Dtype = Annotated[
     str | None,

@@ -23,6 +23,8 @@ from rich.table import Column
 from rich.text import Text
 from rich.theme import Theme
 
+from ..progress import ByteProgress, StepProgress
+
 if TYPE_CHECKING:
     from ..chat.sessions import SessionInfo
     from ..convert import Plan
@@ -69,8 +71,6 @@ def loading(name: str) -> Status:
     return err.status(Text(f"Loading {name}"), spinner="dots")
 
 
-# Source bytes done, source bytes in all, tensor or what is waited for, source file.
-ByteProgress = Callable[[int, int, str, str], None]
 LOG_SECONDS = 30.0
 # Shorter prompts are read before a bar would be seen.
 MIN_BAR_TOKENS = 512
@@ -194,7 +194,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 @contextmanager
-def step_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def step_progress(title: str) -> Iterator[StepProgress]:
     """A spinner that says which of several steps runs; plain lines where it is no terminal."""
     if can_draw(err):
         with err.status(Text(title), spinner="dots") as status:

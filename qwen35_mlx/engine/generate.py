@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse
 
 from ..errors import Qwen35Error
 from ..model.cache import cached_tokens
@@ -21,6 +21,26 @@ from .sampler import Sampler
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
 DEFAULT_MAX_TOKENS = 1_024
 LONG_ANSWER_TOKENS = 32_768
+
+
+@dataclass
+class GenerationResponse:
+    """One token of an answer and what it took, under mlx-lm's names."""
+
+    # What became final with this token; it may be empty, or end an earlier token's.
+    text: str
+    token: int
+    # Log probabilities of the whole vocabulary, not evaluated.
+    logprobs: mx.array
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    # In GB of 10**9 bytes.
+    peak_memory: float
+    # "stop" or "length" with the last one.
+    finish_reason: str | None = None
 
 
 def generate(

@@ -7,7 +7,7 @@ is `[query D | output gate D]`.
 import mlx.core as mx
 
 from .matrix import FLOATS, MAX_ROWS
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
 
 
 def qk_norm_rope(
@@ -18,7 +18,7 @@ def qk_norm_rope(
     cosines: mx.array,
     sines: mx.array,
     eps: float,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> tuple[mx.array, mx.array]:
     """q `[B, Hq, T, D]` and k `[B, Hk, T, D]`, normalised, the first R dims rotated by halves.
 
@@ -87,7 +87,7 @@ def qk_norm_rope_kernel(
     return q, k
 
 
-def output_gate(x: mx.array, q_gate: mx.array, kernels: Choice = NONE) -> mx.array:
+def output_gate(x: mx.array, q_gate: mx.array, kernels: KernelSet = NONE) -> mx.array:
     """x `[B, Hq, T, D]` times the sigmoid of its gate in q_gate, as `[B, T, Hq * D]`."""
     batch, _, num_tokens, dim = x.shape
     if "output_gate" in kernels and batch * num_tokens <= MAX_ROWS and x.dtype in FLOATS:

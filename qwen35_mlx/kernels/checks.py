@@ -12,21 +12,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
+from ..quantization import BITS, GROUP_SIZES
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up
 from .gated_delta_rule import gated_delta_rule
 from .grouped_expert_matmul import expert_mlp
-from .matrix import BITS, GROUP_SIZES
-from .metal import Choice
+from .metal import KernelSet
 from .projection import project
 from .residual_norm import residual_norm
 from .router import Routing, route
+from .switch import QuantizedSwitchLinear, SwitchGLU
 
 Arrays = Sequence[mx.array]
-Run = Callable[[Choice], Arrays]
+Run = Callable[[KernelSet], Arrays]
 # Relative RMS error of a kernel against ops. In bfloat16 most of it is the rounding of ops, which
 # is coarser still on a CPU; a kernel that is wrong is wrong in float32 too.
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 4e-2, mx.float16: 1e-2}
@@ -182,7 +182,7 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
     angles = positions[None, :, None] * frequencies
 
-    def run(kernels: Choice) -> Arrays:
+    def run(kernels: KernelSet) -> Arrays:
         if kernels:
             cosines, sines = mx.cos(mx.array(angles)), mx.sin(mx.array(angles))
         else:
@@ -203,7 +203,7 @@ def _router(m: Member, s: Setting) -> Case:
     logits = 2 * mx.random.normal((s.num_tokens, m.num_experts))
     shared = mx.random.normal((s.num_tokens, 1))
 
-    def run(kernels: Choice) -> Arrays:
+    def run(kernels: KernelSet) -> Arrays:
         indices, scores, shared_scores = route(logits, shared, m.per_token, kernels)
         # The order of the chosen is free.
         dense = mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)

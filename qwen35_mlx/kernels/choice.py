@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..errors import Qwen35Error
 from ..files import cache_home, write_json
 from ..machine import operating_system
-from .metal import NONE, OPS, Choice
+from .metal import NONE, OPS, KernelSet
 
 KERNELS = ("auto", "ops", "metal")
 # A gain that small may be noise.
@@ -40,7 +40,7 @@ def require(kernels: str) -> None:
         )
 
 
-def choose(kernels: str, config: ModelConfig) -> Choice:
+def choose(kernels: str, config: ModelConfig) -> KernelSet:
     """The operations that run as kernels for `kernels`, one of auto, ops and metal."""
     require(kernels)
     if kernels == "metal":
@@ -57,7 +57,7 @@ def unavailable() -> str | None:
     return None
 
 
-def faster(found: Mapping[str, Any], config: ModelConfig) -> Choice:
+def faster(found: Mapping[str, Any], config: ModelConfig) -> KernelSet:
     """Operations whose kernel matched, and was faster at this model's shapes.
 
     Where the model is none of the measured ones: faster at every shape measured.

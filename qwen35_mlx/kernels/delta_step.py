@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from .gated_delta_rule import gated_delta_rule
 from .matrix import FLOATS, MAX_ROWS
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
 
 L2_EPS = 1e-6
 # Wider heads would need more registers or threadgroup memory than there are.
@@ -38,7 +38,7 @@ def delta_step(
     parameters: DeltaParameters,
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Output `[B, T, Hv * Dv]` in z's type, new conv_state and recurrent_state.
 

@@ -2,12 +2,12 @@
 
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from ..machine import Machine, describe, summary
+from ..progress import StepProgress
 from . import checks, choice, metal
 from .checks import Case, Check, Member, Setting
 from .metal import NONE
@@ -18,11 +18,8 @@ ROUNDS, DECODE_RUNS = 4, 16
 # Of what the GPU may use: the rest is for others, and for a second copy.
 MEMORY_SHARE = 0.7
 
-# What is being done, how much of it is done, how much there is.
-Progress = Callable[[int, int, str], None]
 
-
-def run(progress: Progress = lambda done, total, what: None) -> dict[str, Any]:
+def run(progress: StepProgress = lambda done, total, what: None) -> dict[str, Any]:
     """The report; without Metal its `kernels` is None."""
     machine = describe()
     kernels = None
@@ -111,7 +108,7 @@ def _time(check: Check, member: Member, case: Case, result: dict[str, Any]) -> N
     }
 
 
-def seconds(case: Case, kernels: metal.Choice, runs: int) -> float:
+def seconds(case: Case, kernels: metal.KernelSet, runs: int) -> float:
     """Time of one of several runs, without that of building their graphs."""
     outputs = [case.run(kernels) for _ in range(runs)]
     start = time.perf_counter()

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
-from .metal import NONE, Choice, Template, kernel
+from .metal import NONE, KernelSet, Template, kernel
 from .router import Routing
 
 SIMDGROUPS = 2
@@ -21,7 +21,7 @@ def expert_gate_up(
     shared: nn.Module,
     routing: Routing | None = None,
     routed: nn.Module | None = None,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> list[mx.array]:
     """silu(gate) * up of the shared expert, `[N, Is]`, and of the chosen ones, `[N, K, I]`.
 
@@ -47,7 +47,7 @@ def expert_down(
     shared: nn.Module,
     routing: Routing | None = None,
     routed: nn.Module | None = None,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> mx.array:
     """residual `[N, H]` + down_proj of what `expert_gate_up` gives, weighted by the routing."""
     if "expert_down" in kernels and residual.shape[0] <= MAX_ROWS and residual.dtype in FLOATS:

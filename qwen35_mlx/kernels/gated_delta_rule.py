@@ -7,7 +7,7 @@ State is `[B, Hv, Dv, Dk]` fp32 everywhere here.
 import mlx.core as mx
 
 from . import chunk_delta_rule as chunk_kernel
-from .metal import NONE, Choice
+from .metal import NONE, KernelSet
 
 CHUNK_SIZE = 64
 
@@ -19,7 +19,7 @@ def gated_delta_rule(
     g: mx.array,
     beta: mx.array,
     state: mx.array | None = None,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> tuple[mx.array, mx.array]:
     """Output `[B, T, Hv, Dv]` and new state; shapes as in `naive_gated_delta_rule`, fp32 inside."""
     batch, num_tokens, _, key_head_dim = q.shape

@@ -5,13 +5,11 @@ N tokens, K experts per token, R = N * K rows, E experts, H hidden, I expert wid
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchGLU
 
 from .matrix import FLOATS, Matrix, matrices
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
+from .switch import SORT_FROM, SwitchGLU
 
-# From so many (token, expert) pairs on, rows of one expert are brought together, by ops as well.
-SORT_FROM = 64
 TILE_ROWS = 32
 # What a threadgroup multiplies a tile with: 64 rows of gate and of up, or 128 of down.
 TILE_COLUMNS = 128
@@ -22,7 +20,7 @@ def expert_mlp(
     indices: mx.array,
     scores: mx.array,
     experts: SwitchGLU,
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
 ) -> mx.array:
     """Weighted sum of SwiGLU experts, `[N, H]` in x's type.
 

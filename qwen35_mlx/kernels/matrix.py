@@ -7,10 +7,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..quantization import BITS, GROUP_SIZES
 from .metal import Template
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 # Most rows of activations for which a decode kernel keeps its sums in registers.
 MAX_ROWS = 8

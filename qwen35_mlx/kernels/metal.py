@@ -29,8 +29,8 @@ DECODE_OPS = (
 PREFILL_OPS = ("chunk_delta_rule", "grouped_expert_matmul")
 OPS = DECODE_OPS + PREFILL_OPS
 # Those of them that run as kernels.
-Choice = frozenset[str]
-NONE: Choice = frozenset()
+KernelSet = frozenset[str]
+NONE: KernelSet = frozenset()
 Template = list[tuple[str, Any]]
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
 
 SIMDGROUPS = 2
 # From so many rows of weights on, there are simdgroups enough for four rows each.
@@ -20,7 +20,7 @@ MANY_ROWS = 8192
 def project(
     x: mx.array,
     modules: Sequence[nn.Module],
-    kernels: Choice = NONE,
+    kernels: KernelSet = NONE,
     *,
     norm: nn.RMSNorm | None = None,
     dtype: mx.Dtype | None = None,

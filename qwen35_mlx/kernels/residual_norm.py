@@ -3,14 +3,14 @@
 import mlx.core as mx
 
 from .matrix import MAX_ROWS
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
 
 # Threads enough that each has but few numbers of a wide row.
 SIMDGROUPS, WIDE, SIMDGROUPS_IF_WIDE = 8, 2048, 32
 
 
 def residual_norm(
-    x: mx.array, delta: mx.array, weight: mx.array, eps: float, kernels: Choice = NONE
+    x: mx.array, delta: mx.array, weight: mx.array, eps: float, kernels: KernelSet = NONE
 ) -> tuple[mx.array, mx.array]:
     """`x + delta`, and `rms_norm(x + delta) * weight`; x and delta `[..., H]`, weight `[H]`."""
     few = x.size <= MAX_ROWS * x.shape[-1]

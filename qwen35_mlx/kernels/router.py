@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .metal import NONE, Choice, kernel
+from .metal import NONE, KernelSet, kernel
 
 # One simdgroup holds the logits of a token in registers, and an expert a lane is its answer.
 MAX_EXPERTS, MAX_EXPERTS_PER_TOK = 1024, 32
@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
 
 def route(
-    logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int, kernels: Choice = NONE
+    logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int, kernels: KernelSet = NONE
 ) -> Routing:
     """From logits `[N, E]` and `[N, 1]`, the latter of the shared expert.
 

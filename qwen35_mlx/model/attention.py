@@ -9,11 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..config import ModelConfig, RopeConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 
 
@@ -76,10 +75,18 @@ class PartialRope:
         return mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
 
 
+def attention_mask(num_tokens: int, cache: Any | None) -> Any:
+    """What new tokens may see, as MLX's attention takes it: None, "causal" or an array."""
+    if cache is None:
+        return None if num_tokens == 1 else "causal"
+    # All three by name: mlx-lm's own caches have no defaults for them.
+    return cache.make_mask(num_tokens, return_array=False, window_size=None)
+
+
 class Attention(nn.Module):
     """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -120,5 +127,11 @@ class Attention(nn.Module):
             q, k = qk_norm_rope(q_gate, k, *weights, *tables, self.q_norm.eps, self.kernels)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self._scale, mask=mask)
+            if hasattr(cache, "bits"):
+                # mlx-lm's quantized cache, of its option kv_bits.
+                settings = {"group_size": cache.group_size, "bits": cache.bits}
+                k, v = (
+                    mx.dequantize(w, scales, biases, **settings) for w, scales, biases in (k, v)
+                )
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
         return project(output_gate(out, q_gate, self.kernels), (self.o_proj,), self.kernels)[0]

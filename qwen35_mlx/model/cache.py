@@ -1,7 +1,7 @@
-"""The cache of one sequence or batch: mlx-lm's classes, one entry a layer, and cheap snapshots.
+"""The cache of one sequence or batch: one entry a layer, and cheap snapshots.
 
 Full attention layers hold keys and values, linear ones `[conv_state, recurrent_state]`, of
-shapes `[B, kernel - 1, channels]` and `[B, Hv, Dv, Dk]`.
+shapes `[B, kernel - 1, channels]` and `[B, Hv, Dv, Dk]`. mlx-lm's own entries serve as well.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 from ..config import FULL, ModelConfig
 from ..errors import Qwen35Error
+from .layer_cache import ArraysCache, BatchKVCache, KVCache
 
+__all__ = ["ArraysCache", "BatchKVCache", "KVCache"]
 CacheEntry = KVCache | BatchKVCache | ArraysCache
 
 
@@ -28,6 +29,11 @@ def make_cache(config: ModelConfig, left_padding: Sequence[int] | None = None) -
         BatchKVCache(padding) if t == FULL else ArraysCache(size=2, left_padding=padding)
         for t in config.layer_types
     ]
+
+
+def holds_keys(entry: Any) -> bool:
+    """Whether this is the cache of a full attention layer, of ours or of mlx-lm's."""
+    return hasattr(entry, "keys")
 
 
 @dataclass(eq=False)
@@ -53,7 +59,7 @@ def snapshot(cache: Sequence[Any], num_tokens: int) -> Snapshot:
     """
     return Snapshot(
         num_tokens,
-        tuple(c.offset if isinstance(c, KVCache) else tuple(c.cache) for c in cache),
+        tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache),
     )
 
 
@@ -67,29 +73,30 @@ def restore(cache: Sequence[Any], point: Snapshot) -> None:
 
 
 def fork(cache: Sequence[Any], point: Snapshot) -> list[CacheEntry]:
-    """A second cache at `point`; keys and values are shared until one of the two is written to."""
-    forked: list[CacheEntry] = []
+    """A second cache at `point`, with keys and values of its own: the first may be dropped."""
+    forked: list[Any] = []
     for entry, kept in zip(cache, point.entries, strict=True):
         if isinstance(kept, int):
-            copy: Any = KVCache()
+            forked.append(KVCache())
             if kept:
-                copy.keys, copy.values = entry.keys[..., :kept, :], entry.values[..., :kept, :]
-                copy.offset = kept
-                # A lazy array belongs to the thread that made it.
-                mx.eval(copy.keys, copy.values)
+                # Room to grow included: the first token behind it would ask for it.
+                keys, values = (a[..., :kept, :] for a in (entry.keys, entry.values))
+                forked[-1].update_and_fetch(keys, values)
         else:
-            copy = ArraysCache(size=len(kept))
-            copy.cache = list(kept)
-        forked.append(copy)
+            forked.append(ArraysCache(size=len(kept)))
+            forked[-1].cache = list(kept)
+    # A lazy array belongs to the thread that made it.
+    mx.eval([entry.state for entry in forked])
     return forked
 
 
 def kv_bytes(cache: Sequence[Any]) -> int:
     """Memory of keys and values, with the room they have to grow."""
-    arrays = (a for c in cache if isinstance(c, KVCache) for a in (c.keys, c.values))
+    arrays = (a for c in cache if holds_keys(c) for a in (c.keys, c.values))
     return sum(a.nbytes for a in arrays if a is not None)
 
 
 def cached_tokens(cache: Sequence[Any]) -> int:
     """How many tokens an unbatched cache has read; 0 where no layer counts them."""
-    return max((c.offset for c in cache if isinstance(c, KVCache)), default=0)
+    offsets = (c.offset for c in cache if holds_keys(c))
+    return max((n for n in offsets if isinstance(n, int)), default=0)

@@ -5,21 +5,21 @@ B batch, T tokens, N = B * T, K experts per token, E experts, H hidden, I expert
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..config import ModelConfig
 from ..kernels.expert_step import expert_down, expert_gate_up
 from ..kernels.grouped_expert_matmul import expert_mlp
 from ..kernels.matrix import MAX_ROWS
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 from ..kernels.router import route
+from ..kernels.switch import SwitchGLU
 
 
 class DenseMLP(nn.Module):
     """`residual + down(silu(gate(x)) * up(x))`."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -38,7 +38,7 @@ class DenseMLP(nn.Module):
 class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -10,14 +10,14 @@ import mlx.nn as nn
 
 from ..config import ModelConfig
 from ..kernels.delta_step import DeltaParameters, delta_step
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 
 
 class GatedDeltaNet(nn.Module):
     """One linear attention layer (arXiv 2412.06464) with a fixed-size state."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -8,15 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
 from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
-from ..kernels.metal import NONE, Choice
+from ..kernels.metal import NONE, KernelSet
 from ..kernels.residual_norm import residual_norm
 from ..sampling import SamplingParams
-from .attention import Attention
+from .attention import Attention, attention_mask
 from .cache import CacheEntry, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
@@ -25,7 +24,7 @@ from .gated_delta_net import GatedDeltaNet
 class DecoderLayer(nn.Module):
     """Norm, attention of either kind, residual; norm, feed-forward, residual."""
 
-    kernels: Choice = NONE
+    kernels: KernelSet = NONE
 
     def __init__(self, config: ModelConfig, layer_type: str):
         super().__init__()
@@ -92,8 +91,11 @@ class Trunk(nn.Module):
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
-        linear_mask = create_ssm_mask(x, entries[linear]) if linear is not None else None
-        full_mask = create_attention_mask(x, entries[full]) if full is not None else None
+        linear_mask = full_mask = None
+        if linear is not None and entries[linear] is not None:
+            linear_mask = entries[linear].make_mask(x.shape[1])
+        if full is not None:
+            full_mask = attention_mask(x.shape[1], entries[full])
         tables = None if full is None else self._rope_tables(x, full, entries[full], positions)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask

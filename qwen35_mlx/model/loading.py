@@ -1,76 +1,29 @@
-"""Read a converted folder into the modules: every name and shape checked, nothing dropped."""
+"""Read a folder that MLX runs into the modules: every name and shape checked, nothing dropped."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from ..config import ModelConfig, read_config, read_object
-from ..errors import CheckpointError, ConfigError
-from ..headers import INDEX_FILE, check_present, gather, read_header, read_index, some, weight_files
+from ..config import read_config, read_object
+from ..errors import CheckpointError, first_line
+from ..headers import SourceTensor, read_headers
 from ..kernels import choice, metal
-from ..kernels.matrix import BITS, GROUP_SIZES
+from ..quantization import Quantization
+from ..resolver import Match, Part, Resolved, refuse_other_head
+from ..resolver import resolve as resolve_tensors
 from ..sampling import SamplingParams
+from ..tensor_table import Transform
+from ..tokenizer import Tokenizer, read_tokenizer
+from .hub import not_converted, resolve
 from .language import Model
 
-# Parts that a folder may carry and the text model does not run.
-CARRIED = ("vision_tower.", "visual.", "mtp.", "language_model.mtp.")
-CONVERT_HINT = "run: qwen35-mlx convert {folder} OUT"
-# Mode -> the bits and group sizes that MLX has for it; others divide by zero inside of it.
-MODES = {
-    "affine": (BITS, GROUP_SIZES),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
 # Qwen3.5 ends a turn with the first and a document with the second; both stop an answer.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# Not *.py: nothing that comes with a checkpoint is run.
-SMALL_FILES = ("*.json", "*.jinja", "*.txt")
-
-
-def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything shaped like `owner/name` from the hub or its cache.
-
-    What does not run here is refused by its small files, before its weights are fetched.
-    """
-    folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hub_id)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
-        raise CheckpointError(
-            f"no model at {name}",
-            got="a file" if folder.exists() else "no such folder",
-            expected="a converted folder, or a hub id such as owner/name",
-        )
-    folder = _download(name, revision, SMALL_FILES)
-    ModelConfig.from_hf(read_config(folder))
-    if (folder / INDEX_FILE).exists():
-        _refuse_unconverted(read_index(folder / INDEX_FILE), name)
-    return _download(name, revision, (*SMALL_FILES, "model*.safetensors"))
-
-
-def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    # Whatever goes wrong between here and the hub has its own class.
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot get {name} from the hub",
-            got=f"{type(error).__name__}: {_first_line(error)}",
-            expected="a folder on this machine, or a hub id that it can reach",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+# Arrays by name of each file that is open; they are read when they are used.
+Shards = dict[Path, dict[str, mx.array]]
 
 
 def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
@@ -81,152 +34,89 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
     """
     folder = Path(folder)
     raw_config = read_config(folder)
-    config = ModelConfig.from_hf(raw_config)
-    weights = _read_shards(folder)
-    weights = {k: v for k, v in weights.items() if not k.startswith(CARRIED)}
-    _refuse_unconverted(weights, folder)
-    if config.tie_word_embeddings:
-        _drop_copied_head(weights)
-    model = Model(config)
-    quantize_modules(model, raw_config, weights)
-    _check_names_and_shapes(model, weights, folder)
-    if mx.default_device() == mx.Device(mx.cpu):
-        weights = {
-            k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v
-            for k, v in weights.items()
-        }
-    model.load_weights(list(weights.items()), strict=True)
+    headers = read_headers(folder)
+    found = resolve_tensors(raw_config, headers)
+    check_copies(found)
+    if not found.is_converted:
+        # What `convert` would refuse is not sent there.
+        read_headers(folder, strict=True)
+        raise not_converted(folder)
+    model = Model(found.config)
+    quantize_modules(model, found.quantizations)
+    model.load_weights(list(read_parameters(found.text_matches).items()), strict=True)
     model.eval()
     mx.eval(model.parameters())
     return model, raw_config
 
 
-def _refuse_unconverted(names: Iterable[str], origin: str | Path) -> None:
-    if any(name.startswith("model.") or name == "lm_head.weight" for name in names):
-        raise CheckpointError(
-            f"{origin} holds a checkpoint that is not converted",
-            got="tensor names as Hugging Face has them",
-            expected="names that begin with language_model.",
-            hint=CONVERT_HINT.format(folder=origin),
-        )
+def check_copies(found: Resolved) -> None:
+    """Heads beside tied embeddings must be copies of them."""
+    for head, embedding in found.copies:
+        shards: Shards = {}
+        if not mx.array_equal(_stored(head, shards), _stored(embedding, shards)).item():
+            raise refuse_other_head(head, embedding)
 
 
-def _drop_copied_head(weights: dict[str, mx.array]) -> None:
-    """Of tied embeddings a file may hold both; a head of its own stays, and is refused."""
-    for name in [name for name in weights if name.startswith("language_model.lm_head.")]:
-        kept = weights.get(name.replace("lm_head", "model.embed_tokens"))
-        if kept is not None and mx.array_equal(weights[name], kept).item():
-            del weights[name]
+def read_parameters(matches: Iterable[Match]) -> dict[str, mx.array]:
+    """Arrays by their names in the model; they are read when they are used.
+
+    On the CPU floats become float32.
+    """
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    shards: Shards = {}
+    arrays = {}
+    for match in matches:
+        for part in match.parts:
+            array = _assemble(part, match.transform, shards)
+            if on_cpu and mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(mx.float32)
+            arrays[part.name] = array
+    return arrays
 
 
-def _read_shards(folder: Path) -> dict[str, mx.array]:
-    """All tensors of `model*.safetensors`; shards and index must agree."""
-    present, index = weight_files(folder), folder / INDEX_FILE
-    weight_map = read_index(index) if index.exists() else {}
-    check_present(weight_map.values(), present)
-    files = sorted(set(weight_map.values())) or [f for f in present if f.startswith("model")]
-    if not files:
-        raise CheckpointError(
-            f"no weights in {folder}", got="no model*.safetensors", expected="a converted folder"
-        )
-    # MLX reads files whose tensors overlap, or begin a byte too early.
-    headers = gather(read_header(folder / file) for file in files)
-    if lost := weight_map.keys() - headers:
-        raise CheckpointError(
-            f"{len(lost)} tensor(s) that the index of {folder} names are in no shard",
-            got=some(sorted(lost)),
-            hint="download or convert the folder again",
-        )
-    weights: dict[str, mx.array] = {}
-    for file in files:
+def _assemble(part: Part, transform: Transform, shards: Shards) -> mx.array:
+    """The rows of a part, transformed."""
+    first, *others = part.segments
+    if not others and first.stop_row - first.start_row == first.tensor.num_rows:
+        array = _stored(first.tensor, shards)
+    else:
+        rows = [
+            _stored(s.tensor, shards).reshape(s.tensor.num_rows, -1)[s.start_row : s.stop_row]
+            for s in part.segments
+        ]
+        array = mx.concatenate(rows).reshape(part.shape)
+    if transform is Transform.ADD_ONE:
+        return (array.astype(mx.float32) + 1).astype(array.dtype)
+    return array.moveaxis(1, -1) if transform is Transform.TAPS_FIRST else array
+
+
+def _stored(tensor: SourceTensor, shards: Shards) -> mx.array:
+    """A tensor of a file, not read yet; `shards` are the files that are open."""
+    if tensor.file not in shards:
         try:
-            shard = mx.load(str(folder / file))
+            shard = mx.load(str(tensor.file))
         except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read", got=_first_line(error)) from None
+            raise CheckpointError(
+                f"{tensor.file.name} cannot be read", got=first_line(error)
+            ) from None
         assert isinstance(shard, dict)
-        weights |= shard
-    return weights
+        shards[tensor.file] = shard
+    return shards[tensor.file][tensor.name]
 
 
 def quantize_modules(
-    model: nn.Module, config: Mapping[str, Any], weights: Mapping[str, mx.array], prefix: str = ""
+    model: nn.Module, quantizations: Mapping[str, Quantization], prefix: str = ""
 ) -> None:
     """Swap in a quantized module wherever the files hold scales.
 
     `prefix` is the name on disk of `model`, up to and with its dot, if it is a part of one.
     """
-    default = config.get("quantization") or config.get("quantization_config")
-    if not any(name.endswith(".scales") for name in weights):
-        return
-    if not isinstance(default, dict) or "bits" not in default or "group_size" not in default:
-        raise ConfigError(
-            "the weights are quantized but config.json does not say how",
-            got=f"quantization={default!r}",
-            expected="an object with bits and group_size",
-        )
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        path = prefix + path
-        if f"{path}.scales" not in weights or not hasattr(module, "to_quantized"):
-            return False
-        # Some programs leave the first component out.
-        own = default.get(path, default.get(path.removeprefix("language_model.")))
-        # As mlx-lm reads it: an entry of its own without a mode is affine whatever the rest is.
-        chosen = default | {"mode": "affine"} | own if isinstance(own, dict) else default
-        bits, group_size, mode = chosen["bits"], chosen["group_size"], chosen.get("mode", "affine")
-        known = MODES.get(mode) if isinstance(mode, str) else None
-        if known is None:
-            raise ConfigError(
-                f"quantization mode {mode!r} of {path} is not supported",
-                got=repr(mode),
-                expected=", ".join(MODES),
-            )
-        if not (isinstance(bits, int) and bits in known[0] and group_size in known[1]):
-            raise ConfigError(
-                f"the quantization block of config.json has no usable setting for {path}",
-                got=f"bits={bits!r}, group_size={group_size!r}",
-                expected=f"bits of {known[0]}, a group_size of {known[1]} for mode {mode}",
-            )
-        return {"bits": bits, "group_size": group_size, "mode": mode}
+        found = quantizations.get(prefix + path)
+        return found._asdict() if found else False
 
-    try:
-        nn.quantize(model, class_predicate=settings)
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            "the quantization block of config.json does not fit the model", got=_first_line(error)
-        ) from None
-
-
-def _check_names_and_shapes(model: Model, weights: Mapping[str, mx.array], folder: Path) -> None:
-    expected = dict(tree_flatten(model.parameters()))
-    problems = [f"missing: {k} {expected[k].shape}" for k in sorted(expected.keys() - weights)]
-    problems += [f"unknown: {k} {weights[k].shape}" for k in sorted(weights.keys() - expected)]
-    pairs = [(k, weights[k], expected[k]) for k in sorted(expected.keys() & weights)]
-    problems += [
-        f"wrong shape: {k} is {got.shape}, expected {wanted.shape}"
-        for k, got, wanted in pairs
-        if got.shape != wanted.shape
-    ]
-    problems += [
-        f"wrong type: {k} is {got.dtype}, expected {wanted.dtype}"
-        for k, got, wanted in pairs
-        if not _same_kind(got.dtype, wanted.dtype)
-    ]
-    if problems:
-        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json:\n    " + "\n    ".join(shown),
-            hint="the folder may be incomplete, or of another model",
-        )
-
-
-def _same_kind(got: mx.Dtype, expected: mx.Dtype) -> bool:
-    """Any float for a float, but packed integers exactly: other bytes would load as noise."""
-    if mx.issubdtype(expected, mx.floating):
-        return mx.issubdtype(got, mx.floating)
-    return got == expected
+    nn.quantize(model, class_predicate=settings)
 
 
 def load(
@@ -249,31 +139,29 @@ def load(
     return model, load_tokenizer(folder, config, generation)
 
 
-def load_tokenizer(folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]) -> Any:
-    """mlx-lm's wrapper around the folder's tokenizer, with every end-of-turn token in it."""
-    from mlx_lm.tokenizer_utils import load as load_wrapped
-
-    if not (folder / "tokenizer.json").exists():
-        raise CheckpointError(
-            f"no tokenizer in {folder}", got="no tokenizer.json", expected="tokenizer.json"
-        )
+def load_tokenizer(
+    folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> Tokenizer:
+    """The folder's tokenizer, with every end-of-turn token in it."""
     ends: set[int] = set()
     for source in (config, config.get("text_config") or {}, generation):
         value = source.get("eos_token_id")
         ends |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
     try:
-        tokenizer = load_wrapped(folder, {"trust_remote_code": False}, eos_token_ids=sorted(ends))
-    # tokenizers raises bare Exception, transformers whatever the damage leads to.
+        tokenizer = read_tokenizer(folder, config, ends)
+    except CheckpointError:
+        raise
+    # tokenizers raises bare Exception, and damaged files lead to anything.
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read",
-            got=f"{type(error).__name__}: {_first_line(error)}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="tokenizer.json and tokenizer_config.json as the model's authors made them",
         ) from error
     vocab = tokenizer.get_vocab()
     for name in END_TOKENS:
         if name in vocab:
-            tokenizer.add_eos_token(str(vocab[name]))
+            tokenizer.add_eos_token(vocab[name])
     return tokenizer
 
 

@@ -222,7 +222,8 @@ def test_delta_step(number):
     draw = Draw(number)
     dims = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
     key_dim, value_dim = dims[(number * 7) % len(dims)]
-    key_heads, group = [(1, 1), (2, 1), (1, 3), (2, 2)][number % 4]
+    # Each with one token and with several, with and without a mask.
+    key_heads, group = [(2, 1), (1, 3), (2, 2), (3, 2)][number // 2 % 4]
     value_heads, taps = key_heads * group, 4 if number % 3 else draw.integer(2, 4)
     num_tokens = 1 if number % 2 else draw.integer(2, 8)
     channels = 2 * key_heads * key_dim + value_heads * value_dim

@@ -76,7 +76,7 @@ def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
     from mlx_lm import convert as mlx_lm_convert
 
     from qwen35_mlx.convert import convert, plan
-    from qwen35_mlx.convert.calibration import calibrate
+    from qwen35_mlx.convert.calibrate import calibrate
     from qwen35_mlx.convert.fit import fit
 
     folders = {"bf16": convert(source, home / "bf16", dtype="bfloat16")}

@@ -1,5 +1,6 @@
-"""How far a quantized model's predictions are from those of its reference."""
+"""Divergence of a quantized model's predictions from its reference: KL, agreement, perplexity."""
 
+import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -14,26 +15,29 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 def kl_divergence(reference: mx.array, quantized: mx.array) -> mx.array:
     """KL(reference || quantized) in nats of logits `[..., vocab]` -> `[...]`, never below 0."""
-    p, q = log_probabilities(reference), log_probabilities(quantized)
+    return _kl(log_probabilities(reference), log_probabilities(quantized))
+
+
+def _kl(p: mx.array, q: mx.array) -> mx.array:
     return mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0)
 
 
 @dataclass
-class Fidelity:
-    """Collects token by token; the totals are properties."""
+class Divergence:
+    """Collects figures of single tokens; its properties are the totals."""
 
     kls: list[np.ndarray] = field(default_factory=list)
     agreements: list[np.ndarray] = field(default_factory=list)
-    # Of the tokens that really follow; the last position of a text has none.
+    # In nats, of the tokens that follow in the text; the last position of a text has none.
     reference_losses: list[np.ndarray] = field(default_factory=list)
     quantized_losses: list[np.ndarray] = field(default_factory=list)
 
     def add(self, reference: mx.array, quantized: mx.array, following: mx.array) -> None:
-        """Logits `[N, vocab]` of both, and the id that follows each, -1 where none does."""
+        """Add logits `[N, vocab]` of both; `following` are the ids that follow, -1 for none."""
         p, q = log_probabilities(reference), log_probabilities(quantized)
         known = np.array(following) >= 0
         ids = mx.maximum(following, 0)[:, None]
-        self.kls.append(np.array(mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0)))
+        self.kls.append(np.array(_kl(p, q)))
         self.agreements.append(np.array(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)))
         for logs, losses in ((p, self.reference_losses), (q, self.quantized_losses)):
             losses.append(-np.array(mx.take_along_axis(logs, ids, axis=-1))[:, 0][known])
@@ -49,20 +53,20 @@ class Fidelity:
 
     @property
     def p99_kl(self) -> float:
-        """99 of 100 tokens have at most this, in nats."""
+        """99 % of the tokens have at most this KL, in nats."""
         return float(np.percentile(np.concatenate(self.kls), 99))
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens where both would say the same, greedily."""
+        """Share of tokens for which both models predict the same most likely token."""
         return float(np.concatenate(self.agreements).mean())
 
     @property
     def perplexities(self) -> tuple[float, float]:
         """Of the reference and of the quantized model on the text; NaN for a single token."""
-        reference, quantized = map(np.concatenate, (self.reference_losses, self.quantized_losses))
-        if not len(reference):
-            return float("nan"), float("nan")
-        return float(np.exp(reference.mean(dtype=np.float64))), float(
-            np.exp(quantized.mean(dtype=np.float64))
-        )
+        return _perplexity(self.reference_losses), _perplexity(self.quantized_losses)
+
+
+def _perplexity(losses: list[np.ndarray]) -> float:
+    nats = np.concatenate(losses)
+    return float(np.exp(nats.mean(dtype=np.float64))) if len(nats) else math.nan

@@ -1,4 +1,4 @@
-"""What calibration collects: second moments of inputs, Hessians, errors of options."""
+"""Statistics of a calibration: second moments of inputs, Hessians, the error of each setting."""
 
 # N rows, I inputs, E experts.
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.files import replacing
+from qwen35_mlx.quantization import BITS, GROUP_SIZES
 
-from .affine import BITS, GROUP_SIZES, dequantize, quantize
+from .affine import dequantize, quantize
 
 FORMAT = "qwen35-mlx calibration 1"
-# An expert's own tokens count against this many typical ones of its layer.
+# Tokens of the layer's average that are added to those of each expert.
 FLOOR_TOKENS = 16
 SAMPLE_WEIGHTS = 2**16
 MAX_HESSIAN_BYTES = 3 * 10**9
@@ -34,22 +35,22 @@ _READ_HIDDEN = ("out_proj", "o_proj", "down_proj")
 
 
 def unit_of(module: str) -> str:
-    """The module whose setting it shares: gate and up are one matrix to a fused kernel."""
+    """The module whose setting this one shares: a fused kernel reads gate and up as one matrix."""
     stem, _, last = module.rpartition(".")
     return f"{stem}.gate_proj" if last == "up_proj" else module
 
 
 def input_name(module: str) -> str | None:
-    """`….mlp.up_proj` -> `….mlp.input`: the name of what a module reads, None if unknown."""
+    """Name of a module's input, `….mlp.up_proj` -> `….mlp.input`; None if it has no statistics."""
     parent, _, last = module.rpartition(".")
     if last in _READ_HIDDEN:
         return f"{parent}.hidden"
-    # Router, shared expert and its gate read what the layer's norm wrote.
+    # Router, shared expert and its gate read the output of the layer's norm.
     return f"{parent.removesuffix('.shared_expert')}.input" if last in _READ_INPUT else None
 
 
 class Moments:
-    """Sums over tokens of x^2, or of x x^T, for one input; by expert if there are several."""
+    """Sums over tokens of x^2, and of x x^T with `hessian`, for one input; one sum per expert."""
 
     def __init__(self, inputs: int, num_experts: int = 0, hessian: bool = False):
         self.counts = np.zeros(max(num_experts, 1), dtype=np.int64)
@@ -60,7 +61,7 @@ class Moments:
         self.outer = mx.zeros((num_hessians, inputs, inputs)) if hessian else None
 
     def add(self, x: mx.array, experts: mx.array | None = None) -> None:
-        """Rows `[N, I]`, and for experts the index of each, `[N]`."""
+        """Add rows `[N, I]`; `experts [N]` are the experts that read them."""
         x = x.astype(mx.float32)
         owners = np.zeros(x.shape[0], np.int64) if experts is None else np.array(experts)
         self.counts += np.bincount(owners, minlength=len(self.counts))
@@ -73,14 +74,14 @@ class Moments:
         mx.eval(self.sums, self.outer if self.outer is not None else [])
 
     def means(self) -> mx.array:
-        """Mean of x^2, `[I]` or `[E, I]`; experts with few tokens lean on all others'."""
+        """Mean of x^2, `[I]` or `[E, I]`; with few tokens pulled to the mean."""
         return self._means(self.sums, FLOOR_TOKENS)
 
     def hessians(self) -> mx.array | None:
-        """Mean of x x^T, `[I, I]`, or `[E, I, I]` with a floor that grows with I."""
+        """Mean of x x^T, `[I, I]`, or `[E, I, I]`; pulled more strongly."""
         if self.outer is None:
             return None
-        # Fewer tokens than inputs leave directions that error feedback would think free.
+        # With fewer tokens than inputs, error feedback would treat unseen directions as free.
         return self._means(self.outer, max(FLOOR_TOKENS, self.outer.shape[-1] // 2))
 
     def _means(self, sums: mx.array, floor: int) -> mx.array:
@@ -93,27 +94,27 @@ class Moments:
 
 @dataclass
 class Calibration:
-    """What is known about a source; arrays by the names of inputs, errors by those of modules."""
+    """All statistics of a source; arrays by name of input, errors by name of module."""
 
-    # Name of the source, digest of its modules' names and shapes, and of the token ids.
+    # Name of the source, digest of its modules' names and shapes, digest of the token ids.
     source: str
     layout: str
     text: str
     num_tokens: int
     moments: dict[str, mx.array] = field(default_factory=dict)
     hessians: dict[str, mx.array] = field(default_factory=dict)
-    # Share of the output's energy that an option loses, and KL in nats where it was measured; with
-    # error feedback where there are Hessians.
+    # Share of the output's energy that a setting loses, and KL in nats where it was measured. With
+    # Hessians both are those of error feedback.
     errors: dict[str, dict[Setting, float]] = field(default_factory=dict)
     kls: dict[str, dict[Setting, float]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Differs where what was found out differs."""
+        """Digest of everything but the arrays."""
         return hashlib.sha256(repr(sorted(_metadata(self).items())).encode()).hexdigest()[:16]
 
     def of(self, module: str, expert: int | None = None) -> tuple[mx.array | None, mx.array | None]:
-        """Second moments `[I]` and Hessian `[I, I]` of a module's input, of one of its experts."""
+        """Second moments and Hessian of a module's input; with `expert`, those of that expert."""
         name = input_name(module) or ""
         moments, hessian = self.moments.get(name), self.hessians.get(name)
         if expert is not None:
@@ -139,12 +140,10 @@ def load(path: Path) -> Calibration:
     try:
         read: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = read
-        # Now, for all threads: an array waiting to be read belongs to one.
+        # Now, for all threads: an unevaluated array belongs to one.
         mx.eval(arrays)
-        if metadata.get("format") != FORMAT:
-            raise Qwen35Error(
-                f"{path} is no calibration", got=metadata.get("format"), expected=FORMAT, hint=hint
-            )
+        if (found := metadata.get("format")) != FORMAT:
+            raise ValueError(f"format {found}, expected {FORMAT}")
         calibration = Calibration(
             metadata["source"],
             metadata["layout"],
@@ -153,8 +152,6 @@ def load(path: Path) -> Calibration:
             errors=_parse(metadata["errors"]),
             kls=_parse(metadata["kls"]),
         )
-    except Qwen35Error:
-        raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Qwen35Error(f"{path} cannot be read as a calibration", got=error, hint=hint) from None
     for name, array in arrays.items():
@@ -183,22 +180,19 @@ def _dump(table: dict[str, dict[Setting, float]]) -> str:
 
 
 def _parse(text: str) -> dict[str, dict[Setting, float]]:
-    def setting(key: str) -> Setting:
-        bits, group_size = key.split(",")
-        return int(bits), int(group_size)
-
-    return {
-        name: {setting(key): float(v) for key, v in row.items()}
-        for name, row in json.loads(text).items()
-    }
+    table: dict[str, dict[Setting, float]] = {}
+    for name, row in json.loads(text).items():
+        keys = (key.split(",") for key in row)
+        settings = [(int(bits), int(group_size)) for bits, group_size in keys]
+        table[name] = dict(zip(settings, map(float, row.values()), strict=True))
+    return table
 
 
 def option_errors(w: mx.array, moments: mx.array | None) -> dict[Setting, float]:
-    """Share of the output's energy lost by each option that fits `w [..., I]`, when searched for.
+    """Share of the output's energy that `search` loses at each setting that fits `w [..., I]`.
 
-    Inputs are taken as uncorrelated, with `moments [I]` or `[E, I]`. A sample of rows is rounded as
-    mx.quantize does, its error scaled by what the search gains on Gaussian weights: 50 times
-    faster.
+    Assumes uncorrelated inputs with `moments [I]` or `[E, I]`. An estimate, 50 times faster than
+    the search: the error of mx.quantize on a sample of rows, times `search_gain`.
     """
     rows = w.reshape(-1, w.shape[-1])
     weight = mx.ones((1, w.shape[-1])) if moments is None else moments.reshape(-1, w.shape[-1])
@@ -223,7 +217,7 @@ def _minmax_errors(
 
 
 def rounded(w: mx.array, setting: Setting) -> mx.array:
-    """The weight as mx.quantize leaves it: a search takes 50 times as long, its gain is known."""
+    """The weight after mx.quantize and mx.dequantize."""
     bits, group_size = setting
     parts = mx.quantize(w, group_size=group_size, bits=bits)
     back = mx.dequantize(*parts, group_size=group_size, bits=bits)
@@ -233,19 +227,18 @@ def rounded(w: mx.array, setting: Setting) -> mx.array:
 
 @cache
 def typical_errors() -> dict[Setting, float]:
-    """Share of energy that each setting loses of Gaussian weights when searched for."""
+    """Share of energy that `search` loses at each setting on Gaussian weights."""
     w = _gaussian()
-    energy = mx.square(w).sum()
     errors = {}
-    for bits, group_size in SETTINGS:
-        back = dequantize(*quantize(w, bits, group_size, "search"), bits, group_size)
-        errors[bits, group_size] = float(mx.square(back - w).sum() / energy)
+    for setting in SETTINGS:
+        back = dequantize(*quantize(w, *setting, "search"), *setting)
+        errors[setting] = float(mx.square(back - w).sum() / mx.square(w).sum())
     return errors
 
 
 @cache
 def search_gain(bits: int, group_size: int) -> float:
-    """Error of the search relative to that of mx.quantize, on Gaussian weights."""
+    """Error of `search` relative to mx.quantize on Gaussian weights."""
     setting = bits, group_size
     plain = _minmax_errors(_gaussian(), mx.ones((1, 1)), [setting])
     return typical_errors()[setting] / plain[setting]

@@ -1,0 +1,230 @@
+"""Runs a text through a source checkpoint and collects statistics for quantization."""
+
+# B texts, T tokens, H hidden, I inputs of a matrix, E experts.
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from qwen35_mlx.config import read_config
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.model.language import DecoderLayer
+from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
+from qwen35_mlx.progress import StepProgress
+from qwen35_mlx.quant.divergence import kl_divergence
+from qwen35_mlx.quant.gptq import feedback_gain
+from qwen35_mlx.quant.statistics import (
+    Calibration,
+    Moments,
+    input_name,
+    option_errors,
+    rounded,
+    search_gain,
+    unit_of,
+)
+
+from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, watched
+
+TEXT_FILE = Path(__file__).parent / "calibration.txt"
+TEXT_TOKENS = 512
+# In models up to this size, each unit is quantized alone at these settings and its KL measured.
+MEASURED_PARAMETERS = 3 * 10**9
+MEASURED_BITS = (3, 5)
+MEASURED_GROUP_SIZES = (64, 32)
+MEASURED_TOKENS = 1024
+
+
+def read_text(file: Path | None) -> str:
+    """The text of a file, or the text that comes with this package."""
+    try:
+        return (file or TEXT_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Qwen35Error(f"{file} cannot be read", got=error, expected="text in UTF-8") from None
+
+
+def encode(folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None = None) -> mx.array:
+    """Token ids `[B, T]` of at most `most` tokens of a text, by the tokenizer of `folder`.
+
+    Lines of `---` separate passages. A passage `Q: … A: …` goes through the chat template. An
+    incomplete last row is left out.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise Qwen35Error(f"no checkpoint at {folder}", expected="a folder on this machine")
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
+    ids: list[int] = []
+    for passage in text.split("\n---\n"):
+        question, found, answer = passage.removeprefix("Q: ").partition("\nA: ")
+        if found and passage.startswith("Q: ") and getattr(tokenizer, "chat_template", None):
+            turns = [("user", question), ("assistant", answer)]
+            messages = [{"role": role, "content": content.strip()} for role, content in turns]
+            passage = tokenizer._tokenizer.apply_chat_template(messages, tokenize=False)
+        ids += tokenizer.encode(passage, add_special_tokens=False)
+    ids = ids[:most]
+    if len(ids) < 2:
+        got = f"{len(ids)} tokens"
+        raise Qwen35Error("the text is too short", got=got, expected="2 tokens or more")
+    vocab = (config.get("text_config") or config)["vocab_size"]
+    if max(ids) >= vocab:
+        raise Qwen35Error(
+            "the tokenizer produces ids that the model does not have",
+            got=max(ids),
+            expected=f"below {vocab}",
+        )
+    length = min(length, len(ids))
+    num_rows = len(ids) // length
+    return mx.array(ids[: num_rows * length]).reshape(num_rows, length)
+
+
+def calibrate(
+    source: str | Path,
+    ids: mx.array,
+    *,
+    hessians: bool = False,
+    measure: bool | None = None,
+    progress: StepProgress = lambda done, total, step: None,
+) -> Calibration:
+    """Statistics of every matrix's inputs for ids `[B, T]`, and the error of each setting.
+
+    Holds one layer of the source (12.9 GB of the 397B in bf16, and 4.3 GB more while its largest
+    stack is assembled), its moments, and B * T * H activations; with `hessians`, I * I float32 for
+    each input, for each expert where that is less than 3 GB. `measure` (default: up to 3 B
+    parameters) adds the KL of each unit quantized alone, and holds the whole model.
+    """
+    checkpoint = SourceCheckpoint(Path(source).expanduser())
+    if measure is None:
+        measure = checkpoint.num_parameters <= MEASURED_PARAMETERS
+    calibrator = _Calibrator(checkpoint, ids, hessians, progress)
+    calibrator.collect_all(keep=measure)
+    if measure:
+        calibrator.measure_all()
+    return calibrator.result
+
+
+class _Calibrator:
+    def __init__(
+        self, checkpoint: SourceCheckpoint, ids: mx.array, hessians: bool, progress: StepProgress
+    ):
+        self.checkpoint, self.ids, self.hessians = checkpoint, ids, hessians
+        self.progress, self.model = progress, Layerwise(checkpoint)
+        planned = checkpoint.plan
+        digest = hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+        self.result = Calibration(planned.source.origin["source"], planned.layout, digest, ids.size)
+        # By module, what error feedback will leave of the error.
+        self.gains: dict[str, float] = {}
+        # Of the texts that are measured: inputs of each layer, then of the head.
+        self.num_measured = max(MEASURED_TOKENS // ids.shape[1], 1)
+        self.layers: list[DecoderLayer] = []
+        self.inputs: list[list[mx.array]] = []
+
+    def collect_all(self, keep: bool) -> None:
+        """Collect statistics layer by layer; `keep` layers and inputs to measure them."""
+        hidden = self.model.embed(self.ids)
+        num_layers = self.checkpoint.config.num_hidden_layers
+        for index in range(num_layers):
+            self.progress(index, num_layers, f"layer {index}")
+            layer = self.model.layer(index)
+            if keep:
+                self.layers.append(layer)
+                self.inputs.append(hidden[: self.num_measured])
+            with self._collecting(layer, LAYER.format(index)):
+                hidden = run_layer(layer, hidden)
+        self.inputs.append(hidden[: self.num_measured])
+        with self._collecting(self.model.ends, ""):
+            for _, _, logits in self.model.logits(hidden):
+                mx.eval(logits)
+
+    @contextmanager
+    def _collecting(self, root: nn.Module, prefix: str) -> Iterator[None]:
+        """Moments of all inputs within `root` while the block runs, then the errors of settings."""
+        moments: dict[str, Moments] = {}
+        first: dict[str, str] = {}
+
+        def record(module: str, x: mx.array, args: tuple[Any, ...]) -> None:
+            name = input_name(prefix + module)
+            # Modules that share an input are called with the same rows: only the first counts.
+            if name is None or first.setdefault(name, module) != module:
+                return
+            experts = None
+            if args:
+                # For few tokens, one row is passed for all experts of its token.
+                x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
+            if name not in moments:
+                num_experts = 0 if experts is None else self.checkpoint.config.num_experts
+                moments[name] = Moments(x.shape[-1], num_experts, self.hessians)
+            moments[name].add(x.reshape(-1, x.shape[-1]), experts)
+
+        with watched(root, record):
+            yield
+        result = self.result
+        for name, moment in moments.items():
+            result.moments[name] = moment.means()
+            if (hessian := moment.hessians()) is not None:
+                result.hessians[name] = hessian
+        for path, matrix in matrices(root).items():
+            if (module := prefix + path) in self.checkpoint.quantizable:
+                second, hessian = result.of(module)
+                gain = self.gains[module] = 1.0 if hessian is None else feedback_gain(hessian)
+                errors = option_errors(matrix.weight, second)
+                result.errors[module] = {setting: gain * error for setting, error in errors.items()}
+        mx.eval(result.moments, result.hessians)
+
+    def measure_all(self) -> None:
+        """KL of each unit alone: round its weights, run from there to the logits, compare."""
+        reference = [logits for _, _, logits in self.model.logits(self.inputs[-1])]
+        mx.eval(reference)
+        # Modules by unit, and the first layer that has to run again.
+        units: dict[str, dict[str, nn.Module]] = {}
+        starts: dict[str, int] = {}
+        layers = [(layer, LAYER.format(i), i) for i, layer in enumerate(self.layers)]
+        for root, prefix, index in [(self.model.ends, "", -1), *layers]:
+            for path, module in matrices(root).items():
+                if (name := prefix + path) in self.result.errors:
+                    units.setdefault(unit_of(name), {})[name] = module
+                    is_head = name.endswith("lm_head")
+                    starts[unit_of(name)] = len(self.layers) if is_head else index
+        for done, (unit, members) in enumerate(units.items()):
+            modules = list(members.values())
+            gain = sum(self.gains[name] for name in members) / len(members)
+            for bits in MEASURED_BITS:
+                self.progress(done, len(units), f"{unit} at {bits} bits")
+                setting = bits, _group_size(modules)
+                kl = self._kl(modules, setting, starts[unit], reference)
+                # Rounded by mx.quantize: search and error feedback will lose less.
+                kl *= gain * search_gain(*setting)
+                self.result.kls.setdefault(unit, {})[setting] = kl
+
+    def _kl(
+        self,
+        modules: Sequence[nn.Module],
+        setting: tuple[int, int],
+        start: int,
+        reference: Sequence[mx.array],
+    ) -> float:
+        """Mean KL with these modules rounded; runs the layers from `start` on, -1 the embedding."""
+        weights = [module.weight for module in modules]
+        for module in modules:
+            module.weight = rounded(module.weight, setting)
+        hidden = (
+            self.inputs[start] if start >= 0 else self.model.embed(self.ids[: self.num_measured])
+        )
+        for layer in self.layers[max(start, 0) :]:
+            hidden = run_layer(layer, hidden)
+        logits = (logits for _, _, logits in self.model.logits(hidden))
+        kls = [kl_divergence(*pair) for pair in zip(reference, logits, strict=True)]
+        mean = float(mx.concatenate(kls).mean())
+        for module, weight in zip(modules, weights, strict=True):
+            module.weight = weight
+        return mean
+
+
+def _group_size(modules: Sequence[nn.Module]) -> int:
+    widths = [module.weight.shape[-1] for module in modules]
+    return next(g for g in MEASURED_GROUP_SIZES if all(width % g == 0 for width in widths))

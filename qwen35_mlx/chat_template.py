@@ -1,0 +1,99 @@
+"""Chat templates: found in a model's folder, compiled in a sandbox, rendered."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import read_object
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+TEMPLATE_FILE, LEGACY_FILE = "chat_template.jinja", "chat_template.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a folder by name; empty where it has none.
+
+    As in transformers, files come before tokenizer_config.json. The chat_template.json that older
+    processors wrote comes last.
+    """
+    files = {}
+    if (folder / TEMPLATE_FILE).exists():
+        files[DEFAULT] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        files[file.stem] = file.read_text(encoding="utf-8")
+    if DEFAULT in files:
+        return files
+    templates = _named(tokenizer_config.get("chat_template"))
+    if not templates and (folder / LEGACY_FILE).exists():
+        templates = _named(read_object(folder / LEGACY_FILE).get("chat_template"))
+    return templates | files
+
+
+def _named(value: Any) -> dict[str, str]:
+    """Templates by name, of a text, of a mapping, or of a list of `{"name", "template"}`."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    if isinstance(value, list):
+        value = {item["name"]: item["template"] for item in value}
+    if not all(isinstance(template, str) for template in value.values()):
+        raise ValueError("chat_template holds something else than texts")
+    return dict(value)
+
+
+def render(template: str, messages: list[Any], **variables: Any) -> str:
+    """What the template makes of the messages; raises whatever the template raises."""
+    return _compiled(template).render(messages=messages, **variables)
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> "Template":
+    # Here: programs that render nothing start without it.
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what a model is trained on; here it means nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    # The settings and names that templates are written for.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return environment.from_string(template)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`: without jinja's escapes for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,66 @@
+"""A model folder by its path or hub id; what does not run is refused before weights are fetched."""
+
+import re
+from collections.abc import Iterable
+from glob import escape
+from pathlib import Path
+
+from ..config import ModelConfig, read_config
+from ..errors import CheckpointError
+from ..formats import is_named_by_mlx, refuse_foreign
+from ..headers import INDEX_FILE, read_index, weight_files
+
+# Not *.py: nothing that comes with a checkpoint is run.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt")
+
+
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; anything shaped like `owner/name` from the hub or its cache."""
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_hub_id)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        raise CheckpointError(
+            f"no model at {name}",
+            got="a file" if folder.exists() else "no such folder",
+            expected="a converted folder, or a hub id such as owner/name",
+        )
+    folder = _download(name, revision, SMALL_FILES)
+    config = read_config(folder)
+    ModelConfig.from_hf(config)
+    if (folder / INDEX_FILE).exists():
+        index = read_index(folder / INDEX_FILE)
+        refuse_foreign(config, index)
+        if not is_named_by_mlx(index) and not any(n.endswith(".scales") for n in index):
+            raise not_converted(name)
+        # The names of files are plain, and no pattern.
+        return _download(name, revision, (*SMALL_FILES, *map(escape, sorted({*index.values()}))))
+    folder = _download(name, revision, (*SMALL_FILES, "model*.safetensors"))
+    if weight_files(folder):
+        return folder
+    return _download(name, revision, (*SMALL_FILES, "*.safetensors"))
+
+
+def not_converted(origin: str | Path) -> CheckpointError:
+    """The refusal of a checkpoint that `convert` takes."""
+    return CheckpointError(
+        f"{origin} holds a checkpoint that is not converted",
+        got="weights as Hugging Face has them",
+        expected="a folder that qwen35-mlx or mlx-lm wrote",
+        hint=f"run: qwen35-mlx convert {origin} OUT",
+    )
+
+
+def _download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    # Whatever goes wrong between here and the hub has its own class.
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot get {name} from the hub",
+            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            expected="a folder on this machine, or a hub id that it can reach",
+        ) from error

@@ -1,0 +1,405 @@
+"""The cache of one layer, in mlx-lm's protocol: keys and values, or recurrent states.
+
+B batch, H key/value heads, S cached tokens, T new tokens, D head dim. mlx-lm's generators, its
+batches and its cache files find the names, attributes and states of its own classes here.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self, cast
+
+import mlx.core as mx
+
+STEP = 256
+
+
+class LayerCache:
+    """What all three have in common."""
+
+    # Everything that has to be evaluated, moved or stored; set it to restore the cache.
+    state: Any
+
+    @classmethod
+    def from_state(cls, state: Any) -> Self:
+        """A cache that continues at `state`."""
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    def is_trimmable(self) -> bool:
+        """Whether `trim` can forget the last tokens."""
+        return False
+
+    def size(self) -> int:
+        """How many tokens are held; 0 where that is not known."""
+        return 0
+
+
+def capacity(num_tokens: int) -> int:
+    """Room for `num_tokens` and those that follow: an eighth more, at least to the next 256.
+
+    Geometric growth keeps the number of buffers logarithmic; a freed buffer fits no later one.
+    """
+    return -(-(num_tokens + num_tokens // 8) // STEP) * STEP
+
+
+def grown(buffer: mx.array | None, used: int, new: mx.array) -> mx.array:
+    """A buffer `[B, H, >= used + T, D]` whose first `used` tokens are those of `buffer`."""
+    batch, heads, num_tokens, dim = new.shape
+    needed = used + num_tokens
+    if buffer is not None and needed <= buffer.shape[2]:
+        return buffer
+    if buffer is None or used == 0:
+        return mx.zeros((batch, heads, capacity(needed), dim), new.dtype)
+    room = mx.zeros((batch, heads, capacity(needed) - used, dim), new.dtype)
+    return mx.concatenate([buffer[..., :used, :], room], axis=2)
+
+
+class KeysAndValues(LayerCache):
+    """Buffers `[B, H, room, D]` that grow; which part is in use, the subclasses know."""
+
+    keys: mx.array | None = None
+    values: mx.array | None = None
+
+    def _append(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
+        """Write `[B, H, T, D]` behind the first `start` tokens; returns all up to there."""
+        end = start + keys.shape[2]
+        self.keys, self.values = grown(self.keys, start, keys), grown(self.values, start, values)
+        self.keys[..., start:end, :] = keys
+        self.values[..., start:end, :] = values
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def empty(self) -> bool:
+        """Whether nothing was ever read."""
+        return self.keys is None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of keys and values, with their room to grow."""
+        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
+
+
+class KVCache(KeysAndValues):
+    """Keys and values of one sequence, or of rows of equal length."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
+        held = self._append(keys, values, self.offset)
+        self.offset += keys.shape[2]
+        return held
+
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None, int]:
+        return self.keys, self.values, self.offset
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.keys, self.values, self.offset = value
+
+    def trim(self, num_tokens: int) -> int:
+        """Forget the last tokens; returns how many."""
+        num_tokens = min(self.offset, num_tokens)
+        self.offset -= num_tokens
+        return num_tokens
+
+    def make_mask(
+        self, num_tokens: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """What T new tokens may see, as MLX's attention takes it."""
+        if return_array or window_size is not None:
+            return causal_mask(num_tokens, self.offset, window_size=window_size)
+        return None if num_tokens == 1 else "causal"
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """For mlx-lm's option kv_bits: its own cache that quantizes what it holds."""
+        # Never reached from this program; whoever calls it has mlx-lm.
+        from mlx_lm.models.cache import KVCache as Theirs
+
+        return Theirs.from_state(self.state).to_quantized(group_size, bits)
+
+    def size(self) -> int:
+        return self.offset
+
+    @staticmethod
+    def merge(caches: Sequence[Any]) -> "BatchKVCache":
+        """One batch of several sequences, padded at their start."""
+        longest = max(c.offset for c in caches)
+        batch = BatchKVCache([longest - c.offset for c in caches])
+        if longest:
+            batch.keys, batch.values = (
+                in_line([(getattr(c, name), 1, c.offset) for c in caches], longest)
+                for name in ("keys", "values")
+            )
+            batch.offset = batch.offset + longest
+            batch._idx = longest
+        return batch
+
+
+def in_line(parts: Sequence[tuple[mx.array | None, int, int]], end: int) -> mx.array:
+    """Stack buffers so that all end at `end`; parts: buffer, number of rows, tokens used."""
+    known = next(buffer for buffer, _, _ in parts if buffer is not None)
+    heads, dim, dtype = known.shape[1], known.shape[3], known.dtype
+    stacked = []
+    for buffer, rows, used in parts:
+        padding = mx.zeros((rows, heads, end - used, dim), dtype)
+        if buffer is not None and used:
+            padding = mx.concatenate([padding, buffer[..., :used, :]], axis=2)
+        stacked.append(padding)
+    return mx.concatenate(stacked)
+
+
+def causal_mask(
+    num_tokens: int,
+    offset: int,
+    *,
+    left_padding: mx.array | None = None,
+    window_size: int | None = None,
+    **unused: Any,
+) -> mx.array:
+    """True where a query may look: `[T, S + T]`, or `[B, 1, T, S + T]` with paddings `[B]`."""
+    keys = mx.arange(offset + num_tokens)
+    queries = mx.arange(offset, offset + num_tokens)[:, None]
+    mask = keys <= queries
+    if window_size is not None:
+        mask = mask & (queries < keys + window_size)
+    if left_padding is not None:
+        mask = mask & (keys >= left_padding.reshape(-1, 1, 1, 1))
+    return mask
+
+
+class BatchKVCache(KeysAndValues):
+    """Keys and values of rows of different lengths: padded at their start, ends in line.
+
+    `offset` `[B]` counts each row's own tokens, negative while only padding was read; `_idx` is
+    the common end in the buffers. Both, and `left_padding`, have mlx-lm's names.
+    """
+
+    _right_padding: mx.array | None = None
+
+    def __init__(self, left_padding: Iterable[int]) -> None:
+        padding = list(left_padding)
+        self.left_padding = mx.array(padding)
+        self.offset = mx.array([-n for n in padding])
+        self._idx = 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
+        held = self._append(keys, values, self._idx)
+        self._idx += keys.shape[2]
+        self.offset = self.offset + keys.shape[2]
+        return held
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Announce padding at the start of the next tokens or, until `finalize`, at their end."""
+        if left_padding is not None:
+            if self.keys is not None:
+                raise ValueError("left padding needs a cache that has read nothing")
+            padding = mx.array(list(left_padding))
+            self.left_padding = self.left_padding + padding
+            self.offset = self.offset - padding
+        if right_padding is not None and max(right_padding) > 0:
+            self._right_padding = mx.array(list(right_padding))
+
+    def finalize(self) -> None:
+        """Turn the padding at the rows' ends into padding at their starts."""
+        if (padding := self._right_padding) is None:
+            return
+        self._right_padding = None
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (self._rolled(a, padding) for a in (self.keys, self.values))
+        self.offset = self.offset - padding
+        self.left_padding = self.left_padding + padding
+
+    def _rolled(self, buffer: mx.array, shifts: mx.array) -> mx.array:
+        """Each row moved towards its end by its own shift; what falls off the end comes first."""
+        used = buffer[..., : self._idx, :]
+        sources = (mx.arange(self._idx) - shifts[:, None]) % self._idx
+        return mx.take_along_axis(used, sources[:, None, :, None], axis=2)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.keys, self.values, self.offset, self.left_padding, self._idx
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.keys, self.values, self.offset, self.left_padding, self._idx = value
+
+    def trim(self, num_tokens: int) -> int:
+        """Forget the last tokens of every row; returns how many."""
+        num_tokens = min(self._idx, num_tokens)
+        self._idx -= num_tokens
+        self.offset = self.offset - num_tokens
+        return num_tokens
+
+    def make_mask(self, num_tokens: int, return_array: bool = False, **options: Any) -> mx.array:
+        """What T new tokens of each row may see, `[B, 1, T, S + T]`."""
+        return causal_mask(num_tokens, self._idx, left_padding=self.left_padding, **options)
+
+    def filter(self, rows: Any) -> None:
+        """Keep these rows only, and no more padding than they need."""
+        self.offset, self.left_padding = self.offset[rows], self.left_padding[rows]
+        spare = min(cast(list[int], self.left_padding.tolist()), default=0)
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys[rows][..., spare:, :]
+            self.values = self.values[rows][..., spare:, :]
+            self._idx -= spare
+            self.left_padding = self.left_padding - spare
+
+    def extend(self, other: "BatchKVCache") -> None:
+        """Append the rows of another batch."""
+        end = max(self._idx, other._idx)
+        if end:
+            self.keys, self.values = (
+                in_line([(getattr(c, name), c.offset.size, c._idx) for c in (self, other)], end)
+                for name in ("keys", "values")
+            )
+        padding = [c.left_padding + (end - c._idx) for c in (self, other)]
+        self.left_padding = mx.concatenate(padding)
+        self.offset = mx.concatenate([self.offset, other.offset])
+        self._idx = end
+
+    def extract(self, row: int) -> KVCache:
+        """One row as a cache of its own."""
+        cache = KVCache()
+        if self.keys is not None and self.values is not None:
+            start = int(cast(int, self.left_padding[row].item()))
+            cache.keys, cache.values = (
+                mx.contiguous(a[row : row + 1, :, start : self._idx])
+                for a in (self.keys, self.values)
+            )
+            cache.offset = self._idx - start
+        return cache
+
+    merge = KVCache.merge
+
+    def size(self) -> int:
+        return self._idx
+
+
+class ArraysCache(LayerCache):
+    """The states of a recurrent layer: replaced at each step, never written in place.
+
+    `left_padding` and `lengths` `[B]` are how many of the next tokens are padding, and how many
+    are left before the padding at a row's end.
+    """
+
+    def __init__(self, size: int, left_padding: Sequence[int] | None = None) -> None:
+        self.cache: list[Any] = [None] * size
+        self.left_padding = mx.array(list(left_padding)) if left_padding else None
+        self.lengths: mx.array | None = None
+
+    def __getitem__(self, index: int) -> Any:
+        return self.cache[index]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.cache[index] = value
+
+    @property
+    def batch_size(self) -> int:
+        """The number of rows; 1 while nothing tells."""
+        known = (*self.cache, self.left_padding, self.lengths)
+        return next((a.shape[0] for a in known if a is not None), 1)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        return self.cache, self.left_padding, self.lengths
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.cache, self.left_padding, self.lengths = value
+
+    def make_mask(self, num_tokens: int) -> mx.array | None:
+        """False at padding, `[B, T]`; None where there is none."""
+        positions = mx.arange(num_tokens)
+        mask = None
+        if self.left_padding is not None:
+            mask = positions >= self.left_padding[:, None]
+        if self.lengths is not None:
+            inside = positions < self.lengths[:, None]
+            mask = inside if mask is None else mask & inside
+        return mask
+
+    def prepare(self, lengths: Sequence[int] | None = None, **unused: Any) -> None:
+        """Announce how many tokens of each row come before the padding at its end."""
+        self.lengths = None if lengths is None else mx.array(list(lengths))
+
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens that were read."""
+        if self.left_padding is not None:
+            self.left_padding = self.left_padding - num_tokens
+        if self.lengths is not None:
+            self.lengths = self.lengths - num_tokens
+
+    def finalize(self) -> None:
+        """No more padding comes."""
+        self.left_padding = self.lengths = None
+
+    def filter(self, rows: Any) -> None:
+        """Keep these rows only."""
+        kept = [None if a is None else a[rows] for a in (*self.cache, *self._paddings)]
+        *self.cache, self.left_padding, self.lengths = kept
+
+    def extend(self, other: "ArraysCache") -> None:
+        """Append the rows of another batch; a state that one side lacks is zero there."""
+        sizes = self.batch_size, other.batch_size
+
+        def joined(pair: tuple[mx.array | None, mx.array | None]) -> mx.array | None:
+            known = next((a for a in pair if a is not None), None)
+            if known is None:
+                return None
+            return mx.concatenate(
+                [
+                    mx.zeros((size, *known.shape[1:]), known.dtype) if a is None else a
+                    for a, size in zip(pair, sizes, strict=True)
+                ]
+            )
+
+        mine, theirs = (*self.cache, *self._paddings), (*other.cache, *other._paddings)
+        pairs = zip(mine, theirs, strict=True)
+        *self.cache, self.left_padding, self.lengths = map(joined, pairs)
+
+    def extract(self, row: int) -> "ArraysCache":
+        """One row as a cache of its own."""
+        cache = ArraysCache(len(self.cache))
+        cache.cache = [None if a is None else a[row : row + 1] for a in self.cache]
+        return cache
+
+    @staticmethod
+    def merge(caches: Sequence[Any]) -> "ArraysCache":
+        """One batch of several sequences."""
+        batch = ArraysCache(len(caches[0].cache), [0] * len(caches))
+        if all(cache.empty() for cache in caches):
+            return batch
+        batch.left_padding = None
+        for index in range(len(batch.cache)):
+            states = [cache[index] for cache in caches]
+            known = next((a for a in states if a is not None), None)
+            if known is not None:
+                batch[index] = mx.concatenate(
+                    [mx.zeros_like(known) if a is None else a for a in states]
+                )
+        return batch
+
+    @property
+    def _paddings(self) -> tuple[mx.array | None, mx.array | None]:
+        return self.left_padding, self.lengths
+
+    def empty(self) -> bool:
+        """Whether nothing was ever read."""
+        return self.cache[0] is None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states."""
+        return sum(a.nbytes for a in self.cache if a is not None)

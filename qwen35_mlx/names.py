@@ -1,0 +1,56 @@
+"""Tensor names without the prefixes that different programs put before them."""
+
+import re
+from collections.abc import Mapping
+from itertools import dropwhile
+from typing import TypeVar
+
+from .errors import CheckpointError
+
+T = TypeVar("T")
+
+# First components that name no part of the model, in any number and order.
+PREFIXES = ("model", "language_model", "module", "base_model")
+# Components that torch.compile and FSDP put anywhere.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+TRUNK = ("embed_tokens", "layers", "norm")
+ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
+
+
+def bare(name: str) -> str:
+    """`model.language_model.layers.0.x` -> `layers.0.x`; a name of no known part as it is."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    parts = list(dropwhile(lambda part: part in PREFIXES, parts))
+    return ".".join(parts) if parts and parts[0] in ROOTS else name
+
+
+def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The same tensors under their bare names; two names for one tensor are refused."""
+    names: dict[str, str] = {}
+    for name in tensors:
+        other = names.setdefault(bare(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"two tensors are named {bare(name)} once prefixes are left out",
+                got=f"{other} and {name}",
+                expected="one of them",
+            )
+    return {short: tensors[name] for short, name in names.items()}
+
+
+def output_name(short: str) -> str:
+    """The name that mlx-lm and mlx-vlm know for a bare name."""
+    root = short.partition(".")[0]
+    if root in TRUNK:
+        return f"language_model.model.{short}"
+    return f"language_model.{short}" if root == "lm_head" else short
+
+
+def fold(name: str) -> str:
+    """The name with layer and expert numbers replaced by `*`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in name.split(".")]

@@ -1,0 +1,382 @@
+"""Match the tensors of a checkpoint, whoever wrote it, to the parameters of the model."""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from .config import ModelConfig
+from .errors import CheckpointError
+from .formats import ACTIVATION_SCALE, BUFFER, SCALE, Block, fp8_block, is_mlx_layout
+from .headers import FLOATS, FP8, SourceTensor, some
+from .names import TRUNK, bare, by_bare_name, fold, natural, output_name
+from .quantization import MODES, Claims, Quantization, infer
+from .tensor_table import Role, Row, Transform, filled, model_sizes, output_shape, shape_of, walk
+
+log = logging.getLogger(__name__)
+
+MAX_PROBLEM_LINES = 20
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start_row` to `stop_row` of one source tensor; FP8 has scales, one for each `block`."""
+
+    tensor: SourceTensor
+    start_row: int
+    stop_row: int
+    scale: SourceTensor | None = None
+    block: Block | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop_row - self.start_row) * self.tensor.row_bytes
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """Where its bytes lie."""
+        return frozenset(t.file for t in (self.tensor, self.scale) if t)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the output: row segments of the source, one after the other."""
+
+    name: str
+    shape: tuple[int, ...]
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A parameter of the model, `shape` as if it were not quantized.
+
+    Its parts are one tensor, or weight, scales and biases if the source is quantized by MLX.
+    """
+
+    name: str
+    row: Row
+    transform: Transform
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    quantization: Quantization | None = None
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.parts[0].segments
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All tensors of a checkpoint in layer order, and what wrote them."""
+
+    config: ModelConfig
+    matches: list[Match]
+    # Heads beside tied embeddings, each with the part of the embedding that it must equal.
+    copies: list[tuple[SourceTensor, SourceTensor]]
+    is_mlx: bool
+
+    @property
+    def quantizations(self) -> dict[str, Quantization]:
+        """Of each module that the source holds quantized."""
+        return {m.module: m.quantization for m in self.matches if m.quantization}
+
+    @property
+    def text_matches(self) -> list[Match]:
+        """The parameters of the text model."""
+        return [match for match in self.matches if match.row.role is not Role.CARRIED]
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the model runs from these files as they are."""
+        return self.is_mlx or any(match.quantization for match in self.matches)
+
+
+def resolve(raw_config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) -> Resolved:
+    """Match every tensor to the table.
+
+    Missing, unknown and misshapen tensors are collected and raised as one CheckpointError.
+    """
+    config = ModelConfig.from_hf(raw_config)
+    block = fp8_block(raw_config, tensors)
+    return _Resolver(config, raw_config, by_bare_name(tensors), block).run()
+
+
+def refuse_other_head(head: SourceTensor, embedding: SourceTensor) -> CheckpointError:
+    """A head may be left out only if it is the embedding: where they differ, both count."""
+    return CheckpointError(
+        f"tensor {head.name} is not the embedding, to which config.json ties it",
+        got=f"a head of its own, {head.dtype} {list(head.shape)}",
+        expected=f"no head, or a copy of {embedding.name}",
+        hint="set tie_word_embeddings to false in config.json to keep both, as transformers does,"
+        " or remove the tensor",
+    )
+
+
+def precision(tensor: SourceTensor) -> str:
+    """The dtype a tensor is read as: FP8 becomes bfloat16, which holds each of its numbers."""
+    return "BF16" if tensor.dtype == FP8 else tensor.dtype
+
+
+@dataclass
+class _Stored:
+    """One matrix or vector of the source: its tensors by their ends, and how it is quantized."""
+
+    tensors: dict[str, SourceTensor]
+    quantization: Quantization | None = None
+
+
+@dataclass
+class _Resolver:
+    config: ModelConfig
+    raw_config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    block: Block | None
+    used: set[str] = field(default_factory=set)
+    # Name to kind and detail: one tensor may feed two outputs, but is reported once.
+    problems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    copies: list[tuple[SourceTensor, SourceTensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sizes = model_sizes(self.config)
+        self.is_mlx = is_mlx_layout(self.config, self.tensors)
+        self.claims = Claims(self.raw_config)
+
+    def run(self) -> Resolved:
+        ignored = [n for n in self.tensors if ACTIVATION_SCALE.search(n) or BUFFER.search(n)]
+        self.used |= set(ignored)
+        matches = [match for row, layer in walk(self.config) for match in self._match(row, layer)]
+        self.problems |= {n: ("unknown", "") for n in self.tensors if n not in self.used}
+        # The tower may be there as torch and as MLX names it.
+        counts = Counter(match.name for match in matches)
+        self.problems |= {name: ("twice", "") for name, count in counts.items() if count > 1}
+        if self.problems:
+            raise _problem_error(self._with_full_names())
+        if ignored:
+            log.warning(
+                "left out, the weights do without: %s", some(self.tensors[n].name for n in ignored)
+            )
+        self.claims.warn()
+        return Resolved(self.config, matches, self.copies, self.is_mlx)
+
+    def _with_full_names(self) -> dict[str, tuple[str, str]]:
+        """The problems by names as this checkpoint has them, or would have them."""
+        prefixes: dict[str, str] = {}
+        for short, tensor in self.tensors.items():
+            if tensor.name.endswith(short):
+                root = short.partition(".")[0]
+                prefixes.setdefault(root, tensor.name.removesuffix(short))
+        usual = "language_model.model." if self.is_mlx else "model.language_model."
+        trunk = next((prefixes[root] for root in TRUNK if root in prefixes), usual)
+        prefixes = dict.fromkeys(TRUNK, trunk) | prefixes
+
+        def full(name: str) -> str:
+            tensor = self.tensors.get(name)
+            return tensor.name if tensor else prefixes.get(name.partition(".")[0], "") + name
+
+        return {full(name): problem for name, problem in self.problems.items()}
+
+    def _complain(self, name: str, kind: str, got: object = "", expected: object = "") -> None:
+        detail = f"{got}, expected {expected}" if expected else str(got)
+        self.problems[name] = (kind, detail)
+
+    def _match(self, row: Row, layer: int) -> Iterator[Match]:
+        if not row.shape:
+            yield from self._carried(row)
+            return
+        source, name = filled(row.source, layer), filled(row.output or row.source, layer)
+        transform = Transform.KEEP if self.is_mlx else row.transform
+        shape = shape_of(row.shape, self.sizes)
+        if transform is not row.transform:
+            shape = output_shape(row.transform, shape)
+        kept, ranges = shape, [(0, math.prod(shape[:-1]))]
+        if row.split:
+            ranges = self._ranges(*row.split, row.parts)
+            num_rows = sum(stop - start for start, stop in ranges)
+            kept = (*shape[:-2], num_rows // math.prod(shape[:-2]), shape[-1])
+        each = [filled(row.each, layer, e) for e in range(shape[0])] if row.each else []
+        # MLX's own form, each expert by itself, or as the table has it.
+        if name != source and (self._has(name) or (self.is_mlx and not self._has(source))):
+            found, ranges = [self._take(name, kept)], [(0, math.prod(kept[:-1]))]
+        elif not self._has(source) and any(map(self._has, each)):
+            found = [self._take(one, kept[1:]) for one in each]
+            ranges = [(0, math.prod(kept[1:-1]))]
+        else:
+            found = [self._take(source, shape)]
+        stored = [one for one in found if one]
+        if len(stored) == len(found) and self._agree(stored):
+            yield self._build(row, name, transform, kept, stored, ranges)
+
+    def _build(
+        self,
+        row: Row,
+        name: str,
+        transform: Transform,
+        shape: tuple[int, ...],
+        stored: Sequence[_Stored],
+        ranges: list[tuple[int, int]],
+    ) -> Match:
+        output, quantization = output_name(name), stored[0].quantization
+        module = output.removesuffix(".weight")
+        parts = []
+        for end, first in stored[0].tensors.items():
+            segments = tuple(
+                self._segment(one.tensors[end], start, stop)
+                for one in stored
+                for start, stop in ranges
+            )
+            if quantization is None:
+                parts.append(Part(output, output_shape(transform, shape), segments))
+            else:
+                parts.append(Part(f"{module}.{end}", (*shape[:-1], first.shape[-1]), segments))
+        if quantization:
+            source = bare(stored[0].tensors["weight"].name).removesuffix(".weight")
+            self.claims.compare((source, bare(module)), quantization)
+        return Match(
+            output, row, transform, output_shape(transform, shape), tuple(parts), quantization
+        )
+
+    def _ranges(self, groups: str, widths: str, parts: tuple[int, ...]) -> list[tuple[int, int]]:
+        *starts, width = accumulate(shape_of(widths, self.sizes), initial=0)
+        ends = [*starts[1:], width]
+        return [
+            (group * width + starts[part], group * width + ends[part])
+            for part in parts
+            for group in range(self.sizes[groups])
+        ]
+
+    def _agree(self, stored: Sequence[_Stored]) -> bool:
+        """Experts that are stored one by one must be of one type."""
+
+        def kind(one: _Stored) -> str:
+            dtypes = " ".join(map(precision, one.tensors.values()))
+            return f"{dtypes} {one.quantization.as_config()}" if one.quantization else dtypes
+
+        expected = kind(stored[0])
+        others = [one for one in stored if kind(one) != expected]
+        for one in others:
+            name = bare(one.tensors["weight"].name)
+            self._complain(name, "dtype", kind(one), f"{expected} as the first")
+        return not others
+
+    def _segment(self, tensor: SourceTensor, start: int, stop: int) -> Segment:
+        if tensor.dtype != FP8:
+            return Segment(tensor, start, stop)
+        return Segment(tensor, start, stop, self.tensors[bare(tensor.name) + SCALE], self.block)
+
+    def _carried(self, row: Row) -> Iterator[Match]:
+        """Tensors whose names the config does not fix: whatever is there, each only once."""
+        stem = row.source.rstrip("*")
+        names = [n for n in self.tensors if n == row.source or (n != stem and n.startswith(stem))]
+        for name in sorted(set(names) - self.used, key=natural):
+            if name in self.used:
+                # The scale of the tensor before.
+                continue
+            tensor = self.tensors[name]
+            if row.role is Role.DROPPED:
+                embedding = self.tensors.get(name.replace("lm_head", "embed_tokens"))
+                if embedding:
+                    self.used.add(name)
+                    self.copies.append((tensor, embedding))
+                continue
+            transform = Transform.KEEP if self.is_mlx else row.transform
+            if tensor.dtype in (*FLOATS, FP8) and not self._take(name):
+                continue
+            self.used.add(name)
+            if transform is Transform.CHANNELS_LAST and len(tensor.shape) != 5:
+                self._complain(name, "shape", list(tensor.shape), "5 dims")
+                continue
+            shape = output_shape(transform, tensor.shape)
+            output = (row.output or row.source).rstrip("*") + name[len(stem) :]
+            segments = (self._segment(tensor, 0, tensor.num_rows),)
+            yield Match(output, row, transform, shape, (Part(output, shape, segments),))
+
+    def _has(self, name: str) -> bool:
+        return name in self.tensors or f"{name.removesuffix('.weight')}.weight" in self.tensors
+
+    def _take(self, name: str, shape: tuple[int, ...] | None = None) -> _Stored | None:
+        """The tensors of that name if they are there, of that shape; else a problem.
+
+        Without a shape any will do.
+        """
+        if name not in self.tensors and self._has(name):
+            name += ".weight"
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            self._complain(name, "missing")
+            return None
+        self.used.add(name)
+        if shape and len(shape) > 1 and f"{name.removesuffix('.weight')}.scales" in self.tensors:
+            return self._take_packed(name, shape)
+        if shape is not None and tensor.shape != shape:
+            self._complain(name, "shape", list(tensor.shape), list(shape))
+        elif tensor.dtype == FP8 and self.block and tensor.shape[1:] and not name.endswith(SCALE):
+            # One scale for each block, those at the edges partial.
+            *leading, rows, columns = tensor.shape
+            blocks = (*leading, -(-rows // self.block[0]), -(-columns // self.block[1]))
+            return _Stored({"weight": tensor}) if self._take(name + SCALE, blocks) else None
+        elif tensor.dtype not in FLOATS:
+            self._complain(name, "dtype", tensor.dtype, ", ".join(FLOATS))
+        else:
+            return _Stored({"weight": tensor})
+        return None
+
+    def _take_packed(self, name: str, shape: tuple[int, ...]) -> _Stored | None:
+        """Weight, scales and biases of a matrix that MLX quantized; shapes say how."""
+        stem, weight = name.removesuffix(".weight"), self.tensors[name]
+        found = {"weight": weight}
+        for end in ("scales", "biases"):
+            if tensor := self.tensors.get(f"{stem}.{end}"):
+                self.used.add(f"{stem}.{end}")
+                found[end] = tensor
+        scales, biases = found["scales"], found.get("biases")
+        num_groups = scales.shape[-1] if scales.shape else 0
+        expected = {
+            "weight": ("U32", (*shape[:-1], *weight.shape[-1:])),
+            "scales": (scales.dtype, (*shape[:-1], num_groups)),
+            "biases": (scales.dtype, (*shape[:-1], num_groups)),
+        }
+        for end, tensor in found.items():
+            dtype, dims = expected[end]
+            if tensor.dtype != dtype:
+                self._complain(bare(tensor.name), "dtype", tensor.dtype, dtype)
+                return None
+            if tensor.shape != dims:
+                self._complain(bare(tensor.name), "shape", list(tensor.shape), list(dims))
+                return None
+        quantization = infer(shape[-1], weight, scales, biases)
+        if quantization is None:
+            parts = ", ".join(f"{end} {t.dtype} {list(t.shape)}" for end, t in found.items())
+            self._complain(name, "packing", parts, f"{shape[-1]} inputs in {', '.join(MODES)}")
+            return None
+        return _Stored(found, quantization)
+
+
+def _problem_error(problems: Mapping[str, tuple[str, str]]) -> CheckpointError:
+    folded: dict[tuple[str, str, str], list[str]] = {}
+    for name, (kind, detail) in problems.items():
+        folded.setdefault((kind, detail, fold(name)), []).append(name)
+    kinds: dict[str, list[str]] = {}
+    for (kind, detail, pattern), names in sorted(folded.items()):
+        shown = names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"
+        line = f"\n    {kind:8} {shown}{detail and ': '}{detail}"
+        kinds.setdefault(kind, []).append(line)
+    # Some of each kind: names that are unknown explain those that are missing.
+    mixed = [line for line in chain.from_iterable(zip_longest(*kinds.values())) if line]
+    lines = sorted(mixed[:MAX_PROBLEM_LINES])
+    if len(mixed) > MAX_PROBLEM_LINES:
+        lines.append(f"\n    and {len(mixed) - MAX_PROBLEM_LINES} more kinds")
+    return CheckpointError(
+        f"the weights do not fit config.json: {len(problems)} tensors are wrong",
+        got="".join(lines),
+        expected="exactly the tensors that config.json calls for",
+        hint="config.json and weights of one and the same checkpoint?",
+    )

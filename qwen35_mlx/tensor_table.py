@@ -1,0 +1,193 @@
+"""One table from Hugging Face tensor names to MLX names, both without their prefixes."""
+
+# H hidden, F feed-forward width; Hq/Hkv heads of attention, of dim D; Hk/Hv key/value heads of
+# linear attention, of dims Dk/Dv, R of the latter to one of the former, C channels of the
+# convolution; E experts of width I, S width of the shared one.
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import groupby
+
+from .config import LINEAR, ModelConfig
+from .names import TRUNK
+
+
+class Role(Enum):
+    """What may become of a tensor: who is cast, who is quantized."""
+
+    PLAIN = auto()  # cast to the chosen dtype
+    DECAY = auto()  # as PLAIN, but float32 stays float32: exp(A_log) is taken
+    QUANTIZED = auto()
+    ROUTER = auto()  # quantized at 8 bits: fewer flip the choice of experts
+    CARRIED = auto()  # not part of the text model: bytes and precision of the source
+    DROPPED = auto()
+
+
+class Transform(Enum):
+    """The one change of values or layout between source and output."""
+
+    KEEP = auto()
+    ADD_ONE = auto()  # HF multiplies by 1 + w, MLX by w
+    TAPS_FIRST = auto()  # conv1d [C, 1, K] -> [C, K, 1]
+    CHANNELS_LAST = auto()  # patch embedding [O, C, T, H, W] -> [O, T, H, W, C]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of the source, what happens to it, its shape there, who has it, where it goes.
+
+    Names are bare; `{layer}` and `{expert}` are filled in, and a final `*` stands for any rest, of
+    any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`. `output` is named if it is
+    another than `source`, `each` if every expert may be stored by itself. `split` = (groups,
+    widths): the rows are groups of parts, and the output is some `parts` of all.
+    """
+
+    source: str
+    role: Role
+    shape: str = ""
+    when: str = ""
+    transform: Transform = Transform.KEEP
+    output: str = ""
+    each: str = ""
+    split: tuple[str, str] | None = None
+    parts: tuple[int, ...] = ()
+
+
+def model_sizes(c: ModelConfig) -> dict[str, int]:
+    """The numbers that shapes in the table are made of."""
+    return {
+        "vocab": c.vocab_size,
+        "H": c.hidden_size,
+        "F": c.intermediate_size,
+        "Hq": c.num_attention_heads,
+        "Hkv": c.num_key_value_heads,
+        "D": c.head_dim,
+        "Hk": c.linear_num_key_heads,
+        "Hv": c.linear_num_value_heads,
+        "Dk": c.linear_key_head_dim,
+        "Dv": c.linear_value_head_dim,
+        "R": c.linear_num_value_heads // c.linear_num_key_heads,
+        "C": c.conv_dim,
+        "taps": c.linear_conv_kernel_dim,
+        "E": c.num_experts,
+        "I": c.moe_intermediate_size,
+        "S": c.shared_expert_intermediate_size,
+    }
+
+
+def _facts(config: ModelConfig, layer: int) -> set[str]:
+    return {
+        "linear" if config.layer_types[layer] == LINEAR else "full",
+        "fused" if config.fuses_linear_projections else "apart",
+        "moe" if config.is_moe else "dense",
+        "tied" if config.tie_word_embeddings else "untied",
+    }
+
+
+PLAIN, DECAY, QUANTIZED, ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
+ADD_ONE = Transform.ADD_ONE
+# Qwen3-Next: one projection for all, the rows of each key head together.
+QKVZ, BA = ("Hk", "Dk Dk R*Dv R*Dv"), ("Hk", "R R")
+# [E, 2I, H] with the gate first.
+GATE_UP = ("E", "I I")
+
+TABLE: tuple[Row, ...] = (
+    Row("embed_tokens.weight", QUANTIZED, "vocab H"),
+    Row("{layer}input_layernorm.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("{layer}linear_attn.A_log", DECAY, "Hv", "linear"),
+    Row("{layer}linear_attn.dt_bias", PLAIN, "Hv", "linear"),
+    Row("{layer}linear_attn.conv1d.weight", PLAIN, "C 1 taps", "linear", Transform.TAPS_FIRST),
+    Row("{layer}linear_attn.in_proj_qkv.weight", QUANTIZED, "C H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_z.weight", QUANTIZED, "Hv*Dv H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_a.weight", PLAIN, "Hv H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_b.weight", PLAIN, "Hv H", "linear apart"),
+    Row("{layer}linear_attn.in_proj_qkvz.weight", QUANTIZED, "C+Hv*Dv H", "linear fused",
+        output="{layer}linear_attn.in_proj_qkv.weight", split=QKVZ, parts=(0, 1, 2)),
+    Row("{layer}linear_attn.in_proj_qkvz.weight", QUANTIZED, "C+Hv*Dv H", "linear fused",
+        output="{layer}linear_attn.in_proj_z.weight", split=QKVZ, parts=(3,)),
+    Row("{layer}linear_attn.in_proj_ba.weight", PLAIN, "2*Hv H", "linear fused",
+        output="{layer}linear_attn.in_proj_a.weight", split=BA, parts=(1,)),
+    Row("{layer}linear_attn.in_proj_ba.weight", PLAIN, "2*Hv H", "linear fused",
+        output="{layer}linear_attn.in_proj_b.weight", split=BA, parts=(0,)),
+    # Not zero-centred, unlike every other norm of the trunk.
+    Row("{layer}linear_attn.norm.weight", PLAIN, "Dv", "linear"),
+    Row("{layer}linear_attn.out_proj.weight", QUANTIZED, "H Hv*Dv", "linear"),
+    # Twice the rows: query and output gate of each head.
+    Row("{layer}self_attn.q_proj.weight", QUANTIZED, "2*Hq*D H", "full"),
+    Row("{layer}self_attn.k_proj.weight", QUANTIZED, "Hkv*D H", "full"),
+    Row("{layer}self_attn.v_proj.weight", QUANTIZED, "Hkv*D H", "full"),
+    Row("{layer}self_attn.o_proj.weight", QUANTIZED, "H Hq*D", "full"),
+    Row("{layer}self_attn.q_norm.weight", PLAIN, "D", "full", ADD_ONE),
+    Row("{layer}self_attn.k_norm.weight", PLAIN, "D", "full", ADD_ONE),
+    Row("{layer}post_attention_layernorm.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("{layer}mlp.gate_proj.weight", QUANTIZED, "F H", "dense"),
+    Row("{layer}mlp.up_proj.weight", QUANTIZED, "F H", "dense"),
+    Row("{layer}mlp.down_proj.weight", QUANTIZED, "H F", "dense"),
+    Row("{layer}mlp.gate.weight", ROUTER, "E H", "moe"),
+    Row("{layer}mlp.experts.gate_up_proj", QUANTIZED, "E 2*I H", "moe",
+        output="{layer}mlp.switch_mlp.gate_proj.weight", split=GATE_UP, parts=(0,),
+        each="{layer}mlp.experts.{expert}.gate_proj.weight"),
+    Row("{layer}mlp.experts.gate_up_proj", QUANTIZED, "E 2*I H", "moe",
+        output="{layer}mlp.switch_mlp.up_proj.weight", split=GATE_UP, parts=(1,),
+        each="{layer}mlp.experts.{expert}.up_proj.weight"),
+    Row("{layer}mlp.experts.down_proj", QUANTIZED, "E H I", "moe",
+        output="{layer}mlp.switch_mlp.down_proj.weight",
+        each="{layer}mlp.experts.{expert}.down_proj.weight"),
+    Row("{layer}mlp.shared_expert.gate_proj.weight", QUANTIZED, "S H", "moe"),
+    Row("{layer}mlp.shared_expert.up_proj.weight", QUANTIZED, "S H", "moe"),
+    Row("{layer}mlp.shared_expert.down_proj.weight", QUANTIZED, "H S", "moe"),
+    Row("{layer}mlp.shared_expert_gate.weight", ROUTER, "1 H", "moe"),
+    Row("norm.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("lm_head.weight", QUANTIZED, "vocab H", "untied"),
+    Row("lm_head.*", Role.DROPPED, when="tied"),
+    # The norms of the MTP layers keep their zero-centred weights.
+    Row("mtp.*", Role.CARRIED),
+    Row("visual.patch_embed.proj.weight", Role.CARRIED, transform=Transform.CHANNELS_LAST,
+        output="vision_tower.patch_embed.proj.weight"),
+    Row("visual.*", Role.CARRIED, output="vision_tower.*"),
+    Row("vision_tower.*", Role.CARRIED),
+)  # fmt: skip
+
+
+def walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
+    """The rows that a model has, with the number of the layer, in the order of the output."""
+    for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
+        rows = [(row, set(row.when.split())) for row in group]
+        for layer in range(config.num_hidden_layers) if per_layer else (-1,):
+            facts = _facts(config, layer)
+            yield from ((row, layer) for row, when in rows if when <= facts)
+
+
+def filled(name: str, layer: int, expert: int = 0) -> str:
+    """A name of the table in one layer."""
+    return name.format(layer=f"layers.{layer}.", expert=expert)
+
+
+def shape_of(text: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """`E 2*I H`: each a sum of products of sizes and numbers."""
+
+    def product(term: str) -> int:
+        return math.prod(int(f) if f.isdigit() else sizes[f] for f in term.split("*"))
+
+    return tuple(sum(map(product, dim.split("+"))) for dim in text.split())
+
+
+def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape after the transform."""
+    if transform in (Transform.TAPS_FIRST, Transform.CHANNELS_LAST):
+        return shape[0], *shape[2:], shape[1]
+    return shape
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the text model as Hugging Face names it, experts fused, with its shape."""
+    sizes = model_sizes(config)
+    found = {}
+    for row, layer in walk(config):
+        if row.shape:
+            name = filled(row.source, layer)
+            prefix = "model.language_model." if name.partition(".")[0] in TRUNK else ""
+            found[prefix + name] = shape_of(row.shape, sizes)
+    return found

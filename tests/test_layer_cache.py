@@ -1,0 +1,225 @@
+"""Our layer caches against mlx-lm's: the same masks, states and rows, in fewer buffers."""
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.models.cache as theirs
+import numpy as np
+import pytest
+from mlx_lm.models.base import create_attention_mask, create_ssm_mask
+
+from qwen35_mlx.model import layer_cache as ours
+from qwen35_mlx.model.attention import attention_mask
+from qwen35_mlx.model.cache import cached_tokens, fork, kv_bytes, snapshot
+
+HEADS, DK, DV = 2, 5, 3
+rng = np.random.default_rng(0)
+
+
+def new(rows: int, tokens: int) -> tuple[mx.array, mx.array]:
+    return tuple(mx.array(rng.standard_normal((rows, HEADS, tokens, d))) for d in (DK, DV))  # type: ignore[return-value]
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, tuple | list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    elif isinstance(a, mx.array):
+        np.testing.assert_array_equal(np.array(a), np.array(b))
+    else:
+        assert a == b
+
+
+class Both:
+    """One cache of each program; what is done to it is done to both and compared."""
+
+    def __init__(self, one: Any, other: Any):
+        self.pair = one, other
+
+    def do(self, method: str, *arguments: Any, **options: Any) -> Any:
+        results = [getattr(cache, method)(*arguments, **options) for cache in self.pair]
+        assert_equal(*results)
+        self.check()
+        return results[0]
+
+    def check(self) -> None:
+        one, other = self.pair
+        for name in ("offset", "_idx", "left_padding", "lengths"):
+            assert_equal(getattr(one, name, None), getattr(other, name, None))
+        assert (one.size(), one.empty(), one.is_trimmable()) == (
+            other.size(), other.empty(), other.is_trimmable(),
+        )  # fmt: skip
+        x = mx.zeros((1, 4, 1))
+        if isinstance(one, ours.ArraysCache):
+            assert_equal(create_ssm_mask(x, one), create_ssm_mask(x, other))
+            assert_equal(one.cache, other.cache)
+        else:
+            assert_equal(attention_mask(4, one), create_attention_mask(x, other))
+            assert_equal(attention_mask(4, other), create_attention_mask(x, one))
+
+
+def kv_pair() -> Both:
+    return Both(ours.KVCache(), theirs.KVCache())
+
+
+def test_one_sequence_reads_trims_and_masks_as_in_mlx_lm() -> None:
+    both = kv_pair()
+    both.check()
+    for tokens in (3, 1, 250, 1, 1, 1, 300, 2):
+        both.do("update_and_fetch", *new(1, tokens))
+        if tokens == 300:
+            both.do("trim", 299)
+            both.do("update_and_fetch", *new(1, 5))
+    both.do("make_mask", 3, return_array=True, window_size=None)
+    both.do("make_mask", 3, return_array=False, window_size=2)
+    both.do("trim", 10**6)
+
+
+def test_a_batch_of_padded_rows_as_in_mlx_lm() -> None:
+    both = Both(ours.BatchKVCache([2, 0, 5]), theirs.BatchKVCache([2, 0, 5]))
+    for tokens in (6, 1, 260, 1):
+        both.do("update_and_fetch", *new(3, tokens))
+    both.do("trim", 2)
+    for row in range(3):
+        one, other = (cache.extract(row) for cache in both.pair)
+        assert_equal([one.keys, one.values, one.offset], [other.keys, other.values, other.offset])
+    both.do("filter", [0, 2])
+    both.do("update_and_fetch", *new(2, 1))
+    both.do("filter", mx.array([1]))
+    assert both.pair[0].left_padding.tolist() == [0]
+    both.do("update_and_fetch", *new(1, 1))
+
+
+def test_padding_at_the_end_of_rows_moves_to_their_start() -> None:
+    both = Both(*(module.KVCache.merge([module.KVCache() for _ in range(2)])
+                  for module in (ours, theirs)))  # fmt: skip
+    both.do("prepare", lengths=[7, 4], right_padding=[0, 3])
+    both.do("update_and_fetch", *new(2, 7))
+    both.do("finalize")
+    assert both.pair[0].left_padding.tolist() == [0, 3]
+    more = new(2, 1)
+    for cache in both.pair:
+        cache.update_and_fetch(*more)
+        cache.finalize()
+    both.check()
+    # What lies under the padding nobody sees, and it differs.
+    for row in range(2):
+        one, other = (cache.extract(row) for cache in both.pair)
+        assert_equal([one.keys, one.values, one.offset], [other.keys, other.values, other.offset])
+
+
+@pytest.mark.parametrize("lengths", [(7, 3), (0, 4), (260, 0), (0, 0)])
+def test_sequences_become_a_batch_and_batches_one(lengths: tuple[int, int]) -> None:
+    singles = [kv_pair() for _ in lengths]
+    for both, length in zip(singles, lengths, strict=True):
+        if length:
+            both.do("update_and_fetch", *new(1, length))
+    batch = Both(
+        *(sides[0].merge(list(sides)) for sides in zip(*(b.pair for b in singles), strict=True))
+    )
+    batch.check()
+    other = Both(ours.BatchKVCache([1]), theirs.BatchKVCache([1]))
+    other.do("update_and_fetch", *new(1, 5))
+    for left, right in zip(batch.pair, other.pair, strict=True):
+        left.extend(right)
+    # mlx-lm keeps room behind, which ours does not: only what is in use is compared.
+    batch.check()
+    batch.do("update_and_fetch", *new(3, 2))
+    batch.do("filter", [2, 0])
+
+
+def test_states_are_batched_as_in_mlx_lm() -> None:
+    def state(rows: int) -> mx.array:
+        return mx.array(rng.standard_normal((rows, 3, 4)))
+
+    both = Both(ours.ArraysCache(2, [1, 0]), theirs.ArraysCache(2, [1, 0]))
+    both.check()
+    for index in range(2):
+        both.do("__setitem__", index, state(2))
+    both.do("advance", 3)
+    both.do("finalize")
+    both.do("prepare", lengths=[3, 1])
+    both.do("advance", 2)
+    empty = [module.ArraysCache(2) for module in (ours, theirs)]
+    for cache, other in zip(both.pair, empty, strict=True):
+        cache.finalize()
+        cache.extend(other)
+    both.check()
+    assert both.pair[0][0].shape == (3, 3, 4)
+    both.do("filter", [2, 0])
+    both.do("prepare", lengths=[3, 1])
+    both.do("filter", mx.array([0]))
+    merged = Both(*(type(c).merge([type(c)(2), c.extract(0)]) for c in both.pair))
+    merged.check()
+    assert merged.pair[0].batch_size == 2
+    none = Both(
+        *(module.ArraysCache.merge([module.ArraysCache(2)] * 2) for module in (ours, theirs))
+    )
+    none.check()
+
+
+@pytest.mark.parametrize("kind", ["KVCache", "BatchKVCache", "ArraysCache"])
+def test_states_go_over_to_mlx_lm_and_back(kind: str) -> None:
+    argument = {"KVCache": [], "BatchKVCache": [[1, 0]], "ArraysCache": [2]}[kind]
+    cache = getattr(ours, kind)(*argument)
+    if kind == "ArraysCache":
+        cache[0], cache[1] = new(2, 1)
+    else:
+        cache.update_and_fetch(*new(2, 5))
+    there = getattr(theirs, kind).from_state(cache.state)
+    back = getattr(ours, kind).from_state(there.state)
+    both = Both(back, there)
+    both.check()
+    assert back.nbytes == cache.nbytes > 0
+    if kind != "ArraysCache":
+        both.do("update_and_fetch", *new(2, 1))
+    if kind == "BatchKVCache":
+        back.finalize()
+
+
+def test_a_long_answer_moves_its_keys_and_values_rarely() -> None:
+    """mlx-lm makes new buffers every 256 tokens: 64 GB of them on the way to 32k tokens."""
+    cache, buffers = ours.KVCache(), set()
+    step = mx.zeros((1, 1, 1, 1))
+    cache.update_and_fetch(*[mx.zeros((1, 1, 2000, 1))] * 2)
+    for _ in range(14_000):
+        cache.update_and_fetch(step, step)
+        buffers.add(cache.keys.shape[2])  # type: ignore[union-attr]
+        if cache.offset % 64 == 0:
+            mx.eval(cache.state)
+    assert len(buffers) <= 18
+    assert cache.keys.shape[2] <= 16_000 * 9 / 8 + 256  # type: ignore[union-attr]
+
+
+def test_a_fork_holds_its_own_memory() -> None:
+    """A view of the parent's buffer kept all of it, and the budget counted the view alone."""
+    parent = ours.KVCache()
+    keys, values = parent.update_and_fetch(*new(1, 3000))
+    expected = np.array(keys[..., :10, :])
+    mx.eval(parent.state)
+    point = snapshot([parent], 3000)
+    point.entries = (10,)
+    copies = fork([parent], point)
+    assert cached_tokens(copies) == 10
+    np.testing.assert_array_equal(np.array(copies[0].keys[..., :10, :]), expected)
+    del keys, values
+    before = mx.get_active_memory()
+    size, held = kv_bytes(copies), parent.nbytes
+    del parent, point
+    # What the fork is said to hold is all that is left.
+    assert before - mx.get_active_memory() == held
+    assert size == 256 * HEADS * (DK + DV) * 4
+    copies[0].update_and_fetch(*new(1, 1))
+    assert kv_bytes(copies) == size
+
+
+def test_a_copied_cache_goes_its_own_way() -> None:
+    """mlx-lm's prompt cache copies deeply."""
+    cache = ours.KVCache()
+    cache.update_and_fetch(*new(1, 3))
+    other = copy.deepcopy(cache)
+    other.update_and_fetch(*new(1, 1))
+    assert (cache.offset, other.offset) == (3, 4)
+    assert_equal(cache.keys[..., :3, :], other.keys[..., :3, :])  # type: ignore[index]
