@@ -110,33 +110,3 @@ def test_yarn_keeps_fast_dims_and_stretches_slow_ones():
     turns = 262144 / (2 * math.pi * plain)
     np.testing.assert_allclose(ratio[turns > 40], 1.0, rtol=1e-6)
     np.testing.assert_allclose(ratio[turns < 0.5], 4.0, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("theta", "rotary_dim", "trained_length", "beta_fast", "beta_slow"),
-    [
-        # The unclamped band of dims would be [-2, 7] and [3, 9], of 4 and of 8 dims.
-        (1e4, 8, 64, 32.0, 0.001),
-        (100.0, 16, 2048, 32.0, 0.01),
-    ],
-)
-def test_the_yarn_band_is_clamped_to_the_rotated_dims(
-    theta, rotary_dim, trained_length, beta_fast, beta_slow
-):
-    """Outside of the dims, the band would change the slope of the ramp within them."""
-    rope = RopeConfig(
-        theta, rotary_dim, 4.0, trained_length, attention_factor=1.0,
-        beta_fast=beta_fast, beta_slow=beta_slow,
-    )  # fmt: skip
-    plain, _ = rope_periods(RopeConfig(theta, rotary_dim))
-
-    def dim_of(turns):
-        length = math.log(trained_length / (turns * 2 * math.pi))
-        return rotary_dim * length / (2 * math.log(theta))
-
-    low, high = math.floor(dim_of(beta_fast)), math.ceil(dim_of(beta_slow))
-    assert low < 0 or high > rotary_dim - 1
-    low, high = max(low, 0), min(high, rotary_dim - 1)
-    stretched = np.clip((np.arange(rotary_dim // 2) - low) / (high - low), 0, 1)
-    expected = plain / (stretched / 4 + 1 - stretched)
-    np.testing.assert_allclose(rope_periods(rope)[0], expected, rtol=1e-5)

@@ -235,6 +235,7 @@ def test_verify_reads_everything_again(run: Any, tmp_path: Path) -> None:
     assert "tokenizer.json is missing" in run("convert", DEMO, out, "--verify").stderr
 
 
+@pytest.mark.slow
 def test_plan_without_a_source_is_about_this_machine(run: Any) -> None:
     result = run("plan")
     assert result.exit_code == 0

@@ -171,6 +171,7 @@ def test_mixed_bits_load_in_mlx_lm_with_equal_logits(tmp_path, moe, way):
     assert_equal_logits(out)
 
 
+@pytest.mark.slow
 def test_the_page_adds_up(flagship):
     settings, lines = quality_settings(flagship, memory="256GB", prefer="speed", context=65536)
     assert settings["method"] == "search"

@@ -407,6 +407,7 @@ def test_conversations_leave_no_trace_in_another(demo: Any) -> None:
         assert spoken(one.send(question)) == expected[i]
 
 
+@pytest.mark.slow
 def test_a_little_memory_costs_reading_but_no_truth(demo: Any) -> None:
     model, tokenizer = demo
     options: dict[str, Any] = dict(max_tokens=25, sampling={"temperature": 0.0})
