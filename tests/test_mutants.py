@@ -142,7 +142,7 @@ def test_tests_are_found_by_what_they_import() -> None:
 
 def test_a_mutant_is_killed_survives_or_cannot_be_run(tmp_path: Path) -> None:
     """Without a copy of the tree: what pytest would return is given."""
-    site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"))
+    site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"), "a", "b")
 
     class Place:
         def __init__(self, code: int | None):
@@ -160,7 +160,7 @@ def test_a_mutant_is_killed_survives_or_cannot_be_run(tmp_path: Path) -> None:
 
 
 def test_the_rate_leaves_out_what_could_not_be_run(capsys: pytest.CaptureFixture[str]) -> None:
-    site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"))
+    site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"), "a", "b")
     outcomes = ["killed"] * 2 + ["timeout", "survived", "not run"]
     rate = mutants.report([Result(site, o, 1.0) for o in outcomes], seed=3, seconds=5.0)
     assert rate == 3 / 4

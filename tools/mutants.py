@@ -57,17 +57,19 @@ Durations = dict[str, float]
 
 @dataclass(frozen=True)
 class Site:
-    """A mutant and the file it belongs to, relative to the root."""
+    """A mutant and the file it belongs to, relative to the root; the line before and after."""
 
     file: str
     mutant: Mutant
+    old: str
+    new: str
 
     def __str__(self) -> str:
         return f"{self.file}:{self.mutant.line}"
 
     def describe(self) -> str:
-        old, new = self.mutant.lines((ROOT / self.file).read_text("utf-8"))
-        return f"{self} ({self.mutant.kind})\n    - {old.strip()}\n    + {new.strip()}"
+        lines = f"    - {self.old.strip()}\n    + {self.new.strip()}"
+        return f"{self} ({self.mutant.kind})\n{lines}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def choose(files: Sequence[Path], count: int, seed: int) -> list[Site]:
         source = sources[file]
         mutant = rng.choice(by_line[file, line])
         if changes_code(source, mutant.apply(source)):
-            sites.append(Site(file.relative_to(ROOT).as_posix(), mutant))
+            path = file.relative_to(ROOT).as_posix()
+            sites.append(Site(path, mutant, *mutant.lines(source)))
     return sites
 
 
