@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from qwen35_mlx import files
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.language import DecoderLayer
@@ -43,8 +44,8 @@ MEASURED_TOKENS = 1024
 def read_text(file: Path | None) -> str:
     """The text of a file, or the text that comes with this package."""
     try:
-        return (file or TEXT_FILE).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return files.read_text(file or TEXT_FILE)
+    except OSError as error:
         raise Qwen35Error(f"{file} cannot be read", got=error, expected="text in UTF-8") from None
 
 

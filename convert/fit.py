@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,14 @@ from typing import Any
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES
+from qwen35_mlx.machine import (
+    GIB,
+    default_limit_bytes,
+    parse_memory,
+    raised_limit_bytes,
+    wired_limit_mb,
+)
+from qwen35_mlx.memory import DEFAULT_CONTEXT, MemoryCount, check_context, count
 from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
 from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
@@ -18,14 +25,20 @@ from qwen35_mlx.quant.recipes import recipe as named_recipe
 from qwen35_mlx.quant.statistics import Calibration, Setting, typical_errors, unit_of
 from qwen35_mlx.tensor_table import Role
 
-from . import macs
 from .hub import open_any
+from .mac_models import (
+    BANDWIDTH_LIMIT,
+    MACS,
+    activation_bytes,
+    bytes_per_token,
+    read_share,
+    tokens_per_second,
+)
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
 from .shards import text_header_bytes
 from .source import Source
 
 PREFERENCES = ("quality", "speed")
-DEFAULT_CONTEXT = 32768
 
 
 @dataclass(frozen=True)
@@ -48,20 +61,12 @@ class MacBudget:
 
     memory_bytes: int
     limit_bytes: int
-    # What is not for weights, by what it is for.
-    overheads: Mapping[str, int]
+    # Of all but the weights.
+    needed: MemoryCount
 
     @property
     def weight_bytes(self) -> int:
-        return self.limit_bytes - sum(self.overheads.values())
-
-
-def memory_bytes(text: str) -> int:
-    """`192GB`, `192 GiB` or `192` -> bytes; a Mac's GB are 2**30 bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower())
-    if not match or float(match[1]) <= 0:
-        raise Qwen35Error("not a size of memory", got=repr(text), expected="such as 192GB")
-    return int(float(match[1]) * macs.GIB)
+        return self.limit_bytes - self.needed.overhead
 
 
 def fit(
@@ -138,17 +143,13 @@ def fit_mac(
     the model can read if that is less.
     """
     opened = open_any(source)
-    config = ModelConfig.from_hf(opened.config)
+    base = plan(opened, dtype=settings.get("dtype"))
     if context is None:
-        context = min(DEFAULT_CONTEXT, config.context_length)
-    if context > config.context_length:
-        raise Qwen35Error(
-            "the context is longer than the model's",
-            got=f"{context:,} tokens",
-            expected=f"at most {config.context_length:,}",
-        )
-    overheads = macs.overheads(config, context)
-    budget = MacBudget(memory, macs.raised_limit_bytes(memory), overheads)
+        context = min(DEFAULT_CONTEXT, base.config.context_length)
+    check_context(base.config, context)
+    limit = raised_limit_bytes(memory)
+    needed = count(base.config, 0, context, limit, activation_bytes(base))
+    budget = MacBudget(memory, limit, needed)
     choices = {
         prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
         for prefer in PREFERENCES
@@ -157,13 +158,13 @@ def fit_mac(
 
 
 def quality_settings(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     bits: int | None = None,
     recipe: str | None = None,
     memory: str | None = None,
     bits_per_weight: float | None = None,
-    prefer: str = "quality",
+    prefer: str | None = None,
     context: int | None = None,
     calibration: Calibration | None = None,
     dtype: str | None = None,
@@ -186,10 +187,11 @@ def quality_settings(
         return settings | dict(recipe=named_recipe(recipe)), []
     if memory is None and bits_per_weight is None:
         return settings, []
+    prefer = prefer or PREFERENCES[0]
     opened = open_any(source, revision)
     known: Any = dict(calibration=calibration, dtype=dtype, method=method)
     if memory is not None:
-        budget, choices = fit_mac(opened, memory_bytes(memory), context=context, **known)
+        budget, choices = fit_mac(opened, parse_memory(memory), context=context, **known)
         choice, lines = choices[prefer], budget_lines(budget, prefer, choices)
     else:
         choice = fit(opened, bits_per_weight=bits_per_weight, prefer=prefer, **known)
@@ -202,38 +204,38 @@ def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, Choice]) 
     left, choice = budget.weight_bytes, choices[prefer]
     rows = {
         "GPU limit, raised as far as is sane": budget.limit_bytes,
-        **budget.overheads,
+        **budget.needed.overhead_lines(),
         "left for weights": left,
         "weights of the text model, headers included": choice.file_bytes,
         "spare": left - choice.file_bytes,
     }
-    memory_gib = budget.memory_bytes / macs.GIB
-    lines = [f"a Mac with {memory_gib:g} GB"]
+    lines = [f"a Mac with {budget.memory_bytes / GIB:g} GB"]
     lines += [f"  {name:44} {nbytes / 1e9:9.3f} GB" for name, nbytes in rows.items()]
     lines.append(f"  weights take {choice.file_bytes / left:.3%} of what is left for them")
-    if budget.limit_bytes > (default := macs.gpu_limit_bytes(budget.memory_bytes)):
-        mb = macs.wired_limit_mb(budget.limit_bytes)
+    if budget.limit_bytes > (default := default_limit_bytes(budget.memory_bytes)):
+        mb = wired_limit_mb(budget.limit_bytes)
         lines.append(
             f"  macOS gives the GPU {default / 1e9:.1f} GB at first; raise it with:"
             f" sudo sysctl iogpu.wired_limit_mb={mb}"
         )
-    chips = [mac for mac in macs.MACS if mac.memory_bytes == budget.memory_bytes]
-    speeds = "".join(f"  {f'{mac.chip} tok/s':>14}" for mac in chips)
-    lines += ["", f"{'prefer':8} bits/weight  predicted KL  GB/token{speeds}"]
+    macs = [mac for mac in MACS if mac.memory_bytes == budget.memory_bytes]
+    titles = [f"{BANDWIDTH_LIMIT} ({mac.chip})" for mac in macs]
+    lines += ["", "  ".join(["prefer   bits/weight  predicted KL  GB/token", *titles])]
     for name, each in choices.items():
-        read = macs.bytes_per_token(each.plan) / 1e9
-        bounds = [macs.tokens_per_second(each.plan, mac.gbps) for mac in chips]
-        mark = "  <- this plan" if name == prefer else ""
+        read = bytes_per_token(each.plan) / 1e9
+        bounds = [tokens_per_second(each.plan, mac.gbps) for mac in macs]
+        columns = "".join(f"  {b:{len(t)}.1f}" for b, t in zip(bounds, titles, strict=True))
         lines.append(
             f"{name:8} {each.plan.bits_per_weight:11.3f}  {each.predicted_kl:12.5f}  {read:8.2f}"
-            + "".join(f"  {bound:14.1f}" for bound in bounds)
-            + mark
+            + columns
+            + ("  <- this plan" if name == prefer else "")
         )
     measured = "measured on the calibration text" if choice.measured else "an estimate by kind"
-    lines += [
-        f"Predicted KL: nats a token to the unquantized model, {measured} of tensor.",
-        "tok/s: what memory bandwidth allows at an empty context; programs reach about half.",
-    ]
+    lines.append(f"Predicted KL: nats a token to the unquantized model, {measured} of tensor.")
+    if macs:
+        lines.append(
+            f"{BANDWIDTH_LIMIT}: an upper bound at an empty context; no program reaches it."
+        )
     return lines
 
 
@@ -260,7 +262,7 @@ def _priced(
     best: Allocation,
 ) -> dict[str, list[Option]]:
     """Tables whose error is the share of the best total, plus the share of its bytes read."""
-    shares = {unit: macs.read_share(config, members[0].module) for unit, members in units.items()}
+    shares = {unit: read_share(config, members[0].module) for unit, members in units.items()}
     read = sum(option.nbytes * shares[unit] for unit, option in best.options.items())
     return {
         unit: [

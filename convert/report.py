@@ -1,33 +1,60 @@
 """The page that `plan` prints under its table: disk and memory, and what every Mac makes of it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .family import FAMILY, family_source
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.family import FAMILY, family_config, find_member
+from qwen35_mlx.headers import SourceTensor
+from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
+from qwen35_mlx.memory import DEFAULT_CONTEXT, check_context
+from qwen35_mlx.quant.recipes import RECIPES, recipe
+from qwen35_mlx.tensor_table import expected_shapes
+
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes
-from .macs import (
-    GIB,
-    MACS,
-    Mac,
-    gpu_limit_bytes,
-    raised_limit_bytes,
-    running_bytes,
-    tokens_per_second,
-    wired_limit_mb,
-)
+from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, running, tokens_per_second
 from .plan import Plan, plan
 from .plots import picture
+from .source import Source
 from .tasks import SLICE_BYTES, WORKERS, cut, peak_bytes
 
 CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; tok/s: what memory bandwidth allows one sequence at {context}, never"
-    " reached in full.\nComputed from sizes, not measured on these Macs."
+    " that\nlimit raised; {bandwidth}: an upper bound at {context}, which no program reaches.\n"
+    "Computed from sizes, not measured on these Macs."
 )
+
+
+def family_source(name: str) -> Source:
+    """A released model that can be planned, not read: its text model in bfloat16."""
+    config = family_config(name)
+    file = Path(name) / "model.safetensors"
+    tensors = {
+        tensor: SourceTensor(tensor, "BF16", shape, file, 0, 2 * math.prod(shape))
+        for tensor, shape in expected_shapes(ModelConfig.from_hf(config)).items()
+    }
+    return Source(file.parent, config, tensors)
+
+
+def find_source(name: str, revision: str | None = None) -> str | Source:
+    """A released model by its name, from the family table; a folder or hub id as it is."""
+    if Path(name).expanduser().exists() or revision:
+        return name
+    if member := find_member(name):
+        return family_source(member.full_name)
+    if "/" not in name:
+        raise Qwen35Error(
+            f"{name} is neither a folder nor a released model",
+            got=repr(name),
+            expected="a folder, a hub id, or one of " + ", ".join(m.full_name for m in FAMILY),
+        )
+    return name
 
 
 def conversion_lines(planned: Plan, keep_source: bool = False) -> list[str]:
@@ -50,60 +77,120 @@ def conversion_lines(planned: Plan, keep_source: bool = False) -> list[str]:
     return lines
 
 
-def mac_lines(planned: Plan, own: Mac | None = None) -> list[str]:
+def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
     """For every Mac and context: fits, fits with a raised limit, or not."""
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
-    needed = [running_bytes(planned, context) for context in contexts]
-    total = ["memory when running", "", "", *(f"{n / 1e9:,.1f} GB" for n in needed), ""]
-    rows = [["Mac", "memory", "GPU limit", *(_tokens(c) for c in contexts), "tok/s"], total]
-    macs = [own, *MACS] if own else list(MACS)
+    if context is not None:
+        check_context(planned.config, context)
+        contexts = [context]
+    needed = [running(planned, c) for c in contexts]
+    rows = [
+        ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
+        ["memory when running", "", "", *(_gb(n.total) for n in needed), ""],
+        ["  attention scores of it", "", "", *(_gb(n.scores) for n in needed), ""],
+        ["  tokens of a prefill step", "", "", *(f"{n.step_size:,}" for n in needed), ""],
+    ]
     for mac in macs:
-        fits = [_fits(mac, n) for n in needed]
+        fits = [_fits(mac, planned, c) for c in contexts]
         speed = tokens_per_second(planned, mac.gbps, contexts[0]) if mac.gbps else 0
-        shown = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
-        limit = f"{gpu_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
-        name = f"this {mac.chip}" if mac is own else mac.chip
-        rows.append([name, f"{mac.memory_gib} GB", limit, *fits, shown])
-    return [*aligned(rows), *NOTE.format(context=_tokens(contexts[0])).splitlines()]
+        bound = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
+        limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
+        rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
+    note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
+    return [*aligned(rows), *note.splitlines()]
 
 
-def family_lines(memory_bytes: int, own: Mac | None) -> list[str]:
-    """The released models at several widths on this machine: size, and the longest context."""
-    where = f"a Mac with {own.chip}" if own else "this machine; limits as on a Mac of its memory"
-    rows = [["model", *(f"{bits}-bit" for bits in FAMILY_BITS)]]
-    for name in FAMILY:
-        plans = (plan(family_source(name), bits=bits) for bits in FAMILY_BITS)
-        rows.append([name, *(_longest(planned, memory_bytes) for planned in plans)])
+def family_lines(
+    memory_bytes: int,
+    where: str,
+    context: int | None = None,
+    settings: Callable[[Source], dict[str, Any]] | None = None,
+) -> list[str]:
+    """The released models on a machine: sizes, and contexts that fit, at several widths.
+
+    With `settings`, which gives those of `plan`, for these alone.
+    """
+    rows = [["model", *([f"{bits}-bit" for bits in FAMILY_BITS] if not settings else ["as asked"])]]
+    for member in FAMILY:
+        source = family_source(member.full_name)
+        ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
+        cells = [_longest(plan(source, **way), memory_bytes, context) for way in ways]
+        rows.append([member.full_name, *cells])
+    asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
     return [
         f"{memory_bytes / GIB:.0f} GB of memory: {where}",
         *aligned(rows),
-        "size, and the longest context that fits; *: with iogpu.wired_limit_mb raised to"
-        f" {wired_limit_mb(raised_limit_bytes(memory_bytes))}",
-        "then plan SRC for one of them: sizes are those of the text model, group 64",
+        f"size, and {asked}; {_raised_note(memory_bytes)}",
+        "then plan NAME for one of them: sizes are those of the text model",
     ]
 
 
-def _longest(planned: Plan, memory_bytes: int) -> str:
-    size = f"{planned.output_bytes / 1e9:,.1f} GB"
-    limits = (gpu_limit_bytes(memory_bytes), ""), (raised_limit_bytes(memory_bytes), "*")
-    for limit, mark in limits:
-        fitting = [c for c in CONTEXTS if running_bytes(planned, c) <= limit]
-        if fitting:
-            return f"{size}, {_tokens(fitting[-1])}{mark}"
-    return f"{size}, no"
+def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[str]:
+    """For every released model the recipe of most bits that fits this memory."""
+    ways: dict[str, dict[str, Any]] = {"unquantized": dict(dtype="bfloat16")}
+    ways |= {f"--recipe {name}": dict(recipe=recipe(name)) for name in RECIPES}
+    context = context or DEFAULT_CONTEXT
+    rows = [["model", "fits with", "bits per weight", "size", "memory when running"]]
+    for member in FAMILY:
+        source = family_source(member.full_name)
+        row = [member.full_name, "no recipe", "", "", ""]
+        smallest, *others = reversed(ways)
+        # The smallest first: where it does not fit, nothing does.
+        if _need(plan(source, **ways[smallest]), memory_bytes, context):
+            for name in [*reversed(others), smallest]:
+                planned = plan(source, **ways[name])
+                if need := _need(planned, memory_bytes, context):
+                    bits = f"{planned.bits_per_weight:.2f}"
+                    row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
+                    break
+        rows.append(row)
+    return [
+        f"{memory_bytes / GIB:.0f} GB of memory: {where}, with a context of {context:,} tokens",
+        *aligned(rows),
+        _raised_note(memory_bytes),
+        "convert SRC OUT --fit MEMORY spends what is left on the tensors that lose most",
+    ]
 
 
-def _fits(mac: Mac, needed_bytes: int) -> str:
-    if needed_bytes <= gpu_limit_bytes(mac.memory_bytes):
-        return "fits"
-    if needed_bytes <= raised_limit_bytes(mac.memory_bytes):
-        return f"N={wired_limit_mb(needed_bytes)}"
-    return "no"
+def _raised_note(memory_bytes: int) -> str:
+    mb = wired_limit_mb(raised_limit_bytes(memory_bytes))
+    return f"*: with iogpu.wired_limit_mb raised to {mb}"
+
+
+def _need(planned: Plan, memory_bytes: int, context: int) -> tuple[int, str] | None:
+    """Bytes in use, and * if the GPU's limit has to be raised for them; None if it is too much."""
+    check_context(planned.config, context)
+    for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
+        needed = running(planned, context, limit(memory_bytes)).total
+        if needed <= limit(memory_bytes):
+            return needed, mark
+    return None
+
+
+def _longest(planned: Plan, memory_bytes: int, context: int | None) -> str:
+    """Size, and the longest of the contexts that fits; one that needs no raised limit is better."""
+    needs = {c: _need(planned, memory_bytes, c) for c in ([context] if context else CONTEXTS)}
+    fitting = [(not need[1], c, need[1]) for c, need in needs.items() if need]
+    if not fitting:
+        return f"{_gb(planned.output_bytes)}, no"
+    _, longest, mark = max(fitting)
+    return f"{_gb(planned.output_bytes)}, {_tokens(longest)}{mark}"
+
+
+def _fits(mac: Mac, planned: Plan, context: int) -> str:
+    need = _need(planned, mac.memory_bytes, context)
+    if need is None:
+        return "no"
+    return f"N={wired_limit_mb(need[0])}" if need[1] else "fits"
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
 
 
 def _tokens(context: int) -> str:
-    return f"{context // 1024}k" if context >= 1024 else str(context)
+    return f"{context // 1024}k" if context % 1024 == 0 else f"{context:,}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -136,10 +223,10 @@ def _draw_bytes(axes: Any, planned: Plan) -> None:
 
 
 def _draw_macs(axes: Any, planned: Plan) -> None:
-    names = [f"{mac.chip} {mac.memory_gib} GB" for mac in MACS]
+    names = [mac.name for mac in MACS]
     whole = [mac.memory_bytes / 1e9 for mac in MACS]
     raised = [raised_limit_bytes(mac.memory_bytes) / 1e9 for mac in MACS]
-    limit = [gpu_limit_bytes(mac.memory_bytes) / 1e9 for mac in MACS]
+    limit = [default_limit_bytes(mac.memory_bytes) / 1e9 for mac in MACS]
     for values, colour, label in (
         (whole, "#dddddd", "memory"),
         (raised, "#bbccee", "with iogpu.wired_limit_mb raised"),
@@ -147,7 +234,7 @@ def _draw_macs(axes: Any, planned: Plan) -> None:
     ):
         axes.barh(names, values, color=colour, label=label)
     for context, style in zip(CONTEXTS, (":", "-.", "--", "-"), strict=True):
-        needed = running_bytes(planned, context) / 1e9
+        needed = running(planned, context).total / 1e9
         axes.axvline(
             needed, color="#cc3311", linestyle=style, label=f"needed at {_tokens(context)}"
         )

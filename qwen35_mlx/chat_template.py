@@ -50,8 +50,17 @@ def _named(value: Any) -> dict[str, str]:
 
 
 def render(template: str, messages: list[Any], **variables: Any) -> str:
-    """What the template makes of the messages; raises whatever the template raises."""
-    return _compiled(template).render(messages=messages, **variables)
+    """What the template makes of the messages; raises whatever the template raises.
+
+    OpenAI's API writes null for what is not there, which templates print or fail on.
+    """
+    given = [
+        {key: value for key, value in message.items() if value is not None}
+        if isinstance(message, Mapping)
+        else message
+        for message in messages
+    ]
+    return _compiled(template).render(messages=given, **variables)
 
 
 @lru_cache(maxsize=16)

@@ -104,6 +104,8 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
     fuses_linear_projections: bool = False
+    # What this machine's memory, or whoever loads the model, leaves of the context.
+    context_limit: int | None = None
 
     @property
     def value_dim(self) -> int:
@@ -118,10 +120,11 @@ class ModelConfig:
     @property
     def context_length(self) -> int:
         """Most tokens a prompt and its answer may have; YaRN stretches the trained length."""
-        if self.rope.factor is None or self.rope.original_max_position_embeddings is None:
-            return self.max_position_embeddings
-        stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
-        return max(self.max_position_embeddings, stretched)
+        longest = self.max_position_embeddings
+        if self.rope.factor is not None and self.rope.original_max_position_embeddings is not None:
+            stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
+            longest = max(longest, stretched)
+        return min(longest, self.context_limit or longest)
 
     @property
     def is_moe(self) -> bool:

@@ -20,7 +20,7 @@ MARK = "\ufdd0"
 TAG = re.compile(r"<\S+>|\[\S+\]")
 # Every message begins with it, and no token reaches across.
 TURN = "<|im_start|>"
-MAX_CACHED_PIECES = 4096
+MAX_CACHED_PIECES = 1024
 
 
 class ControlTokens:

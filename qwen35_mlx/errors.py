@@ -23,6 +23,10 @@ class CheckpointError(Qwen35Error):
     """Weights are damaged, missing, unknown or of the wrong shape."""
 
 
+class MemoryRefused(Qwen35Error):
+    """The model does not fit this machine; nothing of it was read."""
+
+
 class PromptError(Qwen35Error):
     """The prompt cannot be run: empty, or longer than the context."""
 

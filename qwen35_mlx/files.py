@@ -1,5 +1,6 @@
-"""Files: written whole or not at all, locked against other processes, and this user's folders."""
+"""Files: written whole or not at all, locked against other processes, text in, user folders."""
 
+import codecs
 import fcntl
 import json
 import os
@@ -7,6 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import Qwen35Error
+
+# UTF-32 first: its mark in little-endian order begins with that of UTF-16.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def cache_home() -> Path:
@@ -19,12 +31,37 @@ def data_home() -> Path:
     return _user_folder("", "Library/Application Support", "XDG_DATA_HOME", ".local/share")
 
 
+def session_home() -> Path:
+    """Folder of conversations with a name; the variable QWEN35_MLX_SESSIONS overrides it."""
+    chosen = os.environ.get("QWEN35_MLX_SESSIONS")
+    return Path(os.path.expanduser(chosen)) if chosen else data_home() / "sessions"
+
+
 def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) -> Path:
     if override and (chosen := os.environ.get(override)):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))
     if sys.platform == "darwin":
         return Path.home() / on_macos / "qwen35-mlx"
     return Path(os.environ.get(variable) or Path.home() / elsewhere) / "qwen35-mlx"
+
+
+def read_text(file: Path) -> str:
+    """A text file in UTF-8, or in the encoding that its byte order mark names, without the mark."""
+    return decode_text(file.read_bytes(), str(file))
+
+
+def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
+    """Text of a file or of standard input, with line ends as \\n; raises Qwen35Error."""
+    marked = next((e for mark, e in BYTE_ORDER_MARKS if data.startswith(mark)), encoding)
+    try:
+        text = data.decode(marked)
+        if "\0" in text:
+            raise ValueError("a NUL character")
+    except ValueError as error:
+        raise Qwen35Error(
+            f"{name} cannot be read as text", got=error, expected=f"text in {marked}"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextmanager

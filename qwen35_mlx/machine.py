@@ -2,15 +2,15 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
 from . import __version__
+from .errors import Qwen35Error
 
 MIB, GIB = 2**20, 2**30
 # What macOS and other programs need, a share and no less than this: else it swaps, or stops.
@@ -30,13 +30,14 @@ class Machine(NamedTuple):
 
 def describe() -> Machine:
     """This machine now."""
+    import mlx.core as mx
+
     info = mx.device_info()
-    is_metal = mx.metal.is_available()
     limit = None
-    if is_metal:
+    if mx.metal.is_available():
         # 0 or absent: nobody raised it, and the recommendation is the limit.
         raised = int(sysctl("iogpu.wired_limit_mb") or 0)
-        limit = raised * MIB if raised else int(info.get("max_recommended_working_set_size", 0))
+        limit = raised * MIB or int(info.get("max_recommended_working_set_size", 0)) or None
     return Machine(
         chip=str(info.get("device_name") or platform.machine()),
         os=operating_system(),
@@ -63,17 +64,42 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def highest_limit_bytes(memory_bytes: int) -> int:
-    """What the GPU of a Mac may be given with enough left for the system."""
-    return memory_bytes - max(SYSTEM_BYTES, int(memory_bytes * SYSTEM_SHARE))
+def parse_memory(text: str) -> int:
+    """`192GB`, `192 GiB` or `192` -> bytes; a Mac's GB are 2**30 bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b?)?", text.strip().lower())
+    if not match or float(match[1]) <= 0:
+        raise Qwen35Error("not a size of memory", got=repr(text), expected="such as 192GB")
+    return int(float(match[1]) * GIB)
 
 
-def raise_limit_command(machine: Machine) -> str | None:
-    """The line that gives the GPU more memory until the next start; None if it has as much."""
-    best = highest_limit_bytes(machine.memory_bytes) // MIB
-    if machine.gpu_limit_bytes is None or best <= machine.gpu_limit_bytes // MIB:
+def default_limit_bytes(memory_bytes: int) -> int:
+    """What macOS lets the GPU wire: about three quarters, two thirds of 36 GB and less."""
+    return memory_bytes * 2 // 3 if memory_bytes <= 36 * GIB else memory_bytes * 3 // 4
+
+
+def raised_limit_bytes(memory_bytes: int) -> int:
+    """What `iogpu.wired_limit_mb` may be raised to with enough left for the system."""
+    left = memory_bytes - max(SYSTEM_BYTES, int(memory_bytes * SYSTEM_SHARE))
+    return max(left, default_limit_bytes(memory_bytes))
+
+
+def wired_limit_mb(needed_bytes: int) -> int:
+    """The value of `iogpu.wired_limit_mb` for `needed_bytes`, in whole GiB."""
+    return -(-needed_bytes // GIB) * 1024
+
+
+def raise_limit_command(machine: Machine, needed_bytes: int | None = None) -> str | None:
+    """The line that gives the GPU `needed_bytes`, or all that is sane, until the next start.
+
+    None if it has as much, or should not get it.
+    """
+    most = raised_limit_bytes(machine.memory_bytes) // MIB
+    wanted = most if needed_bytes is None else -(-needed_bytes // MIB)
+    if machine.gpu_limit_bytes is None or not machine.gpu_limit_bytes // MIB < wanted <= most:
         return None
-    return f"sudo sysctl iogpu.wired_limit_mb={best}"
+    if needed_bytes is not None:
+        wanted = min(wired_limit_mb(needed_bytes), most)
+    return f"sudo sysctl iogpu.wired_limit_mb={wanted}"
 
 
 def sysctl(name: str) -> str:

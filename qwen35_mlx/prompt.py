@@ -1,6 +1,5 @@
 """Prompts to token ids: text, ids, or messages through the chat template."""
 
-import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from typing import Any
 
 from .control_tokens import ControlTokens, control_tokens
 from .errors import PromptError
+from .messages import for_template
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -81,7 +81,7 @@ def render_messages(
         )
     _refuse_pictures(messages)
     has_thoughts = "reasoning_content" in str(chat_template)
-    conversation = [_message(message, has_thoughts) for message in messages]
+    conversation = [_message(message, has_thoughts) for message in for_template(messages)]
     template = _plain(template)
     if controls := _controls(tokenizer):
         conversation, template = controls.protect(conversation), controls.protect(template)
@@ -126,62 +126,22 @@ def _plain(value: Any) -> Any:
 
 
 def _message(message: Any, has_thoughts: bool) -> Any:
-    """A message in the form that templates take: OpenAI's null and its arguments as text are not.
-
-    has_thoughts: whether the template takes thoughts apart from answers.
-    """
-    if not isinstance(message, Mapping):
-        return _plain(message)
-    plain = {key: value for key, value in _plain(message).items() if value is not None}
-    if isinstance(calls := plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_call(call) for call in calls]
-    if plain.get("role") != "assistant" or not has_thoughts:
+    """A message of JSON's types; its thought is apart if the template takes it so."""
+    plain = _plain(message)
+    if not isinstance(message, Mapping) or plain.get("role") != "assistant" or not has_thoughts:
         return plain
-    for name in ("reasoning", "thinking"):
-        if isinstance(plain.get(name), str):
-            plain.setdefault("reasoning_content", plain[name])
+    names = ("reasoning_content", "reasoning", "thinking")
+    given = next((plain[name] for name in names if plain.get(name) is not None), None)
     content = plain.get("content")
-    if "reasoning_content" in plain or not isinstance(content, str):
-        return plain
-    # Here, not in the template: that looks for tags, and those in a text are marked.
-    if thought := INLINE_THOUGHT.match(content):
+    if given is not None:
+        plain["reasoning_content"] = given
+    elif isinstance(content, str) and THINK_CLOSE in content:
+        # Here, not in the template: that looks for tags, and those in a text are marked.
+        if not (thought := INLINE_THOUGHT.match(content)):
+            return plain
         plain["reasoning_content"] = (thought[1] or thought[2] or "").strip("\n")
         plain["content"] = content[thought.end() :].lstrip("\n")
     return plain
-
-
-def _call(call: Any) -> Any:
-    """A tool call whose arguments are a mapping, as templates iterate over them."""
-    if not isinstance(call, dict):
-        raise PromptError("a tool call is not an object", got=repr(call)[:80])
-    function = call.get("function", call)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise PromptError("a tool call has no function name", got=repr(call)[:80])
-    function = function | {"arguments": tool_arguments(function.get("arguments"))}
-    return call | {"function": function} if "function" in call else function
-
-
-def tool_arguments(arguments: Any) -> dict[str, Any]:
-    """The arguments of a tool call: a mapping, JSON text of one, or nothing."""
-    parsed = arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise PromptError(
-                "the arguments of a tool call are not JSON",
-                got=f"{arguments[:80]!r}: {error}",
-                expected="a JSON object, as text or as a mapping",
-            ) from None
-    if parsed is None:
-        return {}
-    if not isinstance(parsed, Mapping):
-        raise PromptError(
-            "the arguments of a tool call are not an object",
-            got=repr(arguments)[:80],
-            expected="a JSON object, as text or as a mapping",
-        )
-    return dict(parsed)
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -79,6 +79,11 @@ class Tokenizer:
         """All tokens with their ids."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """The added tokens, control tokens among them, and their ids."""
+        added = self.backend_tokenizer.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items()}
+
     @property
     def vocab_size(self) -> int:
         """The number of tokens without those added."""

@@ -11,10 +11,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 import qwen35_mlx
 from qwen35_mlx.cli import terminal
+from qwen35_mlx.cli.main import app
 from qwen35_mlx.convert import convert
+from qwen35_mlx.model import loading
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
@@ -109,3 +112,34 @@ def consoles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[io.StringIO
         return files
 
     return replace
+
+
+@pytest.fixture
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, demo: tuple[Any, Any], converted_demo: Path
+) -> Callable[..., Any]:
+    """A command of the program in this process; the demo is loaded once for all tests."""
+    for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    load = loading.load
+
+    def load_once(name: str, kernels: str = "auto") -> Any:
+        is_demo = name == str(converted_demo) and kernels == "auto"
+        return demo if is_demo else load(name, kernels=kernels)
+
+    monkeypatch.setattr(loading, "load", load_once)
+
+    def run(*arguments: object, stdin: str | bytes | None = None) -> Any:
+        result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result
+        return result
+
+    return run
+
+
+@pytest.fixture
+def answer(demo: tuple[Any, Any]) -> Callable[..., str]:
+    """What the demo says to messages, greedily; a thought ends in </think>."""
+    return lambda *messages, **options: qwen35_mlx.generate(
+        *demo, messages, temperature=0.0, **options
+    )

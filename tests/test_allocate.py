@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant import allocate as module
 from qwen35_mlx.quant.allocate import Option, allocate
 
 
@@ -63,6 +64,47 @@ def test_sizes_without_a_common_unit_stay_within_the_stated_bound(seed):
         assert found.nbytes <= budget
         assert found.lower_bound <= best * (1 + 1e-9)
         assert found.error <= best * 1.01
+
+
+def options(*pairs: tuple[int, float]) -> list[Option]:
+    return [Option(2, 64, nbytes, error) for nbytes, error in pairs]
+
+
+def test_one_option_may_take_the_whole_budget():
+    tables = {"a": options((10, 5), (20, 1)), "b": options((10, 3), (15, 2), (20, 1.9))}
+    assert allocate(tables, 30).error == pytest.approx(1 + 3)
+
+
+def test_sizes_are_counted_in_their_common_unit(monkeypatch):
+    """In fifths of 2000 each thousand would count as three of five: no room for two."""
+    monkeypatch.setattr(module, "MAX_UNITS", 5)
+    thousands = options((1000, 1.0), (2000, 0.2))
+    tables = {"a": thousands, "b": thousands, "c": options((1000, 1.5), (3000, 0.0))}
+    assert allocate(tables, 5000).error == pytest.approx(0.2 + 0.2 + 1.5)
+
+
+def test_bytes_that_rounding_left_over_go_where_they_help_most(monkeypatch):
+    monkeypatch.setattr(module, "MAX_UNITS", 2)
+    tables = {
+        "a": options((10, 9), (17, 1)),
+        "b": options((10, 2), (13, 1.9)),
+        "c": options((10, 2), (13, 1)),
+    }
+    found = allocate(tables, 40)
+    assert {name: option.nbytes for name, option in found.options.items()} == dict(a=17, b=10, c=13)
+    assert found.nbytes == 40
+
+
+def test_the_bound_stays_below_the_best_where_units_are_too_coarse_to_find_it(monkeypatch):
+    monkeypatch.setattr(module, "MAX_UNITS", 2)
+    num_missed = 0
+    for seed in range(10):
+        tables = random_tables(seed, num=5, step=1024)
+        low, high = sizes(tables)
+        found, best = (f(tables, (low + high) // 2) for f in (allocate, best_error))
+        assert found.lower_bound <= best * (1 + 1e-9)
+        num_missed += found.error > best * 1.01
+    assert num_missed
 
 
 def test_many_tensors_fill_the_budget_and_come_close_to_the_bound():

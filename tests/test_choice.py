@@ -56,6 +56,12 @@ def test_auto_takes_what_matched_and_was_faster_at_the_models_shapes(with_metal:
     assert choice.choose("auto", OTHER) == {"residual_norm", "router"}
 
 
+def test_every_size_that_shapes_depend_on_tells_models_apart() -> None:
+    sizes = dict(hidden_size=1024, linear_num_value_heads=16, num_experts=0)
+    keys = {choice.shape_key(SimpleNamespace(**sizes | {name: 32})) for name in sizes}
+    assert len(keys | {choice.shape_key(SimpleNamespace(**sizes))}) == 4
+
+
 def test_without_a_result_auto_runs_ops(with_metal: None) -> None:
     assert choice.choose("auto", LARGE) == metal.NONE
 

@@ -2,10 +2,11 @@
 
 import copy
 import logging
+import math
 
 import pytest
 
-from qwen35_mlx.config import FULL, LINEAR, ModelConfig, read_config
+from qwen35_mlx.config import FULL, LINEAR, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import ConfigError
 
 # hidden, layers, query and kv heads, dense width or (experts, top k, width), linear v-heads, tied
@@ -372,3 +373,54 @@ def test_a_refused_value_is_told_beside_those_that_are_run(key, value, expected)
     lines = str(error.value).splitlines()
     assert lines[1:] == [f"  got: {value!r}", f"  expected: {expected}"]
     assert key in lines[0]
+
+
+def yarn(**changes: object) -> ModelConfig:
+    config = family_config("2B")
+    config["text_config"]["rope_parameters"] |= YARN | changes
+    return ModelConfig.from_hf(config)
+
+
+def test_the_defaults_of_yarn_are_those_of_the_reference():
+    rope = yarn().rope
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (32, 1, True)
+    assert yarn(truncate=False).rope.truncate is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict(factor=1.0), 1.0),
+        (dict(factor=0.5), 1.0),
+        # One of the two alone does not count.
+        (dict(mscale=0.7), 1 + 0.1 * math.log(4)),
+        (dict(mscale_all_dim=0.7), 1 + 0.1 * math.log(4)),
+        (dict(mscale=2.0, mscale_all_dim=0.5), (1 + 0.2 * math.log(4)) / (1 + 0.05 * math.log(4))),
+    ],
+)
+def test_the_attention_factor_of_yarn(changes, expected):
+    assert yarn(**changes).rope.attention_factor == pytest.approx(expected, rel=1e-12)
+
+
+def test_yarn_never_shortens_the_context():
+    assert yarn(original_max_position_embeddings=1024).context_length == 262144
+    assert yarn().context_length == 4 * 262144
+
+
+@pytest.mark.parametrize(("size", "fits"), [(2**31 - 1, True), (2**31, False)])
+def test_a_size_is_what_mlx_can_count(size, fits):
+    config = family_config("2B")
+    config["text_config"]["vocab_size"] = size
+    if fits:
+        assert ModelConfig.from_hf(config).vocab_size == size
+    else:
+        with pytest.raises(ConfigError, match="vocab_size=2147483648 is not usable"):
+            ModelConfig.from_hf(config)
+
+
+def test_the_rope_type_of_qwen3_next_is_kept():
+    scaling = dict(YARN, type="default")
+    found = next_as_moe(dict(model_type="qwen3_next", rope_theta=1e7, rope_scaling=scaling))
+    assert found["rope_parameters"]["rope_type"] == "yarn"
+    old = next_as_moe(dict(model_type="qwen3_next", rope_scaling={"type": "yarn", "factor": 2.0}))
+    assert old["rope_parameters"]["rope_type"] == "yarn"

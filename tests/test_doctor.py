@@ -36,7 +36,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         "max_recommended_working_set_size": 48 * 2**30,
     }
     monkeypatch.setattr(mx, "device_info", lambda: info)
-    monkeypatch.setattr(checks, "FAMILY", (SMALL, DENSE))
+    monkeypatch.setattr(doctor, "FAMILY", (SMALL, DENSE))
     monkeypatch.setattr(
         checks,
         "parity_settings",
@@ -166,7 +166,7 @@ def test_the_rotation_is_judged_at_the_end_of_the_context(
 def test_shapes_that_do_not_fit_are_left_out(mac: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "expert_down")
     huge = SMALL._replace(name="huge", hidden_size=8192, width=4096, num_experts=4096)
-    monkeypatch.setattr(checks, "FAMILY", (huge, SMALL))
+    monkeypatch.setattr(doctor, "FAMILY", (huge, SMALL))
     found = examine_and_store()["kernels"]["expert_down"]
     assert found["members"]["huge"] == "not enough memory"
     assert found["matched"]

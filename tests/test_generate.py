@@ -1,7 +1,5 @@
 """Text out of a model: equal to mlx-lm's, ended where it should end, refused before it begins."""
 
-import itertools
-import random
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,11 +12,11 @@ import pytest
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import qwen35_mlx
 from qwen35_mlx import generate, stream_generate
 from qwen35_mlx.engine.generate import GenerationResponse
-from qwen35_mlx.engine.output import StopText
 from qwen35_mlx.errors import PromptError, Qwen35Error
 from qwen35_mlx.prompt import encode_prompt
 from qwen35_mlx.sampling import SamplingParams
@@ -173,38 +171,9 @@ def test_a_character_that_never_ends_is_left_out(
     demo: Any, scripted: Callable[..., Any], max_tokens: int | None
 ) -> None:
     tokenizer = demo[1]
-    half = tokenizer.encode("🦙")[:3]
-    model = scripted([*half, tokenizer.eos_token_id])
-    parts = stream_generate(model, tokenizer, "Hi", max_tokens=max_tokens)
-    assert "".join(r.text for r in parts) == ""
-
-
-def stopped(text: str, stops: list[str]) -> str:
-    """What comes before the stop string that is complete first, found a character at a time."""
-    for end in range(1, len(text) + 1):
-        complete = [stop for stop in stops if text[:end].endswith(stop)]
-        if complete:
-            return text[: end - max(map(len, complete))]
-    return text
-
-
-def test_stop_strings_against_a_search_by_character() -> None:
-    chance = random.Random(0)
-    num_stopped = 0
-    for _ in range(2000):
-        text = "".join(chance.choices("abc", k=12))
-        stops = ["".join(chance.choices("abc", k=chance.randint(1, 5))) for _ in range(3)]
-        cuts = sorted(chance.sample(range(len(text)), 4))
-        stopper, shown = StopText(stops), ""
-        for start, end in itertools.pairwise([0, *cuts, len(text)]):
-            shown += stopper.feed(text[start:end])
-            if stopper.stopped:
-                break
-        else:
-            shown += stopper.finish()
-        assert shown == stopped(text, stops), (text, stops, cuts)
-        num_stopped += stopper.stopped
-    assert 500 < num_stopped < 1900
+    ids = [*tokenizer.encode("a"), *tokenizer.encode("🦙")[:2], tokenizer.eos_token_id]
+    parts = stream_generate(scripted(ids), tokenizer, "Hi", max_tokens=max_tokens)
+    assert "".join(r.text for r in parts) == "a"
 
 
 @pytest.mark.parametrize(
@@ -348,3 +317,30 @@ def test_batches_of_mlx_lm_run_on_our_model(demo: Any) -> None:
 
 def test_the_package_names_stay_functions() -> None:
     assert callable(qwen35_mlx.generate) and callable(qwen35_mlx.stream_generate)
+
+
+def test_the_quantized_cache_of_mlx_lm_runs_on_our_model(demo: Any) -> None:
+    """Its option kv_bits takes what it quantizes from our cache, and our attention reads it."""
+    model, tokenizer = demo
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    tokens = []
+    for bits in (None, 8):
+        cache = make_prompt_cache(model)
+        steps = generate_step(
+            mx.array(ids), model, max_tokens=20, prompt_cache=cache, kv_bits=bits,
+            kv_group_size=32, quantized_kv_start=0,
+        )  # fmt: skip
+        tokens.append([token for token, _ in steps])
+        assert any(hasattr(entry, "bits") for entry in cache) == (bits is not None)
+    assert tokens[0] == tokens[1]
+
+
+def test_the_tokenizer_streams_through_mlx_lm(demo: Any) -> None:
+    model, tokenizer = demo
+    options: dict[str, Any] = dict(max_tokens=30)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    ours = generate(model, tokenizer, ids, temperature=0.0, **options)
+    for given in (tokenizer, TokenizerWrapper(tokenizer)):
+        parts = mlx_lm.stream_generate(model, given, ids, **options)
+        assert "".join(part.text for part in parts) == ours
+        assert encode_prompt(given, QUESTION) == ids

@@ -118,13 +118,17 @@ def test_what_is_no_hessian_is_refused(hessian, message):
         quantize(weights(), 4, 64, "gptq", hessian=mx.array(hessian.astype(np.float32)))
 
 
-def test_experts_together_give_the_bits_of_each_alone():
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+def test_experts_together_give_the_bits_of_each_alone(monkeypatch, num_experts):
     rng = np.random.default_rng(5)
-    w = mx.array(rng.standard_normal((3, 7, 96)).astype(np.float32))
-    x = rng.standard_normal((3, 50, 96)) * rng.uniform(0.1, 3, size=(3, 1, 96))
+    w = mx.array(rng.standard_normal((num_experts, 7, 96)).astype(np.float32))
+    x = rng.standard_normal((num_experts, 50, 96))
+    x *= rng.uniform(0.1, 3, size=(num_experts, 1, 96))
     hessians = mx.array((x.transpose(0, 2, 1) @ x).astype(np.float32))
+    # Two at a time: the last of five is alone.
+    monkeypatch.setattr("qwen35_mlx.quant.gptq.CHUNK_WEIGHTS", 2 * 7 * 96)
     together = quantize(w, 3, 32, "gptq", hessian=hessians)
-    for e in range(3):
+    for e in range(num_experts):
         alone = quantize(w[e], 3, 32, "gptq", hessian=hessians[e])
         for a, b in zip(together, alone, strict=True):
             assert mx.array_equal(a[e], b)
@@ -144,3 +148,11 @@ def test_the_predicted_gain_of_feedback_is_the_real_one():
         left = np.einsum("ri,ij,rj", together, h, together)
         assert feedback_gain(hessian) == pytest.approx(left / lost, rel=0.3)
     assert feedback_gain(mx.eye(8)) == pytest.approx(1, rel=0.02)
+
+
+def test_the_gain_of_a_stack_is_the_mean_and_that_of_silent_inputs_is_none():
+    hessian = mx.array(moments().astype(np.float32))
+    gains = [feedback_gain(h) for h in (hessian, mx.eye(INPUTS))]
+    assert gains[0] < 0.8 < gains[1]
+    assert feedback_gain(mx.stack([hessian, mx.eye(INPUTS)])) == pytest.approx(sum(gains) / 2)
+    assert feedback_gain(mx.zeros((8, 8))) == 1

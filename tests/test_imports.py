@@ -133,6 +133,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.quant",
         "qwen35_mlx.errors",
         "qwen35_mlx.config",
+        "qwen35_mlx.family",
         "qwen35_mlx.files",
         "qwen35_mlx.headers",
         "qwen35_mlx.machine",
@@ -141,6 +142,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.quantization",
         "qwen35_mlx.resolver",
         "qwen35_mlx.tensor_table",
+        "qwen35_mlx.memory",
         "qwen35_mlx.__version__",
     )
     assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []

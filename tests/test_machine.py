@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from qwen35_mlx import machine
+from qwen35_mlx.errors import Qwen35Error
 
 GB = 2**30
 
@@ -59,6 +60,39 @@ def test_no_line_where_it_would_not_raise_the_limit(mac) -> None:
     raised = mac(192, wired_limit_mb=180000)
     assert raised.gpu_limit_bytes == 180000 * 2**20
     assert machine.raise_limit_command(raised) is None
+
+
+def test_the_line_asks_for_what_is_needed_and_no_more(mac) -> None:
+    described = mac(192, wired_limit_mb=0)
+    needed = 150 * GB + 1
+    command = machine.raise_limit_command(described, needed)
+    assert command == f"sudo sysctl iogpu.wired_limit_mb={151 * 1024}"
+    assert machine.raise_limit_command(described, 100 * GB) is None
+    assert machine.raise_limit_command(described, 190 * GB) is None
+    # Never more than is sane, though whole GiB would be.
+    assert machine.raise_limit_command(described, 176947 * 2**20 - 1).endswith("=176947")
+
+
+def test_limits_rise_with_memory_and_leave_room() -> None:
+    for memory in (64, 96, 128, 192, 256, 512):
+        limit, raised = (
+            f(memory * GB) for f in (machine.default_limit_bytes, machine.raised_limit_bytes)
+        )
+        assert limit < raised <= (memory - 8) * GB
+    assert 165e9 < machine.raised_limit_bytes(192 * GB) < 190e9
+    assert machine.default_limit_bytes(16 * GB) == 16 * GB * 2 // 3
+    assert machine.wired_limit_mb(170 * GB + 1) == 171 * 1024
+
+
+@pytest.mark.parametrize("text", ["", "much", "-4GB", "0", "12 parsecs"])
+def test_what_is_no_memory_is_refused(text: str) -> None:
+    with pytest.raises(Qwen35Error, match="not a size of memory"):
+        machine.parse_memory(text)
+
+
+def test_memory_of_a_mac_is_in_gibibytes() -> None:
+    assert all(machine.parse_memory(text) == 192 * GB for text in ("192GB", "192 GiB", "192"))
+    assert machine.parse_memory("0.5g") == GB // 2
 
 
 def test_without_metal_there_is_no_limit() -> None:

@@ -136,3 +136,13 @@ def test_a_stack_of_experts_is_that_of_mlx_lm(settings, bias, num_tokens):
     x = mx.random.normal((num_tokens, 64))
     indices = mx.random.randint(0, 5, (num_tokens, 2))
     np.testing.assert_array_equal(np.array(ours(x, indices)), np.array(theirs(x, indices)))
+
+
+@pytest.mark.parametrize(("num_experts", "per_token"), [(64, 33), (1025, 4)])
+def test_routers_larger_than_the_kernel_run_on_ops(num_experts, per_token):
+    logits = mx.random.normal((2, num_experts), key=mx.random.key(0))
+    arguments = (logits, mx.zeros((2, 1)), per_token)
+    for found, expected in zip(
+        route(*arguments, frozenset({"router"})), route(*arguments), strict=True
+    ):
+        assert mx.array_equal(found, expected)

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import stored, write_checkpoint
+from checkpoints import stored, text_config, write_checkpoint
 
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.plan import PlanRow
@@ -70,6 +70,20 @@ def test_bits_per_weight_count_scales_and_biases_but_nothing_carried(tmp_path):
     assert plan(tmp_path / "bare", dtype="bfloat16").bits_per_weight == pytest.approx(16, abs=0.01)
 
 
+def test_the_layout_tells_models_apart_by_names_and_shapes_of_the_text_model(tmp_path):
+    def shrink(tensors):
+        tensors["model.language_model.embed_tokens.weight"] = stored(np.ones((64, 128)), "BF16")
+
+    text = text_config(moe=False, tied=True) | dict(vocab_size=64)
+    write_checkpoint(tmp_path / "bare", tied=True)
+    write_checkpoint(tmp_path / "laden", tied=True, vision=True, mtp=True, dtype="F16")
+    write_checkpoint(tmp_path / "small", tied=True, config=dict(text_config=text), change=shrink)
+    write_checkpoint(tmp_path / "untied")
+    layouts = [plan(tmp_path / name).layout for name in ("bare", "laden", "small", "untied")]
+    assert layouts[0] == layouts[1] == plan(tmp_path / "bare", bits=8).layout
+    assert len(set(layouts)) == 3
+
+
 def test_defaults_are_4_bits_and_dtype_alone_means_unquantized(tmp_path):
     write_checkpoint(tmp_path / "src")
     up_proj, in_proj_a = f"{LAYER}mlp.up_proj", f"{LAYER}linear_attn.in_proj_a"
@@ -124,6 +138,21 @@ def test_a_recipe_decides_by_module_and_config_names_the_exceptions(tmp_path):
     assert len(block) == 4 * 4
 
 
+def test_a_recipe_may_choose_the_method_of_a_module_and_its_group_size_alone(tmp_path):
+    write_checkpoint(tmp_path / "src")
+    choices = {"up_proj": (4, 64, "search"), "down_proj": (4, 32)}
+    planned = plan(tmp_path / "src", recipe=lambda m: choices.get(m.rpartition(".")[2], (4, 64)))
+    for entry in planned.text_entries:
+        is_searched = entry.module.endswith("up_proj")
+        if entry.bits:
+            assert entry.method == ("search" if is_searched else "minmax")
+    overrides = {k: v for k, v in planned.quantization.items() if isinstance(v, dict)}
+    assert {name.rpartition(".")[2] for name in overrides} == {"down_proj"}
+    assert all(value == {"bits": 4, "group_size": 32} for value in overrides.values())
+    with pytest.raises(Qwen35Error, match=r"method='best' is not supported \(for language_model"):
+        plan(tmp_path / "src", recipe=lambda module: (4, 64, "best"))
+
+
 def test_the_table_folds_layers_and_sums_up_what_is_carried(tmp_path):
     write_checkpoint(tmp_path / "src", moe=True, vision=True, mtp=True)
     planned = plan(tmp_path / "src")
@@ -166,6 +195,10 @@ def test_shards_are_filled_to_the_limit_and_modules_stay_whole(tmp_path, monkeyp
         stems = [t.name.rpartition(".")[0] for t in shard.tensors if t.name.endswith(".scales")]
         names = {t.name for t in shard.tensors}
         assert all({f"{s}.weight", f"{s}.biases"} <= names for s in stems)
+    total = sum(filled)
+    for limit, num_shards in ((total, 1), (total - 1, 2)):
+        monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", limit)
+        assert len(plan(tmp_path / "src").shards) == num_shards
     monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 1)
     assert all(len(s.entries) == 1 for s in plan(tmp_path / "src").shards)
 

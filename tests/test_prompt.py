@@ -1,14 +1,12 @@
-"""Prompts in every form, what is refused, and thought apart from answer however text is cut."""
+"""Prompts in every form, and what is refused."""
 
 import copy
-import random
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen35_mlx.engine.output import Piece, ThoughtSplitter, held_back
 from qwen35_mlx.errors import PromptError
 from qwen35_mlx.prompt import check_ids, check_length, encode_prompt
 
@@ -94,56 +92,3 @@ def test_lengths_and_ids_at_the_edge() -> None:
     for ids in ([3, 10], [-1]):
         with pytest.raises(PromptError, match=rf"got: {ids[-1]}\n"):
             check_ids(ids, 10)
-
-
-def split(text: str, thinking: bool, cuts: list[int]) -> dict[str, str]:
-    splitter, said = ThoughtSplitter(thinking), {"thought": "", "answer": ""}
-    pieces: list[Piece] = []
-    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        pieces += splitter.feed(text[start:end])
-    for piece in pieces + splitter.finish():
-        said[piece.kind] += piece.text
-    return said
-
-
-@pytest.mark.parametrize(
-    ("text", "thinking", "thought", "answer"),
-    [
-        ("one\n\ntwo\n</think>\n\nBlue.", True, "one\n\ntwo", "Blue."),
-        ("</think>\n\nBlue.", True, "", "Blue."),
-        ("\n</think>\n\nBlue.", True, "", "Blue."),
-        ("never done <thi\n", True, "never done <thi", ""),
-        ("Blue.\n", False, "", "Blue.\n"),
-        ("a < b, </think> and <think> are tags", False, "", "a < b, </think> and <think> are tags"),
-        ("<think>\nhm\n</think>\n\nBlue.", False, "hm", "Blue."),
-        ("\n<think>hm</think>Blue.", False, "hm", "Blue."),
-        ("x</thin</think>y</think>", True, "x</thin", "y</think>"),
-        ("", True, "", ""),
-    ],
-)
-def test_thought_and_answer_however_the_text_is_cut(
-    text: str, thinking: bool, thought: str, answer: str
-) -> None:
-    chance = random.Random(0)
-    expected = {"thought": thought, "answer": answer}
-    assert split(text, thinking, []) == expected
-    assert split(text, thinking, list(range(1, len(text)))) == expected
-    for _ in range(50):
-        cuts = sorted(chance.sample(range(len(text) + 1), min(4, len(text))))
-        assert split(text, thinking, cuts) == expected
-
-
-def test_text_is_not_held_back_without_need() -> None:
-    splitter = ThoughtSplitter(True)
-    assert splitter.feed("hm <") == [Piece("thought", "hm ")]
-    assert splitter.feed("b") == [Piece("thought", "<b")]
-    assert splitter.feed("</think>Yes </th") == [Piece("answer", "Yes </th")]
-
-
-@pytest.mark.parametrize(
-    ("text", "markers", "size"),
-    [("abc", ["cd"], 1), ("abc", ["bcd", "cx"], 2), ("aa", ["aaa"], 2), ("abc", ["abc"], 0),
-     ("abc", [], 0), ("", ["a"], 0)],
-)  # fmt: skip
-def test_held_back(text: str, markers: list[str], size: int) -> None:
-    assert held_back(text, markers) == size

@@ -14,6 +14,7 @@ import mlx.core as mx
 import pytest
 
 from qwen35_mlx import Chat
+from qwen35_mlx.chat import sessions
 from qwen35_mlx.chat.sessions import cache_file, hold, list_sessions, remove_session, session_file
 from qwen35_mlx.errors import SessionError
 
@@ -121,6 +122,23 @@ def test_damaged_words_are_refused(demo: Any, damage: Callable[[Path], None]) ->
     assert list_sessions()[0].problem
     remove_session("one")
     assert list_sessions() == []
+
+
+def test_the_model_is_not_digested_at_every_saved_turn(
+    demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested: list[Any] = []
+    digest = sessions._digest_of_weights
+    monkeypatch.setattr(
+        sessions, "_digest_of_weights", lambda tensors: digested.append(1) or digest(tensors)
+    )
+    monkeypatch.setattr(demo[0], "_identity", "", raising=False)
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    for _ in range(3):
+        chat.save("one")
+    assert new_chat(demo).load("one") is None
+    assert len(digested) == 1
 
 
 def test_a_session_of_another_model_keeps_only_the_words(demo: Any) -> None:

@@ -35,6 +35,15 @@ def test_moments_are_means_over_all_that_was_added():
     np.testing.assert_allclose(moments.hessians(), x.T @ x / 31, rtol=1e-4, atol=1e-6)
 
 
+def test_inputs_in_bfloat16_are_squared_in_float32():
+    x = mx.array(rows(31)).astype(mx.bfloat16)
+    found, expected = Moments(5, hessian=True), Moments(5, hessian=True)
+    found.add(x)
+    expected.add(x.astype(mx.float32))
+    assert mx.array_equal(found.means(), expected.means())
+    assert mx.array_equal(found.hessians(), expected.hessians())
+
+
 def test_experts_have_their_own_moments_and_lean_on_the_others_when_idle():
     x = rows(900, seed=1) * np.linspace(0.5, 2, 900, dtype=np.float32)[:, None]
     experts = np.where(np.arange(900) < 890, np.arange(900) % 3, 3)
@@ -67,6 +76,8 @@ def test_hessians_of_few_tokens_lean_on_the_others_the_more_inputs_there_are():
 
 def test_hessians_of_too_many_experts_become_one(monkeypatch):
     x, experts = rows(50), np.arange(50) % 4
+    monkeypatch.setattr(module, "MAX_HESSIAN_BYTES", 4 * 4 * 25)
+    assert Moments(5, num_experts=4, hessian=True).hessians().shape == (4, 5, 5)
     monkeypatch.setattr(module, "MAX_HESSIAN_BYTES", 4 * 4 * 25 - 1)
     moments = Moments(5, num_experts=4, hessian=True)
     moments.add(mx.array(x), mx.array(experts))
@@ -97,8 +108,8 @@ def example() -> Calibration:
         "l" * 16,
         "t" * 32,
         123,
-        moments={"x.input": mx.array([1.0, 2.0]), "y.input": mx.ones((3, 2))},
-        hessians={"x.input": mx.eye(2)},
+        moments={"x.input": mx.array([1.0, 2.0]), "y.input": mx.arange(6.0).reshape(3, 2)},
+        hessians={"x.input": mx.eye(2), "y.input": mx.arange(12.0).reshape(3, 2, 2)},
         errors={"x": {(2, 64): 0.1, (8, 128): 1e-6}},
         kls={"x": {(2, 64): 0.5}},
     )
@@ -116,6 +127,28 @@ def test_a_calibration_comes_back_from_its_file(tmp_path):
     assert hessian.tolist() == [[1.0, 0.0], [0.0, 1.0]]
     back.kls["x"][2, 64] = 0.6
     assert back.digest != example().digest
+    without = example()
+    without.hessians.clear()
+    assert without.digest != example().digest
+
+
+def test_an_expert_has_the_statistics_of_its_own_inputs():
+    moments, hessian = example().of("y.q_proj", 1)
+    assert moments.tolist() == [2.0, 3.0]
+    assert hessian.tolist() == [[4.0, 5.0], [6.0, 7.0]]
+    # An input that all experts share.
+    moments, hessian = example().of("x.q_proj", 1)
+    assert moments.tolist() == [1.0, 2.0]
+    assert hessian.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert example().of("z.q_proj", 1) == (None, None)
+
+
+def test_a_calibration_is_read_at_once_and_not_when_a_thread_uses_it(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save(example(), path)
+    back = load(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert back.moments["x.input"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "foreign", "absent"])
@@ -151,6 +184,11 @@ def test_option_errors_are_those_of_the_quantized_output():
         assert errors[bits, group_size] == pytest.approx(lost, rel=0.25)
     by_bits = [errors[bits, 64] for bits in (2, 3, 4, 5, 6, 8)]
     assert by_bits == sorted(by_bits, reverse=True)
+    # Experts one above the other, each with its own moments.
+    stack = mx.stack([w, w[:, ::-1]])
+    both = option_errors(stack, mx.stack([moments, moments[::-1]]))
+    assert both[4, 64] == pytest.approx(errors[4, 64], rel=0.01)
+    assert both[4, 64] != pytest.approx(option_errors(stack, moments)[4, 64], rel=0.01)
     # What no group divides is no option.
     assert {g for _, g in option_errors(mx.ones((2, 96)) * mx.arange(96), None)} == {32}
     assert set(option_errors(mx.zeros((2, 64)), None).values()) == {0.0}

@@ -3,12 +3,15 @@
 import json
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from fake_tokenizer import FakeTokenizer
 
-from qwen35_mlx.engine.output import Piece
-from qwen35_mlx.engine.tool_calls import ToolCallParser, as_message, calls_of, coerce
+from qwen35_mlx.engine.output import OutputParser, ToolCall
+from qwen35_mlx.engine.tool_calls import as_message, calls_of
+from qwen35_mlx.engine.tool_values import coerce
 
 PROPERTIES: dict[str, Any] = {
     "text": {"type": "string"},
@@ -27,13 +30,26 @@ TOOL = {
 }
 
 
-def run(parts: list[str]) -> tuple[str, list[Any]]:
-    parser = ToolCallParser([TOOL])
-    pieces: list[Piece] = []
-    for part in parts:
-        pieces += parser.feed(part)
-    pieces += parser.finish()
+def run(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[ToolCall]]:
+    parser = OutputParser(tokenizer, tools=[TOOL])
+    pieces = [piece for token in tokens for piece in parser.feed(token)] + parser.finish()
+    assert all(piece.text == "" for piece in pieces if piece.call)
     return "".join(p.text for p in pieces), [p.call for p in pieces if p.call]
+
+
+def parse(text: str) -> tuple[str, list[ToolCall]]:
+    """What is shown, and the calls, however the text is cut."""
+    tokenizer = FakeTokenizer()
+    first, *others = (run(tokenizer, tokens) for tokens in tokenizer.ways(text, count=2))
+    assert all(other == first for other in others)
+    return first
+
+
+def called(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The calls to be run, where nothing but calls is said."""
+    shown, calls = parse(text)
+    assert shown == ""
+    return [(call.name, call.arguments) for call in calls if call.complete]
 
 
 def render(name: str, arguments: dict[str, str]) -> str:
@@ -65,11 +81,11 @@ def whole(text: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     return re.sub(call, "", text, flags=re.DOTALL), calls
 
 
-def test_a_thousand_streams_cut_at_random_tokens(demo: Any) -> None:
+def test_hundreds_of_streams_cut_at_random_tokens(demo: Any) -> None:
     tokenizer = demo[1]
     random_ = random.Random(0)
     num_calls = num_cut = 0
-    for _ in range(1000):
+    for _ in range(400):
         calls = [
             (
                 random_.choice(["do", "other-tool", "ns.do"]),
@@ -89,19 +105,9 @@ def test_a_thousand_streams_cut_at_random_tokens(demo: Any) -> None:
         if cut:
             ids = ids[: random_.randint(0, len(ids))]
         text = tokenizer.decode(ids)
-        detokenizer, parts, run_length = tokenizer.detokenizer, [""], 1
-        for token in ids:
-            detokenizer.add_token(token)
-            parts[-1] += detokenizer.last_segment
-            run_length -= 1
-            if run_length == 0:
-                parts.append("")
-                run_length = random_.choice([1, 1, 1, 2, 5, 40])
-        detokenizer.finalize()
-        parts.append(detokenizer.last_segment)
-        assert "".join(parts) == text
-        got = run(parts)
-        assert got == run([text]) == run(list(text))
+        got = run(tokenizer, ids)
+        fake = FakeTokenizer()
+        assert all(got == run(fake, tokens) for tokens in fake.ways(text.rstrip("\ufffd"), count=1))
         shown, found = got
         assert "<tool_call" not in shown and "<function=" not in shown.replace("<function=no>", "")
         complete = [(c.name, c.raw_arguments) for c in found if c.complete]
@@ -112,20 +118,7 @@ def test_a_thousand_streams_cut_at_random_tokens(demo: Any) -> None:
         else:
             assert complete == calls == whole(text)[1] and len(found) == len(calls)
             assert shown.strip() == whole(text)[0].strip()
-    assert num_calls > 800 and num_cut > 100
-
-
-def test_the_text_around_calls_is_shown_at_once_and_without_their_line_ends() -> None:
-    parser = ToolCallParser([TOOL])
-    assert [p.text for p in parser.feed("Let me look: ")] == ["Let me look:"]
-    assert parser.feed("\n\n<tool") == []
-    assert parser.feed("_call>\n<function=do>\n<parameter=text>\nx") == []
-    assert parser.feed("\n</parameter>\n</function>\n") == []
-    (piece,) = parser.feed("</tool_call>")
-    assert piece.call and piece.call.arguments == {"text": "x"} and piece.text == ""
-    assert parser.feed("\n") == []
-    assert [p.text for p in parser.feed("Then")] == ["Then"]
-    assert parser.finish() == []
+    assert num_calls > 320 and num_cut > 40
 
 
 @pytest.mark.parametrize(
@@ -139,12 +132,23 @@ def test_the_text_around_calls_is_shown_at_once_and_without_their_line_ends() ->
         ("<tool_call>\n<function=do>\n</function>\n", "do", {}, True),
         ("<tool_call>\n{\"name\": \"do\"}\n</tool_call>\nno", "", {}, False),
         ("<tool_call>\n<function=do>\noops</function>\n</tool_call>", "do", {}, False),
+        ("<tool_call>\n<function=do>\n</function>\nand\n</tool_call>no", "do", {}, False),
+        ("<tool_call>\n<function=>\n</function>\n</tool_call>no", "", {}, False),
+        ("<tool_call>\ndo(text='a')\n</tool_call>no", "", {}, False),
+        ("<tool_call></tool_call>no", "", {}, False),
+        ("<tool_call>\n<parameter=text>\na\n</parameter>\n</function>\n</tool_call>no", "", {},
+         False),
+        # A tag is missing: of the value, or of the function.
+        ("<tool_call>\n<function=do>\n<parameter=text>\na\n</function>\n</tool_call>\nno", "do",
+         {"text": "a\n</function>\n"}, False),
+        ("<tool_call>\n<function=do>\n<parameter=text>\na\n</parameter>\n</tool_call>\nno", "do",
+         {"text": "a"}, False),
     ],
 )  # fmt: skip
 def test_what_is_cut_or_spoilt_is_not_run(
     text: str, name: str, arguments: dict[str, str], complete: bool
 ) -> None:
-    shown, (call,) = run([text])
+    shown, (call,) = parse(text)
     assert (call.name, call.raw_arguments, call.complete) == (name, arguments, complete)
     assert shown in ("", "no")
 
@@ -159,11 +163,30 @@ def test_what_is_cut_or_spoilt_is_not_run(
         ("maybe", "null", None), ("maybe", "None", None), ("maybe", "4", 4),
         ("list", "[1, \"a\"]", [1, "a"]), ("list", "1", "1"), ("deep", '{"a": 1}', {"a": 1}),
         ("either", "[1]", [1]), ("either", "word", "word"), ("free", "3", "3"),
-        ("unknown", "3", "3"),
+        ("unknown", "3", "3"), ("text", "", ""), ("text", "<![CDATA[x]]>", "<![CDATA[x]]>"),
+        # Python's spelling, of arrays and objects alone.
+        ("list", "['x', 'y']", ["x", "y"]), ("list", "[True, None, (1, 2)]", [True, None, [1, 2]]),
+        ("deep", "{'k': 'it\\'s', 'z': None}", {"k": "it's", "z": None}),
+        ("list", "[1, 2,]", [1, 2]), ("deep", '{"a": true,}', {"a": True}),
+        ("deep", "{'a': \"it's true\", 'b': null}", {"a": "it's true", "b": None}),
+        ("list", "['\\d+']", ["\\d+"]), ("deep", '{"a": "x\ny"}', {"a": "x\ny"}),
+        ("either", "['x']", ["x"]), ("text", "['x']", "['x']"), ("count", "(3)", "(3)"),
+        ("list", "{'a': 1}", "{'a': 1}"), ("deep", "[1]", "[1]"), ("list", "(1)", "(1)"),
+        # Without a type, arrays and objects in JSON.
+        ("free", '{"a": [1]}', {"a": [1]}), ("unknown", "[1]", [1]), ("free", "['x']", "['x']"),
+        ("free", "true", "true"), ("free", "None", "None"),
+        # What JSON cannot hold.
+        ("list", "[NaN]", "[NaN]"), ("list", "[1e400]", "[1e400]"), ("ratio", "1e400", "1e400"),
+        ("ratio", "-Infinity", "-Infinity"), ("list", "[1, {2, 3}]", "[1, {2, 3}]"),
+        ("deep", "{1: 'a'}", "{1: 'a'}"), ("list", "[b'x', 1j, ...]", "[b'x', 1j, ...]"),
+        ("list", '["\\ud800"]', '["\\ud800"]'),
+        # Nothing is run.
+        ("list", "[__import__('os').getcwd()]", "[__import__('os').getcwd()]"),
+        ("list", "[f'{1}', 'a' * 3]", "[f'{1}', 'a' * 3]"), ("deep", "dict(a=1)", "dict(a=1)"),
     ],
 )  # fmt: skip
 def test_values_have_the_type_of_the_schema(name: str, raw: str, value: Any) -> None:
-    _, (call,) = run([render("do", {name: raw})])
+    _, (call,) = parse(render("do", {name: raw}))
     got = call.arguments[name]
     assert got == value and type(got) is type(value)
 
@@ -177,8 +200,145 @@ def test_schemas_with_references_and_enums() -> None:
     assert coerce("2", {"enum": ["1", "2"]}, {}) == "2"
 
 
+def test_schemas_that_say_little_or_nonsense() -> None:
+    assert coerce("null", {"type": "integer", "nullable": True}, {}) is None
+    assert coerce("3", {"type": ["integer", None, {}]}, {}) == 3
+    for schema in ({"type": None}, {"type": 5}, True, {"anyOf": [True, None]}, {"enum": None}):
+        assert coerce("3", schema, {}) == "3"  # type: ignore[arg-type]
+    assert coerce("3", {"$ref": "#/$defs/n"}, {"$defs": []}) == "3"  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["[" * 100_000, "{'a':" * 5_000, "[" * 90 + "]" * 90, f"[{'9' * 5_000}]", f"[{'-' * 9_000}1]",
+     f"[{'1+' * 50_000}1]", "[" + "'a', " * 60_000 + "]"],
+    ids=["open", "objects", "deep", "digits", "signs", "sums", "long"],
+)  # fmt: skip
+def test_values_made_to_break_the_parser_stay_text(raw: str) -> None:
+    for kind in ("array", "object", "integer"):
+        assert coerce(raw, {"type": kind}, {}) == raw
+
+
+def call_json(arguments: str, name: str = "do") -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+DO = [("do", {"text": "a"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (call_json('{"text": "a"}'), DO),
+        (call_json('{"text": "a"}') + "\n" + call_json("{}", "now"), [*DO, ("now", {})]),
+        ('<tool_call>{"arguments":{"text":"a"},"name":"do"}</tool_call>', DO),
+        ('<tool_call>\n\n{\n "name": "do",\n "arguments": {\n "text": "a"}\n}\n\n</tool_call>', DO),
+        (call_json('{"count": 3, "list": [1, {"a": null}], "flag": true, "free": "[1]"}'),
+         [("do", {"count": 3, "list": [1, {"a": None}], "flag": True, "free": "[1]"})]),
+        # A text where the schema has another type.
+        (call_json('{"count": "3", "list": "[1]", "text": "3"}'),
+         [("do", {"count": 3, "list": [1], "text": "3"})]),
+        (call_json('"{\\"text\\": \\"a\\"}"'), DO), (call_json('""'), [("do", {})]),
+        (call_json("null"), [("do", {})]),
+        ('<tool_call>{"name": "do", "parameters": {"text": "a"}}</tool_call>', DO),
+        ('<tool_call>{"type": "function", "function": {"name": "do", "arguments": {"text": "a"}}}'
+         "</tool_call>", DO),
+        ('<tool_call>[{"name": "do", "arguments": {"text": "a"}},'
+         '{"name": "do", "arguments": {"text": "a"}}]</tool_call>', DO * 2),
+        ('<tool_call>{"name": "do", "arguments": {"text": "a"}}\n'
+         '{"name": "do", "arguments": {"text": "a"}}</tool_call>', DO * 2),
+        ("<tool_call>{'name': 'do', 'arguments': {'text': 'a', 'flag': True,}}</tool_call>",
+         [("do", {"text": "a", "flag": True})]),
+        (call_json('{"text": "a </tool_call> b <tool_call> } { </think>"}'),
+         [("do", {"text": "a </tool_call> b <tool_call> } { </think>"})]),
+        (call_json('{"text": "\\"\\\\"}'), [("do", {"text": '"\\'})]),
+        (call_json('{"text": "it\'s"}'), [("do", {"text": "it's"})]),
+        (call_json('{"text": "two\nlines"}'), [("do", {"text": "two\nlines"})]),
+        # All of it was said but the tag.
+        (call_json('{"text": "a"}')[:-12], DO), (call_json('{"text": "a"}')[:-13], DO),
+        # Not complete, or not to be understood.
+        (call_json('{"text": "a"}')[:-14], []), (call_json('{"text": "a"}')[:20], []),
+        ('<tool_call>{"name": "do"}</tool_call>', []), ("<tool_call>[]</tool_call>", []),
+        ('<tool_call>{"name": "", "arguments": {}}</tool_call>', []),
+        ('<tool_call>{"name": ["do"], "arguments": {}}</tool_call>', []),
+        ('<tool_call>{"function": "do", "arguments": {}}</tool_call>', []),
+        (call_json("[1]"), []), (call_json('"a"'), []), (call_json("7"), []),
+        (call_json('{"ratio": NaN}'), []), (call_json('{"ratio": 1e999}'), []),
+        (call_json('{"text": "a"}').replace("}}", "}} Done"), []),
+        (call_json('{"text": "a"}').replace("}}", "}}}"), []),
+        (call_json('{"text": "a"}').replace("}}", "}"), []),
+        (call_json('{"text": "a"}').replace('a"', "a"), []),
+        (call_json("[" * 3_000), []), (call_json('{"a":' * 1_500 + "1" + "}" * 1_500), []),
+    ],
+)  # fmt: skip
+def test_calls_in_json(text: str, calls: list[Any]) -> None:
+    assert called(text) == calls
+    if text.endswith("</tool_call>"):
+        # Whatever it was, it ended there.
+        shown, found = parse(f"Now:\n{text}\n{render('do', {'count': '1'})}\nDone")
+        assert shown == "Now:Done"
+        assert [(c.name, c.arguments) for c in found if c.complete] == [
+            *calls,
+            ("do", {"count": 1}),
+        ]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        render("do", {"text": "a"}).replace("</parameter>\n", ""),
+        render("do", {"text": "a"}).replace("</function>\n", ""),
+        render("do", {"text": "a"}).replace("\n</parameter>\n</function>", ""),
+    ],
+)
+def test_a_call_without_its_end_does_not_swallow_the_next(broken: str) -> None:
+    shown, found = parse(f"{broken}\n{render('do', {'text': 'b'})}")
+    assert [(c.arguments, c.complete) for c in found][1:] == [({"text": "b"}, True)]
+    assert shown == "" and not found[0].complete
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<tool_call>\n<function=no>\n</function>\n</tool_call>",
+        '<tool_call>{"name": "no"}</tool_call>\n<tool_call>{"name": "no"}</tool_call>',
+        "</function>\n</tool_call>", "</tool_call>" * 50, "</parameter>" * 50, "<tool_call>" * 50,
+        "</think>", "<think>\n</think>", "</parameter>\n</tool_call>", "<![CDATA[\n</x>\n]]>",
+    ],
+)  # fmt: skip
+def test_tags_in_a_value_end_no_call(value: str) -> None:
+    for behind in ("", "\nDone."):
+        shown, (call,) = parse(render("do", {"text": value, "count": "3"}) + behind)
+        assert (call.arguments, call.complete) == ({"text": value, "count": 3}, True)
+        assert shown == behind.strip()
+
+
+def test_of_a_parameter_that_comes_twice_the_last_counts() -> None:
+    text = render("do", {"count": "1"}).replace(
+        "</function>", "<parameter=count>2</parameter></function>"
+    )
+    assert called(text) == [("do", {"count": 2})]
+
+
+def test_a_tag_in_a_sentence_is_text() -> None:
+    for text in ("Write <tool_call> first, then </tool_call>.", "The tag `<tool_call>`."):
+        assert parse(text) == (text, [])
+
+
 def test_a_call_goes_into_the_messages_as_it_was_said() -> None:
-    _, (call,) = run([render("do", {"flag": "true", "deep": '{"a":1}'})])
+    _, (call,) = parse(render("do", {"flag": "true", "deep": '{"a":1}'}))
     message = {"role": "assistant", "content": "", "tool_calls": [as_message(call)]}
     assert message["tool_calls"][0]["function"]["arguments"] == {"flag": "true", "deep": '{"a":1}'}
     assert calls_of(json.loads(json.dumps(message)), [TOOL]) == [call]
+
+
+def test_a_call_in_json_goes_into_the_messages_with_its_types() -> None:
+    arguments = {"count": 3, "flag": True, "deep": {"a": [None]}, "text": "3"}
+    _, (call,) = parse(call_json(json.dumps(arguments)))
+    message = {"role": "assistant", "content": "", "tool_calls": [as_message(call)]}
+    assert message["tool_calls"][0]["function"]["arguments"] == arguments
+    (again,) = calls_of(json.loads(json.dumps(message)), [TOOL])
+    assert (again.name, again.arguments) == ("do", arguments)
+    # A template that renders JSON gets typed values of a call in XML as well.
+    _, (call,) = parse(render("do", {"flag": "true", "count": "3"}))
+    assert as_message(call, typed=True)["function"]["arguments"] == {"flag": True, "count": 3}

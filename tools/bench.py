@@ -20,10 +20,10 @@ from mlx_lm.generate import generate_step
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
-from qwen35_mlx.convert.family import family_config
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.sampler import Sampler
+from qwen35_mlx.family import family_config
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.sampling import SamplingParams

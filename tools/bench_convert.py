@@ -22,7 +22,7 @@ import numpy as np
 from label import label
 
 from qwen35_mlx.config import ModelConfig
-from qwen35_mlx.convert.family import family_config
+from qwen35_mlx.family import family_config
 from qwen35_mlx.tensor_table import expected_shapes
 
 MODEL = "Qwen3.5-397B-A17B"

@@ -19,7 +19,8 @@ from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import PrefixStore, snapshot_marks
 from ..engine.prompt_cache import Progress, PromptCache, common_prefix
 from ..engine.sampler import Sampler
-from ..engine.tool_calls import Schema, as_message, calls_of
+from ..engine.tool_calls import as_message, calls_of
+from ..engine.tool_values import Schema
 from ..errors import ContextFull, PromptError, Qwen35Error
 from ..model.language import Model
 from ..prompt import (
@@ -365,10 +366,12 @@ class Chat:
                     yield piece
         finally:
             message: Message = {"role": "assistant", "content": "".join(texts["answer"]).strip()}
-            if texts["thought"]:
+            # Without it, templates look for the thought in an answer that names the tag.
+            if texts["thought"] or THINK_CLOSE in message["content"]:
                 message["reasoning_content"] = "".join(texts["thought"]).strip()
             if calls:
-                message["tool_calls"] = [as_message(call) for call in calls]
+                typed = self._renders_json_arguments()
+                message["tool_calls"] = [as_message(call, typed=typed) for call in calls]
             self.messages.append(message)
 
     def _answer(
@@ -380,7 +383,9 @@ class Chat:
         limit: int,
     ) -> Generator[Piece, None, None]:
         """The pieces of an answer of at most `limit` tokens; fills in `stats` as they come."""
-        stats, detector, action = self.stats, LoopDetector(), self.loop_action
+        stats, action = self.stats, self.loop_action
+        question = self.last_message() if self._turns() else ""
+        detector = LoopDetector(self.tokenizer, question)
         num_prompt = len(cache.ids)
         budget = self.think_budget or math.inf
         started = time.perf_counter()
@@ -395,13 +400,14 @@ class Chat:
                         stats.decode_tps = (stats.generation_tokens - 1) / seconds
                     stats.thought_tokens += parser.in_thought
                     stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-                    pieces = parser.feed(token)
-                    if parser.stopped:
+                    is_end = token in self.tokenizer.eos_token_ids
+                    pieces = [] if is_end else parser.feed(token)
+                    if is_end or parser.stopped:
                         stats.finish_reason = "stop"
                     elif stats.generation_tokens == limit:
                         stats.finish_reason = "length"
                     elif action != "off" and detector.feed(token):
-                        detector = LoopDetector()
+                        detector = LoopDetector(self.tokenizer, question)
                         if action == "stop":
                             stats.finish_reason = "loop"
                         else:
@@ -422,8 +428,7 @@ class Chat:
             hidden = cast(mx.array, cache.read(end))
             sampler.accept(mx.array(end))
             stats.generation_tokens += len(end)
-            for token in end:
-                yield from parser.feed(token)
+            yield from parser.insert(end)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         template = {"tools": list(self.tools)} if self.tools else {}
@@ -464,6 +469,15 @@ class Chat:
         """What every next prompt behind `messages` begins with, whatever its message says."""
         one, other = (self._render([*messages, _user(text)], False) for text in ("a", "1"))
         return encode_text(self.tokenizer, one[: common_prefix(one, other)])
+
+    def _renders_json_arguments(self) -> bool:
+        """Whether the template renders the arguments of a call as JSON, not value by value."""
+        call = as_message(ToolCall("probe", {"key": "a-probe"}, {}))
+        answer = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}
+        try:
+            return '"a-probe"' in self._render([_user("a"), answer], False)
+        except PromptError:
+            return False
 
     def _opens_thought(self, prompt: list[int]) -> bool:
         return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith(THINK_OPEN))

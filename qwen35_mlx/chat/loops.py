@@ -1,23 +1,49 @@
 """A detector of answers that repeat themselves without end."""
 
-# Tokens. Tables, lists of numbers and boilerplate repeat too, but not for so long.
-MIN_REPEATED_TOKENS = 512
+import re
+from typing import Any
+
 MIN_REPEATS = 4
 GRAM = 8
+# Tokens that repeat what came before, word for word, until it is a loop. What is wanted ends by
+# itself: few ask for more than 300 equal lines, or for a matrix of more than 64 x 64.
+MAX_PROSE_TOKENS = 512
+MAX_SENTENCE_LINES_TOKENS = 2_048
+MAX_TEXT_TOKENS = 8_192
+MAX_DATA_TOKENS = 12_288
+# Of lines this long, in characters, a person does not ask for hundreds.
+PARAGRAPH_LINE = 120
+NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?!\w|[.,]\d)|\b1000\b")
+NUMBER_WORDS = {"hundred": 100, "thousand": 1000}
+WORD = re.compile(r"[^\W\d_]+")
+# Of writing without spaces, a character is a word.
+CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+SENTENCE_ENDS = ".!?\u2026\u3002\uff01\uff1f"
+SENTENCE_END = re.compile(f"[{SENTENCE_ENDS}]")
+COMMA = re.compile(r"[,;\u3001\uff0c]")
+NOT_PROSE = re.compile(r"[\[\]{}<>|=\\/_#\t]")
 
 
 class LoopDetector:
     """Watches the tail of a sequence of tokens; constant time a token.
 
-    A loop is a passage that came `MIN_REPEATS` times in a row, word for word, with at least
-    `MIN_REPEATED_TOKENS` after its first time.
+    A loop is a passage that came `MIN_REPEATS` times in a row, word for word, and goes on for
+    more tokens than such a passage may: the fewest for running text, more for lines and single
+    words, the most for numbers, tables and runs of characters. A passage may also come as often
+    as a number in `question` says, and one made of its words counts as lines do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any, question: str = "") -> None:
+        self._tokenizer = tokenizer
+        self._words_wanted = _words(question)
+        numbers = {NUMBER_WORDS.get(word, 0) for word in self._words_wanted}
+        self._most_wanted = max(numbers.union(map(int, NUMBER.findall(question))), default=0)
         self._ids: list[int] = []
         # Where the last tokens stood before: the distance is the length of a passage.
         self._last: dict[tuple[int, ...], int] = {}
         self._period = self._repeated = 0
+        # For the passage that repeats now.
+        self._limit: int | None = None
 
     def feed(self, token: int) -> bool:
         """Whether the text is in a loop now."""
@@ -27,14 +53,17 @@ class LoopDetector:
         if self._period and token == ids[at - self._period]:
             self._repeated += 1
         else:
-            self._period = self._repeated = 0
+            self._period, self._repeated, self._limit = 0, 0, None
         gram = tuple(ids[-GRAM:])
         if not self._period and (before := self._last.get(gram)) is not None:
             self._period = at - before
             self._repeated = self._matching(self._period)
         self._last[gram] = at
-        enough = max(MIN_REPEATED_TOKENS, (MIN_REPEATS - 1) * self._period)
-        return self._period > 0 and self._repeated >= enough
+        if self._repeated < max(MAX_PROSE_TOKENS, (MIN_REPEATS - 1) * self._period):
+            return False
+        if self._limit is None:
+            self._limit = self._limit_of(ids[-2 * self._period :])
+        return self._repeated >= self._limit
 
     def _matching(self, period: int) -> int:
         """How many of the last tokens equal those one period before."""
@@ -43,3 +72,42 @@ class LoopDetector:
         while count < most and ids[-1 - count] == ids[-1 - count - period]:
             count += 1
         return count
+
+    def _limit_of(self, ids: list[int]) -> int:
+        """How many tokens a passage may repeat, given twice."""
+        text = self._tokenizer.decode(ids)
+        limit = passage_limit(text)
+        # The ends may be cut.
+        words = _words(text.partition(" ")[2].rpartition(" ")[0])
+        if words and words <= self._words_wanted:
+            limit = max(limit, MAX_TEXT_TOKENS)
+        return max(limit, min(self._most_wanted * self._period * 11 // 10, MAX_DATA_TOKENS))
+
+
+def passage_limit(text: str) -> int:
+    """How many tokens a passage like `text` may repeat."""
+    words = WORD.findall(text)
+    num_cjk = len(CJK.findall(text))
+    if not any(len(word) > 1 for word in words) or not (num_cjk or re.search(r"\s", text)):
+        # A row of signs alone is a rule, and not data.
+        return MAX_DATA_TOKENS if re.search(r"[\w\n]", text) else MAX_TEXT_TOKENS
+    num_words = num_cjk or len(words)
+    is_prose = (
+        sum(map(str.isalpha, text)) >= 0.75 * len(re.sub(r"\s", "", text))
+        and not NOT_PROSE.search(text)
+        and len(COMMA.findall(text)) <= num_words // 2
+        # Three words of a sentence, or five without a stop, given twice.
+        and num_words >= (6 if SENTENCE_END.search(text) else 10)
+    )
+    if not is_prose:
+        return MAX_TEXT_TOKENS
+    # The ends may be cut.
+    lines = [line.strip() for line in text.split("\n")[1:-1] if line.strip()]
+    if "\n" not in text or min(map(len, lines), default=0) >= PARAGRAPH_LINE:
+        return MAX_PROSE_TOKENS
+    are_sentences = len(set(lines)) > 1 and all(line[-1] in SENTENCE_ENDS for line in lines)
+    return MAX_SENTENCE_LINES_TOKENS if are_sentences else MAX_TEXT_TOKENS
+
+
+def _words(text: str) -> set[str]:
+    return {word.lower() for word in WORD.findall(text)}

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from ..engine.prompt_cache import PromptCache
 from ..errors import SessionError
-from ..files import data_home, locked, replacing
+from ..files import locked, replacing, session_home
 from ..model.cache import KVCache, Snapshot, restore, snapshot
 from ..model.language import Model
 
@@ -34,18 +34,15 @@ NUM_SAVED_SNAPSHOTS = 3
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
 
 
-def session_home() -> Path:
-    """Where sessions with a name live; the environment variable QWEN35_MLX_SESSIONS overrides."""
-    if chosen := os.environ.get("QWEN35_MLX_SESSIONS"):
-        return Path(chosen).expanduser()
-    return data_home() / "sessions"
-
-
 def session_file(session: Session) -> Path:
     """The JSON file of a session; a text without a slash is a name."""
     text = os.fspath(session)
     if not isinstance(session, str) or os.sep in text:
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
+        is_file_name = path.name not in ("", "..") and not text.endswith(os.sep)
+        has_home = not text.startswith("~") or path != Path(text)
+        if not is_file_name or not has_home or re.search(r"[\x00-\x1f\x7f]", text):
+            raise SessionError("not a session's file", got=repr(text), expected="a file's path")
         return path if path.suffix == ".json" else path.with_name(path.name + ".json")
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise SessionError(
@@ -140,10 +137,22 @@ def _damaged(file: Path, got: str) -> SessionError:
 
 
 def model_identity(model: Model) -> str:
-    """A digest of the model's names, shapes, types and of a few numbers of each tensor."""
+    """A digest of the model's names, shapes, types and of a few numbers of each tensor.
+
+    Kept while the model has the same arrays: it takes an operation or more for each of them.
+    """
+    tensors = sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    arrays = hash(tuple(id(array) for _, array in tensors))
+    known = getattr(model, "_identity", "")
+    if not known.startswith(f"{arrays} "):
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors)}"
+    return known.partition(" ")[2]
+
+
+def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]]) -> str:
     digest = hashlib.sha256()
     samples = []
-    for name, array in sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))):
+    for name, array in tensors:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         # By rows: a stack of experts has more elements than an index of MLX can count.
         rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)

@@ -1,13 +1,23 @@
 """The commands that make and judge conversions: convert, plan, fidelity."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from ..config import read_config
 from ..errors import Qwen35Error
 from . import options
+from .command import BITS, given_options
+
+# Options that decide the bytes of the output.
+SETTINGS = {
+    *BITS,
+    *"--group-size --dtype --method --prefer --context --calibration --calibrate".split(),
+}
 
 
 def convert(
@@ -15,93 +25,173 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/NAME."
+            metavar="SRC",
+            help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/Qwen3.5-4B.",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT",
+            help="Folder to create. Default: in the current folder, the name of SRC and the "
+            "settings, such as NAME-4bit.",
+        ),
+    ] = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
     dtype: options.Dtype = None,
     method: Annotated[
-        str | None,
+        Literal["minmax", "search", "gptq"] | None,
         typer.Option(
-            callback=options.one_of("minmax", "search", "gptq"),
-            help="How to choose scales: minmax as mlx does; search for the least error, about ten "
-            "times slower; gptq, error feedback from a calibration made for it. "
-            "minmax with --bits, else the best there is.",
+            help="How to choose scales. minmax: as MLX. search: least error, ten times slower. "
+            "gptq: error feedback; needs a calibration made with --method gptq. Default: minmax "
+            "with --bits alone, else search, or gptq if the calibration allows it."
         ),
     ] = None,
     recipe: options.RecipeName = None,
     fit: options.Fit = None,
     bits_per_weight: options.BitsPerWeight = None,
-    prefer: options.Prefer = "quality",
+    prefer: options.Prefer = None,
     context: options.Context = None,
     calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
         typer.Option(
             "--calibrate",
-            help="Run a text through the source first, a layer at a time, and weigh errors by what "
-            "activations do; writes the file of --calibration, or OUT.calibration.safetensors.",
+            help="First run a text through SRC, a layer at a time, to learn which errors matter. "
+            "Writes the result to the file of --calibration, or to OUT.calibration.safetensors. "
+            "Default: no calibration.",
         ),
     ] = False,
     text: options.TextFile = None,
     revision: options.Revision = None,
     keep_source: Annotated[
-        bool, typer.Option("--keep-source", help="Keep the shards from the hub, in OUT-source.")
+        bool,
+        typer.Option(
+            "--keep-source",
+            help="Keep the downloaded files in OUT-source. Default: delete each after its "
+            "conversion.",
+        ),
     ] = False,
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Read OUT again and compare checksums; converts first if need be."
+            "--verify",
+            help="Read OUT again and compare checksums, after the conversion, or alone if OUT "
+            "exists. Default: no check.",
         ),
     ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to low-bit MLX weights.
+    """Convert a Hugging Face checkpoint to quantized MLX weights.
 
-    From the hub, shards are fetched one after the other and deleted when they are converted.
-    Stopped in any way, the same command goes on where it stopped.
+    A model on the hub is downloaded a file at a time; each is deleted after its conversion. If a
+    conversion is interrupted, the same command continues it.
     """
-    with options.user_errors():
-        from ..convert import convert as run
-        from ..convert import plan as make_plan
-        from ..convert import verify as read_again
-        from ..convert.job import refuse_existing
-        from ..convert.report import conversion_lines
-        from .terminal import byte_progress, note, print_converted, print_lines
+    from ..convert import convert as run
+    from ..convert import plan as make_plan
+    from ..convert import verify as read_again
+    from ..convert.hub import is_hub_id
+    from ..convert.job import refuse_existing
+    from ..convert.report import conversion_lines
+    from .progress import byte_progress
+    from .report import print_converted, print_lines
+    from .terminal import note
 
-        if not (verify and out.exists()):
-            # Before a calibration, which may take hours.
-            refuse_existing(out)
-            found = calibration_for(source, out, calibration, calibrate, text, method)
-            settings, spent = quality_settings(ctx, source, found)
-            print_lines(spent)
-            plan = make_plan(source, revision=revision, **settings)
-            for line in conversion_lines(plan, keep_source):
-                note(line)
-            with byte_progress(f"Converting {plan.source.origin['source']}") as progress:
-                folder = run(
-                    source,
-                    out,
-                    revision=revision,
-                    keep_source=keep_source,
-                    progress=progress,
-                    calibration=found,
-                    **settings,
-                )
-            print_converted(plan, folder)
-            remember(folder)
-        if verify:
-            with byte_progress(f"Verifying {out.name}") as progress:
-                num_bytes = read_again(out, progress)
-            print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
+    if keep_source and not is_hub_id(source):
+        ctx.fail("--keep-source needs a hub id.")
+    if out is None:
+        out = default_out(source, ctx.params)
+        note(f"OUT is {out}, by the settings")
+    if verify and out.exists():
+        refuse_other_settings(ctx, source, out)
+    else:
+        # Before a calibration, which may take hours.
+        refuse_existing(out)
+        found = calibration_for(source, out, calibration, calibrate, text, method)
+        settings, spent = quality_settings(ctx, source, found)
+        print_lines(spent)
+        plan = make_plan(source, revision=revision, **settings)
+        for line in conversion_lines(plan, keep_source):
+            note(line)
+        with byte_progress(f"Converting {plan.source.origin['source']}") as progress:
+            folder = run(
+                source,
+                out,
+                revision=revision,
+                keep_source=keep_source,
+                progress=progress,
+                calibration=found,
+                **settings,
+            )
+        print_converted(plan, folder)
+        remember(folder)
+    if verify:
+        with byte_progress(f"Verifying {out.name}") as progress:
+            num_bytes = read_again(out, progress)
+        print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
+
+
+def default_out(source: str, given: Mapping[str, Any]) -> Path:
+    """A name for the output: that of the source, and the settings in words."""
+    from ..convert.hub import is_hub_id
+    from ..machine import GIB, parse_memory
+
+    name = source if is_hub_id(source) else str(Path(os.path.expanduser(source)).resolve())
+    parts = [Path(name).name]
+    dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(given["dtype"])
+    if given["recipe"]:
+        parts.append(given["recipe"])
+    elif given["fit"]:
+        parts.append(f"{parse_memory(given['fit']) / GIB:g}GB")
+    elif given["bits_per_weight"] is not None:
+        parts.append(f"{given['bits_per_weight']:g}bpw")
+    elif given["bits"] or not dtype:
+        parts.append(f"{given['bits'] or 4}bit")
+    if given["group_size"] != 64:
+        parts.append(f"g{given['group_size']}")
+    if given["prefer"] == "speed":
+        parts.append(given["prefer"])
+    return Path("-".join([*parts, *filter(None, (given["method"], dtype))]))
+
+
+def refuse_other_settings(ctx: typer.Context, source: str, out: Path) -> None:
+    """Raise if this call's source and settings would not make what is in the folder `out`."""
+    from ..convert import plan as make_plan
+    from ..convert.hub import is_hub_id
+    from ..convert.source import Source
+
+    given = given_options(ctx)
+    if unused := given & {"--calibrate", "--keep-source", "--revision"}:
+        ctx.fail(f"{out} exists already: {', '.join(unused)} would do nothing.")
+    facts = read_config(out).get("qwen35_mlx")
+    if not isinstance(facts, dict):
+        return
+    folder = Path(os.path.expanduser(source))
+    wanted: dict[str, Any] = {
+        "source": source if is_hub_id(source) else Source(folder, {}, {}).origin["source"]
+    }
+    if given & SETTINGS:
+        found = calibration_for(source, out, ctx.params["calibration"])
+        settings, _ = quality_settings(ctx, source, found)
+        wanted["settings"] = make_plan(source, **settings).settings
+    for name, value in wanted.items():
+        if facts.get(name) != value:
+            raise Qwen35Error(
+                f"{out} was converted from another source or with other settings",
+                got=value,
+                expected=facts.get(name),
+            )
 
 
 def plan(
     ctx: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="SRC", help="Folder or hub id; without it, what fits this machine."),
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a Hugging Face checkpoint, hub id, or a released model such as "
+            "Qwen3.5-27B, which needs no network. Default: show which models of the family fit.",
+        ),
     ] = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
@@ -109,39 +199,77 @@ def plan(
     recipe: options.RecipeName = None,
     fit: options.Fit = None,
     bits_per_weight: options.BitsPerWeight = None,
-    prefer: options.Prefer = "quality",
+    prefer: options.Prefer = None,
     context: options.Context = None,
     calibration: options.CalibrationFile = None,
     revision: options.Revision = None,
+    mac: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAC",
+            help="Show this Mac alone: 256GB, M3 Ultra, or M3 Ultra 256GB. Default: this machine "
+            "without SRC, all Macs with SRC.",
+        ),
+    ] = None,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw the page into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the result as a PNG. Default: text alone."),
     ] = None,
 ) -> None:
-    """Show what convert would write, and which Macs run it.
+    """Show what convert would write, and which Macs run the result.
 
-    Also the memory and disk that it takes. Reads headers alone.
+    Shows also the memory and disk that a conversion needs. Reads only the headers of the files.
     """
-    with options.user_errors():
-        from ..convert import plan as make_plan
-        from ..convert import report as page
-        from ..convert.macs import this_mac
-        from ..machine import memory_bytes
-        from .terminal import print_lines, print_plan
+    from ..convert import plan as make_plan
+    from ..convert import report
+    from ..convert.mac_models import MACS, find_macs, this_mac
+    from .report import print_lines, print_plan
+    from .terminal import note
 
-        mac = this_mac()
-        if source is None:
-            print_lines(page.family_lines(memory_bytes(), mac))
-            return
-        settings, spent = quality_settings(ctx, source, calibration_for(source, None, calibration))
-        planned = make_plan(source, revision=revision, **settings)
-        print_plan(planned)
-        print_lines([*spent, ""] if spent else [])
-        print_lines([*page.conversion_lines(planned), "", *page.mac_lines(planned, mac)])
-        if png:
-            page.draw(planned, png)
+    macs = find_macs(mac) if mac else [*filter(None, [this_mac()]), *MACS]
+    if source is None:
+        print_lines(plan_of_family(ctx, macs))
+        return
+    found = calibration_for(source, None, calibration)
+    opened = report.find_source(source, revision)
+    if not isinstance(opened, str):
+        note(f"{opened.folder}: sizes of the text model, nothing is downloaded")
+    settings, spent = quality_settings(ctx, opened, found)
+    planned = make_plan(opened, revision=revision, **settings)
+    print_plan(planned)
+    print_lines([*spent, ""] if spent else [])
+    page = report.conversion_lines(planned)
+    print_lines([*page, "", *report.mac_lines(planned, macs, context)])
+    if png:
+        report.draw(planned, png)
 
 
-def quality_settings(ctx: typer.Context, source: str, found: Any) -> tuple[Any, list[str]]:
+def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
+    """The page of `plan` without SRC: for --fit, --mac or this machine."""
+    from ..convert.mac_models import this_mac
+    from ..convert.report import family_lines, fitting_lines
+    from ..machine import memory_bytes, parse_memory
+
+    values = ctx.params
+    if values["fit"]:
+        return fitting_lines(parse_memory(values["fit"]), "a Mac", values["context"])
+    own, memory = this_mac(), memory_bytes()
+    where = f"a Mac with {own.chip}" if own else "this machine; limits as on a Mac of its memory"
+    if values["mac"]:
+        sizes = {mac.memory_bytes for mac in macs}
+        if len(sizes) > 1:
+            raise typer.BadParameter(f"--mac {values['mac']} comes in several sizes; add one.")
+        (memory,) = sizes
+        chips = " or ".join(mac.chip for mac in macs if mac.chip)
+        where = f"a Mac with {chips}" if chips else "a Mac"
+    ways = given_options(ctx) & {*BITS, "--group-size", "--dtype"}
+    settings = (lambda source: quality_settings(ctx, source, None)[0]) if ways else None
+    return family_lines(memory, where, values["context"], settings)
+
+
+def quality_settings(
+    ctx: typer.Context, source: Any, found: Any
+) -> tuple[dict[str, Any], list[str]]:
     """Settings of plan and convert, and lines on what a budget is spent on."""
     from ..convert.fit import quality_settings as decide
 
@@ -163,17 +291,15 @@ def calibration_for(
     method: str | None = None,
 ) -> Any:
     """What --calibration names, made first with --calibrate; None without either."""
-    if text and not calibrate:
-        raise typer.BadParameter("--text goes with --calibrate.")
     from ..quant.statistics import load, save
 
     if not calibrate:
         return load(file) if file else None
     from ..convert.calibrate import calibrate as run
     from ..convert.calibrate import encode, read_text
-    from .terminal import note, quiet_libraries, step_progress
+    from .progress import step_progress
+    from .terminal import note
 
-    quiet_libraries()
     assert out is not None
     file = file or out.with_name(f"{out.name}.calibration.safetensors")
     if file.exists():
@@ -189,7 +315,7 @@ def calibration_for(
 
 
 def remember(folder: Path) -> None:
-    """Record a conversion for `chat` without a model; without a cache that is merely said."""
+    """Record a conversion for `chat` without a model; a failure is only a note."""
     from .local_models import record_conversion
     from .terminal import note
 
@@ -203,29 +329,32 @@ def fidelity(
     reference: Annotated[
         Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
     ],
-    quantized: Annotated[Path, typer.Argument(metavar="OUT", help="Converted folder to judge.")],
+    quantized: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Converted folder to compare with it.")
+    ],
     text: options.TextFile = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Most tokens of the text.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to run.")] = 8192,
     png: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw the errors into this file.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the errors as a PNG. Default: text alone."),
     ] = None,
 ) -> None:
-    """Compare a quantized model with its original.
+    """Compare a quantized model with its original on a text.
 
     Prints KL, top-1 agreement, perplexity and the error of each layer; the last line is JSON.
-    Both are read a layer at a time: neither has to fit in memory.
+    Holds one layer of each model in memory.
     """
-    with options.user_errors():
-        from ..convert.calibrate import encode, read_text
-        from ..convert.fidelity import fidelity as compare
-        from ..convert.fidelity import plot, report_lines
-        from .terminal import print_lines, quiet_libraries, step_progress
+    from ..convert.calibrate import encode, read_text
+    from ..convert.fidelity import fidelity as compare
+    from ..convert.fidelity import plot, report_lines
+    from .progress import step_progress
+    from .report import print_lines
 
-        quiet_libraries()
-        ids = encode(reference, read_text(text), most=tokens)
-        with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
-            report = compare(reference, quantized, ids, progress)
-        print_lines(report_lines(report))
-        if png:
-            plot(report, png)
-        print(json.dumps(report.as_dict()))
+    ids = encode(reference, read_text(text), most=tokens)
+    with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
+        report = compare(reference, quantized, ids, progress)
+    print_lines(report_lines(report))
+    print(json.dumps(report.as_dict()), flush=True)
+    # Last: where no file can be written, the report is printed all the same.
+    if png:
+        plot(report, png)

@@ -38,17 +38,17 @@ def record_conversion(folder: Path) -> None:
     home = cache_home()
     with _lock(home):
         path = str(folder.resolve())
-        folders = [*(f for f in _recorded(home) if f != path), path][-MOST_RECORDED:]
+        folders = [*(f for f in recorded(home) if f != path), path][-MOST_RECORDED:]
         write_json(home / "converted.json", folders)
 
 
 def newest_conversion() -> Path | None:
     """The folder converted last that is still whole, or None."""
-    folders = (Path(path) for path in reversed(_recorded(cache_home())))
+    folders = (Path(path) for path in reversed(recorded(cache_home())))
     return next((folder for folder in folders if _is_whole(folder)), None)
 
 
-def _recorded(home: Path) -> list[str]:
+def recorded(home: Path) -> list[str]:
     """Converted folders, oldest first; a record that cannot be read is as good as none."""
     try:
         folders = json.loads((home / "converted.json").read_text())

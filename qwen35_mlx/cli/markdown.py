@@ -1,4 +1,4 @@
-"""Markdown drawn while it streams: finished blocks once, of the last one only what changed."""
+"""Markdown drawn while it streams: a finished block once, of the last one only its changes."""
 
 import math
 import re
@@ -40,7 +40,7 @@ class _Line:
 
 
 class MarkdownStream:
-    """Draws on a terminal; the cursor stays at the end of what is drawn."""
+    """Draws on a terminal; the cursor stays behind the last character."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -76,40 +76,38 @@ class MarkdownStream:
         self._draw(self._source)
 
     def _draw(self, source: str) -> None:
-        """Bring the block on the screen from what is drawn to `source`."""
+        """Bring the block on the screen from the lines drawn so far to `source`."""
         lines = self._render(source)
-        if not lines:
+        if not lines or lines == self._drawn:
             return
-        width, height = self._console.width, self._console.height
-        drawn = self._drawn
-        if not drawn:
+        if self._drawn:
+            self._write(self._change(self._drawn, lines))
+        else:
             # A blank line between two blocks.
             self._write(("\n\n" if self._has_blocks else "") + _joined(lines))
-            self._drawn = lines
-            return
-        same = 0
-        while same < min(len(drawn), len(lines)) and drawn[same] == lines[same]:
-            same += 1
-        if same == len(drawn) == len(lines):
-            return
-        # The cursor has to end up behind the last line, also where lines went away.
-        same = min(same, len(lines) - 1) if len(lines) < len(drawn) else same
-        if same == len(drawn):
-            self._write("\n" + _joined(lines[same:]))
-        else:
-            last = drawn[-1].text
-            if same == len(drawn) - 1 < len(lines) and _goes_on(last, lines[same].text):
-                self._write(_joined(lines[same:])[len(last) :])
-            else:
-                up = sum(line.rows(width) for line in drawn[same:]) - 1
-                # What has left the screen stays as it is.
-                while up > height - 1 and same < len(drawn) - 1:
-                    up -= drawn[same].rows(width)
-                    same += 1
-                # Never all of the screen at once: tmux would put it into its history.
-                back = f"\r\x1b[{up}A\x1b[K\x1b[1B\x1b[J\x1b[1A" if up else "\r\x1b[K"
-                self._write(back + _joined(lines[same:]))
         self._drawn = lines
+
+    def _change(self, drawn: list[_Line], lines: list[_Line]) -> str:
+        """What turns `drawn`, with the cursor at its end, into `lines`."""
+        pairs = zip(drawn, lines, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(drawn), len(lines)))
+        if len(lines) < len(drawn):
+            # The last line is drawn again, so that the cursor ends behind it.
+            same = min(same, len(lines) - 1)
+        if same == len(drawn):
+            return "\n" + _joined(lines[same:])
+        last = drawn[-1].text
+        if same == len(drawn) - 1 < len(lines) and _goes_on(last, lines[same].text):
+            return _joined(lines[same:])[len(last) :]
+        width, height = self._console.width, self._console.height
+        up = sum(line.rows(width) for line in drawn[same:]) - 1
+        # What has left the screen stays as it is.
+        while up > height - 1 and same < len(drawn) - 1:
+            up -= drawn[same].rows(width)
+            same += 1
+        # Never all of the screen at once: tmux would put it into its history.
+        back = f"\r\x1b[{up}A\x1b[K\x1b[1B\x1b[J\x1b[1A" if up else "\r\x1b[K"
+        return back + _joined(lines[same:])
 
     def _render(self, source: str) -> list[_Line]:
         """The block as lines of text with escapes, none of them wider than the terminal."""

@@ -1,115 +1,168 @@
-"""What the commands share: options with their help and checks, and how a mistake is told."""
+"""Options that several commands share, with their help."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import Qwen35Error
-from ..quantization import BITS, GROUP_SIZES
+from . import completion
 
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Print a user's mistake without a traceback and exit 1; Ctrl-C exits 130."""
-    try:
-        yield
-    except BrokenPipeError:
-        # The reader of a pipe went away: typer exits without a word.
-        raise
-    except (Qwen35Error, OSError) as error:
-        from .terminal import print_error
-
-        print_error(error)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def one_of(*allowed: object) -> Callable[[Any], Any]:
-    """A check of an option's value."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in allowed:
-            raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, allowed))}.")
-        return value
-
-    return check
-
-
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a hub id; main if unset.")
-]
-Bits = Annotated[
-    int | None,
-    typer.Option(
-        callback=one_of(*BITS),
-        help="2, 3, 4, 5, 6 or 8 bits; 4 unless --dtype is given.",
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", autocompletion=completion.models, help="Converted folder, or hub id."
     ),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a model on the hub. Default: main."),
+]
+Bits = Annotated[
+    Literal[2, 3, 4, 5, 6, 8] | None,
+    typer.Option(help="Bits of each weight. Default: 4; unquantized if --dtype is given alone."),
+]
 GroupSize = Annotated[
-    int,
-    typer.Option(callback=one_of(*GROUP_SIZES), help="Weights that share a scale: 32, 64 or 128."),
+    Literal[32, 64, 128], typer.Option(help="Number of weights that share a scale.")
 ]
 Dtype = Annotated[
-    str | None,
+    Literal["bfloat16", "float16", "float32"] | None,
     typer.Option(
-        callback=one_of("bfloat16", "float16", "float32"),
-        help="bfloat16, float16 or float32. Alone: do not quantize; "
-        "with --bits: type of scales, norms and the rest. The source's if unset.",
+        help="Type of scales, norms and all that is not quantized. Alone: quantize nothing. "
+        "Default: the type in SRC."
     ),
 ]
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="Mixed bits by kind of tensor: q8 q6 q5 q4 q3 q2.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        autocompletion=completion.recipes,
+        help="Mixed bits by kind of tensor: q8, q6, q5, q4, q3 or q2.",
+    ),
 ]
 Fit = Annotated[
     str | None,
-    typer.Option(metavar="MEMORY", help="Best bits that fit a Mac of this memory, such as 192GB."),
+    typer.Option(
+        metavar="MEMORY",
+        help="Choose the bits of each tensor so that the model fits a Mac with this memory, "
+        "such as 192GB.",
+    ),
 ]
 BitsPerWeight = Annotated[
-    float | None, typer.Option(min=0, max=32, help="Best bits of this average, scales included.")
+    float | None,
+    typer.Option(
+        min=0,
+        max=32,
+        help="Choose the bits of each tensor to average this many per weight, scales included.",
+    ),
 ]
 Prefer = Annotated[
-    str, typer.Option(callback=one_of("quality", "speed"), help="With --fit: quality or speed.")
+    Literal["quality", "speed"] | None,
+    typer.Option(
+        help="With --fit or --bits-per-weight. quality: the lowest error. speed: fewer bytes "
+        "read per token, for more error. Default: quality."
+    ),
 ]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, help="With --fit: tokens that have to fit beside; 32,768 if unset."),
+    typer.Option(
+        min=1,
+        help="Context length in tokens that must also fit in memory. Default: 32768, or the "
+        "model's context length if that is less.",
+    ),
+]
+RunContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Maximum tokens of prompt and answers together. Their memory is counted before the "
+        "weights are read. Default: all that fits, 32768 at least.",
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Load a model that does not fit in memory. Default: refuse it, with the numbers.",
+    ),
 ]
 CalibrationFile = Annotated[
     Path | None,
-    typer.Option("--calibration", metavar="FILE", help="What an earlier --calibrate found out."),
+    typer.Option(
+        "--calibration", metavar="FILE", help="Calibration data from an earlier --calibrate."
+    ),
 ]
 TextFile = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="Text to run; the bundled if unset.")
+    Path | None,
+    typer.Option(
+        "--text", metavar="FILE", help="Text to run. Default: a text that comes with the program."
+    ),
 ]
 Thinking = Annotated[
     bool | None,
     typer.Option(
-        "--think/--no-think", help="Think before answering; the model's default if unset."
+        "--think/--no-think",
+        help="Whether to think before the answer. Default: as the model's chat template says.",
     ),
 ]
-System = Annotated[str | None, typer.Option(help="System prompt.")]
+System = Annotated[str | None, typer.Option(help="System prompt. Default: none.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest answer, thought included; 32,768 if unset.")
+    int | None,
+    typer.Option(min=1, help="Maximum length of an answer, thought included. Default: 32768."),
 ]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Nucleus sampling; 1 is off.")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0 is off.")]
-MinP = Annotated[float | None, typer.Option(help="Least probability, relative to the best.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Randomness of sampling. 0 takes the most likely token; then --seed, --top-p, "
+        "--top-k and --min-p change nothing."
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the likeliest tokens that reach this probability. 1: off."),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from this number of likeliest tokens. 0: off.")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Leave out tokens less likely than this fraction of the likeliest one. 0: off."
+    ),
+]
 Presence = Annotated[
-    float | None, typer.Option(help="Subtracted from the logits of tokens already in the answer.")
+    float | None,
+    typer.Option(help="Subtract this from the logits of tokens in the answer so far. 0: off."),
 ]
 Repetition = Annotated[
-    float | None, typer.Option(help="Divides the logits of tokens already in the text; 1 is off.")
+    float | None,
+    typer.Option(help="Divide the logits of tokens in the text so far by this. 1: off."),
 ]
-Kernels = Annotated[
-    str,
+Seed = Annotated[
+    int | None,
     typer.Option(
-        callback=one_of("auto", "ops", "metal"),
-        help="Metal kernels: auto runs those that doctor found faster, metal all, ops none.",
+        min=0,
+        max=2**63 - 1,
+        help="Seed of the random numbers: the same seed, the same answer. Default: a new one.",
     ),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Draw the same answer again.")]
+Kernels = Annotated[
+    Literal["auto", "ops", "metal"],
+    typer.Option(
+        help="Metal kernels to use. auto: those that doctor found correct and faster. "
+        "metal: all. ops: none."
+    ),
+]
+
+
+def sampling_options(ctx: typer.Context) -> dict[str, Any]:
+    """The sampling options of a command, checked before a model is loaded."""
+    from ..sampling import SamplingParams
+
+    sampling = {name: ctx.params[name] for name in SamplingParams.__dataclass_fields__}
+    try:
+        SamplingParams().updated(**sampling)
+    except Qwen35Error as error:
+        raise typer.BadParameter(str(error)) from None
+    return sampling

@@ -1,7 +1,7 @@
 """One answer to one prompt, as text: the functions for scripts."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
@@ -15,7 +15,7 @@ from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
 from .decode import decode
 from .output import OutputParser
-from .prompt_cache import PREFILL_STEP_SIZE, UNKNOWN_ID, Progress, PromptCache
+from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
 
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
@@ -62,7 +62,7 @@ def stream_generate(
     cache: list[Any] | None = None,
     cached_ids: Sequence[int] = (),
     enable_thinking: bool | None = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int | None = None,
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
@@ -82,7 +82,8 @@ def stream_generate(
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
-    check_count("prefill_step_size", prefill_step_size)
+    if prefill_step_size is not None:
+        check_count("prefill_step_size", prefill_step_size)
     is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
     stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
     if not all(isinstance(s, str) for s in stops):
@@ -93,7 +94,8 @@ def stream_generate(
     prompt_cache = PromptCache(model, read_before, cache)
     parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
     limit = min(limit, room)
-    return _responses(prompt_cache, ids, sampler, limit, parser, prefill_step_size, progress)
+    ends = tokenizer.eos_token_ids
+    return _responses(prompt_cache, ids, sampler, limit, parser, ends, prefill_step_size, progress)
 
 
 def check_count(name: str, value: Any) -> int:
@@ -111,7 +113,8 @@ def _responses(
     sampler: Sampler,
     max_tokens: int,
     parser: OutputParser,
-    step_size: int,
+    end_tokens: Collection[int],
+    step_size: int | None,
     progress: Progress | None,
 ) -> Iterator[GenerationResponse]:
     """`stream_generate` behind its checks."""
@@ -123,8 +126,11 @@ def _responses(
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
-            pieces = parser.feed(token)
-            finish = "stop" if parser.stopped else "length" if count == max_tokens else None
+            is_end = token in end_tokens
+            pieces = [] if is_end else parser.feed(token)
+            finish = "stop" if is_end or parser.stopped else None
+            if count == max_tokens:
+                finish = finish or "length"
             if finish:
                 pieces += parser.finish()
             seconds = time.perf_counter() - started

@@ -1,20 +1,24 @@
-"""Generated text, split while it streams into thought, answer and tool calls."""
+"""Generated tokens, split while they come into thought, answer and tool calls."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ..prompt import THINK_CLOSE, THINK_OPEN
+from .call_text import (
+    CALL,
+    CALL_END,
+    FUNCTION_OPEN,
+    TAGS,
+    THINK,
+    THINK_END,
+    CallText,
+    written,
+)
+from .tool_calls import UNREADABLE, ToolCall, tool_names
+from .tool_values import Schema
 
-
-class ToolCall(NamedTuple):
-    """A function that the model wants called."""
-
-    name: str
-    arguments: dict[str, Any]
-    # As the model wrote them: so the next prompt repeats them.
-    raw_arguments: dict[str, str]
-    # False if the call was cut or cannot be understood: not to be run.
-    complete: bool = True
+__all__ = ["OutputParser", "Piece", "ToolCall", "held_back"]
+ORPHAN = re.compile(rf"\s*{CALL_END}")
 
 
 class Piece(NamedTuple):
@@ -25,52 +29,213 @@ class Piece(NamedTuple):
     call: ToolCall | None = None
 
 
-class ThoughtSplitter:
-    """Splits streamed text at `</think>`; a tag cut over several tokens never shows."""
+class OutputParser:
+    """Turns token ids into pieces; a character is shown once nothing else can claim it.
 
-    def __init__(self, thinking: bool):
-        """thinking: whether the prompt has opened a thought already."""
+    stop: strings of which the first ends the text; with `split` they count in the answer alone,
+    not in thoughts and calls. thinking: whether the prompt has opened a thought. tools: without
+    them a call is text. split: False gives all text as answer, tags included.
+
+    Tags are added tokens; the same characters spelled by other tokens are text, unless the
+    tokenizer has no such token. A call opens with `<tool_call>`, or with `<function=NAME>` of a
+    known tool at the start of a line. In a thought it counts if the thought never closes and no
+    text follows. The line ends around tags belong to neither side.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop: Sequence[str] = (),
+        thinking: bool = False,
+        tools: Sequence[Schema] = (),
+        split: bool = True,
+    ):
         # Whether what follows is thought, as far as that is certain.
-        self.in_thought = thinking
-        self._pending = ""
-        self._blank = True
+        self.in_thought = thinking and split
+        self.stopped = False
+        self._detokenizer = tokenizer.detokenizer
+        self._stops = [text for text in stop if text]
+        self._tools = tools if split else ()
+        tags = {tag: marker for marker, tag in TAGS.items()} if split else {}
+        added = tokenizer.get_added_vocab() if split else {}
+        self._markers = {added[tag]: marker for tag, marker in tags.items() if tag in added}
+        self._spelled = {tag: marker for tag, marker in tags.items() if tag not in added}
+        self._openings = tuple(f"{FUNCTION_OPEN}{name}>" for name in tool_names(self._tools))
+        self._bare = re.compile("|".join(map(re.escape, self._openings)))
+        # What is not shown yet; of it, what is text whatever tags are in it.
+        self._buffer = ""
+        self._num_plain = 0
+        # The beginning of a tag that is spelled, where the tokenizer has no token for it.
+        self._cut_tag = ""
+        self._call: CallText | None = None
+        self._at_line_start = True
+        # Nothing was shown yet behind a tag, or behind a call.
+        self._is_opening, self._is_after_call = split, False
+        # The answer may still open a thought.
+        self._is_blank = split
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after `text`."""
-        self._pending += text
-        pieces: list[Piece] = []
-        while True:
-            tag = THINK_CLOSE if self.in_thought else THINK_OPEN
-            at = self._pending.find(tag)
-            # An answer may open a thought of its own, but only before it has said anything.
-            said = not self.in_thought and not (self._blank and not self._pending[:at].strip())
-            if at < 0 or said:
-                break
-            pieces += self._piece(self._pending[:at].rstrip("\n"))
-            self._pending = self._pending[at + len(tag) :]
-            self.in_thought = not self.in_thought
-            self._blank = True
-        keep = held_back(self._pending, (tag,)) if self.in_thought or self._blank else 0
-        ready = len(self._pending) - keep
-        if self.in_thought:
-            ready = len(self._pending[:ready].rstrip("\n"))
-        pieces += self._piece(self._pending[:ready])
-        self._pending = self._pending[ready:]
+    def feed(self, token: int) -> list[Piece]:
+        """The pieces that are certain after `token`."""
+        if marker := self._markers.get(token):
+            return self._read(self._finished_text() + marker)
+        self._detokenizer.add_token(token)
+        return self._read(self._detokenizer.last_segment)
+
+    def insert(self, tokens: Iterable[int]) -> list[Piece]:
+        """As `feed`, for tokens that the model did not write; they complete no character of it."""
+        pieces = self._read(self._finished_text())
+        for token in tokens:
+            pieces += self.feed(token)
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back, now that nothing follows."""
-        rest, self._pending = self._pending, ""
-        return self._piece(rest.rstrip("\n") if self.in_thought else rest)
+        """What was held back, now that nothing follows; a call that is cut is not complete."""
+        return self._read(self._finished_text(), is_end=True)
 
-    def _piece(self, text: str) -> list[Piece]:
-        # The newlines around a tag belong to neither side.
-        if self._blank:
+    def _finished_text(self) -> str:
+        """The last text of the detokenizer, without half a character."""
+        self._detokenizer.finalize()
+        return str(self._detokenizer.last_segment).rstrip("\ufffd")
+
+    def _read(self, text: str, is_end: bool = False) -> list[Piece]:
+        if self._spelled:
+            text = self._cut_tag + text
+            for tag, marker in self._spelled.items():
+                text = text.replace(tag, marker)
+            ready = len(text) - (0 if is_end else held_back(text, tuple(self._spelled)))
+            text, self._cut_tag = text[:ready], text[ready:]
+        self._buffer += text
+        pieces: list[Piece] = []
+        more = True
+        while more and not self.stopped and (self._buffer or self._call):
+            if self._call:
+                more = self._read_call(self._call, pieces, is_end)
+            else:
+                more = self._read_text(pieces, is_end)
+        return pieces
+
+    def _read_text(self, pieces: list[Piece], is_end: bool) -> bool:
+        """Show text up to the next tag; False if there is none."""
+        if self._is_after_call and (tag_end := ORPHAN.match(self._buffer)):
+            self._buffer = self._buffer[tag_end.end() :]
+            return True
+        tag, at = self._next_tag()
+        text = written(self._buffer[:at])
+        behind = self._buffer[at:]
+        held = 0 if tag else self._num_held_by_bare_call(text, is_end)
+        if not self.in_thought and self._stops:
+            if (start := self._stop_start(text)) is not None:
+                self._show(text[:start], pieces)
+                self.stopped, self._buffer = True, ""
+                return False
+            held = max(held, 0 if tag or is_end else held_back(text, self._stops))
+        shown = text[: len(text) - held]
+        if self.in_thought or tag == THINK:
+            shown = shown.rstrip("\n")
+        elif tag or held or not is_end:
+            # A call that may follow claims the space before it, a thought the line ends.
+            shown = shown.rstrip() if self._tools else shown
+            shown = shown.rstrip("\n") if self._is_blank else shown
+        in_line = text.rpartition("\n")[2].strip() or ("\n" not in text and not self._at_line_start)
+        self._show(shown, pieces)
+        rest = text[len(shown) :]
+        self._num_plain = max(0, self._num_plain - len(shown))
+        if tag in (THINK, THINK_END):
+            self._buffer = behind[1:]
+            self.in_thought = tag == THINK
+            self._begin()
+        elif tag:
+            is_tagged = tag == CALL
+            self._buffer = behind[is_tagged:]
+            self._call = CallText(
+                rest + behind[:is_tagged],
+                self._tools,
+                tagged=is_tagged,
+                in_line=bool(in_line),
+                in_thought=self.in_thought,
+            )
+        elif is_end:
+            if held:
+                pieces.append(Piece("tool_call", "", UNREADABLE))
+            self._buffer = ""
+        else:
+            self._buffer = rest
+        return bool(tag)
+
+    def _next_tag(self) -> tuple[str, int]:
+        """What ends the text in the buffer, and where; nothing at its end if there is none."""
+        buffer, start = self._buffer, self._num_plain
+        places = {}
+        if self.in_thought:
+            places[THINK_END] = buffer.find(THINK_END, start)
+        elif self._is_blank and (at := buffer.find(THINK, start)) >= 0 and not buffer[:at].strip():
+            places[THINK] = at
+        if self._tools:
+            places[CALL] = buffer.find(CALL, start)
+        for bare in self._bare.finditer(buffer, start) if self._openings else ():
+            at = bare.start()
+            if buffer[at - 1] == "\n" if at else self._at_line_start:
+                places[FUNCTION_OPEN] = at
+                break
+        found = [(at, tag) for tag, at in places.items() if at >= 0]
+        at, tag = min(found, default=(len(buffer), ""))
+        return tag, at
+
+    def _num_held_by_bare_call(self, text: str, is_end: bool) -> int:
+        """How much of the end of `text` may begin a call without a tag."""
+        start = text.rfind("\n") + 1
+        line = text[start:]
+        if not line or start < self._num_plain or not (start or self._at_line_start):
+            return 0
+        may_open = any(opening.startswith(line) for opening in self._openings)
+        # At the end it is text, unless enough of it is there.
+        return len(line) if may_open and (not is_end or line.startswith(FUNCTION_OPEN)) else 0
+
+    def _stop_start(self, text: str) -> int | None:
+        """Where the stop string begins that is complete first, however the text came."""
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
+        return min(found)[1] if found else None
+
+    def _read_call(self, call: CallText, pieces: list[Piece], is_end: bool) -> bool:
+        """Read on in a call; False if more is needed."""
+        call.read(self._buffer)
+        self._buffer = ""
+        if is_end:
+            call.finish()
+        if call.end is None:
+            return False
+        before, self._buffer = call.text[: call.end], call.text[call.end :]
+        self._call = None
+        if call.is_talk:
+            # It was no call: text, whatever tags are in it.
+            before = written(before)
+            self._buffer = before + self._buffer
+            self._num_plain = len(before)
+        else:
+            pieces += [Piece("tool_call", "", call) for call in call.calls]
+            self._begin()
+            self._is_after_call, self._is_blank = True, False
+        return True
+
+    def _begin(self) -> None:
+        """Another part of the text begins."""
+        self._is_opening = self._at_line_start = True
+        self._is_blank = not self.in_thought
+        self._num_plain = 0
+
+    def _show(self, text: str, pieces: list[Piece]) -> None:
+        """Show text but for the space behind a tag."""
+        if text:
+            self._at_line_start = text.endswith("\n")
+        if self._is_after_call:
+            text = text.lstrip()
+        elif self._is_opening:
             text = text.lstrip("\n")
-        if not text:
-            return []
-        self._blank = self._blank and not text.strip()
-        return [Piece("thought" if self.in_thought else "answer", text)]
+        if text:
+            self._is_opening = self._is_after_call = False
+            self._is_blank = self._is_blank and not text.strip()
+            pieces.append(Piece("thought" if self.in_thought else "answer", text))
 
 
 def held_back(text: str, markers: Sequence[str]) -> int:
@@ -80,75 +245,3 @@ def held_back(text: str, markers: Sequence[str]) -> int:
         if any(m.startswith(text[-size:]) for m in markers):
             return size
     return 0
-
-
-class StopText:
-    """Streams text through, ending before the first stop string, even one cut over tokens."""
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = stops
-        self._pending = ""
-        self.stopped = False
-
-    def feed(self, text: str) -> str:
-        """What may be shown after `text`."""
-        if not self._stops:
-            return text
-        self._pending += text
-        found = [(at + len(s), at) for s in self._stops if (at := self._pending.find(s)) >= 0]
-        if found:
-            self.stopped = True
-            # The one that was complete first, however the text was cut into tokens.
-            return self._pending[: min(found)[1]]
-        ready = len(self._pending) - held_back(self._pending, self._stops)
-        shown, self._pending = self._pending[:ready], self._pending[ready:]
-        return shown
-
-    def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        rest, self._pending = self._pending, ""
-        return rest
-
-
-class OutputParser:
-    """Temporary: the three filters behind one interface."""
-
-    def __init__(self, tokenizer, *, stop=(), thinking=False, tools=(), split=True):
-        from .tool_calls import ToolCallParser
-
-        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
-        self._stop = StopText(stop)
-        self._splitter = ThoughtSplitter(thinking) if split else None
-        self._tools = ToolCallParser(tools) if tools and split else None
-        self.stopped = False
-
-    @property
-    def in_thought(self):
-        return self._splitter is not None and self._splitter.in_thought
-
-    def feed(self, token):
-        if token in self._tokenizer.eos_token_ids:
-            self.stopped = True
-            return []
-        self._detokenizer.add_token(token)
-        text = self._stop.feed(self._detokenizer.last_segment)
-        self.stopped = self._stop.stopped
-        return self._split(text)
-
-    def _split(self, text, end=False):
-        if self._splitter is None:
-            return [Piece("answer", text)] if text else []
-        pieces = self._splitter.feed(text) + (self._splitter.finish() if end else [])
-        if not self._tools:
-            return pieces
-        out = []
-        for piece in pieces:
-            out += self._tools.feed(piece.text) if piece.kind == "answer" else [piece]
-        return out + (self._tools.finish() if end else [])
-
-    def finish(self):
-        self._detokenizer.finalize()
-        text = self._stop.feed(self._detokenizer.last_segment)
-        if not self._stop.stopped:
-            text += self._stop.finish()
-        return self._split(text, end=True)

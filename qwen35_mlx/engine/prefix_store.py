@@ -6,12 +6,12 @@ Ids decide, never text: what differs in one id is read again.
 import weakref
 from collections.abc import Sequence
 
+from ..memory import Allowance
 from ..model.cache import kv_bytes
 from ..model.language import Model
 from .background import BackgroundJob
 from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 
-DEFAULT_SNAPSHOT_BYTES = 4 * 10**9
 # A long prefill keeps at most this many points, or they would push out all others.
 MAX_SNAPSHOTS_A_PREFILL = 8
 
@@ -23,7 +23,10 @@ class PrefixStore:
     Not for use from several threads; `background` is stopped before anything else is done.
     """
 
-    def __init__(self, model: Model, memory_bytes: float = DEFAULT_SNAPSHOT_BYTES):
+    def __init__(self, model: Model, memory_bytes: float | None = None):
+        """`memory_bytes` None: what `load` found to be left for snapshots."""
+        if memory_bytes is None:
+            memory_bytes = getattr(model, "allowance", Allowance()).snapshot_bytes
         self.model = model
         self.memory_bytes = memory_bytes
         self.caches: list[PromptCache] = []

@@ -55,14 +55,15 @@ class PromptCache:
         ids: Sequence[int],
         *,
         marks: Iterable[int] = (),
-        step_size: int = PREFILL_STEP_SIZE,
+        step_size: int | None = None,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
-        Returns the hidden state `[1, 1, H]` of the last token, or None if `should_stop()` was
-        true before a piece.
+        A piece has at most `step_size` tokens, and no more than the memory for attention scores
+        allows at that length. Returns the hidden state `[1, 1, H]` of the last token, or None if
+        `should_stop()` was true before a piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
@@ -73,7 +74,9 @@ class PromptCache:
             while (at := len(self._ids)) < cut:
                 if should_stop and should_stop():
                     return None
-                piece = list(ids[at - start : min(at + step_size, cut) - start])
+                fitting = self._step_size(at)
+                size = min(step_size or fitting, fitting)
+                piece = list(ids[at - start : min(at + size, cut) - start])
                 self._is_consistent = False
                 hidden = self.model.trunk(mx.array([piece]), self.entries, last_only=True)
                 mx.eval(hidden, [entry.state for entry in self.entries])
@@ -81,11 +84,18 @@ class PromptCache:
                 self._is_consistent = True
                 if progress:
                     progress(len(self._ids) - start, len(ids))
-                if len(piece) == step_size >= PREFILL_STEP_SIZE:
+                if len(piece) == fitting:
+                    # Its buffers are of a size that the next piece does not have.
                     mx.clear_cache()
             if cut in marks:
                 self.snapshot()
         return hidden
+
+    def _step_size(self, num_read: int) -> int:
+        allowance = getattr(self.model, "allowance", None)
+        if allowance is None:
+            return PREFILL_STEP_SIZE
+        return allowance.prefill_step_size(self.model.config, num_read + PREFILL_STEP_SIZE)
 
     def step(self, token: mx.array) -> mx.array:
         """Read a token `[1]` that is not evaluated yet; `commit` follows with its id.

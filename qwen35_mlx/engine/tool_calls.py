@@ -1,179 +1,128 @@
-"""Tool calls out of streamed text: Qwen's XML, shown to nobody, coerced by the tools' schemas.
+"""Tool calls: read from the text of a call, typed by the tools' schemas, put into messages.
 
-<tool_call>
+Qwen3.5 and Qwen3-Coder write XML, Qwen3-Next and models after Hermes write JSON:
+
 <function=NAME>
 <parameter=NAME>
 value, of any number of lines
 </parameter>
 </function>
-</tool_call>
+
+{"name": "NAME", "arguments": {"NAME": value}}
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from .output import Piece, ToolCall, held_back
+from .. import messages
+from .tool_values import Schema, coerce, kinds_of, read_literal
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-FUNCTION, FUNCTION_END = re.compile(r"\s*<function=([^>\n]*)>"), re.compile(r"\s*</function>\s*")
-PARAMETER, PARAMETER_END = re.compile(r"\s*<parameter=([^>\n]*)>"), "</parameter>"
+FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
+FUNCTION_END = re.compile(r"\s*</function>\s*")
+PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>")
 # A value ends where a tag follows its end: it may hold the end's text itself.
-FOLLOWING = ("<parameter=", "</function>")
-VALUE = re.compile(rf"\n?(.*?)\n?{PARAMETER_END}(?=\s*(?:{'|'.join(FOLLOWING)}))", re.DOTALL)
-Schema = Mapping[str, Any]
+VALUE_END = re.compile(r"</parameter>\s*(?=<parameter=|</function>)")
+# The end of a value, and what has to follow it is cut.
+CUT_VALUE_END = re.compile(r"\n?</parameter>\s*(?:<[a-z/]*)?\Z")
 
 
-class ToolCallParser:
-    """Splits an answer's text into what is shown and tool calls, however it is cut."""
+class ToolCall(NamedTuple):
+    """A function that the model wants called."""
 
-    def __init__(self, tools: Sequence[Schema]):
-        self._tools = tools
-        self._pending = ""
-        self._in_call = False
-        # Where an end of the call may still be found.
-        self._scanned = 0
-        # Nothing was said since the last call: its line ends belong to nobody.
-        self._after_call = False
-
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after `text`."""
-        self._pending += text
-        pieces: list[Piece] = []
-        while True:
-            if not self._in_call:
-                before, opened, behind = self._pending.partition(OPEN)
-                ready = len(before) - (0 if opened else held_back(before, (OPEN,)))
-                # The line ends before a call belong to it.
-                ready = len(before[:ready].rstrip())
-                pieces += self._said(before[:ready])
-                if not opened:
-                    self._pending = before[ready:]
-                    return pieces
-                self._pending, self._in_call, self._scanned = behind, True, 0
-            end = -1
-            if self._pending.find(CLOSE, self._scanned) >= 0:
-                call, length = _read_call(self._pending, self._tools)
-                # What is in a value ends no call; what cannot be understood is skipped.
-                end = self._pending.find(CLOSE, length)
-            if end < 0:
-                self._scanned = max(0, len(self._pending) - len(CLOSE) + 1)
-                return pieces
-            pieces.append(Piece("tool_call", "", call))
-            self._pending = self._pending[end + len(CLOSE) :]
-            self._in_call, self._after_call = False, True
-
-    def finish(self) -> list[Piece]:
-        """What was held back, now that nothing follows; a call that is cut is not complete."""
-        rest, self._pending = self._pending, ""
-        if self._in_call:
-            return [Piece("tool_call", "", _read_call(rest, self._tools)[0])]
-        # The beginning of a call that was cut is no text either.
-        return self._said("" if rest.lstrip().startswith(OPEN[:7]) else rest)
-
-    def _said(self, text: str) -> list[Piece]:
-        if self._after_call:
-            text = text.lstrip()
-        self._after_call = self._after_call and not text
-        return [Piece("answer", text)] if text else []
+    name: str
+    arguments: dict[str, Any]
+    # Texts of the parameters as the model wrote them; none if it wrote JSON.
+    raw_arguments: dict[str, str]
+    # False if the call was cut or cannot be understood: not to be run.
+    complete: bool = True
 
 
-def _read_call(text: str, tools: Sequence[Schema]) -> tuple[ToolCall, int]:
-    """The call that `text`, behind its opening tag, begins with, and the length understood."""
+UNREADABLE = ToolCall("", {}, {}, complete=False)
+
+
+def tool_names(tools: Sequence[Schema]) -> list[str]:
+    """Names of the tools, with or without the outer {"function": …} of their schemas."""
+    return [name for tool in tools if (name := str(_function(tool).get("name") or ""))]
+
+
+def read_xml(text: str, tools: Sequence[Schema]) -> ToolCall:
+    """The call that `text` is; incomplete, as far as it goes, if it is not all of a call."""
     if not (function := FUNCTION.match(text)):
-        return _typed("", {}, tools, complete=False), 0
+        return UNREADABLE
     raw, at = {}, function.end()
     while parameter := PARAMETER.match(text, at):
-        if value := VALUE.match(text, parameter.end()):
-            said, at = value[1], value.end()
+        if end := VALUE_END.search(text, parameter.end()):
+            value, at = text[parameter.end() : end.start()], end.end()
         else:
-            said, at = text[parameter.end() :], len(text)
-            # Its end may be there, and only what has to follow be cut.
-            before, ended, behind = said.rpartition(PARAMETER_END)
-            if ended and any(tag.startswith(behind.lstrip()) for tag in FOLLOWING):
-                said = before.removesuffix("\n")
-            said = said.removeprefix("\n")
-        raw[parameter[1].strip()] = said
-    end = FUNCTION_END.match(text, at)
-    at = end.end() if end else at
-    complete = end is not None and (text.startswith(CLOSE, at) or CLOSE.startswith(text[at:]))
-    return _typed(function[1].strip(), raw, tools, complete), at
+            value, at = CUT_VALUE_END.sub("", text[parameter.end() :]), len(text)
+        value = value.removeprefix("\n")
+        raw[parameter[1].strip()] = value.removesuffix("\n") if end else value
+    name = function[1].strip()
+    complete = bool(name) and FUNCTION_END.fullmatch(text, at) is not None
+    return ToolCall(name, _typed(name, raw, tools), raw, complete)
 
 
-def calls_of(message: Mapping[str, Any], tools: Sequence[Schema]) -> list[ToolCall]:
-    """The tool calls of an assistant's message as this module's parser gave them."""
-    called = [call["function"] for call in message.get("tool_calls") or ()]
-    return [_typed(function["name"], function["arguments"], tools) for function in called]
+def read_json_calls(text: str, tools: Sequence[Schema]) -> list[ToolCall]:
+    """The calls in a JSON object or a list of them, in JSON or Python's spelling; none if bad."""
+    try:
+        value = read_literal(text)
+        return [_json_call(v, tools) for v in (value if isinstance(value, list) else [value])]
+    except (ValueError, AttributeError):
+        return []
+
+
+def _json_call(value: Any, tools: Sequence[Schema]) -> ToolCall:
+    """A call of {"name", "arguments"}; ValueError or AttributeError if it is none."""
+    value = value.get("function", value)
+    arguments = value["arguments"] if "arguments" in value else value.get("parameters", "none")
+    if isinstance(arguments, str):
+        arguments = read_literal(arguments) if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
+    name = value.get("name")
+    if not isinstance(arguments, dict) or not isinstance(name, str) or not name.strip():
+        raise ValueError("not a call")
+    return ToolCall(name.strip(), _typed(name.strip(), arguments, tools, is_json=True), {})
 
 
 def _typed(
-    name: str, raw: Mapping[str, str], tools: Sequence[Schema], complete: bool = True
-) -> ToolCall:
-    """A call with its arguments as the tool's schema has them."""
-    schema = dict(map(_function, tools)).get(name, {})
+    name: str, arguments: Mapping[str, Any], tools: Sequence[Schema], is_json: bool = False
+) -> dict[str, Any]:
+    """Arguments of which texts have the type of the tool's schema; JSON has types of its own."""
+    schemas = {str(f.get("name")): f.get("parameters") for f in map(_function, tools)}
+    schema = schemas.get(name)
+    schema = schema if isinstance(schema, Mapping) else {}
     properties = schema.get("properties") or {}
-    arguments = {key: coerce(text, properties.get(key, {}), schema) for key, text in raw.items()}
-    return ToolCall(name, arguments, dict(raw), complete)
+    typed = {}
+    for key, value in arguments.items():
+        known = properties.get(key) or {}
+        is_text = isinstance(value, str) and not (is_json and not kinds_of(known, schema))
+        typed[key] = coerce(value, known, schema) if is_text else value
+    return typed
 
 
-def as_message(call: ToolCall) -> dict[str, Any]:
-    """A call as chat templates take it; its arguments as text, to be rendered as they were said."""
-    return {
-        "type": "function",
-        "function": {"name": call.name, "arguments": dict(call.raw_arguments)},
-    }
+def calls_of(message: Mapping[str, Any], tools: Sequence[Schema]) -> list[ToolCall]:
+    """The tool calls of an assistant's message, of `as_message` or as OpenAI's API has them."""
+    return [
+        ToolCall(
+            name,
+            _typed(name, arguments, tools, is_json),
+            {} if is_json else {k: v for k, v in arguments.items() if isinstance(v, str)},
+        )
+        for name, arguments, is_json in messages.tool_calls(message)
+    ]
 
 
-def _function(tool: Schema) -> tuple[str, Schema]:
-    """Name and parameters' schema of a tool, with or without the outer {"function": …}."""
+def as_message(call: ToolCall, *, typed: bool = False) -> dict[str, Any]:
+    """A call as chat templates take it, to be rendered as the model wrote it.
+
+    typed: for templates that render the arguments as JSON. The others print each value, so what
+    was written in XML goes in as text.
+    """
+    arguments = {**call.arguments, **({} if typed else call.raw_arguments)}
+    return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _function(tool: Schema) -> Schema:
     function = tool.get("function", tool)
-    return str(function.get("name", "")), function.get("parameters") or {}
-
-
-def coerce(raw: str, schema: Schema, root: Schema) -> Any:
-    """A parameter's text as the type that its JSON schema asks for; text where it does not fit."""
-    kinds = _kinds(schema, root)
-    if not kinds:
-        return raw
-    try:
-        value = json.loads(raw, parse_constant=_refuse)
-    except ValueError:
-        # Templates in Python print these so, and the model has read them.
-        spoken = {"True": True, "False": False, "None": None}
-        if raw.strip() not in spoken:
-            return raw
-        value = spoken[raw.strip()]
-    if "integer" in kinds and isinstance(value, float) and value.is_integer():
-        return value if "number" in kinds else int(value)
-    fits = {
-        "integer": isinstance(value, int) and not isinstance(value, bool),
-        "number": isinstance(value, int | float) and not isinstance(value, bool),
-        "boolean": isinstance(value, bool),
-        "null": value is None,
-        "array": isinstance(value, list),
-        "object": isinstance(value, dict),
-    }
-    return value if any(fits.get(kind, False) for kind in kinds) else raw
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _kinds(schema: Schema, root: Schema, depth: int = 0) -> set[str]:
-    """The JSON types that a schema allows."""
-    if depth > 8 or not isinstance(schema, Mapping):
-        return set()
-    if match := re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref", ""))):
-        target = (root.get(match[1]) or {}).get(match[2], {})
-        return _kinds(target, root, depth + 1)
-    kinds = schema.get("type", [])
-    found = {kinds} if isinstance(kinds, str) else set(kinds)
-    for key in ("anyOf", "oneOf", "allOf"):
-        for part in schema.get(key) or ():
-            found |= _kinds(part, root, depth + 1)
-    if not found and "enum" in schema:
-        names = {bool: "boolean", int: "integer", float: "number", type(None): "null"}
-        found = {names.get(type(choice), "string") for choice in schema["enum"]}
-    return found
+    return function if isinstance(function, Mapping) else {}

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..family import Member
 from ..quantization import BITS, GROUP_SIZES
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
@@ -35,36 +36,23 @@ PREFILL_TOKENS = 2048
 EPS, TAPS = 1e-6, 4
 
 
-class Member(NamedTuple):
-    """The shapes of one model of the family; `width` is that of an expert, or of a dense FFN."""
-
-    name: str
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    width: int
-    linear_num_value_heads: int
-    num_experts: int = 0
-    per_token: int = 0
-    head_dim: int = 256
-    num_key_heads: int = 16
-    key_head_dim: int = 128
-    value_head_dim: int = 128
-    rotary_dim: int = 64
-
-
-FAMILY = (
-    Member("0.8B", 1024, 8, 2, 3584, 16),
-    Member("2B", 2048, 8, 2, 6144, 16),
-    Member("4B", 2560, 16, 4, 9216, 32),
-    Member("9B", 4096, 16, 4, 12288, 32),
-    Member("27B", 5120, 24, 4, 17408, 48),
-    Member("35B-A3B", 2048, 16, 2, 512, 32, 256, 8),
-    Member("122B-A10B", 3072, 32, 2, 1024, 64, 256, 8),
-    Member("397B-A17B", 4096, 32, 2, 1024, 64, 512, 10),
-)
 # Unequal head dims and counts, for parity in seconds.
-SMALL = Member("small", 128, 4, 2, 128, 4, 8, 2, 32, 2, 32, 64, 16)
+SMALL = Member(
+    name="small",
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    width=128,
+    linear_num_value_heads=4,
+    num_experts=8,
+    per_token=2,
+    head_dim=32,
+    num_key_heads=2,
+    key_head_dim=32,
+    value_head_dim=64,
+    rotary_dim=16,
+)
 
 
 class Setting(NamedTuple):

@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..family import FAMILY, Member
 from ..machine import Machine, describe, summary
 from ..progress import StepProgress
 from . import checks, choice, metal
-from .checks import Case, Check, Member, Setting
+from .checks import Case, Check, Setting
 from .metal import NONE
 
 REPORT_VERSION = 1
@@ -46,7 +47,7 @@ def examine(check: Check, machine: Machine) -> dict[str, Any]:
     try:
         for setting in checks.parity_settings(check):
             _compare(check, checks.SMALL, setting, result)
-        for member in checks.FAMILY:
+        for member in FAMILY:
             if check.needs_experts and not member.num_experts:
                 continue
             if checks.num_bytes_needed(check, member) > MEMORY_SHARE * (

@@ -69,4 +69,6 @@ class GatedDeltaNet(nn.Module):
         if cache is not None:
             cache[0], cache[1] = conv_state, recurrent_state
             cache.advance(num_tokens)
+            # Without this the states wait for the end of the step, with every layer's inputs.
+            (out,) = mx.depends([out], [conv_state, recurrent_state])
         return project(out, (self.out_proj,), self.kernels)[0]

@@ -14,6 +14,7 @@ from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.metal import NONE, KernelSet
 from ..kernels.residual_norm import residual_norm
+from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
 from .cache import CacheEntry, make_cache
@@ -134,6 +135,7 @@ class Model(nn.Module):
         self.config = config
         self.model_type = config.model_type
         self.sampling_defaults = SamplingParams()
+        self.allowance = Allowance()
         self.language_model = LanguageModel(config)
 
     def __call__(

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import mlx.core as mx
 
-STEP = 256
+from ..memory import kv_capacity
 
 
 class LayerCache:
@@ -34,14 +34,6 @@ class LayerCache:
         return 0
 
 
-def capacity(num_tokens: int) -> int:
-    """Room for `num_tokens` and those that follow: an eighth more, at least to the next 256.
-
-    Geometric growth keeps the number of buffers logarithmic; a freed buffer fits no later one.
-    """
-    return -(-(num_tokens + num_tokens // 8) // STEP) * STEP
-
-
 def grown(buffer: mx.array | None, used: int, new: mx.array) -> mx.array:
     """A buffer `[B, H, >= used + T, D]` whose first `used` tokens are those of `buffer`."""
     batch, heads, num_tokens, dim = new.shape
@@ -49,8 +41,8 @@ def grown(buffer: mx.array | None, used: int, new: mx.array) -> mx.array:
     if buffer is not None and needed <= buffer.shape[2]:
         return buffer
     if buffer is None or used == 0:
-        return mx.zeros((batch, heads, capacity(needed), dim), new.dtype)
-    room = mx.zeros((batch, heads, capacity(needed) - used, dim), new.dtype)
+        return mx.zeros((batch, heads, kv_capacity(needed), dim), new.dtype)
+    room = mx.zeros((batch, heads, kv_capacity(needed) - used, dim), new.dtype)
     return mx.concatenate([buffer[..., :used, :], room], axis=2)
 
 

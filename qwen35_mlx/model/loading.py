@@ -1,6 +1,7 @@
 """Read a folder that MLX runs into the modules: every name and shape checked, nothing dropped."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..config import read_config, read_object
 from ..errors import CheckpointError, first_line
 from ..headers import SourceTensor, read_headers
 from ..kernels import choice, metal
+from ..memory import allow, wire
 from ..quantization import Quantization
 from ..resolver import Match, Part, Resolved, refuse_other_head
 from ..resolver import resolve as resolve_tensors
@@ -26,11 +28,14 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 Shards = dict[Path, dict[str, mx.array]]
 
 
-def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
+def load_model(
+    folder: str | Path, context: int | None = None, force: bool = False
+) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
     On the CPU everything is float32, whatever the files hold: other types are many times
-    slower there. Raises ConfigError or CheckpointError.
+    slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
+    see `load` for `context` and `force`.
     """
     folder = Path(folder)
     raw_config = read_config(folder)
@@ -43,7 +48,18 @@ def load_model(folder: str | Path) -> tuple[Model, dict[str, Any]]:
         raise not_converted(folder)
     model = Model(found.config)
     quantize_modules(model, found.quantizations)
-    model.load_weights(list(read_parameters(found.text_matches).items()), strict=True)
+    weights = read_parameters(found.text_matches)
+    # Until here nothing but headers is read: MLX loads when it evaluates.
+    model.allowance = allow(
+        found.config,
+        sum(array.nbytes for array in weights.values()),
+        context=context,
+        force=force,
+        item_bytes=weights["language_model.model.norm.weight"].dtype.size,
+    )
+    model.config = replace(found.config, context_limit=model.allowance.context)
+    wire(model.allowance)
+    model.load_weights(list(weights.items()), strict=True)
     model.eval()
     mx.eval(model.parameters())
     return model, raw_config
@@ -120,19 +136,26 @@ def quantize_modules(
 
 
 def load(
-    path_or_hub_id: str | Path, revision: str | None = None, *, kernels: str = "auto"
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    *,
+    kernels: str = "auto",
+    context: int | None = None,
+    force: bool = False,
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
     `kernels`: "auto" runs those Metal kernels that `qwen35-mlx doctor` found right and faster on
     this machine, "metal" all of them, "ops" none.
+    `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
+    32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
-    model, config = load_model(folder)
+    model, config = load_model(folder, context, force)
     metal.use(model, choice.choose(kernels, model.config))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)

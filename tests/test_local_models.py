@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qwen35_mlx
-from qwen35_mlx.cli import local_models as bundled
+from qwen35_mlx.cli import local_models
 from qwen35_mlx.cli.local_models import (
     MOST_RECORDED,
     cache_home,
@@ -59,7 +59,7 @@ def source(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = home / "demo"
     folder.mkdir()
     (folder / "config.json").write_text("1")
-    monkeypatch.setattr(bundled, "SOURCE", folder)
+    monkeypatch.setattr(local_models, "SOURCE", folder)
     monkeypatch.setenv("QWEN35_MLX_CACHE", str(home / "cache"))
     return folder
 
@@ -94,7 +94,7 @@ def test_a_changed_demo_is_converted_again(
     elif change == "new file":
         (source / "more.json").touch()
     else:
-        monkeypatch.setattr(bundled, "__version__", qwen35_mlx.__version__ + ".1")
+        monkeypatch.setattr(local_models, "__version__", qwen35_mlx.__version__ + ".1")
     assert converted_demo(convert) != first
     assert len(convert.calls) == 2
 
@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_written_is_told(
 CONVERT_SLOWLY = """
 import sys, time
 from pathlib import Path
-from qwen35_mlx.cli import local_models as bundled
+from qwen35_mlx.cli import local_models
 
 def convert(source, out):
     print("converting", flush=True)
@@ -148,8 +148,8 @@ def convert(source, out):
     (work / "config.json").write_text("done")
     work.rename(out)
 
-bundled.SOURCE = Path(sys.argv[1])
-folder = bundled.converted_demo(convert)
+local_models.SOURCE = Path(sys.argv[1])
+folder = local_models.converted_demo(convert)
 assert (folder / "config.json").read_text() == "done"
 """
 

@@ -1,24 +1,19 @@
-"""The conversation as a person has it: on a real terminal, in a pipe, and on several consoles."""
+"""The conversation as a person has it: on a real terminal, and in a pipe."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from screen import CLI, Screen
 
-from qwen35_mlx.chat.conversation import TurnStats
-from qwen35_mlx.cli import chat_view as talk
-from qwen35_mlx.engine.output import Piece, ToolCall
-from qwen35_mlx.errors import PromptError
-
+pytestmark = pytest.mark.slow
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
 PROMPT = r"\n>$"
@@ -229,7 +224,7 @@ def test_commands_that_change_and_show(
     file = tmp_path / "a b.txt"
     file.write_text("three ```` ticks\n")
     do(f"/file {file}", r"a b.txt, \d+ tokens, goes with the next message")
-    do(f"/file {tmp_path}/none", "error: .*No such file")
+    do(f"/file {tmp_path}/none", "error: no file .*none")
     do("/save notes", r"saved: .*")
     do("What is that?", FIGURES)
     saved = messages(home, "notes")
@@ -237,7 +232,7 @@ def test_commands_that_change_and_show(
     fence = "`" * 5
     expected = f"a b.txt:\n{fence}\nthree ```` ticks\n{fence}\n\nWhat is that?"
     assert saved[-2]["content"] == expected
-    do("/clear", "session notes keeps what was said")
+    do("/clear", "session notes keeps the conversation")
     do("/save other", "saved: ")
     assert messages(home, "notes") == saved and messages(home, "other") == saved[:1]
     do("/load none", "error: no session none")
@@ -361,97 +356,3 @@ def test_ctrl_c_while_one_question_is_answered_exits_130(screen: Any, converted_
     shell.wait_for(r"France\?\n\s*\S+")
     shell.type("\x03")
     assert shell.exit_code() == 130
-
-
-class FakeChat:
-    """Yields pieces as a model would say them."""
-
-    def __init__(self, *pieces: Piece, error: Exception | None = None):
-        self.pieces, self.error = pieces, error
-        self.stats = TurnStats(40, 12, 100.0, 7, 50.0, 12.3456, "length")
-        self.asked: list[str] = []
-        self.model = SimpleNamespace(config=SimpleNamespace(context_length=4096))
-
-    def num_context_tokens(self) -> int:
-        return 47
-
-    def start_reading_ahead(self) -> None:
-        pass
-
-    def stop_reading_ahead(self) -> None:
-        pass
-
-    def send(self, text: str, progress: Any = None) -> Iterator[Piece]:
-        self.asked.append(text)
-        yield from self.pieces
-        if self.error:
-            raise self.error
-
-
-def speak(chat: FakeChat, prompts: Sequence[str], **options: Any) -> None:
-    talk.ChatSession(chat, **options).run(prompts)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("size", [1, 7, 99])
-def test_answers_are_shown_as_they_are(consoles: Any, size: int) -> None:
-    text = "[bold]no[/] :smile: [x] \\[y]\n\n\tindented\n  trailing  \n"
-    pieces = [Piece("answer", text[i : i + size]) for i in range(0, len(text), size)]
-    out, err = consoles()
-    speak(FakeChat(*pieces), ["[red]?[/]"])
-    assert out.getvalue().expandtabs() == text.expandtabs() + "\n"
-    assert "prompt 12 of 40 tokens read, 100 tok/s · answer 7 tokens, 50.0 tok/s" in err.getvalue()
-    assert "peak memory 12.35 GB" in err.getvalue()
-    assert "cut at the token limit" in err.getvalue()
-
-
-@pytest.mark.parametrize("markdown", [True, False])
-def test_an_answer_cannot_steer_the_terminal(consoles: Any, markdown: bool) -> None:
-    out, _ = consoles(force_terminal=True, color_system="truecolor")
-    evil = "a\x1b]0;title\x07b\x1b[2Jc\x9b1md\re\x08f"
-    speak(FakeChat(Piece("thought", evil), Piece("answer", evil)), ["?"], markdown=markdown)
-    shown = ESCAPES.sub("", out.getvalue())
-    assert shown == "a]0;titleb[2Jc1mdef\n\na]0;titleb[2Jc1mdef\n"
-
-
-def test_paragraphs_of_a_thought_stay_apart(consoles: Any) -> None:
-    out, _ = consoles()
-    thought = [Piece("thought", t) for t in ("one", "\n\n", "two")]
-    speak(FakeChat(*thought, Piece("answer", "Blue.")), ["?"])
-    assert out.getvalue() == "(thought) one\n\ntwo\n\nBlue.\n"
-
-
-def test_tool_calls_are_told_apart(consoles: Any) -> None:
-    out, err = consoles()
-    calls = [ToolCall("do", {"a": [1]}, {"a": "[1]"}), ToolCall("cut", {}, {}, complete=False)]
-    speak(FakeChat(Piece("answer", "Now."), *(Piece("tool_call", "", c) for c in calls)), ["?"])
-    assert "do(a=[1])\ncut() (cut: not run)\n" in err.getvalue()
-    assert out.getvalue().strip() == "Now."
-
-
-def test_a_refused_prompt_does_not_end_the_chat(
-    consoles: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, err = consoles()
-    lines: Iterator[Any] = iter(
-        ["  first ", "", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad"), "second", EOFError()]
-    )
-
-    def read(prompt: str) -> str:
-        assert prompt == "> "
-        line = next(lines)
-        if isinstance(line, Exception):
-            raise line
-        return str(line)
-
-    monkeypatch.setattr("builtins.input", read)
-    chat = FakeChat(error=PromptError("the prompt is too long", hint="shorten it"))
-    speak(chat, [])
-    assert chat.asked == ["first", "second"]
-    assert err.getvalue().count("error: the prompt is too long\n  hint: shorten it") == 2
-    assert "can't decode" in err.getvalue()
-
-
-def test_one_question_that_is_refused_is_an_error(consoles: Any) -> None:
-    consoles()
-    with pytest.raises(PromptError):
-        speak(FakeChat(error=PromptError("no")), ["?"])

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ import pytest
 from checkpoints import write_checkpoint
 from fake_hub import REPO, FakeHub, serving
 
-from qwen35_mlx.config import ModelConfig
-from qwen35_mlx.convert import job, macs, plan
+from qwen35_mlx.convert import job, mac_models, plan
 from qwen35_mlx.convert import report as page
-from qwen35_mlx.convert.family import FAMILY, family_source
-from qwen35_mlx.convert.macs import GIB
+from qwen35_mlx.convert.mac_models import MACS, Mac, find_macs
+from qwen35_mlx.convert.report import family_source
 from qwen35_mlx.convert.tasks import cut, peak_bytes
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.family import FAMILY
+from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes
+from qwen35_mlx.quant.recipes import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 # Qwen3.5-397B-A17B
@@ -94,17 +98,17 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert planned.source_bytes / 1e9 == pytest.approx(806, abs=2)
     mixed = plan(planned.source, recipe=experts_3)
     assert mixed.text_bytes / 1e9 == pytest.approx(174.6, abs=0.2)
-    assert macs.bytes_per_token(mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
-    assert macs.tokens_per_second(mixed, 819) == pytest.approx(94, abs=2)
+    assert mac_models.bytes_per_token(mixed) / 1e9 == pytest.approx(8.62, abs=0.15)
+    assert mac_models.tokens_per_second(mixed, 819) == pytest.approx(94, abs=2)
 
     tasks = cut(mixed)
     assert peak_bytes(mixed, tasks) < 10**9
     fetched = job.source_disk_bytes(planned.source, tasks, keep_source=False)
     assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
-    lines = page.mac_lines(mixed)
+    lines = page.mac_lines(mixed, MACS)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
-    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N="] * 4
-    assert ultra.split()[10] == f"{macs.tokens_per_second(mixed, 800, 8192):.0f}"
+    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N=", "N=", "N=", "no"]
+    assert ultra.split()[10] == f"{mac_models.tokens_per_second(mixed, 800, 8192):.0f}"
     assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
     largest = next(line for line in lines if "512 GB" in line)
     assert largest.split().count("fits") == 4
@@ -137,30 +141,97 @@ def test_sizes_of_the_family(name: str, billions: float) -> None:
 
 
 def test_what_fits_this_machine_names_every_model() -> None:
-    lines = page.family_lines(192 * GIB, macs.Mac("M2 Ultra", 192, 800))
+    lines = page.family_lines(192 * GIB, "a Mac with M2 Ultra")
     assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
     cells = {line.split()[0]: line for line in lines if line.startswith("Qwen")}
-    assert cells.keys() == FAMILY.keys()
-    assert "173.5 GB, 256k*" in cells["Qwen3.5-397B-A17B"]
+    assert list(cells) == [member.full_name for member in FAMILY]
+    assert "173.5 GB, 128k*" in cells["Qwen3.5-397B-A17B"]
     assert "223.0 GB, no" in cells["Qwen3.5-397B-A17B"]
     assert "15.2 GB, 256k" in cells["Qwen3.5-27B"]
 
 
-def test_cache_and_state_of_the_397b() -> None:
-    config = ModelConfig.from_hf(family_source("Qwen3.5-397B-A17B").config)
-    assert macs.kv_bytes(config, 1) == 30_720
-    assert macs.state_bytes(config) / 1e6 == pytest.approx(188.7 + 3.3, abs=0.1)
+def test_fit_without_a_source_finds_a_recipe_for_every_model(monkeypatch) -> None:
+    monkeypatch.setattr(page, "FAMILY", [FAMILY[0], *FAMILY[-2:]])
+    lines = page.fitting_lines(192 * GIB, "a Mac", None)
+    assert lines[0] == "192 GB of memory: a Mac, with a context of 32,768 tokens"
+    found = {line.split()[0]: line.split()[1:] for line in lines if line.startswith("Qwen")}
+    assert list(found) == [member.full_name for member in page.FAMILY]
+    assert found["Qwen3.5-0.8B"][0] == "unquantized"
+    assert found["Qwen3.5-122B-A10B"][:2] == ["--recipe", "q8"]
+    assert found["Qwen3.5-397B-A17B"][:2] == ["--recipe", "q2"]
+    # What is shown is what the guard would count, and the next recipe does not fit.
+    planned = plan(family_source("Qwen3.5-397B-A17B"), recipe=recipe("q2"))
+    needed = mac_models.running(planned, 32_768, default_limit_bytes(192 * GIB)).total
+    assert found["Qwen3.5-397B-A17B"][-2:] == [f"{needed / 1e9:.1f}", "GB"]
+    more = plan(planned.source, recipe=recipe("q3"))
+    assert more.text_bytes > raised_limit_bytes(192 * GIB)
+    small = page.fitting_lines(8 * GIB, "a Mac", 8192)
+    assert next(line for line in small if "397B" in line).split()[1:] == ["no", "recipe"]
 
 
-def test_limits_rise_with_memory_and_leave_room() -> None:
-    for mac in macs.MACS:
-        limit, raised = (
-            f(mac.memory_bytes) for f in (macs.gpu_limit_bytes, macs.raised_limit_bytes)
-        )
-        assert limit < raised <= mac.memory_bytes - 8 * GIB
-    assert 165e9 < macs.raised_limit_bytes(192 * GIB) < 190e9
-    assert macs.gpu_limit_bytes(16 * GIB) == 16 * GIB * 2 // 3
-    assert macs.wired_limit_mb(170 * GIB + 1) == 171 * 1024
+def test_the_disk_line_counts_output_spare_and_shards(real: FakeHub, tmp_path: Path) -> None:
+    planned = plan(REPO, bits=4)
+    line = page.conversion_lines(planned)[1]
+    whole, output, shards = (float(n.replace(",", "")) for n in re.findall(r"[\d,]+\.\d", line))
+    assert output == pytest.approx(planned.output_bytes / 1e9, abs=0.051)
+    fetched = job.source_disk_bytes(planned.source, cut(planned), keep_source=False)
+    assert shards == pytest.approx(fetched / 1e9, abs=0.051)
+    assert whole == pytest.approx(
+        (planned.output_bytes + fetched + job.SPARE_BYTES) / 1e9, abs=0.051
+    )
+    write_checkpoint(tmp_path / "local")
+    local = plan(tmp_path / "local")
+    expected = f"{(local.output_bytes + job.SPARE_BYTES) / 1e9:.1f} GB for the output"
+    assert expected in page.conversion_lines(local)[1]
+
+
+def test_the_page_names_contexts_scores_and_an_upper_bound() -> None:
+    planned = plan(family_source("Qwen3.5-397B-A17B"), bits=4)
+    lines = page.mac_lines(planned, find_macs("M3 Ultra 256GB"))
+    assert lines[0].split("  ")[-1] == "bandwidth limit, tok/s"
+    assert "at 8k" in lines[0] and "at 256k" in lines[0]
+    # A full step at 8k; then the step shrinks so that they stay within 2 GB.
+    assert [float(n) for n in re.findall(r"\d\.\d", lines[2])] == [1.1, 1.9, 1.6, 1.1]
+    assert lines[3].split()[-4:] == ["2,048", "896", "192", "64"]
+    assert any("upper bound" in line and "no program reaches" in line for line in lines)
+    assert len([line for line in lines if "M3 Ultra" in line]) == 1
+    own = page.mac_lines(planned, find_macs("M3 Ultra 256GB"), 100_000)
+    assert "at 100,000" in own[0] and "at 8k" not in own[0]
+    with pytest.raises(Qwen35Error, match="context does not fit"):
+        page.mac_lines(planned, [], 300_000)
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen3.5-397B-A17B", "qwen3.5-397b-a17b", "Qwen/Qwen3.5-397B-A17B"]
+)
+def test_a_released_model_is_found_by_name_without_a_network(name: str) -> None:
+    source = page.find_source(name)
+    assert not isinstance(source, str)
+    assert plan(source).num_parameters / 1e9 == pytest.approx(396.35, abs=0.1)
+
+
+def test_unknown_names_are_told_the_known_ones(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(Qwen35Error, match=r"neither a folder nor a released model") as error:
+        page.find_source("Qwen3.5-28B")
+    assert all(member.full_name in str(error.value) for member in FAMILY)
+    # Other repositories and revisions are the hub's; a folder of the name comes first.
+    assert page.find_source("Qwen/Qwen3.5-27B-FP8") == "Qwen/Qwen3.5-27B-FP8"
+    assert page.find_source("Qwen/Qwen3.5-27B", "main") == "Qwen/Qwen3.5-27B"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen3.5-27B").mkdir()
+    assert page.find_source("Qwen3.5-27B") == "Qwen3.5-27B"
+
+
+def test_macs_are_found_by_memory_chip_or_both() -> None:
+    assert {mac.chip for mac in find_macs("192GB")} == {"M2 Ultra"}
+    assert [mac.memory_gib for mac in find_macs("m3 ultra")] == [96, 256, 512]
+    assert find_macs("M3 Ultra 256 GB") == [Mac("M3 Ultra", 256, 819)]
+    # Not in the table: by what is known of the chip.
+    assert find_macs("M4 Pro 48GB") == [Mac("M4 Pro", 48, 273)]
+    assert find_macs("24GB") == [Mac("", 24, 0)]
+    for wrong in ("", "M9 Ultra", "Intel", "256 parsecs", "M3 Ultra lots"):
+        with pytest.raises(Qwen35Error, match=r"not a (Mac|size)"):
+            find_macs(wrong)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +246,9 @@ def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gb
     monkeypatch.setattr(
         subprocess, "check_output", lambda command, **_: answers[command[-1]] + "\n"
     )
-    assert macs.this_mac() == macs.Mac(brand.removeprefix("Apple "), memory_gib, gbps)
+    assert mac_models.this_mac() == Mac(brand.removeprefix("Apple "), memory_gib, gbps)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
-    assert macs.this_mac() is None
+    assert mac_models.this_mac() is None
 
 
 @pytest.mark.slow

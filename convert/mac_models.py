@@ -1,0 +1,118 @@
+"""Macs by memory and bandwidth, and the bound that bandwidth sets on decoding a plan."""
+
+import platform
+import re
+from dataclasses import dataclass
+
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.headers import ITEM_BYTES
+from qwen35_mlx.machine import GIB, parse_memory, sysctl
+from qwen35_mlx.memory import MemoryCount, count, kv_bytes, state_bytes
+
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Mac:
+    """One size of one chip; `gbps` is the bandwidth of its memory, 10^9 bytes a second."""
+
+    chip: str
+    memory_gib: float
+    gbps: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip} {self.memory_gib:g} GB".strip()
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * GIB)
+
+
+MACS = (
+    Mac("M2 Max", 96, 400),
+    Mac("M3 Max", 96, 300),
+    Mac("M3 Ultra", 96, 819),
+    Mac("M1 Ultra", 128, 800),
+    Mac("M2 Ultra", 128, 800),
+    Mac("M3 Max", 128, 400),
+    Mac("M4 Max", 128, 546),
+    Mac("M5 Max", 128, 614),
+    Mac("M2 Ultra", 192, 800),
+    Mac("M3 Ultra", 256, 819),
+    Mac("M3 Ultra", 512, 819),
+)
+# A column's title: it says that it is no speed.
+BANDWIDTH_LIMIT = "bandwidth limit, tok/s"
+# Chips for which memory alone does not tell; of two variants the slower one.
+CHIP_GBPS = {"M1 Max": 400, "M3 Max": 300, "M4 Pro": 273, "M4 Max": 410}
+
+
+def this_mac() -> Mac | None:
+    """This machine, with bandwidth 0 for a chip not in the table; None where it is no Mac."""
+    if platform.system() != "Darwin" or platform.machine() != "arm64":
+        return None
+    brand, memory = (sysctl(key) for key in ("machdep.cpu.brand_string", "hw.memsize"))
+    if not memory.isdigit():
+        return None
+    chip, memory_gib = brand.removeprefix("Apple "), int(memory) // GIB
+    return Mac(chip, memory_gib, _gbps(chip, memory_gib))
+
+
+def _gbps(chip: str, memory_gib: float) -> float:
+    """Of the chip with this memory; else the slowest of the chip; 0 for an unknown one."""
+    alike = {mac.memory_gib: mac.gbps for mac in MACS if mac.chip == chip}
+    return alike.get(memory_gib) or CHIP_GBPS.get(chip) or min(alike.values(), default=0)
+
+
+def find_macs(text: str) -> list[Mac]:
+    """Macs by memory, by chip, or by both: `256GB`, `M3 Ultra`, `M3 Ultra 256GB`."""
+    match = re.fullmatch(r"(m\d+(?: (?:pro|max|ultra))?)?\s*(\d.*)?", text.strip().lower())
+    if match and any(match.groups()):
+        chip = (match[1] or "").title()
+        memory = parse_memory(match[2]) / GIB if match[2] else None
+        found = [m for m in MACS if chip in ("", m.chip) and memory in (None, m.memory_gib)]
+        if not found and memory is not None:
+            found = [Mac(chip, memory, _gbps(chip, memory))]
+        if found:
+            return found
+    raise Qwen35Error(
+        "not a Mac that is known here",
+        got=repr(text),
+        expected="a memory, a chip or both, such as 256GB or M3 Ultra 256GB",
+        hint="chips that need no memory: " + ", ".join(sorted({mac.chip for mac in MACS})),
+    )
+
+
+def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryCount:
+    """Memory in use when the plan's text model runs; see `qwen35_mlx.memory`."""
+    return count(plan.config, plan.text_bytes, context, limit_bytes, activation_bytes(plan))
+
+
+def activation_bytes(plan: Plan) -> int:
+    """Of activations, keys and values: they have the type of the embedding."""
+    embedding = next(e for e in plan.text_entries if e.module.endswith("embed_tokens"))
+    return ITEM_BYTES[embedding.dtype]
+
+
+def bytes_per_token(plan: Plan, context: int = 0) -> int:
+    """Bytes read for one decoded token: resident weights, chosen experts, keys, values, states."""
+    read = (int(e.output_bytes * read_share(plan.config, e.module)) for e in plan.text_entries)
+    item_bytes = activation_bytes(plan)
+    states = 2 * state_bytes(plan.config, item_bytes)
+    return kv_bytes(plan.config, context, item_bytes) + states + sum(read)
+
+
+def read_share(config: ModelConfig, module: str) -> float:
+    """The part of a module's bytes that one decoded token reads."""
+    if ".switch_mlp." in module:
+        return config.num_experts_per_tok / config.num_experts
+    if module.endswith("embed_tokens") and not config.tie_word_embeddings:
+        return 1 / config.vocab_size
+    return 1.0
+
+
+def tokens_per_second(plan: Plan, gbps: float, context: int = 0) -> float:
+    """The bound that memory bandwidth sets on decoding; no program reaches it."""
+    return gbps * 1e9 / bytes_per_token(plan, context)

@@ -1,0 +1,121 @@
+"""What all commands share: options without effect are refused, mistakes have no traceback."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..errors import Qwen35Error
+
+# Arguments and options that are paths, by the placeholder that the help shows.
+PATHS = ("MODEL", "SRC", "OUT", "FILE")
+# An empty prompt has an error of its own.
+MAY_BE_EMPTY = ("system", "prompt")
+BITS = ("--bits", "--recipe", "--fit", "--bits-per-weight")
+BUDGETS = ("--fit", "--bits-per-weight")
+
+# Options given together, and the options one of which must then be given too. Without any, the
+# options exclude each other. Each rule prevents that an option is ignored.
+Rule = tuple[tuple[str, ...], tuple[str, ...]]
+QUANTIZATION: list[Rule] = [
+    *(((a, b), ()) for i, a in enumerate(BITS) for b in BITS[i + 1 :]),
+    *((("--group-size", way), ()) for way in BITS[1:]),
+    (("--dtype", "--group-size"), ("--bits",)),
+    (("--prefer",), BUDGETS),
+]
+RULES: dict[str, list[Rule]] = {
+    "convert": [
+        *QUANTIZATION,
+        *((("--dtype", name), BITS) for name in ("--method", "--calibration", "--calibrate")),
+        (("--method minmax", "--calibration"), BUDGETS),
+        (("--text",), ("--calibrate",)),
+        (("--context",), ("--fit",)),
+    ],
+    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
+    "generate": [
+        *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
+        (("--raw", "--show-thoughts"), ()),
+        (("--no-think", "--show-thoughts"), ()),
+        (("--json", "--show-thoughts"), ()),
+    ],
+    "chat": [(("--demo", "MODEL"), ()), (("--no-think", "--think-budget"), ())],
+    "sessions": [(("--remove", "NAME"), ())],
+}
+# Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
+NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")
+RULES["plan"] += [((name,), ("SRC",)) for name in NEEDS_SOURCE]
+RULES["plan"] += [(("--fit", name), ("SRC",)) for name in ("--mac", "--dtype")]
+
+
+class Command(TyperCommand):
+    """A command of the program, run with its checks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with user_errors():
+            refuse_unused(ctx)
+            for parameter in self.params:
+                value = ctx.params.get(parameter.name)
+                if parameter.metavar in PATHS and value is not None:
+                    check_path(os.fspath(value))
+                elif parameter.name not in MAY_BE_EMPTY and (value == "" or value == [""]):
+                    ctx.fail(f"{parameter.opts[-1]} is empty.")
+            result = super().invoke(ctx)
+            # A full disk shows here, while its error can still be reported.
+            if sys.stdout:
+                sys.stdout.flush()
+            return result
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Report a mistake in the input without a traceback and exit 1; Ctrl-C exits 130."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        # The reader of a pipe went away: typer exits without a message.
+        raise
+    # MLX raises RuntimeError where memory is short.
+    except (Qwen35Error, OSError, RuntimeError, MemoryError, UnicodeError) as error:
+        from .terminal import print_error
+
+        with suppress(OSError):
+            print_error(error)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def given_options(ctx: Any) -> set[str]:
+    """Names of the options and arguments of this call, a choice also with its value."""
+    given = set()
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name)
+        source = ctx.get_parameter_source(parameter.name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[-1]
+        given.add(parameter.secondary_opts[0] if value is False else name)
+        given.add(f"{name} {value}")
+    return given
+
+
+def refuse_unused(ctx: Any) -> None:
+    """Raise a usage error if an option would have no effect."""
+    given = given_options(ctx)
+    for together, needed in RULES.get(ctx.command.name, ()):
+        if given.issuperset(together) and not given.intersection(needed):
+            if needed:
+                ctx.fail(f"{' with '.join(together)} needs {' or '.join(needed)}.")
+            ctx.fail(f"{' and '.join(together)} exclude each other.")
+
+
+def check_path(path: str) -> None:
+    """Raise if no file can have this name."""
+    if "\0" in path:
+        raise Qwen35Error("not a path", got=repr(path), expected="no NUL character")
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        raise Qwen35Error(f"no home folder of {path.partition('/')[0]}", got=path)

@@ -1,0 +1,32 @@
+"""What the shell completes behind commands and options; nothing here imports MLX."""
+
+import os
+import shlex
+from typing import Any
+
+
+def models(ctx: Any, args: list[str], incomplete: str) -> list[str]:
+    """Folders that this user converted; where none matches, the shell completes files."""
+    from ..files import cache_home
+    from .local_models import recorded
+
+    folders = [f for f in reversed(recorded(cache_home())) if os.path.isdir(f)]
+    return [f for f in folders if _is_plain(f) and f.startswith(incomplete)]
+
+
+def sessions(ctx: Any, args: list[str], incomplete: str) -> list[str]:
+    """Names of saved conversations."""
+    from ..files import session_home
+
+    names = sorted(file.stem for file in session_home().glob("[!.]*.json"))
+    return [name for name in names if _is_plain(name) and name.startswith(incomplete)]
+
+
+def recipes(ctx: Any, args: list[str], incomplete: str) -> list[str]:
+    """Names of mixed bits."""
+    return [name for name in "q8 q6 q5 q4 q3 q2".split() if name.startswith(incomplete)]
+
+
+def _is_plain(word: str) -> bool:
+    # Typer's scripts insert words as they are.
+    return shlex.quote(word) == word

@@ -1,0 +1,231 @@
+"""The command generate: one answer on standard output, for scripts."""
+
+import json
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import Qwen35Error
+from . import options
+from .chat_commands import read_prompts
+
+if TYPE_CHECKING:
+    from ..chat.conversation import TurnStats
+    from ..engine.output import Piece
+
+# As Qwen's templates end a thought.
+THOUGHT_END = "\n</think>\n\n"
+
+
+def generate(
+    ctx: typer.Context,
+    model: options.Model,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="The prompt. Default: all of standard input."),
+    ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Continue the prompt as it is, without the chat template."),
+    ] = False,
+    system: options.System = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON file with a list of tools that the model may call, each as OpenAI's API "
+            "takes it. Default: no tools.",
+        ),
+    ] = None,
+    think: options.Thinking = None,
+    show_thoughts: Annotated[
+        bool,
+        typer.Option(
+            "--show-thoughts",
+            help="Print the thought before the answer, between <think> and </think>. "
+            "Default: the answer alone.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object: text, thought, tool_calls, finish_reason, counts of "
+            "tokens, and times. Default: the text, as it is generated.",
+        ),
+    ] = False,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    presence_penalty: options.Presence = None,
+    repetition_penalty: options.Repetition = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End the answer before this text. Repeat the option for several texts. "
+            "Default: none."
+        ),
+    ] = None,
+    seed: options.Seed = None,
+    kernels: options.Kernels = "auto",
+    context: options.RunContext = None,
+    force: options.Force = False,
+) -> None:
+    """Print one answer to a prompt, for scripts.
+
+    Standard output gets the answer alone; calls of tools follow it, one line of JSON each.
+    Sampling options default to the model's generation_config.json.
+    """
+    text = read_prompts([] if prompt is None else [prompt])[0]
+    sampling = options.sampling_options(ctx)
+    schemas = read_tools(tools) if tools else []
+    from ..chat.conversation import Chat
+    from ..engine.prefix_store import PrefixStore
+    from ..model.loading import load
+    from .progress import spinner
+    from .terminal import note
+
+    with spinner(f"Loading {model}"):
+        loaded, tokenizer = load(model, kernels=kernels, context=context, force=force)
+    chat = Chat(
+        loaded,
+        tokenizer,
+        system=system,
+        tools=schemas,
+        enable_thinking=think,
+        max_tokens=max_tokens,
+        sampling={"seed": seed, **sampling},
+        stop=stop or (),
+        on_loop="off",
+        # There is no second turn.
+        store=PrefixStore(loaded, 0),
+    )
+    started = time.perf_counter()
+    pieces = continue_text(chat, text) if raw else chat.send(text)
+    if as_json:
+        with spinner("generating …"):
+            parts = list(pieces)
+        total_s = time.perf_counter() - started
+        print(json.dumps(answer_as_json(parts, chat.stats, total_s)))
+        return
+    print_answer(pieces, show_thoughts)
+    if chat.stats.finish_reason == "length":
+        note("the answer was cut: at --max-tokens, or because the context is full")
+
+
+def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
+    """The text that follows `text`, without a template; fills `chat.stats`."""
+    from ..engine.generate import LONG_ANSWER_TOKENS, stream_generate
+    from ..engine.output import Piece
+
+    responses = stream_generate(
+        chat.model,
+        chat.tokenizer,
+        text,
+        max_tokens=chat.max_tokens or LONG_ANSWER_TOKENS,
+        stop=chat.stop,
+        **chat.sampling,
+    )
+    stats = chat.stats
+    for response in responses:
+        stats.prompt_tokens = stats.prefilled_tokens = response.prompt_tokens
+        stats.prefill_tps = response.prompt_tps
+        stats.generation_tokens = response.generation_tokens
+        stats.decode_tps = response.generation_tps
+        stats.finish_reason = response.finish_reason
+        yield Piece("answer", response.text)
+
+
+def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) -> None:
+    """Print pieces as they come."""
+    from .progress import spinner
+    from .terminal import CONTROL
+
+    is_terminal = bool(sys.stdout) and sys.stdout.isatty()
+    kind = ""
+
+    def write(text: str) -> None:
+        # A terminal would obey control characters; a file gets the text as it is.
+        print(text.translate(CONTROL) if is_terminal else text, end="", flush=True)
+
+    with closing(pieces), spinner("thinking …") as status:
+        for piece in pieces:
+            if piece.kind == "thought" and not show_thoughts:
+                continue
+            status.stop()
+            if piece.kind != kind:
+                write({"": "", "thought": THOUGHT_END}.get(kind, "\n"))
+                write("<think>\n" if piece.kind == "thought" else "")
+                kind = piece.kind
+            elif piece.call:
+                write("\n")
+            write(json.dumps(call_as_json(piece.call)) if piece.call else piece.text)
+    write(THOUGHT_END if kind == "thought" else "\n")
+
+
+def call_as_json(call: Any) -> dict[str, Any]:
+    """A tool call; a call that was cut says so."""
+    cut = {} if call.complete else {"complete": False}
+    return {"name": call.name, "arguments": call.arguments, **cut}
+
+
+def answer_as_json(parts: Sequence["Piece"], stats: "TurnStats", total_s: float) -> dict[str, Any]:
+    """The object that --json prints; times in seconds and tokens per second."""
+    texts = {
+        kind: "".join(piece.text for piece in parts if piece.kind == kind)
+        for kind in ("answer", "thought")
+    }
+    return {
+        "text": texts["answer"],
+        "thought": texts["thought"],
+        "tool_calls": [call_as_json(piece.call) for piece in parts if piece.call],
+        "finish_reason": stats.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "cached_tokens": stats.prompt_tokens - stats.prefilled_tokens,
+        "generated_tokens": stats.generation_tokens,
+        "thought_tokens": stats.thought_tokens,
+        "ttft_s": stats.prefilled_tokens / stats.prefill_tps if stats.prefill_tps else None,
+        "prefill_tps": stats.prefill_tps,
+        "decode_tps": stats.decode_tps,
+        "total_s": total_s,
+    }
+
+
+def read_tools(file: Path) -> list[dict[str, Any]]:
+    """A JSON list of tools, each with a name and a JSON schema of its parameters."""
+    from ..files import read_text
+
+    expected = '[{"type": "function", "function": {"name": …, "parameters": {…}}}, …]'
+    text = read_text(file)
+    try:
+        tools = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Qwen35Error(f"{file} is not JSON", got=error, expected=expected) from None
+    if not isinstance(tools, list) or not tools:
+        raise Qwen35Error(f"{file} has no list of tools", got=text[:60], expected=expected)
+    names = set()
+    for i, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        where = f"tool {i} of {file}"
+        if not isinstance(function, dict):
+            raise Qwen35Error(f"{where} is no object", got=json.dumps(tool)[:60], expected=expected)
+        name, parameters = function.get("name"), function.get("parameters", {})
+        if not isinstance(name, str) or not name:
+            raise Qwen35Error(f"{where} has no name", got=repr(name), expected=expected)
+        if name in names:
+            raise Qwen35Error(f"{where} has the name of another", got=name)
+        if not isinstance(parameters, dict) or not isinstance(
+            parameters.get("properties", {}), dict
+        ):
+            raise Qwen35Error(
+                f"the parameters of {where} are no JSON schema", got=json.dumps(parameters)[:60]
+            )
+        names.add(name)
+    return tools

@@ -1,0 +1,149 @@
+"""Progress on stderr: bars and spinners on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.status import Status
+from rich.table import Column
+from rich.text import Text
+
+from ..progress import ByteProgress, StepProgress
+from . import terminal
+
+LOG_SECONDS = 30.0
+# Shorter prompts are read before a bar would be seen.
+MIN_BAR_TOKENS = 512
+
+
+def spinner(text: str) -> Status:
+    """A spinner, gone after the block."""
+    return terminal.err.status(Text(text), spinner="dots")
+
+
+@contextmanager
+def step_progress(title: str) -> Iterator[StepProgress]:
+    """A spinner with the current step; one line a step where stderr is no terminal."""
+    if terminal.can_draw(terminal.err):
+        with spinner(title) as status:
+            yield lambda done, total, what: status.update(f"{title}: {what} ({done + 1}/{total})")
+    else:
+        yield lambda done, total, what: terminal.note(f"{title}: {what} ({done + 1}/{total})")
+
+
+def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
+    """A bar with speed, time left, file and tensor; a line now and then for a log."""
+    return _byte_bar(title) if terminal.can_draw(terminal.err) else _byte_lines(title)
+
+
+@contextmanager
+def _byte_lines(title: str) -> Iterator[ByteProgress]:
+    started = logged = time.perf_counter()
+    terminal.note(f"{title} …")
+    # An earlier run may have read the first bytes: they say nothing about the speed of this one.
+    first_bytes: int | None = None
+    last_bytes = 0
+
+    def update(done: int, total: int, tensor: str, file: str) -> None:
+        nonlocal logged, first_bytes, last_bytes
+        first_bytes = done if first_bytes is None else first_bytes
+        last_bytes = done
+        now = time.perf_counter()
+        if now - logged >= LOG_SECONDS and done < total:
+            logged = now
+            speed = (done - first_bytes) / (now - started)
+            left = f", {_duration((total - done) / speed)} left" if speed else ""
+            terminal.note(
+                f"{title}: {done / 1e9:,.2f} of {total / 1e9:,.2f} GB, {100 * done // total} %, "
+                f"{speed / 1e6:,.1f} MB/s{left}; {file}: {tensor}"
+            )
+
+    yield update
+    seconds = time.perf_counter() - started
+    read_bytes = last_bytes - (first_bytes or 0)
+    before = f", {first_bytes / 1e6:,.1f} MB before" if first_bytes else ""
+    terminal.note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {_duration(seconds)}{before}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+@contextmanager
+def _byte_bar(title: str) -> Iterator[ByteProgress]:
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        # The rest of the line; the end of a tensor's name says most.
+        TextColumn(
+            "{task.fields[file]} {task.fields[tensor]}",
+            style="dim",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
+        console=terminal.err,
+        expand=True,
+        # Shards differ in speed: the last minute says most about the time left.
+        speed_estimate_period=60,
+    )
+    with bar:
+        task = None
+
+        def update(done: int, total: int, tensor: str, file: str) -> None:
+            nonlocal task
+            name = tensor.removeprefix("language_model.").removeprefix("model.")
+            if task is None:
+                task = bar.add_task(title, total=total, completed=done, tensor="", file="")
+            file = file.removesuffix(".safetensors").removeprefix("model-")
+            bar.update(task, completed=done, total=total, tensor=name, file=file)
+
+        yield update
+        if task is not None:
+            bar.update(task, tensor="", file="")
+
+
+@contextmanager
+def token_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar while a long prompt is read, gone before the answer."""
+    if not terminal.can_draw(terminal.err):
+        yield lambda done, total: None
+        return
+    bar = Progress(
+        TextColumn("reading the prompt"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        TextColumn("{task.fields[tps]:,.0f} tok/s"),
+        TimeRemainingColumn(compact=True),
+        console=terminal.err,
+        transient=True,
+    )
+    started = time.perf_counter()
+    task = bar.add_task("", total=1, tps=0)
+
+    def update(done: int, total: int) -> None:
+        if total < MIN_BAR_TOKENS:
+            return
+        bar.start()
+        tps = done / max(time.perf_counter() - started, 1e-9)
+        bar.update(task, completed=done, total=total, tps=tps)
+        if done == total:
+            bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()

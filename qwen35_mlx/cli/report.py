@@ -1,0 +1,118 @@
+"""Results on stdout: plans, conversions, the doctor's report, sessions."""
+
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import terminal
+
+if TYPE_CHECKING:
+    from ..chat.sessions import SessionInfo
+    from ..convert import Plan
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines that are laid out already."""
+    for line in lines:
+        terminal.out.print(line, markup=False)
+
+
+def print_plan(plan: "Plan") -> None:
+    """The tensors folded over layers, and the totals; a narrow terminal gets fewer columns."""
+    from ..convert.report import aligned
+
+    rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
+    for row in plan.table():
+        rows.append(
+            (
+                row.name.removeprefix("language_model.").removeprefix("model."),
+                str(row.count),
+                "x".join(map(str, row.shape)),
+                row.source_dtype,
+                f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype,
+                f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
+                f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
+            )
+        )
+    lines = aligned(rows)
+    if terminal.out.is_terminal and len(lines[0]) > terminal.out.width:
+        lines = aligned([(*row[:3], row[4], row[6]) for row in rows])
+    print_lines(lines)
+    terminal.out.print(_totals(plan))
+
+
+def print_converted(plan: "Plan", folder: Path) -> None:
+    """The size of a converted model, and the command that runs it."""
+    terminal.out.print(_totals(plan))
+    terminal.out.print(f"written to {folder}", markup=False)
+    terminal.note(f"next: qwen35-mlx chat {shlex.quote(str(folder))}")
+
+
+def _totals(plan: "Plan") -> str:
+    return (
+        f"{plan.num_parameters / 1e6:,.1f} M parameters, "
+        f"{plan.bits_per_weight:.3f} bits per weight of the text model, "
+        f"{plan.output_bytes / 1e6:,.1f} MB in {len(plan.shards)} file(s), "
+        f"from {plan.source_bytes / 1e6:,.1f} MB"
+    )
+
+
+def print_sessions(infos: Sequence["SessionInfo"]) -> None:
+    """One line a session, the last saved first."""
+    if not infos:
+        terminal.note("no sessions yet; qwen35-mlx chat --session NAME makes one")
+        return
+    width = max(len(info.name) for info in infos)
+    for info in infos:
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
+        turns = f"{terminal.count(info.num_turns, 'turn')}: {info.first_words}"
+        line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  "
+        line = (line + (info.problem or turns)).translate(terminal.CONTROL)
+        # `sessions NAME` prints the whole text.
+        terminal.out.print(
+            line[: terminal.out.width if terminal.out.is_terminal else None], markup=False
+        )
+
+
+def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
+    """Every message with its role, thoughts included."""
+    out = terminal.out
+    for message in messages:
+        out.print(f"[{message['role']}]", style="bold", markup=False)
+        if thought := message.get("reasoning_content"):
+            out.print(thought.translate(terminal.CONTROL), style="dim italic", markup=False)
+        out.print(message["content"].translate(terminal.CONTROL) + "\n", markup=False)
+
+
+def print_doctor(report: dict[str, Any]) -> None:
+    """Machine and kernels for a person to read."""
+    machine, kernels = report["machine"], report["kernels"]
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
+    lines = [
+        f"{machine['chip']}, {machine['os']}, {versions}",
+        f"memory {machine['memory_gb']:,.1f} GB, disk {machine['disk_free_gb']:,.1f} GB free",
+    ]
+    if machine["metal"]:
+        lines.append(f"the GPU may use {machine['gpu_limit_gb']:,.1f} GB")
+    if command := machine["raise_gpu_limit"]:
+        lines += [
+            "this command gives the GPU more until the next restart:",
+            f"  {command}",
+        ]
+    if kernels is None:
+        lines.append("no GPU with Metal in use: the model runs on plain MLX operations")
+    for op, result in (kernels or {}).items():
+        verdict = "matches" if result["matched"] else f"not used: {result['problem']}"
+        lines.append(f"{op}: {verdict}, relative error {result['error']:g}")
+        for member, figures in result["members"].items():
+            if isinstance(figures, str):
+                lines.append(f"  {member:<10} {figures}")
+                continue
+            kernel, ops = (
+                f"{figures[f'{way}_us']:,.1f} us {figures[f'{way}_gb_per_s']:,.0f} GB/s"
+                for way in ("kernel", "ops")
+            )
+            lines.append(f"  {member:<10} {figures['speedup']:.2f}x: {kernel}, ops {ops}")
+    print_lines(lines)

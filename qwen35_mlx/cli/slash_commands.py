@@ -1,0 +1,240 @@
+"""The commands of a chat: their names, arguments and help in one table, and what they do."""
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import Qwen35Error
+from ..sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
+from . import terminal
+from .line_input import LineReader
+from .typed_paths import typed_files, typed_path
+
+if TYPE_CHECKING:
+    from .chat_view import ChatView
+
+MAX_FILE_BYTES = 20 * 10**6
+NUMBERS: dict[str, Any] = {f.name: f.type for f in fields(SamplingParams)} | {"seed": int}
+OPTIONS = (*NUMBERS, "max_tokens", "preset", "on_loop")
+KEYS = "Enter sends; Alt-Enter, Ctrl-J or \\ at the end of a line: a new line"
+
+
+class SlashCommand(NamedTuple):
+    """A command; `words` are what completion offers behind it."""
+
+    arguments: str
+    help: str
+    run: "Callable[[ChatView, str], None]"
+    words: tuple[str, ...] = ()
+
+
+def run_command(view: "ChatView", line: str) -> None:
+    """Run one line that begins with a slash."""
+    match = re.fullmatch(r"(/\S*)\s*(.*?)\s*", line, re.DOTALL)
+    assert match
+    name, rest = match[1].replace("/quit", "/exit"), match[2]
+    if name not in COMMANDS:
+        raise Qwen35Error(
+            f"no command {name}",
+            hint="/help lists them; /file PATH sends a file; a space before / makes it a message",
+        )
+    COMMANDS[name].run(view, rest)
+
+
+def show_help(view: "ChatView", rest: str) -> None:
+    """List the commands."""
+    for name, command in COMMANDS.items():
+        terminal.note(f"{f'{name} {command.arguments}':28} {command.help}")
+    terminal.note(KEYS)
+
+
+def leave(view: "ChatView", rest: str) -> None:
+    """End the chat."""
+    view.is_open = False
+
+
+def undo(view: "ChatView", rest: str) -> None:
+    """Drop the last turn."""
+    text = view.chat.undo()
+    view.save_turn()
+    terminal.note(f"taken back: {shortened(text)}")
+
+
+def retry(view: "ChatView", rest: str) -> None:
+    """Answer the last message again."""
+    view.turn(view.chat.regenerate)
+
+
+def edit(view: "ChatView", rest: str) -> None:
+    """Replace the last message, or put it into the editor."""
+    last = view.chat.last_message()
+    if rest:
+        view.is_edit = True
+        view.say(rest)
+    elif isinstance(view.reader, LineReader):
+        raise Qwen35Error("nothing to edit with here", hint="/edit TEXT replaces the message")
+    else:
+        view.draft, view.is_edit = last, True
+
+
+def attach_files(view: "ChatView", rest: str) -> None:
+    """Read text files, and put them before the next message."""
+    from ..files import read_text
+
+    if not rest:
+        raise Qwen35Error("which file?", expected="/file PATH")
+    texts = {}
+    for path in typed_files(rest):
+        # A device or a pipe may have no end.
+        if not path.is_file():
+            raise Qwen35Error(f"{path} is no file", expected="a text file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_FILE_BYTES:,} bytes")
+        texts[path] = read_text(path)
+    for path, text in texts.items():
+        fence = "```"
+        while fence in text:
+            fence += "`"
+        view.files.append(f"{path.name}:\n{fence}\n{text.rstrip()}\n{fence}")
+        num_tokens = len(view.chat.tokenizer.encode(text, add_special_tokens=False))
+        terminal.note(f"{path.name}, {num_tokens:,} tokens, goes with the next message")
+
+
+def set_system(view: "ChatView", rest: str) -> None:
+    """Show or replace the system prompt."""
+    if rest:
+        view.chat.set_system(rest)
+    terminal.note(f"system prompt: {view.chat.system or 'none'}")
+
+
+def clear(view: "ChatView", rest: str) -> None:
+    """Start a new conversation."""
+    view.files = []
+    view.start_over()
+
+
+def trim(view: "ChatView", rest: str) -> None:
+    """Drop the oldest turns."""
+    terminal.note(f"{terminal.count(view.chat.drop_oldest(), 'turn')} dropped")
+    view.save_turn()
+
+
+def set_thinking(view: "ChatView", rest: str) -> None:
+    """Whether to think, to show it, and for how long."""
+    word, number = (*rest.split(None, 1), "", "")[:2]
+    if word in ("on", "off", "hide"):
+        view.hide_thoughts = word == "hide"
+        view.chat.enable_thinking = word != "off"
+    elif word == "budget":
+        view.chat.think_budget = _number(number, int) or None
+    else:
+        raise Qwen35Error("/think what?", got=repr(rest), expected="on, off, hide or budget N")
+    terminal.note(settings(view) + (" · thoughts hidden" if view.hide_thoughts else ""))
+
+
+def set_option(view: "ChatView", rest: str) -> None:
+    """Change sampling, preset, longest answer or what a loop leads to."""
+    name, value = (*rest.split(None, 1), "", "")[:2]
+    if name not in OPTIONS:
+        raise Qwen35Error("no such setting", got=repr(name), expected=", ".join(OPTIONS))
+    chat = view.chat
+    before = chat.preset, chat.sampling
+    if name == "preset":
+        chat.preset = value or CHECKPOINT
+    elif name == "on_loop":
+        chat.set_on_loop(value or None)
+    elif name == "max_tokens":
+        chat.max_tokens = _number(value or "0", int) or None
+    else:
+        number = _number(value, NUMBERS[name]) if value else None
+        chat.sampling = {**chat.sampling, name: number}
+    try:
+        terminal.note(settings(view))
+    except Qwen35Error:
+        chat.preset, chat.sampling = before
+        raise
+
+
+def show_stats(view: "ChatView", rest: str) -> None:
+    """Print figures of the last turn, settings, context and memory."""
+    chat = view.chat
+    view.show_figures()
+    terminal.note(settings(view))
+    used, length = chat.num_context_tokens(), chat.model.config.context_length
+    terminal.note(f"context: {used:,} of {length:,} tokens, {100 * used // length} % full")
+    store = chat.prefixes
+    terminal.note(
+        f"snapshots: {store.num_snapshots}, {store.nbytes / 1e6:,.1f} of "
+        f"{store.memory_bytes / 1e6:,.0f} MB · read ahead {chat.stats.read_ahead_tokens} tokens"
+        f" · thought {chat.stats.thought_tokens} tokens · session {view.session or 'not saved'}"
+    )
+
+
+def save(view: "ChatView", rest: str) -> None:
+    """Save the conversation, and every turn from now on."""
+    name = typed_path(rest) or view.session
+    if not name:
+        raise Qwen35Error("save as what?", expected="/save NAME")
+    terminal.note(f"saved: {view.save_as(name)}")
+
+
+def load(view: "ChatView", rest: str) -> None:
+    """Continue a saved conversation."""
+    if not rest:
+        from ..chat.sessions import list_sessions
+
+        names = ", ".join(info.name for info in list_sessions()) or "none"
+        raise Qwen35Error("load what?", expected=f"/load NAME, of: {names}")
+    view.load(typed_path(rest))
+
+
+def settings(view: "ChatView") -> str:
+    """Thinking and sampling in a line."""
+    chat = view.chat
+    params = ", ".join(f"{k} {v:g}" for k, v in asdict(chat.sampling_params()).items())
+    thoughts = "thinks" if chat.thinks() else "does not think"
+    budget = f", at most {chat.think_budget:,} tokens" if chat.think_budget else ""
+    return f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.loop_action}"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, in one line."""
+    line = " ".join(text.split()).translate(terminal.CONTROL)
+    return line if len(line) <= 60 else line[:59] + "…"
+
+
+def _number(text: str, kind: Callable[[str], Any]) -> Any:
+    with suppress(ValueError):
+        if (number := kind(text.replace(",", ""))) >= 0 or kind is float:
+            return number
+    raise Qwen35Error("not a number", got=repr(text), expected="0 or more" if kind is int else None)
+
+
+COMMANDS = {
+    "/help": SlashCommand("", "list the commands", show_help),
+    "/retry": SlashCommand("", "answer the last message again", retry),
+    "/edit": SlashCommand("[TEXT]", "change the last message and send it again", edit),
+    "/undo": SlashCommand("", "take back the last message and its answer", undo),
+    "/file": SlashCommand("PATH...", "send text files with the next message", attach_files),
+    "/system": SlashCommand("[TEXT]", "show or set the system prompt", set_system),
+    "/think": SlashCommand(
+        "on|off|hide|budget N",
+        "think; do not; think without showing it; at most N tokens",
+        set_thinking,
+        ("on", "off", "hide", "budget"),
+    ),
+    "/set": SlashCommand(
+        "NAME [VALUE]",
+        "temperature, top_p, preset and others; no VALUE: the default",
+        set_option,
+        (*OPTIONS, *(f"preset {name}" for name in (*PRESETS, AUTO, CHECKPOINT))),
+    ),
+    "/stats": SlashCommand("", "show speed, settings, context and memory", show_stats),
+    "/trim": SlashCommand("", "drop the oldest turns until half the context is free", trim),
+    "/clear": SlashCommand("", "start over with the same system prompt", clear),
+    "/save": SlashCommand("[NAME]", "save this conversation, and every turn from now on", save),
+    "/load": SlashCommand("NAME", "save this session and continue another", load),
+    "/exit": SlashCommand("", "leave; so do /quit and Ctrl-D", leave),
+}

@@ -1,0 +1,90 @@
+"""The released models by their sizes: one table for plan, doctor and benches."""
+
+from typing import Any, NamedTuple
+
+OWNER = "Qwen"
+
+
+class Member(NamedTuple):
+    """The shapes of one model; `width` is that of an expert, or of a dense feed-forward layer."""
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    width: int
+    linear_num_value_heads: int
+    tied: bool = False
+    num_experts: int = 0
+    per_token: int = 0
+    head_dim: int = 256
+    num_key_heads: int = 16
+    key_head_dim: int = 128
+    value_head_dim: int = 128
+    rotary_dim: int = 64
+
+    @property
+    def full_name(self) -> str:
+        """Its name on the hub, without the owner."""
+        return f"Qwen3.5-{self.name}"
+
+
+FAMILY = (
+    Member("0.8B", 1024, 24, 8, 2, 3584, 16, tied=True),
+    Member("2B", 2048, 24, 8, 2, 6144, 16, tied=True),
+    Member("4B", 2560, 32, 16, 4, 9216, 32, tied=True),
+    # The width is not published where we could read it; this one makes 9 B parameters.
+    Member("9B", 4096, 32, 16, 4, 12288, 32),
+    Member("27B", 5120, 64, 24, 4, 17408, 48),
+    Member("35B-A3B", 2048, 40, 16, 2, 512, 32, num_experts=256, per_token=8),
+    Member("122B-A10B", 3072, 48, 32, 2, 1024, 64, num_experts=256, per_token=8),
+    Member("397B-A17B", 4096, 60, 32, 2, 1024, 64, num_experts=512, per_token=10),
+)
+
+
+def find_member(name: str) -> Member | None:
+    """The member of this name, such as Qwen3.5-27B or qwen/qwen3.5-27b."""
+    wanted = name.lower().removeprefix(f"{OWNER.lower()}/")
+    return next((m for m in FAMILY if m.full_name.lower() == wanted), None)
+
+
+def family_config(name: str) -> dict[str, Any]:
+    """The part of a member's config.json that sizes follow from."""
+    member = find_member(name)
+    assert member is not None, name
+    text: dict[str, Any] = {
+        "hidden_act": "silu",
+        "hidden_size": member.hidden_size,
+        "num_hidden_layers": member.num_layers,
+        "full_attention_interval": 4,
+        "num_attention_heads": member.num_heads,
+        "num_key_value_heads": member.num_kv_heads,
+        "head_dim": member.head_dim,
+        "linear_num_key_heads": member.num_key_heads,
+        "linear_num_value_heads": member.linear_num_value_heads,
+        "linear_key_head_dim": member.key_head_dim,
+        "linear_value_head_dim": member.value_head_dim,
+        "linear_conv_kernel_dim": 4,
+        "vocab_size": 248_320,
+        "max_position_embeddings": 262_144,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": member.tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000,
+            "partial_rotary_factor": member.rotary_dim / member.head_dim,
+        },
+    }
+    if member.num_experts:
+        kind = "qwen3_5_moe"
+        text |= {
+            "num_experts": member.num_experts,
+            "num_experts_per_tok": member.per_token,
+            "moe_intermediate_size": member.width,
+            "shared_expert_intermediate_size": member.width,
+        }
+    else:
+        kind = "qwen3_5"
+        text["intermediate_size"] = member.width
+    return {"model_type": kind, "text_config": {"model_type": f"{kind}_text", **text}}

@@ -1,0 +1,343 @@
+"""Bytes that running a model takes, counted before they are allocated; MLX's limits, set at load.
+
+Formulas are upper bounds of what MLX's allocator shows; tests compare them with real steps. Units:
+T tokens of a prefill step, S tokens of context, Hq/Hkv query/key-value heads of width D, Hk/Hv key
+and value heads of a linear layer of widths Dk/Dv.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .config import FULL, LINEAR, ModelConfig
+from .errors import MemoryRefused, Qwen35Error
+from .machine import GIB, Machine, describe, raise_limit_command
+
+# What a machine has to hold unless a context is asked for.
+DEFAULT_CONTEXT = 32_768
+MAX_STEP_SIZE, STEP_MULTIPLE = 2048, 64
+# Attention scores of one prefill step: at most these, and at most a share of the GPU's memory.
+MAX_SCORES_BYTES, SCORES_SHARE = 2 * 10**9, 1 / 8
+# The end of the system prompt, of the last question, of the last answer, and one that is written.
+MIN_SNAPSHOTS = 4
+# A point of the 397B takes 0.19 GB; more than 4 GB of points are rarely gone back to.
+MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
+# Logits and sampling, MLX's pool of freed buffers, and the program; an estimate.
+PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
+# Tokens by which buffers of keys and values grow at least.
+KV_STEP = 256
+# What else is allocated ahead, seen in models of many layers.
+AHEAD = 1.15
+# Of `chunk_gated_delta_rule`: tokens of a chunk.
+CHUNK_SIZE = 64
+
+
+class MemoryCount(NamedTuple):
+    """Bytes in use with `context` tokens read, by what they are for."""
+
+    context: int
+    step_size: int
+    weights: int
+    kv_cache: int
+    states: int
+    snapshots: int
+    # Of a prefill step at the end of the context, and all else that a step holds at its peak.
+    scores: int
+    activations: int
+    program: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.overhead
+
+    @property
+    def overhead(self) -> int:
+        """All but the weights."""
+        return sum(self[3:])
+
+    def overhead_lines(self) -> dict[str, int]:
+        """What the overhead is for, in words."""
+        return {
+            f"KV cache of {self.context:,} tokens": self.kv_cache,
+            "recurrent states": self.states,
+            f"snapshots, {MIN_SNAPSHOTS} at least": self.snapshots,
+            f"attention scores, steps of {self.step_size:,} tokens": self.scores,
+            "other activations of a prefill step": self.activations,
+            "logits, buffers, program (estimate)": self.program,
+        }
+
+
+def count(
+    config: ModelConfig,
+    weight_bytes: int,
+    context: int,
+    limit_bytes: int | None = None,
+    item_bytes: int = 2,
+) -> MemoryCount:
+    """What running takes on a machine whose GPU may use `limit_bytes`.
+
+    `item_bytes`: of activations, keys and values; 2 in bfloat16.
+    """
+    state, budget = state_bytes(config, item_bytes), scores_budget(limit_bytes)
+    step = prefill_step_size(config, context, budget, item_bytes)
+    scores = scores_bytes(config, step, context, item_bytes)
+    peak = _prefill_bytes(config, context, budget, item_bytes)
+    return MemoryCount(
+        context=context,
+        step_size=step,
+        weights=weight_bytes,
+        kv_cache=kv_bytes(config, kv_capacity(context), item_bytes),
+        # The next ones are made while the last are still there.
+        states=2 * state,
+        snapshots=MIN_SNAPSHOTS * state,
+        scores=scores,
+        activations=peak - scores,
+        program=PROGRAM_BYTES,
+    )
+
+
+def kv_capacity(num_tokens: int) -> int:
+    """Tokens that a buffer of keys and values has room for: an eighth more than it holds.
+
+    Geometric growth keeps the number of buffers logarithmic; a freed buffer fits no later one.
+    """
+    return -(-(num_tokens + num_tokens // 8) // KV_STEP) * KV_STEP
+
+
+def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
+    """Keys and values of `context` tokens in all full-attention layers."""
+    layers = config.layer_types.count(FULL)
+    return layers * _layer_kv_bytes(config, context, item_bytes)
+
+
+def _layer_kv_bytes(config: ModelConfig, context: int, item_bytes: int) -> int:
+    return 2 * config.num_key_value_heads * config.head_dim * context * item_bytes
+
+
+def state_bytes(config: ModelConfig, item_bytes: int = 2) -> int:
+    """Recurrent state in float32 and convolution state of one sequence; a snapshot's size too."""
+    layers = config.layer_types.count(LINEAR)
+    convolution = (config.linear_conv_kernel_dim - 1) * config.conv_dim * item_bytes
+    return layers * (_layer_state_bytes(config) + convolution)
+
+
+def _layer_state_bytes(config: ModelConfig) -> int:
+    return config.value_dim * config.linear_key_head_dim * 4
+
+
+def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: int = 2) -> int:
+    """Attention scores of one layer, `[Hq, T, S]`.
+
+    MLX keeps them whole for heads of 256 and more than 8 queries on every Mac before M5.
+    """
+    if FULL not in config.layer_types:
+        return 0
+    return config.num_attention_heads * min(step_size, context) * context * item_bytes
+
+
+def scores_budget(limit_bytes: int | None) -> int:
+    """What the scores of a step may take where the GPU may use `limit_bytes`."""
+    if limit_bytes is None:
+        return MAX_SCORES_BYTES
+    return min(MAX_SCORES_BYTES, int(limit_bytes * SCORES_SHARE))
+
+
+def prefill_step_size(
+    config: ModelConfig, context: int, budget_bytes: int = MAX_SCORES_BYTES, item_bytes: int = 2
+) -> int:
+    """Tokens to read at once, a multiple of 64 up to 2,048, with scores within the budget.
+
+    `context` counts the tokens that are held after the step.
+    """
+    row_bytes = scores_bytes(config, 1, max(context, 1), item_bytes)
+    if row_bytes * MAX_STEP_SIZE <= budget_bytes:
+        return MAX_STEP_SIZE
+    return max(STEP_MULTIPLE, budget_bytes // row_bytes // STEP_MULTIPLE * STEP_MULTIPLE)
+
+
+def _prefill_bytes(config: ModelConfig, context: int, budget_bytes: int, item_bytes: int) -> int:
+    """The peak of any prefill step on the way to `context` tokens."""
+    # The first step is the widest: the fewest keys are there.
+    first = prefill_step_size(config, min(context, MAX_STEP_SIZE), budget_bytes, item_bytes)
+    widest, attention = min(first, context), [0]
+    if LINEAR in config.layer_types:
+        attention.append(_linear_layer_bytes(config, widest, item_bytes))
+    if FULL in config.layer_types:
+        # It is taken up to where its scores just fit the budget.
+        reach = budget_bytes // max(scores_bytes(config, 1, 1, item_bytes) * widest, 1)
+        reach = min(context, max(reach, widest))
+        last = min(prefill_step_size(config, context, budget_bytes, item_bytes), context)
+        attention.append(_full_layer_bytes(config, widest, reach, item_bytes))
+        attention.append(_full_layer_bytes(config, last, context, item_bytes))
+    # MLX allocates ahead of what it computes: the halves of a layer overlap.
+    peak = max(attention) + _feed_forward_bytes(config, widest, item_bytes)
+    return int(AHEAD * peak)
+
+
+# The factors below were measured as numbers a token that are alive at the peak.
+
+
+def _full_layer_bytes(config: ModelConfig, step: int, context: int, item_bytes: int) -> int:
+    """Scores, their causal mask, a second copy of keys and values while they grow, and heads."""
+    heads = 8 * config.num_attention_heads + 6 * config.num_key_value_heads
+    per_token = heads * config.head_dim + 3 * config.hidden_size
+    return (
+        scores_bytes(config, step, context, item_bytes)
+        + step * context
+        + _layer_kv_bytes(config, kv_capacity(context), item_bytes)
+        + step * per_token * item_bytes
+    )
+
+
+def chunk_rule_bytes(config: ModelConfig, step: int) -> int:
+    """The delta rule in chunks on plain ops, the most that any of its kernels takes; fp32."""
+    heads = config.linear_num_value_heads
+    per_token = (
+        9 * heads * CHUNK_SIZE
+        + 3 * heads * config.linear_key_head_dim
+        + 3.5 * config.value_dim
+        + 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    )
+    padded = -(-step // CHUNK_SIZE) * CHUNK_SIZE
+    return int(padded * per_token * 4) + 16 * _layer_state_bytes(config)
+
+
+def _linear_layer_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
+    """The delta rule, q, k and v for it in fp32, z, and what the convolution reads."""
+    per_token = config.conv_dim + config.value_dim + 3 * config.hidden_size
+    return chunk_rule_bytes(config, step) + step * (
+        config.conv_dim * 4 + 8 * config.linear_num_value_heads + per_token * item_bytes
+    )
+
+
+def _feed_forward_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
+    """Dense, or K copies of each token on their way through the experts."""
+    hidden = config.hidden_size
+    if config.is_moe:
+        per_token = (
+            config.num_experts_per_tok * (3 * hidden + 2 * config.moe_intermediate_size)
+            + 3 * config.shared_expert_intermediate_size
+            + 2 * config.num_experts
+        )
+    else:
+        per_token = 4 * config.intermediate_size
+    return step * (per_token + 6 * hidden) * item_bytes
+
+
+def check_context(config: ModelConfig, context: int) -> None:
+    """Refuse more than the model can read."""
+    if not 1 <= context <= config.context_length:
+        raise Qwen35Error(
+            "the context does not fit the model",
+            got=f"{context:,} tokens",
+            expected=f"1 to {config.context_length:,}",
+        )
+
+
+def longest_context(
+    config: ModelConfig, weight_bytes: int, limit_bytes: int, item_bytes: int = 2
+) -> int:
+    """The longest context that fits, in steps of 1,024 tokens; 0 if none does."""
+    top = config.context_length
+    for context in [top, *range((top - 1) // 1024 * 1024, 0, -1024), 256]:
+        counted = count(config, weight_bytes, min(context, top), limit_bytes, item_bytes)
+        if counted.total <= limit_bytes:
+            return counted.context
+    return 0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a model on this machine may use; the defaults are for one that `load` did not make."""
+
+    # Tokens of a prompt and its answer; None is all that the model can read.
+    context: int | None = None
+    snapshot_bytes: int = MAX_SNAPSHOT_BYTES
+    # MLX's pool of freed buffers.
+    pool_bytes: int = POOL_BYTES
+    scores_bytes: int = MAX_SCORES_BYTES
+    item_bytes: int = 2
+
+    def prefill_step_size(self, config: ModelConfig, context: int) -> int:
+        """`prefill_step_size` within this allowance."""
+        return prefill_step_size(config, context, self.scores_bytes, self.item_bytes)
+
+
+def allow(
+    config: ModelConfig,
+    weight_bytes: int,
+    *,
+    context: int | None = None,
+    force: bool = False,
+    item_bytes: int = 2,
+) -> Allowance:
+    """What a model may use on this machine; one that does not fit is refused unless forced.
+
+    Counted is `context`, or up to 32,768 tokens. Without Metal no GPU has a limit: the memory of
+    the machine has to hold the weights, and `context` if it is given.
+    """
+    if context is not None:
+        check_context(config, context)
+    machine = describe()
+    has_gpu = machine.gpu_limit_bytes is not None
+    limit = machine.gpu_limit_bytes or machine.memory_bytes
+    wanted = context or (min(config.context_length, DEFAULT_CONTEXT) if has_gpu else 0)
+    needed = count(config, weight_bytes, wanted, limit, item_bytes)
+    if (needed.total if wanted else weight_bytes) > limit and not force:
+        raise _refused(config, needed, machine, limit, item_bytes)
+    longest = context
+    if has_gpu and not force:
+        fitting = longest_context(config, weight_bytes, limit, item_bytes)
+        longest = context or (fitting if fitting < config.context_length else None)
+    most = min(MAX_SNAPSHOT_BYTES, int(machine.memory_bytes * SNAPSHOT_SHARE))
+    spare = max(limit - needed.total, 0)
+    snapshots = max(min(most, needed.snapshots + spare), needed.snapshots)
+    left = max(spare - (snapshots - needed.snapshots), 0)
+    # A step takes its buffers from what the step before freed: more is of no use.
+    pool = POOL_BYTES + min(left, needed.scores + needed.activations)
+    return Allowance(longest, snapshots, pool, scores_budget(limit), item_bytes)
+
+
+def _refused(
+    config: ModelConfig, needed: MemoryCount, machine: Machine, limit: int, item_bytes: int
+) -> MemoryRefused:
+    lines = {"weights": needed.weights}
+    if needed.context:
+        lines |= needed.overhead_lines()
+    total = sum(lines.values())
+    hints = []
+    if command := raise_limit_command(machine, total):
+        hints.append(f"{command} gives the GPU enough until the next start")
+    fitting = longest_context(config, needed.weights, limit, item_bytes)
+    if fitting and needed.context:
+        hints.append(f"--context {fitting} is the longest that fits")
+    if not hints:
+        hints.append("fewer bits: qwen35-mlx plan SRC --fit MEMORY shows what fits")
+    hints.append("--force loads it all the same")
+    return MemoryRefused(
+        "the model does not fit this machine",
+        got=f"{total / 1e9:,.3f} GB"
+        + "".join(f"\n    {name:42} {n / 1e9:9.3f} GB" for name, n in lines.items()),
+        expected=f"at most {limit / 1e9:,.3f} GB, the "
+        + ("memory of this machine" if machine.gpu_limit_bytes is None else "limit of its GPU"),
+        hint="\n    ".join(hints),
+    )
+
+
+_wired = False
+
+
+def wire(allowance: Allowance) -> None:
+    """Have MLX keep the weights in the GPU's memory and bound its pool of freed buffers.
+
+    For Metal alone. The wired limit is set once a process: a change walks over every buffer.
+    """
+    import mlx.core as mx
+
+    global _wired
+    if not mx.metal.is_available():
+        return
+    mx.set_cache_limit(allowance.pool_bytes)
+    if not _wired:
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+        _wired = True

@@ -1,0 +1,60 @@
+"""Tool calls in messages: OpenAI's form and that of chat templates, which want a mapping."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import PromptError
+
+
+def tool_calls(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
+    """Name and arguments of each call, and whether the arguments were given as JSON text."""
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple):
+        raise _unusable("the tool calls of a message are", calls, "a list of calls")
+    return [_tool_call(call) for call in calls]
+
+
+def _tool_call(call: Any) -> tuple[str, dict[str, Any], bool]:
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not name or not isinstance(name, str):
+        expected = '{"type": "function", "function": {"name": …, "arguments": …}}'
+        raise _unusable("a tool call of a message is", call, expected)
+    given: Any = function.get("arguments")
+    arguments = {} if given is None else given
+    if is_text := isinstance(given, str):
+        try:
+            arguments = json.loads(given) if given.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
+        expected = "a mapping by parameter names, or JSON text of an object"
+        raise _unusable(f"the arguments of a call of {name} are", given, expected)
+    return name, dict(arguments), is_text
+
+
+def _unusable(what: str, got: object, expected: str) -> PromptError:
+    return PromptError(f"{what} not usable", got=repr(got)[:200], expected=expected)
+
+
+def for_template(messages: Sequence[Any]) -> list[Any]:
+    """The messages with each call's arguments as a mapping and no content as an empty one."""
+    return [_for_template(m) if isinstance(m, Mapping) else m for m in messages]
+
+
+def _for_template(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    changed: dict[str, Any] = {}
+    if message.get("content", "") is None:
+        changed["content"] = ""
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            {
+                **{key: value for key, value in call.items() if key not in ("name", "arguments")},
+                "function": {"name": name, "arguments": arguments},
+            }
+            for call, (name, arguments, _) in zip(
+                message["tool_calls"], tool_calls(message), strict=True
+            )
+        ]
+    return {**message, **changed} if changed else message

@@ -1,0 +1,190 @@
+"""The command generate: what goes to standard output, and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qwen35_mlx
+from qwen35_mlx.cli import generate_command
+from qwen35_mlx.cli.generate_command import print_answer
+from qwen35_mlx.engine.output import Piece, ToolCall
+
+# The demo continues this without an end.
+CAPITAL = "The capital of"
+SUM = "What is 17 + 25?"
+ASKED = {"role": "user", "content": SUM}
+GREEDY = ("--temperature", "0")
+TABLE = "Book a table for 4 people at Luna."
+
+
+@pytest.fixture
+def generate(run_cli: Any, converted_demo: Path) -> Any:
+    return lambda *arguments, **options: run_cli("generate", converted_demo, *arguments, **options)
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    properties = {"name": {"type": "string"}, "people": {"type": "integer"}}
+    parameters = {"type": "object", "properties": properties, "required": ["name", "people"]}
+    function = {"name": "book_table", "description": "Book a table", "parameters": parameters}
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps([{"type": "function", "function": function}]))
+    return file
+
+
+def test_the_answer_alone_is_on_standard_output(generate: Any, answer: Any) -> None:
+    thought, end, text = answer(ASKED).partition("\n</think>\n\n")
+    assert thought and end and text == "17+25=42"
+    result = generate("-p", SUM, *GREEDY)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, text + "\n", "")
+    assert generate(*GREEDY, stdin=SUM).stdout == result.stdout
+    shown = generate("-p", SUM, *GREEDY, "--show-thoughts")
+    assert shown.stdout == f"<think>\n{thought}\n</think>\n\n{text}\n"
+    no_think = generate("-p", SUM, "--no-think", *GREEDY).stdout
+    assert no_think == answer(ASKED, enable_thinking=False) + "\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_not_part_of_the_prompt(generate: Any, encoding: str) -> None:
+    plain = generate(*GREEDY, "--json", stdin=SUM + "\n").stdout
+    marked = generate(*GREEDY, "--json", stdin=(SUM + "\n").encode(encoding)).stdout
+    num_tokens = [json.loads(out)["prompt_tokens"] for out in (plain, marked)]
+    assert num_tokens[0] == num_tokens[1]
+    # As in -p "$(cat FILE)".
+    typed = generate(*GREEDY, "--json", "-p", "\ufeff" + SUM + "\n").stdout
+    assert json.loads(typed)["prompt_tokens"] == num_tokens[0]
+
+
+def test_an_answer_that_is_cut_says_so_on_stderr(generate: Any) -> None:
+    cut = generate("-p", SUM, "--max-tokens", "2", *GREEDY)
+    # The two tokens are of the thought.
+    assert cut.stdout == "\n" and cut.stderr.startswith("the answer was cut: at --max-tokens")
+    shown = generate("-p", SUM, "--max-tokens", "2", "--show-thoughts", *GREEDY).stdout
+    assert shown.startswith("<think>\n") and shown.endswith("\n</think>\n\n")
+
+
+def test_stop_ends_the_answer_and_leaves_thoughts_alone(generate: Any) -> None:
+    # "42" is in the thought too.
+    stop = generate("-p", SUM, "--stop", "zz", "--stop", "42", *GREEDY)
+    assert stop.stdout == "17+25=\n" and stop.stderr == ""
+    found = json.loads(generate("-p", SUM, "--stop", "=42", "--json", *GREEDY).stdout)
+    assert found["text"] == "17+25" and "42" in found["thought"]
+    assert found["finish_reason"] == "stop"
+    raw = generate("-p", "a b c a b c a b", "--raw", "--max-tokens", "9", *GREEDY).stdout
+    stopped = generate("-p", "a b c a b c a b", "--raw", "--stop", raw[3], *GREEDY)
+    assert stopped.stdout == raw.partition(raw[3])[0] + "\n"
+
+
+def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, demo: Any) -> None:
+    thought, _, text = answer(ASKED).partition("\n</think>\n\n")
+    result = generate("-p", SUM, "--json", *GREEDY)
+    assert result.stderr == "" and result.stdout.count("\n") == 1
+    found = json.loads(result.stdout)
+    assert list(found) == [
+        "text", "thought", "tool_calls", "finish_reason", "prompt_tokens", "cached_tokens",
+        "generated_tokens", "thought_tokens", "ttft_s", "prefill_tps", "decode_tps", "total_s",
+    ]  # fmt: skip
+    assert (found["text"], found["thought"], found["tool_calls"]) == (text, thought, [])
+    assert found["finish_reason"] == "stop" and found["cached_tokens"] == 0
+    assert 0 < found["thought_tokens"] < found["generated_tokens"]
+    assert 0 < found["ttft_s"] <= found["total_s"]
+    assert found["prefill_tps"] > 0 and found["decode_tps"] > 0
+    cut = json.loads(generate("-p", SUM, "--json", "--max-tokens", "2", *GREEDY).stdout)
+    assert (cut["finish_reason"], cut["generated_tokens"]) == ("length", 2)
+
+
+def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
+    options = ("-p", CAPITAL, "--raw", "--max-tokens", "9", *GREEDY)
+    raw = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=9)
+    assert generate(*options).stdout == raw + "\n"
+    found = json.loads(generate(*options, "--json").stdout)
+    num_tokens = len(demo[1].encode(CAPITAL, add_special_tokens=False))
+    counts = found["prompt_tokens"], found["cached_tokens"], found["generated_tokens"]
+    assert counts == (num_tokens, 0, 9)
+    assert (found["text"], found["thought"], found["finish_reason"]) == (raw, "", "length")
+
+
+def test_system_prompts_reach_the_model(generate: Any, answer: Any) -> None:
+    system = {"role": "system", "content": "zq zq zq"}
+    options = ("-p", SUM, "--no-think", *GREEDY, "--json")
+    with_system, without = (
+        json.loads(generate(*options, *more).stdout) for more in (("--system", "zq zq zq"), ())
+    )
+    assert with_system["text"] == answer(system, ASKED, enable_thinking=False)
+    assert with_system["prompt_tokens"] > without["prompt_tokens"] + 3
+
+
+def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
+    hot = ("-p", CAPITAL, "--raw", "--temperature", "9", "--top-k", "0", "--max-tokens", "8")
+
+    def stdout(*options: str) -> str:
+        return str(generate(*hot, *options).stdout)
+
+    assert stdout("--seed", "1") == stdout("--seed", "1") != stdout("--seed", "2")
+    greedy = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=8) + "\n"
+    assert stdout("--top-k", "1") == stdout("--top-p", "1e-6") == stdout("--min-p", "1") == greedy
+    for penalty in ("presence", "repetition"):
+        longer = ("--temperature", "0", "--max-tokens", "40")
+        assert stdout(f"--{penalty}-penalty", "9", *longer) != stdout(*longer)
+
+
+def test_calls_of_tools_are_lines_of_json(generate: Any, tools: Path) -> None:
+    options = ("-p", TABLE, "--tools", tools, *GREEDY)
+    call = json.loads(generate(*options).stdout)
+    assert call["name"] == "book_table" and call["arguments"]["people"] == 4
+    found = json.loads(generate(*options, "--json").stdout)
+    assert found["tool_calls"] == [call] and found["text"] == ""
+    # Without tools there is nothing to call.
+    assert json.loads(generate("-p", TABLE, *GREEDY, "--json").stdout)["tool_calls"] == []
+
+
+def test_pieces_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = [ToolCall("f", {"a": [1]}, {"a": "[1]"}), ToolCall("g", {}, {}, complete=False)]
+    pieces = [Piece("thought", "hm "), Piece("thought", "ok"), Piece("answer", "So"),
+              Piece("answer", ":"), *(Piece("tool_call", "", call) for call in calls)]  # fmt: skip
+    lines = 'So:\n{"name": "f", "arguments": {"a": [1]}}\n'
+    lines += '{"name": "g", "arguments": {}, "complete": false}\n'
+    for show, expected in ((False, lines), (True, "<think>\nhm ok\n</think>\n\n" + lines)):
+        print_answer((piece for piece in pieces), show)
+        assert capsys.readouterr().out == expected
+
+
+def test_an_answer_on_a_terminal_cannot_steer_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = [Piece("answer", "a\x1b]0;title\x07b\x9b1m\tc\n")]
+    print_answer((piece for piece in evil), False)
+    assert capsys.readouterr().out == evil[0].text + "\n"
+    monkeypatch.setattr(generate_command.sys.stdout, "isatty", lambda: True)
+    print_answer((piece for piece in evil), False)
+    assert capsys.readouterr().out == "a]0;titleb1m\tc\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("{}", "has no list of tools"),
+        ("[]", "has no list of tools"),
+        ("null", "has no list of tools"),
+        ("[1]", "tool 1 of"),
+        ('[{"function": 1}]', "tool 1 of"),
+        ("[{}]", "has no name"),
+        ('[{"name": 3}]', "has no name"),
+        ('[{"name": "f"}, {"function": {"name": "f"}}]', "has the name of another"),
+        ('[{"name": "f", "parameters": []}]', "no JSON schema"),
+        ('[{"name": "f", "parameters": {"properties": []}}]', "no JSON schema"),
+        (b"\xff\xff", "cannot be read as text"),
+    ],
+)
+def test_a_wrong_list_of_tools_is_refused_before_a_model_is_loaded(
+    run_cli: Any, tmp_path: Path, text: str | bytes, problem: str
+) -> None:
+    file = tmp_path / "t.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = run_cli("generate", "no/model", "-p", "x", "--tools", file)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ") and problem in result.stderr

@@ -1,0 +1,296 @@
+"""No option is ignored: alone and beside every other, it changes something or is refused."""
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qwen35_mlx.chat import conversation
+from qwen35_mlx.chat.conversation import Chat, TurnStats
+from qwen35_mlx.cli import chat_view, command, convert_commands, main
+from qwen35_mlx.cli.local_models import SOURCE
+from qwen35_mlx.engine.output import Piece
+from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
+
+GROUP: Any = typer.main.get_command(main.app)
+COMMANDS: dict[str, Any] = GROUP.commands
+HUB = "owner/name"
+SAMPLING = {
+    "--max-tokens": ["7"],
+    "--temperature": ["0.5"],
+    "--top-p": ["0.5"],
+    "--top-k": ["5"],
+    "--min-p": ["0.5"],
+    "--presence-penalty": ["0.5"],
+    "--repetition-penalty": ["1.5"],
+    "--seed": ["5"],
+    "--kernels": ["ops"],
+    "--system": ["Be brief."],
+    "--think": [],
+    "--no-think": [],
+}
+PLAN = {
+    "--bits": ["3"],
+    "--group-size": ["32"],
+    "--dtype": ["float16"],
+    "--recipe": ["q3"],
+    "--fit": ["24GB"],
+    "--bits-per-weight": ["5"],
+    "--prefer": ["speed", "--fit", "24GB"],
+    "--context": ["1000", "--fit", "24GB"],
+    "--calibration": ["{calibration}"],
+    "--revision": ["v1"],
+}
+# Values that differ from the defaults, and the options that an option needs. Every option of every
+# command is here: a new one fails until it is.
+OPTIONS: dict[str, dict[str, list[str]]] = {
+    "convert": PLAN
+    | {
+        "--method": ["gptq"],
+        "--calibrate": [],
+        "--text": ["{text}", "--calibrate"],
+        "--keep-source": [],
+        "--verify": [],
+    },
+    "plan": PLAN | {"--calibration": ["{calibration}", "--fit", "24GB"], "--png": ["x.png"]},
+    "fidelity": {"--text": ["{text}"], "--tokens": ["9"], "--png": ["x.png"]},
+    "generate": SAMPLING
+    | {
+        "--prompt": ["b"],
+        "--raw": [],
+        "--tools": ["{tools}"],
+        "--show-thoughts": [],
+        "--json": [],
+        "--stop": ["x"],
+    },
+    "chat": SAMPLING
+    | {
+        "--demo": [],
+        "--prompt": ["b"],
+        "--session": ["s"],
+        "--think-budget": ["5"],
+        "--on-loop": ["penalize"],
+        "--snapshot-memory": ["1"],
+        "--plain": [],
+        "--preset": ["coding"],
+    },
+    "sessions": {"--remove": ["s"]},
+    "doctor": {"--json": []},
+}
+# Arguments of each call, and what comes on standard input.
+BASE = {
+    "convert": [HUB, "out"],
+    "plan": [HUB],
+    "fidelity": ["a", "b"],
+    "generate": ["model"],
+    "chat": [],
+    "sessions": [],
+    "doctor": [],
+}
+Observe = Callable[..., tuple[int, str]]
+
+
+class Fake:
+    """Notes each call, and answers it."""
+
+    def __init__(self, calls: list[str], name: str, answer: Any = None):
+        self.calls, self.name, self.answer = calls, name, answer
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        shown = {k: getattr(v, "__name__", v) for k, v in options.items() if k != "progress"}
+        if "store" in shown:
+            shown["store"] = shown["store"].memory_bytes
+        shown_arguments = [a for a in arguments if isinstance(a, str | int | list | Path)]
+        self.calls.append(f"{self.name} {shown_arguments} {sorted(shown.items(), key=str)}")
+        return self.answer(*arguments, **options) if callable(self.answer) else self.answer
+
+
+@pytest.fixture
+def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
+    """Run a command with all that is slow replaced; its exit code, and all that it did."""
+    from qwen35_mlx import convert
+    from qwen35_mlx.convert import calibration, fidelity, fit, job, report
+    from qwen35_mlx.kernels import doctor
+    from qwen35_mlx.model import loading
+    from qwen35_mlx.quant import calibrate
+
+    # Built once: a thousand calls follow.
+    monkeypatch.setattr(sys.modules["typer.testing"], "_get_command", lambda app: GROUP)
+    calls: list[str] = []
+    plan_of = convert.plan
+
+    def fake(module: Any, name: str, answer: Any = None) -> None:
+        monkeypatch.setattr(module, name, Fake(calls, name, answer))
+
+    def planned(source: Any, *, revision: Any = None, **settings: Any) -> Any:
+        return plan_of(SOURCE if isinstance(source, str) else source, **settings)
+
+    def answered(*arguments: Any, **options: Any) -> Any:
+        pieces = [Piece("thought", "hm"), Piece("answer", "yes")]
+        stats = TurnStats(finish_reason="stop")
+        settings = {name: options.get(name) for name in ("max_tokens", "stop", "sampling")}
+        return SimpleNamespace(
+            model=None, tokenizer=None, stats=stats, send=lambda text: iter_of(text, pieces),
+            **settings,
+        )  # fmt: skip
+
+    def iter_of(text: str, pieces: list[Piece]) -> Any:
+        calls.append(f"send {text}")
+        yield from pieces
+
+    data = SimpleNamespace(hessians={}, layout=plan_of(SOURCE).layout, kls={}, errors={}, source="")
+    fake(convert, "convert", tmp_path / "out")
+    fake(convert, "plan", planned)
+    fake(convert, "verify", 0)
+    monkeypatch.setattr(fit, "open_any", lambda source, *_: SOURCE_OPENED)
+    fake(calibration, "calibrate", data)
+    fake(calibration, "encode", lambda folder, text, **options: SimpleNamespace(size=len(text)))
+    fake(calibrate, "load", data)
+    fake(calibrate, "save")
+    fake(fidelity, "fidelity", SimpleNamespace(as_dict=dict))
+    fake(fidelity, "report_lines", ())
+    fake(fidelity, "plot")
+    fake(report, "draw")
+    fake(job, "refuse_existing")
+    fake(convert_commands, "remember")
+    fake(loading, "load", (SimpleNamespace(), SimpleNamespace()))
+    fake(conversation, "Chat", answered)
+    fake(sys.modules["qwen35_mlx.engine.generate"], "stream_generate", ())
+    fake(chat_view, "ChatView", lambda *_, **__: SimpleNamespace(run=Fake(calls, "run")))
+    fake(sys.modules["qwen35_mlx.cli.chat_commands"], "newest", "newest")
+    fake(sys.modules["qwen35_mlx.cli.chat_commands"], "bundled_demo", "demo")
+    fake(doctor, "run", {"kernels": None, "machine": MACHINE})
+    fake(doctor, "store")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "sessions"))
+    files = {name: tmp_path / name for name in ("tools", "text", "calibration")}
+    files["tools"].write_text(json.dumps([{"name": "f"}]))
+    files["text"].write_text("some text")
+
+    def observe(name: str, *arguments: str) -> tuple[int, str]:
+        calls.clear()
+        (tmp_path / "sessions").mkdir(exist_ok=True)
+        (tmp_path / "sessions" / "s.json").touch()
+        given = [a.format_map(files) for a in arguments]
+        result = CliRunner().invoke(main.app, [name, *BASE[name], *given], input="from a pipe")
+        assert result.exception is None or isinstance(result.exception, SystemExit), result
+        return result.exit_code, "\n".join([*calls, result.output])
+
+    return observe
+
+
+MACHINE = {
+    "chip": "M0", "os": "macOS", "versions": {}, "memory_gb": 1.0, "disk_free_gb": 1.0,
+    "metal": False, "raise_gpu_limit": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def opened() -> None:
+    from qwen35_mlx.convert.hub import open_any
+
+    global SOURCE_OPENED
+    SOURCE_OPENED = open_any(SOURCE)
+
+
+SOURCE_OPENED: Any = None
+
+
+def spellings(name: str) -> set[str]:
+    """Every option of a command as it is typed."""
+    options = [p for p in COMMANDS[name].params if p.param_type_name == "option"]
+    return {o for p in options for o in (*p.opts, *p.secondary_opts) if o[:2] == "--"} - {"--help"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_the_table(name: str) -> None:
+    assert spellings(name) == set(OPTIONS[name])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_is_ignored(observe: Observe, name: str) -> None:
+    """Alone, and beside each other option: there is an effect, or the call is refused."""
+    table = OPTIONS[name]
+    code, base = observe(name)
+    assert code == 0
+    alone = {}
+    for option, value in table.items():
+        # What it needs is not what it does.
+        needed = observe(name, *value[value.index("--fit") :]) if "--fit" in value else (0, base)
+        needed = observe(name, "--calibrate") if "--calibrate" in value else needed
+        alone[option] = observe(name, option, *value)
+        assert alone[option][0] == 0 and alone[option] != needed, option
+    for first, second in combinations(table, 2):
+        if {first, second} == {"--think", "--no-think"}:
+            continue
+        code, done = observe(name, first, *table[first], second, *table[second])
+        pair = f"{first} {second}"
+        assert code in (0, 2), pair
+        if code == 0 and second not in table[first] and first not in table[second]:
+            assert done not in (alone[first][1], alone[second][1]), pair
+        if code == 2:
+            assert any(option in done for option in (first, second)), pair
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_rule_is_about_options_that_there_are(name: str) -> None:
+    known = spellings(name) | {str(p.metavar) for p in COMMANDS[name].params}
+    for together, needed in command.RULES.get(name, ()):
+        assert {n.split()[0] for n in (*together, *needed)} <= known
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan --bits 3", "plan --png x", "plan --fit 24GB --context 5 --bits 3",
+        "convert x --bits 4 --recipe q4", "convert x --recipe q4 --group-size 32",
+        "convert x --dtype bfloat16 --group-size 32", "convert x --dtype bfloat16 --calibrate",
+        "convert x --prefer speed", "convert x --text t", "convert x --context 5",
+        "convert /no/folder --keep-source", "convert x --bits 3 --method minmax --calibration c",
+        "generate x --raw --system s", "generate x --raw --think", "generate x --raw --no-think",
+        "generate x --raw --tools t", "generate x --no-think --show-thoughts",
+        "chat x --demo", "chat x --no-think --think-budget 5", "sessions a --remove b",
+    ],
+)  # fmt: skip
+def test_a_call_with_an_option_that_would_do_nothing_is_refused(line: str) -> None:
+    result = CliRunner().invoke(main.app, line.split())
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage: " in result.stderr
+    assert any(word in result.stderr for word in ("exclude each other", " needs "))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "x", "-p", "hi", "--stop", ""],
+        ["chat", "x", "-p", "hi", "--session", ""],
+        ["convert", "x", "--recipe", ""],
+        ["convert", "x", "--fit", ""],
+        ["convert", "a/b", "--revision", ""],
+        ["sessions", "--remove", ""],
+    ],
+)
+def test_an_empty_value_is_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main.app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "") and " is empty." in result.stderr
+
+
+def test_the_choices_are_those_of_the_quantizer() -> None:
+    hints = get_type_hints(convert_commands.convert)
+    assert get_args(get_args(hints["bits"])[0]) == BITS
+    assert get_args(hints["group_size"]) == GROUP_SIZES
+
+
+def test_the_choices_of_chat_are_those_of_a_conversation(demo: Any) -> None:
+    for parameter in COMMANDS["chat"].params:
+        for option in ("on_loop", "preset"):
+            if parameter.name == option:
+                for value in get_args(parameter.type_descriptor.annotation):
+                    Chat(*demo, **{option: value}).sampling_params(True)
