@@ -240,6 +240,7 @@ def test_a_short_thought_is_left_alone(demo: Any, script: Script) -> None:
     assert spoken(chat.send("Why?")) == ("a long answer " * 20)
 
 
+@pytest.mark.slow
 def test_a_loop_is_stopped(demo: Any, script: Script) -> None:
     chat = Chat(*demo)
     script.say("x\n</think>\n\nOn and on. " + "It repeats itself. " * 400)
