@@ -42,7 +42,7 @@ PREFERENCES = ("quality", "speed")
 
 
 @dataclass(frozen=True)
-class Choice:
+class FitResult:
     """An allocation as a plan, with what it is expected to cost in quality."""
 
     plan: Plan
@@ -78,7 +78,7 @@ def fit(
     prefer: str = "quality",
     dtype: str | None = None,
     method: str = "search",
-) -> Choice:
+) -> FitResult:
     """Least predicted KL with the text model's files, headers and all, within the budget.
 
     The budget is in bytes, or bits per weight as `Plan.bits_per_weight` counts them. "speed" takes
@@ -131,12 +131,12 @@ def fit(
     kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
     file_bytes = chosen.text_bytes + (text_header_bytes(chosen) if container else 0)
     measured = bool(calibration and calibration.kls)
-    return Choice(chosen, named, kl, file_bytes, allocation, measured)
+    return FitResult(chosen, named, kl, file_bytes, allocation, measured)
 
 
 def fit_mac(
     source: str | Path | Source, memory: int, *, context: int | None = None, **settings: Any
-) -> tuple[MacBudget, dict[str, Choice]]:
+) -> tuple[MacBudget, dict[str, FitResult]]:
     """What a Mac has for weights beside `context` tokens, and the choice of `fit` by preference.
 
     The GPU's limit is raised as far as is sane. Without `context` it is 32,768 tokens, or all that
@@ -199,7 +199,7 @@ def quality_settings(
     return settings | dict(recipe=choice.recipe), lines
 
 
-def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, Choice]) -> list[str]:
+def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult]) -> list[str]:
     """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
     left, choice = budget.weight_bytes, choices[prefer]
     rows = {

@@ -111,7 +111,7 @@ def quantize_rows(
             stack = rows[row - start : end - start].reshape(num_whole, rows_per_expert, -1)
             part = joined([calibrated(stack, None, hessian[expert : expert + num_whole])], [-1])
         else:
-            end = min((expert + 1) * rows_per_expert, stop)
+            end = (expert + 1) * rows_per_expert
             statistics = calibration.of(entry.module, expert)
             part = calibrated(rows[row - start : end - start], *statistics)
         mx.eval(part)

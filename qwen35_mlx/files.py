@@ -1,6 +1,7 @@
 """Files: written whole or not at all, locked against other processes, text in, user folders."""
 
 import codecs
+import errno
 import fcntl
 import json
 import os
@@ -72,6 +73,8 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
     what a killed one left is written over. The temporary name keeps the suffix of `file`,
     because MLX chooses a format by it.
     """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))

@@ -26,6 +26,7 @@ def _tool_call(call: Any) -> tuple[str, dict[str, Any], bool]:
     if is_text := isinstance(given, str):
         try:
             arguments = json.loads(given) if given.strip() else {}
+            arguments = {} if arguments is None else arguments
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):

@@ -123,9 +123,9 @@ def run_cli(
         monkeypatch.delenv(name, raising=False)
     load = loading.load
 
-    def load_once(name: str, kernels: str = "auto") -> Any:
-        is_demo = name == str(converted_demo) and kernels == "auto"
-        return demo if is_demo else load(name, kernels=kernels)
+    def load_once(name: str, kernels: str = "auto", **options: Any) -> Any:
+        is_demo = name == str(converted_demo) and kernels == "auto" and not any(options.values())
+        return demo if is_demo else load(name, kernels=kernels, **options)
 
     monkeypatch.setattr(loading, "load", load_once)
 

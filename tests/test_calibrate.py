@@ -106,6 +106,15 @@ def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, meas
     assert set(measured.kls) == {m for m in quantizable if not m.endswith("up_proj")}
 
 
+def test_minmax_ignores_the_calibration(calibration):
+    name = f"{TRUNK}layers.0.mlp.switch_mlp.down_proj"
+    w = mx.random.normal((3, 128, 128), key=mx.random.key(0))
+    tensor = SimpleNamespace(module=name, shape=w.shape, bits=3, group_size=64, method="minmax")
+    found = quantize_rows(w.reshape(-1, 128), tensor, 0, calibration)
+    for a, b in zip(found, quantize(w.reshape(-1, 128), 3, 64), strict=True):
+        assert mx.array_equal(a, b)
+
+
 def test_each_expert_is_quantized_by_its_own_inputs(calibration):
     rng = np.random.default_rng(3)
     name = f"{TRUNK}layers.0.mlp.switch_mlp.down_proj"

@@ -174,7 +174,7 @@ def test_arguments_may_be_json_text_or_typed_values(
 
 @pytest.mark.parametrize("arguments", ["{a: 1}", "[1]", '"x"', 7, ["x"], "[" * 100_000])
 def test_arguments_that_are_no_object_are_refused(tokenizer: Tokenizer, arguments: Any) -> None:
-    with pytest.raises(PromptError, match="arguments of a tool call"):
+    with pytest.raises(PromptError, match="arguments of a call"):
         rendered(tokenizer, call(arguments))
 
 

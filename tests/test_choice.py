@@ -37,7 +37,7 @@ def result(small: float | None, large: float | None, matched: bool = True) -> di
 
 
 FOUND = {
-    "residual_norm": result(1.5, 1.2),
+    "qk_norm_rope": result(1.5, 1.2),
     "projection": result(0.8, 1.9),
     "router": result(None, 1.4),
     "delta_step": result(1.01, 1.3),
@@ -49,11 +49,11 @@ FOUND = {
 
 def test_auto_takes_what_matched_and_was_faster_at_the_models_shapes(with_metal: None) -> None:
     choice.write(FOUND)
-    faster = {"residual_norm", "projection", "router", "delta_step"}
+    faster = {"qk_norm_rope", "projection", "router", "delta_step"}
     assert choice.choose("auto", LARGE) == faster
     # A percent may be noise; what has no figure at these shapes is judged by the others.
-    assert choice.choose("auto", SMALL) == {"residual_norm", "router"}
-    assert choice.choose("auto", OTHER) == {"residual_norm", "router"}
+    assert choice.choose("auto", SMALL) == {"qk_norm_rope", "router"}
+    assert choice.choose("auto", OTHER) == {"qk_norm_rope", "router"}
 
 
 def test_every_size_that_shapes_depend_on_tells_models_apart() -> None:
@@ -149,7 +149,7 @@ def test_load_gives_the_choice_to_every_layer(
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     choice.write(FOUND)
     for kernels, expected in (
-        ("auto", {"residual_norm", "router"}),
+        ("auto", {"qk_norm_rope", "router"}),
         ("metal", set(metal.OPS)),
         ("ops", set()),
     ):

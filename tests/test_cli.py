@@ -269,11 +269,11 @@ def test_output_that_the_locale_cannot_show_is_no_traceback(converted_demo: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["generate", "chat"])
-def test_ctrl_c_in_a_script_exits_130(converted_demo: Path, command: str) -> None:
+@pytest.mark.parametrize("command", [["generate", "--show-thoughts"], ["chat", "-p", FRANCE]])
+def test_ctrl_c_in_a_script_exits_130(converted_demo: Path, command: list[str]) -> None:
     # Hot enough never to end by itself.
     hot = ("--temperature", "99", "--top-k", "0", "--top-p", "1")
-    job = shell(command, converted_demo, "-p", FRANCE, "-p", FRANCE, *hot)
+    job = shell(*command, converted_demo, "-p", FRANCE, *hot)
     assert job.stdout
     job.stdout.read(20)
     job.send_signal(2)

@@ -27,7 +27,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_released_model_is_planned_by_its_name() -> None:
     result = run("plan", "qwen/qwen3.5-0.8b", "--recipe", "q4", "--mac", "M3 Ultra 256GB")
     assert result.exit_code == 0
-    assert "Qwen3.5-0.8B: sizes of the text model, nothing is fetched" in result.stderr
+    assert "Qwen3.5-0.8B: sizes of the text model, nothing is downloaded" in result.stderr
     assert "self_attn.o_proj" in result.stdout and "752.4 M parameters" in result.stdout
     assert "bandwidth limit, tok/s" in result.stdout
     assert "M2 Ultra" not in result.stdout
@@ -69,17 +69,20 @@ def test_bits_and_macs_without_a_source_are_honoured(few: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--prefer", "speed"), "--prefer needs SRC"),
+        (("--prefer", "speed"), "--prefer needs --fit or --bits-per-weight"),
         (("--png", "a.png"), "--png needs SRC"),
         (("--revision", "main"), "--revision needs SRC"),
-        (("--calibration", "a.safetensors"), "--calibration needs SRC"),
-        (("--fit", "64GB", "--bits", 4), "no --bits"),
-        (("--fit", "64GB", "--mac", "64GB"), "no --mac"),
+        (("--calibration", "a.safetensors"), "--calibration needs --fit or --bits-per-weight"),
+        (("--fit", "64GB", "--bits", 4), "--bits and --fit exclude each other"),
+        (("--fit", "64GB", "--mac", "64GB"), "--fit with --mac needs SRC"),
         (("--mac", "M3 Ultra"), "several sizes"),
-        ((SOURCE, "--prefer", "speed"), "--prefer goes with --fit or --bits-per-weight"),
-        ((SOURCE, "--recipe", "q4", "--group-size", 32), "--group-size goes with --bits"),
-        ((SOURCE, "--fit", "8GB", "--group-size", 64), "--group-size goes with --bits"),
-        ((SOURCE, "--dtype", "float16", "--group-size", 32), "--dtype alone quantizes nothing"),
+        ((SOURCE, "--prefer", "speed"), "--prefer needs --fit or --bits-per-weight"),
+        ((SOURCE, "--recipe", "q4", "--group-size", 32), "--group-size and --recipe exclude"),
+        ((SOURCE, "--fit", "8GB", "--group-size", 64), "--group-size and --fit exclude"),
+        (
+            (SOURCE, "--dtype", "float16", "--group-size", 32),
+            "--group-size needs --bits",
+        ),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
@@ -93,7 +96,7 @@ def test_an_option_that_would_do_nothing_is_refused(
 def test_convert_refuses_a_context_without_a_budget(tmp_path: Path) -> None:
     result = run("convert", SOURCE, tmp_path / "out", "--context", 1000)
     assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
-    assert "--context goes with --fit" in result.stderr
+    assert "--context needs --fit" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["Qwen3.5-28B", "nonsense"])

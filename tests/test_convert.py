@@ -350,6 +350,15 @@ def put(name: str, row: int, value: float):
     return change
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["F16", "F32"])
+def test_a_weight_that_is_not_finite_is_named_in_every_precision(tmp_path, dtype, value):
+    name = f"{TRUNK}layers.2.input_layernorm.weight"
+    write_checkpoint(tmp_path / "src", dtype=dtype, change=put(name, 0, value))
+    with pytest.raises(Qwen35Error, match=f"tensor {name} holds values that are not finite"):
+        convert(tmp_path / "src", tmp_path / "out")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
     ("name", "row"),

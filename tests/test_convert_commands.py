@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint
-from qwen35_mlx.quant.calibrate import load
 from typer.testing import CliRunner
 
 from qwen35_mlx.cli import main as cli
 from qwen35_mlx.cli.local_models import SOURCE
+from qwen35_mlx.quant.statistics import load
 
 
 def run(*arguments: object) -> Any:

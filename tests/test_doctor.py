@@ -97,7 +97,7 @@ def test_right_kernels_are_timed_stored_and_chosen_where_faster(mac: Any) -> Non
         assert set(result["members"]) == ({"small"} if needs_experts else {"small", "dense"})
     figures = report["kernels"]["projection"]["members"]["small"]
     assert (figures["kernel_us"], figures["ops_us"], figures["speedup"]) == (10.0, 30.0, 3.0)
-    case = checks.CHECKS[1].build(SMALL, Setting())
+    case = checks.CHECKS[0].build(SMALL, Setting())
     assert figures["kernel_gb_per_s"] == round(case.num_bytes / 10e-6 / 1e9, 1)
     # The router was slower, the step no faster.
     assert choice.choose("auto", SMALL) == set(metal.OPS) - {"router", "delta_step"}
@@ -108,24 +108,24 @@ def test_right_kernels_are_timed_stored_and_chosen_where_faster(mac: Any) -> Non
 def test_a_kernel_that_computes_something_else_is_never_used(
     mac: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, "residual_norm", "output_gate")
+    only(monkeypatch, "qk_norm_rope", "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "1.01f * sigmoid(")
     found = examine_and_store()["kernels"]
-    assert found["residual_norm"]["matched"]
+    assert found["qk_norm_rope"]["matched"]
     assert not found["output_gate"]["matched"]
     assert found["output_gate"]["problem"].startswith("relative error 0.01, at most 0.0001: small")
-    assert choice.choose("auto", SMALL) == {"residual_norm"}
+    assert choice.choose("auto", SMALL) == {"qk_norm_rope"}
 
 
 def test_a_kernel_that_does_not_compile_is_never_used(
     mac: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, "residual_norm", "router", "output_gate")
+    only(monkeypatch, "qk_norm_rope", "router", "output_gate")
     change_source(monkeypatch, "router", ";", "; oops();")
     found = examine_and_store()["kernels"]
     assert [found[op]["matched"] for op in found] == [True, True, False]
     assert "oops" in found["router"]["problem"]
-    assert choice.choose("auto", SMALL) == {"residual_norm", "output_gate"}
+    assert choice.choose("auto", SMALL) == {"qk_norm_rope", "output_gate"}
 
 
 def test_a_kernel_that_did_not_run_has_not_matched(
@@ -227,21 +227,21 @@ def test_without_metal_the_command_says_so_and_runs_the_rest(run_cli: Any, cache
 def test_json_alone_goes_to_standard_output(
     mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any
 ) -> None:
-    only(monkeypatch, "residual_norm")
+    only(monkeypatch, "qk_norm_rope")
     result = run_cli("--json")
-    assert json.loads(result.stdout)["kernels"]["residual_norm"]["matched"]
-    assert result.stderr == "Checking kernels: residual_norm (1/1)\n"
+    assert json.loads(result.stdout)["kernels"]["qk_norm_rope"]["matched"]
+    assert result.stderr == "Checking kernels: qk_norm_rope (1/1)\n"
 
 
 def test_the_command_prints_what_it_found(
     mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any
 ) -> None:
-    only(monkeypatch, "residual_norm", "output_gate")
+    only(monkeypatch, "qk_norm_rope", "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "2.0f * sigmoid(")
     text = run_cli().stdout
     assert "Apple M9" in text
     assert "sudo sysctl iogpu.wired_limit_mb=57344" in text
-    assert "residual_norm: matches" in text
+    assert "qk_norm_rope: matches" in text
     assert "small      3.00x: 10.0 us" in text
     assert "output_gate: not used: relative error" in text
 
@@ -249,11 +249,11 @@ def test_the_command_prints_what_it_found(
 def test_a_result_that_cannot_be_stored_takes_nothing_from_the_report(
     mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any, tmp_path: Path
 ) -> None:
-    only(monkeypatch, "residual_norm")
+    only(monkeypatch, "qk_norm_rope")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "file"))
     result = run_cli("--json")
     assert result.exit_code == 1
-    assert json.loads(result.stdout)["kernels"]["residual_norm"]["matched"]
+    assert json.loads(result.stdout)["kernels"]["qk_norm_rope"]["matched"]
     assert "QWEN35_MLX_CACHE" in result.stderr
     assert "Traceback" not in result.output

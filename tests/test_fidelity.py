@@ -173,4 +173,4 @@ def test_a_module_that_was_passed_by_is_noticed(folders):
     layer = run.layer(0)
     missed = pytest.raises(RuntimeError, match=r"not called: .*linear_attn.out_proj")
     with missed, watched(layer, lambda *call: None):
-        layer.mlp(mx.zeros((1, 2, 128)), mx.zeros((1, 2, 128)))
+        layer.mlp(mx.zeros((1, 2, 128)), layer.post_attention_layernorm)

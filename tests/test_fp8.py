@@ -182,13 +182,17 @@ def test_fp8_without_scales_is_refused(tmp_path, is_vector):
         plan(tmp_path / "src")
 
 
-def test_nan_among_fp8_weights_is_named(tmp_path):
+@pytest.mark.parametrize("part", ["weight", "scale"])
+def test_nan_among_fp8_weights_and_scales_is_named(tmp_path, part):
     fp8, _ = write_both(tmp_path, (128, 128), experts="each")
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
 
     def edit(tensors: Tensors) -> None:
-        tensors[name][1][3, 5] = 0xFF
+        if part == "weight":
+            tensors[name][1][3, 5] = 0xFF
+        else:
+            tensors[f"{name}_scale_inv"][1][1, 0] = np.nan
 
     rewrite(fp8, edit)
     with pytest.raises(CheckpointError, match=f"tensor {name} holds values that are not finite"):
-        convert(fp8, tmp_path / "out")
+        convert(fp8, tmp_path / "out", dtype="bfloat16")

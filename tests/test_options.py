@@ -59,7 +59,13 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--keep-source": [],
         "--verify": [],
     },
-    "plan": PLAN | {"--calibration": ["{calibration}", "--fit", "24GB"], "--png": ["x.png"]},
+    "plan": PLAN
+    | {
+        "--calibration": ["{calibration}", "--fit", "24GB"],
+        "--context": ["1000"],
+        "--mac": ["64GB"],
+        "--png": ["x.png"],
+    },
     "fidelity": {"--text": ["{text}"], "--tokens": ["9"], "--png": ["x.png"]},
     "generate": SAMPLING
     | {
@@ -69,6 +75,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--show-thoughts": [],
         "--json": [],
         "--stop": ["x"],
+        "--context": ["1000"],
+        "--force": [],
     },
     "chat": SAMPLING
     | {
@@ -80,6 +88,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--snapshot-memory": ["1"],
         "--plain": [],
         "--preset": ["coding"],
+        "--context": ["1000"],
+        "--force": [],
     },
     "sessions": {"--remove": ["s"]},
     "doctor": {"--json": []},
@@ -116,10 +126,10 @@ class Fake:
 def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Run a command with all that is slow replaced; its exit code, and all that it did."""
     from qwen35_mlx import convert
-    from qwen35_mlx.convert import calibration, fidelity, fit, job, report
+    from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
     from qwen35_mlx.kernels import doctor
     from qwen35_mlx.model import loading
-    from qwen35_mlx.quant import calibrate
+    from qwen35_mlx.quant import statistics
 
     # Built once: a thousand calls follow.
     monkeypatch.setattr(sys.modules["typer.testing"], "_get_command", lambda app: GROUP)
@@ -150,10 +160,10 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(convert, "plan", planned)
     fake(convert, "verify", 0)
     monkeypatch.setattr(fit, "open_any", lambda source, *_: SOURCE_OPENED)
-    fake(calibration, "calibrate", data)
-    fake(calibration, "encode", lambda folder, text, **options: SimpleNamespace(size=len(text)))
-    fake(calibrate, "load", data)
-    fake(calibrate, "save")
+    fake(calibrate, "calibrate", data)
+    fake(calibrate, "encode", lambda folder, text, **options: SimpleNamespace(size=len(text)))
+    fake(statistics, "load", data)
+    fake(statistics, "save")
     fake(fidelity, "fidelity", SimpleNamespace(as_dict=dict))
     fake(fidelity, "report_lines", ())
     fake(fidelity, "plot")
@@ -249,7 +259,7 @@ def test_every_rule_is_about_options_that_there_are(name: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "plan --bits 3", "plan --png x", "plan --fit 24GB --context 5 --bits 3",
+        "plan --prefer speed", "plan --png x", "plan --fit 24GB --mac 64GB",
         "convert x --bits 4 --recipe q4", "convert x --recipe q4 --group-size 32",
         "convert x --dtype bfloat16 --group-size 32", "convert x --dtype bfloat16 --calibrate",
         "convert x --prefer speed", "convert x --text t", "convert x --context 5",

@@ -1,15 +1,18 @@
 import hashlib
 import json
 import random
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 
+from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.plan import OutputTensor
-from qwen35_mlx.convert.shards import ShardWriter
+from qwen35_mlx.convert.shards import ShardWriter, text_header_bytes
 
 ARRAYS = {
     "a": mx.arange(24, dtype=mx.uint32).reshape(6, 4),
@@ -110,6 +113,21 @@ def test_a_file_gets_its_name_only_when_every_byte_is_there(tmp_path):
         writer.finish()
     with pytest.raises(RuntimeError, match="a: 2 bytes too many"):
         writer.write("a", len(DATA["a"]) - 2, memoryview(bytes(4)))
+    with pytest.raises(RuntimeError, match="a: 1 bytes too many"):
+        writer.write("a", len(DATA["a"]) - 1, memoryview(bytes(2)))
     assert not path.exists()
     write(writer, PIECES[:1])
     assert_whole(path, writer.finish())
+
+
+def test_headers_count_for_the_text_model_where_they_name_any_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["qwen35_mlx.convert.plan"], "MAX_SHARD_BYTES", 100_000)
+    write_checkpoint(tmp_path / "src", vision=True, mtp=True)
+    planned = plan(tmp_path / "src")
+    header_bytes = []
+    for file in convert(tmp_path / "src", tmp_path / "out").glob("*.safetensors"):
+        raw = file.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header_bytes.append(end if b"language_model." in raw[:end] else 0)
+    assert 0 in header_bytes
+    assert text_header_bytes(planned) == sum(header_bytes)

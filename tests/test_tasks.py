@@ -1,17 +1,19 @@
 """Tasks of a plan: how they are cut and ordered, and how long each source file is needed."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoints import write_checkpoint
-from test_fp8 import write_both
+from checkpoints import Tensors, safetensors_bytes, write_checkpoint
+from test_fp8 import rewrite, write_both
 
 from qwen35_mlx.convert import plan, tasks
 from qwen35_mlx.convert.source import FP8
 from qwen35_mlx.convert.tasks import cut, fetched_bytes, uses
+from qwen35_mlx.headers import read_header
 
 
 def reading(*names: str) -> list[Any]:
@@ -62,15 +64,28 @@ def test_tasks_write_every_byte_of_the_output_once(tmp_path, monkeypatch):
 
 
 def test_a_task_waits_for_the_last_of_its_files_and_reads_a_quarter_of_fp8(tmp_path, monkeypatch):
-    fp8, _ = write_both(tmp_path, (48, 40), experts="each", num_shards=7)
+    fp8, _ = write_both(tmp_path, (48, 40), experts="each")
+    scales: Tensors = {}
+
+    def take_scales(tensors: Tensors) -> None:
+        names = [name for name in tensors if name.endswith("_scale_inv")]
+        scales.update({name: tensors.pop(name) for name in names})
+
+    rewrite(fp8, take_scales)
+    (fp8 / "model.z.safetensors").write_bytes(safetensors_bytes(scales))
+    tensors = {tensor.name for tensor in read_header(fp8 / "model.safetensors")}
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | dict.fromkeys(
+        scales, "model.z.safetensors"
+    )
+    (fp8 / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     monkeypatch.setattr(tasks, "SLICE_BYTES", 40 * 128)
     planned = plan(fp8)
     found = cut(planned)
     rank = {file: i for i, file in enumerate(planned.source.files)}
     last = [max(rank[file] for file in task.segment.files) for task in found]
     assert last == sorted(last)
-    assert any(len(task.segment.files) == 2 for task in found)
+    # Weights are in the first file, their scales in the second.
+    assert set(last) == {0, 1}
     sizes = {t.segment.nbytes for t in found if t.segment.tensor.dtype == FP8}
     # In float32 a slice has four times the bytes.
-    assert max(sizes) <= 40 * 128 // 4
-    assert 10 * 128 in sizes
+    assert max(sizes) == 40 * 128 // 4

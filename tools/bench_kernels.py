@@ -14,6 +14,9 @@ chosen. What a kernel reads of weights, scales, biases and state, each read of e
 held against each chosen or resident array once and each state read and written once. A scale that
 neighbouring lanes of a simdgroup read in one instruction is one read. Reads of activations and of
 norm weights, vectors of a few kB that all threadgroups read and a cache serves, are reported apart.
+
+The rule for issue slots is that of kernel_slots.py. `row_invariant` compares rows of calls of all
+decode kernels with calls with that row alone, bit by bit.
 """
 
 import io
@@ -31,6 +34,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.gated_delta as gated_delta
 import numpy as np
+from kernel_slots import print_slots, slots_per_weight
 from label import label
 from mlx.utils import tree_map
 from mlx_lm.models import qwen3_5
@@ -38,6 +42,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from metal.emulator import Launch, emulated
+from metal.row_invariance import compare
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.family import family_config
@@ -267,6 +272,15 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
     return round(sum(ratios) / seeds, 4)
 
 
+def row_invariant(num_specialisations: int = 8) -> dict[str, int]:
+    """Rows compared, and rows that differ."""
+    with emulated():
+        metal.clear()
+        result = compare(range(num_specialisations))
+    metal.clear()
+    return result
+
+
 def main() -> None:
     """Count, print, and end with JSON."""
     ours, theirs = per_kind(our_model), per_kind(mlx_lm_model)
@@ -280,6 +294,8 @@ def main() -> None:
     for name, row in rows.items():
         ratio = f"{row['moved'] / row['least']:.4f}" if row["least"] else "-"
         print(f"{name:16}{row['moved']:15,}{row['least']:15,}{ratio:>8}{row['vectors']:16,}")
+    slots = slots_per_weight()
+    print_slots(slots)
     worst = max(row["moved"] / row["least"] for row in rows.values() if row["least"])
     result = {
         **label(),
@@ -292,6 +308,9 @@ def main() -> None:
         "dispatches_per_full_layer": ours[FULL].total(),
         "decode_bytes_over_minimum": round(worst, 4),
         "prefill_macs_over_useful": prefill_macs_over_useful(),
+        "slots_per_weight": slots,
+        "slots_per_weight_with_norm": slots_per_weight(norm=True),
+        "row_invariant": row_invariant(),
     }
     print(json.dumps(result))
 

@@ -243,7 +243,7 @@ class Chat:
         """
         from .sessions import save_conversation
 
-        self.stop_reading_ahead()
+        self.prefixes.background.stop()
         conversation = {
             "messages": self.messages,
             "tools": list(self.tools),
@@ -294,7 +294,7 @@ class Chat:
         if turn := self._turn():
             turn.close()
         self._turn = lambda: None
-        self.stop_reading_ahead()
+        self.prefixes.background.stop()
 
     def sampling_params(self, thinking: bool | None = None) -> SamplingParams:
         """What the next answer is drawn with; whether it thinks is for the template if None."""

@@ -102,22 +102,23 @@ def chat(
     from .line_input import can_edit, silent_keys
     from .progress import spinner
 
-    with spinner("Starting"), silent_keys(raw=can_edit()):
-        # Seconds, for all of MLX.
-        from ..chat.conversation import Chat
-        from ..chat.sessions import session_file
-        from ..engine.prefix_store import PrefixStore
-        from ..model.loading import load
-        from .chat_view import ChatView
-    if session is not None:
-        # A name that cannot be: said before the model loads.
-        session_file(session)
-    name = newest() if model is None and not demo else model
-    is_demo = name is None
-    if name is None:
-        name = bundled_demo()
-    with spinner(f"Loading {name}"), silent_keys(raw=can_edit()):
-        loaded, tokenizer = load(name, kernels=kernels, context=context, force=force)
+    with silent_keys(raw=can_edit()):
+        with spinner("Starting"):
+            # Seconds, for all of MLX.
+            from ..chat.conversation import Chat
+            from ..chat.sessions import session_file
+            from ..engine.prefix_store import PrefixStore
+            from ..model.loading import load
+            from .chat_view import ChatView
+        if session is not None:
+            # A name that cannot be: said before the model loads.
+            session_file(session)
+        name = newest() if model is None and not demo else model
+        is_demo = name is None
+        if name is None:
+            name = bundled_demo()
+        with spinner(f"Loading {name}"):
+            loaded, tokenizer = load(name, kernels=kernels, context=context, force=force)
     suggest_doctor(kernels)
     conversation = Chat(
         loaded,

@@ -70,7 +70,6 @@ def qk_norm_rope_kernel(
         inputs=[q_gate, k, q_weight, k_weight, cosines, sines, eps],
         template=[
             ("T", q_gate.dtype),
-            ("TOKENS", num_tokens),
             ("HQ", num_heads),
             ("HK", num_kv_heads),
             ("D", dim),
@@ -101,7 +100,7 @@ def output_gate_kernel(x: mx.array, q_gate: mx.array) -> mx.array:
     batch, num_heads, num_tokens, dim = x.shape
     (gated,) = kernel("output_gate", ("x", "q_gate"), ("gated",))(
         inputs=[x, q_gate],
-        template=[("T", x.dtype), ("TOKENS", num_tokens), ("HQ", num_heads), ("D", dim)],
+        template=[("T", x.dtype), ("HQ", num_heads), ("D", dim)],
         grid=(x.size, 1, 1),
         threadgroup=(min(256, x.size), 1, 1),
         output_shapes=[(batch, num_tokens, num_heads * dim)],

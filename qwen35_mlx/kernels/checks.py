@@ -22,7 +22,6 @@ from .gated_delta_rule import gated_delta_rule
 from .grouped_expert_matmul import expert_mlp
 from .metal import KernelSet
 from .projection import project
-from .residual_norm import residual_norm
 from .router import Routing, route
 from .switch import QuantizedSwitchLinear, SwitchGLU
 
@@ -123,14 +122,6 @@ def _size(*modules: nn.Module) -> int:
     return sum(array.nbytes for _, array in flat)
 
 
-def _residual_norm(m: Member, s: Setting) -> Case:
-    x, delta = (s.normal(1, s.num_tokens, m.hidden_size) for _ in range(2))
-    weight = s.normal(m.hidden_size)
-    return Case(
-        lambda kernels: residual_norm(x, delta, weight, EPS, kernels), 4 * x.nbytes + weight.nbytes
-    )
-
-
 def _projection(m: Member, s: Setting) -> Case:
     x = s.normal(1, s.num_tokens, m.hidden_size)
     value_dim = m.linear_num_value_heads * m.value_head_dim
@@ -215,7 +206,11 @@ def _expert_gate_up(m: Member, s: Setting) -> Case:
     if routed is not None:
         stacks = _size(routed.gate_proj, routed.up_proj)
         num_bytes += stacks * s.num_tokens * m.per_token // m.num_experts
-    return Case(lambda kernels: expert_gate_up(x, shared, routing, routed, kernels), num_bytes)
+    norm = nn.RMSNorm(m.hidden_size)
+    norm.weight = s.normal(m.hidden_size)
+    return Case(
+        lambda kernels: expert_gate_up(x, shared, routing, routed, norm, kernels), num_bytes
+    )
 
 
 def _expert_down(m: Member, s: Setting) -> Case:
@@ -254,7 +249,6 @@ def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
 
 
 CHECKS = (
-    Check("residual_norm", _residual_norm),
     Check("projection", _projection),
     Check("delta_step", _delta_step),
     Check("qk_norm_rope", _qk_norm_rope),

@@ -1,11 +1,14 @@
-// What several kernels share. It stands before the functions of each kernel.
+// What several kernels share. It stands before the functions of each kernel. Fused operations are
+// written as such here and in decode kernels, so that no compiler fuses them in one place only: a
+// row has the same bits whatever rows are beside it.
 
 METAL_FUNC float sigmoid(float x) { return 1.0f / (1.0f + metal::precise::exp(-x)); }
 METAL_FUNC float silu(float x) { return x * sigmoid(x); }
 // log(1 + exp(x)) without overflow; the series keeps what 1 + e would lose.
 METAL_FUNC float softplus(float x) {
   float e = metal::precise::exp(-metal::abs(x));
-  return metal::max(x, 0.0f) + (e < 1e-3f ? e - 0.5f * e * e : metal::precise::log(1.0f + e));
+  const float series = metal::fma(-0.5f * e, e, e);
+  return metal::max(x, 0.0f) + (e < 1e-3f ? series : metal::precise::log(1.0f + e));
 }
 
 // An 8x8 matrix of a simdgroup: a lane holds two neighbours of a row.
@@ -38,124 +41,177 @@ template <int LANES> METAL_FUNC float lane_sum(float v) {
   return v;
 }
 
-// Value i of the bit stream in which MLX packs a row: of any width, across words.
-template <int BITS> METAL_FUNC float unpack(thread const uint* words, int i) {
-  const int bit = i * BITS, word = bit / 32, shift = bit % 32;
-  uint v = words[word] >> shift;
-  if (shift + BITS > 32) v |= words[word + 1] << (32 - shift);
-  return float(v & ((1u << BITS) - 1u));
+// What follows reads a row of weights in chunks of 32 columns, a lane a chunk. MLX packs a row as
+// a stream of bits, here read in halves of a word: Apple GPUs address the halves of a register, so
+// no value has to be shifted into its place.
+
+// The `count` bits of a half from bit `from` on, as a number times 2^place. CONVERT: by an integer
+// conversion, times 2^from still. Else they become the last bits of the mantissa of a power of two,
+// which is subtracted; exact, and made of instructions of full rate alone.
+template <bool CONVERT> METAL_FUNC float field(ushort half_word, int from, int count, int place) {
+  const uint bits = uint(half_word) & (((1u << count) - 1u) << from);
+  if (CONVERT) return float(bits) * as_type<float>(uint(127 + place) << 23);
+  const uint one = uint(150 + place - from) << 23;
+  return as_type<float>(bits | one) - as_type<float>(one);
 }
 
-// The BITS words of one chunk, by the widest loads that are aligned.
-template <int BITS> METAL_FUNC void load_words(const device uint32_t* from, thread uint* words) {
-  constexpr int wide = BITS % 4 == 0 ? 4 : BITS % 2 == 0 ? 2 : 1;
+// What a number of `unpack` has to be multiplied by.
+template <int BITS, bool CONVERT> METAL_FUNC float unit(int i) {
+  return CONVERT ? as_type<float>(uint(127 - i * BITS % 16) << 23) : 1.0f;
+}
+
+// Value i of a chunk, of any width; exact.
+template <int BITS, bool CONVERT = false>
+METAL_FUNC float unpack(thread const ushort* halves, int i) {
+  const int bit = i * BITS, from = bit % 16, count = metal::min(BITS, 16 - from);
+  const float low = field<CONVERT>(halves[bit / 16], from, count, 0);
+  if (count == BITS) return low;
+  return low + field<CONVERT>(halves[bit / 16 + 1], 0, BITS - count, CONVERT ? 16 : count);
+}
+
+// The halves of a chunk, by loads of 8 bytes, or of 4 where chunks are not aligned to 8.
+template <int BITS>
+METAL_FUNC void load_halves(const device uint32_t* from, thread ushort* halves) {
+  constexpr int width = BITS % 2 == 0 ? 4 : 2;
 #pragma unroll
-  for (int i = 0; i < BITS; i += wide) {
-    if (wide == 4) {
-      uint4 v = *(const device uint4*)(from + i);
-      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-    } else if (wide == 2) {
-      uint2 v = *(const device uint2*)(from + i);
-      words[i] = v.x, words[i + 1] = v.y;
-    } else {
-      words[i] = from[i];
-    }
+  for (int i = 0; i < 2 * BITS; i += width) {
+    auto part = *(const device metal::vec<ushort, width>*)((const device ushort*)from + i);
+#pragma unroll
+    for (int j = 0; j < width; j++) halves[i + j] = part[j];
   }
 }
 
-// Eight numbers by loads of 16 bytes.
-METAL_FUNC void load8(const device float* from, thread float* x) {
-  float4 a = *(const device float4*)from, b = *(const device float4*)(from + 4);
+// Eight numbers.
+template <typename T> METAL_FUNC void load8(const device T* from, thread float* x) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = a[i], x[i + 4] = b[i];
-}
-METAL_FUNC void load8(const device bfloat16_t* from, thread float* x) {
-  uint4 pairs = *(const device uint4*)from;
+  for (int i = 0; i < 8; i += 4) {
+    float4 part = float4(*(const device metal::vec<T, 4>*)(from + i));
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    // The upper half of a float.
-    x[2 * i] = as_type<float>(pairs[i] << 16);
-    x[2 * i + 1] = as_type<float>(pairs[i] & 0xffff0000u);
+    for (int j = 0; j < 4; j++) x[i + j] = part[j];
   }
 }
-METAL_FUNC void load8(const device half* from, thread float* x) {
-  uint4 pairs = *(const device uint4*)from;
+
+// N neighbours that a lane has, at once if there are four.
+template <int N> METAL_FUNC void load_lane(const device float* from, thread float* values) {
+  if constexpr (N == 4) {
+    float4 quad = *(const device float4*)from;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    half2 pair = as_type<half2>(pairs[i]);
-    x[2 * i] = float(pair.x), x[2 * i + 1] = float(pair.y);
+    for (int i = 0; i < 4; i++) values[i] = quad[i];
+  } else {
+    for (int i = 0; i < N; i++) values[i] = from[i];
   }
+}
+template <int N> METAL_FUNC void store_lane(device float* to, thread const float* values) {
+  if constexpr (N == 4) *(device float4*)to = float4(values[0], values[1], values[2], values[3]);
+  else
+    for (int i = 0; i < N; i++) to[i] = values[i];
 }
 
 // Elements of one row of w: words if quantized, else numbers.
 template <int BITS> METAL_FUNC int row_elements(int in) { return BITS > 0 ? in / 32 * BITS : in; }
 
-// acc[r][t] += factor[t] * (row r of w) . (row t of x), over the chunk of 32 columns that a lane
-// has. Row 0 is where w, scales and biases point; ROWS rows lie `step` apart, none beyond `last`,
-// which is read again instead. w is quantized to BITS in groups of GROUP, or dense if BITS is 0.
-// If NORM, x is times norm_weight, and squares[t] is what its own squares add up to.
-template <int BITS, int GROUP, int ROWS, int TOKENS, bool NORM, typename W, typename S, typename X,
-          typename N>
-METAL_FUNC void dot_chunk(const device W* w, const device S* scales, const device S* biases,
-                          const device X* x, const device N* norm_weight, int in, int chunk,
-                          int step, int last, thread const float* factor, thread float* acc,
-                          thread float* squares) {
-  uint words[ROWS][BITS > 0 ? BITS : 1];
-  float partial[ROWS][TOKENS] = {}, total[TOKENS] = {};
-  float scale[ROWS], bias[ROWS];
-  int at[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    at[r] = metal::min(r * step, last);
-    scale[r] = 1.0f, bias[r] = 0.0f;
+// What a lane has of ROWS rows of a matrix and of their products with TOKENS rows of x. The rows
+// lie `step` apart, none beyond `last`, which is read again instead. w is quantized to BITS in
+// groups of GROUP, or dense if BITS is 0.
+template <int BITS, int GROUP, int ROWS, int TOKENS, bool CONVERT, typename W, typename S>
+struct Rows {
+  const device W* w;
+  const device S* scales;
+  const device S* biases;
+  int in, step, last;
+  float sums[ROWS][TOKENS];
+  ushort halves[ROWS][BITS > 0 ? 2 * BITS : 1];
+  float scale[ROWS], bias[ROWS], weights[ROWS][8];
+
+  METAL_FUNC int row(int r) const thread { return metal::min(r * step, last); }
+
+  // Begins a chunk.
+  METAL_FUNC void load(int chunk) thread {
     if constexpr (BITS > 0) {
-      load_words<BITS>(w + at[r] * row_elements<BITS>(in) + chunk * BITS, words[r]);
-      const int group = at[r] * (in / GROUP) + chunk / (GROUP / 32);
-      scale[r] = float(scales[group]), bias[r] = float(biases[group]);
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        load_halves<BITS>(w + row(r) * row_elements<BITS>(in) + chunk * BITS, halves[r]);
+        const int group = row(r) * (in / GROUP) + uint(chunk) / (GROUP / 32);
+        scale[r] = float(scales[group]), bias[r] = float(biases[group]);
+      }
     }
   }
-#pragma unroll
-  for (int part = 0; part < 32; part += 8) {
-    float q[ROWS][8], n[8];
+
+  // Makes the weights of eight columns, the first of which is `part` of the chunk.
+  METAL_FUNC void unpack8(int chunk, int part) thread {
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       if constexpr (BITS > 0) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) q[r][i] = unpack<BITS>(words[r], part + i);
+        for (int i = 0; i < 8; i++)
+          weights[r][i] = metal::fma(unpack<BITS, CONVERT>(halves[r], part + i),
+                                     scale[r] * unit<BITS, CONVERT>(part + i), bias[r]);
       } else {
-        load8(w + at[r] * in + chunk * 32 + part, q[r]);
-      }
-    }
-    if (NORM) load8(norm_weight + chunk * 32 + part, n);
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-      float v[8];
-      load8(x + t * in + chunk * 32 + part, v);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        if (NORM) squares[t] = metal::fma(v[i], v[i], squares[t]), v[i] *= n[i];
-        if (BITS > 0) total[t] += v[i];
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) partial[r][t] = metal::fma(q[r][i], v[i], partial[r][t]);
+        load8(w + row(r) * in + chunk * 32 + part, weights[r]);
       }
     }
   }
+
+  // Adds their products with eight numbers of row t of x.
+  METAL_FUNC void multiply(thread const float* x, int t) thread {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
+    for (int i = 0; i < 8; i++)
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++)
-      acc[r * TOKENS + t] += factor[t] * metal::fma(scale[r], partial[r][t], bias[r] * total[t]);
+      for (int r = 0; r < ROWS; r++) sums[r][t] = metal::fma(weights[r][i], x[i], sums[r][t]);
+  }
+};
+
+template <int BITS, int GROUP, int ROWS, int TOKENS, bool CONVERT, typename W, typename S>
+METAL_FUNC Rows<BITS, GROUP, ROWS, TOKENS, CONVERT, W, S> rows_from(
+    const device W* w, const device S* scales, const device S* biases, int in, size_t first,
+    int step, int last) {
+  return {w + first * row_elements<BITS>(in), scales + first * (in / GROUP),
+          biases + first * (in / GROUP), in, step, last};
 }
 
-// The same over all chunks of a lane's share of its rows, the first of which is `row` of w.
-template <int BITS, int GROUP, int ROWS, int TOKENS, int LANES, bool NORM, typename W, typename S,
-          typename X, typename N>
-METAL_FUNC void dot_rows(const device W* w, const device S* scales, const device S* biases,
-                         const device X* x, const device N* norm_weight, int in, size_t row,
-                         int last, int lane, thread const float* factor, thread float* acc,
-                         thread float* squares) {
-  w += row * row_elements<BITS>(in), scales += row * (in / GROUP), biases += row * (in / GROUP);
-  for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES)
-    dot_chunk<BITS, GROUP, ROWS, TOKENS, NORM>(w, scales, biases, x, norm_weight, in, chunk,
-                                               32 / LANES, last, factor, acc, squares);
+// In the place of a second matrix.
+struct NoRows {
+  METAL_FUNC void load(int) thread {}
+  METAL_FUNC void unpack8(int, int) thread {}
+  METAL_FUNC void multiply(thread const float*, int) thread {}
+};
+
+// A kernel is compiled for 1, 2, 4 or 8 rows of x, and runs for as few as half of them and one.
+template <int TOKENS> METAL_FUNC bool has_token(int t, int num_tokens) {
+  return t <= TOKENS / 2 || t < num_tokens;
+}
+
+// Both matrices' rows times all rows of x, over the chunks of a lane, LANES of which share a row.
+// The order in which a row is added up depends on nothing but its length. If NORM, x is times
+// norm_weight, and squares[t] is what its own squares add up to.
+template <int TOKENS, int LANES, bool NORM, typename A, typename B, typename X, typename N>
+METAL_FUNC void multiply_rows(thread A& a, thread B& b, const device X* x,
+                              const device N* norm_weight, int in, int num_tokens, int lane,
+                              thread float* squares) {
+  for (int chunk = lane % LANES; chunk < in / 32; chunk += LANES) {
+    a.load(chunk), b.load(chunk);
+#pragma unroll
+    for (int part = 0; part < 32; part += 8) {
+      const int column = chunk * 32 + part;
+      float n[8];
+      if (NORM) load8(norm_weight + column, n);
+      a.unpack8(chunk, part), b.unpack8(chunk, part);
+#pragma unroll
+      for (int t = 0; t < TOKENS; t++) {
+        if (!has_token<TOKENS>(t, num_tokens)) continue;
+        float v[8];
+        load8(x + t * in + column, v);
+        if (NORM) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) squares[t] = metal::fma(v[i], v[i], squares[t]), v[i] *= n[i];
+        }
+        a.multiply(v, t), b.multiply(v, t);
+      }
+    }
+  }
+}
+
+// The scale of an RMS norm: the lanes of a row of weights have seen all of x on their way.
+template <int LANES> METAL_FUNC float norm_factor(float squares, int in, float eps) {
+  return metal::precise::rsqrt(lane_sum<LANES>(squares) / float(in) + eps);
 }

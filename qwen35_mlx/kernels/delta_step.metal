@@ -1,4 +1,4 @@
-// Up to 8 tokens of one linear attention layer between its projections. A threadgroup has one value
+// Up to TOKENS tokens of one linear attention layer between its projections. A threadgroup has one value
 // head of one sequence; each simdgroup keeps ROWS rows of its state in registers, from the only
 // read to the only write.
 // body
@@ -7,6 +7,7 @@ constexpr int THREADS = 32 * SIMDGROUPS;
 constexpr int GROUP = HV / HK, CHANNELS = 2 * HK * DK + HV * DV;
 threadgroup float q[TOKENS][DK], k[TOKENS][DK], v[TOKENS][DV], o[TOKENS][DV];
 threadgroup float decays[TOKENS], betas[TOKENS];
+const int num_tokens = qkv_shape[1];
 const int head = int(threadgroup_position_in_grid.y), batch = int(threadgroup_position_in_grid.z);
 const int simdgroup = int(simdgroup_index_in_threadgroup);
 const int lane = int(thread_index_in_simdgroup);
@@ -19,8 +20,7 @@ const bool has_share = lane * PER_LANE < DK;
 float s[ROWS][PER_LANE] = {};
 if (has_share) {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
-    for (int i = 0; i < PER_LANE; i++) s[r][i] = state[state_at + r * DK + i];
+  for (int r = 0; r < ROWS; r++) load_lane<PER_LANE>(state + state_at + r * DK, s[r]);
 }
 
 for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
@@ -32,8 +32,8 @@ for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
   for (int j = 0; j < TAPS; j++) taps[j] = float(conv_weight[channel * TAPS + j]);
   for (int j = 0; j < TAPS - 1; j++)
     window[j] = float(conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel]);
-  for (int t = 0; t < TOKENS; t++) {
-    const int token = batch * TOKENS + t;
+  for (int t = 0; t < num_tokens; t++) {
+    const int token = batch * num_tokens + t;
     const bool pad = MASKED && !bool(mask[token]);
     window[TAPS - 1] = pad ? 0.0f : float(qkv[token * CHANNELS + channel]);
     float sum = 0.0f;
@@ -49,8 +49,8 @@ for (int i = simdgroup * 32 + lane; i < 2 * DK + DV; i += THREADS) {
     for (int j = 0; j < TAPS - 1; j++)
       new_conv_state[(batch * (TAPS - 1) + j) * CHANNELS + channel] = T(window[j]);
 }
-if (simdgroup == 0 && lane < TOKENS) {
-  const int token = batch * TOKENS + lane;
+if (simdgroup == 0 && lane < num_tokens) {
+  const int token = batch * num_tokens + lane;
   const bool pad = MASKED && !bool(mask[token]);
   const float dt = softplus(float(a[token * HV + head]) + float(dt_bias[head]));
   const float rate = metal::precise::exp(float(A_log[head]));
@@ -60,9 +60,9 @@ if (simdgroup == 0 && lane < TOKENS) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int row = simdgroup; row < 2 * TOKENS; row += SIMDGROUPS) {
-  const bool is_q = row < TOKENS;
-  threadgroup float* x = is_q ? q[row] : k[row - TOKENS];
+for (int row = simdgroup; row < 2 * num_tokens; row += SIMDGROUPS) {
+  const bool is_q = row < num_tokens;
+  threadgroup float* x = is_q ? q[row] : k[row - num_tokens];
   float squares = 0.0f;
   for (int i = lane; i < DK; i += 32) squares = metal::fma(x[i], x[i], squares);
   float scale = metal::precise::rsqrt(simd_sum(squares) + 1e-6f);
@@ -71,7 +71,7 @@ for (int row = simdgroup; row < 2 * TOKENS; row += SIMDGROUPS) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int t = 0; t < TOKENS; t++) {
+for (int t = 0; t < num_tokens; t++) {
   const float decay = decays[t], beta = betas[t];
   float key[PER_LANE] = {}, query[PER_LANE] = {}, kq = 0.0f;
   for (int i = 0; has_share && i < PER_LANE; i++) {
@@ -96,16 +96,15 @@ for (int t = 0; t < TOKENS; t++) {
 }
 if (has_share) {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++)
-    for (int i = 0; i < PER_LANE; i++) new_state[state_at + r * DK + i] = s[r][i];
+  for (int r = 0; r < ROWS; r++) store_lane<PER_LANE>(new_state + state_at + r * DK, s[r]);
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-for (int t = simdgroup; t < TOKENS; t += SIMDGROUPS) {
+for (int t = simdgroup; t < num_tokens; t += SIMDGROUPS) {
   float squares = 0.0f;
   for (int i = lane; i < DV; i += 32) squares = metal::fma(o[t][i], o[t][i], squares);
   const float scale = metal::precise::rsqrt(simd_sum(squares) / DV + eps);
-  const int at = ((batch * TOKENS + t) * HV + head) * DV;
+  const int at = ((batch * num_tokens + t) * HV + head) * DV;
   for (int i = lane; i < DV; i += 32)
     out[at + i] = T(o[t][i] * scale * float(norm_weight[i]) * silu(float(z[at + i])));
 }

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .gated_delta_rule import gated_delta_rule
-from .matrix import FLOATS, MAX_ROWS
+from .matrix import FLOATS, MAX_ROWS, token_class
 from .metal import NONE, KernelSet, kernel
 
 L2_EPS = 1e-6
@@ -143,7 +143,7 @@ def delta_step_kernel(
         ],
         template=[
             ("T", z.dtype),
-            ("TOKENS", num_tokens),
+            ("TOKENS", token_class(num_tokens)),
             ("TAPS", conv_weight.shape[1]),
             ("HK", (channels - z.shape[-1]) // (2 * key_head_dim)),
             ("HV", num_value_heads),

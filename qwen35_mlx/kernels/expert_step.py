@@ -5,11 +5,22 @@ A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
+from .matrix import (
+    CONVERT,
+    FLOATS,
+    MAX_ROWS,
+    Matrix,
+    lanes_per_row,
+    matrices,
+    names,
+    rows_per_simdgroup,
+    token_class,
+)
 from .metal import NONE, KernelSet, Template, kernel
 from .router import Routing
 
@@ -21,18 +32,20 @@ def expert_gate_up(
     shared: nn.Module,
     routing: Routing | None = None,
     routed: nn.Module | None = None,
+    norm: nn.RMSNorm | None = None,
     kernels: KernelSet = NONE,
 ) -> list[mx.array]:
     """silu(gate) * up of the shared expert, `[N, Is]`, and of the chosen ones, `[N, K, I]`.
 
-    x `[N, H]`; shared and routed hold gate_proj, up_proj and down_proj, routed as stacks; without
-    routing the first alone.
+    x `[N, H]`, to be normalised by `norm`; shared and routed hold gate_proj, up_proj and down_proj,
+    routed as stacks; without routing the first alone.
     """
     if "expert_gate_up" in kernels and x.shape[0] <= MAX_ROWS and x.dtype in FLOATS:
         mlps = [shared] if routed is None else [shared, routed]
         weights = matrices([proj for mlp in mlps for proj in (mlp.gate_proj, mlp.up_proj)])
         if weights is not None:
-            return expert_gate_up_kernel(x, weights[:2], routing, weights[2:])
+            return expert_gate_up_kernel(x, weights[:2], routing, weights[2:], norm)
+    x = x if norm is None else norm(x)
     outputs = [nn.silu(shared.gate_proj(x)) * shared.up_proj(x)]
     if routing is not None and routed is not None:
         rows = x[:, None, None, :]
@@ -68,10 +81,13 @@ def expert_gate_up_kernel(
     shared: Sequence[Matrix],
     routing: Routing | None = None,
     routed: Sequence[Matrix] = (),
+    norm: nn.RMSNorm | None = None,
 ) -> list[mx.array]:
     """The same for N up to 8, in one dispatch."""
     num_tokens = x.shape[0]
-    inputs, num_pairs = [x], 0
+    # Without a norm anything fills its place.
+    inputs: list[Any] = [x, x, 0.0] if norm is None else [x, norm.weight, norm.eps]
+    num_pairs = 0
     prefixes: tuple[str, ...] = ("shared_gate", "shared_up")
     shapes: list[tuple[int, ...]] = [(num_tokens, shared[0].out_dims)]
     if routing is not None:
@@ -80,29 +96,40 @@ def expert_gate_up_kernel(
         shapes.append((*routing.indices.shape, routed[0].out_dims))
         num_pairs = routing.indices.size
     weights = dict(zip(prefixes, [*shared, *routed], strict=True))
-    template, per_group = _tiling(weights, num_tokens, x.shape[1], num_pairs // num_tokens)
-    blocks = -(-max(shape[-1] for shape in shapes) // per_group)
+    # A row of each of the two matrices counts twice.
+    rows, routed_rows = rows_per_simdgroup(num_tokens) // 2, 2
+    lanes = lanes_per_row(x.shape[1])
+    blocks = max(
+        -(-shape[-1] // (SIMDGROUPS * n * (32 // lanes)))
+        for shape, n in zip(shapes, (rows, routed_rows), strict=False)
+    )
     return kernel(
         "expert_gate_up",
-        ("x", "indices")[: len(inputs)] + names(*prefixes),
+        ("x", "norm_weight", "eps", "indices")[: len(inputs)] + names(*prefixes),
         ("shared_out", "routed_out")[: len(shapes)],
         label="expert_gate_up" if routing else "expert_gate_up_dense",
         generated=ROUTED_GATE_UP if routing else "",
     )(
         inputs=[*inputs, *(a for w in weights.values() for a in w.arrays)],
-        template=template,
+        template=[
+            *_template(weights, num_tokens, lanes, num_pairs // num_tokens),
+            ("ROWS", rows),
+            ("ROUTED_ROWS", routed_rows),
+            ("NORM", norm is not None),
+        ],
         grid=(blocks * SIMDGROUPS * 32, 1 + num_pairs, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=shapes,
-        output_dtypes=[x.dtype] * len(shapes),
+        output_dtypes=[x.dtype if norm is None else mx.result_type(x, norm.weight)] * len(shapes),
     )
 
 
 ROUTED_GATE_UP = """
 const int out = gate_w_shape[1];
-swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROWS, 1, LANES>(
+swiglu<gate_BITS, gate_GROUP, up_BITS, up_GROUP, ROUTED_ROWS, 1, LANES, NORM, CONVERT>(
     gate_w, gate_scales, gate_biases, up_w, up_scales, up_biases, x + (pair - 1) / K * in,
-    routed_out + (pair - 1) * out, in, out, size_t(indices[pair - 1]), first, lane);
+    norm_weight, eps, routed_out + (pair - 1) * out, in, out, 1, int(indices[pair - 1]), block,
+    lane);
 """
 
 
@@ -118,12 +145,9 @@ def expert_down_kernel(
     # Without routing K is 0, and what is not read is filled by anything.
     weights = {"shared": shared, "down": routed[0] if routed else shared}
     chosen = routing or (residual, residual, residual)
-    template, per_group = _tiling(
-        weights,
-        num_tokens,
-        max(h.shape[-1] for h in hidden),
-        routing.indices.shape[1] if routing else 0,
-    )
+    rows, lanes = rows_per_simdgroup(num_tokens), lanes_per_row(max(h.shape[-1] for h in hidden))
+    per_token = routing.indices.shape[1] if routing else 0
+    blocks = -(-width // (SIMDGROUPS * rows * (32 // lanes)))
     (y,) = kernel(
         "expert_down",
         ("residual", "shared_in", "routed_in", *Routing._fields, *names(*weights)),
@@ -133,8 +157,12 @@ def expert_down_kernel(
             *(residual, hidden[0], hidden[-1], *chosen),
             *(a for w in weights.values() for a in w.arrays),
         ],
-        template=[("T", residual.dtype), *template],
-        grid=(-(-width // per_group) * SIMDGROUPS * 32, 1, 1),
+        template=[
+            ("T", residual.dtype),
+            *_template(weights, num_tokens, lanes, per_token),
+            ("ROWS", rows),
+        ],
+        grid=(blocks * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[residual.shape],
         output_dtypes=[residual.dtype],
@@ -142,13 +170,8 @@ def expert_down_kernel(
     return y
 
 
-def _tiling(
-    weights: dict[str, Matrix], num_tokens: int, in_dims: int, per_token: int
-) -> tuple[Template, int]:
-    """Template arguments, and how many rows a threadgroup makes."""
-    # Twice as many accumulators with more tokens would spill.
-    rows, lanes = 2 if num_tokens <= 2 else 1, lanes_per_row(in_dims)
+def _template(weights: dict[str, Matrix], num_tokens: int, lanes: int, per_token: int) -> Template:
+    """Template arguments that both kernels have."""
     template = [t for prefix, w in weights.items() for t in w.template(prefix)]
-    template += [("ROWS", rows), ("TOKENS", num_tokens), ("LANES", lanes)]
-    template += [("SIMDGROUPS", SIMDGROUPS), ("K", per_token)]
-    return template, SIMDGROUPS * rows * (32 // lanes)
+    template += [("TOKENS", token_class(num_tokens)), ("LANES", lanes), ("K", per_token)]
+    return [*template, ("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]

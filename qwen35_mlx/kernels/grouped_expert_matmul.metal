@@ -17,10 +17,10 @@ METAL_FUNC void dequantize_32(threadgroup T* to, const device W* from, float sca
       for (uint e = 0; e < 4; e++) to[i + e] = T(float(quad[e]));
     }
   } else {
-    uint words[BITS];
-    load_words<BITS>(from, words);
+    ushort halves[2 * BITS];
+    load_halves<BITS>(from, halves);
 #pragma unroll
-    for (uint i = 0; i < 32; i++) to[i] = T(metal::fma(unpack<BITS>(words, i), scale, bias));
+    for (uint i = 0; i < 32; i++) to[i] = T(metal::fma(unpack<BITS>(halves, i), scale, bias));
   }
 }
 

@@ -13,6 +13,9 @@ from .metal import Template
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
 # Most rows of activations for which a decode kernel keeps its sums in registers.
 MAX_ROWS = 8
+# True: kernels convert integers to floats. False: they set bits of a mantissa, which takes fewer
+# issue slots and gives the same numbers. To be changed if a Mac measures otherwise.
+CONVERT = False
 # Columns that one lane takes at a time; MLX passes smaller arrays than this in another way.
 CHUNK, MIN_ELEMENTS = 32, 8
 
@@ -65,6 +68,16 @@ def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
     """All of them, or None if one of them is for no kernel."""
     found = [m for m in map(matrix, modules) if m is not None]
     return found if len(found) == len(modules) else None
+
+
+def token_class(num_tokens: int) -> int:
+    """For how many rows of activations a kernel is compiled that runs for so many."""
+    return 1 << (num_tokens - 1).bit_length()
+
+
+def rows_per_simdgroup(num_tokens: int) -> int:
+    """How many rows of weights share what is loaded of x, with registers for all sums."""
+    return 4 if num_tokens <= 4 else 2
 
 
 def lanes_per_row(in_dims: int) -> int:

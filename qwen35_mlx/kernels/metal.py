@@ -17,7 +17,6 @@ from ..errors import Qwen35Error
 
 # Every operation with a kernel, by the name under which it is chosen and its result is stored.
 DECODE_OPS = (
-    "residual_norm",
     "projection",
     "delta_step",
     "qk_norm_rope",
@@ -32,6 +31,15 @@ OPS = DECODE_OPS + PREFILL_OPS
 KernelSet = frozenset[str]
 NONE: KernelSet = frozenset()
 Template = list[tuple[str, Any]]
+# Of one kernel; Metal has no more.
+MAX_BUFFERS = 31
+# Sums and exact subtractions must not be rearranged, whatever MLX's default is. Older versions of
+# MLX have no such option and compile in this mode.
+OPTIONS: dict[str, Any] = (
+    {"compile_options": {"math_mode": "safe"}}
+    if "compile_options" in (mx.fast.metal_kernel.__doc__ or "")
+    else {}
+)
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
 
@@ -62,6 +70,16 @@ def kernel(
     `label` is the kernel's own name, and must tell apart what differs in these.
     """
     functions, body = _read(name)
+    source = body + generated
+    # MLX passes the shape of an input as a buffer of its own where the source names it.
+    shapes = [f"{n}_{part}" for n in input_names for part in ("shape", "strides", "ndim")]
+    num_buffers = len(input_names) + len(output_names) + sum(s in source for s in shapes)
+    if num_buffers > MAX_BUFFERS:
+        raise Qwen35Error(
+            f"kernel {label or name} takes too many arrays at once",
+            got=f"{num_buffers} buffers",
+            expected=f"at most {MAX_BUFFERS}",
+        )
     # Typed as object by MLX.
     make: Any = mx.fast.metal_kernel
     return make(
@@ -69,7 +87,8 @@ def kernel(
         input_names=list(input_names),
         output_names=list(output_names),
         header=_read("common")[0] + functions,
-        source=body + generated,
+        source=source,
+        **OPTIONS,
     )
 
 

@@ -81,14 +81,6 @@ def naive_rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     return x / mx.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight.astype(mx.float32)
 
 
-def naive_residual_norm(
-    x: mx.array, delta: mx.array, weight: mx.array, eps: float
-) -> tuple[mx.array, mx.array]:
-    """`x + delta`, rounded to x's type, and its norm in fp32."""
-    total = (x.astype(mx.float32) + delta.astype(mx.float32)).astype(x.dtype)
-    return total, naive_rms_norm(total, weight, eps)
-
-
 def naive_delta_step(
     qkv: mx.array,
     z: mx.array,

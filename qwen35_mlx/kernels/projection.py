@@ -9,12 +9,22 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .matrix import FLOATS, MAX_ROWS, Matrix, lanes_per_row, matrices, names
+from .matrix import (
+    CONVERT,
+    FLOATS,
+    MAX_ROWS,
+    Matrix,
+    lanes_per_row,
+    matrices,
+    names,
+    rows_per_simdgroup,
+    token_class,
+)
 from .metal import NONE, KernelSet, kernel
 
 SIMDGROUPS = 2
-# From so many rows of weights on, there are simdgroups enough for four rows each.
-MANY_ROWS = 8192
+# With fewer rows of weights, simdgroups of few rows each, so that more of them run.
+FEW_ROWS = 2048
 
 
 def project(
@@ -23,20 +33,26 @@ def project(
     kernels: KernelSet = NONE,
     *,
     norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
     dtype: mx.Dtype | None = None,
 ) -> list[mx.array]:
-    """`[..., H]`, after `norm`, times each of the modules' weights.
+    """`[..., H]`, after `norm`, times each of the modules' weights, plus `residual`.
 
-    Of type `dtype`, or of what x, the norm's weight and the module's promote to.
+    Of type `dtype`, or of what x, the residual, the norm's weight and the module's promote to.
     """
     rows = x.size // x.shape[-1]
     if "projection" in kernels and rows <= MAX_ROWS and x.dtype in FLOATS:
         weights = matrices(modules)
         if weights is not None:
-            outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm)
+            if residual is not None:
+                residual = residual.reshape(rows, -1)
+            outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm, residual)
             return [y.reshape(*x.shape[:-1], -1) for y in outputs]
     x = x if norm is None else norm(x)
-    return [module(x) if dtype is None else module(x).astype(dtype) for module in modules]
+    outputs = [module(x) for module in modules]
+    if residual is not None:
+        outputs = [residual + y for y in outputs]
+    return outputs if dtype is None else [y.astype(dtype) for y in outputs]
 
 
 def project_kernel(
@@ -44,36 +60,41 @@ def project_kernel(
     weights: Sequence[Matrix],
     dtype: mx.Dtype | None = None,
     norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
 ) -> list[mx.array]:
-    """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix."""
+    """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix, residual `[N, out]` added."""
     num_rows = x.shape[0]
+    # Dense ones are four times as much for a simdgroup: first, or they are what is waited for.
+    order = sorted(range(len(weights)), key=lambda i: weights[i].bits > 0)
+    weights = [weights[i] for i in order]
     lanes = lanes_per_row(x.shape[1])
     out_dims = [w.out_dims for w in weights]
-    many = num_rows == 1 and sum(out_dims) >= MANY_ROWS
-    rows = 4 if many else 2 if num_rows <= 4 else 1
+    rows = 2 if sum(out_dims) < FEW_ROWS else rows_per_simdgroup(num_rows)
     per_group = SIMDGROUPS * rows * (32 // lanes)
     template = [t for i, w in enumerate(weights) for t in w.template(f"m{i}")]
-    template += [("ROWS", rows), ("TOKENS", num_rows), ("LANES", lanes)]
-    template += [("NORM", norm is not None), ("SIMDGROUPS", SIMDGROUPS)]
+    template += [("ROWS", rows), ("TOKENS", token_class(num_rows)), ("LANES", lanes)]
+    template += [("NORM", norm is not None), ("RESIDUAL", residual is not None)]
+    template += [("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]
     num_groups = sum(-(-out // per_group) for out in out_dims)
     inputs, outputs, generated = _signature(len(weights))
-    return kernel(
+    activations = [x, *([] if norm is None else [norm.weight])]
+    activations += [] if residual is None else [residual]
+    made = kernel(
         "projection", inputs, outputs, label=f"projection_{len(weights)}", generated=generated
     )(
-        # Without a norm anything fills its place.
+        # Without a norm or a residual anything fills its place.
         inputs=[
             *((x, x, 0.0) if norm is None else (x, norm.weight, norm.eps)),
+            x if residual is None else residual,
             *(a for w in weights for a in w.arrays),
         ],
         template=template,
         grid=(num_groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[(num_rows, out) for out in out_dims],
-        output_dtypes=[
-            dtype or mx.result_type(x if norm is None else norm.weight, x, w.arrays[2])
-            for w in weights
-        ],
+        output_dtypes=[dtype or mx.result_type(*activations, w.arrays[2]) for w in weights],
     )
+    return [made[order.index(i)] for i in range(len(order))]
 
 
 @functools.cache
@@ -85,8 +106,8 @@ def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
 {{
   const int out = {m}_w_shape[0];
   if (block * rows_per_group < out) {{
-    project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM>(
-        {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, y{i}, in, out,
+    project<{m}_BITS, {m}_GROUP, ROWS, TOKENS, LANES, NORM, RESIDUAL, CONVERT>(
+        {m}_w, {m}_scales, {m}_biases, x, norm_weight, eps, residual, y{i}, in, out, num_tokens,
         block * rows_per_group + offset, lane);
     return;
   }}
@@ -95,5 +116,5 @@ def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
 """
         for i, m in enumerate(prefixes)
     )
-    inputs = ("x", "norm_weight", "eps", *names(*prefixes))
+    inputs = ("x", "norm_weight", "eps", "residual", *names(*prefixes))
     return inputs, tuple(f"y{i}" for i in range(count)), generated

@@ -17,15 +17,16 @@ const float scale = metal::precise::rsqrt(simd_sum(squares) / D + eps);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 // Rows of the same positions share the tables' rows.
 const size_t angle = size_t(token % (cosines_shape[0] * cosines_shape[1])) * half_dim;
-const int batch = token / TOKENS, t = token % TOKENS;
-const size_t to = is_q ? ((size_t(batch) * HQ + head) * TOKENS + t) * D
-                       : ((size_t(batch) * HK + head - HQ) * TOKENS + t) * D;
+const int num_tokens = q_gate_shape[1], batch = token / num_tokens, t = token % num_tokens;
+const size_t to = is_q ? ((size_t(batch) * HQ + head) * num_tokens + t) * D
+                       : ((size_t(batch) * HK + head - HQ) * num_tokens + t) * D;
 for (int d = lane; d < D; d += 32) {
   float x = values[d];
   if (d < half_dim)
-    x = x * cosines[angle + d] - values[d + half_dim] * sines[angle + d];
+    x = metal::fma(x, cosines[angle + d], -(values[d + half_dim] * sines[angle + d]));
   else if (d < ROTARY)
-    x = x * cosines[angle + d - half_dim] + values[d - half_dim] * sines[angle + d - half_dim];
+    x = metal::fma(x, cosines[angle + d - half_dim],
+                   values[d - half_dim] * sines[angle + d - half_dim]);
   if (is_q) q_out[to + d] = T(x * scale);
   else k_out[to + d] = T(x * scale);
 }

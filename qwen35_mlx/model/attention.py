@@ -109,7 +109,7 @@ class Attention(nn.Module):
         cache: Any | None,
         tables: tuple[mx.array, mx.array] | None = None,
     ) -> mx.array:
-        """`[B, T, hidden]`, to be normalised by `norm` -> the same shape.
+        """x `[B, T, hidden]`, to be normalised by `norm` -> x + attention.
 
         mask as MLX's attention takes it: None, "causal" or an array; tables, cosines and sines
         `[B or 1, T, R / 2]`, override the positions of the cache.
@@ -134,4 +134,5 @@ class Attention(nn.Module):
                     mx.dequantize(w, scales, biases, **settings) for w, scales, biases in (k, v)
                 )
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
-        return project(output_gate(out, q_gate, self.kernels), (self.o_proj,), self.kernels)[0]
+        out = output_gate(out, q_gate, self.kernels)
+        return project(out, (self.o_proj,), self.kernels, residual=x)[0]

@@ -17,7 +17,7 @@ from ..kernels.switch import SwitchGLU
 
 
 class DenseMLP(nn.Module):
-    """`residual + down(silu(gate(x)) * up(x))`."""
+    """`x + down(silu(gate(norm(x))) * up(norm(x)))`."""
 
     kernels: KernelSet = NONE
 
@@ -27,12 +27,11 @@ class DenseMLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """`[..., H]` both -> the same."""
+    def __call__(self, x: mx.array, norm: nn.RMSNorm) -> mx.array:
+        """`[..., H]` -> the same."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = expert_gate_up(rows, self, kernels=self.kernels)
-        residual = residual.reshape(rows.shape)
-        return expert_down(hidden, residual, self, kernels=self.kernels).reshape(x.shape)
+        hidden = expert_gate_up(rows, self, norm=norm, kernels=self.kernels)
+        return expert_down(hidden, rows, self, kernels=self.kernels).reshape(x.shape)
 
 
 class SparseMoE(nn.Module):
@@ -51,17 +50,20 @@ class SparseMoE(nn.Module):
         self.shared_expert = DenseMLP(config.hidden_size, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """residual + experts of x, `[B, T, H]` both -> the same."""
-        rows = x.reshape(-1, x.shape[-1])
-        residual = residual.reshape(rows.shape)
+    def __call__(self, x: mx.array, norm: nn.RMSNorm) -> mx.array:
+        """x + experts of norm(x), `[B, T, H]` -> the same."""
+        residual = rows = x.reshape(-1, x.shape[-1])
+        few = rows.shape[0] <= MAX_ROWS
+        # Two kernels do the norm as they read x; else it is done once for all that follows.
+        fused = norm if few and {"projection", "expert_gate_up"} <= self.kernels else None
+        rows = norm(rows) if fused is None else rows
         logits, shared_logits = project(
-            rows, (self.gate, self.shared_expert_gate), self.kernels, dtype=mx.float32
+            rows, (self.gate, self.shared_expert_gate), self.kernels, norm=fused, dtype=mx.float32
         )
         routing = route(logits, shared_logits, self._num_experts_per_tok, self.kernels)
         routed, shared = self.switch_mlp, self.shared_expert
-        if rows.shape[0] <= MAX_ROWS and self.kernels & {"expert_gate_up", "expert_down"}:
-            hidden = expert_gate_up(rows, shared, routing, routed, self.kernels)
+        if few and self.kernels & {"expert_gate_up", "expert_down"}:
+            hidden = expert_gate_up(rows, shared, routing, routed, fused, self.kernels)
             out = expert_down(hidden, residual, shared, routing, routed, self.kernels)
         else:
             # Many rows are brought together by expert, which the two steps do not do.

@@ -45,7 +45,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(
         self, x: mx.array, norm: nn.RMSNorm, mask: mx.array | None, cache: Any | None
     ) -> mx.array:
-        """`[B, T, hidden]`, to be normalised by `norm` -> the same shape.
+        """x `[B, T, hidden]`, to be normalised by `norm` -> x + the layer's output.
 
         mask `[B, T]` is False at padding, which leaves no trace.
         """
@@ -71,4 +71,4 @@ class GatedDeltaNet(nn.Module):
             cache.advance(num_tokens)
             # Without this the states wait for the end of the step, with every layer's inputs.
             (out,) = mx.depends([out], [conv_state, recurrent_state])
-        return project(out, (self.out_proj,), self.kernels)[0]
+        return project(out, (self.out_proj,), self.kernels, residual=x)[0]

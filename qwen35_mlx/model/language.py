@@ -13,7 +13,6 @@ from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.metal import NONE, KernelSet
-from ..kernels.residual_norm import residual_norm
 from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
@@ -52,14 +51,12 @@ class DecoderLayer(nn.Module):
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
         norm = self.input_layernorm
         if self.is_linear:
-            delta = self.linear_attn(x, norm, mask, cache)
+            x = self.linear_attn(x, norm, mask, cache)
         else:
-            delta = self.self_attn(x, norm, mask, cache, rope_tables)
+            x = self.self_attn(x, norm, mask, cache, rope_tables)
         if last_only:
-            x, delta = x[:, -1:], delta[:, -1:]
-        norm = self.post_attention_layernorm
-        x, normed = residual_norm(x, delta, norm.weight, norm.eps, self.kernels)
-        return self.mlp(normed, x)
+            x = x[:, -1:]
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class Trunk(nn.Module):

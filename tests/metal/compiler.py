@@ -182,9 +182,14 @@ def zig(tool: str, *arguments: str | Path) -> str:
     return (result.stderr or "failed") if result.returncode else ""
 
 
-def built(text: str, suffix: str, make) -> Path:
+def digest_of(function) -> str:
+    """Of the module that a function comes from."""
+    return hashlib.sha256(Path(function.__code__.co_filename).read_bytes()).hexdigest()
+
+
+def built(text: str, suffix: str, make, how: str = "") -> Path:
     """The cached product of a text; `make(source, product)` is called where there is none."""
-    key = hashlib.sha256((shim_digest() + text).encode()).hexdigest()[:32]
+    key = hashlib.sha256((shim_digest() + how + text).encode()).hexdigest()[:32]
     target = cache_folder() / f"{key}{suffix}"
     if not target.exists():
         with tempfile.TemporaryDirectory() as scratch:
@@ -232,26 +237,33 @@ def check(source: Path) -> None:
         raise AddressSpaceError(complaint("".join(errors)))
 
 
-def kernel_library(signature: Signature) -> Path:
-    """The checked and compiled kernel; about 0.3 s, once for a specialisation.
+def compiled(signature: Signature, flags: list[str], count, *, checked: bool = False) -> Path:
+    """The compiled kernel, its intermediate code rewritten by `count`; cached.
 
-    Raises NotMetalError and AddressSpaceError.
+    Raises NotMetalError, and if `checked` AddressSpaceError.
     """
 
     def make(source: Path, product: Path) -> None:
         ir, code = source.with_suffix(".ll"), source.with_suffix(".o")
-        flags = [*COMMON, *CODE, *CHECKED, "-I", SHIM, "-S", "-emit-llvm"]
-        if stderr := zig("clang", *flags, source, "-o", ir):
+        if stderr := zig(
+            "clang", *COMMON, *flags, "-I", SHIM, "-S", "-emit-llvm", source, "-o", ir
+        ):
             raise NotMetalError(complaint(stderr))
-        check(source)
-        ir.write_text(count_float_ops(ir.read_text()))
-        machine = [f for f in CHECKED if f.startswith("-march")]
+        if checked:
+            check(source)
+        ir.write_text(count(ir.read_text()))
+        machine = [f for f in flags if f.startswith("-march")]
         backend = ["-O1", "-fPIC", "-w", "-Xclang", "-disable-llvm-passes", *machine]
         stderr = zig("clang", *backend, "-c", ir, "-o", code)
         if stderr := stderr or zig("cc", *LINK, code, "-lm", "-o", product):
             raise RuntimeError(stderr)
 
-    return built(translation_unit(signature), ".so", make)
+    return built(translation_unit(signature), ".so", make, " ".join(flags) + digest_of(count))
+
+
+def kernel_library(signature: Signature) -> Path:
+    """The checked and compiled kernel; about 0.3 s, once for a specialisation."""
+    return compiled(signature, [*CODE, *CHECKED], count_float_ops, checked=True)
 
 
 FLOAT_OP = re.compile(

@@ -7,6 +7,7 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -74,7 +75,9 @@ class Launch:
     num_threads: int
     num_simd_ops: int
     num_barriers: int
-    num_float_ops: int  # a fused multiply-add is two; without those of simd and matrix operations
+    # A fused multiply-add is two; without those of simd and matrix operations. Or what else the
+    # kernel's library counts.
+    num_float_ops: int
     num_matrix_macs: int
     threadgroup_bytes: int
     traffic: dict[str, Traffic]
@@ -97,11 +100,16 @@ def _runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-def _compiled(signature: Signature) -> ctypes.CDLL:
-    check_names(signature)
-    library = kernel_library(signature)
+def load(library: Path) -> ctypes.CDLL:
+    """A compiled kernel, beside the runtime."""
     _runtime()
     return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def _compiled(signature: Signature) -> ctypes.CDLL:
+    check_names(signature)
+    return load(kernel_library(signature))
 
 
 def _strided(array: mx.array) -> np.ndarray:
@@ -183,7 +191,7 @@ class EmulatedKernel:
                 f"grid {tuple(grid)}; from 1 to {MAX_THREADS} can run"
             )
         try:
-            library = _compiled(signature)
+            library = self._library(signature)
         except errors.EmulatorError as error:
             raise type(error)(f"{self.name}: {error}") from None
         if self.ensure_row_contiguous:
@@ -218,6 +226,9 @@ class EmulatedKernel:
             mx.array(o).view(d).reshape(s)
             for o, d, s in zip(results[0], output_dtypes, shapes, strict=True)
         ]
+
+    def _library(self, signature: Signature) -> ctypes.CDLL:
+        return _compiled(signature)
 
     def _run(
         self, library, signature, constants, outputs, grid, threadgroup, order, initialised
@@ -279,7 +290,9 @@ def _blank(shape, dtype: mx.Dtype, init_value, order: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def emulated(*, metal_available: bool = False) -> Iterator[Log]:
+def emulated(
+    kernel: type[EmulatedKernel] = EmulatedKernel, *, metal_available: bool = False
+) -> Iterator[Log]:
     """Runs every kernel made and called inside on the emulator, and yields the log of launches.
 
     Arrays are evaluated as a kernel meets them, so mx.compile is switched off.
@@ -287,7 +300,7 @@ def emulated(*, metal_available: bool = False) -> Iterator[Log]:
     """
     log = Log()
     saved = mx.fast.metal_kernel, mx.metal.is_available
-    mx.fast.metal_kernel = functools.partial(EmulatedKernel, log=log)
+    mx.fast.metal_kernel = functools.partial(kernel, log=log)
     if metal_available:
         mx.metal.is_available = lambda: True
     mx.disable_compile()

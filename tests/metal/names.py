@@ -86,7 +86,11 @@ def _defined(text: str) -> set[str]:
 
 def check_names(signature: Signature) -> None:
     """Raises NotMetalError for a name that is neither the kernel's own, nor MLX's, nor Metal's."""
-    own = without_comments(signature.header + signature.body)
+    text = signature.header + signature.body
+    if not text.isascii():
+        # MLX makes an ASCII string of it, comments included.
+        raise NotMetalError(f"not ASCII: {', '.join(sorted({c for c in text if c > '~'}))}")
+    own = without_comments(text)
     own = re.sub(r'#include[^\n]*|"[^"\n]*"|\[\[[^\]]*\]\]', "", own)
     words = set(WORD.findall(own))
     outlaws = sorted(

@@ -1,33 +1,32 @@
 """Every decode kernel against its naive form, from its very source, over random cases.
 
 A test is one specialisation of a kernel, drawn by its number; the cases in it are random sizes and
-numbers. Bits, groups and types are dealt out so that each combination comes up.
+numbers. Everyday one case of each kernel runs, the slow tests run 300.
 """
 
 import itertools
-import math
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from everyday import everyday
+from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 from metal.emulator import emulated
-from mlx_lm.models.switch_layers import SwitchLinear
 
-from qwen35_mlx.kernels import metal, naive, projection
+from qwen35_mlx.kernels import expert_step, metal, naive, projection
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
-from qwen35_mlx.kernels.delta_step import HEAD_DIMS, DeltaParameters, delta_step_kernel
+from qwen35_mlx.kernels.delta_step import DeltaParameters, delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
-from qwen35_mlx.kernels.matrix import BITS, GROUP_SIZES, matrix
-from qwen35_mlx.kernels.residual_norm import residual_norm_kernel
+from qwen35_mlx.kernels.matrix import matrix
 from qwen35_mlx.kernels.router import route_kernel
 
 # Largest relative RMS error; the 16-bit types round only what is returned.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
-DTYPES = list(TOLERANCE)
-DENSE = (0, 32)
-FORMATS = [*itertools.product(BITS, GROUP_SIZES), DENSE, DENSE]
+
+
+def deal(specialisations: int, cases: int, everyday: int = 0):
+    """One case of one specialisation, and as slow tests that many cases of each."""
+    slow = [pytest.param(n, cases, marks=pytest.mark.slow) for n in range(specialisations)]
+    return pytest.mark.parametrize(("number", "cases"), [(everyday, 1), *slow])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,60 +37,6 @@ def log():
     metal.clear()
 
 
-class Draw:
-    """Random numbers of one specialisation; what is dealt comes round again by its number."""
-
-    def __init__(self, number: int):
-        self.number = number
-        self.rng = np.random.default_rng(number)
-        self.dtype = DTYPES[number % 3]
-        self.weight_dtype = DTYPES[number // 3 % 3]
-        # Half of them are single rows, the case that counts.
-        self.num_tokens = 1 if number % 2 else int(self.rng.integers(1, 9))
-
-    def formats(self, count: int) -> list[tuple[int, int]]:
-        order = np.random.default_rng(0).permutation(len(FORMATS))
-        return [FORMATS[order[(self.number * count + i) % len(FORMATS)]] for i in range(count)]
-
-    def integer(self, low: int, high: int) -> int:
-        return int(self.rng.integers(low, high + 1))
-
-    def normal(self, *shape: int, dtype: mx.Dtype | None = None, scale: float = 1.0) -> mx.array:
-        values = self.rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
-        return mx.array(values).astype(dtype or self.dtype)
-
-    def linear(self, out: int, width: int, form: tuple[int, int], experts: int = 0):
-        """A layer and its dense weight in fp32."""
-        layer = (
-            SwitchLinear(width, out, experts, bias=False)
-            if experts
-            else nn.Linear(width, out, bias=False)
-        )
-        weight = self.normal(*layer.weight.shape, dtype=self.weight_dtype, scale=width**-0.5)
-        bits, group_size = form
-        layer.weight = weight
-        if not bits:
-            return layer, weight.astype(mx.float32)
-        layer = layer.to_quantized(group_size, bits)
-        dense = mx.dequantize(
-            layer.weight,
-            *(x.astype(mx.float32) for x in (layer.scales, layer.biases)),
-            group_size=group_size,
-            bits=bits,
-        )
-        return layer, dense
-
-    def width(self, forms: list[tuple[int, int]], chunks: tuple[int, int]) -> int:
-        """Columns that all formats divide, of a number of chunks in the half-open range."""
-        step = math.lcm(*(group for _, group in forms))
-        return step * self.integer(max(1, -(-chunks[0] * 32 // step)), chunks[1] * 32 // step)
-
-
-def chunk_range(number: int) -> tuple[int, int]:
-    """Numbers of chunks that one specialisation's lanes take; the last is several rounds."""
-    return [(1, 4), (9, 16), (17, 36), (5, 8)][number % 4]
-
-
 def assert_close(got: mx.array, want: mx.array, tolerance: float) -> None:
     assert got.shape == want.shape
     a, b = np.array(got.astype(mx.float32)), np.array(want.astype(mx.float32))
@@ -99,67 +44,55 @@ def assert_close(got: mx.array, want: mx.array, tolerance: float) -> None:
     assert np.sqrt(np.mean((a - b) ** 2)) <= tolerance * np.sqrt(np.mean(b**2))
 
 
-@pytest.mark.parametrize("number", everyday(range(20), 0, 3))
-def test_projection(number, monkeypatch):
+@deal(20, 15, everyday=2)
+def test_projection(number, cases, monkeypatch):
     draw = Draw(number)
-    if number % 4 == 3:
-        # As if there were rows enough for four in a simdgroup.
-        monkeypatch.setattr(projection, "MANY_ROWS", 1)
+    # Both numbers of rows in a simdgroup, and both ways to make a float.
+    monkeypatch.setattr(projection, "FEW_ROWS", 1 if number % 5 < 3 else 1000)
+    monkeypatch.setattr(projection, "CONVERT", number % 7 == 3)
     forms = draw.formats(1 + number % 4)
-    for case in range(11):
+    for case in range(cases):
         width = draw.width(forms, chunk_range(number))
         x = draw.normal(draw.num_tokens, width)
-        norm = None
-        if number % 3 == 0:
-            norm = nn.RMSNorm(width, eps=1e-5)
-            norm.weight = draw.normal(width, dtype=draw.weight_dtype)
+        norm = draw.norm(width)
         # The smallest of 8 elements at least, from one row on.
         outs = [draw.integer(max(1, -(-8 * group // width)), 45) for _, group in forms]
         pairs = [draw.linear(out, width, form) for out, form in zip(outs, forms, strict=True)]
         weights = [matrix(layer) for layer, _ in pairs]
         # Asked for, or the widest of what takes part.
         dtype = mx.float32 if case % 2 else None
-        got = projection.project_kernel(x, weights, dtype, norm)
+        residual = draw.normal(draw.num_tokens, outs[0]) if len(outs) == 1 and case % 3 else None
+        got = projection.project_kernel(x, weights, dtype, norm, residual)
         truth = x if norm is None else naive.naive_rms_norm(x, norm.weight, norm.eps)
         widest = mx.result_type(draw.normal(1), draw.normal(1, dtype=draw.weight_dtype))
         for a, b in zip(got, naive.naive_project(truth, [w for _, w in pairs]), strict=True):
             assert a.dtype == (dtype or widest)
+            b = b if residual is None else b + residual.astype(mx.float32)
             assert_close(a, b, TOLERANCE[a.dtype])
 
 
-NUM_EXPERTS = 5
-
-
-def random_routing(draw: Draw) -> Routing:
-    per_token = 1 + draw.number % 4
-    indices = np.stack(
-        [draw.rng.permutation(NUM_EXPERTS)[:per_token] for _ in range(draw.num_tokens)]
-    )
-    return Routing(
-        mx.array(indices.astype(np.uint32)),
-        mx.array(draw.rng.random((draw.num_tokens, per_token), dtype=np.float32)),
-        mx.array(draw.rng.random((draw.num_tokens, 1), dtype=np.float32)),
-    )
-
-
-@pytest.mark.parametrize("number", everyday(range(20), 1))
-def test_expert_gate_up(number):
+@deal(20, 15, everyday=2)
+def test_expert_gate_up(number, cases, monkeypatch):
+    monkeypatch.setattr(expert_step, "CONVERT", number % 7 == 3)
     draw = Draw(number)
     forms = draw.formats(4)
-    for _ in range(11):
-        routing = random_routing(draw)
+    for _ in range(cases):
+        routing = draw.routing()
         width = draw.width(forms, chunk_range(number))
         x = draw.normal(draw.num_tokens, width)
         inner, shared_inner = draw.integer(8, 40), draw.integer(8, 40)
         routed = [draw.linear(inner, width, form, NUM_EXPERTS) for form in forms[:2]]
         shared = [draw.linear(shared_inner, width, form) for form in forms[2:]]
         has_routing = number % 5 != 4
+        norm = draw.norm(width, every=2)
         got = expert_gate_up_kernel(
             x,
             [matrix(layer) for layer, _ in shared],
             routing if has_routing else None,
             [matrix(layer) for layer, _ in routed] if has_routing else [],
+            norm,
         )
+        x = x if norm is None else naive.naive_rms_norm(x, norm.weight, norm.eps)
         want = [naive.naive_gate_up(x, *(w for _, w in shared))]
         if has_routing:
             gate, up = (w for _, w in routed)
@@ -174,15 +107,16 @@ def test_expert_gate_up(number):
                 )
             )
         for a, b in zip(got, want, strict=True):
-            assert_close(a, b, TOLERANCE[draw.dtype])
+            assert_close(a, b, TOLERANCE[a.dtype])
 
 
-@pytest.mark.parametrize("number", everyday(range(20), 1))
-def test_expert_down(number):
+@deal(20, 15, everyday=2)
+def test_expert_down(number, cases, monkeypatch):
+    monkeypatch.setattr(expert_step, "CONVERT", number % 7 == 3)
     draw = Draw(number)
     forms = draw.formats(2)
-    for _ in range(11):
-        routing = random_routing(draw)
+    for _ in range(cases):
+        routing = draw.routing()
         low, high = chunk_range(number)
         inner = draw.width(forms[:1], (low, high))
         # Narrower than the routed ones, or as wide.
@@ -217,40 +151,12 @@ def test_expert_down(number):
         assert_close(got, residual.astype(mx.float32) + want, TOLERANCE[draw.dtype])
 
 
-@pytest.mark.parametrize("number", everyday(range(24), 0, 1))
-def test_delta_step(number):
+@deal(24, 13, everyday=10)
+def test_delta_step(number, cases):
     draw = Draw(number)
-    dims = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
-    key_dim, value_dim = dims[(number * 7) % len(dims)]
-    # Each with one token and with several, with and without a mask.
-    key_heads, group = [(2, 1), (1, 3), (2, 2), (3, 2)][number // 2 % 4]
-    value_heads, taps = key_heads * group, 4 if number % 3 else draw.integer(2, 4)
     num_tokens = 1 if number % 2 else draw.integer(2, 8)
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
-    for _ in range(9):
-        batch = draw.integer(1, 3)
-        parameters = DeltaParameters(
-            draw.normal(channels, taps, 1),
-            draw.normal(value_heads, dtype=mx.float32),
-            draw.normal(value_heads),
-            draw.normal(value_dim),
-            1e-6,
-        )
-        mask = None
-        if number % 3 == 1:
-            # Padding on the left, up to all of a row.
-            padding = draw.rng.integers(0, num_tokens + 1, (batch, 1))
-            mask = mx.array(np.arange(num_tokens) >= padding)
-        arguments = (
-            draw.normal(batch, num_tokens, channels),
-            draw.normal(batch, num_tokens, value_heads * value_dim),
-            draw.normal(batch, num_tokens, value_heads),
-            draw.normal(batch, num_tokens, value_heads),
-            draw.normal(batch, taps - 1, channels),
-            draw.normal(batch, value_heads, value_dim, key_dim, dtype=mx.float32, scale=0.3),
-            parameters,
-            mask,
-        )
+    for _ in range(cases):
+        arguments = draw.delta(draw.integer(1, 3), num_tokens)
         out, conv_state, state = delta_step_kernel(*arguments)
         want_out, want_conv_state, want_state = naive.naive_delta_step(*arguments)
         assert out.dtype == conv_state.dtype == draw.dtype
@@ -259,12 +165,12 @@ def test_delta_step(number):
         assert_close(state, want_state, 1e-5)
 
 
-@pytest.mark.parametrize("number", everyday(range(11), 3))
-def test_router(number):
+@deal(11, 28, everyday=7)
+def test_router(number, cases):
     draw = Draw(number)
     num_experts = [4, 31, 33, 60, 64, 128, 256, 512, 512, 512, 1024][number]
     per_token = min(num_experts, [1, 2, 8, 10, 4, 8, 32, 10, 10, 10, 7][number])
-    for _ in range(19):
+    for _ in range(cases):
         rows = draw.integer(1, 8)
         logits, shared = draw.normal(rows, num_experts, scale=3), draw.normal(rows, 1)
         indices, scores, shared_scores = route_kernel(logits, shared, per_token)
@@ -288,33 +194,13 @@ def test_router_takes_experts_that_exist_whatever_the_logits_are():
     assert indices[2].tolist() == list(range(5, 13))
 
 
-@pytest.mark.parametrize("number", everyday(range(6), 1))
-def test_residual_norm(number):
-    draw = Draw(number)
-    weight_dtype = DTYPES[number // 2 % 3]
-    for case in range(36):
-        # One in nine as wide as real models are.
-        width = draw.integer(2049, 4200) if case % 9 == 8 else draw.integer(8, 700)
-        shape = (draw.integer(1, 2), draw.integer(1, 4), width)
-        x, delta = draw.normal(*shape), draw.normal(*shape)
-        weight = draw.normal(shape[-1], dtype=weight_dtype)
-        total, normed = residual_norm_kernel(x, delta, weight, 1e-6)
-        want_total, want_normed = naive.naive_residual_norm(x, delta, weight, 1e-6)
-        assert mx.array_equal(total, want_total)
-        assert_close(normed, want_normed, TOLERANCE[draw.dtype])
-
-
-# Heads, key heads, head dim, rotated dims.
-HEADS = [(3, 1, 32, 8), (4, 2, 64, 64), (2, 2, 128, 32), (8, 2, 256, 64), (3, 1, 24, 12)]
-
-
-@pytest.mark.parametrize("number", everyday(range(10), 1))
-def test_qk_norm_rope(number):
+@deal(10, 30, everyday=2)
+def test_qk_norm_rope(number, cases):
     draw = Draw(number)
     num_heads, num_kv_heads, dim, rotary = HEADS[number % len(HEADS)]
     num_tokens = 1 if number % 2 else draw.integer(2, 5)
     frequencies = mx.array(1e7 ** -(np.arange(0, rotary, 2) / rotary).astype(np.float32))
-    for case in range(21):
+    for case in range(cases):
         batch = draw.integer(1, 3)
         q_gate = draw.normal(batch, num_tokens, num_heads * 2 * dim)
         k = draw.normal(batch, num_tokens, num_kv_heads * dim)
@@ -336,12 +222,12 @@ def test_qk_norm_rope(number):
                 assert_close(got[b, h], want, TOLERANCE[draw.dtype])
 
 
-@pytest.mark.parametrize("number", everyday(range(10), 1))
-def test_output_gate(number):
+@deal(10, 30, everyday=2)
+def test_output_gate(number, cases):
     draw = Draw(number)
     num_heads, _, dim, _ = HEADS[number % len(HEADS)]
     num_tokens = 1 if number % 2 else draw.integer(2, 4)
-    for _ in range(21):
+    for _ in range(cases):
         batch = draw.integer(1, 2)
         x = draw.normal(batch, num_heads, num_tokens, dim)
         q_gate = draw.normal(batch, num_tokens, num_heads * 2 * dim, scale=3)
