@@ -73,8 +73,10 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
     what a killed one left is written over. The temporary name keeps the suffix of `file`,
     because MLX chooses a format by it.
     """
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    # Through a link, and never over a folder or a device, which root could replace.
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
     temporary = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))

@@ -98,6 +98,7 @@ def test_a_mac_too_small_is_told_how_much_would_do(flagship):
         fit(flagship, int(least * 1e9) - 10**7)
 
 
+@pytest.mark.slow
 def test_recipes_order_the_397b_by_size(flagship):
     sizes = {
         name: plan(flagship, recipe=recipe(name), method="search").text_bytes / 1e9
