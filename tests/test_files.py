@@ -1,0 +1,57 @@
+"""Files are replaced whole, through links, and nothing but a file is replaced."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from qwen35_mlx.files import locked, replacing, write_file
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_file(file, b"old")
+    with pytest.raises(ZeroDivisionError), replacing(file) as temporary:
+        temporary.write_bytes(b"new, half")
+        raise ZeroDivisionError
+    assert file.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
+    # A leftover of a killed writer is written over.
+    temporary.write_bytes(b"x" * 100)
+    write_file(file, b"new")
+    assert file.read_bytes() == b"new" and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_temporary_file_has_the_suffix_and_the_mode_from_the_beginning(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.safetensors", 0o600) as temporary:
+        assert temporary.suffix == ".safetensors" and temporary.parent == tmp_path
+        assert stat.S_IMODE(temporary.stat().st_mode) == 0o600
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_file(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+
+
+def test_neither_a_folder_nor_a_device_is_replaced(tmp_path: Path) -> None:
+    """Root could: a plot written to /dev/null left a plain file there."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path in (pipe, folder):
+        with pytest.raises(OSError, match="not a regular file"):
+            write_file(path, b"new")
+    assert pipe.is_fifo() and folder.is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+
+
+def test_a_lock_is_held_against_others_and_ends(tmp_path: Path) -> None:
+    for path in (tmp_path / "lock", tmp_path):
+        with locked(path, wait=False):
+            with pytest.raises(BlockingIOError), locked(path, wait=False):
+                pass
+        with locked(path, wait=False):
+            pass
