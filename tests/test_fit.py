@@ -88,6 +88,7 @@ def test_more_memory_is_better_and_experts_give_first(flagship):
     assert bits["language_model.model.layers.0.linear_attn.out_proj"] >= 6
 
 
+@pytest.mark.slow
 def test_a_mac_too_small_is_told_how_much_would_do(flagship):
     with pytest.raises(Qwen35Error, match="smaller than the smallest plan") as error:
         fit_mac(flagship, 96 * GIB)

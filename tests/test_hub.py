@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import Tensors, write_checkpoint
+from everyday import everyday
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.convert import convert, hub, job, plan
@@ -51,12 +52,15 @@ def test_the_same_bytes_as_from_a_folder(tmp_path, source, fake):
 
 @pytest.mark.parametrize(
     "faults",
-    [
-        ["cut", None, "cut", "cut", 500, "cut"],
-        [429, 429, None, 503, 500, 429],
-        ["wrong", None, "wrong", None, "wrong"],
-        ["slow", "cut", 500, "wrong", 429, None, "slow", "cut", "wrong"],
-    ],
+    everyday(
+        [
+            ["cut", None, "cut", "cut", 500, "cut"],
+            [429, 429, None, 503, 500, 429],
+            ["wrong", None, "wrong", None, "wrong"],
+            ["slow", "cut", 500, "wrong", 429, None, "slow", "cut", "wrong"],
+        ],
+        3,
+    ),
 )
 def test_faults_of_the_network_change_nothing(tmp_path, source, fake, faults, caplog):
     local = convert(source, tmp_path / "local", **SETTINGS)

@@ -298,7 +298,9 @@ def test_a_journal_ends_at_a_line_that_a_crash_cut_off(tmp_path):
         assert all(journal.LINE.fullmatch(line) for line in path.read_bytes().splitlines())
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"])
+@pytest.mark.parametrize(
+    "raw", everyday([b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"], 2, 3)
+)
 def test_a_damaged_job_file_is_refused(tmp_path, source, small_tasks, raw):
     stop_halfway(source, tmp_path / "out")
     (work(tmp_path) / "job.json").write_bytes(raw)

@@ -11,9 +11,8 @@ from checkpoints import Tensors, safetensors_bytes, write_checkpoint
 from test_fp8 import rewrite, write_both
 
 from qwen35_mlx.convert import plan, tasks
-from qwen35_mlx.convert.source import FP8
 from qwen35_mlx.convert.tasks import cut, fetched_bytes, uses
-from qwen35_mlx.headers import read_header
+from qwen35_mlx.headers import FP8, read_header
 
 
 def reading(*names: str) -> list[Any]:
