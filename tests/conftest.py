@@ -1,5 +1,6 @@
 """The bundled demo, converted once a run; a model that says what it is told; consoles."""
 
+import functools
 import io
 import signal
 from collections.abc import Callable, Iterator
@@ -53,6 +54,26 @@ def converted_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(converted_demo: Path) -> tuple[Any, Any]:
     """Model and tokenizer; tests leave both as they are."""
     return qwen35_mlx.load(converted_demo)
+
+
+@pytest.fixture(scope="session")
+def converted_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a golden checkpoint, converted in float32 when it is first asked for."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        out = tmp_path_factory.mktemp("golden") / name
+        return convert(Path(__file__).parent / "golden" / name, out, dtype="float32")
+
+    return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is typed into a terminal needs a process and a model of its own."""
+    for item in items:
+        if "screen" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 class ScriptedModel:

@@ -56,6 +56,43 @@ def test_periods_are_exact_powers_of_theta():
     np.testing.assert_array_equal(periods, np.array(truth, dtype=np.float32))
 
 
+def yarn_periods(rope: RopeConfig) -> list[float]:
+    """Dim by dim, by the formula of the paper and the bounds of the reference."""
+    assert rope.factor and rope.original_max_position_embeddings
+
+    def dim(turns: float) -> float:
+        """The dim, counted from 0 to R, that turns so often over the trained length."""
+        radians = rope.original_max_position_embeddings / turns / (2 * math.pi)
+        return rope.rotary_dim * math.log(radians, rope.theta) / 2
+
+    first, last = dim(rope.beta_fast), dim(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.rotary_dim - 1)
+    periods = []
+    for i in range(rope.rotary_dim // 2):
+        period = rope.theta ** (2 * i / rope.rotary_dim)
+        # 1 where a dim is stretched, 0 where it is kept.
+        share = (i - first) / (last - first) if last > first else float(i > first)
+        share = min(max(share, 0.0), 1.0)
+        periods.append(1 / (share / (rope.factor * period) + (1 - share) / period))
+    return periods
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(1e7, 64, 4.0, 262144),
+        RopeConfig(1e7, 64, 4.0, 262144, truncate=False),
+        RopeConfig(1e4, 32, 2.0, 4096, beta_fast=20.0, beta_slow=2.0),
+    ],
+    ids=["released", "not truncated", "other betas"],
+)
+def test_yarn_periods_are_those_of_the_formula(rope: RopeConfig) -> None:
+    periods, _ = rope_periods(rope)
+    np.testing.assert_allclose(periods, yarn_periods(rope), rtol=1e-5)
+
+
 def test_yarn_keeps_fast_dims_and_stretches_slow_ones():
     rope = RopeConfig(1e7, 64, 4.0, 262144, attention_factor=1.0)
     periods, _ = rope_periods(rope)

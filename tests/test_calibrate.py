@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
+from everyday import everyday
 from test_mlx_lm import assert_equal_logits
 
 import qwen35_mlx
@@ -25,6 +26,7 @@ from qwen35_mlx.quant.gptq import feedback_gain
 from qwen35_mlx.quant.statistics import search_gain
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(8, 49)))
+FEW_IDS = IDS[:2, :17]
 TRUNK = "language_model.model."
 
 
@@ -37,7 +39,13 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibration(source):
-    return calibrate(source, IDS, hessians=True, measure=True)
+    return calibrate(source, IDS, hessians=True, measure=False)
+
+
+@pytest.fixture(scope="module")
+def measured(source):
+    """Every option of every unit is a run of the model: few tokens."""
+    return calibrate(source, FEW_IDS, hessians=True, measure=True)
 
 
 def recorded_inputs(model, module_of):
@@ -76,10 +84,10 @@ def test_moments_are_those_of_the_whole_model(source, calibration, tmp_path):
     assert head.shape == (128,)
 
 
-def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, calibration, tmp_path):
+def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, measured, tmp_path):
     folder = convert(source, tmp_path / "bf16", dtype="bfloat16")
     model, _ = qwen35_mlx.load(folder)
-    before = model(IDS)
+    before = model(FEW_IDS)
     for unit, members in (
         (f"{TRUNK}layers.2.mlp.shared_expert.gate_proj", ("gate_proj", "up_proj")),
         (f"{TRUNK}layers.2.mlp.shared_expert.down_proj", ("down_proj",)),
@@ -88,14 +96,14 @@ def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, cali
         for name in members:
             linear = changed.layers[2].mlp.shared_expert[name]
             linear.weight = module.rounded(linear.weight, (3, 64))
-        kl = kl_divergence(before, changed(IDS)).mean().item()
+        kl = kl_divergence(before, changed(FEW_IDS)).mean().item()
         # As far as search and error feedback go below mx.quantize.
-        gain = search_gain(3, 64) * feedback_gain(calibration.of(unit)[1])
-        assert calibration.kls[unit][3, 64] == pytest.approx(kl * gain, rel=1e-3)
-        assert 0 < calibration.kls[unit][5, 64] < calibration.kls[unit][3, 64] / 4
+        gain = search_gain(3, 64) * feedback_gain(measured.of(unit)[1])
+        assert measured.kls[unit][3, 64] == pytest.approx(kl * gain, rel=1e-3)
+        assert 0 < measured.kls[unit][5, 64] < measured.kls[unit][3, 64] / 4
     quantizable = {e.module for e in plan(source).entries if e.bits and e.role.name == "QUANTIZED"}
-    assert set(calibration.errors) == quantizable
-    assert set(calibration.kls) == {m for m in quantizable if not m.endswith("up_proj")}
+    assert set(measured.errors) == quantizable
+    assert set(measured.kls) == {m for m in quantizable if not m.endswith("up_proj")}
 
 
 def test_minmax_ignores_the_calibration(calibration):
@@ -126,7 +134,7 @@ def test_each_expert_is_quantized_by_its_own_inputs(calibration):
         assert all(same)
 
 
-@pytest.mark.parametrize("method", ["search", "gptq"])
+@pytest.mark.parametrize("method", everyday(["search", "gptq"], 0))
 def test_calibrated_weights_lie_nearer_and_load_in_mlx_lm(source, calibration, tmp_path, method):
     plain = convert(source, tmp_path / "plain", bits=3)
     ours = convert(source, tmp_path / "ours", bits=3, method=method, calibration=calibration)
@@ -149,6 +157,7 @@ def test_statistics_of_another_model_and_missing_ones_are_refused(source, calibr
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_idle_model_still_calibrates(tmp_path):
     """Zeros in, zeros out: no expert input, no Hessian, nothing to weigh by."""
 

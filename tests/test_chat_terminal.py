@@ -341,6 +341,7 @@ def test_a_dumb_terminal_has_plain_lines(screen: Any, converted_demo: Path) -> N
     assert not ESCAPES.search(shell.written)
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_the_text_alone(converted_demo: Path) -> None:
     code = scripted("# T\n\n**so** it is 😀\n")
     command = [sys.executable, "-c", code, "chat", str(converted_demo), "--no-think"]

@@ -147,6 +147,9 @@ def test_load_gives_the_choice_to_every_layer(
     converted_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    gpu = {**mx.device_info(), "max_recommended_working_set_size": 2**37}
+    monkeypatch.setattr(mx, "device_info", lambda: gpu)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: 0)
     choice.write(FOUND)
     for kernels, expected in (
         ("auto", {"qk_norm_rope", "router"}),

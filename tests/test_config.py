@@ -356,6 +356,25 @@ def test_a_zero_of_yarn_stands_for_its_default_as_in_the_reference():
     assert ModelConfig.from_hf(config) == plain
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("hidden_act", "gelu", "'silu' or 'swish'"),
+        ("output_gate_type", "gelu", "'silu' or 'swish'"),
+        ("sliding_window", 4096, "absent"),
+        ("decoder_sparse_step", 2, "1"),
+    ],
+)
+def test_a_refused_value_is_told_beside_those_that_are_run(key, value, expected):
+    config = family_config("2B")
+    config["text_config"][key] = value
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_hf(config)
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [f"  got: {value!r}", f"  expected: {expected}"]
+    assert key in lines[0]
+
+
 def yarn(**changes: object) -> ModelConfig:
     config = family_config("2B")
     config["text_config"]["rope_parameters"] |= YARN | changes

@@ -20,6 +20,7 @@ def run(*arguments: object) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_calibrate_convert_reuse_and_compare(tmp_path: Path) -> None:
     text, out, file = tmp_path / "t.txt", tmp_path / "out", tmp_path / "out.calibration.safetensors"
     text.write_text("Q: What is the capital of France?\nA: The capital of France is Paris.")
@@ -155,6 +156,7 @@ def test_verify_reads_everything_again(tmp_path: Path) -> None:
     assert "tokenizer.json is missing" in run("convert", SOURCE, out, "--verify").stderr
 
 
+@pytest.mark.slow
 def test_plan_without_a_source_is_about_this_machine() -> None:
     result = run("plan")
     assert result.exit_code == 0

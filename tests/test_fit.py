@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from everyday import everyday
 from test_config import family_config
 from test_mlx_lm import assert_equal_logits, write_source
 
@@ -54,7 +55,9 @@ def fitted(flagship: Path, memory_gib: int, context: int = 32768):
     return fit_mac(flagship, memory_gib * GIB, context=context)
 
 
-@pytest.mark.parametrize(("memory_gib", "context"), [(192, 32768), (256, 32768), (192, 262144)])
+@pytest.mark.parametrize(
+    ("memory_gib", "context"), everyday([(192, 32768), (256, 32768), (192, 262144)], 0)
+)
 def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     budget, choices = fitted(flagship, memory_gib, context)
     choice = choices["quality"]
@@ -74,6 +77,7 @@ def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
 
 
+@pytest.mark.slow
 def test_more_memory_is_better_and_experts_give_first(flagship):
     small, large = (fitted(flagship, gib)[1]["quality"] for gib in (192, 256))
     assert large.predicted_kl < small.predicted_kl / 2
@@ -85,6 +89,7 @@ def test_more_memory_is_better_and_experts_give_first(flagship):
     assert bits["language_model.model.layers.0.linear_attn.out_proj"] >= 6
 
 
+@pytest.mark.slow
 def test_a_mac_too_small_is_told_how_much_would_do(flagship):
     with pytest.raises(Qwen35Error, match="smaller than the smallest plan") as error:
         fit_mac(flagship, 96 * GIB)
@@ -95,6 +100,7 @@ def test_a_mac_too_small_is_told_how_much_would_do(flagship):
         fit(flagship, int(least * 1e9) - 10**7)
 
 
+@pytest.mark.slow
 def test_recipes_order_the_397b_by_size(flagship):
     sizes = {
         name: plan(flagship, recipe=recipe(name), method="search").text_bytes / 1e9
@@ -145,7 +151,9 @@ def test_measured_kls_move_bits_to_where_they_count(tmp_path):
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-@pytest.mark.parametrize("way", [dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)])
+@pytest.mark.parametrize(
+    "way", everyday([dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)], 2)
+)
 def test_mixed_bits_load_in_mlx_lm_with_equal_logits(tmp_path, moe, way):
     write_source(tmp_path / "source", moe)
     settings, _ = quality_settings(tmp_path / "source", **way)
@@ -156,6 +164,7 @@ def test_mixed_bits_load_in_mlx_lm_with_equal_logits(tmp_path, moe, way):
     assert_equal_logits(out)
 
 
+@pytest.mark.slow
 def test_the_page_adds_up(flagship):
     settings, lines = quality_settings(flagship, memory="256GB", prefer="speed", context=65536)
     assert settings["method"] == "search"

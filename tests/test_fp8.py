@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import Stored, Tensors, safetensors_bytes, stored, write_checkpoint
+from everyday import everyday
 
 from qwen35_mlx.convert import convert, plan, tasks
 from qwen35_mlx.convert.fp8 import dequantize_fp8
@@ -80,7 +81,8 @@ def write_both(
 
 @pytest.mark.parametrize("experts", ["fused", "each"])
 @pytest.mark.parametrize(
-    ("block", "scale_dtype"), [((48, 40), "F32"), ((128, 128), "BF16"), ((96, 128), "F32")]
+    ("block", "scale_dtype"),
+    everyday([((48, 40), "F32"), ((128, 128), "BF16"), ((96, 128), "F32")], 0),
 )
 def test_fp8_gives_the_bytes_of_the_weights_multiplied_out(
     tmp_path, monkeypatch, experts, block, scale_dtype

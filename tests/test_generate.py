@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from everyday import everyday
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
@@ -32,7 +33,9 @@ def theirs(converted_demo: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("question", ["What is the capital of France?", "Who are you?", "zxq vv"])
+@pytest.mark.parametrize(
+    "question", everyday(["What is the capital of France?", "Who are you?", "zxq vv"], 0)
+)
 def test_greedy_text_is_that_of_mlx_lm(demo: Any, theirs: Any, question: str) -> None:
     model, tokenizer = demo
     messages = [{"role": "user", "content": question}]

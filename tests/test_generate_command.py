@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everyday import everyday
 
 import qwen35_mlx
 from qwen35_mlx.cli import generate_command
@@ -46,7 +47,7 @@ def test_the_answer_alone_is_on_standard_output(generate: Any, answer: Any) -> N
     assert no_think == answer(ASKED, enable_thinking=False) + "\n"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", everyday(["utf-8-sig", "utf-16", "utf-32"], 1))
 def test_a_byte_order_mark_is_not_part_of_the_prompt(generate: Any, encoding: str) -> None:
     plain = generate(*GREEDY, "--json", stdin=SUM + "\n").stdout
     marked = generate(*GREEDY, "--json", stdin=(SUM + "\n").encode(encoding)).stdout

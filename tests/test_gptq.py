@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import dequantize, quantize
@@ -49,7 +50,9 @@ def textbook_codes(w, scales, biases, bits: int, group_size: int, h: np.ndarray)
     return codes
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (3, 32), (4, 64), (6, 128)])
+@pytest.mark.parametrize(
+    ("bits", "group_size"), everyday([(2, 64), (3, 32), (4, 64), (6, 128)], 1, 3)
+)
 def test_codes_are_those_of_the_textbook(bits, group_size):
     w, h = weights(), moments()
     parts = quantize(w, bits, group_size, "gptq", hessian=mx.array(h.astype(np.float32)))
@@ -62,7 +65,7 @@ def test_codes_are_those_of_the_textbook(bits, group_size):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", everyday([2, 3, 4, 8], 1))
 def test_products_are_nearer_than_by_search_with_importance(bits, dtype):
     w, h = weights().astype(dtype), moments()
     importance = mx.array(np.diag(h).astype(np.float32))
@@ -115,7 +118,7 @@ def test_what_is_no_hessian_is_refused(hessian, message):
         quantize(weights(), 4, 64, "gptq", hessian=mx.array(hessian.astype(np.float32)))
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 5])
+@pytest.mark.parametrize("num_experts", everyday([1, 2, 5], 1))
 def test_experts_together_give_the_bits_of_each_alone(monkeypatch, num_experts):
     rng = np.random.default_rng(5)
     w = mx.array(rng.standard_normal((num_experts, 7, 96)).astype(np.float32))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import Tensors, write_checkpoint
+from everyday import everyday
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.convert import convert, hub, job, plan
@@ -51,12 +52,15 @@ def test_the_same_bytes_as_from_a_folder(tmp_path, source, fake):
 
 @pytest.mark.parametrize(
     "faults",
-    [
-        ["cut", None, "cut", "cut", 500, "cut"],
-        [429, 429, None, 503, 500, 429],
-        ["wrong", None, "wrong", None, "wrong"],
-        ["slow", "cut", 500, "wrong", 429, None, "slow", "cut", "wrong"],
-    ],
+    everyday(
+        [
+            ["cut", None, "cut", "cut", 500, "cut"],
+            [429, 429, None, 503, 500, 429],
+            ["wrong", None, "wrong", None, "wrong"],
+            ["slow", "cut", 500, "wrong", 429, None, "slow", "cut", "wrong"],
+        ],
+        3,
+    ),
 )
 def test_faults_of_the_network_change_nothing(tmp_path, source, fake, faults, caplog):
     local = convert(source, tmp_path / "local", **SETTINGS)
@@ -113,7 +117,9 @@ def test_only_two_shards_lie_on_disk_and_none_stays(tmp_path, source, fake):
 
 def test_the_source_is_kept_on_request(tmp_path, source, fake):
     convert(REPO, tmp_path / "out", keep_source=True, **SETTINGS)
-    for path in source.glob("*.safetensors"):
+    shards = list(source.glob("*.safetensors"))
+    assert len(shards) == NUM_SHARDS
+    for path in shards:
         assert (tmp_path / "out-source" / path.name).read_bytes() == path.read_bytes()
 
 
@@ -236,6 +242,7 @@ def test_a_header_of_hundreds_of_megabytes_is_refused_unfetched(source, fake, pr
     assert fake.served[path.name] <= hub.FIRST_BYTES
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, source):
     server = FakeHub(source)
     environment = os.environ | {

@@ -199,6 +199,7 @@ def test_import_is_light(module):
     assert run_python(code).split() == []
 
 
+@pytest.mark.slow
 def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
     # None in sys.modules makes an import fail.
     run_python(

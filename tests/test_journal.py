@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from checkpoints import assert_nothing_left, write_checkpoint
+from everyday import everyday
 
 from qwen35_mlx.convert import convert, journal, shards, tasks, worker
 from qwen35_mlx.convert.journal import Journal
@@ -33,21 +34,39 @@ tasks.SLICE_BYTES, worker.FLUSH_BYTES, plan_module.MAX_SHARD_BYTES = 3000, 8000,
 """
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    plan_module = sys.modules["qwen35_mlx.convert.plan"]
+    patch.setattr(tasks, "SLICE_BYTES", 3000)
+    patch.setattr(worker, "FLUSH_BYTES", 8000)
+    patch.setattr(plan_module, "MAX_SHARD_BYTES", 150_000)
+    for module in (shards, journal):
+        patch.setattr(module, "flush", lambda descriptor: None)
+
+
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_module = sys.modules["qwen35_mlx.convert.plan"]
-    monkeypatch.setattr(tasks, "SLICE_BYTES", 3000)
-    monkeypatch.setattr(worker, "FLUSH_BYTES", 8000)
-    monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 150_000)
-    for module in (shards, journal):
-        monkeypatch.setattr(module, "flush", lambda descriptor: None)
+    make_small(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A source, and the files of its conversion in one go."""
+    folder = tmp_path_factory.mktemp("once")
+    settings = dict(moe=True, mtp=True, num_shards=3, tokenizer=True, experts="each")
+    write_checkpoint(folder / "src", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        return folder / "src", listing(convert(folder / "src", folder / "whole", **SETTINGS))
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "src"
-    write_checkpoint(folder, moe=True, mtp=True, num_shards=3, tokenizer=True, experts="each")
-    return folder
+def source(tmp_path: Path, once: tuple[Path, dict[str, bytes]]) -> Path:
+    return shutil.copytree(once[0], tmp_path / "src")
+
+
+@pytest.fixture
+def expected(once: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
+    return once[1]
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -58,6 +77,7 @@ def work(tmp_path: Path) -> Path:
     return tmp_path / ".out.converting"
 
 
+@pytest.mark.slow
 def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, source, small_tasks):
     calls = []
     out = convert(source, tmp_path / "whole", progress=lambda *c: calls.append(c), **SETTINGS)
@@ -94,9 +114,8 @@ def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, sourc
 
 
 def test_stopped_at_every_write_the_result_is_bit_identical(
-    tmp_path, source, small_tasks, monkeypatch
+    tmp_path, source, expected, small_tasks, monkeypatch
 ):
-    expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
     pwrite, room = os.pwrite, [0]
 
     def filling(descriptor: int, data: Any, offset: int) -> int:
@@ -123,7 +142,7 @@ def test_stopped_at_every_write_the_result_is_bit_identical(
             assert not (tmp_path / "out").exists()
     assert num_stops > 10
     assert listing(out) == expected
-    assert_nothing_left(tmp_path, "whole", "out")
+    assert_nothing_left(tmp_path, "out")
 
 
 def mount_tmpfs(folder: Path, nbytes: int) -> bool:
@@ -178,12 +197,15 @@ def stop_halfway(source: Path, out: Path, **settings: Any) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "got", "expected"),
-    [
-        (dict(bits=4), "bits=4", "bits=3"),
-        (dict(group_size=64), "group_size=64", "group_size=32"),
-        (dict(dtype="float16"), "dtype=float16", "dtype=None"),
-        (dict(method="search"), "method=search", "method=minmax"),
-    ],
+    everyday(
+        [
+            (dict(bits=4), "bits=4", "bits=3"),
+            (dict(group_size=64), "group_size=64", "group_size=32"),
+            (dict(dtype="float16"), "dtype=float16", "dtype=None"),
+            (dict(method="search"), "method=search", "method=minmax"),
+        ],
+        3,
+    ),
 )
 def test_changed_settings_are_refused_with_both_values(
     tmp_path, source, small_tasks, settings, got, expected
@@ -232,8 +254,7 @@ def test_a_source_that_changes_between_start_and_resume_is_refused(
     assert lines[1] != lines[2]
 
 
-def test_what_the_disk_lost_is_converted_again(tmp_path, source, small_tasks):
-    expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
+def test_what_the_disk_lost_is_converted_again(tmp_path, source, expected, small_tasks):
     stop_halfway(source, tmp_path / "out")
     partial = sorted(work(tmp_path).glob(".*.partial"))
     assert partial
@@ -246,9 +267,8 @@ def test_what_the_disk_lost_is_converted_again(tmp_path, source, small_tasks):
 
 
 def test_killed_between_the_name_of_a_shard_and_its_line(
-    tmp_path, source, small_tasks, monkeypatch
+    tmp_path, source, expected, small_tasks, monkeypatch
 ):
-    expected = listing(convert(source, tmp_path / "whole", **SETTINGS))
 
     def killed(self: Journal, file: str, digest: str) -> None:
         raise KeyboardInterrupt
@@ -278,7 +298,9 @@ def test_a_journal_ends_at_a_line_that_a_crash_cut_off(tmp_path):
         assert all(journal.LINE.fullmatch(line) for line in path.read_bytes().splitlines())
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"])
+@pytest.mark.parametrize(
+    "raw", everyday([b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"], 2, 3)
+)
 def test_a_damaged_job_file_is_refused(tmp_path, source, small_tasks, raw):
     stop_halfway(source, tmp_path / "out")
     (work(tmp_path) / "job.json").write_bytes(raw)

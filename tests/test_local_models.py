@@ -111,7 +111,8 @@ def test_what_the_finder_and_python_leave_behind_is_no_change(source: Path) -> N
 def test_a_broken_copy_is_replaced(source: Path) -> None:
     convert = Convert()
     (converted_demo(convert) / "config.json").unlink()
-    assert (converted_demo(convert) / "config.json").exists()
+    assert (converted_demo(convert) / "config.json").read_text() == "1"
+    assert len(convert.calls) == 2
 
 
 def test_a_failed_conversion_leaves_nothing_behind(source: Path) -> None:

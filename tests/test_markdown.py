@@ -111,6 +111,7 @@ def test_a_stream_ends_as_if_printed_at_once(width: int, seed: int) -> None:
     assert "漢字" in shown and "A title" in shown and "**" not in shown and "=====" not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_left_the_screen_stays_and_is_there_once(seed: int) -> None:
     code = "".join(f"    print('line {i}')\n" for i in range(60))

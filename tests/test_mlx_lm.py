@@ -8,6 +8,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from checkpoints import VOCAB, text_config, write_checkpoint
+from everyday import everyday
 
 import qwen35_mlx
 from qwen35_mlx.config import ModelConfig, read_config
@@ -58,15 +59,20 @@ def run(model: Any, ids: mx.array) -> np.ndarray:
 @KINDS
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(bits=3, group_size=64),
-        dict(bits=4, group_size=64),
-        dict(bits=4, group_size=64, method="search"),
-        dict(bits=4, group_size=128),
-        dict(bits=8, group_size=32),
-        dict(dtype="bfloat16"),
-        dict(dtype="float32"),
-    ],
+    everyday(
+        [
+            dict(bits=3, group_size=64),
+            dict(bits=4, group_size=64),
+            dict(bits=4, group_size=64, method="search"),
+            dict(bits=4, group_size=128),
+            dict(bits=8, group_size=32),
+            dict(dtype="bfloat16"),
+            dict(dtype="float32"),
+        ],
+        1,
+        4,
+        5,
+    ),
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_mlx_lm_loads_what_we_write(tmp_path: Path, moe: bool, settings: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.model.attention import PartialRope
 from qwen35_mlx.model.cache import ArraysCache, BatchKVCache, KVCache
 from qwen35_mlx.model.language import Model
 
@@ -154,6 +155,16 @@ def test_explicit_positions_equal_those_of_the_cache(model):
     ids = tokens(2, 11)
     positions = mx.broadcast_to(mx.arange(11), (2, 11))
     assert difference(model.trunk(ids), model.trunk(ids, positions=positions)) <= 1e-4
+
+
+def test_angles_are_tabled_for_explicit_positions_alone_and_once_for_all_layers(monkeypatch):
+    model, calls = random_model(config(moe=False, layer_types=(FULL, LINEAR, FULL))), []
+    tables = PartialRope.tables
+    monkeypatch.setattr(PartialRope, "tables", lambda *a: calls.append(a) or tables(*a))
+    model(tokens(1, 11), model.make_cache())
+    assert calls == []
+    model.trunk(tokens(1, 11), positions=mx.arange(11)[None])
+    assert len(calls) == 1
 
 
 def test_shifted_positions_matter_where_there_is_attention():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from qwen35_mlx.kernels import router
 from qwen35_mlx.kernels.grouped_expert_matmul import SORT_FROM, expert_mlp
 from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
@@ -73,6 +74,22 @@ def test_the_router_takes_the_largest_and_renormalises(per_token):
         assert set(indices[row]) == set(best)
         expected = probabilities[row][indices[row]]
         np.testing.assert_allclose(scores[row], expected / expected.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "per_token", "fits"),
+    [(1024, 32, True), (1025, 2, False), (64, 33, False)],
+)
+def test_more_experts_than_the_kernel_holds_are_routed_by_ops(
+    monkeypatch, num_experts, per_token, fits
+):
+    monkeypatch.setattr(router, "route_kernel", lambda *arguments: "kernel")
+    logits, shared = mx.random.normal((3, num_experts), key=mx.random.key(5)), mx.zeros((3, 1))
+    found = route(logits, shared, per_token, frozenset({"router"}))
+    assert (found == "kernel") == fits
+    if not fits:
+        plain = route(logits, shared, per_token)
+        assert all(mx.array_equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 def test_the_router_works_in_fp32_whatever_the_logits_are():

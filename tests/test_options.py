@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
+from everyday import everyday
 from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
@@ -224,7 +225,7 @@ def test_every_option_is_in_the_table(name: str) -> None:
     assert spellings(name) == set(OPTIONS[name])
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", everyday(COMMANDS, 3))
 def test_no_option_is_ignored(observe: Observe, name: str) -> None:
     """Alone, and beside each other option: there is an effect, or the call is refused."""
     table = OPTIONS[name]

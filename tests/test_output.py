@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+from everyday import everyday
 from fake_tokenizer import TAGS, FakeTokenizer
 
 from qwen35_mlx.engine.output import OutputParser, Piece, ToolCall, held_back
@@ -263,7 +264,7 @@ WHOLE = [f"\n{CALL}", CALL, JSON, f"\n{XML}\n", f"\n{XML}\n</tool_call>", "\n</t
 
 
 @pytest.mark.parametrize("tools", [[TOOL], []], ids=["tools", "none"])
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("thinking", everyday([True, False], 0))
 def test_random_output_loses_and_doubles_no_text(tools: list[Any], thinking: bool) -> None:
     chance = random.Random(7)
     num_calls = num_talk = 0

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
+from everyday import everyday
 
 from qwen35_mlx.convert import convert
 from qwen35_mlx.engine.prefix_store import PrefixStore, snapshot_marks
@@ -68,7 +69,7 @@ def test_a_snapshot_of_kv_is_an_offset(model: Any) -> None:
     assert cache.snapshot().nbytes == at_30 == sum(a.nbytes for s in states for a in s)
 
 
-@pytest.mark.parametrize("shared", [1, 40, 99])
+@pytest.mark.parametrize("shared", everyday([1, 40, 99], 1))
 def test_two_conversations_share_a_beginning_and_nothing_else(model: Any, shared: int) -> None:
     store = PrefixStore(model)
     owners = [type("Owner", (), {})() for _ in range(2)]

@@ -140,6 +140,7 @@ def test_sizes_of_the_family(name: str, billions: float) -> None:
     assert planned.num_parameters / 1e9 == pytest.approx(billions, rel=0.012)
 
 
+@pytest.mark.slow
 def test_what_fits_this_machine_names_every_model() -> None:
     lines = page.family_lines(192 * GIB, "a Mac with M2 Ultra")
     assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
@@ -150,6 +151,7 @@ def test_what_fits_this_machine_names_every_model() -> None:
     assert "15.2 GB, 256k" in cells["Qwen3.5-27B"]
 
 
+@pytest.mark.slow
 def test_fit_without_a_source_finds_a_recipe_for_every_model(monkeypatch) -> None:
     monkeypatch.setattr(page, "FAMILY", [FAMILY[0], *FAMILY[-2:]])
     lines = page.fitting_lines(192 * GIB, "a Mac", None)

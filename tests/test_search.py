@@ -5,6 +5,7 @@ from itertools import combinations_with_replacement, product
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
@@ -79,7 +80,7 @@ def optimum_of_many_starts(group: np.ndarray, importance: np.ndarray, bits: int)
     return best
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", everyday(BITS, 1, 4))
 def test_never_worse_than_minmax(bits):
     kinds = ("normal", "student", "laplace")
     for dtype, group_size, kind in zip(DTYPES, GROUP_SIZES, kinds, strict=True):
@@ -113,7 +114,9 @@ def test_two_bits_come_close_to_the_optimum(weighed):
     assert ours.sum() <= best.sum() * (1.03 if weighed else 1.01)
 
 
-@pytest.mark.parametrize(("bits", "weighed"), [(3, False), (3, True), (4, False), (6, False)])
+@pytest.mark.parametrize(
+    ("bits", "weighed"), everyday([(3, False), (3, True), (4, False), (6, False)], 1)
+)
 def test_more_bits_come_close_to_brute_force(bits, weighed):
     w = weights((3, 64))
     importance = importances(64) if weighed else None
@@ -142,7 +145,7 @@ def test_rounding_of_scales_and_biases_is_inside_the_search():
     assert ours < 1.1 * errors(w, exact, 8, 64).sum()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", everyday(BITS, 1, 3))
 def test_rows_searched_apart_equal_the_whole(bits, monkeypatch):
     w = weights((5, 3, 128)).astype(mx.bfloat16)
     importance = importances(128)
@@ -157,7 +160,7 @@ def test_rows_searched_apart_equal_the_whole(bits, monkeypatch):
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", everyday(BITS, 1, 4))
 def test_equal_importance_is_none(bits):
     w = weights((16, 128))
     none = quantize(w, bits, 64, "search")
@@ -165,7 +168,7 @@ def test_equal_importance_is_none(bits):
         assert same(none, quantize(w, bits, 64, "search", mx.full(128, value)))
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", everyday(BITS, 1, 4))
 def test_columns_of_no_importance_change_nothing(bits):
     w, importance = weights((16, 128)), importances(128)
     ignored = mx.arange(128) % 5 == 0
@@ -176,7 +179,7 @@ def test_columns_of_no_importance_change_nothing(bits):
     assert mx.array_equal(found[2], other[2]).item()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", everyday(BITS, 1, 4))
 def test_a_group_without_any_importance_is_searched_all_the_same(bits):
     w, importance = weights((64, 128)), importances(128)
     importance = mx.where(mx.arange(128) < 64, 0, importance)
@@ -187,7 +190,7 @@ def test_a_group_without_any_importance_is_searched_all_the_same(bits):
     assert found < 1.01 * plain
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", everyday(BITS, 1, 4))
 def test_importance_lowers_the_error_it_weighs(bits):
     w, importance = weights((64, 256)), importances(256)
     plain, weighed = (

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from everyday import everyday
 
 from qwen35_mlx import Chat
 from qwen35_mlx.chat import sessions
@@ -90,7 +91,9 @@ def damage_header(file: Path) -> None:
     file.write_bytes(data.replace(b'"ids"', b'"idz"', 1))
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_empty, damage_header])
+@pytest.mark.parametrize(
+    "damage", everyday([damage_cut, damage_bit, damage_empty, damage_header], 0, 1)
+)
 def test_a_damaged_cache_is_read_again_with_a_warning(
     demo: Any, damage: Callable[[Path], None]
 ) -> None:
@@ -261,6 +264,7 @@ for _ in sys.stdin:
 NUM_KILLS = int(os.environ.get("QWEN35_NUM_KILLS", "5" if sys.platform == "darwin" else "20"))
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_or_the_new_session(
     demo: Any, converted_demo: Path, home: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 
 import qwen35_mlx.chat.conversation
 from qwen35_mlx import Chat
@@ -127,8 +128,9 @@ def spoken(pieces: Any, kind: str = "answer") -> str:
     return "".join(p.text for p in pieces if p.kind == kind)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("ahead", "thinking"), everyday([(False, False), (False, True), (True, False), (True, True)], 2)
+)
 def test_a_turn_reads_what_is_new_and_no_more(
     demo: Any, script: Script, ahead: bool, thinking: bool
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_turn_reads_what_is_new_and_no_more(
             known.append(list(chat._cache.ids))
 
 
+@pytest.mark.slow
 def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
     demo: Any, script: Script
 ) -> None:
@@ -237,6 +240,7 @@ def test_a_short_thought_is_left_alone(demo: Any, script: Script) -> None:
     assert spoken(chat.send("Why?")) == ("a long answer " * 20)
 
 
+@pytest.mark.slow
 def test_a_loop_is_stopped(demo: Any, script: Script) -> None:
     chat = Chat(*demo)
     script.say("x\n</think>\n\nOn and on. " + "It repeats itself. " * 400)
@@ -247,6 +251,7 @@ def test_a_loop_is_stopped(demo: Any, script: Script) -> None:
     assert spoken(chat.send("Why?")) == "Fine." and chat.stats.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_loop_may_be_penalised_or_let_be(demo: Any, script: Script) -> None:
     chat = Chat(*demo, on_loop="penalize", max_tokens=1150, sampling={"presence_penalty": 0.5})
     script.say("x\n</think>\n\n" + "It repeats itself. " * 400, end=False)
@@ -261,6 +266,7 @@ def test_a_loop_may_be_penalised_or_let_be(demo: Any, script: Script) -> None:
         Chat(*demo, on_loop="shout")
 
 
+@pytest.mark.slow
 def test_the_coding_preset_does_not_stop_repetition(demo: Any, script: Script) -> None:
     chat = Chat(*demo, preset="coding", max_tokens=700)
     assert chat.loop_action == "off"
@@ -402,6 +408,7 @@ def test_conversations_leave_no_trace_in_another(demo: Any) -> None:
         assert spoken(one.send(question)) == expected[i]
 
 
+@pytest.mark.slow
 def test_a_little_memory_costs_reading_but_no_truth(demo: Any) -> None:
     model, tokenizer = demo
     options: dict[str, Any] = dict(max_tokens=25, sampling={"temperature": 0.0})

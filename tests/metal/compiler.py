@@ -161,7 +161,7 @@ def translation_unit(signature: Signature) -> str:
 def cache_folder() -> Path:
     base = Path.home() / "Library" / "Caches" if sys.platform == "darwin" else None
     base = base or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "qwen35-mlx" / "metal-emulator"
+    folder = Path(os.environ.get("EMULATOR_CACHE") or base / "qwen35-mlx" / "metal-emulator")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -312,3 +312,7 @@ def count_float_ops(ir: str) -> str:
         block.append(line)
     flush()
     return "\n".join([*out, "@emu_float_ops = global i64 0, align 8", ""])
+
+
+if __name__ == "__main__":
+    runtime_library()

@@ -299,13 +299,15 @@ def emulated(
     `metal_available` makes libraries that ask believe in a GPU while they build their kernels.
     """
     log = Log()
-    saved = mx.fast.metal_kernel, mx.metal.is_available
+    saved = mx.fast.metal_kernel, mx.metal.is_available, mx.device_info, mx.set_wired_limit
     mx.fast.metal_kernel = functools.partial(kernel, log=log)
     if metal_available:
         mx.metal.is_available = lambda: True
+        mx.device_info = lambda *_: {**saved[2](), "max_recommended_working_set_size": 2**37}
+        mx.set_wired_limit = lambda limit: 0
     mx.disable_compile()
     try:
         yield log
     finally:
         mx.enable_compile()
-        mx.fast.metal_kernel, mx.metal.is_available = saved
+        mx.fast.metal_kernel, mx.metal.is_available, mx.device_info, mx.set_wired_limit = saved

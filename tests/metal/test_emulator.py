@@ -9,6 +9,8 @@ from metal import compiler, errors, names
 from metal.emulator import EmulatedKernel, emulated
 from metal.signature import recorded_source, sign
 
+pytestmark = pytest.mark.slow
+
 
 def run(source, a=None, *, n=64, grid=None, threadgroup=None, dtype=mx.float32, **options):
     """One input `a`, one output `y` of n elements, n threads in one threadgroup."""

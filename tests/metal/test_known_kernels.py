@@ -9,6 +9,8 @@ from metal.compiler import MLX_INCLUDE
 from metal.emulator import EmulatedKernel, Log, emulated
 from metal.signature import recorded_source, sign
 
+pytestmark = pytest.mark.slow
+
 REAL_METAL_KERNEL = mx.fast.metal_kernel
 HEADERS = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
 QUANTIZED = "".join(f'#include "mlx/backend/metal/kernels/{h}"\n' for h in HEADERS)

@@ -1,29 +1,30 @@
 """Whole models that decode through the emulated kernels give the logits of plain MLX."""
 
-from pathlib import Path
+import functools
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 from metal.emulator import Log, emulated
 
 from qwen35_mlx.config import FULL, LINEAR
-from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.model.loading import load_model
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_DIFFERENCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def models(converted_demo, tmp_path_factory):
-    folders = {"demo": converted_demo}
-    for name in ("dense", "moe", "yarn"):
-        folder = tmp_path_factory.mktemp("golden") / name
-        folders[name] = convert(GOLDEN / name, folder, dtype="float32")
-    return {name: load_model(folder)[0] for name, folder in folders.items()}
+def model_of(converted_demo, converted_golden):
+    """A model by the name of its checkpoint, loaded once."""
+
+    @functools.cache
+    def load(name):
+        return load_model(converted_demo if name == "demo" else converted_golden(name))[0]
+
+    return load
 
 
 def logits_with(model, kernels, prompt, pieces, left_padding=None):
@@ -64,18 +65,21 @@ def launches(log: Log, model) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "pieces", "left_padding"),
-    [
-        ("dense", (1, 3), None),
-        ("dense", (1,), [0, 5, 11]),
-        ("moe", (1, 8), None),
-        ("moe", (3,), [2, 0]),
-        ("yarn", (2, 1), None),
-        ("demo", (1, 1), None),
-        ("demo", (1,), [4, 0]),
-    ],
+    everyday(
+        [
+            ("dense", (1, 3), None),
+            ("dense", (1,), [0, 5, 11]),
+            ("moe", (1, 8), None),
+            ("moe", (3,), [2, 0]),
+            ("yarn", (2, 1), None),
+            ("demo", (1, 1), None),
+            ("demo", (1,), [4, 0]),
+        ],
+        3,
+    ),
 )
-def test_logits_equal_those_of_plain_mlx(models, name, pieces, left_padding):
-    model = models[name]
+def test_logits_equal_those_of_plain_mlx(model_of, name, pieces, left_padding):
+    model = model_of(name)
     log = compare(model, pieces, left_padding)
     count = launches(log, model)
     types = model.config.layer_types
@@ -87,9 +91,10 @@ def test_logits_equal_those_of_plain_mlx(models, name, pieces, left_padding):
     assert (count["projection"] > 0) == (name != "yarn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "moe"])
-def test_a_short_first_piece_and_no_cache_equal_plain_mlx(models, name):
-    model, ids = models[name], mx.array([[5, 3, 8, 1]])
+def test_a_short_first_piece_and_no_cache_equal_plain_mlx(model_of, name):
+    model, ids = model_of(name), mx.array([[5, 3, 8, 1]])
     want = model(ids)
     with emulated():
         metal.clear()
@@ -102,9 +107,10 @@ def test_a_short_first_piece_and_no_cache_equal_plain_mlx(models, name):
         assert mx.abs(logits - want).max().item() <= MAX_DIFFERENCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", metal.DECODE_OPS)
-def test_each_kernel_alone_equals_plain_mlx(models, op):
-    model = models["moe"]
+def test_each_kernel_alone_equals_plain_mlx(model_of, op):
+    model = model_of("moe")
     prompt, token = mx.arange(10)[None], mx.array([[3]])
     with emulated() as log:
         metal.clear()
@@ -115,8 +121,8 @@ def test_each_kernel_alone_equals_plain_mlx(models, op):
     assert {x.kernel.startswith(op) for x in log.launches} == {True}
 
 
-def test_a_long_piece_runs_no_decode_kernel(models):
-    model = models["moe"]
+def test_a_long_piece_runs_no_decode_kernel(model_of):
+    model = model_of("moe")
     with emulated() as log:
         metal.clear()
         metal.use(model, metal.DECODE_OPS)
@@ -127,6 +133,6 @@ def test_a_long_piece_runs_no_decode_kernel(models):
     assert {x.kernel.split("_")[0] for x in log.launches} == {"router"}
 
 
-def test_an_unknown_kernel_is_refused(models):
+def test_an_unknown_kernel_is_refused(model_of):
     with pytest.raises(Qwen35Error, match="no such kernel: warp_drive"):
-        metal.use(models["dense"], ["warp_drive"])
+        metal.use(model_of("dense"), ["warp_drive"])

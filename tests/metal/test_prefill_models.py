@@ -1,21 +1,20 @@
 """Whole models on the emulator: prefill and decode as kernels give the logits of plain MLX."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 from metal.emulator import Log, emulated
 
 import qwen35_mlx
-from qwen35_mlx.convert import convert
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 MAX_DIFFERENCE = 3e-4
 
 
@@ -27,13 +26,12 @@ def log() -> Iterator[Log]:
     metal.clear()
 
 
-@pytest.fixture(scope="module", params=["dense", "moe", "yarn"])
+@pytest.fixture(scope="module", params=everyday(["dense", "moe", "yarn"], 1))
 def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, log: Log
+    request: pytest.FixtureRequest, converted_golden: Callable[[str], Path], log: Log
 ) -> tuple[Model, Model]:
     """The same golden checkpoint on kernels and on ops."""
-    out = tmp_path_factory.mktemp("converted") / request.param
-    convert(GOLDEN / request.param, out, dtype="float32")
+    out = converted_golden(request.param)
     on_kernels, on_ops = (load_model(out)[0] for _ in range(2))
     metal.use(on_kernels, metal.OPS)
     return on_kernels, on_ops
@@ -52,13 +50,14 @@ def kernels_of(log: Log, since: int) -> set[str]:
     return {launch.kernel for launch in log.launches[since:]}
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 8, 9, 31, 64, 65, 70])
+@pytest.mark.parametrize("num_tokens", everyday([1, 2, 8, 9, 31, 64, 65, 70], 3))
 def test_logits_of_any_length(models: tuple[Model, Model], num_tokens: int) -> None:
     on_kernels, on_ops = models
     ids = tokens(on_ops, 1, num_tokens)
     assert difference(on_kernels(ids), on_ops(ids)) <= MAX_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_a_padded_batch_and_its_cache_carried_into_decode(
     models: tuple[Model, Model], log: Log
 ) -> None:
@@ -79,6 +78,7 @@ def test_a_padded_batch_and_its_cache_carried_into_decode(
         assert difference(ours, theirs) <= MAX_DIFFERENCE
 
 
+@pytest.mark.slow
 def test_one_cache_through_pieces_of_every_kind(models: tuple[Model, Model]) -> None:
     """Chunks, a few tokens at once, and single steps read and write the same state."""
     ids = tokens(models[0], 1, 82)
@@ -91,6 +91,7 @@ def test_one_cache_through_pieces_of_every_kind(models: tuple[Model, Model]) -> 
         start += length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_the_demo_at_4_bits(converted_demo: Path, log: Log, dtype: mx.Dtype) -> None:
     """A trained model, where bfloat16 can be judged: the same tokens are the likeliest."""
