@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen35_mlx.checkpoint.headers import ITEM_BYTES
+from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.headers import ITEM_BYTES
 from qwen35_mlx.machine import (
     GIB,
     default_limit_bytes,
@@ -23,7 +24,6 @@ from qwen35_mlx.quant.allocate import Allocation, Option, allocate
 from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
 from qwen35_mlx.quant.recipes import recipe as named_recipe
 from qwen35_mlx.quant.statistics import Calibration, Setting, typical_errors, unit_of
-from qwen35_mlx.tensor_table import Role
 
 from .hub import open_any
 from .mac_models import (

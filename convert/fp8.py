@@ -5,7 +5,7 @@
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.resolver import Segment
+from qwen35_mlx.checkpoint.resolver import Segment
 
 BYTES = mx.array(np.arange(256, dtype=np.uint8))
 # The number that each stands for; on the CPU, so that importing this wakes no GPU.

@@ -14,9 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen35_mlx.config import read_config
-from qwen35_mlx.errors import CheckpointError, Qwen35Error, first_line
-from qwen35_mlx.headers import (
+from qwen35_mlx.checkpoint.headers import (
     INDEX_FILE,
     PREFIX_BYTES,
     SourceTensor,
@@ -25,6 +23,8 @@ from qwen35_mlx.headers import (
     parse_header,
     read_index,
 )
+from qwen35_mlx.config import read_config
+from qwen35_mlx.errors import CheckpointError, Qwen35Error, first_line
 
 from .source import COMPANIONS, Source, open_source
 

@@ -14,17 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from qwen35_mlx.checkpoint.quantization import quantization_block
 
 from qwen35_mlx import __version__
+from qwen35_mlx.checkpoint.headers import INDEX_FILE, SourceTensor
+from qwen35_mlx.checkpoint.names import bare, output_name
+from qwen35_mlx.checkpoint.resolver import refuse_other_head
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
-from qwen35_mlx.headers import INDEX_FILE, SourceTensor
-from qwen35_mlx.names import bare, output_name
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
-from qwen35_mlx.quantization import quantization_block
-from qwen35_mlx.resolver import refuse_other_head
 
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job

@@ -12,15 +12,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from qwen35_mlx.checkpoint.quantization import Quantization
 
+from qwen35_mlx.checkpoint.headers import read_headers
+from qwen35_mlx.checkpoint.resolver import Resolved, resolve
+from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.headers import read_headers
 from qwen35_mlx.model.language import DecoderLayer, Model
 from qwen35_mlx.model.loading import check_copies, quantize_modules, read_parameters
-from qwen35_mlx.quantization import Quantization
-from qwen35_mlx.resolver import Resolved, resolve
-from qwen35_mlx.tensor_table import Role
 
 from .plan import Plan, plan
 from .source import check_folder

@@ -4,9 +4,9 @@ import platform
 import re
 from dataclasses import dataclass
 
+from qwen35_mlx.checkpoint.headers import ITEM_BYTES
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.headers import ITEM_BYTES
 from qwen35_mlx.machine import GIB, parse_memory, sysctl
 from qwen35_mlx.memory import MemoryCount, count, kv_bytes, state_bytes
 

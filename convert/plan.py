@@ -8,14 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
+
+from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
+from qwen35_mlx.checkpoint.names import fold
+from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
+from qwen35_mlx.checkpoint.tensor_table import Role, Transform
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.names import fold
 from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
-from qwen35_mlx.quantization import Quantization, common_quantization
-from qwen35_mlx.resolver import Match, Resolved, Segment, precision, resolve
-from qwen35_mlx.tensor_table import Role, Transform
 
 from .hub import open_any
 from .source import Source

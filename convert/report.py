@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen35_mlx.checkpoint.headers import SourceTensor
+from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.family import FAMILY, family_config, find_member
-from qwen35_mlx.headers import SourceTensor
 from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
 from qwen35_mlx.memory import DEFAULT_CONTEXT, check_context
 from qwen35_mlx.quant.recipes import RECIPES, recipe
-from qwen35_mlx.tensor_table import expected_shapes
 
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen35_mlx.checkpoint.headers import PREFIX_BYTES
+from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.files import flush, sync_folder
-from qwen35_mlx.headers import PREFIX_BYTES
-from qwen35_mlx.tensor_table import Role
 
 from .plan import OutputTensor, Plan
 

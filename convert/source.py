@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.checkpoint.headers import PREFIX_BYTES, SourceTensor, read_headers
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.headers import PREFIX_BYTES, SourceTensor, read_headers
 
 COMPANIONS = """
 tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json added_tokens.json

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen35_mlx.headers import FP8, ITEM_BYTES
-from qwen35_mlx.resolver import Segment, precision
-from qwen35_mlx.tensor_table import Transform
+from qwen35_mlx.checkpoint.headers import FP8, ITEM_BYTES
+from qwen35_mlx.checkpoint.resolver import Segment, precision
+from qwen35_mlx.checkpoint.tensor_table import Transform
 
 from .plan import Entry, OutputTensor, Plan
 

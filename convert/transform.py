@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.checkpoint.headers import FP8
+from qwen35_mlx.checkpoint.resolver import Segment
+from qwen35_mlx.checkpoint.tensor_table import Transform
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
-from qwen35_mlx.headers import FP8
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import largest_bits
 from qwen35_mlx.quant.packing import Quantized, joined
 from qwen35_mlx.quant.statistics import Calibration
-from qwen35_mlx.resolver import Segment
-from qwen35_mlx.tensor_table import Transform
 
 from .fp8 import dequantize_fp8, float32, scale_rows
 from .plan import Entry

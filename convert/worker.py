@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.checkpoint.resolver import Segment
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
-from qwen35_mlx.resolver import Segment
 
 from .hub import Fetcher
 from .journal import Journal

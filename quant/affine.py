@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 import numpy as np
+from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quantization import BITS, GROUP_SIZES
 
 from .gptq import DAMPING, gptq
 from .packing import Quantized

@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.files import replacing
-from qwen35_mlx.quantization import BITS, GROUP_SIZES
 
 from .affine import dequantize, quantize
 

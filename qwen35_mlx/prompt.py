@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .control_tokens import ControlTokens, control_tokens
 from .errors import PromptError
-from .messages import for_template
+from .text.control_tokens import ControlTokens, control_tokens
+from .text.messages import for_template
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"

@@ -9,12 +9,12 @@ from checkpoints import write_checkpoint
 from conftest import DEMO
 from transformers import AutoTokenizer
 
-from qwen35_mlx.chat_template import read_templates, render
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.job import verify
 from qwen35_mlx.errors import PromptError
 from qwen35_mlx.prompt import encode_messages, render_messages
-from qwen35_mlx.tokenizer import Tokenizer, read_tokenizer
+from qwen35_mlx.text.chat_template import read_templates, render
+from qwen35_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 NAMED = [{"name": "default", "template": "listed"}, {"name": "tool_use", "template": "tools"}]
 USER = {"role": "user", "content": "Hi"}

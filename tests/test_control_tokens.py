@@ -11,9 +11,9 @@ from conftest import DEMO
 from mlx_lm.tokenizer_utils import load as load_wrapped
 from transformers import AutoTokenizer
 
-from qwen35_mlx.control_tokens import MARK, ControlTokens
 from qwen35_mlx.prompt import encode_messages, encode_prompt, encode_text, render_messages
-from qwen35_mlx.tokenizer import Tokenizer, read_tokenizer
+from qwen35_mlx.text.control_tokens import MARK, ControlTokens
+from qwen35_mlx.text.tokenizer import Tokenizer, read_tokenizer
 
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "find", "description": "Finds.",

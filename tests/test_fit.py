@@ -11,6 +11,7 @@ from everyday import everyday
 from test_config import family_config
 from test_mlx_lm import assert_equal_logits, write_source
 
+from qwen35_mlx.checkpoint.tensor_table import Role, expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.fit import fit, fit_mac, quality_settings
@@ -20,7 +21,6 @@ from qwen35_mlx.machine import raised_limit_bytes
 from qwen35_mlx.memory import kv_capacity
 from qwen35_mlx.quant.recipes import RECIPES, recipe
 from qwen35_mlx.quant.statistics import Calibration
-from qwen35_mlx.tensor_table import Role, expected_shapes
 
 GIB = 2**30
 

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where a folder's modules live once installed.
 FOLDERS = {
     "qwen35_mlx": "qwen35_mlx",
+    "qwen35_mlx/text": "qwen35_mlx.text",
+    "qwen35_mlx/checkpoint": "qwen35_mlx.checkpoint",
     "qwen35_mlx/kernels": "qwen35_mlx.kernels",
     "qwen35_mlx/model": "qwen35_mlx.model",
     "qwen35_mlx/engine": "qwen35_mlx.engine",
@@ -117,9 +119,10 @@ def test_runtime_imports_neither_convert_nor_quant():
 
 
 def test_quant_imports_of_ours_only_what_runs_no_mlx():
-    allowed = ("quant", "errors", "files", "quantization")
+    allowed = ("quant", "errors", "files", "checkpoint.quantization")
     assert offenders(QUANT, "qwen35_mlx", but=tuple(f"qwen35_mlx.{m}" for m in allowed)) == []
-    code = f"import sys, qwen35_mlx.quantization; print(*[m for m in {HEAVY} if m in sys.modules])"
+    module = "qwen35_mlx.checkpoint.quantization"
+    code = f"import sys, {module}; print(*[m for m in {HEAVY} if m in sys.modules])"
     assert run_python(code).split() == []
 
 
@@ -135,13 +138,13 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.config",
         "qwen35_mlx.family",
         "qwen35_mlx.files",
-        "qwen35_mlx.headers",
+        "qwen35_mlx.checkpoint.headers",
         "qwen35_mlx.machine",
         "qwen35_mlx.progress",
-        "qwen35_mlx.names",
-        "qwen35_mlx.quantization",
-        "qwen35_mlx.resolver",
-        "qwen35_mlx.tensor_table",
+        "qwen35_mlx.checkpoint.names",
+        "qwen35_mlx.checkpoint.quantization",
+        "qwen35_mlx.checkpoint.resolver",
+        "qwen35_mlx.checkpoint.tensor_table",
         "qwen35_mlx.memory",
         "qwen35_mlx.__version__",
     )

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from checkpoints import LAYER_TYPES, stored, write_checkpoint
 
+from qwen35_mlx.checkpoint.names import fold
+from qwen35_mlx.checkpoint.resolver import resolve
+from qwen35_mlx.checkpoint.tensor_table import Role, Transform
 from qwen35_mlx.convert import plan
 from qwen35_mlx.convert.source import open_source
 from qwen35_mlx.errors import CheckpointError, ConfigError
-from qwen35_mlx.names import fold
-from qwen35_mlx.resolver import resolve
-from qwen35_mlx.tensor_table import Role, Transform
 
 TRUNK = "model.language_model."
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from checkpoints import as_mlx, random_tensors, safetensors_bytes, write_checkpoint
 
-from qwen35_mlx import headers
+from qwen35_mlx.checkpoint import headers
+from qwen35_mlx.checkpoint.headers import read_header
 from qwen35_mlx.convert.source import as_mlx as to_mlx
 from qwen35_mlx.convert.source import open_source, read_rows
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.headers import read_header
 
 INDEX = "model.safetensors.index.json"
 SHAPES = {"vector": (7,), "matrix": (6, 5), "cube": (3, 4, 5), "scalar": ()}

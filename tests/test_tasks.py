@@ -10,9 +10,9 @@ import pytest
 from checkpoints import Tensors, safetensors_bytes, write_checkpoint
 from test_fp8 import rewrite, write_both
 
+from qwen35_mlx.checkpoint.headers import FP8, read_header
 from qwen35_mlx.convert import plan, tasks
 from qwen35_mlx.convert.tasks import cut, fetched_bytes, uses
-from qwen35_mlx.headers import FP8, read_header
 
 
 def reading(*names: str) -> list[Any]:

@@ -12,7 +12,7 @@ from conftest import DEMO
 from transformers import AutoTokenizer
 
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.tokenizer import NAMED, Tokenizer, read_tokenizer
+from qwen35_mlx.text.tokenizer import NAMED, Tokenizer, read_tokenizer
 
 WORDS = """the quick don't I'LL 1234 x):\n    return\n\n\n\t\t漢字 кириллица नमस्ते สวัสดี 👩‍👩‍👧 🇩🇪
 e\u0301 \u212a \u0338 <think </think >< <|im_ _end|>""".split(" ")

@@ -18,6 +18,7 @@ import mlx_lm.utils
 from label import label
 from mlx_lm.generate import generate_step
 
+from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
 from qwen35_mlx.engine.decode import decode
@@ -27,7 +28,6 @@ from qwen35_mlx.family import family_config
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.sampling import SamplingParams
-from qwen35_mlx.tensor_table import expected_shapes
 
 # About 300 MB at 4 bits.
 CONFIG = family_config("Qwen3.5-35B-A3B")

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from label import label
 
+from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.family import family_config
-from qwen35_mlx.tensor_table import expected_shapes
 
 MODEL = "Qwen3.5-397B-A17B"
 # Repeated, from another start each time: the quantizers do not mind, and drawing takes long.

@@ -23,14 +23,7 @@ from ..engine.tool_calls import as_message, calls_of
 from ..engine.tool_values import Schema
 from ..errors import ContextFull, PromptError, Qwen35Error
 from ..model.language import Model
-from ..prompt import (
-    THINK_CLOSE,
-    THINK_OPEN,
-    check_ids,
-    check_length,
-    encode_text,
-    render_messages,
-)
+from ..prompt import THINK_CLOSE, THINK_OPEN, check_ids, check_length, encode_text, render_messages
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from .loops import LoopDetector
 

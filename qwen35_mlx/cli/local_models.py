@@ -8,10 +8,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from .. import __version__
+from ..checkpoint.headers import INDEX_FILE, read_index
 from ..config import read_config
 from ..errors import Qwen35Error
 from ..files import cache_home, locked, write_json
-from ..headers import INDEX_FILE, read_index
 
 SOURCE = Path(__file__).parent.parent / "demo"
 # The record of conversions keeps no more than these.

@@ -4,16 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from .call_text import (
-    CALL,
-    CALL_END,
-    FUNCTION_OPEN,
-    TAGS,
-    THINK,
-    THINK_END,
-    CallText,
-    written,
-)
+from .call_text import CALL, CALL_END, FUNCTION_OPEN, TAGS, THINK, THINK_END, CallText, written
 from .tool_calls import UNREADABLE, ToolCall, tool_names
 from .tool_values import Schema
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .. import messages
+from ..text import messages
 from .tool_values import Schema, coerce, kinds_of, read_literal
 
 FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")

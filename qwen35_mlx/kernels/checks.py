@@ -13,8 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
-from ..quantization import BITS, GROUP_SIZES
 from .attention_heads import output_gate, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up

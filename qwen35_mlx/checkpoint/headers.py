@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000

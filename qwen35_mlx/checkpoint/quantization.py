@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .errors import ConfigError
+from ..errors import ConfigError
 from .headers import FLOATS, SourceTensor
 from .names import bare
 

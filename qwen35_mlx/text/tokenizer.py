@@ -8,10 +8,10 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
+from ..config import read_object
+from ..errors import CheckpointError
 from . import chat_template
-from .config import read_object
 from .detokenizer import StreamingDetokenizer
-from .errors import CheckpointError
 
 Token = str | AddedToken
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

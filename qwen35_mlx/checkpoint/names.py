@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from itertools import dropwhile
 from typing import TypeVar
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 T = TypeVar("T")
 

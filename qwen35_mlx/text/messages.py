@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import PromptError
+from ..errors import PromptError
 
 
 def tool_calls(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:

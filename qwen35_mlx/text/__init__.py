@@ -1,0 +1,1 @@
+"""Text and token ids: tokenizer, chat templates, and control tokens kept out of text."""
