@@ -47,7 +47,7 @@ def describe() -> Machine:
         versions={
             "python": platform.python_version(),
             "qwen35-mlx": __version__,
-            **{package: version(package) for package in ("mlx", "mlx-lm")},
+            "mlx": version("mlx"),
         },
     )
 

@@ -119,11 +119,11 @@ def test_a_change_without_effect_is_no_mutant() -> None:
 
 
 def test_a_seed_repeats_the_choice_and_no_line_comes_twice() -> None:
-    files = [mutants.ROOT / "qwen35_mlx" / name for name in ("config.py", "headers.py")]
+    files = [mutants.ROOT / "qwen35_mlx" / name for name in ("config.py", "checkpoint/headers.py")]
     first, again, other = (mutants.choose(files, 40, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert len({(s.file, s.mutant.line) for s in first}) == 40
-    assert {s.file for s in first} == {"qwen35_mlx/config.py", "qwen35_mlx/headers.py"}
+    assert {s.file for s in first} == {"qwen35_mlx/config.py", "qwen35_mlx/checkpoint/headers.py"}
 
 
 def test_tests_are_found_by_what_they_import() -> None:

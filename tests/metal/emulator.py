@@ -303,7 +303,7 @@ def emulated(
     mx.fast.metal_kernel = functools.partial(kernel, log=log)
     if metal_available:
         mx.metal.is_available = lambda: True
-        mx.device_info = lambda *_: {**saved[2](), "max_recommended_working_set_size": 2**37}
+        mx.device_info = lambda *_: {"max_recommended_working_set_size": 2**37, **saved[2]()}
         mx.set_wired_limit = lambda limit: 0
     mx.disable_compile()
     try:
