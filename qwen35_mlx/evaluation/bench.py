@@ -38,7 +38,7 @@ NEW_TOKENS, WARM_TOKENS = 64, 64
 ROOM = NEW_TOKENS + WARM_TOKENS
 SPEEDS = ("prefill_tps", "warm_prefill_tps", "decode_tps")
 
-# Reads ids after all that it has read, and yields that many tokens; the last one is not read.
+# Reads ids after all that it has read, and yields that many tokens; ours does not read the last.
 Conversation = Callable[[list[int], int], Iterator[int]]
 # An empty one, by the name of the program.
 Programs = Mapping[str, Callable[[], Conversation]]

@@ -43,6 +43,8 @@ def mlx_lm_conversation(model: Any) -> Conversation:
 
     def turn(ids: list[int], num_tokens: int) -> Iterator[int]:
         steps = generate_step(mx.array(ids), model, max_tokens=num_tokens, prompt_cache=cache)
-        return (int(token) for token, _ in steps)
+        yield from (int(token) for token, _ in steps)
+        # It goes on to read the last token: not in the time of what follows.
+        mx.eval([entry.state for entry in cache])
 
     return turn
