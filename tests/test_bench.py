@@ -67,19 +67,19 @@ def test_a_context_that_leaves_no_room_for_the_answer_is_refused(longest: int) -
 
 def test_a_run_times_reading_decoding_and_a_message_after_it() -> None:
     clock, calls = Clock(), []
-    run = measuring.measure(clock.conversation(0.5, 2.0, calls), [1] * 100, 5, clock)
+    run = measuring.measure(clock.conversation(0.5, 2.0, calls), [1] * 100, 5, 64, clock)
     assert (run.ttft_s, run.decode_s) == (50.0, 8.0)
     # Warm: the last token of the answer and new ones are read, none of the prompt again.
-    assert run.warm_ttft_s == 0.5 * measuring.WARM_TOKENS
-    assert [(len(ids), n) for ids, n in calls] == [(100, 5), (measuring.WARM_TOKENS, 1)]
+    assert run.warm_ttft_s == 0.5 * 64
+    assert [(len(ids), n) for ids, n in calls] == [(100, 5), (64, 1)]
     assert calls[1][0][0] == 7 + 4
 
 
 def test_figures_follow_from_medians_of_the_times() -> None:
     runs = [measuring.Run(s, 2 * s, s / 2, int(s)) for s in (1.0, 2.0, 9.0)]
-    figures = measuring.medians(runs, context=1000, num_new=9)
+    figures = measuring.medians(runs, context=1000)
     assert figures["ttft_s"] == 2.0 and figures["prefill_tps"] == 500.0
-    assert figures["decode_tps"] == 8 / 4.0
+    assert figures["decode_tps"] == (measuring.NEW_TOKENS - 1) / 4.0
     assert figures["warm_prefill_tps"] == measuring.WARM_TOKENS / 1.0
     assert figures["peak_memory_bytes"] == 9
 
@@ -96,7 +96,7 @@ def test_programs_run_in_turns_and_neither_is_always_first() -> None:
         return make
 
     programs = {name: program(name) for name in "ab"}
-    runs = measuring.measure_in_turns(programs, [1, 2], 3, 2, clock)
+    runs = measuring.measure_in_turns(programs, [1, 2], 3, clock)
     assert "".join(order) == "abbaab"
     assert {name: len(those) for name, those in runs.items()} == {"a": 3, "b": 3}
 

@@ -89,7 +89,8 @@ def our_conversation(model: Model) -> Conversation:
 def measure(
     conversation: Conversation,
     prompt: list[int],
-    num_new: int = NEW_TOKENS,
+    num_new: int,
+    num_warm: int,
     clock: Clock = time.perf_counter,
 ) -> Run:
     """One run; the first token of an answer belongs to the time of reading."""
@@ -99,7 +100,7 @@ def measure(
     for token in conversation(prompt, num_new):
         tokens.append(token)
         times.append(clock())
-    message = ([tokens[-1], *prompt] * WARM_TOKENS)[:WARM_TOKENS]
+    message = ([tokens[-1], *prompt] * num_warm)[:num_warm]
     warm_started = clock()
     for _ in conversation(message, 1):
         pass
@@ -111,19 +112,18 @@ def measure_in_turns(
     programs: Programs,
     prompt: list[int],
     num_runs: int,
-    num_new: int = NEW_TOKENS,
     clock: Clock = time.perf_counter,
 ) -> dict[str, list[Run]]:
     """`num_runs` of each program, forwards, then backwards: who runs first must not matter."""
     runs: dict[str, list[Run]] = {name: [] for name in programs}
     for i in range(num_runs):
         for name, make in list(programs.items())[:: 1 if i % 2 == 0 else -1]:
-            runs[name].append(measure(make(), prompt, num_new, clock))
+            runs[name].append(measure(make(), prompt, NEW_TOKENS, WARM_TOKENS, clock))
             mx.clear_cache()
     return runs
 
 
-def medians(runs: Sequence[Run], context: int, num_new: int = NEW_TOKENS) -> dict[str, float]:
+def medians(runs: Sequence[Run], context: int) -> dict[str, float]:
     """Speeds from the median of each time, and the highest peak."""
     seconds = [max(statistics.median(column), 1e-9) for column in list(zip(*runs, strict=True))[:3]]
     ttft_s, decode_s, warm_ttft_s = seconds
@@ -132,7 +132,7 @@ def medians(runs: Sequence[Run], context: int, num_new: int = NEW_TOKENS) -> dic
         "ttft_s": ttft_s,
         "warm_prefill_tps": WARM_TOKENS / warm_ttft_s,
         "warm_ttft_s": warm_ttft_s,
-        "decode_tps": (num_new - 1) / decode_s,
+        "decode_tps": (NEW_TOKENS - 1) / decode_s,
         "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
     }
 
@@ -150,11 +150,11 @@ def bench(
     ids = prompt_ids(sizes[-1], model.config.vocab_size)
     for make in programs.values():
         # Kernels are compiled and weights touched outside of what is measured.
-        measure(make(), ids[:WARM_TOKENS], 2)
+        measure(make(), ids[:WARM_TOKENS], 2, 1)
     rows = []
     for i, size in enumerate(sizes):
         progress(i, len(sizes), f"{size:,} tokens")
-        runs = measure_in_turns(programs, ids[:size], num_runs, clock=clock)
+        runs = measure_in_turns(programs, ids[:size], num_runs, clock)
         figures = {name: medians(those, size) for name, those in runs.items()}
         row: dict[str, Any] = {"context": size, **figures.pop(OURS)}
         read = bytes_per_token(model, size + NEW_TOKENS // 2)
