@@ -185,6 +185,24 @@ def test_bandwidth_of_a_chip(chip: str, memory_gib: float | None, gbps: float | 
     assert machine.bandwidth_gbps(chip, memory_gib) == gbps
 
 
+def test_the_label_names_a_hub_model_by_its_id_and_a_folder_by_its_last_name(
+    converted_demo: Path,
+) -> None:
+    # A folder of the hub's cache is named after a commit.
+    assert measuring.label(converted_demo, "owner/name")["model"] == "owner/name"
+    label = measuring.label(converted_demo, str(converted_demo))
+    assert label["model"] == "demo-4bit"
+    assert str(converted_demo.parent) not in json.dumps(label)
+
+
+def test_a_commit_is_that_of_our_checkout_or_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Installed into an environment that lies in a checkout of something else.
+    monkeypatch.setattr(measuring, "__file__", str(tmp_path / "a" / "b" / "bench.py"))
+    assert measuring.commit() is None
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NEW_TOKENS", "WARM_TOKENS"):

@@ -60,7 +60,11 @@ def bench(
     sizes = measuring.contexts(loaded.config, max_context)
     with step_progress("Measuring") as progress:
         rows = measuring.bench(loaded, programs, sizes, runs, progress)
-    result = measuring.label(folder) | {"kernels": kernels, "median_of": runs, "contexts": rows}
+    result = measuring.label(folder, model) | {
+        "kernels": kernels,
+        "median_of": runs,
+        "contexts": rows,
+    }
     from .report import draw_bench, print_bench
 
     if png:

@@ -193,8 +193,8 @@ def bandwidth_limit() -> float | None:
     return bandwidth_gbps(machine.chip, machine.memory_bytes / GIB)
 
 
-def label(folder: Path) -> dict[str, Any]:
-    """Where, with what and on which model; nothing personal, so of the folder its name alone."""
+def label(folder: Path, model: str) -> dict[str, Any]:
+    """Where, with what and on which model; nothing personal, so of a path the last name alone."""
     machine = describe()
     found = resolve_tensors(read_config(folder), read_headers(folder))
     stored = {
@@ -214,7 +214,7 @@ def label(folder: Path) -> dict[str, Any]:
         "commit": commit(),
         "mlx": machine.versions["mlx"],
         "mlx_lm": machine.versions.get("mlx-lm"),
-        "model": folder.resolve().name,
+        "model": folder.resolve().name if Path(model).expanduser().is_dir() else model,
         "bits_per_weight": 8 * sum(stored.values()) / num_weights,
         "bandwidth_limit_gbps": bandwidth_limit(),
         "new_tokens": NEW_TOKENS,
