@@ -5,10 +5,9 @@ import re
 from dataclasses import dataclass
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES
-from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.machine import GIB, parse_memory, sysctl
-from qwen35_mlx.memory import MemoryCount, count, kv_bytes, state_bytes
+from qwen35_mlx.machine import GIB, bandwidth_gbps, parse_memory, sysctl
+from qwen35_mlx.memory import MemoryCount, count, kv_bytes, read_share, state_bytes
 
 from .plan import Plan
 
@@ -30,23 +29,26 @@ class Mac:
         return int(self.memory_gib * GIB)
 
 
+def _mac(chip: str, memory_gib: float) -> Mac:
+    """With bandwidth 0 for a chip that is not known."""
+    return Mac(chip, memory_gib, bandwidth_gbps(chip, memory_gib) or 0)
+
+
 MACS = (
-    Mac("M2 Max", 96, 400),
-    Mac("M3 Max", 96, 300),
-    Mac("M3 Ultra", 96, 819),
-    Mac("M1 Ultra", 128, 800),
-    Mac("M2 Ultra", 128, 800),
-    Mac("M3 Max", 128, 400),
-    Mac("M4 Max", 128, 546),
-    Mac("M5 Max", 128, 614),
-    Mac("M2 Ultra", 192, 800),
-    Mac("M3 Ultra", 256, 819),
-    Mac("M3 Ultra", 512, 819),
+    _mac("M2 Max", 96),
+    _mac("M3 Max", 96),
+    _mac("M3 Ultra", 96),
+    _mac("M1 Ultra", 128),
+    _mac("M2 Ultra", 128),
+    _mac("M3 Max", 128),
+    _mac("M4 Max", 128),
+    _mac("M5 Max", 128),
+    _mac("M2 Ultra", 192),
+    _mac("M3 Ultra", 256),
+    _mac("M3 Ultra", 512),
 )
 # A column's title: it says that it is no speed.
 BANDWIDTH_LIMIT = "bandwidth limit, tok/s"
-# Chips for which memory alone does not tell; of two variants the slower one.
-CHIP_GBPS = {"M1 Max": 400, "M3 Max": 300, "M4 Pro": 273, "M4 Max": 410}
 
 
 def this_mac() -> Mac | None:
@@ -57,13 +59,7 @@ def this_mac() -> Mac | None:
     if not memory.isdigit():
         return None
     chip, memory_gib = brand.removeprefix("Apple "), int(memory) // GIB
-    return Mac(chip, memory_gib, _gbps(chip, memory_gib))
-
-
-def _gbps(chip: str, memory_gib: float) -> float:
-    """Of the chip with this memory; else the slowest of the chip; 0 for an unknown one."""
-    alike = {mac.memory_gib: mac.gbps for mac in MACS if mac.chip == chip}
-    return alike.get(memory_gib) or CHIP_GBPS.get(chip) or min(alike.values(), default=0)
+    return _mac(chip, memory_gib)
 
 
 def find_macs(text: str) -> list[Mac]:
@@ -74,7 +70,7 @@ def find_macs(text: str) -> list[Mac]:
         memory = parse_memory(match[2]) / GIB if match[2] else None
         found = [m for m in MACS if chip in ("", m.chip) and memory in (None, m.memory_gib)]
         if not found and memory is not None:
-            found = [Mac(chip, memory, _gbps(chip, memory))]
+            found = [_mac(chip, memory)]
         if found:
             return found
     raise Qwen35Error(
@@ -102,15 +98,6 @@ def bytes_per_token(plan: Plan, context: int = 0) -> int:
     item_bytes = activation_bytes(plan)
     states = 2 * state_bytes(plan.config, item_bytes)
     return kv_bytes(plan.config, context, item_bytes) + states + sum(read)
-
-
-def read_share(config: ModelConfig, module: str) -> float:
-    """The part of a module's bytes that one decoded token reads."""
-    if ".switch_mlp." in module:
-        return config.num_experts_per_tok / config.num_experts
-    if module.endswith("embed_tokens") and not config.tie_word_embeddings:
-        return 1 / config.vocab_size
-    return 1.0
 
 
 def tokens_per_second(plan: Plan, gbps: float, context: int = 0) -> float:

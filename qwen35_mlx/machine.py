@@ -5,7 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,30 @@ from .errors import Qwen35Error
 MIB, GIB = 2**20, 2**30
 # What macOS and other programs need, a share and no less than this: else it swaps, or stops.
 SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
+
+# Bandwidth of a chip's memory, 10^9 bytes a second; of two variants the slower one.
+CHIP_GBPS = {
+    "M1": 68,
+    "M1 Pro": 200,
+    "M1 Max": 400,
+    "M1 Ultra": 800,
+    "M2": 100,
+    "M2 Pro": 200,
+    "M2 Max": 400,
+    "M2 Ultra": 800,
+    "M3": 100,
+    "M3 Pro": 150,
+    "M3 Max": 300,
+    "M3 Ultra": 819,
+    "M4": 120,
+    "M4 Pro": 273,
+    "M4 Max": 410,
+    "M5": 153,
+    "M5 Pro": 307,
+    "M5 Max": 460,
+}
+# The faster variant, known by a size of memory that the other does not have, in GiB.
+FASTER_GBPS = {("M3 Max", 128): 400, ("M4 Max", 128): 546, ("M5 Max", 128): 614}
 
 
 class Machine(NamedTuple):
@@ -48,8 +72,23 @@ def describe() -> Machine:
             "python": platform.python_version(),
             "qwen35-mlx": __version__,
             "mlx": version("mlx"),
+            **_version_if_installed("mlx-lm"),
         },
     )
+
+
+def _version_if_installed(package: str) -> dict[str, str]:
+    try:
+        return {package: version(package)}
+    except PackageNotFoundError:
+        return {}
+
+
+def bandwidth_gbps(chip: str, memory_gib: float | None = None) -> float | None:
+    """10^9 bytes a second that the memory of a Mac with this chip delivers; None if unknown."""
+    chip = chip.removeprefix("Apple ")
+    faster = None if memory_gib is None else FASTER_GBPS.get((chip, round(memory_gib)))
+    return faster or CHIP_GBPS.get(chip)
 
 
 def operating_system() -> str:

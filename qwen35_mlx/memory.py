@@ -125,6 +125,15 @@ def _layer_state_bytes(config: ModelConfig) -> int:
     return config.value_dim * config.linear_key_head_dim * 4
 
 
+def read_share(config: ModelConfig, module: str) -> float:
+    """The part of a module's bytes that one decoded token reads."""
+    if ".switch_mlp." in module:
+        return config.num_experts_per_tok / config.num_experts
+    if module.endswith("embed_tokens") and not config.tie_word_embeddings:
+        return 1 / config.vocab_size
+    return 1.0
+
+
 def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: int = 2) -> int:
     """Attention scores of one layer, `[Hq, T, S]`.
 

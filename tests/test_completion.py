@@ -49,7 +49,16 @@ def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_commands_options_and_choices_are_offered(complete: Any) -> None:
-    assert complete("") == ["convert", "plan", "fidelity", "generate", "chat", "sessions", "doctor"]
+    assert complete("") == [
+        "convert",
+        "plan",
+        "fidelity",
+        "generate",
+        "chat",
+        "sessions",
+        "bench",
+        "doctor",
+    ]
     assert complete("chat --pre") == ["--preset", "--presence-penalty"]
     assert complete("convert x --bits ") == ["2", "3", "4", "5", "6", "8"]
     assert complete("chat --kernels ") == ["auto", "ops", "metal"]

@@ -173,12 +173,18 @@ def converted(source: Path) -> list[Path]:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").touch()
+        (folder / "tokenizer.json").touch()
         record_conversion(folder)
     return folders
 
 
 def test_without_conversions_there_is_no_newest(source: Path) -> None:
     assert newest_conversion() is None
+
+
+def test_a_folder_without_a_tokenizer_cannot_be_talked_to(converted: list[Path]) -> None:
+    (converted[2] / "tokenizer.json").unlink()
+    assert newest_conversion() == converted[1]
 
 
 def test_the_newest_conversion_is_the_one_recorded_last(converted: list[Path]) -> None:

@@ -93,6 +93,14 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--force": [],
     },
     "sessions": {"--remove": ["s"]},
+    "bench": {
+        "--max-context": ["600"],
+        "--runs": ["2"],
+        "--vs-mlx-lm": [],
+        "--png": ["x.png"],
+        "--json": [],
+        "--kernels": ["ops"],
+    },
     "doctor": {"--json": []},
 }
 # Arguments of each call, and what comes on standard input.
@@ -103,6 +111,7 @@ BASE = {
     "generate": ["model"],
     "chat": [],
     "sessions": [],
+    "bench": ["model"],
     "doctor": [],
 }
 Observe = Callable[..., tuple[int, str]]
@@ -127,9 +136,12 @@ class Fake:
 def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Run a command with all that is slow replaced; its exit code, and all that it did."""
     from qwen35_mlx import convert
+    from qwen35_mlx.cli import report as cli_report
     from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
+    from qwen35_mlx.evaluation import bench as measuring
+    from qwen35_mlx.evaluation import rival
     from qwen35_mlx.kernels import doctor
-    from qwen35_mlx.model import loading
+    from qwen35_mlx.model import hub, loading
     from qwen35_mlx.quant import statistics
 
     # Built once: a thousand calls follow.
@@ -171,7 +183,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(report, "draw")
     fake(job, "refuse_existing")
     fake(convert_commands, "remember")
-    fake(loading, "load", (SimpleNamespace(), SimpleNamespace()))
+    fake(loading, "load", (SimpleNamespace(config=None), SimpleNamespace()))
     fake(conversation, "Chat", answered)
     fake(sys.modules["qwen35_mlx.engine.generate"], "stream_generate", ())
     fake(chat_view, "ChatView", lambda *_, **__: SimpleNamespace(run=Fake(calls, "run")))
@@ -179,6 +191,13 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(sys.modules["qwen35_mlx.cli.chat_commands"], "bundled_demo", "demo")
     fake(doctor, "run", {"kernels": None, "machine": MACHINE})
     fake(doctor, "store")
+    fake(hub, "resolve", tmp_path)
+    fake(measuring, "contexts", [1])
+    fake(measuring, "bench", [])
+    fake(measuring, "label", {})
+    fake(rival, "mlx_lm_program")
+    fake(cli_report, "draw_bench")
+    fake(cli_report, "print_bench")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "sessions"))
     files = {name: tmp_path / name for name in ("tools", "text", "calibration")}

@@ -6,10 +6,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from bench_kernels import Graph, leaf
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from qwen35_mlx.engine.sampler import MAX_SEED, Sampler, draw
+from qwen35_mlx.engine import sampler as sampler_module
+from qwen35_mlx.engine.sampler import MAX_SEED, Sampler, draw, penalise, scalars, smallest
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.sampling import SamplingParams
+from qwen35_mlx.sampling import PRESETS, SamplingParams
 
 VOCAB, DRAWS = 40, 20_000
 
@@ -73,13 +76,17 @@ def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     assert {int(sampler(logits).item()) for _ in range(20)} == {1}
 
 
+def penalised(sampler: Sampler, logits: mx.array) -> mx.array:
+    return penalise(logits, scalars(sampler.params), *sampler._masks(logits.shape[-1]))
+
+
 def test_repetition_penalty_counts_prompt_and_answer_once_each() -> None:
     """transformers: positive logits divided, negative ones multiplied, however often said."""
     sampler = Sampler(SamplingParams(repetition_penalty=2.0), mx.array([0, 0, 1]))
     logits = mx.array([[8.0, -1.0, 5.0, 3.0, 1.0]])
     seen = []
     for _ in range(3):
-        seen.append(sampler._penalise(logits).tolist()[0])
+        seen.append(penalised(sampler, logits).tolist()[0])
         sampler.accept(sampler(logits))
     assert seen[0] == [4.0, -2.0, 5.0, 3.0, 1.0]
     # 2 was said first; halved to 2.5 it loses to 0, which was penalised already.
@@ -97,7 +104,7 @@ def test_a_token_that_was_drawn_and_discarded_is_not_penalised() -> None:
     logits = mx.array([[2.0, 1.0, -3.0]])
     assert [int(sampler(logits).item()) for _ in range(3)] == [0, 0, 0]
     sampler.accept(mx.array([0, 1]))
-    assert sampler._penalise(logits).tolist()[0] == [-0.5, -1.0, -6.0]
+    assert penalised(sampler, logits).tolist()[0] == [-0.5, -1.0, -6.0]
 
 
 def test_presence_penalty_counts_the_answer_alone() -> None:
@@ -105,7 +112,7 @@ def test_presence_penalty_counts_the_answer_alone() -> None:
     logits = mx.array([[2.0, 1.0, -3.0]])
     drawn = [drawn_and_accepted(sampler, logits) for _ in range(3)]
     assert drawn == [0, 1, 0]
-    assert sampler._penalise(logits).tolist()[0] == [0.5, -0.5, -3.0]
+    assert penalised(sampler, logits).tolist()[0] == [0.5, -0.5, -3.0]
 
 
 def test_a_seed_repeats_and_no_seed_does_not() -> None:
@@ -163,3 +170,87 @@ def test_unknown_options_are_refused_and_none_means_default() -> None:
 )  # fmt: skip
 def test_defaults_from_generation_config(config: dict[str, Any], params: SamplingParams) -> None:
     assert SamplingParams.from_generation_config(config) == params
+
+
+@pytest.mark.parametrize(
+    ("vocab", "k"), [(1, 1), (7, 3), (250, 5), (1000, 999), (1009, 20), (4096, 64), (9001, 0)]
+)
+@pytest.mark.parametrize("kind", ["normal", "ties", "infinite"])
+def test_the_kept_tokens_are_those_of_a_full_sort(vocab: int, k: int, kind: str) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(5, vocab)).astype(np.float32)
+    if kind == "ties":
+        logits = np.round(logits * 2) / 2
+    if kind == "infinite":
+        logits[rng.random(logits.shape) < 0.9] = -np.inf
+    costs, ids = smallest(mx.array(-logits), k)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, : k or vocab]
+    places = mx.broadcast_to(mx.arange(order.shape[1]), order.shape)
+    assert np.array_equal(np.array(ids(places)), order)
+    assert np.array_equal(np.array(costs), np.take_along_axis(-logits, order, axis=1))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [*PRESETS.values(), SamplingParams(1.0), SamplingParams(1.0, top_p=0.9, min_p=0.01)],
+)
+def test_a_row_of_a_batch_is_drawn_as_it_is_alone(params: SamplingParams) -> None:
+    logits = mx.random.normal((6, 1009), key=mx.random.key(1))
+    keys = mx.random.split(mx.random.key(2), 6)
+    said = mx.arange(1009) % 3 == 0 if params.presence_penalty else None
+    together = draw(logits, params, keys, None, said).tolist()
+    alone = [draw(logits[i : i + 1], params, keys[i : i + 1], None, said) for i in range(6)]
+    assert together == [int(token.item()) for token in alone]
+    assert len(set(together)) > 1
+
+
+def test_neither_another_token_nor_another_value_compiles_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    traces: list[object] = []
+
+    def traced(*arguments: Any) -> mx.array:
+        traces.append(arguments)
+        return penalise(*arguments)
+
+    monkeypatch.setattr(sampler_module, "penalise", traced)
+    # A vocabulary of no other test: its first draw is traced.
+    logits = mx.random.normal((1, 1013), key=mx.random.key(1))
+    for temperature in (1.0, 0.5, 0.7):
+        params = PRESETS["thinking"].updated(temperature=temperature)
+        sampler = Sampler(params, mx.array([0]), seed=0)
+        for _ in range(3):
+            drawn_and_accepted(sampler, logits)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        *PRESETS.values(), SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_p=0.9),
+        SamplingParams(1.0, top_k=40, min_p=0.05), SamplingParams(1.0, min_p=0.05),
+        SamplingParams(0.0, presence_penalty=1.0), SamplingParams(1.0, repetition_penalty=1.1),
+    ],
+)  # fmt: skip
+def test_a_token_takes_no_more_dispatches_than_mlx_lms(params: SamplingParams) -> None:
+    """Counted by the rule of tools/bench_kernels.py, from logits to the state of the next draw."""
+    logits = leaf((1, 248_320), mx.bfloat16)
+    ours = Sampler(params, mx.array([1, 2]), seed=0)
+    ours.accept(ours(logits))
+    mx.eval(ours._key, *(mask for mask in ours._masks(248_320) if mask is not None))
+    token = ours(logits)
+    ours.accept(token)
+    masks = [mask for mask in ours._masks(248_320) if mask is not None]
+    dispatches = Graph().finish(token, ours._key, *masks).total()
+
+    repetition = params.repetition_penalty if params.repetition_penalty != 1 else None
+    processors = make_logits_processors(
+        presence_penalty=params.presence_penalty or None, repetition_penalty=repetition
+    )
+    tokens, theirs = mx.arange(30), logits
+    mx.eval(tokens, mx.random.state)
+    for process in processors:
+        theirs = process(tokens, theirs)
+    draw_theirs = make_sampler(params.temperature, params.top_p, params.min_p, top_k=params.top_k)
+    drawn = draw_theirs(theirs - mx.logsumexp(theirs, keepdims=True))
+    assert dispatches <= Graph().finish(drawn, *mx.random.state).total()

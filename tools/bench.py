@@ -9,25 +9,19 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.utils
 from label import label
-from mlx_lm.generate import generate_step
 
 from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
-from qwen35_mlx.engine.decode import decode
-from qwen35_mlx.engine.prompt_cache import PromptCache
-from qwen35_mlx.engine.sampler import Sampler
+from qwen35_mlx.evaluation.bench import measure, our_conversation, prompt_ids
+from qwen35_mlx.evaluation.rival import mlx_lm_conversation
 from qwen35_mlx.family import family_config
-from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
-from qwen35_mlx.sampling import SamplingParams
 
 # About 300 MB at 4 bits.
 CONFIG = family_config("Qwen3.5-35B-A3B")
@@ -44,7 +38,6 @@ CONFIG["text_config"] |= dict(
     vocab_size=32_000,
     max_position_embeddings=32_768,
 )
-Run = Callable[[mx.array, int], Iterator[object]]
 
 
 def write_checkpoint(folder: Path, seed: int = 0) -> None:
@@ -57,36 +50,6 @@ def write_checkpoint(folder: Path, seed: int = 0) -> None:
         scale = 0.3 if "conv1d" in name else 0.1 if len(shape) == 1 else shape[-1] ** -0.5
         tensors[name] = (scale * mx.random.normal(shape)).astype(mx.bfloat16)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
-
-
-def timed(run: Run, prompt: mx.array, num_tokens: int) -> tuple[float, float]:
-    """Prefill and decode tokens per second; the first token belongs to the prefill."""
-    started = time.perf_counter()
-    steps = run(prompt, num_tokens)
-    next(steps)
-    first = time.perf_counter()
-    for _ in steps:
-        pass
-    done = time.perf_counter()
-    return prompt.size / (first - started), (num_tokens - 1) / (done - first)
-
-
-def ours(model: Model) -> Run:
-    """Greedy decoding by this project."""
-
-    def run(prompt: mx.array, num_tokens: int) -> Iterator[object]:
-        sampler = Sampler(SamplingParams(), prompt)
-        cache = PromptCache(model)
-        hidden = cache.read(prompt.tolist())
-        assert hidden is not None
-        return decode(cache, hidden, sampler, num_tokens)
-
-    return run
-
-
-def theirs(model: object) -> Run:
-    """Greedy decoding by mlx-lm's own generator."""
-    return lambda prompt, num_tokens: generate_step(prompt, model, max_tokens=num_tokens)
 
 
 def main() -> None:
@@ -105,22 +68,28 @@ def main() -> None:
         forced, _ = mlx_lm.utils.load_model(folder)
         forced.set_dtype(mx.float32)
         model, _ = load_model(folder)
-    runs = {"ours": ours(model), "float32": theirs(forced), "default": theirs(default)}
-    prompt = mx.random.randint(0, 32000, (args.prompt_tokens,), key=mx.random.key(1))
-    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for run in runs.values():
+    programs = {
+        "ours": lambda: our_conversation(model),
+        "float32": lambda: mlx_lm_conversation(forced),
+        "default": lambda: mlx_lm_conversation(default),
+    }
+    prompt = prompt_ids(args.prompt_tokens, CONFIG["text_config"]["vocab_size"])
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for program in programs.values():
         # One short run each: compile, touch the weights.
-        timed(run, prompt[:8], 2)
+        measure(program(), prompt[:8], 2, 1)
     for i in range(args.rounds):
         # Forwards, then backwards: who runs first in a round must not matter.
-        for name, run in list(runs.items())[:: 1 if i % 2 == 0 else -1]:
+        for name, program in list(programs.items())[:: 1 if i % 2 == 0 else -1]:
             # mlx-lm's default is an order of magnitude slower here: twice is enough.
             if name != "default" or i < 2:
-                speeds[name].append(timed(run, prompt, args.new_tokens))
+                run = measure(program(), prompt, args.new_tokens, 1)
+                decode_tps = (args.new_tokens - 1) / run.decode_s
+                speeds[name].append((len(prompt) / run.ttft_s, decode_tps))
 
     names = {"ours": "qwen35-mlx", "float32": "mlx-lm, float32", "default": "mlx-lm, as it loads"}
     print(
-        f"{megabytes:.0f} MB, 4-bit group 64, {prompt.size} prompt + {args.new_tokens} new tokens"
+        f"{megabytes:.0f} MB, 4-bit group 64, {len(prompt)} prompt + {args.new_tokens} new tokens"
     )
     print(f"{'':20} {'prefill tok/s':>14} {'decode tok/s':>14} {'runs':>5}")
     medians = {}

@@ -58,12 +58,13 @@ def recorded(home: Path) -> list[str]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the configuration and every shard of the index are there."""
+    """Whether the configuration, a tokenizer and every shard of the index are there."""
     index = folder / INDEX_FILE
     try:
         read_config(folder)
         shards = set(read_index(index).values()) if index.exists() else {"model.safetensors"}
-        return all((folder / name).is_file() for name in shards)
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        return has_tokenizer and all((folder / name).is_file() for name in shards)
     except (OSError, Qwen35Error):
         return False
 

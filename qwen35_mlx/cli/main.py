@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .bench_command import bench
 from .chat_commands import chat, sessions
 from .command import Command
 from .convert_commands import convert, fidelity, plan
@@ -19,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for function in (convert, plan, fidelity, generate, chat, sessions, doctor):
+for function in (convert, plan, fidelity, generate, chat, sessions, bench, doctor):
     app.command(cls=Command)(function)
 
 

@@ -86,6 +86,77 @@ def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
         out.print(message["content"].translate(terminal.CONTROL) + "\n", markup=False)
 
 
+def print_bench(result: dict[str, Any]) -> None:
+    """One line a context, a second one for mlx-lm and a third for our speeds over its."""
+    from ..convert.report import aligned
+
+    head = ("context", "", "prefill", "ttft", "warm", "ttft", "decode", "GB/s", "limit", "peak GB")
+    table: list[tuple[str, ...]] = [head]
+    for row in result["contexts"]:
+        context = f"{row['context']:,}"
+        table.append((context, "", *_times(row), *_bandwidth(row)))
+        if "mlx_lm" in row:
+            theirs = row["mlx_lm"]
+            table.append((context, "mlx-lm", *_times(theirs), "", "", _gb(theirs)))
+            prefill, warm, decode = (f"{ratio:.2f}x" for ratio in row["vs_mlx_lm"].values())
+            table.append((context, "ratio", prefill, "", warm, "", decode, "", "", ""))
+    limit = result["bandwidth_limit_gbps"]
+    print_lines([
+        f"{result['model']}, {result['bits_per_weight']:.2f} bits per weight",
+        f"{result['machine']}, {result['os']}, MLX {result['mlx']}, "
+        + (f"bandwidth limit {limit:,.0f} GB/s" if limit else "bandwidth limit unknown"),
+        "tokens a second; ttft: seconds to the first token, prefill included",
+        f"warm: a message of {result['warm_tokens']} tokens after an answer of "
+        f"{result['new_tokens']}; medians of {result['median_of']}",
+        "",
+        *aligned(table),
+    ])  # fmt: skip
+
+
+def _times(figures: dict[str, float]) -> tuple[str, ...]:
+    names = ("prefill_tps", "ttft_s", "warm_prefill_tps", "warm_ttft_s", "decode_tps")
+    return tuple(f"{figures[name]:,.{3 if name.endswith('_s') else 1}f}" for name in names)
+
+
+def _bandwidth(row: dict[str, Any]) -> tuple[str, str, str]:
+    percent = row["percent_of_bandwidth"]
+    return (
+        f"{row['decode_gb_per_s']:,.1f}",
+        "-" if percent is None else f"{percent:.0f} %",
+        _gb(row),
+    )
+
+
+def _gb(figures: dict[str, float]) -> str:
+    return f"{figures['peak_memory_bytes'] / 1e9:,.2f}"
+
+
+def draw_bench(result: dict[str, Any], file: Path) -> None:
+    """Prefill and decode over the context as a PNG."""
+    from ..convert.plots import picture
+
+    rows = result["contexts"]
+    sizes = [row["context"] for row in rows]
+    with picture(file, (10, 4.5)) as (figure, left, right):
+        for axes, speed, title in (
+            (left, "prefill_tps", "prefill"),
+            (right, "decode_tps", "decode"),
+        ):
+            axes.plot(sizes, [row[speed] for row in rows], marker="o", label="qwen35-mlx")
+            if "mlx_lm" in rows[0]:
+                theirs = [row["mlx_lm"][speed] for row in rows]
+                axes.plot(sizes, theirs, marker="s", label="mlx-lm")
+            axes.set(xscale="log", title=title, xlabel="context, tokens", ylabel="tokens / s")
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+            axes.set_xticks([], minor=True)
+            axes.set_ylim(bottom=0)
+            axes.legend()
+        figure.suptitle(
+            f"{result['model']}, {result['bits_per_weight']:.2f} bits per weight, "
+            f"{result['machine']}"
+        )
+
+
 def print_doctor(report: dict[str, Any]) -> None:
     """Machine and kernels for a person to read."""
     machine, kernels = report["machine"], report["kernels"]

@@ -3,8 +3,10 @@
 The order is that of transformers.
 """
 
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from numbers import Integral
 
 import mlx.core as mx
@@ -15,6 +17,9 @@ from ..sampling import SamplingParams
 MAX_SEED = 2**63 - 1
 # Dividing logits by less than this would overflow float32.
 GREEDY_BELOW = 1e-5
+# Parameters by name, those that are in effect; arrays, so that no value is part of a kernel.
+Scalars = dict[str, mx.array]
+Mask = mx.array | None
 
 
 class Sampler:
@@ -39,11 +44,11 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> mx.array:
         """logits `[1, V]` -> token `[1]`; nothing is evaluated here."""
-        logits = self._penalise(logits.astype(mx.float32))
+        masks = self._masks(logits.shape[-1])
         if self.params.temperature < GREEDY_BELOW:
-            return mx.argmax(logits, axis=-1)
+            return mx.argmax(penalise(logits, scalars(self.params), *masks), axis=-1)
         self._key, key = mx.random.split(self._key)
-        return draw(logits / self.params.temperature, self.params, key)
+        return draw(logits, self.params, key[None], *masks)
 
     def accept(self, tokens: mx.array) -> None:
         """Count `tokens` `[N]`, drawn or forced, as part of the answer."""
@@ -52,45 +57,118 @@ class Sampler:
         if self._in_text is not None:
             self._in_text[tokens] = True
 
-    def _penalise(self, logits: mx.array) -> mx.array:
-        params, vocab = self.params, logits.shape[-1]
-        if params.repetition_penalty != 1.0:
-            if self._in_text is None:
-                self._in_text = mx.zeros(vocab, dtype=mx.bool_)
-                self._in_text[self._prompt] = True
-            weaker = mx.where(
-                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
-            )
-            logits = mx.where(self._in_text, weaker, logits)
-        if params.presence_penalty != 0.0:
-            if self._in_answer is None:
-                self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
-                if self._answered is not None:
-                    self._in_answer[self._answered] = True
-            logits = logits - params.presence_penalty * self._in_answer
-        return logits
+    def _masks(self, vocab: int) -> tuple[Mask, Mask]:
+        """`[V]` of tokens in the text and of those in the answer, each if its penalty is on."""
+        repetition = self.params.repetition_penalty != 1.0
+        presence = self.params.presence_penalty != 0.0
+        if repetition and self._in_text is None:
+            self._in_text = mx.zeros(vocab, dtype=mx.bool_)
+            self._in_text[self._prompt] = True
+        if presence and self._in_answer is None:
+            self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
+            if self._answered is not None:
+                self._in_answer[self._answered] = True
+        return self._in_text if repetition else None, self._in_answer if presence else None
 
 
-def draw(logits: mx.array, params: SamplingParams, key: mx.array) -> mx.array:
-    """A token `[1]` from logits `[1, V]`, temperature already applied."""
-    vocab = logits.shape[-1]
-    if params.top_k == 0 and params.top_p == 1.0 and params.min_p == 0.0:
-        return mx.random.categorical(logits, key=key)
-    if 0 < params.top_k < vocab:
-        # Only the candidates are sorted: the vocabulary has a quarter of a million entries.
-        ids = mx.argpartition(-logits, kth=params.top_k - 1, axis=-1)[..., : params.top_k]
-        logits = mx.take_along_axis(logits, ids, axis=-1)
-        order = mx.argsort(-logits, axis=-1)
-        ids = mx.take_along_axis(ids, order, axis=-1)
-    else:
-        ids = order = mx.argsort(-logits, axis=-1)
-    logits = mx.take_along_axis(logits, order, axis=-1)
-    if params.top_p < 1.0:
-        probabilities = mx.softmax(logits, axis=-1)
-        before = mx.cumsum(probabilities, axis=-1) - probabilities
-        logits = mx.where(before < params.top_p, logits, -mx.inf)
-    if params.min_p > 0.0:
-        probabilities = mx.softmax(logits, axis=-1)
-        logits = mx.where(probabilities >= params.min_p * probabilities[..., :1], logits, -mx.inf)
-    choice = mx.random.categorical(logits, key=key)
-    return mx.take_along_axis(ids, choice[..., None], axis=-1)[..., 0]
+def draw(
+    logits: mx.array,
+    params: SamplingParams,
+    key: mx.array,
+    in_text: Mask = None,
+    in_answer: Mask = None,
+) -> mx.array:
+    """Tokens `[B]` from logits `[B, V]` at a temperature above 0; a row depends on no other.
+
+    key: `[2]`, split for the rows, or `[B, 2]`, what a split made for them.
+    """
+    if key.ndim == 1:
+        key = mx.random.split(key, logits.shape[0])
+    top_k = int(params.top_k) if params.top_k < logits.shape[-1] else 0
+    return _draw(logits, key, scalars(params), top_k, in_text, in_answer)
+
+
+@lru_cache(maxsize=64)
+def scalars(params: SamplingParams) -> Scalars:
+    """The parameters that change something; top_k decides shapes and is not among them."""
+    off = {"top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+    values = {name: getattr(params, name) for name in ("temperature", *off)}
+    return {name: mx.array(v, mx.float32) for name, v in values.items() if v != off.get(name)}
+
+
+def penalise(logits: mx.array, values: Scalars, in_text: Mask, in_answer: Mask) -> mx.array:
+    """logits `[B, V]` -> the same, float32 where a penalty is on."""
+    if in_text is not None:
+        penalty, logits = values["repetition_penalty"], logits.astype(mx.float32)
+        weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
+        logits = mx.where(in_text, weaker, logits)
+    if in_answer is not None:
+        logits = logits.astype(mx.float32) - values["presence_penalty"] * in_answer
+    return logits
+
+
+# A new trace for new shapes and other parameters that are on, not for other values of them.
+@mx.compile
+def _draw(
+    logits: mx.array, keys: mx.array, values: Scalars, top_k: int, in_text: Mask, in_answer: Mask
+) -> mx.array:
+    logits = penalise(logits, values, in_text, in_answer).astype(mx.float32)
+    # Costs: an ascending stable sort puts the likeliest first, and of equal ones the lowest id.
+    costs = -logits / values["temperature"]
+    if not top_k and "top_p" not in values:
+        return _draw_unsorted(costs, keys, values)
+    costs, ids = smallest(costs, top_k)
+    # Relative to the likeliest.
+    weights = mx.exp(costs[:, :1] - costs)
+    covered = mx.cumsum(weights, axis=-1)
+    reached = covered
+    if "top_p" in values:
+        # The token that crosses top_p still belongs.
+        reached = mx.where(covered - weights < values["top_p"] * covered[:, -1:], covered, 0.0)
+    if "min_p" in values:
+        reached = mx.where(weights >= values["min_p"], reached, 0.0)
+    # What is kept is a prefix; no token after it is drawn, because uniform is less than 1.
+    total = reached.max(axis=-1, keepdims=True)
+    # A key that a split made is random bits, and this one is used for nothing else.
+    uniform = (keys[:, :1] >> 8).astype(mx.float32) * 2**-24
+    choice = (covered <= uniform * total).sum(axis=-1, keepdims=True)
+    return ids(choice)[:, 0]
+
+
+def _draw_unsorted(costs: mx.array, keys: mx.array, values: Scalars) -> mx.array:
+    """Without top-k and top-p: by Gumbel noise."""
+    if "min_p" in values:
+        most = costs.min(axis=-1, keepdims=True) - mx.log(values["min_p"])
+        costs = mx.where(costs <= most, costs, mx.inf)
+    noise = mx.vmap(lambda key: mx.random.gumbel(shape=costs.shape[1:], key=key))(keys)
+    return mx.argmin(costs - noise, axis=-1)
+
+
+def smallest(costs: mx.array, k: int) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+    """The k smallest costs `[B, k]` of `[B, V]` in order, and their ids by place; all for k = 0.
+
+    Equal costs are in the order of their ids, as in a stable sort. The vocabulary is not sorted:
+    the k smallest are in the k blocks with the smallest minima.
+    """
+    rows, vocab = costs.shape
+    # As many blocks as candidates: MLX's Metal sort takes about 4,096 numbers in one dispatch.
+    width = 2 ** round(math.log2(vocab / max(k, 1)) / 2)
+    num_blocks = -(-vocab // width)
+    if k == 0 or num_blocks <= k:
+        order = mx.argsort(costs, axis=-1)[:, : k or vocab]
+        return mx.take_along_axis(costs, order, axis=-1), lambda places: mx.take_along_axis(
+            order, places, axis=-1
+        )
+    if padding := num_blocks * width - vocab:
+        costs = mx.pad(costs, [(0, 0), (0, padding)], constant_values=mx.inf)
+    blocks = costs.reshape(rows, num_blocks, width)
+    # In the order of their ids again, so that candidates are too.
+    chosen = mx.sort(mx.argsort(blocks.min(axis=-1), axis=-1)[:, :k], axis=-1)
+    costs = mx.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, k * width)
+    order = mx.argsort(costs, axis=-1)[:, :k]
+
+    def ids(places: mx.array) -> mx.array:
+        candidates = mx.take_along_axis(order, places, axis=-1)
+        return mx.take_along_axis(chosen, candidates // width, axis=-1) * width + candidates % width
+
+    return mx.take_along_axis(costs, order, axis=-1), ids

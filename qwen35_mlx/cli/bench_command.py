@@ -1,0 +1,74 @@
+"""The command bench: the speed of a model on this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def bench(
+    model: options.Model,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt in tokens; shorter ones of 512, 4096, 32768, … are measured too. "
+            "Default: 32768, or what the model can read if that is less.",
+        ),
+    ] = None,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Runs at each length; the median of them counts.")
+    ] = 3,
+    vs_mlx_lm: Annotated[
+        bool,
+        typer.Option(
+            "--vs-mlx-lm",
+            help="Run mlx-lm on the same weights in turns. Default: this program alone.",
+        ),
+    ] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the speeds as a picture too. Default: none."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON line alone. Default: a table before it.")
+    ] = False,
+    kernels: options.Kernels = "auto",
+) -> None:
+    """Measure the speed of a model on this machine.
+
+    At each length of the prompt: reading it (cold), reading a short message after it (warm), time
+    to the first token, decoding, and memory. The last line is JSON to share and to compare.
+    """
+    from ..evaluation import bench as measuring
+    from ..model import loading
+    from ..model.hub import resolve
+    from .progress import spinner, step_progress
+
+    folder = resolve(model)
+    with spinner(f"Loading {model}"):
+        needed = None if max_context is None else max_context + measuring.ROOM
+        loaded, _ = loading.load(folder, kernels=kernels, context=needed)
+        programs = {measuring.OURS: lambda: measuring.our_conversation(loaded)}
+        if vs_mlx_lm:
+            from ..evaluation.rival import mlx_lm_program
+
+            programs[measuring.MLX_LM] = mlx_lm_program(folder, loaded)
+    sizes = measuring.contexts(loaded.config, max_context)
+    with step_progress("Measuring") as progress:
+        rows = measuring.bench(loaded, programs, sizes, runs, progress)
+    result = measuring.label(folder, model) | {
+        "kernels": kernels,
+        "median_of": runs,
+        "contexts": rows,
+    }
+    from .report import draw_bench, print_bench
+
+    if png:
+        draw_bench(result, png)
+    if not as_json:
+        print_bench(result)
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,234 @@
+"""Speed of a model on this machine at several contexts, in figures to compare and to share.
+
+One run at a context of N tokens is a conversation of two turns. Cold: a prompt of N tokens is read
+into an empty cache, and an answer is decoded. Warm: a short message follows, of which only its own
+tokens are read.
+"""
+
+import math
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..config import ModelConfig, read_config
+from ..engine.decode import decode
+from ..engine.prompt_cache import PromptCache
+from ..engine.sampler import Sampler
+from ..errors import Qwen35Error
+from ..headers import read_headers
+from ..machine import GIB, bandwidth_gbps, describe
+from ..memory import kv_bytes, read_share, state_bytes
+from ..model.language import Model
+from ..progress import StepProgress
+from ..resolver import resolve as resolve_tensors
+from ..sampling import SamplingParams
+
+# Of the JSON; higher when a figure changes its meaning.
+FORMAT = 1
+FIRST_CONTEXT, CONTEXT_FACTOR, DEFAULT_CONTEXT = 512, 8, 32_768
+# Tokens of the answer, and of the message after it.
+NEW_TOKENS, WARM_TOKENS = 64, 64
+ROOM = NEW_TOKENS + WARM_TOKENS
+SPEEDS = ("prefill_tps", "warm_prefill_tps", "decode_tps")
+
+# Reads ids after all that it has read, and yields that many tokens; ours does not read the last.
+Conversation = Callable[[list[int], int], Iterator[int]]
+# An empty one, by the name of the program.
+Programs = Mapping[str, Callable[[], Conversation]]
+Clock = Callable[[], float]
+OURS, MLX_LM = "qwen35_mlx", "mlx_lm"
+
+
+class Run(NamedTuple):
+    """Seconds of one run, and its peak of memory with the weights."""
+
+    ttft_s: float
+    decode_s: float
+    warm_ttft_s: float
+    peak_memory_bytes: int
+
+
+def contexts(config: ModelConfig, longest: int | None = None) -> list[int]:
+    """512, 4,096, 32,768 and so on tokens of a prompt, and `longest` itself."""
+    most = config.context_length - ROOM
+    if longest is None:
+        longest = min(most, DEFAULT_CONTEXT)
+    if not 1 <= longest <= most:
+        raise Qwen35Error(
+            "the context does not fit the model",
+            got=f"{longest:,} tokens",
+            expected=f"1 to {most:,}; the answer and the next message take {ROOM}",
+        )
+    sizes, size = [], FIRST_CONTEXT
+    while size < longest:
+        sizes.append(size)
+        size *= CONTEXT_FACTOR
+    return [*sizes, longest]
+
+
+def our_conversation(model: Model) -> Conversation:
+    """Greedy, by the cache and the loop of chat and scripts."""
+    cache = PromptCache(model)
+
+    def turn(ids: list[int], num_tokens: int) -> Iterator[int]:
+        hidden = cache.read(ids)
+        assert hidden is not None
+        sampler = Sampler(SamplingParams(), mx.array(ids))
+        return (step.token for step in decode(cache, hidden, sampler, num_tokens))
+
+    return turn
+
+
+def measure(
+    conversation: Conversation,
+    prompt: list[int],
+    num_new: int,
+    num_warm: int,
+    clock: Clock = time.perf_counter,
+) -> Run:
+    """One run; the first token of an answer belongs to the time of reading."""
+    mx.reset_peak_memory()
+    started = clock()
+    tokens, times = [], []
+    for token in conversation(prompt, num_new):
+        tokens.append(token)
+        times.append(clock())
+    message = ([tokens[-1], *prompt] * num_warm)[:num_warm]
+    warm_started = clock()
+    for _ in conversation(message, 1):
+        pass
+    warm_s = clock() - warm_started
+    return Run(times[0] - started, times[-1] - times[0], warm_s, mx.get_peak_memory())
+
+
+def measure_in_turns(
+    programs: Programs,
+    prompt: list[int],
+    num_runs: int,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[Run]]:
+    """`num_runs` of each program, forwards, then backwards: who runs first must not matter."""
+    runs: dict[str, list[Run]] = {name: [] for name in programs}
+    for i in range(num_runs):
+        for name, make in list(programs.items())[:: 1 if i % 2 == 0 else -1]:
+            runs[name].append(measure(make(), prompt, NEW_TOKENS, WARM_TOKENS, clock))
+            mx.clear_cache()
+    return runs
+
+
+def medians(runs: Sequence[Run], context: int) -> dict[str, float]:
+    """Speeds from the median of each time, and the highest peak."""
+    seconds = [max(statistics.median(column), 1e-9) for column in list(zip(*runs, strict=True))[:3]]
+    ttft_s, decode_s, warm_ttft_s = seconds
+    return {
+        "prefill_tps": context / ttft_s,
+        "ttft_s": ttft_s,
+        "warm_prefill_tps": WARM_TOKENS / warm_ttft_s,
+        "warm_ttft_s": warm_ttft_s,
+        "decode_tps": (NEW_TOKENS - 1) / decode_s,
+        "peak_memory_bytes": max(run.peak_memory_bytes for run in runs),
+    }
+
+
+def bench(
+    model: Model,
+    programs: Programs,
+    sizes: Sequence[int],
+    num_runs: int = 3,
+    progress: StepProgress = lambda done, total, what: None,
+    clock: Clock = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """One row a context: our figures, and those of another program as ratios and by its name."""
+    limit = bandwidth_limit()
+    ids = prompt_ids(sizes[-1], model.config.vocab_size)
+    for make in programs.values():
+        # Kernels are compiled and weights touched outside of what is measured.
+        measure(make(), ids[:WARM_TOKENS], 2, 1)
+    rows = []
+    for i, size in enumerate(sizes):
+        progress(i, len(sizes), f"{size:,} tokens")
+        runs = measure_in_turns(programs, ids[:size], num_runs, clock)
+        figures = {name: medians(those, size) for name, those in runs.items()}
+        row: dict[str, Any] = {"context": size, **figures.pop(OURS)}
+        read = bytes_per_token(model, size + NEW_TOKENS // 2)
+        gbps = row["decode_tps"] * read / 1e9
+        row |= {"decode_bytes_per_token": read, "decode_gb_per_s": gbps}
+        row["percent_of_bandwidth"] = 100 * gbps / limit if limit else None
+        for name, theirs in figures.items():
+            row[name] = theirs
+            row[f"vs_{name}"] = {speed: row[speed] / theirs[speed] for speed in SPEEDS}
+        rows.append(row)
+    return rows
+
+
+def prompt_ids(num_tokens: int, vocab_size: int) -> list[int]:
+    """Random ids, the same each time."""
+    return random.Random(0).choices(range(vocab_size), k=num_tokens)
+
+
+def bytes_per_token(model: Model, context: int) -> int:
+    """What decoding one token has to read: weights, chosen experts alone, caches and states."""
+    arrays = dict(tree_flatten(model.parameters()))
+    weights = sum(
+        int(array.nbytes * read_share(model.config, name.rpartition(".")[0]))
+        for name, array in arrays.items()
+    )
+    item_bytes = model.allowance.item_bytes
+    states = 2 * state_bytes(model.config, item_bytes)
+    return weights + kv_bytes(model.config, context, item_bytes) + states
+
+
+def bandwidth_limit() -> float | None:
+    """10^9 bytes a second that this machine's memory delivers, if its chip is known."""
+    machine = describe()
+    if machine.gpu_limit_bytes is None:
+        return None
+    return bandwidth_gbps(machine.chip, machine.memory_bytes / GIB)
+
+
+def label(folder: Path, model: str) -> dict[str, Any]:
+    """Where, with what and on which model; nothing personal, so of a path the last name alone."""
+    machine = describe()
+    found = resolve_tensors(read_config(folder), read_headers(folder))
+    stored = {
+        segment.tensor.name: segment.tensor.nbytes
+        for match in found.text_matches
+        for part in match.parts
+        for segment in part.segments
+    }
+    num_weights = sum(math.prod(match.shape) for match in found.text_matches)
+    return {
+        "format": FORMAT,
+        "machine": machine.chip,
+        "memory_gib": round(machine.memory_bytes / GIB, 1),
+        "os": machine.os,
+        "device": str(mx.default_device()),
+        "version": machine.versions["qwen35-mlx"],
+        "commit": commit(),
+        "mlx": machine.versions["mlx"],
+        "mlx_lm": machine.versions.get("mlx-lm"),
+        "model": folder.resolve().name if Path(model).expanduser().is_dir() else model,
+        "bits_per_weight": 8 * sum(stored.values()) / num_weights,
+        "bandwidth_limit_gbps": bandwidth_limit(),
+        "new_tokens": NEW_TOKENS,
+        "warm_tokens": WARM_TOKENS,
+    }
+
+
+def commit() -> str | None:
+    """Of the checkout that this package runs from; None for an installed one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,50 @@
+"""mlx-lm on the same folder, for comparison; it is no dependency."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import Qwen35Error
+from ..model.language import Model
+from .bench import Conversation
+
+
+def mlx_lm_program(folder: Path, model: Model) -> Callable[[], Conversation]:
+    """Greedy conversations by mlx-lm's own model and generator.
+
+    It gets the arrays of `model`, so that a second copy takes no memory; its own where it wants
+    others.
+    """
+    try:
+        from mlx_lm.utils import load_model
+    except ImportError:
+        raise Qwen35Error(
+            "mlx-lm is not installed",
+            expected="the program to compare with",
+            hint="pip install mlx-lm",
+        ) from None
+    theirs, _ = load_model(folder, lazy=True)
+    with suppress(ValueError):
+        theirs.load_weights(list(dict(tree_flatten(model.parameters())).items()), strict=True)
+    mx.eval(theirs.parameters())
+    return lambda: mlx_lm_conversation(theirs)
+
+
+def mlx_lm_conversation(model: Any) -> Conversation:
+    """One with an empty cache of mlx-lm's."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+
+    def turn(ids: list[int], num_tokens: int) -> Iterator[int]:
+        steps = generate_step(mx.array(ids), model, max_tokens=num_tokens, prompt_cache=cache)
+        yield from (int(token) for token, _ in steps)
+        # It goes on to read the last token: not in the time of what follows.
+        mx.eval([entry.state for entry in cache])
+
+    return turn
