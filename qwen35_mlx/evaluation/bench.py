@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..checkpoint.headers import read_headers
+from ..checkpoint.resolver import resolve as resolve_tensors
 from ..config import ModelConfig, read_config
 from ..engine.decode import decode
 from ..engine.prompt_cache import PromptCache
 from ..engine.sampler import Sampler
 from ..errors import Qwen35Error
-from ..headers import read_headers
 from ..machine import GIB, bandwidth_gbps, describe
 from ..memory import kv_bytes, read_share, state_bytes
 from ..model.language import Model
 from ..progress import StepProgress
-from ..resolver import resolve as resolve_tensors
 from ..sampling import SamplingParams
 
 # Of the JSON; higher when a figure changes its meaning.
