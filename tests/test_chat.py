@@ -88,7 +88,7 @@ def assert_as_if_afresh(chat: Chat, question: str, logits: list[np.ndarray]) -> 
     np.testing.assert_allclose(ours, logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("enable_thinking", [None, False])
+@pytest.mark.parametrize("enable_thinking", everyday([None, False], 0))
 def test_later_turns_equal_a_conversation_begun_afresh(
     demo: Any, logits: list[np.ndarray], enable_thinking: bool | None
 ) -> None:
