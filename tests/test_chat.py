@@ -136,7 +136,7 @@ def test_a_system_prompt_is_part_of_every_turn(demo: Any) -> None:
     assert num_first > bare.stats.prompt_tokens
 
 
-@pytest.mark.parametrize("num_pieces", everyday([0, 1, 12], 0, 2))
+@pytest.mark.parametrize("num_pieces", everyday([0, 1, 12], 2))
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_what_was_said_stays_when_an_answer_is_stopped(
     chat: Chat, logits: list[np.ndarray], num_pieces: int, interrupt: bool
