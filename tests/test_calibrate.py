@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
-from everyday import everyday
 from test_mlx_lm import assert_equal_logits
 
 import qwen35_mlx
@@ -134,7 +133,8 @@ def test_each_expert_is_quantized_by_its_own_inputs(calibration):
         assert all(same)
 
 
-@pytest.mark.parametrize("method", everyday(["search", "gptq"], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["search", "gptq"])
 def test_calibrated_weights_lie_nearer_and_load_in_mlx_lm(source, calibration, tmp_path, method):
     plain = convert(source, tmp_path / "plain", bits=3)
     ours = convert(source, tmp_path / "ours", bits=3, method=method, calibration=calibration)

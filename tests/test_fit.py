@@ -55,9 +55,8 @@ def fitted(flagship: Path, memory_gib: int, context: int = 32768):
     return fit_mac(flagship, memory_gib * GIB, context=context)
 
 
-@pytest.mark.parametrize(
-    ("memory_gib", "context"), everyday([(192, 32768), (256, 32768), (192, 262144)], 0)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory_gib", "context"), [(192, 32768), (256, 32768), (192, 262144)])
 def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     budget, choices = fitted(flagship, memory_gib, context)
     choice = choices["quality"]
@@ -150,7 +149,7 @@ def test_measured_kls_move_bits_to_where_they_count(tmp_path):
         fit(tmp_path / "src", bits_per_weight=4.0, calibration=other)
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("moe", everyday([False, True], 1), ids=["dense", "moe"])
 @pytest.mark.parametrize(
     "way", everyday([dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)], 2)
 )

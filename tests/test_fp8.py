@@ -79,7 +79,7 @@ def write_both(
     return folder / "fp8", folder / "plain"
 
 
-@pytest.mark.parametrize("experts", ["fused", "each"])
+@pytest.mark.parametrize("experts", everyday(["fused", "each"], 1))
 @pytest.mark.parametrize(
     ("block", "scale_dtype"),
     everyday([((48, 40), "F32"), ((128, 128), "BF16"), ((96, 128), "F32")], 0),

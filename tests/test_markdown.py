@@ -7,6 +7,7 @@ from typing import Any
 
 import pyte
 import pytest
+from everyday import everyday
 from rich.console import Console
 
 from qwen35_mlx.cli import markdown
@@ -102,7 +103,7 @@ def cuts(text: str, seed: int) -> list[str]:
     return parts
 
 
-@pytest.mark.parametrize("width", [20, 40, 100])
+@pytest.mark.parametrize("width", everyday([20, 40, 100], 0))
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_stream_ends_as_if_printed_at_once(width: int, seed: int) -> None:
     whole = streamed([TEXT], width, 200)

@@ -263,7 +263,7 @@ ATOMS = [
 WHOLE = [f"\n{CALL}", CALL, JSON, f"\n{XML}\n", f"\n{XML}\n</tool_call>", "\n</think>\n\n"]
 
 
-@pytest.mark.parametrize("tools", [[TOOL], []], ids=["tools", "none"])
+@pytest.mark.parametrize("tools", everyday([[TOOL], []], 0), ids=["tools", "none"])
 @pytest.mark.parametrize("thinking", everyday([True, False], 0))
 def test_random_output_loses_and_doubles_no_text(tools: list[Any], thinking: bool) -> None:
     chance = random.Random(7)

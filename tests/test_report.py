@@ -88,6 +88,7 @@ def experts_3(module: str) -> tuple[int, int]:
     return (3 if "switch_mlp" in module else 4), 64
 
 
+@pytest.mark.slow
 def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     planned = plan(REPO, bits=4)
     assert sum(real.served.values()) < 4 * 10**6 + len(real.served) * 2**17
