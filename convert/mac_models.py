@@ -1,52 +1,18 @@
-"""Macs by memory and bandwidth, and the bound that bandwidth sets on decoding a plan."""
+"""Macs by name, and the bound that their bandwidth sets on decoding a plan."""
 
 import platform
 import re
-from dataclasses import dataclass
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.headers import ITEM_BYTES
-from qwen35_mlx.machine import GIB, parse_memory, sysctl
+from qwen35_mlx.machine import GIB, MACS, Mac, bandwidth_gbps, parse_memory, sysctl
 from qwen35_mlx.memory import MemoryCount, count, kv_bytes, state_bytes
 
 from .plan import Plan
 
-
-@dataclass(frozen=True)
-class Mac:
-    """One size of one chip; `gbps` is the bandwidth of its memory, 10^9 bytes a second."""
-
-    chip: str
-    memory_gib: float
-    gbps: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.chip} {self.memory_gib:g} GB".strip()
-
-    @property
-    def memory_bytes(self) -> int:
-        return int(self.memory_gib * GIB)
-
-
-MACS = (
-    Mac("M2 Max", 96, 400),
-    Mac("M3 Max", 96, 300),
-    Mac("M3 Ultra", 96, 819),
-    Mac("M1 Ultra", 128, 800),
-    Mac("M2 Ultra", 128, 800),
-    Mac("M3 Max", 128, 400),
-    Mac("M4 Max", 128, 546),
-    Mac("M5 Max", 128, 614),
-    Mac("M2 Ultra", 192, 800),
-    Mac("M3 Ultra", 256, 819),
-    Mac("M3 Ultra", 512, 819),
-)
 # A column's title: it says that it is no speed.
 BANDWIDTH_LIMIT = "bandwidth limit, tok/s"
-# Chips for which memory alone does not tell; of two variants the slower one.
-CHIP_GBPS = {"M1 Max": 400, "M3 Max": 300, "M4 Pro": 273, "M4 Max": 410}
 
 
 def this_mac() -> Mac | None:
@@ -57,13 +23,7 @@ def this_mac() -> Mac | None:
     if not memory.isdigit():
         return None
     chip, memory_gib = brand.removeprefix("Apple "), int(memory) // GIB
-    return Mac(chip, memory_gib, _gbps(chip, memory_gib))
-
-
-def _gbps(chip: str, memory_gib: float) -> float:
-    """Of the chip with this memory; else the slowest of the chip; 0 for an unknown one."""
-    alike = {mac.memory_gib: mac.gbps for mac in MACS if mac.chip == chip}
-    return alike.get(memory_gib) or CHIP_GBPS.get(chip) or min(alike.values(), default=0)
+    return Mac(chip, memory_gib, bandwidth_gbps(chip, memory_gib))
 
 
 def find_macs(text: str) -> list[Mac]:
@@ -74,7 +34,7 @@ def find_macs(text: str) -> list[Mac]:
         memory = parse_memory(match[2]) / GIB if match[2] else None
         found = [m for m in MACS if chip in ("", m.chip) and memory in (None, m.memory_gib)]
         if not found and memory is not None:
-            found = [Mac(chip, memory, _gbps(chip, memory))]
+            found = [Mac(chip, memory, bandwidth_gbps(chip, memory))]
         if found:
             return found
     raise Qwen35Error(

@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,40 @@ MIB, GIB = 2**20, 2**30
 SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
 
 
+@dataclass(frozen=True)
+class Mac:
+    """One size of one chip; `gbps` is the bandwidth of its memory, 10^9 bytes a second."""
+
+    chip: str
+    memory_gib: float
+    gbps: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip} {self.memory_gib:g} GB".strip()
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * GIB)
+
+
+MACS = (
+    Mac("M2 Max", 96, 400),
+    Mac("M3 Max", 96, 300),
+    Mac("M3 Ultra", 96, 819),
+    Mac("M1 Ultra", 128, 800),
+    Mac("M2 Ultra", 128, 800),
+    Mac("M3 Max", 128, 400),
+    Mac("M4 Max", 128, 546),
+    Mac("M5 Max", 128, 614),
+    Mac("M2 Ultra", 192, 800),
+    Mac("M3 Ultra", 256, 819),
+    Mac("M3 Ultra", 512, 819),
+)
+# Chips for which memory alone does not tell; of two variants the slower one.
+CHIP_GBPS = {"M1 Max": 400, "M3 Max": 300, "M4 Pro": 273, "M4 Max": 410}
+
+
 class Machine(NamedTuple):
     """Sizes in bytes; `gpu_limit_bytes` is None where there is no Metal."""
 
@@ -26,6 +61,17 @@ class Machine(NamedTuple):
     gpu_limit_bytes: int | None
     disk_free_bytes: int
     versions: dict[str, str]
+
+    @property
+    def gbps(self) -> float:
+        """Bandwidth of its memory in 10^9 bytes a second; 0 for an unknown chip."""
+        return bandwidth_gbps(self.chip.removeprefix("Apple "), round(self.memory_bytes / GIB))
+
+
+def bandwidth_gbps(chip: str, memory_gib: float) -> float:
+    """Of the chip with this memory; else the slowest of the chip; 0 for an unknown one."""
+    alike = {mac.memory_gib: mac.gbps for mac in MACS if mac.chip == chip}
+    return alike.get(memory_gib) or CHIP_GBPS.get(chip) or min(alike.values(), default=0)
 
 
 def describe() -> Machine:
@@ -124,6 +170,7 @@ def summary(machine: Machine) -> dict[str, Any]:
         "chip": machine.chip,
         "os": machine.os,
         "metal": machine.gpu_limit_bytes is not None,
+        "bandwidth_gb_per_s": machine.gbps or None,
         **rounded,
         "raise_gpu_limit": raise_limit_command(machine),
         "versions": machine.versions,

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..config import read_config, read_object
 from ..errors import CheckpointError, first_line
 from ..headers import SourceTensor, read_headers
-from ..kernels import choice, metal
+from ..kernels import choice, tiers
 from ..memory import allow, wire
 from ..quantization import Quantization
 from ..resolver import Match, Part, Resolved, refuse_other_head
@@ -145,8 +145,9 @@ def load(
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
-    `kernels`: "auto" runs those Metal kernels that `qwen35-mlx doctor` found right and faster on
-    this machine, "metal" all of them, "ops" none.
+    `kernels`: "ops" runs portable MLX operations, "mlx" what MLX has for the GPU, "metal" the
+    kernels of this package. "auto" is ops without Metal, else mlx and those kernels that were
+    found right and faster: what was never measured for such a model is, within seconds.
     `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
 
@@ -156,10 +157,22 @@ def load(
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
     model, config = load_model(folder, context, force)
-    metal.use(model, choice.choose(kernels, model.config))
+    tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
     return model, load_tokenizer(folder, config, generation)
+
+
+def choose(kernels: str, model: Model) -> tiers.Tiers:
+    """The tiers of a loaded model for one of auto, ops, mlx and metal."""
+    if kernels != choice.AUTO:
+        return choice.named(kernels)
+    if choice.unavailable():
+        return tiers.PORTABLE
+    # Imported here: no other machine needs it.
+    from ..kernels import first_load
+
+    return first_load.tiers_of(model)
 
 
 def load_tokenizer(
