@@ -143,7 +143,7 @@ def default_dispatches() -> dict[str, Any]:
                 f"{name}, {num_tokens} tokens: default {counts[name][0]}, mlx-lm {counts[name][1]}"
             )
         worst[f"dispatches_default{step}_vs_mlx_lm"] = round(
-            max(ours / theirs for ours, theirs in counts.values()), 4
+            max(mine / other for mine, other in counts.values()), 4
         )
     return worst | {"dispatches_default_and_mlx_lm": by_model}
 

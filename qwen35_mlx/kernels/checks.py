@@ -23,6 +23,7 @@ from .projection import project
 from .router import Routing, route
 from .switch import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 from .tiers import MLX, OPS, Tiers
+from .verdicts import Format
 
 Arrays = Sequence[mx.array]
 Run = Callable[[Tiers, mx.array], Arrays]
@@ -71,6 +72,11 @@ class Setting(NamedTuple):
     def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
         """Random numbers."""
         return self.cast(mx.random.normal(shape) * scale)
+
+    @classmethod
+    def of(cls, form: Format, num_tokens: int) -> "Setting":
+        """For weights of a format."""
+        return cls(getattr(mx, form.dtype), form.bits, form.group_size, num_tokens)
 
     @property
     def exact(self) -> "Setting":

@@ -1,9 +1,9 @@
 """Looks at this machine, and measures every kernel against what MLX has, at the family's sizes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import mlx.core as mx
+import mlx.nn as nn
 
 from ..family import FAMILY, Member
 from ..machine import Machine, describe, summary
@@ -14,27 +14,31 @@ from .measure import Mismatch
 from .verdicts import Format, Verdict
 
 REPORT_VERSION = 2
-DEFAULT_FORMATS = (Format("bfloat16", 4, 64),)
+DEFAULT_FORMAT = Format("bfloat16", 4, 64)
 # Of what the GPU may use: the rest is for others.
 MEMORY_SHARE = 0.7
 
 
 def run(
     progress: StepProgress = lambda done, total, what: None,
-    formats: Sequence[Format] = DEFAULT_FORMATS,
-    members: Sequence[Member] | None = None,
+    formats: Sequence[Format] = (DEFAULT_FORMAT,),
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """The report, for these formats of weights and sizes; without Metal its `kernels` is None.
+    """The report on the family's sizes in these formats; without Metal its `kernels` is None.
 
-    `members`: sizes other than those of the whole family.
+    `model`: one whose own sizes are measured too, in its own formats.
     """
     machine = describe()
     kernels = None
     if choice.unavailable() is None:
         kernels = []
+        own = None if model is None else choice.formats_of(model)
         for i, check in enumerate(checks.CHECKS):
             progress(i, len(checks.CHECKS), check.op)
-            kernels += examine(check, machine, formats, FAMILY if members is None else members)
+            sizes = [(member, form) for member in FAMILY for form in formats]
+            if model is not None and own is not None:
+                sizes.append((verdicts.member_of(model.config), own[check.op]))
+            kernels += examine(check, machine, sizes)
     return {"doctor": REPORT_VERSION, "machine": summary(machine), "kernels": kernels}
 
 
@@ -46,7 +50,7 @@ def store(report: dict[str, Any]) -> None:
 
 
 def examine(
-    check: Check, machine: Machine, formats: Sequence[Format], members: Sequence[Member]
+    check: Check, machine: Machine, sizes: Sequence[tuple[Member, Format]]
 ) -> list[dict[str, Any]]:
     """Rows of the report: verdicts on one operation, with the member's name and the speedup.
 
@@ -54,38 +58,29 @@ def examine(
     """
     problem = parity_problem(check)
     rows = []
-    for member, setting in sizes(check, formats, members):
-        needed = checks.num_bytes_needed(check, member, setting.num_tokens)
-        if needed > MEMORY_SHARE * (machine.gpu_limit_bytes or machine.memory_bytes):
-            continue
-        if problem is None:
-            verdict = measure.judge(check, member, setting)
-        else:
-            verdict = measure.about(check, member, setting)._replace(problem=problem)
-        share = verdict.metal_gb_per_s / machine.gbps if machine.gbps else None
-        rows.append(
-            {
-                "member": member.name,
-                **verdict._asdict(),
-                "speedup": round(verdict.speedup, 3),
-                "used": verdict.is_faster,
-                "bandwidth_share": share and round(share, 3),
-            }
-        )
-    return rows
-
-
-def sizes(
-    check: Check, formats: Sequence[Format], members: Sequence[Member]
-) -> Iterator[tuple[Member, Setting]]:
-    """Every size at which an operation is measured."""
-    for member in members:
+    for member, form in sizes:
         if check.needs_experts and not member.num_experts:
             continue
-        for form in formats:
-            for num_tokens in choice.tokens_of(check.op):
-                dtype: mx.Dtype = getattr(mx, form.dtype)
-                yield member, Setting(dtype, form.bits, form.group_size, num_tokens)
+        for num_tokens in choice.tokens_of(check.op):
+            needed = checks.num_bytes_needed(check, member, num_tokens)
+            if needed > MEMORY_SHARE * (machine.gpu_limit_bytes or machine.memory_bytes):
+                continue
+            setting = Setting.of(form, num_tokens)
+            if problem is None:
+                verdict = measure.judge(check, member, setting)
+            else:
+                verdict = measure.about(check, member, setting)._replace(problem=problem)
+            share = verdict.metal_gb_per_s / machine.gbps if machine.gbps else None
+            rows.append(
+                {
+                    "member": member.name,
+                    **verdict._asdict(),
+                    "speedup": round(verdict.speedup, 3),
+                    "used": verdict.is_faster,
+                    "bandwidth_share": share and round(share, 3),
+                }
+            )
+    return rows
 
 
 def parity_problem(check: Check) -> str | None:

@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
-
 from ..config import ModelConfig
 from ..errors import Qwen35Error
 from . import checks, choice, measure, verdicts
@@ -53,8 +51,7 @@ def _missing(
             if any(v is not None and not v.is_faster for v in before):
                 continue
             if (check.op, shape, *form, num_tokens) not in by_key:
-                dtype: mx.Dtype = getattr(mx, form.dtype)
-                yield check, Setting(dtype, form.bits, form.group_size, num_tokens)
+                yield check, Setting.of(form, num_tokens)
 
 
 def _measure(

@@ -37,7 +37,23 @@ def load_model(
     slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
     see `load` for `context` and `force`.
     """
-    folder = Path(folder)
+    model, raw_config, num_bytes = open_model(Path(folder))
+    # Until here nothing but headers is read: MLX loads when it evaluates.
+    model.allowance = allow(
+        model.config,
+        num_bytes,
+        context=context,
+        force=force,
+        item_bytes=model.language_model.model.norm.weight.dtype.size,
+    )
+    model.config = replace(model.config, context_limit=model.allowance.context)
+    wire(model.allowance)
+    mx.eval(model.parameters())
+    return model, raw_config
+
+
+def open_model(folder: Path) -> tuple[Model, dict[str, Any], int]:
+    """The model in `folder` with weights that are not read yet, config.json, bytes of weights."""
     raw_config = read_config(folder)
     headers = read_headers(folder)
     found = resolve_tensors(raw_config, headers)
@@ -49,20 +65,9 @@ def load_model(
     model = Model(found.config)
     quantize_modules(model, found.quantizations)
     weights = read_parameters(found.text_matches)
-    # Until here nothing but headers is read: MLX loads when it evaluates.
-    model.allowance = allow(
-        found.config,
-        sum(array.nbytes for array in weights.values()),
-        context=context,
-        force=force,
-        item_bytes=weights["language_model.model.norm.weight"].dtype.size,
-    )
-    model.config = replace(found.config, context_limit=model.allowance.context)
-    wire(model.allowance)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
-    mx.eval(model.parameters())
-    return model, raw_config
+    return model, raw_config, sum(array.nbytes for array in weights.values())
 
 
 def check_copies(found: Resolved) -> None:
