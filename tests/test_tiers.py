@@ -8,6 +8,7 @@ from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.family import family_config
 from qwen35_mlx.kernels import tiers
+from qwen35_mlx.kernels.delta_step import DeltaParameters, delta_step
 from qwen35_mlx.kernels.gated_delta_rule import is_fused
 from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 from qwen35_mlx.kernels.tiers import METAL, MLX, OPS, PORTABLE, Tiers, with_kernels
@@ -93,6 +94,30 @@ def test_a_mask_never_reaches_the_operation_that_would_become_a_graph(monkeypatc
     monkeypatch.setattr(mx.fast, "gated_delta_update", watched)
     logits(small_model(), ON_MLX, [mx.array([[0, 1, 2], [3, 4, 5]])], [1, 0])
     assert calls == [(6, {})]
+
+
+def test_a_slow_decay_in_bfloat16_is_not_rounded_to_one():
+    """MLX's operation takes the decay in the type of q; 0.999 has no bfloat16."""
+    mx.random.seed(2)
+    tokens, heads, dim = 100, 16, 128
+    channels = 3 * heads * dim
+    qkv, z = mx.random.normal((1, tokens, channels)), mx.random.normal((1, tokens, heads * dim))
+    a, b = mx.random.normal((1, tokens, heads)), mx.random.normal((1, tokens, heads))
+    parameters = DeltaParameters(
+        0.5 * mx.random.normal((channels, 4, 1)),
+        mx.full((heads,), -7.0),
+        mx.zeros(heads),
+        mx.ones(dim),
+        1e-6,
+    )
+    state = mx.random.normal((1, heads, dim, dim))
+    inputs = [x.astype(mx.bfloat16) for x in (qkv, z, b, a, mx.zeros((1, 3, channels)))]
+    exact = [x.astype(mx.float32) for x in inputs]
+    _, _, want = delta_step(*exact, state, parameters, kernels=PORTABLE)
+    small = DeltaParameters(*(x.astype(mx.bfloat16) for x in parameters[:4]), parameters.eps)
+    _, _, got = delta_step(*inputs, state, small, kernels=ON_MLX)
+    error = mx.sqrt(mx.square(got - want).sum() / mx.square(want).sum()).item()
+    assert error < 5e-3
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])

@@ -99,8 +99,6 @@ class Check(NamedTuple):
     build: Callable[[Member, Setting], Case]
     is_prefill: bool = False
     needs_experts: bool = False
-    # More error than one rounding makes: here that of q and k, before the rule.
-    slack: float = 1.0
 
 
 def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn.Module:
@@ -289,7 +287,7 @@ CHECKS = (
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),
     Check("expert_down", _expert_down),
-    Check("chunk_delta_rule", _delta_step, is_prefill=True, slack=3.0),
+    Check("chunk_delta_rule", _delta_step, is_prefill=True),
     Check("grouped_expert_matmul", _grouped_expert_matmul, is_prefill=True, needs_experts=True),
 )
 

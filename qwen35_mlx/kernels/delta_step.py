@@ -89,13 +89,16 @@ def _delta_mlx(
     mask: mx.array | None,
     kernels: Tiers,
 ) -> tuple[mx.array, mx.array]:
-    """Output and new recurrent_state from the convolved qkv, in few dispatches."""
+    """Output and new recurrent_state from the convolved qkv, in few dispatches.
+
+    qkv is fp32: MLX rounds the decay to the type of q, and in bf16 a slow one becomes one.
+    """
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = state.shape[1:]
     qk, v = mx.split(qkv, [channels - num_value_heads * value_head_dim], axis=-1)
     qk = qk.reshape(batch, num_tokens, -1, key_head_dim)
     # Unit length, as l2_norm: eps is added to the mean of squares here, to their sum there.
-    qk = mx.fast.rms_norm(qk, _unit(key_head_dim, qk.dtype), L2_EPS / key_head_dim)
+    qk = mx.fast.rms_norm(qk, _unit(key_head_dim), L2_EPS / key_head_dim)
     q, k = mx.split(qk, 2, axis=2)
     v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
     if is_fused(q.shape[2], num_value_heads, key_head_dim, value_head_dim) and not (
@@ -110,14 +113,15 @@ def _delta_mlx(
         g, beta = _gates(a, b, parameters, mask)
         out, state = gated_delta_rule(q, k, v, g, beta, state, kernels)
     # q is sqrt(Dk) too long, and so is the output; the norm takes that out, but for its eps.
-    out = mx.fast.rms_norm(out, parameters.norm_weight, parameters.eps * key_head_dim)
-    return _silu_gated(out.reshape(z.shape), z), state
+    out = mx.fast.rms_norm(out, None, parameters.eps * key_head_dim)
+    out = _weighted_and_gated(out, parameters.norm_weight, z.reshape(out.shape))
+    return out.reshape(z.shape), state
 
 
 @functools.cache
-def _unit(dim: int, dtype: mx.Dtype) -> mx.array:
+def _unit(dim: int) -> mx.array:
     """The weight of an RMS norm that gives unit length."""
-    weight = mx.full((dim,), dim**-0.5, dtype)
+    weight = mx.full((dim,), dim**-0.5)
     mx.eval(weight)
     return weight
 
@@ -134,9 +138,15 @@ def _decay_and_beta(
 
 
 @functools.partial(mx.compile, shapeless=True)
-def _silu_gated(x: mx.array, z: mx.array) -> mx.array:
-    """x * silu(z) in z's type, computed in fp32."""
-    return (x.astype(mx.float32) * nn.silu(z.astype(mx.float32))).astype(z.dtype)
+def _weighted_and_gated(x: mx.array, weight: mx.array, z: mx.array) -> mx.array:
+    """x * weight * silu(z) in z's type, computed in fp32."""
+    return (x * weight.astype(mx.float32) * nn.silu(z.astype(mx.float32))).astype(z.dtype)
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _silu_fp32(x: mx.array) -> mx.array:
+    """SiLU in fp32, as which MLX's delta rule takes its inputs."""
+    return nn.silu(x.astype(mx.float32))
 
 
 def _convolve(
@@ -162,7 +172,7 @@ def _convolve(
         mixed = (window * weight[..., 0].T).sum(axis=1, keepdims=True)
     else:
         mixed = mx.conv1d(window, weight, groups=channels)
-    return nn.silu(mixed), state
+    return (_silu_fp32(mixed) if kernels.on_mlx else nn.silu(mixed)), state
 
 
 def _gates(

@@ -84,7 +84,7 @@ def compare(check: Check, member: Member, setting: Setting) -> tuple[float, Case
     if metal.num_uses() == before:
         raise Mismatch(f"the kernel did not run: {where}")
     error = float(f"{checks.relative_error(got, wanted):.2g}")
-    tolerance = check.slack * checks.TOLERANCE[setting.dtype]
+    tolerance = checks.TOLERANCE[setting.dtype]
     if not error <= tolerance:
         raise Mismatch(f"relative error {error:.2g}, at most {tolerance:.2g}: {where}")
     return error, case
