@@ -1,4 +1,4 @@
-"""Macs by memory and bandwidth, and the bound that bandwidth sets on decoding a plan."""
+"""Macs by name, and the bound that their bandwidth sets on decoding a plan."""
 
 import platform
 import re

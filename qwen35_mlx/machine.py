@@ -51,6 +51,11 @@ class Machine(NamedTuple):
     disk_free_bytes: int
     versions: dict[str, str]
 
+    @property
+    def gbps(self) -> float:
+        """Bandwidth of its memory in 10^9 bytes a second; 0 for an unknown chip."""
+        return bandwidth_gbps(self.chip, round(self.memory_bytes / GIB)) or 0
+
 
 def describe() -> Machine:
     """This machine now."""
@@ -163,6 +168,7 @@ def summary(machine: Machine) -> dict[str, Any]:
         "chip": machine.chip,
         "os": machine.os,
         "metal": machine.gpu_limit_bytes is not None,
+        "bandwidth_gb_per_s": machine.gbps or None,
         **rounded,
         "raise_gpu_limit": raise_limit_command(machine),
         "versions": machine.versions,

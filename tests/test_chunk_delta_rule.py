@@ -11,6 +11,7 @@ from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.chunk_delta_rule import chunk_delta_rule, is_eligible
 from qwen35_mlx.kernels.gated_delta_rule import gated_delta_rule
 from qwen35_mlx.kernels.naive import naive_gated_delta_rule
+from qwen35_mlx.kernels.tiers import with_kernels
 
 CASES_EACH = 14
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)
@@ -110,7 +111,7 @@ def test_pieces_with_the_state_carried_equal_the_whole(log: Log) -> None:
     for length in (65, 1, 2, 32):
         piece = (x[:, start : start + length] for x in values)
         before = log.num_dispatches
-        out, state = gated_delta_rule(*piece, state, frozenset({"chunk_delta_rule"}))
+        out, state = gated_delta_rule(*piece, state, with_kernels(["chunk_delta_rule"]))
         assert log.num_dispatches - before == (0 if length == 1 else 2)
         outputs.append(out)
         start += length
@@ -121,7 +122,7 @@ def test_heads_the_kernels_cannot_run_go_to_ops(log: Log) -> None:
     for heads in ((1, 1, 20, 8), (1, 1, 32, 12), (1, 1, 136, 8)):
         values = inputs(np.random.default_rng(1), 1, 9, *heads)
         before = log.num_dispatches
-        ours = gated_delta_rule(*values, frozenset({"chunk_delta_rule"}))
+        ours = gated_delta_rule(*values, with_kernels(["chunk_delta_rule"]))
         assert log.num_dispatches == before
         assert_close(ours, naive_gated_delta_rule(*values))
 

@@ -16,6 +16,9 @@ import qwen35_mlx
 from qwen35_mlx.cli import main as cli
 from qwen35_mlx.sampling import SamplingParams
 
+# Before a fixture puts another in its place.
+REAL_LOAD = qwen35_mlx.load
+
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
 FRANCE = "What is the capital of France?"
 GREEDY = ("--temperature", "0")
@@ -289,33 +292,33 @@ def test_the_installed_command_is_this_one() -> None:
     assert result.stdout == f"qwen35-mlx {qwen35_mlx.__version__}\n"
 
 
-@pytest.mark.parametrize(("has_metal", "examined"), [(True, False), (True, True), (False, False)])
-def test_chat_on_a_mac_suggests_the_doctor_once(
-    run_cli: Any,
-    converted_demo: Path,
-    monkeypatch: Any,
-    tmp_path: Path,
-    has_metal: bool,
-    examined: bool,
+def test_chat_and_generate_check_a_models_kernels_alike(
+    run_cli: Any, converted_demo: Path, monkeypatch: Any
 ) -> None:
-    import mlx.core as mx
+    """Both by what load does: neither has a rule of its own."""
+    from qwen35_mlx.kernels import choice, first_load
+    from qwen35_mlx.kernels.tiers import Tiers
 
-    from qwen35_mlx.kernels import choice
+    checked = []
 
-    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path))
-    monkeypatch.setattr(mx.metal, "is_available", lambda: has_metal)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    if examined:
-        choice.write({"router": {"matched": False, "speedup": {}}})
-    result = run_cli("chat", converted_demo, "-p", FRANCE, "--max-tokens", 1)
-    assert result.exit_code == 0
-    assert ("qwen35-mlx doctor" in result.stderr) == (has_metal and not examined)
+    def tiers_of(model: Any) -> Tiers:
+        checked.append(model)
+        return Tiers()
+
+    monkeypatch.setattr(choice, "unavailable", lambda: None)
+    monkeypatch.setattr(first_load, "tiers_of", tiers_of)
+    # Loaded again, not taken from other tests.
+    monkeypatch.setattr("qwen35_mlx.model.loading.load", REAL_LOAD)
+    for command in ("chat", "generate"):
+        result = run_cli(command, converted_demo, "-p", FRANCE, "--max-tokens", 1)
+        assert result.exit_code == 0
+    assert len(checked) == 2
 
 
 def test_an_unknown_choice_of_kernels_is_a_mistake_in_usage(run_cli: Any) -> None:
     result = run_cli("generate", "no/model", "-p", "hi", "--kernels", "fast")
     assert result.exit_code == 2
-    assert "'auto', 'ops', 'metal'" in result.stderr
+    assert "'auto', 'ops', 'mlx', 'metal'" in result.stderr
 
 
 def test_sessions_are_kept_listed_shown_and_removed(

@@ -61,7 +61,7 @@ def test_commands_options_and_choices_are_offered(complete: Any) -> None:
     ]
     assert complete("chat --pre") == ["--preset", "--presence-penalty"]
     assert complete("convert x --bits ") == ["2", "3", "4", "5", "6", "8"]
-    assert complete("chat --kernels ") == ["auto", "ops", "metal"]
+    assert complete("chat --kernels ") == ["auto", "ops", "mlx", "metal"]
     assert complete("plan x --recipe q") == ["q8", "q6", "q5", "q4", "q3", "q2"]
 
 

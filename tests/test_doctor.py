@@ -3,22 +3,21 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal.emulator import emulated
+from faked_mac import DENSE, PREFILL_TOKENS, change_source, faked_mac, only
 from typer.testing import CliRunner
 
 from qwen35_mlx.cli import main as cli
-from qwen35_mlx.kernels import checks, choice, doctor, metal
+from qwen35_mlx.kernels import checks, choice, doctor, measure, verdicts
 from qwen35_mlx.kernels.checks import SMALL, Setting
+from qwen35_mlx.kernels.tiers import MLX, OPERATIONS, PORTABLE, Tiers
+from qwen35_mlx.kernels.verdicts import Format
 
-DENSE = SMALL._replace(name="dense", hidden_size=64, num_experts=0, per_token=0)
-# By operation and way; all that is not named takes 10 us as kernel and 30 as ops.
-TIMES = {("router", "kernel"): 60e-6, ("delta_step", "kernel"): 30e-6}
+FLOAT = Format("float32", 4, 64)
 
 
 @pytest.fixture(autouse=True)
@@ -28,169 +27,190 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """Small family, few parity cases, and times that depend on nothing but the operation."""
-    info = {
-        "device_name": "Apple M9",
-        "memory_size": 64 * 2**30,
-        "max_recommended_working_set_size": 48 * 2**30,
-    }
-    monkeypatch.setattr(mx, "device_info", lambda: info)
+def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small family."""
     monkeypatch.setattr(doctor, "FAMILY", (SMALL, DENSE))
-    monkeypatch.setattr(
-        checks,
-        "parity_settings",
-        lambda check: [Setting(mx.float32, num_tokens=40 if check.is_prefill else 2)],
-    )
-    monkeypatch.setattr(checks, "PREFILL_TOKENS", 40)
-
-    def seconds(case: Any, kernels: metal.KernelSet, runs: int) -> float:
-        # The only operation, or the last that ran as a kernel.
-        state.op = next(iter(kernels), state.op)
-        way = "kernel" if kernels else "ops"
-        return TIMES.get((state.op, way), 10e-6 if kernels else 30e-6)
-
-    state = SimpleNamespace(op="")
-    monkeypatch.setattr(doctor, "seconds", seconds)
-    metal.clear()
-    with emulated(metal_available=True):
-        yield state
-    metal.clear()
+    monkeypatch.setattr(choice, "TOKENS", (1, 2))
+    with faked_mac(monkeypatch, {"router": 60e-6, "delta_step": 30e-6}):
+        yield
 
 
-def examine_and_store(*progress: Any) -> dict[str, Any]:
-    report = doctor.run(*progress)
+def examine(formats: tuple[Format, ...] = (FLOAT,), *progress: Any) -> dict[str, Any]:
+    report = doctor.run(*progress, formats=formats)
     doctor.store(report)
     return report
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
-    monkeypatch.setattr(checks, "CHECKS", [c for c in checks.CHECKS if c.op in ops])
-
-
-def change_source(monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str) -> None:
-    """What `<file>.metal` says from now on."""
-    read = metal._read
-
-    def changed(name: str) -> tuple[str, str]:
-        functions, body = read(name)
-        if name == file:
-            assert old in functions + body
-            functions, body = functions.replace(old, new), body.replace(old, new)
-        return functions, body
-
-    monkeypatch.setattr(metal, "_read", changed)
+def used(report: dict[str, Any]) -> set[str]:
+    """Operations used everywhere."""
+    rows = report["kernels"]
+    return {r["op"] for r in rows} - {r["op"] for r in rows if not r["used"]}
 
 
 def test_there_is_a_check_of_every_kernel() -> None:
-    assert [check.op for check in checks.CHECKS] == list(metal.OPS)
+    assert [check.op for check in checks.CHECKS] == list(OPERATIONS)
 
 
-def test_right_kernels_are_timed_stored_and_chosen_where_faster(mac: Any) -> None:
+def test_right_kernels_are_timed_for_every_size_and_stored(mac: None) -> None:
     steps: list[tuple[int, int, str]] = []
-    report = examine_and_store(lambda *step: steps.append(step))
-    assert [what for _, _, what in steps] == list(metal.OPS)
-    assert report["machine"]["chip"] == "Apple M9"
-    for op, result in report["kernels"].items():
-        assert (result["matched"], result["problem"]) == (True, None), op
-        needs_experts = op in ("router", "grouped_expert_matmul")
-        assert set(result["members"]) == ({"small"} if needs_experts else {"small", "dense"})
-    figures = report["kernels"]["projection"]["members"]["small"]
-    assert (figures["kernel_us"], figures["ops_us"], figures["speedup"]) == (10.0, 30.0, 3.0)
-    case = checks.CHECKS[0].build(SMALL, Setting())
-    assert figures["kernel_gb_per_s"] == round(case.num_bytes / 10e-6 / 1e9, 1)
+    report = doctor.run(lambda *step: steps.append(step), [FLOAT])
+    doctor.store(report)
+    assert [what for _, _, what in steps] == list(OPERATIONS)
+    assert report["doctor"] == 2
+    assert report["machine"]["chip"] == "Apple M3 Ultra"
+    assert report["machine"]["bandwidth_gb_per_s"] == 819
+    rows = report["kernels"]
+    assert all(row["problem"] is None for row in rows)
+    sizes = {(r["op"], r["member"], r["num_tokens"]) for r in rows}
+    assert len(sizes) == len(rows)
+    assert sizes == {
+        (check.op, member.name, n)
+        for check in checks.CHECKS
+        for member in ((SMALL,) if check.needs_experts else (SMALL, DENSE))
+        for n in ((PREFILL_TOKENS,) if check.is_prefill else (1, 2))
+    }
     # The router was slower, the step no faster.
-    assert choice.choose("auto", SMALL) == set(metal.OPS) - {"router", "delta_step"}
+    assert used(report) == set(OPERATIONS) - {"router", "delta_step"}
+    row = rows[0]
+    assert (row["metal_us"], row["mlx_us"], row["speedup"]) == (10.0, 30.0, 3.0)
+    case = checks.CHECKS[0].build(SMALL, Setting(mx.float32))
+    assert row["metal_gb_per_s"] == round(case.num_bytes / 10e-6 / 1e9, 1)
+    assert row["bandwidth_share"] == round(row["metal_gb_per_s"] / 819, 3)
     # On paper and on disk it is the same.
-    assert choice.read() == json.loads(json.dumps(report))["kernels"]
+    stored = [v._asdict() for v in verdicts.read()]
+    assert stored == [{n: r[n] for n in stored[0]} for r in json.loads(json.dumps(rows))]
+
+
+def test_a_verdict_is_about_its_own_bits(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "projection")
+    timed = measure.seconds
+
+    def slow_at_two_bits(cases: Any, tiers: Any, runs: int) -> float:
+        return timed(cases, tiers, runs) * (9 if tiers.kernel_rows and bits[0] == 2 else 1)
+
+    bits: list[int] = []
+    build = checks._projection
+
+    def noted(member: Any, setting: Setting) -> Any:
+        bits[:] = [setting.bits]
+        return build(member, setting)
+
+    monkeypatch.setattr(checks, "CHECKS", [checks.Check("projection", noted)])
+    monkeypatch.setattr(measure, "seconds", slow_at_two_bits)
+    report = examine((FLOAT, FLOAT._replace(bits=2)))
+    assert {(r["bits"], r["used"]) for r in report["kernels"]} == {(4, True), (2, False)}
 
 
 def test_a_kernel_that_computes_something_else_is_never_used(
-    mac: Any, monkeypatch: pytest.MonkeyPatch
+    mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "qk_norm_rope", "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "1.01f * sigmoid(")
-    found = examine_and_store()["kernels"]
-    assert found["qk_norm_rope"]["matched"]
-    assert not found["output_gate"]["matched"]
-    assert found["output_gate"]["problem"].startswith("relative error 0.01, at most 0.0001: small")
-    assert choice.choose("auto", SMALL) == {"qk_norm_rope"}
+    report = examine()
+    assert used(report) == {"qk_norm_rope"}
+    problems = {r["problem"] for r in report["kernels"] if r["op"] == "output_gate"}
+    assert len(problems) == 1
+    assert problems.pop().startswith("relative error 0.01, at most 0.0001: small")
 
 
 def test_a_kernel_that_does_not_compile_is_never_used(
-    mac: Any, monkeypatch: pytest.MonkeyPatch
+    mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "qk_norm_rope", "router", "output_gate")
     change_source(monkeypatch, "router", ";", "; oops();")
-    found = examine_and_store()["kernels"]
-    assert [found[op]["matched"] for op in found] == [True, True, False]
-    assert "oops" in found["router"]["problem"]
-    assert choice.choose("auto", SMALL) == {"qk_norm_rope", "output_gate"}
+    report = examine()
+    assert used(report) == {"qk_norm_rope", "output_gate"}
+    assert "oops" in next(r["problem"] for r in report["kernels"] if r["op"] == "router")
 
 
 def test_a_kernel_that_did_not_run_has_not_matched(
-    mac: Any, monkeypatch: pytest.MonkeyPatch
+    mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "chunk_delta_rule")
     monkeypatch.setattr(checks, "SMALL", SMALL._replace(value_head_dim=12))
-    found = examine_and_store()["kernels"]["chunk_delta_rule"]
-    assert not found["matched"]
-    assert found["problem"].startswith("the kernel did not run")
+    report = examine()
+    assert used(report) == set()
+    assert report["kernels"][0]["problem"].startswith("the kernel did not run")
 
 
 def test_outputs_that_are_not_numbers_do_not_match(
-    mac: Any, monkeypatch: pytest.MonkeyPatch
+    mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "NAN * sigmoid(")
-    found = examine_and_store()["kernels"]["output_gate"]
-    assert not found["matched"]
-    assert "relative error inf" in found["problem"]
+    assert "relative error inf" in examine()["kernels"][0]["problem"]
 
 
 def test_the_rotation_is_judged_at_the_end_of_the_context(
-    mac: Any, monkeypatch: pytest.MonkeyPatch
+    mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cosine that is good for small angles alone is found out."""
     only(monkeypatch, "qk_norm_rope")
-    assert examine_and_store()["kernels"]["qk_norm_rope"]["matched"]
+    assert used(examine()) == {"qk_norm_rope"}
     good = mx.cos
     monkeypatch.setattr(
         mx, "cos", lambda x: mx.where(mx.abs(x) < 1000, good(x), good(x * (1 + 3e-7)))
     )
-    found = examine_and_store()["kernels"]["qk_norm_rope"]
-    assert not found["matched"]
-    assert "relative error" in found["problem"]
+    assert "relative error" in examine()["kernels"][0]["problem"]
 
 
-def test_shapes_that_do_not_fit_are_left_out(mac: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "expert_down")
+def test_shapes_that_do_not_fit_are_left_out(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, "grouped_expert_matmul")
     huge = SMALL._replace(name="huge", hidden_size=8192, width=4096, num_experts=4096)
     monkeypatch.setattr(doctor, "FAMILY", (huge, SMALL))
-    found = examine_and_store()["kernels"]["expert_down"]
-    assert found["members"]["huge"] == "not enough memory"
-    assert found["matched"]
-    assert choice.shape_key(huge) not in found["speedup"]
+    assert {row["member"] for row in examine()["kernels"]} == {"small"}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_the_mlx_tier_computes_each_operation_within_tolerance(dtype: mx.Dtype) -> None:
+    """The rival is right too, and the tolerance of a type is not that of another."""
+    worst = 0.0
+    for check in checks.CHECKS:
+        setting = Setting(dtype, num_tokens=40 if check.is_prefill else 3)
+        mx.random.seed(1)
+        exact = check.build(SMALL, setting.exact)
+        wanted = exact.run(PORTABLE, exact.x)
+        mx.random.seed(1)
+        case = check.build(SMALL, setting)
+        assert case.x.dtype == (mx.float32 if check.op == "router" else dtype)
+        error = checks.relative_error(case.run(Tiers(MLX), case.x), wanted)
+        # MLX rounds between its steps.
+        assert error < 3 * checks.TOLERANCE[dtype], check.op
+        worst = max(worst, error)
+    assert worst > 0
+
+
+def test_outputs_are_chained_and_weights_take_turns() -> None:
+    ran: list[tuple[int, float]] = []
+
+    def case(number: int) -> checks.Case:
+        def run(tiers: Tiers, x: mx.array) -> list[mx.array]:
+            ran.append((number, x[0].item()))
+            return [x + 1, mx.full(4, mx.inf)] if number == 9 else [mx.sin(x), mx.zeros((2, 2))]
+
+        return checks.Case(run, mx.ones(4), 1)
+
+    taken = measure.seconds([case(0), case(1), case(2)], PORTABLE, 5)
+    assert [number for number, _ in ran] == [0, 1, 2, 0, 1]
+    assert 0 < taken < 1
+
+
+def test_copies_of_weights_are_larger_than_any_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, setting = checks.CHECKS[0], Setting()
+    case = check.build(SMALL, setting)
+    monkeypatch.setattr(measure, "COLD_BYTES", 5 * case.num_bytes)
+    copies = [case, *measure._copies(check, SMALL, setting, case)]
+    assert sum(c.num_bytes for c in copies) > measure.COLD_BYTES
+    outputs = [c.run(PORTABLE, case.x)[0] for c in copies]
+    assert not any(mx.array_equal(outputs[0], other) for other in outputs[1:])
 
 
 def test_messages_lose_the_paths_in_them() -> None:
     error = RuntimeError("cannot open /Users/ada/Library/x.metallib: ~/secret C:\\Users\\ada\nmore")
-    message = doctor._impersonal(error)
+    message = measure.impersonal(error)
     assert "ada" not in message
     assert "secret" not in message
     assert message.startswith("cannot open <path>")
-
-
-def test_timing_evaluates_every_run() -> None:
-    ran = []
-
-    def run(kernels: metal.KernelSet) -> list[mx.array]:
-        ran.append(kernels)
-        return [mx.ones(4) * len(ran)]
-
-    taken = doctor.seconds(checks.Case(run, 1), metal.NONE, 5)
-    assert len(ran) == 5
-    assert 0 < taken < 1
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.op)
@@ -199,7 +219,7 @@ def test_cases_of_ops_alone_are_finite_and_the_same_for_a_seed(check: checks.Che
     for _ in range(2):
         mx.random.seed(3)
         case = check.build(SMALL, Setting(num_tokens=40))
-        outputs.append([np.array(a.astype(mx.float32)) for a in case.run(metal.NONE)])
+        outputs.append([np.array(a.astype(mx.float32)) for a in case.run(PORTABLE, case.x)])
         assert case.num_bytes > 0
     for a, b in zip(*outputs, strict=True):
         assert np.isfinite(a).all()
@@ -225,35 +245,56 @@ def test_without_metal_the_command_says_so_and_runs_the_rest(run_cli: Any, cache
 
 
 def test_json_alone_goes_to_standard_output(
-    mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any
+    mac: None, monkeypatch: pytest.MonkeyPatch, run_cli: Any
 ) -> None:
     only(monkeypatch, "qk_norm_rope")
     result = run_cli("--json")
-    assert json.loads(result.stdout)["kernels"]["qk_norm_rope"]["matched"]
+    assert all(row["used"] for row in json.loads(result.stdout)["kernels"])
     assert result.stderr == "Checking kernels: qk_norm_rope (1/1)\n"
 
 
-def test_the_command_prints_what_it_found(
-    mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any
+def test_the_command_prints_a_line_for_every_size(
+    mac: None, monkeypatch: pytest.MonkeyPatch, run_cli: Any
 ) -> None:
     only(monkeypatch, "qk_norm_rope", "output_gate")
     change_source(monkeypatch, "output_gate", "sigmoid(", "2.0f * sigmoid(")
     text = run_cli().stdout
-    assert "Apple M9" in text
-    assert "sudo sysctl iogpu.wired_limit_mb=57344" in text
-    assert "qk_norm_rope: matches" in text
-    assert "small      3.00x: 10.0 us" in text
+    assert "Apple M3 Ultra" in text
+    assert "sudo sysctl iogpu.wired_limit_mb=" in text
+    assert "qk_norm_rope: right, faster in 4 of 4" in text
+    assert "small      4 bits g64    1 tokens: 3.00x, 10.0 us" in text
     assert "output_gate: not used: relative error" in text
 
 
+def test_the_formats_asked_for_are_measured(
+    mac: None, monkeypatch: pytest.MonkeyPatch, run_cli: Any
+) -> None:
+    only(monkeypatch, "projection")
+    report = json.loads(run_cli("--json", "--bits", "3", "--group-size", "32").stdout)
+    assert {(r["bits"], r["group_size"]) for r in report["kernels"]} == {(3, 32)}
+    result = run_cli("--bits", "7")
+    assert result.exit_code == 2
+
+
+def test_a_models_own_sizes_and_bits_are_measured_too(
+    mac: None, monkeypatch: pytest.MonkeyPatch, run_cli: Any, converted_demo: Path
+) -> None:
+    only(monkeypatch, "router", "output_gate")
+    report = json.loads(run_cli(str(converted_demo), "--json").stdout)
+    own = {(r["member"], r["dtype"]) for r in report["kernels"]} - {
+        (m, "bfloat16") for m in ("small", "dense")
+    }
+    assert own == {("model", "float32")}
+
+
 def test_a_result_that_cannot_be_stored_takes_nothing_from_the_report(
-    mac: Any, monkeypatch: pytest.MonkeyPatch, run_cli: Any, tmp_path: Path
+    mac: None, monkeypatch: pytest.MonkeyPatch, run_cli: Any, tmp_path: Path
 ) -> None:
     only(monkeypatch, "qk_norm_rope")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path / "file"))
     result = run_cli("--json")
     assert result.exit_code == 1
-    assert json.loads(result.stdout)["kernels"]["qk_norm_rope"]["matched"]
+    assert json.loads(result.stdout)["kernels"][0]["used"]
     assert "QWEN35_MLX_CACHE" in result.stderr
     assert "Traceback" not in result.output

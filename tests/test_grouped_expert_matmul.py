@@ -21,10 +21,11 @@ from qwen35_mlx.kernels.grouped_expert_matmul import (
 from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
 from qwen35_mlx.kernels.switch import SwitchGLU, SwitchLinear
+from qwen35_mlx.kernels.tiers import with_kernels
 
 CASES_EACH = 10
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 2e-2}
-KERNEL = frozenset({"grouped_expert_matmul"})
+KERNEL = with_kernels(["grouped_expert_matmul"])
 # Every width in every type; group sizes take turns. 0 bits: plain weights.
 SPECIALISATIONS = [
     (bits, (32, 64, 128)[i % 3], dtype)
@@ -145,7 +146,7 @@ def test_what_the_kernel_does_not_run_goes_to_ops(log: Log, reason: str) -> None
     elif reason == "bits differ":
         layers[1] = experts(4, 64, 64, 8, 32, mx.float32)[0][1]
     else:
-        kernels = frozenset({"chunk_delta_rule"})
+        kernels = with_kernels(["chunk_delta_rule"])
     x = mx.random.normal((num_tokens, 64), key=mx.random.key(4))
     indices, scores = routed(mx.random.normal((num_tokens, 4), key=mx.random.key(5)), 2)
     before = log.num_dispatches

@@ -7,6 +7,7 @@ import pytest
 from qwen35_mlx.kernels.matrix import lanes_per_row, matrix
 from qwen35_mlx.kernels.projection import project
 from qwen35_mlx.kernels.switch import SwitchLinear
+from qwen35_mlx.kernels.tiers import with_kernels
 
 
 def linear(out: int, width: int, **quantization) -> nn.Module:
@@ -46,7 +47,7 @@ def test_what_no_kernel_reads_is_computed_by_plain_mlx(width, layer):
     assert matrix(layer) is None
     x = mx.random.normal((2, width))
     # No GPU here: an attempt to run the kernel would raise.
-    (got,) = project(x, (layer,), frozenset({"projection"}))
+    (got,) = project(x, (layer,), with_kernels(["projection"], base="ops"))
     assert mx.array_equal(got, layer(x))
 
 

@@ -101,7 +101,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--json": [],
         "--kernels": ["ops"],
     },
-    "doctor": {"--json": []},
+    "doctor": {"--json": [], "--bits": ["3"], "--group-size": ["32"]},
 }
 # Arguments of each call, and what comes on standard input.
 BASE = {
@@ -218,7 +218,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
 
 MACHINE = {
     "chip": "M0", "os": "macOS", "versions": {}, "memory_gb": 1.0, "disk_free_gb": 1.0,
-    "metal": False, "raise_gpu_limit": None,
+    "metal": False, "raise_gpu_limit": None, "bandwidth_gb_per_s": None,
 }  # fmt: skip
 
 

@@ -3,11 +3,8 @@
 Shapes are those of Qwen3.5-397B-A17B at 4 bits, group 64, bf16, 4,096 tokens in the cache. Ends
 with one JSON line.
 
-The rule for dispatches, the same for ours and for mlx-lm's own model code: build the graph of a
-layer and count its nodes, without evaluating it. A custom kernel, `mx.fast` operation or compiled
-function is one, attention over a cache two (its two passes), a concatenation one for each part;
-views count nothing, and neither does a reshape, though mlx-lm's copy at times. The number of
-experts changes no count, so the stacks are views of zeros.
+The rule for dispatches is that of tests/dispatches.py. `dispatches_default_...` is the model as it
+is on a Mac where nothing was checked, in a decode step, a step of 5 tokens and a prefill of 2,048.
 
 The rule for bytes: the kernels run in the emulator at real dims, with a few experts more than are
 chosen. What a kernel reads of weights, scales, biases and state, each read of each lane counted, is
@@ -19,192 +16,39 @@ The rule for issue slots is that of kernel_slots.py. `row_invariant` compares ro
 decode kernels with calls with that row alone, bit by bit.
 """
 
-import io
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm.models.gated_delta as gated_delta
 import numpy as np
 from kernel_slots import print_slots, slots_per_weight
 from label import label
-from mlx.utils import tree_map
-from mlx_lm.models import qwen3_5
-from mlx_lm.models.cache import ArraysCache, KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from dispatches import (
+    CONTEXT,
+    caches,
+    default_model,
+    family_text,
+    leaf,
+    mlx_lm_model,
+    of_a_step,
+    our_model,
+    per_kind,
+)
 from metal.emulator import Launch, emulated
 from metal.row_invariance import compare
 
-from qwen35_mlx.config import FULL, LINEAR, ModelConfig
-from qwen35_mlx.family import family_config
+from qwen35_mlx.config import FULL, LINEAR
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
-from qwen35_mlx.model.language import Model
 
-TEXT: dict[str, Any] = family_config("Qwen3.5-397B-A17B")["text_config"]
+TEXT = family_text("397B-A17B")
 NUM_LAYERS = {LINEAR: 45, FULL: 15}
-CONTEXT = 4096
-VIEWS = frozenset(
-    """AsStrided Broadcast BroadcastAxes Depends ExpandDims Flatten Reshape Slice Split
-    Squeeze StopGradient Transpose Unflatten""".split()
-)
-
-
-def leaf(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Evaluated zeros of any shape in the memory of one."""
-    array = mx.broadcast_to(mx.zeros((1,) * len(shape), dtype), shape)
-    mx.eval(array)
-    return array
-
-
-def with_leaves(model: nn.Module, quantized: Callable[..., Any]) -> nn.Module:
-    """The model at 4 bits, bf16, its weights leaves of the graph."""
-    nn.quantize(model, group_size=64, bits=4, class_predicate=quantized)
-
-    def replace(p: mx.array) -> mx.array:
-        return leaf(p.shape, mx.bfloat16 if mx.issubdtype(p.dtype, mx.floating) else p.dtype)
-
-    model.update(tree_map(replace, model.parameters()))
-    model.eval()
-    return model
-
-
-class Graph:
-    """Stands for what the CPU has no primitive of, and counts the primitives between them."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.roots: list[mx.array] = []
-
-    def stand_in(self, name: str, dispatches: int = 1) -> Callable[..., mx.array]:
-        def call(x: mx.array, *others: Any, **options: Any) -> mx.array:
-            self.roots += [a for a in (x, *others) if isinstance(a, mx.array)]
-            self.counts[name] += dispatches
-            return leaf(x.shape, x.dtype)
-
-        return call
-
-    def dequantize(self, w: mx.array, scales: mx.array, *_: Any, **options: Any) -> mx.array:
-        self.roots += [w, scales]
-        self.counts["Dequantize"] += 1
-        return leaf((*w.shape[:-1], w.shape[-1] * 32 // options["bits"]), scales.dtype)
-
-    def custom_kernel(self, name: str, **_: Any) -> Callable[..., list[mx.array]]:
-        def call(inputs: list[Any], output_shapes: Any, output_dtypes: Any, **_: Any) -> Any:
-            self.roots += [a for a in inputs if isinstance(a, mx.array)]
-            self.counts[name] += 1
-            return [leaf(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
-
-        return call
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, what is built is recorded, and Python believes in a GPU."""
-        fast, kernels = mx.fast, {}
-        with (
-            patch.object(fast, "rms_norm", self.stand_in("RMSNorm")),
-            patch.object(fast, "rope", self.stand_in("RoPE")),
-            patch.object(fast, "scaled_dot_product_attention", self.stand_in("SDPA", 2)),
-            patch.object(fast, "metal_kernel", self.custom_kernel),
-            patch.object(mx, "dequantize", self.dequantize),
-            patch.object(mx.metal, "is_available", lambda: True),
-            patch.object(mx, "default_device", lambda: mx.gpu),
-        ):
-            kernels["_gated_delta_kernel"] = gated_delta._make_gated_delta_kernel()
-            kernels["_gated_delta_kernel_packed"] = gated_delta._make_gated_delta_packed_kernel()
-            metal.clear()
-            with patch.multiple(gated_delta, **kernels):
-                yield
-        metal.clear()
-
-    def finish(self, *outputs: mx.array) -> Counter[str]:
-        """Dispatches by name, once what is asked for is known."""
-        text = io.StringIO()
-        mx.export_to_dot(text, *self.roots, *outputs)
-        edges = Counter(re.findall(r'"\w+" -> (\d+)\n', text.getvalue()))
-        for node, name in re.findall(r'\{ (\d+) \[label ="(\w+)"', text.getvalue()):
-            if name not in VIEWS:
-                self.counts[name] += edges[node] if name == "Concatenate" else 1
-        return self.counts
-
-
-def kv_cache() -> KVCache:
-    """With room for the next token, as it mostly has."""
-    entry = KVCache()
-    shape = (1, TEXT["num_key_value_heads"], CONTEXT + 128, TEXT["head_dim"])
-    entry.keys, entry.values = leaf(shape, mx.bfloat16), leaf(shape, mx.bfloat16)
-    entry.offset = CONTEXT
-    return entry
-
-
-def linear_cache() -> ArraysCache:
-    """Both states of a layer."""
-    heads, dim = TEXT["linear_num_value_heads"], TEXT["linear_key_head_dim"]
-    channels = (2 * TEXT["linear_num_key_heads"] + heads) * dim
-    entry = ArraysCache(size=2)
-    entry[0] = leaf((1, 3, channels), mx.bfloat16)
-    entry[1] = leaf((1, heads, dim, dim), mx.float32)
-    return entry
-
-
-def caches(layer_types: list[str]) -> list[Any]:
-    """One entry a layer."""
-    return [linear_cache() if t == LINEAR else kv_cache() for t in layer_types]
-
-
-def our_model(layer_types: list[str], **changes: int) -> Model:
-    """Ours, of these layers, with all kernels."""
-    text = TEXT | {"layer_types": layer_types, "num_hidden_layers": len(layer_types)} | changes
-    model = Model(ModelConfig.from_hf(text))
-    with_leaves(model, model.quant_predicate)
-    metal.use(model, metal.OPS)
-    return model
-
-
-def mlx_lm_model(layer_types: list[str]) -> nn.Module:
-    """mlx-lm's, of these layers."""
-    args = qwen3_5.TextModelArgs.from_dict(TEXT | {"num_hidden_layers": 4})
-    model = qwen3_5.TextModel(args)
-    # The fourth of its layers is the attention layer.
-    linear, full = model.model.layers[0], model.model.layers[3]
-    model.model.layers = [linear if t == LINEAR else full for t in layer_types]
-    model.model.ssm_idx = layer_types.index(LINEAR) if LINEAR in layer_types else None
-    model.model.fa_idx = layer_types.index(FULL) if FULL in layer_types else None
-    return with_leaves(model, lambda path, module: hasattr(module, "to_quantized"))
-
-
-def count(make: Callable[[list[str]], nn.Module], layer_types: list[str]) -> Counter[str]:
-    """Dispatches of a whole step of a model with these layers, and of what it caches."""
-    model, cache, graph = make(layer_types), caches(layer_types), Graph()
-    with graph.recording():
-        logits = model(leaf((1, 1), mx.int32), cache)
-        entries = [(c.keys, c.values) if isinstance(c, KVCache) else c.cache for c in cache]
-        return graph.finish(logits, *(a for entry in entries for a in entry))
-
-
-def per_kind(make: Callable[[list[str]], nn.Module]) -> dict[str, Counter[str]]:
-    """Dispatches of a layer of each kind, and of what is around the layers."""
-    # The second of its kind, so that what layers share is not counted to one of them.
-    both = count(make, [LINEAR, FULL])
-    kinds = {kind: count(make, [LINEAR, FULL, kind]) - both for kind in (LINEAR, FULL)}
-    return kinds | {"around": both - kinds[LINEAR] - kinds[FULL]}
-
-
-def a_token(kinds: dict[str, Counter[str]]) -> int:
-    """Dispatches of all layers and what is around them."""
-    around = kinds["around"].total()
-    return around + sum(n * kinds[kind].total() for kind, n in NUM_LAYERS.items())
-
-
 STATE = ("state", "new_state", "conv_state", "new_conv_state")
 
 
@@ -238,7 +82,8 @@ def decode_bytes() -> dict[str, Counter[str]]:
     num_experts = TEXT["num_experts_per_tok"] + 2
     result: dict[str, Counter[str]] = {}
     for kind, num_layers in NUM_LAYERS.items():
-        model, cache = our_model([kind], num_experts=num_experts, vocab_size=64), caches([kind])
+        few = TEXT | {"num_experts": num_experts, "vocab_size": 64}
+        model, cache = our_model(few, [kind]), caches(few, [kind])
         with emulated() as log:
             metal.clear()
             mx.eval(model.trunk(None, cache, embeddings=leaf((1, 1, 4096), mx.bfloat16)))
@@ -281,9 +126,37 @@ def row_invariant(num_specialisations: int = 8) -> dict[str, int]:
     return result
 
 
+def default_dispatches() -> dict[str, Any]:
+    """Of the default over mlx-lm's, by step: the worst of three models, and each."""
+    steps = {"": 1, "_step5": 5, "_prefill": 2048}
+    worst: dict[str, Any] = {}
+    by_model: dict[str, dict[str, list[int]]] = {}
+    for step, num_tokens in steps.items():
+        counts = by_model[f"{num_tokens} tokens"] = {}
+        for name in ("397B-A17B", "35B-A3B", "0.8B"):
+            text = family_text(name)
+            counts[name] = [
+                of_a_step(per_kind(make, text, num_tokens), text)
+                for make in (default_model, mlx_lm_model)
+            ]
+            print(
+                f"{name}, {num_tokens} tokens: default {counts[name][0]}, mlx-lm {counts[name][1]}"
+            )
+        worst[f"dispatches_default{step}_vs_mlx_lm"] = round(
+            max(mine / other for mine, other in counts.values()), 4
+        )
+    return worst | {"dispatches_default_and_mlx_lm": by_model}
+
+
+def a_token(kinds: dict[str, Counter[str]]) -> int:
+    """Dispatches of all layers and what is around them."""
+    return of_a_step(kinds, TEXT)
+
+
 def main() -> None:
     """Count, print, and end with JSON."""
-    ours, theirs = per_kind(our_model), per_kind(mlx_lm_model)
+    defaults = default_dispatches()
+    ours, theirs = per_kind(our_model, TEXT), per_kind(mlx_lm_model, TEXT)
     for name, kinds in (("ours", ours), ("mlx-lm", theirs)):
         print(f"{name}: {a_token(kinds)} dispatches a token")
         for kind, counts in kinds.items():
@@ -304,6 +177,7 @@ def main() -> None:
         "dispatches": a_token(ours),
         "dispatches_mlx_lm": a_token(theirs),
         "dispatches_vs_mlx_lm": round(a_token(ours) / a_token(theirs), 4),
+        **defaults,
         "dispatches_per_linear_layer": ours[LINEAR].total(),
         "dispatches_per_full_layer": ours[FULL].total(),
         "decode_bytes_over_minimum": round(worst, 4),

@@ -119,7 +119,6 @@ def chat(
             name = bundled_demo()
         with spinner(f"Loading {name}"):
             loaded, tokenizer = load(name, kernels=kernels, context=context, force=force)
-    suggest_doctor(kernels)
     conversation = Chat(
         loaded,
         tokenizer,
@@ -169,15 +168,6 @@ def sessions(
         print_conversation(read_conversation(session_file(name))["messages"])
     elif not remove:
         print_sessions(list_sessions())
-
-
-def suggest_doctor(kernels: str) -> None:
-    """Point to the doctor, where Metal kernels could run and were never checked."""
-    from ..kernels.choice import read, unavailable
-    from .terminal import note
-
-    if kernels == "auto" and unavailable() is None and not read():
-        note("Metal kernels are off until they are checked on this machine: qwen35-mlx doctor")
 
 
 def newest() -> str | None:

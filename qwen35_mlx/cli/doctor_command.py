@@ -1,27 +1,51 @@
 """The command doctor: whether the Metal kernels are right and fast on this machine."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from . import completion
+
 
 def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            autocompletion=completion.models,
+            help="Converted folder, or hub id, whose sizes and bits are measured too.",
+        ),
+    ] = None,
+    bits: Annotated[
+        Literal[2, 3, 4, 5, 6, 8], typer.Option(help="Bits of each weight to measure.")
+    ] = 4,
+    group_size: Annotated[
+        Literal[32, 64, 128], typer.Option(help="Number of weights that share a scale.")
+    ] = 64,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the JSON report alone. Default: a page before it.")
     ] = False,
 ) -> None:
     """Check and time the Metal kernels on this machine.
 
-    Stores which kernels are correct and faster; --kernels auto uses those. Prints the machine and
-    the results; the last line is a JSON report for a bug report.
+    Stores which kernels are correct and faster than MLX's own, for each size and number of tokens;
+    --kernels auto uses those. Prints the machine and the results; the last line is a JSON report
+    for a bug report.
     """
-    from ..kernels.doctor import run, store
+    from ..kernels.doctor import DEFAULT_FORMAT, run, store
     from .progress import step_progress
     from .report import print_doctor
 
+    own = None
+    if model is not None:
+        from ..model.hub import resolve
+        from ..model.loading import open_model
+
+        own = open_model(resolve(model))[0]
+    formats = [DEFAULT_FORMAT._replace(bits=bits, group_size=group_size)]
     with step_progress("Checking kernels") as progress:
-        report = run(progress)
+        report = run(progress, formats, own)
     if not as_json:
         print_doctor(report)
     print(json.dumps(report), flush=True)

@@ -148,10 +148,10 @@ Seed = Annotated[
     ),
 ]
 Kernels = Annotated[
-    Literal["auto", "ops", "metal"],
+    Literal["auto", "ops", "mlx", "metal"],
     typer.Option(
-        help="Metal kernels to use. auto: those that doctor found correct and faster. "
-        "metal: all. ops: none."
+        help="What to compute with. ops: portable operations. mlx: MLX's own for the GPU. "
+        "metal: the kernels of this package. auto: the fastest that is right on this machine."
     ),
 ]
 

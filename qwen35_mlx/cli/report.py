@@ -172,18 +172,35 @@ def print_doctor(report: dict[str, Any]) -> None:
             "this command gives the GPU more until the next restart:",
             f"  {command}",
         ]
+    if machine["bandwidth_gb_per_s"]:
+        lines.append(f"memory bandwidth {machine['bandwidth_gb_per_s']:g} GB/s")
     if kernels is None:
         lines.append("no GPU with Metal in use: the model runs on plain MLX operations")
-    for op, result in (kernels or {}).items():
-        verdict = "matches" if result["matched"] else f"not used: {result['problem']}"
-        lines.append(f"{op}: {verdict}, relative error {result['error']:g}")
-        for member, figures in result["members"].items():
-            if isinstance(figures, str):
-                lines.append(f"  {member:<10} {figures}")
-                continue
-            kernel, ops = (
-                f"{figures[f'{way}_us']:,.1f} us {figures[f'{way}_gb_per_s']:,.0f} GB/s"
-                for way in ("kernel", "ops")
-            )
-            lines.append(f"  {member:<10} {figures['speedup']:.2f}x: {kernel}, ops {ops}")
+    rows = kernels or []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += _doctor_lines(op, [row for row in rows if row["op"] == op])
     print_lines(lines)
+
+
+def _doctor_lines(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What was found of one operation: a line for each size, or what is wrong with its kernel."""
+    problems = dict.fromkeys(row["problem"] for row in rows if row["problem"])
+    if len(problems) == 1 and all(row["problem"] for row in rows):
+        return [f"{op}: not used: {next(iter(problems))}"]
+    num_used = sum(row["used"] for row in rows)
+    lines = [f"{op}: right, faster in {num_used} of {len(rows)}"]
+    if problems:
+        lines = [f"{op}: faster in {num_used} of {len(rows)}"]
+    for row in rows:
+        size = f"{row['bits']} bits g{row['group_size']:<3}{row['num_tokens']:>4} tokens"
+        line = f"  {row['member']:<10} {size}: "
+        if row["problem"]:
+            lines.append(line + f"not used: {row['problem']}")
+            continue
+        share = row["bandwidth_share"]
+        lines.append(
+            f"{line}{row['speedup']:.2f}x, {row['metal_us']:,.1f} us at "
+            f"{row['metal_gb_per_s']:,.0f} GB/s{f' ({share:.0%})' if share else ''}, "
+            f"mlx {row['mlx_us']:,.1f} us"
+        )
+    return lines

@@ -4,10 +4,13 @@ B batch, T tokens, Hq/Hk query/key heads, D head dim, R rotated dims. A head of 
 is `[query D | output gate D]`.
 """
 
+from functools import partial
+
 import mlx.core as mx
 
-from .matrix import FLOATS, MAX_ROWS
-from .metal import NONE, KernelSet, kernel
+from .matrix import FLOATS
+from .metal import kernel
+from .tiers import PORTABLE, Tiers
 
 
 def qk_norm_rope(
@@ -18,14 +21,14 @@ def qk_norm_rope(
     cosines: mx.array,
     sines: mx.array,
     eps: float,
-    kernels: KernelSet = NONE,
+    kernels: Tiers = PORTABLE,
 ) -> tuple[mx.array, mx.array]:
     """q `[B, Hq, T, D]` and k `[B, Hk, T, D]`, normalised, the first R dims rotated by halves.
 
     q_gate `[B, T, Hq * 2D]`, k `[B, T, Hk * D]`; cosines and sines `[B or 1, T, R / 2]` fp32.
     """
-    few = q_gate.shape[0] * q_gate.shape[1] <= MAX_ROWS
-    if "qk_norm_rope" in kernels and few and q_gate.dtype in FLOATS:
+    num_rows = q_gate.shape[0] * q_gate.shape[1]
+    if kernels.runs("qk_norm_rope", num_rows) and q_gate.dtype in FLOATS:
         return qk_norm_rope_kernel(q_gate, k, q_weight, k_weight, cosines, sines, eps)
     q, k = qk_norm(q_gate, k, q_weight, k_weight, eps)
     return rotate(q, cosines, sines), rotate(k, cosines, sines)
@@ -86,13 +89,20 @@ def qk_norm_rope_kernel(
     return q, k
 
 
-def output_gate(x: mx.array, q_gate: mx.array, kernels: KernelSet = NONE) -> mx.array:
+def output_gate(x: mx.array, q_gate: mx.array, kernels: Tiers = PORTABLE) -> mx.array:
     """x `[B, Hq, T, D]` times the sigmoid of its gate in q_gate, as `[B, T, Hq * D]`."""
     batch, _, num_tokens, dim = x.shape
-    if "output_gate" in kernels and batch * num_tokens <= MAX_ROWS and x.dtype in FLOATS:
+    if kernels.runs("output_gate", batch * num_tokens) and x.dtype in FLOATS:
         return output_gate_kernel(x, q_gate)
     gate = q_gate.reshape(batch, num_tokens, -1, dim)[:, :, 1::2].reshape(batch, num_tokens, -1)
-    return x.swapaxes(1, 2).reshape(batch, num_tokens, -1) * mx.sigmoid(gate)
+    x = x.swapaxes(1, 2).reshape(batch, num_tokens, -1)
+    return sigmoid_gated(x, gate) if kernels.on_mlx else x * mx.sigmoid(gate)
+
+
+@partial(mx.compile, shapeless=True)
+def sigmoid_gated(x: mx.array, gate: mx.array) -> mx.array:
+    """In one dispatch."""
+    return x * mx.sigmoid(gate)
 
 
 def output_gate_kernel(x: mx.array, q_gate: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""What the doctor runs: each operation as kernel and as ops, small and at the family's shapes.
+"""Cases of each operation, to compare and to time its tiers at a model's shapes.
 
 A case is built from a member of the family, real or made up, so that the same lines serve for
 parity and for timing. B is 1; T tokens, H hidden, E experts, K experts per token.
@@ -15,23 +15,22 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
-from .attention_heads import output_gate, qk_norm_rope
+from .attention_heads import output_gate, qk_norm, qk_norm_rope
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up
-from .gated_delta_rule import gated_delta_rule
 from .grouped_expert_matmul import expert_mlp
-from .metal import KernelSet
 from .projection import project
 from .router import Routing, route
-from .switch import QuantizedSwitchLinear, SwitchGLU
+from .switch import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+from .tiers import MLX, OPS, Tiers
+from .verdicts import Format
 
 Arrays = Sequence[mx.array]
-Run = Callable[[KernelSet], Arrays]
-# Relative RMS error of a kernel against ops. In bfloat16 most of it is the rounding of ops, which
-# is coarser still on a CPU; a kernel that is wrong is wrong in float32 too.
-TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 4e-2, mx.float16: 1e-2}
+Run = Callable[[Tiers, mx.array], Arrays]
+# Relative RMS error of a kernel against ops in float32: sums in another order, and the rounding
+# of outputs and of what lies between two steps.
+TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 1e-2, mx.float16: 2e-3}
 LAST_POSITION = 262_143
-PREFILL_TOKENS = 2048
 EPS, TAPS = 1e-6, 4
 
 
@@ -62,16 +61,34 @@ class Setting(NamedTuple):
     group_size: int = 64
     num_tokens: int = 1
     seed: int = 0
+    padded: bool = False
+    # Of the values, where they are held in a wider one.
+    rounded_to: mx.Dtype | None = None
+
+    def cast(self, x: mx.array) -> mx.array:
+        """x in the type of the case."""
+        return x.astype(self.rounded_to or self.dtype).astype(self.dtype)
 
     def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
         """Random numbers."""
-        return (mx.random.normal(shape) * scale).astype(self.dtype)
+        return self.cast(mx.random.normal(shape) * scale)
+
+    @classmethod
+    def of(cls, form: Format, num_tokens: int) -> "Setting":
+        """For weights of a format."""
+        return cls(getattr(mx, form.dtype), form.bits, form.group_size, num_tokens)
+
+    @property
+    def exact(self) -> "Setting":
+        """The same numbers in float32."""
+        return self._replace(dtype=mx.float32, rounded_to=self.dtype)
 
 
 class Case(NamedTuple):
-    """Something to run with and without the kernel of an operation."""
+    """Something to run on each tier of an operation."""
 
     run: Run
+    x: mx.array  # its input that may depend on the last output
     num_bytes: int  # that must be moved, each once
 
 
@@ -87,8 +104,9 @@ class Check(NamedTuple):
 def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn.Module:
     """A linear layer or a stack of experts with random weights, quantized if `s.bits`."""
     if not s.bits:
-        plain = nn.Linear(in_dims, out_dims, bias=False)
-        plain.weight = s.normal(out_dims, in_dims, scale=in_dims**-0.5)
+        stack = (num_experts,) if num_experts else ()
+        plain = SwitchLinear(1, 1, 1) if num_experts else nn.Linear(1, 1, bias=False)
+        plain.weight = s.normal(*stack, out_dims, in_dims, scale=in_dims**-0.5)
         return plain
     # Random codes of unit gain: a whole model's weights would take long to quantize.
     layer: nn.Module = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
@@ -101,8 +119,8 @@ def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn
     scales = mx.random.uniform(0.5 * step, 1.5 * step, (*rows, layer.scales.shape[-1]))
     for name, part in (
         ("weight", mx.random.randint(-(2**31), 2**31 - 1, words, mx.int32).view(mx.uint32)),
-        ("scales", scales.astype(s.dtype)),
-        ("biases", (scales * (0.5 - 2 ** (s.bits - 1))).astype(s.dtype)),
+        ("scales", s.cast(scales)),
+        ("biases", s.cast(scales * (0.5 - 2 ** (s.bits - 1)))),
     ):
         # Large stacks repeat eight experts.
         setattr(layer, name, part[mx.arange(num_experts) % 8] if num_experts else part)
@@ -122,6 +140,12 @@ def _size(*modules: nn.Module) -> int:
     return sum(array.nbytes for _, array in flat)
 
 
+def _norm(m: Member, s: Setting) -> nn.RMSNorm:
+    norm = nn.RMSNorm(m.hidden_size)
+    norm.weight = s.normal(m.hidden_size)
+    return norm
+
+
 def _projection(m: Member, s: Setting) -> Case:
     x = s.normal(1, s.num_tokens, m.hidden_size)
     value_dim = m.linear_num_value_heads * m.value_head_dim
@@ -129,7 +153,8 @@ def _projection(m: Member, s: Setting) -> Case:
     modules = [_linear(m.hidden_size, out, s) for out in outs]
     plain = s._replace(bits=0)
     modules += [_linear(m.hidden_size, m.linear_num_value_heads, plain) for _ in range(2)]
-    return Case(lambda kernels: project(x, modules, kernels), _size(*modules))
+    norm = _norm(m, s)
+    return Case(lambda kernels, x: project(x, modules, kernels, norm=norm), x, _size(*modules))
 
 
 def _delta_step(m: Member, s: Setting) -> Case:
@@ -139,15 +164,16 @@ def _delta_step(m: Member, s: Setting) -> Case:
     conv_state, state = s.normal(1, TAPS - 1, channels), mx.random.normal((1, Hv, Dv, Dk))
     parameters = DeltaParameters(
         s.normal(channels, TAPS, 1, scale=0.5),
-        mx.log(mx.random.uniform(1, 16, (Hv,))).astype(s.dtype),
+        s.cast(mx.log(mx.random.uniform(1, 16, (Hv,)))),
         s.normal(Hv),
         s.normal(Dv),
         EPS,
     )
-    mask = mx.arange(T)[None] > 0 if T > 1 else None
-    inputs = (qkv, z, b, a, conv_state, state, parameters, mask, None)
+    mask = mx.arange(T)[None] > 0 if s.padded else None
+    inputs = (z, b, a, conv_state, state, parameters, mask, None)
     return Case(
-        lambda kernels: delta_step(*inputs, kernels),
+        lambda kernels, qkv: delta_step(qkv, *inputs, kernels),
+        qkv,
         2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes,
     )
 
@@ -157,93 +183,98 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     T, D, half = s.num_tokens, m.head_dim, m.rotary_dim // 2
     q_gate, k = s.normal(1, T, m.num_heads * 2 * D), s.normal(1, T, m.num_kv_heads * D)
     q_weight, k_weight = s.normal(D), s.normal(D)
-    frequencies = (1e7 ** (-np.arange(half) / half)).astype(np.float32)
+    periods = (1e7 ** (np.arange(half) / half)).astype(np.float32)
     positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
-    angles = positions[None, :, None] * frequencies
+    angles = positions[None, :, None] * (1 / periods)
+    exact = [mx.array(f(angles.astype(np.float64)).astype(np.float32)) for f in (np.cos, np.sin)]
+    # Once a step, not once a layer.
+    tables = [mx.cos(mx.array(angles)), mx.sin(mx.array(angles))]
+    freqs, start = mx.array(periods), LAST_POSITION - T + 1
 
-    def run(kernels: KernelSet) -> Arrays:
-        if kernels:
-            cosines, sines = mx.cos(mx.array(angles)), mx.sin(mx.array(angles))
-        else:
-            exact = angles.astype(np.float64)
-            cosines, sines = (mx.array(f(exact).astype(np.float32)) for f in (np.cos, np.sin))
+    def run(kernels: Tiers, q_gate: mx.array) -> Arrays:
+        tier = kernels.of("qk_norm_rope", T)
+        if tier == MLX:
+            heads = qk_norm(q_gate, k, q_weight, k_weight, EPS)
+            return [
+                mx.fast.rope(
+                    x, 2 * half, traditional=False, base=None, scale=1.0, offset=start, freqs=freqs
+                )
+                for x in heads
+            ]
+        cosines, sines = exact if tier == OPS else tables
         return qk_norm_rope(q_gate, k, q_weight, k_weight, cosines, sines, EPS, kernels)
 
-    return Case(run, 2 * (q_gate.nbytes + k.nbytes))
+    return Case(run, q_gate, 2 * (q_gate.nbytes + k.nbytes))
 
 
 def _output_gate(m: Member, s: Setting) -> Case:
     x = s.normal(1, m.num_heads, s.num_tokens, m.head_dim)
     q_gate = s.normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim)
-    return Case(lambda kernels: [output_gate(x, q_gate, kernels)], 3 * x.nbytes)
+    return Case(lambda kernels, x: [output_gate(x, q_gate, kernels)], x, 3 * x.nbytes)
 
 
 def _router(m: Member, s: Setting) -> Case:
     logits = 2 * mx.random.normal((s.num_tokens, m.num_experts))
     shared = mx.random.normal((s.num_tokens, 1))
 
-    def run(kernels: KernelSet) -> Arrays:
+    def run(kernels: Tiers, logits: mx.array) -> Arrays:
         indices, scores, shared_scores = route(logits, shared, m.per_token, kernels)
         # The order of the chosen is free.
         dense = mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)
         return [dense, shared_scores]
 
-    return Case(run, logits.nbytes)
+    return Case(run, logits, logits.nbytes)
 
 
-def _routed(m: Member, s: Setting) -> tuple[Routing | None, SwitchGLU | None]:
-    """Experts of random popularity, as in real texts; none of a dense model."""
+def _routed(m: Member, s: Setting, n: int) -> tuple[Routing | None, SwitchGLU | None]:
+    """`n` experts of random popularity, as in real texts; none of a dense model."""
     if not m.num_experts:
         return None, None
-    logits = mx.random.normal((s.num_tokens, m.num_experts)) + mx.random.normal((m.num_experts,))
+    logits = mx.random.normal((s.num_tokens, n)) + mx.random.normal((n,))
     routing = route(logits, mx.zeros((s.num_tokens, 1)), m.per_token)
-    return routing, _mlp(m, s, m.num_experts)
+    return routing, _mlp(m, s, n)
+
+
+def _num_held(m: Member, num_tokens: int) -> int:
+    """Experts in the stacks of a decode case: enough to choose from, far fewer than all."""
+    return min(m.num_experts, 2 * m.per_token * num_tokens)
 
 
 def _expert_gate_up(m: Member, s: Setting) -> Case:
-    x, shared, (routing, routed) = s.normal(s.num_tokens, m.hidden_size), _mlp(m, s), _routed(m, s)
+    x, shared, norm = s.normal(s.num_tokens, m.hidden_size), _mlp(m, s), _norm(m, s)
+    held = _num_held(m, s.num_tokens)
+    routing, routed = _routed(m, s, held)
     num_bytes = _size(shared.gate_proj, shared.up_proj)
     if routed is not None:
         stacks = _size(routed.gate_proj, routed.up_proj)
-        num_bytes += stacks * s.num_tokens * m.per_token // m.num_experts
-    norm = nn.RMSNorm(m.hidden_size)
-    norm.weight = s.normal(m.hidden_size)
+        num_bytes += stacks * s.num_tokens * m.per_token // held
     return Case(
-        lambda kernels: expert_gate_up(x, shared, routing, routed, norm, kernels), num_bytes
+        lambda kernels, x: expert_gate_up(x, shared, routing, routed, norm, kernels), x, num_bytes
     )
 
 
 def _expert_down(m: Member, s: Setting) -> Case:
     residual, hidden = s.normal(s.num_tokens, m.hidden_size), [s.normal(s.num_tokens, m.width)]
-    shared, (routing, routed) = _mlp(m, s), _routed(m, s)
+    held = _num_held(m, s.num_tokens)
+    shared, (routing, routed) = _mlp(m, s), _routed(m, s, held)
     num_bytes = _size(shared.down_proj)
     if routed is not None:
         hidden.append(s.normal(s.num_tokens, m.per_token, m.width))
-        num_bytes += _size(routed.down_proj) * s.num_tokens * m.per_token // m.num_experts
+        num_bytes += _size(routed.down_proj) * s.num_tokens * m.per_token // held
     return Case(
-        lambda kernels: [expert_down(hidden, residual, shared, routing, routed, kernels)],
+        lambda kernels, residual: [expert_down(hidden, residual, shared, routing, routed, kernels)],
+        residual,
         num_bytes,
     )
 
 
-def _chunk_delta_rule(m: Member, s: Setting) -> Case:
-    T, Hv, Dk, Dv = s.num_tokens, m.linear_num_value_heads, m.key_head_dim, m.value_head_dim
-    q, k = (mx.random.normal((1, T, m.num_key_heads, Dk)) for _ in range(2))
-    q, k = (x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True)) for x in (q, k))
-    q, v = q * Dk**-0.5, s.normal(1, T, Hv, Dv)
-    g, beta = -mx.abs(mx.random.normal((1, T, Hv))), mx.random.uniform(shape=(1, T, Hv))
-    state = mx.random.normal((1, Hv, Dv, Dk))
-    inputs = (q, k, v, g, beta, state)
-    num_bytes = sum(x.nbytes for x in inputs) + state.nbytes + v.size * 4
-    return Case(lambda kernels: gated_delta_rule(*inputs, kernels), num_bytes)
-
-
 def _grouped_expert_matmul(m: Member, s: Setting) -> Case:
-    x, (routing, routed) = s.normal(s.num_tokens, m.hidden_size), _routed(m, s)
+    x, (routing, routed) = s.normal(s.num_tokens, m.hidden_size), _routed(m, s, m.num_experts)
     assert routing is not None and routed is not None
     indices, scores, _ = routing
     return Case(
-        lambda kernels: [expert_mlp(x, indices, scores, routed, kernels)],
+        lambda kernels, x: [expert_mlp(x, indices, scores, routed, kernels)],
+        x,
         _size(routed) + 2 * x.nbytes,
     )
 
@@ -256,19 +287,18 @@ CHECKS = (
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),
     Check("expert_down", _expert_down),
-    Check("chunk_delta_rule", _chunk_delta_rule, is_prefill=True),
+    Check("chunk_delta_rule", _delta_step, is_prefill=True),
     Check("grouped_expert_matmul", _grouped_expert_matmul, is_prefill=True, needs_experts=True),
 )
 
 
-def num_bytes_needed(check: Check, member: Member) -> int:
+def num_bytes_needed(check: Check, member: Member, num_tokens: int) -> int:
     """Memory for a case at a member's shapes, and for making it."""
-    stacks = (
-        3 * member.num_experts * member.hidden_size * member.width if "expert" in check.op else 0
-    )
+    held = member.num_experts if check.is_prefill else _num_held(member, num_tokens)
+    stacks = 3 * held * member.hidden_size * member.width if "expert" in check.op else 0
     dense = 4 * member.hidden_size * (member.width + 4 * member.linear_num_value_heads * 128)
-    # A little more than 4 bits a weight, twice while it is put together.
-    return 2 * (stacks + dense) * 5 // 8 + 10**9
+    # A little more than 8 bits a weight, twice while it is put together.
+    return 2 * (stacks + dense) * 9 // 8 + 10**9
 
 
 def parity_settings(check: Check) -> Iterator[Setting]:
@@ -276,7 +306,8 @@ def parity_settings(check: Check) -> Iterator[Setting]:
     tokens = (70, 33, 130) if check.is_prefill else (1, 3, 8)
     for i, bits in enumerate(BITS):
         for j, dtype in enumerate(TOLERANCE):
-            yield Setting(dtype, bits, GROUP_SIZES[(i + j) % 3], tokens[(i + 2 * j) % 3], i)
+            num_tokens = tokens[(i + 2 * j) % 3]
+            yield Setting(dtype, bits, GROUP_SIZES[(i + j) % 3], num_tokens, i, num_tokens > 1)
 
 
 def relative_error(got: Arrays, want: Arrays) -> float:

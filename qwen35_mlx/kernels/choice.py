@@ -1,51 +1,39 @@
-"""Which kernels a model runs: all, none, or those that this machine's doctor found faster."""
+"""Which tiers a model runs on: asked for by name, or by what was measured on this machine."""
 
-import hashlib
-import json
 import sys
-from collections.abc import Mapping
-from importlib.metadata import version
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from .. import __version__
 from ..config import ModelConfig
 from ..errors import Qwen35Error
-from ..files import cache_home, write_json
-from ..machine import operating_system
-from .metal import NONE, OPS, KernelSet
+from .tiers import METAL, MLX, OPERATIONS, OPS, PREFILL_OPERATIONS, ROW_LIMITS, Tiers, with_kernels
+from .verdicts import Format, Verdict, member_of, shape_of
 
-KERNELS = ("auto", "ops", "metal")
-# A gain that small may be noise.
-MIN_SPEEDUP = 1.02
+AUTO = "auto"
+KERNELS = (AUTO, OPS, MLX, METAL)
+# Numbers of tokens that decode kernels are compiled, and so measured for.
+TOKENS = (1, 2, 4, 8)
+PREFILL_TOKENS = 2048
 
 
 def require(kernels: str) -> None:
-    """Raise Qwen35Error for what is none of auto, ops and metal, or cannot be had here."""
+    """Raise Qwen35Error for what is none of the choices, or cannot be had here."""
     if kernels not in KERNELS:
         raise Qwen35Error(
             "no such choice of kernels",
             got=repr(kernels),
             expected=", ".join(map(repr, KERNELS)),
         )
-    if kernels == "metal" and (problem := unavailable()):
+    if kernels == METAL and (problem := unavailable()):
         raise Qwen35Error(
             "Metal kernels cannot run here",
             got=problem,
             expected="a Mac with Apple silicon, on its GPU",
             hint="kernels='auto' runs everywhere",
         )
-
-
-def choose(kernels: str, config: ModelConfig) -> KernelSet:
-    """The operations that run as kernels for `kernels`, one of auto, ops and metal."""
-    require(kernels)
-    if kernels == "metal":
-        return frozenset(OPS)
-    return NONE if kernels == "ops" or unavailable() else faster(read(), config)
 
 
 def unavailable() -> str | None:
@@ -57,73 +45,56 @@ def unavailable() -> str | None:
     return None
 
 
-def faster(found: Mapping[str, Any], config: ModelConfig) -> KernelSet:
-    """Operations whose kernel matched, and was faster at this model's shapes.
-
-    Where the model is none of the measured ones: faster at every shape measured.
-    """
-    own = shape_key(config)
-    chosen = set()
-    for op in OPS:
-        result = found.get(op) or {}
-        speedups = {shape: float(s) for shape, s in (result.get("speedup") or {}).items()}
-        relevant = [speedups[own]] if own in speedups else list(speedups.values())
-        if result.get("matched") is True and relevant and min(relevant) >= MIN_SPEEDUP:
-            chosen.add(op)
-    return frozenset(chosen)
+def named(kernels: str) -> Tiers:
+    """The tiers of ops, mlx or metal."""
+    return with_kernels() if kernels == METAL else Tiers(kernels)
 
 
-def shape_key(config: Any) -> str:
-    """What tells the shapes of family members apart, of a ModelConfig or of a checks.Member."""
-    return f"{config.hidden_size}-{config.linear_num_value_heads}-{config.num_experts}"
+def measured(verdicts: Iterable[Verdict], config: ModelConfig, formats: dict[str, Format]) -> Tiers:
+    """Kernels where they are right and faster for this model, up to as many rows; else mlx."""
+    shape = shape_of(member_of(config))
+    found = {v.key: v for v in verdicts}
+    kernel_rows = {}
+    for op in OPERATIONS:
+        for num_tokens in tokens_of(op):
+            verdict = found.get((op, shape, *formats[op], num_tokens))
+            if verdict is None or not verdict.is_faster:
+                break
+            is_last = num_tokens == tokens_of(op)[-1]
+            kernel_rows[op] = ROW_LIMITS[op] if is_last else num_tokens
+    return Tiers(MLX, kernel_rows)
 
 
-def machine_key() -> dict[str, str]:
-    """What a result depends on: chip, OS, MLX, and the kernels themselves."""
-    digest = hashlib.sha256(__version__.encode())
-    for file in sorted(files(__package__).iterdir(), key=lambda f: f.name):
-        if file.name.endswith((".metal", ".py")):
-            digest.update(file.name.encode() + file.read_bytes())
-    return {
-        "chip": str(mx.device_info().get("device_name", "?")),
-        "os": operating_system(),
-        "mlx": version("mlx"),
-        "kernels": digest.hexdigest()[:16],
-    }
+def tokens_of(op: str) -> tuple[int, ...]:
+    """Numbers of tokens that an operation is measured for."""
+    return (PREFILL_TOKENS,) if op in PREFILL_OPERATIONS else TOKENS
 
 
-def result_path() -> Path:
-    """Where this machine's result lies, whether there is one or not."""
-    digest = hashlib.sha256(json.dumps(machine_key(), sort_keys=True).encode())
-    return cache_home() / f"kernels-{digest.hexdigest()[:12]}.json"
+def formats_of(model: nn.Module) -> dict[str, Format]:
+    """The format of most weights that each operation reads, in this model."""
+    experts: Counter[tuple[int, int]] = Counter()
+    others: Counter[tuple[int, int]] = Counter()
+    dtypes: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if "weight" not in module:
+            continue
+        counts = experts if ".mlp." in name else others
+        if "scales" in module:
+            counts[module.bits, module.group_size] += module.weight.nbytes // module.bits
+            dtypes[dtype_name(module.scales.dtype)] += 1
+        elif module.weight.ndim > 1 and not isinstance(module, nn.Conv1d):
+            counts[0, 32] += module.weight.size // 8
+        else:
+            dtypes[dtype_name(module.weight.dtype)] += 1
+    dtype = dtypes.most_common(1)[0][0]
+
+    def most(counts: Counter[tuple[int, int]]) -> Format:
+        return Format(dtype, *counts.most_common(1)[0][0])
+
+    # The lengths of weights do not matter to what has none.
+    return {op: most(experts if "expert" in op else others) for op in OPERATIONS}
 
 
-def read() -> dict[str, Any]:
-    """Results of the doctor by operation; empty where there is no readable one of this machine."""
-    try:
-        stored = json.loads(result_path().read_text(encoding="utf-8"))
-        if stored["machine"] != machine_key():
-            return {}
-        found = stored["kernels"]
-        # Raises on anything that `faster` could not use.
-        for result in found.values():
-            [float(s) for s in (result.get("speedup") or {}).values()]
-        return dict(found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def write(found: Mapping[str, Any]) -> Path:
-    """Store results by operation, whole or not at all."""
-    path = result_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"machine": machine_key(), "kernels": dict(found)})
-    except OSError as error:
-        raise Qwen35Error(
-            "the doctor's result cannot be stored",
-            got=error,
-            expected=f"a folder to write to at {path.parent}",
-            hint="set QWEN35_MLX_CACHE to another folder",
-        ) from None
-    return path
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Such as bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")

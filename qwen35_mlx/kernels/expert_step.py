@@ -5,6 +5,7 @@ A dense feed-forward layer is a shared expert alone, of weight one.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,6 @@ import mlx.nn as nn
 from .matrix import (
     CONVERT,
     FLOATS,
-    MAX_ROWS,
     Matrix,
     lanes_per_row,
     matrices,
@@ -21,8 +21,10 @@ from .matrix import (
     rows_per_simdgroup,
     token_class,
 )
-from .metal import NONE, KernelSet, Template, kernel
+from .metal import Template, kernel
 from .router import Routing
+from .switch import swiglu
+from .tiers import PORTABLE, Tiers
 
 SIMDGROUPS = 2
 
@@ -33,24 +35,25 @@ def expert_gate_up(
     routing: Routing | None = None,
     routed: nn.Module | None = None,
     norm: nn.RMSNorm | None = None,
-    kernels: KernelSet = NONE,
+    kernels: Tiers = PORTABLE,
 ) -> list[mx.array]:
     """silu(gate) * up of the shared expert, `[N, Is]`, and of the chosen ones, `[N, K, I]`.
 
     x `[N, H]`, to be normalised by `norm`; shared and routed hold gate_proj, up_proj and down_proj,
     routed as stacks; without routing the first alone.
     """
-    if "expert_gate_up" in kernels and x.shape[0] <= MAX_ROWS and x.dtype in FLOATS:
+    if kernels.runs("expert_gate_up", x.shape[0]) and x.dtype in FLOATS:
         mlps = [shared] if routed is None else [shared, routed]
         weights = matrices([proj for mlp in mlps for proj in (mlp.gate_proj, mlp.up_proj)])
         if weights is not None:
             return expert_gate_up_kernel(x, weights[:2], routing, weights[2:], norm)
     x = x if norm is None else norm(x)
-    outputs = [nn.silu(shared.gate_proj(x)) * shared.up_proj(x)]
+    gated = swiglu if kernels.on_mlx else lambda gate, up: nn.silu(gate) * up
+    outputs = [gated(shared.gate_proj(x), shared.up_proj(x))]
     if routing is not None and routed is not None:
         rows = x[:, None, None, :]
         gate, up = routed.gate_proj(rows, routing.indices), routed.up_proj(rows, routing.indices)
-        outputs.append((nn.silu(gate) * up)[:, :, 0])
+        outputs.append(gated(gate, up)[:, :, 0])
     return outputs
 
 
@@ -60,20 +63,41 @@ def expert_down(
     shared: nn.Module,
     routing: Routing | None = None,
     routed: nn.Module | None = None,
-    kernels: KernelSet = NONE,
+    kernels: Tiers = PORTABLE,
 ) -> mx.array:
     """residual `[N, H]` + down_proj of what `expert_gate_up` gives, weighted by the routing."""
-    if "expert_down" in kernels and residual.shape[0] <= MAX_ROWS and residual.dtype in FLOATS:
+    if kernels.runs("expert_down", residual.shape[0]) and residual.dtype in FLOATS:
         mlps = [shared] if routed is None else [shared, routed]
         weights = matrices([mlp.down_proj for mlp in mlps])
         if weights is not None:
             return expert_down_kernel(hidden, residual, weights[0], routing, weights[1:])
     out = shared.down_proj(hidden[0])
     if routing is not None and routed is not None:
-        out = out * routing.shared_scores.astype(out.dtype)
         chosen = routed.down_proj(hidden[1][:, :, None, :], routing.indices)[:, :, 0]
-        out = out + (chosen * routing.scores[..., None].astype(out.dtype)).sum(axis=1)
+        summed = weighted_sum(chosen, routing.scores)
+        return add_experts(residual, summed, out, routing.shared_scores, kernels)
     return residual + out
+
+
+def weighted_sum(outputs: mx.array, scores: mx.array) -> mx.array:
+    """Outputs `[N, K, H]` of chosen experts by their scores `[N, K]` -> `[N, H]`."""
+    return (outputs * scores[..., None].astype(outputs.dtype)).sum(axis=1)
+
+
+def add_experts(
+    residual: mx.array, routed: mx.array, shared: mx.array, scores: mx.array, kernels: Tiers
+) -> mx.array:
+    """residual + routed + shared * scores, `[N, H]` each and scores `[N, 1]`."""
+    if kernels.on_mlx:
+        return _add_experts(residual, routed, shared, scores)
+    return residual + (routed + shared * scores.astype(shared.dtype))
+
+
+@partial(mx.compile, shapeless=True)
+def _add_experts(
+    residual: mx.array, routed: mx.array, shared: mx.array, scores: mx.array
+) -> mx.array:
+    return residual + (routed + shared * scores.astype(shared.dtype))
 
 
 def expert_gate_up_kernel(
@@ -144,7 +168,9 @@ def expert_down_kernel(
     num_tokens, width = residual.shape
     # Without routing K is 0, and what is not read is filled by anything.
     weights = {"shared": shared, "down": routed[0] if routed else shared}
-    chosen = routing or (residual, residual, residual)
+    # Scores of another tier may have another type.
+    chosen = routing and [routing.indices, *(s.astype(mx.float32) for s in routing[1:])]
+    chosen = chosen or [residual, residual, residual]
     rows, lanes = rows_per_simdgroup(num_tokens), lanes_per_row(max(h.shape[-1] for h in hidden))
     per_token = routing.indices.shape[1] if routing else 0
     blocks = -(-width // (SIMDGROUPS * rows * (32 // lanes)))

@@ -7,7 +7,7 @@ State is `[B, Hv, Dv, Dk]` fp32 everywhere here.
 import mlx.core as mx
 
 from . import chunk_delta_rule as chunk_kernel
-from .metal import NONE, KernelSet
+from .tiers import PORTABLE, Tiers
 
 CHUNK_SIZE = 64
 
@@ -19,19 +19,37 @@ def gated_delta_rule(
     g: mx.array,
     beta: mx.array,
     state: mx.array | None = None,
-    kernels: KernelSet = NONE,
+    kernels: Tiers = PORTABLE,
 ) -> tuple[mx.array, mx.array]:
     """Output `[B, T, Hv, Dv]` and new state; shapes as in `naive_gated_delta_rule`, fp32 inside."""
     batch, num_tokens, _, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
     if state is None:
         state = mx.zeros((batch, num_value_heads, value_head_dim, key_head_dim))
-    if num_tokens > 1 and "chunk_delta_rule" in kernels and chunk_kernel.is_eligible(q, k, v):
+    if runs_chunk_kernel(q, k, v, kernels):
         return chunk_kernel.chunk_delta_rule(q, k, v, g, beta, state)
     q, k, v, g, beta = (x.astype(mx.float32) for x in (q, k, v, g, beta))
     if num_tokens == 1:
         return recurrent_gated_delta_rule(q, k, v, g, beta, state)
     return chunk_gated_delta_rule(q, k, v, g, beta, state)
+
+
+def runs_chunk_kernel(q: mx.array, k: mx.array, v: mx.array, kernels: Tiers) -> bool:
+    """Whether this call is for the chunked kernels; a single token is not."""
+    num_tokens = q.shape[1]
+    return (
+        num_tokens > 1
+        and kernels.runs("chunk_delta_rule", num_tokens)
+        and chunk_kernel.is_eligible(q, k, v)
+    )
+
+
+def is_fused(num_key_heads: int, num_value_heads: int, key_dim: int, value_dim: int) -> bool:
+    """Whether MLX has `gated_delta_update` as a kernel for such heads, and not as a graph."""
+    # All of the family's. Whatever else MLX has a kernel for does not occur here.
+    return (
+        num_key_heads == 16 and num_value_heads in (16, 32, 48, 64) and key_dim == value_dim == 128
+    )
 
 
 def recurrent_gated_delta_rule(

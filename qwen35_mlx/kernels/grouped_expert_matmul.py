@@ -6,9 +6,11 @@ N tokens, K experts per token, R = N * K rows, E experts, H hidden, I expert wid
 import mlx.core as mx
 import mlx.nn as nn
 
+from .expert_step import weighted_sum
 from .matrix import FLOATS, Matrix, matrices
-from .metal import NONE, KernelSet, kernel
+from .metal import kernel
 from .switch import SORT_FROM, SwitchGLU
+from .tiers import PORTABLE, Tiers
 
 TILE_ROWS = 32
 # What a threadgroup multiplies a tile with: 64 rows of gate and of up, or 128 of down.
@@ -20,19 +22,18 @@ def expert_mlp(
     indices: mx.array,
     scores: mx.array,
     experts: SwitchGLU,
-    kernels: KernelSet = NONE,
+    kernels: Tiers = PORTABLE,
 ) -> mx.array:
     """Weighted sum of SwiGLU experts, `[N, H]` in x's type.
 
     x `[N, H]`; indices and scores `[N, K]`; gate_proj and up_proj of experts hold `[E, I, H]`,
     down_proj `[E, H, I]`, quantized or not.
     """
-    if "grouped_expert_matmul" in kernels and indices.size >= SORT_FROM:
+    if kernels.runs("grouped_expert_matmul", x.shape[0]) and indices.size >= SORT_FROM:
         found = eligible(x, [experts.gate_proj, experts.up_proj, experts.down_proj])
         if found is not None:
             return grouped_expert_mlp(x, indices, scores, *found)
-    out = experts(x, indices)
-    return (out * scores[..., None].astype(out.dtype)).sum(axis=1)
+    return weighted_sum(experts(x, indices), scores)
 
 
 def eligible(x: mx.array, projections: list[nn.Module]) -> list[Matrix] | None:

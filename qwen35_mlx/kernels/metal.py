@@ -1,35 +1,14 @@
-"""Builds Metal kernels from the `.metal` files of this package, and knows which are chosen.
-
-The choice is a set of names out of `OPS` and belongs to a model: `use` writes it as the attribute
-`kernels` into each of its modules that declares one, whose operations look into it and run plain
-MLX for what is not there. Nothing is global, so two models may differ.
-"""
+"""Builds Metal kernels from the `.metal` files of this package."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..errors import Qwen35Error
 
-# Every operation with a kernel, by the name under which it is chosen and its result is stored.
-DECODE_OPS = (
-    "projection",
-    "delta_step",
-    "qk_norm_rope",
-    "output_gate",
-    "router",
-    "expert_gate_up",
-    "expert_down",
-)
-PREFILL_OPS = ("chunk_delta_rule", "grouped_expert_matmul")
-OPS = DECODE_OPS + PREFILL_OPS
-# Those of them that run as kernels.
-KernelSet = frozenset[str]
-NONE: KernelSet = frozenset()
 Template = list[tuple[str, Any]]
 # Of one kernel; Metal has no more.
 MAX_BUFFERS = 31
@@ -42,17 +21,6 @@ OPTIONS: dict[str, Any] = (
 )
 # A line of this text ends a file's functions and begins the body of the kernel.
 BODY = "// body\n"
-
-
-def use(model: nn.Module, ops: Collection[str]) -> None:
-    """Let the model's modules run the kernels of these operations, and no others."""
-    if unknown := sorted(set(ops) - set(OPS)):
-        raise Qwen35Error(
-            f"no such kernel: {', '.join(unknown)}", got=unknown, expected=", ".join(OPS)
-        )
-    for module in model.modules():
-        if hasattr(type(module), "kernels"):
-            module.kernels = frozenset(ops)
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import mlx.nn as nn
 from .matrix import (
     CONVERT,
     FLOATS,
-    MAX_ROWS,
     Matrix,
     lanes_per_row,
     matrices,
@@ -20,7 +19,8 @@ from .matrix import (
     rows_per_simdgroup,
     token_class,
 )
-from .metal import NONE, KernelSet, kernel
+from .metal import kernel
+from .tiers import PORTABLE, Tiers
 
 SIMDGROUPS = 2
 # With fewer rows of weights, simdgroups of few rows each, so that more of them run.
@@ -30,7 +30,7 @@ FEW_ROWS = 2048
 def project(
     x: mx.array,
     modules: Sequence[nn.Module],
-    kernels: KernelSet = NONE,
+    kernels: Tiers = PORTABLE,
     *,
     norm: nn.RMSNorm | None = None,
     residual: mx.array | None = None,
@@ -38,10 +38,11 @@ def project(
 ) -> list[mx.array]:
     """`[..., H]`, after `norm`, times each of the modules' weights, plus `residual`.
 
-    Of type `dtype`, or of what x, the residual, the norm's weight and the module's promote to.
+    Of the type that x, the residual, the norm's weight and the module's promote to. The kernel
+    writes another `dtype` for nothing; a cast of its own is left to the caller.
     """
     rows = x.size // x.shape[-1]
-    if "projection" in kernels and rows <= MAX_ROWS and x.dtype in FLOATS:
+    if kernels.runs("projection", rows) and x.dtype in FLOATS:
         weights = matrices(modules)
         if weights is not None:
             if residual is not None:
@@ -50,9 +51,7 @@ def project(
             return [y.reshape(*x.shape[:-1], -1) for y in outputs]
     x = x if norm is None else norm(x)
     outputs = [module(x) for module in modules]
-    if residual is not None:
-        outputs = [residual + y for y in outputs]
-    return outputs if dtype is None else [y.astype(dtype) for y in outputs]
+    return outputs if residual is None else [residual + y for y in outputs]
 
 
 def project_kernel(

@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .metal import NONE, KernelSet, kernel
+from .metal import kernel
+from .tiers import PORTABLE, Tiers
 
 # One simdgroup holds the logits of a token in registers, and an expert a lane is its answer.
 MAX_EXPERTS, MAX_EXPERTS_PER_TOK = 1024, 32
 
 
 class Routing(NamedTuple):
-    """Where each token goes: indices and scores `[N, K]`, shared_scores `[N, 1]`, fp32."""
+    """Where each token goes: indices and scores `[N, K]`, shared_scores `[N, 1]`.
+
+    Scores are fp32, or of the logits' type on the mlx tier, computed in fp32.
+    """
 
     indices: mx.array
     scores: mx.array
@@ -22,7 +26,7 @@ class Routing(NamedTuple):
 
 
 def route(
-    logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int, kernels: KernelSet = NONE
+    logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int, kernels: Tiers = PORTABLE
 ) -> Routing:
     """From logits `[N, E]` and `[N, 1]`, the latter of the shared expert.
 
@@ -30,13 +34,20 @@ def route(
     of the K is free.
     """
     if (
-        "router" in kernels
+        kernels.runs("router", logits.shape[0])
         and logits.shape[-1] <= MAX_EXPERTS
         and num_experts_per_tok <= MAX_EXPERTS_PER_TOK
     ):
         return route_kernel(logits, shared_logits, num_experts_per_tok)
-    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
     k = num_experts_per_tok
+    if kernels.on_mlx:
+        indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
+        # Of the chosen alone: softmax over all, renormalised, is the same.
+        chosen = mx.take_along_axis(logits, indices, axis=-1)
+        return Routing(
+            indices, mx.softmax(chosen, axis=-1, precise=True), mx.sigmoid(shared_logits)
+        )
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
     indices = mx.argpartition(probabilities, kth=-k, axis=-1)[..., -k:]
     scores = mx.take_along_axis(probabilities, indices, axis=-1)
     scores = scores / scores.sum(axis=-1, keepdims=True)

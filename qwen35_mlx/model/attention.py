@@ -12,8 +12,8 @@ import numpy as np
 
 from ..config import ModelConfig, RopeConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
-from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
+from ..kernels.tiers import PORTABLE, Tiers
 
 
 def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
@@ -86,7 +86,7 @@ def attention_mask(num_tokens: int, cache: Any | None) -> Any:
 class Attention(nn.Module):
     """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
 
-    kernels: KernelSet = NONE
+    kernels: Tiers = PORTABLE
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -7,19 +7,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ModelConfig
-from ..kernels.expert_step import expert_down, expert_gate_up
+from ..kernels.expert_step import add_experts, expert_down, expert_gate_up
 from ..kernels.grouped_expert_matmul import expert_mlp
-from ..kernels.matrix import MAX_ROWS
-from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 from ..kernels.router import route
 from ..kernels.switch import SwitchGLU
+from ..kernels.tiers import PORTABLE, Tiers
 
 
 class DenseMLP(nn.Module):
     """`x + down(silu(gate(norm(x))) * up(norm(x)))`."""
 
-    kernels: KernelSet = NONE
+    kernels: Tiers = PORTABLE
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -37,7 +36,7 @@ class DenseMLP(nn.Module):
 class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
 
-    kernels: KernelSet = NONE
+    kernels: Tiers = PORTABLE
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -53,22 +52,22 @@ class SparseMoE(nn.Module):
     def __call__(self, x: mx.array, norm: nn.RMSNorm) -> mx.array:
         """x + experts of norm(x), `[B, T, H]` -> the same."""
         residual = rows = x.reshape(-1, x.shape[-1])
-        few = rows.shape[0] <= MAX_ROWS
+        steps = [self.kernels.runs(op, rows.shape[0]) for op in ("expert_gate_up", "expert_down")]
         # Two kernels do the norm as they read x; else it is done once for all that follows.
-        fused = norm if few and {"projection", "expert_gate_up"} <= self.kernels else None
+        fused = norm if steps[0] and self.kernels.runs("projection", rows.shape[0]) else None
         rows = norm(rows) if fused is None else rows
         logits, shared_logits = project(
             rows, (self.gate, self.shared_expert_gate), self.kernels, norm=fused, dtype=mx.float32
         )
         routing = route(logits, shared_logits, self._num_experts_per_tok, self.kernels)
         routed, shared = self.switch_mlp, self.shared_expert
-        if few and self.kernels & {"expert_gate_up", "expert_down"}:
+        if any(steps):
             hidden = expert_gate_up(rows, shared, routing, routed, fused, self.kernels)
             out = expert_down(hidden, residual, shared, routing, routed, self.kernels)
         else:
             # Many rows are brought together by expert, which the two steps do not do.
-            hidden = expert_gate_up(rows, shared)
-            weighted = routing.shared_scores.astype(x.dtype) * shared.down_proj(hidden[0])
+            hidden = expert_gate_up(rows, shared, kernels=self.kernels)
+            shared_out = shared.down_proj(hidden[0])
             out = expert_mlp(rows, routing.indices, routing.scores, routed, self.kernels)
-            out = residual + (out + weighted)
+            out = add_experts(residual, out, shared_out, routing.shared_scores, self.kernels)
         return out.reshape(x.shape)

@@ -10,14 +10,14 @@ import mlx.nn as nn
 
 from ..config import ModelConfig
 from ..kernels.delta_step import DeltaParameters, delta_step
-from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
+from ..kernels.tiers import PORTABLE, Tiers
 
 
 class GatedDeltaNet(nn.Module):
     """One linear attention layer (arXiv 2412.06464) with a fixed-size state."""
 
-    kernels: KernelSet = NONE
+    kernels: Tiers = PORTABLE
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -11,8 +11,7 @@ import mlx.nn as nn
 
 from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
-from ..kernels.matrix import MAX_ROWS
-from ..kernels.metal import NONE, KernelSet
+from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
@@ -24,7 +23,7 @@ from .gated_delta_net import GatedDeltaNet
 class DecoderLayer(nn.Module):
     """Norm, attention of either kind, residual; norm, feed-forward, residual."""
 
-    kernels: KernelSet = NONE
+    kernels: Tiers = PORTABLE
 
     def __init__(self, config: ModelConfig, layer_type: str):
         super().__init__()
@@ -107,7 +106,7 @@ class Trunk(nn.Module):
         attention = self.layers[layer].self_attn
         batch, num_tokens, _ = x.shape
         if positions is None:
-            if "qk_norm_rope" not in attention.kernels or batch * num_tokens > MAX_ROWS:
+            if not attention.kernels.runs("qk_norm_rope", batch * num_tokens):
                 return None
             offset = 0 if entry is None else entry.offset
             positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)

@@ -15,7 +15,7 @@ from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
 from ..errors import CheckpointError, first_line
-from ..kernels import choice, metal
+from ..kernels import choice, tiers
 from ..memory import allow, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
@@ -37,7 +37,23 @@ def load_model(
     slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
     see `load` for `context` and `force`.
     """
-    folder = Path(folder)
+    model, raw_config, num_bytes = open_model(Path(folder))
+    # Until here nothing but headers is read: MLX loads when it evaluates.
+    model.allowance = allow(
+        model.config,
+        num_bytes,
+        context=context,
+        force=force,
+        item_bytes=model.language_model.model.norm.weight.dtype.size,
+    )
+    model.config = replace(model.config, context_limit=model.allowance.context)
+    wire(model.allowance)
+    mx.eval(model.parameters())
+    return model, raw_config
+
+
+def open_model(folder: Path) -> tuple[Model, dict[str, Any], int]:
+    """The model in `folder` with weights that are not read yet, config.json, bytes of weights."""
     raw_config = read_config(folder)
     headers = read_headers(folder)
     found = resolve_tensors(raw_config, headers)
@@ -49,20 +65,9 @@ def load_model(
     model = Model(found.config)
     quantize_modules(model, found.quantizations)
     weights = read_parameters(found.text_matches)
-    # Until here nothing but headers is read: MLX loads when it evaluates.
-    model.allowance = allow(
-        found.config,
-        sum(array.nbytes for array in weights.values()),
-        context=context,
-        force=force,
-        item_bytes=weights["language_model.model.norm.weight"].dtype.size,
-    )
-    model.config = replace(found.config, context_limit=model.allowance.context)
-    wire(model.allowance)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
-    mx.eval(model.parameters())
-    return model, raw_config
+    return model, raw_config, sum(array.nbytes for array in weights.values())
 
 
 def check_copies(found: Resolved) -> None:
@@ -145,8 +150,9 @@ def load(
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
-    `kernels`: "auto" runs those Metal kernels that `qwen35-mlx doctor` found right and faster on
-    this machine, "metal" all of them, "ops" none.
+    `kernels`: "ops" runs portable MLX operations, "mlx" what MLX has for the GPU, "metal" the
+    kernels of this package. "auto" is ops without Metal, else mlx and those kernels that were
+    found right and faster: what was never measured for such a model is, within seconds.
     `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
 
@@ -156,10 +162,22 @@ def load(
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
     model, config = load_model(folder, context, force)
-    metal.use(model, choice.choose(kernels, model.config))
+    tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
     return model, load_tokenizer(folder, config, generation)
+
+
+def choose(kernels: str, model: Model) -> tiers.Tiers:
+    """The tiers of a loaded model for one of auto, ops, mlx and metal."""
+    if kernels != choice.AUTO:
+        return choice.named(kernels)
+    if choice.unavailable():
+        return tiers.PORTABLE
+    # Imported here: no other machine needs it.
+    from ..kernels import first_load
+
+    return first_load.tiers_of(model)
 
 
 def load_tokenizer(

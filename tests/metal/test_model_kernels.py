@@ -10,7 +10,8 @@ from metal.emulator import Log, emulated
 
 from qwen35_mlx.config import FULL, LINEAR
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.kernels import metal
+from qwen35_mlx.kernels import metal, tiers
+from qwen35_mlx.kernels.tiers import DECODE_OPERATIONS, PORTABLE, with_kernels
 from qwen35_mlx.model.loading import load_model
 
 MAX_DIFFERENCE = 1e-4
@@ -30,12 +31,12 @@ def model_of(converted_demo, converted_golden):
 def logits_with(model, kernels, prompt, pieces, left_padding=None):
     """Logits of the pieces that follow a prompt; the prompt is always read by plain MLX."""
     cache = model.make_cache(left_padding=left_padding)
-    metal.use(model, ())
+    tiers.use(model, PORTABLE)
     mx.eval(model(prompt, cache))
-    metal.use(model, kernels)
+    tiers.use(model, with_kernels(kernels))
     result = [model(piece, cache) for piece in pieces]
     mx.eval(result)
-    metal.use(model, ())
+    tiers.use(model, PORTABLE)
     return result
 
 
@@ -47,7 +48,7 @@ def compare(model, pieces, left_padding=None) -> Log:
     inputs = [mx.array(rng.integers(0, model.config.vocab_size, (rows, n))) for n in pieces]
     with emulated() as log:
         metal.clear()
-        got = logits_with(model, metal.DECODE_OPS, prompt, inputs, left_padding)
+        got = logits_with(model, DECODE_OPERATIONS, prompt, inputs, left_padding)
     metal.clear()
     want = logits_with(model, (), prompt, inputs, left_padding)
     for a, b in zip(got, want, strict=True):
@@ -60,7 +61,7 @@ def compare(model, pieces, left_padding=None) -> Log:
 def launches(log: Log, model) -> dict[str, int]:
     """Of every chosen kernel, how many a step."""
     names = [x.kernel for x in log.launches]
-    return {op: sum(op in name for name in names) for op in metal.DECODE_OPS}
+    return {op: sum(op in name for name in names) for op in DECODE_OPERATIONS}
 
 
 @pytest.mark.parametrize(
@@ -98,17 +99,17 @@ def test_a_short_first_piece_and_no_cache_equal_plain_mlx(model_of, name):
     want = model(ids)
     with emulated():
         metal.clear()
-        metal.use(model, metal.DECODE_OPS)
+        tiers.use(model, with_kernels(DECODE_OPERATIONS))
         got = model(ids), model(ids, model.make_cache())
         mx.eval(got)
-    metal.use(model, ())
+    tiers.use(model, PORTABLE)
     metal.clear()
     for logits in got:
         assert mx.abs(logits - want).max().item() <= MAX_DIFFERENCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", metal.DECODE_OPS)
+@pytest.mark.parametrize("op", DECODE_OPERATIONS)
 def test_each_kernel_alone_equals_plain_mlx(model_of, op):
     model = model_of("moe")
     prompt, token = mx.arange(10)[None], mx.array([[3]])
@@ -125,9 +126,9 @@ def test_a_long_piece_runs_no_decode_kernel(model_of):
     model = model_of("moe")
     with emulated() as log:
         metal.clear()
-        metal.use(model, metal.DECODE_OPS)
+        tiers.use(model, with_kernels(DECODE_OPERATIONS))
         mx.eval(model(mx.arange(9)[None], model.make_cache()))
-    metal.use(model, ())
+    tiers.use(model, PORTABLE)
     metal.clear()
     # The router alone has no limit.
     assert {x.kernel.split("_")[0] for x in log.launches} == {"router"}
@@ -135,4 +136,4 @@ def test_a_long_piece_runs_no_decode_kernel(model_of):
 
 def test_an_unknown_kernel_is_refused(model_of):
     with pytest.raises(Qwen35Error, match="no such kernel: warp_drive"):
-        metal.use(model_of("dense"), ["warp_drive"])
+        tiers.use(model_of("dense"), with_kernels(["warp_drive"]))

@@ -11,7 +11,7 @@ from everyday import everyday
 from metal.emulator import Log, emulated
 
 import qwen35_mlx
-from qwen35_mlx.kernels import metal
+from qwen35_mlx.kernels import metal, tiers
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 
@@ -33,7 +33,7 @@ def models(
     """The same golden checkpoint on kernels and on ops."""
     out = converted_golden(request.param)
     on_kernels, on_ops = (load_model(out)[0] for _ in range(2))
-    metal.use(on_kernels, metal.OPS)
+    tiers.use(on_kernels, tiers.with_kernels())
     return on_kernels, on_ops
 
 

@@ -6,7 +6,7 @@ from metal.emulator import emulated
 from metal.row_invariance import cases, compare, different_rows
 
 from qwen35_mlx.kernels import metal
-from qwen35_mlx.kernels.metal import DECODE_OPS
+from qwen35_mlx.kernels.tiers import DECODE_OPERATIONS
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def emulator():
 
 
 def test_every_decode_kernel_has_a_case():
-    assert {name for name, _, _ in cases(0)} == set(DECODE_OPS)
+    assert {name for name, _, _ in cases(0)} == set(DECODE_OPERATIONS)
 
 
 def test_a_projected_row_is_the_same_alone():

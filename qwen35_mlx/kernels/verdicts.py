@@ -1,0 +1,179 @@
+"""What was measured of the kernels on this machine, kept from one start to the next.
+
+A verdict is about one operation at one model's shapes, one format of weights and one number of
+tokens. It holds for a chip, an OS, an MLX and the text of the kernels.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..config import ModelConfig
+from ..errors import Qwen35Error
+from ..family import Member
+from ..files import cache_home, write_json
+from ..machine import operating_system
+from . import (
+    attention_heads,
+    chunk_delta_rule,
+    delta_step,
+    expert_step,
+    grouped_expert_matmul,
+    matrix,
+    projection,
+    router,
+)
+
+# A gain that small may be noise.
+MIN_SPEEDUP = 1.02
+# What decides, beside the `.metal` files, what is compiled and how it is launched.
+WRAPPERS: tuple[Any, ...] = (
+    attention_heads.qk_norm_rope_kernel,
+    attention_heads.output_gate_kernel,
+    chunk_delta_rule.chunk_delta_rule,
+    delta_step.delta_step_kernel,
+    expert_step.expert_gate_up_kernel,
+    expert_step.ROUTED_GATE_UP,
+    expert_step.expert_down_kernel,
+    grouped_expert_matmul.grouped_expert_mlp,
+    grouped_expert_matmul.tiles,
+    grouped_expert_matmul._multiply,
+    matrix.CONVERT,
+    matrix.lanes_per_row,
+    matrix.rows_per_simdgroup,
+    matrix.token_class,
+    projection.project_kernel,
+    projection._signature,
+    router.route_kernel,
+)
+
+
+class Format(NamedTuple):
+    """Of activations, and of weights; `bits` are 0 where they are not quantized."""
+
+    dtype: str
+    bits: int
+    group_size: int
+
+
+class Verdict(NamedTuple):
+    """One operation at one size: whether its kernel is right, and how fast it and MLX are."""
+
+    op: str
+    shape: str
+    dtype: str
+    bits: int
+    group_size: int
+    num_tokens: int
+    error: float = 0.0
+    problem: str | None = None
+    metal_us: float = 0.0
+    mlx_us: float = 0.0
+    metal_gb_per_s: float = 0.0
+    mlx_gb_per_s: float = 0.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it is about."""
+        return self[:6]
+
+    @property
+    def speedup(self) -> float:
+        """Of the kernel over MLX; 0 if it is not right."""
+        return self.mlx_us / self.metal_us if self.problem is None and self.metal_us else 0.0
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the kernel is to be used."""
+        return self.speedup >= MIN_SPEEDUP
+
+
+def shape_of(member: Member) -> str:
+    """All sizes of a member, its name and number of layers aside."""
+    sizes = member._asdict()
+    return "-".join(str(sizes[n]) for n in sizes if n not in ("name", "num_layers", "tied"))
+
+
+def member_of(config: ModelConfig) -> Member:
+    """The sizes of any model."""
+    return Member(
+        name="model",
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        width=config.moe_intermediate_size if config.is_moe else config.intermediate_size,
+        linear_num_value_heads=config.linear_num_value_heads,
+        tied=config.tie_word_embeddings,
+        num_experts=config.num_experts,
+        per_token=config.num_experts_per_tok,
+        head_dim=config.head_dim,
+        num_key_heads=config.linear_num_key_heads,
+        key_head_dim=config.linear_key_head_dim,
+        value_head_dim=config.linear_value_head_dim,
+        rotary_dim=config.rope.rotary_dim,
+    )
+
+
+def machine_key() -> dict[str, str]:
+    """What verdicts depend on: chip, OS, MLX, and the kernels themselves."""
+    digest = hashlib.sha256()
+    for file in sorted(files(__package__).iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".metal"):
+            digest.update(file.name.encode() + file.read_bytes())
+    for wrapper in WRAPPERS:
+        text = inspect.getsource(inspect.unwrap(wrapper)) if callable(wrapper) else repr(wrapper)
+        digest.update(text.encode())
+    return {
+        "chip": str(mx.device_info().get("device_name", "?")),
+        "os": operating_system(),
+        "mlx": version("mlx"),
+        "kernels": digest.hexdigest()[:16],
+    }
+
+
+def path() -> Path:
+    """Where this machine's verdicts lie, whether there are any or not."""
+    digest = hashlib.sha256(json.dumps(machine_key(), sort_keys=True).encode())
+    return cache_home() / f"kernels-{digest.hexdigest()[:12]}.json"
+
+
+def read() -> list[Verdict]:
+    """This machine's verdicts; none where what is stored is of another, or damaged."""
+    try:
+        stored = json.loads(path().read_text(encoding="utf-8"))
+        if stored["machine"] != machine_key():
+            return []
+        found = [Verdict(**verdict) for verdict in stored["verdicts"]]
+        # Raises on figures that are no numbers.
+        [v.mlx_us + v.metal_us + v.num_tokens for v in found]
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def write(found: Iterable[Verdict]) -> Path:
+    """Store verdicts beside those that they do not replace, whole or not at all."""
+    merged = {v.key: v for v in (*read(), *found)}
+    target = path()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            target,
+            {"machine": machine_key(), "verdicts": [v._asdict() for v in merged.values()]},
+        )
+    except OSError as error:
+        raise Qwen35Error(
+            "what was measured of the kernels cannot be stored",
+            got=error,
+            expected=f"a folder to write to at {target.parent}",
+            hint="set QWEN35_MLX_CACHE to another folder",
+        ) from None
+    return target
