@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..family import Member
 from ..quantization import BITS, GROUP_SIZES
 from .attention_heads import output_gate, qk_norm_rope
+from .decode_attention import decode_attention
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up
 from .gated_delta_rule import gated_delta_rule
@@ -32,6 +33,8 @@ Run = Callable[[KernelSet], Arrays]
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 4e-2, mx.float16: 1e-2}
 LAST_POSITION = 262_143
 PREFILL_TOKENS = 2048
+# Short of the length from which MLX's own attention takes two passes on any chip.
+CACHED_TOKENS = 16_384
 EPS, TAPS = 1e-6, 4
 
 
@@ -172,6 +175,18 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     return Case(run, 2 * (q_gate.nbytes + k.nbytes))
 
 
+def _decode_attention(m: Member, s: Setting) -> Case:
+    """Keys and values are views of longer buffers, as in a cache."""
+    T, D, length = s.num_tokens, m.head_dim, CACHED_TOKENS if s.num_tokens == 1 else 200
+    q = s.normal(1, m.num_heads, T, D)
+    k, v = (s.normal(1, m.num_kv_heads, length + 56, D)[:, :, :length] for _ in range(2))
+    mask = None if T == 1 else "causal"
+    return Case(
+        lambda kernels: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
+        k.nbytes + v.nbytes,
+    )
+
+
 def _output_gate(m: Member, s: Setting) -> Case:
     x = s.normal(1, m.num_heads, s.num_tokens, m.head_dim)
     q_gate = s.normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim)
@@ -252,6 +267,7 @@ CHECKS = (
     Check("projection", _projection),
     Check("delta_step", _delta_step),
     Check("qk_norm_rope", _qk_norm_rope),
+    Check("decode_attention", _decode_attention),
     Check("output_gate", _output_gate),
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import ModelConfig, RopeConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
+from ..kernels.decode_attention import decode_attention
 from ..kernels.metal import NONE, KernelSet
 from ..kernels.projection import project
 
@@ -133,6 +134,6 @@ class Attention(nn.Module):
                 k, v = (
                     mx.dequantize(w, scales, biases, **settings) for w, scales, biases in (k, v)
                 )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
+        out = decode_attention(q, k, v, self._scale, mask, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]
