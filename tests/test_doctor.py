@@ -43,6 +43,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         lambda check: [Setting(mx.float32, num_tokens=40 if check.is_prefill else 2)],
     )
     monkeypatch.setattr(checks, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(checks, "CACHED_TOKENS", 140)
 
     def seconds(case: Any, kernels: metal.KernelSet, runs: int) -> float:
         # The only operation, or the last that ran as a kernel.

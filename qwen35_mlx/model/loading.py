@@ -59,6 +59,9 @@ def load_model(
     )
     model.config = replace(found.config, context_limit=model.allowance.context)
     wire(model.allowance)
+    for layer in model.layers:
+        if not layer.is_linear:
+            layer.self_attn.max_scores_bytes = model.allowance.scores_bytes
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     mx.eval(model.parameters())
