@@ -18,7 +18,8 @@ DEFAULT_CONTEXT = 32_768
 PREFILL_STEP_SIZE = 2048
 QUERY_MULTIPLE = 32
 # Attention scores that are there at once: at most these, and at most a share of the GPU's memory.
-MAX_SCORES_BYTES, SCORES_SHARE = 2 * 10**9, 1 / 8
+# 64 queries of the 397B have as much at 262,144 tokens, as many as a tile of MLX's matmul.
+MAX_SCORES_BYTES, SCORES_SHARE = 1_250_000_000, 1 / 8
 # The end of the system prompt, of the last question, of the last answer, and one that is written.
 MIN_SNAPSHOTS = 4
 # A point of the 397B takes 0.19 GB; more than 4 GB of points are rarely gone back to.
@@ -167,7 +168,9 @@ def _prefill_bytes(config: ModelConfig, context: int, scores: int, item_bytes: i
         attention.append(_full_layer_bytes(config, step, context, scores, item_bytes))
     # MLX allocates ahead of what it computes: the halves of a layer overlap.
     peak = max(attention) + _feed_forward_bytes(config, step, item_bytes)
-    return int(AHEAD * peak)
+    # But not ahead of blocks of queries, which are evaluated one by one.
+    is_whole = scores == scores_bytes(config, step, context, item_bytes)
+    return int(AHEAD * peak) if is_whole else peak
 
 
 # The factors below were measured as numbers a token that are alive at the peak.

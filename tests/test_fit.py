@@ -16,6 +16,7 @@ from qwen35_mlx.convert.fit import fit, fit_mac, quality_settings
 from qwen35_mlx.convert.mac_models import bytes_per_token, running
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import raised_limit_bytes
+from qwen35_mlx.memory import kv_capacity
 from qwen35_mlx.quant.recipes import RECIPES, recipe
 from qwen35_mlx.quant.statistics import Calibration
 from qwen35_mlx.tensor_table import Role, expected_shapes
@@ -162,10 +163,10 @@ def test_the_page_adds_up(flagship):
     limit, kv, *others, left, weights, spare = amounts
     assert left == pytest.approx(limit - kv - sum(others), abs=0.004)
     assert spare == pytest.approx(left - weights, abs=0.002)
-    assert kv == pytest.approx(30720 * 65536 / 1e9, abs=0.001)
+    assert kv == pytest.approx(30720 * kv_capacity(65536) / 1e9, abs=0.001)
     (chosen,) = [line for line in lines if line.endswith("<- this plan")]
     assert chosen.startswith("speed")
-    # 32 heads, 65,536 keys, two bytes each: 476 queries have as much as is allowed.
-    (scores,) = [line for line in lines if "attention scores, 448 queries at a time" in line]
-    assert float(scores[46:56]) == pytest.approx(2.0, abs=0.001)
+    # 32 heads, 65,536 keys, two bytes each: 298 queries have as much as is allowed.
+    (scores,) = [line for line in lines if "attention scores, 288 queries at a time" in line]
+    assert float(scores[46:56]) == pytest.approx(1.25, abs=0.001)
     assert any("bandwidth limit, tok/s (M3 Ultra)" in line for line in lines)

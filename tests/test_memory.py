@@ -70,7 +70,8 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     ("name", "context", "limit_bytes"),
     # With scores of all queries at once, then of 64 and of 128.
     [("dense", 512, GIB), ("experts", 512, GIB), ("wide_linear", 512, GIB),
-     ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20)],
+     ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20), ("experts", 1024, 32 * 2**20),
+     ("wide_linear", 1500, 8 * 2**20)],
 )  # fmt: skip
 def test_the_count_is_an_upper_bound_of_what_a_prefill_takes(
     name: str, context: int, limit_bytes: int
@@ -125,10 +126,10 @@ def test_attention_scores_of_the_397b() -> None:
     for context, gigabytes in ((32_768, 4.3), (131_072, 17.2), (262_144, 34.4)):
         scores = memory.scores_bytes(FLAGSHIP, 2048, context)
         assert scores / 1e9 == pytest.approx(gigabytes, abs=0.05)
-    # They do not come about: so many queries at a time that they take 2 GB.
+    # They do not come about: so many queries at a time that they take 1.25 GB.
     counted = memory.count(FLAGSHIP, 0, 262_144)
-    assert counted.query_block == 96
-    assert 32 * 96 * 262_144 * 2 <= counted.scores == 2 * 10**9
+    assert counted.query_block == 64
+    assert 32 * 64 * 262_144 * 2 <= counted.scores == 1_250_000_000
     assert memory.kv_bytes(FLAGSHIP, 1) == 30_720
     assert memory.state_bytes(FLAGSHIP) / 1e6 == pytest.approx(188.7 + 3.3, abs=0.1)
 
@@ -151,8 +152,8 @@ def test_so_many_queries_at_a_time_as_their_scores_allow(member: Any) -> None:
                if c <= context]  # fmt: skip
         assert max(met) <= counted <= memory.MAX_SCORES_BYTES
     # On a small Mac they may take an eighth of what the GPU has.
-    budget = memory.scores_budget(8 * GIB)
-    assert budget == GIB
+    budget = memory.scores_budget(4 * GIB)
+    assert budget == GIB / 2
     assert memory.query_block(heads, 262_144, budget) < 2048
     # And never less than 32 queries have.
     assert memory.query_block(heads, 10**9, 1) == 32
@@ -161,7 +162,7 @@ def test_so_many_queries_at_a_time_as_their_scores_allow(member: Any) -> None:
 def test_the_overhead_adds_up_in_words() -> None:
     counted = memory.count(FLAGSHIP, 7, 32_768)
     assert sum(counted.overhead_lines().values()) == counted.overhead == counted.total - 7
-    assert any("scores" in line and "928" in line for line in counted.overhead_lines())
+    assert any("scores" in line and "576" in line for line in counted.overhead_lines())
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def decode_attention_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float)
     num_kv_heads, length = k.shape[1:3]
     group = num_heads // num_kv_heads
     num_rows, rows = num_tokens * group, row_class(num_tokens * group)
-    num_passes, num_blocks = -(-num_rows // rows), num_key_blocks(length)
+    num_passes, num_blocks = -(-num_rows // rows), len(key_blocks(length))
     heads = [("T", q.dtype), ("HK", num_kv_heads), ("GROUP", group), ("D", dim)]
     outputs = "sums", "extremes"
     sums, extremes = kernel(
@@ -77,10 +77,13 @@ def row_class(num_rows: int) -> int:
     return next(n for n in ROW_CLASSES if n * num_passes >= num_rows)
 
 
-def num_key_blocks(num_keys: int) -> int:
-    """As in common.metal."""
-    result, first, size, end = 0, 0, 128, 4096
+def key_blocks(num_keys: int) -> list[tuple[int, int]]:
+    """First key and end of each block, as in common.metal."""
+    blocks: list[tuple[int, int]] = []
+    first, size, end = 0, 128, 4096
     while first < num_keys:
-        result += -(-(min(end, num_keys) - first) // size)
-        first, end, size = end, end * 4, size * 2
-    return result
+        blocks.append((first, min(first + size, num_keys)))
+        first += size
+        if first == end:
+            size, end = size * 2, end * 4
+    return blocks

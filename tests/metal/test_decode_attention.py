@@ -12,12 +12,13 @@ from qwen35_mlx.kernels.decode_attention import (
     ROW_CLASSES,
     decode_attention,
     decode_attention_kernel,
-    num_key_blocks,
+    key_blocks,
     row_class,
 )
 from qwen35_mlx.kernels.naive import naive_attention
 
-EXPONENTS = (0.02, 0.2, 1.0)  # scales: flat, usual, one key takes all
+# Weights of all keys, of some, of one.
+SCALES = (0.02, 0.2, 1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +38,7 @@ def test_decode_attention(number, cases):
         edge = 8 * draw.integer(1, 17) + draw.integer(-1, 1)
         length = max(num_tokens, edge if case % 2 else draw.integer(1, 280))
         q, k, v = draw.attention(1 + case % 2, num_tokens, length)
-        scale = EXPONENTS[case % 3]
+        scale = SCALES[case % 3]
         got = decode_attention_kernel(q, k, v, scale)
         assert got.dtype == draw.dtype
         assert_close(got, naive_attention(q, k, v, scale), TOLERANCE[draw.dtype])
@@ -58,7 +59,7 @@ def test_blocks_that_grow_with_their_distance(length):
      (65_536, 176), (262_144, 368), (1_048_576, 752)],
 )  # fmt: skip
 def test_a_long_context_has_few_blocks(length, blocks):
-    assert num_key_blocks(length) == blocks
+    assert len(key_blocks(length)) == blocks
 
 
 def test_scores_of_any_size_give_finite_weights():

@@ -92,8 +92,8 @@ def test_a_wrong_line_is_found(plant, monkeypatch, file, old, new, test, number)
 
 
 @pytest.mark.slow
-def test_blocks_that_overlap_are_found(plant):
-    plant("common", "end *= 4, block.size *= 2", "end *= 4, block.size *= 4")
+def test_keys_between_blocks_are_found(plant):
+    plant("common", "end *= 4, block.size *= 2", "end *= 4")
     with pytest.raises((AssertionError, EmulatorError)):
         attention.test_blocks_that_grow_with_their_distance(5000)
 
