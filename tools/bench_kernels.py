@@ -369,6 +369,7 @@ def main() -> None:
     print_slots(slots)
     attention = {n: attention_bytes(n) for n in (CONTEXT, 262_144)}
     assert attention[CONTEXT] == emulated_attention_bytes(CONTEXT)
+    long = attention[262_144]
     prefill_peak = prefill_peak_bytes()
     print(f"attention of a decode step, bytes a layer: {attention}")
     print(f"prefill step of 2,048 at 32,768 tokens, bytes a layer over its cache: {prefill_peak}")
@@ -387,7 +388,7 @@ def main() -> None:
         "slots_per_weight": slots,
         "slots_per_weight_with_norm": slots_per_weight(norm=True),
         "row_invariant": row_invariant(),
-        "kv_bytes_read_over_least": round(attention[262_144]["read"] / attention[262_144]["least"], 4),
+        "kv_bytes_read_over_least": round(long["read"] / long["least"], 4),
         "prefill_peak_bytes": prefill_peak["bf16"],
         "prefill_peak_bytes_measured": prefill_peak["measured"],
     }

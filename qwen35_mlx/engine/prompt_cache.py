@@ -61,8 +61,8 @@ class PromptCache:
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
-        A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state `[1, 1, H]` of the last token, or None if
-        `should_stop()` was true before a piece.
+        A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state
+        `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
