@@ -89,7 +89,7 @@ def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) ->
         ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
         ["memory when running", "", "", *(_gb(n.total) for n in needed), ""],
         ["  attention scores of it", "", "", *(_gb(n.scores) for n in needed), ""],
-        ["  tokens of a prefill step", "", "", *(f"{n.step_size:,}" for n in needed), ""],
+        ["  queries that have them at a time", "", "", *(f"{n.query_block:,}" for n in needed), ""],
     ]
     for mac in macs:
         fits = [_fits(mac, planned, c) for c in contexts]

@@ -14,9 +14,12 @@ from .machine import GIB, Machine, describe, raise_limit_command
 
 # What a machine has to hold unless a context is asked for.
 DEFAULT_CONTEXT = 32_768
-MAX_STEP_SIZE, STEP_MULTIPLE = 2048, 64
-# Attention scores of one prefill step: at most these, and at most a share of the GPU's memory.
-MAX_SCORES_BYTES, SCORES_SHARE = 2 * 10**9, 1 / 8
+# Tokens of a prompt that are read at once.
+PREFILL_STEP_SIZE = 2048
+QUERY_MULTIPLE = 32
+# Attention scores that are there at once: at most these, and at most a share of the GPU's memory.
+# 64 queries of the 397B have as much at 262,144 tokens, as many as a tile of MLX's matmul.
+MAX_SCORES_BYTES, SCORES_SHARE = 1_250_000_000, 1 / 8
 # The end of the system prompt, of the last question, of the last answer, and one that is written.
 MIN_SNAPSHOTS = 4
 # A point of the 397B takes 0.19 GB; more than 4 GB of points are rarely gone back to.
@@ -35,12 +38,12 @@ class MemoryCount(NamedTuple):
     """Bytes in use with `context` tokens read, by what they are for."""
 
     context: int
-    step_size: int
+    query_block: int
     weights: int
     kv_cache: int
     states: int
     snapshots: int
-    # Of a prefill step at the end of the context, and all else that a step holds at its peak.
+    # The most of any prefill step, and all else that a step holds at its peak.
     scores: int
     activations: int
     program: int
@@ -61,7 +64,7 @@ class MemoryCount(NamedTuple):
             f"KV cache of {self.context:,} tokens": self.kv_cache,
             "recurrent states": self.states,
             f"snapshots, {MIN_SNAPSHOTS} at least": self.snapshots,
-            f"attention scores, steps of {self.step_size:,} tokens": self.scores,
+            f"attention scores, {self.query_block:,} queries at a time": self.scores,
             "other activations of a prefill step": self.activations,
             "logits, buffers, program (estimate)": self.program,
         }
@@ -79,12 +82,11 @@ def count(
     `item_bytes`: of activations, keys and values; 2 in bfloat16.
     """
     state, budget = state_bytes(config, item_bytes), scores_budget(limit_bytes)
-    step = prefill_step_size(config, context, budget, item_bytes)
-    scores = scores_bytes(config, step, context, item_bytes)
-    peak = _prefill_bytes(config, context, budget, item_bytes)
+    scores = _most_scores_bytes(config, context, budget, item_bytes)
+    peak = _prefill_bytes(config, context, scores, item_bytes)
     return MemoryCount(
         context=context,
-        step_size=step,
+        query_block=query_block(config.num_attention_heads, context, budget, item_bytes),
         weights=weight_bytes,
         kv_cache=kv_bytes(config, kv_capacity(context), item_bytes),
         # The next ones are made while the last are still there.
@@ -137,7 +139,7 @@ def read_share(config: ModelConfig, module: str) -> float:
 def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: int = 2) -> int:
     """Attention scores of one layer, `[Hq, T, S]`.
 
-    MLX keeps them whole for heads of 256 and more than 8 queries on every Mac before M5.
+    MLX makes them for heads of 256 and more than 8 queries on every Mac before M5.
     """
     if FULL not in config.layer_types:
         return 0
@@ -145,54 +147,54 @@ def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: 
 
 
 def scores_budget(limit_bytes: int | None) -> int:
-    """What the scores of a step may take where the GPU may use `limit_bytes`."""
+    """What scores may take at once where the GPU may use `limit_bytes`."""
     if limit_bytes is None:
         return MAX_SCORES_BYTES
     return min(MAX_SCORES_BYTES, int(limit_bytes * SCORES_SHARE))
 
 
-def prefill_step_size(
-    config: ModelConfig, context: int, budget_bytes: int = MAX_SCORES_BYTES, item_bytes: int = 2
+def query_block(num_heads: int, num_keys: int, budget_bytes: int, item_bytes: int = 2) -> int:
+    """Queries to attend at once, a multiple of 32 up to 2,048, with scores within the budget."""
+    num_rows = budget_bytes // (num_heads * max(num_keys, 1) * item_bytes)
+    return min(PREFILL_STEP_SIZE, max(num_rows // QUERY_MULTIPLE, 1) * QUERY_MULTIPLE)
+
+
+def _most_scores_bytes(
+    config: ModelConfig, context: int, budget_bytes: int, item_bytes: int
 ) -> int:
-    """Tokens to read at once, a multiple of 64 up to 2,048, with scores within the budget.
-
-    `context` counts the tokens that are held after the step.
-    """
-    row_bytes = scores_bytes(config, 1, max(context, 1), item_bytes)
-    if row_bytes * MAX_STEP_SIZE <= budget_bytes:
-        return MAX_STEP_SIZE
-    return max(STEP_MULTIPLE, budget_bytes // row_bytes // STEP_MULTIPLE * STEP_MULTIPLE)
+    """Of any prefill step on the way to `context` tokens."""
+    whole = scores_bytes(config, PREFILL_STEP_SIZE, context, item_bytes)
+    fewest = scores_bytes(config, QUERY_MULTIPLE, context, item_bytes)
+    return max(min(whole, budget_bytes), fewest)
 
 
-def _prefill_bytes(config: ModelConfig, context: int, budget_bytes: int, item_bytes: int) -> int:
+def _prefill_bytes(config: ModelConfig, context: int, scores: int, item_bytes: int) -> int:
     """The peak of any prefill step on the way to `context` tokens."""
-    # The first step is the widest: the fewest keys are there.
-    first = prefill_step_size(config, min(context, MAX_STEP_SIZE), budget_bytes, item_bytes)
-    widest, attention = min(first, context), [0]
+    step, attention = min(PREFILL_STEP_SIZE, context), [0]
     if LINEAR in config.layer_types:
-        attention.append(_linear_layer_bytes(config, widest, item_bytes))
+        attention.append(_linear_layer_bytes(config, step, item_bytes))
     if FULL in config.layer_types:
-        # It is taken up to where its scores just fit the budget.
-        reach = budget_bytes // max(scores_bytes(config, 1, 1, item_bytes) * widest, 1)
-        reach = min(context, max(reach, widest))
-        last = min(prefill_step_size(config, context, budget_bytes, item_bytes), context)
-        attention.append(_full_layer_bytes(config, widest, reach, item_bytes))
-        attention.append(_full_layer_bytes(config, last, context, item_bytes))
+        attention.append(_full_layer_bytes(config, step, context, scores, item_bytes))
     # MLX allocates ahead of what it computes: the halves of a layer overlap.
-    peak = max(attention) + _feed_forward_bytes(config, widest, item_bytes)
-    return int(AHEAD * peak)
+    peak = max(attention) + _feed_forward_bytes(config, step, item_bytes)
+    # But not ahead of blocks of queries, which are evaluated one by one.
+    is_whole = scores == scores_bytes(config, step, context, item_bytes)
+    return int(AHEAD * peak) if is_whole else peak
 
 
 # The factors below were measured as numbers a token that are alive at the peak.
 
 
-def _full_layer_bytes(config: ModelConfig, step: int, context: int, item_bytes: int) -> int:
+def _full_layer_bytes(
+    config: ModelConfig, step: int, context: int, scores: int, item_bytes: int
+) -> int:
     """Scores, their causal mask, a second copy of keys and values while they grow, and heads."""
     heads = 8 * config.num_attention_heads + 6 * config.num_key_value_heads
     per_token = heads * config.head_dim + 3 * config.hidden_size
     return (
-        scores_bytes(config, step, context, item_bytes)
-        + step * context
+        scores
+        # A byte for each score of a head.
+        + scores // (config.num_attention_heads * item_bytes)
         + _layer_kv_bytes(config, kv_capacity(context), item_bytes)
         + step * per_token * item_bytes
     )
@@ -265,11 +267,6 @@ class Allowance:
     # MLX's pool of freed buffers.
     pool_bytes: int = POOL_BYTES
     scores_bytes: int = MAX_SCORES_BYTES
-    item_bytes: int = 2
-
-    def prefill_step_size(self, config: ModelConfig, context: int) -> int:
-        """`prefill_step_size` within this allowance."""
-        return prefill_step_size(config, context, self.scores_bytes, self.item_bytes)
 
 
 def allow(
@@ -304,7 +301,7 @@ def allow(
     left = max(spare - (snapshots - needed.snapshots), 0)
     # A step takes its buffers from what the step before freed: more is of no use.
     pool = POOL_BYTES + min(left, needed.scores + needed.activations)
-    return Allowance(longest, snapshots, pool, scores_budget(limit), item_bytes)
+    return Allowance(longest, snapshots, pool, scores_budget(limit))
 
 
 def _refused(

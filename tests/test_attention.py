@@ -1,4 +1,7 @@
-"""Rotary embedding: the fast path, explicit positions, and an independent computation agree."""
+"""Rotary embedding: the fast path, explicit positions, and an independent computation agree.
+
+Attention in blocks of queries gives the numbers of all at once.
+"""
 
 import math
 
@@ -8,7 +11,9 @@ import pytest
 
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.kernels import attention_heads
-from qwen35_mlx.model.attention import PartialRope, rope_periods
+from qwen35_mlx.memory import MAX_SCORES_BYTES
+from qwen35_mlx.model.attention import PartialRope, attend, rope_periods
+from qwen35_mlx.model.layer_cache import causal_mask
 
 DEFAULT = RopeConfig(theta=1e7, rotary_dim=16)
 YARN = RopeConfig(1e4, 16, 4.0, original_max_position_embeddings=64, attention_factor=1.139)
@@ -148,3 +153,60 @@ def test_a_yarn_band_of_no_width_is_a_step_between_dims():
     plain, _ = rope_periods(RopeConfig(1e4, 16))
     expected = np.where(np.arange(8) > edge, 4.0, 1.0)
     np.testing.assert_allclose(periods / plain, expected, rtol=1e-5)
+
+
+def heads(rows=1, num_heads=6, num_kv_heads=2, num_tokens=70, num_keys=200, dim=16):
+    """Queries, and keys and values as a cache gives them: views of longer buffers."""
+    mx.random.seed(0)
+    q = mx.random.normal((rows, num_heads, num_tokens, dim))
+    k, v = (mx.random.normal((rows, num_kv_heads, num_keys + 24, dim)) for _ in range(2))
+    return q, k[:, :, :num_keys], v[:, :, :num_keys]
+
+
+def padded(num_tokens, num_keys):
+    return causal_mask(num_tokens, num_keys - num_tokens, left_padding=mx.array([0, 90]))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("mask", ["causal", None, "array"])
+def test_blocks_of_queries_give_the_same_numbers(rows, mask):
+    q, k, v = heads(rows)
+    if mask == "array":
+        mask = padded(70, 200)[:rows]
+    want = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+    # The last block has 6 queries.
+    for block in (32, 64):
+        got = attend(q, k, v, 0.3, mask, rows * 6 * 200 * 4 * block)
+        assert mx.allclose(got, want, atol=1e-6, rtol=1e-5)
+
+
+def test_a_prompt_longer_than_its_keys_allow_at_once_is_read_the_same(demo):
+    model = demo[0]
+    ids = mx.array([[n % 300 for n in range(150)]])
+    attention = [layer.self_attn for layer in model.layers if not layer.is_linear]
+    want = model(ids, model.make_cache())
+    mx.eval(want)
+    for layer in attention:
+        layer.max_scores_bytes = 1
+    got = model(ids, model.make_cache())
+    for layer in attention:
+        del layer.max_scores_bytes
+    assert attention[0].max_scores_bytes == MAX_SCORES_BYTES
+    assert mx.allclose(got, want, atol=1e-4)
+
+
+def test_scores_of_several_blocks_are_never_there_at_once():
+    q, k, v = heads(num_heads=8, num_tokens=512, num_keys=1024)
+    mx.eval(q, k, v)
+    scores = 8 * 64 * 1024 * 4
+
+    def peak(max_scores_bytes):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attend(q, k, v, 0.3, "causal", max_scores_bytes))
+        return mx.get_peak_memory() - before
+
+    assert peak(8 * scores) >= 8 * scores
+    # One block, its mask, and the output twice: in blocks, and put together.
+    assert scores <= peak(scores) <= 1.3 * scores + 2 * q.nbytes

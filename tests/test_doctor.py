@@ -31,6 +31,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small family."""
     monkeypatch.setattr(doctor, "FAMILY", (SMALL, DENSE))
     monkeypatch.setattr(choice, "TOKENS", (1, 2))
+    monkeypatch.setattr(checks, "CACHED_TOKENS", 140)
     with faked_mac(monkeypatch, {"router": 60e-6, "delta_step": 30e-6}):
         yield
 

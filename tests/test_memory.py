@@ -48,8 +48,11 @@ CONFIGS = {
 
 
 def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
-    """What MLX held at most, weights apart, while a prompt was read in steps of the budget."""
+    """What MLX held at most, weights apart, while a prompt was read; scores within the budget."""
     model = Model(config)
+    for layer in model.layers:
+        if not layer.is_linear:
+            layer.self_attn.max_scores_bytes = budget
     model.eval()
     mx.eval(model.parameters())
     mx.clear_cache()
@@ -57,8 +60,7 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     mx.reset_peak_memory()
     cache, read = model.make_cache(), 0
     while read < context:
-        step = memory.prefill_step_size(config, min(read + 2048, context), budget, 4)
-        ids = mx.zeros((1, min(step, context - read)), mx.int32)
+        ids = mx.zeros((1, min(memory.PREFILL_STEP_SIZE, context - read)), mx.int32)
         hidden = model.trunk(ids, cache, last_only=True)
         mx.eval(hidden, [entry.state for entry in cache])
         read += ids.size
@@ -67,10 +69,11 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
 
 @pytest.mark.parametrize(
     ("name", "context", "limit_bytes"),
-    # With a step of all tokens, then with one that the limit on scores shortens to 64 and to 128.
+    # With scores of all queries at once, then of 64 and of 128.
     everyday(
         [("dense", 512, GIB), ("experts", 512, GIB), ("wide_linear", 512, GIB),
-         ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20)],
+         ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20), ("experts", 1024, 32 * 2**20),
+         ("wide_linear", 1500, 8 * 2**20)],
         4,
     ),
 )  # fmt: skip
@@ -127,36 +130,43 @@ def test_attention_scores_of_the_397b() -> None:
     for context, gigabytes in ((32_768, 4.3), (131_072, 17.2), (262_144, 34.4)):
         scores = memory.scores_bytes(FLAGSHIP, 2048, context)
         assert scores / 1e9 == pytest.approx(gigabytes, abs=0.05)
-    # The step shrinks, so that they do not come about.
+    # They do not come about: so many queries at a time that they take 1.25 GB.
     counted = memory.count(FLAGSHIP, 0, 262_144)
-    assert counted.step_size == 64
-    assert counted.scores == 32 * 64 * 262_144 * 2
+    assert counted.query_block == 64
+    assert 32 * 64 * 262_144 * 2 <= counted.scores == 1_250_000_000
     assert memory.kv_bytes(FLAGSHIP, 1) == 30_720
     assert memory.state_bytes(FLAGSHIP) / 1e6 == pytest.approx(188.7 + 3.3, abs=0.1)
 
 
 @pytest.mark.parametrize("member", FAMILY, ids=lambda member: member.name)
-def test_steps_are_as_long_as_their_scores_allow(member: Any) -> None:
+def test_so_many_queries_at_a_time_as_their_scores_allow(member: Any) -> None:
     config = ModelConfig.from_hf(family_config(member.full_name))
-    sizes = [memory.prefill_step_size(config, c) for c in range(1024, 262_145, 1024)]
-    assert sizes[0] == 2048 and sizes == sorted(sizes, reverse=True)
-    for context, step in zip(range(1024, 262_145, 1024), sizes, strict=True):
-        assert step % 64 == 0
-        scores = memory.scores_bytes(config, step, context)
-        assert scores <= memory.MAX_SCORES_BYTES or step == 64
-        if step < 2048:
-            longer = memory.scores_bytes(config, step + 64, context)
+    heads, contexts = config.num_attention_heads, range(1024, 262_145, 1024)
+    blocks = [memory.query_block(heads, c, memory.MAX_SCORES_BYTES) for c in contexts]
+    assert blocks[0] == 2048 and blocks == sorted(blocks, reverse=True)
+    for context, block in zip(contexts, blocks, strict=True):
+        assert block % 32 == 0
+        assert memory.scores_bytes(config, block, context) <= memory.MAX_SCORES_BYTES
+        if block < 2048:
+            longer = memory.scores_bytes(config, block + 32, context)
             assert longer > memory.MAX_SCORES_BYTES
+        # Counted is the most of any step up to there.
+        counted = memory.count(config, 0, context).scores
+        met = [memory.scores_bytes(config, b, c) for b, c in zip(blocks, contexts, strict=True)
+               if c <= context]  # fmt: skip
+        assert max(met) <= counted <= memory.MAX_SCORES_BYTES
     # On a small Mac they may take an eighth of what the GPU has.
-    budget = memory.scores_budget(8 * GIB)
-    assert budget == GIB
-    assert memory.prefill_step_size(config, 262_144, budget) < 2048
+    budget = memory.scores_budget(4 * GIB)
+    assert budget == GIB / 2
+    assert memory.query_block(heads, 262_144, budget) < 2048
+    # And never less than 32 queries have.
+    assert memory.query_block(heads, 10**9, 1) == 32
 
 
 def test_the_overhead_adds_up_in_words() -> None:
     counted = memory.count(FLAGSHIP, 7, 32_768)
     assert sum(counted.overhead_lines().values()) == counted.overhead == counted.total - 7
-    assert any("scores" in line and "896" in line for line in counted.overhead_lines())
+    assert any("scores" in line and "576" in line for line in counted.overhead_lines())
 
 
 @pytest.fixture
@@ -303,7 +313,7 @@ def test_snapshots_get_a_sixteenth_of_memory_and_no_more_than_is_left(mac: Any) 
     mac(512 * GIB)
     assert memory.allow(nine, 5 * 10**9).snapshot_bytes == 4 * 10**9
     mac(256 * GIB)
-    tight = memory.allow(FLAGSHIP, 199_000_000_000).snapshot_bytes
+    tight = memory.allow(FLAGSHIP, 199_500_000_000).snapshot_bytes
     assert memory.MIN_SNAPSHOTS * memory.state_bytes(FLAGSHIP) <= tight < 2 * 10**9
 
 

@@ -193,9 +193,10 @@ def test_the_page_names_contexts_scores_and_an_upper_bound() -> None:
     lines = page.mac_lines(planned, find_macs("M3 Ultra 256GB"))
     assert lines[0].split("  ")[-1] == "bandwidth limit, tok/s"
     assert "at 8k" in lines[0] and "at 256k" in lines[0]
-    # A full step at 8k; then the step shrinks so that they stay within 2 GB.
-    assert [float(n) for n in re.findall(r"\d\.\d", lines[2])] == [1.1, 1.9, 1.6, 1.1]
-    assert lines[3].split()[-4:] == ["2,048", "896", "192", "64"]
+    # All queries of a step at 8k; then fewer at a time, so that they stay within 1.25 GB.
+    scores = re.findall(r"\d\.\d", lines[2])
+    assert scores == ["1.1", f"{1.25:.1f}", f"{1.25:.1f}", f"{1.25:.1f}"]
+    assert lines[3].split()[-4:] == ["2,048", "576", "128", "64"]
     assert any("upper bound" in line and "no program reaches" in line for line in lines)
     assert len([line for line in lines if "M3 Ultra" in line]) == 1
     own = page.mac_lines(planned, find_macs("M3 Ultra 256GB"), 100_000)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from kernel_slots import print_slots, slots_per_weight
 from label import label
@@ -43,9 +44,13 @@ from dispatches import (
 from metal.emulator import Launch, emulated
 from metal.row_invariance import compare
 
-from qwen35_mlx.config import FULL, LINEAR
+from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.kernels import metal
+from qwen35_mlx.kernels.decode_attention import decode_attention_kernel, key_blocks, row_class
 from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
+from qwen35_mlx.memory import MAX_SCORES_BYTES
+from qwen35_mlx.model.attention import Attention
+from qwen35_mlx.model.layer_cache import KVCache as OurKVCache
 
 TEXT = family_text("397B-A17B")
 NUM_LAYERS = {LINEAR: 45, FULL: 15}
@@ -63,6 +68,11 @@ def traffic(launch: Launch, chosen: float) -> Counter[str]:
         if not t.read_bytes and not t.written_bytes:
             continue
         stacked = name.startswith(("gate_", "up_", "down_"))
+        if name in ("k", "v") and launch.kernel == "decode_attention":
+            # A view: between its heads is room that is no part of it.
+            result["moved"] += t.read_bytes
+            result["least"] += t.unique_read_bytes
+            continue
         if name.endswith("_w") or name in ("conv_weight", "A_log", "dt_bias"):
             result["moved"] += t.read_bytes
         elif name.endswith(("_scales", "_biases")):
@@ -153,6 +163,68 @@ def a_token(kinds: dict[str, Counter[str]]) -> int:
     return of_a_step(kinds, TEXT)
 
 
+def attention_bytes(length: int) -> dict[str, int]:
+    """Bytes of a decode step's attention in a layer: of keys and values, read and at least; of
+    sums between its two passes, written and read."""
+    heads, kv_heads, dim = (
+        TEXT[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    group = heads // kv_heads
+    passes = -(-group // row_class(group))
+    blocks = key_blocks(length)
+    key_bytes = 2 * kv_heads * dim * 2
+    return {
+        "read": passes * key_bytes * sum(end - start for start, end in blocks),
+        "least": key_bytes * length,
+        "sums": 2 * len(blocks) * heads * (dim + 2) * 4,
+    }
+
+
+def emulated_attention_bytes(length: int) -> dict[str, int]:
+    """The same, counted by the emulator."""
+    heads, kv_heads, dim = (
+        TEXT[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    q = leaf((1, heads, 1, dim), mx.bfloat16)
+    k, v = (mx.zeros((1, kv_heads, length + 512, dim), mx.bfloat16)[:, :, :length] for _ in "kv")
+    with emulated() as log:
+        metal.clear()
+        decode_attention_kernel(q, k, v, dim**-0.5)
+    metal.clear()
+    first, second = (launch.traffic for launch in log.launches)
+    moved = [first[n].written_bytes + second[n].unique_read_bytes for n in ("sums", "extremes")]
+    return {
+        "read": first["k"].read_bytes + first["v"].read_bytes,
+        "least": k.nbytes + v.nbytes,
+        "sums": sum(moved),
+    }
+
+
+def prefill_peak_bytes(context: int = 32_768, step: int = 2048, scale: int = 8) -> dict[str, int]:
+    """What a full-attention layer holds at most over its keys and values, in a step that ends at
+    `context`: as measured in float32 at 1 / scale of the width, and for the whole in bf16.
+
+    All that is measured is proportional to the number of query heads, and the number of queries
+    at a time is that of the whole layer in bf16.
+    """
+    heads = TEXT["num_attention_heads"] // scale
+    text = TEXT | {"num_attention_heads": heads, "hidden_size": TEXT["hidden_size"] // scale}
+    layer, norm = Attention(ModelConfig.from_hf(text)), nn.RMSNorm(text["hidden_size"])
+    layer.max_scores_bytes = MAX_SCORES_BYTES // scale * 2
+    entry = OurKVCache()
+    shape = (1, text["num_key_value_heads"], context, text["head_dim"])
+    entry.keys, entry.values = mx.random.normal(shape), mx.random.normal(shape)
+    entry.offset = context - step
+    x = mx.random.normal((1, step, text["hidden_size"]))
+    mx.eval(layer.parameters(), norm.parameters(), entry.keys, entry.values, x)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(layer(x, norm, entry.make_mask(step), entry), entry.state)
+    measured = mx.get_peak_memory() - before
+    return {"measured": measured, "bf16": measured * scale // 2}
+
+
 def main() -> None:
     """Count, print, and end with JSON."""
     defaults = default_dispatches()
@@ -169,6 +241,12 @@ def main() -> None:
         print(f"{name:16}{row['moved']:15,}{row['least']:15,}{ratio:>8}{row['vectors']:16,}")
     slots = slots_per_weight()
     print_slots(slots)
+    attention = {n: attention_bytes(n) for n in (CONTEXT, 262_144)}
+    assert attention[CONTEXT] == emulated_attention_bytes(CONTEXT)
+    long = attention[262_144]
+    prefill_peak = prefill_peak_bytes()
+    print(f"attention of a decode step, bytes a layer: {attention}")
+    print(f"prefill step of 2,048 at 32,768 tokens, bytes a layer over its cache: {prefill_peak}")
     worst = max(row["moved"] / row["least"] for row in rows.values() if row["least"])
     result = {
         **label(),
@@ -185,6 +263,9 @@ def main() -> None:
         "slots_per_weight": slots,
         "slots_per_weight_with_norm": slots_per_weight(norm=True),
         "row_invariant": row_invariant(),
+        "kv_bytes_read_over_least": round(long["read"] / long["least"], 4),
+        "prefill_peak_bytes": prefill_peak["bf16"],
+        "prefill_peak_bytes_measured": prefill_peak["measured"],
     }
     print(json.dumps(result))
 

@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import Qwen35Error
+from ..memory import PREFILL_STEP_SIZE
 from ..model.cache import CacheEntry, Snapshot, fork, restore, snapshot
 from ..model.language import Model
 
-PREFILL_STEP_SIZE = 2048
 # Tokens that a caller's own cache holds and whose ids are not given.
 UNKNOWN_ID = -1
 # Tokens read so far, tokens to read.
@@ -61,9 +61,8 @@ class PromptCache:
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
-        A piece has at most `step_size` tokens, and no more than the memory for attention scores
-        allows at that length. Returns the hidden state `[1, 1, H]` of the last token, or None if
-        `should_stop()` was true before a piece.
+        A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state
+        `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
@@ -74,8 +73,7 @@ class PromptCache:
             while (at := len(self._ids)) < cut:
                 if should_stop and should_stop():
                     return None
-                fitting = self._step_size(at)
-                size = min(step_size or fitting, fitting)
+                size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
                 piece = list(ids[at - start : min(at + size, cut) - start])
                 self._is_consistent = False
                 hidden = self.model.trunk(mx.array([piece]), self.entries, last_only=True)
@@ -84,18 +82,12 @@ class PromptCache:
                 self._is_consistent = True
                 if progress:
                     progress(len(self._ids) - start, len(ids))
-                if len(piece) == fitting:
+                if len(piece) == PREFILL_STEP_SIZE:
                     # Its buffers are of a size that the next piece does not have.
                     mx.clear_cache()
             if cut in marks:
                 self.snapshot()
         return hidden
-
-    def _step_size(self, num_read: int) -> int:
-        allowance = getattr(self.model, "allowance", None)
-        if allowance is None:
-            return PREFILL_STEP_SIZE
-        return allowance.prefill_step_size(self.model.config, num_read + PREFILL_STEP_SIZE)
 
     def step(self, token: mx.array) -> mx.array:
         """Read a token `[1]` that is not evaluated yet; `commit` follows with its id.

@@ -180,7 +180,7 @@ def bytes_per_token(model: Model, context: int) -> int:
         int(array.nbytes * read_share(model.config, name.rpartition(".")[0]))
         for name, array in arrays.items()
     )
-    item_bytes = model.allowance.item_bytes
+    item_bytes = model.language_model.model.norm.weight.dtype.size
     states = 2 * state_bytes(model.config, item_bytes)
     return weights + kv_bytes(model.config, context, item_bytes) + states
 

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
 from .attention_heads import output_gate, qk_norm, qk_norm_rope
+from .decode_attention import decode_attention
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up
 from .grouped_expert_matmul import expert_mlp
@@ -31,6 +32,8 @@ Run = Callable[[Tiers, mx.array], Arrays]
 # of outputs and of what lies between two steps.
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 1e-2, mx.float16: 2e-3}
 LAST_POSITION = 262_143
+# What an attention step looks back on.
+CACHED_TOKENS = 16_384
 EPS, TAPS = 1e-6, 4
 
 
@@ -207,6 +210,20 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     return Case(run, q_gate, 2 * (q_gate.nbytes + k.nbytes))
 
 
+def _decode_attention(m: Member, s: Setting) -> Case:
+    """Keys and values are views of longer buffers, as in a cache."""
+    T, D = s.num_tokens, m.head_dim
+    q = s.normal(1, m.num_heads, T, D)
+    buffers = [s.normal(1, m.num_kv_heads, CACHED_TOKENS + 56, D) for _ in range(2)]
+    k, v = (buffer[:, :, :CACHED_TOKENS] for buffer in buffers)
+    mask = None if T == 1 else "causal"
+    return Case(
+        lambda kernels, q: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
+        q,
+        k.nbytes + v.nbytes,
+    )
+
+
 def _output_gate(m: Member, s: Setting) -> Case:
     x = s.normal(1, m.num_heads, s.num_tokens, m.head_dim)
     q_gate = s.normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim)
@@ -283,6 +300,7 @@ CHECKS = (
     Check("projection", _projection),
     Check("delta_step", _delta_step),
     Check("qk_norm_rope", _qk_norm_rope),
+    Check("decode_attention", _decode_attention),
     Check("output_gate", _output_gate),
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),

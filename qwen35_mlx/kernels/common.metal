@@ -215,3 +215,30 @@ METAL_FUNC void multiply_rows(thread A& a, thread B& b, const device X* x,
 template <int LANES> METAL_FUNC float norm_factor(float squares, int in, float eps) {
   return metal::precise::rsqrt(lane_sum<LANES>(squares) / float(in) + eps);
 }
+
+// Attention of few queries works on blocks of keys, which grow with their distance from the start:
+// few for a long context, many for a short one, and the same for every query that sees them.
+struct KeyBlock {
+  int first, size;
+};
+METAL_FUNC KeyBlock key_block(int number) {
+  KeyBlock block = {0, 128};
+  for (int end = 4096;; end *= 4, block.size *= 2) {
+    const int count = (end - block.first) / block.size;
+    if (number < count) break;
+    number -= count, block.first = end;
+  }
+  block.first += number * block.size;
+  return block;
+}
+// Blocks of that many keys.
+METAL_FUNC int num_key_blocks(int num_keys) {
+  int result = 0, first = 0, size = 128;
+  for (int end = 4096; first < num_keys; end *= 4, size *= 2) {
+    result += (metal::min(end, num_keys) - first + size - 1) / size;
+    first = end;
+  }
+  return result;
+}
+// Below every score.
+METAL_FUNC float least_score() { return -3.4028235e38f; }

@@ -31,11 +31,13 @@ def kernel(
     *,
     label: str | None = None,
     generated: str = "",
+    any_strides: bool = False,
 ) -> Callable[..., list[mx.array]]:
     """The kernel of `<name>.metal`; names as tuples, call it as `mx.fast.metal_kernel` says.
 
     `common.metal` stands before the functions of the file, `generated` is the end of its body. A
-    `label` is the kernel's own name, and must tell apart what differs in these.
+    `label` is the kernel's own name, and must tell apart what differs in these. Views are copied
+    to rows without gaps, unless the source minds `any_strides`.
     """
     functions, body = _read(name)
     source = body + generated
@@ -56,6 +58,7 @@ def kernel(
         output_names=list(output_names),
         header=_read("common")[0] + functions,
         source=source,
+        ensure_row_contiguous=not any_strides,
         **OPTIONS,
     )
 

@@ -146,6 +146,26 @@ def naive_qk_norm_rope(
     return mx.concatenate([a * cos - b * sin, b * cos + a * sin, kept], axis=-1)
 
 
+def naive_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """Causal attention, one query of one head at a time; the last query sees all keys; fp32.
+
+    q: `[B, Hq, T, D]`, k and v: `[B, Hk, S, D]`. Query head h reads key head h // (Hq / Hk).
+    """
+    q, k, v = (x.astype(mx.float32) for x in (q, k, v))
+    num_heads, num_tokens = q.shape[1:3]
+    num_keys, group = k.shape[2], num_heads // k.shape[1]
+    heads = []
+    for h in range(num_heads):
+        rows = []
+        for t in range(num_tokens):
+            end = num_keys - num_tokens + t + 1
+            keys, values = (x[:, h // group, :end] for x in (k, v))
+            scores = (keys @ q[:, h, t, :, None])[..., 0] * scale
+            rows.append((mx.softmax(scores, axis=-1)[:, None] @ values)[:, 0])
+        heads.append(mx.stack(rows, axis=1))
+    return mx.stack(heads, axis=1)
+
+
 def naive_output_gate(x: mx.array, gate: mx.array) -> mx.array:
     """Number by number, in fp32."""
     return x.astype(mx.float32) * mx.sigmoid(gate.astype(mx.float32))

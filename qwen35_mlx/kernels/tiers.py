@@ -20,6 +20,7 @@ DECODE_OPERATIONS = (
     "projection",
     "delta_step",
     "qk_norm_rope",
+    "decode_attention",
     "output_gate",
     "router",
     "expert_gate_up",

@@ -12,8 +12,10 @@ import numpy as np
 
 from ..config import ModelConfig, RopeConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
+from ..kernels.decode_attention import decode_attention
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
+from ..memory import MAX_SCORES_BYTES, query_block
 
 
 def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
@@ -83,10 +85,45 @@ def attention_mask(num_tokens: int, cache: Any | None) -> Any:
     return cache.make_mask(num_tokens, return_array=False, window_size=None)
 
 
+def attend(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: Any,
+    max_scores_bytes: int,
+    kernels: Tiers = PORTABLE,
+) -> mx.array:
+    """Attention for so many queries at a time that their scores fit the bytes.
+
+    The same numbers as at once: no sum runs over queries.
+    """
+    num_tokens, num_keys = q.shape[2], k.shape[2]
+    block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, q.itemsize)
+    if num_tokens <= block:
+        return decode_attention(q, k, v, scale, mask, kernels)
+    outputs = []
+    for start in range(0, num_tokens, block):
+        end = min(start + block, num_tokens)
+        # "causal" takes the last query to see the last key.
+        seen = num_keys - num_tokens + end if isinstance(mask, str) else num_keys
+        rows = mask[..., start:end, :] if isinstance(mask, mx.array) else mask
+        keys, values = k[:, :, :seen], v[:, :, :seen]
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, start:end], keys, values, scale=scale, mask=rows
+            )
+        )
+        # Or MLX makes the scores of all blocks at once.
+        mx.eval(outputs[-1])
+    return mx.concatenate(outputs, axis=2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention whose output is gated by a sigmoid from the query projection."""
 
     kernels: Tiers = PORTABLE
+    max_scores_bytes: int = MAX_SCORES_BYTES
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -133,6 +170,6 @@ class Attention(nn.Module):
                 k, v = (
                     mx.dequantize(w, scales, biases, **settings) for w, scales, biases in (k, v)
                 )
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask=mask)
+        out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]

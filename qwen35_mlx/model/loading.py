@@ -48,6 +48,9 @@ def load_model(
     )
     model.config = replace(model.config, context_limit=model.allowance.context)
     wire(model.allowance)
+    for layer in model.layers:
+        if not layer.is_linear:
+            layer.self_attn.max_scores_bytes = model.allowance.scores_bytes
     mx.eval(model.parameters())
     return model, raw_config
 

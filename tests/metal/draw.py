@@ -22,6 +22,11 @@ FORMATS = [*itertools.product(BITS, GROUP_SIZES), DENSE, DENSE]
 NUM_EXPERTS = 5
 # Heads, key heads, head dim, rotated dims.
 HEADS = [(3, 1, 32, 8), (4, 2, 64, 64), (2, 2, 128, 32), (8, 2, 256, 64), (3, 1, 24, 12)]
+# Key heads, query heads of each, head dim.
+ATTENTION_HEADS = [
+    (2, 16, 256), (1, 3, 64), (2, 12, 256), (3, 1, 96), (1, 8, 128), (4, 4, 256), (2, 5, 32),
+    (1, 7, 160), (4, 6, 256), (1, 24, 192), (2, 2, 224),
+]  # fmt: skip
 
 
 def chunk_range(number: int) -> tuple[int, int]:
@@ -125,3 +130,14 @@ class Draw:
             parameters,
             mask,
         )
+
+    def attention(self, batch: int, num_tokens: int, length: int) -> list[mx.array]:
+        """q as the projection leaves it; keys and values as views of longer buffers of NaN."""
+        num_kv_heads, group, dim = ATTENTION_HEADS[self.number % len(ATTENTION_HEADS)]
+        q = self.normal(batch, num_tokens, num_kv_heads * group, dim).swapaxes(1, 2)
+        views = []
+        for _ in range(2):
+            known = self.normal(batch, num_kv_heads, length, dim)
+            room = mx.full((batch, num_kv_heads, self.integer(1, 40), dim), mx.nan, known.dtype)
+            views.append(mx.concatenate([known, room], axis=2)[:, :, :length])
+        return [q, *views]

@@ -7,6 +7,7 @@ import numpy as np
 from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
+from qwen35_mlx.kernels.decode_attention import decode_attention_kernel
 from qwen35_mlx.kernels.delta_step import delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
 from qwen35_mlx.kernels.matrix import matrix
@@ -71,6 +72,11 @@ def cases(number: int) -> Iterator[Case]:
         [draw.normal(rows, heads, 1, dim), q_gate],
     )
 
+    def attention(*arrays: mx.array) -> Arrays:
+        return [decode_attention_kernel(*arrays, 0.1)]
+
+    yield "decode_attention", attention, draw.attention(rows, 1, draw.integer(1, 150))
+
     *arrays, parameters, mask = draw.delta(rows, 1)
     arrays += [] if mask is None else [mask]
 
@@ -112,6 +118,26 @@ def different_tokens(number: int) -> tuple[int, int]:
     return count, num_tokens + 1
 
 
+def different_queries(number: int) -> tuple[int, int]:
+    """Queries of decode_attention that are other numbers when they come one by one; of how many.
+
+    Alone, a query's keys end with its own, in a buffer of another length.
+    """
+    draw = Draw(number)
+    num_tokens = 2 + number % 7
+    # The last ones lie on both sides of the end of a block at times.
+    length = 128 + number % num_tokens if number % 2 else draw.integer(num_tokens, 300)
+    q, k, v = draw.attention(1, num_tokens, length)
+    together, count = decode_attention_kernel(q, k, v, 0.1), 0
+    for t in range(num_tokens):
+        end = length - num_tokens + t + 1
+        room = [(0, 0), (0, 0), (0, number % 5), (0, 0)]
+        keys, values = (mx.pad(a[:, :, :end], room)[:, :, :end] for a in (k, v))
+        alone = decode_attention_kernel(q[:, :, t : t + 1], keys, values, 0.1)
+        count += bits(alone) != bits(together[:, :, t : t + 1])
+    return count, num_tokens
+
+
 def compare(numbers: Sequence[int]) -> dict[str, int]:
     """Rows compared, and rows that differ, over all decode kernels; inside `emulated()`."""
     compared = different = 0
@@ -119,6 +145,6 @@ def compare(numbers: Sequence[int]) -> dict[str, int]:
         for _, run, inputs in cases(number):
             compared += len(inputs[0])
             different += different_rows(run, inputs)
-        wrong, tokens = different_tokens(number)
-        compared, different = compared + tokens, different + wrong
+        for wrong, tokens in (different_tokens(number), different_queries(number)):
+            compared, different = compared + tokens, different + wrong
     return {"compared": compared, "different": different}

@@ -1,6 +1,7 @@
 """Wrong lines in the decode kernels, each of which the tests beside this file have to find."""
 
 import pytest
+from metal import test_decode_attention as attention
 from metal import test_decode_kernels as kernels
 from metal.emulator import emulated
 from metal.errors import EmulatorError
@@ -8,6 +9,7 @@ from metal.row_invariance import cases, different_rows
 
 from qwen35_mlx.kernels import metal
 
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 # File, line, what it is made, and the specialisation of a test that meets it.
 BUGS = [
     ("common", "150 + place - from", "151 + place - from", "projection", 2),
@@ -32,9 +34,50 @@ BUGS = [
     ("expert_down", "size_t(indices[pair]) * width", "size_t(0) * width", "expert_down", 2),
     ("delta_step", "state_at + r * DK, s[r]", "state_at, s[r]", "delta_step", 4),
     ("delta_step", "k[row - num_tokens]", "k[0]", "delta_step", 4),
-    ("delta_step", "threadgroup_barrier(mem_flags::mem_threadgroup);", "", "delta_step", 4),
+    ("delta_step", BARRIER, "", "delta_step", 4),
     ("qk_norm_rope", "-(values", "(values", "qk_norm_rope", 2),
     ("qk_norm_rope", "t) * D", "t + 1) * D", "qk_norm_rope", 2),
+    ("decode_attention", "simdgroup * 8 + own_row;\n#", "own_row;\n#", "decode_attention", 0),
+    ("decode_attention", "place / 2 * 8", "place / 2 * 4", "decode_attention", 3),
+    ("decode_attention", "key < end, x", "true, x", "decode_attention", 3),
+    ("decode_attention", "+ 1) - tile", ") - tile", "decode_attention", 3),
+    ("decode_attention", "place / GROUP * token", "place % GROUP * token", "decode_attention", 6),
+    ("decode_attention", "k_strides[1]", "v_strides[2]", "decode_attention", 6),
+    ("decode_attention", "* scale", "", "decode_attention", 3),
+    (
+        "decode_attention",
+        "thread_elements()[0] * factor",
+        "thread_elements()[0]",
+        "decode_attention",
+        3,
+    ),
+    ("decode_attention", "metal::fma(totals[n], factor, ", "(", "decode_attention", 3),
+    ("decode_attention", f"}}\n  {BARRIER}\n#pragma", "}\n#pragma", "decode_attention", 3),
+    ("decode_attention", f"}}\n  {BARRIER}\n\n#pragma", "}\n#pragma", "decode_attention", 3),
+    ("decode_attention", f"}}\n  {BARRIER}\n\n  //", "}\n  //", "decode_attention", 3),
+    ("decode_attention", f"\n{BARRIER}\n\n// Of", "\n// Of", "decode_attention", 0),
+    ("decode_attention_combine", "* num_rows + row;", "* num_rows;", "decode_attention", 6),
+    (
+        "decode_attention_combine",
+        "* num_tokens + token) * D",
+        "* num_tokens) * D",
+        "decode_attention",
+        6,
+    ),
+    (
+        "decode_attention_combine",
+        "divisor += part_totals[i]",
+        "divisor += 0",
+        "decode_attention",
+        3,
+    ),
+    (
+        "decode_attention_combine",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);",
+        "",
+        "decode_attention",
+        3,
+    ),
     ("output_gate", "* 2 * D + D + d", "* 2 * D + d", "output_gate", 2),
 ]
 
@@ -66,7 +109,15 @@ def test_a_wrong_line_is_found(plant, monkeypatch, file, old, new, test, number)
     plant(file, old, new)
     extra = [monkeypatch] if test in ("projection", "expert_gate_up", "expert_down") else []
     with pytest.raises((AssertionError, EmulatorError)):
-        getattr(kernels, f"test_{test}")(number, 6, *extra)
+        module = attention if test == "decode_attention" else kernels
+        getattr(module, f"test_{test}")(number, 6, *extra)
+
+
+@pytest.mark.slow
+def test_keys_between_blocks_are_found(plant):
+    plant("common", "end *= 4, block.size *= 2", "end *= 4")
+    with pytest.raises((AssertionError, EmulatorError)):
+        attention.test_blocks_that_grow_with_their_distance(5000)
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""Attention of a few new tokens over a cache, each key and value read once for all its queries.
+
+B batch, T tokens, S keys, Hq/Hk query/key heads, D head dim.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+
+from .matrix import FLOATS
+from .metal import kernel
+from .tiers import PORTABLE, Tiers
+
+# A simdgroup takes 32 dims of the values.
+HEAD_DIMS = range(32, 257, 32)
+# Rows, a query head of a token each, for which a threadgroup may keep its sums in registers.
+ROW_CLASSES = (8, 16, 32, 64, 96)
+# Of queries and of scores in threadgroup memory, which is 32 KB.
+MAX_STAGED_BYTES = 16 * 1024
+COMBINING_SIMDGROUPS = 8
+
+
+def decode_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, kernels: Tiers = PORTABLE
+) -> mx.array:
+    """q `[B, Hq, T, D]`, k and v `[B, Hk, S, D]` -> `[B, Hq, T, D]`.
+
+    mask as MLX's attention takes it: None, "causal" or an array. k and v may be views of buffers,
+    and are not copied; their dims have to be neighbours.
+    """
+    num_tokens = q.shape[2]
+    if (
+        kernels.runs("decode_attention", num_tokens)
+        # Arrays come from padded batches.
+        and (isinstance(mask, str) or (mask is None and num_tokens == 1))
+        and q.shape[3] in HEAD_DIMS
+        and q.dtype in FLOATS
+        and q.dtype == k.dtype == v.dtype
+    ):
+        return decode_attention_kernel(q, k, v, scale)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
+def decode_attention_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """The same for T up to 8 and causal, in two dispatches."""
+    batch, num_heads, num_tokens, dim = q.shape
+    num_kv_heads, length = k.shape[1:3]
+    group = num_heads // num_kv_heads
+    num_rows, rows = num_tokens * group, row_class(num_tokens * group)
+    num_passes, num_blocks = -(-num_rows // rows), len(key_blocks(length))
+    heads = [("T", q.dtype), ("HK", num_kv_heads), ("GROUP", group), ("D", dim)]
+    outputs = "sums", "extremes"
+    sums, extremes = kernel(
+        "decode_attention", ("q", "k", "v", "scale"), outputs, any_strides=True
+    )(
+        inputs=[q, k, v, scale],
+        template=[*heads, ("ROWS", rows), ("STAGED", rows * dim * q.itemsize <= MAX_STAGED_BYTES)],
+        grid=(dim, num_blocks * num_passes, batch * num_kv_heads),
+        threadgroup=(dim, 1, 1),
+        output_shapes=[(batch, num_kv_heads, num_blocks, num_rows, n) for n in (dim, 2)],
+        output_dtypes=[mx.float32] * 2,
+    )
+    (out,) = kernel("decode_attention_combine", (*outputs, "length"), ("out",))(
+        inputs=[sums, extremes, length],
+        template=[*heads, ("SIMDGROUPS", COMBINING_SIMDGROUPS)],
+        grid=(32 * COMBINING_SIMDGROUPS, num_rows, batch * num_kv_heads),
+        threadgroup=(32 * COMBINING_SIMDGROUPS, 1, 1),
+        output_shapes=[q.shape],
+        output_dtypes=[q.dtype],
+    )
+    return out
+
+
+def row_class(num_rows: int) -> int:
+    """Rows of a threadgroup; more than 96 take several passes over the keys."""
+    num_passes = -(-num_rows // ROW_CLASSES[-1])
+    return next(n for n in ROW_CLASSES if n * num_passes >= num_rows)
+
+
+def key_blocks(num_keys: int) -> list[tuple[int, int]]:
+    """First key and end of each block, as in common.metal."""
+    blocks: list[tuple[int, int]] = []
+    first, size, end = 0, 128, 4096
+    while first < num_keys:
+        blocks.append((first, min(first + size, num_keys)))
+        first += size
+        if first == end:
+            size, end = size * 2, end * 4
+    return blocks
