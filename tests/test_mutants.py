@@ -159,6 +159,20 @@ def test_a_mutant_is_killed_survives_or_cannot_be_run(tmp_path: Path) -> None:
     assert result.outcome == "not run"
 
 
+def test_what_fails_without_a_mutant_is_left_out() -> None:
+    xml = """<testsuites><testsuite>
+      <testcase classname="" name="tests.test_c"><error message="collection failure"/></testcase>
+      <testcase classname="tests.test_a" name="test_x[1]" time="1.5"/>
+      <testcase classname="tests.test_a" name="test_y[a-b]" time="0.5"><failure/></testcase>
+      <testcase classname="tests.metal.test_b" name="test_z" time="2"><error/></testcase>
+    </testsuite></testsuites>"""
+    files = ["tests/test_a.py", "tests/metal/test_b.py", "tests/test_c.py"]
+    seconds, failed, broken = mutants.read_report(xml, files)
+    assert seconds == {files[0]: 2.0, files[1]: 2.0, files[2]: 0.0}
+    assert failed == ["tests/metal/test_b.py::test_z", "tests/test_a.py::test_y"]
+    assert broken == {"tests/test_c.py"}
+
+
 def test_the_rate_leaves_out_what_could_not_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"), "a", "b")
     outcomes = ["killed"] * 2 + ["timeout", "survived", "not run"]

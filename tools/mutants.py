@@ -275,18 +275,31 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 # Runs
 
 
-def measure(place: Workplace, tests: Sequence[str]) -> tuple[Durations, list[str]]:
-    """Seconds of each test file without a mutant, and the tests that fail even so."""
+def measure(place: Workplace, tests: Sequence[str]) -> tuple[Durations, list[str], set[str]]:
+    """Seconds of each test file without a mutant, the tests that fail even so, and the files that
+    cannot be imported."""
     report = place.home / "report.xml"
-    place.pytest([f"--junitxml={report}", *tests])
+    code = place.pytest(["--continue-on-collection-errors", f"--junitxml={report}", *tests])
+    if code not in (0, 1) or not report.exists():
+        raise RuntimeError(f"pytest ends with {code} where there is no mutant")
+    return read_report(report.read_text("utf-8"), tests)
+
+
+def read_report(xml: str, tests: Sequence[str]) -> tuple[Durations, list[str], set[str]]:
+    """What `measure` returns, from pytest's report."""
     seconds: Durations = dict.fromkeys(tests, 0.0)
-    failed = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        file = case.get("classname", "").replace(".", "/") + ".py"
+    failed, broken = set(), set()
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        module, name = case.get("classname", ""), case.get("name", "")
+        file = (module or name).replace(".", "/") + ".py"
+        if not module:
+            broken.add(file)
+            continue
         seconds[file] = seconds.get(file, 0.0) + float(case.get("time", "0"))
         if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(f"{file}::{case.get('name')}")
-    return seconds, failed
+            # All parameters of it: the report may spell them in another way.
+            failed.add(f"{file}::{name.partition('[')[0]}")
+    return seconds, sorted(failed), broken
 
 
 def run_all(
@@ -319,7 +332,7 @@ def run_all(
                 )
                 reason = "no test ran" if code == NO_TESTS_RAN else ""
             else:
-                outcome, reason = "not run", "no test imports the module"
+                outcome, reason = "not run", "no test of the module can be run"
             result = Result(site, outcome, time.monotonic() - start, reason)
             results.append(result)
             print(f"{len(results):4} {outcome:<9}{result.seconds:6.1f} s  {site}", flush=True)
@@ -392,9 +405,10 @@ def main() -> None:
         places[0].check()
         used = sorted(set().union(*(tests[site.file] for site in sites)))
         print(f"{len(used)} test files without a mutant first", flush=True)
-        seconds, failed = measure(places[0], used)
-        for name in failed:
+        seconds, failed, broken = measure(places[0], used)
+        for name in [*failed, *sorted(broken)]:
             print(f"left out, fails without a mutant: {name}")
+        tests = {file: found - broken for file, found in tests.items()}
         results = run_all(sites, tests, seconds, failed, places)
     sys.exit(report(results, arguments.seed, time.monotonic() - start) < MIN_KILL_RATE)
 
