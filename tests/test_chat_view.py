@@ -378,3 +378,19 @@ def test_commands_of_a_few_words_change_the_chat(talk: Any) -> None:
     assert (chat.system, chat.think_budget, chat.max_tokens) == ("Be brief.", 7, 3)
     assert (chat.sampling["temperature"], chat.on_loop, chat.preset) == (0.5, "off", "coding")
     assert "preset coding: temperature 0.5" in err
+
+
+def test_stats_show_the_context_the_settings_and_the_snapshots(talk: Any) -> None:
+    chat, err = talk("one", "/stats", "/exit")
+    used, length = chat.num_context_tokens(), chat.model.config.context_length
+    assert f"context: {used:,} of {length:,} tokens, {100 * used // length} % full" in err
+    assert f"snapshots: {chat.prefixes.num_snapshots}, " in err
+    assert "does not think · preset checkpoint: temperature " in err
+
+
+@pytest.mark.parametrize("line", ["/set temperature warm", "/set max_tokens -5", "/think budget x"])
+def test_a_setting_that_is_no_number_changes_nothing(talk: Any, line: str) -> None:
+    chat, err = talk("/set temperature 0.5", line, "/exit")
+    assert "not a number" in err
+    assert chat.sampling["temperature"] == 0.5
+    assert chat.max_tokens == 4 and chat.think_budget is None

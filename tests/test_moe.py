@@ -12,7 +12,7 @@ from qwen35_mlx.kernels.grouped_expert_matmul import SORT_FROM, expert_mlp
 from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
 from qwen35_mlx.kernels.switch import SwitchGLU, SwitchLinear
-from qwen35_mlx.kernels.tiers import with_kernels
+from qwen35_mlx.kernels.tiers import OPS, with_kernels
 
 
 def routed(logits, per_token):
@@ -86,7 +86,7 @@ def test_more_experts_than_the_kernel_holds_are_routed_by_ops(
 ):
     monkeypatch.setattr(router, "route_kernel", lambda *arguments: "kernel")
     logits, shared = mx.random.normal((3, num_experts), key=mx.random.key(5)), mx.zeros((3, 1))
-    found = route(logits, shared, per_token, frozenset({"router"}))
+    found = route(logits, shared, per_token, with_kernels(["router"], OPS))
     assert (found == "kernel") == fits
     if not fits:
         plain = route(logits, shared, per_token)

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from bench_kernels import Graph, leaf
+from dispatches import Graph, leaf
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from qwen35_mlx.engine import sampler as sampler_module

@@ -305,3 +305,12 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new_session(
     # Many were killed in the middle of a write, not between two; leftovers do not pile up.
     assert num_torn >= NUM_KILLS // 5
     assert len(list(home.glob(".*"))) <= 3
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "file" / "sessions"))
+    with pytest.raises(SessionError, match="cannot be stored"), hold("one"):
+        pass

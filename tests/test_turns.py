@@ -240,6 +240,22 @@ def test_a_short_thought_is_left_alone(demo: Any, script: Script) -> None:
     assert spoken(chat.send("Why?")) == ("a long answer " * 20)
 
 
+def test_a_loop_is_stopped_unless_the_question_asked_for_it(
+    demo: Any, scripted: Callable[..., Any]
+) -> None:
+    tokenizer = demo[1]
+    sentence = "I will not talk in class. "
+    ids = [*tokenizer.encode(sentence * 200), tokenizer.eos_token_id]
+    found = {}
+    for question in ("Why?", f"Write {sentence.strip()!r} 300 times."):
+        model = scripted(ids, context_length=16_384)
+        chat = Chat(model, tokenizer, enable_thinking=False)
+        text = spoken(chat.send(question))
+        found[question] = (chat.stats.finish_reason, text.count("class"))
+    (why, num_stopped), (asked, num_asked) = found.values()
+    assert (why, asked, num_asked) == ("loop", "stop", 200) and 40 < num_stopped < 160
+
+
 @pytest.mark.slow
 def test_a_loop_is_stopped(demo: Any, script: Script) -> None:
     chat = Chat(*demo)

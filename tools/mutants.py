@@ -52,6 +52,29 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# Tests that reach these modules through fixtures and the command line, without an import.
+ALSO: dict[str, tuple[str, ...]] = {
+    "qwen35_mlx/cli/": (
+        "tests/test_cli.py",
+        "tests/test_cli_plan.py",
+        "tests/test_chat_view.py",
+        "tests/test_convert_commands.py",
+        "tests/test_generate_command.py",
+    ),
+    "qwen35_mlx/checkpoint/": (
+        "tests/test_formats.py",
+        "tests/test_names.py",
+        "tests/test_quantization.py",
+        "tests/test_weights.py",
+    ),
+    "qwen35_mlx/chat/": ("tests/test_chat.py", "tests/test_sessions.py", "tests/test_turns.py"),
+    "qwen35_mlx/engine/": ("tests/test_cache_consistency.py", "tests/test_chat.py"),
+    "qwen35_mlx/model/": ("tests/test_golden.py", "tests/test_weights.py"),
+    "qwen35_mlx/text/": ("tests/test_chat.py", "tests/test_control_tokens.py"),
+    "convert/": ("tests/test_convert.py", "tests/test_job.py", "tests/test_formats.py"),
+    "quant/": ("tests/test_quant_affine.py", "tests/test_statistics.py"),
+}
+
 Durations = dict[str, float]
 
 
@@ -155,6 +178,8 @@ def tests_of_modules(root: Path) -> dict[str, set[str]]:
                 tests[files[found].relative_to(root).as_posix()].add(path)
     for file in [file for file, found in tests.items() if not found]:
         tests[file] = _tests_of_importers(file, tests, root)
+    for file, found in tests.items():
+        found.update(*(others for folder, others in ALSO.items() if file.startswith(folder)))
     tests.update({file: set(others) for file, others in OVERRIDES.items()})
     return tests
 

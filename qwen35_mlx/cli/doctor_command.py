@@ -14,7 +14,8 @@ def doctor(
         typer.Argument(
             metavar="[MODEL]",
             autocompletion=completion.models,
-            help="Converted folder, or hub id, whose sizes and bits are measured too.",
+            help="Converted folder, or hub id, whose sizes and bits are measured too. Default: the "
+            "released models alone.",
         ),
     ] = None,
     bits: Annotated[

@@ -23,6 +23,7 @@ from ..machine import operating_system
 from . import (
     attention_heads,
     chunk_delta_rule,
+    decode_attention,
     delta_step,
     expert_step,
     grouped_expert_matmul,
@@ -38,6 +39,9 @@ WRAPPERS: tuple[Any, ...] = (
     attention_heads.qk_norm_rope_kernel,
     attention_heads.output_gate_kernel,
     chunk_delta_rule.chunk_delta_rule,
+    decode_attention.decode_attention_kernel,
+    decode_attention.row_class,
+    decode_attention.key_blocks,
     delta_step.delta_step_kernel,
     expert_step.expert_gate_up_kernel,
     expert_step.ROUTED_GATE_UP,

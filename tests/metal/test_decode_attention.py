@@ -16,6 +16,7 @@ from qwen35_mlx.kernels.decode_attention import (
     row_class,
 )
 from qwen35_mlx.kernels.naive import naive_attention
+from qwen35_mlx.kernels.tiers import with_kernels
 
 # Weights of all keys, of some, of one.
 SCALES = (0.02, 0.2, 1.0)
@@ -131,7 +132,7 @@ def test_rows_are_shared_out_evenly():
 
 
 def test_what_the_kernel_cannot_do_is_left_to_mlx(log):
-    chosen = frozenset({"decode_attention"})
+    chosen = with_kernels(["decode_attention"])
     q, k = mx.random.normal((1, 2, 2, 32)), mx.random.normal((1, 1, 20, 32))
     mask = mx.random.uniform(shape=(1, 1, 2, 20)) > 0.5
     mask[..., 0] = True

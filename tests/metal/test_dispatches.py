@@ -1,15 +1,16 @@
 """How many dispatches a decoded token takes at the shapes of the largest model."""
 
 import bench_kernels as bench
+from dispatches import count, mlx_lm_model, of_a_step, our_model, per_kind
 
 from qwen35_mlx.config import FULL, LINEAR
 
 
 def test_a_layer_takes_few_dispatches_and_a_token_a_fifth_of_mlx_lms():
-    ours, theirs = bench.per_kind(bench.our_model), bench.per_kind(bench.mlx_lm_model)
+    ours, theirs = per_kind(our_model, bench.TEXT), per_kind(mlx_lm_model, bench.TEXT)
     assert ours[LINEAR].total() <= 7
     assert ours[FULL].total() <= 12
-    assert bench.a_token(ours) <= 0.2 * bench.a_token(theirs)
+    assert of_a_step(ours, bench.TEXT) <= 0.2 * of_a_step(theirs, bench.TEXT)
 
 
 def test_the_grouped_matmul_multiplies_little_that_is_not_wanted():
@@ -17,7 +18,7 @@ def test_the_grouped_matmul_multiplies_little_that_is_not_wanted():
 
 
 def test_what_is_counted_of_mlx_lm_is_its_path_on_a_gpu():
-    counts = bench.count(bench.mlx_lm_model, [LINEAR, FULL])
+    counts = count(mlx_lm_model, bench.TEXT, [LINEAR, FULL])
     assert counts["gated_delta_step_packed_btree"] == 1
     assert counts["SDPA"] == 2
     assert any(name.startswith("Compiled") for name in counts)
