@@ -424,3 +424,9 @@ def test_the_rope_type_of_qwen3_next_is_kept():
     assert found["rope_parameters"]["rope_type"] == "yarn"
     old = next_as_moe(dict(model_type="qwen3_next", rope_scaling={"type": "yarn", "factor": 2.0}))
     assert old["rope_parameters"]["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize("scaling", ["yarn", ["yarn"], 4.0])
+def test_the_rope_scaling_of_qwen3_next_is_an_object(scaling: object) -> None:
+    with pytest.raises(ConfigError, match="rope_scaling is not an object"):
+        next_as_moe(dict(model_type="qwen3_next", rope_theta=1e7, rope_scaling=scaling))

@@ -37,6 +37,7 @@ from qwen35_mlx import Chat, load
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import convert
 from qwen35_mlx.engine.prefix_store import PrefixStore
+from qwen35_mlx.engine.prompt_cache import common_prefix
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.model.language import Model
 
@@ -181,7 +182,7 @@ def ours(model: Any, tokenizer: Any, script: Script, fresh: Fresh, ahead: bool) 
                 known.append(list(talk.chat._cache.ids))
         talk.ask(talk.chat.send(question), answer)
         # All but the longest prefix it shares with what was read or generated so far.
-        shared = (qwen35_mlx.chat.common_prefix(ids, talk.prompt) for ids in known)
+        shared = (common_prefix(ids, talk.prompt) for ids in known)
         new = len(talk.prompt) - max(shared, default=0)
         known.append([*talk.prompt, *answer])
         assert talk.prefilled == talk.chat.stats.prefilled_tokens
