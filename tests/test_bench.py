@@ -211,6 +211,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "FIRST_CONTEXT", 6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_the_command_prints_a_table_a_picture_and_json(
     run_cli: Any, converted_demo: Path, tmp_path: Path

@@ -71,7 +71,7 @@ def test_a_turn_begun_while_an_older_iterator_is_open_has_the_right_state(
     assert_consistent(chat)
 
 
-@pytest.mark.parametrize("begin", ["send", "edit", "undo", "restart"])
+@pytest.mark.parametrize("begin", everyday(["send", "edit", "undo", "restart"], 0, 2))
 def test_every_call_ends_the_open_iterator_and_keeps_what_it_gave(demo: Any, begin: str) -> None:
     chat = Chat(*demo, **GREEDY)
     ask(chat, HOT)
@@ -100,7 +100,7 @@ def test_an_abandoned_iterator_ends_at_once(demo: Any) -> None:
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
 
-@pytest.mark.parametrize("memory_bytes", [0, 10**9])
+@pytest.mark.parametrize("memory_bytes", everyday([0, 10**9], 0))
 def test_two_chats_on_one_store_do_not_share_half_an_answer(
     demo: Any, first_logits: Any, memory_bytes: int
 ) -> None:
@@ -147,7 +147,7 @@ def penalised(chat: Chat, monkeypatch: pytest.MonkeyPatch, question: str) -> tup
     return set(np.flatnonzero(np.array(made[0]._in_answer)).tolist()), answer
 
 
-@pytest.mark.parametrize("budget", [3, 5, 8])
+@pytest.mark.parametrize("budget", everyday([3, 5, 8], 1))
 def test_a_token_cut_off_by_the_thought_budget_is_not_penalised(
     demo: Any, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:

@@ -154,6 +154,7 @@ def test_folders_of_two_models_are_refused(folders, tmp_path):
         fidelity(folders / "src", tmp_path / "nothing", IDS)
 
 
+@pytest.mark.slow
 def test_a_plot_is_a_png_or_says_what_is_missing(folders, tmp_path, monkeypatch):
     report = fidelity(folders / "src", folders / "q3", IDS[:1])
     with monkeypatch.context() as patch:

@@ -93,6 +93,7 @@ def test_inputs_that_never_fire_are_no_obstacle():
         assert mx.abs(dequantize(*parts) - w).max().item() < 2
 
 
+@pytest.mark.slow
 def test_stacks_and_chunks_of_rows_agree(monkeypatch):
     w, hessian = weights(), mx.array(moments().astype(np.float32))
     whole = quantize(w, 4, 64, "gptq", hessian=hessian)
