@@ -148,10 +148,7 @@ class Chat:
                     got=f"{len(results)} results",
                     expected=f"one for each of {num_calls} calls",
                 )
-            texts = [
-                r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in results
-            ]
-            return [*self.messages, *({"role": "tool", "content": text} for text in texts)]
+            return [*self.messages, *map(_tool_message, results)]
 
         return self._start(answered, progress)
 

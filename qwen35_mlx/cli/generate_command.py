@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from ..chat.conversation import TurnStats
     from ..engine.output import Piece
 
-# As Qwen's templates end a thought.
-THOUGHT_END = "\n</think>\n\n"
-
 
 def generate(
     ctx: typer.Context,
@@ -145,6 +142,7 @@ def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
 
 def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) -> None:
     """Print pieces as they come."""
+    from ..chat.conversation import THOUGHT_END
     from .progress import spinner
     from .terminal import CONTROL
 
