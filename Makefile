@@ -31,8 +31,8 @@ mutants: $(VENV)/.installed-test ## change 100 lines, one at a time, and count w
 	$(BIN)/python tools/mutants.py
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --check --no-cache
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-test ## measure speed; the last line is JSON

@@ -14,11 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from qwen35_mlx.checkpoint.quantization import quantization_block
 
 from qwen35_mlx import __version__
 from qwen35_mlx.checkpoint.headers import INDEX_FILE, SourceTensor
 from qwen35_mlx.checkpoint.names import bare, output_name
+from qwen35_mlx.checkpoint.quantization import quantization_block
 from qwen35_mlx.checkpoint.resolver import refuse_other_head
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from qwen35_mlx.checkpoint.quantization import Quantization
 
 from qwen35_mlx.checkpoint.headers import read_headers
+from qwen35_mlx.checkpoint.quantization import Quantization
 from qwen35_mlx.checkpoint.resolver import Resolved, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig, read_config

@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
-
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
 from qwen35_mlx.checkpoint.names import fold
+from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
 from qwen35_mlx.config import ModelConfig

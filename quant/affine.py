@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 import numpy as np
-from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 
+from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 from qwen35_mlx.errors import Qwen35Error
 
 from .gptq import DAMPING, gptq

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 
+from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.files import replacing
 

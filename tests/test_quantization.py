@@ -17,9 +17,9 @@ from everyday import everyday
 from mlx_lm.models import qwen3_next
 from mlx_lm.utils import load_model as load_theirs
 from mlx_lm.utils import quantize_model, save_config, save_model
-from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES, MODES, Quantization, infer
 
 from qwen35_mlx.checkpoint.headers import SourceTensor
+from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES, MODES, Quantization, infer
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer
 from qwen35_mlx.errors import CheckpointError, ConfigError
