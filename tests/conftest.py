@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ from qwen35_mlx.model import loading
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
-# Comparisons of float32 on a GPU; MLX reads this at its first matrix product.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)

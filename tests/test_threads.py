@@ -86,13 +86,16 @@ def test_mlx_runs_in_the_callers_thread_and_the_one_in_the_background(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = set()
-    for name in ("eval", "async_eval"):
 
-        def recorded(*arrays: Any, run: Callable[..., None] = getattr(mx, name)) -> None:
+    def recording(run: Callable[..., None]) -> Callable[..., None]:
+        def recorded(*arrays: Any) -> None:
             names.add(threading.current_thread().name)
             run(*arrays)
 
-        monkeypatch.setattr(mx, name, recorded)
+        return recorded
+
+    for name in ("eval", "async_eval"):
+        monkeypatch.setattr(mx, name, recording(getattr(mx, name)))
     chats = [Chat(*demo, **GREEDY) for _ in range(2)]
     for chat in chats:
         ask(chat, "Who are you?")
