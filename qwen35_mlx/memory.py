@@ -26,6 +26,8 @@ MIN_SNAPSHOTS = 4
 MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
 # Logits and sampling, MLX's pool of freed buffers, and the program; an estimate.
 PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
+# Decoded tokens after which the pool is emptied: keys and values that were outgrown fit nothing.
+POOL_TOKENS = 1024
 # Tokens by which buffers of keys and values grow at least.
 KV_STEP = 256
 # What else is allocated ahead, seen in models of many layers.

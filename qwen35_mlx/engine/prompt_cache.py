@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import Qwen35Error
-from ..memory import PREFILL_STEP_SIZE
+from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from ..model.cache import CacheEntry, Snapshot, fork, restore, snapshot
 from ..model.language import Model
 
@@ -101,6 +101,8 @@ class PromptCache:
         """The id of the token that the last `step` has read."""
         self._ids.append(token)
         self._is_consistent = True
+        if len(self._ids) % POOL_TOKENS == 0:
+            mx.clear_cache()
 
     def settle(self) -> None:
         """Evaluate the caches: a lazy array cannot be used by another thread."""
