@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
 from .attention_heads import output_gate, qk_norm, qk_norm_rope
-from .decode_attention import decode_attention
+from .decode_attention import PACKED_BITS, PACKED_GROUP_SIZE, Packed, decode_attention
 from .delta_step import DeltaParameters, delta_step
 from .expert_step import expert_down, expert_gate_up
 from .grouped_expert_matmul import expert_mlp
@@ -224,6 +224,28 @@ def _decode_attention(m: Member, s: Setting) -> Case:
     )
 
 
+def _packed_attention(m: Member, s: Setting) -> Case:
+    """The same, in bytes."""
+    T, D = s.num_tokens, max(m.head_dim, PACKED_GROUP_SIZE)
+    q = s.normal(1, m.num_heads, T, D)
+    held = []
+    for _ in range(2):
+        floats = s.normal(1, m.num_kv_heads, CACHED_TOKENS + 56, D)
+        # The same codes in float32.
+        codes, *groups = mx.quantize(
+            floats.astype(s.rounded_to or s.dtype), PACKED_GROUP_SIZE, PACKED_BITS
+        )
+        parts = [a[:, :, :CACHED_TOKENS] for a in (codes, *map(s.cast, groups))]
+        held.append(Packed(parts, PACKED_BITS, PACKED_GROUP_SIZE))
+    k, v = held
+    mask = None if T == 1 else "causal"
+    return Case(
+        lambda kernels, q: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
+        q,
+        sum(part.nbytes for part in (*k.parts, *v.parts)),
+    )
+
+
 def _output_gate(m: Member, s: Setting) -> Case:
     x = s.normal(1, m.num_heads, s.num_tokens, m.head_dim)
     q_gate = s.normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim)
@@ -301,6 +323,7 @@ CHECKS = (
     Check("delta_step", _delta_step),
     Check("qk_norm_rope", _qk_norm_rope),
     Check("decode_attention", _decode_attention),
+    Check("packed_attention", _packed_attention),
     Check("output_gate", _output_gate),
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),

@@ -21,6 +21,7 @@ DECODE_OPERATIONS = (
     "delta_step",
     "qk_norm_rope",
     "decode_attention",
+    "packed_attention",
     "output_gate",
     "router",
     "expert_gate_up",

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import ModelConfig, RopeConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
-from ..kernels.decode_attention import decode_attention
+from ..kernels.decode_attention import Heads, Packed, decode_attention, unpacked
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
@@ -87,8 +87,8 @@ def attention_mask(num_tokens: int, cache: Any | None) -> Any:
 
 def attend(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Heads,
+    v: Heads,
     scale: float,
     mask: Any,
     max_scores_bytes: int,
@@ -102,6 +102,7 @@ def attend(
     block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, q.itemsize)
     if num_tokens <= block:
         return decode_attention(q, k, v, scale, mask, kernels)
+    k, v = unpacked(k), unpacked(v)
     outputs = []
     for start in range(0, num_tokens, block):
         end = min(start + block, num_tokens)
@@ -153,6 +154,8 @@ class Attention(nn.Module):
         """
         batch, num_tokens, _ = x.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
+        k: Any
+        v: Any
         q_gate, k, v = project(x, projections, self.kernels, norm=norm)
         v = v.reshape(batch, num_tokens, self._num_kv_heads, -1).swapaxes(1, 2)
         weights = self.q_norm.weight, self.k_norm.weight
@@ -166,10 +169,7 @@ class Attention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
             if hasattr(cache, "bits"):
                 # mlx-lm's quantized cache, of its option kv_bits.
-                settings = {"group_size": cache.group_size, "bits": cache.bits}
-                k, v = (
-                    mx.dequantize(w, scales, biases, **settings) for w, scales, biases in (k, v)
-                )
+                k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
         out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]
