@@ -1,12 +1,16 @@
 """The attention kernel of decoding against its naive form, and what it reads."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from metal.draw import ATTENTION_HEADS, Draw
 from metal.emulator import emulated
 from metal.row_invariance import bits, different_queries
 from metal.test_decode_kernels import TOLERANCE, assert_close, deal
+from mlx_lm.models.cache import QuantizedKVCache
 
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.family import family_config
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.decode_attention import (
     ROW_CLASSES,
@@ -17,7 +21,8 @@ from qwen35_mlx.kernels.decode_attention import (
     row_class,
 )
 from qwen35_mlx.kernels.naive import naive_attention
-from qwen35_mlx.kernels.tiers import with_kernels
+from qwen35_mlx.kernels.tiers import PORTABLE, with_kernels
+from qwen35_mlx.model.attention import Attention, attention_mask
 
 # Weights of all keys, of some, of one.
 SCALES = (0.02, 0.2, 1.0)
@@ -208,6 +213,24 @@ def test_packed_keys_that_the_kernel_cannot_read_are_unpacked(log):
     assert log.launches == []
     mx.eval(decode_attention(q, *held, 0.2, None, chosen))
     assert len(log.launches) == 2
+
+
+def test_a_layer_reads_the_quantized_cache_of_mlx_lm_through_the_kernel(log):
+    text = family_config("Qwen3.5-0.8B")["text_config"]
+    dims = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    layer, norm = Attention(ModelConfig.from_hf(text | dims)), nn.RMSNorm(64)
+    x = [mx.random.normal((1, n, 64)) for n in (20, 1, 5)]
+    outputs = []
+    for kernels in (PORTABLE, with_kernels(["packed_attention"])):
+        cache, layer.kernels = QuantizedKVCache(64, 8), kernels
+        del log.launches[:]
+        outputs.append([layer(y, norm, attention_mask(y.shape[1], cache), cache) for y in x])
+        mx.eval(outputs)
+    assert [launch.kernel for launch in log.launches] == 2 * [
+        "decode_attention", "decode_attention_combine"
+    ]  # fmt: skip
+    for a, b in zip(*outputs, strict=True):
+        assert mx.abs(a - b).max().item() < 1e-5
 
 
 def test_heads_of_every_group_and_width_have_a_case():
