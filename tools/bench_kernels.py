@@ -52,7 +52,7 @@ from qwen35_mlx.kernels.decode_attention import (
     key_blocks,
     row_class,
 )
-from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
+from qwen35_mlx.kernels.grouped_expert_matmul import TILE_ROWS, num_matrix_macs
 from qwen35_mlx.memory import MAX_SCORES_BYTES
 from qwen35_mlx.model.attention import Attention
 from qwen35_mlx.model.layer_cache import KVCache as OurKVCache
@@ -111,8 +111,9 @@ def decode_bytes() -> dict[str, Counter[str]]:
     return result
 
 
-def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
-    """Multiply-adds of the grouped expert matmul over useful ones, the mean over seeds.
+def prefill_over_least(num_tokens: int = 2048, seeds: int = 5) -> dict[str, float]:
+    """Of the grouped expert matmul: multiply-adds over useful ones, and how often the weights of
+    an expert in use are read and unpacked; means over seeds.
 
     Experts as popular as in real texts: log-normal, so that the most wanted get eight times the
     rows of the average. By the arithmetic that its tests hold against the emulator's count.
@@ -120,7 +121,7 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
     hidden, width, k = (
         TEXT[n] for n in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok")
     )
-    ratios = []
+    ratios, reads = [], []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         popularity = 0.8 * rng.standard_normal(TEXT["num_experts"])
@@ -129,7 +130,12 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
         counts = np.bincount(chosen.flatten(), minlength=TEXT["num_experts"]).tolist()
         issued = num_matrix_macs(counts, hidden, 2 * width) + num_matrix_macs(counts, width, hidden)
         ratios.append(issued / (num_tokens * k * 3 * hidden * width))
-    return round(sum(ratios) / seeds, 4)
+        used = [-(-n // TILE_ROWS) for n in counts if n]
+        reads.append(sum(used) / len(used))
+    return {
+        "prefill_macs_over_useful": round(sum(ratios) / seeds, 4),
+        "prefill_weight_reads": round(sum(reads) / seeds, 4),
+    }
 
 
 def row_invariant(num_specialisations: int = 8) -> dict[str, int]:
@@ -271,7 +277,7 @@ def main() -> None:
         "dispatches_per_linear_layer": ours[LINEAR].total(),
         "dispatches_per_full_layer": ours[FULL].total(),
         "decode_bytes_over_minimum": round(worst, 4),
-        "prefill_macs_over_useful": prefill_macs_over_useful(),
+        **prefill_over_least(),
         "slots_per_weight": slots,
         "slots_per_weight_with_norm": slots_per_weight(norm=True),
         "row_invariant": row_invariant(),

@@ -323,11 +323,12 @@ CHECKS = (
     Check("delta_step", _delta_step),
     Check("qk_norm_rope", _qk_norm_rope),
     Check("decode_attention", _decode_attention),
-    Check("packed_attention", _packed_attention),
     Check("output_gate", _output_gate),
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),
     Check("expert_down", _expert_down),
+    # The last of the decode kernels: few caches are packed.
+    Check("packed_attention", _packed_attention),
     Check("chunk_delta_rule", _delta_step, is_prefill=True),
     Check("grouped_expert_matmul", _grouped_expert_matmul, is_prefill=True, needs_experts=True),
 )
