@@ -21,11 +21,11 @@ DECODE_OPERATIONS = (
     "delta_step",
     "qk_norm_rope",
     "decode_attention",
-    "packed_attention",
     "output_gate",
     "router",
     "expert_gate_up",
     "expert_down",
+    "packed_attention",
 )
 PREFILL_OPERATIONS = ("chunk_delta_rule", "grouped_expert_matmul")
 OPERATIONS = DECODE_OPERATIONS + PREFILL_OPERATIONS
