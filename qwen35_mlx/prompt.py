@@ -289,6 +289,12 @@ def media_ids(tokenizer: Any) -> dict[str, int]:
     return {name: i for name, i in found.items() if i is not None}
 
 
+def banned_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that a model which sees must not write: they are for pictures, and mean nothing."""
+    has_tower = getattr(model, "vision_tower", None) is not None
+    return list(media_ids(tokenizer).values()) if has_tower else []
+
+
 def without_media(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """The ids as a tokenizer knows them: the placeholder's own in place of each `MediaToken`."""
     if min(ids, default=0) >= 0:

@@ -14,8 +14,9 @@ from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, ConfigError, first_line
 from ..kernels import choice, tiers
+from ..media.settings import VisionSettings, read_settings
 from ..memory import allow, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
@@ -168,7 +169,20 @@ def load(
     tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
-    return model, load_tokenizer(folder, config, generation)
+    tokenizer = load_tokenizer(folder, config, generation)
+    tokenizer.vision, tokenizer.no_vision = vision_settings(folder, model)
+    return model, tokenizer
+
+
+def vision_settings(folder: Path, model: Model) -> tuple[VisionSettings | None, str]:
+    """How the model wants its pictures, or why it reads none: text works in any case."""
+    if model.vision_tower is None:
+        return None, "the model's folder has no vision tower"
+    try:
+        settings = read_settings(folder)
+    except ConfigError as error:
+        return None, first_line(error)
+    return settings, "" if settings else f"there is no preprocessor_config.json in {folder}"
 
 
 def choose(kernels: str, model: Model) -> tiers.Tiers:

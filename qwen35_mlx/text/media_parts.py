@@ -56,16 +56,17 @@ def is_media(part: Any) -> bool:
 
 
 def source_parts(
-    images: Iterable[Any] | None = None, videos: Iterable[Any] | None = None
+    images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
 ) -> list[Part]:
     """Parts, not opened yet, of what a caller gives beside a text."""
     parts: list[Part] = []
     for kind, sources in ((IMAGE, images), (VIDEO, videos)):
-        if isinstance(sources, str | bytes | bytearray | Mapping):
+        # A path is a sequence too, and so is an array.
+        if not isinstance(sources, list | tuple | None):
             raise PromptError(
                 f"{kind}s is not usable", got=repr(sources)[:80], expected=f"a list of {kind}s"
             )
-        parts += [{"type": kind, kind: source} for source in () if sources is None else sources]
+        parts += [{"type": kind, kind: source} for source in sources or ()]
     return parts
 
 
@@ -101,10 +102,6 @@ def open_parts(
 
 
 def _opened(part: Part, settings: "VisionSettings | None", why_none: str, allow_url: bool) -> Part:
-    # Here: most programs see no picture.
-    from ..media.pictures import Picture, open_picture
-    from ..media.video import Video, open_video
-
     form = _form(part)
     assert form is not None
     kind, key = FORMS[form]
@@ -119,11 +116,14 @@ def _opened(part: Part, settings: "VisionSettings | None", why_none: str, allow_
         source = part.get("path")
     if source is None and "url" in part:
         key, source = "url", part["url"]
-    if isinstance(source, Picture if kind == IMAGE else Video):
-        return {"type": kind, kind: source}
     source = _fetched(source, key, kind, allow_url)
+    # Imported here: most programs see no picture.
     if kind == IMAGE:
+        from ..media.pictures import open_picture
+
         return {"type": IMAGE, IMAGE: open_picture(source, settings)}
+    from ..media.video import open_video
+
     options = {"fps": part["fps"]} if part.get("fps") is not None else {}
     return {"type": VIDEO, VIDEO: open_video(source, settings, **options)}
 
@@ -145,7 +145,7 @@ def _fetched(source: Any, key: str, kind: str, allow_url: bool) -> Any:
         from ..media.fetch import fetch
 
         return fetch(source)
-    if key.endswith("url") and not (isinstance(source, str) and source[:5].lower() == "data:"):
+    if key.endswith("url") and not (isinstance(source, str) and source.startswith("data:")):
         raise PromptError(
             f"{key} of a message is not usable",
             got=repr(source)[:80],
