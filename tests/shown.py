@@ -81,9 +81,7 @@ def fresh_logits(model: Model, ids: list[int]) -> np.ndarray:
     features = None
     if media:
         rows = []
-        encoded = {
-            id(one): model.vision_tower(mx.array(one.patches()), one.grid) for one in media
-        }
+        encoded = {id(one): model.vision_tower(mx.array(one.patches()), one.grid) for one in media}
         for t in tokens:
             span = t.span  # type: ignore[attr-defined]
             place = span.index * span.height * span.width + t.index  # type: ignore[attr-defined]

@@ -22,13 +22,16 @@ from shown import (
 )
 
 import qwen35_mlx
+from qwen35_mlx.chat import conversation
+from qwen35_mlx.engine import generate as generate_module
 from qwen35_mlx.engine.features import FeatureStore
 from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.prompt_cache import PromptCache, rope_delta
+from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.errors import PromptError
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.vision import VisionTower
-from qwen35_mlx.prompt import encode_messages
+from qwen35_mlx.prompt import encode_messages, media_ids
 
 MOST_DIFFERENT = 3e-4
 RED, BLUE = shape("circle", "red"), shape("star", "blue")
@@ -137,7 +140,7 @@ def test_another_picture_is_never_answered_from_the_cache(demo: Any, seed: int) 
     store = PrefixStore(model)
     known = []
     current = None
-    for _ in range(8):
+    for _ in range(5):
         parts = rng.sample(shown, rng.randint(1, 2))
         message = {"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}
         ids = encode_messages(tokenizer, [message], add_generation_prompt=True)
@@ -153,7 +156,6 @@ def test_another_picture_is_never_answered_from_the_cache(demo: Any, seed: int) 
 
 
 def test_a_file_that_is_overwritten_is_another_picture(demo: Any, tmp_path: Path) -> None:
-    model, tokenizer = demo
     file = tmp_path / "shape.png"
     chat = qwen35_mlx.Chat(*demo, enable_thinking=False, sampling={"temperature": 0.0})
     for pixels, name in ((RED, "red circle"), (BLUE, "blue star"), (RED, "red circle")):
@@ -224,8 +226,10 @@ def test_text_is_read_as_if_there_were_no_pictures(demo: Any) -> None:
 def test_a_callers_cache_needs_the_ids_of_its_pictures(demo: Any) -> None:
     model, tokenizer = demo
     ids = prompt(tokenizer, RED)
-    more = tokenizer.encode("A red circle.<|im_end|>\n<|im_start|>user\nWhat colour is it?"
-                            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")  # fmt: skip
+    more = tokenizer.encode(
+        "A red circle.<|im_end|>\n<|im_start|>user\nWhat colour is it?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
     whole = qwen35_mlx.generate(model, tokenizer, [*ids, *more], temperature=0.0)
     assert whole == "It is red."
     cache = model.make_cache()
@@ -238,13 +242,23 @@ def test_a_callers_cache_needs_the_ids_of_its_pictures(demo: Any) -> None:
     assert qwen35_mlx.generate(model, tokenizer, more, **options) == whole
 
 
-def test_a_penalty_counts_the_placeholder_and_not_the_picture(demo: Any) -> None:
+def test_penalties_count_the_placeholder(demo: Any) -> None:
     """An id below 0 would count some other token of the vocabulary."""
-    model, tokenizer = demo
-    options: dict[str, Any] = {"images": [RED], "enable_thinking": False, "max_tokens": 3}
-    penalised = next(
-        qwen35_mlx.stream_generate(
-            model, tokenizer, ASK, temperature=0.0, repetition_penalty=1.3, **options
-        )
-    )
-    assert tokenizer.decode([penalised.token]) == "A"
+    _, tokenizer = demo
+    counted = []
+
+    class Spied(Sampler):
+        def __init__(self, params: Any, prompt: mx.array, *others: Any):
+            counted.append(prompt.tolist())
+            super().__init__(params, prompt, *others)
+
+    chat = qwen35_mlx.Chat(*demo, enable_thinking=False, max_tokens=2)
+    with (
+        mock.patch.object(generate_module, "Sampler", Spied),
+        mock.patch.object(conversation, "Sampler", Spied),
+    ):
+        qwen35_mlx.generate(*demo, ASK, images=[RED], max_tokens=2, enable_thinking=False)
+        list(chat.send(ASK, images=[RED]))
+    ids = prompt(tokenizer, RED)
+    pad = media_ids(tokenizer)["<|image_pad|>"]
+    assert counted == [[pad if i < 0 else i for i in ids]] * 2

@@ -130,7 +130,7 @@ def test_a_url_in_a_message_opens_no_local_file_and_fetches_nothing(
         else value.replace("FILE", str(file))
         for key, value in part.items()
     }
-    with pytest.raises(PromptError, match="on the web|a data: URL"):
+    with pytest.raises(PromptError, match=r"on the web|a data: URL"):
         encode_messages(demo[1], [{"role": "user", "content": [given]}], **PROMPT)
 
 
@@ -170,7 +170,7 @@ def test_a_model_without_a_tower_refuses_pictures_and_says_why(demo: Any) -> Non
     model, tokenizer = demo
     blind = copy.copy(tokenizer)
     blind.vision, blind.no_vision = None, "the model's folder has no vision tower"
-    with pytest.raises(PromptError, match="reads no pictures(.|\n)*has no vision tower"):
+    with pytest.raises(PromptError, match=r"reads no pictures(.|\n)*has no vision tower"):
         qwen35_mlx.generate(model, blind, ASK, images=[RED])
     assert encode_prompt(blind, ASK) == encode_prompt(tokenizer, ASK)
 
