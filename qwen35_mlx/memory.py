@@ -122,7 +122,7 @@ def tower_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
     # Patches in float32, as they come and for MLX; the rows of a block, what attention makes of
     # them, and the rotation in float32.
     per_patch = 8 * pixels + (12 * item_bytes + 4 * 5) * tower.hidden_size
-    widest = 2 * min(
+    widest = 3 * min(
         VISION_CHUNK_BYTES,
         num_patches * item_bytes * max(tower.num_heads * num_patches, tower.intermediate_size),
     )
