@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TypeAlias
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -27,6 +27,8 @@ PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 addresses that hold an IPv4 one in their last four bytes: NAT64, and the old ::a.b.c.d.
 HOLDS_IPV4 = tuple(ipaddress.IPv6Network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96"))
+# All others are local, reserved or for groups.
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 # Their IPv4 address lies elsewhere, and nobody serves pictures from them.
 TUNNELS = tuple(ipaddress.IPv6Network(n) for n in ("2002::/16", "2001::/32"))
 
@@ -62,7 +64,7 @@ def is_public(address: Address) -> bool:
             return is_public(address.ipv4_mapped)
         if any(address in network for network in HOLDS_IPV4):
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if any(address in network for network in TUNNELS) or address.scope_id:
+        if address not in GLOBAL_UNICAST or any(address in network for network in TUNNELS):
             return False
     return address.is_global and not (
         address.is_multicast
@@ -130,12 +132,14 @@ def _request(
         # The port belongs to the name only where it is unusual.
         headers["Host"] = parts.netloc.encode("idna").decode()
         connection.request("GET", path + (f"?{query}" if query else ""), headers=headers)
-        response = connection.getresponse()
-        if response.status in REDIRECTS and (location := response.getheader("Location")):
-            return b"", location
-        if response.status != 200:
-            raise MediaError(f"{url} cannot be fetched", got=f"{response.status} {response.reason}")
-        body = _body(response, url, max_bytes)
+        with closing(connection.getresponse()) as response:
+            if response.status in REDIRECTS and (location := response.getheader("Location")):
+                return b"", location
+            if response.status != 200:
+                raise MediaError(
+                    f"{url} cannot be fetched", got=f"{response.status} {response.reason}"
+                )
+            body = _body(response, url, max_bytes)
         if time.monotonic() >= deadline:
             # What was cut off by the watchdog looks like an end.
             raise TimeoutError
