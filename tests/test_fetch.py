@@ -154,7 +154,7 @@ def test_this_machine_is_never_reached(host):
 
 
 @pytest.mark.parametrize(
-    "target", ["file:///etc/passwd", "ftp://a.test/ok", "gopher://a.test", "data:,x"]
+    "target", ["file:///etc/passwd", "ftp://a.test/ok", "gopher://a.test", "data:,x", "http://[::1"]
 )
 def test_redirects_to_other_schemes_are_refused(server, target):
     with pytest.raises(MediaError):
