@@ -25,7 +25,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
 from pictures import COLOURS, SHAPES, paint
 
-import qwen35_mlx
 from qwen35_mlx import Chat, generate, load
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import convert
