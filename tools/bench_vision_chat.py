@@ -74,9 +74,8 @@ def ours(model: Any, tokenizer: Any, session: Path) -> dict[str, Any]:
         )
         new = len(prompt) - max((common_prefix(ids, prompt) for ids in known), default=0)
         rows.append((chat.stats.prefilled_tokens, new, chat.stats.pictures_encoded))
-        again = generate(
-            model, tokenizer, chat.messages[:-1], **GREEDY, **options
-        )  # from the beginning
+        # From the beginning, in a cache of its own.
+        again = generate(model, tokenizer, chat.messages[:-1], **GREEDY, **options)
         assert again == answers[-1], (again, answers[-1])
     chat.read_ahead()
     chat.save(session)
