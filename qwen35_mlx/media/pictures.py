@@ -28,9 +28,10 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Image | np.ndarray | Pictu
 # Pillow reads some forty more; few of them are tested, and EPS starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMATS_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
-# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes copies.
+# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes a copy.
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**29
+STRIP_ROWS = 512
 SIXTEEN_BIT = "I;16"
 
 
@@ -143,12 +144,14 @@ def data_url_bytes(url: str) -> bytes:
         raise MediaError("the data: URL cannot be read", got=error, expected="base64") from None
 
 
-def picture_of(image: "Image", name: str, settings: VisionSettings) -> Picture:
+def picture_of(
+    image: "Image", name: str, settings: VisionSettings, *, is_ours: bool = False
+) -> Picture:
     """Flatten and resize a decoded or a lazily opened image."""
     from PIL import Image
 
     check_pixels(image.size, name)
-    image = flattened(image, name)
+    image = flattened(image, name, is_ours=is_ours)
     height, width = picture_size(image.height, image.width, settings)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return Picture(name, image.size, np.array(resized), settings)
@@ -166,11 +169,17 @@ def check_pixels(size: tuple[int, int], name: str) -> None:
         )
 
 
-def flattened(image: "Image", name: str) -> "Image":
-    """RGB as it is meant to be seen: turned by its EXIF, transparency on white."""
+def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
+    """RGB as it is meant to be seen: turned by its EXIF, transparency on white.
+
+    With `is_ours` the image itself may be turned, which saves a copy.
+    """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if is_ours:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(SIXTEEN_BIT):
         # Pillow would clip: all above 255 became white.
         levels = (np.asarray(image).astype(np.uint32) + 128) // 257
@@ -183,9 +192,14 @@ def flattened(image: "Image", name: str) -> "Image":
             hint="scale it to 8 bits first",
         )
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        flat = Image.new("RGB", image.size)
+        # In strips: whole, it would take three copies.
+        for top in range(0, image.height, STRIP_ROWS):
+            box = (0, top, image.width, min(top + STRIP_ROWS, image.height))
+            strip = image.crop(box).convert("RGBA")
+            white = Image.new("RGBA", strip.size, "white")
+            flat.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+        return flat
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -196,7 +210,8 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
     file.seek(0)
     with refusals(name):
         if is_heic(head):
-            return picture_of(read_heic(file.read(MAX_FILE_BYTES), name), name, settings)
+            image = read_heic(file.read(MAX_FILE_BYTES), name)
+            return picture_of(image, name, settings, is_ours=True)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
@@ -204,7 +219,7 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
                 f"{name} is no picture that can be read", got=kind(head), expected=FORMATS_READ
             ) from None
         with image:
-            return picture_of(image, name, settings)
+            return picture_of(image, name, settings, is_ours=True)
 
 
 @contextmanager
