@@ -156,7 +156,7 @@ def test_a_refusal_says_what_the_file_is(data, what):
 def test_a_truncated_file_is_refused(format):
     data = encoded(pattern_image(300, 200), format)
     for end in (len(data) // 2, len(data) * 3 // 4):
-        with pytest.raises(MediaError, match=r"cut\.png is (damaged or incomplete|no picture)"):
+        with pytest.raises(MediaError, match=r"cut\.png is damaged or incomplete"):
             open_picture(data[:end], SMALL, name="cut.png")
 
 

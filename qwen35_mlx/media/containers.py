@@ -50,7 +50,7 @@ class VideoFile:
                     f"{self.name} is damaged or incomplete", got=f"{self.kind}: {error.strerror}"
                 ) from None
             raise MediaError(
-                f"{self.name} is no video that can be read", got=self.kind, expected=FORMATS_READ
+                f"{self.name} is no video that is read", got=self.kind, expected=FORMATS_READ
             ) from None
         if not container.streams.video:
             container.close()

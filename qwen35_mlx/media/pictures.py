@@ -215,8 +215,12 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
+            what = kind(head)
+            is_broken = what.startswith("a picture")
             raise MediaError(
-                f"{name} is no picture that can be read", got=kind(head), expected=FORMATS_READ
+                f"{name} is {'damaged or incomplete' if is_broken else 'no picture that is read'}",
+                got=what,
+                expected=None if is_broken else FORMATS_READ,
             ) from None
         with image:
             return picture_of(image, name, settings, is_ours=True)
@@ -280,18 +284,23 @@ KINDS = (
     (b"%!PS", "PostScript"),
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"\xff\x0a", "JPEG XL"),
-    (b"\x89PNG", "a damaged PNG"),
-    (b"\xff\xd8\xff", "a damaged JPEG"),
-    (b"GIF8", "a damaged GIF"),
+    (b"\x89PNG", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"GIF8", "a picture (GIF)"),
+    (b"BM", "a picture (BMP)"),
+    (b"II*\0", "a picture (TIFF)"),
+    (b"MM\0*", "a picture (TIFF)"),
 )
+RIFF_KINDS = {b"AVI ": "a video (AVI)", b"WEBP": "a picture (WebP)", b"WAVE": "sound (WAV)"}
 
 
 def kind(head: bytes) -> str:
     """What a file seems to be, by its first bytes."""
     if head[4:8] == b"ftyp":
-        return "a video (MP4, MOV)"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "a video (AVI)"
+        is_picture = is_heic(head) or head[8:12] in (b"avif", b"avis")
+        return "a picture (AVIF, HEIC)" if is_picture else "a video (MP4, MOV)"
+    if head[:4] == b"RIFF" and head[8:12] in RIFF_KINDS:
+        return RIFF_KINDS[head[8:12]]
     for magic, name in KINDS:
         if head.lstrip().startswith(magic):
             return name
