@@ -79,10 +79,13 @@ def numbers(opened: Video) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("format", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4")]
+    ("format", "codec"),
+    [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "libx264"), ("avi", "mpeg4")],
 )
 def test_frames_of_a_file_are_the_wanted_ones(av, tmp_path, format, codec):
-    """libx264 stores frames in another order than it shows them; Matroska does not count them."""
+    """libx264 stores frames in another order than they are shown, and AVI keeps no times;
+    Matroska does not count its frames.
+    """
     (file := tmp_path / "clip").write_bytes(video_bytes(numbered(40), 10, format, codec))
     opened = open_video(file, SMALL)
     wanted = np.linspace(0, 39, 8).round().astype(int).tolist()
