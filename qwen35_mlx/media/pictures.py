@@ -182,8 +182,12 @@ def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(SIXTEEN_BIT):
         # Pillow would clip: all above 255 became white.
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image)
+        scaled = np.empty(levels.shape, np.uint8)
+        for top in range(0, image.height, STRIP_ROWS):
+            strip = levels[top : top + STRIP_ROWS].astype(np.uint32)
+            scaled[top : top + STRIP_ROWS] = (strip + 128) // 257
+        return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("I", "F"):
         raise MediaError(
             f"{name} has pixels without a known range",
@@ -193,7 +197,7 @@ def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
         )
     if image.has_transparency_data:
         flat = Image.new("RGB", image.size)
-        # In strips: whole, it would take three copies.
+        # In strips, here and above: whole, it would take three copies.
         for top in range(0, image.height, STRIP_ROWS):
             box = (0, top, image.width, min(top + STRIP_ROWS, image.height))
             strip = image.crop(box).convert("RGBA")
