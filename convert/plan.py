@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.checkpoint.names import fold
+from qwen35_mlx.checkpoint.names import TOWER, fold
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
@@ -156,6 +156,12 @@ class Plan:
         return sum(entry.output_bytes for entry in self.text_entries)
 
     @property
+    def tower_bytes(self) -> int:
+        """Of the vision tower, where there is one that runs."""
+        towers = [e for e in self.entries if e.module.startswith(TOWER)]
+        return sum(entry.output_bytes for entry in towers) if self.config.vision else 0
+
+    @property
     def num_parameters(self) -> int:
         return sum(entry.num_parameters for entry in self.entries)
 
@@ -235,7 +241,7 @@ def plan(
         )
     opened = open_any(source, revision)
     found = resolve(opened.config, opened.tensors)
-    if found.quantizations:
+    if any(match.quantization for match in found.text_matches):
         return _copy(opened, found, *asked)
 
     def quantization(module: str, role: Role) -> Setting | None:
@@ -249,7 +255,14 @@ def plan(
         check_settings(module_bits, module_group_size, module_method, where=module)
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
-    entries = [_entry(match, quantization, dtype) for match in found.matches]
+    entries = [
+        entry
+        for match in found.matches
+        # A tower may be quantized where the text is not.
+        for entry in (
+            _copied(match) if match.quantization else [_entry(match, quantization, dtype)]
+        )
+    ]
     _check_groups(entries)
     settings = {
         "bits": bits,
