@@ -107,8 +107,8 @@ def kv_capacity(num_tokens: int) -> int:
 
 
 def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
-    """Keys and values of `context` tokens in all full-attention layers."""
-    layers = config.layer_types.count(FULL)
+    """Keys and values of `context` tokens in all full-attention layers, the MTP layer included."""
+    layers = config.layer_types.count(FULL) + config.num_mtp_layers
     return layers * _layer_kv_bytes(config, context, item_bytes)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .names import bare, is_mtp
 
 INDEX_FILE = "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000
@@ -34,6 +35,8 @@ class SourceTensor:
     file: Path
     offset: int
     nbytes: int
+    # What the metadata of its file say.
+    by_mlx: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +88,8 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
     if not isinstance(metadata, dict | None):
         raise _damaged(file, "__metadata__ is not an object", metadata, "an object of strings")
     data_start = PREFIX_BYTES + len(raw)
-    tensors = [_tensor(file, name, entry, data_start) for name, entry in header.items()]
+    by_mlx = bool(metadata) and metadata.get("format") == "mlx"
+    tensors = [_tensor(file, name, entry, data_start, by_mlx) for name, entry in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     end, before = data_start, "the header"
     for tensor in tensors:
@@ -180,13 +184,36 @@ def gather_checked(
     """All tensors by name: of the files of the index, else of model.safetensors, else of all.
 
     `present` are the weight files that are there, `headers` reads those of some of them. Files and
-    tensors that the index does not list are left alone, or refused if `strict`.
+    tensors that the index does not list are left alone, or refused if `strict`; but a file of the
+    MTP layer alone is taken if no other holds that layer.
     """
+    tensors = _main_tensors(where, present, index, headers, strict)
+    if any(is_mtp(bare(name)) for name in tensors):
+        return tensors
+    read = {tensor.file.name for tensor in tensors.values()}
+    beside = headers(sorted(file for file in present if is_sidecar(file) and file not in read))
+    return gather([tensors.values(), *(h for h in beside if all(is_mtp(bare(t.name)) for t in h))])
+
+
+def is_sidecar(file: str) -> bool:
+    """Whether a file is named after the MTP layer; some programs leave it out of the index."""
+    return "mtp" in file.lower()
+
+
+def _main_tensors(
+    where: str | Path,
+    present: Collection[str],
+    index: Mapping[str, str] | None,
+    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
+    strict: bool,
+) -> dict[str, SourceTensor]:
+    """`gather_checked` without files beside."""
     if index is not None:
         _check_present(index.values(), present)
         tensors = gather(headers(sorted(set(index.values()))))
         _check_index(index, tensors, strict)
-        stale = {file for file in present if file.startswith("model")} - set(index.values())
+        stale = {f for f in present if f.startswith("model") and not is_sidecar(f)}
+        stale -= set(index.values())
         unlisted = sorted(tensors.keys() - index.keys()) or sorted(stale)
         if unlisted and strict:
             raise CheckpointError(
@@ -204,8 +231,9 @@ def gather_checked(
             hint="pytorch *.bin checkpoints are not read",
         )
     whole = "model.safetensors"
-    named = [file for file in sorted(present) if strict or file.startswith("model")]
-    return gather(headers([whole] if whole in present else named or sorted(present)))
+    main = sorted(file for file in present if not is_sidecar(file)) or sorted(present)
+    named = [file for file in main if strict or file.startswith("model")]
+    return gather(headers([whole] if whole in present else named or main))
 
 
 def _check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
@@ -244,7 +272,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
+def _tensor(file: Path, name: str, entry: Any, data_start: int, by_mlx: bool) -> SourceTensor:
     # Control characters would reach the terminal; halves of surrogates fit into no file.
     if not name.isprintable():
         raise _damaged(file, "the name of a tensor", ascii(name), "printable characters")
@@ -264,7 +292,7 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
     if end - begin != nbytes:
         expected = f"{nbytes} bytes ({dtype} {shape})"
         raise _damaged(file, f"length of tensor {name}", f"{end - begin} bytes", expected)
-    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes, by_mlx)
 
 
 def _whole_numbers(values: Any) -> bool:

@@ -46,6 +46,11 @@ def output_name(short: str) -> str:
     return f"language_model.{short}" if root == "lm_head" else short
 
 
+def is_mtp(name: str) -> bool:
+    """Whether a bare name is of the layer that predicts several tokens."""
+    return name.startswith("mtp.")
+
+
 def fold(name: str) -> str:
     """The name with layer and expert numbers replaced by `*`."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
