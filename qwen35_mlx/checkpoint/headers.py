@@ -88,7 +88,7 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
     if not isinstance(metadata, dict | None):
         raise _damaged(file, "__metadata__ is not an object", metadata, "an object of strings")
     data_start = PREFIX_BYTES + len(raw)
-    by_mlx = bool(metadata) and metadata.get("format") == "mlx"
+    by_mlx = (metadata or {}).get("format") == "mlx"
     tensors = [_tensor(file, name, entry, data_start, by_mlx) for name, entry in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     end, before = data_start, "the header"
