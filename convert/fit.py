@@ -62,12 +62,12 @@ class MacBudget:
 
     memory_bytes: int
     limit_bytes: int
-    # Of all but the weights.
+    # Of all but the weights of text model and MTP layer.
     needed: MemoryCount
 
     @property
     def weight_bytes(self) -> int:
-        return self.limit_bytes - self.needed.overhead
+        return self.limit_bytes - self.needed.total
 
 
 def fit(
@@ -100,14 +100,14 @@ def fit(
     container = text_header_bytes(base)
     if bits_per_weight is not None:
         budget_bytes = int(bits_per_weight * sum(e.num_parameters for e in text) / 8)
-        budget_bytes += base.loaded_bytes - base.text_bytes
+        budget_bytes += base.mtp_bytes
         container = 0
     assert budget_bytes is not None
     units: dict[str, list[Entry]] = {}
     for entry in text:
         if entry.role is Role.QUANTIZED:
             units.setdefault(unit_of(entry.module), []).append(entry)
-    fixed = base.loaded_bytes - base.text_bytes
+    fixed = base.mtp_bytes
     fixed += sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
     losses = predicted(units, calibration)
     tables = {
@@ -133,7 +133,8 @@ def fit(
     named = _recipe(settings)
     chosen = plan(source, recipe=named, dtype=dtype, method=method)
     kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
-    file_bytes = chosen.loaded_bytes + (text_header_bytes(chosen) if container else 0)
+    file_bytes = chosen.text_bytes + chosen.mtp_bytes
+    file_bytes += text_header_bytes(chosen) if container else 0
     measured = bool(calibration and calibration.kls)
     return FitResult(chosen, named, kl, file_bytes, allocation, measured)
 
@@ -152,7 +153,7 @@ def fit_mac(
         context = min(DEFAULT_CONTEXT, base.config.context_length)
     check_context(base.config, context)
     limit = raised_limit_bytes(memory)
-    needed = count(base.config, 0, context, limit, activation_bytes(base))
+    needed = count(base.config, base.tower_bytes, context, limit, activation_bytes(base))
     budget = MacBudget(memory, limit, needed)
     choices = {
         prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
@@ -205,9 +206,10 @@ def quality_settings(
 
 def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult]) -> list[str]:
     """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
-    left, choice = budget.weight_bytes, choices[prefer]
+    left, choice, tower = budget.weight_bytes, choices[prefer], budget.needed.weights
     rows = {
         "GPU limit, raised as far as is sane": budget.limit_bytes,
+        **({"weights of the vision tower": tower} if tower else {}),
         **budget.needed.overhead_lines(),
         "left for weights": left,
         "weights, headers included": choice.file_bytes,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.checkpoint.names import fold, is_mtp
+from qwen35_mlx.checkpoint.names import TOWER, fold, is_mtp
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
@@ -143,12 +143,7 @@ class Plan:
     @property
     def text_entries(self) -> list[Entry]:
         """Entries of the text model, without MTP layer and carried weights."""
-        return [entry for entry in self.loaded_entries if not is_mtp(entry.module)]
-
-    @property
-    def loaded_entries(self) -> list[Entry]:
-        """Entries of what is in memory when the model runs."""
-        return [entry for entry in self.entries if entry.role is not Role.CARRIED]
+        return [e for e in self.entries if e.role is not Role.CARRIED and not is_mtp(e.module)]
 
     @property
     def source_bytes(self) -> int:
@@ -163,8 +158,21 @@ class Plan:
         return sum(entry.output_bytes for entry in self.text_entries)
 
     @property
+    def tower_bytes(self) -> int:
+        """Of the vision tower, where there is one that runs."""
+        towers = [e for e in self.entries if e.module.startswith(TOWER)]
+        return sum(entry.output_bytes for entry in towers) if self.config.vision else 0
+
+    @property
+    def mtp_bytes(self) -> int:
+        """Of the MTP layer, where there is one that runs."""
+        layer = [e for e in self.entries if is_mtp(e.module)]
+        return sum(entry.output_bytes for entry in layer) if self.config.num_mtp_layers else 0
+
+    @property
     def loaded_bytes(self) -> int:
-        return sum(entry.output_bytes for entry in self.loaded_entries)
+        """Of what is in memory when the model runs."""
+        return self.text_bytes + self.mtp_bytes + self.tower_bytes
 
     @property
     def num_parameters(self) -> int:
@@ -246,7 +254,7 @@ def plan(
         )
     opened = open_any(source, revision)
     found = resolve(opened.config, opened.tensors)
-    if found.quantizations:
+    if any(match.quantization for match in found.text_matches):
         return _copy(opened, found, *asked)
 
     def quantization(match: Match) -> Setting | None:
@@ -265,7 +273,14 @@ def plan(
                 module_group_size = GROUP_SIZES[0]
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
-    entries = [_entry(match, quantization, dtype) for match in found.matches]
+    entries = [
+        entry
+        for match in found.matches
+        # A tower may be quantized where the text is not.
+        for entry in (
+            _copied(match) if match.quantization else [_entry(match, quantization, dtype)]
+        )
+    ]
     _check_groups(entries)
     settings = {
         "bits": bits,

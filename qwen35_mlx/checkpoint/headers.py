@@ -1,17 +1,23 @@
 """Headers of safetensors files and their index; every byte must belong to one tensor."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .names import bare, is_mtp
+from .names import is_mtp, is_of_tower
+
+log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
+# Some releases keep these parts in files of their own, and list them in no index.
+SIDECARS = {"*vision*.safetensors": is_of_tower, "*mtp*.safetensors": is_mtp}
 HEADER_LIMIT_BYTES = 100_000_000
 PREFIX_BYTES = 8
 ITEM_BYTES = {
@@ -184,36 +190,41 @@ def gather_checked(
     """All tensors by name: of the files of the index, else of model.safetensors, else of all.
 
     `present` are the weight files that are there, `headers` reads those of some of them. Files and
-    tensors that the index does not list are left alone, or refused if `strict`; but a file of the
-    MTP layer alone is taken if no other holds that layer.
+    tensors that the index does not list are left alone, or refused if `strict`; but a vision tower
+    or an MTP layer in a file of its own is taken.
     """
-    tensors = _main_tensors(where, present, index, headers, strict)
-    if any(is_mtp(bare(name)) for name in tensors):
-        return tensors
-    read = {tensor.file.name for tensor in tensors.values()}
-    beside = headers(sorted(file for file in present if is_sidecar(file) and file not in read))
-    return gather([tensors.values(), *(h for h in beside if all(is_mtp(bare(t.name)) for t in h))])
+    tensors = _gather_main(where, present, index, headers, strict)
+    files = {tensor.file.name for tensor in tensors.values()}
+    for pattern, belongs in SIDECARS.items():
+        beside = sorted(file for file in present if fnmatch(file, pattern) and file not in files)
+        if not beside or any(map(belongs, tensors)):
+            continue
+        found = gather(headers(beside))
+        if all(map(belongs, found)):
+            tensors |= found
+        else:
+            log.warning("%s is left out: it holds more than its name says", some(beside))
+    return tensors
 
 
 def is_sidecar(file: str) -> bool:
-    """Whether a file is named after the MTP layer; some programs leave it out of the index."""
-    return "mtp" in file.lower()
+    """Whether a file of this name may hold a part of a model, outside of the folder's index."""
+    return any(fnmatch(file, pattern) for pattern in SIDECARS)
 
 
-def _main_tensors(
+def _gather_main(
     where: str | Path,
     present: Collection[str],
     index: Mapping[str, str] | None,
     headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
     strict: bool,
 ) -> dict[str, SourceTensor]:
-    """`gather_checked` without files beside."""
     if index is not None:
         _check_present(index.values(), present)
         tensors = gather(headers(sorted(set(index.values()))))
         _check_index(index, tensors, strict)
-        stale = {f for f in present if f.startswith("model") and not is_sidecar(f)}
-        stale -= set(index.values())
+        shards = {f for f in present if f.startswith("model") and not is_sidecar(f)}
+        stale = shards - set(index.values())
         unlisted = sorted(tensors.keys() - index.keys()) or sorted(stale)
         if unlisted and strict:
             raise CheckpointError(
@@ -231,9 +242,9 @@ def _main_tensors(
             hint="pytorch *.bin checkpoints are not read",
         )
     whole = "model.safetensors"
-    main = sorted(file for file in present if not is_sidecar(file)) or sorted(present)
-    named = [file for file in main if strict or file.startswith("model")]
-    return gather(headers([whole] if whole in present else named or main))
+    others = sorted(file for file in present if not is_sidecar(file)) or sorted(present)
+    named = [file for file in others if strict or file.startswith("model")]
+    return gather(headers([whole] if whole in present else named or others))
 
 
 def _check_present(wanted: Iterable[str], present: Iterable[str]) -> None:

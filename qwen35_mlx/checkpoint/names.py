@@ -14,6 +14,9 @@ PREFIXES = ("model", "language_model", "module", "base_model")
 # Components that torch.compile and FSDP put anywhere.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TRUNK = ("embed_tokens", "layers", "norm")
+# The vision tower as MLX programs name it, and as Hugging Face does.
+TOWER = "vision_tower."
+TOWERS = (TOWER, "visual.")
 ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
 
 
@@ -22,6 +25,16 @@ def bare(name: str) -> str:
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     parts = list(dropwhile(lambda part: part in PREFIXES, parts))
     return ".".join(parts) if parts and parts[0] in ROOTS else name
+
+
+def is_of_tower(name: str) -> bool:
+    """Whether a tensor belongs to a vision tower."""
+    return bare(name).startswith(TOWERS)
+
+
+def is_mtp(name: str) -> bool:
+    """Whether a tensor belongs to the MTP layer, which predicts several tokens."""
+    return bare(name).startswith("mtp.")
 
 
 def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -44,11 +57,6 @@ def output_name(short: str) -> str:
     if root in TRUNK:
         return f"language_model.model.{short}"
     return f"language_model.{short}" if root == "lm_head" else short
-
-
-def is_mtp(name: str) -> bool:
-    """Whether a bare name is of the layer that predicts several tokens."""
-    return name.startswith("mtp.")
 
 
 def fold(name: str) -> str:

@@ -78,7 +78,7 @@ def open_model(folder: Path, mtp: bool | None = None) -> tuple[Model, dict[str, 
         config = replace(config, num_mtp_layers=0)
     model = Model(config)
     quantize_modules(model, found.quantizations)
-    weights = read_parameters(matches)
+    weights = read_parameters([*matches, *found.tower_matches])
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     return model, raw_config, sum(array.nbytes for array in weights.values())
@@ -135,7 +135,8 @@ def _assemble(part: Part, transform: Transform, shards: Shards) -> mx.array:
         array = mx.concatenate(rows).reshape(part.shape)
     if transform is Transform.ADD_ONE:
         return (array.astype(mx.float32) + 1).astype(array.dtype)
-    return array.moveaxis(1, -1) if transform is Transform.TAPS_FIRST else array
+    is_moved = transform in (Transform.TAPS_FIRST, Transform.CHANNELS_LAST)
+    return array.moveaxis(1, -1) if is_moved else array
 
 
 def _stored(tensor: SourceTensor, shards: Shards) -> mx.array:
