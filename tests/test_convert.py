@@ -9,12 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import (
-    EXPERTS,
     EXPERT_WIDTH,
+    EXPERTS,
     Tensors,
     as_mlx,
     assert_nothing_left,
-    random_tensors,
     safetensors_bytes,
     stored,
     write_checkpoint,
@@ -31,8 +30,8 @@ TRUNK, OUTPUT = "model.language_model.", "language_model.model."
 SHIFTED = ("input_layernorm.weight", "post_attention_layernorm.weight", "q_norm.weight",
            "k_norm.weight", f"{OUTPUT}norm.weight", "mtp.norm.weight",
            "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight")  # fmt: skip
-WHOLE = (*SHIFTED, "norm.weight", "layernorm.weight", "conv1d.weight", "in_proj_a.weight", "in_proj_b.weight",
-         "A_log", "dt_bias")  # fmt: skip
+WHOLE = (*SHIFTED, "norm.weight", "layernorm.weight", "conv1d.weight", "in_proj_a.weight",
+         "in_proj_b.weight", "A_log", "dt_bias")  # fmt: skip
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
