@@ -18,7 +18,9 @@ import qwen35_mlx
 from qwen35_mlx.checkpoint.headers import INDEX_FILE
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.mac_models import running
+from qwen35_mlx.errors import MemoryRefused
 from qwen35_mlx.memory import count, kv_capacity
+from qwen35_mlx.model import loading
 from qwen35_mlx.model.cache import KVCache
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model, open_model
@@ -233,6 +235,27 @@ def test_a_model_may_be_loaded_without_its_layer(checkpoints: Checkpoints) -> No
     assert with_layer.mtp is not None and without.mtp is None
     assert mx.array_equal(with_layer(ids), without(ids))
     assert not any(name.startswith("mtp.") for name, _ in tree_flatten(without.parameters()))
+
+
+def test_a_layer_that_does_not_fit_is_left_out_rather_than_the_model_refused(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, refused = checkpoints.converted(True), []
+    limit = open_model(out, mtp=False)[2]
+    allow = loading.allow
+
+    def strict(config: Any, weight_bytes: int, **settings: Any) -> Any:
+        if weight_bytes > limit:
+            refused.append(weight_bytes)
+            raise MemoryRefused("the model does not fit this machine")
+        return allow(config, weight_bytes, **settings)
+
+    monkeypatch.setattr(loading, "allow", strict)
+    assert load_model(out)[0].mtp is None
+    assert "no memory is left for the MTP layer" in caplog.text
+    with pytest.raises(MemoryRefused):
+        load_model(out, mtp=True)
+    assert len(refused) == 2
 
 
 def test_a_missing_layer_is_said_where_drafts_are_asked_for(

@@ -15,7 +15,7 @@ from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, MemoryRefused, first_line
 from ..kernels import choice, tiers
 from ..memory import allow, wire
 from ..sampling import SamplingParams
@@ -45,13 +45,20 @@ def load_model(
     """
     model, raw_config, num_bytes = open_model(Path(folder), mtp)
     # Until here nothing but headers is read: MLX loads when it evaluates.
-    model.allowance = allow(
-        model.config,
-        num_bytes,
-        context=context,
-        force=force,
-        item_bytes=model.language_model.model.norm.weight.dtype.size,
-    )
+    try:
+        model.allowance = allow(
+            model.config,
+            num_bytes,
+            context=context,
+            force=force,
+            item_bytes=model.language_model.model.norm.weight.dtype.size,
+        )
+    except MemoryRefused:
+        if mtp is not None or model.mtp is None:
+            raise
+        loaded = load_model(folder, context, force, mtp=False)
+        log.warning("no memory is left for the MTP layer: nothing drafts tokens")
+        return loaded
     model.config = replace(model.config, context_limit=model.allowance.context)
     wire(model.allowance)
     for layer in [*model.layers, *(model.mtp.layers if model.mtp else [])]:
@@ -185,7 +192,7 @@ def load(
     `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
     `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves out one
-    that is unquantized beside quantized weights.
+    that does not fit, or is unquantized beside quantized weights.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
