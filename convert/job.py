@@ -271,7 +271,7 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
 
 
 def _carried_settings(planned: Plan) -> dict[str, Any]:
-    """What a quantized source says of modules that are carried along, and the plan does not know."""
+    """What a quantized source says of carried modules; the plan knows better of its own."""
     said = quantization_block(planned.source.config).items()
     block = {output_name(bare(key)): value for key, value in said}
     known = {entry.module for entry in planned.entries if entry.bits is not None}
