@@ -5,7 +5,7 @@ patch, V hidden size, D head dim, H hidden size of the text model. The patches o
 merged follow each other: (h / m, w / m, m, m).
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +13,6 @@ import numpy as np
 
 from ..config import VisionConfig
 from ..errors import Qwen35Error
-from ..kernels.attention_heads import rotate
 from ..memory import VISION_CHUNK_BYTES
 from .attention import attend
 
@@ -52,8 +51,10 @@ class VisionTower(nn.Module):
             )
         x = self.patch_embed(patches).reshape(num_groups, height * width, -1)
         x = x + self._positions(height, width).astype(x.dtype)
+        # Or MLX holds what they are made of beside the first block.
+        mx.eval(x)
         angles = rotary_angles(height, width, self.config)
-        tables = mx.cos(angles)[None], mx.sin(angles)[None]
+        tables = mx.cos(angles), mx.sin(angles)
         for start in range(0, len(self.blocks), BLOCKS_PER_EVAL):
             for block in self.blocks[start : start + BLOCKS_PER_EVAL]:
                 x = block(x, tables)
@@ -131,12 +132,13 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
-        """`[F, P, V]`, rotated by cosines and sines `[1, P, D / 2]` -> `[F, P, V]`."""
+        """`[F, P, V]`, rotated by cosines and sines `[P, D / 2]` -> `[F, P, V]`."""
         num_groups, num_patches, width = x.shape
         heads = self.qkv(x).reshape(num_groups, num_patches, 3, self._num_heads, -1)
         # [3, F, heads, P, D]
-        q, k, v = heads.transpose(2, 0, 3, 1, 4)
-        q, k, scale = rotate(q, *tables), rotate(k, *tables), self._head_dim**-0.5
+        heads = heads.transpose(2, 0, 3, 1, 4)
+        q, k = rotated(heads[:2], *tables)
+        v, scale = heads[2], self._head_dim**-0.5
         if mx.default_device() == mx.Device(mx.gpu) and self._head_dim in FUSED_HEAD_DIMS:
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
@@ -144,6 +146,21 @@ class VisionAttention(nn.Module):
             v = mx.contiguous(v)
             out = attend(q, k, v, scale, None, VISION_CHUNK_BYTES)
         return self.proj(out.swapaxes(1, 2).reshape(num_groups, num_patches, width))
+
+
+def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    """`[..., P, D]` by cosines and sines `[P, D / 2]`, halves against each other."""
+    return mx.concatenate(_rotated_halves(*mx.split(x, 2, axis=-1), cosines, sines), axis=-1)
+
+
+@partial(mx.compile, shapeless=True)
+def _rotated_halves(
+    first: mx.array, second: mx.array, cosines: mx.array, sines: mx.array
+) -> tuple[mx.array, mx.array]:
+    """In float32, of which none is kept."""
+    a, b = first.astype(mx.float32), second.astype(mx.float32)
+    turned = a * cosines - b * sines, b * cosines + a * sines
+    return turned[0].astype(first.dtype), turned[1].astype(first.dtype)
 
 
 class VisionMLP(nn.Module):

@@ -156,7 +156,7 @@ def _sectioned(num_frequencies: int, section: tuple[int, int, int]) -> np.ndarra
 
 def _across_groups(right: Any) -> Any:
     def call(self: Any, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
-        wide = [mx.tile(table, (1, x.shape[0], 1)) for table in tables]
+        wide = [mx.tile(table, (x.shape[0], 1)) for table in tables]
         return right(self, x.reshape(1, -1, x.shape[-1]), tuple(wide)).reshape(x.shape)
 
     return call
