@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels demo-eval golden live clean
+.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -53,11 +53,14 @@ bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Meta
 bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; the last line is JSON
 	$(BIN)/python tools/bench_chat.py
 
+bench-speculation: $(VENV)/.installed-live ## parity of the MTP layer, drafts that are taken; the last line is JSON
+	$(BIN)/python tools/bench_speculation.py
+
 golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py
 	$(BIN)/python tests/golden/make_media_golden.py
 
-live: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## compare with transformers on fresh random models
+live: $(VENV)/.installed-live $(VENV)/.installed-torchvision $(VENV)/.installed-mlx-vlm ## compare with transformers on fresh random models
 	$(BIN)/python -m pytest -m live tests/live
 
 clean: ## remove caches and build products; .venv stays
@@ -93,6 +96,12 @@ $(VENV)/.installed-encoder: $(VENV)/.installed
 $(VENV)/.installed-torchvision: $(VENV)/.installed-live
 	@echo "installing torchvision into $(VENV)/torchvision"
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
+	@touch $@
+
+# For its drafter alone: what else it needs is heavy, and of no use here.
+$(VENV)/.installed-mlx-vlm: $(VENV)/.installed-live
+	@echo "installing mlx-vlm into $(VENV)"
+	@$(PIP_INSTALL) --no-deps mlx-vlm==0.7.10
 	@touch $@
 
 # The compiler of the emulator builds its own library once, for a quarter of a minute.
