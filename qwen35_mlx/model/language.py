@@ -15,7 +15,7 @@ from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
-from .cache import CacheEntry, make_cache
+from .cache import CacheEntry, check_keeping, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
 
@@ -46,11 +46,12 @@ class DecoderLayer(nn.Module):
         cache: Any | None,
         rope_tables: tuple[mx.array, mx.array] | None,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
         norm = self.input_layernorm
         if self.is_linear:
-            x = self.linear_attn(x, norm, mask, cache)
+            x = self.linear_attn(x, norm, mask, cache, keep_states)
         else:
             x = self.self_attn(x, norm, mask, cache, rope_tables)
         if last_only:
@@ -79,12 +80,17 @@ class Trunk(nn.Module):
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """ids `[B, T]` or embeddings `[B, T, H]`, positions `[B, T]` or None -> `[B, T, H]`.
 
         `last_only` gives `[B, 1, H]`, without the last layer's feed-forward of the other tokens.
+        After up to 8 tokens of one sequence with `keep_states`, `cache.accept` may take back the
+        last of them.
         """
         x = self.embed_tokens(ids) if embeddings is None else embeddings
+        if keep_states:
+            check_keeping(cache, *x.shape[:2])
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
@@ -96,7 +102,8 @@ class Trunk(nn.Module):
         tables = None if full is None else self._rope_tables(x, full, entries[full], positions)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
-            x = layer(x, mask, entry, tables, last_only and layer is self.layers[-1])
+            only = last_only and layer is self.layers[-1]
+            x = layer(x, mask, entry, tables, only, keep_states)
         return self.norm(x)
 
     def _rope_tables(
@@ -164,10 +171,16 @@ class Model(nn.Module):
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
         return self.language_model.model(
-            ids, cache, embeddings=embeddings, positions=positions, last_only=last_only
+            ids,
+            cache,
+            embeddings=embeddings,
+            positions=positions,
+            last_only=last_only,
+            keep_states=keep_states,
         )
 
     def head(self, hidden: mx.array) -> mx.array:
