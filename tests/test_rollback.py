@@ -153,6 +153,19 @@ def test_states_that_were_not_accepted_are_freed():
     assert held <= mx.get_active_memory() - before <= held + 8192
 
 
+def test_no_older_states_are_held_than_a_pass_can_go_back_to(model_of):
+    cache, _ = one_by_one(model_of(True), random_ids(1, 11), ())
+    entry = cache.entries[0]
+    plain, (conv_state, recurrent_state) = entry.nbytes, entry.cache
+    a_token = conv_state.nbytes // conv_state.shape[1] + recurrent_state.nbytes
+    for _ in range(3):
+        cache.model.trunk(mx.array([[1, 2, 3, 4]]), cache.entries, keep_states=True)
+        assert entry.nbytes == plain + 4 * a_token
+        accept(cache.entries, 2)
+    _ = entry.cache
+    assert entry.nbytes == plain
+
+
 @pytest.mark.parametrize("accepted", [0, 2])
 def test_a_snapshot_before_the_pass_stays_good(model_of, accepted):
     cache, _ = one_by_one(model_of(False), random_ids(1, 11), ())

@@ -12,7 +12,7 @@ from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.delta_step import delta_step_kernel, kept_delta_step
 
 # A specialisation's most tokens of a pass.
-MOST_TOKENS = (1, 2, 4, 8, 8)
+MOST_TOKENS = (1, 2, 8, 4, 8)
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 BUGS = [
     ("TAPE ? num_accepted : 0", "TAPE ? int(tape_qkv_shape[1]) : 0"),
