@@ -16,7 +16,7 @@ from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
-from .cache import CacheEntry, make_cache
+from .cache import CacheEntry, check_keeping, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
 from .rope import RopeDelta, shifted
@@ -50,11 +50,12 @@ class DecoderLayer(nn.Module):
         rope_tables: tuple[mx.array, mx.array] | None,
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
         norm = self.input_layernorm
         if self.is_linear:
-            x = self.linear_attn(x, norm, mask, cache)
+            x = self.linear_attn(x, norm, mask, cache, keep_states)
         else:
             x = self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
         if last_only:
@@ -84,14 +85,19 @@ class Trunk(nn.Module):
         positions: mx.array | None = None,
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """ids `[B, T]` or embeddings `[B, T, H]` -> `[B, T, H]`.
 
         Positions `[B, T]` or `[3, B, T]`; where they are None, the tokens that the cache has read
         are counted, and `rope_delta`, one number or `[B]`, is added.
         `last_only` gives `[B, 1, H]`, without the last layer's feed-forward of the other tokens.
+        After up to 8 tokens of one sequence with `keep_states`, `cache.accept` may take back the
+        last of them.
         """
         x = self.embed_tokens(ids) if embeddings is None else embeddings
+        if keep_states:
+            check_keeping(cache, *x.shape[:2])
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
@@ -107,7 +113,8 @@ class Trunk(nn.Module):
         )
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
-            x = layer(x, mask, entry, tables, rope_delta, last_only and layer is self.layers[-1])
+            only = last_only and layer is self.layers[-1]
+            x = layer(x, mask, entry, tables, rope_delta, only, keep_states)
         return self.norm(x)
 
     def _rope_tables(
@@ -185,6 +192,7 @@ class Model(nn.Module):
         positions: mx.array | None = None,
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
         return self.language_model.model(
@@ -194,6 +202,7 @@ class Model(nn.Module):
             positions=positions,
             rope_delta=rope_delta,
             last_only=last_only,
+            keep_states=keep_states,
         )
 
     def embed(self, ids: Sequence[int], features: mx.array | None = None) -> mx.array:
