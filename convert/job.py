@@ -264,6 +264,7 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         **planned.source.origin,
         "settings": planned.settings,
         "norms_shifted": True,
+        "mtp_norms_shifted": True,
         "sha256": checksums,
     }
     return config

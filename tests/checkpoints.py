@@ -118,8 +118,9 @@ def tensor_shapes(
         shapes["model.visual.blocks.0.attn.qkv.weight"] = (24, 8)
     if mtp:
         shapes["mtp.fc.weight"] = (HIDDEN, 2 * HIDDEN)
-        shapes["mtp.norm.weight"] = (HIDDEN,)
-        shapes["mtp.layers.0.input_layernorm.weight"] = (HIDDEN,)
+        norms = "pre_fc_norm_embedding pre_fc_norm_hidden norm layers.0.input_layernorm"
+        for norm in (*norms.split(), "layers.0.post_attention_layernorm"):
+            shapes[f"mtp.{norm}.weight"] = (HIDDEN,)
         shapes |= _attention("mtp.layers.0.self_attn.")
         # The released models store these one by one even where the trunk is fused.
         shapes |= _moe("mtp.layers.0.mlp.", "each") if moe else _dense("mtp.layers.0.mlp.", 256)

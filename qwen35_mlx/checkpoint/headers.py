@@ -1,16 +1,23 @@
 """Headers of safetensors files and their index; every byte must belong to one tensor."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .names import is_mtp, is_of_tower
+
+log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
+# Some releases keep these parts in files of their own, and list them in no index.
+SIDECARS = {"*vision*.safetensors": is_of_tower, "*mtp*.safetensors": is_mtp}
 HEADER_LIMIT_BYTES = 100_000_000
 PREFIX_BYTES = 8
 ITEM_BYTES = {
@@ -34,6 +41,8 @@ class SourceTensor:
     file: Path
     offset: int
     nbytes: int
+    # What the metadata of its file say.
+    by_mlx: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -85,7 +94,8 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
     if not isinstance(metadata, dict | None):
         raise _damaged(file, "__metadata__ is not an object", metadata, "an object of strings")
     data_start = PREFIX_BYTES + len(raw)
-    tensors = [_tensor(file, name, entry, data_start) for name, entry in header.items()]
+    by_mlx = (metadata or {}).get("format") == "mlx"
+    tensors = [_tensor(file, name, entry, data_start, by_mlx) for name, entry in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     end, before = data_start, "the header"
     for tensor in tensors:
@@ -180,13 +190,41 @@ def gather_checked(
     """All tensors by name: of the files of the index, else of model.safetensors, else of all.
 
     `present` are the weight files that are there, `headers` reads those of some of them. Files and
-    tensors that the index does not list are left alone, or refused if `strict`.
+    tensors that the index does not list are left alone, or refused if `strict`; but a vision tower
+    or an MTP layer in a file of its own is taken.
     """
+    tensors = _gather_main(where, present, index, headers, strict)
+    files = {tensor.file.name for tensor in tensors.values()}
+    for pattern, belongs in SIDECARS.items():
+        beside = sorted(file for file in present if fnmatch(file, pattern) and file not in files)
+        if not beside or any(map(belongs, tensors)):
+            continue
+        found = gather(headers(beside))
+        if all(map(belongs, found)):
+            tensors |= found
+        else:
+            log.warning("%s is left out: it holds more than its name says", some(beside))
+    return tensors
+
+
+def is_sidecar(file: str) -> bool:
+    """Whether a file of this name may hold a part of a model, outside of the folder's index."""
+    return any(fnmatch(file, pattern) for pattern in SIDECARS)
+
+
+def _gather_main(
+    where: str | Path,
+    present: Collection[str],
+    index: Mapping[str, str] | None,
+    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
+    strict: bool,
+) -> dict[str, SourceTensor]:
     if index is not None:
         _check_present(index.values(), present)
         tensors = gather(headers(sorted(set(index.values()))))
         _check_index(index, tensors, strict)
-        stale = {file for file in present if file.startswith("model")} - set(index.values())
+        shards = {f for f in present if f.startswith("model") and not is_sidecar(f)}
+        stale = shards - set(index.values())
         unlisted = sorted(tensors.keys() - index.keys()) or sorted(stale)
         if unlisted and strict:
             raise CheckpointError(
@@ -204,8 +242,9 @@ def gather_checked(
             hint="pytorch *.bin checkpoints are not read",
         )
     whole = "model.safetensors"
-    named = [file for file in sorted(present) if strict or file.startswith("model")]
-    return gather(headers([whole] if whole in present else named or sorted(present)))
+    others = sorted(file for file in present if not is_sidecar(file)) or sorted(present)
+    named = [file for file in others if strict or file.startswith("model")]
+    return gather(headers([whole] if whole in present else named or others))
 
 
 def _check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
@@ -244,7 +283,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
+def _tensor(file: Path, name: str, entry: Any, data_start: int, by_mlx: bool) -> SourceTensor:
     # Control characters would reach the terminal; halves of surrogates fit into no file.
     if not name.isprintable():
         raise _damaged(file, "the name of a tensor", ascii(name), "printable characters")
@@ -264,7 +303,7 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
     if end - begin != nbytes:
         expected = f"{nbytes} bytes ({dtype} {shape})"
         raise _damaged(file, f"length of tensor {name}", f"{end - begin} bytes", expected)
-    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes, by_mlx)
 
 
 def _whole_numbers(values: Any) -> bool:

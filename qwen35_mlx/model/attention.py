@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ModelConfig
-from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
+from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope, rotate
 from ..kernels.decode_attention import decode_attention
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
@@ -114,3 +114,37 @@ class Attention(nn.Module):
         out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]
+
+    def read(
+        self,
+        x: mx.array,
+        norm: nn.RMSNorm,
+        cache: Any,
+        tables: tuple[mx.array, mx.array] | None = None,
+        rope_delta: RopeDelta = 0,
+    ) -> None:
+        """The keys and values of x into the cache: the part of a call that later calls need."""
+        k, v = project(x, (self.k_proj, self.v_proj), self.kernels, norm=norm)
+        heads = (*x.shape[:2], self._num_kv_heads, -1)
+        k = mx.fast.rms_norm(k.reshape(heads), self.k_norm.weight, self.k_norm.eps)
+        k, v = k.swapaxes(1, 2), v.reshape(heads).swapaxes(1, 2)
+        if tables is None:
+            k = self.rope(k, shifted(cache.offset, rope_delta))
+        else:
+            k = rotate(k, *tables)
+        cache.update_and_fetch(k, v)
+
+    def rope_tables(
+        self, x: mx.array, cache: Any | None, positions: mx.array | None, rope_delta: RopeDelta
+    ) -> tuple[mx.array, mx.array] | None:
+        """Of tokens x, once for all layers; None where nothing needs them.
+
+        That is where positions are explicit, or the kernel wants them.
+        """
+        batch, num_tokens, _ = x.shape
+        if positions is None:
+            if not self.kernels.runs("qk_norm_rope", batch * num_tokens):
+                return None
+            offset = shifted(0 if cache is None else cache.offset, rope_delta)
+            positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
+        return self.rope.tables(positions)

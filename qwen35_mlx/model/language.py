@@ -19,7 +19,8 @@ from .attention import Attention, attention_mask
 from .cache import CacheEntry, check_keeping, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
-from .rope import RopeDelta, shifted
+from .mtp import MTP
+from .rope import RopeDelta
 from .vision import VisionTower
 
 
@@ -101,39 +102,18 @@ class Trunk(nn.Module):
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
-        linear_mask = full_mask = None
+        linear_mask = full_mask = tables = None
         if linear is not None and entries[linear] is not None:
             linear_mask = entries[linear].make_mask(x.shape[1])
         if full is not None:
             full_mask = attention_mask(x.shape[1], entries[full])
-        tables = (
-            None
-            if full is None
-            else self._rope_tables(x, full, entries[full], positions, rope_delta)
-        )
+            attention = self.layers[full].self_attn
+            tables = attention.rope_tables(x, entries[full], positions, rope_delta)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
             only = last_only and layer is self.layers[-1]
             x = layer(x, mask, entry, tables, rope_delta, only, keep_states)
         return self.norm(x)
-
-    def _rope_tables(
-        self,
-        x: mx.array,
-        layer: int,
-        entry: Any,
-        positions: mx.array | None,
-        rope_delta: RopeDelta,
-    ) -> tuple[mx.array, mx.array] | None:
-        """Once for all layers, where positions are explicit or the kernel wants them."""
-        attention = self.layers[layer].self_attn
-        batch, num_tokens, _ = x.shape
-        if positions is None:
-            if not attention.kernels.runs("qk_norm_rope", batch * num_tokens):
-                return None
-            offset = shifted(0 if entry is None else entry.offset, rope_delta)
-            positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
-        return attention.rope.tables(positions)
 
 
 class LanguageModel(nn.Module):
@@ -149,7 +129,7 @@ class LanguageModel(nn.Module):
 class Model(nn.Module):
     """A Qwen3.5 model that mlx-lm's generators, caches and quantizers accept.
 
-    `vision_tower` is None where the checkpoint has none.
+    `vision_tower` and `mtp` are None where the checkpoint has none, or none is loaded.
     """
 
     def __init__(self, config: ModelConfig):
@@ -160,6 +140,7 @@ class Model(nn.Module):
         self.allowance = Allowance()
         self.language_model = LanguageModel(config)
         self.vision_tower = None if config.vision is None else VisionTower(config.vision)
+        self.mtp = MTP(config, DecoderLayer(config, FULL)) if config.num_mtp_layers else None
 
     def __call__(
         self,
@@ -230,6 +211,11 @@ class Model(nn.Module):
         if self.config.tie_word_embeddings:
             return self.language_model.model.embed_tokens.as_linear(hidden)
         return self.language_model.lm_head(hidden)
+
+    @property
+    def num_mtp_layers(self) -> int:
+        """1 where the layer is loaded that drafts tokens."""
+        return self.config.num_mtp_layers
 
     @property
     def layers(self) -> list[DecoderLayer]:
