@@ -90,14 +90,20 @@ class Script:
                 super().__init__(params, prompt, seed)
                 script.prompts.append(prompt.tolist())
                 self.left: list[int] | None = None
+                self.drawn: dict[int, int] = {}
 
-            def __call__(self, logits: mx.array) -> mx.array:
+            def __call__(self, logits: mx.array, place: int, drafts: Any = None) -> mx.array:
                 if self.left is None:
                     self.left = script.answers.pop(0)
                     script.logits.append(np.array(logits[0]))
                 script.penalties.append(self.params.presence_penalty)
-                super().__call__(logits)
-                return mx.array([self.left.pop(0) if self.left else script.tokenizer.eos_token_id])
+                super().__call__(logits, place, drafts)
+                # A place may be drawn for a draft first, and again when it is reached.
+                for i in range(place, place + len(logits)):
+                    if i not in self.drawn:
+                        end = script.tokenizer.eos_token_id
+                        self.drawn[i] = self.left.pop(0) if self.left else end
+                return mx.array([self.drawn[i] for i in range(place, place + len(logits))])
 
         return Scripted
 

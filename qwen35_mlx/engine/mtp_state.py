@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..media.tokens import MediaToken
 from ..model.cache import KVCache
 from ..model.language import Model
+from ..model.mtp import MTP
 
 # The rows that a decode kernel takes; more are read without waiting for the next draft.
 MAX_WAITING = 8
@@ -23,8 +24,8 @@ class MTPState:
     drafts are worse for a while.
     """
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, layer: MTP):
+        self.model, self.layer = model, layer
         self.cache = KVCache()
         # `[1, M, H]`, of the last M tokens of the sequence; None where they are not known.
         self.hidden: mx.array | None = None
@@ -69,7 +70,7 @@ class MTPState:
         self, states: mx.array, embedded: mx.array, place: int, positions: mx.array | None
     ) -> None:
         delta = place - self.cache.offset
-        self.model.mtp.read(states, embedded, self.cache, positions=positions, rope_delta=delta)
+        self.layer.read(states, embedded, self.cache, positions=positions, rope_delta=delta)
 
     def keep(self, hidden: mx.array, ids: Sequence[int], rope_delta: int) -> None:
         """The states `[1, T, H]` of the last T of `ids`, just read, wait too."""
@@ -103,14 +104,12 @@ class MTPState:
         states, drafts = self.hidden, list[mx.array]()
         start = self.cache.offset
         for number in range(num_drafts):
-            if number:
-                following, place = drafts[-1].astype(mx.int32), place + states.shape[1]
-                states = out
             embedded = self.model.language_model.model.embed_tokens(following[None])
-            out = self.model.mtp(
-                states, embedded, self.cache, rope_delta=place - self.cache.offset, last_only=True
-            )
+            delta = place - self.cache.offset
+            out = self.layer(states, embedded, self.cache, rope_delta=delta, last_only=True)
             drafts.append(draw(self.model.head(out)[0], len(ids) + 1 + number))
+            place += states.shape[1]
+            states, following = out, drafts[-1].astype(mx.int32)
         # The drafts' own entries go: those of what is accepted are made of the trunk's states.
         self.cache.trim(self.cache.offset - start - num_waiting)
         self.hidden = None

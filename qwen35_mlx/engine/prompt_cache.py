@@ -13,7 +13,16 @@ import mlx.core as mx
 from ..errors import Qwen35Error
 from ..media.tokens import MediaToken
 from ..memory import PREFILL_STEP_SIZE
-from ..model.cache import CacheEntry, KVCache, Snapshot, accept, fork, restore, snapshot
+from ..model.cache import (
+    ArraysCache,
+    CacheEntry,
+    KVCache,
+    Snapshot,
+    accept,
+    fork,
+    restore,
+    snapshot,
+)
 from ..model.language import Model
 from ..model.rope import media_positions
 from .features import FeatureStore
@@ -46,7 +55,8 @@ class PromptCache:
         self.features = features or FeatureStore(model)
         self._entries: list[CacheEntry] = model.make_cache() if entries is None else entries
         # Where the model has an MTP layer: what that has read of the same tokens.
-        self.mtp = MTPState(model) if getattr(model, "mtp", None) is not None else None
+        layer = getattr(model, "mtp", None)
+        self.mtp = None if layer is None else MTPState(model, layer)
         # Whether the layer reads along: what it misses makes drafts worse, and changes no text.
         self.feeds_mtp = False
         self.snapshots: dict[int, Snapshot] = {}
@@ -67,8 +77,15 @@ class PromptCache:
         return self._entries
 
     @property
-    def _all_entries(self) -> list[CacheEntry]:
+    def all_entries(self) -> list[CacheEntry]:
+        """`entries`, and the cache of the MTP layer where the model has one."""
         return [*self.entries, self.mtp.cache] if self.mtp else self.entries
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether tokens of a pass can be taken back: not in caches of mlx-lm."""
+        own = all(isinstance(entry, KVCache | ArraysCache) for entry in self._entries)
+        return own and isinstance(self.model, Model)
 
     @property
     def ids(self) -> Sequence[int]:
@@ -137,15 +154,13 @@ class PromptCache:
             )
         else:
             ids = mx.array([piece])
-            hidden = self.model.trunk(
-                ids, entries, last_only=last_only, **self._behind_pictures()
-            )
+            hidden = self.model.trunk(ids, entries, last_only=last_only, **self._behind_pictures())
         if self.mtp and self.feeds_mtp:
             self.mtp.read(hidden, piece, embeddings, positions, self._ids, self._rope_delta)
             hidden = hidden[:, -1:]
         elif self.mtp:
             self.mtp.hidden = None
-        mx.eval(hidden, [entry.state for entry in self._all_entries])
+        mx.eval(hidden, self._held())
         self._ids += piece
         self._rope_delta = delta
         self._is_consistent = True
@@ -164,7 +179,7 @@ class PromptCache:
         entries = self.entries
         self._is_consistent = False
         # A pass of one token is as it would be if nothing could be taken back.
-        keeping = {"keep_states": True} if len(tokens) > 1 else {}
+        keeping: dict[str, Any] = {"keep_states": True} if len(tokens) > 1 else {}
         hidden = self.model.trunk(tokens[None], entries, **keeping, **self._behind_pictures())
         self._pass = hidden, 0
         return hidden
@@ -200,17 +215,22 @@ class PromptCache:
 
     def settle(self) -> None:
         """Evaluate the caches: a lazy array cannot be used by another thread."""
-        mx.eval([entry.state for entry in self._all_entries])
+        mx.eval(self._held())
+
+    def _held(self) -> list[Any]:
+        states: list[Any] = [entry.state for entry in self.all_entries]
+        return [*states, self.mtp.hidden] if self.mtp else states
 
     def snapshot(self) -> Snapshot:
         """Remember this point. It costs the recurrent state; keys and values cost an offset."""
-        point = self.snapshots.get(len(self._ids)) or self._end()
+        point = self.snapshots.get(len(self._ids)) or self.end()
         self.snapshots[point.num_tokens] = point
         self.mark_used(point.num_tokens)
         return point
 
-    def _end(self) -> Snapshot:
-        point = snapshot(self._all_entries, len(self._ids), self._rope_delta)
+    def end(self) -> Snapshot:
+        """The point behind all ids, which is not remembered."""
+        point = snapshot(self.all_entries, len(self._ids), self._rope_delta)
         point.mtp_hidden = self.mtp.hidden if self.mtp else None
         return point
 
@@ -237,12 +257,12 @@ class PromptCache:
         if kept == 0:
             self._entries = self.model.make_cache()
             self._rope_delta = 0
-            self.mtp = self.mtp and MTPState(self.model)
+            self.mtp = self.mtp and MTPState(self.model, self.mtp.layer)
         elif kept < len(self._ids) or not self._is_consistent:
             point = self.snapshots[kept]
             # What was read and not committed goes with it.
             self._pass = None
-            restore(self._all_entries, point)
+            restore(self.all_entries, point)
             self._rope_delta = point.rope_delta
             if self.mtp:
                 self.mtp.hidden = point.mtp_hidden
@@ -257,8 +277,8 @@ class PromptCache:
         if num_tokens == 0:
             return PromptCache(self.model, features=self.features)
         # Without a snapshot there, it is the end.
-        point = self.snapshots.get(num_tokens) or self._end()
-        forked = fork(self._all_entries, point)
+        point = self.snapshots.get(num_tokens) or self.end()
+        forked = fork(self.all_entries, point)
         num_layers = len(self._entries)
         copy = PromptCache(self.model, self._ids[:num_tokens], forked[:num_layers], self.features)
         if copy.mtp:

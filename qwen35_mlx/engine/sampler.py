@@ -62,9 +62,7 @@ class Sampler:
         self._answered = mx.array(list(answered), dtype=mx.int32)
         self._in_answer = None
 
-    def __call__(
-        self, logits: mx.array, place: int, drafts: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, logits: mx.array, place: int, drafts: mx.array | None = None) -> mx.array:
         """logits `[T, V]` -> tokens `[T]` for places `place`, `place + 1`, … of the sequence.
 
         Row r is drawn as if the first r of `drafts` `[T - 1]` were accepted. Nothing is evaluated

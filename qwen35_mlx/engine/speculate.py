@@ -48,6 +48,7 @@ class Drafter:
                 got=num_draft_tokens,
                 expected=f"1 to {MAX_DRAFTS}",
             )
+        self.mode = mode
         has_mtp = getattr(model, "mtp", None) is not None
         if mode == MTP and not has_mtp:
             raise Qwen35Error(
@@ -63,7 +64,9 @@ class Drafter:
         self._seconds: dict[tuple[str, int], deque[float]] = defaultdict(
             lambda: deque(maxlen=REMEMBERED_PASSES)
         )
-        self._kind, self._pause, self._hits = "", 0, 0
+        self._kind, self._pause, self._hits = "", {MTP: 0, LOOKUP: 0}, 0
+        # Tokens and seconds of the last passes with drafts from the text.
+        self._looked_up: deque[tuple[int, float]] = deque(maxlen=REMEMBERED_PASSES)
         self._text, self._num_known = np.zeros(0, dtype=np.int64), 0
 
     def propose(
@@ -72,7 +75,7 @@ class Drafter:
         """Up to `most` drafts `[K]` of what follows `token` `[1]`, drawn and not read; or None."""
         self._kind = ""
         most = min(most, MAX_DRAFTS)
-        if most < 1:
+        if most < 1 or not cache.can_go_back:
             return None
         if self.uses_lookup and (found := self._look_up(cache.ids, token, most)):
             self._kind = LOOKUP
@@ -88,10 +91,14 @@ class Drafter:
     def record(self, seconds: float, num_drafts: int = 0, num_accepted: int = 0) -> None:
         """What the last pass took, and how many of its drafts were right."""
         self._seconds[self._kind, num_drafts].append(seconds)
-        self._pause = max(0, self._pause - 1)
+        self._pause = {kind: max(0, left - 1) for kind, left in self._pause.items()}
         self.stats.count(self._kind, num_drafts, num_accepted)
         if self._kind == LOOKUP:
             self._hits = self._hits + 1 if num_accepted == num_drafts else 0
+            self._looked_up.append((1 + num_accepted, seconds))
+            if self.num_draft_tokens is None and not self._lookup_pays():
+                self._pause[LOOKUP] = PAUSE_TOKENS
+                self._looked_up.clear()
         elif self._kind == MTP:
             for depth in range(min(num_accepted + 1, num_drafts)):
                 known = self._acceptance[depth]
@@ -105,7 +112,7 @@ class Drafter:
 
     def _look_up(self, ids: Sequence[int], token: mx.array, most: int) -> list[int]:
         """What followed the last place where the text had the same four tokens."""
-        if len(ids) < MATCHED_TOKENS:
+        if len(ids) <= MATCHED_TOKENS or self._pause[LOOKUP]:
             return []
         number = self.num_draft_tokens or (
             MAX_DRAFTS if self._hits >= HITS_TO_TRUST else FIRST_LOOKUP_DRAFTS
@@ -140,7 +147,7 @@ class Drafter:
         """How many drafts of the MTP layer give the most tokens a second; 0 where none pays."""
         if self.num_draft_tokens is not None:
             return self.num_draft_tokens
-        if self.is_hopeless or self._pause:
+        if self.is_hopeless or self._pause[MTP]:
             return 0
         plain = self._seconds["", 0]
         # Two plain passes first: the first one compiles.
@@ -160,8 +167,16 @@ class Drafter:
             rates.append(expected / min(passes))
         best = max(range(len(rates)), key=rates.__getitem__)
         if best == 0:
-            self._pause = PAUSE_TOKENS
+            self._pause[MTP] = PAUSE_TOKENS
         return best
+
+    def _lookup_pays(self) -> bool:
+        """Whether its last passes gave more tokens a second than plain ones."""
+        plain = self._seconds["", 0]
+        if len(plain) < 2 or len(self._looked_up) < REMEMBERED_PASSES:
+            return True
+        tokens, seconds = (sum(column) for column in zip(*self._looked_up, strict=True))
+        return tokens / seconds >= 1 / min(plain)
 
 
 class DraftStats:
