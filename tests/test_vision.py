@@ -270,7 +270,7 @@ def small_tower(**sizes: Any) -> VisionConfig:
 
 @pytest.mark.parametrize(
     ("sizes", "side"),
-    everyday([({}, 48), ({"num_heads": 1, "intermediate_size": 800}, 48), ({}, 20)], 0),
+    everyday([({}, 32), ({"num_heads": 1, "intermediate_size": 800}, 48), ({}, 20), ({}, 48)], 0),
 )
 def test_the_count_is_an_upper_bound_of_what_a_picture_takes(
     monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], side: int
