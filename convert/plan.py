@@ -109,8 +109,8 @@ class Shard:
 class PlanRow:
     """One line of the printed plan: the same module of all layers, with their sums.
 
-    All carried tensors of a tower share one line without a shape, and so do those of the MTP layer
-    that are stored alike. The dtype of a dropped tensor is "dropped".
+    All carried tensors of a tower share one line without a shape, and so do those of the MTP layer,
+    shown as the largest of them is stored. The dtype of a dropped tensor is "dropped".
     """
 
     name: str
@@ -208,13 +208,17 @@ class Plan:
         """The plan with layers folded to `*`, in the order of the output; dropped tensors last."""
         rows: dict[PlanRow, PlanRow] = {}
         kind = PlanRow("", (), "", "")
+        mtp = [entry for entry in self.entries if is_mtp(entry.module)]
+        largest = max(mtp, key=lambda entry: entry.num_parameters, default=None)
         for entry in self.entries:
             if not entry.belongs_to_weight:
-                name, shape = fold(entry.module), entry.shape
+                name, shape, one = fold(entry.module), entry.shape, entry
+                if largest and is_mtp(name):
+                    one = largest
                 if entry.role is Role.CARRIED or is_mtp(name):
                     name, shape = name.partition(".")[0] + ".*", ()
-                stored = entry.segments[0].tensor.dtype
-                kind = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
+                stored = one.segments[0].tensor.dtype
+                kind = PlanRow(name, shape, stored, one.dtype, one.bits, one.group_size)
             row = rows.get(kind, kind)
             rows[kind] = replace(
                 row,

@@ -95,13 +95,15 @@ def count(
     `item_bytes`: of activations, keys and values; 2 in bfloat16.
     """
     state, budget = state_bytes(config, item_bytes), scores_budget(limit_bytes)
+    capacity = kv_capacity(context)
+    mtp_cache = config.num_mtp_layers * _layer_kv_bytes(config, capacity, item_bytes)
     scores = _most_scores_bytes(config, context, budget, item_bytes)
     peak = _prefill_bytes(config, context, scores, item_bytes)
     return MemoryCount(
         context=context,
         query_block=query_block(config.num_attention_heads, context, budget, item_bytes),
         weights=weight_bytes,
-        kv_cache=kv_bytes(config, kv_capacity(context), item_bytes),
+        kv_cache=kv_bytes(config, capacity, item_bytes) + mtp_cache,
         # The next ones are made while the last are still there.
         states=2 * state,
         snapshots=MIN_SNAPSHOTS * state,
@@ -147,8 +149,8 @@ def kv_capacity(num_tokens: int) -> int:
 
 
 def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
-    """Keys and values of `context` tokens in all full-attention layers, the MTP layer included."""
-    layers = config.layer_types.count(FULL) + config.num_mtp_layers
+    """Keys and values of `context` tokens in all full-attention layers, as decoding reads them."""
+    layers = config.layer_types.count(FULL)
     return layers * _layer_kv_bytes(config, context, item_bytes)
 
 
@@ -168,8 +170,8 @@ def _layer_state_bytes(config: ModelConfig) -> int:
 
 
 def read_share(config: ModelConfig, module: str) -> float:
-    """The part of a module's bytes that one decoded token reads."""
-    if module.startswith("vision_tower."):
+    """The part of a module's bytes that one token reads that is decoded without drafts."""
+    if module.startswith(("vision_tower.", "mtp.")):
         return 0.0
     if ".switch_mlp." in module:
         return config.num_experts_per_tok / config.num_experts

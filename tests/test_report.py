@@ -137,8 +137,8 @@ def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypat
      ("397B-A17B", 396.35)],
 )  # fmt: skip
 def test_sizes_of_the_family(name: str, billions: float) -> None:
-    planned = plan(family_source(f"Qwen3.5-{name}"))
-    assert planned.num_parameters / 1e9 == pytest.approx(billions, rel=0.012)
+    text = plan(family_source(f"Qwen3.5-{name}")).text_entries
+    assert sum(entry.num_parameters for entry in text) / 1e9 == pytest.approx(billions, rel=0.012)
 
 
 @pytest.mark.slow
@@ -211,7 +211,8 @@ def test_the_page_names_contexts_scores_and_an_upper_bound() -> None:
 def test_a_released_model_is_found_by_name_without_a_network(name: str) -> None:
     source = page.find_source(name)
     assert not isinstance(source, str)
-    assert plan(source).num_parameters / 1e9 == pytest.approx(396.35, abs=0.1)
+    # The MTP layer has 6.6 billions of them.
+    assert plan(source).num_parameters / 1e9 == pytest.approx(402.95, abs=0.1)
 
 
 def test_unknown_names_are_told_the_known_ones(tmp_path: Path, monkeypatch) -> None:
