@@ -295,7 +295,7 @@ class ArraysCache(LayerCache):
     are left before the padding at a row's end.
     """
 
-    # A pass that can be taken back, and is not in `_states`.
+    # A pass that can be taken back, in place of the states.
     pending: Tape | KeptStates | None = None
 
     def __init__(self, size: int, left_padding: Sequence[int] | None = None) -> None:
@@ -316,6 +316,7 @@ class ArraysCache(LayerCache):
 
     def keep(self, pending: Tape | KeptStates) -> None:
         """Count a pass that can be taken back as read."""
+        self._states = [None] * len(self._states)
         self.pending, self.num_kept = pending, pending.num_accepted
 
     def accept(self, num_tokens: int) -> None:
@@ -425,5 +426,6 @@ class ArraysCache(LayerCache):
 
     @property
     def nbytes(self) -> int:
-        """Memory of the states, without what a pass that can be taken back needs besides."""
-        return sum(a.nbytes for a in self._states if a is not None)
+        """Memory of the states, of all points that the last pass can be taken back to."""
+        arrays = self._states if self.pending is None else self.pending.arrays
+        return sum(a.nbytes for a in arrays if a is not None)
