@@ -9,12 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import (
-    EXPERTS,
     EXPERT_WIDTH,
+    EXPERTS,
     Tensors,
     as_mlx,
     assert_nothing_left,
-    random_tensors,
     safetensors_bytes,
     stored,
     write_checkpoint,
