@@ -4,6 +4,7 @@ A draft that is not what the sampler draws is read in vain and changes nothing. 
 drafts is a matter of speed alone: it follows what was accepted and how long passes took.
 """
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import cast
@@ -33,6 +34,11 @@ REMEMBERED_PASSES = 6
 NEW_SHARE = 0.1
 # Below it after so many drafts, the layer's weights are not what they should be.
 HOPELESS_SHARE, HOPELESS_AFTER = 0.05, 64
+HOPELESS = (
+    "the drafts of this model's MTP layer are hardly ever right, so it is not used; "
+    "its weights may be damaged, or of another model: convert the checkpoint again"
+)
+log = logging.getLogger(__name__)
 
 
 class Drafter:
@@ -92,7 +98,10 @@ class Drafter:
         """What the last pass took, and how many of its drafts were right."""
         self._seconds[self._kind, num_drafts].append(seconds)
         self._pause = {kind: max(0, left - 1) for kind, left in self._pause.items()}
+        was_hopeless = self.is_hopeless
         self.stats.count(self._kind, num_drafts, num_accepted)
+        if self.is_hopeless and not was_hopeless:
+            log.warning(HOPELESS)
         if self._kind == LOOKUP:
             self._hits = self._hits + 1 if num_accepted == num_drafts else 0
             self._looked_up.append((1 + num_accepted, seconds))
