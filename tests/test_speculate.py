@@ -177,10 +177,10 @@ def test_a_text_that_repeats_is_looked_up(demo: Any) -> None:
 
 def test_lookup_changes_no_text_and_says_which_tokens_were_drafted(demo: Any) -> None:
     text = "a b c d e f g h " * 8
-    plain = list(qwen35_mlx.stream_generate(*demo, text, max_tokens=40, draft="off"))
-    ours = list(
-        qwen35_mlx.stream_generate(*demo, text, max_tokens=40, draft="lookup", num_draft_tokens=5)
-    )
+    settings: dict[str, Any] = {"max_tokens": 40, "seed": 2}
+    plain = list(qwen35_mlx.stream_generate(*demo, text, draft="off", **settings))
+    settings |= {"draft": "lookup", "num_draft_tokens": 5}
+    ours = list(qwen35_mlx.stream_generate(*demo, text, **settings))
     assert [r.token for r in ours] == [r.token for r in plain]
     assert [r.finish_reason for r in ours] == [r.finish_reason for r in plain]
     assert any(r.from_draft for r in ours) and not any(r.from_draft for r in plain)
@@ -263,8 +263,7 @@ def test_a_session_keeps_what_the_mtp_layer_has_read(demo: Any, tmp_path: Path) 
         assert mx.array_equal(ours[..., :end, :], theirs[..., :end, :]).item()
     said, again = ([(p.kind, p.text) for p in c.send(QUESTIONS[1])] for c in (chat, resumed))
     assert said == again
-    accepted = [c.drafter.stats.acceptance(MTP)[0] for c in (chat, resumed)]
-    assert min(accepted) > 0.6
+    assert resumed.drafter.stats.acceptance(MTP)[0] > 0.6
 
 
 def test_kinds_of_drafts_that_are_refused(demo: Any, scripted: Any) -> None:
