@@ -227,7 +227,7 @@ def test_a_model_that_sees_never_writes_the_tokens_around_pictures(demo: Any) ->
         SamplingParams(1.0, top_p=0.9),
     ):
         sampler = Sampler(params, mx.array([7]), 0, banned)
-        assert {sampler(logits).item() for _ in range(4)} == {7}
+        assert {sampler(logits, place).item() for place in range(4)} == {7}
     blind = copy.copy(model)
     blind.vision_tower = None
     assert banned_ids(blind, tokenizer) == []

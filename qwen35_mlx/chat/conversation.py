@@ -18,6 +18,7 @@ from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import PrefixStore, snapshot_marks
 from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
+from ..engine.speculate import AUTO, Drafter
 from ..engine.tool_calls import as_message, calls_of
 from ..engine.tool_values import Schema
 from ..errors import ContextFull, Qwen35Error
@@ -67,6 +68,8 @@ class TurnStats:
     read_ahead_tokens: int = 0
     # How often a loop was answered with a higher presence penalty.
     loops: int = 0
+    # Tokens of the answer that were drafted, and cost no pass of their own.
+    draft_tokens: int = 0
     # Pictures and videos that went through the vision tower.
     pictures_encoded: int = 0
 
@@ -82,6 +85,7 @@ class Chat:
     "stop". `stop` strings end an answer. Chats that share a `store` read a common beginning once.
     Pictures and videos are paths, bytes, data: URLs, Pillow images, arrays or, of videos, lists of
     frames; `allow_url` also fetches web addresses. In `messages` they are parts as in OpenAI's API.
+    draft and num_draft_tokens: as in stream_generate.
     """
 
     model: Model
@@ -99,6 +103,8 @@ class Chat:
     store: PrefixStore | None = None
     stop: Sequence[str] = ()
     allow_url: bool = False
+    draft: str = AUTO
+    num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.messages = self._opened(self.messages)
@@ -106,6 +112,7 @@ class Chat:
             self.messages.insert(0, {"role": "system", "content": self.system})
         self.set_on_loop(self.on_loop)
         self.prefixes = self.store or PrefixStore(self.model)
+        self.set_draft(self.draft, self.num_draft_tokens)
         self._cache: PromptCache | None = None
         # The iterator of the last turn, which the next one closes.
         self._turn: Callable[[], Generator[Piece, None, None] | None] = lambda: None
@@ -221,6 +228,11 @@ class Chat:
         self.system = system
         self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
 
+    def set_draft(self, mode: str, num_draft_tokens: int | None = None) -> None:
+        """Where drafts come from, and how many, as in stream_generate; they change no text."""
+        self.drafter = Drafter(self.model, mode, num_draft_tokens)
+        self.draft, self.num_draft_tokens = mode, num_draft_tokens
+
     def set_on_loop(self, action: str | None) -> None:
         """What to do about an answer that repeats itself; None leaves it to the preset."""
         if action is not None and action not in LOOP_ACTIONS:
@@ -261,6 +273,7 @@ class Chat:
         if len(ids) >= self.model.config.context_length:
             return
         cache = self._cache = self.prefixes.take(ids, self._cache, self)
+        cache.feeds_mtp = self.drafter.uses_mtp
         start = len(cache.ids)
         try:
             cache.read(
@@ -397,6 +410,7 @@ class Chat:
             banned_ids(self.model, self.tokenizer),
         )
         cache = self._cache = self.prefixes.take(prompt[:-1], self._cache, self)
+        cache.feeds_mtp = self.drafter.uses_mtp
         num_kept, num_encoded = len(cache.ids), cache.features.num_encoded
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
         stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
@@ -450,8 +464,10 @@ class Chat:
         budget = self.think_budget or math.inf
         started = time.perf_counter()
         while True:
-            with closing(decode(cache, hidden, sampler, limit - stats.generation_tokens)) as steps:
-                for token, _ in steps:
+            left = limit - stats.generation_tokens
+            with closing(decode(cache, hidden, sampler, left, self.drafter)) as steps:
+                for token, _, from_draft in steps:
+                    stats.draft_tokens += from_draft
                     stats.generation_tokens += 1
                     if stats.generation_tokens == 1:
                         started = time.perf_counter()

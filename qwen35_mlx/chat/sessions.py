@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 from ..engine.prompt_cache import PromptCache, rope_delta
 from ..errors import SessionError
 from ..files import locked, replacing, session_home
-from ..model.cache import KVCache, Snapshot, restore, snapshot
+from ..model.cache import KVCache, Snapshot, restore
 from ..model.language import Model
 from ..prompt import vision_settings
 from ..text.media_parts import IMAGE, VIDEO, media_of, text_of
@@ -163,7 +163,9 @@ def model_identity(model: Model) -> str:
 
     Kept while the model has the same arrays: it takes an operation or more for each of them.
     """
-    tensors = sorted(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    # Drafts change no text: the MTP layer may be there or not.
+    tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
     arrays = hash(tuple(id(array) for _, array in tensors))
     known = getattr(model, "_identity", "")
     if not known.startswith(f"{arrays} "):
@@ -207,7 +209,7 @@ def _save_cache(session: Path, cache: PromptCache, identity: str) -> None:
     write_media(pictures_folder(session), shown)
     points = [cache.snapshots[n] for n in sorted(cache.snapshots)[-NUM_SAVED_SNAPSHOTS:]]
     if end not in cache.snapshots:
-        points.append(snapshot(cache.entries, end))
+        points.append(cache.end())
     # Of pictures they have more than 32 bits.
     arrays = {"ids": mx.array(list(cache.ids[:end]), dtype=mx.int64)}
     for layer, entry in enumerate(cache.entries):
@@ -220,6 +222,14 @@ def _save_cache(session: Path, cache: PromptCache, identity: str) -> None:
             if not isinstance(kept, int):
                 for i, array in enumerate(kept):
                     arrays[f"points.{point.num_tokens}.layers.{layer}.{i}"] = array
+        if cache.mtp and point.mtp_hidden is not None:
+            arrays[f"mtp.{point.num_tokens}.hidden"] = point.mtp_hidden
+            arrays[f"mtp.{point.num_tokens}.offset"] = mx.array(point.entries[-1])
+    if cache.mtp and (read := cache.mtp.cache.offset):
+        keys, values = cast(
+            tuple[mx.array, mx.array], (cache.mtp.cache.keys, cache.mtp.cache.values)
+        )
+        arrays |= {"mtp.keys": keys[..., :read, :], "mtp.values": values[..., :read, :]}
     arrays = {name: mx.contiguous(array) for name, array in arrays.items()}
     metadata = {"format": str(FORMAT), "model": identity, "sha256": _checksum(arrays, identity)}
     if shown:
@@ -252,15 +262,25 @@ def _load_cache(file: Path, model: Model, media: SavedMedia) -> PromptCache:
             entry.keys = arrays.pop(f"layers.{layer}.keys")
             entry.values = arrays.pop(f"layers.{layer}.values")
             entry.offset = len(cache.ids)
+    of_mtp = {name: arrays.pop(name) for name in list(arrays) if name.startswith("mtp.")}
+    if cache.mtp and "mtp.keys" in of_mtp:
+        keys = of_mtp["mtp.keys"]
+        cache.mtp.cache.state = keys, of_mtp["mtp.values"], keys.shape[2]
     for num_tokens in sorted({int(name.split(".")[1]) for name in arrays}):
         kept: list[int | tuple[mx.array, ...]] = []
         for layer, entry in enumerate(cache.entries):
             prefix = f"points.{num_tokens}.layers.{layer}."
             states = tuple(arrays[n] for n in sorted(arrays) if n.startswith(prefix))
             kept.append(num_tokens if isinstance(entry, KVCache) else states)
-        delta = rope_delta(ids[:num_tokens])
-        cache.snapshots[num_tokens] = Snapshot(num_tokens, tuple(kept), delta)
-    restore(cache.entries, cache.snapshots[len(cache.ids)])
+        if cache.mtp:
+            # Of a file without it, the layer begins anew.
+            kept.append(int(cast(int, of_mtp.get(f"mtp.{num_tokens}.offset", mx.array(0)).item())))
+        point = Snapshot(num_tokens, tuple(kept), rope_delta(ids[:num_tokens]))
+        point.mtp_hidden = of_mtp.get(f"mtp.{num_tokens}.hidden")
+        cache.snapshots[num_tokens] = point
+    restore(cache.all_entries, cache.snapshots[len(cache.ids)])
+    if cache.mtp:
+        cache.mtp.hidden = cache.snapshots[len(cache.ids)].mtp_hidden
     return cache
 
 

@@ -26,6 +26,7 @@ from .decode import decode
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
+from .speculate import AUTO, Drafter
 
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
 DEFAULT_MAX_TOKENS = 1_024
@@ -78,6 +79,8 @@ def stream_generate(
     enable_thinking: bool | None = None,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
+    draft: str = AUTO,
+    num_draft_tokens: int | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
     """Yield a response per token, with mlx-lm's fields; text may lag where it is not final yet.
@@ -89,9 +92,11 @@ def stream_generate(
     before the prompt's ids; `cached_ids`, if given, makes the repetition penalty count that too,
     and must be given, whole, where either has pictures. `stop` strings end the answer and are not
     part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
-    presence_penalty, repetition_penalty. `progress(read, total)` follows the prefill. The answer
-    also ends at `max_tokens` (1,024 if None) and where the context is full. Errors in the
-    arguments are raised by the call, before anything is read.
+    presence_penalty, repetition_penalty. `draft`: where several tokens a pass come from, "mtp",
+    "lookup" (of what the text already had), "auto" (both, as far as it is faster) or "off"; the
+    text is the same. `num_draft_tokens` fixes how many. `progress(read, total)` follows the
+    prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
+    Errors in the arguments are raised by the call, before anything is read.
     """
     ids = encode_prompt(
         tokenizer,
@@ -118,10 +123,13 @@ def stream_generate(
     sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
     read_before = list(cached_ids) or [UNKNOWN_ID] * already
     prompt_cache = PromptCache(model, read_before, cache)
+    drafter = Drafter(model, draft, num_draft_tokens)
     parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
     limit = min(limit, room)
     ends = tokenizer.eos_token_ids
-    return _responses(prompt_cache, ids, sampler, limit, parser, ends, prefill_step_size, progress)
+    return _responses(
+        prompt_cache, ids, sampler, drafter, limit, parser, ends, prefill_step_size, progress
+    )
 
 
 def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence[Any]) -> None:
@@ -152,6 +160,7 @@ def _responses(
     cache: PromptCache,
     ids: Sequence[int],
     sampler: Sampler,
+    drafter: Drafter,
     max_tokens: int,
     parser: OutputParser,
     end_tokens: Collection[int],
@@ -160,10 +169,11 @@ def _responses(
 ) -> Iterator[GenerationResponse]:
     """`stream_generate` behind its checks."""
     started = time.perf_counter()
+    cache.feeds_mtp = drafter.uses_mtp
     hidden = cast(mx.array, cache.read(ids, step_size=step_size, progress=progress))
     prefill_seconds = 0.0
-    with closing(decode(cache, hidden, sampler, max_tokens)) as steps:
-        for count, (token, logprobs) in enumerate(steps, 1):
+    with closing(decode(cache, hidden, sampler, max_tokens, drafter)) as steps:
+        for count, (token, logprobs, from_draft) in enumerate(steps, 1):
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
@@ -179,7 +189,7 @@ def _responses(
                 text="".join(piece.text for piece in pieces),
                 token=token,
                 logprobs=logprobs,
-                from_draft=False,
+                from_draft=from_draft,
                 prompt_tokens=len(ids),
                 prompt_tps=len(ids) / max(prefill_seconds, 1e-9),
                 generation_tokens=count,

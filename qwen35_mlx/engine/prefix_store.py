@@ -70,7 +70,9 @@ class PrefixStore:
     def nbytes(self) -> int:
         """What the budget counts."""
         points = {id(s): s.nbytes for c in self.caches for s in c.snapshots.values()}
-        return sum(points.values()) + sum(kv_bytes(c.entries) for c in self.caches if not c.in_use)
+        return sum(points.values()) + sum(
+            kv_bytes(c.all_entries) for c in self.caches if not c.in_use
+        )
 
     @property
     def num_snapshots(self) -> int:

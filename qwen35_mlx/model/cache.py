@@ -83,6 +83,8 @@ class Snapshot:
     entries: tuple[int | tuple[mx.array, ...], ...]
     # The position of the next token less `num_tokens`.
     rope_delta: int = 0
+    # The last tokens' states that the MTP layer has not read; see MTPState.
+    mtp_hidden: mx.array | None = None
     # The tick at which it was last of use; see PrefixStore.
     last_used: int = 0
 
