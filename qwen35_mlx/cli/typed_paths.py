@@ -31,6 +31,11 @@ WITH_FOLDER = re.compile(r"/|~|\.\.?/")
 MAX_ENDINGS = 4
 
 
+def media_kind(name: str) -> str | None:
+    """Whether a name ends like that of an image, a video or a pdf."""
+    return KINDS.get(name.rpartition(".")[2].lower())
+
+
 class MediaPath(NamedTuple):
     """A picture, video or PDF that a message names."""
 
@@ -42,7 +47,7 @@ def typed_path(text: str) -> str:
     """One path or name without the quotes and backslashes that a terminal adds to it."""
     if found := find_file(text):
         return str(found)
-    words = _words(text)
+    words = shell_words(text)
     return os.path.expanduser(words[0] if len(words) == 1 else text)
 
 
@@ -53,7 +58,7 @@ def typed_files(text: str) -> list[Path]:
     """
     if found := find_file(text):
         return [found]
-    words = _words(text)
+    words = shell_words(text)
     files = {word: find_file(word) for word in words}
     missing = [word for word, file in files.items() if file is None]
     if missing or not words:
@@ -101,7 +106,7 @@ def split_media(text: str) -> tuple[str, list[MediaPath], list[str]]:
             # Bare names are common in prose: a folder is not searched for each.
             path = find_file(name) if WITH_FOLDER.match(name) else Path(name)
             if path and os.path.isfile(path):
-                found.append(MediaPath(path, KINDS[name.rpartition(".")[2].lower()]))
+                found.append(MediaPath(path, media_kind(name) or "image"))
                 kept, at = _joined(kept, text[at:start]), end
                 break
         else:
@@ -113,7 +118,7 @@ def split_media(text: str) -> tuple[str, list[MediaPath], list[str]]:
 def _names(text: str, start: int) -> Iterator[tuple[str, int]]:
     """Names of media files that may begin here, each with where it ends in the text."""
     word = SHELL_WORD.match(text, start)
-    unquoted = _words(word[0]) if word else []
+    unquoted = shell_words(word[0]) if word else []
     if word and unquoted and (end := LAST_END.search(unquoted[0])):
         # Punctuation behind the name belongs to the sentence, unless it is quoted too.
         behind = end[2]
@@ -133,7 +138,7 @@ def _joined(before: str, behind: str) -> str:
     return before.rstrip(" ") + gap + behind.lstrip(" ")
 
 
-def _words(text: str) -> list[str]:
+def shell_words(text: str) -> list[str]:
     """What a shell makes of `text`, with file URLs as paths; nothing where a quote is left open."""
     try:
         words = shlex.split(text)
