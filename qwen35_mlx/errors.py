@@ -39,6 +39,10 @@ class SessionError(Qwen35Error):
     """A saved conversation is missing, damaged, in use, or cannot be written."""
 
 
+class MediaError(Qwen35Error):
+    """A picture, a video or a document cannot be used: unknown, damaged, too large."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]

@@ -12,8 +12,9 @@ import pytest
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.kernels import attention_heads
 from qwen35_mlx.memory import MAX_SCORES_BYTES
-from qwen35_mlx.model.attention import PartialRope, attend, rope_periods
+from qwen35_mlx.model.attention import attend
 from qwen35_mlx.model.layer_cache import causal_mask
+from qwen35_mlx.model.rope import PartialRope, rope_periods
 
 DEFAULT = RopeConfig(theta=1e7, rotary_dim=16)
 YARN = RopeConfig(1e4, 16, 4.0, original_max_position_embeddings=64, attention_factor=1.139)

@@ -15,6 +15,7 @@ FOLDERS = {
     "qwen35_mlx/text": "qwen35_mlx.text",
     "qwen35_mlx/checkpoint": "qwen35_mlx.checkpoint",
     "qwen35_mlx/kernels": "qwen35_mlx.kernels",
+    "qwen35_mlx/media": "qwen35_mlx.media",
     "qwen35_mlx/model": "qwen35_mlx.model",
     "qwen35_mlx/engine": "qwen35_mlx.engine",
     "qwen35_mlx/evaluation": "qwen35_mlx.evaluation",
@@ -34,6 +35,8 @@ HEAVY = (
     "torch",
     "tokenizers",
     "prompt_toolkit",
+    "PIL",
+    "av",
 )
 
 
@@ -183,6 +186,12 @@ def settings(module: str) -> Iterator[tuple[object, ast.expr]]:
 def test_no_code_out_of_a_checkpoint(switch):
     values = [(m, value) for m in MODULES for name, value in settings(m) if name == switch]
     assert [m for m, value in values if getattr(value, "value", None) is not False] == []
+
+
+def test_media_knows_no_model():
+    media = [m for m in MODULES if within(m, "qwen35_mlx.media")]
+    allowed = ("qwen35_mlx.media", "qwen35_mlx.errors", "qwen35_mlx.files")
+    assert offenders(media, "qwen35_mlx", "mlx", but=allowed) == []
 
 
 @pytest.mark.parametrize("folder", ["convert", "quant"])

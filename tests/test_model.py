@@ -8,9 +8,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.model.attention import PartialRope
 from qwen35_mlx.model.cache import ArraysCache, BatchKVCache, KVCache
 from qwen35_mlx.model.language import Model
+from qwen35_mlx.model.rope import PartialRope
 
 VOCAB = 97
 

@@ -1,4 +1,4 @@
-"""The text model: embedding -> layers -> norm (the trunk), and hidden state -> logits (the head).
+"""The model: ids and features of pictures -> layers -> norm (the trunk) -> logits (the head).
 
 B batch, T tokens, H hidden size. Module names are the tensor names on disk.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
@@ -18,6 +19,8 @@ from .attention import Attention, attention_mask
 from .cache import CacheEntry, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
+from .rope import RopeDelta, shifted
+from .vision import VisionTower
 
 
 class DecoderLayer(nn.Module):
@@ -45,6 +48,7 @@ class DecoderLayer(nn.Module):
         mask: Any,
         cache: Any | None,
         rope_tables: tuple[mx.array, mx.array] | None,
+        rope_delta: RopeDelta = 0,
         last_only: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
@@ -52,7 +56,7 @@ class DecoderLayer(nn.Module):
         if self.is_linear:
             x = self.linear_attn(x, norm, mask, cache)
         else:
-            x = self.self_attn(x, norm, mask, cache, rope_tables)
+            x = self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
         if last_only:
             x = x[:, -1:]
         return self.mlp(x, self.post_attention_layernorm)
@@ -78,10 +82,13 @@ class Trunk(nn.Module):
         *,
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
+        rope_delta: RopeDelta = 0,
         last_only: bool = False,
     ) -> mx.array:
-        """ids `[B, T]` or embeddings `[B, T, H]`, positions `[B, T]` or None -> `[B, T, H]`.
+        """ids `[B, T]` or embeddings `[B, T, H]` -> `[B, T, H]`.
 
+        Positions `[B, T]` or `[3, B, T]`; where they are None, the tokens that the cache has read
+        are counted, and `rope_delta`, one number or `[B]`, is added.
         `last_only` gives `[B, 1, H]`, without the last layer's feed-forward of the other tokens.
         """
         x = self.embed_tokens(ids) if embeddings is None else embeddings
@@ -93,14 +100,23 @@ class Trunk(nn.Module):
             linear_mask = entries[linear].make_mask(x.shape[1])
         if full is not None:
             full_mask = attention_mask(x.shape[1], entries[full])
-        tables = None if full is None else self._rope_tables(x, full, entries[full], positions)
+        tables = (
+            None
+            if full is None
+            else self._rope_tables(x, full, entries[full], positions, rope_delta)
+        )
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
-            x = layer(x, mask, entry, tables, last_only and layer is self.layers[-1])
+            x = layer(x, mask, entry, tables, rope_delta, last_only and layer is self.layers[-1])
         return self.norm(x)
 
     def _rope_tables(
-        self, x: mx.array, layer: int, entry: Any, positions: mx.array | None
+        self,
+        x: mx.array,
+        layer: int,
+        entry: Any,
+        positions: mx.array | None,
+        rope_delta: RopeDelta,
     ) -> tuple[mx.array, mx.array] | None:
         """Once for all layers, where positions are explicit or the kernel wants them."""
         attention = self.layers[layer].self_attn
@@ -108,7 +124,7 @@ class Trunk(nn.Module):
         if positions is None:
             if not attention.kernels.runs("qk_norm_rope", batch * num_tokens):
                 return None
-            offset = 0 if entry is None else entry.offset
+            offset = shifted(0 if entry is None else entry.offset, rope_delta)
             positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
         return attention.rope.tables(positions)
 
@@ -124,7 +140,10 @@ class LanguageModel(nn.Module):
 
 
 class Model(nn.Module):
-    """A Qwen3.5 text model that mlx-lm's generators, caches and quantizers accept."""
+    """A Qwen3.5 model that mlx-lm's generators, caches and quantizers accept.
+
+    `vision_tower` is None where the checkpoint has none.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -133,6 +152,7 @@ class Model(nn.Module):
         self.sampling_defaults = SamplingParams()
         self.allowance = Allowance()
         self.language_model = LanguageModel(config)
+        self.vision_tower = None if config.vision is None else VisionTower(config.vision)
 
     def __call__(
         self,
@@ -163,12 +183,38 @@ class Model(nn.Module):
         *,
         embeddings: mx.array | None = None,
         positions: mx.array | None = None,
+        rope_delta: RopeDelta = 0,
         last_only: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
         return self.language_model.model(
-            ids, cache, embeddings=embeddings, positions=positions, last_only=last_only
+            ids,
+            cache,
+            embeddings=embeddings,
+            positions=positions,
+            rope_delta=rope_delta,
+            last_only=last_only,
         )
+
+    def embed(self, ids: Sequence[int], features: mx.array | None = None) -> mx.array:
+        """Embeddings `[1, T, H]`; the tokens of pictures get the rows of features `[N, H]`.
+
+        A token of a picture has an id below -1; there must be as many as rows, in their order.
+        """
+        numbers = np.array([int(i) for i in ids], dtype=np.int64)
+        places = np.flatnonzero(numbers < -1)
+        num_features = 0 if features is None else len(features)
+        if len(places) != num_features:
+            raise Qwen35Error(
+                "tokens of pictures and features do not match",
+                got=f"{len(places)} tokens and {num_features} features",
+                expected="one feature for each token",
+            )
+        numbers[places] = 0
+        x = self.language_model.model.embed_tokens(mx.array(numbers.astype(np.int32))[None])
+        if features is not None:
+            x[:, mx.array(places.astype(np.int32))] = features.astype(x.dtype)
+        return x
 
     def head(self, hidden: mx.array) -> mx.array:
         """`[..., H]` -> logits `[..., vocab]`."""
@@ -190,7 +236,7 @@ class Model(nn.Module):
         """Which modules mlx-lm's quantizers may touch, and the router's 8 bits."""
 
         def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            if path.endswith(("in_proj_a", "in_proj_b")):
+            if path.startswith("vision_tower.") or path.endswith(("in_proj_a", "in_proj_b")):
                 return False
             if path.endswith(("mlp.gate", "shared_expert_gate")):
                 return {"group_size": 64, "bits": 8}

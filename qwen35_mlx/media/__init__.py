@@ -1,0 +1,1 @@
+"""Pictures, videos and documents: from files to patches; knows no model."""

@@ -1,0 +1,287 @@
+"""Picture: a file, bytes or an array, resized as the official preprocessing does, to the bit."""
+
+import base64
+import binascii
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ..errors import MediaError, first_line
+from .heic import is_heic, read_heic
+from .patches import patches_of, picture_size, pixel_digest
+from .settings import VisionSettings
+from .tokens import Span
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes | Image | np.ndarray | Picture"
+
+# Pillow reads some forty more; few of them are tested, and EPS starts another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
+# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes copies.
+MAX_PIXELS = 2**26
+MAX_FILE_BYTES = 2**29
+SIXTEEN_BIT = "I;16"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture as the model sees it; equal to another one with the same pixels and settings."""
+
+    name: str
+    original_size: tuple[int, int]  # width, height
+    pixels: np.ndarray  # uint8 [H, W, 3], resized
+    settings: VisionSettings
+
+    def __post_init__(self) -> None:
+        # The digest stands for the pixels for good.
+        self.pixels.setflags(write=False)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """sha256 of the pixels and of what the patches depend on."""
+        return pixel_digest(self.pixels, self.settings)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frame groups, rows and columns of patches."""
+        height, width = (side // self.settings.patch_size for side in self.pixels.shape[:2])
+        return 1, height, width
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholders in a prompt."""
+        return self.grid[1] * self.grid[2] // self.settings.merge_size**2
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """One span."""
+        _, height, width = (side // self.settings.merge_size for side in self.grid)
+        return (Span(self, 0, height, width),)
+
+    def patches(self) -> np.ndarray:
+        """float32 [h*w, 3*p*p]: one temporal slice; the official patches hold it twice."""
+        return patches_of(self.pixels[None], self.settings)
+
+    def describe(self) -> str:
+        """Name, size and tokens."""
+        width, height = self.original_size
+        return f"{self.name}, {width}x{height}, {self.num_tokens:,} tokens"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def open_picture(source: Source, settings: VisionSettings, name: str = "picture") -> Picture:
+    """Open a path, bytes, a data: URL, a Pillow image or an array of uint8 [H, W] or [H, W, C].
+
+    `name` is what to call a picture that comes from no file. An animation gives its first frame.
+    """
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, str) and source.startswith("data:"):
+        source = data_url_bytes(source)
+    if isinstance(source, str | os.PathLike):
+        path = checked_path(source)
+        name = path.name
+        with path.open("rb") as file:
+            return _from_file(file, name, settings)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _from_file(io.BytesIO(source), name, settings)
+    if isinstance(source, np.ndarray):
+        source = _from_array(source, name)
+    if not _is_image(source):
+        raise MediaError(
+            f"{name} cannot be opened",
+            got=type(source).__name__,
+            expected="a path, bytes, a data: URL, a Pillow image or a numpy array",
+        )
+    with _refusals(name):
+        return picture_of(source, name, settings)
+
+
+def checked_path(source: str | os.PathLike[str]) -> Path:
+    """A regular file of a size that can be meant; nothing else is opened."""
+    text = os.fspath(source)
+    if text.startswith(("http://", "https://")):
+        raise MediaError(
+            f"{text} is an address, not a file", hint="save it and give the path of the file"
+        )
+    path = Path(text).expanduser()
+    try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is not there"
+            raise MediaError(f"{path} {what}", expected="a file")
+        num_bytes = path.stat().st_size
+        with path.open("rb"):
+            pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{path} cannot be read", got=error) from None
+    if num_bytes == 0:
+        raise MediaError(f"{path} is empty", got="0 bytes")
+    return path
+
+
+def data_url_bytes(url: str) -> bytes:
+    """What a base64 data: URL holds."""
+    header, comma, data = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise MediaError(
+            "the data: URL cannot be read", got=header[:60], expected="data:image/png;base64,…"
+        )
+    try:
+        # Some writers break the lines.
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError("the data: URL cannot be read", got=error, expected="base64") from None
+
+
+def picture_of(image: "Image", name: str, settings: VisionSettings) -> Picture:
+    """Flatten and resize a decoded or a lazily opened image."""
+    from PIL import Image
+
+    check_pixels(image.size, name)
+    image = flattened(image, name)
+    height, width = picture_size(image.height, image.width, settings)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return Picture(name, image.size, np.array(resized), settings)
+
+
+def check_pixels(size: tuple[int, int], name: str) -> None:
+    """Refuse what is too large to decode, before it is decoded."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{name} is too large to open",
+            got=f"{width}x{height}, {width * height / 1e6:.0f} million pixels",
+            expected=f"at most {MAX_PIXELS / 1e6:.0f} million",
+            hint="make it smaller first",
+        )
+
+
+def flattened(image: "Image", name: str) -> "Image":
+    """RGB as it is meant to be seen: turned by its EXIF, transparency on white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(SIXTEEN_BIT):
+        # Pillow would clip: all above 255 became white.
+        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise MediaError(
+            f"{name} has pixels without a known range",
+            got=f"mode {image.mode}, 32 bits a pixel",
+            expected="8 or 16 bits",
+            hint="scale it to 8 bits first",
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
+    from PIL import Image, UnidentifiedImageError
+
+    head = file.read(64)
+    file.seek(0)
+    with _refusals(name):
+        if is_heic(head):
+            return picture_of(read_heic(file.read(MAX_FILE_BYTES), name), name, settings)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise MediaError(
+                f"{name} is no picture that can be read", got=kind(head), expected=FORMATS_READ
+            ) from None
+        with image:
+            return picture_of(image, name, settings)
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Everything that a damaged file makes Pillow raise becomes one refusal."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            # Odd metadata, and a size that is refused with a number of our own.
+            warnings.simplefilter("ignore")
+            yield
+    except MediaError as error:
+        raise error if name in str(error) else MediaError(f"{name}: {error}") from None
+    except MemoryError:
+        raise MediaError(f"{name} does not fit into memory") from None
+    except Image.DecompressionBombError:
+        limit = f"at most {MAX_PIXELS / 1e6:.0f} million pixels"
+        raise MediaError(f"{name} is too large to open", expected=limit) from None
+    except Exception as error:
+        raise MediaError(f"{name} is damaged or incomplete", got=first_line(error)) from None
+
+
+def _is_image(source: object) -> bool:
+    from PIL import Image
+
+    return isinstance(source, Image.Image)
+
+
+def _from_array(array: np.ndarray, name: str) -> "Image":
+    from PIL import Image
+
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not is_known or 0 in array.shape:
+        raise MediaError(
+            f"{name} is an array that is no picture",
+            got=f"{array.dtype} {list(array.shape)}",
+            expected="uint8 [height, width] or [height, width, 1, 3 or 4]",
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+# First bytes of what people try to open, and what to call it.
+KINDS = (
+    (b"%PDF", "a PDF"),
+    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (b"RIFF", "a RIFF file (AVI, WAV)"),
+    (b"PK\x03\x04", "a ZIP archive or an office document"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "XML (SVG?)"),
+    (b"<!DOCTYPE", "a web page"),
+    (b"<html", "a web page"),
+    (b"8BPS", "a Photoshop file"),
+    (b"%!PS", "PostScript"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x89PNG", "a damaged PNG"),
+    (b"\xff\xd8\xff", "a damaged JPEG"),
+    (b"GIF8", "a damaged GIF"),
+)
+
+
+def kind(head: bytes) -> str:
+    """What a file seems to be, by its first bytes."""
+    if head[4:8] == b"ftyp":
+        return "a video (MP4, MOV)"
+    for magic, name in KINDS:
+        if head.lstrip().startswith(magic):
+            return name
+    return f"unknown data that begin with {head[:8]!r}"

@@ -1,0 +1,67 @@
+"""Span and MediaToken: placeholders in a prompt that compare by the picture behind them."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .pictures import Picture
+    from .video import Video
+
+KEY_BITS = 62
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """A picture, or one frame group of a video: what attention and positions treat as one.
+
+    `index` is the frame group, 0 for a picture; `height` and `width` count tokens.
+    """
+
+    media: "Picture | Video"
+    index: int
+    height: int
+    width: int
+
+    def tokens(self) -> list["MediaToken"]:
+        """Its placeholders, row by row."""
+        return list(self._tokens)
+
+    @cached_property
+    def _tokens(self) -> tuple["MediaToken", ...]:
+        grid = f"{self.height} {self.width} {self.index}".encode()
+        key = hashlib.sha256(self.media.digest + grid).digest()
+        start, step = (int.from_bytes(key[i : i + 8], "little") for i in (0, 8))
+        # An odd step is a bijection modulo 2^62: the keys of one span all differ.
+        indices = np.arange(self.height * self.width, dtype=np.uint64)
+        keys = np.uint64(start) + indices * np.uint64(step | 1)
+        values = -2 - (keys & np.uint64(2**KEY_BITS - 1)).astype(np.int64)
+        return tuple(MediaToken.of(self, i, value) for i, value in enumerate(values.tolist()))
+
+
+class MediaToken(int):
+    """One placeholder in a sequence of token ids.
+
+    The value lies below -1 and has 62 bits of the digest, the grid, the frame group and the
+    index: equal pictures give equal ids, all others differ. `index` counts row by row.
+    """
+
+    span: Span
+    index: int
+
+    @classmethod
+    def of(cls, span: Span, index: int, value: int) -> "MediaToken":
+        """The placeholder `index` of a span."""
+        token = cls(value)
+        token.span, token.index = span, index
+        return token
+
+    def __copy__(self) -> "MediaToken":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MediaToken":
+        # A copy of a conversation must not copy its pictures.
+        return self
