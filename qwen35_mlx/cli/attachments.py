@@ -46,6 +46,12 @@ class Attachments:
         images = [each for each in self.media if not is_video(each)]
         return ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
 
+    def counts(self) -> dict[str, int]:
+        """Pictures, videos, and tokens of both."""
+        videos = sum(map(is_video, self.media))
+        pictures = len(self.media) - videos
+        return {"pictures": pictures, "videos": videos, "media_tokens": num_tokens(self.media)}
+
     def add(
         self,
         sources: Sequence[tuple[str, Any]],

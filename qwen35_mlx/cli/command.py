@@ -16,6 +16,7 @@ PATHS = ("MODEL", "SRC", "OUT", "FILE")
 # An empty prompt has an error of its own.
 MAY_BE_EMPTY = ("system", "prompt")
 BITS = ("--bits", "--recipe", "--fit", "--bits-per-weight")
+MEDIA = ("--image", "--video", "--pdf")
 BUDGETS = ("--fit", "--bits-per-weight")
 
 # Options given together, and the options one of which must then be given too. Without any, the
@@ -37,6 +38,9 @@ RULES: dict[str, list[Rule]] = {
     ],
     "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
     "generate": [
+        *((("--raw", name), ()) for name in MEDIA),
+        *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
+        (("--allow-url",), MEDIA),
         *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),
@@ -59,10 +63,11 @@ class Command(TyperCommand):
             refuse_unused(ctx)
             for parameter in self.params:
                 value = ctx.params.get(parameter.name)
-                if parameter.metavar in PATHS and value is not None:
-                    check_path(os.fspath(value))
-                elif parameter.name not in MAY_BE_EMPTY and (value == "" or value == [""]):
-                    ctx.fail(f"{parameter.opts[-1]} is empty.")
+                for each in value if isinstance(value, list) else [value]:
+                    if parameter.name not in MAY_BE_EMPTY and each == "":
+                        ctx.fail(f"{parameter.opts[-1]} is empty.")
+                    if parameter.metavar in PATHS and each is not None:
+                        check_path(os.fspath(each))
             result = super().invoke(ctx)
             # A full disk shows here, while its error can still be reported.
             if sys.stdout:
@@ -99,7 +104,7 @@ def given_options(ctx: Any) -> set[str]:
             continue
         name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[-1]
         given.add(parameter.secondary_opts[0] if value is False else name)
-        given.add(f"{name} {value}")
+        given |= {f"{name} {each}" for each in (value if isinstance(value, list) else [value])}
     return given
 
 

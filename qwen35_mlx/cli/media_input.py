@@ -26,6 +26,15 @@ def vision_settings(model: Any, tokenizer: Any, image_tokens: int | None = None)
     return settings if image_tokens is None else settings.with_tokens(image_tokens)
 
 
+def check_sources(sources: Sequence[str], allow_url: bool) -> None:
+    """Refuse, before a model is loaded, what could not be opened behind it."""
+    for source in sources:
+        if is_url(source):
+            _check_url(source, allow_url)
+        elif source != "-" and find_file(source) is None:
+            raise Qwen35Error(f"no file {source}", expected="a picture, a video or a PDF")
+
+
 def open_media(
     kind: str, source: Any, settings: Any, *, allow_url: bool = False, pages: str | None = None
 ) -> list[Any]:
@@ -52,14 +61,16 @@ def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
     if source == "-":
         return sys.stdin.buffer.read(), "standard input"
     if is_url(source):
-        if not allow_url:
-            raise Qwen35Error("URLs are not fetched", got=source, hint="--allow-url allows it")
+        _check_url(source, allow_url)
         from ..media.fetch import fetch
 
         return fetch(source), source.partition("?")[0].rpartition("/")[2] or source
-    if source.startswith("data:"):
-        return source, "data URL"
     return find_file(source) or source, ""
+
+
+def _check_url(source: str, allow_url: bool) -> None:
+    if not allow_url:
+        raise Qwen35Error("URLs are not fetched", got=source, hint="--allow-url allows it")
 
 
 def is_url(source: str) -> bool:
