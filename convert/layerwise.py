@@ -106,7 +106,7 @@ class Layerwise:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
         # A model without layers: embedding, last norm and head.
-        self.ends = Model(replace(self.config, num_hidden_layers=0, layer_types=()))
+        self.ends = Model(replace(self.config, num_hidden_layers=0, layer_types=(), vision=None))
         weights = {
             name: array
             for part in ("embed_tokens.", "norm.")

@@ -235,7 +235,7 @@ def plan(
         )
     opened = open_any(source, revision)
     found = resolve(opened.config, opened.tensors)
-    if found.quantizations:
+    if any(match.quantization for match in found.text_matches):
         return _copy(opened, found, *asked)
 
     def quantization(module: str, role: Role) -> Setting | None:
@@ -249,7 +249,14 @@ def plan(
         check_settings(module_bits, module_group_size, module_method, where=module)
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
-    entries = [_entry(match, quantization, dtype) for match in found.matches]
+    entries = [
+        entry
+        for match in found.matches
+        # A tower may be quantized where the text is not.
+        for entry in (
+            _copied(match) if match.quantization else [_entry(match, quantization, dtype)]
+        )
+    ]
     _check_groups(entries)
     settings = {
         "bits": bits,

@@ -52,6 +52,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mamba_ssm_dtype": ("float32", None),
     "rope_scaling": (None,),
 }
+# The same of the vision tower. Position embeddings and windows of other families of models.
+VISION_SIZES = tuple(
+    """depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size
+    spatial_merge_size num_position_embeddings out_hidden_size""".split()
+)
+VISION_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "deepstack_visual_indexes": ([], None),
+    "fullatt_block_indexes": ([], None),
+    "window_size": (None,),
+}
+VISION_INERT = frozenset(
+    """attention_dropout dtype id2label initializer_range label2id model_type output_attentions
+    output_hidden_states problem_type return_dict rope_parameters tokens_per_second torch_dtype
+    transformers_version _name_or_path _attn_implementation architectures
+    chunk_size_feed_forward is_encoder_decoder""".split()
+)
+VISION_THETA = 1e4
 # Keys that say nothing about the forward pass of the text model.
 INERT = frozenset(
     """architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype
@@ -95,7 +113,46 @@ class VisionConfig:
     spatial_merge_size: int
     num_position_embeddings: int
     out_hidden_size: int
-    rope_theta: float = 1e4
+    rope_theta: float = VISION_THETA
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], hidden_size: int) -> "VisionConfig":
+        """Check `vision_config` of a config.json; `hidden_size` is that of the text model."""
+        vision = config.get("vision_config")
+        if not isinstance(vision, Mapping):
+            raise ConfigError(
+                "vision_config is not an object", got=repr(vision)[:80], expected="an object"
+            )
+        _refuse_unsupported(vision, VISION_NEUTRAL, "vision_config.")
+        text_rope = (config.get("text_config") or config).get("rope_parameters") or {}
+        _refuse_unsupported(text_rope, {"mrope_interleaved": (True,)}, "rope_parameters.")
+        get, rope = _Reader(vision, "vision_config."), vision.get("rope_parameters") or {}
+        kind = rope.get("rope_type", "axial") if isinstance(rope, Mapping) else rope
+        if kind != "axial":
+            raise _unsupported("vision_config.rope_parameters.rope_type", kind, "'axial'")
+        theta = _Reader(rope, "vision_config.rope_parameters.").number("rope_theta", VISION_THETA)
+        sizes: dict[str, Any] = {key: get.positive(key) for key in VISION_SIZES}
+        result = cls(**sizes, rope_theta=theta)
+        _report_unknown(vision, {*VISION_SIZES, *VISION_NEUTRAL, *VISION_INERT}, "vision_config.")
+        if result.hidden_size % (4 * result.num_heads):
+            raise ConfigError(
+                "vision_config.num_heads does not fit hidden_size",
+                got=f"{result.num_heads} heads in {result.hidden_size}",
+                expected="heads of a multiple of 4",
+            )
+        if result.grid_size**2 != result.num_position_embeddings:
+            raise _unsupported(
+                "vision_config.num_position_embeddings",
+                result.num_position_embeddings,
+                "a square, as 2304 = 48 * 48",
+            )
+        if result.out_hidden_size != hidden_size:
+            raise ConfigError(
+                "vision_config.out_hidden_size is not the hidden size of the text model",
+                got=result.out_hidden_size,
+                expected=hidden_size,
+            )
+        return result
 
     @property
     def head_dim(self) -> int:
@@ -190,7 +247,11 @@ class ModelConfig:
                 got=f"{inner_type!r} inside {model_type!r}",
                 expected="both dense or both mixture-of-experts",
             )
-        _refuse_unsupported(text)
+        if "hidden_act" not in text:
+            raise ConfigError(
+                "config key hidden_act is missing", got="no such key", expected="'silu'"
+            )
+        _refuse_unsupported(text, NEUTRAL)
         get = _Reader(text)
         layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))
         # In transformers the outer one decides, whatever stands in text_config.
@@ -207,7 +268,8 @@ class ModelConfig:
             fuses_linear_projections=fuses,
             **sizes,
         )
-        _report_unknown(text, {f.name for f in fields(cls)})
+        known = {f.name for f in fields(cls)} | {"rope_parameters", TRAINED_LENGTH}
+        _report_unknown(text, known | INERT | NEUTRAL.keys())
         result._check()
         return result
 
@@ -318,18 +380,17 @@ def _unsupported(key: str, value: object, expected: str) -> ConfigError:
     return ConfigError(f"{key}={value!r} is not supported", got=repr(value), expected=expected)
 
 
-def _refuse_unsupported(text: Mapping[str, Any]) -> None:
-    if "hidden_act" not in text:
-        raise ConfigError("config key hidden_act is missing", got="no such key", expected="'silu'")
-    for key, allowed in NEUTRAL.items():
+def _refuse_unsupported(
+    text: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = ""
+) -> None:
+    for key, allowed in neutral.items():
         if key in text and text[key] not in allowed:
             wanted = " or ".join(repr(v) for v in allowed if v is not None) or "absent"
-            raise _unsupported(key, text[key], wanted)
+            raise _unsupported(prefix + key, text[key], wanted)
 
 
-def _report_unknown(text: Mapping[str, Any], known: set[str]) -> None:
-    known |= INERT | NEUTRAL.keys() | {"rope_parameters", TRAINED_LENGTH}
-    unknown = sorted(key for key in text if key not in known)
+def _report_unknown(text: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
+    unknown = sorted(prefix + key for key in text if key not in known)
     if unknown:
         log.warning("config keys without a known meaning are not used: %s", ", ".join(unknown))
 
@@ -378,9 +439,9 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
             got=f"{rotary_dim} rotated dims",
             expected=f"an even number from 2 to {head_dim}",
         )
-    theta = get.number("rope_theta")
+    theta, section = get.number("rope_theta"), _mrope_section(rope)
     if kind == "default":
-        return RopeConfig(theta, rotary_dim)
+        return RopeConfig(theta, rotary_dim, mrope_section=section)
     factor = get.number("factor")
     if rope.get("attention_factor") is not None:
         attention_factor = get.number("attention_factor")
@@ -397,7 +458,24 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
         beta_fast=get.number("beta_fast", 32),
         beta_slow=get.number("beta_slow", 1),
         truncate=get.flag("truncate", default=True),
+        mrope_section=section,
     )
+
+
+def _mrope_section(rope: Mapping[str, Any]) -> tuple[int, int, int]:
+    section = rope.get("mrope_section")
+    if section is None:
+        return MROPE_SECTION
+    if (
+        not isinstance(section, list)
+        or len(section) != 3
+        or not all(type(n) is int and n >= 0 for n in section)
+    ):
+        raise _unsupported(
+            "rope_parameters.mrope_section", section, "three numbers, as [11, 11, 10]"
+        )
+    time, row, column = section
+    return time, row, column
 
 
 def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:

@@ -20,6 +20,8 @@ QUERY_MULTIPLE = 32
 # Attention scores that are there at once: at most these, and at most a share of the GPU's memory.
 # 64 queries of the 397B have as much at 262,144 tokens, as many as a tile of MLX's matmul.
 MAX_SCORES_BYTES, SCORES_SHARE = 1_250_000_000, 1 / 8
+# The vision tower's widest activations: scores of a block of queries, rows of a feed-forward.
+VISION_CHUNK_BYTES = 128_000_000
 # The end of the system prompt, of the last question, of the last answer, and one that is written.
 MIN_SNAPSHOTS = 4
 # A point of the 397B takes 0.19 GB; more than 4 GB of points are rarely gone back to.

@@ -28,7 +28,7 @@ FOREIGN = {
 # Scales of activations and of the KV cache: FP8 weights are complete without them.
 ACTIVATION_SCALE = re.compile(r"([._](activation|input|output)|\.(q|k|v|kv))_scale$")
 # Computed from config.json, not learned.
-BUFFER = re.compile(r"\.rotary_emb\.inv_freq$")
+BUFFER = re.compile(r"\.rotary(_pos)?_emb\.inv_freq$")
 BF16_HINT = "convert from the bf16 checkpoint of the same model"
 
 

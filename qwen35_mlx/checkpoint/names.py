@@ -14,6 +14,9 @@ PREFIXES = ("model", "language_model", "module", "base_model")
 # Components that torch.compile and FSDP put anywhere.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TRUNK = ("embed_tokens", "layers", "norm")
+# The vision tower as MLX programs name it, and as Hugging Face does.
+TOWER = "vision_tower."
+TOWERS = (TOWER, "visual.")
 ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
 
 
@@ -22,6 +25,11 @@ def bare(name: str) -> str:
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     parts = list(dropwhile(lambda part: part in PREFIXES, parts))
     return ".".join(parts) if parts and parts[0] in ROOTS else name
+
+
+def is_of_tower(name: str) -> bool:
+    """Whether a tensor belongs to a vision tower."""
+    return bare(name).startswith(TOWERS)
 
 
 def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:

@@ -4,16 +4,16 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig
+from ..config import ModelConfig, VisionConfig
 from ..errors import CheckpointError
 from .formats import ACTIVATION_SCALE, BUFFER, SCALE, Block, fp8_block, is_mlx_layout
 from .headers import FLOATS, FP8, SourceTensor, some
-from .names import TRUNK, bare, by_bare_name, fold, natural, output_name
+from .names import TOWER, TRUNK, bare, by_bare_name, fold, is_of_tower, natural, output_name
 from .quantization import MODES, Claims, Quantization, infer
 from .tensor_table import Role, Row, Transform, filled, model_sizes, output_shape, shape_of, walk
 
@@ -95,9 +95,15 @@ class Resolved:
         return [match for match in self.matches if match.row.role is not Role.CARRIED]
 
     @property
+    def tower_matches(self) -> list[Match]:
+        """The parameters of the vision tower, where config.json describes one that is there."""
+        has_tower = self.config.vision is not None
+        return [match for match in self.matches if has_tower and match.name.startswith(TOWER)]
+
+    @property
     def is_converted(self) -> bool:
         """Whether the model runs from these files as they are."""
-        return self.is_mlx or any(match.quantization for match in self.matches)
+        return self.is_mlx or any(match.quantization for match in self.text_matches)
 
 
 def resolve(raw_config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) -> Resolved:
@@ -106,8 +112,14 @@ def resolve(raw_config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) 
     Missing, unknown and misshapen tensors are collected and raised as one CheckpointError.
     """
     config = ModelConfig.from_hf(raw_config)
-    block = fp8_block(raw_config, tensors)
-    return _Resolver(config, raw_config, by_bare_name(tensors), block).run()
+    block, named = fp8_block(raw_config, tensors), by_bare_name(tensors)
+    if any(map(is_of_tower, named)):
+        if raw_config.get("vision_config") is None:
+            log.warning("no vision_config in config.json: the vision tower is kept, but cannot run")
+        else:
+            vision = VisionConfig.from_hf(raw_config, config.hidden_size)
+            config = replace(config, vision=vision)
+    return _Resolver(config, raw_config, named, block).run()
 
 
 def refuse_other_head(head: SourceTensor, embedding: SourceTensor) -> CheckpointError:
@@ -195,6 +207,8 @@ class _Resolver:
         source, name = filled(row.source, layer), filled(row.output or row.source, layer)
         transform = Transform.KEEP if self.is_mlx else row.transform
         shape = shape_of(row.shape, self.sizes)
+        if row.transform is Transform.CHANNELS_LAST:
+            transform = self._patch_transform(name, source, shape, transform)
         if transform is not row.transform:
             shape = output_shape(row.transform, shape)
         kept, ranges = shape, [(0, math.prod(shape[:-1]))]
@@ -214,6 +228,16 @@ class _Resolver:
         stored = [one for one in found if one]
         if len(stored) == len(found) and self._agree(stored):
             yield self._build(row, name, transform, kept, stored, ranges)
+
+    def _patch_transform(
+        self, name: str, source: str, shape: tuple[int, ...], usual: Transform
+    ) -> Transform:
+        """The tower may come from another program than the text: its own shape decides."""
+        tensor = self.tensors.get(name) or self.tensors.get(source)
+        last = output_shape(Transform.CHANNELS_LAST, shape)
+        if tensor is None or shape == last or tensor.shape not in (shape, last):
+            return usual
+        return Transform.CHANNELS_LAST if tensor.shape == shape else Transform.KEEP
 
     def _build(
         self,

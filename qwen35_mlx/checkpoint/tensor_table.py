@@ -2,7 +2,9 @@
 
 # H hidden, F feed-forward width; Hq/Hkv heads of attention, of dim D; Hk/Hv key/value heads of
 # linear attention, of dims Dk/Dv, R of the latter to one of the former, C channels of the
-# convolution; E experts of width I, S width of the shared one.
+# convolution; E experts of width I, S width of the shared one. Of the vision tower: Vh hidden, Vf
+# feed-forward width, Vm width of what is merged, Vp positions, Vc channels, Vt frames, Vs side of a
+# patch.
 
 import math
 from collections.abc import Iterator, Mapping
@@ -38,8 +40,8 @@ class Transform(Enum):
 class Row:
     """A tensor of the source, what happens to it, its shape there, who has it, where it goes.
 
-    Names are bare; `{layer}` and `{expert}` are filled in, and a final `*` stands for any rest, of
-    any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`. `output` is named if it is
+    Names are bare; `{layer}`, `{block}` (of the tower) and `{expert}` are filled in, and a final
+    `*` stands for any rest, of any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`. `output` is named if it is
     another than `source`, `each` if every expert may be stored by itself. `split` = (groups,
     widths): the rows are groups of parts, and the output is some `parts` of all.
     """
@@ -57,7 +59,7 @@ class Row:
 
 def model_sizes(c: ModelConfig) -> dict[str, int]:
     """The numbers that shapes in the table are made of."""
-    return {
+    sizes = {
         "vocab": c.vocab_size,
         "H": c.hidden_size,
         "F": c.intermediate_size,
@@ -75,15 +77,34 @@ def model_sizes(c: ModelConfig) -> dict[str, int]:
         "I": c.moe_intermediate_size,
         "S": c.shared_expert_intermediate_size,
     }
+    if v := c.vision:
+        sizes |= {
+            "Vh": v.hidden_size,
+            "Vf": v.intermediate_size,
+            "Vm": v.hidden_size * v.spatial_merge_size**2,
+            "Vp": v.num_position_embeddings,
+            "Vc": v.in_channels,
+            "Vt": v.temporal_patch_size,
+            "Vs": v.patch_size,
+        }
+    return sizes
 
 
 def _facts(config: ModelConfig, layer: int) -> set[str]:
+    """What `when` of a row may ask for; `layer` is -1 where it is of no layer of the text."""
     return {
-        "linear" if config.layer_types[layer] == LINEAR else "full",
+        "linear" if layer >= 0 and config.layer_types[layer] == LINEAR else "full",
+        "vision" if config.vision else "blind",
         "fused" if config.fuses_linear_projections else "apart",
         "moe" if config.is_moe else "dense",
         "tied" if config.tie_word_embeddings else "untied",
     }
+
+
+def _tower(name: str, shape: str, transform: Transform = Transform.KEEP) -> Row:
+    return Row(
+        f"visual.{name}", Role.CARRIED, shape, "vision", transform, output=f"vision_tower.{name}"
+    )
 
 
 PLAIN, DECAY, QUANTIZED, ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
@@ -144,25 +165,51 @@ TABLE: tuple[Row, ...] = (
     Row("lm_head.*", Role.DROPPED, when="tied"),
     # The norms of the MTP layers keep their zero-centred weights.
     Row("mtp.*", Role.CARRIED),
-    Row("visual.patch_embed.proj.weight", Role.CARRIED, transform=Transform.CHANNELS_LAST,
-        output="vision_tower.patch_embed.proj.weight"),
-    Row("visual.*", Role.CARRIED, output="vision_tower.*"),
-    Row("vision_tower.*", Role.CARRIED),
+    _tower("patch_embed.proj.weight", "Vh Vc Vt Vs Vs", Transform.CHANNELS_LAST),
+    _tower("patch_embed.proj.bias", "Vh"),
+    _tower("pos_embed.weight", "Vp Vh"),
+    _tower("blocks.{block}.norm1.weight", "Vh"),
+    _tower("blocks.{block}.norm1.bias", "Vh"),
+    _tower("blocks.{block}.attn.qkv.weight", "3*Vh Vh"),
+    _tower("blocks.{block}.attn.qkv.bias", "3*Vh"),
+    _tower("blocks.{block}.attn.proj.weight", "Vh Vh"),
+    _tower("blocks.{block}.attn.proj.bias", "Vh"),
+    _tower("blocks.{block}.norm2.weight", "Vh"),
+    _tower("blocks.{block}.norm2.bias", "Vh"),
+    _tower("blocks.{block}.mlp.linear_fc1.weight", "Vf Vh"),
+    _tower("blocks.{block}.mlp.linear_fc1.bias", "Vf"),
+    _tower("blocks.{block}.mlp.linear_fc2.weight", "Vh Vf"),
+    _tower("blocks.{block}.mlp.linear_fc2.bias", "Vh"),
+    _tower("merger.norm.weight", "Vh"),
+    _tower("merger.norm.bias", "Vh"),
+    _tower("merger.linear_fc1.weight", "Vm Vm"),
+    _tower("merger.linear_fc1.bias", "Vm"),
+    _tower("merger.linear_fc2.weight", "H Vm"),
+    _tower("merger.linear_fc2.bias", "H"),
+    # A tower that config.json does not describe cannot run; its tensors are kept as they are.
+    Row("visual.patch_embed.proj.weight", Role.CARRIED, "", "blind",
+        Transform.CHANNELS_LAST, output="vision_tower.patch_embed.proj.weight"),
+    Row("visual.*", Role.CARRIED, "", "blind", output="vision_tower.*"),
+    Row("vision_tower.*", Role.CARRIED, "", "blind"),
 )  # fmt: skip
 
 
 def walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
-    """The rows that a model has, with the number of the layer, in the order of the output."""
-    for per_layer, group in groupby(TABLE, lambda row: "{layer}" in row.source):
+    """The rows that a model has, with the number of the layer or block, in order of the output."""
+    depth = config.vision.depth if config.vision else 0
+    for (per_layer, per_block), group in groupby(
+        TABLE, lambda row: ("{layer}" in row.source, "{block}" in row.source)
+    ):
         rows = [(row, set(row.when.split())) for row in group]
-        for layer in range(config.num_hidden_layers) if per_layer else (-1,):
-            facts = _facts(config, layer)
-            yield from ((row, layer) for row, when in rows if when <= facts)
+        numbers = range(config.num_hidden_layers) if per_layer else range(depth)
+        for number in numbers if per_layer or per_block else (-1,):
+            facts = _facts(config, number if per_layer else -1)
+            yield from ((row, number) for row, when in rows if when <= facts)
 
 
-def filled(name: str, layer: int, expert: int = 0) -> str:
-    """A name of the table in one layer."""
-    return name.format(layer=f"layers.{layer}.", expert=expert)
+def filled(name: str, number: int, expert: int = 0) -> str:
+    """A name of the table in one layer, or one block of the tower."""
+    return name.format(layer=f"layers.{number}.", block=number, expert=expert)
 
 
 def shape_of(text: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -186,7 +233,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     sizes = model_sizes(config)
     found = {}
     for row, layer in walk(config):
-        if row.shape:
+        if row.shape and row.role is not Role.CARRIED:
             name = filled(row.source, layer)
             prefix = "model.language_model." if name.partition(".")[0] in TRUNK else ""
             found[prefix + name] = shape_of(row.shape, sizes)

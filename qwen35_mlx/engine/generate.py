@@ -9,10 +9,18 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..errors import Qwen35Error
+from ..errors import PromptError, Qwen35Error
+from ..media.tokens import MediaToken
 from ..model.cache import cached_tokens
 from ..model.language import Model
-from ..prompt import Prompt, check_ids, check_length, encode_prompt
+from ..prompt import (
+    Prompt,
+    banned_ids,
+    check_ids,
+    check_length,
+    encode_prompt,
+    without_media,
+)
 from .decode import decode
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
@@ -56,6 +64,9 @@ def stream_generate(
     tokenizer: Any,
     prompt: Prompt,
     *,
+    images: Sequence[Any] | None = None,
+    videos: Sequence[Any] | None = None,
+    allow_url: bool = False,
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
@@ -69,16 +80,27 @@ def stream_generate(
     """Yield a response per token, with mlx-lm's fields; text may lag where it is not final yet.
 
     prompt: plain text, token ids, or messages for the chat template (`enable_thinking` goes to
-    it). `cache` holds what was read before the prompt's ids; `cached_ids`, if given, makes the
-    repetition penalty count that too. `stop` strings end the answer and are not part of it.
-    `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
+    it). `images` are paths, bytes, data: URLs, Pillow images or arrays, `videos` paths, bytes or
+    lists of frames; they come before the text of the user's last message, and a plain text with
+    them is such a message. `allow_url` also fetches web addresses. `cache` holds what was read
+    before the prompt's ids; `cached_ids`, if given, makes the repetition penalty count that too,
+    and must be given, whole, where either has pictures. `stop` strings end the answer and are not
+    part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
     presence_penalty, repetition_penalty. `progress(read, total)` follows the prefill. The answer
     also ends at `max_tokens` (1,024 if None) and where the context is full. Errors in the
     arguments are raised by the call, before anything is read.
     """
-    ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
+    ids = encode_prompt(
+        tokenizer,
+        prompt,
+        enable_thinking=enable_thinking,
+        images=images,
+        videos=videos,
+        allow_url=allow_url,
+    )
     check_ids(ids, model.config.vocab_size)
     already = cached_tokens(cache or [])
+    _check_cached(ids, cached_ids, already)
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
@@ -89,13 +111,26 @@ def stream_generate(
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)
-    sampler = Sampler(params, mx.array([*cached_ids, *ids]), seed)
+    counted = mx.array(without_media(tokenizer, [*cached_ids, *ids]))
+    sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
     read_before = list(cached_ids) or [UNKNOWN_ID] * already
     prompt_cache = PromptCache(model, read_before, cache)
     parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
     limit = min(limit, room)
     ends = tokenizer.eos_token_ids
     return _responses(prompt_cache, ids, sampler, limit, parser, ends, prefill_step_size, progress)
+
+
+def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], already: int) -> None:
+    """Behind pictures a token's position is not its place: only their ids tell what it is."""
+    has_pictures = any(isinstance(i, MediaToken) for part in (ids, cached_ids) for i in part)
+    if has_pictures and len(cached_ids) != already:
+        raise PromptError(
+            "the ids in the cache must be known where there are pictures",
+            got=f"{len(cached_ids)} cached_ids and a cache of {already} tokens",
+            expected=f"cached_ids: all {already}, with their MediaTokens",
+            hint="qwen35_mlx.Chat keeps both together",
+        )
 
 
 def check_count(name: str, value: Any) -> int:

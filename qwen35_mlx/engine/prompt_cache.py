@@ -11,9 +11,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import Qwen35Error
+from ..media.tokens import MediaToken
 from ..memory import PREFILL_STEP_SIZE
 from ..model.cache import CacheEntry, Snapshot, fork, restore, snapshot
 from ..model.language import Model
+from ..model.rope import media_positions
+from .features import FeatureStore
 
 # Tokens that a caller's own cache holds and whose ids are not given.
 UNKNOWN_ID = -1
@@ -27,16 +30,26 @@ class PromptCache:
 
     No other code writes to either. Whenever a caller can look, both agree, or the cache knows
     that they do not (an interrupt in the middle of a step) and goes back to a snapshot.
+    Ids of pictures are `MediaToken`s, each of them its own: another picture has other ids.
     """
 
-    def __init__(self, model: Model, ids: Iterable[int] = (), entries: list[Any] | None = None):
+    def __init__(
+        self,
+        model: Model,
+        ids: Iterable[int] = (),
+        entries: list[Any] | None = None,
+        features: FeatureStore | None = None,
+    ):
         """`entries` are layer caches that have read `ids`; empty ones if None."""
         self.model = model
+        self.features = features or FeatureStore(model)
         self.entries: list[CacheEntry] = model.make_cache() if entries is None else entries
         self.snapshots: dict[int, Snapshot] = {}
         # Who may continue this sequence; a weak reference, so that a forgotten chat holds nothing.
         self.owner: Callable[[], object] | None = None
         self._ids = list(ids)
+        # The position of the next token less the number of tokens: behind pictures it is below 0.
+        self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
 
@@ -75,11 +88,7 @@ class PromptCache:
                     return None
                 size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
                 piece = list(ids[at - start : min(at + size, cut) - start])
-                self._is_consistent = False
-                hidden = self.model.trunk(mx.array([piece]), self.entries, last_only=True)
-                mx.eval(hidden, [entry.state for entry in self.entries])
-                self._ids += piece
-                self._is_consistent = True
+                hidden = self._read_piece(piece)
                 if progress:
                     progress(len(self._ids) - start, len(ids))
                 if len(piece) == PREFILL_STEP_SIZE:
@@ -87,7 +96,35 @@ class PromptCache:
                     mx.clear_cache()
             if cut in marks:
                 self.snapshot()
+        self.features.trim()
         return hidden
+
+    def _read_piece(self, piece: list[int]) -> mx.array:
+        self._is_consistent = False
+        delta = self._rope_delta
+        if shown := [token for token in piece if isinstance(token, MediaToken)]:
+            # A piece may end inside a picture: positions count on from where that begins.
+            positions, following = media_positions(piece, len(self._ids) + delta)
+            delta = following - len(self._ids) - len(piece)
+            hidden = self.model.trunk(
+                None,
+                self.entries,
+                embeddings=self.model.embed(piece, self.features.rows(shown)),
+                positions=mx.array(positions)[:, None],
+                last_only=True,
+            )
+        else:
+            ids = mx.array([piece])
+            hidden = self.model.trunk(ids, self.entries, last_only=True, **self._behind_pictures())
+        mx.eval(hidden, [entry.state for entry in self.entries])
+        self._ids += piece
+        self._rope_delta = delta
+        self._is_consistent = True
+        return hidden
+
+    def _behind_pictures(self) -> dict[str, Any]:
+        """What the trunk must know of them; text alone is read as if there were none."""
+        return {"rope_delta": self._rope_delta} if self._rope_delta else {}
 
     def step(self, token: mx.array) -> mx.array:
         """Read a token `[1]` that is not evaluated yet; `commit` follows with its id.
@@ -95,7 +132,7 @@ class PromptCache:
         Returns the hidden state `[1, 1, H]`, not evaluated.
         """
         self._is_consistent = False
-        return self.model.trunk(token[:, None], self.entries)
+        return self.model.trunk(token[:, None], self.entries, **self._behind_pictures())
 
     def commit(self, token: int) -> None:
         """The id of the token that the last `step` has read."""
@@ -108,10 +145,13 @@ class PromptCache:
 
     def snapshot(self) -> Snapshot:
         """Remember this point. It costs the recurrent state; keys and values cost an offset."""
-        point = self.snapshots.get(len(self._ids)) or snapshot(self.entries, len(self._ids))
+        point = self.snapshots.get(len(self._ids)) or self._end()
         self.snapshots[point.num_tokens] = point
         self.mark_used(point.num_tokens)
         return point
+
+    def _end(self) -> Snapshot:
+        return snapshot(self.entries, len(self._ids), self._rope_delta)
 
     def mark_used(self, num_tokens: int) -> None:
         """Count the snapshot at `num_tokens`, if there is one, as used now."""
@@ -134,8 +174,10 @@ class PromptCache:
         kept = self._point_before(num_tokens)
         if kept == 0:
             self.entries = self.model.make_cache()
+            self._rope_delta = 0
         elif kept < len(self._ids) or not self._is_consistent:
             restore(self.entries, self.snapshots[kept])
+            self._rope_delta = self.snapshots[kept].rope_delta
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
@@ -145,10 +187,11 @@ class PromptCache:
     def fork(self, num_tokens: int) -> "PromptCache":
         """A second cache that holds the first `num_tokens`, one of this one's points."""
         if num_tokens == 0:
-            return PromptCache(self.model)
+            return PromptCache(self.model, features=self.features)
         # Without a snapshot there, it is the end.
-        point = self.snapshots.get(num_tokens) or snapshot(self.entries, num_tokens)
-        copy = PromptCache(self.model, self._ids[:num_tokens], fork(self.entries, point))
+        point = self.snapshots.get(num_tokens) or self._end()
+        ids, entries = self._ids[:num_tokens], fork(self.entries, point)
+        copy = PromptCache(self.model, ids, entries, self.features)
         copy.snapshots = {n: s for n, s in self.snapshots.items() if n <= num_tokens}
         return copy
 
@@ -162,6 +205,12 @@ class PromptCache:
         """The last point at or before `num_tokens`; an empty cache is always one."""
         points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
+
+
+def rope_delta(ids: Iterable[int]) -> int:
+    """The position of the token behind `ids` less their number."""
+    shown = [token for token in ids if isinstance(token, MediaToken)]
+    return media_positions(shown, 0)[1] - len(shown)
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

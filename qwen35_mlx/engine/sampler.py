@@ -25,13 +25,24 @@ Mask = mx.array | None
 class Sampler:
     """Draws tokens one after another; remembers what the penalties need, all on the device."""
 
-    def __init__(self, params: SamplingParams, prompt: mx.array, seed: int | None = None):
-        """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not."""
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: mx.array,
+        seed: int | None = None,
+        banned: Sequence[int] = (),
+    ):
+        """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not.
+
+        Tokens of `banned` are never drawn.
+        """
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
             raise Qwen35Error("seed is not usable", got=repr(seed), expected=f"0 to {MAX_SEED}")
         self.params = params
         self._key = mx.random.key(secrets.randbits(63) if seed is None else int(seed))
         self._prompt = prompt
+        self._banned = tuple(banned)
+        self._is_banned: mx.array | None = None
         self._in_text: mx.array | None = None
         self._in_answer: mx.array | None = None
         self._answered: mx.array | None = None
@@ -57,8 +68,8 @@ class Sampler:
         if self._in_text is not None:
             self._in_text[tokens] = True
 
-    def _masks(self, vocab: int) -> tuple[Mask, Mask]:
-        """`[V]` of tokens in the text and of those in the answer, each if its penalty is on."""
+    def _masks(self, vocab: int) -> tuple[Mask, Mask, Mask]:
+        """`[V]` of tokens in the text, in the answer and banned; each if it changes something."""
         repetition = self.params.repetition_penalty != 1.0
         presence = self.params.presence_penalty != 0.0
         if repetition and self._in_text is None:
@@ -68,7 +79,14 @@ class Sampler:
             self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
             if self._answered is not None:
                 self._in_answer[self._answered] = True
-        return self._in_text if repetition else None, self._in_answer if presence else None
+        if self._banned and self._is_banned is None:
+            self._is_banned = mx.zeros(vocab, dtype=mx.bool_)
+            self._is_banned[mx.array(self._banned)] = True
+        return (
+            self._in_text if repetition else None,
+            self._in_answer if presence else None,
+            self._is_banned,
+        )
 
 
 def draw(
@@ -77,6 +95,7 @@ def draw(
     key: mx.array,
     in_text: Mask = None,
     in_answer: Mask = None,
+    is_banned: Mask = None,
 ) -> mx.array:
     """Tokens `[B]` from logits `[B, V]` at a temperature above 0; a row depends on no other.
 
@@ -85,7 +104,7 @@ def draw(
     if key.ndim == 1:
         key = mx.random.split(key, logits.shape[0])
     top_k = int(params.top_k) if params.top_k < logits.shape[-1] else 0
-    return _draw(logits, key, scalars(params), top_k, in_text, in_answer)
+    return _draw(logits, key, scalars(params), top_k, in_text, in_answer, is_banned)
 
 
 @lru_cache(maxsize=64)
@@ -96,23 +115,33 @@ def scalars(params: SamplingParams) -> Scalars:
     return {name: mx.array(v, mx.float32) for name, v in values.items() if v != off.get(name)}
 
 
-def penalise(logits: mx.array, values: Scalars, in_text: Mask, in_answer: Mask) -> mx.array:
-    """logits `[B, V]` -> the same, float32 where a penalty is on."""
+def penalise(
+    logits: mx.array, values: Scalars, in_text: Mask, in_answer: Mask, is_banned: Mask = None
+) -> mx.array:
+    """logits `[B, V]` -> the same, float32 where a penalty is on; banned ones are -inf."""
     if in_text is not None:
         penalty, logits = values["repetition_penalty"], logits.astype(mx.float32)
         weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
         logits = mx.where(in_text, weaker, logits)
     if in_answer is not None:
         logits = logits.astype(mx.float32) - values["presence_penalty"] * in_answer
+    if is_banned is not None:
+        logits = mx.where(is_banned, -mx.inf, logits)
     return logits
 
 
 # A new trace for new shapes and other parameters that are on, not for other values of them.
 @mx.compile
 def _draw(
-    logits: mx.array, keys: mx.array, values: Scalars, top_k: int, in_text: Mask, in_answer: Mask
+    logits: mx.array,
+    keys: mx.array,
+    values: Scalars,
+    top_k: int,
+    in_text: Mask,
+    in_answer: Mask,
+    is_banned: Mask,
 ) -> mx.array:
-    logits = penalise(logits, values, in_text, in_answer).astype(mx.float32)
+    logits = penalise(logits, values, in_text, in_answer, is_banned).astype(mx.float32)
     # Costs: an ascending stable sort puts the likeliest first, and of equal ones the lowest id.
     costs = -logits / values["temperature"]
     if not top_k and "top_p" not in values:

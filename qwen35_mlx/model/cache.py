@@ -42,6 +42,8 @@ class Snapshot:
 
     num_tokens: int
     entries: tuple[int | tuple[mx.array, ...], ...]
+    # The position of the next token less `num_tokens`.
+    rope_delta: int = 0
     # The tick at which it was last of use; see PrefixStore.
     last_used: int = 0
 
@@ -52,7 +54,7 @@ class Snapshot:
         return sum(a.nbytes for a in arrays if a is not None)
 
 
-def snapshot(cache: Sequence[Any], num_tokens: int) -> Snapshot:
+def snapshot(cache: Sequence[Any], num_tokens: int, rope_delta: int = 0) -> Snapshot:
     """Remember an unbatched cache that has read `num_tokens`; copies nothing.
 
     The recurrent arrays are replaced, never written in place, so keeping a reference is a copy.
@@ -60,6 +62,7 @@ def snapshot(cache: Sequence[Any], num_tokens: int) -> Snapshot:
     return Snapshot(
         num_tokens,
         tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache),
+        rope_delta,
     )
 
 

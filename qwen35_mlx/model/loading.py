@@ -14,8 +14,9 @@ from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, ConfigError, first_line
 from ..kernels import choice, tiers
+from ..media.settings import VisionSettings, read_settings
 from ..memory import allow, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
@@ -67,7 +68,7 @@ def open_model(folder: Path) -> tuple[Model, dict[str, Any], int]:
         raise not_converted(folder)
     model = Model(found.config)
     quantize_modules(model, found.quantizations)
-    weights = read_parameters(found.text_matches)
+    weights = read_parameters([*found.text_matches, *found.tower_matches])
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     return model, raw_config, sum(array.nbytes for array in weights.values())
@@ -111,7 +112,8 @@ def _assemble(part: Part, transform: Transform, shards: Shards) -> mx.array:
         array = mx.concatenate(rows).reshape(part.shape)
     if transform is Transform.ADD_ONE:
         return (array.astype(mx.float32) + 1).astype(array.dtype)
-    return array.moveaxis(1, -1) if transform is Transform.TAPS_FIRST else array
+    is_moved = transform in (Transform.TAPS_FIRST, Transform.CHANNELS_LAST)
+    return array.moveaxis(1, -1) if is_moved else array
 
 
 def _stored(tensor: SourceTensor, shards: Shards) -> mx.array:
@@ -168,7 +170,20 @@ def load(
     tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
-    return model, load_tokenizer(folder, config, generation)
+    tokenizer = load_tokenizer(folder, config, generation)
+    tokenizer.vision, tokenizer.no_vision = vision_settings(folder, model)
+    return model, tokenizer
+
+
+def vision_settings(folder: Path, model: Model) -> tuple[VisionSettings | None, str]:
+    """How the model wants its pictures, or why it reads none: text works in any case."""
+    if model.vision_tower is None:
+        return None, "the model's folder has no vision tower"
+    try:
+        settings = read_settings(folder)
+    except ConfigError as error:
+        return None, first_line(error)
+    return settings, "" if settings else f"there is no preprocessor_config.json in {folder}"
 
 
 def choose(kernels: str, model: Model) -> tiers.Tiers:

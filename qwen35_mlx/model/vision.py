@@ -1,22 +1,218 @@
-"""The vision tower: patches of a picture or video to features, one for each token of the text."""
+"""The vision tower: patches of a picture or video to features, one for each token of the text.
+
+F frame groups (1 for a picture), P patches of a group, N = F * P, h x w their grid, p side of a
+patch, V hidden size, D head dim, H hidden size of the text model. The patches of a block that is
+merged follow each other: (h / m, w / m, m, m).
+"""
+
+from functools import lru_cache
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import VisionConfig
+from ..errors import Qwen35Error
+from ..kernels.attention_heads import rotate
+from ..memory import VISION_CHUNK_BYTES
+from .attention import attend
+
+# The reference's, in every size; config.json does not say it.
+NORM_EPS = 1e-6
+# MLX's attention makes no scores of these on the GPU, however many queries there are.
+FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
+# Evaluated at once: bounds the memory, and Ctrl-C works in between.
+BLOCKS_PER_EVAL = 4
 
 
 class VisionTower(nn.Module):
-    """Patch embedding, blocks of attention within a picture, and a merger of 2 x 2 patches."""
+    """Patch embedding, blocks of attention within a frame group, and a merger of m x m patches."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = [VisionBlock(config) for _ in range(config.depth)]
+        self.merger = PatchMerger(config)
 
     def __call__(self, patches: mx.array, grid: tuple[int, int, int]) -> mx.array:
-        """Patches `[N, C * p * p]`, or `[N, C * 2 * p * p]` of a video -> features `[N / 4, H]`.
+        """Patches `[N, C * p * p]` of a picture, `[N, C * T * p * p]` of a video -> `[N / m^2, H]`.
 
-        `grid` is (frame groups, rows, columns) in patches, N their product; the patches of a block
-        that is merged follow each other.
+        `grid` is (F, h, w). The T frames of a group are the frames of a video that count as one; a
+        picture stands for T equal ones.
         """
-        raise NotImplementedError
+        num_groups, height, width = grid
+        merge = self.config.spatial_merge_size
+        if len(patches) != num_groups * height * width or height % merge or width % merge:
+            raise Qwen35Error(
+                "the patches do not fit their grid",
+                got=f"{len(patches)} patches for {grid}",
+                expected=f"rows and columns that are multiples of {merge}, a patch for each cell",
+            )
+        x = self.patch_embed(patches).reshape(num_groups, height * width, -1)
+        x = x + self._positions(height, width).astype(x.dtype)
+        angles = rotary_angles(height, width, self.config)
+        tables = mx.cos(angles)[None], mx.sin(angles)[None]
+        for start in range(0, len(self.blocks), BLOCKS_PER_EVAL):
+            for block in self.blocks[start : start + BLOCKS_PER_EVAL]:
+                x = block(x, tables)
+            mx.eval(x)
+        return self.merger(x.reshape(len(patches), -1))
+
+    def _positions(self, height: int, width: int) -> mx.array:
+        """The square of embeddings, stretched bilinearly to the grid, `[P, V]` fp32."""
+        taps, weights = interpolation(height, width, self.config)
+        # One tap after the other: no four copies at once.
+        return sum(
+            self.pos_embed(mx.array(tap)).astype(mx.float32) * mx.array(weight)[:, None]
+            for tap, weight in zip(taps, weights, strict=True)
+        )
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride is its size: a product with each patch."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        # Holds the weight `[V, T, p, p, C]` as it is on disk.
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, size)
+
+    def __call__(self, patches: mx.array) -> mx.array:
+        """`[N, C * p * p]` or `[N, C * T * p * p]` -> `[N, V]`."""
+        weight = self.proj.weight.transpose(0, 4, 1, 2, 3)
+        if patches.shape[1] * weight.shape[2] == weight[0].size:
+            # All frames of a picture are equal: one product with the sum of their weights.
+            weight = weight.sum(axis=2)
+        weight = weight.reshape(len(weight), -1)
+        if patches.shape[1] != weight.shape[1]:
+            raise Qwen35Error(
+                "the patches do not fit the vision tower",
+                got=f"{patches.shape[1]} numbers a patch",
+                expected=f"{self.proj.weight[0].size}, or those of one frame",
+            )
+        return mx.addmm(self.proj.bias, patches.astype(weight.dtype), weight.T)
+
+
+class VisionBlock(nn.Module):
+    """Norm, attention, residual; norm, feed-forward, residual; all with bias."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
+        self.attn = VisionAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
+        self.mlp = VisionMLP(config.hidden_size, config.intermediate_size)
+
+    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
+        """`[F, P, V]` -> the same."""
+        x = x + self.attn(self.norm1(x), tables)
+        # As many rows at a time as keep the wide activations small.
+        rows = x.reshape(-1, x.shape[-1])
+        chunk = max(1, VISION_CHUNK_BYTES // (self.mlp.width * x.itemsize))
+        if len(rows) <= chunk:
+            return x + self.mlp(self.norm2(x))
+        chunks = []
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
+            chunks.append(part + self.mlp(self.norm2(part)))
+            mx.eval(chunks[-1])
+        return mx.concatenate(chunks).reshape(x.shape)
+
+
+class VisionAttention(nn.Module):
+    """Every patch sees every patch of its own picture, or of its own frame group."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self._num_heads, self._head_dim = config.num_heads, config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
+        """`[F, P, V]`, rotated by cosines and sines `[1, P, D / 2]` -> `[F, P, V]`."""
+        num_groups, num_patches, width = x.shape
+        heads = self.qkv(x).reshape(num_groups, num_patches, 3, self._num_heads, -1)
+        # [3, F, heads, P, D]
+        q, k, v = heads.transpose(2, 0, 3, 1, 4)
+        q, k, scale = rotate(q, *tables), rotate(k, *tables), self._head_dim**-0.5
+        if mx.default_device() == mx.Device(mx.gpu) and self._head_dim in FUSED_HEAD_DIMS:
+            out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            # Or every block of queries would copy the values.
+            v = mx.contiguous(v)
+            out = attend(q, k, v, scale, None, VISION_CHUNK_BYTES)
+        return self.proj(out.swapaxes(1, 2).reshape(num_groups, num_patches, width))
+
+
+class VisionMLP(nn.Module):
+    """The feed-forward part of a block."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.width = width
+        self.linear_fc1 = nn.Linear(hidden_size, width)
+        self.linear_fc2 = nn.Linear(width, hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[..., V]` -> the same."""
+        return self.linear_fc2(nn.gelu_approx(self.linear_fc1(x)))
+
+
+class PatchMerger(nn.Module):
+    """Joins m x m neighbours into the feature of a token; its GELU is the exact one."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self._width = config.hidden_size * config.spatial_merge_size**2
+        self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
+        self.linear_fc1 = nn.Linear(self._width, self._width)
+        self.linear_fc2 = nn.Linear(self._width, config.out_hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """`[N, V]` -> `[N / m^2, H]`."""
+        x = self.norm(x).reshape(-1, self._width)
+        return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
+
+
+@lru_cache(maxsize=4)
+def interpolation(height: int, width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the square of embeddings `[4, P]` and their weights `[4, P]`, fp32, for a grid.
+
+    The corners of the square lie on those of the grid.
+    """
+
+    def axis(num_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        last = config.grid_size - 1
+        at = np.arange(num_cells, dtype=np.float32) * np.float32(last / max(num_cells - 1, 1))
+        # Rounding may carry the last one beyond the square.
+        low = np.minimum(np.floor(at).astype(np.int32), last)
+        return low, np.minimum(low + 1, last), at - low
+
+    (top, bottom, down), (left, right, across) = axis(height), axis(width)
+    rows = [(top, 1 - down), (bottom, down)]
+    columns = [(left, 1 - across), (right, across)]
+    taps = [row[:, None] * config.grid_size + column for row, _ in rows for column, _ in columns]
+    weights = [a[:, None] * b for _, a in rows for _, b in columns]
+    order = block_order(height, width, config.spatial_merge_size)
+    return (
+        np.stack([tap.reshape(-1)[order] for tap in taps]),
+        np.stack([weight.reshape(-1)[order] for weight in weights]),
+    )
+
+
+def rotary_angles(height: int, width: int, config: VisionConfig) -> mx.array:
+    """Angles `[P, D / 2]` in fp32: half of the frequencies by the row, half by the column."""
+    order = block_order(height, width, config.spatial_merge_size)
+    exponents = np.arange(0, config.head_dim // 2, 2) / (config.head_dim // 2)
+    frequencies = (1 / config.rope_theta**exponents).astype(np.float32)
+    row, column = order // width, order % width
+    angles = [axis[:, None].astype(np.float32) * frequencies for axis in (row, column)]
+    return mx.array(np.concatenate(angles, axis=1))
+
+
+def block_order(height: int, width: int, merge: int) -> np.ndarray:
+    """Places in the grid, counted row by row, in the order of the patches."""
+    places = np.arange(height * width).reshape(height // merge, merge, width // merge, merge)
+    return places.swapaxes(1, 2).reshape(-1)
