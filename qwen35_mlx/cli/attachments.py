@@ -14,7 +14,7 @@ from .media_input import (
     is_video,
     num_tokens,
     open_media,
-    vision_settings,
+    picture_settings,
 )
 from .typed_paths import find_file, shell_words, split_media, typed_files
 
@@ -59,7 +59,7 @@ class Attachments:
         pages: str | None = None,
     ) -> None:
         """Open all sources, each a kind and a path or picture; if one fails, none is attached."""
-        settings = vision_settings(self._chat.model, self._chat.tokenizer, self.image_tokens)
+        settings = picture_settings(self._chat.tokenizer, self.image_tokens)
         opened: list[Any] = []
         for kind, source in sources:
             opened += open_media(kind, source, settings, allow_url=self._allow_url, pages=pages)

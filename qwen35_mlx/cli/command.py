@@ -63,9 +63,9 @@ class Command(TyperCommand):
             refuse_unused(ctx)
             for parameter in self.params:
                 value = ctx.params.get(parameter.name)
-                for each in value if isinstance(value, list) else [value]:
+                for each in as_list(value):
                     if parameter.name not in MAY_BE_EMPTY and each == "":
-                        ctx.fail(f"{parameter.opts[-1]} is empty.")
+                        ctx.fail(f"{parameter.opts[0]} is empty.")
                     if parameter.metavar in PATHS and each is not None:
                         check_path(os.fspath(each))
             result = super().invoke(ctx)
@@ -102,10 +102,15 @@ def given_options(ctx: Any) -> set[str]:
         source = ctx.get_parameter_source(parameter.name)
         if source is None or source.name != "COMMANDLINE":
             continue
-        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[-1]
+        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
         given.add(parameter.secondary_opts[0] if value is False else name)
-        given |= {f"{name} {each}" for each in (value if isinstance(value, list) else [value])}
+        given |= {f"{name} {each}" for each in as_list(value)}
     return given
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a repeatable option, or the one of another."""
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def refuse_unused(ctx: Any) -> None:

@@ -14,15 +14,13 @@ MANY_TOKENS = 50_000
 MAX_LINES = 8
 
 
-def vision_settings(model: Any, tokenizer: Any, image_tokens: int | None = None) -> Any:
+def picture_settings(tokenizer: Any, image_tokens: int | None = None) -> Any:
     """How the model wants its pictures, of at most `image_tokens` each; refuses a blind model."""
-    settings = tokenizer.vision if getattr(model, "vision_tower", None) is not None else None
+    from ..prompt import vision_settings
+
+    settings, why_none = vision_settings(tokenizer)
     if settings is None:
-        raise Qwen35Error(
-            "this model reads no pictures and no videos",
-            got="a folder without the weights or the settings of a vision tower",
-            hint="convert the whole checkpoint again; text works",
-        )
+        raise Qwen35Error("this model reads no pictures and no videos", got=why_none)
     return settings if image_tokens is None else settings.with_tokens(image_tokens)
 
 
