@@ -55,7 +55,7 @@ class Attachments:
     def add(
         self,
         sources: Sequence[tuple[str, Any]],
-        ask: Callable[[str], str] | None,
+        ask: Callable[[str], str] | None = None,
         pages: str | None = None,
     ) -> None:
         """Open all sources, each a kind and a path or picture; if one fails, none is attached."""

@@ -8,6 +8,7 @@ import typer
 
 from ..errors import Qwen35Error
 from . import completion, options
+from .media_input import check_sources
 
 
 def chat(
@@ -32,6 +33,8 @@ def chat(
             "prompt.",
         ),
     ] = None,
+    image: options.Images = None,
+    allow_url: options.AllowUrl = False,
     system: options.System = None,
     session: Annotated[
         str | None,
@@ -99,6 +102,7 @@ def chat(
     is_terminal = sys.stdin and sys.stdin.isatty()
     prompts = [] if is_terminal and not prompt else read_prompts(prompt or [])
     sampling = options.sampling_options(ctx)
+    check_sources(image or (), allow_url)
     from .line_input import can_edit, silent_keys
     from .progress import spinner
 
@@ -132,7 +136,10 @@ def chat(
         on_loop=on_loop,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
     )
-    ChatView(conversation, markdown=not plain).run(prompts, session)
+    view = ChatView(conversation, markdown=not plain, allow_url=allow_url)
+    if image:
+        view.attached.add([("image", source) for source in image])
+    view.run(prompts, session)
 
 
 def sessions(

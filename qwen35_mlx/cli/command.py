@@ -46,7 +46,12 @@ RULES: dict[str, list[Rule]] = {
         (("--no-think", "--show-thoughts"), ()),
         (("--json", "--show-thoughts"), ()),
     ],
-    "chat": [(("--demo", "MODEL"), ()), (("--no-think", "--think-budget"), ())],
+    "chat": [
+        (("--demo", "MODEL"), ()),
+        (("--no-think", "--think-budget"), ()),
+        (("--image -",), ("--prompt",)),
+        (("--allow-url", "--prompt"), ("--image",)),
+    ],
     "sessions": [(("--remove", "NAME"), ())],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.

@@ -115,7 +115,7 @@ def generate(
     )
     attached = Attachments(chat, allow_url)
     if media:
-        attached.add(media, None)
+        attached.add(media)
     started = time.perf_counter()
     pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
     if as_json:
