@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import MediaError, first_line
 from .heic import is_heic, read_heic
-from .patches import patches_of, picture_size, pixel_digest
+from .patches import picture_patches, picture_size, pixel_digest
 from .settings import VisionSettings
 from .tokens import Span
 
@@ -71,7 +71,7 @@ class Picture:
 
     def patches(self) -> np.ndarray:
         """float32 [h*w, 3*p*p]: one temporal slice; the official patches hold it twice."""
-        return patches_of(self.pixels[None], self.settings)
+        return picture_patches(self.pixels, self.settings)
 
     def describe(self) -> str:
         """Name, size and tokens."""
@@ -101,16 +101,8 @@ def open_picture(source: Source, settings: VisionSettings, name: str = "picture"
             return _from_file(file, name, settings)
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_file(io.BytesIO(source), name, settings)
-    if isinstance(source, np.ndarray):
-        source = _from_array(source, name)
-    if not _is_image(source):
-        raise MediaError(
-            f"{name} cannot be opened",
-            got=type(source).__name__,
-            expected="a path, bytes, a data: URL, a Pillow image or a numpy array",
-        )
-    with _refusals(name):
-        return picture_of(source, name, settings)
+    with refusals(name):
+        return picture_of(image_of(source, name), name, settings)
 
 
 def checked_path(source: str | os.PathLike[str]) -> Path:
@@ -202,7 +194,7 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
 
     head = file.read(64)
     file.seek(0)
-    with _refusals(name):
+    with refusals(name):
         if is_heic(head):
             return picture_of(read_heic(file.read(MAX_FILE_BYTES), name), name, settings)
         try:
@@ -216,7 +208,7 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def refusals(name: str) -> Iterator[None]:
     """Everything that a damaged file makes Pillow raise becomes one refusal."""
     from PIL import Image
 
@@ -236,25 +228,28 @@ def _refusals(name: str) -> Iterator[None]:
         raise MediaError(f"{name} is damaged or incomplete", got=first_line(error)) from None
 
 
-def _is_image(source: object) -> bool:
+def image_of(source: object, name: str) -> "Image":
+    """A Pillow image, or an array as one."""
     from PIL import Image
 
-    return isinstance(source, Image.Image)
-
-
-def _from_array(array: np.ndarray, name: str) -> "Image":
-    from PIL import Image
-
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not is_known or 0 in array.shape:
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, np.ndarray):
+        raise MediaError(
+            f"{name} cannot be opened",
+            got=type(source).__name__,
+            expected="a path, bytes, a data: URL, a Pillow image or a numpy array",
+        )
+    if source.ndim == 3 and source.shape[2] == 1:
+        source = source[:, :, 0]
+    is_known = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+    if source.dtype != np.uint8 or not is_known or 0 in source.shape:
         raise MediaError(
             f"{name} is an array that is no picture",
-            got=f"{array.dtype} {list(array.shape)}",
+            got=f"{source.dtype} {list(source.shape)}",
             expected="uint8 [height, width] or [height, width, 1, 3 or 4]",
         )
-    return Image.fromarray(np.ascontiguousarray(array))
+    return Image.fromarray(np.ascontiguousarray(source))
 
 
 # First bytes of what people try to open, and what to call it.
