@@ -192,7 +192,7 @@ def newest() -> str | None:
 def bundled_demo() -> str:
     """The folder of the converted demo, made on the first call."""
     from ..convert import convert as run
-    from .local_models import converted_demo
+    from .local_models import SOURCE, converted_demo
     from .progress import byte_progress
     from .terminal import note
 
@@ -204,6 +204,7 @@ def bundled_demo() -> str:
     note(
         "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
         "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
+        f"/image {SOURCE / 'picture.png'}, then: What do you see?\n"
         "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
     )
     return str(folder)
