@@ -260,7 +260,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     spans = getattr(text, "spans", ())
     if not spans:
         return ids
-    placeholders, remaining, expanded = set(media_ids(tokenizer).values()), list(spans[::-1]), []
+    known = media_ids(tokenizer)
+    placeholders = {known[name] for name in (IMAGE_PAD, VIDEO_PAD) if name in known}
+    expanded: list[int] = []
+    remaining = list(spans[::-1])
     for token in ids:
         if token not in placeholders:
             expanded.append(token)
