@@ -229,12 +229,14 @@ def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the text model as Hugging Face names it, experts fused, with its shape."""
+    """Every tensor of text model and tower as Hugging Face names it, experts fused; its shape."""
     sizes = model_sizes(config)
     found = {}
     for row, layer in walk(config):
-        if row.shape and row.role is not Role.CARRIED:
+        if row.shape:
             name = filled(row.source, layer)
-            prefix = "model.language_model." if name.partition(".")[0] in TRUNK else ""
+            root = name.partition(".")[0]
+            prefix = "model.language_model." if root in TRUNK else ""
+            prefix = "model." if root == "visual" else prefix
             found[prefix + name] = shape_of(row.shape, sizes)
     return found
