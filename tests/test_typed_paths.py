@@ -169,7 +169,8 @@ def test_one_of_two_names_that_differ_in_spaces_alone_is_not_guessed(folder: Pat
 @pytest.mark.parametrize(
     "text",
     [
-        "What is in {}?", "'{}' what", '"{}"', "{}", "{}: what is it", "file://{} and", "no {}\nyes",
+        "What is in {}?", "'{}' what", '"{}"', "{}", "{}: what is it", "file://{} and",
+        "no {}\nyes",
     ],
 )  # fmt: skip
 def test_a_picture_that_is_not_there_is_missing(folder: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ContextFull, Qwen35Error
+from ..text.media_parts import text_of
 from . import terminal
 from .attachments import Attachments
 from .line_input import LineReader, Reader, open_reader, silent_keys
@@ -310,7 +311,7 @@ class ChatView:
         if exists:
             if warning := self.chat.load(name):
                 terminal.note(f"warning: {warning}")
-            messages = [m["content"] for m in self.chat.messages if m["role"] == "user"]
+            messages = [text_of(m["content"]) for m in self.chat.messages if m["role"] == "user"]
             last = shortened(messages[-1]) if messages else "nothing"
             turns = terminal.count(len(messages), "turn")
             terminal.note(f"session {name}: {turns}, goes on after: {last}")

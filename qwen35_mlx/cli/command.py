@@ -41,6 +41,7 @@ RULES: dict[str, list[Rule]] = {
         *((("--raw", name), ()) for name in MEDIA),
         *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
         (("--allow-url",), MEDIA),
+        (("--pages",), ("--pdf",)),
         *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),

@@ -13,7 +13,7 @@ import typer
 from ..errors import Qwen35Error
 from . import options
 from .chat_commands import read_prompts
-from .media_input import check_sources
+from .media_input import check_sources, page_numbers
 
 if TYPE_CHECKING:
     from ..chat.conversation import TurnStats
@@ -34,6 +34,10 @@ def generate(
     image: options.Images = None,
     video: options.Videos = None,
     pdf: options.Pdfs = None,
+    pages: Annotated[
+        str | None,
+        typer.Option(help="Pages of each PDF, such as 1-3,7. Default: all."),
+    ] = None,
     allow_url: options.AllowUrl = False,
     system: options.System = None,
     tools: Annotated[
@@ -90,6 +94,7 @@ def generate(
     schemas = read_tools(tools) if tools else []
     given = {"image": image, "video": video, "pdf": pdf}
     media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
+    page_numbers(pages)
     check_sources([source for _, source in media], allow_url)
     from ..chat.conversation import Chat
     from ..engine.prefix_store import PrefixStore
@@ -115,7 +120,7 @@ def generate(
     )
     attached = Attachments(chat, allow_url)
     if media:
-        attached.add(media)
+        attached.add(media, pages=pages)
     started = time.perf_counter()
     pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
     if as_json:

@@ -10,6 +10,7 @@ from .typed_paths import find_file, media_kind
 
 # To read more takes minutes.
 MANY_TOKENS = 50_000
+MAX_PAGES = 10_000
 # More pages are told in one line.
 MAX_LINES = 8
 
@@ -37,21 +38,36 @@ def open_media(
     kind: str, source: Any, settings: Any, *, allow_url: bool = False, pages: str | None = None
 ) -> list[Any]:
     """The picture, the video, or the pages of the PDF at a path or URL; `-` is standard input."""
-    name = "picture"
+    name = "clipboard"
     if isinstance(source, str):
         source, name = _opened(source, allow_url)
     # Here, as Pillow takes a while.
     if kind == "pdf":
         from ..media.documents import open_pdf
 
-        return open_pdf(source, settings, pages)
+        return open_pdf(source, settings, page_numbers(pages), name)
     if kind == "video":
         from ..media.video import open_video
 
-        return [open_video(source, settings)]
+        return [open_video(source, settings, name=name)]
     from ..media.pictures import open_picture
 
     return [open_picture(source, settings, name)]
+
+
+def page_numbers(text: str | None) -> list[int] | None:
+    """Pages such as 1-3,7; None for all."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise Qwen35Error("not pages", got=repr(text), expected="numbers such as 1-3,7")
+        pages = range(int(first), int(last or first) + 1)
+        # As many as no document has; a list of them takes memory.
+        numbers += pages[:MAX_PAGES]
+    return numbers
 
 
 def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
