@@ -54,8 +54,9 @@ bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Meta
 bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; the last line is JSON
 	$(BIN)/python tools/bench_chat.py
 
-golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
+golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/golden/make_media_golden.py
 
 live: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## compare with transformers on fresh random models
 	$(BIN)/python -m pytest -m live tests/live

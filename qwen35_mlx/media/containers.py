@@ -44,7 +44,11 @@ class VideoFile:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
         try:
             container = self.av.open(self.file, options=options)
-        except self.av.error.FFmpegError:
+        except self.av.error.FFmpegError as error:
+            if self.kind.startswith("a video"):
+                raise MediaError(
+                    f"{self.name} is damaged or incomplete", got=f"{self.kind}: {error.strerror}"
+                ) from None
             raise MediaError(
                 f"{self.name} is no video that can be read", got=self.kind, expected=FORMATS_READ
             ) from None

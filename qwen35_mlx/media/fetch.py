@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TypeAlias
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -25,9 +25,10 @@ MAX_BYTES, MAX_SECONDS, MAX_REDIRECTS = 2**27, 30.0, 5
 CHUNK_BYTES = 2**16
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-# IPv6 addresses that hold an IPv4 one in their last four bytes: NAT64, and the old ::a.b.c.d.
-HOLDS_IPV4 = tuple(ipaddress.IPv6Network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96"))
-# Their IPv4 address lies elsewhere, and nobody serves pictures from them.
+# IPv6 networks without IPv4 hold the IPv4 internet in the last four bytes of such addresses.
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# All others are local, reserved or for groups; these two lead to IPv4 addresses in disguise.
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 TUNNELS = tuple(ipaddress.IPv6Network(n) for n in ("2002::/16", "2001::/32"))
 
 
@@ -38,6 +39,7 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS
         parts = _split(url)
         try:
             body, location = _request(parts, url, max_bytes, deadline)
+            target = urljoin(url, location or "")
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, MediaError):
                 raise
@@ -48,7 +50,6 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS
             raise MediaError(f"{url} cannot be fetched", got=_said(error)) from None
         if location is None:
             return body
-        target = urljoin(url, location)
         if parts.scheme == "https" and urlsplit(target).scheme != "https":
             raise MediaError(f"{url} redirects to an address without encryption", got=target)
         url = target
@@ -60,9 +61,9 @@ def is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
-        if any(address in network for network in HOLDS_IPV4):
+        if address in NAT64:
             return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if any(address in network for network in TUNNELS) or address.scope_id:
+        if address not in GLOBAL_UNICAST or any(address in network for network in TUNNELS):
             return False
     return address.is_global and not (
         address.is_multicast
@@ -130,12 +131,14 @@ def _request(
         # The port belongs to the name only where it is unusual.
         headers["Host"] = parts.netloc.encode("idna").decode()
         connection.request("GET", path + (f"?{query}" if query else ""), headers=headers)
-        response = connection.getresponse()
-        if response.status in REDIRECTS and (location := response.getheader("Location")):
-            return b"", location
-        if response.status != 200:
-            raise MediaError(f"{url} cannot be fetched", got=f"{response.status} {response.reason}")
-        body = _body(response, url, max_bytes)
+        with closing(connection.getresponse()) as response:
+            if response.status in REDIRECTS and (location := response.getheader("Location")):
+                return b"", location
+            if response.status != 200:
+                raise MediaError(
+                    f"{url} cannot be fetched", got=f"{response.status} {response.reason}"
+                )
+            body = _body(response, url, max_bytes)
         if time.monotonic() >= deadline:
             # What was cut off by the watchdog looks like an end.
             raise TimeoutError

@@ -255,8 +255,7 @@ def image_of(source: object, name: str) -> "Image":
 # First bytes of what people try to open, and what to call it.
 KINDS = (
     (b"%PDF", "a PDF"),
-    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
-    (b"RIFF", "a RIFF file (AVI, WAV)"),
+    (b"\x1aE\xdf\xa3", "a video (Matroska, WebM)"),
     (b"PK\x03\x04", "a ZIP archive or an office document"),
     (b"<svg", "an SVG drawing"),
     (b"<?xml", "XML (SVG?)"),
@@ -276,6 +275,8 @@ def kind(head: bytes) -> str:
     """What a file seems to be, by its first bytes."""
     if head[4:8] == b"ftyp":
         return "a video (MP4, MOV)"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "a video (AVI)"
     for magic, name in KINDS:
         if head.lstrip().startswith(magic):
             return name

@@ -111,7 +111,7 @@ class Clip(Protocol):
     """Frames that can be read once, in order."""
 
     times: Sequence[float]  # seconds of every frame, ascending
-    fps: float | None
+    fps: float | None  # None: not constant
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         """The wanted frames as RGB; holds one at a time. An index may come several times."""
@@ -211,8 +211,8 @@ def sample(
     that is on the screen at that moment.
     """
     total = len(times)
-    if total == 0:
-        return [], []
+    if total < MIN_FRAMES:
+        return list(range(total)), [0.0] * total
     span = times[-1] - times[0]
     if span > MAX_SECONDS:
         raise MediaError(
@@ -221,11 +221,10 @@ def sample(
             expected=f"at most {MAX_SECONDS // 60}",
             hint="cut out the part that matters",
         )
-    if not fps or not math.isfinite(fps) or fps <= 0:
-        fps = (total - 1) / span if span > 0 else UNKNOWN_FPS
-    wanted = max(int(total / fps * settings.fps), settings.min_frames)
     steps = np.asarray(times) - times[0]
-    if np.abs(steps - np.arange(total) / fps).max() <= 1 / fps:
+    # Within half a frame: times are rounded, to 1/1000 s in Matroska.
+    if fps and (np.abs(steps - np.arange(total) / fps) <= 0.5 / fps).all():
+        wanted = max(int(total / fps * settings.fps), settings.min_frames)
         wanted = min(wanted, settings.max_frames, total)
         indices = np.linspace(0, total - 1, wanted).round().astype(int).tolist()
         return indices, [index / fps for index in indices]
