@@ -61,12 +61,12 @@ class MacBudget:
 
     memory_bytes: int
     limit_bytes: int
-    # Of all but the weights.
+    # Of all but the weights of the text model.
     needed: MemoryCount
 
     @property
     def weight_bytes(self) -> int:
-        return self.limit_bytes - self.needed.overhead
+        return self.limit_bytes - self.needed.total
 
 
 def fit(
@@ -148,7 +148,7 @@ def fit_mac(
         context = min(DEFAULT_CONTEXT, base.config.context_length)
     check_context(base.config, context)
     limit = raised_limit_bytes(memory)
-    needed = count(base.config, 0, context, limit, activation_bytes(base))
+    needed = count(base.config, base.tower_bytes, context, limit, activation_bytes(base))
     budget = MacBudget(memory, limit, needed)
     choices = {
         prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
@@ -201,9 +201,10 @@ def quality_settings(
 
 def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult]) -> list[str]:
     """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
-    left, choice = budget.weight_bytes, choices[prefer]
+    left, choice, tower = budget.weight_bytes, choices[prefer], budget.needed.weights
     rows = {
         "GPU limit, raised as far as is sane": budget.limit_bytes,
+        **({"weights of the vision tower": tower} if tower else {}),
         **budget.needed.overhead_lines(),
         "left for weights": left,
         "weights of the text model, headers included": choice.file_bytes,

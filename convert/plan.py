@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.checkpoint.names import fold
+from qwen35_mlx.checkpoint.names import TOWER, fold
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
@@ -154,6 +154,12 @@ class Plan:
     @property
     def text_bytes(self) -> int:
         return sum(entry.output_bytes for entry in self.text_entries)
+
+    @property
+    def tower_bytes(self) -> int:
+        """Of the vision tower, where there is one that runs."""
+        towers = [e for e in self.entries if e.module.startswith(TOWER)]
+        return sum(entry.output_bytes for entry in towers) if self.config.vision else 0
 
     @property
     def num_parameters(self) -> int:

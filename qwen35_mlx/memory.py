@@ -22,6 +22,10 @@ QUERY_MULTIPLE = 32
 MAX_SCORES_BYTES, SCORES_SHARE = 1_250_000_000, 1 / 8
 # The vision tower's widest activations: scores of a block of queries, rows of a feed-forward.
 VISION_CHUNK_BYTES = 128_000_000
+# Of 4096 x 4096 pixels, the most that the released models' preprocessing leaves of a picture.
+MAX_PATCHES = 65_536
+# Features of recent pictures: 35 of 1,764 tokens in the largest model.
+MAX_FEATURES_BYTES, FEATURES_SHARE = 512_000_000, 1 / 32
 # The end of the system prompt, of the last question, of the last answer, and one that is written.
 MIN_SNAPSHOTS = 4
 # A point of the 397B takes 0.19 GB; more than 4 GB of points are rarely gone back to.
@@ -49,6 +53,9 @@ class MemoryCount(NamedTuple):
     scores: int
     activations: int
     program: int
+    # What the tower takes for the largest picture beyond a prefill step: they take turns.
+    pictures: int
+    features: int
 
     @property
     def total(self) -> int:
@@ -62,7 +69,7 @@ class MemoryCount(NamedTuple):
 
     def overhead_lines(self) -> dict[str, int]:
         """What the overhead is for, in words."""
-        return {
+        lines = {
             f"KV cache of {self.context:,} tokens": self.kv_cache,
             "recurrent states": self.states,
             f"snapshots, {MIN_SNAPSHOTS} at least": self.snapshots,
@@ -70,6 +77,10 @@ class MemoryCount(NamedTuple):
             "other activations of a prefill step": self.activations,
             "logits, buffers, program (estimate)": self.program,
         }
+        if self.features:
+            lines["the largest picture in the vision tower"] = self.pictures
+            lines["features of recent pictures"] = self.features
+        return lines
 
 
 def count(
@@ -97,7 +108,34 @@ def count(
         scores=scores,
         activations=peak - scores,
         program=PROGRAM_BYTES,
+        pictures=max(tower_bytes(config, context, item_bytes) - peak, 0),
+        features=features_budget(config, limit_bytes),
     )
+
+
+def tower_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
+    """The peak of the vision tower on the largest picture that fits the context; 0 without one."""
+    if (tower := config.vision) is None:
+        return 0
+    num_patches = min(MAX_PATCHES, context * tower.spatial_merge_size**2)
+    pixels = tower.in_channels * tower.patch_size**2
+    # Patches in float32, as they come and for MLX; the rows of a block, what attention makes of
+    # them, and the rotation in float32.
+    per_patch = 8 * pixels + (12 * item_bytes + 4 * 5) * tower.hidden_size
+    widest = 3 * min(
+        VISION_CHUNK_BYTES,
+        num_patches * item_bytes * max(tower.num_heads * num_patches, tower.intermediate_size),
+    )
+    return num_patches * per_patch + widest
+
+
+def features_budget(config: ModelConfig, limit_bytes: int | None) -> int:
+    """What features of recent pictures may take where the GPU may use `limit_bytes`."""
+    if config.vision is None:
+        return 0
+    if limit_bytes is None:
+        return MAX_FEATURES_BYTES
+    return min(MAX_FEATURES_BYTES, int(limit_bytes * FEATURES_SHARE))
 
 
 def kv_capacity(num_tokens: int) -> int:
@@ -131,6 +169,8 @@ def _layer_state_bytes(config: ModelConfig) -> int:
 
 def read_share(config: ModelConfig, module: str) -> float:
     """The part of a module's bytes that one decoded token reads."""
+    if module.startswith("vision_tower."):
+        return 0.0
     if ".switch_mlp." in module:
         return config.num_experts_per_tok / config.num_experts
     if module.endswith("embed_tokens") and not config.tie_word_embeddings:
@@ -269,6 +309,8 @@ class Allowance:
     # MLX's pool of freed buffers.
     pool_bytes: int = POOL_BYTES
     scores_bytes: int = MAX_SCORES_BYTES
+    # Features of pictures that are kept.
+    features_bytes: int = MAX_FEATURES_BYTES
 
 
 def allow(
@@ -303,7 +345,8 @@ def allow(
     left = max(spare - (snapshots - needed.snapshots), 0)
     # A step takes its buffers from what the step before freed: more is of no use.
     pool = POOL_BYTES + min(left, needed.scores + needed.activations)
-    return Allowance(longest, snapshots, pool, scores_budget(limit))
+    features = features_budget(config, limit)
+    return Allowance(longest, snapshots, pool, scores_budget(limit), features)
 
 
 def _refused(

@@ -43,7 +43,7 @@ def test_text_ids_arrays_and_messages_become_ids(demo: Any) -> None:
         ([{"role": "user", "content": 7}], "template refuses"),
         ([*HELLO, {"content": "x"}], "template refuses"),
         ([{"role": "user", "content": [{"type": "image"}]}], "has no image"),
-        ([*HELLO, {"role": "tool", "content": [{"image_url": "a.png"}, {"text": "x"}]}], "image_url"),
+        ([*HELLO, {"role": "tool", "content": [{"image_url": "a"}, {"text": "x"}]}], "a data: URL"),
     ],
     ids=repr,
 )

@@ -86,7 +86,7 @@ class Script:
         script = self
 
         class Scripted(Sampler):
-            def __init__(self, params: Any, prompt: mx.array, seed: Any = None):
+            def __init__(self, params: Any, prompt: mx.array, seed: Any = None, *_: Any):
                 super().__init__(params, prompt, seed)
                 script.prompts.append(prompt.tolist())
                 self.left: list[int] | None = None

@@ -43,12 +43,16 @@ def shown_in(ids: Iterable[int]) -> "list[Media]":
 
 def reference(media: "Media") -> dict[str, Any]:
     """What a session says of a picture or a video, besides its pixels."""
-    known = {
+    from ..media.video import Video
+
+    known: dict[str, Any] = {
         "digest": media.digest.hex(),
         "name": media.name,
         "original_size": list(media.original_size),
     }
-    return known | ({"seconds": list(media.seconds)} if _is_video(media) else {})
+    if isinstance(media, Video):
+        known["seconds"] = list(media.seconds)
+    return known
 
 
 def packed(messages: Sequence[Message]) -> list[Message]:
@@ -58,14 +62,16 @@ def packed(messages: Sequence[Message]) -> list[Message]:
 
 def write_media(folder: Path, media: Iterable["Media"]) -> None:
     """Write what is not there yet, each whole or not at all."""
+    from ..media.video import Video
+
     for one in media:
-        kind = VIDEO if _is_video(one) else IMAGE
-        file = folder / f"{one.digest.hex()}{SUFFIXES[kind]}"
+        suffix = SUFFIXES[VIDEO if isinstance(one, Video) else IMAGE]
+        file = folder / f"{one.digest.hex()}{suffix}"
         if file.exists():
             continue
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with replacing(file, 0o600) as temporary:
-            if kind == VIDEO:
+            if isinstance(one, Video):
                 mx.save_safetensors(str(temporary), {FRAMES: mx.array(one.frames)})
             else:
                 from PIL import Image
@@ -166,12 +172,6 @@ def _pixels(file: Path) -> np.ndarray:
         if image.mode != "RGB":
             raise ValueError(f"mode {image.mode}")
         return np.array(image)
-
-
-def _is_video(media: "Media") -> bool:
-    from ..media.video import Video
-
-    return isinstance(media, Video)
 
 
 def _replaced(message: Message, value: Any) -> Message:

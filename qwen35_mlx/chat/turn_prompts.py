@@ -23,7 +23,7 @@ class TurnPrompts:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> PromptText:
         """The messages as text."""
-        template = {"tools": list(self.tools)} if self.tools else {}
+        template: dict[str, Any] = {"tools": list(self.tools)} if self.tools else {}
         return render_messages(
             self.tokenizer,
             messages,

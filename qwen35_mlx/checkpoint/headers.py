@@ -1,16 +1,23 @@
 """Headers of safetensors files and their index; every byte must belong to one tensor."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .names import is_of_tower
+
+log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
+# Some quantized releases keep the tower here, and list it in no index.
+SIDECAR = "*vision*.safetensors"
 HEADER_LIMIT_BYTES = 100_000_000
 PREFIX_BYTES = 8
 ITEM_BYTES = {
@@ -180,13 +187,38 @@ def gather_checked(
     """All tensors by name: of the files of the index, else of model.safetensors, else of all.
 
     `present` are the weight files that are there, `headers` reads those of some of them. Files and
-    tensors that the index does not list are left alone, or refused if `strict`.
+    tensors that the index does not list are left alone, or refused if `strict`; but a vision tower
+    in a file of its own is taken.
     """
+    tensors = _gather_main(where, present, index, headers, strict)
+    files = {tensor.file.name for tensor in tensors.values()}
+    beside = sorted(file for file in present if is_sidecar(file) and file not in files)
+    if beside and not any(map(is_of_tower, tensors)):
+        found = gather(headers(beside))
+        if all(map(is_of_tower, found)):
+            return tensors | found
+        log.warning("%s is left out: it holds more than a vision tower", some(beside))
+    return tensors
+
+
+def is_sidecar(file: str) -> bool:
+    """Whether a file of this name may hold the vision tower of a folder, outside of its index."""
+    return fnmatch(file, SIDECAR)
+
+
+def _gather_main(
+    where: str | Path,
+    present: Collection[str],
+    index: Mapping[str, str] | None,
+    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
+    strict: bool,
+) -> dict[str, SourceTensor]:
     if index is not None:
         _check_present(index.values(), present)
         tensors = gather(headers(sorted(set(index.values()))))
         _check_index(index, tensors, strict)
-        stale = {file for file in present if file.startswith("model")} - set(index.values())
+        shards = {f for f in present if f.startswith("model") and not is_sidecar(f)}
+        stale = shards - set(index.values())
         unlisted = sorted(tensors.keys() - index.keys()) or sorted(stale)
         if unlisted and strict:
             raise CheckpointError(
@@ -204,8 +236,9 @@ def gather_checked(
             hint="pytorch *.bin checkpoints are not read",
         )
     whole = "model.safetensors"
-    named = [file for file in sorted(present) if strict or file.startswith("model")]
-    return gather(headers([whole] if whole in present else named or sorted(present)))
+    others = sorted(file for file in present if not is_sidecar(file)) or sorted(present)
+    named = [file for file in others if strict or file.startswith("model")]
+    return gather(headers([whole] if whole in present else named or others))
 
 
 def _check_present(wanted: Iterable[str], present: Iterable[str]) -> None:

@@ -41,9 +41,10 @@ class Row:
     """A tensor of the source, what happens to it, its shape there, who has it, where it goes.
 
     Names are bare; `{layer}`, `{block}` (of the tower) and `{expert}` are filled in, and a final
-    `*` stands for any rest, of any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`. `output` is named if it is
-    another than `source`, `each` if every expert may be stored by itself. `split` = (groups,
-    widths): the rows are groups of parts, and the output is some `parts` of all.
+    `*` stands for any rest, of any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`.
+    `output` is named if it is another than `source`, `each` if every expert may be stored by
+    itself. `split` = (groups, widths): the rows are groups of parts, and the output is some `parts`
+    of all.
     """
 
     source: str

@@ -29,7 +29,8 @@ def mlx_lm_program(folder: Path, model: Model) -> Callable[[], Conversation]:
         ) from None
     theirs, _ = load_model(folder, lazy=True)
     with suppress(ValueError):
-        theirs.load_weights(list(dict(tree_flatten(model.parameters())).items()), strict=True)
+        arrays = tree_flatten({"language_model": model.language_model.parameters()})
+        theirs.load_weights(list(dict(arrays).items()), strict=True)
     mx.eval(theirs.parameters())
     return lambda: mlx_lm_conversation(theirs)
 

@@ -76,7 +76,7 @@ def formats_of(model: nn.Module) -> dict[str, Format]:
     others: Counter[tuple[int, int]] = Counter()
     dtypes: Counter[str] = Counter()
     for name, module in model.named_modules():
-        if "weight" not in module:
+        if "weight" not in module or name.startswith("vision_tower."):
             continue
         counts = experts if ".mlp." in name else others
         if "scales" in module:

@@ -6,12 +6,14 @@ from glob import escape
 from pathlib import Path
 
 from ..checkpoint.formats import is_named_by_mlx, refuse_foreign
-from ..checkpoint.headers import INDEX_FILE, read_index, weight_files
+from ..checkpoint.headers import INDEX_FILE, SIDECAR, is_sidecar, read_index, weight_files
 from ..config import ModelConfig, read_config
 from ..errors import CheckpointError
 
 # Not *.py: nothing that comes with a checkpoint is run.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
+# With them comes a vision tower that lies outside of the index.
+ALWAYS = (*SMALL_FILES, SIDECAR)
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -35,9 +37,9 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         if not is_named_by_mlx(index) and not any(n.endswith(".scales") for n in index):
             raise not_converted(name)
         # The names of files are plain, and no pattern.
-        return _download(name, revision, (*SMALL_FILES, *map(escape, sorted({*index.values()}))))
-    folder = _download(name, revision, (*SMALL_FILES, "model*.safetensors"))
-    if weight_files(folder):
+        return _download(name, revision, (*ALWAYS, *map(escape, sorted({*index.values()}))))
+    folder = _download(name, revision, (*ALWAYS, "model*.safetensors"))
+    if not all(map(is_sidecar, weight_files(folder))):
         return folder
     return _download(name, revision, (*SMALL_FILES, "*.safetensors"))
 

@@ -14,7 +14,8 @@ with a Hugging Face checkpoint in float32 and `golden.npz`:
     batch_next_ids [3, 2]      two more tokens of each row, decoded one at a time
     batch_next_logits [3, 2, V]
 
-`golden_ops.npz` holds two operations alone: see `gated_delta_rule_case` and `rope_case`.
+`golden_ops.npz` holds two operations alone: see `gated_delta_rule_case` and `rope_case`. The folder
+`vision` has a picture and a video instead: see `vision_case`.
 """
 
 # B batch, T tokens, V vocabulary, Hk/Hv key/value heads, Dk/Dv head dims
@@ -70,6 +71,19 @@ VISION = dict(
     num_heads=1,
     patch_size=2,
     num_position_embeddings=4,
+)
+
+# Of the folder `vision`: more rows than positions, and placeholders that the vocabulary has.
+TOWER = dict(
+    depth=2,
+    hidden_size=24,
+    intermediate_size=40,
+    num_heads=1,
+    patch_size=2,
+    num_position_embeddings=25,
+)
+VISION_IDS = dict(
+    vision_start_token_id=48, vision_end_token_id=49, image_token_id=50, video_token_id=51
 )
 
 COMMON = dict(
@@ -179,7 +193,13 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
-def build(model_type: str, text_config: dict[str, Any], rng: np.random.Generator) -> Any:
+def build(
+    model_type: str,
+    text_config: dict[str, Any],
+    rng: np.random.Generator,
+    vision: dict[str, Any] = VISION,
+    **ids: int,
+) -> Any:
     """The official model in float32 on the CPU, with weights moved off their defaults."""
     config_class, model_class = FAMILY[model_type]
     if model_type in FLAT:
@@ -187,8 +207,9 @@ def build(model_type: str, text_config: dict[str, Any], rng: np.random.Generator
     else:
         config = config_class(
             text_config=text_config,
-            vision_config=VISION | {"out_hidden_size": text_config["hidden_size"]},
+            vision_config=vision | {"out_hidden_size": text_config["hidden_size"]},
             tie_word_embeddings=text_config["tie_word_embeddings"],
+            **ids,
         )
     config._attn_implementation = "eager"
     model = model_class(config).float().eval()
@@ -222,6 +243,22 @@ def randomize_weights(model: PreTrainedModel, rng: np.random.Generator) -> None:
             value = 2 * noise / fan_in**0.5
         else:
             value = noise / fan_in**0.5
+        parameter.copy_(torch.from_numpy(value))
+
+
+@torch.no_grad()
+def randomize_tower(model: PreTrainedModel, rng: np.random.Generator) -> None:
+    """The same for the vision tower, with features of a standard deviation near 1."""
+    for name, parameter in sorted(model.model.visual.named_parameters()):
+        noise = rng.standard_normal(parameter.shape)
+        if "norm" in name and name.endswith("weight"):
+            value = 1 + 0.3 * noise
+        elif name.endswith("bias"):
+            value = 0.3 * noise
+        elif "pos_embed" in name:
+            value = noise
+        else:
+            value = 1.5 * noise / (noise.size / len(noise)) ** 0.5
         parameter.copy_(torch.from_numpy(value))
 
 
@@ -381,6 +418,50 @@ def save_checkpoint(model: Any, folder: Path, *, fused_experts: bool, **kwargs: 
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
+@torch.no_grad()
+def vision_case(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A prompt with a picture of 6 x 4 patches and a video of two frame groups of 2 x 6.
+
+    ids [T], positions [3, T] and logits [T, V]; patches [N, 3 * 2 * p * p], grid [3] and features
+    [N / 4, H] of either. Both frames of the picture are equal.
+    """
+
+    def patches(num_patches: int, is_picture: bool) -> torch.Tensor:
+        pixels = rng.standard_normal((num_patches, 3, 2, 4)).astype(np.float32)
+        if is_picture:
+            pixels[:, :, 1] = pixels[:, :, 0]
+        return torch.from_numpy(pixels.reshape(num_patches, -1))
+
+    start, end, picture, video = VISION_IDS.values()
+    text = rng.integers(48, size=(4, 5)).tolist()
+    group = [start, *[video] * 3, end]
+    ids = [*text[0], start, *[picture] * 6, end, *text[1], *group, *text[2], *group, *text[3]]
+    grids = {"picture": [1, 6, 4], "video": [2, 2, 6]}
+    shown = {name: patches(int(np.prod(g)), name == "picture") for name, g in grids.items()}
+    types = [{picture: 1, video: 2}.get(i, 0) for i in ids]
+    inputs = dict(
+        input_ids=torch.tensor([ids]),
+        mm_token_type_ids=torch.tensor([types], dtype=torch.int32),
+        image_grid_thw=torch.tensor([grids["picture"]]),
+        video_grid_thw=torch.tensor([grids["video"]]),
+    )
+    positions, _ = model.model.get_rope_index(**inputs)
+    pixels = dict(pixel_values=shown["picture"], pixel_values_videos=shown["video"])
+    case = {
+        "ids": np.array(ids),
+        "positions": positions[:, 0].numpy(),
+        "logits": model(**inputs, **pixels).logits[0].numpy(),
+    }
+    for name, grid in grids.items():
+        features = model.model.visual(shown[name], grid_thw=torch.tensor([grid])).pooler_output
+        case |= {
+            f"{name}_patches": shown[name].numpy(),
+            f"{name}_grid": np.array(grid),
+            f"{name}_features": features.numpy(),
+        }
+    return case
+
+
 def main() -> None:
     """Write every case next to this file."""
     # One thread: the order of the sums, and so the last bit, does not depend on the machine.
@@ -395,6 +476,18 @@ def main() -> None:
         files = {path.name: path.stat().st_size for path in sorted((HERE / folder).iterdir())}
         summary = {"case": folder, "logit_std": round(float(case["prefill_logits"].std()), 3)}
         print(json.dumps(summary | {"reference_noise": float(noise), "files": files}))
+    rng = np.random.default_rng(98)
+    model_type, text_config, fused = CASES["dense"]
+    text_config = text_config | dict(
+        layer_types=[LINEAR, FULL],
+        num_hidden_layers=2,
+        rope_parameters=text_config["rope_parameters"]
+        | dict(rope_theta=1e4, partial_rotary_factor=1.0, mrope_section=[3, 3, 2]),
+    )
+    model = build(model_type, text_config, rng, TOWER, **VISION_IDS)
+    randomize_tower(model, rng)
+    save_checkpoint(model, HERE / "vision", fused_experts=fused)
+    np.savez(HERE / "vision" / "golden.npz", **vision_case(model, rng))
     rng = np.random.default_rng(99)
     np.savez(HERE / "golden_ops.npz", **gated_delta_rule_case(rng), **rope_case(rng))
 

@@ -330,7 +330,10 @@ def draw_pair(seed: int, index: int, folder: Path) -> Pair:
         num_position_embeddings=side**2,
         out_hidden_size=hidden,
     )
-    model = _build("qwen3_5_moe" if is_moe else "qwen3_5", text, vision, rng)
+    ids = dict(image_token_id=PICTURE_ID, video_token_id=VIDEO_ID, vision_start_token_id=START_ID,
+               vision_end_token_id=END_ID)  # fmt: skip
+    model = golden.build("qwen3_5_moe" if is_moe else "qwen3_5", text, rng, vision, **ids)
+    golden.randomize_tower(model, rng)
     golden.save_checkpoint(model, folder / "source", fused_experts=True)
     converted = convert(folder / "source", folder / "converted", dtype="float32")
     settings = VisionSettings(patch, 2, 2, (0.5,) * 3, (0.5,) * 3, (2 * patch) ** 2, 2**24)
@@ -338,31 +341,3 @@ def draw_pair(seed: int, index: int, folder: Path) -> Pair:
     pair = Pair(text_line, golden.Reference(model), load_model(converted)[0], Maker(rng, settings))
     assert pair.ours.vision_tower is not None
     return pair
-
-
-def _build(kind: str, text: dict[str, Any], vision: dict[str, Any], rng: Any) -> Any:
-    config_class, model_class = golden.FAMILY[kind]
-    config = config_class(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=text["tie_word_embeddings"],
-        image_token_id=PICTURE_ID,
-        video_token_id=VIDEO_ID,
-        vision_start_token_id=START_ID,
-        vision_end_token_id=END_ID,
-    )
-    config._attn_implementation = "eager"
-    model = model_class(config).float().eval()
-    golden.randomize_weights(model, rng)
-    with torch.no_grad():
-        for name, parameter in sorted(model.model.visual.named_parameters()):
-            noise = torch.from_numpy(rng.standard_normal(parameter.shape)).float()
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            elif name.endswith("bias"):
-                parameter.copy_(0.3 * noise)
-            elif "pos_embed" in name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(1.5 * noise / parameter[0].numel() ** 0.5)
-    return model
