@@ -16,6 +16,7 @@ from .media_input import (
     open_media,
     picture_settings,
 )
+from .progress import spinner
 from .typed_paths import find_file, shell_words, split_media, typed_files
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ class Attachments:
         """Open all sources, each a kind and a path or picture; if one fails, none is attached."""
         settings = picture_settings(self._chat.tokenizer, self.image_tokens)
         opened: list[Any] = []
-        for kind, source in sources:
-            opened += open_media(kind, source, settings, allow_url=self._allow_url, pages=pages)
+        with spinner("opening …"):
+            for kind, source in sources:
+                opened += open_media(kind, source, settings, allow_url=self._allow_url, pages=pages)
         media = [*self.media, *opened]
         many = num_tokens(media)
         if many > MANY_TOKENS >= num_tokens(self.media):

@@ -73,7 +73,8 @@ def page_numbers(text: str | None) -> list[int] | None:
 def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
     """A path, or the bytes of what has none; and what to call those."""
     if source == "-":
-        return sys.stdin.buffer.read(), "standard input"
+        # A closed stream is None.
+        return sys.stdin.buffer.read() if sys.stdin else b"", "standard input"
     if is_url(source):
         _check_url(source, allow_url)
         from ..media.fetch import fetch

@@ -95,6 +95,18 @@ def picture(rng: random.Random, held_out: bool) -> Sample:
     return Sample("picture", messages, f"{colour} {shape}", thinking, picture=drawn)
 
 
+def shown(sample: Sample) -> Sample:
+    """The sample with its picture in the message, as programs take it."""
+    messages = []
+    for message in sample.messages:
+        content = message["content"]
+        if isinstance(content, list):
+            painted = {"type": "image", "image": paint(*sample.picture)}
+            content = [painted if part["type"] == "image" else part for part in content]
+        messages.append({**message, "content": content})
+    return sample._replace(messages=messages)
+
+
 def shipped() -> Sample:
     """The picture that is shipped, one of those that were not trained on."""
     return picture(random.Random(SHIPPED_SEED), held_out=True)
