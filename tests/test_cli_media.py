@@ -311,6 +311,8 @@ def test_generate_reads_a_picture_from_standard_input(generate: Any) -> None:
     result = generate("--image", "-", "-p", SEEN, stdin=STAR.read_bytes())
     assert result.stdout == "A red star.\n"
     assert result.stderr == "picture 1: standard input, 48x48, 9 tokens\n"
+    empty = generate("--image", "-", "-p", SEEN, stdin=b"")
+    assert empty.exit_code == 1 and empty.stderr.startswith("error: standard input is empty\n")
 
 
 @pytest.mark.parametrize(

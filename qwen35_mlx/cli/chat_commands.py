@@ -8,7 +8,6 @@ import typer
 
 from ..errors import Qwen35Error
 from . import completion, options
-from .media_input import check_sources
 
 
 def chat(
@@ -102,10 +101,11 @@ def chat(
     is_terminal = sys.stdin and sys.stdin.isatty()
     prompts = [] if is_terminal and not prompt else read_prompts(prompt or [])
     sampling = options.sampling_options(ctx)
-    check_sources(image or (), allow_url)
     from .line_input import can_edit, silent_keys
+    from .media_input import check_sources
     from .progress import spinner
 
+    check_sources(image or (), allow_url)
     with silent_keys(raw=can_edit()):
         with spinner("Starting"):
             # Seconds, for all of MLX.

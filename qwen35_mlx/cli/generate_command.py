@@ -13,7 +13,6 @@ import typer
 from ..errors import Qwen35Error
 from . import options
 from .chat_commands import read_prompts
-from .media_input import check_sources, page_numbers
 
 if TYPE_CHECKING:
     from ..chat.conversation import TurnStats
@@ -94,6 +93,8 @@ def generate(
     schemas = read_tools(tools) if tools else []
     given = {"image": image, "video": video, "pdf": pdf}
     media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
+    from .media_input import check_sources, page_numbers
+
     page_numbers(pages)
     check_sources([source for _, source in media], allow_url)
     from ..chat.conversation import Chat

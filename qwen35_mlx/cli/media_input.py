@@ -74,7 +74,10 @@ def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
     """A path, or the bytes of what has none; and what to call those."""
     if source == "-":
         # A closed stream is None.
-        return sys.stdin.buffer.read() if sys.stdin else b"", "standard input"
+        data = sys.stdin.buffer.read() if sys.stdin else b""
+        if not data:
+            raise Qwen35Error("standard input is empty", expected="a picture, a video or a PDF")
+        return data, "standard input"
     if is_url(source):
         _check_url(source, allow_url)
         from ..media.fetch import fetch

@@ -162,13 +162,15 @@ Images = Annotated[
         "--image",
         metavar="FILE",
         help="A picture that goes with the first prompt; - is standard input. Repeat the option "
-        "for several.",
+        "for several. Default: none.",
     ),
 ]
 Videos = Annotated[
     list[str] | None,
     typer.Option(
-        "--video", metavar="FILE", help="A video that goes with the prompt. Can be repeated."
+        "--video",
+        metavar="FILE",
+        help="A video that goes with the prompt, as --image. Default: none.",
     ),
 ]
 Pdfs = Annotated[
@@ -176,14 +178,14 @@ Pdfs = Annotated[
     typer.Option(
         "--pdf",
         metavar="FILE",
-        help="A PDF whose pages go with the prompt as pictures. Can be repeated.",
+        help="A PDF whose pages go with the prompt, as --image. Default: none.",
     ),
 ]
 AllowUrl = Annotated[
     bool,
     typer.Option(
         "--allow-url",
-        help="Fetch what an option or a command names by an http or https URL.",
+        help="Fetch pictures, videos and PDFs that are named by an http or https URL.",
     ),
 ]
 
