@@ -112,7 +112,7 @@ def animated(
 # All of good quality; the frames of x265 in order, and without its messages.
 CODEC_OPTIONS = {
     "mpeg4": dict(qmin="1", qmax="2"),
-    "libx264": dict(crf="8", preset="ultrafast"),
+    "libx264": dict(crf="8", preset="veryfast", bf="2"),
     "libx265": {"x265-params": "crf=8:bframes=0:keyint=1:log-level=none:pools=none"},
     "libvpx-vp9": dict(crf="8", deadline="realtime"),
 }

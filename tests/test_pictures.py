@@ -129,6 +129,14 @@ def test_formats_that_are_read(format):
     assert np.abs(seen.astype(int) - (200, 40, 90)).max() <= 12
 
 
+def test_a_photo_with_more_pictures_inside_shows_the_first():
+    """What many phones call .jpg; Pillow calls it MPO."""
+    first = pattern_image(64, 64, "L").convert("RGB")
+    data = encoded(first, "MPO", save_all=True, append_images=[first.rotate(90)], quality=95)
+    assert b"MPF" in data
+    assert np.abs(pixels(data).astype(int) - pixels(first)).mean() < 12
+
+
 @pytest.mark.parametrize("format", ["PPM", "TGA", "ICO", "EPS", "PCX", "JPEG2000"])
 def test_other_formats_are_refused_though_pillow_reads_them(format):
     with pytest.raises(MediaError, match="PNG, JPEG, WebP") as refusal:
@@ -156,7 +164,7 @@ def test_a_refusal_says_what_the_file_is(data, what):
 def test_a_truncated_file_is_refused(format):
     data = encoded(pattern_image(300, 200), format)
     for end in (len(data) // 2, len(data) * 3 // 4):
-        with pytest.raises(MediaError, match=r"cut\.png is (damaged or incomplete|no picture)"):
+        with pytest.raises(MediaError, match=r"cut\.png is damaged or incomplete"):
             open_picture(data[:end], SMALL, name="cut.png")
 
 

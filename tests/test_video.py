@@ -79,10 +79,13 @@ def numbers(opened: Video) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("format", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4")]
+    ("format", "codec"),
+    [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "libx264"), ("avi", "mpeg4")],
 )
 def test_frames_of_a_file_are_the_wanted_ones(av, tmp_path, format, codec):
-    """libx264 stores frames in another order than it shows them; Matroska does not count them."""
+    """libx264 stores frames in another order than they are shown, and AVI keeps no times;
+    Matroska does not count its frames.
+    """
     (file := tmp_path / "clip").write_bytes(video_bytes(numbered(40), 10, format, codec))
     opened = open_video(file, SMALL)
     wanted = np.linspace(0, 39, 8).round().astype(int).tolist()
@@ -209,8 +212,13 @@ def test_a_playlist_opens_no_other_file(av, tmp_path, playlist):
     (tmp_path / "secret.ts").write_bytes(video_bytes(numbered(12), 10, "mpegts"))
     (file := tmp_path / "list.m3u8").write_text(playlist.format(tmp_path / "secret.ts"))
     assert len(open_video(tmp_path / "secret.ts", SMALL).frames) == 4
-    with pytest.raises(MediaError, match="no video that can be read"):
+    with pytest.raises(MediaError, match="no video that is read"):
         open_video(file, SMALL)
+
+
+def test_a_picture_given_as_a_video_is_called_one(av):
+    with pytest.raises(MediaError, match=r"no video that is read\n  got: a picture \(JPEG\)"):
+        open_video(encoded(pattern_image(64, 64), "JPEG"), SMALL)
 
 
 def test_sound_alone_is_no_video(av, tmp_path):

@@ -50,7 +50,7 @@ class VideoFile:
                     f"{self.name} is damaged or incomplete", got=f"{self.kind}: {error.strerror}"
                 ) from None
             raise MediaError(
-                f"{self.name} is no video that can be read", got=self.kind, expected=FORMATS_READ
+                f"{self.name} is no video that is read", got=self.kind, expected=FORMATS_READ
             ) from None
         if not container.streams.video:
             container.close()
@@ -61,12 +61,15 @@ class VideoFile:
         stream = self.container.streams.video[0]
         self._check_size(stream.codec_context.width, stream.codec_context.height)
         stamps: list[int] = []
+        # AVI numbers the frames in the order of decoding.
+        self.has_times = self.container.format.name != "avi"
         for packet in self.container.demux(stream):
             # The last packet is empty: it flushes a decoder.
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None or packet.is_discard:
                 continue
             stamps.append(stamp)
+            self.has_times = self.has_times and packet.pts is not None
             if len(stamps) > MAX_PACKETS:
                 raise MediaError(
                     f"{self.name} is too long", expected=f"at most {MAX_PACKETS:,} frames"
@@ -82,11 +85,15 @@ class VideoFile:
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         """Decode up to the last wanted frame."""
-        wanted = [self.stamps[index] for index in indices]
+        # Without times of showing, the frames are counted as they come out of the decoder.
+        wanted = [self.stamps[index] if self.has_times else index for index in indices]
         place, shown = 0, None
-        for frame in self._frames():
+        for number, frame in enumerate(self._frames()):
+            moment = frame.pts if self.has_times else number
+            if moment is None:
+                continue
             # What the decoder leaves out is still covered by the frame before.
-            while place < len(wanted) and shown is not None and wanted[place] < frame.pts:
+            while place < len(wanted) and shown is not None and wanted[place] < moment:
                 yield self._upright(shown)
                 place += 1
             shown = frame
@@ -104,8 +111,7 @@ class VideoFile:
         stream.thread_type, stream.thread_count = "AUTO", NUM_THREADS
         for frame in self.container.decode(stream):
             self._check_size(frame.width, frame.height)
-            if frame.pts is not None:
-                yield frame
+            yield frame
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > MAX_FRAME_PIXELS:

@@ -28,9 +28,10 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Image | np.ndarray | Pictu
 # Pillow reads some forty more; few of them are tested, and EPS starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMATS_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
-# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes copies.
+# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes a copy.
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**29
+STRIP_ROWS = 512
 SIXTEEN_BIT = "I;16"
 
 
@@ -143,12 +144,14 @@ def data_url_bytes(url: str) -> bytes:
         raise MediaError("the data: URL cannot be read", got=error, expected="base64") from None
 
 
-def picture_of(image: "Image", name: str, settings: VisionSettings) -> Picture:
+def picture_of(
+    image: "Image", name: str, settings: VisionSettings, *, is_ours: bool = False
+) -> Picture:
     """Flatten and resize a decoded or a lazily opened image."""
     from PIL import Image
 
     check_pixels(image.size, name)
-    image = flattened(image, name)
+    image = flattened(image, name, is_ours=is_ours)
     height, width = picture_size(image.height, image.width, settings)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return Picture(name, image.size, np.array(resized), settings)
@@ -166,15 +169,25 @@ def check_pixels(size: tuple[int, int], name: str) -> None:
         )
 
 
-def flattened(image: "Image", name: str) -> "Image":
-    """RGB as it is meant to be seen: turned by its EXIF, transparency on white."""
+def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
+    """RGB as it is meant to be seen: turned by its EXIF, transparency on white.
+
+    With `is_ours` the image itself may be turned, which saves a copy.
+    """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if is_ours:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(SIXTEEN_BIT):
         # Pillow would clip: all above 255 became white.
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image)
+        scaled = np.empty(levels.shape, np.uint8)
+        for top in range(0, image.height, STRIP_ROWS):
+            strip = levels[top : top + STRIP_ROWS].astype(np.uint32)
+            scaled[top : top + STRIP_ROWS] = (strip + 128) // 257
+        return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("I", "F"):
         raise MediaError(
             f"{name} has pixels without a known range",
@@ -183,9 +196,14 @@ def flattened(image: "Image", name: str) -> "Image":
             hint="scale it to 8 bits first",
         )
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        flat = Image.new("RGB", image.size)
+        # In strips, here and above: whole, it would take three copies.
+        for top in range(0, image.height, STRIP_ROWS):
+            box = (0, top, image.width, min(top + STRIP_ROWS, image.height))
+            strip = image.crop(box).convert("RGBA")
+            white = Image.new("RGBA", strip.size, "white")
+            flat.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+        return flat
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -196,15 +214,20 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
     file.seek(0)
     with refusals(name):
         if is_heic(head):
-            return picture_of(read_heic(file.read(MAX_FILE_BYTES), name), name, settings)
+            image = read_heic(file.read(MAX_FILE_BYTES), name)
+            return picture_of(image, name, settings, is_ours=True)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
+            what = kind(head)
+            is_broken = what.startswith("a picture")
             raise MediaError(
-                f"{name} is no picture that can be read", got=kind(head), expected=FORMATS_READ
+                f"{name} is {'damaged or incomplete' if is_broken else 'no picture that is read'}",
+                got=what,
+                expected=None if is_broken else FORMATS_READ,
             ) from None
         with image:
-            return picture_of(image, name, settings)
+            return picture_of(image, name, settings, is_ours=True)
 
 
 @contextmanager
@@ -265,18 +288,23 @@ KINDS = (
     (b"%!PS", "PostScript"),
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"\xff\x0a", "JPEG XL"),
-    (b"\x89PNG", "a damaged PNG"),
-    (b"\xff\xd8\xff", "a damaged JPEG"),
-    (b"GIF8", "a damaged GIF"),
+    (b"\x89PNG", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"GIF8", "a picture (GIF)"),
+    (b"BM", "a picture (BMP)"),
+    (b"II*\0", "a picture (TIFF)"),
+    (b"MM\0*", "a picture (TIFF)"),
 )
+RIFF_KINDS = {b"AVI ": "a video (AVI)", b"WEBP": "a picture (WebP)", b"WAVE": "sound (WAV)"}
 
 
 def kind(head: bytes) -> str:
     """What a file seems to be, by its first bytes."""
     if head[4:8] == b"ftyp":
-        return "a video (MP4, MOV)"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "a video (AVI)"
+        is_picture = is_heic(head) or head[8:12] in (b"avif", b"avis")
+        return "a picture (AVIF, HEIC)" if is_picture else "a video (MP4, MOV)"
+    if head[:4] == b"RIFF" and head[8:12] in RIFF_KINDS:
+        return RIFF_KINDS[head[8:12]]
     for magic, name in KINDS:
         if head.lstrip().startswith(magic):
             return name

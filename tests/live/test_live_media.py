@@ -99,10 +99,10 @@ def smooth_frames(count: int, height: int, width: int) -> np.ndarray:
         (61, 29.97, 96, 64, 0),
         (7, 30, 64, 32, 0),
         (2, 2, 128, 128, 0),
-        # torchvision resizes; it rounds a little differently from Pillow
-        (7, 30, 90, 100, 1),
-        (12, 2, 20, 70, 1),
-        (24, 2, 1282, 724, 1),
+        # torchvision resizes; it rounds differently: 1 level here and there, seldom 2
+        (7, 30, 90, 100, 2),
+        (12, 2, 20, 70, 2),
+        (24, 2, 1282, 724, 2),
     ],
 )
 def test_videos(count, fps, width, height, max_levels):
@@ -114,5 +114,9 @@ def test_videos(count, fps, width, height, max_levels):
     ours = open_video(frames, SETTINGS, fps=fps)
     assert list(ours.grid) == grid
     assert [round(second * fps) for second in ours.seconds] == indices
-    difference = np.abs(ours.patches() - patches).max() * 127.5
-    assert difference <= (max_levels + 1e-3 if max_levels else 0)
+    levels = np.abs(ours.patches() - patches) * 127.5
+    if max_levels == 0:
+        assert levels.max() == 0
+    else:
+        assert levels.max() < max_levels + 0.01
+        assert (levels > 1.01).mean() < 1e-3
