@@ -21,7 +21,7 @@ QUERY_MULTIPLE = 32
 # 64 queries of the 397B have as much at 262,144 tokens, as many as a tile of MLX's matmul.
 MAX_SCORES_BYTES, SCORES_SHARE = 1_250_000_000, 1 / 8
 # The vision tower's widest activations: scores of a block of queries, rows of a feed-forward.
-VISION_CHUNK_BYTES = 128_000_000
+VISION_CHUNK_BYTES = 64_000_000
 # Of 4096 x 4096 pixels, the most that the released models' preprocessing leaves of a picture.
 MAX_PATCHES = 65_536
 # Features of recent pictures: 35 of 1,764 tokens in the largest model.

@@ -16,6 +16,7 @@ from qwen35_mlx.errors import MediaError, PromptError
 from qwen35_mlx.media import fetch
 from qwen35_mlx.media import settings as media_settings
 from qwen35_mlx.media.tokens import MediaToken
+from qwen35_mlx.model.loading import vision_settings
 from qwen35_mlx.prompt import (
     banned_ids,
     check_ids,
@@ -173,6 +174,19 @@ def test_a_model_without_a_tower_refuses_pictures_and_says_why(demo: Any) -> Non
     with pytest.raises(PromptError, match=r"reads no pictures(.|\n)*has no vision tower"):
         qwen35_mlx.generate(model, blind, ASK, images=[RED])
     assert encode_prompt(blind, ASK) == encode_prompt(tokenizer, ASK)
+
+
+def test_a_folder_without_settings_for_pictures_says_so(demo: Any, tmp_path: Path) -> None:
+    model, _ = demo
+    file = tmp_path / "preprocessor_config.json"
+    settings, why = vision_settings(tmp_path, model)
+    assert settings is None and str(file.name) in why
+    file.write_text('{"patch_size": 8}')
+    settings, why = vision_settings(tmp_path, model)
+    assert settings is None and str(file) in why and "\n" not in why
+    blind = copy.copy(model)
+    blind.vision_tower = None
+    assert vision_settings(tmp_path, blind) == (None, "the model's folder has no vision tower")
 
 
 @pytest.mark.parametrize("keeps", [False, True])

@@ -25,7 +25,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
 from pictures import COLOURS, SHAPES, paint
 
-import qwen35_mlx
 from qwen35_mlx import Chat, generate, load
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import convert
@@ -75,9 +74,8 @@ def ours(model: Any, tokenizer: Any, session: Path) -> dict[str, Any]:
         )
         new = len(prompt) - max((common_prefix(ids, prompt) for ids in known), default=0)
         rows.append((chat.stats.prefilled_tokens, new, chat.stats.pictures_encoded))
-        again = generate(
-            model, tokenizer, chat.messages[:-1], **GREEDY, **options
-        )  # from the beginning
+        # From the beginning, in a cache of its own.
+        again = generate(model, tokenizer, chat.messages[:-1], **GREEDY, **options)
         assert again == answers[-1], (again, answers[-1])
     chat.read_ahead()
     chat.save(session)

@@ -11,13 +11,11 @@ import mlx.core as mx
 
 from ..errors import PromptError
 from ..media.tokens import MediaToken
+from ..memory import Allowance
 from ..model.language import Model
 
 if TYPE_CHECKING:
     from ..text.media_parts import Media
-
-# Where the model does not say; 17 pictures of 1,764 tokens in the largest model.
-MAX_FEATURES_BYTES = 256 * 10**6
 
 
 class FeatureStore:
@@ -29,8 +27,7 @@ class FeatureStore:
     def __init__(self, model: Model, max_bytes: int | None = None):
         """`max_bytes` None: what `load` found to be left for features."""
         if max_bytes is None:
-            allowance = getattr(model, "allowance", None)
-            max_bytes = getattr(allowance, "features_bytes", MAX_FEATURES_BYTES)
+            max_bytes = getattr(model, "allowance", Allowance()).features_bytes
         self.model = model
         self.max_bytes = max_bytes
         # How often the tower ran.

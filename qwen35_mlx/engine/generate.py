@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -29,6 +30,8 @@ from .sampler import Sampler
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
 DEFAULT_MAX_TOKENS = 1_024
 LONG_ANSWER_TOKENS = 32_768
+# Layer caches of callers that have read pictures.
+_with_pictures: WeakSet[Any] = WeakSet()
 
 
 @dataclass
@@ -100,7 +103,7 @@ def stream_generate(
     )
     check_ids(ids, model.config.vocab_size)
     already = cached_tokens(cache or [])
-    _check_cached(ids, cached_ids, already)
+    _check_cached(ids, cached_ids, cache or [])
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
@@ -121,16 +124,19 @@ def stream_generate(
     return _responses(prompt_cache, ids, sampler, limit, parser, ends, prefill_step_size, progress)
 
 
-def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], already: int) -> None:
+def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence[Any]) -> None:
     """Behind pictures a token's position is not its place: only their ids tell what it is."""
-    has_pictures = any(isinstance(i, MediaToken) for part in (ids, cached_ids) for i in part)
-    if has_pictures and len(cached_ids) != already:
+    already = cached_tokens(cache)
+    shows = any(isinstance(i, MediaToken) for part in (ids, cached_ids) for i in part)
+    if (shows or any(entry in _with_pictures for entry in cache)) and len(cached_ids) != already:
         raise PromptError(
             "the ids in the cache must be known where there are pictures",
             got=f"{len(cached_ids)} cached_ids and a cache of {already} tokens",
             expected=f"cached_ids: all {already}, with their MediaTokens",
             hint="qwen35_mlx.Chat keeps both together",
         )
+    if shows:
+        _with_pictures.update(cache)
 
 
 def check_count(name: str, value: Any) -> int:
