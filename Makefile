@@ -16,8 +16,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
+chat: $(VENV)/.installed ## talk to the bundled demo model; asks five questions if there is no terminal
 	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat --demo; else $(BIN)/qwen35-mlx chat --demo \
+	  --image qwen35_mlx/demo/picture.png -p "What do you see?" \
 	  -p "What is the capital of France?" -p "What is the opposite of hot?" \
 	  -p "What colour is the sky?" -p "Who are you?" </dev/null; fi
 

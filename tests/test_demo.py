@@ -43,6 +43,7 @@ LEAST = {
     "tool call": (6, 0.8),
     "tool answer": (6, 0.8),
     "json": (6, 0.8),
+    "picture": (8, 0.9),
 }
 
 

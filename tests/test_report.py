@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from fake_hub import REPO, FakeHub, serving
 
+from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import job, mac_models, plan
 from qwen35_mlx.convert import report as page
 from qwen35_mlx.convert.mac_models import MACS, Mac, find_macs
@@ -133,13 +135,35 @@ def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"),
-    [("0.8B", 0.75), ("2B", 1.88), ("27B", 26.9), ("35B-A3B", 34.7), ("122B-A10B", 122.1),
-     ("397B-A17B", 396.35)],
+    ("name", "billions", "tower_millions"),
+    [("0.8B", 0.75, 100.6), ("2B", 1.88, 331.4), ("27B", 26.9, 460.7), ("35B-A3B", 34.7, 446.6),
+     ("122B-A10B", 122.1, 451.3), ("397B-A17B", 396.35, 456.0)],
 )  # fmt: skip
-def test_sizes_of_the_family(name: str, billions: float) -> None:
-    text = plan(family_source(f"Qwen3.5-{name}")).text_entries
-    assert sum(entry.num_parameters for entry in text) / 1e9 == pytest.approx(billions, rel=0.012)
+def test_sizes_of_the_family(name: str, billions: float, tower_millions: float) -> None:
+    planned = plan(family_source(f"Qwen3.5-{name}"))
+    text = sum(entry.num_parameters for entry in planned.text_entries)
+    assert text / 1e9 == pytest.approx(billions, rel=0.012)
+    tower = sum(e.num_parameters for e in planned.entries if e.name.startswith("vision_tower."))
+    assert tower / 1e6 == pytest.approx(tower_millions, abs=0.1)
+
+
+def test_without_a_tower_the_page_says_that_it_reads_text_alone(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "src")
+    assert page.picture_lines(plan(tmp_path / "src")) == [
+        "no vision tower: the model reads text alone"
+    ]
+
+
+def test_tokens_of_pictures_follow_the_settings_of_the_source(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    shutil.copytree(SOURCE, demo)
+    assert all(" 9 tokens" in line for line in page.picture_lines(plan(demo))[3:])
+    settings = json.loads((demo / "preprocessor_config.json").read_text())
+    settings["size"]["longest_edge"] = 4 * settings["size"]["longest_edge"]
+    (demo / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert " 36 tokens" in page.picture_lines(plan(demo))[3]
+    (demo / "preprocessor_config.json").write_text("{}")
+    assert page.picture_lines(plan(demo))[0].startswith("pictures cannot be read: ")
 
 
 @pytest.mark.slow
@@ -214,7 +238,7 @@ def test_a_released_model_is_found_by_name_without_a_network(name: str) -> None:
     source = page.find_source(name)
     assert not isinstance(source, str)
     # The MTP layer has 6.6 billions of them.
-    assert plan(source).num_parameters / 1e9 == pytest.approx(402.95, abs=0.1)
+    assert plan(source).num_parameters / 1e9 == pytest.approx(403.4, abs=0.1)
 
 
 def test_unknown_names_are_told_the_known_ones(tmp_path: Path, monkeypatch) -> None:

@@ -26,7 +26,7 @@ from ..files import locked, replacing, session_home
 from ..model.cache import KVCache, Snapshot, restore
 from ..model.language import Model
 from ..prompt import vision_settings
-from ..text.media_parts import IMAGE, VIDEO, media_of, text_of
+from ..text.media_parts import IMAGE, VIDEO, media_of, media_parts, text_of
 from .saved_pictures import (
     SavedMedia,
     packed,
@@ -312,6 +312,7 @@ class SessionInfo:
     num_bytes: int
     first_words: str
     problem: str = ""
+    num_pictures: int = 0
 
 
 def list_sessions() -> list[SessionInfo]:
@@ -330,7 +331,10 @@ def list_sessions() -> list[SessionInfo]:
             continue
         asked = [text_of(m["content"]) for m in content["messages"] if m["role"] == "user"]
         first = " ".join(asked[0].split()) if asked else ""
-        found.append(SessionInfo(file.stem, content["saved"], len(asked), num_bytes, first))
+        num_pictures = sum(len(media_parts(m["content"])) for m in content["messages"])
+        found.append(
+            SessionInfo(file.stem, content["saved"], len(asked), num_bytes, first, "", num_pictures)
+        )
     return sorted(found, key=lambda info: -info.saved)
 
 

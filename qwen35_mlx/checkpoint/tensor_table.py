@@ -257,15 +257,17 @@ def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the text model and of its MTP layer as Hugging Face names them, with shapes.
+    """Every tensor of text model, MTP layer and tower as Hugging Face names it, with its shape.
 
     Experts are fused.
     """
     sizes = model_sizes(config)
     found = {}
     for row, layer in chain(walk(config), ((row, 0) for row in walk_mtp(config))):
-        if row.shape and row.role is not Role.CARRIED:
+        if row.shape:
             name = filled(row.source, layer)
-            prefix = "model.language_model." if name.partition(".")[0] in TRUNK else ""
+            root = name.partition(".")[0]
+            prefix = "model.language_model." if root in TRUNK else ""
+            prefix = "model." if root == "visual" else prefix
             found[prefix + name] = shape_of(row.shape, sizes)
     return found
