@@ -190,7 +190,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 @functools.lru_cache(maxsize=1024)
 def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     generator = np.random.default_rng([seed, *name.encode()])
-    values = (0.1 * generator.standard_normal(shape)).astype(np.float32)
+    values = np.asarray(0.1 * generator.standard_normal(shape), np.float32)
     values.flags.writeable = False
     return values
 
