@@ -1,5 +1,6 @@
 """Tiny random checkpoints in Hugging Face format, written with numpy alone."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -184,8 +185,15 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: str, seed: int = 0
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    generator = np.random.default_rng([seed, *name.replace("language_model.", "").encode()])
-    return (0.1 * generator.standard_normal(shape)).astype(np.float32)
+    return _drawn(name.replace("language_model.", ""), shape, seed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    generator = np.random.default_rng([seed, *name.encode()])
+    values = np.asarray(0.1 * generator.standard_normal(shape), np.float32)
+    values.flags.writeable = False
+    return values
 
 
 def safetensors_bytes(tensors: Tensors, header: dict[str, Any] | None = None) -> bytes:

@@ -198,7 +198,15 @@ def test_fit_without_a_source_finds_a_recipe_for_every_model(monkeypatch) -> Non
     assert next(line for line in small if "397B" in line).split()[1:] == ["no", "recipe"]
 
 
-def test_the_disk_line_counts_output_spare_and_shards(real: FakeHub, tmp_path: Path) -> None:
+def test_the_disk_line_counts_output_spare_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sparse(tmp_path / "src", monkeypatch, num_layers=8)
+    with serving(tmp_path / "src", tmp_path / "cache", monkeypatch):
+        check_the_disk_line(tmp_path)
+
+
+def check_the_disk_line(tmp_path: Path) -> None:
     planned = plan(REPO, bits=4)
     line = page.conversion_lines(planned)[1]
     whole, output, shards = (float(n.replace(",", "")) for n in re.findall(r"[\d,]+\.\d", line))

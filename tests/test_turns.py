@@ -135,15 +135,19 @@ def spoken(pieces: Any, kind: str = "answer") -> str:
 
 
 @pytest.mark.parametrize(
-    ("ahead", "thinking"), everyday([(False, False), (False, True), (True, False), (True, True)], 2)
+    ("ahead", "thinking", "num_turns"),
+    everyday(
+        [(False, False, 5), (False, True, 5), (True, False, 5), (True, True, 5), (True, False, 3)],
+        4,
+    ),
 )
 def test_a_turn_reads_what_is_new_and_no_more(
-    demo: Any, script: Script, ahead: bool, thinking: bool
+    demo: Any, script: Script, ahead: bool, thinking: bool, num_turns: int
 ) -> None:
     model, tokenizer = demo
     chat = Chat(model, tokenizer, system=SYSTEM, enable_thinking=thinking)
     known: list[list[int]] = []
-    for turn in range(5):
+    for turn in range(num_turns):
         thought = f"thought {turn} " * 20 + "\n</think>\n\n" if thinking else ""
         script.say(thought + f"Answer {turn} is this one.")
         if ahead:

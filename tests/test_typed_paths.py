@@ -50,16 +50,16 @@ def as_url(path: str) -> str:
     return Path(path).expanduser().absolute().as_uri()
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spelt", [str, as_terminal_app, in_quotes, in_double_quotes, as_url])
 @pytest.mark.parametrize("where", ["", "~/folder with spaces/", "./", "absolute"])
 def test_a_dropped_or_typed_file_is_found(
-    folder: Path, name: str, spelt: Callable[[str], str], where: str
+    folder: Path, spelt: Callable[[str], str], where: str
 ) -> None:
-    path = f"{folder}/{name}" if where == "absolute" else where + name
-    [found] = typed_files(spelt(path))
-    assert found.samefile(folder / name)
-    assert os.path.samefile(typed_path(spelt(path)), folder / name)
+    for name in NAMES:
+        path = f"{folder}/{name}" if where == "absolute" else where + name
+        [found] = typed_files(spelt(path))
+        assert found.samefile(folder / name), name
+        assert os.path.samefile(typed_path(spelt(path)), folder / name), name
 
 
 def test_several_dropped_files_are_all_found(folder: Path) -> None:

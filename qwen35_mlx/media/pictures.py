@@ -185,8 +185,8 @@ def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
         levels = np.asarray(image)
         scaled = np.empty(levels.shape, np.uint8)
         for top in range(0, image.height, STRIP_ROWS):
-            strip = levels[top : top + STRIP_ROWS].astype(np.uint32)
-            scaled[top : top + STRIP_ROWS] = (strip + 128) // 257
+            rows = levels[top : top + STRIP_ROWS].astype(np.uint32)
+            scaled[top : top + STRIP_ROWS] = (rows + 128) // 257
         return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("I", "F"):
         raise MediaError(
