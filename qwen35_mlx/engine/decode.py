@@ -1,6 +1,5 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-import time
 from collections.abc import Generator
 from typing import NamedTuple, cast
 
@@ -39,12 +38,13 @@ def decode(
         mx.async_eval(tokens)
         return tokens, logits
 
+    if drafter:
+        drafter.begin()
     try:
         # Drawn and not read; the host need not know it yet.
         token, logits = draw(hidden, len(cache.ids))
         left = max_tokens
         while left:
-            started = time.perf_counter()
             if left > 1:
                 # Not before it is certain that a token follows: a discarded one is not penalised.
                 sampler.accept(token)
@@ -55,7 +55,7 @@ def decode(
                     token, logits = draw(cache.step(token), len(cache.ids) + 1)
                 token_id = int(cast(int, read.item()))
                 if drafter:
-                    drafter.record(time.perf_counter() - started)
+                    drafter.record()
                 if left > 1:
                     cache.commit(token_id)
                 left -= 1
@@ -68,7 +68,7 @@ def decode(
             right = [a == b for a, b in zip(read_ids[1:], drawn_ids, strict=False)]
             num_right = [*right, False].index(False)
             assert drafter
-            drafter.record(time.perf_counter() - started, len(right), num_right)
+            drafter.record(len(right), num_right)
             params = sampler.params
             for i in range(num_right + 1):
                 if i:
