@@ -27,6 +27,8 @@ MODES = (AUTO, OFF, MTP, LOOKUP)
 MAX_DRAFTS = MAX_ROWS - 1
 # Fewer tokens repeat by chance.
 MATCHED_TOKENS = 4
+# A copy goes on near where it was; what is farther away has no advantage over the latest place.
+COPY_WINDOW = 512
 # A copy that goes on is worth the longest passes.
 FIRST_LOOKUP_DRAFTS, HITS_TO_TRUST = 4, 2
 # Where drafting does not pay, how many passes until it is tried again.
@@ -84,6 +86,8 @@ class Drafter:
         self._looked_up: deque[tuple[int, float]] = deque(maxlen=REMEMBERED_PASSES)
         self._ids: Sequence[int] = ()
         self._text, self._num_known = np.zeros(0, dtype=np.int64), 0
+        # Where in the text the last copy would go on.
+        self._copy_end: int | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -120,6 +124,8 @@ class Drafter:
         self.stats.count(self._kind, num_drafts, num_accepted)
         if self._kind == LOOKUP:
             self._hits = self._hits + 1 if num_accepted == num_drafts else 0
+            if self._copy_end is not None:
+                self._copy_end += num_accepted
             self._looked_up.append((1 + num_accepted, seconds))
             if self.num_draft_tokens is None and not self._lookup_pays():
                 self._pause[LOOKUP] = PAUSE_PASSES
@@ -159,7 +165,10 @@ class Drafter:
         return token_id
 
     def _look_up(self, ids: Sequence[int], token: mx.array, most: int) -> list[int]:
-        """What followed the last place where the text had the same four tokens."""
+        """What followed a place where the text had the same four tokens.
+
+        That is the nearest one to where the last copy ended, or else the latest.
+        """
         if len(ids) <= MATCHED_TOKENS or self._pause[LOOKUP]:
             return []
         number = self.num_draft_tokens or (
@@ -178,7 +187,8 @@ class Drafter:
         places = places[text[places + 1] == token_id]
         if not len(places):
             return []
-        start, number = int(places[-1]) + 2, min(number, most)
+        start, number = self._nearest(places) + 2, min(number, most)
+        self._copy_end = start
         found = [*text[start : start + number].tolist(), token_id]
         # Where the copy reaches the end of the text, the text goes round.
         period = len(text) + 1 - start
@@ -187,10 +197,19 @@ class Drafter:
         # A picture is no draft, nor is what comes behind it.
         return list(itertools.takewhile(lambda i: i >= 0, found[:number]))
 
+    def _nearest(self, places: np.ndarray) -> int:
+        if self._copy_end is not None:
+            distances = np.abs(places + 1 - self._copy_end)
+            if distances.min() <= COPY_WINDOW:
+                return int(places[distances.argmin()])
+        return int(places[-1])
+
     def _as_array(self, ids: Sequence[int]) -> np.ndarray:
         """The ids, of which only the new ones are copied where a text goes on."""
         # A cache appends to its list, and takes another one when it goes back.
         known = self._num_known if ids is self._ids else 0
+        if not known:
+            self._copy_end = None
         if len(ids) > len(self._text):
             grown = np.zeros(len(ids) + len(ids) // 4 + 1024, dtype=np.int64)
             grown[:known] = self._text[:known]
