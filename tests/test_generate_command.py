@@ -10,6 +10,7 @@ from everyday import everyday
 import qwen35_mlx
 from qwen35_mlx.cli import generate_command
 from qwen35_mlx.cli.generate_command import print_answer
+from qwen35_mlx.engine import speculate
 from qwen35_mlx.engine.output import Piece, ToolCall
 
 # The demo continues this without an end.
@@ -86,7 +87,7 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert list(found) == [
         "text", "thought", "tool_calls", "finish_reason", "prompt_tokens", "cached_tokens",
         "generated_tokens", "thought_tokens", "ttft_s", "prefill_tps", "decode_tps", "total_s",
-        "pictures", "videos", "media_tokens",
+        "draft_tokens", "tokens_per_pass", "draft_acceptance", "pictures", "videos", "media_tokens",
     ]  # fmt: skip
     assert (found["text"], found["thought"], found["tool_calls"]) == (text, thought, [])
     assert found["finish_reason"] == "stop" and found["cached_tokens"] == 0
@@ -95,6 +96,32 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert found["prefill_tps"] > 0 and found["decode_tps"] > 0
     cut = json.loads(generate("-p", SUM, "--json", "--max-tokens", "2", *GREEDY).stdout)
     assert (cut["finish_reason"], cut["generated_tokens"]) == ("length", 2)
+
+
+@pytest.mark.parametrize("way", [(), ("--raw",)])
+def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None:
+    options = ("-p", SUM, "--json", "--max-tokens", "24", *way, *GREEDY)
+    plain = json.loads(generate(*options, "--draft", "off").stdout)
+    found = json.loads(generate(*options, "--draft", "mtp", "--num-draft-tokens", "3").stdout)
+    assert found["text"] == plain["text"] and found["thought"] == plain["thought"]
+    assert (plain["draft_tokens"], plain["tokens_per_pass"], plain["draft_acceptance"]) == (
+        0,
+        1,
+        {},
+    )
+    assert 0 < found["draft_tokens"] < found["generated_tokens"] and found["tokens_per_pass"] > 1
+    assert len(found["draft_acceptance"]["mtp"]) == 3
+
+
+def test_a_warning_comes_behind_the_answer(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = generate("-p", SUM, *GREEDY)
+    monkeypatch.setattr(
+        speculate.Drafter, "is_hopeless", property(lambda self: self._num_passes > 3)
+    )
+    shown = generate("-p", SUM, *GREEDY)
+    assert shown.stdout == plain.stdout
+    assert shown.stderr == f"warning: {speculate.HOPELESS}\n"
+    assert shown.output.index("warning") >= len(plain.stdout)
 
 
 def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:

@@ -29,6 +29,7 @@ import qwen35_mlx
 from qwen35_mlx import Chat
 from qwen35_mlx.config import FULL
 from qwen35_mlx.convert import convert
+from qwen35_mlx.engine.mtp_state import MTPState
 from qwen35_mlx.engine.speculate import AUTO, OFF, Drafter
 from qwen35_mlx.engine.speculate import MTP as BY_MTP
 from qwen35_mlx.model.cache import KVCache
@@ -47,6 +48,7 @@ MIN_TOKENS_PER_PASS = {1: 1.80, 2: 2.20, 3: 2.45, 4: 2.65}
 MIN_LOOKUP_TOKENS_PER_PASS = 4.0
 MIN_P, MAX_ACCEPTANCE_CHANGE = 1e-3, 0.02
 
+KEPT = ("snapshot", "session")
 SECOND_TURNS = [
     (first, second)
     for first in ("Who are you?", "What is the capital of France?", "What is 12 + 7?")
@@ -197,10 +199,13 @@ def tokens_per_pass(model: Model, tokenizer: Any, texts: Sequence[Text]) -> dict
 
 
 def acceptance_of_kept_states(model: Model, tokenizer: Any, home: Path) -> dict[str, float]:
-    """How often first drafts are right in second turns: as ever, after an undo, after a load."""
+    """How often first drafts are right in second turns: as ever, after an undo, after a load.
+
+    Beside them, where the layer has forgotten what it had read.
+    """
     shares = {}
     print("\nFirst drafts that are right in the second turn")
-    for way in ("uninterrupted", "snapshot", "session"):
+    for way in ("uninterrupted", *KEPT, "forgotten"):
         drafted = accepted = 0
         options: dict[str, Any] = {
             "draft": BY_MTP, "num_draft_tokens": 3, "sampling": {"temperature": 0.0},
@@ -217,6 +222,8 @@ def acceptance_of_kept_states(model: Model, tokenizer: Any, home: Path) -> dict[
                 chat.save(home / "kept")
                 chat = Chat(model, tokenizer, **options)
                 assert chat.load(home / "kept") is None
+            elif way == "forgotten" and (cache := chat._cache) and cache.mtp:
+                cache.mtp = MTPState(model, cache.mtp.layer)
             chat.drafter = Drafter(model, BY_MTP, 3)
             list(chat.send(second))
             of_chat = chat.drafter.stats.first_drafts
@@ -273,7 +280,7 @@ def main() -> None:
     print()
     table, states = round_bytes(), state_bytes_of_a_round()
     first = rows["as converted"][0]
-    change = max(abs(share - kept["uninterrupted"]) for share in kept.values())
+    change = max(abs(kept[way] - kept["uninterrupted"]) for way in KEPT)
     checks = {
         "mtp_logits_difference": difference <= MAX_LOGITS_DIFFERENCE,
         "first_draft_acceptance": first >= MIN_FIRST_ACCEPTANCE,
