@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
 from ..model.language import Model
+from .exact_rows import exact_rows
 from .prompt_cache import PromptCache
 from .sampler import Sampler
 
@@ -82,6 +83,9 @@ class Drafter:
         self._kind = ""
         most = min(most, MAX_DRAFTS)
         if most < 1 or not cache.can_go_back:
+            return None
+        most = min(most, exact_rows(cache.model) - 1)
+        if most < 1:
             return None
         if self.uses_lookup and (found := self._look_up(cache.ids, token, most)):
             self._kind = LOOKUP
