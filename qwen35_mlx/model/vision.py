@@ -48,7 +48,7 @@ class VisionTower(nn.Module):
                 expected=f"rows and columns that are multiples of {merge}, a patch for each cell",
             )
         x = self.patch_embed(patches).reshape(num_groups, height * width, -1)
-        x = x + self._positions(height, width).astype(x.dtype)
+        x = (x + self._positions(height, width)).astype(self.patch_embed.proj.weight.dtype)
         # Or MLX holds what they are made of beside the first block.
         mx.eval(x)
         angles = rotary_angles(height, width, self.config)
@@ -79,8 +79,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, size)
 
     def __call__(self, patches: mx.array) -> mx.array:
-        """`[N, C * p * p]` or `[N, C * T * p * p]` -> `[N, V]`."""
-        weight = self.proj.weight.transpose(0, 4, 1, 2, 3)
+        """`[N, C * p * p]` or `[N, C * T * p * p]` -> `[N, V]` in float32."""
+        # Pixels are finer than bfloat16, and so is the sum of two weights.
+        weight = self.proj.weight.astype(mx.float32).transpose(0, 4, 1, 2, 3)
         if patches.shape[1] * weight.shape[2] == weight[0].size:
             # All frames of a picture are equal: one product with the sum of their weights.
             weight = weight.sum(axis=2)
@@ -91,7 +92,7 @@ class PatchEmbed(nn.Module):
                 got=f"{patches.shape[1]} numbers a patch",
                 expected=f"{self.proj.weight[0].size}, or those of one frame",
             )
-        return mx.addmm(self.proj.bias, patches.astype(weight.dtype), weight.T)
+        return mx.addmm(self.proj.bias.astype(mx.float32), patches, weight.T)
 
 
 class VisionBlock(nn.Module):
@@ -137,13 +138,18 @@ class VisionAttention(nn.Module):
         heads = heads.transpose(2, 0, 3, 1, 4)
         q, k = rotated(heads[:2], *tables)
         v, scale = heads[2], self._head_dim**-0.5
-        if mx.default_device() == mx.Device(mx.gpu) and self._head_dim in FUSED_HEAD_DIMS:
+        if makes_no_scores(self._head_dim):
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
             # Or every block of queries would copy the values.
             v = mx.contiguous(v)
             out = attend(q, k, v, scale, None, VISION_CHUNK_BYTES)
         return self.proj(out.swapaxes(1, 2).reshape(num_groups, num_patches, width))
+
+
+def makes_no_scores(head_dim: int) -> bool:
+    """Whether MLX has a fused kernel for heads of this size, on the device in use."""
+    return mx.default_device() == mx.Device(mx.gpu) and head_dim in FUSED_HEAD_DIMS
 
 
 def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
