@@ -5,7 +5,7 @@ patch, V hidden size, D head dim, H hidden size of the text model. The patches o
 merged follow each other: (h / m, w / m, m, m).
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,7 +62,6 @@ class VisionTower(nn.Module):
     def _positions(self, height: int, width: int) -> mx.array:
         """The square of embeddings, stretched bilinearly to the grid, `[P, V]` fp32."""
         taps, weights = interpolation(height, width, self.config)
-        # One tap after the other: no four copies at once.
         return sum(
             self.pos_embed(mx.array(tap)).astype(mx.float32) * mx.array(weight)[:, None]
             for tap, weight in zip(taps, weights, strict=True)
@@ -198,7 +197,6 @@ class PatchMerger(nn.Module):
         return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
 
 
-@lru_cache(maxsize=4)
 def interpolation(height: int, width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the square of embeddings `[4, P]` and their weights `[4, P]`, fp32, for a grid.
 
