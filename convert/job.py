@@ -256,7 +256,7 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         level["tie_word_embeddings"] = model.tie_word_embeddings
     _complete_text_config(text, model)
     if planned.quantization:
-        block = planned.quantization | _carried_settings(planned.source)
+        block = planned.quantization | _carried_settings(planned)
         config["quantization"] = config["quantization_config"] = block
     config["qwen35_mlx"] = {
         "format_version": FORMAT_VERSION,
@@ -264,16 +264,21 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         **planned.source.origin,
         "settings": planned.settings,
         "norms_shifted": True,
+        "mtp_norms_shifted": True,
         "sha256": checksums,
     }
     return config
 
 
-def _carried_settings(source: Source) -> dict[str, Any]:
-    """What a quantized source says of modules that are carried along."""
-    block = {bare(key): value for key, value in quantization_block(source.config).items()}
+def _carried_settings(planned: Plan) -> dict[str, Any]:
+    """What a quantized source says of carried modules; the plan knows better of its own."""
+    said = quantization_block(planned.source.config).items()
+    block = {output_name(bare(key)): value for key, value in said}
+    known = {entry.module for entry in planned.entries if entry.bits is not None}
     roots = ("mtp.", "vision_tower.")
-    return {output_name(key): value for key, value in block.items() if key.startswith(roots)}
+    return {
+        key: value for key, value in block.items() if key.startswith(roots) and key not in known
+    }
 
 
 def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:

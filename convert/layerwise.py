@@ -106,7 +106,8 @@ class Layerwise:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
         # A model without layers: embedding, last norm and head.
-        self.ends = Model(replace(self.config, num_hidden_layers=0, layer_types=(), vision=None))
+        ends: Any = dict(num_hidden_layers=0, layer_types=(), vision=None, num_mtp_layers=0)
+        self.ends = Model(replace(self.config, **ends))
         weights = {
             name: array
             for part in ("embed_tokens.", "norm.")

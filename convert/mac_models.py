@@ -82,9 +82,8 @@ def find_macs(text: str) -> list[Mac]:
 
 
 def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryCount:
-    """Memory in use when the plan's model runs, tower included; see `qwen35_mlx.memory`."""
-    weights = plan.text_bytes + plan.tower_bytes
-    return count(plan.config, weights, context, limit_bytes, activation_bytes(plan))
+    """Memory in use when the plan's model runs; see `qwen35_mlx.memory`."""
+    return count(plan.config, plan.loaded_bytes, context, limit_bytes, activation_bytes(plan))
 
 
 def activation_bytes(plan: Plan) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.checkpoint.names import TOWER, fold
+from qwen35_mlx.checkpoint.names import TOWER, fold, is_mtp
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
@@ -22,6 +22,8 @@ from .source import Source
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8
+# Of the MTP layer, whatever the trunk has: its drafts are as good as with 8, and worse with 3.
+MTP_BITS = 4
 DEFAULT_METHOD = "minmax"
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -107,8 +109,8 @@ class Shard:
 class PlanRow:
     """One line of the printed plan: the same module of all layers, with their sums.
 
-    All carried tensors of a tower share one line without a shape. The dtype of a dropped tensor is
-    "dropped".
+    All carried tensors of a tower share one line without a shape, and so do those of the MTP layer,
+    shown as the largest of them is stored. The dtype of a dropped tensor is "dropped".
     """
 
     name: str
@@ -140,8 +142,8 @@ class Plan:
 
     @property
     def text_entries(self) -> list[Entry]:
-        """Entries of the text model, without the carried vision and MTP weights."""
-        return [entry for entry in self.entries if entry.role is not Role.CARRIED]
+        """Entries of the text model, without MTP layer and carried weights."""
+        return [e for e in self.entries if e.role is not Role.CARRIED and not is_mtp(e.module)]
 
     @property
     def source_bytes(self) -> int:
@@ -160,6 +162,17 @@ class Plan:
         """Of the vision tower, where there is one that runs."""
         towers = [e for e in self.entries if e.module.startswith(TOWER)]
         return sum(entry.output_bytes for entry in towers) if self.config.vision else 0
+
+    @property
+    def mtp_bytes(self) -> int:
+        """Of the MTP layer, where there is one that runs."""
+        layer = [e for e in self.entries if is_mtp(e.module)]
+        return sum(entry.output_bytes for entry in layer) if self.config.num_mtp_layers else 0
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Of what is in memory when the model runs."""
+        return self.text_bytes + self.mtp_bytes + self.tower_bytes
 
     @property
     def num_parameters(self) -> int:
@@ -195,13 +208,17 @@ class Plan:
         """The plan with layers folded to `*`, in the order of the output; dropped tensors last."""
         rows: dict[PlanRow, PlanRow] = {}
         kind = PlanRow("", (), "", "")
+        mtp = [entry for entry in self.entries if is_mtp(entry.module)]
+        largest = max(mtp, key=lambda entry: entry.num_parameters, default=None)
         for entry in self.entries:
             if not entry.belongs_to_weight:
-                name, shape = fold(entry.module), entry.shape
-                if entry.role is Role.CARRIED:
+                name, shape, one = fold(entry.module), entry.shape, entry
+                if largest and is_mtp(name):
+                    one = largest
+                if entry.role is Role.CARRIED or is_mtp(name):
                     name, shape = name.partition(".")[0] + ".*", ()
-                stored = entry.segments[0].tensor.dtype
-                kind = PlanRow(name, shape, stored, entry.dtype, entry.bits, entry.group_size)
+                stored = one.segments[0].tensor.dtype
+                kind = PlanRow(name, shape, stored, one.dtype, one.bits, one.group_size)
             row = rows.get(kind, kind)
             rows[kind] = replace(
                 row,
@@ -227,9 +244,9 @@ def plan(
 
     Without `bits` and `dtype`: 4 bits; what MLX quantized stays as it is. `dtype` alone:
     unquantized. Both: quantized, with scales and all other tensors in `dtype`. `recipe` decides
-    for each module; it can leave a router unquantized, but not change its 8 bits. `method` is a
-    method of `quantize`; to use "gptq", and "search" with importance, give `convert` a
-    calibration.
+    for each module; it can leave a router or the MTP layer unquantized, but not change the 8 bits
+    of the one and the 4 bits of the other. `method` is a method of `quantize`; to use "gptq", and
+    "search" with importance, give `convert` a calibration.
     """
     asked = [bits, dtype, recipe]
     if bits is None and (recipe is not None or dtype is None):
@@ -244,7 +261,8 @@ def plan(
     if any(match.quantization for match in found.text_matches):
         return _copy(opened, found, *asked)
 
-    def quantization(module: str, role: Role) -> Setting | None:
+    def quantization(match: Match) -> Setting | None:
+        module, role = match.module, match.row.role
         if role not in (Role.QUANTIZED, Role.ROUTER) or bits is None:
             return None
         setting = (bits, group_size) if recipe is None else recipe(module)
@@ -253,6 +271,10 @@ def plan(
         # A recipe may leave the method to the whole conversion.
         module_bits, module_group_size, module_method = (*setting, method)[:3]
         check_settings(module_bits, module_group_size, module_method, where=module)
+        if is_mtp(module):
+            module_bits = MTP_BITS
+            if match.shape[-1] % module_group_size:
+                module_group_size = GROUP_SIZES[0]
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
     entries = [
@@ -295,7 +317,7 @@ def _copied(match: Match) -> list[Entry]:
     """An entry for each tensor of a parameter, as stored."""
     kind = match.quantization
     if kind is None:
-        return [_entry(match, lambda module, role: None, None)]
+        return [_entry(match, lambda match: None, None)]
     entries = []
     for part in match.parts:
         dtype, is_weight = part.segments[0].tensor.dtype, part.name == match.name
@@ -318,13 +340,13 @@ def _copied(match: Match) -> list[Entry]:
 
 
 def _entry(
-    match: Match, quantization: Callable[[str, Role], Setting | None], dtype: str | None
+    match: Match, quantization: Callable[[Match], Setting | None], dtype: str | None
 ) -> Entry:
     role, shape, segments = match.row.role, match.shape, match.segments
-    module, stored = match.name.removesuffix(".weight"), precision(segments[0].tensor)
+    module, stored = match.module, precision(segments[0].tensor)
     keeps = role is Role.CARRIED or (role is Role.DECAY and stored == "F32")
     code = stored if dtype is None or keeps else DTYPES[dtype]
-    bits, group_size, method = quantization(module, role) or (None, None, None)
+    bits, group_size, method = quantization(match) or (None, None, None)
     tensors = [OutputTensor(match.name, code, shape)]
     if bits and group_size:
         packed, scales = quantized_shapes(shape, bits, group_size)

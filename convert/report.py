@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import SourceTensor
 from qwen35_mlx.checkpoint.tensor_table import expected_shapes
-from qwen35_mlx.config import ModelConfig
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.config import ModelConfig, VisionConfig
+from qwen35_mlx.errors import ConfigError, Qwen35Error, first_line
 from qwen35_mlx.family import FAMILY, family_config, find_member
 from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
+from qwen35_mlx.media.patches import picture_size
+from qwen35_mlx.media.settings import VisionSettings, read_settings
 from qwen35_mlx.memory import DEFAULT_CONTEXT, check_context
 from qwen35_mlx.quant.recipes import RECIPES, recipe
 
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes
-from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, running, tokens_per_second
+from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, activation_bytes, running, tokens_per_second
 from .plan import Plan, plan
 from .plots import picture
 from .source import Source
@@ -24,6 +27,14 @@ from .tasks import SLICE_BYTES, WORKERS, cut, peak_bytes
 
 CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
+# Width and height of what people show to a model.
+PICTURES = {
+    "a photo of 12 MP": (4032, 3024),
+    "a screenshot of 1920x1080": (1920, 1080),
+    "a picture of 512x512": (512, 512),
+}
+# Areas in pixels that the released models take; a source with a file of its own says its own.
+FAMILY_PIXELS = (65_536, 16_777_216)
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
     " that\nlimit raised; {bandwidth}: an upper bound at {context}, which no program reaches.\n"
@@ -32,14 +43,16 @@ NOTE = (
 
 
 def family_source(name: str) -> Source:
-    """A released model that can be planned, not read: its text model in bfloat16."""
-    config = family_config(name)
+    """A released model that can be planned, not read: text model and tower in bfloat16."""
+    raw = family_config(name)
+    text = ModelConfig.from_hf(raw)
+    config = replace(text, vision=VisionConfig.from_hf(raw, text.hidden_size))
     file = Path(name) / "model.safetensors"
     tensors = {
         tensor: SourceTensor(tensor, "BF16", shape, file, 0, 2 * math.prod(shape))
-        for tensor, shape in expected_shapes(ModelConfig.from_hf(config)).items()
+        for tensor, shape in expected_shapes(config).items()
     }
-    return Source(file.parent, config, tensors)
+    return Source(file.parent, raw, tensors)
 
 
 def find_source(name: str, revision: str | None = None) -> str | Source:
@@ -75,6 +88,25 @@ def conversion_lines(planned: Plan, keep_source: bool = False) -> list[str]:
     else:
         lines.append(f"disk: {disk / 1e9:,.1f} GB for the output, beside the source")
     return lines
+
+
+def picture_lines(planned: Plan) -> list[str]:
+    """Tokens of pictures, and the memory that their features take; or that there is no tower."""
+    vision = planned.config.vision
+    if vision is None:
+        return ["no vision tower: the model reads text alone"]
+    # Sizes follow from these alone.
+    patches = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, (), ())
+    try:
+        settings = read_settings(planned.source.folder) or VisionSettings(*patches, *FAMILY_PIXELS)
+    except ConfigError as error:
+        return [f"pictures cannot be read: {first_line(error)}"]
+    rows = [("pictures: tokens of the context, memory of their features", "", "")]
+    for name, (width, height) in PICTURES.items():
+        tokens = math.prod(picture_size(height, width, settings)) // settings.factor**2
+        feature_bytes = tokens * vision.out_hidden_size * activation_bytes(planned)
+        rows.append((f"  {name}", f"{tokens:,} tokens", f"{feature_bytes / 1e6:,.1f} MB"))
+    return aligned(rows)
 
 
 def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
@@ -122,7 +154,7 @@ def family_lines(
         f"{memory_bytes / GIB:.0f} GB of memory: {where}",
         *aligned(rows),
         f"size, and {asked}; {_raised_note(memory_bytes)}",
-        "then plan NAME for one of them: sizes are those of the text model",
+        "then plan NAME for one of them",
     ]
 
 

@@ -194,6 +194,8 @@ class ModelConfig:
     fuses_linear_projections: bool = False
     # Set where the checkpoint holds the weights of a tower.
     vision: VisionConfig | None = None
+    # Layers that predict further tokens; 0 where the checkpoint has none or none is loaded.
+    num_mtp_layers: int = 0
     # What this machine's memory, or whoever loads the model, leaves of the context.
     context_limit: int | None = None
 

@@ -5,6 +5,22 @@ from typing import Any, NamedTuple
 OWNER = "Qwen"
 
 
+class Tower(NamedTuple):
+    """The shapes of a vision tower."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+    width: int
+
+
+SMALL, MIDDLE, LARGE = (
+    Tower(768, 12, 12, 3072),
+    Tower(1024, 24, 16, 4096),
+    Tower(1152, 27, 16, 4304),
+)
+
+
 class Member(NamedTuple):
     """The shapes of one model; `width` is that of an expert, or of a dense feed-forward layer."""
 
@@ -15,6 +31,7 @@ class Member(NamedTuple):
     num_kv_heads: int
     width: int
     linear_num_value_heads: int
+    tower: Tower = LARGE
     tied: bool = False
     num_experts: int = 0
     per_token: int = 0
@@ -31,9 +48,9 @@ class Member(NamedTuple):
 
 
 FAMILY = (
-    Member("0.8B", 1024, 24, 8, 2, 3584, 16, tied=True),
-    Member("2B", 2048, 24, 8, 2, 6144, 16, tied=True),
-    Member("4B", 2560, 32, 16, 4, 9216, 32, tied=True),
+    Member("0.8B", 1024, 24, 8, 2, 3584, 16, SMALL, tied=True),
+    Member("2B", 2048, 24, 8, 2, 6144, 16, MIDDLE, tied=True),
+    Member("4B", 2560, 32, 16, 4, 9216, 32, MIDDLE, tied=True),
     # The width is not published where we could read it; this one makes 9 B parameters.
     Member("9B", 4096, 32, 16, 4, 12288, 32),
     Member("27B", 5120, 64, 24, 4, 17408, 48),
@@ -87,4 +104,21 @@ def family_config(name: str) -> dict[str, Any]:
     else:
         kind = "qwen3_5"
         text["intermediate_size"] = member.width
-    return {"model_type": kind, "text_config": {"model_type": f"{kind}_text", **text}}
+    vision = {
+        "hidden_size": member.tower.hidden_size,
+        "depth": member.tower.depth,
+        "num_heads": member.tower.num_heads,
+        "intermediate_size": member.tower.width,
+        "out_hidden_size": member.hidden_size,
+        "hidden_act": "gelu_pytorch_tanh",
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 2304,
+    }
+    return {
+        "model_type": kind,
+        "text_config": {"model_type": f"{kind}_text", **text},
+        "vision_config": vision,
+    }

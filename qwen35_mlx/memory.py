@@ -32,6 +32,8 @@ MIN_SNAPSHOTS = 4
 MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
 # Logits and sampling, MLX's pool of freed buffers, and the program; an estimate.
 PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
+# Decoded tokens after which the pool is emptied: keys and values that were outgrown fit nothing.
+POOL_TOKENS = 1024
 # Tokens by which buffers of keys and values grow at least.
 KV_STEP = 256
 # What else is allocated ahead, seen in models of many layers.
@@ -95,13 +97,15 @@ def count(
     `item_bytes`: of activations, keys and values; 2 in bfloat16.
     """
     state, budget = state_bytes(config, item_bytes), scores_budget(limit_bytes)
+    capacity = kv_capacity(context)
+    mtp_cache = config.num_mtp_layers * _layer_kv_bytes(config, capacity, item_bytes)
     scores = _most_scores_bytes(config, context, budget, item_bytes)
     peak = _prefill_bytes(config, context, scores, item_bytes)
     return MemoryCount(
         context=context,
         query_block=query_block(config.num_attention_heads, context, budget, item_bytes),
         weights=weight_bytes,
-        kv_cache=kv_bytes(config, kv_capacity(context), item_bytes),
+        kv_cache=kv_bytes(config, capacity, item_bytes) + mtp_cache,
         # The next ones are made while the last are still there.
         states=2 * state,
         snapshots=MIN_SNAPSHOTS * state,
@@ -146,7 +150,7 @@ def kv_capacity(num_tokens: int) -> int:
 
 
 def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
-    """Keys and values of `context` tokens in all full-attention layers."""
+    """Keys and values of `context` tokens in all full-attention layers, as decoding reads them."""
     layers = config.layer_types.count(FULL)
     return layers * _layer_kv_bytes(config, context, item_bytes)
 
@@ -167,8 +171,8 @@ def _layer_state_bytes(config: ModelConfig) -> int:
 
 
 def read_share(config: ModelConfig, module: str) -> float:
-    """The part of a module's bytes that one decoded token reads."""
-    if module.startswith("vision_tower."):
+    """The part of a module's bytes that one token reads that is decoded without drafts."""
+    if module.startswith(("vision_tower.", "mtp.")):
         return 0.0
     if ".switch_mlp." in module:
         return config.num_experts_per_tok / config.num_experts

@@ -3,16 +3,27 @@
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import PromptError
+from .media.tokens import MediaToken, Span
 from .text.control_tokens import ControlTokens, control_tokens
+from .text.media_parts import media_of, opened, source_parts
 from .text.messages import for_template
+
+if TYPE_CHECKING:
+    from .media.settings import VisionSettings
+    from .text.media_parts import Media
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-# Kinds of content in a message, by its type or its key, that only the vision tower could read.
-PICTURES = {"image", "image_url", "video", "video_url"}
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+VISION_TOKENS = (VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD)
+PLACEHOLDER = re.compile("|".join(map(re.escape, (IMAGE_PAD, VIDEO_PAD))))
+WRAPPED_VIDEO = re.compile(
+    f"({re.escape(VISION_START)})?{re.escape(VIDEO_PAD)}({re.escape(VISION_END)})?"
+)
 # A thought in front of an answer, as servers give it that do not take them apart; the prompt may
 # have opened it.
 INLINE_THOUGHT = re.compile(
@@ -20,15 +31,51 @@ INLINE_THOUGHT = re.compile(
 )
 
 
+class PromptText(str):
+    """A rendered prompt; `spans` stand at the placeholders that the template wrote, in order."""
+
+    spans: tuple[Span, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, spans: Sequence[Span]) -> "PromptText":
+        """A text and what stands at its placeholders."""
+        prompt = cls(text)
+        prompt.spans = tuple(spans)
+        return prompt
+
+    def part(self, start: int, stop: int | None = None) -> "PromptText":
+        """A slice of the text with its pictures."""
+        text = str(self)[start:stop]
+        if not self.spans:
+            return PromptText(text)
+        first = len(PLACEHOLDER.findall(self[:start]))
+        return PromptText.of(text, self.spans[first : first + len(PLACEHOLDER.findall(text))])
+
+
 def encode_prompt(
-    tokenizer: Any, prompt: Prompt, *, enable_thinking: bool | None = None
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    enable_thinking: bool | None = None,
+    images: Sequence[Any] | None = None,
+    videos: Sequence[Any] | None = None,
+    allow_url: bool = False,
 ) -> list[int]:
-    """Token ids of a raw text, of ids as they are, or of messages through the chat template."""
+    """Token ids of a raw text, of ids as they are, or of messages through the chat template.
+
+    Pictures and videos make a message of a text, and come before the text of the last one.
+    """
+    if parts := source_parts(images, videos):
+        prompt = _with_parts(prompt, parts)
     if isinstance(prompt, str):
         ids = _encoded(_unwrapped(tokenizer), prompt)
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = encode_messages(
-            tokenizer, prompt, add_generation_prompt=True, enable_thinking=enable_thinking
+            tokenizer,
+            prompt,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+            allow_url=allow_url,
         )
     else:
         ids = _token_ids(prompt)
@@ -37,12 +84,33 @@ def encode_prompt(
     return ids
 
 
+def _with_parts(prompt: Any, parts: list[Any]) -> list[Any]:
+    """Messages of which the last one of the user begins with `parts`."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for i in range(len(messages) - 1, -1, -1):
+        if isinstance(messages[i], Mapping) and messages[i].get("role") == "user":
+            content = messages[i].get("content")
+            behind = content if isinstance(content, list | tuple) else [_text_part(content)]
+            messages[i] = {**messages[i], "content": [*parts, *behind]}
+            return messages
+    raise PromptError(
+        "pictures have no message to belong to",
+        got=repr(prompt)[:80],
+        expected="text, or messages with one of the user",
+    )
+
+
+def _text_part(text: Any) -> dict[str, Any]:
+    return {"type": "text", "text": text or ""}
+
+
 def _token_ids(prompt: Any) -> list[int]:
-    """Whole numbers out of a list or an array."""
+    """Whole numbers out of a list or an array; the placeholders of pictures stay what they are."""
     try:
         if isinstance(prompt, bytes | bytearray):
             raise TypeError
-        return [operator.index(i) for i in getattr(prompt, "tolist", lambda: prompt)()]
+        ids = getattr(prompt, "tolist", lambda: prompt)()
+        return [i if isinstance(i, MediaToken) else operator.index(i) for i in ids]
     except TypeError:
         raise PromptError(
             "the prompt is not usable",
@@ -52,7 +120,10 @@ def _token_ids(prompt: Any) -> list[int]:
 
 
 def encode_messages(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
-    """The chat template's rendering of `messages` as token ids; options as in `render_messages`."""
+    """The chat template's rendering of `messages` as token ids; options as in `render_messages`.
+
+    Where a picture or a video stands, the ids are `MediaToken`s, which know it.
+    """
     return encode_text(tokenizer, render_messages(tokenizer, messages, **options))
 
 
@@ -62,12 +133,14 @@ def render_messages(
     *,
     add_generation_prompt: bool,
     enable_thinking: bool | None = None,
+    allow_url: bool = False,
     **template: Any,
-) -> str:
+) -> PromptText:
     """The chat template's rendering of `messages` as text, for `encode_text`.
 
     enable_thinking None leaves it to the template, which differs between the models. Names of
-    control tokens in messages and tools are marked, so that they stay text.
+    control tokens in messages and tools are marked, so that they stay text. `allow_url` lets
+    pictures be fetched from the web.
     """
     if enable_thinking is not None:
         template["enable_thinking"] = enable_thinking
@@ -79,14 +152,15 @@ def render_messages(
             got="no chat_template.jinja, no chat_template.json, none in tokenizer_config.json",
             hint="give the prompt as plain text, or copy the template into the model's folder",
         )
-    _refuse_pictures(messages)
+    messages = open_messages(tokenizer, messages, allow_url=allow_url)
+    media = media_of(messages)
     has_thoughts = "reasoning_content" in str(chat_template)
     conversation = [_message(message, has_thoughts) for message in for_template(messages)]
     template = _plain(template)
     if controls := _controls(tokenizer):
         conversation, template = controls.protect(conversation), controls.protect(template)
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
@@ -97,19 +171,54 @@ def render_messages(
     # A template is a program and fails in its own ways.
     except Exception as error:
         raise PromptError("the chat template refuses these messages", got=error) from None
+    return _with_media(tokenizer, text, media) if media else PromptText(text)
 
 
-def _refuse_pictures(messages: Sequence[Any]) -> None:
-    """The template would leave a placeholder, which the text model reads as if it were a word."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for item in content if isinstance(content, list | tuple) else ():
-            if isinstance(item, Mapping) and PICTURES & {*item, str(item.get("type"))}:
-                raise PromptError(
-                    "this program reads no pictures and no videos",
-                    got=f"{item.get('type') or 'a picture'} in a message",
-                    expected="text",
-                )
+def open_messages(
+    tokenizer: Any, messages: Sequence[Any], *, allow_url: bool = False
+) -> Sequence[Any]:
+    """The messages with the sources of their pictures and videos opened, as this model wants them.
+
+    Paths and data: URLs are opened, web addresses only with `allow_url`.
+    """
+    settings, why_none = vision_settings(tokenizer)
+    return opened(messages, settings, why_none=why_none, allow_url=allow_url)
+
+
+def vision_settings(tokenizer: Any) -> "tuple[VisionSettings | None, str]":
+    """How a model wants its pictures, or why it reads none; `load` has set both."""
+    tokenizer = _unwrapped(tokenizer)
+    return getattr(tokenizer, "vision", None), getattr(tokenizer, "no_vision", "")
+
+
+def _with_media(tokenizer: Any, text: str, media: "Sequence[Media]") -> PromptText:
+    """A rendered text with its pictures; a video becomes one placeholder for each frame group."""
+    from .media.settings import KEEPS_OUTER_PAIR
+    from .media.video import Video
+
+    videos = [m for m in media if isinstance(m, Video)]
+    expected = [VIDEO_PAD if isinstance(m, Video) else IMAGE_PAD for m in media]
+    found = PLACEHOLDER.findall(text)
+    if not media_ids(tokenizer).keys() >= set(expected) or found != expected:
+        raise PromptError(
+            "the chat template does not show all pictures and videos",
+            got=", ".join(found)[:200] or "no placeholder",
+            expected=", ".join(expected)[:200],
+            hint="use the chat template and the tokenizer of the model's authors",
+        )
+    remaining = iter(videos)
+
+    def groups(wrapped: re.Match[str]) -> str:
+        before, behind = wrapped[1] or "", wrapped[2] or ""
+        text = "".join(
+            f"<{seconds:.1f} seconds>{VISION_START}{VIDEO_PAD}{VISION_END}"
+            for seconds in next(remaining).timestamps
+        )
+        return text if before and behind and not KEEPS_OUTER_PAIR else before + text + behind
+
+    if videos:
+        text = WRAPPED_VIDEO.sub(groups, text)
+    return PromptText.of(text, [span for m in media for span in m.spans])
 
 
 def _plain(value: Any) -> Any:
@@ -147,7 +256,61 @@ def _message(message: Any, has_thoughts: bool) -> Any:
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text from `render_messages`, or of a part of it."""
     tokenizer = _unwrapped(tokenizer)
-    return _encoded(_controls(tokenizer) or tokenizer, text)
+    ids = _encoded(_controls(tokenizer) or tokenizer, text)
+    spans = getattr(text, "spans", ())
+    if not spans:
+        return ids
+    known = media_ids(tokenizer)
+    placeholders = {known[name] for name in (IMAGE_PAD, VIDEO_PAD) if name in known}
+    expanded: list[int] = []
+    remaining = list(spans[::-1])
+    for token in ids:
+        if token not in placeholders:
+            expanded.append(token)
+        elif remaining:
+            expanded += remaining.pop().tokens()
+        else:
+            raise _unmatched(ids, placeholders, spans)
+    if remaining:
+        raise _unmatched(ids, placeholders, spans)
+    return expanded
+
+
+def _unmatched(ids: Sequence[int], placeholders: set[int], spans: Sequence[Span]) -> PromptError:
+    return PromptError(
+        "placeholders and pictures do not match",
+        got=f"{sum(i in placeholders for i in ids)} placeholders",
+        expected=len(spans),
+        hint="is this the tokenizer of the model?",
+    )
+
+
+def media_ids(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens around and in place of pictures, by name; those that there are."""
+    backend = getattr(_unwrapped(tokenizer), "backend_tokenizer", None)
+    found = {} if backend is None else {name: backend.token_to_id(name) for name in VISION_TOKENS}
+    return {name: i for name, i in found.items() if i is not None}
+
+
+def banned_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that a model which sees must not write: they are for pictures, and mean nothing."""
+    has_tower = getattr(model, "vision_tower", None) is not None
+    return list(media_ids(tokenizer).values()) if has_tower else []
+
+
+def without_media(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """The ids as a tokenizer knows them: the placeholder's own in place of each `MediaToken`."""
+    if min(ids, default=0) >= 0:
+        return list(ids)
+    from .media.video import Video
+
+    pads = media_ids(tokenizer)
+    return [
+        pads[VIDEO_PAD if isinstance(i.span.media, Video) else IMAGE_PAD]
+        if isinstance(i, MediaToken)
+        else i
+        for i in ids
+    ]
 
 
 def _encoded(encoder: Any, text: str) -> list[int]:
@@ -194,10 +357,12 @@ def check_length(
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
     """Ids outside the embedding would read memory that is not there."""
     if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise PromptError(
-            "the prompt has a token id that the model does not know",
-            got=wrong,
-            expected=f"0 to {vocab_size - 1}",
-            hint="is this tokenizer that of the model?",
-        )
+        known = range(vocab_size)
+        wrong = [i for i in ids if i not in known and not isinstance(i, MediaToken)]
+        if wrong:
+            raise PromptError(
+                "the prompt has a token id that the model does not know",
+                got=wrong[0],
+                expected=f"0 to {vocab_size - 1}",
+                hint="is this tokenizer that of the model?",
+            )

@@ -1,5 +1,6 @@
 """Tiny random checkpoints in Hugging Face format, written with numpy alone."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -118,8 +119,9 @@ def tensor_shapes(
         shapes["model.visual.blocks.0.attn.qkv.weight"] = (24, 8)
     if mtp:
         shapes["mtp.fc.weight"] = (HIDDEN, 2 * HIDDEN)
-        shapes["mtp.norm.weight"] = (HIDDEN,)
-        shapes["mtp.layers.0.input_layernorm.weight"] = (HIDDEN,)
+        norms = "pre_fc_norm_embedding pre_fc_norm_hidden norm layers.0.input_layernorm"
+        for norm in (*norms.split(), "layers.0.post_attention_layernorm"):
+            shapes[f"mtp.{norm}.weight"] = (HIDDEN,)
         shapes |= _attention("mtp.layers.0.self_attn.")
         # The released models store these one by one even where the trunk is fused.
         shapes |= _moe("mtp.layers.0.mlp.", "each") if moe else _dense("mtp.layers.0.mlp.", 256)
@@ -183,8 +185,15 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: str, seed: int = 0
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    generator = np.random.default_rng([seed, *name.replace("language_model.", "").encode()])
-    return (0.1 * generator.standard_normal(shape)).astype(np.float32)
+    return _drawn(name.replace("language_model.", ""), shape, seed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    generator = np.random.default_rng([seed, *name.encode()])
+    values = np.asarray(0.1 * generator.standard_normal(shape), np.float32)
+    values.flags.writeable = False
+    return values
 
 
 def safetensors_bytes(tensors: Tensors, header: dict[str, Any] | None = None) -> bytes:

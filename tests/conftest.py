@@ -1,8 +1,8 @@
 """The bundled demo, converted once a run; a model that says what it is told; consoles."""
 
 import functools
+import gc
 import io
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +22,6 @@ from qwen35_mlx.model import loading
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
-# Comparisons of float32 on a GPU; MLX reads this at its first matrix product.
-os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,6 +67,12 @@ def converted_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         return convert(Path(__file__).parent / "golden" / name, out, dtype="float32")
 
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: without it a full collection of garbage takes a tenth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

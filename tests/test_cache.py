@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
+from everyday import everyday
 
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
@@ -36,7 +37,9 @@ def read(model: Any, cache: list[Any], start: int, end: int) -> np.ndarray:
 
 
 # 256 is the step by which the arrays of a KVCache grow.
-@pytest.mark.parametrize(("point", "end"), [(1, 2), (20, 21), (20, 90), (255, 258), (256, 300)])
+@pytest.mark.parametrize(
+    ("point", "end"), everyday([(1, 2), (20, 21), (20, 90), (255, 258), (256, 300)], 0, 2, 3)
+)
 def test_what_is_read_after_a_restore_is_as_if_never_read_before(
     model: Any, point: int, end: int
 ) -> None:

@@ -16,6 +16,7 @@ from qwen35_mlx.convert import calibrate as module
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.calibrate import calibrate, encode, read_text
 from qwen35_mlx.convert.fidelity import fidelity
+from qwen35_mlx.convert.layerwise import SourceCheckpoint, run_layer
 from qwen35_mlx.convert.transform import quantize_rows
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.loading import load_tokenizer
@@ -100,7 +101,8 @@ def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, meas
         gain = search_gain(3, 64) * feedback_gain(measured.of(unit)[1])
         assert measured.kls[unit][3, 64] == pytest.approx(kl * gain, rel=1e-3)
         assert 0 < measured.kls[unit][5, 64] < measured.kls[unit][3, 64] / 4
-    quantizable = {e.module for e in plan(source).entries if e.bits and e.role.name == "QUANTIZED"}
+    text = plan(source).text_entries
+    quantizable = {e.module for e in text if e.bits and e.role.name == "QUANTIZED"}
     assert set(measured.errors) == quantizable
     assert set(measured.kls) == {m for m in quantizable if not m.endswith("up_proj")}
 
@@ -223,3 +225,35 @@ def test_text_that_is_none_is_refused(tmp_path):
     for name in ("noise", "absent"):
         with pytest.raises(Qwen35Error, match="cannot be read"):
             read_text(tmp_path / name)
+
+
+def test_inputs_are_kept_of_as_many_texts_as_are_measured(source, monkeypatch):
+    monkeypatch.setattr(module, "MEASURED_TOKENS", 2 * IDS.shape[1] + 1)
+    seen = []
+    checkpoint = SourceCheckpoint(source)
+    calibrator = module._Calibrator(checkpoint, IDS[:3], False, lambda *step: seen.append(step))
+    calibrator.collect_all(keep=True)
+    assert seen == [(i, 4, f"layer {i}") for i in range(4)]
+    assert len(calibrator.layers) == 4
+    hidden = calibrator.model.embed(IDS[:2])
+    assert len(calibrator.inputs) == 5
+    for index, kept in enumerate(calibrator.inputs):
+        assert len(kept) == 2
+        for ours, expected in zip(kept, hidden, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-4)
+        if index < 4:
+            hidden = run_layer(calibrator.layers[index], hidden)
+    again = module._Calibrator(checkpoint, IDS[:1], False, lambda *step: None)
+    again.collect_all(keep=False)
+    assert again.layers == [] and len(again.inputs) == 1
+
+
+@pytest.mark.parametrize("above", [0, 1])
+def test_small_models_are_measured_unless_told_otherwise(source, monkeypatch, above):
+    limit = SourceCheckpoint(source).num_parameters - above
+    monkeypatch.setattr(module, "MEASURED_PARAMETERS", limit)
+    steps = []
+    monkeypatch.setattr(module._Calibrator, "collect_all", lambda self, keep: steps.append(keep))
+    monkeypatch.setattr(module._Calibrator, "measure_all", lambda self: steps.append("measured"))
+    calibrate(source, FEW_IDS)
+    assert steps == ([False] if above else [True, "measured"])

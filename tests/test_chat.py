@@ -12,8 +12,8 @@ import pytest
 from everyday import everyday
 
 from qwen35_mlx import Chat, generate
+from qwen35_mlx.engine import decode as decode_module
 from qwen35_mlx.errors import PromptError, Qwen35Error
-from qwen35_mlx.model.language import Model
 from qwen35_mlx.prompt import encode_messages
 
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
@@ -64,20 +64,20 @@ def test_thinking_follows_the_setting(demo: Any, enable_thinking: bool | None) -
 
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """Every row of logits that the model gives: a wrong cache need not change the text."""
-    head, rows = Model.head, []
+    """Every row of logits that a token is drawn from: a wrong cache need not change the text."""
+    probabilities, rows = decode_module.log_probabilities, []
 
-    def record(model: Model, hidden: mx.array) -> mx.array:
-        row = head(model, hidden)
-        rows.append(np.array(row[0, -1]))
-        return row
+    def record(logits: mx.array) -> mx.array:
+        rows.append(np.array(logits[0]))
+        return probabilities(logits)
 
-    monkeypatch.setattr(Model, "head", record)
+    monkeypatch.setattr(decode_module, "log_probabilities", record)
     return rows
 
 
 def assert_as_if_afresh(chat: Chat, question: str, logits: list[np.ndarray]) -> None:
-    """Ask, and ask again in the same conversation with an empty cache."""
+    """Ask, and ask again in the same conversation with an empty cache; the first tokens show it."""
+    chat.max_tokens = 8
     logits.clear()
     ask(chat, question)
     ours = list(logits)

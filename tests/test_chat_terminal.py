@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from screen import CLI, Screen
 
+from qwen35_mlx.cli.local_models import SOURCE
+
 pytestmark = pytest.mark.slow
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
@@ -356,3 +358,26 @@ def test_ctrl_c_while_one_question_is_answered_exits_130(screen: Any, converted_
     shell.wait_for(r"France\?\n\s*\S+")
     shell.type("\x03")
     assert shell.exit_code() == 130
+
+
+def test_a_screenshot_is_completed_dropped_and_seen(
+    screen: Any, converted_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "Screenshot at 9.41\u202fAM.png"
+    (tmp_path / name).write_bytes((SOURCE / "picture.png").read_bytes())
+    shell = screen("chat", converted_demo, "--temperature", "0", "--no-think")
+    shell.wait_for(PROMPT)
+    shell.type("/image Scr")
+    shell.wait_for("AM.png", stay=True)
+    shell.type("\t")
+    shell.wait_for(r"Screenshot\\ at", stay=True)
+    shell.type("\r")
+    assert "picture 1: Screenshot at 9.41" in shell.wait_for(r"9 tokens\n\n>$")
+    shell.type("What do you see?\r")
+    assert "A red star." in shell.wait_for(DONE)
+    # As a program between the screen and the terminal hands it over.
+    dropped = str(tmp_path / name).replace("\u202f", " ").replace(" ", "\\ ")
+    shell.type(f"What is in {dropped} ?\r")
+    again = shell.wait_for(DONE)
+    assert "picture 1: Screenshot at 9.41" in again and "A red star." in again

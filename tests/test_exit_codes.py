@@ -20,6 +20,7 @@ ODD_PATHS = [
 QUICK = [
     "generate PATH -p hi",
     "generate DEMO -p hi --max-tokens 1 --tools PATH",
+    "generate DEMO -p hi --max-tokens 1 --image PATH",
     "chat PATH -p hi",
     "sessions PATH",
     "sessions --remove PATH",
@@ -29,6 +30,9 @@ QUICK = [
     "plan SOURCE --fit PATH",
 ]
 SLOW = [
+    "generate DEMO -p hi --max-tokens 1 --video PATH",
+    "generate DEMO -p hi --max-tokens 1 --pdf PATH",
+    "chat DEMO -p hi --max-tokens 1 --image PATH",
     "chat DEMO -p hi --max-tokens 1 --session PATH",
     "convert PATH",
     "convert PATH out",

@@ -175,3 +175,43 @@ def test_a_module_that_was_passed_by_is_noticed(folders):
     missed = pytest.raises(RuntimeError, match=r"not called: .*linear_attn.out_proj")
     with missed, watched(layer, lambda *call: None):
         layer.mlp(mx.zeros((1, 2, 128)), layer.post_attention_layernorm)
+
+
+def test_the_error_of_a_layer_is_the_distance_over_what_the_layer_adds(folders):
+    report = fidelity(folders / "src", folders / "q3", IDS)
+    runs = [Layerwise(open_checkpoint(folders / name)) for name in ("src", "q3")]
+    before, own = (run.embed(IDS) for run in runs)
+    for index, found in enumerate(report.layers):
+        layer, quantized = (run.layer(index) for run in runs)
+        after = run_layer(layer, before)
+        alone, own = run_layer(quantized, before), run_layer(quantized, own)
+        joined = [np.array(mx.concatenate(x, axis=0)) for x in (before, after, alone, own)]
+        added = np.linalg.norm(joined[1] - joined[0])
+        assert found.alone == pytest.approx(np.linalg.norm(joined[2] - joined[1]) / added, rel=1e-3)
+        accumulated = np.linalg.norm(joined[3] - joined[1]) / added
+        assert found.accumulated == pytest.approx(accumulated, rel=1e-3)
+        assert (found.index, found.kind) == (index, runs[0].config.layer_types[index])
+        before = after
+
+
+def test_steps_are_told_with_their_number(folders):
+    seen = []
+    fidelity(folders / "src", folders / "q3", IDS[:1, :2], progress=lambda *step: seen.append(step))
+    assert seen == [(i, 4, f"layer {i}") for i in range(4)]
+
+
+def test_a_head_that_is_no_copy_of_the_embedding_is_not_compared(tmp_path):
+    write_checkpoint(tmp_path / "src", tied=True)
+    out = convert(tmp_path / "src", tmp_path / "out", dtype="bfloat16")
+    tensors = mx.load(str(out / "model.safetensors"))
+    (embedding,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    head = embedding.replace("model.embed_tokens", "lm_head")
+    (out / "model.safetensors.index.json").unlink()
+    for factor in (1, 2):
+        changed = tensors | {head: factor * tensors[embedding]}
+        mx.save_safetensors(str(tmp_path / "changed.safetensors"), changed, {"format": "mlx"})
+        (tmp_path / "changed.safetensors").replace(out / "model.safetensors")
+        if factor == 1:
+            open_checkpoint(out)
+    with pytest.raises(Qwen35Error, match="lm_head"):
+        open_checkpoint(out)

@@ -86,6 +86,7 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert list(found) == [
         "text", "thought", "tool_calls", "finish_reason", "prompt_tokens", "cached_tokens",
         "generated_tokens", "thought_tokens", "ttft_s", "prefill_tps", "decode_tps", "total_s",
+        "pictures", "videos", "media_tokens",
     ]  # fmt: skip
     assert (found["text"], found["thought"], found["tool_calls"]) == (text, thought, [])
     assert found["finish_reason"] == "stop" and found["cached_tokens"] == 0

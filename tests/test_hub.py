@@ -263,3 +263,9 @@ def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, sour
     assert "shards of the source on their way" in done.stderr
     assert "are as they were written" in done.stdout
     assert listing(tmp_path / "out") == listing(convert(source, tmp_path / "local"))
+
+
+def test_a_repository_without_config_is_no_model(source, fake):
+    (source / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"{REPO} is no model: it has no config.json"):
+        plan(REPO)

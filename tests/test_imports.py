@@ -1,6 +1,7 @@
 """The arrows between the parts: who may import whom, and what an import may cost."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,12 @@ def syntax(module: str) -> list[ast.AST]:
     return list(ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
 
 
-def imports(module: str) -> Iterator[str]:
+@functools.cache
+def imports(module: str) -> list[str]:
+    return list(_imports(module))
+
+
+def _imports(module: str) -> Iterator[str]:
     """Absolute dotted names a module imports, inside functions too; `from a import b` is `a.b`."""
     is_package = MODULES[module].stem == "__init__"
     for node in syntax(module):
@@ -144,6 +150,8 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.files",
         "qwen35_mlx.checkpoint.headers",
         "qwen35_mlx.machine",
+        "qwen35_mlx.media.patches",
+        "qwen35_mlx.media.settings",
         "qwen35_mlx.progress",
         "qwen35_mlx.checkpoint.names",
         "qwen35_mlx.checkpoint.quantization",

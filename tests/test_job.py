@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -331,3 +332,26 @@ def test_output_folders_are_made_and_relative_paths_are_taken(tmp_path, monkeypa
     out = convert(".", "../models/tiny")
     assert out.samefile(tmp_path / "models" / "tiny")
     assert json.loads((out / "config.json").read_text())["qwen35_mlx"]["source"] == "src"
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_is_spelled_out_and_what_mlx_lm_would_truncate_is_named(caplog, truncate):
+    rope = RopeConfig(
+        1e4, 8, factor=4.0, original_max_position_embeddings=64, attention_factor=1.2,
+        beta_fast=30.0, beta_slow=2.0, truncate=truncate,
+    )  # fmt: skip
+    text = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+    job._complete_text_config(text, SimpleNamespace(layer_types=("full_attention",), rope=rope))
+    found = text["rope_parameters"]
+    assert found.pop("mscale") == pytest.approx(0.2 / (0.1 * math.log(4)))
+    assert found == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "partial_rotary_factor": None,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.2,
+        "mscale_all_dim": 0,
+        "beta_fast": 30.0,
+        "beta_slow": 2.0,
+    }
+    assert ("YaRN without truncation" in caplog.text) == (not truncate)

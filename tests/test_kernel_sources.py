@@ -1,5 +1,7 @@
 """What MLX and Metal demand of the text of a kernel, without a GPU."""
 
+import importlib
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,3 +40,12 @@ def test_every_kernel_is_compiled_in_safe_mode(monkeypatch):
     metal.kernel("router", ("logits",), ("indices",))
     metal.clear()
     assert options[0]["compile_options"] == {"math_mode": "safe"}
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1", "1")])
+def test_float32_products_keep_their_digits_unless_the_user_wants_speed(monkeypatch, before, after):
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    if before is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", before)
+    importlib.reload(kernels)
+    assert os.environ["MLX_ENABLE_TF32"] == after

@@ -182,3 +182,17 @@ def test_blocks(source: str, first: str) -> None:
 
 def test_line_ends_are_kept_outside_of_code() -> None:
     assert hard_breaks("a\nb\n\n```\nc\nd\n```\ne") == "a  \nb  \n\n```\nc\nd\n```\ne  "
+
+
+def test_what_has_left_a_low_terminal_is_not_drawn_again() -> None:
+    """Five lines in six rows, of which four are on the screen."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=10, height=4)
+    stream = MarkdownStream(console)
+    old = [markdown._Line(text, len(text)) for text in ("a", "b" * 15, "c", "d", "e")]
+    new = [markdown._Line(text, len(text)) for text in ("A", "B" * 15, "C", "D", "E")]
+    assert stream._change(old, new) == "\r\x1b[2A\x1b[K\x1b[1B\x1b[J\x1b[1AC\nD\nE"
+    # A last line that alone is higher than the screen is drawn all the same.
+    tall = [markdown._Line("x" * 60, 60)]
+    assert stream._change(tall, new[:1]) == "\r\x1b[5A\x1b[K\x1b[1B\x1b[J\x1b[1AA"
+    assert stream._change(new[:1], [new[0], new[2]]) == "\nC"
+    assert stream._change(old[:1], new[:1]) == "\r\x1b[KA"

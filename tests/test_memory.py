@@ -4,7 +4,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -15,6 +15,7 @@ import qwen35_mlx
 from qwen35_mlx import machine, memory
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.engine.prefix_store import PrefixStore
+from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error
 from qwen35_mlx.family import FAMILY, family_config
 from qwen35_mlx.kernels.gated_delta_rule import gated_delta_rule
@@ -294,6 +295,17 @@ def test_the_pool_shrinks_where_weights_leave_little(mac: Any) -> None:
     counted = memory.count(FLAGSHIP, 0, 32_768)
     assert roomy.pool_bytes == memory.POOL_BYTES + counted.scores + counted.activations
     assert tight.pool_bytes == memory.POOL_BYTES
+
+
+def test_a_long_answer_empties_the_pool_of_what_it_outgrew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[int] = []
+    cache = PromptCache(cast(Model, None), [7] * 1000, [])
+    monkeypatch.setattr(mx, "clear_cache", lambda: lengths.append(len(cache.ids)))
+    for _ in range(2100):
+        cache.commit(5)
+    assert lengths == [1024, 2048, 3072]
 
 
 def test_off_metal_no_limit_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,12 @@
 """Which lines mutants.py changes and how, and which it leaves alone."""
 
-import random
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mutants
 import pytest
@@ -126,51 +131,116 @@ def test_a_seed_repeats_the_choice_and_no_line_comes_twice() -> None:
     assert {s.file for s in first} == {"qwen35_mlx/config.py", "qwen35_mlx/checkpoint/headers.py"}
 
 
-def test_tests_are_found_by_what_they_import() -> None:
-    tests = mutants.tests_of_modules(mutants.ROOT)
+FUNCTION = (
+    "Y = 1\n\n\ndef f(a=2):\n    if a:\n        return (\n            3\n        )\n    g()\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [(1, None), (4, range(5, 10)), (5, range(5, 6)), (7, range(6, 9)), (9, range(9, 10))],
+)
+def test_the_lines_of_a_statement_in_a_function(line: int, expected: range | None) -> None:
+    assert mutants.lines_in_function(FUNCTION, line) == expected
+
+
+def test_tests_that_run_a_statement_come_before_those_of_its_module(tmp_path: Path) -> None:
+    (tmp_path / "qwen35_mlx").mkdir()
+    (tmp_path / "qwen35_mlx" / "a.py").write_text(FUNCTION)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("from qwen35_mlx import a\n")
+    (tmp_path / "tests" / "test_b.py").write_text("import sys; print(sys.executable)\n")
+    (tmp_path / "tests" / "test_c.py").write_text("")
+    lines = {"runs": [5, 6], "other": [9], "none": []}
+    tests = {
+        f"tests/test_{file}.py::{name}": {
+            "seconds": 1.0, "lines": {"qwen35_mlx/a.py": lines[name]} if lines[name] else {}
+        }
+        for file in "abc"
+        for name in lines
+    }  # fmt: skip
+    reach = mutants.Reach({"tests": tests, "failed": []}, tmp_path)
+    names = [
+        ["".join(sorted(t[len("tests/test_") :].replace(".py::", " ") + "; " for t in found))]
+        for found in reach.tests_of(
+            Site("qwen35_mlx/a.py", Mutant("constant", 7, 0, 1, "x"), "", "")
+        )
+    ]
+    assert names == [
+        ["a runs; b runs; c runs; "],
+        ["a none; a other; b none; b other; c other; "],
+    ]
+    first, others = reach.tests_of(
+        Site("qwen35_mlx/a.py", Mutant("constant", 1, 0, 1, "x"), "", "")
+    )
+    assert first == set() and len(others) == 8
+
+
+def test_a_test_that_starts_with_an_import_is_found_by_it() -> None:
+    tests = mutants.test_files_of_modules(mutants.ROOT)
     assert "tests/test_journal.py" in tests["convert/journal.py"]
     assert "tests/test_gated_delta_rule.py" in tests["qwen35_mlx/kernels/gated_delta_rule.py"]
     # Through the names that `qwen35_mlx.convert` passes on.
     assert "tests/test_cache.py" in tests["convert/job.py"]
-    # Through the module that imports it, as no test does.
-    assert "tests/test_model.py" in tests["qwen35_mlx/model/gated_delta_net.py"]
-    for file, found in tests.items():
-        assert found or file.endswith("__init__.py"), f"no test is known for {file}"
-    for file in {file for found in tests.values() for file in found} | set(mutants.OVERRIDES):
-        assert (mutants.ROOT / file).exists(), file
 
 
-def test_a_mutant_is_killed_survives_or_cannot_be_run(tmp_path: Path) -> None:
+RECORDED = """
+import threading
+import pytest
+from product import f, g
+
+@pytest.fixture(scope="module")
+def made():
+    return f()
+
+def test_first(made): pass
+def test_second(made): pass
+def test_thread():
+    thread = threading.Thread(target=g)
+    thread.start()
+    thread.join()
+def test_wrong(): assert not g
+"""
+
+
+def test_lines_are_recorded_of_fixtures_and_threads_and_chosen_tests_run_alone(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "quant").mkdir()
+    product = "def f():\n    return 1\n\n\ndef g():\n    return 2\n"
+    (tmp_path / "quant" / "product.py").write_text(product)
+    (tmp_path / "test_it.py").write_text(RECORDED)
+    environment = dict(os.environ, PYTHONPATH=f"{mutants.ROOT / 'tools'}:{tmp_path / 'quant'}")
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "mutant_tests", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        ).stdout
+
+    run("--record=record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    lines = {name.partition("::")[2]: test["lines"] for name, test in record["tests"].items()}
+    of_f, of_g = ({"quant/product.py": [line]} for line in (2, 6))
+    assert lines == {"test_first": of_f, "test_second": of_f, "test_thread": of_g}
+    assert record["failed"] == ["test_it.py::test_wrong"]
+    (tmp_path / "chosen.json").write_text('["test_it.py::test_second"]')
+    assert run("--chosen=chosen.json").splitlines()[-1].startswith("1 passed")
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [(1, "killed"), (2, "killed"), (None, "timeout"), (0, "survived"), (5, "not run")],
+)
+def test_a_mutant_is_killed_survives_or_cannot_be_run(
+    tmp_path: Path, code: int | None, outcome: str
+) -> None:
     """Without a copy of the tree: what pytest would return is given."""
     site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"), "a", "b")
-
-    class Place:
-        def __init__(self, code: int | None):
-            self.code = code
-
-        def run(self, *_: object) -> int | None:
-            return self.code
-
-    outcomes = {1: "killed", 2: "killed", None: "timeout", 0: "survived", 5: "not run"}
-    for code, outcome in outcomes.items():
-        (result,) = mutants.run_all([site], {site.file: {"t"}}, {}, [], [Place(code)])  # type: ignore[list-item]
-        assert result.outcome == outcome
-    (result,) = mutants.run_all([site], {site.file: set()}, {}, [], [Place(1)])  # type: ignore[list-item]
-    assert result.outcome == "not run"
-
-
-def test_what_fails_without_a_mutant_is_left_out() -> None:
-    xml = """<testsuites><testsuite>
-      <testcase classname="" name="tests.test_c"><error message="collection failure"/></testcase>
-      <testcase classname="tests.test_a" name="test_x[1]" time="1.5"/>
-      <testcase classname="tests.test_a" name="test_y[a-b]" time="0.5"><failure/></testcase>
-      <testcase classname="tests.metal.test_b" name="test_z" time="2"><error/></testcase>
-    </testsuite></testsuites>"""
-    files = ["tests/test_a.py", "tests/metal/test_b.py", "tests/test_c.py"]
-    seconds, failed, broken = mutants.read_report(xml, files)
-    assert seconds == {files[0]: 2.0, files[1]: 2.0, files[2]: 0.0}
-    assert failed == ["tests/metal/test_b.py::test_z", "tests/test_a.py::test_y"]
-    assert broken == {"tests/test_c.py"}
+    place: Any = SimpleNamespace(run=lambda *_: code)
+    reach: Any = SimpleNamespace(tests_of=lambda site: [], seconds={})
+    (result,) = mutants.run_all([site], reach, [place])
+    assert result.outcome == outcome
 
 
 def test_the_rate_leaves_out_what_could_not_be_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,9 +259,19 @@ def test_a_copy_of_the_tree_is_what_runs_and_what_is_changed(tmp_path: Path) -> 
     file = place.root / "qwen35_mlx" / "errors.py"
     before = file.read_text()
     seen: list[str] = []
-    place.pytest = lambda *_: seen.append(file.read_text())  # type: ignore[method-assign, assignment]
-    site = random.Random(0).choice(mutants.choose([mutants.ROOT / "qwen35_mlx/errors.py"], 3, 0))
-    place.run(site, ["tests/test_config.py"], 1.0)
+    codes, runs = iter([0, 1, 0]), []
+
+    def pytest_ends_with(arguments: list[str], limit: float) -> int:
+        seen.append(file.read_text())
+        runs.append(json.loads((place.home / "chosen.json").read_text()))
+        assert arguments[-1] == "t.py" and limit > 5
+        return next(codes)
+
+    place.pytest = pytest_ends_with  # type: ignore[method-assign, assignment]
+    (site, *_) = mutants.choose([mutants.ROOT / "qwen35_mlx/errors.py"], 3, 0)
+    names = [set(), {"t.py::a"}, {"t.py::b"}, {"t.py::c"}]
+    assert place.run(site, names, {f"t.py::{name}": 1.0 for name in "abc"}) == 1
+    assert runs == [["t.py::a"], ["t.py::b"]]
     assert seen[0] != before == file.read_text()
     assert (mutants.ROOT / "qwen35_mlx" / "errors.py").read_text() == before
 

@@ -62,6 +62,13 @@ def test_only_zero_centred_norms_are_shifted(tmp_path):
                if m.transform is Transform.ADD_ONE}  # fmt: skip
     assert shifted == {
         "norm.weight",
+        "mtp.norm.weight",
+        "mtp.pre_fc_norm_embedding.weight",
+        "mtp.pre_fc_norm_hidden.weight",
+        "mtp.layers.*.input_layernorm.weight",
+        "mtp.layers.*.post_attention_layernorm.weight",
+        "mtp.layers.*.self_attn.q_norm.weight",
+        "mtp.layers.*.self_attn.k_norm.weight",
         "layers.*.input_layernorm.weight",
         "layers.*.post_attention_layernorm.weight",
         "layers.*.self_attn.q_norm.weight",

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
 from qwen35_mlx.chat.conversation import Chat, TurnStats
-from qwen35_mlx.cli import chat_view, command, convert_commands, main
+from qwen35_mlx.cli import attachments, chat_view, command, convert_commands, main
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.engine.output import Piece
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
@@ -72,6 +72,11 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--prompt": ["b"],
         "--raw": [],
+        "--image": ["{text}"],
+        "--video": ["{text}"],
+        "--pdf": ["{text}"],
+        "--pages": ["1-3", "--pdf", "{text}"],
+        "--allow-url": ["--image", "http://a.b/c.png"],
         "--tools": ["{tools}"],
         "--show-thoughts": [],
         "--json": [],
@@ -83,6 +88,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--demo": [],
         "--prompt": ["b"],
+        "--image": ["{text}"],
+        "--allow-url": [],
         "--session": ["s"],
         "--think-budget": ["5"],
         "--on-loop": ["penalize"],
@@ -160,12 +167,21 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
         stats = TurnStats(finish_reason="stop")
         settings = {name: options.get(name) for name in ("max_tokens", "stop", "sampling")}
         return SimpleNamespace(
-            model=None, tokenizer=None, stats=stats, send=lambda text: iter_of(text, pieces),
-            **settings,
+            model=None, tokenizer=SimpleNamespace(), stats=stats, **settings,
+            send=lambda text, **media: iter_of(text, media, pieces),
         )  # fmt: skip
 
-    def iter_of(text: str, pieces: list[Piece]) -> Any:
-        calls.append(f"send {text}")
+    def viewed(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(
+            run=Fake(calls, "run"), attached=SimpleNamespace(add=Fake(calls, "add"))
+        )
+
+    def opened_media(kind: str, source: Any, settings: Any, **_: Any) -> list[Any]:
+        frames = {"frames": 1} if kind == "video" else {}
+        return [SimpleNamespace(num_tokens=1, describe=lambda: str(source), **frames)]
+
+    def iter_of(text: str, media: dict[str, Any], pieces: list[Piece]) -> Any:
+        calls.append(f"send {text} {sorted(media)}")
         yield from pieces
 
     data = SimpleNamespace(hessians={}, layout=plan_of(SOURCE).layout, kls={}, errors={}, source="")
@@ -185,8 +201,10 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(convert_commands, "remember")
     fake(loading, "load", (SimpleNamespace(config=None), SimpleNamespace()))
     fake(conversation, "Chat", answered)
+    fake(attachments, "picture_settings")
+    fake(attachments, "open_media", opened_media)
     fake(sys.modules["qwen35_mlx.engine.generate"], "stream_generate", ())
-    fake(chat_view, "ChatView", lambda *_, **__: SimpleNamespace(run=Fake(calls, "run")))
+    fake(chat_view, "ChatView", viewed)
     fake(sys.modules["qwen35_mlx.cli.chat_commands"], "newest", "newest")
     fake(sys.modules["qwen35_mlx.cli.chat_commands"], "bundled_demo", "demo")
     fake(doctor, "run", {"kernels": None, "machine": MACHINE})
@@ -285,8 +303,11 @@ def test_every_rule_is_about_options_that_there_are(name: str) -> None:
         "convert x --prefer speed", "convert x --text t", "convert x --context 5",
         "convert /no/folder --keep-source", "convert x --bits 3 --method minmax --calibration c",
         "generate x --raw --system s", "generate x --raw --think", "generate x --raw --no-think",
-        "generate x --raw --tools t", "generate x --no-think --show-thoughts",
-        "chat x --demo", "chat x --no-think --think-budget 5", "sessions a --remove b",
+        "generate x --raw --tools t", "generate x --raw --image i", "generate x --raw --video v",
+        "generate x --raw --pdf p", "generate x --allow-url", "generate x --image -",
+        "generate x --pages 1",
+        "generate x --no-think --show-thoughts", "chat x --demo", "chat x --image -",
+        "chat x --allow-url -p hi", "chat x --no-think --think-budget 5", "sessions a --remove b",
     ],
 )  # fmt: skip
 def test_a_call_with_an_option_that_would_do_nothing_is_refused(line: str) -> None:

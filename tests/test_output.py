@@ -317,3 +317,13 @@ def test_a_thousand_tags_in_a_value_take_time_in_proportion() -> None:
 )  # fmt: skip
 def test_held_back(text: str, markers: list[str], size: int) -> None:
     assert held_back(text, markers) == size
+
+
+def test_a_call_without_a_tag_may_name_any_of_several_tools() -> None:
+    tools = [{"function": {"name": name, "parameters": {}}} for name in ("a.b", "c", "d")]
+    for name in ("a.b", "c", "d"):
+        call = f"Look:\n<function={name}>\n<parameter=n>\n1\n</parameter>\n</function>"
+        assert [n for n, _ in run_calls(parse(call, tools=tools)[2])] == [name]
+    # A dot is no pattern, and an unknown tool no call.
+    for name in ("axb", "e"):
+        assert parse(f"<function={name}>\n</function>", tools=tools)[2] == []

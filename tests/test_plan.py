@@ -162,7 +162,8 @@ def test_the_table_folds_layers_and_sums_up_what_is_carried(tmp_path):
     assert gate_proj.num_parameters == 4 * 3 * 128 * 128
     assert gate_proj.nbytes * 8 == 4.5 * gate_proj.num_parameters
     assert rows[f"{LAYER}linear_attn.A_log"].count == 2
-    assert rows["mtp.*"].shape == ()
+    assert (rows["mtp.*"].shape, rows["mtp.*"].bits) == ((), 4)
+    assert rows["mtp.*"].nbytes == planned.mtp_bytes > 0
     assert sum(row.nbytes for row in rows.values()) == planned.output_bytes
     assert sum(row.num_parameters for row in rows.values()) == planned.num_parameters
 

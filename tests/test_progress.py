@@ -67,3 +67,89 @@ def test_a_failure_leaves_the_spinner_and_the_error_readable(consoles: Any) -> N
     assert "Loading [odd] name" in ESCAPES.sub("", err.getvalue())
     # The cursor is shown again.
     assert err.getvalue().rstrip().endswith("\x1b[2K") or "\x1b[?25h" in err.getvalue()
+
+
+def drawn(err: Any) -> list[str]:
+    return [ESCAPES.sub("", line).rstrip() for line in re.split(r"[\r\n]+", err.getvalue())]
+
+
+def test_a_long_prompt_is_counted_and_a_short_one_is_not(
+    consoles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = consoles(width=80, force_terminal=True, legacy_windows=False)
+    now = [1000.0]
+    with progress.token_progress() as update:
+        update(511, 511)
+    assert err.getvalue() == ""
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    with progress.token_progress() as update:
+        now[0] += 4
+        update(1024, 2048)
+        update(2048, 2048)
+        # Nothing is drawn behind the end.
+        end = err.getvalue()
+        time.sleep(0.15)
+        assert err.getvalue() == end
+    lines = drawn(err)
+    last = [line for line in lines if "reading" in line][-1]
+    assert re.fullmatch(r"reading the prompt ━{24} 2,048/2,048 tokens 512 tok/s.*", last)
+    # It is taken away again.
+    assert end.endswith("\x1b[2K") or end.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("num_tokens", [512, 511])
+def test_a_prompt_that_is_interrupted_leaves_no_bar(consoles: Any, num_tokens: int) -> None:
+    _, err = consoles(width=80, force_terminal=True, legacy_windows=False)
+    with pytest.raises(KeyboardInterrupt), progress.token_progress() as update:
+        update(1, num_tokens)
+        raise KeyboardInterrupt
+    shown = err.getvalue()
+    assert ("reading" in shown) == ("\x1b[2K" in shown) == (num_tokens == 512)
+    time.sleep(0.15)
+    assert err.getvalue() == shown
+
+
+def test_a_log_has_no_count_of_tokens(consoles: Any) -> None:
+    _, err = consoles()
+    with progress.token_progress() as update:
+        update(1000, 5000)
+    assert err.getvalue() == ""
+
+
+def test_a_bar_begins_where_an_earlier_run_ended_and_names_no_tensor_at_its_end(
+    consoles: Any,
+) -> None:
+    _, err = consoles(width=100, force_terminal=True, legacy_windows=False)
+    with progress.byte_progress("Converting") as update:
+        update(10**9, 4 * 10**9, "language_model.model.norm.weight", "model-1-of-2.safetensors")
+        time.sleep(0.15)
+        update(4 * 10**9, 4 * 10**9, "model.b", "c.safetensors")
+    lines = [line for line in drawn(err) if "Converting" in line]
+    first = next(line for line in lines if "norm" in line)
+    assert "1.0/4.0 GB" in first and first.endswith(" 1-of-2 norm.weight")
+    assert "4.0/4.0 GB" in lines[-1] and "norm" not in lines[-1] and " b" not in lines[-1]
+    with progress.byte_progress("Nothing"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.94, "59.9 s"), (60, "1 min"), (100, "2 min"), (3569, "59 min"),
+     (3600, "1 h 0 min"), (3660, "1 h 1 min"), (100_000, "27 h 47 min")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert progress._duration(seconds) == text
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_steps_are_counted_from_one(consoles: Any, is_terminal: bool) -> None:
+    _, err = consoles(**(dict(width=80, force_terminal=True) if is_terminal else {}))
+    with progress.step_progress("Checking") as update:
+        update(0, 3, "router")
+        time.sleep(0.15 if is_terminal else 0)
+        update(2, 3, "last")
+        time.sleep(0.15 if is_terminal else 0)
+    text = "\n".join(drawn(err))
+    assert "Checking: router (1/3)" in text and "Checking: last (3/3)" in text
+    assert ("⠋" in text) == is_terminal

@@ -42,8 +42,8 @@ def test_text_ids_arrays_and_messages_become_ids(demo: Any) -> None:
         ([*HELLO, {"role": "narrator", "content": "x"}], "Unexpected message role"),
         ([{"role": "user", "content": 7}], "template refuses"),
         ([*HELLO, {"content": "x"}], "template refuses"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "no pictures"),
-        ([*HELLO, {"role": "tool", "content": [{"video": "a.mp4"}, {"text": "x"}]}], "no pictures"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has no image"),
+        ([*HELLO, {"role": "tool", "content": [{"image_url": "a"}, {"text": "x"}]}], "a data: URL"),
     ],
     ids=repr,
 )

@@ -19,7 +19,14 @@ from mlx_lm.utils import load_model as load_theirs
 from mlx_lm.utils import quantize_model, save_config, save_model
 
 from qwen35_mlx.checkpoint.headers import SourceTensor
-from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES, MODES, Quantization, infer
+from qwen35_mlx.checkpoint.quantization import (
+    BITS,
+    GROUP_SIZES,
+    MODES,
+    Claims,
+    Quantization,
+    infer,
+)
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer
 from qwen35_mlx.errors import CheckpointError, ConfigError
@@ -285,3 +292,42 @@ def test_every_format_of_mlx_is_inferred_from_its_shapes() -> None:
                 assert inferred == Quantization(bits, group_size, mode)
                 found.add(inferred)
     assert len(found) == (1 + len(BITS)) * len(GROUP_SIZES) + 3
+
+
+def test_warnings_name_the_tensor_and_count_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    found = Quantization(4, 64)
+    block = {"group_size": 64, "bits": 4, "a.b": {"bits": 8, "group_size": 32}, "a.c": False}
+    claims = Claims({"quantization": block})
+    claims.compare(("x.first", "other"), found)
+    claims.warn()
+    assert caplog.text == ""
+    # By either name; the first is the one that is shown.
+    claims.compare(("x.second", "a.b"), found)
+    claims.compare(("a.c", "y"), found)
+    claims.warn()
+    assert [record.getMessage() for record in caplog.records] == [
+        "config.json says otherwise of 2 quantized tensors, the files count: "
+        f"x.second (bits=8, group_size=32; the files: {found.as_config()})"
+    ]
+    assert claims.differences[1] == f"a.c (quantized=False; the files: {found.as_config()})"
+    assert claims.num_quantized == 3
+
+
+def test_a_config_without_a_block_is_named_only_if_something_is_quantized(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    claims = Claims({})
+    claims.warn()
+    assert caplog.text == ""
+    claims.compare(("a",), Quantization(4, 64))
+    claims.warn()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("config.json does not say how the weights are quantized")
+
+
+def test_a_tensor_is_named_once_in_a_warning(
+    tmp_path: Path, mixed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = with_config(mixed, tmp_path / "out", each_block(lambda b: b | {"group_size": 128}))
+    load_model(out)
+    assert "quantized tensors, the files count: embed_tokens (group_size=128; " in caplog.text

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from checkpoints import write_checkpoint
 from fake_hub import REPO, FakeHub, serving
 
+from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import job, mac_models, plan
 from qwen35_mlx.convert import report as page
 from qwen35_mlx.convert.mac_models import MACS, Mac, find_macs
@@ -92,7 +94,7 @@ def experts_3(module: str) -> tuple[int, int]:
 def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     planned = plan(REPO, bits=4)
     assert sum(real.served.values()) < 4 * 10**6 + len(real.served) * 2**17
-    text = [e for e in planned.entries if e.role.name != "CARRIED"]
+    text = planned.text_entries
     # What llama.cpp prints, and the sizes of published conversions.
     assert sum(e.num_parameters for e in text) / 1e9 == pytest.approx(396.35, abs=0.02)
     assert sum(e.output_bytes for e in text) / 1e9 == pytest.approx(222.9, abs=0.2)
@@ -108,7 +110,8 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
     lines = page.mac_lines(mixed, MACS)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
-    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N=", "N=", "N=", "no"]
+    # 128K would fit without the MTP layer.
+    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N=", "N=", "no", "no"]
     assert ultra.split()[10] == f"{mac_models.tokens_per_second(mixed, 800, 8192):.0f}"
     assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
     largest = next(line for line in lines if "512 GB" in line)
@@ -132,13 +135,35 @@ def test_without_matplotlib_the_picture_says_what_to_install(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"),
-    [("0.8B", 0.75), ("2B", 1.88), ("27B", 26.9), ("35B-A3B", 34.7), ("122B-A10B", 122.1),
-     ("397B-A17B", 396.35)],
+    ("name", "billions", "tower_millions"),
+    [("0.8B", 0.75, 100.6), ("2B", 1.88, 331.4), ("27B", 26.9, 460.7), ("35B-A3B", 34.7, 446.6),
+     ("122B-A10B", 122.1, 451.3), ("397B-A17B", 396.35, 456.0)],
 )  # fmt: skip
-def test_sizes_of_the_family(name: str, billions: float) -> None:
+def test_sizes_of_the_family(name: str, billions: float, tower_millions: float) -> None:
     planned = plan(family_source(f"Qwen3.5-{name}"))
-    assert planned.num_parameters / 1e9 == pytest.approx(billions, rel=0.012)
+    text = sum(entry.num_parameters for entry in planned.text_entries)
+    assert text / 1e9 == pytest.approx(billions, rel=0.012)
+    tower = sum(e.num_parameters for e in planned.entries if e.name.startswith("vision_tower."))
+    assert tower / 1e6 == pytest.approx(tower_millions, abs=0.1)
+
+
+def test_without_a_tower_the_page_says_that_it_reads_text_alone(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "src")
+    assert page.picture_lines(plan(tmp_path / "src")) == [
+        "no vision tower: the model reads text alone"
+    ]
+
+
+def test_tokens_of_pictures_follow_the_settings_of_the_source(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    shutil.copytree(SOURCE, demo)
+    assert all(" 9 tokens" in line for line in page.picture_lines(plan(demo))[3:])
+    settings = json.loads((demo / "preprocessor_config.json").read_text())
+    settings["size"]["longest_edge"] = 4 * settings["size"]["longest_edge"]
+    (demo / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert " 36 tokens" in page.picture_lines(plan(demo))[3]
+    (demo / "preprocessor_config.json").write_text("{}")
+    assert page.picture_lines(plan(demo))[0].startswith("pictures cannot be read: ")
 
 
 @pytest.mark.slow
@@ -147,9 +172,10 @@ def test_what_fits_this_machine_names_every_model() -> None:
     assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
     cells = {line.split()[0]: line for line in lines if line.startswith("Qwen")}
     assert list(cells) == [member.full_name for member in FAMILY]
-    assert "173.5 GB, 128k*" in cells["Qwen3.5-397B-A17B"]
-    assert "223.0 GB, no" in cells["Qwen3.5-397B-A17B"]
-    assert "15.2 GB, 256k" in cells["Qwen3.5-27B"]
+    # With 3.7 GB of the MTP layer.
+    assert "177.2 GB, 32k*" in cells["Qwen3.5-397B-A17B"]
+    assert "226.8 GB, no" in cells["Qwen3.5-397B-A17B"]
+    assert "15.4 GB, 256k" in cells["Qwen3.5-27B"]
 
 
 @pytest.mark.slow
@@ -172,7 +198,15 @@ def test_fit_without_a_source_finds_a_recipe_for_every_model(monkeypatch) -> Non
     assert next(line for line in small if "397B" in line).split()[1:] == ["no", "recipe"]
 
 
-def test_the_disk_line_counts_output_spare_and_shards(real: FakeHub, tmp_path: Path) -> None:
+def test_the_disk_line_counts_output_spare_and_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sparse(tmp_path / "src", monkeypatch, num_layers=8)
+    with serving(tmp_path / "src", tmp_path / "cache", monkeypatch):
+        check_the_disk_line(tmp_path)
+
+
+def check_the_disk_line(tmp_path: Path) -> None:
     planned = plan(REPO, bits=4)
     line = page.conversion_lines(planned)[1]
     whole, output, shards = (float(n.replace(",", "")) for n in re.findall(r"[\d,]+\.\d", line))
@@ -211,7 +245,8 @@ def test_the_page_names_contexts_scores_and_an_upper_bound() -> None:
 def test_a_released_model_is_found_by_name_without_a_network(name: str) -> None:
     source = page.find_source(name)
     assert not isinstance(source, str)
-    assert plan(source).num_parameters / 1e9 == pytest.approx(396.35, abs=0.1)
+    # The MTP layer has 6.6 billions of them.
+    assert plan(source).num_parameters / 1e9 == pytest.approx(403.4, abs=0.1)
 
 
 def test_unknown_names_are_told_the_known_ones(tmp_path: Path, monkeypatch) -> None:

@@ -65,7 +65,7 @@ def test_top_k_never_draws_the_next_one() -> None:
 def test_temperature_divides_the_logits() -> None:
     logits = mx.array([[0.0, 1.0]])
     sampler = Sampler(SamplingParams(0.5), mx.array([0]), seed=0)
-    ones = sum(int(sampler(logits).item()) for _ in range(2000)) / 2000
+    ones = sum(int(sampler(logits, place).item()) for place in range(2000)) / 2000
     assert abs(ones - 1 / (1 + np.exp(-2))) < 0.03
 
 
@@ -73,7 +73,7 @@ def test_temperature_divides_the_logits() -> None:
 def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     sampler = Sampler(SamplingParams(temperature, top_p=0.9, top_k=3), mx.array([0]), seed=0)
     logits = mx.array([[-50.0, 90.0, 80.0, -mx.inf]])
-    assert {int(sampler(logits).item()) for _ in range(20)} == {1}
+    assert {int(sampler(logits, place).item()) for place in range(20)} == {1}
 
 
 def penalised(sampler: Sampler, logits: mx.array) -> mx.array:
@@ -87,14 +87,14 @@ def test_repetition_penalty_counts_prompt_and_answer_once_each() -> None:
     seen = []
     for _ in range(3):
         seen.append(penalised(sampler, logits).tolist()[0])
-        sampler.accept(sampler(logits))
+        sampler.accept(sampler(logits, 0))
     assert seen[0] == [4.0, -2.0, 5.0, 3.0, 1.0]
     # 2 was said first; halved to 2.5 it loses to 0, which was penalised already.
     assert seen[1] == seen[2] == [4.0, -2.0, 2.5, 3.0, 1.0]
 
 
 def drawn_and_accepted(sampler: Sampler, logits: mx.array) -> int:
-    token = sampler(logits)
+    token = sampler(logits, 0)
     sampler.accept(token)
     return int(token.item())
 
@@ -102,7 +102,7 @@ def drawn_and_accepted(sampler: Sampler, logits: mx.array) -> int:
 def test_a_token_that_was_drawn_and_discarded_is_not_penalised() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=1.5, repetition_penalty=2.0), mx.array([2]))
     logits = mx.array([[2.0, 1.0, -3.0]])
-    assert [int(sampler(logits).item()) for _ in range(3)] == [0, 0, 0]
+    assert [int(sampler(logits, place).item()) for place in range(3)] == [0, 0, 0]
     sampler.accept(mx.array([0, 1]))
     assert penalised(sampler, logits).tolist()[0] == [-0.5, -1.0, -6.0]
 
@@ -120,7 +120,7 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
 
     def said(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(1.0), mx.array([0]), seed)
-        return [int(sampler(logits).item()) for _ in range(4)]
+        return [int(sampler(logits, place).item()) for place in range(4)]
 
     assert said(5) == said(5)
     assert said(0) == said(0)
@@ -236,12 +236,12 @@ def test_a_token_takes_no_more_dispatches_than_mlx_lms(params: SamplingParams) -
     """Counted by the rule of tools/bench_kernels.py, from logits to the state of the next draw."""
     logits = leaf((1, 248_320), mx.bfloat16)
     ours = Sampler(params, mx.array([1, 2]), seed=0)
-    ours.accept(ours(logits))
-    mx.eval(ours._key, *(mask for mask in ours._masks(248_320) if mask is not None))
-    token = ours(logits)
+    ours.accept(ours(logits, 0))
+    mx.eval(*(mask for mask in ours._masks(248_320) if mask is not None))
+    token = ours(logits, 1)
     ours.accept(token)
     masks = [mask for mask in ours._masks(248_320) if mask is not None]
-    dispatches = Graph().finish(token, ours._key, *masks).total()
+    dispatches = Graph().finish(token, *masks).total()
 
     repetition = params.repetition_penalty if params.repetition_penalty != 1 else None
     processors = make_logits_processors(

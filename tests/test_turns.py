@@ -86,18 +86,24 @@ class Script:
         script = self
 
         class Scripted(Sampler):
-            def __init__(self, params: Any, prompt: mx.array, seed: Any = None):
+            def __init__(self, params: Any, prompt: mx.array, seed: Any = None, *_: Any):
                 super().__init__(params, prompt, seed)
                 script.prompts.append(prompt.tolist())
                 self.left: list[int] | None = None
+                self.drawn: dict[int, int] = {}
 
-            def __call__(self, logits: mx.array) -> mx.array:
+            def __call__(self, logits: mx.array, place: int, drafts: Any = None) -> mx.array:
                 if self.left is None:
                     self.left = script.answers.pop(0)
                     script.logits.append(np.array(logits[0]))
                 script.penalties.append(self.params.presence_penalty)
-                super().__call__(logits)
-                return mx.array([self.left.pop(0) if self.left else script.tokenizer.eos_token_id])
+                super().__call__(logits, place, drafts)
+                # A place may be drawn for a draft first, and again when it is reached.
+                for i in range(place, place + len(logits)):
+                    if i not in self.drawn:
+                        end = script.tokenizer.eos_token_id
+                        self.drawn[i] = self.left.pop(0) if self.left else end
+                return mx.array([self.drawn[i] for i in range(place, place + len(logits))])
 
         return Scripted
 
@@ -129,15 +135,19 @@ def spoken(pieces: Any, kind: str = "answer") -> str:
 
 
 @pytest.mark.parametrize(
-    ("ahead", "thinking"), everyday([(False, False), (False, True), (True, False), (True, True)], 2)
+    ("ahead", "thinking", "num_turns"),
+    everyday(
+        [(False, False, 5), (False, True, 5), (True, False, 5), (True, True, 5), (True, False, 3)],
+        4,
+    ),
 )
 def test_a_turn_reads_what_is_new_and_no_more(
-    demo: Any, script: Script, ahead: bool, thinking: bool
+    demo: Any, script: Script, ahead: bool, thinking: bool, num_turns: int
 ) -> None:
     model, tokenizer = demo
     chat = Chat(model, tokenizer, system=SYSTEM, enable_thinking=thinking)
     known: list[list[int]] = []
-    for turn in range(5):
+    for turn in range(num_turns):
         thought = f"thought {turn} " * 20 + "\n</think>\n\n" if thinking else ""
         script.say(thought + f"Answer {turn} is this one.")
         if ahead:
@@ -214,7 +224,8 @@ def test_an_edit_in_a_long_message_goes_back_to_a_point_inside(
 
 def test_a_budget_closes_the_thought_and_the_answer_begins(demo: Any, script: Script) -> None:
     model, tokenizer = demo
-    chat = Chat(model, tokenizer, think_budget=20)
+    # The script counts the token that is drawn behind the budget.
+    chat = Chat(model, tokenizer, think_budget=20, draft="off")
     script.say("so it goes on and on " * 50 + "\n</think>\n\nNever.")
     script.answers[0][21:] = [*tokenizer.encode("Done."), tokenizer.eos_token_id]
     pieces = list(chat.send("Why?"))
@@ -299,11 +310,11 @@ def test_the_coding_preset_does_not_stop_repetition(demo: Any, script: Script) -
 def test_a_penalty_from_now_on_counts_what_was_said_before() -> None:
     sampler = Sampler(PRESETS["coding"].updated(temperature=0.0), mx.array([1]))
     logits = mx.array([[0.0, 1.0, 0.9, 0.8]])
-    assert sampler(logits).item() == 1
+    assert sampler(logits, 0).item() == 1
     sampler.penalise_repeats(0.5, [1, 2])
     drawn = []
     for _ in range(3):
-        token = sampler(logits)
+        token = sampler(logits, 1)
         sampler.accept(token)
         drawn.append(int(token.item()))
     assert drawn == [3, 1, 1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mlx.cli.typed_paths import typed_files, typed_path
+from qwen35_mlx.cli.typed_paths import split_media, typed_files, typed_path
 from qwen35_mlx.errors import Qwen35Error
 
 NAMES = (
@@ -50,16 +50,16 @@ def as_url(path: str) -> str:
     return Path(path).expanduser().absolute().as_uri()
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spelt", [str, as_terminal_app, in_quotes, in_double_quotes, as_url])
 @pytest.mark.parametrize("where", ["", "~/folder with spaces/", "./", "absolute"])
 def test_a_dropped_or_typed_file_is_found(
-    folder: Path, name: str, spelt: Callable[[str], str], where: str
+    folder: Path, spelt: Callable[[str], str], where: str
 ) -> None:
-    path = f"{folder}/{name}" if where == "absolute" else where + name
-    [found] = typed_files(spelt(path))
-    assert found.samefile(folder / name)
-    assert os.path.samefile(typed_path(spelt(path)), folder / name)
+    for name in NAMES:
+        path = f"{folder}/{name}" if where == "absolute" else where + name
+        [found] = typed_files(spelt(path))
+        assert found.samefile(folder / name), name
+        assert os.path.samefile(typed_path(spelt(path)), folder / name), name
 
 
 def test_several_dropped_files_are_all_found(folder: Path) -> None:
@@ -95,3 +95,100 @@ def test_a_name_to_save_under_loses_its_quotes(folder: Path) -> None:
     assert typed_path("two words") == "two words"
     assert typed_path("it's") == "it's"
     assert typed_path("") == ""
+
+
+PICTURES = (
+    "a.png",
+    "my shot (v2).jpg",
+    "it's.JPEG",
+    "Screenshot at 9.41\u202fAM.png",
+    "Sn\u00edmek\u00a014.30.png",
+    "e\u0301te\u0301.webp",
+    "100% [漢字].gif",
+    "clip 1.mp4",
+    "paper.pdf",
+)
+
+
+@pytest.fixture
+def pictures(folder: Path) -> Path:
+    for name in PICTURES:
+        Path(name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("spelt", [as_terminal_app, in_quotes, in_double_quotes, as_url])
+@pytest.mark.parametrize("where", ["~/folder with spaces/", "./", "absolute"])
+def test_a_dropped_picture_is_cut_out_of_the_message(
+    pictures: Path, name: str, spelt: Callable[[str], str], where: str
+) -> None:
+    dropped = spelt(f"{pictures}/{name}" if where == "absolute" else where + name).strip()
+    for message, left in (
+        ("{}", ""),
+        ("{} ", ""),
+        ("What's in {}?", "What's in?"),
+        ("{}\nWhat is it?", "What is it?"),
+        ("See {}, it's new; {} too", "See, it's new; too"),
+    ):
+        text, found, missing = split_media(message.format(dropped, dropped))
+        assert text == left and not missing
+        assert len(found) == message.count("{}")
+        assert all(each.path.samefile(pictures / name) for each in found)
+
+
+def test_a_path_with_plain_spaces_is_found(pictures: Path) -> None:
+    name = "my shot (v2).jpg"
+    for typed in (name, f"{pictures}/{name}", f"{pictures}/{name} what is it", f"See ./{name}"):
+        [found] = split_media(typed)[1]
+        assert found.path.samefile(name)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("Screenshot at 9.41 AM.png", "Screenshot at 9.41\u202fAM.png"),
+        ("Sn\u00edmek 14.30.png", "Sn\u00edmek\u00a014.30.png"),
+        ("\u00e9t\u00e9.webp", "e\u0301te\u0301.webp"),
+    ],
+)
+def test_a_name_with_other_spaces_or_accents_is_found(
+    pictures: Path, typed: str, name: str
+) -> None:
+    """Programs between the screen and us turn narrow spaces into plain ones."""
+    assert split_media(f"look: '{pictures}/{typed}' now")[1][0].path.name == name
+    assert typed_files(typed)[0].name == name
+
+
+def test_one_of_two_names_that_differ_in_spaces_alone_is_not_guessed(folder: Path) -> None:
+    for space in "\u202f\u00a0":
+        Path(f"a{space}b.png").touch()
+    assert split_media("'./a b.png'")[1:] == ([], ["./a b.png"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is in {}?", "'{}' what", '"{}"', "{}", "{}: what is it", "file://{} and",
+        "no {}\nyes",
+    ],
+)  # fmt: skip
+def test_a_picture_that_is_not_there_is_missing(folder: Path, text: str) -> None:
+    message = text.format("/no/such.png")
+    assert split_media(message) == (message, [], ["/no/such.png"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/etc/hosts", "./plain.txt", "~/x.py", "an image/png file", "https://x.org/a.png what",
+        "/a.png.txt", "none.png is a name", "see /usr/bin. Or .png", "'tis", "\0/x.png", "$x/[.png",
+    ],
+)  # fmt: skip
+def test_what_names_no_picture_stays_text(folder: Path, text: str) -> None:
+    assert split_media(text) == (text, [], [])
+
+
+def test_the_lines_of_a_message_stay_lines(pictures: Path) -> None:
+    text = "one\n\n  two\n./a.png\n\tthree"
+    assert split_media(text)[0] == "one\n\n  two\n\n\tthree"

@@ -133,7 +133,7 @@ class ScriptedChat:
         outer = self
 
         class Scripted(Sampler):
-            def __init__(self, params: Any, prompt: mx.array, seed: Any = None):
+            def __init__(self, params: Any, prompt: mx.array, seed: Any = None, *_: Any):
                 super().__init__(params, prompt, seed)
                 outer.prompt = prompt.tolist()
                 self.said = Said(answer, self.first)

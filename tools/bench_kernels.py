@@ -46,8 +46,13 @@ from metal.row_invariance import compare
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
 from qwen35_mlx.kernels import metal
-from qwen35_mlx.kernels.decode_attention import decode_attention_kernel, key_blocks, row_class
-from qwen35_mlx.kernels.grouped_expert_matmul import num_matrix_macs
+from qwen35_mlx.kernels.decode_attention import (
+    Packed,
+    decode_attention_kernel,
+    key_blocks,
+    row_class,
+)
+from qwen35_mlx.kernels.grouped_expert_matmul import TILE_ROWS, num_matrix_macs
 from qwen35_mlx.memory import MAX_SCORES_BYTES
 from qwen35_mlx.model.attention import Attention
 from qwen35_mlx.model.layer_cache import KVCache as OurKVCache
@@ -106,8 +111,9 @@ def decode_bytes() -> dict[str, Counter[str]]:
     return result
 
 
-def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
-    """Multiply-adds of the grouped expert matmul over useful ones, the mean over seeds.
+def prefill_over_least(num_tokens: int = 2048, seeds: int = 5) -> dict[str, float]:
+    """Of the grouped expert matmul: multiply-adds over useful ones, and how often the weights of
+    an expert in use are read and unpacked; means over seeds.
 
     Experts as popular as in real texts: log-normal, so that the most wanted get eight times the
     rows of the average. By the arithmetic that its tests hold against the emulator's count.
@@ -115,7 +121,7 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
     hidden, width, k = (
         TEXT[n] for n in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok")
     )
-    ratios = []
+    ratios, reads = [], []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         popularity = 0.8 * rng.standard_normal(TEXT["num_experts"])
@@ -124,7 +130,12 @@ def prefill_macs_over_useful(num_tokens: int = 2048, seeds: int = 5) -> float:
         counts = np.bincount(chosen.flatten(), minlength=TEXT["num_experts"]).tolist()
         issued = num_matrix_macs(counts, hidden, 2 * width) + num_matrix_macs(counts, width, hidden)
         ratios.append(issued / (num_tokens * k * 3 * hidden * width))
-    return round(sum(ratios) / seeds, 4)
+        used = [-(-n // TILE_ROWS) for n in counts if n]
+        reads.append(sum(used) / len(used))
+    return {
+        "prefill_macs_over_useful": round(sum(ratios) / seeds, 4),
+        "prefill_weight_reads": round(sum(reads) / seeds, 4),
+    }
 
 
 def row_invariant(num_specialisations: int = 8) -> dict[str, int]:
@@ -163,16 +174,21 @@ def a_token(kinds: dict[str, Counter[str]]) -> int:
     return of_a_step(kinds, TEXT)
 
 
-def attention_bytes(length: int) -> dict[str, int]:
+def attention_heads() -> tuple[int, int, int]:
+    """Query heads, key heads and their width."""
+    names = "num_attention_heads", "num_key_value_heads", "head_dim"
+    return tuple(TEXT[name] for name in names)  # type: ignore[return-value]
+
+
+def attention_bytes(length: int, packed: bool) -> dict[str, int]:
     """Bytes of a decode step's attention in a layer: of keys and values, read and at least; of
     sums between its two passes, written and read."""
-    heads, kv_heads, dim = (
-        TEXT[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    heads, kv_heads, dim = attention_heads()
     group = heads // kv_heads
     passes = -(-group // row_class(group))
     blocks = key_blocks(length)
-    key_bytes = 2 * kv_heads * dim * 2
+    # In bytes, with a scale and a bias of each 64.
+    key_bytes = 2 * kv_heads * (dim + dim // 64 * 4 if packed else 2 * dim)
     return {
         "read": passes * key_bytes * sum(end - start for start, end in blocks),
         "least": key_bytes * length,
@@ -180,24 +196,24 @@ def attention_bytes(length: int) -> dict[str, int]:
     }
 
 
-def emulated_attention_bytes(length: int) -> dict[str, int]:
+def emulated_attention_bytes(length: int, packed: bool) -> dict[str, int]:
     """The same, counted by the emulator."""
-    heads, kv_heads, dim = (
-        TEXT[n] for n in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    heads, kv_heads, dim = attention_heads()
     q = leaf((1, heads, 1, dim), mx.bfloat16)
-    k, v = (mx.zeros((1, kv_heads, length + 512, dim), mx.bfloat16)[:, :, :length] for _ in "kv")
+    room = mx.zeros((1, kv_heads, length + 512, dim), mx.bfloat16)
+    parts = mx.quantize(room, 64, 8) if packed else [room]
+    parts = [part[:, :, :length] for part in parts]
+    held = Packed(parts, 8, 64) if packed else parts[0]
     with emulated() as log:
         metal.clear()
-        decode_attention_kernel(q, k, v, dim**-0.5)
+        decode_attention_kernel(q, held, held, dim**-0.5)
     metal.clear()
     first, second = (launch.traffic for launch in log.launches)
     moved = [first[n].written_bytes + second[n].unique_read_bytes for n in ("sums", "extremes")]
-    return {
-        "read": first["k"].read_bytes + first["v"].read_bytes,
-        "least": k.nbytes + v.nbytes,
-        "sums": sum(moved),
-    }
+    read = sum(first[n].read_bytes for n in ("k", "v", "v_scales", "v_biases"))
+    # Four lanes side by side read a key's scale in the same instruction.
+    read += sum(first[n].read_bytes // 4 for n in ("k_scales", "k_biases"))
+    return {"read": read, "least": 2 * sum(part.nbytes for part in parts), "sums": sum(moved)}
 
 
 def prefill_peak_bytes(context: int = 32_768, step: int = 2048, scale: int = 8) -> dict[str, int]:
@@ -241,11 +257,13 @@ def main() -> None:
         print(f"{name:16}{row['moved']:15,}{row['least']:15,}{ratio:>8}{row['vectors']:16,}")
     slots = slots_per_weight()
     print_slots(slots)
-    attention = {n: attention_bytes(n) for n in (CONTEXT, 262_144)}
-    assert attention[CONTEXT] == emulated_attention_bytes(CONTEXT)
-    long = attention[262_144]
+    ratios = {}
+    for name, packed in (("bf16", False), ("8 bits", True)):
+        assert attention_bytes(CONTEXT, packed) == emulated_attention_bytes(CONTEXT, packed)
+        long = attention_bytes(262_144, packed)
+        ratios[name] = round(long["read"] / long["least"], 4)
+        print(f"attention of a decode step at 262,144 tokens, {name}, bytes a layer: {long}")
     prefill_peak = prefill_peak_bytes()
-    print(f"attention of a decode step, bytes a layer: {attention}")
     print(f"prefill step of 2,048 at 32,768 tokens, bytes a layer over its cache: {prefill_peak}")
     worst = max(row["moved"] / row["least"] for row in rows.values() if row["least"])
     result = {
@@ -259,11 +277,12 @@ def main() -> None:
         "dispatches_per_linear_layer": ours[LINEAR].total(),
         "dispatches_per_full_layer": ours[FULL].total(),
         "decode_bytes_over_minimum": round(worst, 4),
-        "prefill_macs_over_useful": prefill_macs_over_useful(),
+        **prefill_over_least(),
         "slots_per_weight": slots,
         "slots_per_weight_with_norm": slots_per_weight(norm=True),
         "row_invariant": row_invariant(),
-        "kv_bytes_read_over_least": round(long["read"] / long["least"], 4),
+        "kv_bytes_read_over_least": ratios["bf16"],
+        "kv_bytes_read_over_least_8_bits": ratios["8 bits"],
         "prefill_peak_bytes": prefill_peak["bf16"],
         "prefill_peak_bytes_measured": prefill_peak["measured"],
     }

@@ -1,6 +1,7 @@
 """Changes one line of the product at a time and reports which changes no test notices.
 
-Each mutant is applied in a copy of the tree, and the tests that import its module run there; see
+The tests run once with a record of the lines they run. Each mutant is then applied in a copy of the
+tree: first the tests that run its statement, then the others that run or import its module. See
 mutators.py for what is changed. The last line is JSON. Exit code 1: fewer than 90 % were noticed.
 """
 
@@ -19,11 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from count_lines import ROOT, code_lines, product_files
 from mutators import Mutant, changes_code, find_mutants
@@ -42,40 +44,6 @@ LIMITED = (
 NO_TESTS_RAN = 5
 FOLDERS = ("qwen35_mlx", "convert", "quant", "tests", "tools", ".ci")
 NO_BYTECODE = shutil.ignore_patterns("__pycache__")
-# Modules that too many tests import, or whose tests do not import them.
-OVERRIDES: dict[str, tuple[str, ...]] = {
-    "qwen35_mlx/errors.py": ("tests/test_cli.py", "tests/test_config.py"),
-    "qwen35_mlx/model/feed_forward.py": (
-        "tests/test_moe.py",
-        "tests/test_golden.py",
-        "tests/test_model.py",
-    ),
-}
-
-# Tests that reach these modules through fixtures and the command line, without an import.
-ALSO: dict[str, tuple[str, ...]] = {
-    "qwen35_mlx/cli/": (
-        "tests/test_cli.py",
-        "tests/test_cli_plan.py",
-        "tests/test_chat_view.py",
-        "tests/test_convert_commands.py",
-        "tests/test_generate_command.py",
-    ),
-    "qwen35_mlx/checkpoint/": (
-        "tests/test_formats.py",
-        "tests/test_names.py",
-        "tests/test_quantization.py",
-        "tests/test_weights.py",
-    ),
-    "qwen35_mlx/chat/": ("tests/test_chat.py", "tests/test_sessions.py", "tests/test_turns.py"),
-    "qwen35_mlx/engine/": ("tests/test_cache_consistency.py", "tests/test_chat.py"),
-    "qwen35_mlx/model/": ("tests/test_golden.py", "tests/test_weights.py"),
-    "qwen35_mlx/text/": ("tests/test_chat.py", "tests/test_control_tokens.py"),
-    "convert/": ("tests/test_convert.py", "tests/test_job.py", "tests/test_formats.py"),
-    "quant/": ("tests/test_quant_affine.py", "tests/test_statistics.py"),
-}
-
-Durations = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,7 +70,6 @@ class Result:
     site: Site
     outcome: str
     seconds: float
-    reason: str = ""
 
 
 # Choice of mutants
@@ -156,7 +123,7 @@ def imports(source: str, package: str = "") -> set[tuple[str, str]]:
     return found
 
 
-def tests_of_modules(root: Path) -> dict[str, set[str]]:
+def test_files_of_modules(root: Path) -> dict[str, set[str]]:
     """The test files that import each product file, by path; names that `__init__` passes on count
     for the module they come from."""
     files = {module_name(f.relative_to(root).as_posix()): f for f in product_files(root, ".py")}
@@ -168,36 +135,67 @@ def tests_of_modules(root: Path) -> dict[str, set[str]]:
     }
     tests: dict[str, set[str]] = {f.relative_to(root).as_posix(): set() for f in files.values()}
     for test in sorted((root / "tests").rglob("test_*.py")):
-        path = test.relative_to(root).as_posix()
-        if path.startswith("tests/live/"):
-            continue
         for module, name in imports(test.read_text("utf-8")):
             candidates = (f"{module}.{name}", passed_on.get((module, name), ""), module)
             found = next((c for c in candidates if c in files), None)
             if found:
-                tests[files[found].relative_to(root).as_posix()].add(path)
-    for file in [file for file, found in tests.items() if not found]:
-        tests[file] = _tests_of_importers(file, tests, root)
-    for file, found in tests.items():
-        found.update(*(others for folder, others in ALSO.items() if file.startswith(folder)))
-    tests.update({file: set(others) for file, others in OVERRIDES.items()})
+                path = files[found].relative_to(root).as_posix()
+                tests[path].add(test.relative_to(root).as_posix())
     return tests
 
 
-def _tests_of_importers(file: str, tests: dict[str, set[str]], root: Path) -> set[str]:
-    """The tests of the modules that import one which no test imports itself."""
-    parent, _, name = module_name(file).rpartition(".")
-    wanted = {(module_name(file), ""), (parent, name)}
-    found: set[str] = set()
-    for importer, others in tests.items():
-        text = (root / importer).read_text("utf-8")
-        package = module_name(importer)
-        if not importer.endswith("/__init__.py"):
-            package = package.rpartition(".")[0]
-        seen = imports(text, package)
-        if wanted & seen or any(module == module_name(file) for module, _ in seen):
-            found |= others
-    return found
+def lines_in_function(source: str, line: int) -> range | None:
+    """The lines of the statement at `line`, or of the function whose default value it is; None for
+    what runs at an import."""
+    found, in_function = None, False
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.stmt) or not node.lineno <= line <= (node.end_lineno or 0):
+            continue
+        body = getattr(node, "body", None)
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if body and line >= body[0].lineno:
+            in_function = in_function or is_function
+        elif is_function:
+            in_function, found = True, range(body[0].lineno, (node.end_lineno or 0) + 1)
+        else:
+            found = range(node.lineno, body[0].lineno if body else (node.end_lineno or 0) + 1)
+    return found if in_function else None
+
+
+class Reach:
+    """Which tests run which lines, from what mutant_tests.py has recorded."""
+
+    def __init__(self, record: dict[str, Any], root: Path = ROOT):
+        self.root = root
+        self.seconds = {name: test["seconds"] for name, test in record["tests"].items()}
+        self.imported_by = test_files_of_modules(root)
+        self.by_line: dict[tuple[str, int], set[str]] = defaultdict(set)
+        self.by_file: dict[str, set[str]] = defaultdict(set)
+        for name, test in record["tests"].items():
+            for file, lines in test["lines"].items():
+                self.by_file[file].add(name)
+                for line in lines:
+                    self.by_line[file, line].add(name)
+        # They start the program, where no line is recorded.
+        starters = {
+            file.relative_to(root).as_posix()
+            for file in (root / "tests").rglob("test_*.py")
+            if "sys.executable" in file.read_text("utf-8")
+        }
+        self.starting = {name for name in self.seconds if _file_of(name) in starters}
+
+    def tests_of(self, site: Site) -> list[set[str]]:
+        """The tests that run the statement, and then the others of its module."""
+        source = (self.root / site.file).read_text("utf-8")
+        lines = lines_in_function(source, site.mutant.line) or ()
+        first = set().union(*(self.by_line[site.file, line] for line in lines))
+        importers = self.imported_by[site.file]
+        others = {name for name in self.seconds if _file_of(name) in importers}
+        return [first, (self.by_file[site.file] | others | self.starting) - first]
+
+
+def _file_of(test: str) -> str:
+    return test.partition("::")[0]
 
 
 # Copies of the tree
@@ -220,7 +218,7 @@ class Workplace:
         self.home.mkdir()
         self.environment = dict(os.environ) | {
             # The copy goes before the installed package.
-            "PYTHONPATH": str(self.root),
+            "PYTHONPATH": f"{self.root}{os.pathsep}{self.root / 'tools'}",
             "HOME": str(self.home),
             "TMPDIR": str(self.home),
             "EMULATOR_CACHE": str(folder.parent / "emulator"),
@@ -254,7 +252,7 @@ class Workplace:
         """The exit code of pytest, or None past the time limit."""
         scratch = self.home / "pytest"
         command = ["sh", "-c", LIMITED, "sh", sys.executable, "-m", "pytest"]
-        command += ["-q", "-p", "no:cacheprovider"]
+        command += ["-q", "-p", "no:cacheprovider", "-p", "mutant_tests"]
         command += [f"--basetemp={scratch}", "-m", self.marker, *arguments]
         process = subprocess.Popen(
             command,
@@ -274,12 +272,32 @@ class Workplace:
             _kill_group(process)
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def run(self, site: Site, tests: Sequence[str], timeout: float) -> int | None:
-        file = self.root / site.file
+    def record(self, files: Sequence[str]) -> dict[str, Any]:
+        """What each test of the files runs and takes, and the names of those that fail."""
+        file = self.home / "record.json"
+        code = self.pytest(["--continue-on-collection-errors", f"--record={file}", *files])
+        if code not in (0, 1, NO_TESTS_RAN):
+            raise RuntimeError(f"pytest ends with {code} where there is no mutant")
+        return json.loads(file.read_text("utf-8"))  # type: ignore[no-any-return]
+
+    def run(self, site: Site, tests: Sequence[set[str]], seconds: dict[str, float]) -> int | None:
+        """The exit code of the first of the sets of tests that notices the mutant."""
+        file, chosen = self.root / site.file, self.home / "chosen.json"
         source = file.read_text("utf-8")
+        code: int | None = NO_TESTS_RAN
         try:
             self._write(file, site.mutant.apply(source))
-            return self.pytest(["-x", *tests], timeout)
+            for names in filter(None, tests):
+                chosen.write_text(json.dumps(sorted(names)), "utf-8")
+                of_file: dict[str, float] = defaultdict(float)
+                for name in names:
+                    of_file[_file_of(name)] += seconds[name]
+                limit = EXTRA_SECONDS + SLOWDOWN * sum(of_file.values())
+                quick_first = sorted(of_file, key=lambda f: (of_file[f], f))
+                code = self.pytest(["-x", f"--chosen={chosen}", *quick_first], limit)
+                if code != 0:
+                    break
+            return code
         finally:
             self._write(file, source)
 
@@ -300,46 +318,23 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 # Runs
 
 
-def measure(place: Workplace, tests: Sequence[str]) -> tuple[Durations, list[str], set[str]]:
-    """Seconds of each test file without a mutant, the tests that fail even so, and the files that
-    cannot be imported."""
-    report = place.home / "report.xml"
-    code = place.pytest(["--continue-on-collection-errors", f"--junitxml={report}", *tests])
-    if code not in (0, 1) or not report.exists():
-        raise RuntimeError(f"pytest ends with {code} where there is no mutant")
-    return read_report(report.read_text("utf-8"), tests)
+def record(places: Sequence[Workplace]) -> dict[str, Any]:
+    """What the tests run where there is no mutant: every copy runs its share of the files."""
+    paths = (f.relative_to(ROOT).as_posix() for f in (ROOT / "tests").rglob("test_*.py"))
+    files = sorted(path for path in paths if not path.startswith("tests/live/"))
+    shares = [files[i :: len(places)] for i in range(len(places))]
+    with ThreadPoolExecutor(len(places)) as pool:
+        parts = list(pool.map(Workplace.record, places, shares))
+    tests = {name: test for part in parts for name, test in part["tests"].items()}
+    return {"tests": tests, "failed": sorted(name for part in parts for name in part["failed"])}
 
 
-def read_report(xml: str, tests: Sequence[str]) -> tuple[Durations, list[str], set[str]]:
-    """What `measure` returns, from pytest's report."""
-    seconds: Durations = dict.fromkeys(tests, 0.0)
-    failed, broken = set(), set()
-    for case in ElementTree.fromstring(xml).iter("testcase"):
-        module, name = case.get("classname", ""), case.get("name", "")
-        file = (module or name).replace(".", "/") + ".py"
-        if not module:
-            broken.add(file)
-            continue
-        seconds[file] = seconds.get(file, 0.0) + float(case.get("time", "0"))
-        if case.find("failure") is not None or case.find("error") is not None:
-            # All parameters of it: the report may spell them in another way.
-            failed.add(f"{file}::{name.partition('[')[0]}")
-    return seconds, sorted(failed), broken
-
-
-def run_all(
-    sites: Sequence[Site],
-    tests: dict[str, set[str]],
-    seconds: Durations,
-    failed: Sequence[str],
-    places: Sequence[Workplace],
-) -> list[Result]:
+def run_all(sites: Sequence[Site], reach: Reach, places: Sequence[Workplace]) -> list[Result]:
     """Run every mutant, one at a time in each copy."""
     waiting: queue.SimpleQueue[Site] = queue.SimpleQueue()
     for site in sites:
         waiting.put(site)
     results: list[Result] = []
-    deselect = [f"--deselect={name}" for name in failed]
 
     def work(place: Workplace) -> None:
         while True:
@@ -347,20 +342,14 @@ def run_all(
                 site = waiting.get_nowait()
             except queue.Empty:
                 return
-            chosen = sorted(tests[site.file], key=lambda f: (seconds.get(f, 0.0), f))
-            limit = EXTRA_SECONDS + SLOWDOWN * sum(seconds.get(f, 0.0) for f in chosen)
             start = time.monotonic()
-            if chosen:
-                code = place.run(site, [*deselect, *chosen], limit)
-                outcome = {None: "timeout", 0: "survived", NO_TESTS_RAN: "not run"}.get(
-                    code, "killed"
-                )
-                reason = "no test ran" if code == NO_TESTS_RAN else ""
-            else:
-                outcome, reason = "not run", "no test of the module can be run"
-            result = Result(site, outcome, time.monotonic() - start, reason)
+            code = place.run(site, reach.tests_of(site), reach.seconds)
+            outcomes = {None: "timeout", 0: "survived", NO_TESTS_RAN: "not run"}
+            result = Result(site, outcomes.get(code, "killed"), time.monotonic() - start)
             results.append(result)
-            print(f"{len(results):4} {outcome:<9}{result.seconds:6.1f} s  {site}", flush=True)
+            print(
+                f"{len(results):4} {result.outcome:<9}{result.seconds:6.1f} s  {site}", flush=True
+            )
 
     threads = [threading.Thread(target=work, args=(place,)) for place in places]
     for thread in threads:
@@ -379,8 +368,6 @@ def report(results: Sequence[Result], seed: int, seconds: float) -> float:
     for result in results:
         if result.outcome in ("survived", "not run"):
             print(f"\n{result.outcome}: {result.site.describe()}")
-            if result.reason:
-                print(f"    {result.reason}")
     noticed = number["killed"] + number["timeout"]
     rate = noticed / max(noticed + number["survived"], 1)
     print(f"\n{noticed} of {noticed + number['survived']} noticed ({rate:.0%}),", end=" ")
@@ -407,6 +394,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="copies that run side by side")
     parser.add_argument("--only", nargs="+", default=[], help="files or folders of the product")
     parser.add_argument("--all", action="store_true", help="run the slow tests too")
+    parser.add_argument("--record", type=Path, help="file of what the tests run; read if there")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
 
@@ -418,7 +406,6 @@ def main() -> None:
     sites = choose(files, arguments.count, arguments.seed)
     if not sites:
         parser.error("there is nothing to change")
-    tests = tests_of_modules(ROOT)
     if arguments.list:
         for site in sites:
             print(site.describe())
@@ -428,13 +415,16 @@ def main() -> None:
         marker = ALL if arguments.all else EVERYDAY
         places = [Workplace(Path(scratch, str(job)), marker) for job in jobs]
         places[0].check()
-        used = sorted(set().union(*(tests[site.file] for site in sites)))
-        print(f"{len(used)} test files without a mutant first", flush=True)
-        seconds, failed, broken = measure(places[0], used)
-        for name in [*failed, *sorted(broken)]:
+        if arguments.record and arguments.record.exists():
+            recorded = json.loads(arguments.record.read_text("utf-8"))
+        else:
+            print("the tests without a mutant first", flush=True)
+            recorded = record(places)
+            if arguments.record:
+                arguments.record.write_text(json.dumps(recorded), "utf-8")
+        for name in recorded["failed"]:
             print(f"left out, fails without a mutant: {name}")
-        tests = {file: found - broken for file, found in tests.items()}
-        results = run_all(sites, tests, seconds, failed, places)
+        results = run_all(sites, Reach(recorded), places)
     sys.exit(report(results, arguments.seed, time.monotonic() - start) < MIN_KILL_RATE)
 
 

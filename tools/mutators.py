@@ -5,6 +5,7 @@ errors and help, f-strings and `if TYPE_CHECKING` are left alone: no test has to
 """
 
 import ast
+import functools
 import itertools
 import json
 import re
@@ -83,7 +84,12 @@ def changes_code(old: str, new: str) -> bool:
         changed = compile(new, "mutant", "exec")
     except SyntaxError:
         return False
-    return _instructions(changed) != _instructions(compile(old, "mutant", "exec"))
+    return _instructions(changed) != _compiled(old)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> tuple[object, ...]:
+    return _instructions(compile(source, "mutant", "exec"))
 
 
 def _instructions(code: CodeType) -> tuple[object, ...]:

@@ -1,6 +1,5 @@
 """A conversation: messages, thoughts apart from answers, tools, and nothing read twice."""
 
-import json
 import math
 import os
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -17,17 +16,31 @@ from ..engine.decode import decode
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
 from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import PrefixStore, snapshot_marks
-from ..engine.prompt_cache import Progress, PromptCache, common_prefix
+from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
+from ..engine.speculate import AUTO, Drafter
 from ..engine.tool_calls import as_message, calls_of
 from ..engine.tool_values import Schema
-from ..errors import ContextFull, PromptError, Qwen35Error
+from ..errors import ContextFull, Qwen35Error
 from ..model.language import Model
-from ..prompt import THINK_CLOSE, THINK_OPEN, check_ids, check_length, encode_text, render_messages
+from ..prompt import (
+    THINK_CLOSE,
+    banned_ids,
+    check_ids,
+    check_length,
+    encode_text,
+    open_messages,
+    without_media,
+)
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
+from ..text.media_parts import Part, media_of, media_parts, source_parts, text_of
 from .loops import LoopDetector
+from .messages import Message, tool_message, user_message
+from .turn_prompts import TurnPrompts
 
-Message = dict[str, Any]
+if TYPE_CHECKING:
+    from ..text.media_parts import Media
+
 # As the template closes a thought.
 THOUGHT_END = f"\n{THINK_CLOSE}\n\n"
 LOOP_ACTIONS = ("stop", "penalize", "off")
@@ -55,6 +68,10 @@ class TurnStats:
     read_ahead_tokens: int = 0
     # How often a loop was answered with a higher presence penalty.
     loops: int = 0
+    # Tokens of the answer that were drafted, and cost no pass of their own.
+    draft_tokens: int = 0
+    # Pictures and videos that went through the vision tower.
+    pictures_encoded: int = 0
 
 
 @dataclass
@@ -66,6 +83,9 @@ class Chat:
     generation_config.json); `sampling` overrides it, as in stream_generate. on_loop: "stop" an
     answer that repeats itself, "penalize", or "off"; None is "off" in the coding preset, else
     "stop". `stop` strings end an answer. Chats that share a `store` read a common beginning once.
+    Pictures and videos are paths, bytes, data: URLs, Pillow images, arrays or, of videos, lists of
+    frames; `allow_url` also fetches web addresses. In `messages` they are parts as in OpenAI's API.
+    draft and num_draft_tokens: as in stream_generate.
     """
 
     model: Model
@@ -82,34 +102,70 @@ class Chat:
     stats: TurnStats = field(default_factory=TurnStats)
     store: PrefixStore | None = None
     stop: Sequence[str] = ()
+    allow_url: bool = False
+    draft: str = AUTO
+    num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        self.messages = self._opened(self.messages)
         if self.system:
             self.messages.insert(0, {"role": "system", "content": self.system})
         self.set_on_loop(self.on_loop)
         self.prefixes = self.store or PrefixStore(self.model)
+        self.set_draft(self.draft, self.num_draft_tokens)
         self._cache: PromptCache | None = None
         # The iterator of the last turn, which the next one closes.
         self._turn: Callable[[], Generator[Piece, None, None] | None] = lambda: None
         self._read_ahead_tokens = 0
+        # The message that `undo` took back, for `send` to say it again.
+        self._undone: Message = {}
 
-    def send(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
+    def send(
+        self,
+        text: str,
+        progress: Progress | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+    ) -> Generator[Piece, None, None]:
         """Say `text` and yield thought, answer and tool calls as they come.
 
-        Closing the iterator early, or an interrupt, keeps what was said so far; if the prompt
-        is refused, or stopped while it is read, the message is taken back.
+        Pictures and videos come before the text; they are opened here, so that what cannot be
+        read changes nothing. Closing the iterator early, or an interrupt, keeps what was said so
+        far; if the prompt is refused, or stopped while it is read, the message is taken back.
+        A text that was just undone has its pictures again, unless others are given.
         """
-        return self._start(lambda: [*self.messages, _user(text)], progress)
+        message = self._user_message(text, source_parts(images, videos))
+        undone = self._undone
+        if undone and images is None and videos is None and text == text_of(undone["content"]):
+            message = undone
+        return self._start(lambda: [*self.messages, message], progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         """Answer the last message again; the old answer is gone once the new one begins."""
         return self._start(lambda: self.messages[: self._last_turn() + 1], progress)
 
-    def edit(self, text: str, progress: Progress | None = None) -> Generator[Piece, None, None]:
-        """Say `text` in place of the last message; that is gone once the answer begins."""
+    def edit(
+        self,
+        text: str,
+        progress: Progress | None = None,
+        *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Say `text` in place of the last message; that is gone once the answer begins.
+
+        Its pictures stay unless others are given, its videos too.
+        """
+        given = {"image": images, "video": videos}
+        # Opened now, as in `send`.
+        new = media_parts(self._user_message(text, source_parts(images, videos))["content"])
 
         def edited() -> list[Message]:
-            messages = [*self.messages[: self._last_turn()], _user(text)]
+            last = self._last_turn()
+            kept = media_parts(self.messages[last]["content"])
+            kept = [part for part in kept if given[part["type"]] is None]
+            messages = [*self.messages[:last], user_message(text, [*kept, *new])]
             self._keep_branch()
             return messages
 
@@ -118,14 +174,19 @@ class Chat:
     def undo(self) -> str:
         """Take the last message and all behind it back; returns its text."""
         self._close_turn()
-        text = self.last_message()
-        self.messages = self.messages[: self._last_turn()]
+        last = self._last_turn()
+        self._undone = self.messages[last]
+        self.messages = self.messages[:last]
         self._keep_branch()
-        return text
+        return text_of(self._undone["content"])
 
     def last_message(self) -> str:
         """What the user said last."""
-        return str(self.messages[self._last_turn()]["content"])
+        return text_of(self.messages[self._last_turn()]["content"])
+
+    def last_media(self) -> "list[Media]":
+        """Pictures and videos of the user's last message."""
+        return media_of([self.messages[self._last_turn()]])
 
     @property
     def tool_calls(self) -> list[ToolCall]:
@@ -137,8 +198,9 @@ class Chat:
     ) -> Generator[Piece, None, None]:
         """Send the results of `tool_calls`, in call order, and stream the reply.
 
-        A result that is not text is sent as JSON.
+        A result that is not text is sent as JSON, unless it is a list of parts with a picture.
         """
+        messages = self._opened([tool_message(result) for result in results])
 
         def answered() -> list[Message]:
             num_calls = len(self.tool_calls)
@@ -148,7 +210,7 @@ class Chat:
                     got=f"{len(results)} results",
                     expected=f"one for each of {num_calls} calls",
                 )
-            return [*self.messages, *map(_tool_message, results)]
+            return [*self.messages, *messages]
 
         return self._start(answered, progress)
 
@@ -166,6 +228,11 @@ class Chat:
         self.system = system
         self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
 
+    def set_draft(self, mode: str, num_draft_tokens: int | None = None) -> None:
+        """Where drafts come from, and how many, as in stream_generate; they change no text."""
+        self.drafter = Drafter(self.model, mode, num_draft_tokens)
+        self.draft, self.num_draft_tokens = mode, num_draft_tokens
+
     def set_on_loop(self, action: str | None) -> None:
         """What to do about an answer that repeats itself; None leaves it to the preset."""
         if action is not None and action not in LOOP_ACTIONS:
@@ -179,11 +246,11 @@ class Chat:
 
     def thinks(self) -> bool:
         """Whether the template opens a thought."""
-        return self._opens_thought(encode_text(self.tokenizer, self._render([_user("a")], True)))
+        return self._prompts.thinks()
 
     def num_context_tokens(self) -> int:
         """How long the next prompt is without its message."""
-        return len(self._before_message(self.messages))
+        return len(self._prompts.before_message(self.messages))
 
     def drop_oldest(self) -> int:
         """Forget turns, oldest first, until half of the context is free; returns how many."""
@@ -202,15 +269,16 @@ class Chat:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
             return
-        ids = self._before_message(self.messages)
+        ids = self._prompts.before_message(self.messages)
         if len(ids) >= self.model.config.context_length:
             return
         cache = self._cache = self.prefixes.take(ids, self._cache, self)
+        cache.feeds_mtp = self.drafter.uses_mtp
         start = len(cache.ids)
         try:
             cache.read(
                 ids[start:],
-                marks=[self._system_end(), len(ids)],
+                marks=[self._prompts.system_end(self.messages), len(ids)],
                 step_size=READ_AHEAD_STEP_SIZE,
                 should_stop=should_stop,
             )
@@ -248,7 +316,7 @@ class Chat:
         """Go on with a saved conversation, without a prefill; returns a warning if it needs one."""
         from .sessions import load_conversation
 
-        conversation, cache, warning = load_conversation(session, self.model)
+        conversation, cache, warning = load_conversation(session, self.model, self.tokenizer)
         self._leave()
         self.messages, self.tools = conversation["messages"], conversation["tools"]
         self.enable_thinking = conversation["enable_thinking"]
@@ -261,9 +329,20 @@ class Chat:
             self.prefixes.trim()
         return warning
 
+    @property
+    def _prompts(self) -> TurnPrompts:
+        return TurnPrompts(self.tokenizer, self.tools, self.enable_thinking)
+
+    def _opened(self, messages: Sequence[Message]) -> list[Message]:
+        return list(open_messages(self.tokenizer, messages, allow_url=self.allow_url))
+
+    def _user_message(self, text: str, media: Sequence[Part]) -> Message:
+        return self._opened([user_message(text, media)])[0]
+
     def _leave(self) -> None:
         self._close_turn()
         self._keep_branch()
+        self._undone = {}
         self.prefixes.trim()
 
     def _keep_branch(self) -> None:
@@ -313,25 +392,29 @@ class Chat:
         self._turn = weakref.ref(turn())
         # Or the iterator would hold itself, and an abandoned one would not end.
         del turn
-        messages = next_messages()
+        messages = self._opened(next_messages())
         most = LONG_ANSWER_TOKENS if self.max_tokens is None else self.max_tokens
         check_count("max_tokens", most)
         if self.think_budget is not None:
             check_count("think_budget", self.think_budget)
-        prompt, start, boundary = self._prompt(messages)
+        prompt, start, boundary = self._prompts.next_prompt(messages)
         check_ids(prompt, self.model.config.vocab_size)
         context_length = self.model.config.context_length
         hint = "shorten the message, take turns back, or drop the oldest ones"
         check_length(len(prompt), context_length, ContextFull, hint)
-        thinking = self._opens_thought(prompt)
+        thinking = self._prompts.opens_thought(prompt)
         sampler = Sampler(
-            self.sampling_params(thinking), mx.array(prompt), self.sampling.get("seed")
+            self.sampling_params(thinking),
+            mx.array(without_media(self.tokenizer, prompt)),
+            self.sampling.get("seed"),
+            banned_ids(self.model, self.tokenizer),
         )
         cache = self._cache = self.prefixes.take(prompt[:-1], self._cache, self)
-        num_kept = len(cache.ids)
+        cache.feeds_mtp = self.drafter.uses_mtp
+        num_kept, num_encoded = len(cache.ids), cache.features.num_encoded
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
         stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
-        system_end = self._system_end()
+        system_end = self._prompts.system_end(self.messages)
         turns = {n for n in (system_end, start) if n >= MIN_POINT_TOKENS}
         marks = {*turns, boundary, *snapshot_marks(num_kept, boundary)}
         try:
@@ -341,7 +424,8 @@ class Chat:
             cache.mark_used(system_end)
             self.prefixes.trim()
         stats.prefill_tps = stats.prefilled_tokens / max(time.perf_counter() - started, 1e-9)
-        self.stats, self.messages = stats, messages
+        stats.pictures_encoded = cache.features.num_encoded - num_encoded
+        self.stats, self.messages, self._undone = stats, messages, {}
         parser = OutputParser(self.tokenizer, stop=self.stop, thinking=thinking, tools=self.tools)
         texts: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
@@ -360,7 +444,7 @@ class Chat:
             if texts["thought"] or THINK_CLOSE in message["content"]:
                 message["reasoning_content"] = "".join(texts["thought"]).strip()
             if calls:
-                typed = self._renders_json_arguments()
+                typed = self._prompts.renders_json_arguments()
                 message["tool_calls"] = [as_message(call, typed=typed) for call in calls]
             self.messages.append(message)
 
@@ -380,8 +464,10 @@ class Chat:
         budget = self.think_budget or math.inf
         started = time.perf_counter()
         while True:
-            with closing(decode(cache, hidden, sampler, limit - stats.generation_tokens)) as steps:
-                for token, _ in steps:
+            left = limit - stats.generation_tokens
+            with closing(decode(cache, hidden, sampler, left, self.drafter)) as steps:
+                for token, _, from_draft in steps:
+                    stats.draft_tokens += from_draft
                     stats.generation_tokens += 1
                     if stats.generation_tokens == 1:
                         started = time.perf_counter()
@@ -419,64 +505,3 @@ class Chat:
             sampler.accept(mx.array(end))
             stats.generation_tokens += len(end)
             yield from parser.insert(end)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        template = {"tools": list(self.tools)} if self.tools else {}
-        return render_messages(
-            self.tokenizer,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            enable_thinking=self.enable_thinking,
-            **template,
-        )
-
-    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
-        """Ids of the next prompt, and how many come before its message and before the answer.
-
-        These are the points behind which later prompts differ: another message, and an answer
-        that the template shows without its thought.
-        """
-        text, history = self._render(messages, True), self._render(messages, False)
-        prompt = encode_text(self.tokenizer, text)
-        if not prompt:
-            raise PromptError("the prompt is empty", expected="at least one token")
-        other = self._render([*messages[:-1], _user("\0")], False)
-        # Encoded from the end, which is short; what comes before melts with none of it.
-        message = encode_text(self.tokenizer, text[common_prefix(text, other) :])
-        start = max(0, len(prompt) - len(message))
-        opening = encode_text(self.tokenizer, text[len(history) :])
-        if opening and text.startswith(history) and prompt[-len(opening) :] == opening:
-            return prompt, start, max(0, len(prompt) - len(opening))
-        boundary = common_prefix(prompt, encode_text(self.tokenizer, history))
-        return prompt, start, min(boundary, len(prompt) - 1)
-
-    def _system_end(self) -> int:
-        """How many ids conversations with this system prompt and these tools share; 0 if none."""
-        system = [m for m in self.messages[:1] if m["role"] == "system"]
-        return len(self._before_message(system)) if system or self.tools else 0
-
-    def _before_message(self, messages: Sequence[Message]) -> list[int]:
-        """What every next prompt behind `messages` begins with, whatever its message says."""
-        one, other = (self._render([*messages, _user(text)], False) for text in ("a", "1"))
-        return encode_text(self.tokenizer, one[: common_prefix(one, other)])
-
-    def _renders_json_arguments(self) -> bool:
-        """Whether the template renders the arguments of a call as JSON, not value by value."""
-        call = as_message(ToolCall("probe", {"key": "a-probe"}, {}))
-        answer = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}
-        try:
-            return '"a-probe"' in self._render([_user("a"), answer], False)
-        except PromptError:
-            return False
-
-    def _opens_thought(self, prompt: list[int]) -> bool:
-        return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith(THINK_OPEN))
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _tool_message(result: Any) -> Message:
-    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    return {"role": "tool", "content": text}

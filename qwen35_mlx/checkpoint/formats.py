@@ -108,3 +108,18 @@ def is_named_by_mlx(names: Iterable[str]) -> bool:
     """Whether some names are of MLX programs alone; a model may have none of them."""
     starts = ("language_model.model.", "language_model.lm_head.", "vision_tower.")
     return any(name.startswith(starts) or ".switch_mlp." in name for name in names)
+
+
+def mtp_norms_are_shifted(config: Mapping[str, Any], tensors: Iterable[SourceTensor]) -> bool:
+    """Whether the norms of an MTP layer that lies in a folder of MLX are multiplied by as stored.
+
+    Not if its file was not written by MLX: a copy out of a checkpoint of Hugging Face. Nor if this
+    project converted it before it knew the layer, with "norms_shifted" for the trunk alone.
+    """
+    stored = list(tensors)
+    names = (tensor.name for tensor in stored)
+    by_mlx = any(t.by_mlx for t in stored) or any(
+        ".switch_mlp." in name or name.endswith(".scales") for name in names
+    )
+    ours = config.get("qwen35_mlx")
+    return by_mlx and (not isinstance(ours, Mapping) or ours.get("mtp_norms_shifted") is True)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .names import is_of_tower
+from .names import is_mtp, is_of_tower
 
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
-# Some quantized releases keep the tower here, and list it in no index.
-SIDECAR = "*vision*.safetensors"
+# Some releases keep these parts in files of their own, and list them in no index.
+SIDECARS = {"*vision*.safetensors": is_of_tower, "*mtp*.safetensors": is_mtp}
 HEADER_LIMIT_BYTES = 100_000_000
 PREFIX_BYTES = 8
 ITEM_BYTES = {
@@ -41,6 +41,8 @@ class SourceTensor:
     file: Path
     offset: int
     nbytes: int
+    # What the metadata of its file say.
+    by_mlx: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -92,7 +94,8 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
     if not isinstance(metadata, dict | None):
         raise _damaged(file, "__metadata__ is not an object", metadata, "an object of strings")
     data_start = PREFIX_BYTES + len(raw)
-    tensors = [_tensor(file, name, entry, data_start) for name, entry in header.items()]
+    by_mlx = (metadata or {}).get("format") == "mlx"
+    tensors = [_tensor(file, name, entry, data_start, by_mlx) for name, entry in header.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     end, before = data_start, "the header"
     for tensor in tensors:
@@ -188,22 +191,25 @@ def gather_checked(
 
     `present` are the weight files that are there, `headers` reads those of some of them. Files and
     tensors that the index does not list are left alone, or refused if `strict`; but a vision tower
-    in a file of its own is taken.
+    or an MTP layer in a file of its own is taken.
     """
     tensors = _gather_main(where, present, index, headers, strict)
     files = {tensor.file.name for tensor in tensors.values()}
-    beside = sorted(file for file in present if is_sidecar(file) and file not in files)
-    if beside and not any(map(is_of_tower, tensors)):
+    for pattern, belongs in SIDECARS.items():
+        beside = sorted(file for file in present if fnmatch(file, pattern) and file not in files)
+        if not beside or any(map(belongs, tensors)):
+            continue
         found = gather(headers(beside))
-        if all(map(is_of_tower, found)):
-            return tensors | found
-        log.warning("%s is left out: it holds more than a vision tower", some(beside))
+        if all(map(belongs, found)):
+            tensors |= found
+        else:
+            log.warning("%s is left out: it holds more than its name says", some(beside))
     return tensors
 
 
 def is_sidecar(file: str) -> bool:
-    """Whether a file of this name may hold the vision tower of a folder, outside of its index."""
-    return fnmatch(file, SIDECAR)
+    """Whether a file of this name may hold a part of a model, outside of the folder's index."""
+    return any(fnmatch(file, pattern) for pattern in SIDECARS)
 
 
 def _gather_main(
@@ -277,7 +283,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
+def _tensor(file: Path, name: str, entry: Any, data_start: int, by_mlx: bool) -> SourceTensor:
     # Control characters would reach the terminal; halves of surrogates fit into no file.
     if not name.isprintable():
         raise _damaged(file, "the name of a tensor", ascii(name), "printable characters")
@@ -297,7 +303,7 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> SourceTensor:
     if end - begin != nbytes:
         expected = f"{nbytes} bytes ({dtype} {shape})"
         raise _damaged(file, f"length of tensor {name}", f"{end - begin} bytes", expected)
-    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+    return SourceTensor(name, dtype, tuple(shape), file, data_start + begin, nbytes, by_mlx)
 
 
 def _whole_numbers(values: Any) -> bool:

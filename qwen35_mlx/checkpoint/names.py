@@ -32,6 +32,11 @@ def is_of_tower(name: str) -> bool:
     return bare(name).startswith(TOWERS)
 
 
+def is_mtp(name: str) -> bool:
+    """Whether a tensor belongs to the MTP layer, which predicts several tokens."""
+    return bare(name).startswith("mtp.")
+
+
 def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:
     """The same tensors under their bare names; two names for one tensor are refused."""
     names: dict[str, str] = {}

@@ -11,11 +11,29 @@ from typing import Any
 
 from ..config import ModelConfig, VisionConfig
 from ..errors import CheckpointError
-from .formats import ACTIVATION_SCALE, BUFFER, SCALE, Block, fp8_block, is_mlx_layout
+from .formats import (
+    ACTIVATION_SCALE,
+    BUFFER,
+    SCALE,
+    Block,
+    fp8_block,
+    is_mlx_layout,
+    mtp_norms_are_shifted,
+)
 from .headers import FLOATS, FP8, SourceTensor, some
-from .names import TOWER, TRUNK, bare, by_bare_name, fold, is_of_tower, natural, output_name
+from .names import TOWER, TRUNK, bare, by_bare_name, fold, is_mtp, is_of_tower, natural, output_name
 from .quantization import MODES, Claims, Quantization, infer
-from .tensor_table import Role, Row, Transform, filled, model_sizes, output_shape, shape_of, walk
+from .tensor_table import (
+    Role,
+    Row,
+    Transform,
+    filled,
+    model_sizes,
+    output_shape,
+    shape_of,
+    walk,
+    walk_mtp,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +109,13 @@ class Resolved:
 
     @property
     def text_matches(self) -> list[Match]:
-        """The parameters of the text model."""
-        return [match for match in self.matches if match.row.role is not Role.CARRIED]
+        """The parameters of the text model, without the MTP layer."""
+        return [m for m in self.matches if m.row.role is not Role.CARRIED and not is_mtp(m.name)]
+
+    @property
+    def mtp_matches(self) -> list[Match]:
+        """The parameters of the MTP layer, all of them or none."""
+        return [m for m in self.matches if m.row.role is not Role.CARRIED and is_mtp(m.name)]
 
     @property
     def tower_matches(self) -> list[Match]:
@@ -165,7 +188,12 @@ class _Resolver:
     def run(self) -> Resolved:
         ignored = [n for n in self.tensors if ACTIVATION_SCALE.search(n) or BUFFER.search(n)]
         self.used |= set(ignored)
-        matches = [match for row, layer in walk(self.config) for match in self._match(row, layer)]
+        mtp = self._mtp()
+        matches = []
+        for row, layer in walk(self.config):
+            if is_mtp(row.source):
+                matches += mtp
+            matches += self._match(row, layer, self.is_mlx)
         self.problems |= {n: ("unknown", "") for n in self.tensors if n not in self.used}
         # The tower may be there as torch and as MLX names it.
         counts = Counter(match.name for match in matches)
@@ -177,7 +205,27 @@ class _Resolver:
                 "left out, the weights do without: %s", some(self.tensors[n].name for n in ignored)
             )
         self.claims.warn()
-        return Resolved(self.config, matches, self.copies, self.is_mlx)
+        config = replace(self.config, num_mtp_layers=1) if mtp else self.config
+        return Resolved(config, matches, self.copies, self.is_mlx)
+
+    def _mtp(self) -> list[Match]:
+        """The MTP layer; nothing if there is none, or none that can be used, which is said."""
+        stored = {n: t for n, t in self.tensors.items() if is_mtp(n)}
+        if not stored:
+            return []
+        is_mlx = self.is_mlx and mtp_norms_are_shifted(self.raw_config, stored.values())
+        used, self.used = self.used, set(self.used)
+        matches = [m for row in walk_mtp(self.config) for m in self._match(row, 0, is_mlx)]
+        self.problems |= {n: ("unknown", "") for n in stored if n not in self.used}
+        if not self.problems:
+            return matches
+        log.warning(
+            "the MTP layer cannot be used, everything else can: %d of its tensors are wrong%s",
+            len(self.problems),
+            "".join(_problem_lines(self.problems)),
+        )
+        self.used, self.problems = used, {}
+        return []
 
     def _with_full_names(self) -> dict[str, tuple[str, str]]:
         """The problems by names as this checkpoint has them, or would have them."""
@@ -200,12 +248,12 @@ class _Resolver:
         detail = f"{got}, expected {expected}" if expected else str(got)
         self.problems[name] = (kind, detail)
 
-    def _match(self, row: Row, layer: int) -> Iterator[Match]:
+    def _match(self, row: Row, layer: int, is_mlx: bool) -> Iterator[Match]:
         if not row.shape:
             yield from self._carried(row)
             return
         source, name = filled(row.source, layer), filled(row.output or row.source, layer)
-        transform = Transform.KEEP if self.is_mlx else row.transform
+        transform = Transform.KEEP if is_mlx else row.transform
         shape = shape_of(row.shape, self.sizes)
         if row.transform is Transform.CHANNELS_LAST:
             transform = self._patch_transform(name, source, shape, transform)
@@ -218,9 +266,10 @@ class _Resolver:
             kept = (*shape[:-2], num_rows // math.prod(shape[:-2]), shape[-1])
         each = [filled(row.each, layer, e) for e in range(shape[0])] if row.each else []
         # MLX's own form, each expert by itself, or as the table has it.
-        if name != source and (self._has(name) or (self.is_mlx and not self._has(source))):
+        is_fused, is_apart = self._has(source), any(map(self._has, each))
+        if name != source and (self._has(name) or (is_mlx and not is_fused and not is_apart)):
             found, ranges = [self._take(name, kept)], [(0, math.prod(kept[:-1]))]
-        elif not self._has(source) and any(map(self._has, each)):
+        elif is_apart and not is_fused:
             found = [self._take(one, kept[1:]) for one in each]
             ranges = [(0, math.prod(kept[1:-1]))]
         else:
@@ -384,7 +433,8 @@ class _Resolver:
         return _Stored(found, quantization)
 
 
-def _problem_error(problems: Mapping[str, tuple[str, str]]) -> CheckpointError:
+def _problem_lines(problems: Mapping[str, tuple[str, str]]) -> list[str]:
+    """A line for each kind of problem, each with its line break before it."""
     folded: dict[tuple[str, str, str], list[str]] = {}
     for name, (kind, detail) in problems.items():
         folded.setdefault((kind, detail, fold(name)), []).append(name)
@@ -398,9 +448,13 @@ def _problem_error(problems: Mapping[str, tuple[str, str]]) -> CheckpointError:
     lines = sorted(mixed[:MAX_PROBLEM_LINES])
     if len(mixed) > MAX_PROBLEM_LINES:
         lines.append(f"\n    and {len(mixed) - MAX_PROBLEM_LINES} more kinds")
+    return lines
+
+
+def _problem_error(problems: Mapping[str, tuple[str, str]]) -> CheckpointError:
     return CheckpointError(
         f"the weights do not fit config.json: {len(problems)} tensors are wrong",
-        got="".join(lines),
+        got="".join(_problem_lines(problems)),
         expected="exactly the tensors that config.json calls for",
         hint="config.json and weights of one and the same checkpoint?",
     )

@@ -8,11 +8,11 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
-from itertools import groupby
+from itertools import chain, groupby
 
-from ..config import LINEAR, ModelConfig
+from ..config import FULL, LINEAR, ModelConfig
 from .names import TRUNK
 
 
@@ -91,10 +91,10 @@ def model_sizes(c: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def _facts(config: ModelConfig, layer: int) -> set[str]:
-    """What `when` of a row may ask for; `layer` is -1 where it is of no layer of the text."""
+def _facts(config: ModelConfig, layer_type: str) -> set[str]:
+    """What `when` of a row may ask for."""
     return {
-        "linear" if layer >= 0 and config.layer_types[layer] == LINEAR else "full",
+        "linear" if layer_type == LINEAR else "full",
         "vision" if config.vision else "blind",
         "fused" if config.fuses_linear_projections else "apart",
         "moe" if config.is_moe else "dense",
@@ -164,7 +164,7 @@ TABLE: tuple[Row, ...] = (
     Row("norm.weight", PLAIN, "H", transform=ADD_ONE),
     Row("lm_head.weight", QUANTIZED, "vocab H", "untied"),
     Row("lm_head.*", Role.DROPPED, when="tied"),
-    # The norms of the MTP layers keep their zero-centred weights.
+    # Of an MTP layer that is not as MTP_TABLE has it.
     Row("mtp.*", Role.CARRIED),
     _tower("patch_embed.proj.weight", "Vh Vc Vt Vs Vs", Transform.CHANNELS_LAST),
     _tower("patch_embed.proj.bias", "Vh"),
@@ -195,6 +195,33 @@ TABLE: tuple[Row, ...] = (
 )  # fmt: skip
 
 
+def _in_mtp(row: Row) -> Row:
+    """The same tensor of the MTP layer."""
+    source, output, each = (n and f"mtp.{n}" for n in (row.source, row.output, row.each))
+    return replace(row, source=source, output=output, each=each)
+
+
+# Multi-token prediction: one layer with full attention between norms of its own.
+MTP_TABLE: tuple[Row, ...] = (
+    Row("mtp.pre_fc_norm_embedding.weight", PLAIN, "H", transform=ADD_ONE),
+    Row("mtp.pre_fc_norm_hidden.weight", PLAIN, "H", transform=ADD_ONE),
+    # Few weights that everything goes through: the router's 8 bits.
+    Row("mtp.fc.weight", ROUTER, "H 2*H"),
+    *(
+        _in_mtp(row)
+        for row in TABLE
+        if row.source.startswith("{layer}") and "linear" not in row.when.split()
+    ),
+    Row("mtp.norm.weight", PLAIN, "H", transform=ADD_ONE),
+)
+
+
+def walk_mtp(config: ModelConfig) -> Iterator[Row]:
+    """The rows of the MTP layer that goes with a model; its number is 0."""
+    facts = _facts(config, FULL)
+    yield from (row for row in MTP_TABLE if set(row.when.split()) <= facts)
+
+
 def walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
     """The rows that a model has, with the number of the layer or block, in order of the output."""
     depth = config.vision.depth if config.vision else 0
@@ -204,7 +231,7 @@ def walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
         rows = [(row, set(row.when.split())) for row in group]
         numbers = range(config.num_hidden_layers) if per_layer else range(depth)
         for number in numbers if per_layer or per_block else (-1,):
-            facts = _facts(config, number if per_layer else -1)
+            facts = _facts(config, config.layer_types[number] if per_layer else FULL)
             yield from ((row, number) for row, when in rows if when <= facts)
 
 
@@ -230,12 +257,17 @@ def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the text model as Hugging Face names it, experts fused, with its shape."""
+    """Every tensor of text model, MTP layer and tower as Hugging Face names it, with its shape.
+
+    Experts are fused.
+    """
     sizes = model_sizes(config)
     found = {}
-    for row, layer in walk(config):
-        if row.shape and row.role is not Role.CARRIED:
+    for row, layer in chain(walk(config), ((row, 0) for row in walk_mtp(config))):
+        if row.shape:
             name = filled(row.source, layer)
-            prefix = "model.language_model." if name.partition(".")[0] in TRUNK else ""
+            root = name.partition(".")[0]
+            prefix = "model.language_model." if root in TRUNK else ""
+            prefix = "model." if root == "visual" else prefix
             found[prefix + name] = shape_of(row.shape, sizes)
     return found

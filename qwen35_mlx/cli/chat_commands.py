@@ -32,6 +32,8 @@ def chat(
             "prompt.",
         ),
     ] = None,
+    image: options.Images = None,
+    allow_url: options.AllowUrl = False,
     system: options.System = None,
     session: Annotated[
         str | None,
@@ -100,8 +102,10 @@ def chat(
     prompts = [] if is_terminal and not prompt else read_prompts(prompt or [])
     sampling = options.sampling_options(ctx)
     from .line_input import can_edit, silent_keys
+    from .media_input import check_sources
     from .progress import spinner
 
+    check_sources(image or (), allow_url)
     with silent_keys(raw=can_edit()):
         with spinner("Starting"):
             # Seconds, for all of MLX.
@@ -132,7 +136,10 @@ def chat(
         on_loop=on_loop,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
     )
-    ChatView(conversation, markdown=not plain).run(prompts, session)
+    view = ChatView(conversation, markdown=not plain, allow_url=allow_url)
+    if image:
+        view.attached.add([("image", source) for source in image])
+    view.run(prompts, session)
 
 
 def sessions(
@@ -185,7 +192,7 @@ def newest() -> str | None:
 def bundled_demo() -> str:
     """The folder of the converted demo, made on the first call."""
     from ..convert import convert as run
-    from .local_models import converted_demo
+    from .local_models import SOURCE, converted_demo
     from .progress import byte_progress
     from .terminal import note
 
@@ -197,6 +204,7 @@ def bundled_demo() -> str:
     note(
         "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
         "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
+        f"/image {SOURCE / 'picture.png'}, then: What do you see?\n"
         "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
     )
     return str(folder)

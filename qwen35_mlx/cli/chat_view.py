@@ -4,16 +4,19 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ContextFull
+from ..errors import ContextFull, Qwen35Error
+from ..text.media_parts import text_of
 from . import terminal
+from .attachments import Attachments
 from .line_input import LineReader, Reader, open_reader, silent_keys
 from .markdown import MarkdownStream
 from .progress import spinner, token_progress
-from .slash_commands import COMMANDS, run_command, shortened
+from .slash_commands import COMMANDS, is_dropped, run_command, shortened
 
 if TYPE_CHECKING:
     from ..chat.conversation import Chat
@@ -30,12 +33,15 @@ class ChatView:
     end, a conversation that is not saved is written to a temporary file.
     """
 
-    def __init__(self, chat: "Chat", markdown: bool = True):
+    def __init__(self, chat: "Chat", markdown: bool = True, allow_url: bool = False):
         self.chat = chat
         self.is_open = True
         self.reader: Reader = LineReader()
-        # Texts to send with the next message.
-        self.files: list[str] = []
+        self.attached = Attachments(chat, allow_url)
+        # Puts a question to the user; None where nobody answers.
+        self.ask: Callable[[str], str] | None = None
+        # What was refused as it names a file that is not there; sent as it is when it comes again.
+        self._refused = ""
         # What the next line begins with, and whether it replaces the last message.
         self.draft, self.is_edit = "", False
         self.hide_thoughts = False
@@ -64,7 +70,7 @@ class ChatView:
         for prompt in prompts:
             if len(prompts) > 1:
                 terminal.out.print(f"> {prompt}", style="bold", markup=False)
-            self.turn(self.chat.send, prompt)
+            self._send(self.chat.send, prompt)
 
     def _talk(self) -> None:
         from ..files import session_home
@@ -72,6 +78,7 @@ class ChatView:
         words = {name: command.words for name, command in COMMANDS.items()}
         self.reader = open_reader(words, session_home() / ".history")
         terminal.note(HINT)
+        self.ask = self._ask_user
         is_editor = not isinstance(self.reader, LineReader)
         num_failures = 0
         with silent_keys(raw=True) if is_editor else nullcontext():
@@ -117,7 +124,7 @@ class ChatView:
     def _handle(self, text: str) -> None:
         """Do what a line asks for; no error of it ends the chat."""
         try:
-            if text.startswith("/"):
+            if text.startswith("/") and not is_dropped(text):
                 run_command(self, text)
             elif text.strip():
                 self.say(text.strip())
@@ -138,32 +145,50 @@ class ChatView:
             terminal.print_error(error)
 
     def say(self, text: str) -> None:
-        """Send a message, or put it in place of the last one."""
+        """Attach the files that a message names, and send it, or put it in place of the last."""
+        try:
+            message = text if text == self._refused else self.attached.add_named(text, self.ask)
+        except Qwen35Error:
+            self.draft = self._refused = text
+            raise
+        self._refused = ""
+        # Of a file alone nothing is asked yet.
+        if not message:
+            return
         is_edit, self.is_edit = self.is_edit, False
-        message = "\n\n".join([*self.files, text])
         send = self.chat.edit if is_edit else self.chat.send
         try:
-            self.turn(send, message)
+            self._send(send, message)
         except ContextFull as error:
             terminal.print_error(error)
             if not self._make_room():
-                self.draft, self.is_edit = text, is_edit
+                self.draft, self.is_edit = message, is_edit
                 return
-            self.turn(send, message)
-        self.files = []
+            self._send(send, message)
+
+    def _send(self, send: Callable[..., Generator["Piece", None, None]], text: str) -> None:
+        """One turn with all that is attached."""
+        options = self.attached.options()
+        message = "\n\n".join([*self.attached.texts, text])
+        self.turn(partial(send, **options) if options else send, message)
+        self.attached.clear()
 
     def _make_room(self) -> bool:
         """Ask what may be dropped; returns whether to try again."""
         question = "Drop the (o)ldest turns, (s)tart over, or (k)eep all and change the message? "
-        try:
-            answer = self.reader.ask(question).strip().lower()[:1]
-        except (EOFError, KeyboardInterrupt):
-            return False
+        answer = self._ask_user(question)
         if answer == "o":
             run_command(self, "/trim")
         elif answer == "s":
             self.start_over()
         return answer in ("o", "s")
+
+    def _ask_user(self, question: str) -> str:
+        """The first letter of the answer; nothing after Ctrl-C or at the end of the input."""
+        try:
+            return self.reader.ask(question).strip().lower()[:1]
+        except (EOFError, KeyboardInterrupt):
+            return ""
 
     def turn(self, reply: Callable[..., Generator["Piece", None, None]], *message: str) -> None:
         """Stream one answer, that of `reply(*message, progress)`."""
@@ -286,7 +311,7 @@ class ChatView:
         if exists:
             if warning := self.chat.load(name):
                 terminal.note(f"warning: {warning}")
-            messages = [m["content"] for m in self.chat.messages if m["role"] == "user"]
+            messages = [text_of(m["content"]) for m in self.chat.messages if m["role"] == "user"]
             last = shortened(messages[-1]) if messages else "nothing"
             turns = terminal.count(len(messages), "turn")
             terminal.note(f"session {name}: {turns}, goes on after: {last}")

@@ -16,6 +16,7 @@ PATHS = ("MODEL", "SRC", "OUT", "FILE")
 # An empty prompt has an error of its own.
 MAY_BE_EMPTY = ("system", "prompt")
 BITS = ("--bits", "--recipe", "--fit", "--bits-per-weight")
+MEDIA = ("--image", "--video", "--pdf")
 BUDGETS = ("--fit", "--bits-per-weight")
 
 # Options given together, and the options one of which must then be given too. Without any, the
@@ -37,12 +38,21 @@ RULES: dict[str, list[Rule]] = {
     ],
     "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
     "generate": [
+        *((("--raw", name), ()) for name in MEDIA),
+        *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
+        (("--allow-url",), MEDIA),
+        (("--pages",), ("--pdf",)),
         *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),
         (("--json", "--show-thoughts"), ()),
     ],
-    "chat": [(("--demo", "MODEL"), ()), (("--no-think", "--think-budget"), ())],
+    "chat": [
+        (("--demo", "MODEL"), ()),
+        (("--no-think", "--think-budget"), ()),
+        (("--image -",), ("--prompt",)),
+        (("--allow-url", "--prompt"), ("--image",)),
+    ],
     "sessions": [(("--remove", "NAME"), ())],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
@@ -59,10 +69,11 @@ class Command(TyperCommand):
             refuse_unused(ctx)
             for parameter in self.params:
                 value = ctx.params.get(parameter.name)
-                if parameter.metavar in PATHS and value is not None:
-                    check_path(os.fspath(value))
-                elif parameter.name not in MAY_BE_EMPTY and (value == "" or value == [""]):
-                    ctx.fail(f"{parameter.opts[-1]} is empty.")
+                for each in as_list(value):
+                    if parameter.name not in MAY_BE_EMPTY and each == "":
+                        ctx.fail(f"{parameter.opts[0]} is empty.")
+                    if parameter.metavar in PATHS and each is not None:
+                        check_path(os.fspath(each))
             result = super().invoke(ctx)
             # A full disk shows here, while its error can still be reported.
             if sys.stdout:
@@ -97,10 +108,15 @@ def given_options(ctx: Any) -> set[str]:
         source = ctx.get_parameter_source(parameter.name)
         if source is None or source.name != "COMMANDLINE":
             continue
-        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[-1]
+        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
         given.add(parameter.secondary_opts[0] if value is False else name)
-        given.add(f"{name} {value}")
+        given |= {f"{name} {each}" for each in as_list(value)}
     return given
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a repeatable option, or the one of another."""
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def refuse_unused(ctx: Any) -> None:

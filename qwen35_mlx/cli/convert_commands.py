@@ -233,12 +233,13 @@ def plan(
     found = calibration_for(source, None, calibration)
     opened = report.find_source(source, revision)
     if not isinstance(opened, str):
-        note(f"{opened.folder}: sizes of the text model, nothing is downloaded")
+        note(f"{opened.folder}: sizes of the released model, nothing is downloaded")
     settings, spent = quality_settings(ctx, opened, found)
     planned = make_plan(opened, revision=revision, **settings)
     print_plan(planned)
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
+    page += ["", *report.picture_lines(planned)]
     print_lines([*page, "", *report.mac_lines(planned, macs, context)])
     if png:
         report.draw(planned, png)

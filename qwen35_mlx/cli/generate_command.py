@@ -30,6 +30,14 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as it is, without the chat template."),
     ] = False,
+    image: options.Images = None,
+    video: options.Videos = None,
+    pdf: options.Pdfs = None,
+    pages: Annotated[
+        str | None,
+        typer.Option(help="Pages of each PDF, such as 1-3,7. Default: all."),
+    ] = None,
+    allow_url: options.AllowUrl = False,
     system: options.System = None,
     tools: Annotated[
         Path | None,
@@ -53,7 +61,7 @@ def generate(
         typer.Option(
             "--json",
             help="Print one JSON object: text, thought, tool_calls, finish_reason, counts of "
-            "tokens, and times. Default: the text, as it is generated.",
+            "tokens and pictures, and times. Default: the text, as it is generated.",
         ),
     ] = False,
     max_tokens: options.MaxTokens = None,
@@ -83,9 +91,16 @@ def generate(
     text = read_prompts([] if prompt is None else [prompt])[0]
     sampling = options.sampling_options(ctx)
     schemas = read_tools(tools) if tools else []
+    given = {"image": image, "video": video, "pdf": pdf}
+    media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
+    from .media_input import check_sources, page_numbers
+
+    page_numbers(pages)
+    check_sources([source for _, source in media], allow_url)
     from ..chat.conversation import Chat
     from ..engine.prefix_store import PrefixStore
     from ..model.loading import load
+    from .attachments import Attachments
     from .progress import spinner
     from .terminal import note
 
@@ -104,13 +119,16 @@ def generate(
         # There is no second turn.
         store=PrefixStore(loaded, 0),
     )
+    attached = Attachments(chat, allow_url)
+    if media:
+        attached.add(media, pages=pages)
     started = time.perf_counter()
-    pieces = continue_text(chat, text) if raw else chat.send(text)
+    pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
     if as_json:
         with spinner("generating …"):
             parts = list(pieces)
         total_s = time.perf_counter() - started
-        print(json.dumps(answer_as_json(parts, chat.stats, total_s)))
+        print(json.dumps(answer_as_json(parts, chat.stats, total_s) | attached.counts()))
         return
     print_answer(pieces, show_thoughts)
     if chat.stats.finish_reason == "length":

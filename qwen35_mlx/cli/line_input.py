@@ -1,6 +1,7 @@
 """What a person types: several lines, history and completion on a terminal; lines elsewhere."""
 
 import os
+import re
 import sys
 import termios
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "> "
+TAKE_FILES = ("/file", "/image", "/video", "/pdf")
+# Whole words, and the one being typed: after an open quote, or with escaped characters.
+LAST_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\\'"])*?('[^']*|"[^"]*|(?:\\.|[^\s\\'"])*)$""")
 
 
 class LineReader:
@@ -36,21 +40,31 @@ class EditingReader:
         from prompt_toolkit.key_binding import KeyBindings
 
         class Commands(Completer):
-            """Commands, their words, and files behind /file."""
+            """Commands, their words, and files behind those that take files."""
 
             def get_completions(self, document: Document, complete_event: Any) -> Iterable[Any]:
                 text = document.text_before_cursor
                 command, space, rest = text.partition(" ")
                 if not text.startswith("/") or "\n" in text:
                     return
-                if command == "/file" and space:
-                    path = Document(rest)
-                    yield from PathCompleter(expanduser=True).get_completions(path, complete_event)
+                if command in TAKE_FILES and space:
+                    if match := LAST_WORD.match(rest):
+                        yield from self._files(match[1], complete_event)
                     return
                 typed = rest if space else command
                 for word in commands.get(command, ()) if space else commands:
                     if word.startswith(typed):
                         yield Completion(word, start_position=-len(typed))
+
+            def _files(self, word: str, complete_event: Any) -> Iterable[Any]:
+                """As a shell wants them: in quotes if so begun, else with backslashes."""
+                is_quoted = word[:1] in ("'", '"')
+                path = word[1:] if is_quoted else re.sub(r"\\(.)", r"\1", word)
+                files = PathCompleter(expanduser=True)
+                for found in files.get_completions(Document(path), complete_event):
+                    if not is_quoted:
+                        found.text = re.sub(r"([^\w./~+-])", r"\\\1", found.text)
+                    yield found
 
         keys = KeyBindings()
 

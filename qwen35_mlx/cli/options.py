@@ -156,6 +156,40 @@ Kernels = Annotated[
 ]
 
 
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="A picture that goes with the first prompt; - is standard input. Repeat the option "
+        "for several. Default: none.",
+    ),
+]
+Videos = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--video",
+        metavar="FILE",
+        help="A video that goes with the prompt, as --image. Default: none.",
+    ),
+]
+Pdfs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pdf",
+        metavar="FILE",
+        help="A PDF whose pages go with the prompt, as --image. Default: none.",
+    ),
+]
+AllowUrl = Annotated[
+    bool,
+    typer.Option(
+        "--allow-url",
+        help="Fetch pictures, videos and PDFs that are named by an http or https URL.",
+    ),
+]
+
+
 def sampling_options(ctx: typer.Context) -> dict[str, Any]:
     """The sampling options of a command, checked before a model is loaded."""
     from ..sampling import SamplingParams

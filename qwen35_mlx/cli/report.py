@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..text.media_parts import media_parts, text_of
 from . import terminal
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def print_sessions(infos: Sequence["SessionInfo"]) -> None:
     width = max(len(info.name) for info in infos)
     for info in infos:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.saved))
-        turns = f"{terminal.count(info.num_turns, 'turn')}: {info.first_words}"
+        turns = terminal.count(info.num_turns, "turn")
+        if info.num_pictures:
+            turns += f", {terminal.count(info.num_pictures, 'picture')}"
+        turns += f": {info.first_words}"
         line = f"{info.name:{width}}  {saved}  {info.num_bytes / 1e6:,.1f} MB  "
         line = (line + (info.problem or turns)).translate(terminal.CONTROL)
         # `sessions NAME` prints the whole text.
@@ -83,7 +87,13 @@ def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
         out.print(f"[{message['role']}]", style="bold", markup=False)
         if thought := message.get("reasoning_content"):
             out.print(thought.translate(terminal.CONTROL), style="dim italic", markup=False)
-        out.print(message["content"].translate(terminal.CONTROL) + "\n", markup=False)
+        # On disk a picture is its name and its size.
+        for part in media_parts(message["content"]):
+            name, (width, height) = part[part["type"]]["name"], part[part["type"]]["original_size"]
+            line = f"({part['type']}: {name}, {width}x{height})"
+            out.print(line.translate(terminal.CONTROL), style="dim", markup=False)
+        text = text_of(message["content"])
+        out.print(text.translate(terminal.CONTROL) + "\n", markup=False)
 
 
 def print_bench(result: dict[str, Any]) -> None:

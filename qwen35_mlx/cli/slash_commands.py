@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import Qwen35Error
 from ..sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 from . import terminal
+from .attachments import attach_files, attach_images, attach_pdf, attach_videos, paste
 from .line_input import LineReader
-from .typed_paths import typed_files, typed_path
+from .typed_paths import split_media, typed_path
 
 if TYPE_CHECKING:
     from .chat_view import ChatView
 
-MAX_FILE_BYTES = 20 * 10**6
 NUMBERS: dict[str, Any] = {f.name: f.type for f in fields(SamplingParams)} | {"seed": int}
-OPTIONS = (*NUMBERS, "max_tokens", "preset", "on_loop")
+OPTIONS = (*NUMBERS, "max_tokens", "image_tokens", "preset", "on_loop")
 KEYS = "Enter sends; Alt-Enter, Ctrl-J or \\ at the end of a line: a new line"
 
 
@@ -28,6 +28,11 @@ class SlashCommand(NamedTuple):
     help: str
     run: "Callable[[ChatView, str], None]"
     words: tuple[str, ...] = ()
+
+
+def is_dropped(line: str) -> bool:
+    """Whether a line that begins with a slash begins with a path of something to look at."""
+    return line.split()[0] not in COMMANDS and any(split_media(line)[1:])
 
 
 def run_command(view: "ChatView", line: str) -> None:
@@ -79,29 +84,6 @@ def edit(view: "ChatView", rest: str) -> None:
         view.draft, view.is_edit = last, True
 
 
-def attach_files(view: "ChatView", rest: str) -> None:
-    """Read text files, and put them before the next message."""
-    from ..files import read_text
-
-    if not rest:
-        raise Qwen35Error("which file?", expected="/file PATH")
-    texts = {}
-    for path in typed_files(rest):
-        # A device or a pipe may have no end.
-        if not path.is_file():
-            raise Qwen35Error(f"{path} is no file", expected="a text file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_FILE_BYTES:,} bytes")
-        texts[path] = read_text(path)
-    for path, text in texts.items():
-        fence = "```"
-        while fence in text:
-            fence += "`"
-        view.files.append(f"{path.name}:\n{fence}\n{text.rstrip()}\n{fence}")
-        num_tokens = len(view.chat.tokenizer.encode(text, add_special_tokens=False))
-        terminal.note(f"{path.name}, {num_tokens:,} tokens, goes with the next message")
-
-
 def set_system(view: "ChatView", rest: str) -> None:
     """Show or replace the system prompt."""
     if rest:
@@ -111,7 +93,7 @@ def set_system(view: "ChatView", rest: str) -> None:
 
 def clear(view: "ChatView", rest: str) -> None:
     """Start a new conversation."""
-    view.files = []
+    view.attached.clear()
     view.start_over()
 
 
@@ -137,6 +119,7 @@ def set_thinking(view: "ChatView", rest: str) -> None:
 def set_option(view: "ChatView", rest: str) -> None:
     """Change sampling, preset, longest answer or what a loop leads to."""
     name, value = (*rest.split(None, 1), "", "")[:2]
+    name = name.replace("-", "_")
     if name not in OPTIONS:
         raise Qwen35Error("no such setting", got=repr(name), expected=", ".join(OPTIONS))
     chat = view.chat
@@ -147,6 +130,8 @@ def set_option(view: "ChatView", rest: str) -> None:
         chat.set_on_loop(value or None)
     elif name == "max_tokens":
         chat.max_tokens = _number(value or "0", int) or None
+    elif name == "image_tokens":
+        view.attached.image_tokens = _number(value or "0", int) or None
     else:
         number = _number(value, NUMBERS[name]) if value else None
         chat.sampling = {**chat.sampling, name: number}
@@ -196,7 +181,12 @@ def settings(view: "ChatView") -> str:
     params = ", ".join(f"{k} {v:g}" for k, v in asdict(chat.sampling_params()).items())
     thoughts = "thinks" if chat.thinks() else "does not think"
     budget = f", at most {chat.think_budget:,} tokens" if chat.think_budget else ""
-    return f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.loop_action}"
+    most = view.attached.image_tokens
+    pictures = f" · pictures of at most {most:,} tokens" if most else ""
+    return (
+        f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.loop_action}"
+        f"{pictures}"
+    )
 
 
 def shortened(text: str) -> str:
@@ -218,6 +208,12 @@ COMMANDS = {
     "/edit": SlashCommand("[TEXT]", "change the last message and send it again", edit),
     "/undo": SlashCommand("", "take back the last message and its answer", undo),
     "/file": SlashCommand("PATH...", "send text files with the next message", attach_files),
+    "/image": SlashCommand(
+        "PATH...|clear", "send pictures with it; alone: list them", attach_images
+    ),
+    "/video": SlashCommand("PATH...", "send videos with it", attach_videos),
+    "/pdf": SlashCommand("PATH [PAGES]", "send pages of a PDF with it, such as 1-3,7", attach_pdf),
+    "/paste": SlashCommand("", "send the picture in the clipboard with it", paste),
     "/system": SlashCommand("[TEXT]", "show or set the system prompt", set_system),
     "/think": SlashCommand(
         "on|off|hide|budget N",

@@ -1,18 +1,53 @@
 """Paths as people type, paste or drop them into a terminal."""
 
 import os
+import re
 import shlex
+import unicodedata
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import NamedTuple
+from urllib.parse import unquote
 
 from ..errors import Qwen35Error
+
+# What a name in a message must end with to be taken for a file to look at.
+SUFFIXES = {
+    "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
+    "video": ("mp4", "mov", "m4v", "webm", "mkv", "avi"),
+    "pdf": ("pdf",),
+}
+KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
+_END, _BEHIND = rf"\.({'|'.join(KINDS)})", r"[,.;:!?)\]]*"
+# Such a name ends before a space, a quote or the punctuation of a sentence.
+NAME_END = re.compile(rf"{_END}(?={_BEHIND}(?:[\s'\"]|$))", re.IGNORECASE)
+LAST_END = re.compile(rf"{_END}({_BEHIND})$", re.IGNORECASE)
+# A word as a shell reads it: quoted parts, escaped characters and plain ones.
+SHELL_WORD = re.compile(r"""(?:'[^'\n]*'|"(?:\\.|[^"\\\n])*"|\\.|[^\s'"\\])+""")
+WITH_FOLDER = re.compile(r"/|~|\.\.?/")
+# Names with unescaped spaces are tried up to this many endings.
+MAX_ENDINGS = 4
+
+
+def media_kind(name: str) -> str | None:
+    """Whether a name ends like that of an image, a video or a pdf."""
+    return KINDS.get(name.rpartition(".")[2].lower())
+
+
+class MediaPath(NamedTuple):
+    """A picture, video or PDF that a message names."""
+
+    path: Path
+    kind: str
 
 
 def typed_path(text: str) -> str:
     """One path or name without the quotes and backslashes that a terminal adds to it."""
-    if _exists(text):
-        return os.path.expanduser(text)
-    words = _words(text)
+    if found := find_file(text):
+        return str(found)
+    words = shell_words(text)
     return os.path.expanduser(words[0] if len(words) == 1 else text)
 
 
@@ -21,26 +56,98 @@ def typed_files(text: str) -> list[Path]:
 
     Raises Qwen35Error if one of them is not there.
     """
-    if _exists(text):
-        return [Path(os.path.expanduser(text))]
-    words = _words(text)
-    missing = [word for word in words if not _exists(word)]
+    if found := find_file(text):
+        return [found]
+    words = shell_words(text)
+    files = {word: find_file(word) for word in words}
+    missing = [word for word, file in files.items() if file is None]
     if missing or not words:
         # Several words of which none is a file are one name with spaces.
         name = missing[0] if 0 < len(missing) < len(words) else text
         raise Qwen35Error(f"no file {name}", expected="the path of a file")
-    return [Path(os.path.expanduser(word)) for word in words]
+    return [file for word in words if (file := files[word])]
 
 
-def _words(text: str) -> list[str]:
+def find_file(text: str) -> Path | None:
+    """The file or folder of this name; None also for what cannot be a path.
+
+    Where it is missing, the one in the folder whose name differs in kinds of spaces and in how
+    accents are composed: macOS writes a narrow space into the names of screenshots, which other
+    programs make a plain one.
+    """
+    if not text:
+        return None
+    path = Path(os.path.expanduser(text))
+    if os.path.exists(path):
+        return path
+    alike: list[Path] = []
+    with suppress(OSError, ValueError):
+        wanted = _folded(path.name)
+        alike = [file for file in path.parent.iterdir() if _folded(file.name) == wanted]
+    return alike[0] if len(alike) == 1 else None
+
+
+def split_media(text: str) -> tuple[str, list[MediaPath], list[str]]:
+    """A message without the pictures, videos and PDFs that it names; these; and missing ones.
+
+    A path is found as it is, in quotes, with backslashes before its spaces, or as a file URL. A
+    path with a folder that ends like such a file, but is none, is missing.
+    """
+    found: list[MediaPath] = []
+    missing: list[str] = []
+    kept, at = "", 0
+    # Most messages name no such file.
+    starts = re.finditer(r"(?<!\S)\S", text) if NAME_END.search(text) else ()
+    for start in (match.start() for match in starts):
+        if start < at:
+            continue
+        names = list(_names(text, start))
+        for name, end in names:
+            # Bare names are common in prose: a folder is not searched for each.
+            path = find_file(name) if WITH_FOLDER.match(name) else Path(name)
+            if path and os.path.isfile(path):
+                found.append(MediaPath(path, media_kind(name) or "image"))
+                kept, at = _joined(kept, text[at:start]), end
+                break
+        else:
+            surely = [name for name, end in names if " " not in name or end - start == len(text)]
+            missing += [name for name in surely if WITH_FOLDER.match(name)][:1]
+    return _joined(kept, text[at:]).strip(), found, missing
+
+
+def _names(text: str, start: int) -> Iterator[tuple[str, int]]:
+    """Names of media files that may begin here, each with where it ends in the text."""
+    word = SHELL_WORD.match(text, start)
+    unquoted = shell_words(word[0]) if word else []
+    if word and unquoted and (end := LAST_END.search(unquoted[0])):
+        # Punctuation behind the name belongs to the sentence, unless it is quoted too.
+        behind = end[2]
+        if word[0].endswith(behind):
+            yield unquoted[0].removesuffix(behind), word.end() - len(behind)
+    if WITH_FOLDER.match(text, start) or start == 0:
+        line = text[start:].partition("\n")[0]
+        for ending in islice(NAME_END.finditer(line), MAX_ENDINGS):
+            yield line[: ending.end()], start + ending.end()
+
+
+def _joined(before: str, behind: str) -> str:
+    """Two parts of a text from between which a path was taken."""
+    if not before or not behind:
+        return before + behind
+    gap = "" if before[-1] == "\n" or behind[0] in "\n,.;:!?)" else " "
+    return before.rstrip(" ") + gap + behind.lstrip(" ")
+
+
+def shell_words(text: str) -> list[str]:
     """What a shell makes of `text`, with file URLs as paths; nothing where a quote is left open."""
     try:
         words = shlex.split(text)
     except ValueError:
         return []
-    return [unquote(urlsplit(w).path) if w.startswith("file://") else w for w in words]
+    # Whatever stands for the host before the path; ? and # are no query behind it.
+    return [unquote(re.sub("^file://[^/]*", "", w)) if w[:7] == "file://" else w for w in words]
 
 
-def _exists(text: str) -> bool:
-    """False also for what cannot be a path."""
-    return bool(text) and os.path.exists(os.path.expanduser(text))
+def _folded(name: str) -> str:
+    """A name with its accents composed and every kind of space a plain one."""
+    return " ".join(unicodedata.normalize("NFKC", name).split())

@@ -6,21 +6,33 @@ from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
+from weakref import WeakSet
 
 import mlx.core as mx
 
-from ..errors import Qwen35Error
+from ..errors import PromptError, Qwen35Error
+from ..media.tokens import MediaToken
 from ..model.cache import cached_tokens
 from ..model.language import Model
-from ..prompt import Prompt, check_ids, check_length, encode_prompt
+from ..prompt import (
+    Prompt,
+    banned_ids,
+    check_ids,
+    check_length,
+    encode_prompt,
+    without_media,
+)
 from .decode import decode
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
+from .speculate import AUTO, Drafter
 
 # For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
 DEFAULT_MAX_TOKENS = 1_024
 LONG_ANSWER_TOKENS = 32_768
+# Layer caches of callers that have read pictures.
+_with_pictures: WeakSet[Any] = WeakSet()
 
 
 @dataclass
@@ -56,6 +68,9 @@ def stream_generate(
     tokenizer: Any,
     prompt: Prompt,
     *,
+    images: Sequence[Any] | None = None,
+    videos: Sequence[Any] | None = None,
+    allow_url: bool = False,
     max_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
@@ -64,21 +79,36 @@ def stream_generate(
     enable_thinking: bool | None = None,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
+    draft: str = AUTO,
+    num_draft_tokens: int | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
     """Yield a response per token, with mlx-lm's fields; text may lag where it is not final yet.
 
     prompt: plain text, token ids, or messages for the chat template (`enable_thinking` goes to
-    it). `cache` holds what was read before the prompt's ids; `cached_ids`, if given, makes the
-    repetition penalty count that too. `stop` strings end the answer and are not part of it.
-    `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
-    presence_penalty, repetition_penalty. `progress(read, total)` follows the prefill. The answer
-    also ends at `max_tokens` (1,024 if None) and where the context is full. Errors in the
-    arguments are raised by the call, before anything is read.
+    it). `images` are paths, bytes, data: URLs, Pillow images or arrays, `videos` paths, bytes or
+    lists of frames; they come before the text of the user's last message, and a plain text with
+    them is such a message. `allow_url` also fetches web addresses. `cache` holds what was read
+    before the prompt's ids; `cached_ids`, if given, makes the repetition penalty count that too,
+    and must be given, whole, where either has pictures. `stop` strings end the answer and are not
+    part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
+    presence_penalty, repetition_penalty. `draft`: where several tokens a pass come from, "mtp",
+    "lookup" (of what the text already had), "auto" (both, as far as it is faster) or "off"; the
+    text is the same. `num_draft_tokens` fixes how many. `progress(read, total)` follows the
+    prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
+    Errors in the arguments are raised by the call, before anything is read.
     """
-    ids = encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking)
+    ids = encode_prompt(
+        tokenizer,
+        prompt,
+        enable_thinking=enable_thinking,
+        images=images,
+        videos=videos,
+        allow_url=allow_url,
+    )
     check_ids(ids, model.config.vocab_size)
     already = cached_tokens(cache or [])
+    _check_cached(ids, cached_ids, cache or [])
     check_length(already + len(ids), model.config.context_length)
     room = model.config.context_length - already - len(ids)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
@@ -89,13 +119,32 @@ def stream_generate(
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     params = model.sampling_defaults.updated(**sampling)
-    sampler = Sampler(params, mx.array([*cached_ids, *ids]), seed)
+    counted = mx.array(without_media(tokenizer, [*cached_ids, *ids]))
+    sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
     read_before = list(cached_ids) or [UNKNOWN_ID] * already
     prompt_cache = PromptCache(model, read_before, cache)
+    drafter = Drafter(model, draft, num_draft_tokens)
     parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
     limit = min(limit, room)
     ends = tokenizer.eos_token_ids
-    return _responses(prompt_cache, ids, sampler, limit, parser, ends, prefill_step_size, progress)
+    return _responses(
+        prompt_cache, ids, sampler, drafter, limit, parser, ends, prefill_step_size, progress
+    )
+
+
+def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence[Any]) -> None:
+    """Behind pictures a token's position is not its place: only their ids tell what it is."""
+    already = cached_tokens(cache)
+    shows = any(isinstance(i, MediaToken) for part in (ids, cached_ids) for i in part)
+    if (shows or any(entry in _with_pictures for entry in cache)) and len(cached_ids) != already:
+        raise PromptError(
+            "the ids in the cache must be known where there are pictures",
+            got=f"{len(cached_ids)} cached_ids and a cache of {already} tokens",
+            expected=f"cached_ids: all {already}, with their MediaTokens",
+            hint="qwen35_mlx.Chat keeps both together",
+        )
+    if shows:
+        _with_pictures.update(cache)
 
 
 def check_count(name: str, value: Any) -> int:
@@ -111,6 +160,7 @@ def _responses(
     cache: PromptCache,
     ids: Sequence[int],
     sampler: Sampler,
+    drafter: Drafter,
     max_tokens: int,
     parser: OutputParser,
     end_tokens: Collection[int],
@@ -119,10 +169,11 @@ def _responses(
 ) -> Iterator[GenerationResponse]:
     """`stream_generate` behind its checks."""
     started = time.perf_counter()
+    cache.feeds_mtp = drafter.uses_mtp
     hidden = cast(mx.array, cache.read(ids, step_size=step_size, progress=progress))
     prefill_seconds = 0.0
-    with closing(decode(cache, hidden, sampler, max_tokens)) as steps:
-        for count, (token, logprobs) in enumerate(steps, 1):
+    with closing(decode(cache, hidden, sampler, max_tokens, drafter)) as steps:
+        for count, (token, logprobs, from_draft) in enumerate(steps, 1):
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
@@ -138,7 +189,7 @@ def _responses(
                 text="".join(piece.text for piece in pieces),
                 token=token,
                 logprobs=logprobs,
-                from_draft=False,
+                from_draft=from_draft,
                 prompt_tokens=len(ids),
                 prompt_tps=len(ids) / max(prefill_seconds, 1e-9),
                 generation_tokens=count,

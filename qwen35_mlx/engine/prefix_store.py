@@ -1,6 +1,6 @@
 """The prompt caches of all conversations with one model; the longest matching prefix is reused.
 
-Ids decide, never text: what differs in one id is read again.
+Ids decide, never text: what differs in one id is read again. Ids of pictures name the picture.
 """
 
 import weakref
@@ -10,6 +10,7 @@ from ..memory import Allowance
 from ..model.cache import kv_bytes
 from ..model.language import Model
 from .background import BackgroundJob
+from .features import FeatureStore
 from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 
 # A long prefill keeps at most this many points, or they would push out all others.
@@ -30,6 +31,7 @@ class PrefixStore:
         self.model = model
         self.memory_bytes = memory_bytes
         self.caches: list[PromptCache] = []
+        self.features = FeatureStore(model)
         self.background = BackgroundJob()
 
     def take(
@@ -42,7 +44,7 @@ class PrefixStore:
         """
         # The caller's own comes first among equals: it costs no copy.
         candidates = [
-            current or PromptCache(self.model),
+            current or PromptCache(self.model, features=self.features),
             *(c for c in self.caches if c is not current),
         ]
         best = max(candidates, key=lambda c: c.reusable_tokens(ids))
@@ -57,6 +59,8 @@ class PrefixStore:
                 best = best.fork(num_tokens)
             else:
                 best.rewind(num_tokens)
+        # One that comes from a file has a store of its own until now.
+        best.features = self.features
         if owner is not None:
             best.owner = weakref.ref(owner)
         self.caches = [c for c in self.caches if c is not best] + [best]
@@ -66,7 +70,9 @@ class PrefixStore:
     def nbytes(self) -> int:
         """What the budget counts."""
         points = {id(s): s.nbytes for c in self.caches for s in c.snapshots.values()}
-        return sum(points.values()) + sum(kv_bytes(c.entries) for c in self.caches if not c.in_use)
+        return sum(points.values()) + sum(
+            kv_bytes(c.all_entries) for c in self.caches if not c.in_use
+        )
 
     @property
     def num_snapshots(self) -> int:

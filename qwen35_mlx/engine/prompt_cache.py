@@ -6,14 +6,27 @@ where a snapshot was made.
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ..errors import Qwen35Error
-from ..memory import PREFILL_STEP_SIZE
-from ..model.cache import CacheEntry, Snapshot, fork, restore, snapshot
+from ..media.tokens import MediaToken
+from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
+from ..model.cache import (
+    ArraysCache,
+    CacheEntry,
+    KVCache,
+    Snapshot,
+    accept,
+    fork,
+    restore,
+    snapshot,
+)
 from ..model.language import Model
+from ..model.rope import media_positions
+from .features import FeatureStore
+from .mtp_state import MTPState
 
 # Tokens that a caller's own cache holds and whose ids are not given.
 UNKNOWN_ID = -1
@@ -27,18 +40,52 @@ class PromptCache:
 
     No other code writes to either. Whenever a caller can look, both agree, or the cache knows
     that they do not (an interrupt in the middle of a step) and goes back to a snapshot.
+    Ids of pictures are `MediaToken`s, each of them its own: another picture has other ids.
     """
 
-    def __init__(self, model: Model, ids: Iterable[int] = (), entries: list[Any] | None = None):
+    def __init__(
+        self,
+        model: Model,
+        ids: Iterable[int] = (),
+        entries: list[Any] | None = None,
+        features: FeatureStore | None = None,
+    ):
         """`entries` are layer caches that have read `ids`; empty ones if None."""
         self.model = model
-        self.entries: list[CacheEntry] = model.make_cache() if entries is None else entries
+        self.features = features or FeatureStore(model)
+        self._entries: list[CacheEntry] = model.make_cache() if entries is None else entries
+        # Where the model has an MTP layer: what that has read of the same tokens.
+        layer = getattr(model, "mtp", None)
+        self.mtp = None if layer is None else MTPState(model, layer)
+        # Whether the layer reads along: what it misses makes drafts worse, and changes no text.
+        self.feeds_mtp = False
         self.snapshots: dict[int, Snapshot] = {}
         # Who may continue this sequence; a weak reference, so that a forgotten chat holds nothing.
         self.owner: Callable[[], object] | None = None
         self._ids = list(ids)
+        # The position of the next token less the number of tokens: behind pictures it is below 0.
+        self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
+        # The hidden state `[1, T, H]` of the last `step`, and how many of its tokens stay so far.
+        self._pass: tuple[mx.array, int] | None = None
+
+    @property
+    def entries(self) -> list[CacheEntry]:
+        """The caches of the layers, which have read `ids`."""
+        self._end_pass()
+        return self._entries
+
+    @property
+    def all_entries(self) -> list[CacheEntry]:
+        """`entries`, and the cache of the MTP layer where the model has one."""
+        return [*self.entries, self.mtp.cache] if self.mtp else self.entries
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether tokens of a pass can be taken back: not in caches of mlx-lm."""
+        own = all(isinstance(entry, KVCache | ArraysCache) for entry in self._entries)
+        return own and isinstance(self.model, Model)
 
     @property
     def ids(self) -> Sequence[int]:
@@ -75,11 +122,7 @@ class PromptCache:
                     return None
                 size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
                 piece = list(ids[at - start : min(at + size, cut) - start])
-                self._is_consistent = False
-                hidden = self.model.trunk(mx.array([piece]), self.entries, last_only=True)
-                mx.eval(hidden, [entry.state for entry in self.entries])
-                self._ids += piece
-                self._is_consistent = True
+                hidden = self._read_piece(piece)
                 if progress:
                     progress(len(self._ids) - start, len(ids))
                 if len(piece) == PREFILL_STEP_SIZE:
@@ -87,30 +130,110 @@ class PromptCache:
                     mx.clear_cache()
             if cut in marks:
                 self.snapshot()
+        self.features.trim()
         return hidden
 
-    def step(self, token: mx.array) -> mx.array:
-        """Read a token `[1]` that is not evaluated yet; `commit` follows with its id.
-
-        Returns the hidden state `[1, 1, H]`, not evaluated.
-        """
+    def _read_piece(self, piece: list[int]) -> mx.array:
+        entries = self.entries
         self._is_consistent = False
-        return self.model.trunk(token[:, None], self.entries)
+        start, delta = len(self._ids), self._rope_delta
+        last_only = not (self.mtp and self.feeds_mtp)
+        positions = embeddings = None
+        if shown := [token for token in piece if isinstance(token, MediaToken)]:
+            # A piece may end inside a picture: positions count on from where that begins.
+            numbers, following = media_positions(piece, start + delta)
+            positions = mx.array(numbers)[:, None]
+            delta = following - start - len(piece)
+            embeddings = self.model.embed(piece, self.features.rows(shown))
+            hidden = self.model.trunk(
+                None,
+                entries,
+                embeddings=embeddings,
+                positions=positions,
+                last_only=last_only,
+            )
+        else:
+            ids = mx.array([piece])
+            hidden = self.model.trunk(ids, entries, last_only=last_only, **self._behind_pictures())
+        if self.mtp and self.feeds_mtp:
+            self.mtp.read(hidden, piece, embeddings, positions, self._ids, self._rope_delta)
+            hidden = hidden[:, -1:]
+        elif self.mtp:
+            self.mtp.hidden = None
+        mx.eval(hidden, self._held())
+        self._ids += piece
+        self._rope_delta = delta
+        self._is_consistent = True
+        return hidden
+
+    def _behind_pictures(self) -> dict[str, Any]:
+        """What the trunk must know of them; text alone is read as if there were none."""
+        return {"rope_delta": self._rope_delta} if self._rope_delta else {}
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """Read tokens `[T]` that need not be evaluated; `commit` follows for those that stay.
+
+        Of several, these may be the first ones; at least one stays. Returns the hidden state
+        `[1, T, H]`, not evaluated.
+        """
+        entries = self.entries
+        self._is_consistent = False
+        # A pass of one token is as it would be if nothing could be taken back.
+        keeping: dict[str, Any] = {"keep_states": True} if len(tokens) > 1 else {}
+        hidden = self.model.trunk(tokens[None], entries, **keeping, **self._behind_pictures())
+        self._pass = hidden, 0
+        return hidden
 
     def commit(self, token: int) -> None:
-        """The id of the token that the last `step` has read."""
+        """The id of the next token that stays of those that the last `step` has read."""
+        assert self._pass
+        hidden, num_committed = self._pass
+        self._pass = hidden, num_committed + 1
         self._ids.append(token)
         self._is_consistent = True
+        if len(self._ids) % POOL_TOKENS == 0:
+            mx.clear_cache()
+
+    def _end_pass(self) -> None:
+        """Forget the tokens of the last step that do not stay."""
+        if not self._pass or not self._is_consistent:
+            return
+        (hidden, num_committed), self._pass = self._pass, None
+        if hidden.shape[1] > 1:
+            accept(self._entries, num_committed)
+        if self.mtp and self.feeds_mtp:
+            self.mtp.keep(hidden[:, :num_committed], self._ids, self._rope_delta)
+        elif self.mtp:
+            self.mtp.hidden = None
+
+    def drafts(
+        self, token: mx.array, num_drafts: int, draw: Callable[[mx.array, int], mx.array]
+    ) -> list[mx.array]:
+        """What the MTP layer expects behind `token`, the next one to read; see MTPState."""
+        self._end_pass()
+        if not self.mtp:
+            return []
+        return self.mtp.draft(token, num_drafts, self._ids, self._rope_delta, draw)
 
     def settle(self) -> None:
         """Evaluate the caches: a lazy array cannot be used by another thread."""
-        mx.eval([entry.state for entry in self.entries])
+        mx.eval(self._held())
+
+    def _held(self) -> list[Any]:
+        states: list[Any] = [entry.state for entry in self.all_entries]
+        return [*states, self.mtp.hidden] if self.mtp else states
 
     def snapshot(self) -> Snapshot:
         """Remember this point. It costs the recurrent state; keys and values cost an offset."""
-        point = self.snapshots.get(len(self._ids)) or snapshot(self.entries, len(self._ids))
+        point = self.snapshots.get(len(self._ids)) or self.end()
         self.snapshots[point.num_tokens] = point
         self.mark_used(point.num_tokens)
+        return point
+
+    def end(self) -> Snapshot:
+        """The point behind all ids, which is not remembered."""
+        point = snapshot(self.all_entries, len(self._ids), self._rope_delta)
+        point.mtp_hidden = self.mtp.hidden if self.mtp else None
         return point
 
     def mark_used(self, num_tokens: int) -> None:
@@ -131,11 +254,20 @@ class PromptCache:
         """Go back to the last point at or before `num_tokens`; returns how many are left."""
         if num_tokens < 0:
             raise Qwen35Error("cannot rewind", got=num_tokens, expected="0 tokens or more")
+        self._end_pass()
         kept = self._point_before(num_tokens)
+        # What was read and never committed goes too.
+        self._pass = None
         if kept == 0:
-            self.entries = self.model.make_cache()
+            self._entries = self.model.make_cache()
+            self._rope_delta = 0
+            self.mtp = self.mtp and MTPState(self.model, self.mtp.layer)
         elif kept < len(self._ids) or not self._is_consistent:
-            restore(self.entries, self.snapshots[kept])
+            point = self.snapshots[kept]
+            restore(self.all_entries, point)
+            self._rope_delta = point.rope_delta
+            if self.mtp:
+                self.mtp.hidden = point.mtp_hidden
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
@@ -145,10 +277,14 @@ class PromptCache:
     def fork(self, num_tokens: int) -> "PromptCache":
         """A second cache that holds the first `num_tokens`, one of this one's points."""
         if num_tokens == 0:
-            return PromptCache(self.model)
+            return PromptCache(self.model, features=self.features)
         # Without a snapshot there, it is the end.
-        point = self.snapshots.get(num_tokens) or snapshot(self.entries, num_tokens)
-        copy = PromptCache(self.model, self._ids[:num_tokens], fork(self.entries, point))
+        point = self.snapshots.get(num_tokens) or self.end()
+        forked = fork(self.all_entries, point)
+        num_layers = len(self._entries)
+        copy = PromptCache(self.model, self._ids[:num_tokens], forked[:num_layers], self.features)
+        if copy.mtp:
+            copy.mtp.cache, copy.mtp.hidden = cast(KVCache, forked[-1]), point.mtp_hidden
         copy.snapshots = {n: s for n, s in self.snapshots.items() if n <= num_tokens}
         return copy
 
@@ -162,6 +298,12 @@ class PromptCache:
         """The last point at or before `num_tokens`; an empty cache is always one."""
         points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
+
+
+def rope_delta(ids: Iterable[int]) -> int:
+    """The position of the token behind `ids` less their number."""
+    shown = [token for token in ids if isinstance(token, MediaToken)]
+    return media_positions(shown, 0)[1] - len(shown)
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

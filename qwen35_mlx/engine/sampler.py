@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Integral
+from typing import cast
 
 import mlx.core as mx
 
@@ -15,6 +16,7 @@ from ..errors import Qwen35Error
 from ..sampling import SamplingParams
 
 MAX_SEED = 2**63 - 1
+KEYS_A_BLOCK = 64
 # Dividing logits by less than this would overflow float32.
 GREEDY_BELOW = 1e-5
 # Parameters by name, those that are in effect; arrays, so that no value is part of a kernel.
@@ -23,15 +25,33 @@ Mask = mx.array | None
 
 
 class Sampler:
-    """Draws tokens one after another; remembers what the penalties need, all on the device."""
+    """Draws tokens by noise that depends on the seed and a token's place in the sequence alone.
 
-    def __init__(self, params: SamplingParams, prompt: mx.array, seed: int | None = None):
-        """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not."""
+    So a text is the same however many tokens are drawn at once. What the penalties need is kept
+    on the device.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: mx.array,
+        seed: int | None = None,
+        banned: Sequence[int] = (),
+    ):
+        """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not.
+
+        Tokens of `banned` are never drawn.
+        """
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
             raise Qwen35Error("seed is not usable", got=repr(seed), expected=f"0 to {MAX_SEED}")
         self.params = params
-        self._key = mx.random.key(secrets.randbits(63) if seed is None else int(seed))
+        key = mx.random.key(secrets.randbits(63) if seed is None else int(seed))
+        # Split once: the keys of neighbouring seeds must not meet at neighbouring places.
+        first, second = cast(list[int], mx.random.split(key, 1)[0].tolist())
+        self._key = first, second
         self._prompt = prompt
+        self._banned = tuple(banned)
+        self._is_banned: mx.array | None = None
         self._in_text: mx.array | None = None
         self._in_answer: mx.array | None = None
         self._answered: mx.array | None = None
@@ -42,13 +62,16 @@ class Sampler:
         self._answered = mx.array(list(answered), dtype=mx.int32)
         self._in_answer = None
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """logits `[1, V]` -> token `[1]`; nothing is evaluated here."""
-        masks = self._masks(logits.shape[-1])
+    def __call__(self, logits: mx.array, place: int, drafts: mx.array | None = None) -> mx.array:
+        """logits `[T, V]` -> tokens `[T]` for places `place`, `place + 1`, … of the sequence.
+
+        Row r is drawn as if the first r of `drafts` `[T - 1]` were accepted. Nothing is evaluated
+        here.
+        """
+        masks = self._masks(logits.shape[-1], drafts)
         if self.params.temperature < GREEDY_BELOW:
             return mx.argmax(penalise(logits, scalars(self.params), *masks), axis=-1)
-        self._key, key = mx.random.split(self._key)
-        return draw(logits, self.params, key[None], *masks)
+        return draw(logits, self.params, keys_at(self._key, place, len(logits)), *masks)
 
     def accept(self, tokens: mx.array) -> None:
         """Count `tokens` `[N]`, drawn or forced, as part of the answer."""
@@ -57,8 +80,11 @@ class Sampler:
         if self._in_text is not None:
             self._in_text[tokens] = True
 
-    def _masks(self, vocab: int) -> tuple[Mask, Mask]:
-        """`[V]` of tokens in the text and of those in the answer, each if its penalty is on."""
+    def _masks(self, vocab: int, drafts: mx.array | None = None) -> tuple[Mask, Mask, Mask]:
+        """Of tokens in the text, in the answer and banned; each if it changes something.
+
+        `[V]`, or `[T, V]` of T rows that count the drafts before them.
+        """
         repetition = self.params.repetition_penalty != 1.0
         presence = self.params.presence_penalty != 0.0
         if repetition and self._in_text is None:
@@ -68,7 +94,39 @@ class Sampler:
             self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
             if self._answered is not None:
                 self._in_answer[self._answered] = True
-        return self._in_text if repetition else None, self._in_answer if presence else None
+        if self._banned and self._is_banned is None:
+            self._is_banned = mx.zeros(vocab, dtype=mx.bool_)
+            self._is_banned[mx.array(self._banned)] = True
+        return (
+            _with_drafts(self._in_text, drafts) if repetition else None,
+            _with_drafts(self._in_answer, drafts) if presence else None,
+            self._is_banned,
+        )
+
+
+def _with_drafts(seen: Mask, drafts: mx.array | None) -> Mask:
+    """`[V]` -> `[T, V]`: row r also counts the first r of T - 1 drafts."""
+    if seen is None or drafts is None:
+        return seen
+    rows = [seen]
+    for token in drafts:
+        # A copy: an update in place would reach the rows before it.
+        rows.append(mx.put_along_axis(rows[-1], token[None], mx.array(True), axis=0))
+    return mx.stack(rows)
+
+
+@lru_cache(maxsize=8)
+def _block(key: tuple[int, int], number: int) -> mx.array:
+    """Keys `[64, 2]`: random bits, made at once to save the device an operation a token."""
+    return mx.random.split(mx.array([key[0], (key[1] + number) % 2**32], mx.uint32), KEYS_A_BLOCK)
+
+
+def keys_at(key: tuple[int, int], place: int, num_tokens: int) -> mx.array:
+    """Keys `[N, 2]` for N places of a sequence; a place has the same one in every call."""
+    first, start = divmod(place, KEYS_A_BLOCK)
+    end = start + num_tokens
+    blocks = [_block(key, first + i) for i in range(-(-end // KEYS_A_BLOCK))]
+    return (blocks[0] if len(blocks) == 1 else mx.concatenate(blocks))[start:end]
 
 
 def draw(
@@ -77,6 +135,7 @@ def draw(
     key: mx.array,
     in_text: Mask = None,
     in_answer: Mask = None,
+    is_banned: Mask = None,
 ) -> mx.array:
     """Tokens `[B]` from logits `[B, V]` at a temperature above 0; a row depends on no other.
 
@@ -85,7 +144,7 @@ def draw(
     if key.ndim == 1:
         key = mx.random.split(key, logits.shape[0])
     top_k = int(params.top_k) if params.top_k < logits.shape[-1] else 0
-    return _draw(logits, key, scalars(params), top_k, in_text, in_answer)
+    return _draw(logits, key, scalars(params), top_k, in_text, in_answer, is_banned)
 
 
 @lru_cache(maxsize=64)
@@ -96,23 +155,33 @@ def scalars(params: SamplingParams) -> Scalars:
     return {name: mx.array(v, mx.float32) for name, v in values.items() if v != off.get(name)}
 
 
-def penalise(logits: mx.array, values: Scalars, in_text: Mask, in_answer: Mask) -> mx.array:
-    """logits `[B, V]` -> the same, float32 where a penalty is on."""
+def penalise(
+    logits: mx.array, values: Scalars, in_text: Mask, in_answer: Mask, is_banned: Mask = None
+) -> mx.array:
+    """logits `[B, V]` -> the same, float32 where a penalty is on; banned ones are -inf."""
     if in_text is not None:
         penalty, logits = values["repetition_penalty"], logits.astype(mx.float32)
         weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
         logits = mx.where(in_text, weaker, logits)
     if in_answer is not None:
         logits = logits.astype(mx.float32) - values["presence_penalty"] * in_answer
+    if is_banned is not None:
+        logits = mx.where(is_banned, -mx.inf, logits)
     return logits
 
 
 # A new trace for new shapes and other parameters that are on, not for other values of them.
 @mx.compile
 def _draw(
-    logits: mx.array, keys: mx.array, values: Scalars, top_k: int, in_text: Mask, in_answer: Mask
+    logits: mx.array,
+    keys: mx.array,
+    values: Scalars,
+    top_k: int,
+    in_text: Mask,
+    in_answer: Mask,
+    is_banned: Mask,
 ) -> mx.array:
-    logits = penalise(logits, values, in_text, in_answer).astype(mx.float32)
+    logits = penalise(logits, values, in_text, in_answer, is_banned).astype(mx.float32)
     # Costs: an ascending stable sort puts the likeliest first, and of equal ones the lowest id.
     costs = -logits / values["temperature"]
     if not top_k and "top_p" not in values:

@@ -6,3 +6,9 @@ tokens keep their sums in registers; prefill has its own. What is the same for a
 kernels, matrix.py tells them of weights, common.metal stands before each of them, naive.py is what
 they are held against, checks.py and choice.py decide on a Mac which of them run.
 """
+
+import os
+
+# MLX reads it once, at the first matrix product. With it, GPUs that have matrix units round the
+# factors of a float32 product to 11 bits: those of the delta rule, and the truth of a comparison.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")

@@ -16,10 +16,11 @@ from mlx.utils import tree_flatten
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
 from .attention_heads import output_gate, qk_norm, qk_norm_rope
-from .decode_attention import decode_attention
-from .delta_step import DeltaParameters, delta_step
+from .decode_attention import PACKED_BITS, PACKED_GROUP_SIZE, Packed, decode_attention
+from .delta_step import DeltaParameters, Tape, delta_step, kept_delta_step
 from .expert_step import expert_down, expert_gate_up
 from .grouped_expert_matmul import expert_mlp
+from .matrix import MAX_ROWS
 from .projection import project
 from .router import Routing, route
 from .switch import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
@@ -174,8 +175,21 @@ def _delta_step(m: Member, s: Setting) -> Case:
     )
     mask = mx.arange(T)[None] > 0 if s.padded else None
     inputs = (z, b, a, conv_state, state, parameters, mask, None)
+
+    def run(kernels: Tiers, qkv: mx.array) -> Arrays:
+        results = delta_step(qkv, *inputs, kernels)
+        if not s.padded or T > MAX_ROWS:
+            return results
+        # Not to be timed: a pass of which the last token is taken back, and another behind it.
+        out, kept = kept_delta_step(qkv, z, b, a, conv_state, state, parameters, kernels)
+        kept = kept._replace(num_accepted=T - 1)
+        tape = kept if isinstance(kept, Tape) else None
+        before = (tape.conv_state, tape.recurrent_state) if tape else kept.states()
+        again = delta_step(qkv, z, b, a, *before, parameters, kernels=kernels, tape=tape)
+        return [*results, out, *kept.states(), *again]
+
     return Case(
-        lambda kernels, qkv: delta_step(qkv, *inputs, kernels),
+        run,
         qkv,
         2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes,
     )
@@ -221,6 +235,28 @@ def _decode_attention(m: Member, s: Setting) -> Case:
         lambda kernels, q: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
         q,
         k.nbytes + v.nbytes,
+    )
+
+
+def _packed_attention(m: Member, s: Setting) -> Case:
+    """The same, in bytes."""
+    T, D = s.num_tokens, max(m.head_dim, PACKED_GROUP_SIZE)
+    q = s.normal(1, m.num_heads, T, D)
+    held = []
+    for _ in range(2):
+        floats = s.normal(1, m.num_kv_heads, CACHED_TOKENS + 56, D)
+        # The same codes in float32.
+        codes, *groups = mx.quantize(
+            floats.astype(s.rounded_to or s.dtype), PACKED_GROUP_SIZE, PACKED_BITS
+        )
+        parts = [a[:, :, :CACHED_TOKENS] for a in (codes, *map(s.cast, groups))]
+        held.append(Packed(parts, PACKED_BITS, PACKED_GROUP_SIZE))
+    k, v = held
+    mask = None if T == 1 else "causal"
+    return Case(
+        lambda kernels, q: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
+        q,
+        sum(part.nbytes for part in (*k.parts, *v.parts)),
     )
 
 
@@ -305,6 +341,8 @@ CHECKS = (
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),
     Check("expert_down", _expert_down),
+    # The last of the decode kernels: few caches are packed.
+    Check("packed_attention", _packed_attention),
     Check("chunk_delta_rule", _delta_step, is_prefill=True),
     Check("grouped_expert_matmul", _grouped_expert_matmul, is_prefill=True, needs_experts=True),
 )

@@ -2,7 +2,7 @@
 // puts the blocks together.
 //
 // q [B, HK * GROUP, num_tokens, D]; k, v [B, HK, length, D], views with any strides of heads and
-// tokens. sums [B, HK, blocks, rows, D] and extremes [B, HK, blocks, rows, 2], the largest score
+// tokens; if PACKED, in bytes, four a word, with scales and biases of groups of 64. sums [B, HK, blocks, rows, D] and extremes [B, HK, blocks, rows, 2], the largest score
 // and the sum of weights; row t * GROUP + h is query head h of token t. A threadgroup has ROWS of
 // them and reads each key and value of its block once.
 
@@ -10,11 +10,20 @@
 // dims of fragment j of 32 are not neighbours. q has the same ones, in the same places.
 METAL_FUNC int fragment_dim(uint place, int j) { return int(place / 2 * 8 + place % 2) + 2 * j; }
 
-template <typename T> METAL_FUNC void load8_or_zeros(const device T* from, bool valid,
+// Eight numbers of a row, x * group[0] + group[1] if they are packed; zeros behind the last row.
+template <typename T> METAL_FUNC void load8_or_zeros(const device T* from, bool valid, float2,
                                                      thread float* x) {
   if (valid) load8(from, x);
   else
     for (int i = 0; i < 8; i++) x[i] = 0.0f;
+}
+METAL_FUNC void load8_or_zeros(const device uint32_t* from, bool valid, float2 group,
+                               thread float* x) {
+  metal::vec<ushort, 4> part = 0;
+  if (valid) part = *(const device metal::vec<ushort, 4>*)from;
+  const ushort halves[4] = {part[0], part[1], part[2], part[3]};
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = metal::fma(unpack<8>(halves, i), group[0], group[1]);
 }
 
 METAL_FUNC Fragment fragment_of(float a, float b) {
@@ -38,11 +47,13 @@ template <typename T, int GROUP> struct Queries {
 
 // body
 constexpr int SIMDGROUPS = D / 32, TILE = 8 * SIMDGROUPS, ROW_FRAGMENTS = ROWS / 8;
-constexpr int STRIDE = TILE + 4;
+constexpr int STRIDE = TILE + 4, GROUPS = PACKED ? D / 64 : 1, PER_ELEMENT = PACKED ? 4 : 1;
 threadgroup float scores[ROWS * STRIDE];
 threadgroup float factors[ROWS];
 // Pairs of a fragment lie side by side.
 threadgroup metal::vec<T, 2> q_pairs[STAGED ? ROWS * D / 2 : 1];
+// Scale and bias of each group of a tile's values, which two simdgroups share.
+threadgroup float2 value_groups[PACKED ? TILE * GROUPS : 1];
 
 const int lane = int(thread_index_in_simdgroup), simdgroup = int(simdgroup_index_in_threadgroup);
 const int own_row = int(fragment_row(lane)), own_column = int(fragment_column(lane));
@@ -56,9 +67,13 @@ const int head = int(threadgroup_position_in_grid.z) % HK;
 const int batch = int(threadgroup_position_in_grid.z) / HK;
 const KeyBlock bounds = key_block(block);
 const int start = bounds.first, end = metal::min(start + bounds.size, length);
-const device T* keys = k + batch * k_strides[0] + head * k_strides[1] + own_column * 4;
-const device T* values =
-    v + batch * v_strides[0] + head * v_strides[1] + simdgroup * 32 + own_column * 4;
+auto keys = k + batch * k_strides[0] + head * k_strides[1] + own_column * 4 / PER_ELEMENT;
+auto values = v + batch * v_strides[0] + head * v_strides[1] +
+              (simdgroup * 32 + own_column * 4) / PER_ELEMENT;
+auto key_scales = k_scales + batch * k_scales_strides[0] + head * k_scales_strides[1];
+auto key_biases = k_biases + batch * k_biases_strides[0] + head * k_biases_strides[1];
+auto value_scales = v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1];
+auto value_biases = v_biases + batch * v_biases_strides[0] + head * v_biases_strides[1];
 const Queries<T, GROUP> queries = {q + batch * q_strides[0] + head * GROUP * q_strides[1],
                                    q_strides[1], q_strides[2], q_strides[3], first_row, rows};
 
@@ -88,10 +103,14 @@ for (int tile = start; tile < end; tile += TILE) {
 #pragma unroll
   for (int r = 0; r < ROW_FRAGMENTS; r++) s[r] = Fragment(0.0f);
   const int key = tile + simdgroup * 8 + own_row;
+  float2 group = 0.0f;
 #pragma unroll
   for (int part = 0; part < D; part += 32) {
+    if (PACKED && part % 64 == 0 && key < end)
+      group = float2(float(key_scales[key * k_scales_strides[2] + part / 64]),
+                     float(key_biases[key * k_biases_strides[2] + part / 64]));
     float x[8];
-    load8_or_zeros(keys + key * k_strides[2] + part, key < end, x);
+    load8_or_zeros(keys + key * k_strides[2] + part / PER_ELEMENT, key < end, group, x);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const Fragment k_fragment = fragment_of(x[2 * j], x[2 * j + 1]);
@@ -116,6 +135,11 @@ for (int tile = start; tile < end; tile += TILE) {
     scores[at] = s[r].thread_elements()[0] * scale;
     scores[at + STRIDE] = s[r].thread_elements()[1] * scale;
   }
+  const int own_group = int(thread_index_in_threadgroup), group_key = tile + own_group / GROUPS;
+  if (PACKED && own_group < TILE * GROUPS && group_key < end)
+    value_groups[own_group] =
+        float2(float(value_scales[group_key * v_scales_strides[2] + own_group % GROUPS]),
+               float(value_biases[group_key * v_biases_strides[2] + own_group % GROUPS]));
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
 #pragma unroll
@@ -152,8 +176,10 @@ for (int tile = start; tile < end; tile += TILE) {
 #pragma unroll
   for (int part = 0; part < TILE; part += 8) {
     const int key = tile + part + own_row;
+    float2 group = 0.0f;
+    if (PACKED && key < end) group = value_groups[(part + own_row) * GROUPS + simdgroup / 2];
     float x[8];
-    load8_or_zeros(values + key * v_strides[2], key < end, x);
+    load8_or_zeros(values + key * v_strides[2], key < end, group, x);
 #pragma unroll
     for (int r = 0; r < ROW_FRAGMENTS; r++) {
       const int at = (r * 8 + own_row) * STRIDE + part + own_column;

@@ -1,9 +1,11 @@
 """Attention of a few new tokens over a cache, each key and value read once for all its queries.
 
-B batch, T tokens, S keys, Hq/Hk query/key heads, D head dim.
+Keys and values are floats, or what `mx.quantize` makes of them. B batch, T tokens, S keys, Hq/Hk
+query/key heads, D head dim.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -13,6 +15,8 @@ from .tiers import PORTABLE, Tiers
 
 # A simdgroup takes 32 dims of the values.
 HEAD_DIMS = range(32, 257, 32)
+# The format of packed keys and values that the kernel reads.
+PACKED_BITS, PACKED_GROUP_SIZE = 8, 64
 # Rows, a query head of a token each, for which a threadgroup may keep its sums in registers.
 ROW_CLASSES = (8, 16, 32, 64, 96)
 # Of queries and of scores in threadgroup memory, which is 32 KB.
@@ -20,8 +24,41 @@ MAX_STAGED_BYTES = 16 * 1024
 COMBINING_SIMDGROUPS = 8
 
 
+class Packed(NamedTuple):
+    """Keys or values `[B, Hk, S, D]`, quantized along D."""
+
+    # Codes, scales and biases, all `[B, Hk, S, ...]`, as `mx.quantize` gives them.
+    parts: Sequence[mx.array]
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is packed."""
+        *rows, num_groups = self.parts[1].shape
+        return (*rows, num_groups * self.group_size)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of what is packed."""
+        return self.parts[1].dtype
+
+    def unpacked(self) -> mx.array:
+        """All of them as floats."""
+        w, scales, biases = self.parts
+        return mx.dequantize(w, scales, biases, self.group_size, self.bits)
+
+
+Heads = mx.array | Packed
+
+
+def unpacked(heads: Heads) -> mx.array:
+    """`[B, Hk, S, D]` as floats."""
+    return heads.unpacked() if isinstance(heads, Packed) else heads
+
+
 def decode_attention(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, kernels: Tiers = PORTABLE
+    q: mx.array, k: Heads, v: Heads, scale: float, mask: Any, kernels: Tiers = PORTABLE
 ) -> mx.array:
     """q `[B, Hq, T, D]`, k and v `[B, Hk, S, D]` -> `[B, Hq, T, D]`.
 
@@ -29,32 +66,47 @@ def decode_attention(
     and are not copied; their dims have to be neighbours.
     """
     num_tokens = q.shape[2]
+    operation = "packed_attention" if isinstance(k, Packed) else "decode_attention"
     if (
-        kernels.runs("decode_attention", num_tokens)
+        kernels.runs(operation, num_tokens)
         # Arrays come from padded batches.
         and (isinstance(mask, str) or (mask is None and num_tokens == 1))
         and q.shape[3] in HEAD_DIMS
         and q.dtype in FLOATS
         and q.dtype == k.dtype == v.dtype
+        and _is_readable(k)
+        and _is_readable(v)
     ):
         return decode_attention_kernel(q, k, v, scale)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    return mx.fast.scaled_dot_product_attention(q, unpacked(k), unpacked(v), scale=scale, mask=mask)
 
 
-def decode_attention_kernel(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """The same for T up to 8 and causal, in two dispatches."""
+def _is_readable(heads: Heads) -> bool:
+    wanted = PACKED_BITS, PACKED_GROUP_SIZE
+    return not isinstance(heads, Packed) or (heads.bits, heads.group_size) == wanted
+
+
+def decode_attention_kernel(q: mx.array, k: Heads, v: Heads, scale: float) -> mx.array:
+    """The same for T up to 8 and causal, in two dispatches; k and v are both packed or neither."""
     batch, num_heads, num_tokens, dim = q.shape
     num_kv_heads, length = k.shape[1:3]
     group = num_heads // num_kv_heads
     num_rows, rows = num_tokens * group, row_class(num_tokens * group)
     num_passes, num_blocks = -(-num_rows // rows), len(key_blocks(length))
     heads = [("T", q.dtype), ("HK", num_kv_heads), ("GROUP", group), ("D", dim)]
+    template = [
+        *heads,
+        ("ROWS", rows),
+        ("STAGED", rows * dim * q.itemsize <= MAX_STAGED_BYTES),
+        ("PACKED", isinstance(k, Packed)),
+    ]
+    # Floats also stand where scales and biases would.
+    arrays = [a for x in (k, v) for a in (x.parts if isinstance(x, Packed) else (x, x, x))]
+    names = (*("k", "k_scales", "k_biases"), *("v", "v_scales", "v_biases"))
     outputs = "sums", "extremes"
-    sums, extremes = kernel(
-        "decode_attention", ("q", "k", "v", "scale"), outputs, any_strides=True
-    )(
-        inputs=[q, k, v, scale],
-        template=[*heads, ("ROWS", rows), ("STAGED", rows * dim * q.itemsize <= MAX_STAGED_BYTES)],
+    sums, extremes = kernel("decode_attention", ("q", *names, "scale"), outputs, any_strides=True)(
+        inputs=[q, *arrays, scale],
+        template=template,
         grid=(dim, num_blocks * num_passes, batch * num_kv_heads),
         threadgroup=(dim, 1, 1),
         output_shapes=[(batch, num_kv_heads, num_blocks, num_rows, n) for n in (dim, 2)],

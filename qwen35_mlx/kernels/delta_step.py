@@ -9,8 +9,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .gated_delta_rule import gated_delta_rule, is_fused, runs_chunk_kernel
-from .matrix import FLOATS, token_class
+from .gated_delta_rule import (
+    gated_delta_rule,
+    is_fused,
+    recurrent_gated_delta_rule,
+    runs_chunk_kernel,
+)
+from .matrix import FLOATS, MAX_ROWS, token_class
 from .metal import kernel
 from .tiers import PORTABLE, Tiers
 
@@ -30,6 +35,59 @@ class DeltaParameters(NamedTuple):
     eps: float
 
 
+class KeptStates(NamedTuple):
+    """The states at every point of a pass whose last tokens may be taken back."""
+
+    window: mx.array  # [B, K - 1 + T, C], inputs of the convolution
+    recurrent_states: list[mx.array]  # T + 1 of [B, Hv, Dv, Dk]
+    num_accepted: int
+
+    def states(self) -> tuple[mx.array, mx.array]:
+        """conv_state and recurrent_state after the accepted tokens."""
+        keep = self.window.shape[1] - len(self.recurrent_states) + 1
+        # A copy: a view would keep the whole window alive.
+        conv_state = mx.contiguous(self.window[:, self.num_accepted : self.num_accepted + keep])
+        return conv_state, self.recurrent_states[self.num_accepted]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that has to be evaluated."""
+        return [self.window, *self.recurrent_states]
+
+
+class Tape(NamedTuple):
+    """States, and tokens behind them that may be taken back: the projections that went in.
+
+    The kernel reads the accepted ones again before its next tokens, so that a pass reads and
+    writes the states once, kept or not.
+    """
+
+    conv_state: mx.array
+    recurrent_state: mx.array
+    qkv: mx.array  # [B, T, C]
+    b: mx.array  # [B, T, Hv]
+    a: mx.array
+    parameters: DeltaParameters
+    num_accepted: int
+
+    def states(self) -> tuple[mx.array, mx.array]:
+        """conv_state and recurrent_state after the accepted tokens."""
+        if self.num_accepted == 0:
+            return self.conv_state, self.recurrent_state
+        qkv, b, a = (x[:, : self.num_accepted] for x in (self.qkv, self.b, self.a))
+        num_value_heads, value_head_dim = self.recurrent_state.shape[1:3]
+        # Nobody wants the output again.
+        z = mx.zeros((*b.shape[:2], num_value_heads * value_head_dim), self.conv_state.dtype)
+        before = (self.conv_state, self.recurrent_state)
+        _, *states = delta_step_kernel(qkv, z, b, a, *before, self.parameters)
+        return states[0], states[1]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that has to be evaluated."""
+        return [self.conv_state, self.recurrent_state]
+
+
 def delta_step(
     qkv: mx.array,
     z: mx.array,
@@ -41,42 +99,104 @@ def delta_step(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
     kernels: Tiers = PORTABLE,
+    tape: Tape | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Output `[B, T, Hv * Dv]` in z's type, new conv_state and recurrent_state.
 
     qkv `[B, T, C]`, z `[B, T, Hv * Dv]`, b and a `[B, T, Hv]` are the projections; conv_state
     `[B, K - 1, C]`, recurrent_state `[B, Hv, Dv, Dk]` fp32. mask `[B, T]` is False at padding,
     which leaves no trace; lengths `[B]` are those of right-padded rows. Of many tokens, the delta
-    rule alone may run as a kernel.
+    rule alone may run as a kernel. A tape, for the kernel alone, has tokens that come before.
     """
-    batch, num_tokens, channels = qkv.shape
-    num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
-    if (
-        kernels.runs("delta_step", num_tokens)
+    inputs = (qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
+    if _runs_kernel(qkv, recurrent_state, lengths, kernels):
+        return delta_step_kernel(*inputs, tape)
+    out, window, (recurrent_state,) = _delta_ops(*inputs, kernels)
+    num_tokens, keep = qkv.shape[1], conv_state.shape[1]
+    if lengths is None:
+        # A copy: a view would keep the whole window of a long prefill alive.
+        return out, mx.contiguous(window[:, num_tokens:]), recurrent_state
+    # Right-padded rows: the state ends where the row ends.
+    ends = mx.clip(lengths, 0, num_tokens)
+    rows = (ends[:, None] + mx.arange(keep))[..., None]
+    return out, mx.take_along_axis(window, rows, axis=1), recurrent_state
+
+
+def kept_delta_step(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    recurrent_state: mx.array,
+    parameters: DeltaParameters,
+    kernels: Tiers = PORTABLE,
+    tape: Tape | None = None,
+) -> tuple[mx.array, KeptStates | Tape]:
+    """Up to 8 tokens of which the last may be taken back: output, and what the states become."""
+    num_tokens = qkv.shape[1]
+    if _runs_kernel(qkv, recurrent_state, None, kernels):
+        out, *states = delta_step_kernel(
+            *(qkv, z, b, a, conv_state, recurrent_state, parameters), tape=tape, keep=True
+        )
+        return out, Tape(states[0], states[1], qkv, b, a, parameters, num_tokens)
+    out, window, after = _delta_ops(
+        *(qkv, z, b, a, conv_state, recurrent_state, parameters), None, kernels, keep=True
+    )
+    return out, KeptStates(window, [recurrent_state, *after], num_tokens)
+
+
+def _runs_kernel(
+    qkv: mx.array, recurrent_state: mx.array, lengths: mx.array | None, kernels: Tiers
+) -> bool:
+    value_head_dim, key_head_dim = recurrent_state.shape[2:]
+    return (
+        kernels.runs("delta_step", qkv.shape[1])
         and lengths is None
         and key_head_dim in HEAD_DIMS
         and value_head_dim in HEAD_DIMS
         and qkv.dtype in FLOATS
-    ):
-        return delta_step_kernel(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
+    )
+
+
+def _delta_ops(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    conv_state: mx.array,
+    recurrent_state: mx.array,
+    parameters: DeltaParameters,
+    mask: mx.array | None,
+    kernels: Tiers,
+    keep: bool = False,
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Output, the convolution's window, and the last recurrent state or, to keep, each token's."""
+    batch, num_tokens, channels = qkv.shape
+    num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
     key_dim = (channels - num_value_heads * value_head_dim) // 2
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
-    qkv, conv_state = _convolve(qkv, conv_state, parameters.conv_weight, lengths, kernels)
+    window = mx.concatenate([conv_state, qkv], axis=1)
+    qkv = _convolve(window, num_tokens, parameters.conv_weight, kernels)
     if kernels.on_mlx:
-        out, recurrent_state = _delta_mlx(qkv, z, b, a, recurrent_state, parameters, mask, kernels)
-        return out, conv_state, recurrent_state
+        out, states = _delta_mlx(qkv, z, b, a, recurrent_state, parameters, mask, kernels, keep)
+        return out, window, states
     q, k, v = mx.split(qkv, [key_dim, 2 * key_dim], axis=-1)
     q = q.reshape(batch, num_tokens, -1, key_head_dim)
     k = k.reshape(batch, num_tokens, -1, key_head_dim)
     v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
     g, beta = _gates(a, b, parameters, mask)
     q = l2_norm(q) * key_head_dim**-0.5
-    out, recurrent_state = gated_delta_rule(q, l2_norm(k), v, g, beta, recurrent_state, kernels)
+    rule = (q, l2_norm(k), v, g, beta, recurrent_state)
+    if keep:
+        out, states = recurrent_gated_delta_rule(*rule)
+    else:
+        out, *states = gated_delta_rule(*rule, kernels)
     weight = parameters.norm_weight.astype(mx.float32)
     out = mx.fast.rms_norm(out, weight, parameters.eps)
     out = out.reshape(z.shape) * nn.silu(z.astype(mx.float32))
-    return out.astype(z.dtype), conv_state, recurrent_state
+    return out.astype(z.dtype), window, states
 
 
 def _delta_mlx(
@@ -88,8 +208,9 @@ def _delta_mlx(
     parameters: DeltaParameters,
     mask: mx.array | None,
     kernels: Tiers,
-) -> tuple[mx.array, mx.array]:
-    """Output and new recurrent_state from the convolved qkv, in few dispatches.
+    keep: bool,
+) -> tuple[mx.array, list[mx.array]]:
+    """Output and recurrent states as `_delta_ops` from the convolved qkv, in few dispatches.
 
     qkv is fp32: MLX rounds the decay to the type of q, and in bf16 a slow one becomes one.
     """
@@ -101,21 +222,32 @@ def _delta_mlx(
     qk = mx.fast.rms_norm(qk, _unit(key_head_dim), L2_EPS / key_head_dim)
     q, k = mx.split(qk, 2, axis=2)
     v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
-    if is_fused(q.shape[2], num_value_heads, key_head_dim, value_head_dim) and not (
-        runs_chunk_kernel(q, k, v, kernels)
-    ):
+    runs_chunks = not keep and runs_chunk_kernel(q, k, v, kernels)
+    if not runs_chunks and is_fused(q.shape[2], num_value_heads, key_head_dim, value_head_dim):
         decay, beta = _decay_and_beta(a, b, parameters.A_log, parameters.dt_bias)
         if mask is not None:
             # Not as the mask of the operation: that would make it a graph.
             decay, beta = mx.where(mask[..., None], decay, 1), mx.where(mask[..., None], beta, 0)
-        out, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
+        size = 1 if keep else num_tokens
+        outputs, states = [], []
+        for t in range(0, num_tokens, size):
+            at = slice(t, t + size)
+            out, state = mx.fast.gated_delta_update(
+                q[:, at], k[:, at], v[:, at], decay[:, at], beta[:, at], state
+            )
+            outputs.append(out)
+            states.append(state)
+        out = mx.concatenate(outputs, axis=1)
     else:
         g, beta = _gates(a, b, parameters, mask)
-        out, state = gated_delta_rule(q, k, v, g, beta, state, kernels)
+        if keep:
+            out, states = recurrent_gated_delta_rule(q, k, v, g, beta, state)
+        else:
+            out, *states = gated_delta_rule(q, k, v, g, beta, state, kernels)
     # q is sqrt(Dk) too long, and so is the output; the norm takes that out, but for its eps.
     out = mx.fast.rms_norm(out, None, parameters.eps * key_head_dim)
     out = _weighted_and_gated(out, parameters.norm_weight, z.reshape(out.shape))
-    return out.reshape(z.shape), state
+    return out.reshape(z.shape), states
 
 
 @functools.cache
@@ -149,30 +281,17 @@ def _silu_fp32(x: mx.array) -> mx.array:
     return nn.silu(x.astype(mx.float32))
 
 
-def _convolve(
-    qkv: mx.array,
-    state: mx.array,
-    weight: mx.array,
-    lengths: mx.array | None,
-    kernels: Tiers,
-) -> tuple[mx.array, mx.array]:
-    """SiLU of the causal convolution, and the last K - 1 inputs as the new conv_state."""
-    num_tokens, channels = qkv.shape[1:]
-    keep = state.shape[1]
-    window = mx.concatenate([state, qkv], axis=1)
-    if lengths is None:
-        # A copy: a view would keep the whole window of a long prefill alive.
-        state = mx.contiguous(window[:, num_tokens:])
-    else:
-        # Right-padded rows: the state ends where the row ends.
-        ends = mx.clip(lengths, 0, num_tokens)
-        rows = (ends[:, None] + mx.arange(keep))[..., None]
-        state = mx.take_along_axis(window, rows, axis=1)
-    if num_tokens == 1 and not kernels.on_mlx:
-        mixed = (window * weight[..., 0].T).sum(axis=1, keepdims=True)
-    else:
-        mixed = mx.conv1d(window, weight, groups=channels)
-    return (_silu_fp32(mixed) if kernels.on_mlx else nn.silu(mixed)), state
+def _convolve(window: mx.array, num_tokens: int, weight: mx.array, kernels: Tiers) -> mx.array:
+    """SiLU of the causal convolution of the last tokens of a window."""
+    taps, channels = weight.shape[1], window.shape[2]
+    if kernels.on_mlx:
+        return _silu_fp32(mx.conv1d(window, weight, groups=channels))
+    if num_tokens > MAX_ROWS:
+        return nn.silu(mx.conv1d(window, weight, groups=channels))
+    # In one order of sums, however few tokens there are.
+    rows = weight[..., 0].astype(mx.float32)
+    products = [window[:, j : j + num_tokens] * rows[:, j] for j in range(taps)]
+    return nn.silu(sum(products[1:], products[0]))
 
 
 def _gates(
@@ -205,29 +324,39 @@ def delta_step_kernel(
     recurrent_state: mx.array,
     parameters: DeltaParameters,
     mask: mx.array | None = None,
+    tape: Tape | None = None,
+    keep: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The same for T up to 8, in one dispatch that reads and writes the state once."""
+    """The same for T up to 8, in one dispatch that reads and writes the state once.
+
+    The accepted tokens of `tape`, whose states are those given, come before the new ones. With
+    `keep`, the states returned are those before the new tokens.
+    """
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
-    names = "qkv z b a conv_state state conv_weight A_log dt_bias norm_weight eps mask".split()
+    names = "qkv z b a conv_state state conv_weight A_log dt_bias norm_weight eps mask"
+    names += " tape_qkv tape_b tape_a num_accepted"
     conv_weight, *others, eps = parameters
     out, conv_state, recurrent_state = kernel(
-        "delta_step", tuple(names), ("out", "new_conv_state", "new_state")
+        "delta_step", tuple(names.split()), ("out", "new_conv_state", "new_state")
     )(
-        # Without a mask anything fills its place.
+        # Without a mask or a tape anything fills its place.
         inputs=[
             *(qkv, z, b, a, conv_state, recurrent_state, conv_weight, *others, eps),
             b if mask is None else mask,
+            *((qkv, b, a, 0) if tape is None else (tape.qkv, tape.b, tape.a, tape.num_accepted)),
         ],
         template=[
             ("T", z.dtype),
             ("TOKENS", token_class(num_tokens)),
+            ("TAPE", 0 if tape is None else MAX_ROWS),
             ("TAPS", conv_weight.shape[1]),
             ("HK", (channels - z.shape[-1]) // (2 * key_head_dim)),
             ("HV", num_value_heads),
             ("DK", key_head_dim),
             ("DV", value_head_dim),
             ("MASKED", mask is not None),
+            ("KEEP", keep),
         ],
         grid=(32 * (value_head_dim // ROWS_PER_SIMDGROUP), num_value_heads, batch),
         threadgroup=(32 * (value_head_dim // ROWS_PER_SIMDGROUP), 1, 1),

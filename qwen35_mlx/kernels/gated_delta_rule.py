@@ -7,6 +7,7 @@ State is `[B, Hv, Dv, Dk]` fp32 everywhere here.
 import mlx.core as mx
 
 from . import chunk_delta_rule as chunk_kernel
+from .matrix import MAX_ROWS
 from .tiers import PORTABLE, Tiers
 
 CHUNK_SIZE = 64
@@ -29,8 +30,9 @@ def gated_delta_rule(
     if runs_chunk_kernel(q, k, v, kernels):
         return chunk_kernel.chunk_delta_rule(q, k, v, g, beta, state)
     q, k, v, g, beta = (x.astype(mx.float32) for x in (q, k, v, g, beta))
-    if num_tokens == 1:
-        return recurrent_gated_delta_rule(q, k, v, g, beta, state)
+    if num_tokens <= MAX_ROWS:
+        out, states = recurrent_gated_delta_rule(q, k, v, g, beta, state)
+        return out, states[-1]
     return chunk_gated_delta_rule(q, k, v, g, beta, state)
 
 
@@ -54,19 +56,26 @@ def is_fused(num_key_heads: int, num_value_heads: int, key_dim: int, value_dim: 
 
 def recurrent_gated_delta_rule(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
-) -> tuple[mx.array, mx.array]:
-    """One token: T must be 1."""
-    batch, _, num_key_heads, key_head_dim = q.shape
+) -> tuple[mx.array, list[mx.array]]:
+    """Output, and the state after each token; fp32.
+
+    A token's numbers are the same whether others come with it or not.
+    """
+    batch, num_tokens, num_key_heads, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
     # Value heads of one key head side by side: no repeated copies of q and k.
     grouped = (batch, num_key_heads, num_value_heads // num_key_heads)
-    q_t, k_t = q[:, 0, :, None, None, :], k[:, 0, :, None, None, :]
-    v_t = v.reshape(*grouped, value_head_dim, 1)
-    s = state.reshape(*grouped, value_head_dim, key_head_dim) * mx.exp(g).reshape(*grouped, 1, 1)
-    error = beta.reshape(*grouped, 1, 1) * (v_t - (s * k_t).sum(axis=-1, keepdims=True))
-    s = s + error * k_t
-    out = (s * q_t).sum(axis=-1)
-    return out.reshape(batch, 1, num_value_heads, value_head_dim), s.reshape(state.shape)
+    s = state.reshape(*grouped, value_head_dim, key_head_dim)
+    outputs, states = [], []
+    for t in range(num_tokens):
+        q_t, k_t = q[:, t, :, None, None, :], k[:, t, :, None, None, :]
+        v_t = v[:, t].reshape(*grouped, value_head_dim, 1)
+        s = s * mx.exp(g[:, t]).reshape(*grouped, 1, 1)
+        error = beta[:, t].reshape(*grouped, 1, 1) * (v_t - (s * k_t).sum(axis=-1, keepdims=True))
+        s = s + error * k_t
+        outputs.append((s * q_t).sum(axis=-1).reshape(batch, 1, num_value_heads, value_head_dim))
+        states.append(s.reshape(state.shape))
+    return mx.concatenate(outputs, axis=1), states
 
 
 def chunk_gated_delta_rule(

@@ -1,4 +1,4 @@
-// Rows times the matrices of their experts, for rows sorted by expert: tiles of up to 32 rows of
+// Rows times the matrices of their experts, for rows sorted by expert: tiles of up to 64 rows of
 // one expert by 128 rows of weights, multiplied in blocks of eight rows as far as there are rows.
 //
 // GATED: x [N, K] through gate (w) and up [E, M, K], 64 columns each, to silu(gate) * up [R, M].
@@ -6,26 +6,28 @@
 // order of tokens. order [R]: the place of each sorted row among tokens x PER_TOKEN experts.
 // row_ends, tile_ends [E]: running sums. A threadgroup (tile, columns) of four simdgroups.
 
-// 32 weights of a row, in the type of the activations.
+// 32 weights of a row, in the type of the activations; stores of four.
 template <int BITS, typename T, typename W>
-METAL_FUNC void dequantize_32(threadgroup T* to, const device W* from, float scale, float bias) {
-  if constexpr (BITS == 0) {
+METAL_FUNC void dequantize_32(threadgroup metal::vec<T, 4>* to, const device W* from, float scale,
+                              float bias) {
+  ushort halves[BITS == 0 ? 1 : 2 * BITS];
+  if constexpr (BITS > 0) load_halves<BITS>(from, halves);
 #pragma unroll
-    for (uint i = 0; i < 32; i += 4) {
-      metal::vec<W, 4> quad = *(const device metal::vec<W, 4>*)(from + i);
+  for (uint i = 0; i < 32; i += 4) {
+    metal::vec<T, 4> quad;
+    metal::vec<W, 4> dense;
+    if constexpr (BITS == 0) dense = *(const device metal::vec<W, 4>*)(from + i);
 #pragma unroll
-      for (uint e = 0; e < 4; e++) to[i + e] = T(float(quad[e]));
+    for (uint e = 0; e < 4; e++) {
+      if constexpr (BITS == 0) quad[e] = T(float(dense[e]));
+      else quad[e] = T(metal::fma(unpack<BITS>(halves, i + e), scale, bias));
     }
-  } else {
-    ushort halves[2 * BITS];
-    load_halves<BITS>(from, halves);
-#pragma unroll
-    for (uint i = 0; i < 32; i++) to[i] = T(metal::fma(unpack<BITS>(halves, i), scale, bias));
+    to[i / 4] = quad;
   }
 }
 
 // body
-constexpr uint ROWS = 32, COLUMNS = 128, DEPTH = 32, STRIDE = DEPTH + 16 / sizeof(T);
+constexpr uint ROWS = 64, COLUMNS = 128, DEPTH = 32, STRIDE = DEPTH + 16 / sizeof(T);
 constexpr uint OUT_COLUMNS = GATED ? COLUMNS / 2 : COLUMNS;
 // As vectors, so that they are aligned.
 threadgroup metal::vec<T, 4> x_quads[ROWS * STRIDE / 4];
@@ -56,12 +58,15 @@ const uint thread_index = thread_index_in_threadgroup, lane = thread_index_in_si
 const uint simd = simdgroup_index_in_threadgroup;
 const uint column = threadgroup_position_in_grid.y * OUT_COLUMNS;
 
-// Of x a thread brings 8 elements, of the weights a row of 32.
+// Of x a thread brings 8 elements of two rows, of the weights a row of 32.
 const uint x_row = thread_index / 4, x_column = thread_index % 4 * 8;
-const bool has_x = x_row < rows;
-size_t source = first + x_row;
-if (has_x && GATED) source = order[source] / PER_TOKEN;
-const device T* x_from = x + source * in_dims + x_column;
+const device T* x_from[2];
+#pragma unroll
+for (uint half = 0; half < 2; half++) {
+  size_t source = first + metal::min(x_row + half * 32, rows - 1);
+  if (GATED) source = order[source] / PER_TOKEN;
+  x_from[half] = x + source * in_dims + x_column;
+}
 const bool is_up = GATED && thread_index >= OUT_COLUMNS;
 const uint w_row = column + thread_index % OUT_COLUMNS;
 const bool has_w = w_row < out_dims;
@@ -70,32 +75,33 @@ auto w_from = (is_up ? up : w) + w_place * (BITS == 0 ? in_dims : in_dims / 32 *
 auto scales_from = (is_up ? up_scales : scales) + w_place * (in_dims / GROUP);
 auto biases_from = (is_up ? up_biases : biases) + w_place * (in_dims / GROUP);
 
-Fragment sums[4][4];
+Fragment sums[ROWS / 8][4];
 #pragma unroll
-for (uint i = 0; i < 4; i++)
+for (uint i = 0; i < ROWS / 8; i++)
 #pragma unroll
   for (uint n = 0; n < 4; n++) sums[i][n] = Fragment(0.0f);
 
 for (uint d = 0; d < in_dims; d += DEPTH) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (x_row < num_blocks * 8) {
 #pragma unroll
-    for (uint i = 0; i < 2; i++) {
-      metal::vec<T, 4> quad = metal::vec<T, 4>(T(0));
-      if (has_x) quad = *(const device metal::vec<T, 4>*)(x_from + d + i * 4);
-      x_quads[(x_row * STRIDE + x_column) / 4 + i] = quad;
-    }
+  for (uint half = 0; half < 2; half++) {
+    const uint row = x_row + half * 32;
+    if (row >= num_blocks * 8) continue;
+    auto to = x_quads + (row * STRIDE + x_column) / 4;
+    // Rows behind the last one are the last one again, and go nowhere.
+    to[0] = *(const device metal::vec<T, 4>*)(x_from[half] + d);
+    to[1] = *(const device metal::vec<T, 4>*)(x_from[half] + d + 4);
   }
-  threadgroup T* to = w_panel + thread_index * STRIDE;
+  auto to = w_quads + thread_index * STRIDE / 4;
   if (has_w) {
     float scale = 0, bias = 0;
     if (BITS > 0) {
       scale = float(scales_from[d / GROUP]);
       bias = float(biases_from[d / GROUP]);
     }
-    dequantize_32<BITS>(to, w_from + d / 32 * (BITS == 0 ? 32 : BITS), scale, bias);
+    dequantize_32<BITS, T>(to, w_from + d / 32 * (BITS == 0 ? 32 : BITS), scale, bias);
   } else {
-    for (uint i = 0; i < 32; i++) to[i] = T(0);
+    for (uint i = 0; i < 8; i++) to[i] = metal::vec<T, 4>(T(0));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint e = 0; e < DEPTH; e += 8) {
@@ -106,7 +112,7 @@ for (uint d = 0; d < in_dims; d += DEPTH) {
       simdgroup_load(right[n], w_panel + row * STRIDE + e, STRIDE, ulong2(0), true);
     }
 #pragma unroll
-    for (uint i = 0; i < 4; i++) {
+    for (uint i = 0; i < ROWS / 8; i++) {
       if (i >= num_blocks) continue;
       simdgroup_load(left, x_panel + i * 8 * STRIDE + e, STRIDE);
 #pragma unroll
@@ -117,7 +123,7 @@ for (uint d = 0; d < in_dims; d += DEPTH) {
 }
 
 #pragma unroll
-for (uint i = 0; i < 4; i++) {
+for (uint i = 0; i < ROWS / 8; i++) {
   const uint row = i * 8 + fragment_row(lane);
   if (row >= rows) continue;
   size_t target = first + row;

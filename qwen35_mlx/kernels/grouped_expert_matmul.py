@@ -12,7 +12,7 @@ from .metal import kernel
 from .switch import SORT_FROM, SwitchGLU
 from .tiers import PORTABLE, Tiers
 
-TILE_ROWS = 32
+TILE_ROWS = 64
 # What a threadgroup multiplies a tile with: 64 rows of gate and of up, or 128 of down.
 TILE_COLUMNS = 128
 
@@ -47,7 +47,7 @@ def eligible(x: mx.array, projections: list[nn.Module]) -> list[Matrix] | None:
 
 
 def tiles(flat: mx.array, num_experts: int) -> tuple[mx.array, mx.array]:
-    """Running sums over experts, `[E]` each: of rows, and of tiles of up to 32 rows.
+    """Running sums over experts, `[E]` each: of rows, and of tiles of up to 64 rows.
 
     flat: `[R]`, the expert of each row. All on the device: nothing waits for the counts.
     """

@@ -25,6 +25,7 @@ DECODE_OPERATIONS = (
     "router",
     "expert_gate_up",
     "expert_down",
+    "packed_attention",
 )
 PREFILL_OPERATIONS = ("chunk_delta_rule", "grouped_expert_matmul")
 OPERATIONS = DECODE_OPERATIONS + PREFILL_OPERATIONS

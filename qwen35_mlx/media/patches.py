@@ -64,31 +64,34 @@ def _fit(
     return fitted_h, fitted_w
 
 
-def patches_of(frames: np.ndarray, settings: VisionSettings) -> np.ndarray:
-    """Pixels [t*T, H, W, 3] to float32 patches [t*h*w, 3*T*p*p] in merge-block order.
+def picture_patches(pixels: np.ndarray, settings: VisionSettings) -> np.ndarray:
+    """uint8 [H, W, 3] to float32 [h*w, 3*p*p]; the official patches hold each slice twice."""
+    # float64 up to here, float32 from here: the order that the bits depend on.
+    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = (np.array(v, np.float32)[:, None] for v in (settings.mean, settings.std))
+    return _patches(pixels[None], 1, (levels - mean) / std, settings)
 
-    T is 1 for a picture. Normalised as the official preprocessing does, to the bit.
-    """
+
+def video_patches(frames: np.ndarray, settings: VisionSettings) -> np.ndarray:
+    """uint8 [t*T, H, W, 3] to float32 [t*h*w, 3*T*p*p]."""
+    # The official videos are scaled and normalised in one step: other last bits than pictures.
+    levels = np.arange(256, dtype=np.float32)
+    mean, std = (np.array(v, np.float32)[:, None] * 255 for v in (settings.mean, settings.std))
+    return _patches(frames, settings.temporal_patch_size, (levels - mean) / std, settings)
+
+
+def _patches(frames: np.ndarray, T: int, table: np.ndarray, settings: VisionSettings) -> np.ndarray:
+    """Merge-block order; `table` [C, 256] says what each level of each channel becomes."""
     p, m = settings.patch_size, settings.merge_size
     num_frames, height, width, channels = frames.shape
-    T = 1 if num_frames == 1 else settings.temporal_patch_size
     t, h, w = num_frames // T, height // p, width // p
     # -> (t, h/m, w/m, m, m, C, T, p, p)
     blocks = frames.reshape(t, T, h // m, m, p, w // m, m, p, channels)
     blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, T * p * p)
-    table = _normalised(settings)
     patches = np.empty(blocks.shape, np.float32)
     for channel in range(channels):
         patches[:, channel] = table[channel][blocks[:, channel]]
     return patches.reshape(t * h * w, channels * T * p * p)
-
-
-def _normalised(settings: VisionSettings) -> np.ndarray:
-    """float32 [3, 256]: what each grey level of each channel becomes."""
-    # float64 up to here, float32 from here: the order that the bits depend on.
-    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = (np.array(v, np.float32)[:, None] for v in (settings.mean, settings.std))
-    return (scaled - mean) / std
 
 
 def pixel_digest(pixels: np.ndarray, settings: VisionSettings, extra: str = "") -> bytes:

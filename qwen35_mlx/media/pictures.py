@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import MediaError, first_line
 from .heic import is_heic, read_heic
-from .patches import patches_of, picture_size, pixel_digest
+from .patches import picture_patches, picture_size, pixel_digest
 from .settings import VisionSettings
 from .tokens import Span
 
@@ -28,9 +28,10 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Image | np.ndarray | Pictu
 # Pillow reads some forty more; few of them are tested, and EPS starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMATS_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
-# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes copies.
+# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes a copy.
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**29
+STRIP_ROWS = 512
 SIXTEEN_BIT = "I;16"
 
 
@@ -71,7 +72,7 @@ class Picture:
 
     def patches(self) -> np.ndarray:
         """float32 [h*w, 3*p*p]: one temporal slice; the official patches hold it twice."""
-        return patches_of(self.pixels[None], self.settings)
+        return picture_patches(self.pixels, self.settings)
 
     def describe(self) -> str:
         """Name, size and tokens."""
@@ -101,16 +102,8 @@ def open_picture(source: Source, settings: VisionSettings, name: str = "picture"
             return _from_file(file, name, settings)
     if isinstance(source, bytes | bytearray | memoryview):
         return _from_file(io.BytesIO(source), name, settings)
-    if isinstance(source, np.ndarray):
-        source = _from_array(source, name)
-    if not _is_image(source):
-        raise MediaError(
-            f"{name} cannot be opened",
-            got=type(source).__name__,
-            expected="a path, bytes, a data: URL, a Pillow image or a numpy array",
-        )
-    with _refusals(name):
-        return picture_of(source, name, settings)
+    with refusals(name):
+        return picture_of(image_of(source, name), name, settings)
 
 
 def checked_path(source: str | os.PathLike[str]) -> Path:
@@ -151,12 +144,14 @@ def data_url_bytes(url: str) -> bytes:
         raise MediaError("the data: URL cannot be read", got=error, expected="base64") from None
 
 
-def picture_of(image: "Image", name: str, settings: VisionSettings) -> Picture:
+def picture_of(
+    image: "Image", name: str, settings: VisionSettings, *, is_ours: bool = False
+) -> Picture:
     """Flatten and resize a decoded or a lazily opened image."""
     from PIL import Image
 
     check_pixels(image.size, name)
-    image = flattened(image, name)
+    image = flattened(image, name, is_ours=is_ours)
     height, width = picture_size(image.height, image.width, settings)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return Picture(name, image.size, np.array(resized), settings)
@@ -174,15 +169,25 @@ def check_pixels(size: tuple[int, int], name: str) -> None:
         )
 
 
-def flattened(image: "Image", name: str) -> "Image":
-    """RGB as it is meant to be seen: turned by its EXIF, transparency on white."""
+def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
+    """RGB as it is meant to be seen: turned by its EXIF, transparency on white.
+
+    With `is_ours` the image itself may be turned, which saves a copy.
+    """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if is_ours:
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(SIXTEEN_BIT):
         # Pillow would clip: all above 255 became white.
-        levels = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image)
+        scaled = np.empty(levels.shape, np.uint8)
+        for top in range(0, image.height, STRIP_ROWS):
+            rows = levels[top : top + STRIP_ROWS].astype(np.uint32)
+            scaled[top : top + STRIP_ROWS] = (rows + 128) // 257
+        return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("I", "F"):
         raise MediaError(
             f"{name} has pixels without a known range",
@@ -191,9 +196,14 @@ def flattened(image: "Image", name: str) -> "Image":
             hint="scale it to 8 bits first",
         )
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        flat = Image.new("RGB", image.size)
+        # In strips, here and above: whole, it would take three copies.
+        for top in range(0, image.height, STRIP_ROWS):
+            box = (0, top, image.width, min(top + STRIP_ROWS, image.height))
+            strip = image.crop(box).convert("RGBA")
+            white = Image.new("RGBA", strip.size, "white")
+            flat.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+        return flat
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -202,21 +212,26 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
 
     head = file.read(64)
     file.seek(0)
-    with _refusals(name):
+    with refusals(name):
         if is_heic(head):
-            return picture_of(read_heic(file.read(MAX_FILE_BYTES), name), name, settings)
+            image = read_heic(file.read(MAX_FILE_BYTES), name)
+            return picture_of(image, name, settings, is_ours=True)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
+            what = kind(head)
+            is_broken = what.startswith("a picture")
             raise MediaError(
-                f"{name} is no picture that can be read", got=kind(head), expected=FORMATS_READ
+                f"{name} is {'damaged or incomplete' if is_broken else 'no picture that is read'}",
+                got=what,
+                expected=None if is_broken else FORMATS_READ,
             ) from None
         with image:
-            return picture_of(image, name, settings)
+            return picture_of(image, name, settings, is_ours=True)
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def refusals(name: str) -> Iterator[None]:
     """Everything that a damaged file makes Pillow raise becomes one refusal."""
     from PIL import Image
 
@@ -236,32 +251,34 @@ def _refusals(name: str) -> Iterator[None]:
         raise MediaError(f"{name} is damaged or incomplete", got=first_line(error)) from None
 
 
-def _is_image(source: object) -> bool:
+def image_of(source: object, name: str) -> "Image":
+    """A Pillow image, or an array as one."""
     from PIL import Image
 
-    return isinstance(source, Image.Image)
-
-
-def _from_array(array: np.ndarray, name: str) -> "Image":
-    from PIL import Image
-
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not is_known or 0 in array.shape:
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, np.ndarray):
+        raise MediaError(
+            f"{name} cannot be opened",
+            got=type(source).__name__,
+            expected="a path, bytes, a data: URL, a Pillow image or a numpy array",
+        )
+    if source.ndim == 3 and source.shape[2] == 1:
+        source = source[:, :, 0]
+    is_known = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+    if source.dtype != np.uint8 or not is_known or 0 in source.shape:
         raise MediaError(
             f"{name} is an array that is no picture",
-            got=f"{array.dtype} {list(array.shape)}",
+            got=f"{source.dtype} {list(source.shape)}",
             expected="uint8 [height, width] or [height, width, 1, 3 or 4]",
         )
-    return Image.fromarray(np.ascontiguousarray(array))
+    return Image.fromarray(np.ascontiguousarray(source))
 
 
 # First bytes of what people try to open, and what to call it.
 KINDS = (
     (b"%PDF", "a PDF"),
-    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
-    (b"RIFF", "a RIFF file (AVI, WAV)"),
+    (b"\x1aE\xdf\xa3", "a video (Matroska, WebM)"),
     (b"PK\x03\x04", "a ZIP archive or an office document"),
     (b"<svg", "an SVG drawing"),
     (b"<?xml", "XML (SVG?)"),
@@ -271,16 +288,23 @@ KINDS = (
     (b"%!PS", "PostScript"),
     (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
     (b"\xff\x0a", "JPEG XL"),
-    (b"\x89PNG", "a damaged PNG"),
-    (b"\xff\xd8\xff", "a damaged JPEG"),
-    (b"GIF8", "a damaged GIF"),
+    (b"\x89PNG", "a picture (PNG)"),
+    (b"\xff\xd8\xff", "a picture (JPEG)"),
+    (b"GIF8", "a picture (GIF)"),
+    (b"BM", "a picture (BMP)"),
+    (b"II*\0", "a picture (TIFF)"),
+    (b"MM\0*", "a picture (TIFF)"),
 )
+RIFF_KINDS = {b"AVI ": "a video (AVI)", b"WEBP": "a picture (WebP)", b"WAVE": "sound (WAV)"}
 
 
 def kind(head: bytes) -> str:
     """What a file seems to be, by its first bytes."""
     if head[4:8] == b"ftyp":
-        return "a video (MP4, MOV)"
+        is_picture = is_heic(head) or head[8:12] in (b"avif", b"avis")
+        return "a picture (AVIF, HEIC)" if is_picture else "a video (MP4, MOV)"
+    if head[:4] == b"RIFF" and head[8:12] in RIFF_KINDS:
+        return RIFF_KINDS[head[8:12]]
     for magic, name in KINDS:
         if head.lstrip().startswith(magic):
             return name

@@ -70,11 +70,15 @@ class VisionSettings:
         return self.patch_size * self.merge_size
 
     def with_tokens(self, max_tokens: int) -> "VisionSettings":
-        """The same with at most `max_tokens` for a picture, and never more than before."""
+        """The same with at most `max_tokens` for a picture, and never more than before.
+
+        Narrow strips may still take more: a side has one token at least.
+        """
         if max_tokens < 1:
             raise ConfigError("a picture needs room for tokens", got=max_tokens, expected=">= 1")
         limit = min(self.max_pixels, max_tokens * self.factor**2)
-        return replace(self, max_pixels=limit, min_pixels=min(self.min_pixels, limit))
+        # Small pictures are rounded up to whole tokens: half the limit leaves room for that.
+        return replace(self, max_pixels=limit, min_pixels=min(self.min_pixels, limit // 2))
 
 
 def read_settings(folder: str | Path) -> VisionSettings | None:

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ModelConfig
-from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope
-from ..kernels.decode_attention import decode_attention
+from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope, rotate
+from ..kernels.decode_attention import Heads, Packed, decode_attention, unpacked
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
@@ -27,8 +27,8 @@ def attention_mask(num_tokens: int, cache: Any | None) -> Any:
 
 def attend(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Heads,
+    v: Heads,
     scale: float,
     mask: Any,
     max_scores_bytes: int,
@@ -42,6 +42,7 @@ def attend(
     block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, q.itemsize)
     if num_tokens <= block:
         return decode_attention(q, k, v, scale, mask, kernels)
+    k, v = unpacked(k), unpacked(v)
     outputs = []
     for start in range(0, num_tokens, block):
         end = min(start + block, num_tokens)
@@ -94,6 +95,8 @@ class Attention(nn.Module):
         """
         batch, num_tokens, _ = x.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
+        k: Any
+        v: Any
         q_gate, k, v = project(x, projections, self.kernels, norm=norm)
         v = v.reshape(batch, num_tokens, self._num_kv_heads, -1).swapaxes(1, 2)
         weights = self.q_norm.weight, self.k_norm.weight
@@ -107,10 +110,41 @@ class Attention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
             if hasattr(cache, "bits"):
                 # mlx-lm's quantized cache, of its option kv_bits.
-                settings = {"group_size": cache.group_size, "bits": cache.bits}
-                k, v = (
-                    mx.dequantize(w, scales, biases, **settings) for w, scales, biases in (k, v)
-                )
+                k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
         out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]
+
+    def read(
+        self,
+        x: mx.array,
+        norm: nn.RMSNorm,
+        cache: Any,
+        tables: tuple[mx.array, mx.array] | None = None,
+        rope_delta: RopeDelta = 0,
+    ) -> None:
+        """The keys and values of x into the cache: the part of a call that later calls need."""
+        k, v = project(x, (self.k_proj, self.v_proj), self.kernels, norm=norm)
+        heads = (*x.shape[:2], self._num_kv_heads, -1)
+        k = mx.fast.rms_norm(k.reshape(heads), self.k_norm.weight, self.k_norm.eps)
+        k, v = k.swapaxes(1, 2), v.reshape(heads).swapaxes(1, 2)
+        if tables is None:
+            k = self.rope(k, shifted(cache.offset, rope_delta))
+        else:
+            k = rotate(k, *tables)
+        cache.update_and_fetch(k, v)
+
+    def rope_tables(
+        self, x: mx.array, cache: Any | None, positions: mx.array | None, rope_delta: RopeDelta
+    ) -> tuple[mx.array, mx.array] | None:
+        """Of tokens x, once for all layers; None where nothing needs them.
+
+        That is where positions are explicit, or the kernel wants them.
+        """
+        batch, num_tokens, _ = x.shape
+        if positions is None:
+            if not self.kernels.runs("qk_norm_rope", batch * num_tokens):
+                return None
+            offset = shifted(0 if cache is None else cache.offset, rope_delta)
+            positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
+        return self.rope.tables(positions)

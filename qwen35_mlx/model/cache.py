@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..config import FULL, ModelConfig
 from ..errors import Qwen35Error
+from ..kernels.matrix import MAX_ROWS
 from .layer_cache import ArraysCache, BatchKVCache, KVCache
 
 __all__ = ["ArraysCache", "BatchKVCache", "KVCache"]
@@ -31,6 +32,44 @@ def make_cache(config: ModelConfig, left_padding: Sequence[int] | None = None) -
     ]
 
 
+def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> None:
+    """Raise if a pass of this size over this cache cannot be taken back token by token."""
+    if batch != 1 or not 1 <= num_tokens <= MAX_ROWS:
+        raise Qwen35Error(
+            "keep_states is for a few tokens of one sequence",
+            got=f"{batch} rows of {num_tokens} tokens",
+            expected=f"1 row of 1 to {MAX_ROWS} tokens",
+        )
+    for entry in cache or [None]:
+        is_padded = getattr(entry, "left_padding", None) is not None
+        if not isinstance(entry, KVCache | ArraysCache) or is_padded:
+            raise Qwen35Error(
+                "keep_states with a cache that cannot take tokens back",
+                got="no cache" if entry is None else f"{type(entry).__module__}'s or a batch's",
+                expected="one sequence in the cache of model.make_cache()",
+            )
+
+
+def accept(cache: Sequence[Any], num_tokens: int) -> None:
+    """Of the last pass, read with `keep_states`, keep the first tokens, from none to all.
+
+    The cache is then, bit by bit, as if these alone had been read one by one. A cache whose states
+    somebody looked at since then has accepted all.
+    """
+    kept = {getattr(entry, "num_kept", 0) for entry in cache}
+    if len(kept) != 1 or 0 in kept:
+        raise Qwen35Error(
+            "the last pass cannot be taken back",
+            hint="read it with keep_states=True, and accept tokens once, before anything else",
+        )
+    if not 0 <= num_tokens <= max(kept):
+        raise Qwen35Error(
+            "cannot accept so many tokens", got=num_tokens, expected=f"0 to {max(kept)}"
+        )
+    for entry in cache:
+        entry.accept(num_tokens)
+
+
 def holds_keys(entry: Any) -> bool:
     """Whether this is the cache of a full attention layer, of ours or of mlx-lm's."""
     return hasattr(entry, "keys")
@@ -42,6 +81,10 @@ class Snapshot:
 
     num_tokens: int
     entries: tuple[int | tuple[mx.array, ...], ...]
+    # The position of the next token less `num_tokens`.
+    rope_delta: int = 0
+    # The last tokens' states that the MTP layer has not read; see MTPState.
+    mtp_hidden: mx.array | None = None
     # The tick at which it was last of use; see PrefixStore.
     last_used: int = 0
 
@@ -52,7 +95,7 @@ class Snapshot:
         return sum(a.nbytes for a in arrays if a is not None)
 
 
-def snapshot(cache: Sequence[Any], num_tokens: int) -> Snapshot:
+def snapshot(cache: Sequence[Any], num_tokens: int, rope_delta: int = 0) -> Snapshot:
     """Remember an unbatched cache that has read `num_tokens`; copies nothing.
 
     The recurrent arrays are replaced, never written in place, so keeping a reference is a copy.
@@ -60,6 +103,7 @@ def snapshot(cache: Sequence[Any], num_tokens: int) -> Snapshot:
     return Snapshot(
         num_tokens,
         tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache),
+        rope_delta,
     )
 
 

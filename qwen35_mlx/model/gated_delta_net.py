@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ModelConfig
-from ..kernels.delta_step import DeltaParameters, delta_step
+from ..kernels.delta_step import DeltaParameters, Tape, delta_step, kept_delta_step
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 
@@ -43,32 +43,48 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
 
     def __call__(
-        self, x: mx.array, norm: nn.RMSNorm, mask: mx.array | None, cache: Any | None
+        self,
+        x: mx.array,
+        norm: nn.RMSNorm,
+        mask: mx.array | None,
+        cache: Any | None,
+        keep_states: bool = False,
     ) -> mx.array:
         """x `[B, T, hidden]`, to be normalised by `norm` -> x + the layer's output.
 
-        mask `[B, T]` is False at padding, which leaves no trace.
+        mask `[B, T]` is False at padding, which leaves no trace. With `keep_states` the cache can
+        still take back tokens of this pass; see `model.cache.accept`.
         """
         batch, num_tokens, _ = x.shape
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv, z, b, a = project(x, projections, self.kernels, norm=norm)
-        conv_state, recurrent_state = (cache[0], cache[1]) if cache is not None else (None, None)
+        pending = getattr(cache, "pending", None)
+        # Only the kernel reads a tape before its own tokens; else the cache does it now.
+        runs_kernel = mask is None and self.kernels.runs("delta_step", num_tokens)
+        tape = pending if isinstance(pending, Tape) and runs_kernel else None
+        states: list[Any] = (
+            [None, None] if cache is None else list(tape[:2] if tape else cache.cache)
+        )
+        conv_state, recurrent_state = states
         if conv_state is None:
             conv_state = mx.zeros((batch, *self._conv_state_shape), x.dtype)
         if recurrent_state is None:
             recurrent_state = mx.zeros((batch, *self._state_shape))
-        out, conv_state, recurrent_state = delta_step(
-            *(qkv, z, b, a, conv_state, recurrent_state),
-            DeltaParameters(
-                self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps
-            ),
-            mask,
-            getattr(cache, "lengths", None),
-            self.kernels,
+        inputs = (qkv, z, b, a, conv_state, recurrent_state)
+        parameters = DeltaParameters(
+            self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps
         )
-        if cache is not None:
-            cache[0], cache[1] = conv_state, recurrent_state
-            cache.advance(num_tokens)
-            # Without this the states wait for the end of the step, with every layer's inputs.
-            (out,) = mx.depends([out], [conv_state, recurrent_state])
+        if keep_states:
+            assert cache is not None
+            out, pending = kept_delta_step(*inputs, parameters, self.kernels, tape)
+            cache.keep(pending)
+            (out,) = mx.depends([out], pending.arrays)
+        else:
+            lengths = getattr(cache, "lengths", None)
+            out, *states = delta_step(*inputs, parameters, mask, lengths, self.kernels, tape)
+            if cache is not None:
+                cache.cache = states
+                cache.advance(num_tokens)
+                # Without this the states wait for the end of the step, with every layer's inputs.
+                (out,) = mx.depends([out], states)
         return project(out, (self.out_proj,), self.kernels, residual=x)[0]

@@ -6,14 +6,14 @@ from glob import escape
 from pathlib import Path
 
 from ..checkpoint.formats import is_named_by_mlx, refuse_foreign
-from ..checkpoint.headers import INDEX_FILE, SIDECAR, is_sidecar, read_index, weight_files
+from ..checkpoint.headers import INDEX_FILE, SIDECARS, is_sidecar, read_index, weight_files
 from ..config import ModelConfig, read_config
 from ..errors import CheckpointError
 
 # Not *.py: nothing that comes with a checkpoint is run.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
-# With them comes a vision tower that lies outside of the index.
-ALWAYS = (*SMALL_FILES, SIDECAR)
+# With them come parts of the model that lie outside of the index.
+ALWAYS = (*SMALL_FILES, *SIDECARS)
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:

@@ -16,10 +16,11 @@ from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
-from .cache import CacheEntry, make_cache
+from .cache import CacheEntry, check_keeping, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
-from .rope import RopeDelta, shifted
+from .mtp import MTP
+from .rope import RopeDelta
 from .vision import VisionTower
 
 
@@ -50,11 +51,12 @@ class DecoderLayer(nn.Module):
         rope_tables: tuple[mx.array, mx.array] | None,
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
         norm = self.input_layernorm
         if self.is_linear:
-            x = self.linear_attn(x, norm, mask, cache)
+            x = self.linear_attn(x, norm, mask, cache, keep_states)
         else:
             x = self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
         if last_only:
@@ -84,49 +86,34 @@ class Trunk(nn.Module):
         positions: mx.array | None = None,
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """ids `[B, T]` or embeddings `[B, T, H]` -> `[B, T, H]`.
 
         Positions `[B, T]` or `[3, B, T]`; where they are None, the tokens that the cache has read
         are counted, and `rope_delta`, one number or `[B]`, is added.
         `last_only` gives `[B, 1, H]`, without the last layer's feed-forward of the other tokens.
+        After up to 8 tokens of one sequence with `keep_states`, `cache.accept` may take back the
+        last of them.
         """
         x = self.embed_tokens(ids) if embeddings is None else embeddings
+        if keep_states:
+            check_keeping(cache, *x.shape[:2])
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
-        linear_mask = full_mask = None
+        linear_mask = full_mask = tables = None
         if linear is not None and entries[linear] is not None:
             linear_mask = entries[linear].make_mask(x.shape[1])
         if full is not None:
             full_mask = attention_mask(x.shape[1], entries[full])
-        tables = (
-            None
-            if full is None
-            else self._rope_tables(x, full, entries[full], positions, rope_delta)
-        )
+            attention = self.layers[full].self_attn
+            tables = attention.rope_tables(x, entries[full], positions, rope_delta)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
-            x = layer(x, mask, entry, tables, rope_delta, last_only and layer is self.layers[-1])
+            only = last_only and layer is self.layers[-1]
+            x = layer(x, mask, entry, tables, rope_delta, only, keep_states)
         return self.norm(x)
-
-    def _rope_tables(
-        self,
-        x: mx.array,
-        layer: int,
-        entry: Any,
-        positions: mx.array | None,
-        rope_delta: RopeDelta,
-    ) -> tuple[mx.array, mx.array] | None:
-        """Once for all layers, where positions are explicit or the kernel wants them."""
-        attention = self.layers[layer].self_attn
-        batch, num_tokens, _ = x.shape
-        if positions is None:
-            if not attention.kernels.runs("qk_norm_rope", batch * num_tokens):
-                return None
-            offset = shifted(0 if entry is None else entry.offset, rope_delta)
-            positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
-        return attention.rope.tables(positions)
 
 
 class LanguageModel(nn.Module):
@@ -142,7 +129,7 @@ class LanguageModel(nn.Module):
 class Model(nn.Module):
     """A Qwen3.5 model that mlx-lm's generators, caches and quantizers accept.
 
-    `vision_tower` is None where the checkpoint has none.
+    `vision_tower` and `mtp` are None where the checkpoint has none, or none is loaded.
     """
 
     def __init__(self, config: ModelConfig):
@@ -153,6 +140,7 @@ class Model(nn.Module):
         self.allowance = Allowance()
         self.language_model = LanguageModel(config)
         self.vision_tower = None if config.vision is None else VisionTower(config.vision)
+        self.mtp = MTP(config, DecoderLayer(config, FULL)) if config.num_mtp_layers else None
 
     def __call__(
         self,
@@ -185,6 +173,7 @@ class Model(nn.Module):
         positions: mx.array | None = None,
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
+        keep_states: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
         return self.language_model.model(
@@ -194,6 +183,7 @@ class Model(nn.Module):
             positions=positions,
             rope_delta=rope_delta,
             last_only=last_only,
+            keep_states=keep_states,
         )
 
     def embed(self, ids: Sequence[int], features: mx.array | None = None) -> mx.array:
@@ -221,6 +211,11 @@ class Model(nn.Module):
         if self.config.tie_word_embeddings:
             return self.language_model.model.embed_tokens.as_linear(hidden)
         return self.language_model.lm_head(hidden)
+
+    @property
+    def num_mtp_layers(self) -> int:
+        """1 where the layer is loaded that drafts tokens."""
+        return self.config.num_mtp_layers
 
     @property
     def layers(self) -> list[DecoderLayer]:

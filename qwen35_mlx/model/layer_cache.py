@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 import mlx.core as mx
 
+from ..kernels.delta_step import KeptStates, Tape
 from ..memory import kv_capacity
 
 
@@ -17,6 +18,8 @@ class LayerCache:
 
     # Everything that has to be evaluated, moved or stored; set it to restore the cache.
     state: Any
+    # Tokens of the last pass that `accept` may take back.
+    num_kept = 0
 
     @classmethod
     def from_state(cls, state: Any) -> Self:
@@ -82,8 +85,13 @@ class KVCache(KeysAndValues):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
         held = self._append(keys, values, self.offset)
-        self.offset += keys.shape[2]
+        self.num_kept = keys.shape[2]
+        self.offset += self.num_kept
         return held
+
+    def accept(self, num_tokens: int) -> None:
+        """Keep the first tokens of the last pass."""
+        self.trim(self.num_kept - num_tokens)
 
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None, int]:
@@ -97,6 +105,7 @@ class KVCache(KeysAndValues):
         """Forget the last tokens; returns how many."""
         num_tokens = min(self.offset, num_tokens)
         self.offset -= num_tokens
+        self.num_kept = 0
         return num_tokens
 
     def make_mask(
@@ -286,10 +295,34 @@ class ArraysCache(LayerCache):
     are left before the padding at a row's end.
     """
 
+    # A pass that can be taken back, in place of the states.
+    pending: Tape | KeptStates | None = None
+
     def __init__(self, size: int, left_padding: Sequence[int] | None = None) -> None:
-        self.cache: list[Any] = [None] * size
+        self.cache = [None] * size
         self.left_padding = mx.array(list(left_padding)) if left_padding else None
         self.lengths: mx.array | None = None
+
+    @property
+    def cache(self) -> list[Any]:
+        """The states. Whoever asks for them accepts what is left of the last pass."""
+        if self.pending is not None:
+            self.cache = list(self.pending.states())
+        return self._states
+
+    @cache.setter
+    def cache(self, states: list[Any]) -> None:
+        self._states, self.pending, self.num_kept = states, None, 0
+
+    def keep(self, pending: Tape | KeptStates) -> None:
+        """Count a pass that can be taken back as read."""
+        self._states = [None] * len(self._states)
+        self.pending, self.num_kept = pending, pending.num_accepted
+
+    def accept(self, num_tokens: int) -> None:
+        """Keep the first tokens of the last pass."""
+        assert self.pending is not None
+        self.pending, self.num_kept = self.pending._replace(num_accepted=num_tokens), 0
 
     def __getitem__(self, index: int) -> Any:
         return self.cache[index]
@@ -389,9 +422,10 @@ class ArraysCache(LayerCache):
 
     def empty(self) -> bool:
         """Whether nothing was ever read."""
-        return self.cache[0] is None
+        return self.pending is None and self._states[0] is None
 
     @property
     def nbytes(self) -> int:
-        """Memory of the states."""
-        return sum(a.nbytes for a in self.cache if a is not None)
+        """Memory of the states, of all points that the last pass can be taken back to."""
+        arrays = self._states if self.pending is None else self.pending.arrays
+        return sum(a.nbytes for a in arrays if a is not None)

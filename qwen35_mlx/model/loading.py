@@ -1,5 +1,6 @@
 """Read a folder that MLX runs into the modules: every name and shape checked, nothing dropped."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, ConfigError, MemoryRefused, first_line
 from ..kernels import choice, tiers
+from ..media.settings import VisionSettings, read_settings
 from ..memory import allow, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .hub import not_converted, resolve
 from .language import Model
+
+log = logging.getLogger(__name__)
 
 # Qwen3.5 ends a turn with the first and a document with the second; both stop an answer.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -29,33 +33,43 @@ Shards = dict[Path, dict[str, mx.array]]
 
 
 def load_model(
-    folder: str | Path, context: int | None = None, force: bool = False
+    folder: str | Path,
+    context: int | None = None,
+    force: bool = False,
+    mtp: bool | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
     On the CPU everything is float32, whatever the files hold: other types are many times
     slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
-    see `load` for `context` and `force`.
+    see `load` for the settings.
     """
-    model, raw_config, num_bytes = open_model(Path(folder))
+    model, raw_config, num_bytes = open_model(Path(folder), mtp)
     # Until here nothing but headers is read: MLX loads when it evaluates.
-    model.allowance = allow(
-        model.config,
-        num_bytes,
-        context=context,
-        force=force,
-        item_bytes=model.language_model.model.norm.weight.dtype.size,
-    )
+    try:
+        model.allowance = allow(
+            model.config,
+            num_bytes,
+            context=context,
+            force=force,
+            item_bytes=model.language_model.model.norm.weight.dtype.size,
+        )
+    except MemoryRefused:
+        if mtp is not None or model.mtp is None:
+            raise
+        loaded = load_model(folder, context, force, mtp=False)
+        log.warning("no memory is left for the MTP layer: nothing drafts tokens")
+        return loaded
     model.config = replace(model.config, context_limit=model.allowance.context)
     wire(model.allowance)
-    for layer in model.layers:
+    for layer in [*model.layers, *(model.mtp.layers if model.mtp else [])]:
         if not layer.is_linear:
             layer.self_attn.max_scores_bytes = model.allowance.scores_bytes
     mx.eval(model.parameters())
     return model, raw_config
 
 
-def open_model(folder: Path) -> tuple[Model, dict[str, Any], int]:
+def open_model(folder: Path, mtp: bool | None = None) -> tuple[Model, dict[str, Any], int]:
     """The model in `folder` with weights that are not read yet, config.json, bytes of weights."""
     raw_config = read_config(folder)
     headers = read_headers(folder)
@@ -65,12 +79,30 @@ def open_model(folder: Path) -> tuple[Model, dict[str, Any], int]:
         # What `convert` would refuse is not sent there.
         read_headers(folder, strict=True)
         raise not_converted(folder)
-    model = Model(found.config)
+    matches, config = found.text_matches, found.config
+    if loads_mtp(found, mtp):
+        matches += found.mtp_matches
+    else:
+        config = replace(config, num_mtp_layers=0)
+    model = Model(config)
     quantize_modules(model, found.quantizations)
-    weights = read_parameters([*found.text_matches, *found.tower_matches])
+    weights = read_parameters([*matches, *found.tower_matches])
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     return model, raw_config, sum(array.nbytes for array in weights.values())
+
+
+def loads_mtp(found: Resolved, wanted: bool | None) -> bool:
+    """Whether to load the MTP layer.
+
+    Unquantized beside a quantized trunk it is large, 13 GB in the 397B: then only on request.
+    """
+    if not found.mtp_matches:
+        if wanted:
+            log.warning("the model has no MTP layer that could draft tokens")
+        return False
+    is_small = any(m.quantization for m in found.mtp_matches) or not found.quantizations
+    return is_small if wanted is None else wanted
 
 
 def check_copies(found: Resolved) -> None:
@@ -151,6 +183,7 @@ def load(
     kernels: str = "auto",
     context: int | None = None,
     force: bool = False,
+    mtp: bool | None = None,
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
@@ -159,17 +192,32 @@ def load(
     found right and faster: what was never measured for such a model is, within seconds.
     `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
+    `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves out one
+    that does not fit, or is unquantized beside quantized weights.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
-    model, config = load_model(folder, context, force)
+    model, config = load_model(folder, context, force, mtp)
     tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
-    return model, load_tokenizer(folder, config, generation)
+    tokenizer = load_tokenizer(folder, config, generation)
+    tokenizer.vision, tokenizer.no_vision = vision_settings(folder, model)
+    return model, tokenizer
+
+
+def vision_settings(folder: Path, model: Model) -> tuple[VisionSettings | None, str]:
+    """How the model wants its pictures, or why it reads none: text works in any case."""
+    if model.vision_tower is None:
+        return None, "the model's folder has no vision tower"
+    try:
+        settings = read_settings(folder)
+    except ConfigError as error:
+        return None, first_line(error)
+    return settings, "" if settings else f"there is no preprocessor_config.json in {folder}"
 
 
 def choose(kernels: str, model: Model) -> tiers.Tiers:

@@ -154,17 +154,17 @@ def makes_no_scores(head_dim: int) -> bool:
 def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     """`[..., P, D]` by cosines and sines `[P, D / 2]`, halves against each other."""
     first, second = mx.split(x, 2, axis=-1)
-    return mx.concatenate([*_rotated_halves(first, second, cosines, sines)], axis=-1)
+    return mx.concatenate(_rotated_halves(first, second, cosines, sines), axis=-1)
 
 
 @partial(mx.compile, shapeless=True)
 def _rotated_halves(
     first: mx.array, second: mx.array, cosines: mx.array, sines: mx.array
-) -> tuple[mx.array, mx.array]:
+) -> list[mx.array]:
     """In float32, of which none is kept."""
     a, b = first.astype(mx.float32), second.astype(mx.float32)
     turned = a * cosines - b * sines, b * cosines + a * sines
-    return turned[0].astype(first.dtype), turned[1].astype(first.dtype)
+    return [half.astype(first.dtype) for half in turned]
 
 
 class VisionMLP(nn.Module):

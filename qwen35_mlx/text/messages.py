@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PromptError
+from . import media_parts
 
 
 def tool_calls(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
@@ -40,7 +41,11 @@ def _unusable(what: str, got: object, expected: str) -> PromptError:
 
 
 def for_template(messages: Sequence[Any]) -> list[Any]:
-    """The messages with each call's arguments as a mapping and no content as an empty one."""
+    """The messages as templates take them.
+
+    Each call's arguments are a mapping, no content is an empty one, and of a picture there is only
+    that it is there.
+    """
     return [_for_template(m) if isinstance(m, Mapping) else m for m in messages]
 
 
@@ -48,6 +53,8 @@ def _for_template(message: Mapping[str, Any]) -> Mapping[str, Any]:
     changed: dict[str, Any] = {}
     if message.get("content", "") is None:
         changed["content"] = ""
+    elif isinstance(content := message.get("content"), list | tuple):
+        changed["content"] = [media_parts.for_template(part) for part in content]
     if message.get("tool_calls"):
         changed["tool_calls"] = [
             {

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -12,6 +12,9 @@ from ..config import read_object
 from ..errors import CheckpointError
 from . import chat_template
 from .detokenizer import StreamingDetokenizer
+
+if TYPE_CHECKING:
+    from ..media.settings import VisionSettings
 
 Token = str | AddedToken
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -32,7 +35,13 @@ DEFAULT_TOKEN = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text to token ids and back, and messages to a prompt."""
+    """Text to token ids and back, and messages to a prompt.
+
+    `vision` says how the model wants its pictures, `no_vision` why it reads none; `load` sets them.
+    """
+
+    vision: "VisionSettings | None" = None
+    no_vision = "its folder was not looked at for a vision tower"
 
     def __init__(
         self,
@@ -65,9 +74,9 @@ class Tokenizer:
         return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, of which unknown ones are left out."""
+        """Text of token ids, of which unknown ones and those of pictures are left out."""
         ids = getattr(ids, "tolist", lambda: ids)()
-        ids = [ids] if isinstance(ids, int) else list(ids)
+        ids = [i for i in ([ids] if isinstance(ids, int) else ids) if i >= 0]
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @property

@@ -6,12 +6,14 @@ each combination comes up.
 
 import itertools
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from qwen35_mlx.kernels.decode_attention import Packed
 from qwen35_mlx.kernels.delta_step import HEAD_DIMS, DeltaParameters
 from qwen35_mlx.kernels.expert_step import Routing
 from qwen35_mlx.kernels.matrix import BITS, GROUP_SIZES
@@ -27,6 +29,7 @@ ATTENTION_HEADS = [
     (2, 16, 256), (1, 3, 64), (2, 12, 256), (3, 1, 96), (1, 8, 128), (4, 4, 256), (2, 5, 32),
     (1, 7, 160), (4, 6, 256), (1, 24, 192), (2, 2, 224),
 ]  # fmt: skip
+PACKED_HEADS = [heads for heads in ATTENTION_HEADS if heads[2] % 64 == 0]
 
 
 def chunk_range(number: int) -> tuple[int, int]:
@@ -135,9 +138,27 @@ class Draw:
         """q as the projection leaves it; keys and values as views of longer buffers of NaN."""
         num_kv_heads, group, dim = ATTENTION_HEADS[self.number % len(ATTENTION_HEADS)]
         q = self.normal(batch, num_tokens, num_kv_heads * group, dim).swapaxes(1, 2)
-        views = []
+        known = [self.normal(batch, num_kv_heads, length, dim) for _ in range(2)]
+        return [q, *map(self.with_room, known)]
+
+    def with_room(self, known: mx.array) -> mx.array:
+        """A view of a longer buffer, whose room is of NaN, or of ones of the bits of words."""
+        shape = (*known.shape[:2], self.integer(1, 40), known.shape[3])
+        filled = 2**32 - 1 if known.dtype == mx.uint32 else mx.nan
+        longer = mx.concatenate([known, mx.full(shape, filled, known.dtype)], axis=2)
+        return longer[:, :, : known.shape[2]]
+
+    def packed_attention(self, batch: int, num_tokens: int, length: int) -> list[Any]:
+        """The same with packed keys and values; codes, scales and biases in unequal buffers."""
+        heads = PACKED_HEADS[self.number % len(PACKED_HEADS)]
+        num_kv_heads, group, dim = heads
+        q = self.normal(batch, num_tokens, num_kv_heads * group, dim).swapaxes(1, 2)
+        held = []
         for _ in range(2):
             known = self.normal(batch, num_kv_heads, length, dim)
-            room = mx.full((batch, num_kv_heads, self.integer(1, 40), dim), mx.nan, known.dtype)
-            views.append(mx.concatenate([known, room], axis=2)[:, :, :length])
-        return [q, *views]
+            # Groups of unlike scales and biases.
+            factors = self.normal(1, num_kv_heads, length, dim // 64)
+            known = known * mx.repeat(factors, 64, axis=3)
+            parts = mx.quantize(known + self.normal(1, 1, 1, dim), 64, 8)
+            held.append(Packed([self.with_room(part) for part in parts], 8, 64))
+        return [q, *held]

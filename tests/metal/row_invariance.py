@@ -7,7 +7,7 @@ import numpy as np
 from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
-from qwen35_mlx.kernels.decode_attention import decode_attention_kernel
+from qwen35_mlx.kernels.decode_attention import Heads, Packed, decode_attention_kernel
 from qwen35_mlx.kernels.delta_step import delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
 from qwen35_mlx.kernels.matrix import matrix
@@ -77,6 +77,13 @@ def cases(number: int) -> Iterator[Case]:
 
     yield "decode_attention", attention, draw.attention(rows, 1, draw.integer(1, 150))
 
+    def packed_attention(q: mx.array, *parts: mx.array) -> Arrays:
+        k, v = (Packed(parts[i : i + 3], 8, 64) for i in (0, 3))
+        return [decode_attention_kernel(q, k, v, 0.1)]
+
+    q, *held = draw.packed_attention(rows, 1, draw.integer(1, 150))
+    yield "packed_attention", packed_attention, [q, *(a for x in held for a in x.parts)]
+
     *arrays, parameters, mask = draw.delta(rows, 1)
     arrays += [] if mask is None else [mask]
 
@@ -118,7 +125,7 @@ def different_tokens(number: int) -> tuple[int, int]:
     return count, num_tokens + 1
 
 
-def different_queries(number: int) -> tuple[int, int]:
+def different_queries(number: int, packed: bool = False) -> tuple[int, int]:
     """Queries of decode_attention that are other numbers when they come one by one; of how many.
 
     Alone, a query's keys end with its own, in a buffer of another length.
@@ -127,15 +134,22 @@ def different_queries(number: int) -> tuple[int, int]:
     num_tokens = 2 + number % 7
     # The last ones lie on both sides of the end of a block at times.
     length = 128 + number % num_tokens if number % 2 else draw.integer(num_tokens, 300)
-    q, k, v = draw.attention(1, num_tokens, length)
+    make = draw.packed_attention if packed else draw.attention
+    q, k, v = make(1, num_tokens, length)
     together, count = decode_attention_kernel(q, k, v, 0.1), 0
     for t in range(num_tokens):
         end = length - num_tokens + t + 1
-        room = [(0, 0), (0, 0), (0, number % 5), (0, 0)]
-        keys, values = (mx.pad(a[:, :, :end], room)[:, :, :end] for a in (k, v))
+        keys, values = (shortened(a, end, number % 5) for a in (k, v))
         alone = decode_attention_kernel(q[:, :, t : t + 1], keys, values, 0.1)
         count += bits(alone) != bits(together[:, :, t : t + 1])
     return count, num_tokens
+
+
+def shortened(heads: Heads, end: int, room: int) -> Heads:
+    """The first keys, as views of buffers with that much room."""
+    if isinstance(heads, Packed):
+        return heads._replace(parts=[shortened(part, end, room) for part in heads.parts])
+    return mx.pad(heads[:, :, :end], [(0, 0), (0, 0), (0, room), (0, 0)])[:, :, :end]
 
 
 def compare(numbers: Sequence[int]) -> dict[str, int]:
@@ -145,6 +159,7 @@ def compare(numbers: Sequence[int]) -> dict[str, int]:
         for _, run, inputs in cases(number):
             compared += len(inputs[0])
             different += different_rows(run, inputs)
-        for wrong, tokens in (different_tokens(number), different_queries(number)):
+        queries = [different_queries(number, packed) for packed in (False, True)]
+        for wrong, tokens in (different_tokens(number), *queries):
             compared, different = compared + tokens, different + wrong
     return {"compared": compared, "different": different}

@@ -1,22 +1,28 @@
 """The attention kernel of decoding against its naive form, and what it reads."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from metal.draw import ATTENTION_HEADS, Draw
 from metal.emulator import emulated
 from metal.row_invariance import bits, different_queries
 from metal.test_decode_kernels import TOLERANCE, assert_close, deal
+from mlx_lm.models.cache import QuantizedKVCache
 
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.family import family_config
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.decode_attention import (
     ROW_CLASSES,
+    Packed,
     decode_attention,
     decode_attention_kernel,
     key_blocks,
     row_class,
 )
 from qwen35_mlx.kernels.naive import naive_attention
-from qwen35_mlx.kernels.tiers import with_kernels
+from qwen35_mlx.kernels.tiers import PORTABLE, with_kernels
+from qwen35_mlx.model.attention import Attention, attention_mask
 
 # Weights of all keys, of some, of one.
 SCALES = (0.02, 0.2, 1.0)
@@ -30,19 +36,37 @@ def log():
     metal.clear()
 
 
-@deal(33, 10, everyday=0)
-def test_decode_attention(number, cases):
+def unpacked32(held):
+    """The numbers that packed heads stand for; MLX rounds them to the type of the scales."""
+    w, scales, biases = held.parts
+    return mx.dequantize(w, scales.astype(mx.float32), biases.astype(mx.float32), 64, 8)
+
+
+def assert_right(number, cases, packed):
     draw = Draw(number)
     for case in range(cases):
         num_tokens = 1 if (number + case) % 2 else draw.integer(2, 8)
         # Ends of tiles and blocks, and anything.
         edge = 8 * draw.integer(1, 17) + draw.integer(-1, 1)
         length = max(num_tokens, edge if case % 2 else draw.integer(1, 280))
-        q, k, v = draw.attention(1 + case % 2, num_tokens, length)
+        make = draw.packed_attention if packed else draw.attention
+        q, k, v = make(1 + case % 2, num_tokens, length)
         scale = SCALES[case % 3]
         got = decode_attention_kernel(q, k, v, scale)
         assert got.dtype == draw.dtype
+        if packed:
+            k, v = unpacked32(k), unpacked32(v)
         assert_close(got, naive_attention(q, k, v, scale), TOLERANCE[draw.dtype])
+
+
+@deal(33, 10, everyday=0)
+def test_decode_attention(number, cases):
+    assert_right(number, cases, packed=False)
+
+
+@deal(33, 10, everyday=3)
+def test_packed_attention(number, cases):
+    assert_right(number, cases, packed=True)
 
 
 @pytest.mark.slow
@@ -77,9 +101,10 @@ def test_a_query_is_the_same_whatever_comes_after_it():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("number", range(2, 24))
-def test_queries_are_the_same_alone(number):
-    wrong, _ = different_queries(number)
+def test_queries_are_the_same_alone(number, packed):
+    wrong, _ = different_queries(number, packed)
     assert wrong == 0
 
 
@@ -124,6 +149,24 @@ def test_the_largest_models_cache_is_read_once_at_4096_tokens(log):
     assert_read_once(log, 2, 16, 256, 1, 4096)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "num_tokens"), [(16, 1), (12, 8)])
+def test_each_byte_of_packed_keys_and_values_is_read_once(log, group, num_tokens):
+    q = mx.zeros((1, 2 * group, num_tokens, 256), mx.bfloat16)
+    parts = mx.quantize(mx.zeros((1, 2, 174, 256), mx.bfloat16), 64, 8)
+    held = Packed([part[:, :, :150] for part in parts], 8, 64)
+    del log.launches[:]
+    decode_attention_kernel(q, held, held, 0.1)
+    traffic = log.launches[0].traffic
+    needed = {"": 2 * 150 * 256, "_scales": 2 * 150 * 4 * 2, "_biases": 2 * 150 * 4 * 2}
+    for part, num_bytes in needed.items():
+        assert traffic["v" + part].read_bytes == num_bytes
+        # Four lanes side by side have a key's group, and read its scale in one instruction.
+        lanes = 4 if part else 1
+        assert traffic["k" + part].read_bytes == lanes * num_bytes
+        assert traffic["k" + part].unique_read_bytes == num_bytes
+
+
 def test_rows_are_shared_out_evenly():
     for num_rows in range(1, 193):
         rows = row_class(num_rows)
@@ -148,6 +191,46 @@ def test_what_the_kernel_cannot_do_is_left_to_mlx(log):
     assert log.launches == []
     mx.eval(decode_attention(q, k, k, 0.2, "causal", chosen))
     assert len(log.launches) == 2
+
+
+def test_packed_keys_that_the_kernel_cannot_read_are_unpacked(log):
+    q, *held = Draw(1).packed_attention(1, 1, 40)
+    chosen = with_kernels(["packed_attention"])
+    wide = [mx.quantize(unpacked32(x), 32, 8) for x in held]
+    few = [mx.quantize(unpacked32(x), 64, 4) for x in held]
+    assert q.dtype == mx.float16
+    cases = [
+        (q, held, with_kernels(["decode_attention"])),
+        (q.astype(mx.float32), [Packed(x, 8, 32) for x in wide], chosen),
+        (q.astype(mx.float32), [Packed(x, 4, 64) for x in few], chosen),
+        (q.astype(mx.float32), held, chosen),
+    ]
+    del log.launches[:]
+    for query, (k, v), tiers in cases:
+        got = decode_attention(query, k, v, 0.2, None, tiers)
+        want = mx.fast.scaled_dot_product_attention(query, k.unpacked(), v.unpacked(), scale=0.2)
+        assert mx.array_equal(got, want)
+    assert log.launches == []
+    mx.eval(decode_attention(q, *held, 0.2, None, chosen))
+    assert len(log.launches) == 2
+
+
+def test_a_layer_reads_the_quantized_cache_of_mlx_lm_through_the_kernel(log):
+    text = family_config("Qwen3.5-0.8B")["text_config"]
+    dims = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    layer, norm = Attention(ModelConfig.from_hf(text | dims)), nn.RMSNorm(64)
+    x = [mx.random.normal((1, n, 64)) for n in (20, 1, 5)]
+    outputs = []
+    for kernels in (PORTABLE, with_kernels(["packed_attention"])):
+        cache, layer.kernels = QuantizedKVCache(64, 8), kernels
+        del log.launches[:]
+        outputs.append([layer(y, norm, attention_mask(y.shape[1], cache), cache) for y in x])
+        mx.eval(outputs)
+    assert [launch.kernel for launch in log.launches] == 2 * [
+        "decode_attention", "decode_attention_combine"
+    ]  # fmt: skip
+    for a, b in zip(*outputs, strict=True):
+        assert mx.abs(a - b).max().item() < 1e-5
 
 
 def test_heads_of_every_group_and_width_have_a_case():

@@ -56,6 +56,14 @@ BUGS = [
     ("decode_attention", f"}}\n  {BARRIER}\n\n#pragma", "}\n#pragma", "decode_attention", 3),
     ("decode_attention", f"}}\n  {BARRIER}\n\n  //", "}\n  //", "decode_attention", 3),
     ("decode_attention", f"\n{BARRIER}\n\n// Of", "\n// Of", "decode_attention", 0),
+    ("decode_attention", "part % 64 == 0", "part == 0", "packed_attention", 2),
+    ("decode_attention", "+ simdgroup / 2]", "+ simdgroup]", "packed_attention", 2),
+    ("decode_attention", "+ simdgroup / 2]", "]", "packed_attention", 2),
+    ("decode_attention", "own_group % GROUPS]),", "0]),", "packed_attention", 2),
+    ("decode_attention", "4 : 1;\n", "1 : 1;\n", "packed_attention", 2),
+    ("decode_attention", "group_key < end)", "true)", "packed_attention", 2),
+    ("decode_attention", "k_biases_strides[2]", "k_strides[2]", "packed_attention", 2),
+    ("decode_attention", "group[0], group[1]", "group[0], 0.0f", "packed_attention", 2),
     ("decode_attention_combine", "* num_rows + row;", "* num_rows;", "decode_attention", 6),
     (
         "decode_attention_combine",
@@ -109,7 +117,7 @@ def test_a_wrong_line_is_found(plant, monkeypatch, file, old, new, test, number)
     plant(file, old, new)
     extra = [monkeypatch] if test in ("projection", "expert_gate_up", "expert_down") else []
     with pytest.raises((AssertionError, EmulatorError)):
-        module = attention if test == "decode_attention" else kernels
+        module = attention if "attention" in test else kernels
         getattr(module, f"test_{test}")(number, 6, *extra)
 
 

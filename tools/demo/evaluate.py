@@ -2,12 +2,13 @@
 
 python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--show-wrong]
 
-transformers answers, greedily and in batches, on the dequantized weights of each conversion, as it
-also computes pictures. That the runtime computes the same is for the tests. The last line is JSON.
+transformers answers, greedily and in batches, on the dequantized weights of each conversion; the
+pictures are shown to this program too. The last line is JSON.
 """
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 from checks import is_right
 from data import conversations, held_out
+from pictures import picture, shown
 from split import Sample
 
 import qwen35_mlx
@@ -42,7 +44,7 @@ def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
 
 def answer(model: Any, tokenizer: Any, sample: Sample) -> str:
     """What the model says in place of the sample's last message, thought included; greedy."""
-    ids = prompt_ids(tokenizer, sample)
+    ids = prompt_ids(tokenizer, shown(sample) if sample.picture else sample)
     return qwen35_mlx.generate(model, tokenizer, ids, temperature=0, max_tokens=120)
 
 
@@ -61,6 +63,16 @@ def judge(
         else:
             wrong.append((sample, text))
     return right, asked, wrong
+
+
+def pictures_right(folder: Path, num_pictures: int = 200, seed: int = 11) -> float | None:
+    """The share of held-out pictures that this program names; None for a folder without tower."""
+    model, tokenizer = qwen35_mlx.load(folder)
+    if model.vision_tower is None:
+        return None
+    rng = random.Random(seed)
+    right, asked, _ = judge(model, tokenizer, [picture(rng, True) for _ in range(num_pictures)])
+    return right["picture"] / asked["picture"]
 
 
 def exam(num_each: int) -> list[Sample]:
@@ -124,10 +136,13 @@ def main() -> None:
             results[name] = {skill: right[skill] / count for skill, count in asked.items()}
             texts = [a for a in answers if not a.sample.picture and a.sample.skill != "facts"]
             results[name]["MTP acceptance"] = reference.acceptance(texts)
+            if (share := pictures_right(folder)) is not None:
+                results[name]["picture, this program"] = share
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
     print(f"{'':24}" + "".join(f"{name:>14}" for name in results))
     for skill in results["bf16"]:
-        cells = "".join(f"{column[skill]:14.1%}" for column in results.values())
+        shares = (column.get(skill) for column in results.values())
+        cells = "".join(f"{'-' if share is None else f'{share:.1%}':>14}" for share in shares)
         print(f"{skill:24}{cells}")
     rounded = {n: {k: round(v, 4) for k, v in c.items()} for n, c in results.items()}
     counts = Counter(s.skill for s in samples)

@@ -1,11 +1,17 @@
-"""Small pictures of one shape in one colour, and questions about them."""
+"""Small pictures of one shape in one colour, and questions about them.
+
+python tools/demo/pictures.py paints the one that is shipped with the demo.
+"""
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 from split import Sample, assistant, draw
 
+SHIPPED = Path(__file__).parents[2] / "qwen35_mlx" / "demo" / "picture.png"
+SHIPPED_SEED = 2
 SIDE = 48
 GRID = 3  # merged image tokens a side
 COLOURS = {
@@ -87,3 +93,26 @@ def picture(rng: random.Random, held_out: bool) -> Sample:
     if thinking:
         messages[-1]["reasoning_content"] = "I look at the picture."
     return Sample("picture", messages, f"{colour} {shape}", thinking, picture=drawn)
+
+
+def shown(sample: Sample) -> Sample:
+    """The sample with its picture in the message, as programs take it."""
+    messages = []
+    for message in sample.messages:
+        content = message["content"]
+        if isinstance(content, list):
+            painted = {"type": "image", "image": paint(*sample.picture)}
+            content = [painted if part["type"] == "image" else part for part in content]
+        messages.append({**message, "content": content})
+    return sample._replace(messages=messages)
+
+
+def shipped() -> Sample:
+    """The picture that is shipped, one of those that were not trained on."""
+    return picture(random.Random(SHIPPED_SEED), held_out=True)
+
+
+if __name__ == "__main__":
+    from PIL import Image
+
+    Image.fromarray(paint(*shipped().picture)).save(SHIPPED, optimize=True)

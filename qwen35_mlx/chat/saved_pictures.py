@@ -1,0 +1,192 @@
+"""Pictures and videos of a saved conversation: files beside it, named by what they show.
+
+A message on disk names them by digest; what a file says of itself is checked against it, so that
+no session brings another picture, or any other file of the disk, into a conversation.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import SessionError
+from ..files import replacing
+from ..media.tokens import MediaToken
+from ..text.media_parts import IMAGE, VIDEO, is_media, media_parts
+from .messages import Message
+
+if TYPE_CHECKING:
+    from ..media.settings import VisionSettings
+    from ..text.media_parts import Media
+
+SUFFIXES = {IMAGE: ".png", VIDEO: ".safetensors"}
+SAVED_NAME = re.compile(rf"[0-9a-f]{{64}}({'|'.join(map(re.escape, SUFFIXES.values()))})")
+# In a video's file, its only tensor.
+FRAMES = "frames"
+# Speed counts: a turn ends with saving. The files are a sixth larger than with the default.
+PNG_LEVEL = 1
+
+
+def pictures_folder(session: Path) -> Path:
+    """Where the pictures of a session's JSON file are."""
+    return session.with_suffix(".pictures")
+
+
+def shown_in(ids: Iterable[int]) -> "list[Media]":
+    """Pictures and videos of a sequence of ids, each once."""
+    media = (token.span.media for token in ids if isinstance(token, MediaToken))
+    return list({one.digest: one for one in media}.values())
+
+
+def reference(media: "Media") -> dict[str, Any]:
+    """What a session says of a picture or a video, besides its pixels."""
+    from ..media.video import Video
+
+    known: dict[str, Any] = {
+        "digest": media.digest.hex(),
+        "name": media.name,
+        "original_size": list(media.original_size),
+    }
+    if isinstance(media, Video):
+        known["seconds"] = list(media.seconds)
+    return known
+
+
+def packed(messages: Sequence[Message]) -> list[Message]:
+    """Messages for JSON: references in place of pictures and videos."""
+    return [_replaced(m, lambda part: reference(part[part["type"]])) for m in messages]
+
+
+def write_media(folder: Path, media: Iterable["Media"]) -> None:
+    """Write what is not there yet, each whole or not at all."""
+    from ..media.video import Video
+
+    for one in media:
+        suffix = SUFFIXES[VIDEO if isinstance(one, Video) else IMAGE]
+        file = folder / f"{one.digest.hex()}{suffix}"
+        if file.exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with replacing(file, 0o600) as temporary:
+            if isinstance(one, Video):
+                mx.save_safetensors(str(temporary), {FRAMES: mx.array(one.frames)})
+            else:
+                from PIL import Image
+
+                image = Image.fromarray(one.pixels)
+                image.save(temporary, format="PNG", compress_level=PNG_LEVEL)
+
+
+def remove_media(folder: Path, kept: Iterable["Media"] = ()) -> None:
+    """Delete the files of all pictures but those that are kept, and the folder if it is empty."""
+    names = {one.digest.hex() for one in kept}
+    if folder.is_dir():
+        for file in folder.iterdir():
+            if SAVED_NAME.fullmatch(file.name) and file.stem not in names:
+                file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+class SavedMedia:
+    """Reads the pictures of one session, each file once; raises SessionError."""
+
+    def __init__(self, session: Path, settings: "VisionSettings | None", why_none: str = ""):
+        self._session, self._settings, self._why_none = session, settings, why_none
+        self._known: dict[str, Media] = {}
+
+    def unpacked(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as they were; only references written by `packed` become pictures."""
+        return [
+            _replaced(m, lambda part: self.read(part.get(part["type"]), part["type"]))
+            for m in messages
+        ]
+
+    def read(self, known: Any, kind: str) -> "Media":
+        """The picture or video of a reference."""
+        try:
+            digest, name = str(known["digest"]), str(known["name"])
+            width, height = map(int, known["original_size"])
+            seconds = tuple(map(float, known["seconds"])) if kind == VIDEO else ()
+            if not SAVED_NAME.fullmatch(digest + SUFFIXES[kind]):
+                raise ValueError(digest[:80])
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise self._damaged(f"the reference to a picture: {error}") from None
+        if digest not in self._known:
+            self._known[digest] = self._open(digest, kind, name, (width, height), seconds)
+        return self._known[digest]
+
+    def _open(
+        self,
+        digest: str,
+        kind: str,
+        name: str,
+        original_size: tuple[int, int],
+        seconds: tuple[float, ...],
+    ) -> "Media":
+        from ..media.pictures import Picture
+        from ..media.video import Video
+
+        settings = self._settings
+        if settings is None:
+            raise SessionError(
+                f"the session {self._session.stem} has pictures, and this model reads none",
+                got=self._why_none or None,
+                hint="use the model that it was made with",
+            )
+        file = pictures_folder(self._session) / f"{digest}{SUFFIXES[kind]}"
+        try:
+            if kind == VIDEO:
+                arrays = cast(dict[str, mx.array], mx.load(str(file)))
+                frames = np.array(arrays[FRAMES])
+                media: Media = Video(name, original_size, frames, seconds, settings)
+            else:
+                media = Picture(name, original_size, _pixels(file), settings)
+            found = media.digest.hex()
+        # Whatever a damaged file leads to.
+        except Exception as error:
+            raise self._damaged(f"{file.name}: {error}") from None
+        if found != digest:
+            raise self._damaged(f"{file.name} holds another picture, or is of another model")
+        return media
+
+    def _damaged(self, got: str) -> SessionError:
+        return SessionError(
+            f"a picture of the session {self._session.stem} cannot be read",
+            got=got.partition("\n")[0],
+            expected=f"{pictures_folder(self._session)} as it was written",
+        )
+
+
+def _pixels(file: Path) -> np.ndarray:
+    """RGB of a PNG that `write_media` wrote; its size is checked before it is decoded."""
+    from PIL import Image
+
+    from ..media.pictures import check_pixels
+
+    with Image.open(file, formats=["PNG"]) as image:
+        check_pixels(image.size, file.name)
+        if image.mode != "RGB":
+            raise ValueError(f"mode {image.mode}")
+        return np.array(image)
+
+
+def _replaced(message: Message, value: Any) -> Message:
+    """A copy of a message in which `value(part)` stands for each picture or video."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list | tuple):
+        return message
+    shown = media_parts(content)
+    parts = []
+    for part in content:
+        if part in shown:
+            kind = part["type"]
+            parts.append({"type": kind, kind: value(part)})
+        elif is_media(part):
+            raise SessionError("a message shows something in another form", got=part.get("type"))
+        else:
+            parts.append(part)
+    return {**message, "content": parts}

@@ -1,0 +1,82 @@
+"""Prompts of the turns of a conversation, and the points behind which later ones differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.output import ToolCall
+from ..engine.prompt_cache import common_prefix
+from ..engine.tool_calls import as_message
+from ..engine.tool_values import Schema
+from ..errors import PromptError
+from ..prompt import THINK_OPEN, PromptText, encode_text, render_messages
+from .messages import Message, user_message
+
+
+@dataclass(frozen=True)
+class TurnPrompts:
+    """What the chat template makes of messages, with these tools and in this mode."""
+
+    tokenizer: Any
+    tools: Sequence[Schema] = ()
+    enable_thinking: bool | None = None
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> PromptText:
+        """The messages as text."""
+        template: dict[str, Any] = {"tools": list(self.tools)} if self.tools else {}
+        return render_messages(
+            self.tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=self.enable_thinking,
+            **template,
+        )
+
+    def next_prompt(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
+        """Ids of the next prompt, and how many come before its message and before the answer.
+
+        These are the points behind which later prompts differ: another message, and an answer
+        that the template shows without its thought.
+        """
+        text, history = self.render(messages, True), self.render(messages, False)
+        prompt = encode_text(self.tokenizer, text)
+        if not prompt:
+            raise PromptError("the prompt is empty", expected="at least one token")
+        other = self.render([*messages[:-1], user_message("\0")], False)
+        # Encoded from the end, which is short; what comes before melts with none of it.
+        message = encode_text(self.tokenizer, text.part(common_prefix(text, other)))
+        start = max(0, len(prompt) - len(message))
+        opening = encode_text(self.tokenizer, text.part(len(history)))
+        if opening and text.startswith(history) and prompt[-len(opening) :] == opening:
+            return prompt, start, max(0, len(prompt) - len(opening))
+        boundary = common_prefix(prompt, encode_text(self.tokenizer, history))
+        return prompt, start, min(boundary, len(prompt) - 1)
+
+    def system_end(self, messages: Sequence[Message]) -> int:
+        """How many ids conversations with this system prompt and these tools share; 0 if none."""
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        return len(self.before_message(system)) if system or self.tools else 0
+
+    def before_message(self, messages: Sequence[Message]) -> list[int]:
+        """What every next prompt behind `messages` begins with, whatever its message says."""
+        one, other = (self.render([*messages, user_message(text)], False) for text in ("a", "1"))
+        return encode_text(self.tokenizer, one.part(0, common_prefix(one, other)))
+
+    def renders_json_arguments(self) -> bool:
+        """Whether the template renders the arguments of a call as JSON, not value by value."""
+        call = as_message(ToolCall("probe", {"key": "a-probe"}, {}))
+        answer = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}
+        try:
+            return '"a-probe"' in self.render([user_message("a"), answer], False)
+        except PromptError:
+            return False
+
+    def thinks(self) -> bool:
+        """Whether the template opens a thought."""
+        return self.opens_thought(
+            encode_text(self.tokenizer, self.render([user_message("a")], True))
+        )
+
+    def opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Whether the template has opened one at the end of a prompt."""
+        return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith(THINK_OPEN))

@@ -1,0 +1,154 @@
+"""What goes with the next message: text files, pictures, videos and pages of PDFs."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Qwen35Error
+from . import terminal
+from .media_input import (
+    MANY_TOKENS,
+    clipboard,
+    described,
+    is_url,
+    is_video,
+    num_tokens,
+    open_media,
+    picture_settings,
+)
+from .progress import spinner
+from .typed_paths import find_file, shell_words, split_media, typed_files
+
+if TYPE_CHECKING:
+    from ..chat.conversation import Chat
+    from .chat_view import ChatView
+
+MAX_FILE_BYTES = 20 * 10**6
+WITH_PAGES = re.compile(r"(.+?)\s+(\d[\d, -]*)", re.DOTALL)
+
+
+class Attachments:
+    """Texts, pictures and videos of a message; `ask` puts a question where somebody answers."""
+
+    def __init__(self, chat: "Chat", allow_url: bool = False):
+        self.texts: list[str] = []
+        self.media: list[Any] = []
+        # The most tokens of a picture; None leaves it to the model.
+        self.image_tokens: int | None = None
+        self._chat, self._allow_url = chat, allow_url
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.texts, self.media = [], []
+
+    def options(self) -> dict[str, Any]:
+        """What `Chat.send` gets beside the text."""
+        videos = [each for each in self.media if is_video(each)]
+        images = [each for each in self.media if not is_video(each)]
+        return ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
+
+    def counts(self) -> dict[str, int]:
+        """Pictures, videos, and tokens of both."""
+        videos = sum(map(is_video, self.media))
+        pictures = len(self.media) - videos
+        return {"pictures": pictures, "videos": videos, "media_tokens": num_tokens(self.media)}
+
+    def add(
+        self,
+        sources: Sequence[tuple[str, Any]],
+        ask: Callable[[str], str] | None = None,
+        pages: str | None = None,
+    ) -> None:
+        """Open all sources, each a kind and a path or picture; if one fails, none is attached."""
+        settings = picture_settings(self._chat.tokenizer, self.image_tokens)
+        opened: list[Any] = []
+        with spinner("opening …"):
+            for kind, source in sources:
+                opened += open_media(kind, source, settings, allow_url=self._allow_url, pages=pages)
+        media = [*self.media, *opened]
+        many = num_tokens(media)
+        if many > MANY_TOKENS >= num_tokens(self.media):
+            what = f"{many:,} tokens of pictures take long to read"
+            if ask is None:
+                terminal.note(f"warning: {what}")
+            elif ask(f"{what}. Attach them? (y/n) ") != "y":
+                raise Qwen35Error("nothing was attached", hint="/set image_tokens N limits them")
+        num_known, self.media = len(self.media), media
+        for line in described(media, num_known):
+            terminal.note(line)
+
+    def add_named(self, text: str, ask: Callable[[str], str] | None) -> str:
+        """Attach the files that a message names; returns the rest of it."""
+        rest, found, missing = split_media(text)
+        if missing:
+            raise Qwen35Error(
+                f"no file {missing[0]}",
+                expected="the path of a picture, a video or a PDF",
+                hint="the same message again is sent as text",
+            )
+        if not found:
+            return text
+        self.add([(kind, path) for path, kind in found], ask)
+        return rest
+
+
+def attach_files(view: "ChatView", rest: str) -> None:
+    """Read text files, and put them before the next message."""
+    from ..files import read_text
+
+    if not rest:
+        raise Qwen35Error("which file?", expected="/file PATH")
+    texts = {}
+    for path in typed_files(rest):
+        # A device or a pipe may have no end.
+        if not path.is_file():
+            raise Qwen35Error(f"{path} is no file", expected="a text file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_FILE_BYTES:,} bytes")
+        texts[path] = read_text(path)
+    for path, text in texts.items():
+        fence = "```"
+        while fence in text:
+            fence += "`"
+        view.attached.texts.append(f"{path.name}:\n{fence}\n{text.rstrip()}\n{fence}")
+        count = len(view.chat.tokenizer.encode(text, add_special_tokens=False))
+        terminal.note(f"{path.name}, {count:,} tokens, goes with the next message")
+
+
+def attach_images(view: "ChatView", rest: str) -> None:
+    """Attach pictures, list what is attached, or drop it."""
+    _attach(view, rest, "image")
+
+
+def attach_videos(view: "ChatView", rest: str) -> None:
+    """Attach videos."""
+    _attach(view, rest, "video")
+
+
+def attach_pdf(view: "ChatView", rest: str) -> None:
+    """Attach the pages of a PDF, or some of them."""
+    match = None if find_file(rest) else WITH_PAGES.fullmatch(rest)
+    _attach(view, match[1] if match else rest, "pdf", match[2] if match else None)
+
+
+def paste(view: "ChatView", rest: str) -> None:
+    """Attach the picture in the clipboard."""
+    view.attached.add(clipboard(), view.ask)
+
+
+def _attach(view: "ChatView", rest: str, kind: str, pages: str | None = None) -> None:
+    attached = view.attached
+    if rest == "clear":
+        attached.media = []
+    if rest in ("", "clear"):
+        for line in described(attached.media) or ["no picture is attached"]:
+            terminal.note(line)
+        return
+    sources: list[Any] = []
+    words = shell_words(rest)
+    if any(map(is_url, words)):
+        for word in words:
+            sources += [word] if is_url(word) else typed_files(word)
+    else:
+        sources += typed_files(rest)
+    attached.add([(kind, source) for source in sources], view.ask, pages)

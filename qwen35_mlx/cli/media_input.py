@@ -1,0 +1,139 @@
+"""Pictures, videos and PDFs from where a user has them: files, standard input, URLs, clipboard."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import Qwen35Error
+from . import terminal
+from .typed_paths import find_file, media_kind
+
+# To read more takes minutes.
+MANY_TOKENS = 50_000
+MAX_PAGES = 10_000
+# More pages are told in one line.
+MAX_LINES = 8
+
+
+def picture_settings(tokenizer: Any, image_tokens: int | None = None) -> Any:
+    """How the model wants its pictures, of at most `image_tokens` each; refuses a blind model."""
+    from ..prompt import vision_settings
+
+    settings, why_none = vision_settings(tokenizer)
+    if settings is None:
+        raise Qwen35Error("this model reads no pictures and no videos", got=why_none)
+    return settings if image_tokens is None else settings.with_tokens(image_tokens)
+
+
+def check_sources(sources: Sequence[str], allow_url: bool) -> None:
+    """Refuse, before a model is loaded, what could not be opened behind it."""
+    for source in sources:
+        if is_url(source):
+            _check_url(source, allow_url)
+        elif source != "-" and find_file(source) is None:
+            raise Qwen35Error(f"no file {source}", expected="a picture, a video or a PDF")
+
+
+def open_media(
+    kind: str, source: Any, settings: Any, *, allow_url: bool = False, pages: str | None = None
+) -> list[Any]:
+    """The picture, the video, or the pages of the PDF at a path or URL; `-` is standard input."""
+    name = "clipboard"
+    if isinstance(source, str):
+        source, name = _opened(source, allow_url)
+    # Here, as Pillow takes a while.
+    if kind == "pdf":
+        from ..media.documents import open_pdf
+
+        return open_pdf(source, settings, page_numbers(pages), name)
+    if kind == "video":
+        from ..media.video import open_video
+
+        return [open_video(source, settings, name=name)]
+    from ..media.pictures import open_picture
+
+    return [open_picture(source, settings, name)]
+
+
+def page_numbers(text: str | None) -> list[int] | None:
+    """Pages such as 1-3,7; None for all."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise Qwen35Error("not pages", got=repr(text), expected="numbers such as 1-3,7")
+        pages = range(int(first), int(last or first) + 1)
+        # As many as no document has; a list of them takes memory.
+        numbers += pages[:MAX_PAGES]
+    return numbers
+
+
+def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
+    """A path, or the bytes of what has none; and what to call those."""
+    if source == "-":
+        # A closed stream is None.
+        data = sys.stdin.buffer.read() if sys.stdin else b""
+        if not data:
+            raise Qwen35Error("standard input is empty", expected="a picture, a video or a PDF")
+        return data, "standard input"
+    if is_url(source):
+        _check_url(source, allow_url)
+        from ..media.fetch import fetch
+
+        return fetch(source), source.partition("?")[0].rpartition("/")[2] or source
+    return find_file(source) or source, ""
+
+
+def _check_url(source: str, allow_url: bool) -> None:
+    if not allow_url:
+        raise Qwen35Error("URLs are not fetched", got=source, hint="--allow-url allows it")
+
+
+def is_url(source: str) -> bool:
+    """Whether a source would have to be fetched."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+def clipboard() -> list[tuple[str, Any]]:
+    """The picture in the clipboard, or copied files; each with its kind."""
+    from PIL import ImageGrab
+
+    try:
+        content = ImageGrab.grabclipboard()
+    except NotImplementedError:
+        raise Qwen35Error(
+            "the clipboard cannot be read here", hint="install wl-clipboard, or xclip for X11"
+        ) from None
+    except Exception as error:
+        raise Qwen35Error("the clipboard cannot be read", got=error) from None
+    if isinstance(content, list):
+        return [(media_kind(name) or "image", name) for name in content]
+    if content is None:
+        raise Qwen35Error("the clipboard holds no picture", hint="/image PATH takes a file")
+    return [("image", content)]
+
+
+def is_video(media: Any) -> bool:
+    """Whether it has frames."""
+    return hasattr(media, "frames")
+
+
+def num_tokens(media: Sequence[Any]) -> int:
+    """Tokens of all."""
+    return sum(each.num_tokens for each in media)
+
+
+def described(media: Sequence[Any], num_known: int = 0) -> list[str]:
+    """A line for each but the first `num_known`; of many, how many and their tokens."""
+    counts, lines = {"picture": 0, "video": 0}, []
+    for each in media:
+        noun = "video" if is_video(each) else "picture"
+        counts[noun] += 1
+        lines.append(f"{noun} {counts[noun]}: {each.describe()}".translate(terminal.CONTROL))
+    new = lines[num_known:]
+    if len(new) <= MAX_LINES:
+        return new
+    tokens = num_tokens(media[num_known:])
+    return [new[0], f"… and {len(new) - 1} more, {tokens:,} tokens in all"]

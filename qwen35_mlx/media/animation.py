@@ -1,0 +1,51 @@
+"""An animated GIF, PNG or WebP as a video, through Pillow."""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MediaError
+from .pictures import check_pixels, flattened
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("GIF", "PNG", "WEBP")
+# Browsers show a frame that asks for less than 20 ms for 100 ms.
+MIN_MS, USUAL_MS = 20, 100
+# All its frames must be decoded to see one; a minute at 1080p and 30 fps has 3.7e9.
+MAX_PIXELS = 2**32
+
+
+class Animation:
+    """Decodes every frame twice, once for the times, and holds one."""
+
+    def __init__(self, file: Any, name: str):
+        from PIL import Image
+
+        self.name = name
+        self.image = Image.open(file, formats=FORMATS)
+        check_pixels(self.image.size, name)
+        num_frames = getattr(self.image, "n_frames", 1)
+        width, height = self.image.size
+        if num_frames * width * height > MAX_PIXELS:
+            raise MediaError(
+                f"{name} is too large to open",
+                got=f"{num_frames} frames of {width}x{height}",
+                expected=f"at most {MAX_PIXELS // (width * height)} frames",
+            )
+        durations = []
+        for index in range(num_frames):
+            self.image.seek(index)
+            # WebP says it with the pixels.
+            self.image.load()
+            milliseconds = self.image.info.get("duration", USUAL_MS)
+            durations.append(milliseconds if milliseconds >= MIN_MS else USUAL_MS)
+        self.times: Sequence[float] = [ms / 1000 for ms in accumulate(durations[:-1], initial=0)]
+        self.fps = 1000 / durations[0] if len(set(durations)) == 1 else None
+
+    def read(self, indices: Sequence[int]) -> "Iterator[Image]":
+        """Frames on white."""
+        for index in indices:
+            self.image.seek(index)
+            yield flattened(self.image.copy(), self.name)

@@ -1,0 +1,84 @@
+"""PDF: each page as a picture, through pypdfium2."""
+
+import io
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+from ..errors import MediaError, first_line
+from .pictures import Picture, checked_path, kind, picture_of
+from .settings import VisionSettings
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes"
+
+# A page of A4 at 144 dots an inch has 1191x1684 pixels, about 1,900 tokens; text stays readable.
+DOTS_PER_INCH = 144
+POINTS_PER_INCH = 72
+MAX_PAGES = 64
+
+
+def open_pdf(
+    source: Source,
+    settings: VisionSettings,
+    pages: Iterable[int] | None = None,
+    name: str = "document",
+) -> list[Picture]:
+    """The pages with these numbers, counted from 1; all if there are at most MAX_PAGES."""
+    try:
+        import pypdfium2
+    except ImportError:
+        raise MediaError(
+            "reading a PDF takes one more package", hint="pip install 'qwen35-mlx[pdf]'"
+        ) from None
+    if isinstance(source, str | os.PathLike):
+        path = checked_path(source)
+        name, source = path.name, path.read_bytes()
+    try:
+        document = pypdfium2.PdfDocument(io.BytesIO(source))
+    except pypdfium2.PdfiumError as error:
+        is_pdf = source.lstrip().startswith(b"%PDF")
+        raise MediaError(
+            f"{name} cannot be opened",
+            got=first_line(error) if is_pdf else kind(source[:64]),
+            expected="a PDF without a password",
+        ) from None
+    try:
+        # So that what was typed into fields is drawn too.
+        document.init_forms()
+        return [_render(document, n, settings, name) for n in _chosen(len(document), pages, name)]
+    except pypdfium2.PdfiumError as error:
+        raise MediaError(f"{name} is damaged", got=first_line(error)) from None
+    finally:
+        document.close()
+
+
+def _chosen(num_pages: int, pages: Iterable[int] | None, name: str) -> list[int]:
+    chosen = list(range(1, num_pages + 1)) if pages is None else list(pages)
+    if not chosen:
+        raise MediaError(f"{name} has no pages to read")
+    for number in chosen:
+        if not 1 <= number <= num_pages:
+            raise MediaError(
+                f"{name} has no page {number}", expected=f"pages from 1 to {num_pages}"
+            )
+    if len(chosen) > MAX_PAGES:
+        raise MediaError(
+            f"{name} has too many pages to read at once",
+            got=len(chosen),
+            expected=f"at most {MAX_PAGES}",
+            hint="choose some of them",
+        )
+    return chosen
+
+
+def _render(document: Any, number: int, settings: VisionSettings, name: str) -> Picture:
+    page = document[number - 1]
+    width, height = page.get_size()
+    if not (width > 0 and height > 0):
+        raise MediaError(f"page {number} of {name} is empty", got=f"{width}x{height} points")
+    # More pixels than the model takes would be thrown away again.
+    most = math.sqrt(settings.max_pixels / (width * height))
+    image = page.render(scale=min(DOTS_PER_INCH / POINTS_PER_INCH, most)).to_pil()
+    page.close()
+    return picture_of(image, f"{name} page {number}", settings)

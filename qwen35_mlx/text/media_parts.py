@@ -1,0 +1,173 @@
+"""Pictures and videos in messages: found in the forms of OpenAI and Hugging Face, and opened.
+
+A source is opened once, where a message comes in. From then on the message holds a `Picture` or a
+`Video`, so that a file which changes later changes nothing that was said.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PromptError
+
+if TYPE_CHECKING:
+    from ..media.pictures import Picture
+    from ..media.settings import VisionSettings
+    from ..media.video import Video
+
+    Media = Picture | Video
+
+Part = dict[str, Any]
+# What a part of each type shows, and the key of its source. Those of a URL open no local file:
+# they come from clients of servers, too.
+IMAGE, VIDEO = "image", "video"
+FORMS = {
+    "image": (IMAGE, "image"),
+    "video": (VIDEO, "video"),
+    "image_url": (IMAGE, "image_url"),
+    "input_image": (IMAGE, "image_url"),
+    "video_url": (VIDEO, "video_url"),
+}
+WEB = ("http://", "https://")
+
+
+def text_of(content: Any) -> str:
+    """The text of a message's content, with its parts put together; pictures have none."""
+    if not isinstance(content, list | tuple):
+        return content if isinstance(content, str) else ""
+    texts = (part.get("text") for part in content if isinstance(part, Mapping))
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def media_parts(content: Any) -> list[Part]:
+    """The parts of an opened message that hold a picture or a video."""
+    parts = content if isinstance(content, list | tuple) else ()
+    return [part for part in parts if isinstance(part, dict) and part.get("type") in (IMAGE, VIDEO)]
+
+
+def media_of(messages: Iterable[Any]) -> "list[Media]":
+    """Pictures and videos of opened messages, in their order."""
+    contents = (m.get("content") for m in messages if isinstance(m, Mapping))
+    return [part[part["type"]] for content in contents for part in media_parts(content)]
+
+
+def is_media(part: Any) -> bool:
+    """Whether a part of a message's content shows something, opened or not."""
+    return isinstance(part, Mapping) and _form(part) is not None
+
+
+def source_parts(
+    images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
+) -> list[Part]:
+    """Parts, not opened yet, of what a caller gives beside a text."""
+    parts: list[Part] = []
+    for kind, sources in ((IMAGE, images), (VIDEO, videos)):
+        # A path is a sequence too, and so is an array.
+        if not isinstance(sources, list | tuple | None):
+            raise PromptError(
+                f"{kind}s is not usable", got=repr(sources)[:80], expected=f"a list of {kind}s"
+            )
+        parts += [{"type": kind, kind: source} for source in sources or ()]
+    return parts
+
+
+def opened(
+    messages: Sequence[Any],
+    settings: "VisionSettings | None",
+    *,
+    why_none: str = "",
+    allow_url: bool = False,
+) -> Sequence[Any]:
+    """The messages with each source opened; the same object if there is nothing to open.
+
+    Without settings a picture is refused, and `why_none` says why there are none.
+    """
+    changed = list(messages)
+    for i, message in enumerate(changed):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list | tuple) and any(map(is_media, content)):
+            parts = open_parts(content, settings, why_none=why_none, allow_url=allow_url)
+            changed[i] = {**message, "content": parts}
+    return changed if any(a is not b for a, b in zip(changed, messages, strict=True)) else messages
+
+
+def open_parts(
+    parts: Iterable[Any],
+    settings: "VisionSettings | None",
+    *,
+    why_none: str = "",
+    allow_url: bool = False,
+) -> list[Any]:
+    """The parts of one message, as `{"type": "image", "image": Picture}` where they show one."""
+    return [_opened(p, settings, why_none, allow_url) if is_media(p) else p for p in parts]
+
+
+def _opened(part: Part, settings: "VisionSettings | None", why_none: str, allow_url: bool) -> Part:
+    form = _form(part)
+    assert form is not None
+    kind, key = FORMS[form]
+    if settings is None:
+        raise PromptError(
+            "this model reads no pictures and no videos",
+            got=f"{'an' if kind == IMAGE else 'a'} {kind} in a message; {why_none}".rstrip("; "),
+            expected="text",
+        )
+    source = part.get(key)
+    if source is None:
+        source = part.get("path")
+    if source is None and "url" in part:
+        key, source = "url", part["url"]
+    source = _fetched(source, key, kind, allow_url)
+    # Imported here: most programs see no picture.
+    if kind == IMAGE:
+        from ..media.pictures import open_picture
+
+        return {"type": IMAGE, IMAGE: open_picture(source, settings)}
+    from ..media.video import open_video
+
+    options = {"fps": part["fps"]} if part.get("fps") is not None else {}
+    return {"type": VIDEO, VIDEO: open_video(source, settings, **options)}
+
+
+def _fetched(source: Any, key: str, kind: str, allow_url: bool) -> Any:
+    """A source that may be opened; a web address is fetched if that was allowed."""
+    if isinstance(source, Mapping):
+        source = source.get("url")
+    if source is None:
+        raise PromptError(f"a part of type {kind} has no {kind}", expected=f'{{"{kind}": …}}')
+    if isinstance(source, str) and source.lower().startswith(WEB):
+        if not allow_url:
+            raise PromptError(
+                f"the {kind} is on the web, and nothing is fetched for a message",
+                got=source[:200],
+                expected="a data: URL, a path or the picture itself",
+                hint="allow_url=True fetches what you trust",
+            )
+        from ..media.fetch import fetch
+
+        return fetch(source)
+    if key.endswith("url") and not (isinstance(source, str) and source.startswith("data:")):
+        raise PromptError(
+            f"{key} of a message is not usable",
+            got=repr(source)[:80],
+            expected="a data: URL",
+            hint=f'a local file goes into {{"type": "{kind}", "{kind}": PATH}}',
+        )
+    return source
+
+
+def _form(part: Mapping[str, Any]) -> str | None:
+    """The type of a part that shows something; without a type, the key that says so."""
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in FORMS:
+        return kind
+    # As templates do: what has such a key shows it, whatever its type says.
+    return next((key for key in FORMS if key in part), None)
+
+
+def for_template(part: Any) -> Any:
+    """What a template may see of a part: that there is a picture, and nothing of it."""
+    if not is_media(part):
+        return part
+    form = _form(part)
+    assert form is not None
+    return {"type": FORMS[form][0]}

@@ -1,0 +1,314 @@
+"""Drafts change no text and no cache, bit by bit: however many, from wherever, cut wherever."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from checkpoints import write_checkpoint
+from everyday import everyday
+from shown import shape
+
+import qwen35_mlx
+from qwen35_mlx import Chat
+from qwen35_mlx.convert import convert
+from qwen35_mlx.engine import speculate
+from qwen35_mlx.engine.decode import decode
+from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.sampler import Sampler
+from qwen35_mlx.engine.speculate import LOOKUP, MAX_DRAFTS, MTP, Drafter
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.model.language import Model
+from qwen35_mlx.model.loading import load_model
+from qwen35_mlx.prompt import encode_messages
+from qwen35_mlx.sampling import SamplingParams
+
+GREEDY = SamplingParams()
+SAMPLED = SamplingParams(0.8, top_k=20, top_p=0.95, presence_penalty=1.0, repetition_penalty=1.1)
+QUESTIONS = ("What is the capital of France?", "Repeat: the quick brown fox and the lazy dog")
+
+
+def states(cache: PromptCache) -> list[mx.array]:
+    """What all layers hold of the ids that were read."""
+    arrays: list[mx.array] = []
+    for entry in cache.entries:
+        held = (entry.keys, entry.values) if hasattr(entry, "keys") else entry.cache
+        end = getattr(entry, "offset", None)
+        arrays += [a[..., :end, :] if hasattr(entry, "keys") else a for a in held]
+    return arrays
+
+
+def read(
+    model: Model,
+    ids: list[int],
+    drafter: Drafter | None,
+    params: SamplingParams = GREEDY,
+    num_tokens: int = 24,
+    stop_after: int | None = None,
+    change: Callable[[int, Sampler], None] = lambda count, sampler: None,
+) -> tuple[list[int], PromptCache]:
+    """Decode behind `ids`; what was said, and the cache that it leaves."""
+    cache = PromptCache(model)
+    cache.feeds_mtp = drafter is not None and drafter.uses_mtp
+    hidden = cache.read(ids)
+    sampler = Sampler(params, mx.array(ids), seed=7)
+    said: list[int] = []
+    assert hidden is not None
+    with closing(decode(cache, hidden, sampler, num_tokens, drafter)) as steps:
+        for step in steps:
+            said.append(step.token)
+            change(len(said), sampler)
+            if len(said) == stop_after:
+                break
+    return said, cache
+
+
+def assert_equal(ours: tuple[list[int], PromptCache], plain: tuple[list[int], PromptCache]) -> None:
+    assert ours[0] == plain[0]
+    assert list(ours[1].ids) == list(plain[1].ids)
+    for a, b in zip(states(ours[1]), states(plain[1]), strict=True):
+        assert mx.array_equal(a, b).item()
+
+
+class Wrong(Drafter):
+    """Drafts of which every third one is not what comes."""
+
+    def __init__(self, model: Model, said: list[int], start: int, number: int):
+        super().__init__(model, LOOKUP)
+        self._said, self._start, self._number = said, start, number
+
+    def propose(self, cache: Any, token: Any, sampler: Any, most: int) -> mx.array | None:
+        self._kind = LOOKUP
+        first = len(cache.ids) - self._start + 1
+        drafts = self._said[first : first + min(self._number, most)]
+        wrong = [d if (first + i) % 3 else (d + 1) % 50 for i, d in enumerate(drafts)]
+        return mx.array(wrong, dtype=token.dtype) if wrong else None
+
+
+@pytest.fixture(scope="module", params=["dense", "moe-4-bit"])
+def random_model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    home = tmp_path_factory.mktemp("random")
+    write_checkpoint(home / "src", moe=request.param != "dense", mtp=True)
+    settings = {"bits": 4, "group_size": 32} if request.param != "dense" else {"dtype": "float32"}
+    model, _ = load_model(convert(home / "src", home / "out", **settings), mtp=True)
+    return model
+
+
+@pytest.fixture
+def prompts(demo: Any) -> list[list[int]]:
+    return [
+        encode_messages(demo[1], [{"role": "user", "content": q}], add_generation_prompt=True)
+        for q in QUESTIONS
+    ]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("number", everyday([1, 2, 3, 4, 5, 6, 7], 2))
+def test_drafts_of_the_mtp_layer_change_no_text(
+    demo: Any, prompts: list[list[int]], number: int, params: SamplingParams
+) -> None:
+    drafter = Drafter(demo[0], MTP, number)
+    for ids in prompts:
+        assert_equal(read(demo[0], ids, drafter, params), read(demo[0], ids, None, params))
+    assert drafter.stats.tokens_per_pass > 1.5
+    assert drafter.stats.acceptance(MTP)[0] > 0.5
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("number", everyday([1, 2, 4, 7], 2))
+def test_wrong_drafts_change_no_text(
+    random_model: Model, number: int, params: SamplingParams
+) -> None:
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    plain = read(random_model, ids, None, params)
+    drafter = Wrong(random_model, plain[0], len(ids), number)
+    assert_equal(read(random_model, ids, drafter, params), plain)
+    assert 1.0 < drafter.stats.tokens_per_pass < 1 + number
+    # The layer of a random model is hardly ever right.
+    assert_equal(read(random_model, ids, Drafter(random_model, MTP, number), params), plain)
+
+
+@pytest.mark.parametrize("cut", everyday(range(1, 25), 0, 1, 4, 8, 23))
+def test_a_round_that_is_cut_leaves_the_state_of_the_shorter_text(
+    random_model: Model, cut: int
+) -> None:
+    ids = [3, 1, 4, 1, 5]
+    plain = read(random_model, ids, None)
+    drafter = Wrong(random_model, plain[0], len(ids), 5)
+    said, cache = read(random_model, ids, drafter, stop_after=cut)
+    assert said == plain[0][:cut]
+    fresh = PromptCache(random_model)
+    fresh.read(ids)
+    for token in said[: len(cache.ids) - len(ids)]:
+        fresh.step(mx.array([token]))
+        fresh.commit(token)
+    assert_equal((said, cache), (said, fresh))
+    # The last of all that were wanted is not read, any other is.
+    assert len(cache.ids) == len(ids) + cut - (cut == 24)
+
+
+def test_a_penalty_that_changes_in_a_round_counts_from_the_same_token(random_model: Model) -> None:
+    def change(count: int, sampler: Sampler) -> None:
+        if count == 4:
+            sampler.penalise_repeats(9.0, [])
+
+    ids = [3, 1, 4, 1, 5]
+    plain = read(random_model, ids, None, change=change)
+    assert plain[0] != read(random_model, ids, None)[0]
+    drafter = Wrong(random_model, plain[0], len(ids), 6)
+    assert_equal(read(random_model, ids, drafter, change=change), plain)
+
+
+def test_a_text_that_repeats_is_looked_up(demo: Any) -> None:
+    model, tokenizer = demo
+    ids = tokenizer.encode("one two three four five six. one two three")
+    drafter = Drafter(model, LOOKUP, 4)
+    last = mx.array([ids[-1]])
+    cache = PromptCache(model, ids[:-1], model.make_cache())
+    found = drafter.propose(cache, last, Sampler(GREEDY, last), 7)
+    start = len(tokenizer.encode("one two three"))
+    assert found is not None and found.tolist() == ids[start : start + 4]
+    assert drafter.propose(cache, mx.array([2]), Sampler(GREEDY, last), 7) is None
+    assert drafter.propose(cache, last, Sampler(GREEDY, last), 0) is None
+
+
+def test_lookup_changes_no_text_and_says_which_tokens_were_drafted(demo: Any) -> None:
+    text = "a b c d e f g h " * 8
+    settings: dict[str, Any] = {"max_tokens": 40, "seed": 2}
+    plain = list(qwen35_mlx.stream_generate(*demo, text, draft="off", **settings))
+    settings |= {"draft": "lookup", "num_draft_tokens": 5}
+    ours = list(qwen35_mlx.stream_generate(*demo, text, **settings))
+    assert [r.token for r in ours] == [r.token for r in plain]
+    assert [r.finish_reason for r in ours] == [r.finish_reason for r in plain]
+    assert any(r.from_draft for r in ours) and not any(r.from_draft for r in plain)
+    for a, b in zip(ours, plain, strict=True):
+        assert mx.array_equal(a.logprobs, b.logprobs).item()
+
+
+def test_a_callers_cache_of_mlx_lm_is_read_without_drafts(demo: Any) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, tokenizer = demo
+    text = "a b c d a b c d a b c"
+    settings: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0}
+    ours = qwen35_mlx.generate(
+        model, tokenizer, text, cache=make_prompt_cache(model), draft="lookup", **settings
+    )
+    assert ours == qwen35_mlx.generate(model, tokenizer, text, draft="off", **settings)
+
+
+def conversation(demo: Any, draft: str, **options: Any) -> Iterator[tuple[Any, ...]]:
+    """What a chat says and holds after each of some turns, with ends of every kind."""
+    chat = Chat(*demo, draft=draft, max_tokens=30, **options)
+    turns: list[Callable[[], Any]] = [
+        lambda: chat.send(QUESTIONS[1]),
+        lambda: chat.send("What colour?", images=[shape("circle", "red")]),
+        chat.regenerate,
+        lambda: chat.edit(QUESTIONS[0]),
+    ]
+    for turn in turns:
+        said = [(piece.kind, piece.text) for piece in turn()]
+        texts = {kind: "".join(t for k, t in said if k == kind) for kind in ("thought", "answer")}
+        assert chat._cache is not None
+        yield (
+            texts, chat.stats.finish_reason, chat.stats.generation_tokens,
+            list(chat._cache.ids), states(chat._cache),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    everyday(
+        [
+            {"think_budget": 5},
+            {},
+            {"stop": ["is", "."]},
+            {"sampling": {"temperature": 1.0, "seed": 3}},
+            {"on_loop": "penalize", "sampling": {"temperature": 0.0}},
+            {"enable_thinking": False, "preset": "instruct", "sampling": {"seed": 1}},
+        ],
+        0,
+    ),
+    ids=str,
+)
+def test_a_conversation_is_the_same_with_drafts(demo: Any, options: dict[str, Any]) -> None:
+    options = {"sampling": {"temperature": 0.0}, **options}
+    plain = conversation(demo, "off", **options)
+    for mode in ("mtp", "auto"):
+        drafted = conversation(demo, mode, num_draft_tokens=4, **options)
+        plain = conversation(demo, "off", **options)
+        for ours, theirs in zip(drafted, plain, strict=True):
+            assert ours[:4] == theirs[:4]
+            assert all(mx.array_equal(a, b).item() for a, b in zip(ours[4], theirs[4], strict=True))
+
+
+def test_a_session_keeps_what_the_mtp_layer_has_read(demo: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"draft": "mtp", "num_draft_tokens": 3, "enable_thinking": False}
+    options |= {"max_tokens": 30, "sampling": {"temperature": 0.0}}
+    chat = Chat(*demo, **options)
+    list(chat.send(QUESTIONS[1]))
+    chat.save(tmp_path / "kept.json")
+    cache = chat._cache
+    assert cache is not None and cache.mtp is not None and cache.mtp.cache.offset > 20
+    resumed = Chat(*demo, **options)
+    assert resumed.load(tmp_path / "kept.json") is None
+    loaded = resumed._cache
+    assert loaded is not None and loaded.mtp is not None and loaded.mtp.hidden is not None
+    assert loaded.mtp.cache.offset == cache.mtp.cache.offset
+    for ours, theirs in zip(loaded.mtp.cache.state[:2], cache.mtp.cache.state[:2], strict=True):
+        end = cache.mtp.cache.offset
+        assert mx.array_equal(ours[..., :end, :], theirs[..., :end, :]).item()
+    said, again = ([(p.kind, p.text) for p in c.send(QUESTIONS[1])] for c in (chat, resumed))
+    assert said == again
+    assert resumed.drafter.stats.acceptance(MTP)[0] > 0.6
+
+
+def test_kinds_of_drafts_that_are_refused(demo: Any, scripted: Any) -> None:
+    with pytest.raises(Qwen35Error, match="unknown kind of drafts"):
+        Drafter(demo[0], "eagle")
+    for number in (0, 8, -1):
+        with pytest.raises(Qwen35Error, match="num_draft_tokens is not usable"):
+            Drafter(demo[0], MTP, number)
+    assert MAX_DRAFTS == 7
+    with pytest.raises(Qwen35Error, match="has no MTP layer"):
+        Drafter(scripted([5], vocab_size=16), MTP)
+
+
+def test_drafting_stops_where_it_does_not_pay_and_is_tried_again(demo: Any) -> None:
+    drafter = Drafter(demo[0], MTP)
+    assert drafter._best_number() == 0
+    for _ in range(2):
+        drafter.record(1.0)
+    assert drafter._best_number() == 1
+    # Two right of two at half the price a token: deeper is tried.
+    for _ in range(2):
+        drafter._kind = MTP
+        drafter.record(1.1, 1, 1)
+    assert drafter._best_number() == 2
+    for _ in range(2):
+        drafter._kind = MTP
+        drafter.record(9.0, 2, 2)
+    assert drafter._best_number() == 1
+    for _ in range(speculate.REMEMBERED_PASSES):
+        drafter._kind = MTP
+        drafter.record(3.0, 1, 0)
+    assert drafter._best_number() == 0
+    drafter._kind = ""
+    for _ in range(speculate.PAUSE_TOKENS - 1):
+        drafter.record(1.0)
+        assert drafter._best_number() == 0
+
+
+def test_drafts_that_are_never_right_are_said_once(
+    demo: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafter = Drafter(demo[0], MTP)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3 * speculate.HOPELESS_AFTER):
+            drafter._kind = MTP
+            drafter.record(1.0, 2, 0)
+    assert drafter.is_hopeless and drafter._best_number() == 0
+    assert [r.message for r in caplog.records] == [speculate.HOPELESS]
