@@ -277,12 +277,9 @@ MISTAKES: dict[str, Patch] = {
 
 def mistaken(pair: Pair, mistake: Patch, prompt: parity.Prompt) -> np.ndarray:
     """Our logits of a prompt with a mistake, read in pieces of 37."""
-    vision.interpolation.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         mistake(patch)
-        logits = parity.read(pair.ours, prompt, parity.cut(prompt, 37))
-    vision.interpolation.cache_clear()
-    return logits
+        return parity.read(pair.ours, prompt, parity.cut(prompt, 37))
 
 
 def interleaved_wrongly(pair: Pair, prompt: parity.Prompt) -> np.ndarray:
