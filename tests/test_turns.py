@@ -450,3 +450,54 @@ def test_a_little_memory_costs_reading_but_no_truth(demo: Any) -> None:
 
 def test_pieces_are_tuples_of_kind_and_text() -> None:
     assert Piece("answer", "x") == ("answer", "x", None)
+
+
+def test_a_loop_is_penalised_more_each_time(
+    demo: Any, scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = demo[1]
+    penalties: list[tuple[float, int]] = []
+    penalise = Sampler.penalise_repeats
+
+    def recorded(sampler: Sampler, penalty: float, ids: Any) -> None:
+        penalties.append((penalty, len(ids)))
+        penalise(sampler, penalty, ids)
+
+    monkeypatch.setattr(Sampler, "penalise_repeats", recorded)
+    # The penalty is far below what the model is sure of.
+    model = scripted(tokenizer.encode("I will not talk in class. " * 300), context_length=16_384)
+    chat = Chat(
+        model, tokenizer, enable_thinking=False, on_loop="penalize", max_tokens=1800,
+        sampling={"presence_penalty": 0.5, "temperature": 0.0},
+    )  # fmt: skip
+    list(chat.send("Why?"))
+    assert [penalty for penalty, _ in penalties] == [0.5 + i + 1 for i in range(len(penalties))]
+    assert chat.stats.loops == len(penalties) > 1 and chat.stats.finish_reason == "length"
+    # Of the answer, not of the prompt.
+    first, second = (num for _, num in penalties[:2])
+    assert 100 < first < second - 100 < 1800
+    with pytest.raises(Qwen35Error, match="on_loop"):
+        Chat(*demo, on_loop="shout")
+
+
+def test_a_thought_that_cannot_be_closed_any_more_is_cut(demo: Any, script: Script) -> None:
+    model, tokenizer = demo
+    num_end = len(tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
+    for room, reason in ((num_end, "length"), (num_end + 1, "length")):
+        chat = Chat(model, tokenizer, think_budget=20, max_tokens=20 + room)
+        script.say("so it goes on and on " * 50, end=False)
+        pieces = list(chat.send("Why?"))
+        assert chat.stats.finish_reason == reason
+        assert chat.stats.generation_tokens == (20 if room == num_end else 20 + room)
+        assert bool(spoken(pieces)) == (room > num_end)
+
+
+def test_the_presets_decide_on_loops_unless_told(demo: Any) -> None:
+    chat = Chat(*demo, preset="coding")
+    assert chat.loop_action == "off"
+    chat.set_on_loop("stop")
+    assert chat.loop_action == "stop"
+    chat.set_on_loop(None)
+    assert chat.loop_action == "off"
+    chat.preset = "instruct"
+    assert chat.loop_action == "stop"
