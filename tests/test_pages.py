@@ -91,14 +91,14 @@ def test_a_plan_and_a_conversion(console: Any) -> None:
 
 
 def test_sessions(console: Any, in_utc: None) -> None:
-    common: dict[str, Any] = dict(saved=86_400.0 * 365 + 62, problem="")
+    common: dict[str, Any] = dict(saved=86_400.0 * 365 + 62, problem="", num_pictures=0)
     infos: list[Any] = [
         SimpleNamespace(
             name="trip", num_turns=1, first_words="Where [to]?\x07", num_bytes=1_234_567, **common
         ),
         SimpleNamespace(
             name="a longer name", num_turns=12, first_words="word " * 30, num_bytes=98_765_432_100,
-            **common,
+            **common | dict(num_pictures=3),
         ),
         SimpleNamespace(
             name="old", num_turns=0, first_words="", num_bytes=0,

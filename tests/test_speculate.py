@@ -176,12 +176,12 @@ def test_a_text_that_repeats_is_looked_up(demo: Any) -> None:
     assert drafter.propose(cache, last, Sampler(GREEDY, last), 0) is None
 
 
-def test_lookup_changes_no_text_and_says_which_tokens_were_drafted(demo: Any) -> None:
-    text = "a b c d e f g h " * 8
-    settings: dict[str, Any] = {"max_tokens": 40, "seed": 2}
-    plain = list(qwen35_mlx.stream_generate(*demo, text, draft="off", **settings))
-    settings |= {"draft": "lookup", "num_draft_tokens": 5}
-    ours = list(qwen35_mlx.stream_generate(*demo, text, **settings))
+def test_a_script_is_told_which_tokens_were_drafted(demo: Any) -> None:
+    messages = [{"role": "user", "content": QUESTIONS[1]}]
+    settings: dict[str, Any] = {"max_tokens": 40, "temperature": 0.0}
+    plain = list(qwen35_mlx.stream_generate(*demo, messages, draft="off", **settings))
+    settings |= {"draft": "auto", "num_draft_tokens": 5}
+    ours = list(qwen35_mlx.stream_generate(*demo, messages, **settings))
     assert [r.token for r in ours] == [r.token for r in plain]
     assert [r.finish_reason for r in ours] == [r.finish_reason for r in plain]
     assert any(r.from_draft for r in ours) and not any(r.from_draft for r in plain)

@@ -307,19 +307,6 @@ def test_the_coding_preset_does_not_stop_repetition(demo: Any, script: Script) -
     assert chat.loop_action == "stop"
 
 
-def test_a_penalty_from_now_on_counts_what_was_said_before() -> None:
-    sampler = Sampler(PRESETS["coding"].updated(temperature=0.0), mx.array([1]))
-    logits = mx.array([[0.0, 1.0, 0.9, 0.8]])
-    assert sampler(logits, 0).item() == 1
-    sampler.penalise_repeats(0.5, [1, 2])
-    drawn = []
-    for _ in range(3):
-        token = sampler(logits, 1)
-        sampler.accept(token)
-        drawn.append(int(token.item()))
-    assert drawn == [3, 1, 1]
-
-
 def test_presets_follow_the_mode(demo: Any) -> None:
     model, tokenizer = demo
     chat = Chat(model, tokenizer, preset="auto")
