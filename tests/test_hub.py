@@ -1,5 +1,6 @@
 """From the hub shard by shard: the same bytes as from a folder, whatever the network does."""
 
+import hashlib
 import logging
 import os
 import shutil
@@ -336,3 +337,43 @@ def test_tries_end_with_the_waits_when_stopped_and_at_errors_of_ours(
     with pytest.raises(CheckpointError, match=r"^of ours$"):
         hub.retry("a/b", get, (1, 2))
     assert waited == [1, 2, 1, 2]
+
+
+def test_the_fetcher_tells_how_far_it_is_and_stops_amid_a_file(monkeypatch, tmp_path) -> None:
+    listing = {"a": hub.HubFile("a", 4 * 10**9, "0" * 64, True)}
+    fetcher = hub.Fetcher(SimpleNamespace(repo="a/b", commit="c", folder=tmp_path, listing=listing))
+    states = []
+
+    def download(repo, name, *, revision, local_dir, tqdm_class):
+        assert (repo, name, revision, local_dir) == ("a/b", "a", "c", tmp_path)
+        bar = tqdm_class(total=4, initial=10**9)
+        for amount in (10**9, None):
+            bar.update(amount)
+            states.append(fetcher.state)
+        fetcher.stop()
+        bar.update(10**9)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    fetcher.start(["a"])
+    with pytest.raises(CheckpointError, match="Stopped"):
+        fetcher.ready("a", 10)
+    assert states == ["fetching 2.00 of 4.00 GB"] * 2
+
+
+def test_a_file_that_is_checked_is_left_when_the_work_is_over(tmp_path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 5)
+    fetcher = hub.Fetcher(SimpleNamespace(folder=tmp_path))
+    in_lfs, in_git = (hub.HubFile("a", 5, "", kind) for kind in (True, False))
+    path = tmp_path / "a"
+    assert fetcher._checksum(in_lfs, path) == hashlib.sha256(b"xxxxx").hexdigest()
+    assert fetcher._checksum(in_git, path) == hashlib.sha1(b"blob 5\0xxxxx").hexdigest()
+    fetcher.release("a")
+    assert not path.exists()
+    path.write_bytes(b"x" * 5)
+    kept = hub.Fetcher(SimpleNamespace(folder=tmp_path), keep=True)
+    kept.release("a")
+    assert path.exists()
+    fetcher.stop()
+    with pytest.raises(hub.Stopped):
+        fetcher._checksum(in_lfs, path)

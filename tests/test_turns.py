@@ -211,10 +211,10 @@ def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
 def test_an_edit_in_a_long_message_goes_back_to_a_point_inside(
     demo: Any, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen35_mlx.engine.prefix_store, "PREFILL_STEP_SIZE", 64)
+    monkeypatch.setattr(qwen35_mlx.engine.prefix_store, "PREFILL_STEP_SIZE", 32)
     model, tokenizer = demo
     chat = Chat(model, tokenizer)
-    words = "word and other " * 200
+    words = "word and other " * 100
     script.say("a\n</think>\n\nb", "a\n</think>\n\nb")
     list(chat.send(words + "one"))
     assert 1 < chat.prefixes.num_snapshots <= 10
