@@ -228,6 +228,21 @@ def test_lines_are_recorded_of_fixtures_and_threads_and_chosen_tests_run_alone(
     assert run("--chosen=chosen.json").splitlines()[-1].startswith("1 passed")
 
 
+def test_a_record_of_other_sources_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "quant").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("")
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    file = tmp_path / "record.json"
+    assert mutants.known_record(None) is None and mutants.known_record(file) is None
+    file.write_text(json.dumps({"tree": mutants.tree_digest(), "tests": {}}))
+    assert mutants.known_record(file) is not None
+    (tmp_path / "quant" / "a.py").write_text("x = 1\n")
+    assert mutants.known_record(file) is None
+
+
 @pytest.mark.parametrize(
     ("code", "outcome"),
     [(1, "killed"), (2, "killed"), (None, "timeout"), (0, "survived"), (5, "not run")],

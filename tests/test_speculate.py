@@ -14,11 +14,12 @@ from shown import shape
 import qwen35_mlx
 from qwen35_mlx import Chat
 from qwen35_mlx.convert import convert
-from qwen35_mlx.engine import prompt_cache
+from qwen35_mlx.engine import exact_rows, prompt_cache
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.sampler import Sampler
-from qwen35_mlx.engine.speculate import LOOKUP, MTP, Drafter
+from qwen35_mlx.engine.speculate import LOOKUP, MTP, NOT_EXACT, Drafter
+from qwen35_mlx.kernels.tiers import OPERATIONS, with_kernels
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.prompt import encode_messages
@@ -331,3 +332,54 @@ def test_a_drafter_goes_from_call_to_call(demo: Any) -> None:
         said = list(qwen35_mlx.stream_generate(*demo, "The capital of", **settings))
         counts.append((len(said), drafter.stats.num_passes))
     assert counts[0][0] == counts[1][0] == 6 and counts[1][1] == 2 * counts[0][1] > 0
+
+
+def test_on_a_gpu_drafts_are_read_by_kernels_that_give_the_same_bits_alone(
+    demo: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tried = demo[0], []
+
+    def agree(model: Model, rows: int) -> bool:
+        tried.append(rows)
+        return rows <= 4
+
+    assert exact_rows.exact_rows(model) == 8
+    monkeypatch.setattr(exact_rows, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(exact_rows, "rows_agree", agree)
+    # On MLX's own operations nothing is tried: their sums follow the number of rows.
+    assert exact_rows._exact_rows_of(model) == 1 and not tried
+    last = mx.array([5])
+    cache = PromptCache(model, [5, 5, 5, 5, 5, 5])
+    drafter = Drafter(model, LOOKUP, 4)
+    assert drafter.propose(cache, last, Sampler(GREEDY, last), 7) is None
+    assert [r.message for r in caplog.records] == [NOT_EXACT]
+    # Nor is anything read for them.
+    assert not Drafter(model).uses_mtp and len(caplog.records) == 1
+    del model._exact_rows
+    monkeypatch.setattr(model, "kernels", with_kernels())
+    assert exact_rows._exact_rows_of(model) == 4 and tried == [8, 4]
+    found = Drafter(model, LOOKUP, 4).propose(cache, last, Sampler(GREEDY, last), 7)
+    assert found is not None and len(found) == 3
+    del model._exact_rows
+
+
+@pytest.mark.parametrize("missing", ["decode_attention", "router"])
+def test_one_operation_without_a_kernel_is_enough_to_read_alone(missing: str) -> None:
+    tiers = with_kernels([op for op in OPERATIONS if op != missing])
+    assert exact_rows.kernel_rows(tiers, is_moe=True) == 0
+    assert exact_rows.kernel_rows(tiers, is_moe=False) == (0 if missing != "router" else 8)
+
+
+def test_rows_that_differ_from_single_ones_are_found(random_model: Model) -> None:
+    assert all(exact_rows.rows_agree(random_model, rows) for rows in (2, 8))
+    head = random_model.head
+
+    class Other(type(random_model)):
+        def head(self, hidden: mx.array) -> mx.array:
+            return head(hidden) * (1.0 if hidden.shape[1] == 1 else 1.0001)
+
+    random_model.__class__ = Other
+    try:
+        assert not exact_rows.rows_agree(random_model, 2)
+    finally:
+        random_model.__class__ = Model

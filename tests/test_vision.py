@@ -238,6 +238,31 @@ def test_blocks_of_queries_and_rows_give_the_features_of_the_whole(
     assert np.abs(chunked - golden[f"{kind}_features"]).max() < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["picture", "video"])
+def test_attention_of_all_queries_at_once_gives_the_same(
+    tower: VisionTower, golden: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As on a GPU, where MLX makes no scores."""
+    monkeypatch.setattr(vision, "makes_no_scores", lambda head_dim: True)
+    monkeypatch.setattr(vision, "attend", None)
+    difference = np.abs(encoded(tower, golden, kind) - golden[f"{kind}_features"])
+    assert difference.max() < 2e-5
+
+
+@pytest.mark.slow
+def test_a_tower_in_bfloat16_computes_in_bfloat16(
+    converted_golden: Callable[[str], Path], golden: dict[str, np.ndarray]
+) -> None:
+    """As on a GPU; positions and rotation in float32 would make everything float32."""
+    tower = load_model(converted_golden("vision"))[0].vision_tower
+    assert tower is not None
+    tower.set_dtype(mx.bfloat16)
+    features = tower(mx.array(golden["picture_patches"]), (1, 6, 4))
+    assert features.dtype == mx.bfloat16
+    difference = np.array(features.astype(mx.float32)) - golden["picture_features"]
+    assert np.abs(difference).std() < 0.02 * golden["picture_features"].std()
+
+
 @pytest.mark.parametrize(
     ("num_patches", "width", "grid"),
     [(24, 12, (1, 6, 5)), (23, 12, (1, 6, 4)), (15, 12, (1, 5, 3)), (24, 13, (1, 6, 4))],

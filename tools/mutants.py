@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import queue
@@ -326,7 +327,25 @@ def record(places: Sequence[Workplace]) -> dict[str, Any]:
     with ThreadPoolExecutor(len(places)) as pool:
         parts = list(pool.map(Workplace.record, places, shares))
     tests = {name: test for part in parts for name, test in part["tests"].items()}
-    return {"tests": tests, "failed": sorted(name for part in parts for name in part["failed"])}
+    failed = sorted(name for part in parts for name in part["failed"])
+    return {"tree": tree_digest(), "tests": tests, "failed": failed}
+
+
+def known_record(file: Path | None) -> dict[str, Any] | None:
+    """What the file holds, if it was recorded on these sources."""
+    if file is None or not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found if found["tree"] == tree_digest() else None
+
+
+def tree_digest() -> str:
+    """Of the product and the tests."""
+    digest = hashlib.sha256()
+    for file in [*product_files(ROOT, ""), *sorted((ROOT / "tests").rglob("*.*"))]:
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def run_all(sites: Sequence[Site], reach: Reach, places: Sequence[Workplace]) -> list[Result]:
@@ -394,7 +413,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="copies that run side by side")
     parser.add_argument("--only", nargs="+", default=[], help="files or folders of the product")
     parser.add_argument("--all", action="store_true", help="run the slow tests too")
-    parser.add_argument("--record", type=Path, help="file of what the tests run; read if there")
+    parser.add_argument("--record", type=Path, help="keep what the tests run in a file")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
 
@@ -415,9 +434,8 @@ def main() -> None:
         marker = ALL if arguments.all else EVERYDAY
         places = [Workplace(Path(scratch, str(job)), marker) for job in jobs]
         places[0].check()
-        if arguments.record and arguments.record.exists():
-            recorded = json.loads(arguments.record.read_text("utf-8"))
-        else:
+        recorded = known_record(arguments.record)
+        if recorded is None:
             print("the tests without a mutant first", flush=True)
             recorded = record(places)
             if arguments.record:

@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
 from ..model.language import Model
+from .exact_rows import exact_rows
 from .prompt_cache import PromptCache
 from .sampler import Sampler
 
@@ -47,6 +48,10 @@ HOPELESS = (
     "the drafts of this model's MTP layer are hardly ever right; its weights may be damaged, or of "
     "another model: convert the checkpoint again, or draft without it"
 )
+NOT_EXACT = (
+    "nothing is drafted: with the kernels in use on this GPU a pass of several tokens would change "
+    "the text; --kernels metal reads them exactly where its kernels were found right"
+)
 log = logging.getLogger(__name__)
 
 
@@ -71,8 +76,14 @@ class Drafter:
                 hint="use lookup, or load a model that has mtp.* tensors with mtp=True, which is "
                 "--draft mtp",
             )
-        self.uses_mtp = has_mtp and mode in (AUTO, MTP)
-        self.uses_lookup = mode in (AUTO, LOOKUP)
+        # Drafts that a pass can take; none where it would change the text.
+        self.most = 0 if mode == OFF else MAX_DRAFTS
+        if self.most and isinstance(model, Model):
+            self.most = min(self.most, exact_rows(model) - 1)
+            if not self.most and mode != AUTO:
+                log.warning(NOT_EXACT)
+        self.uses_mtp = has_mtp and self.most > 0 and mode in (AUTO, MTP)
+        self.uses_lookup = self.most > 0 and mode in (AUTO, LOOKUP)
         self.num_draft_tokens = num_draft_tokens
         self.stats = DraftStats()
         self.clock = time.perf_counter
@@ -101,7 +112,7 @@ class Drafter:
     ) -> mx.array | None:
         """Up to `most` drafts `[K]` of what follows `token` `[1]`, drawn and not read; or None."""
         self._kind = ""
-        most = min(most, MAX_DRAFTS)
+        most = min(most, self.most)
         if most < 1 or not cache.can_go_back:
             return None
         if self.uses_lookup and (found := self._look_up(cache.ids, token, most)):
@@ -227,7 +238,7 @@ class Drafter:
         # The next number is not timed yet: worth a try while the one before is the best.
         number, best = len(rates), max(range(len(rates)), key=rates.__getitem__)
         may_pay = best == number - 1 and math.prod(self._acceptance[:number]) > MIN_CHANCE
-        if number == 1 or (may_pay and number <= MAX_DRAFTS):
+        if number == 1 or (may_pay and number <= self.most):
             return number
         if best == 0:
             # Other text, other drafts: after the pause nothing is held against them.

@@ -54,6 +54,16 @@ def project(
     return outputs if residual is None else [residual + y for y in outputs]
 
 
+def project_tied(x: mx.array, embedding: nn.Embedding, kernels: Tiers = PORTABLE) -> mx.array:
+    """`[..., H]` times the weights of an embedding that is the head too."""
+    rows = x.size // x.shape[-1]
+    weights = matrices((embedding,)) if kernels.runs("projection", rows) else None
+    if weights is None or x.dtype not in FLOATS:
+        return embedding.as_linear(x)
+    (logits,) = project_kernel(x.reshape(rows, -1), weights)
+    return logits.reshape(*x.shape[:-1], -1)
+
+
 def project_kernel(
     x: mx.array,
     weights: Sequence[Matrix],

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
+from ..kernels.projection import project, project_tied
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
@@ -132,6 +133,8 @@ class Model(nn.Module):
     `vision_tower` and `mtp` are None where the checkpoint has none, or none is loaded.
     """
 
+    kernels: Tiers = PORTABLE
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -209,8 +212,8 @@ class Model(nn.Module):
     def head(self, hidden: mx.array) -> mx.array:
         """`[..., H]` -> logits `[..., vocab]`."""
         if self.config.tie_word_embeddings:
-            return self.language_model.model.embed_tokens.as_linear(hidden)
-        return self.language_model.lm_head(hidden)
+            return project_tied(hidden, self.language_model.model.embed_tokens, self.kernels)
+        return project(hidden, (self.language_model.lm_head,), self.kernels)[0]
 
     @property
     def num_mtp_layers(self) -> int:

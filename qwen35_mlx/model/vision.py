@@ -5,7 +5,7 @@ patch, V hidden size, D head dim, H hidden size of the text model. The patches o
 merged follow each other: (h / m, w / m, m, m).
 """
 
-from functools import lru_cache, partial
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,8 +20,6 @@ from .attention import attend
 NORM_EPS = 1e-6
 # MLX's attention makes no scores of these on the GPU, however many queries there are.
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
-# Evaluated at once: bounds the memory, and Ctrl-C works in between.
-BLOCKS_PER_EVAL = 4
 
 
 class VisionTower(nn.Module):
@@ -50,21 +48,20 @@ class VisionTower(nn.Module):
                 expected=f"rows and columns that are multiples of {merge}, a patch for each cell",
             )
         x = self.patch_embed(patches).reshape(num_groups, height * width, -1)
-        x = x + self._positions(height, width).astype(x.dtype)
+        x = (x + self._positions(height, width)).astype(self.patch_embed.proj.weight.dtype)
         # Or MLX holds what they are made of beside the first block.
         mx.eval(x)
         angles = rotary_angles(height, width, self.config)
         tables = mx.cos(angles), mx.sin(angles)
-        for start in range(0, len(self.blocks), BLOCKS_PER_EVAL):
-            for block in self.blocks[start : start + BLOCKS_PER_EVAL]:
-                x = block(x, tables)
+        for block in self.blocks:
+            x = block(x, tables)
+            # MLX would begin with the next blocks: this bounds the memory, and lets Ctrl-C in.
             mx.eval(x)
         return self.merger(x.reshape(len(patches), -1))
 
     def _positions(self, height: int, width: int) -> mx.array:
         """The square of embeddings, stretched bilinearly to the grid, `[P, V]` fp32."""
         taps, weights = interpolation(height, width, self.config)
-        # One tap after the other: no four copies at once.
         return sum(
             self.pos_embed(mx.array(tap)).astype(mx.float32) * mx.array(weight)[:, None]
             for tap, weight in zip(taps, weights, strict=True)
@@ -81,8 +78,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, size, size)
 
     def __call__(self, patches: mx.array) -> mx.array:
-        """`[N, C * p * p]` or `[N, C * T * p * p]` -> `[N, V]`."""
-        weight = self.proj.weight.transpose(0, 4, 1, 2, 3)
+        """`[N, C * p * p]` or `[N, C * T * p * p]` -> `[N, V]` in float32."""
+        # Pixels are finer than bfloat16, and so is the sum of two weights.
+        weight = self.proj.weight.astype(mx.float32).transpose(0, 4, 1, 2, 3)
         if patches.shape[1] * weight.shape[2] == weight[0].size:
             # All frames of a picture are equal: one product with the sum of their weights.
             weight = weight.sum(axis=2)
@@ -93,7 +91,7 @@ class PatchEmbed(nn.Module):
                 got=f"{patches.shape[1]} numbers a patch",
                 expected=f"{self.proj.weight[0].size}, or those of one frame",
             )
-        return mx.addmm(self.proj.bias, patches.astype(weight.dtype), weight.T)
+        return mx.addmm(self.proj.bias.astype(mx.float32), patches, weight.T)
 
 
 class VisionBlock(nn.Module):
@@ -139,13 +137,18 @@ class VisionAttention(nn.Module):
         heads = heads.transpose(2, 0, 3, 1, 4)
         q, k = rotated(heads[:2], *tables)
         v, scale = heads[2], self._head_dim**-0.5
-        if mx.default_device() == mx.Device(mx.gpu) and self._head_dim in FUSED_HEAD_DIMS:
+        if makes_no_scores(self._head_dim):
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
             # Or every block of queries would copy the values.
             v = mx.contiguous(v)
             out = attend(q, k, v, scale, None, VISION_CHUNK_BYTES)
         return self.proj(out.swapaxes(1, 2).reshape(num_groups, num_patches, width))
+
+
+def makes_no_scores(head_dim: int) -> bool:
+    """Whether MLX has a fused kernel for heads of this size, on the device in use."""
+    return mx.default_device() == mx.Device(mx.gpu) and head_dim in FUSED_HEAD_DIMS
 
 
 def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
@@ -194,7 +197,6 @@ class PatchMerger(nn.Module):
         return self.linear_fc2(nn.gelu(self.linear_fc1(x)))
 
 
-@lru_cache(maxsize=4)
 def interpolation(height: int, width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the square of embeddings `[4, P]` and their weights `[4, P]`, fp32, for a grid.
 

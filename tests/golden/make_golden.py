@@ -462,6 +462,21 @@ def vision_case(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return case
 
 
+def write_vision(rng: np.random.Generator) -> None:
+    """The folder `vision`: two layers of text behind a tower, all frequencies rotated."""
+    model_type, text_config, fused = CASES["dense"]
+    rope = dict(rope_theta=1e4, partial_rotary_factor=1.0, mrope_section=[3, 3, 2])
+    text_config = text_config | dict(
+        layer_types=[LINEAR, FULL],
+        num_hidden_layers=2,
+        rope_parameters=text_config["rope_parameters"] | rope,
+    )
+    model = build(model_type, text_config, rng, TOWER, **VISION_IDS)
+    randomize_tower(model, rng)
+    save_checkpoint(model, HERE / "vision", fused_experts=fused)
+    np.savez(HERE / "vision" / "golden.npz", **vision_case(model, rng))
+
+
 def main() -> None:
     """Write every case next to this file."""
     # One thread: the order of the sums, and so the last bit, does not depend on the machine.
@@ -476,18 +491,7 @@ def main() -> None:
         files = {path.name: path.stat().st_size for path in sorted((HERE / folder).iterdir())}
         summary = {"case": folder, "logit_std": round(float(case["prefill_logits"].std()), 3)}
         print(json.dumps(summary | {"reference_noise": float(noise), "files": files}))
-    rng = np.random.default_rng(98)
-    model_type, text_config, fused = CASES["dense"]
-    text_config = text_config | dict(
-        layer_types=[LINEAR, FULL],
-        num_hidden_layers=2,
-        rope_parameters=text_config["rope_parameters"]
-        | dict(rope_theta=1e4, partial_rotary_factor=1.0, mrope_section=[3, 3, 2]),
-    )
-    model = build(model_type, text_config, rng, TOWER, **VISION_IDS)
-    randomize_tower(model, rng)
-    save_checkpoint(model, HERE / "vision", fused_experts=fused)
-    np.savez(HERE / "vision" / "golden.npz", **vision_case(model, rng))
+    write_vision(np.random.default_rng(98))
     rng = np.random.default_rng(99)
     np.savez(HERE / "golden_ops.npz", **gated_delta_rule_case(rng), **rope_case(rng))
 
