@@ -1,5 +1,6 @@
 """`qwen35-mlx bench`: what is measured, and figures that agree with each other in all outputs."""
 
+import itertools
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from qwen35_mlx import machine
+from qwen35_mlx.cli.report import _drafts
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation import bench as measuring
 from qwen35_mlx.evaluation.rival import mlx_lm_program
@@ -129,6 +131,24 @@ def test_bytes_of_a_token_count_weights_once_and_grow_with_the_context(demo: Any
     per_token = 2 * full * config.num_key_value_heads * config.head_dim * item_bytes
     assert some - none == 1000 * per_token
     assert none > weights if config.tie_word_embeddings else none < 2 * weights
+
+
+def test_drafts_are_measured_beside_none(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_ANSWER", 10)
+    clock = itertools.count()
+    found = measuring.drafting(*demo, 1, lambda: next(clock))
+    # Every token took a second.
+    assert found is not None and found["plain_decode_tps"] == found["decode_tps"] == 1.0
+    assert found["vs_plain"] == 1.0 and found["tokens_per_pass"] > 1
+    assert set(found["acceptance"]) <= {"mtp", "lookup"} and found["acceptance"]["mtp"]
+    lines = _drafts(found)
+    assert (
+        lines[1].startswith("decode 1.0 with drafts, 1.0 without: 1.00x; ") and "right" in lines[1]
+    )
+
+
+def test_a_model_without_an_mtp_layer_is_measured_without_drafts(scripted: Any) -> None:
+    assert measuring.drafting(scripted([5], vocab_size=16), None) is None and _drafts(None) == []
 
 
 def test_our_conversation_reads_only_what_is_new(scripted: Any) -> None:

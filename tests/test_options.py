@@ -216,6 +216,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(hub, "resolve", tmp_path)
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
+    fake(measuring, "drafting")
     fake(measuring, "label", {})
     fake(rival, "mlx_lm_program")
     fake(cli_report, "draw_bench")

@@ -77,13 +77,13 @@ class Drafter:
                 "--draft mtp",
             )
         # Drafts that a pass can take; none where it would change the text.
-        self.most = 0 if mode == OFF else MAX_DRAFTS
-        if self.most and isinstance(model, Model):
-            self.most = min(self.most, exact_rows(model) - 1)
-            if not self.most and mode != AUTO:
+        self.max_drafts = 0 if mode == OFF else MAX_DRAFTS
+        if self.max_drafts and isinstance(model, Model):
+            self.max_drafts = min(self.max_drafts, exact_rows(model) - 1)
+            if not self.max_drafts and mode != AUTO:
                 log.warning(NOT_EXACT)
-        self.uses_mtp = has_mtp and self.most > 0 and mode in (AUTO, MTP)
-        self.uses_lookup = self.most > 0 and mode in (AUTO, LOOKUP)
+        self.uses_mtp = has_mtp and self.max_drafts > 0 and mode in (AUTO, MTP)
+        self.uses_lookup = self.max_drafts > 0 and mode in (AUTO, LOOKUP)
         self.num_draft_tokens = num_draft_tokens
         self.stats = DraftStats()
         self.clock = time.perf_counter
@@ -112,7 +112,7 @@ class Drafter:
     ) -> mx.array | None:
         """Up to `most` drafts `[K]` of what follows `token` `[1]`, drawn and not read; or None."""
         self._kind = ""
-        most = min(most, self.most)
+        most = min(most, self.max_drafts)
         if most < 1 or not cache.can_go_back:
             return None
         if self.uses_lookup and (found := self._look_up(cache.ids, token, most)):
@@ -238,7 +238,7 @@ class Drafter:
         # The next number is not timed yet: worth a try while the one before is the best.
         number, best = len(rates), max(range(len(rates)), key=rates.__getitem__)
         may_pay = best == number - 1 and math.prod(self._acceptance[:number]) > MIN_CHANCE
-        if number == 1 or (may_pay and number <= self.most):
+        if number == 1 or (may_pay and number <= self.max_drafts):
             return number
         if best == 0:
             # Other text, other drafts: after the pause nothing is held against them.
