@@ -392,8 +392,9 @@ def test_stats_show_the_context_the_settings_and_the_snapshots(talk: Any) -> Non
 
 def test_drafts_are_set_and_their_figures_are_shown(talk: Any) -> None:
     chat, err = talk(
-        "/set draft mtp", "/set num_draft_tokens 2", "/set max_tokens 12", "one", "/stats", "/exit"
-    )
+        "/set draft mtp", "/set num_draft_tokens 2", "/set max_tokens 12", "/set temperature 0",
+        "What is the capital of France?", "/stats", "/exit",
+    )  # fmt: skip
     assert (chat.draft, chat.num_draft_tokens) == ("mtp", 2)
     share = chat.drafter.stats.acceptance("mtp")[0]
     per_pass = chat.drafter.stats.tokens_per_pass

@@ -48,9 +48,10 @@ from qwen35_mlx.sampling import SamplingParams  # noqa: E402
 BITS = (None, 2, 3, 4, 5, 6, 8)
 WRONG = "often wrong"
 KINDS = (MTP, LOOKUP, AUTO, WRONG)
+LOOPING = "Spell: garden"
 QUESTIONS = (
     "What is the capital of France?", "Repeat: the quick brown fox and the lazy dog",
-    "What is 47 + 85?", "Repeat: one two one two one two one two", "Spell: garden",
+    "What is 47 + 85?", "Repeat: one two one two one two one two", LOOPING,
 )  # fmt: skip
 # What a conversation shows after each of its steps; the last is the caches' bits.
 State = tuple[Any, ...]
@@ -157,6 +158,11 @@ class Script:
             "on_loop": rng.choice(["off", "stop", "penalize"]),
             "stop": rng.choice([(), (), ("is",), ("a", "."), (" ",)]),
         }
+        # The demo repeats itself behind one of the questions, if nothing keeps it from that.
+        self.repeats = number % 8 == 3
+        if self.repeats:
+            loop = {"sampling": {"temperature": 0.0}, "max_tokens": 20, "enable_thinking": False}
+            self.options |= loop | {"stop": (), "on_loop": rng.choice(["stop", "penalize"])}
         kinds = ["say", "say", "picture", "regenerate", "edit", "undo", "ahead", "reload"]
         self.turns = ["picture" if number % 5 == 0 else "say", *rng.choices(kinds, k=2)]
         # What cuts each turn from outside: nobody, whoever reads, or Ctrl-C.
@@ -174,6 +180,7 @@ class Script:
         chat.drafter = drafter
         for turn, cut, at in zip(self.turns, self.cuts, self.cut_at, strict=True):
             question, fresh = rng.choice(QUESTIONS), rng.choice(QUESTIONS)
+            question = LOOPING if self.repeats else question
             if turn == "reload":
                 chat.save(folder / kind)
                 chat = Chat(*demo, draft=OFF, **self.options)
@@ -302,6 +309,7 @@ def differences(
             continue
         if len(a) > 3:
             ends[str(a[1])] += 1
+            ends["penalized"] += a[3]
         pairs = enumerate(zip(a, b, strict=True))
         found += [f"turn {turn}, {i}" for i, (one, other) in pairs if one != other]
     return found
