@@ -57,7 +57,7 @@ bench-vision: $(VENV)/.installed-live $(VENV)/.installed-mlx-vlm ## pictures and
 bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; the last line is JSON
 	$(BIN)/python tools/bench_chat.py
 
-bench-speculation: $(VENV)/.installed-live ## parity of the MTP layer, drafts that are taken; the last line is JSON
+bench-speculation: $(VENV)/.installed-live ## drafts change no text, and how many are right; the last line is JSON
 	$(BIN)/python tools/bench_speculation.py
 
 golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers

@@ -75,8 +75,8 @@ def sampling_of(rng: random.Random) -> dict[str, float]:
         "top_k": rng.choice([0, 5, 20]),
         "top_p": rng.choice([1.0, 0.9, 0.5]),
         "min_p": rng.choice([0.0, 0.05, 0.2]),
-        "presence_penalty": rng.choice([0.0, 0.0, 1.0]),
-        "repetition_penalty": rng.choice([1.0, 1.0, 1.2]),
+        "presence_penalty": rng.choice([0.0, 1.0, 3.0]),
+        "repetition_penalty": rng.choice([1.0, 1.2, 1.6]),
     }
     return settings | {"seed": rng.randrange(1 << 30)}
 
@@ -159,7 +159,7 @@ class Script:
             "stop": rng.choice([(), (), ("is",), ("a", "."), (" ",)]),
         }
         # The demo repeats itself behind one of the questions, if nothing keeps it from that.
-        self.repeats = number % 8 == 3
+        self.repeats = number % 9 == 3
         if self.repeats:
             loop = {"sampling": {"temperature": 0.0}, "max_tokens": 20, "enable_thinking": False}
             self.options |= loop | {"stop": (), "on_loop": rng.choice(["stop", "penalize"])}
@@ -329,8 +329,8 @@ def compare(home: Path, first: int, count: int) -> dict[str, Any]:
         for number in range(first, first + count):
             if number % 2:
                 index = number // 2
-                model = random_model(home, bool(index % 2), BITS[index // 2 % len(BITS)])
-                kind = KINDS[index // 28 % 4]
+                kind, bits = KINDS[index % 4], BITS[index // 8 % len(BITS)]
+                model = random_model(home, bool(index // 4 % 2), bits)
                 said: list[list[int]] = []
                 plain = list(random_text(model, number, OFF, said))
                 found = differences(
