@@ -153,6 +153,8 @@ class Drafter:
             self._is_ahead = True
         if self.is_hopeless and not was_hopeless:
             log.warning(HOPELESS)
+            # Whoever asks for a number of drafts gets them.
+            self.uses_mtp = self.num_draft_tokens is not None
         if self._num_passes % PASSES_TO_FORGET == 0:
             self._seconds = self._untimed()
 
@@ -233,7 +235,7 @@ class Drafter:
         """How many drafts of the MTP layer give the most tokens a second; 0 where none pays."""
         if self.num_draft_tokens is not None:
             return self.num_draft_tokens
-        if self.is_hopeless or self._pause[MTP] or not (rates := self._rates()):
+        if self._pause[MTP] or not (rates := self._rates()):
             return 0
         # The next number is not timed yet: worth a try while the one before is the best.
         number, best = len(rates), max(range(len(rates)), key=rates.__getitem__)
