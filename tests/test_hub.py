@@ -18,6 +18,7 @@ from everyday import everyday
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.convert import convert, hub, job, plan
+from qwen35_mlx.convert.tasks import cut
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 
 SETTINGS = dict(bits=3, group_size=32)
@@ -377,3 +378,12 @@ def test_a_file_that_is_checked_is_left_when_the_work_is_over(tmp_path) -> None:
     fetcher.stop()
     with pytest.raises(hub.Stopped):
         fetcher._checksum(in_lfs, path)
+
+
+def test_a_source_that_is_kept_needs_disk_for_all_of_it(tmp_path, source, fake) -> None:
+    planned = plan(REPO)
+    sizes = [file.nbytes for name, file in planned.source.listing.items() if "model-0000" in name]
+    assert len(sizes) == NUM_SHARDS
+    tasks = cut(planned)
+    assert job.source_disk_bytes(planned.source, tasks, True) == sum(sizes)
+    assert max(sizes) < job.source_disk_bytes(planned.source, tasks, False) < sum(sizes)

@@ -174,6 +174,11 @@ def test_tests_that_run_a_statement_come_before_those_of_its_module(tmp_path: Pa
         Site("qwen35_mlx/a.py", Mutant("constant", 1, 0, 1, "x"), "", "")
     )
     assert first == set() and len(others) == 8
+    whole = {"seconds": 1.0, "lines": {}}
+    reach = mutants.Reach({"tests": tests | {f"{mutants.TESTS_OF_ALL}::x": whole}}, tmp_path)
+    constant = Site("qwen35_mlx/a.py", Mutant("constant", 1, 0, 1, "x"), "", "")
+    assert reach.tests_of(constant)[0] == {f"{mutants.TESTS_OF_ALL}::x"}
+    assert (mutants.ROOT / mutants.TESTS_OF_ALL).exists()
 
 
 def test_a_test_that_starts_with_an_import_is_found_by_it() -> None:

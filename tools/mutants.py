@@ -35,6 +35,8 @@ MIN_KILL_RATE = 0.9
 EVERYDAY, ALL = "not slow and not live", "not live"
 # Start of pytest, and a machine that does something else meanwhile.
 EXTRA_SECONDS, SLOWDOWN = 30, 5
+# Looks at every module without naming it in an import.
+TESTS_OF_ALL = "tests/test_numbers.py"
 # A mutant may ask for any amount of disk and memory.
 MAX_FILE_BYTES = 4 * 10**9
 MAX_MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
@@ -186,10 +188,16 @@ class Reach:
         self.starting = {name for name in self.seconds if _file_of(name) in starters}
 
     def tests_of(self, site: Site) -> list[set[str]]:
-        """The tests that run the statement, and then the others of its module."""
+        """The tests that run the statement, and then the others of its module.
+
+        What runs at an import, mostly constants, has tests that look at all modules first.
+        """
         source = (self.root / site.file).read_text("utf-8")
-        lines = lines_in_function(source, site.mutant.line) or ()
-        first = set().union(*(self.by_line[site.file, line] for line in lines))
+        lines = lines_in_function(source, site.mutant.line)
+        if lines is None:
+            first = {name for name in self.seconds if _file_of(name) == TESTS_OF_ALL}
+        else:
+            first = set().union(*(self.by_line[site.file, line] for line in lines))
         importers = self.imported_by[site.file]
         others = {name for name in self.seconds if _file_of(name) in importers}
         return [first, (self.by_file[site.file] | others | self.starting) - first]
