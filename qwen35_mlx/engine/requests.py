@@ -11,7 +11,7 @@ from .tool_values import Schema
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "loop"]
 # Log probabilities of one place: token ids, the likeliest first.
-Top = list[tuple[int, float]]
+Top = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class PromptLogprobs(NamedTuple):
 class Token(NamedTuple):
     """A token and the text that became final with it; `index` counts the n answers."""
 
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     token: int
     logprob: float | None = None
-    top: Top = []
+    top: Top = ()
     from_draft: bool = False
     index: int = 0
 
@@ -131,7 +131,7 @@ class Done(NamedTuple):
     # The stop string that ended it.
     stop_text: str | None
     usage: Usage
-    pieces: list[Piece] = []
+    pieces: Sequence[Piece] = ()
     index: int = 0
 
 
