@@ -93,6 +93,11 @@ class PromptCache:
         return self._ids
 
     @property
+    def rope_delta(self) -> int:
+        """The position of the next token less the number of tokens."""
+        return self._rope_delta
+
+    @property
     def in_use(self) -> bool:
         """Whether its owner may continue it at any time."""
         return self.owner is not None and self.owner() is not None
@@ -183,6 +188,15 @@ class PromptCache:
         hidden = self.model.trunk(tokens[None], entries, **keeping, **self._behind_pictures())
         self._pass = hidden, 0
         return hidden
+
+    def begin_pass(self) -> None:
+        """Another object reads a token into the layer caches: until `commit` they do not agree."""
+        self._end_pass()
+        self._is_consistent = False
+
+    def end_pass(self, hidden: mx.array) -> None:
+        """That pass gave the hidden state `[1, 1, H]`; `commit` follows."""
+        self._pass = hidden, 0
 
     def commit(self, token: int) -> None:
         """The id of the next token that stays of those that the last `step` has read."""
