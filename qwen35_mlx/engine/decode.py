@@ -64,9 +64,7 @@ class Decoding:
         mx.async_eval(tokens)
         return tokens, logits
 
-    def steps(
-        self, max_tokens: int, drafter: Drafter | None = None
-    ) -> Generator[Step, None, None]:
+    def steps(self, max_tokens: int, drafter: Drafter | None = None) -> Generator[Step, None, None]:
         """See `decode`; once closed, another call goes on where this one ended."""
         cache, sampler = self.cache, self.sampler
         try:

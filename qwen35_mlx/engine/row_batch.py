@@ -49,7 +49,7 @@ class RowBatch:
         if len(self.rows) > 1:
             for place, row in enumerate(self.rows):
                 for mine, theirs in zip(self._entries, row.entries, strict=True):
-                    if isinstance(mine, ArraysCache):
+                    if isinstance(theirs, ArraysCache):
                         # Copies: a view would keep the states of all rows alive.
                         states = (mx.contiguous(a[place : place + 1]) for a in mine.cache)
                         theirs.cache = list(states)

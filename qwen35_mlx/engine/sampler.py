@@ -51,9 +51,9 @@ class Sampler:
         first, second = cast(list[int], mx.random.split(key, 1)[0].tolist())
         self._key = first, second
         self._prompt = prompt
-        is_mask = isinstance(banned, mx.array)
-        self._banned = () if is_mask else tuple(banned)
-        self._is_banned: mx.array | None = banned if is_mask else None
+        mask = banned if isinstance(banned, mx.array) else None
+        self._banned = () if isinstance(banned, mx.array) else tuple(banned)
+        self._is_banned: mx.array | None = mask
         self._bias = dict(bias or {})
         self._bias_row: mx.array | None = None
         self._in_text: mx.array | None = None
@@ -158,8 +158,8 @@ def draw_rows(
                 name: mx.stack([value[name] for value in values])[:, None] for name in values[0]
             }
             top_k = _top_k(first.params, logits.shape[-1])
-            keys = mx.concatenate(keys)
-            drawn = _draw(chosen, keys, columns, top_k, None, None, first._is_banned, None)
+            key_rows = mx.concatenate(keys)
+            drawn = _draw(chosen, key_rows, columns, top_k, None, None, first._is_banned, None)
         for place, row in enumerate(rows):
             tokens[row] = drawn[place : place + 1]
     return cast(list[mx.array], tokens)
