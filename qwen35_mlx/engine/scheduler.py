@@ -32,7 +32,7 @@ from .requests import (
     Request,
 )
 from .row import Row, Vocabulary
-from .row_batch import MAX_BATCH_ROWS, RowBatch
+from .row_batch import RowBatch, groups
 from .sampler import Sampler, draw_rows
 from .speculate import OFF, Drafter
 from .ticket import Ticket
@@ -84,6 +84,7 @@ class Engine:
         self._pieces = Pieces()
         self._drafters: dict[str, Drafter] = {}
         self._vocabulary: Vocabulary | None = None
+        self._streams: list[mx.Stream] = []
 
     def start(self) -> None:
         """Start the thread."""
@@ -335,12 +336,12 @@ class Engine:
         try:
             # The pass of all rows starts before the host knows their tokens.
             logits = []
-            for number, batch in enumerate(self._batches):
-                members = rows[number * MAX_BATCH_ROWS :][: len(batch.rows)]
+            for batch, members in zip(self._batches, groups(rows), strict=True):
                 for row in members:
                     row.sampler.accept(row.token)
                 hidden = batch.step(mx.concatenate([row.token for row in members]))
-                logits.append(self.model.head(hidden)[:, 0])
+                with mx.stream(batch.stream):
+                    logits.append(self.model.head(hidden)[:, 0])
                 mx.async_eval(logits[-1])
             ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
         except Exception as error:
@@ -363,8 +364,7 @@ class Engine:
 
     def _draw(self, rows: list[Row], logits: list[mx.array]) -> None:
         """The next token of each row that goes on."""
-        for number, of_batch in enumerate(logits):
-            members = rows[number * MAX_BATCH_ROWS :][: len(of_batch)]
+        for batch, members, of_batch in zip(self._batches, groups(rows), logits, strict=True):
             going = [i for i, row in enumerate(members) if row.goes_on and row in self._rows]
             forbidden = {}
             for i in list(going):
@@ -378,12 +378,13 @@ class Engine:
             all_go = len(going) == len(members)
             chosen = of_batch if all_go else of_batch[mx.array(going)]
             drawing = [members[i] for i in going]
-            tokens = draw_rows(
-                [row.sampler for row in drawing],
-                chosen,
-                [len(row.cache.ids) for row in drawing],
-                [forbidden[i] for i in going],
-            )
+            with mx.stream(batch.stream):
+                tokens = draw_rows(
+                    [row.sampler for row in drawing],
+                    chosen,
+                    [len(row.cache.ids) for row in drawing],
+                    [forbidden[i] for i in going],
+                )
             mx.async_eval(tokens)
             for place, (row, token) in enumerate(zip(drawing, tokens, strict=True)):
                 row.decoding.token = token
@@ -410,25 +411,37 @@ class Engine:
 
     def _arrange(self, rows: list[Row]) -> None:
         """Bring these rows, and no others, into batches; states move where rows came or went."""
-        caches = [row.cache for row in rows]
-        groups = [caches[i : i + MAX_BATCH_ROWS] for i in range(0, len(caches), MAX_BATCH_ROWS)]
-        if [batch.rows for batch in self._batches] == groups:
+        wanted = groups([row.cache for row in rows]) if rows else []
+        if [batch.rows for batch in self._batches] == wanted:
             return
-        kept = {i for i, b in enumerate(self._batches) if i < len(groups) and b.rows == groups[i]}
+        kept = {
+            i
+            for i, (b, group) in enumerate(zip(self._batches, wanted, strict=False))
+            if b.rows == group
+        }
         for i, batch in enumerate(self._batches):
             if i not in kept:
                 batch.clear()
         batches = []
-        for i, group in enumerate(groups):
-            if i in kept:
+        for i, group in enumerate(wanted):
+            if i not in kept:
+                for cache in group:
+                    # The MTP layer reads no batch.
+                    cache.feeds_mtp = False
+                batch = RowBatch(self.model, self._stream(i))
+                batch.put(group)
+                batches.append(batch)
+            else:
                 batches.append(self._batches[i])
-                continue
-            batches.append(RowBatch(self.model))
-            for cache in group:
-                # The MTP layer reads no batch.
-                cache.feeds_mtp = len(group) == 1 and cache.feeds_mtp
-            batches[-1].put(group)
         self._batches = batches
+
+    def _stream(self, number: int) -> mx.Stream:
+        """That of a batch; the first one's is the thread's own."""
+        while len(self._streams) <= number:
+            device = mx.default_device()
+            first = not self._streams
+            self._streams.append(mx.default_stream(device) if first else mx.new_stream(device))
+        return self._streams[number]
 
     def _leave(self, ended: list[tuple[Row, FinishReason]]) -> None:
         """End rows: their caches go to the store, their answers into memory."""
