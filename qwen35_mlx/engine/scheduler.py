@@ -335,14 +335,16 @@ class Engine:
         self._arrange(rows)
         try:
             # The pass of all rows starts before the host knows their tokens.
-            logits = []
+            drawn_from = []
             for batch, members in zip(self._batches, groups(rows), strict=True):
                 for row in members:
                     row.sampler.accept(row.token)
                 hidden = batch.step(mx.concatenate([row.token for row in members]))
                 with mx.stream(batch.stream):
-                    logits.append(self.model.head(hidden)[:, 0])
-                mx.async_eval(logits[-1])
+                    logits = self.model.head(hidden)[:, 0]
+                drawn_from.append((members, logits, batch.stream))
+            # At once: MLX waits for most of one before it starts another.
+            mx.async_eval([logits for _, logits, _ in drawn_from])
             ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
         except Exception as error:
             # What the rows have read is not known any more.
@@ -359,36 +361,33 @@ class Engine:
                 row.take(token, log_probabilities(row.decoding.logits) if wanted else None)
             except Exception as error:
                 self._fail(row.ticket, error)
-        self._draw(rows, logits)
+        for members, logits, stream in drawn_from:
+            self._draw(members, logits, stream)
         self._after([row for row in rows if row in self._rows], started)
 
-    def _draw(self, rows: list[Row], logits: list[mx.array]) -> None:
-        """The next token of each row that goes on."""
-        for batch, members, of_batch in zip(self._batches, groups(rows), logits, strict=True):
-            going = [i for i, row in enumerate(members) if row.goes_on and row in self._rows]
-            forbidden = {}
-            for i in list(going):
-                try:
-                    forbidden[i] = members[i].forbidden()
-                except Exception as error:
-                    self._fail(members[i].ticket, error)
-            going = [i for i in going if i in forbidden and members[i] in self._rows]
-            if not going:
+    def _draw(self, rows: list[Row], logits: mx.array, stream: mx.Stream) -> None:
+        """The next token of each row that goes on, from logits `[B, V]`."""
+        chosen, forbidden = [], []
+        for i, row in enumerate(rows):
+            if not row.goes_on or row not in self._rows:
                 continue
-            all_go = len(going) == len(members)
-            chosen = of_batch if all_go else of_batch[mx.array(going)]
-            drawing = [members[i] for i in going]
-            with mx.stream(batch.stream):
-                tokens = draw_rows(
-                    [row.sampler for row in drawing],
-                    chosen,
-                    [len(row.cache.ids) for row in drawing],
-                    [forbidden[i] for i in going],
-                )
+            try:
+                forbidden.append(row.forbidden())
+                chosen.append(i)
+            except Exception as error:
+                self._fail(row.ticket, error)
+        drawing = [rows[i] for i in chosen]
+        if not drawing:
+            return
+        with mx.stream(stream):
+            if len(chosen) < len(rows):
+                logits = logits[mx.array(chosen)]
+            samplers = [row.sampler for row in drawing]
+            places = [len(row.cache.ids) for row in drawing]
+            tokens = draw_rows(samplers, logits, places, forbidden)
             mx.async_eval(tokens)
-            for place, (row, token) in enumerate(zip(drawing, tokens, strict=True)):
-                row.decoding.token = token
-                row.decoding.logits = chosen[place : place + 1]
+            for i, row in enumerate(drawing):
+                row.decoding.token, row.decoding.logits = tokens[i], logits[i : i + 1]
 
     def _after(self, rows: list[Row], started: float) -> None:
         """End rows that are done, and read what others are forced to say."""
@@ -455,14 +454,16 @@ class Engine:
         for row, reason in ended:
             prepared = row.prepared
             row.cache.release()
+            end = row.end(reason)
+            # Before it is sent: the next request may come at once.
             if prepared.key is not None:
                 content, thought, calls = row.answer()
                 self._preparer.answers.remember(
                     prepared.key, content, thought, calls, prepared.typed_calls
                 )
             self._counts["draft_tokens"] += row.num_drafted
-            self._counts[f"finished_{reason}"] += 1
-            row.finish(reason)
+            self._counts[f"finished_{end.finish_reason}"] += 1
+            row.ticket.send(end)
             if row.ticket.is_over:
                 self._forget(row.ticket)
         self.store.trim()
