@@ -163,6 +163,23 @@ def test_a_request_that_fails_takes_no_other_one_with_it(own, monkeypatch):
     assert own.is_alive and own.stats()["running"] == 0
 
 
+def test_a_pass_that_fails_leaves_an_engine_that_answers(own, monkeypatch):
+    alone = Answer(own.submit(ask(QUESTIONS[0]))).tokens
+    step, passes = RowBatch.step, []
+
+    def failing(batch: RowBatch, tokens: Any) -> Any:
+        passes.append(len(batch.rows))
+        if len(passes) == 6:
+            raise MemoryError("no room")
+        return step(batch, tokens)
+
+    monkeypatch.setattr(RowBatch, "step", failing)
+    ends = [answer.end for answer in together(own, [ask(text) for text in QUESTIONS[:3]])]
+    assert any(isinstance(end, Failed) for end in ends)
+    assert Answer(own.submit(ask(QUESTIONS[0]))).tokens == alone
+    assert own.is_alive and own.stats()["running"] == 0
+
+
 def test_a_dead_thread_is_noticed_and_started_again(own, monkeypatch):
     with monkeypatch.context() as patch:
 
