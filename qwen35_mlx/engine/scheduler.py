@@ -1,0 +1,358 @@
+"""The engine of a server: one thread that owns MLX and answers many requests at a time.
+
+Prompts are read one after another, in pieces; between two pieces all answers go on for as long as
+the piece took, a token of each in one pass. One that is alone decodes with drafts.
+"""
+
+import atexit
+import logging
+import time
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from typing import Any
+
+import mlx.core as mx
+
+from ..model.language import Model
+from ..prompt import banned_ids, without_media
+from .admission import Admission
+from .prefix_store import PrefixStore
+from .prepare import Prepared, Preparer
+from .reading import Pieces, Reading
+from .requests import (
+    Done,
+    EngineBusy,
+    EngineStopped,
+    Failed,
+    FinishReason,
+    Request,
+)
+from .row import Row, Vocabulary
+from .rows import Rows
+from .sampler import Sampler
+from .ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Limits:
+    """What an engine takes on at once."""
+
+    # Answers that are read or written, and requests that wait beyond them.
+    max_running: int = 16
+    max_queued: int = 64
+    # Keys, values and states of what runs; None: what the machine has left.
+    memory_bytes: float | None = None
+
+
+class Engine:
+    """Answers requests; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        *,
+        store: PrefixStore | None = None,
+        limits: Limits | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.store = store or PrefixStore(model)
+        self.limits = limits or Limits()
+        self._preparer = Preparer(model, tokenizer)
+        self._admission = Admission(model, self.store, self.limits.memory_bytes)
+        self._inbox: SimpleQueue[Reading | None] = SimpleQueue()
+        self._tickets: set[Ticket] = set()
+        self._lock = Lock()
+        self._thread: Thread | None = None
+        self._stopping: str | None = "not started"
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing runs."""
+        self._queue: deque[Reading] = deque()
+        self._readings: list[Reading] = []
+        self._rows = Rows(self.model, self._fail)
+        self._pieces = Pieces()
+        self._vocabulary: Vocabulary | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        with self._lock:
+            if self.is_alive:
+                return
+            self._stopping = None
+            self._thread = Thread(target=self._run, name="qwen35-mlx-engine", daemon=True)
+            self._thread.start()
+        # A thread that still computes at exit would abort the process.
+        atexit.register(self.stop)
+
+    restart = start
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def prepare(self, request: Request) -> Prepared:
+        """All checks of a request, and its ids; raises Qwen35Error. Nothing of MLX is used."""
+        return self._preparer.prepare(request)
+
+    def count_tokens(self, request: Request) -> int:
+        """How long the prompt is."""
+        return self._preparer.count(request)
+
+    def submit(self, request: Request | Prepared) -> Ticket:
+        """Queue a request; a mistake in it is raised here, as are EngineBusy and EngineStopped."""
+        prepared = request if isinstance(request, Prepared) else self.prepare(request)
+        ticket = Ticket(prepared.request.n, self._wake)
+        reading = Reading(prepared, ticket)
+        with self._lock:
+            if self._stopping is not None or not self.is_alive:
+                raise EngineStopped("the engine does not run", got=self._stopping or "it has died")
+            waiting = len(self._tickets) - self._num_started()
+            if waiting >= self.limits.max_queued:
+                raise EngineBusy("the queue is full", got=f"{waiting} requests wait")
+            self._tickets.add(ticket)
+            self._inbox.put(reading)
+        return ticket
+
+    def stop(self, finish: bool = False) -> None:
+        """End the thread, after what was taken on if `finish`; else that is cancelled."""
+        with self._lock:
+            thread = self._thread
+            self._stopping = "it finishes what it was asked" if finish else "it was stopped"
+            if not finish:
+                for ticket in self._tickets:
+                    ticket.cancelled = True
+        self._wake()
+        if thread is not None:
+            thread.join()
+        atexit.unregister(self.stop)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the first start, and what runs now."""
+        counts = dict(self._counts)
+        with self._lock:
+            started = self._num_started()
+            counts |= {"running": started, "queued": max(0, len(self._tickets) - started)}
+        return counts | {
+            "rows": len(self._rows),
+            "cached_points": self.store.num_snapshots,
+            "cache_bytes": self.store.nbytes,
+        }
+
+    def _num_started(self) -> int:
+        return len(self._readings) + len({row.ticket for row in list(self._rows)})
+
+    def _wake(self) -> None:
+        self._inbox.put(None)
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._has_work() or self._stopping is None:
+                self._take_inbox()
+                self._drop_cancelled()
+                self._admit()
+                self._go_on()
+        except BaseException as error:
+            log.exception("the engine's thread has died")
+            reason: Exception = EngineStopped("the engine has died", got=repr(error)[:200])
+        else:
+            reason = EngineStopped("the engine was stopped")
+        with self._lock:
+            self._stopping = self._stopping or "it has died"
+            tickets, self._tickets = self._tickets, set()
+            while not self._inbox.empty():
+                self._inbox.get()
+        for ticket in tickets:
+            ticket.send(Failed(reason))
+        self._reset()
+        # MLX ends a thread's streams late; a process that exits before that is aborted.
+        mx.clear_streams()
+
+    def _has_work(self) -> bool:
+        return bool(self._rows or self._readings or self._queue or not self._inbox.empty())
+
+    def _take_inbox(self) -> None:
+        """Queue what was submitted; waits for it where there is nothing else to do."""
+        is_idle = not (self._rows or self._readings or self._queue)
+        while True:
+            try:
+                reading = self._inbox.get(block=is_idle and self._stopping is None)
+            except Empty:
+                return
+            is_idle = False
+            if reading is not None:
+                self._queue.append(reading)
+
+    def _drop_cancelled(self) -> None:
+        for reading in [r for r in [*self._queue, *self._readings] if r.ticket.cancelled]:
+            self._end_reading(reading)
+            for index in range(reading.prepared.request.n):
+                reading.ticket.send(Done("cancelled", None, reading.usage, index=index))
+            self._forget(reading.ticket)
+        self._leave([(row, "cancelled") for row in self._rows if row.ticket.cancelled])
+
+    def _admit(self) -> None:
+        """Start what may run; a request that has to wait lets no later one pass."""
+        while self._queue:
+            reading = self._queue[0]
+            num_rows = len(self._rows) + sum(r.prepared.request.n for r in self._readings)
+            running = [*(r.prepared for r in self._readings), *(row.prepared for row in self._rows)]
+            is_first = not self._rows and not self._readings
+            if not is_first and (
+                num_rows + reading.prepared.request.n > self.limits.max_running
+                or not self._admission.fits(reading.prepared, running)
+            ):
+                return
+            self._readings.append(self._queue.popleft())
+
+    def _go_on(self) -> None:
+        """A piece of a prompt, and tokens of all answers for as long as it took."""
+        started = time.perf_counter()
+        if self._readings:
+            self._read_piece()
+        seconds = time.perf_counter() - started
+        end = time.perf_counter() + seconds
+        while self._rows:
+            self._step()
+            if self._readings and time.perf_counter() < end and self._inbox.empty():
+                continue
+            if self._readings or self._queue or not self._inbox.empty():
+                return
+            if any(row.ticket.cancelled for row in self._rows):
+                return
+
+    def _read_piece(self) -> None:
+        reading = self._pieces.choose(self._readings, self.store)
+        started = time.perf_counter()
+        try:
+            if reading.cache is None:
+                reading.start(self.store)
+            is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
+            size = self._pieces.next_size(is_shared)
+            before = reading.position
+            drafter = self._rows.drafter(reading.prepared.request.draft)
+            hidden = reading.read_piece(size, drafter.uses_mtp)
+            num_read = reading.position - before
+            seconds = time.perf_counter() - started
+            self._pieces.record(num_read, seconds)
+            self._counts["prefilled_tokens"] += num_read
+            self._counts["prefill_seconds"] += seconds
+            if hidden is not None:
+                self._begin(reading, hidden)
+        except Exception as error:
+            self._fail(reading.ticket, error)
+
+    def _begin(self, reading: Reading, hidden: mx.array) -> None:
+        """The prompt is read: its answers begin."""
+        prepared, ticket = reading.prepared, reading.ticket
+        request, cache = prepared.request, reading.cache
+        assert cache is not None
+        self.store.trim()
+        self._counts["prompt_tokens"] += len(prepared.ids)
+        self._counts["cached_tokens"] += reading.usage.cached_tokens
+        if self._vocabulary is None:
+            banned = banned_ids(self.model, self.tokenizer)
+            width = self.model.head(hidden).shape[-1]
+            self._vocabulary = Vocabulary(self.tokenizer, width, banned)
+        caches = [cache, *(cache.fork(len(cache.ids)) for _ in range(request.n - 1))]
+        counted = mx.array(without_media(self.tokenizer, prepared.ids))
+        rows = []
+        for index, own in enumerate(caches):
+            seed = None if request.seed is None else (request.seed + index) % 2**63
+            banned_mask = self._vocabulary.banned
+            sampler = Sampler(
+                prepared.params,
+                counted,
+                seed,
+                () if banned_mask is None else banned_mask,
+                request.logit_bias,
+            )
+            row = Row(
+                prepared,
+                ticket,
+                reading.usage,
+                own,
+                sampler,
+                self._vocabulary,
+                self.tokenizer,
+                index,
+                owner=reading,
+            )
+            own.owner = cache.owner
+            rows.append(row)
+        self._readings.remove(reading)
+        self._rows.add(rows)
+        if prepared.max_tokens == 0:
+            self._leave([(row, "length") for row in rows])
+            return
+        for row in rows:
+            row.begin(hidden)
+
+    def _step(self) -> None:
+        """A token of each answer, or of one that is alone several."""
+        started = time.perf_counter()
+        rows = self._rows.step()
+        ended = [(row, row.finish_reason) for row in rows if row.finish_reason is not None]
+        self._leave(ended)
+        self._rows.read_forced()
+        self._counts["generated_tokens"] += len(rows)
+        self._counts["decode_seconds"] += time.perf_counter() - started
+        self._counts["decode_steps"] += 1
+
+    def _leave(self, ended: list[tuple[Row, FinishReason]]) -> None:
+        """End rows: their caches go to the store, their answers into memory."""
+        if not ended:
+            return
+        self._rows.remove([row for row, _ in ended])
+        for row, reason in ended:
+            prepared = row.prepared
+            row.cache.release()
+            end = row.end(reason)
+            # Before it is sent: the next request may come at once.
+            if prepared.key is not None:
+                content, thought, calls = row.answer()
+                self._preparer.answers.remember(
+                    prepared.key, content, thought, calls, prepared.typed_calls
+                )
+            self._counts["draft_tokens"] += row.num_drafted
+            self._counts[f"finished_{end.finish_reason}"] += 1
+            row.ticket.send(end)
+            if row.ticket.is_over:
+                self._forget(row.ticket)
+        self.store.trim()
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """One request ends with an error; the others go on."""
+        log.warning("a request failed: %r", error, exc_info=error)
+        self._counts["failed"] += 1
+        # What they have read may be what failed: it is of no use to others.
+        for reading in [r for r in self._readings if r.ticket is ticket]:
+            self._readings.remove(reading)
+            self.store.drop(reading.cache)
+        failed = [row for row in self._rows if row.ticket is ticket]
+        self._rows.remove(failed)
+        for row in failed:
+            self.store.drop(row.cache)
+        ticket.send(Failed(error))
+        self._forget(ticket)
+
+    def _end_reading(self, reading: Reading) -> None:
+        """Take a request out of the queue or of what is read; what it has read stays."""
+        self._readings = [r for r in self._readings if r is not reading]
+        self._queue = deque(r for r in self._queue if r is not reading)
+        if reading.cache is not None:
+            reading.cache.release()
+            self.store.trim()
+
+    def _forget(self, ticket: Ticket) -> None:
+        with self._lock:
+            self._tickets.discard(ticket)
