@@ -54,6 +54,7 @@ RULES: dict[str, list[Rule]] = {
         (("--allow-url", "--prompt"), ("--image",)),
     ],
     "sessions": [(("--remove", "NAME"), ())],
+    "serve": [(("--demo", "MODEL"), ())],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")
