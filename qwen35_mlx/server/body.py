@@ -61,6 +61,8 @@ def too_large(max_bytes: int) -> ApiError:
         413,
         f"the body of the request is larger than {max_bytes:,} bytes",
         code="request_too_large",
+        # Nobody wants to read the rest.
+        headers={"connection": "close"},
     )
 
 

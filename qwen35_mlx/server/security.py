@@ -19,7 +19,7 @@ LOCAL_NAMES = ("localhost", "host.docker.internal")
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
 ALLOWED_METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
-MAX_PATH_CHARS = 4096
+MAX_PATH_CHARS, MAX_HEADER_BYTES = 4096, 65_536
 
 
 class Guard:
@@ -81,6 +81,10 @@ class Guard:
     def _check(self, scope: Scope, headers: Headers, origin: str | None) -> None:
         if len(scope.get("raw_path") or scope["path"]) > MAX_PATH_CHARS:
             raise ApiError(414, "the path is too long")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise ApiError(431, f"the headers are longer than {MAX_HEADER_BYTES:,} bytes")
+        if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+            raise ApiError(505, "expected HTTP/1.1")
         host = headers.get("host")
         if host is not None and not self._is_known(_host_name(host)):
             raise ApiError(

@@ -53,7 +53,7 @@ class Running:
             answer = connection.getresponse()
             text = answer.read().decode()
             is_json = "json" in (answer.headers.get("content-type") or "")
-            value = json.loads(text) if is_json and "ndjson" not in str(answer.headers) else None
+            value = json.loads(text) if text and is_json and "ndjson" not in str(answer.headers) else None
             return SimpleNamespace(
                 status=answer.status, headers=answer.headers, text=text, json=value
             )
