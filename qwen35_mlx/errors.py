@@ -34,6 +34,10 @@ class PromptError(Qwen35Error):
 class ContextFull(PromptError):
     """The conversation has no room for another answer; nothing of it is lost."""
 
+    # Where they are known.
+    num_tokens = 0
+    context_length = 0
+
 
 class SessionError(Qwen35Error):
     """A saved conversation is missing, damaged, in use, or cannot be written."""

@@ -11,7 +11,7 @@ from .errors import Qwen35Error
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0, presence 0 and repetition 1 are off."""
+    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition 1, other penalties 0: off."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -19,6 +19,7 @@ class SamplingParams:
     min_p: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -31,6 +32,7 @@ class SamplingParams:
             ("top_k", self.top_k >= 0 and int(self.top_k) == self.top_k, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("presence_penalty", -10 <= self.presence_penalty <= 10, "from -10 to 10"),
+            ("frequency_penalty", -10 <= self.frequency_penalty <= 10, "from -10 to 10"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is off"),
         )
         for name, is_fine, expected in checks:

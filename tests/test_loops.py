@@ -9,7 +9,7 @@ import pytest
 from repetitive_texts import SENTENCES, WANTED, loops, wanted_texts
 
 import qwen35_mlx
-from qwen35_mlx.chat.loops import (
+from qwen35_mlx.engine.loops import (
     MAX_DATA_TOKENS,
     MAX_PROSE_TOKENS,
     MAX_SENTENCE_LINES_TOKENS,

@@ -14,13 +14,15 @@ import mlx.core as mx
 
 from ..engine.decode import decode
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
+from ..engine.loops import LoopDetector
 from ..engine.output import OutputParser, Piece, ToolCall
-from ..engine.prefix_store import PrefixStore, snapshot_marks
+from ..engine.prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
 from ..engine.speculate import AUTO, Drafter
 from ..engine.tool_calls import as_message, calls_of
 from ..engine.tool_values import Schema
+from ..engine.turn_prompts import THOUGHT_END, TurnPrompts
 from ..errors import ContextFull, Qwen35Error
 from ..model.language import Model
 from ..prompt import (
@@ -34,20 +36,14 @@ from ..prompt import (
 )
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from ..text.media_parts import Part, media_of, media_parts, source_parts, text_of
-from .loops import LoopDetector
 from .messages import Message, tool_message, user_message
-from .turn_prompts import TurnPrompts
 from .turn_stats import TurnStats
 
 if TYPE_CHECKING:
     from ..text.media_parts import Media
 
-# As the template closes a thought.
-THOUGHT_END = f"\n{THINK_CLOSE}\n\n"
 LOOP_ACTIONS = ("stop", "penalize", "off")
 LOOP_PENALTY = 1.0
-# Fewer are read again sooner than a recurrent state is kept for them.
-MIN_POINT_TOKENS = 32
 # Short, so that whoever presses Enter does not wait for a piece to end.
 READ_AHEAD_STEP_SIZE = 64
 

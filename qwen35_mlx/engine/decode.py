@@ -32,59 +32,84 @@ def decode(
     graph of step N + 1 is built and started before token N is read, so the device never waits for
     Python. With drafts several tokens are read in one pass; the tokens are the same.
     """
+    if max_tokens:
+        yield from Decoding(cache, hidden, sampler).steps(max_tokens, drafter)
 
-    def draw(hidden: mx.array, place: int, drafts: mx.array | None = None) -> Drawn:
-        logits = cache.model.head(hidden)[0]
-        tokens = sampler(logits, place, drafts)
+
+class Decoding:
+    """A text that is being decoded: its next token is drawn and not read yet."""
+
+    def __init__(
+        self,
+        cache: PromptCache,
+        hidden: mx.array,
+        sampler: Sampler,
+        forbidden: mx.array | None = None,
+    ):
+        """Draw the token behind `hidden` `[1, 1, H]`, none that a mask `[V]` forbids."""
+        self.cache = cache
+        self.sampler = sampler
+        # The token `[1]` and the logits `[1, V]` it was drawn from.
+        self.token, self.logits = self._draw(hidden, len(cache.ids), forbidden=forbidden)
+
+    def _draw(
+        self,
+        hidden: mx.array,
+        place: int,
+        drafts: mx.array | None = None,
+        forbidden: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        logits = self.cache.model.head(hidden)[0]
+        tokens = self.sampler(logits, place, drafts, forbidden)
         mx.async_eval(tokens)
         return tokens, logits
 
-    try:
-        # Drawn and not read; the host need not know it yet.
-        token, logits = draw(hidden, len(cache.ids))
-        left = max_tokens
-        while left:
-            started = time.perf_counter()
-            if left > 1:
-                # Not before it is certain that a token follows: a discarded one is not penalised.
-                sampler.accept(token)
-            drafts = drafter.propose(cache, token, sampler, left - 2) if drafter else None
-            if drafts is None:
-                read, row = token, logits
+    def steps(self, max_tokens: int, drafter: Drafter | None = None) -> Generator[Step, None, None]:
+        """See `decode`; once closed, another call goes on where this one ended."""
+        cache, sampler = self.cache, self.sampler
+        try:
+            left = max_tokens
+            while left:
+                started = time.perf_counter()
                 if left > 1:
-                    token, logits = draw(cache.step(token), len(cache.ids) + 1)
-                token_id = int(cast(int, read.item()))
-                if drafter:
-                    drafter.record(time.perf_counter() - started)
-                if left > 1:
-                    cache.commit(token_id)
-                left -= 1
-                yield Step(token_id, log_probabilities(row))
-                continue
-            # One pass over the token and its drafts; row r says what follows the first r drafts.
-            read = mx.concatenate([token, drafts])
-            rows, row_logits = draw(cache.step(read), len(cache.ids) + 1, drafts)
-            read_ids, drawn_ids = (cast(list[int], ids.tolist()) for ids in (read, rows))
-            right = [a == b for a, b in zip(read_ids[1:], drawn_ids, strict=False)]
-            num_right = [*right, False].index(False)
-            assert drafter
-            drafter.record(time.perf_counter() - started, len(right), num_right)
-            params = sampler.params
-            for i in range(num_right + 1):
-                if i:
-                    sampler.accept(read[i : i + 1])
-                cache.commit(read_ids[i])
-                left -= 1
-                yield Step(read_ids[i], log_probabilities(logits), from_draft=i > 0)
-                token, logits = rows[i : i + 1], row_logits[i : i + 1]
-                if sampler.params is not params:
-                    # Whoever reads the answer changed them: what comes later is drawn again.
-                    break
-    finally:
-        cache.settle()
-
-
-Drawn = tuple[mx.array, mx.array]
+                    # Not before it is certain that a token follows: a discarded one is not
+                    # penalised.
+                    sampler.accept(self.token)
+                drafts = drafter.propose(cache, self.token, sampler, left - 2) if drafter else None
+                if drafts is None:
+                    read, row = self.token, self.logits
+                    if left > 1:
+                        self.token, self.logits = self._draw(cache.step(read), len(cache.ids) + 1)
+                    token_id = int(cast(int, read.item()))
+                    if drafter:
+                        drafter.record(time.perf_counter() - started)
+                    if left > 1:
+                        cache.commit(token_id)
+                    left -= 1
+                    yield Step(token_id, log_probabilities(row))
+                    continue
+                # One pass over the token and its drafts; row r says what follows r drafts.
+                read = mx.concatenate([self.token, drafts])
+                rows, row_logits = self._draw(cache.step(read), len(cache.ids) + 1, drafts)
+                read_ids, drawn_ids = (cast(list[int], ids.tolist()) for ids in (read, rows))
+                right = [a == b for a, b in zip(read_ids[1:], drawn_ids, strict=False)]
+                num_right = [*right, False].index(False)
+                assert drafter
+                drafter.record(time.perf_counter() - started, len(right), num_right)
+                params = sampler.params
+                for i in range(num_right + 1):
+                    if i:
+                        sampler.accept(read[i : i + 1])
+                    cache.commit(read_ids[i])
+                    left -= 1
+                    row = self.logits
+                    self.token, self.logits = rows[i : i + 1], row_logits[i : i + 1]
+                    yield Step(read_ids[i], log_probabilities(row), from_draft=i > 0)
+                    if sampler.params is not params:
+                        # Whoever reads the answer changed them: what comes later is drawn again.
+                        break
+        finally:
+            cache.settle()
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -44,7 +44,8 @@ class OutputParser:
     ):
         # Whether what follows is thought, as far as that is certain.
         self.in_thought = thinking and split
-        self.stopped = False
+        # The stop string that has ended the text.
+        self.stop_text: str | None = None
         self._detokenizer = tokenizer.detokenizer
         self._stops = [text for text in stop if text]
         self._tools = tools if split else ()
@@ -65,6 +66,11 @@ class OutputParser:
         self._is_opening, self._is_after_call = split, False
         # The answer may still open a thought.
         self._is_blank = split
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop_text is not None
 
     def feed(self, token: int) -> list[Piece]:
         """The pieces that are certain after `token`."""
@@ -116,9 +122,10 @@ class OutputParser:
         behind = self._buffer[at:]
         held = 0 if tag else self._num_held_by_bare_call(text, is_end)
         if not self.in_thought and self._stops:
-            if (start := self._stop_start(text)) is not None:
+            if found := self._first_stop(text):
+                start, self.stop_text = found
                 self._show(text[:start], pieces)
-                self.stopped, self._buffer = True, ""
+                self._buffer = ""
                 return False
             held = max(held, 0 if tag or is_end else held_back(text, self._stops))
         shown = text[: len(text) - held]
@@ -183,10 +190,10 @@ class OutputParser:
         # At the end it is text, unless enough of it is there.
         return len(line) if may_open and (not is_end or line.startswith(FUNCTION_OPEN)) else 0
 
-    def _stop_start(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first, however the text came."""
-        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
-        return min(found)[1] if found else None
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        """Where the stop string begins that is complete first, however the text came, and it."""
+        found = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
+        return min(found)[1:] if found else None
 
     def _read_call(self, call: CallText, pieces: list[Piece], is_end: bool) -> bool:
         """Read on in a call; False if more is needed."""

@@ -15,6 +15,8 @@ from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 
 # A long prefill keeps at most this many points, or they would push out all others.
 MAX_SNAPSHOTS_A_PREFILL = 8
+# Fewer are read again sooner than a recurrent state is kept for them.
+MIN_POINT_TOKENS = 32
 
 
 class PrefixStore:
@@ -54,7 +56,9 @@ class PrefixStore:
         else:
             if current is not None:
                 current.release()
-            if best.in_use or num_tokens < best.last_point:
+            # Behind where an answer begins there is that answer alone: not worth a copy.
+            is_branch = num_tokens < best.last_point and num_tokens != best.answer_start
+            if best.in_use or is_branch:
                 best.mark_used(num_tokens)
                 best = best.fork(num_tokens)
             else:

@@ -62,6 +62,8 @@ class PromptCache:
         self.snapshots: dict[int, Snapshot] = {}
         # Who may continue this sequence; a weak reference, so that a forgotten chat holds nothing.
         self.owner: Callable[[], object] | None = None
+        # Where the last answer begins, as far as later prompts show it otherwise.
+        self.answer_start: int | None = None
         self._ids = list(ids)
         # The position of the next token less the number of tokens: behind pictures it is below 0.
         self._rope_delta = rope_delta(self._ids)
@@ -93,6 +95,11 @@ class PromptCache:
         return self._ids
 
     @property
+    def rope_delta(self) -> int:
+        """The position of the next token less the number of tokens."""
+        return self._rope_delta
+
+    @property
     def in_use(self) -> bool:
         """Whether its owner may continue it at any time."""
         return self.owner is not None and self.owner() is not None
@@ -105,11 +112,13 @@ class PromptCache:
         step_size: int | None = None,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
+        every: Callable[[Model, mx.array], None] | None = None,
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
         A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state
         `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
+        `every` gets the hidden states `[1, T, H]` of each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
@@ -122,7 +131,10 @@ class PromptCache:
                     return None
                 size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
                 piece = list(ids[at - start : min(at + size, cut) - start])
-                hidden = self._read_piece(piece)
+                hidden = self._read_piece(piece, last_only=every is None)
+                if every:
+                    every(self.model, hidden)
+                    hidden = hidden[:, -1:]
                 if progress:
                     progress(len(self._ids) - start, len(ids))
                 if len(piece) == PREFILL_STEP_SIZE:
@@ -133,11 +145,12 @@ class PromptCache:
         self.features.trim()
         return hidden
 
-    def _read_piece(self, piece: list[int]) -> mx.array:
+    def _read_piece(self, piece: list[int], last_only: bool) -> mx.array:
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
-        last_only = not (self.mtp and self.feeds_mtp)
+        feeds_mtp = bool(self.mtp and self.feeds_mtp)
+        wants_last, last_only = last_only, last_only and not feeds_mtp
         positions = embeddings = None
         if shown := [token for token in piece if isinstance(token, MediaToken)]:
             # A piece may end inside a picture: positions count on from where that begins.
@@ -157,7 +170,7 @@ class PromptCache:
             hidden = self.model.trunk(ids, entries, last_only=last_only, **self._behind_pictures())
         if self.mtp and self.feeds_mtp:
             self.mtp.read(hidden, piece, embeddings, positions, self._ids, self._rope_delta)
-            hidden = hidden[:, -1:]
+            hidden = hidden[:, -1:] if wants_last else hidden
         elif self.mtp:
             self.mtp.hidden = None
         mx.eval(hidden, self._held())
@@ -183,6 +196,15 @@ class PromptCache:
         hidden = self.model.trunk(tokens[None], entries, **keeping, **self._behind_pictures())
         self._pass = hidden, 0
         return hidden
+
+    def begin_pass(self) -> None:
+        """Another object reads a token into the layer caches: until `commit` they do not agree."""
+        self._end_pass()
+        self._is_consistent = False
+
+    def end_pass(self, hidden: mx.array) -> None:
+        """That pass gave the hidden state `[1, 1, H]`; `commit` follows."""
+        self._pass = hidden, 0
 
     def commit(self, token: int) -> None:
         """The id of the next token that stays of those that the last `step` has read."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ..errors import Qwen35Error
 from ..sampling import SamplingParams
@@ -91,21 +91,24 @@ class Usage:
     decode_seconds: float = 0.0
 
 
-class Started(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Started:
     """The request left the queue."""
 
     prompt_tokens: int
     cached_tokens: int
 
 
-class Progress(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Progress:
     """Tokens of the prompt read so far, those of the cache included, and all of them."""
 
     num_read: int
     num_tokens: int
 
 
-class PromptLogprobs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
     """Of each token of the prompt; nothing is known of the first one."""
 
     tokens: list[int]
@@ -113,7 +116,8 @@ class PromptLogprobs(NamedTuple):
     top: list[Top]
 
 
-class Token(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Token:
     """A token and the text that became final with it; `index` counts the n answers."""
 
     pieces: Sequence[Piece]
@@ -124,7 +128,8 @@ class Token(NamedTuple):
     index: int = 0
 
 
-class Done(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Done:
     """The end of an answer; `pieces` are what was held back. `usage` is final with the last one."""
 
     finish_reason: FinishReason
@@ -135,7 +140,8 @@ class Done(NamedTuple):
     index: int = 0
 
 
-class Failed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Failed:
     """The request could not be answered; nothing follows."""
 
     error: Exception

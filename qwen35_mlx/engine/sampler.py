@@ -1,14 +1,14 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p, in that order.
 
-The order is that of transformers.
+The order is that of transformers; biases of single tokens come behind the penalties.
 """
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -36,11 +36,12 @@ class Sampler:
         params: SamplingParams,
         prompt: mx.array,
         seed: int | None = None,
-        banned: Sequence[int] = (),
+        banned: Sequence[int] | mx.array = (),
+        bias: Mapping[int, float] | None = None,
     ):
-        """prompt: ids `[T]`; the repetition penalty counts them, the presence penalty does not.
+        """prompt: ids `[T]`; the repetition penalty counts them, the other penalties do not.
 
-        Tokens of `banned` are never drawn.
+        Tokens of `banned`, ids or a mask `[V]`, are never drawn. `bias` is added to logits.
         """
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
             raise Qwen35Error("seed is not usable", got=repr(seed), expected=f"0 to {MAX_SEED}")
@@ -50,8 +51,11 @@ class Sampler:
         first, second = cast(list[int], mx.random.split(key, 1)[0].tolist())
         self._key = first, second
         self._prompt = prompt
-        self._banned = tuple(banned)
-        self._is_banned: mx.array | None = None
+        mask = banned if isinstance(banned, mx.array) else None
+        self._banned = () if isinstance(banned, mx.array) else tuple(banned)
+        self._is_banned: mx.array | None = mask
+        self._bias = dict(bias or {})
+        self._bias_row: mx.array | None = None
         self._in_text: mx.array | None = None
         self._in_answer: mx.array | None = None
         self._answered: mx.array | None = None
@@ -62,13 +66,21 @@ class Sampler:
         self._answered = mx.array(list(answered), dtype=mx.int32)
         self._in_answer = None
 
-    def __call__(self, logits: mx.array, place: int, drafts: mx.array | None = None) -> mx.array:
+    def __call__(
+        self,
+        logits: mx.array,
+        place: int,
+        drafts: mx.array | None = None,
+        forbidden: mx.array | None = None,
+    ) -> mx.array:
         """logits `[T, V]` -> tokens `[T]` for places `place`, `place + 1`, … of the sequence.
 
-        Row r is drawn as if the first r of `drafts` `[T - 1]` were accepted. Nothing is evaluated
-        here.
+        Row r is drawn as if the first r of `drafts` `[T - 1]` were accepted. A mask `[V]` of what
+        is `forbidden` replaces that of what is banned. Nothing is evaluated here.
         """
         masks = self._masks(logits.shape[-1], drafts)
+        if forbidden is not None:
+            masks = (*masks[:2], forbidden, masks[3])
         if self.params.temperature < GREEDY_BELOW:
             return mx.argmax(penalise(logits, scalars(self.params), *masks), axis=-1)
         return draw(logits, self.params, keys_at(self._key, place, len(logits)), *masks)
@@ -76,32 +88,81 @@ class Sampler:
     def accept(self, tokens: mx.array) -> None:
         """Count `tokens` `[N]`, drawn or forced, as part of the answer."""
         if self._in_answer is not None:
-            self._in_answer[tokens] = True
+            self._in_answer = self._in_answer.at[tokens].add(1)
         if self._in_text is not None:
             self._in_text[tokens] = True
 
-    def _masks(self, vocab: int, drafts: mx.array | None = None) -> tuple[Mask, Mask, Mask]:
-        """Of tokens in the text, in the answer and banned; each if it changes something.
+    def _masks(self, vocab: int, drafts: mx.array | None = None) -> tuple[Mask, Mask, Mask, Mask]:
+        """In the text, how often in the answer, banned, biases; each if it changes something.
 
         `[V]`, or `[T, V]` of T rows that count the drafts before them.
         """
         repetition = self.params.repetition_penalty != 1.0
-        presence = self.params.presence_penalty != 0.0
+        counts = self.params.presence_penalty != 0.0 or self.params.frequency_penalty != 0.0
         if repetition and self._in_text is None:
             self._in_text = mx.zeros(vocab, dtype=mx.bool_)
             self._in_text[self._prompt] = True
-        if presence and self._in_answer is None:
-            self._in_answer = mx.zeros(vocab, dtype=mx.bool_)
+        if counts and self._in_answer is None:
+            self._in_answer = mx.zeros(vocab)
             if self._answered is not None:
-                self._in_answer[self._answered] = True
+                self._in_answer = self._in_answer.at[self._answered].add(1)
         if self._banned and self._is_banned is None:
             self._is_banned = mx.zeros(vocab, dtype=mx.bool_)
             self._is_banned[mx.array(self._banned)] = True
+        if self._bias and self._bias_row is None:
+            self._bias_row = mx.zeros(vocab)
+            self._bias_row[mx.array(list(self._bias))] = mx.array(list(self._bias.values()))
         return (
             _with_drafts(self._in_text, drafts) if repetition else None,
-            _with_drafts(self._in_answer, drafts) if presence else None,
+            _with_drafts(self._in_answer, drafts) if counts else None,
             self._is_banned,
+            self._bias_row,
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but what is banned for all changes the logits."""
+        params = self.params
+        no_counts = params.presence_penalty == 0.0 and params.frequency_penalty == 0.0
+        return not self._bias and not self._banned and no_counts and params.repetition_penalty == 1
+
+
+def draw_rows(
+    samplers: Sequence[Sampler],
+    logits: mx.array,
+    places: Sequence[int],
+    forbidden: Sequence[mx.array | None],
+) -> list[mx.array]:
+    """A token `[1]` for each row of logits `[B, V]`, the same as by the row's sampler alone.
+
+    Rows that nothing but their mask of banned ids changes are drawn together.
+    """
+    tokens: list[mx.array | None] = [None] * len(samplers)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, sampler in enumerate(samplers):
+        if sampler.is_plain and forbidden[i] is None:
+            params = sampler.params
+            shape = tuple(scalars(params)), params.top_k, params.temperature < GREEDY_BELOW
+            groups.setdefault((*shape, id(sampler._is_banned)), []).append(i)
+        else:
+            tokens[i] = sampler(logits[i : i + 1], places[i], forbidden=forbidden[i])
+    for rows in groups.values():
+        first = samplers[rows[0]]
+        chosen = logits if len(rows) == len(logits) else logits[mx.array(rows)]
+        if first.params.temperature < GREEDY_BELOW:
+            drawn = mx.argmax(penalise(chosen, {}, is_banned=first._is_banned), axis=-1)
+        else:
+            keys = [keys_at(samplers[i]._key, places[i], 1) for i in rows]
+            values = [scalars(samplers[i].params) for i in rows]
+            columns = {
+                name: mx.stack([value[name] for value in values])[:, None] for name in values[0]
+            }
+            top_k = _top_k(first.params, logits.shape[-1])
+            key_rows = mx.concatenate(keys)
+            drawn = _draw(chosen, key_rows, columns, top_k, None, None, first._is_banned, None)
+        for place, row in enumerate(rows):
+            tokens[row] = drawn[place : place + 1]
+    return cast(list[mx.array], tokens)
 
 
 def _with_drafts(seen: Mask, drafts: mx.array | None) -> Mask:
@@ -111,7 +172,9 @@ def _with_drafts(seen: Mask, drafts: mx.array | None) -> Mask:
     rows = [seen]
     for token in drafts:
         # A copy: an update in place would reach the rows before it.
-        rows.append(mx.put_along_axis(rows[-1], token[None], mx.array(True), axis=0))
+        is_count = seen.dtype != mx.bool_
+        counted = rows[-1][token[None]] + 1 if is_count else mx.array(True)
+        rows.append(mx.put_along_axis(rows[-1], token[None], counted, axis=0))
     return mx.stack(rows)
 
 
@@ -136,6 +199,7 @@ def draw(
     in_text: Mask = None,
     in_answer: Mask = None,
     is_banned: Mask = None,
+    bias: Mask = None,
 ) -> mx.array:
     """Tokens `[B]` from logits `[B, V]` at a temperature above 0; a row depends on no other.
 
@@ -143,28 +207,47 @@ def draw(
     """
     if key.ndim == 1:
         key = mx.random.split(key, logits.shape[0])
-    top_k = int(params.top_k) if params.top_k < logits.shape[-1] else 0
-    return _draw(logits, key, scalars(params), top_k, in_text, in_answer, is_banned)
+    top_k = _top_k(params, logits.shape[-1])
+    return _draw(logits, key, scalars(params), top_k, in_text, in_answer, is_banned, bias)
+
+
+def _top_k(params: SamplingParams, vocab: int) -> int:
+    return int(params.top_k) if params.top_k < vocab else 0
 
 
 @lru_cache(maxsize=64)
 def scalars(params: SamplingParams) -> Scalars:
     """The parameters that change something; top_k decides shapes and is not among them."""
     off = {"top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
+    off["frequency_penalty"] = 0.0
     values = {name: getattr(params, name) for name in ("temperature", *off)}
     return {name: mx.array(v, mx.float32) for name, v in values.items() if v != off.get(name)}
 
 
 def penalise(
-    logits: mx.array, values: Scalars, in_text: Mask, in_answer: Mask, is_banned: Mask = None
+    logits: mx.array,
+    values: Scalars,
+    in_text: Mask = None,
+    in_answer: Mask = None,
+    is_banned: Mask = None,
+    bias: Mask = None,
 ) -> mx.array:
-    """logits `[B, V]` -> the same, float32 where a penalty is on; banned ones are -inf."""
+    """logits `[B, V]` -> the same, float32 where something is on; banned ones are -inf.
+
+    `in_answer` counts.
+    """
     if in_text is not None:
         penalty, logits = values["repetition_penalty"], logits.astype(mx.float32)
         weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
         logits = mx.where(in_text, weaker, logits)
     if in_answer is not None:
-        logits = logits.astype(mx.float32) - values["presence_penalty"] * in_answer
+        logits = logits.astype(mx.float32)
+        if "presence_penalty" in values:
+            logits = logits - values["presence_penalty"] * (in_answer > 0)
+        if "frequency_penalty" in values:
+            logits = logits - values["frequency_penalty"] * in_answer
+    if bias is not None:
+        logits = logits.astype(mx.float32) + bias
     if is_banned is not None:
         logits = mx.where(is_banned, -mx.inf, logits)
     return logits
@@ -180,8 +263,9 @@ def _draw(
     in_text: Mask,
     in_answer: Mask,
     is_banned: Mask,
+    bias: Mask,
 ) -> mx.array:
-    logits = penalise(logits, values, in_text, in_answer, is_banned).astype(mx.float32)
+    logits = penalise(logits, values, in_text, in_answer, is_banned, bias).astype(mx.float32)
     # Costs: an ascending stable sort puts the likeliest first, and of equal ones the lowest id.
     costs = -logits / values["temperature"]
     if not top_k and "top_p" not in values:

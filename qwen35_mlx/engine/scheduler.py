@@ -1,39 +1,54 @@
-"""The engine of a server: one thread that owns MLX and answers many requests at a time."""
+"""The engine of a server: one thread that owns MLX and answers many requests at a time.
 
-from collections.abc import Callable, Iterator
+Prompts are read one after another, in pieces; between two pieces all answers go on for as long as
+the piece took, a token of each in one pass. One that is alone decodes with drafts.
+"""
+
+import atexit
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from typing import Any, cast
+
+import mlx.core as mx
 
 from ..model.language import Model
+from ..prompt import banned_ids, without_media
+from .admission import Admission
+from .decode import log_probabilities
 from .prefix_store import PrefixStore
-from .requests import Event, Request
+from .prepare import Prepared, Preparer
+from .reading import Pieces, Reading
+from .requests import (
+    Done,
+    EngineBusy,
+    EngineStopped,
+    Failed,
+    FinishReason,
+    Request,
+)
+from .row import Row, Vocabulary
+from .row_batch import MAX_BATCH_ROWS, RowBatch
+from .sampler import Sampler, draw_rows
+from .speculate import OFF, Drafter
+from .ticket import Ticket
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Limits:
     """What an engine takes on at once."""
 
-    # Requests that are read or answered, and those that wait beyond them.
+    # Answers that are read or written, and requests that wait beyond them.
     max_running: int = 16
     max_queued: int = 64
     # Keys, values and states of what runs; None: what the machine has left.
     memory_bytes: float | None = None
-
-
-class Ticket:
-    """A request on its way; events may be taken by one iterator or given to listeners."""
-
-    def events(self) -> Iterator[Event]:
-        """The events until the last `Done`, or `Failed`; waits for them, in any thread."""
-        raise NotImplementedError
-
-    def add_listener(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` for each event, earlier ones first, from the engine's thread."""
-        raise NotImplementedError
-
-    def cancel(self) -> None:
-        """End the request within a piece of the prompt or a token; `Done` comes all the same."""
-        raise NotImplementedError
 
 
 class Engine:
@@ -47,33 +62,430 @@ class Engine:
         store: PrefixStore | None = None,
         limits: Limits | None = None,
     ):
-        raise NotImplementedError
+        self.model, self.tokenizer = model, tokenizer
+        self.store = store or PrefixStore(model)
+        self.limits = limits or Limits()
+        self._preparer = Preparer(model, tokenizer)
+        self._admission = Admission(model, self.store, self.limits.memory_bytes)
+        self._inbox: SimpleQueue[Reading | None] = SimpleQueue()
+        self._tickets: set[Ticket] = set()
+        self._lock = Lock()
+        self._thread: Thread | None = None
+        self._stopping: str | None = "not started"
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing runs."""
+        self._queue: deque[Reading] = deque()
+        self._readings: list[Reading] = []
+        self._rows: list[Row] = []
+        self._batches: list[RowBatch] = []
+        self._pieces = Pieces()
+        self._drafters: dict[str, Drafter] = {}
+        self._vocabulary: Vocabulary | None = None
 
     def start(self) -> None:
         """Start the thread."""
-        raise NotImplementedError
+        with self._lock:
+            if self.is_alive:
+                return
+            self._stopping = None
+            self._thread = Thread(target=self._run, name="qwen35-mlx-engine", daemon=True)
+            self._thread.start()
+        # A thread that still computes at exit would abort the process.
+        atexit.register(self.stop)
 
-    def submit(self, request: Request) -> Ticket:
-        """Queue a request; a mistake in it is raised here, as is `EngineBusy`."""
-        raise NotImplementedError
-
-    def count_tokens(self, request: Request) -> int:
-        """How long the prompt is; nothing is computed by MLX."""
-        raise NotImplementedError
-
-    def stop(self, finish: bool = False) -> None:
-        """End the thread, after what was taken on if `finish`; else that is cancelled."""
-        raise NotImplementedError
-
-    def restart(self) -> None:
-        """Start again after the thread has died; what waited has failed."""
-        raise NotImplementedError
+    restart = start
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs and makes progress."""
-        raise NotImplementedError
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def prepare(self, request: Request) -> Prepared:
+        """All checks of a request, and its ids; raises Qwen35Error. Nothing of MLX is used."""
+        return self._preparer.prepare(request)
+
+    def count_tokens(self, request: Request) -> int:
+        """How long the prompt is."""
+        return self._preparer.count(request)
+
+    def submit(self, request: Request | Prepared) -> Ticket:
+        """Queue a request; a mistake in it is raised here, as are EngineBusy and EngineStopped."""
+        prepared = request if isinstance(request, Prepared) else self.prepare(request)
+        ticket = Ticket(prepared.request.n, self._wake)
+        reading = Reading(prepared, ticket)
+        with self._lock:
+            if self._stopping is not None or not self.is_alive:
+                raise EngineStopped("the engine does not run", got=self._stopping or "it has died")
+            waiting = len(self._tickets) - self._num_started()
+            if waiting >= self.limits.max_queued:
+                raise EngineBusy("the queue is full", got=f"{waiting} requests wait")
+            self._tickets.add(ticket)
+            self._inbox.put(reading)
+        return ticket
+
+    def stop(self, finish: bool = False) -> None:
+        """End the thread, after what was taken on if `finish`; else that is cancelled."""
+        with self._lock:
+            thread = self._thread
+            self._stopping = "it finishes what it was asked" if finish else "it was stopped"
+            if not finish:
+                for ticket in self._tickets:
+                    ticket.cancelled = True
+        self._wake()
+        if thread is not None:
+            thread.join()
+        atexit.unregister(self.stop)
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, and what runs now."""
-        raise NotImplementedError
+        """Counters since the first start, and what runs now."""
+        counts = dict(self._counts)
+        with self._lock:
+            started = self._num_started()
+            counts |= {"running": started, "queued": max(0, len(self._tickets) - started)}
+        return counts | {
+            "rows": len(self._rows),
+            "cached_points": self.store.num_snapshots,
+            "cache_bytes": self.store.nbytes,
+        }
+
+    def _num_started(self) -> int:
+        return len(self._readings) + len({row.ticket for row in list(self._rows)})
+
+    def _wake(self) -> None:
+        self._inbox.put(None)
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._has_work() or self._stopping is None:
+                self._take_inbox()
+                self._drop_cancelled()
+                self._admit()
+                self._go_on()
+        except BaseException as error:
+            log.exception("the engine's thread has died")
+            reason: Exception = EngineStopped("the engine has died", got=repr(error)[:200])
+        else:
+            reason = EngineStopped("the engine was stopped")
+        with self._lock:
+            self._stopping = self._stopping or "it has died"
+            tickets, self._tickets = self._tickets, set()
+            while not self._inbox.empty():
+                self._inbox.get()
+        for ticket in tickets:
+            ticket.send(Failed(reason))
+        self._reset()
+        # MLX ends a thread's streams late; a process that exits before that is aborted.
+        mx.clear_streams()
+
+    def _has_work(self) -> bool:
+        return bool(self._rows or self._readings or self._queue or not self._inbox.empty())
+
+    def _take_inbox(self) -> None:
+        """Queue what was submitted; waits for it where there is nothing else to do."""
+        is_idle = not (self._rows or self._readings or self._queue)
+        while True:
+            try:
+                reading = self._inbox.get(block=is_idle and self._stopping is None)
+            except Empty:
+                return
+            is_idle = False
+            if reading is not None:
+                self._queue.append(reading)
+
+    def _drop_cancelled(self) -> None:
+        for reading in [r for r in [*self._queue, *self._readings] if r.ticket.cancelled]:
+            self._end_reading(reading)
+            for index in range(reading.prepared.request.n):
+                reading.ticket.send(Done("cancelled", None, reading.usage, index=index))
+            self._forget(reading.ticket)
+        self._leave([(row, "cancelled") for row in self._rows if row.ticket.cancelled])
+
+    def _admit(self) -> None:
+        """Start what may run; a request that has to wait lets no later one pass."""
+        while self._queue:
+            reading = self._queue[0]
+            num_rows = len(self._rows) + sum(r.prepared.request.n for r in self._readings)
+            running = [*(r.prepared for r in self._readings), *(row.prepared for row in self._rows)]
+            is_first = not self._rows and not self._readings
+            if not is_first and (
+                num_rows + reading.prepared.request.n > self.limits.max_running
+                or not self._admission.fits(reading.prepared, running)
+            ):
+                return
+            self._readings.append(self._queue.popleft())
+
+    def _go_on(self) -> None:
+        """A piece of a prompt, and tokens of all answers for as long as it took."""
+        started = time.perf_counter()
+        if self._readings:
+            self._read_piece()
+        seconds = time.perf_counter() - started
+        end = time.perf_counter() + seconds
+        while self._rows:
+            self._step()
+            if self._readings and time.perf_counter() < end and self._inbox.empty():
+                continue
+            if self._readings or self._queue or not self._inbox.empty():
+                return
+            if any(row.ticket.cancelled for row in self._rows):
+                return
+
+    def _read_piece(self) -> None:
+        reading = self._pieces.choose(self._readings, self.store)
+        started = time.perf_counter()
+        try:
+            if reading.cache is None:
+                reading.start(self.store)
+            is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
+            size = self._pieces.next_size(is_shared)
+            before = reading.position
+            drafter = self._drafter(reading.prepared.request.draft)
+            hidden = reading.read_piece(size, drafter.uses_mtp)
+            num_read = reading.position - before
+            seconds = time.perf_counter() - started
+            self._pieces.record(num_read, seconds)
+            self._counts["prefilled_tokens"] += num_read
+            self._counts["prefill_seconds"] += seconds
+            if hidden is not None:
+                self._begin(reading, hidden)
+        except Exception as error:
+            self._fail(reading.ticket, error)
+
+    def _begin(self, reading: Reading, hidden: mx.array) -> None:
+        """The prompt is read: its answers begin."""
+        prepared, ticket = reading.prepared, reading.ticket
+        request, cache = prepared.request, reading.cache
+        assert cache is not None
+        self.store.trim()
+        self._counts["prompt_tokens"] += len(prepared.ids)
+        self._counts["cached_tokens"] += reading.usage.cached_tokens
+        if self._vocabulary is None:
+            banned = banned_ids(self.model, self.tokenizer)
+            width = self.model.head(hidden).shape[-1]
+            self._vocabulary = Vocabulary(self.tokenizer, width, banned)
+        caches = [cache, *(cache.fork(len(cache.ids)) for _ in range(request.n - 1))]
+        counted = mx.array(without_media(self.tokenizer, prepared.ids))
+        rows = []
+        for index, own in enumerate(caches):
+            seed = None if request.seed is None else (request.seed + index) % 2**63
+            banned_mask = self._vocabulary.banned
+            sampler = Sampler(
+                prepared.params,
+                counted,
+                seed,
+                () if banned_mask is None else banned_mask,
+                request.logit_bias,
+            )
+            row = Row(
+                prepared,
+                ticket,
+                reading.usage,
+                own,
+                sampler,
+                self._vocabulary,
+                self.tokenizer,
+                index,
+                owner=reading,
+            )
+            own.owner = cache.owner
+            rows.append(row)
+        self._readings.remove(reading)
+        self._rows += rows
+        if prepared.max_tokens == 0:
+            self._leave([(row, "length") for row in rows])
+            return
+        for row in rows:
+            row.begin(hidden)
+
+    def _drafter(self, mode: str) -> Drafter:
+        if mode not in self._drafters:
+            self._drafters[mode] = Drafter(self.model, mode)
+        return self._drafters[mode]
+
+    def _step(self) -> None:
+        """A token of each row, or of one that is alone several."""
+        rows = self._rows
+        if len(rows) == 1 and rows[0].can_draft and rows[0].prepared.request.draft != OFF:
+            self._step_alone(rows[0])
+        else:
+            self._step_together()
+
+    def _step_alone(self, row: Row) -> None:
+        started = time.perf_counter()
+        self._arrange([])
+        try:
+            step = row.speculative_step(self._drafter(row.prepared.request.draft))
+            row.take(step.token, step.logprobs, step.from_draft)
+        except Exception as error:
+            self._fail(row.ticket, error)
+            return
+        self._after([row], started)
+
+    def _step_together(self) -> None:
+        started = time.perf_counter()
+        rows = list(self._rows)
+        for row in rows:
+            row.pause()
+        self._arrange(rows)
+        try:
+            # The pass of all rows starts before the host knows their tokens.
+            logits = []
+            for number, batch in enumerate(self._batches):
+                members = rows[number * MAX_BATCH_ROWS :][: len(batch.rows)]
+                for row in members:
+                    row.sampler.accept(row.token)
+                hidden = batch.step(mx.concatenate([row.token for row in members]))
+                logits.append(self.model.head(hidden)[:, 0])
+                mx.async_eval(logits[-1])
+            ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
+        except Exception as error:
+            # What the rows have read is not known any more.
+            for row in rows:
+                self._fail(row.ticket, error)
+            return
+        for row, token in zip(rows, ids, strict=True):
+            row.cache.commit(token)
+        for row, token in zip(rows, ids, strict=True):
+            if row not in self._rows:
+                continue
+            try:
+                wanted = row.prepared.request.logprobs is not None
+                row.take(token, log_probabilities(row.decoding.logits) if wanted else None)
+            except Exception as error:
+                self._fail(row.ticket, error)
+        self._draw(rows, logits)
+        self._after([row for row in rows if row in self._rows], started)
+
+    def _draw(self, rows: list[Row], logits: list[mx.array]) -> None:
+        """The next token of each row that goes on."""
+        for number, of_batch in enumerate(logits):
+            members = rows[number * MAX_BATCH_ROWS :][: len(of_batch)]
+            going = [i for i, row in enumerate(members) if row.goes_on and row in self._rows]
+            forbidden = {}
+            for i in list(going):
+                try:
+                    forbidden[i] = members[i].forbidden()
+                except Exception as error:
+                    self._fail(members[i].ticket, error)
+            going = [i for i in going if i in forbidden and members[i] in self._rows]
+            if not going:
+                continue
+            all_go = len(going) == len(members)
+            chosen = of_batch if all_go else of_batch[mx.array(going)]
+            drawing = [members[i] for i in going]
+            tokens = draw_rows(
+                [row.sampler for row in drawing],
+                chosen,
+                [len(row.cache.ids) for row in drawing],
+                [forbidden[i] for i in going],
+            )
+            mx.async_eval(tokens)
+            for place, (row, token) in enumerate(zip(drawing, tokens, strict=True)):
+                row.decoding.token = token
+                row.decoding.logits = chosen[place : place + 1]
+
+    def _after(self, rows: list[Row], started: float) -> None:
+        """End rows that are done, and read what others are forced to say."""
+        ended: list[tuple[Row, FinishReason]] = [
+            (row, row.finish_reason) for row in rows if row.finish_reason is not None
+        ]
+        self._leave(ended)
+        forced = [row for row in rows if row.forced and row in self._rows]
+        if forced:
+            # Their states are in a batch.
+            self._arrange([])
+        for row in forced:
+            try:
+                row.read_forced()
+            except Exception as error:
+                self._fail(row.ticket, error)
+        self._counts["generated_tokens"] += len(rows)
+        self._counts["decode_seconds"] += time.perf_counter() - started
+        self._counts["decode_steps"] += 1
+
+    def _arrange(self, rows: list[Row]) -> None:
+        """Bring these rows, and no others, into batches; states move where rows came or went."""
+        caches = [row.cache for row in rows]
+        groups = [caches[i : i + MAX_BATCH_ROWS] for i in range(0, len(caches), MAX_BATCH_ROWS)]
+        if [batch.rows for batch in self._batches] == groups:
+            return
+        kept = {i for i, b in enumerate(self._batches) if i < len(groups) and b.rows == groups[i]}
+        for i, batch in enumerate(self._batches):
+            if i not in kept:
+                batch.clear()
+        batches = []
+        for i, group in enumerate(groups):
+            if i in kept:
+                batches.append(self._batches[i])
+                continue
+            batches.append(RowBatch(self.model))
+            for cache in group:
+                # The MTP layer reads no batch.
+                cache.feeds_mtp = len(group) == 1 and cache.feeds_mtp
+            batches[-1].put(group)
+        self._batches = batches
+
+    def _leave(self, ended: list[tuple[Row, FinishReason]]) -> None:
+        """End rows: their caches go to the store, their answers into memory."""
+        if not ended:
+            return
+        leaving = {id(row) for row, _ in ended}
+        for row, _ in ended:
+            row.pause()
+        self._rows = [row for row in self._rows if id(row) not in leaving]
+        self._arrange(self._rows if len(self._rows) > 1 else [])
+        for row, reason in ended:
+            prepared = row.prepared
+            row.cache.release()
+            if prepared.key is not None:
+                content, thought, calls = row.answer()
+                self._preparer.answers.remember(
+                    prepared.key, content, thought, calls, prepared.typed_calls
+                )
+            self._counts["draft_tokens"] += row.num_drafted
+            self._counts[f"finished_{reason}"] += 1
+            row.finish(reason)
+            if row.ticket.is_over:
+                self._forget(row.ticket)
+        self.store.trim()
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """One request ends with an error; the others go on."""
+        log.warning("a request failed: %r", error, exc_info=error)
+        self._counts["failed"] += 1
+        for reading in [r for r in self._readings if r.ticket is ticket]:
+            self._end_reading(reading)
+        failed = [row for row in self._rows if row.ticket is ticket]
+        if failed:
+            self._rows = [row for row in self._rows if row.ticket is not ticket]
+            _quietly(lambda: self._arrange(self._rows if len(self._rows) > 1 else []))
+        for row in failed:
+            _quietly(row.pause)
+            _quietly(row.cache.release)
+        ticket.send(Failed(error))
+        self._forget(ticket)
+
+    def _end_reading(self, reading: Reading) -> None:
+        """Take a request out of the queue or of what is read; what it has read stays."""
+        self._readings = [r for r in self._readings if r is not reading]
+        self._queue = deque(r for r in self._queue if r is not reading)
+        if reading.cache is not None:
+            reading.cache.release()
+            self.store.trim()
+
+    def _forget(self, ticket: Ticket) -> None:
+        with self._lock:
+            self._tickets.discard(ticket)
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    """What is done for a request that has failed already."""
+    try:
+        action()
+    except Exception:
+        log.debug("after a failure", exc_info=True)

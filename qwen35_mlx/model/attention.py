@@ -14,6 +14,7 @@ from ..kernels.decode_attention import Heads, Packed, decode_attention, unpacked
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
+from .layer_cache import RowsKVCache
 from .rope import PartialRope, RopeDelta, shifted
 
 
@@ -106,14 +107,30 @@ class Attention(nn.Module):
             q, k = self.rope(q, offset), self.rope(k, offset)
         else:
             q, k = qk_norm_rope(q_gate, k, *weights, *tables, self.q_norm.eps, self.kernels)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-            if hasattr(cache, "bits"):
-                # mlx-lm's quantized cache, of its option kv_bits.
-                k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
-        out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
+        if isinstance(cache, RowsKVCache):
+            out = self._attend_rows(q, k, v, cache)
+        else:
+            if cache is not None:
+                k, v = cache.update_and_fetch(k, v)
+                if hasattr(cache, "bits"):
+                    # mlx-lm's quantized cache, of its option kv_bits.
+                    k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
+            out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]
+
+    def _attend_rows(
+        self, q: mx.array, k: mx.array, v: mx.array, cache: RowsKVCache
+    ) -> mx.array:
+        """One token of each row over its own keys and values, `[B, H, 1, D]`."""
+        outputs = []
+        for i, row in enumerate(cache.rows):
+            at = slice(i, i + 1)
+            keys, values = row.update_and_fetch(k[at], v[at])
+            outputs.append(
+                attend(q[at], keys, values, self._scale, None, self.max_scores_bytes, self.kernels)
+            )
+        return mx.concatenate(outputs)
 
     def read(
         self,

@@ -288,6 +288,29 @@ class BatchKVCache(KeysAndValues):
         return self._idx
 
 
+class RowsKVCache(LayerCache):
+    """Sequences with keys and values of their own, of which a pass reads one token each.
+
+    Attention takes the rows one by one; nothing is padded or copied.
+    """
+
+    def __init__(self, rows: Sequence[KVCache]) -> None:
+        self.rows = list(rows)
+
+    @property
+    def offset(self) -> mx.array:
+        """How many tokens each row has read, `[B]`."""
+        return mx.array([row.offset for row in self.rows])
+
+    @property
+    def state(self) -> list[Any]:
+        return [row.state for row in self.rows]
+
+    def make_mask(self, num_tokens: int, **unused: Any) -> None:
+        """One token of each row sees all of its own."""
+        assert num_tokens == 1
+
+
 class ArraysCache(LayerCache):
     """The states of a recurrent layer: replaced at each step, never written in place.
 

@@ -1,16 +1,19 @@
 """Prompts of the turns of a conversation, and the points behind which later ones differ."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.output import ToolCall
-from ..engine.prompt_cache import common_prefix
-from ..engine.tool_calls import as_message
-from ..engine.tool_values import Schema
 from ..errors import PromptError
-from ..prompt import THINK_OPEN, PromptText, encode_text, render_messages
-from .messages import Message, user_message
+from ..prompt import THINK_CLOSE, THINK_OPEN, PromptText, encode_text, render_messages
+from .output import ToolCall
+from .prompt_cache import common_prefix
+from .tool_calls import as_message
+from .tool_values import Schema
+
+Message = Mapping[str, Any]
+# As templates close a thought.
+THOUGHT_END = f"\n{THINK_CLOSE}\n\n"
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,14 @@ class TurnPrompts:
     tokenizer: Any
     tools: Sequence[Schema] = ()
     enable_thinking: bool | None = None
+    # Further variables of the template.
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> PromptText:
         """The messages as text."""
-        template: dict[str, Any] = {"tools": list(self.tools)} if self.tools else {}
+        template = dict(self.options)
+        if self.tools:
+            template["tools"] = list(self.tools)
         return render_messages(
             self.tokenizer,
             messages,
@@ -42,7 +49,7 @@ class TurnPrompts:
         prompt = encode_text(self.tokenizer, text)
         if not prompt:
             raise PromptError("the prompt is empty", expected="at least one token")
-        other = self.render([*messages[:-1], user_message("\0")], False)
+        other = self.render([*messages[:-1], _user("\0")], False)
         # Encoded from the end, which is short; what comes before melts with none of it.
         message = encode_text(self.tokenizer, text.part(common_prefix(text, other)))
         start = max(0, len(prompt) - len(message))
@@ -59,7 +66,7 @@ class TurnPrompts:
 
     def before_message(self, messages: Sequence[Message]) -> list[int]:
         """What every next prompt behind `messages` begins with, whatever its message says."""
-        one, other = (self.render([*messages, user_message(text)], False) for text in ("a", "1"))
+        one, other = (self.render([*messages, _user(text)], False) for text in ("a", "1"))
         return encode_text(self.tokenizer, one.part(0, common_prefix(one, other)))
 
     def renders_json_arguments(self) -> bool:
@@ -67,16 +74,18 @@ class TurnPrompts:
         call = as_message(ToolCall("probe", {"key": "a-probe"}, {}))
         answer = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}
         try:
-            return '"a-probe"' in self.render([user_message("a"), answer], False)
+            return '"a-probe"' in self.render([_user("a"), answer], False)
         except PromptError:
             return False
 
     def thinks(self) -> bool:
         """Whether the template opens a thought."""
-        return self.opens_thought(
-            encode_text(self.tokenizer, self.render([user_message("a")], True))
-        )
+        return self.opens_thought(encode_text(self.tokenizer, self.render([_user("a")], True)))
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
         """Whether the template has opened one at the end of a prompt."""
         return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith(THINK_OPEN))
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}

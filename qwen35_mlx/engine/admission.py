@@ -1,0 +1,53 @@
+"""Which requests fit the memory beside those that run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from ..machine import describe
+from ..memory import count, kv_bytes, kv_capacity, state_bytes
+from ..model.language import Model
+from .prefix_store import PrefixStore
+from .prepare import Prepared
+
+# Of what an answer may have, this much is counted: clients ask for 64,000 and take 500.
+COUNTED_TOKENS = 4096
+# Of an unknown machine's memory.
+SHARE_WITHOUT_GPU = 0.5
+
+
+class Admission:
+    """Counts keys, values and states of requests by their prompts and what they may answer."""
+
+    def __init__(self, model: Model, store: PrefixStore, memory_bytes: float | None = None):
+        """`memory_bytes` None: what the machine has left beside weights, a prefill and points."""
+        self._config = model.config
+        self._item_bytes = 2
+        self._model, self._store = model, store
+        self.memory_bytes = memory_bytes
+
+    def fits(self, prepared: Prepared, running: Sequence[Prepared]) -> bool:
+        """Whether a request may start beside others."""
+        if self.memory_bytes is None:
+            self.memory_bytes = self._left()
+        needed = sum(self._bytes_of(p) for p in running)
+        needed += self._bytes_of(prepared) * prepared.request.n
+        return needed <= self.memory_bytes
+
+    def _bytes_of(self, prepared: Prepared) -> int:
+        """Of one answer."""
+        tokens = len(prepared.ids) + min(prepared.max_tokens, COUNTED_TOKENS)
+        cache = kv_bytes(self._config, kv_capacity(tokens), self._item_bytes)
+        return cache + 2 * state_bytes(self._config, self._item_bytes)
+
+    def _left(self) -> float:
+        """What the machine has left."""
+        machine = describe()
+        limit = machine.gpu_limit_bytes or machine.memory_bytes * SHARE_WITHOUT_GPU
+        parameters: Any = tree_flatten(self._model.parameters())
+        weights = sum(array.nbytes for _, array in parameters)
+        context = min(self._config.context_length, 32_768)
+        counted = count(self._config, weights, context, int(limit), self._item_bytes)
+        spent = counted.total - counted.kv_cache - counted.states - counted.snapshots
+        return max(limit - spent - self._store.memory_bytes, 0.0)

@@ -1,0 +1,99 @@
+"""What the model wrote in its answers, for clients that send them back changed.
+
+Many clients drop thoughts or write the arguments of calls in another way. Then the next prompt
+would differ from what was read, and everything behind would be read again.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+from ..errors import PromptError
+from ..text.messages import tool_calls
+from .tool_calls import ToolCall, as_message
+
+Message = Mapping[str, Any]
+MAX_ANSWERS = 4096
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+class AnswerMemory:
+    """Thoughts and calls of recent answers, found by all that was said up to them.
+
+    So no conversation gets a thought of another one. For use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[bytes, tuple[str, list[dict[str, Any]]]] = OrderedDict()
+        self._lock = Lock()
+
+    def restored(self, messages: Sequence[Any]) -> tuple[list[Any], bytes]:
+        """The messages with answers as the model wrote them, and the key of what follows them."""
+        key, restored = b"", list[Any]()
+        for message in messages:
+            key = _key(key, message)
+            if isinstance(message, Mapping) and message.get("role") == "assistant":
+                with self._lock:
+                    if (known := self._answers.get(key)) is not None:
+                        self._answers.move_to_end(key)
+                if known is not None:
+                    message = _as_written(message, *known)
+            restored.append(message)
+        return restored, key
+
+    def remember(
+        self, key: bytes, content: str, thought: str, calls: Sequence[ToolCall], typed: bool
+    ) -> None:
+        """An answer to the messages that `key` stands for; `typed` as in `as_message`."""
+        sent = [as_message(call, typed=True) for call in calls]
+        answer = {"role": "assistant", "content": content, "tool_calls": sent}
+        written = [as_message(call, typed=typed)["function"]["arguments"] for call in calls]
+        with self._lock:
+            self._answers[_key(key, answer)] = thought, written
+            while len(self._answers) > MAX_ANSWERS:
+                self._answers.popitem(last=False)
+
+
+def _as_written(message: Message, thought: str, written: Sequence[dict[str, Any]]) -> Message:
+    changed = {k: v for k, v in message.items() if k not in THOUGHTS}
+    changed["reasoning_content"] = thought
+    if written:
+        changed["tool_calls"] = [
+            {**call, "function": {**(call.get("function") or call), "arguments": arguments}}
+            for call, arguments in zip(message["tool_calls"], written, strict=True)
+        ]
+    return changed
+
+
+def _key(before: bytes, message: Any) -> bytes:
+    """Of a message behind others, whatever its thought is and however its calls are written."""
+    if not isinstance(message, Mapping):
+        said: Any = repr(message)
+    else:
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            parts = [_shown(part) for part in content]
+            # A text in parts is the same text.
+            is_text = all(isinstance(part, str) for part in parts)
+            content = "".join(parts) if is_text else parts
+        try:
+            calls = [(name, arguments) for name, arguments, _ in tool_calls(message)]
+        except PromptError:
+            calls = []
+        text = content.strip() if isinstance(content, str) else content or ""
+        said = [message.get("role"), text, calls]
+    written = json.dumps(said, sort_keys=True, default=repr, ensure_ascii=True)
+    return hashlib.sha256(before + written.encode()).digest()
+
+
+def _shown(part: Any) -> Any:
+    """A part's text, or a picture by what it shows."""
+    if not isinstance(part, Mapping):
+        return [part]
+    if isinstance(part.get("text"), str):
+        return part["text"]
+    digest = next((v.digest for v in part.values() if hasattr(v, "digest")), None)
+    return [digest.hex()] if digest else [part]

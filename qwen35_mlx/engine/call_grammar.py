@@ -1,0 +1,102 @@
+"""The grammar of tool calls, as a model of Qwen's writes them, with arguments by their schemas."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .tool_values import Schema, kinds_of
+
+# Spaces as models write them, and nowhere else: an endless row of them would be valid.
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+VALUE_END = "\n</parameter>\n"
+
+
+def call_grammar(
+    tools: Sequence[Schema], added: Mapping[str, int], *, as_json: bool, parallel: bool
+) -> str:
+    """Lark of one call, or of several if `parallel`, of these tools.
+
+    added: added tokens by text; tags that are tokens have to come as such. as_json: arguments as a
+    JSON object, else a tag for each.
+    """
+    start, end = (
+        f"<[{added[tag]}]>" if tag in added else _text(tag)
+        for tag in ("<tool_call>", "</tool_call>")
+    )
+    rules = _json_rules(tools) if as_json else _tag_rules(tools)
+    again = f" ({_text(chr(10))} call)*" if parallel else ""
+    names = " | ".join(f"tool_{i}" for i in range(len(tools)))
+    newline = _text("\n")
+    return "\n".join(
+        [
+            f"start: call{again}",
+            f"call: {start} {newline} ({names}) {newline} {end}",
+            f"text[suffix={_text(VALUE_END)}]: /(.|\\n)*/",
+            *rules,
+            "",
+        ]
+    )
+
+
+def _json_rules(tools: Sequence[Schema]) -> list[str]:
+    rules = []
+    for i, tool in enumerate(tools):
+        name, parameters = _function(tool)
+        call = {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": parameters or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+            **_definitions(parameters),
+        }
+        rules.append(f"tool_{i}: {_json(call)}")
+    return rules
+
+
+def _tag_rules(tools: Sequence[Schema]) -> list[str]:
+    rules = []
+    for i, tool in enumerate(tools):
+        name, parameters = _function(tool)
+        properties = parameters.get("properties")
+        required = parameters.get("required")
+        body = [_text(f"<function={name}>\n")]
+        for j, (key, schema) in enumerate((properties or {}).items()):
+            rule = f"tool_{i}_{j}"
+            value = _value(schema if isinstance(schema, Mapping) else {}, parameters)
+            rules.append(f"{rule}: {_text(f'<parameter={key}>{chr(10)}')} {value}")
+            is_required = isinstance(required, list) and key in required
+            body.append(rule if is_required else f"{rule}?")
+        body.append(_text("</function>"))
+        rules.append(f"tool_{i}: {' '.join(body)}")
+    return rules
+
+
+def _value(schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+    """A value and the tag behind it: of texts anything up to the tag, of all else JSON."""
+    choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(choices, list) and choices:
+        texts = [c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in choices]
+        return f"({' | '.join(map(_text, texts))}) {_text(VALUE_END)}"
+    kinds = kinds_of(schema, parameters)
+    if not kinds or "string" in kinds:
+        return "text"
+    return f"{_json({**schema, **_definitions(parameters)})} {_text(VALUE_END)}"
+
+
+def _definitions(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}"
+
+
+def _text(text: str) -> str:
+    """A literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _function(tool: Schema) -> tuple[str, Mapping[str, Any]]:
+    function = tool.get("function", tool)
+    parameters = function.get("parameters")
+    return str(function.get("name") or ""), parameters if isinstance(parameters, Mapping) else {}

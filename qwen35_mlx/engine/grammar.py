@@ -1,0 +1,271 @@
+"""Grammars that an answer has to follow, on llguidance: JSON schemas, patterns, calls of tools.
+
+A matcher says which tokens may come next. Everything here is numpy and runs in any thread.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from ..errors import Qwen35Error
+from ..text.detokenizer import token_bytes
+from .call_grammar import JSON_OPTIONS, call_grammar
+from .requests import Grammar, Request, ToolName
+from .tool_calls import tool_names
+
+MAX_SOURCE_CHARACTERS = 256 * 1024
+# Whether a place in a schema is at fault is tried for so many of them.
+MAX_TRIED_PLACES = 500
+CHILDREN = ("properties", "patternProperties", "$defs", "definitions")
+CHILD_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+CHILD = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
+
+
+class GrammarError(Qwen35Error):
+    """A grammar or a schema cannot be used; `path` is where in the schema."""
+
+    path = ""
+
+
+class Matcher:
+    """Follows one answer."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def forbidden(self) -> np.ndarray:
+        """The mask `[V]` of tokens that must not come next; ends count as tokens."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
+        return allowed == 0
+
+    def accept(self, token: int) -> None:
+        """The next token."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more can come."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(
+                "the grammar cannot be followed any further",
+                got=self._matcher.get_error()[:500],
+                hint="a simpler schema or grammar may work",
+            )
+
+
+class CompiledGrammar:
+    """A grammar that was found to be usable."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._first = matcher
+        self._vocab_size = vocab_size
+
+    def matcher(self) -> Matcher:
+        """A new one, for one answer."""
+        return Matcher(self._first.deep_copy(), self._vocab_size)
+
+
+class Grammars:
+    """Compiles what requests ask for; the tokenizer's tables are made when first needed."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int):
+        """vocab_size: the width of the logits, which may be more than the tokenizer knows."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._tables: Any = None
+        self._lock = Lock()
+
+    def of(self, request: Request, writes_json_calls: Callable[[], bool]) -> CompiledGrammar | None:
+        """What the answer has to follow behind its thought; None if nothing.
+
+        `writes_json_calls()`: whether the model writes calls as JSON.
+        """
+        choice = request.tool_choice
+        must_call = isinstance(choice, ToolName) or choice == "required"
+        if not must_call and choice not in ("auto", "none"):
+            raise GrammarError(
+                "unknown tool_choice", got=repr(choice)[:80], expected="auto, none, required"
+            )
+        if request.grammar is None and not must_call:
+            return None
+        parts = []
+        if request.grammar is not None and not must_call:
+            parts.append(self._of_answer(request.grammar))
+        if must_call or (request.tools and choice == "auto"):
+            tools = _chosen(request.tools, choice)
+            lark = call_grammar(
+                tools,
+                self._tokenizer.get_added_vocab(),
+                as_json=writes_json_calls(),
+                parallel=request.parallel_tool_calls,
+            )
+            parts.append({"lark_grammar": lark})
+        if len(parts) > 1:
+            named = [{**part, "name": f"part{i}"} for i, part in enumerate(parts)]
+            one_of = " | ".join(f"@{part['name']}" for part in named)
+            parts = [{"lark_grammar": f"start: {one_of}"}, *named]
+        text = json.dumps({"grammars": parts})
+        if message := self._fault(text):
+            raise GrammarError("the grammar is not usable", got=message[:500])
+        ll, tables = self._ll()
+        return CompiledGrammar(ll.LLMatcher(tables, text, log_level=0), self._vocab_size)
+
+    def _of_answer(self, grammar: Grammar) -> dict[str, Any]:
+        kind, source = grammar.kind, grammar.source
+        if kind in ("json_object", "json_schema"):
+            schema = {"type": "object"} if kind == "json_object" else source
+            if not isinstance(schema, Mapping | bool):
+                raise GrammarError(
+                    "the JSON schema is not usable", got=repr(schema)[:80], expected="an object"
+                )
+            part = _json_part(schema)
+            if message := self._fault(json.dumps({"grammars": [part]})):
+                path = self._path_of_fault(schema)
+                error = GrammarError(
+                    f"the JSON schema is not usable at {path}",
+                    got=message[:500],
+                    hint="https://github.com/guidance-ai/llguidance lists what schemas may use",
+                )
+                error.path = path
+                raise error
+            return part
+        if not isinstance(source, str):
+            raise GrammarError(f"the {kind} is not usable", got=repr(source)[:80], expected="text")
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise _too_long(len(source))
+        ll, _ = self._ll()
+        compiled = {
+            "regex": ll.LLMatcher.grammar_from_regex,
+            "lark": ll.LLMatcher.grammar_from_lark,
+        }
+        if kind not in compiled:
+            raise GrammarError(
+                "unknown kind of grammar",
+                got=repr(kind)[:80],
+                expected="json_object, json_schema, regex, lark",
+            )
+        text = compiled[kind](source)
+        if message := self._fault(text):
+            raise GrammarError(f"the {kind} is not usable", got=message[:500])
+        part = json.loads(text)["grammars"][0]
+        return {key: value for key, value in part.items() if key != "name"}
+
+    def _fault(self, text: str) -> str:
+        """What is wrong with a grammar; empty if nothing."""
+        ll, tables = self._ll()
+        return str(ll.LLMatcher.validate_grammar(text, tables))
+
+    def _path_of_fault(self, schema: Any) -> str:
+        """The innermost place of a schema that is at fault by itself."""
+        shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
+        path, left = "$", MAX_TRIED_PLACES
+        while True:
+            for name, child in _children(schema):
+                left -= 1
+                alone = {**shared, **child} if isinstance(child, Mapping) else child
+                if left < 0:
+                    return path
+                if self._fault(json.dumps({"grammars": [_json_part(alone)]})):
+                    path, schema = f"{path}.{name}", child
+                    break
+            else:
+                return path
+
+    def _ll(self) -> tuple[Any, Any]:
+        """The library, and its tables of the tokenizer."""
+        try:
+            import llguidance
+        except ImportError:
+            raise GrammarError(
+                "schemas, grammars and required tools need llguidance",
+                got="it is not installed",
+                hint='pip install "qwen35-mlx[server]"',
+            ) from None
+        with self._lock:
+            if self._tables is None:
+                words = llguidance.TokenizerWrapper(_Words(self._tokenizer, self._vocab_size))
+                self._tables = llguidance.LLTokenizer(
+                    words, n_vocab=self._vocab_size, eos_token=sorted(self._tokenizer.eos_token_ids)
+                )
+        return llguidance, self._tables
+
+
+class _Words:
+    """A tokenizer as llguidance reads it. Added tokens are special: no text spells them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, vocab_size: int):
+        tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
+        added = {i: text for text, i in tokenizer.get_added_vocab().items()}
+        names = tokenizer.convert_ids_to_tokens(range(vocab_size))
+        self.eos_token_id = min(tokenizer.eos_token_ids)
+        self.special_token_ids = sorted(i for i in added if i < vocab_size)
+        self.tokens = [
+            added[i].encode() if i in added else token_bytes(name) for i, name in enumerate(names)
+        ]
+        self._backend = tokenizer.backend_tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+def _json_part(schema: Any) -> dict[str, Any]:
+    """A schema as a part of a grammar; what it says of spaces itself does not count."""
+    if isinstance(schema, Mapping):
+        schema = {**schema, "x-guidance": JSON_OPTIONS}
+    try:
+        size = len(json.dumps(schema, allow_nan=False))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise GrammarError("the JSON schema is not usable", got=error) from None
+    if size > MAX_SOURCE_CHARACTERS:
+        raise _too_long(size)
+    return {"json_schema": schema}
+
+
+def _too_long(num_characters: int) -> GrammarError:
+    return GrammarError(
+        "the grammar is too long",
+        got=f"{num_characters:,} characters",
+        expected=f"at most {MAX_SOURCE_CHARACTERS:,}",
+    )
+
+
+def _children(schema: Any) -> list[tuple[str, Any]]:
+    """The schemas in a schema, by their place."""
+    if not isinstance(schema, Mapping):
+        return []
+    found: list[tuple[str, Any]] = []
+    for key in CHILDREN:
+        if isinstance(schema.get(key), Mapping):
+            found += [(f"{key}.{name}", child) for name, child in schema[key].items()]
+    for key in CHILD_LISTS:
+        if isinstance(schema.get(key), list):
+            found += [(f"{key}[{i}]", child) for i, child in enumerate(schema[key])]
+    return found + [(key, schema[key]) for key in CHILD if isinstance(schema.get(key), Mapping)]
+
+
+def _chosen(tools: Sequence[Any], choice: Any) -> Sequence[Any]:
+    """The tools of which one has to be called."""
+    if not tools:
+        raise GrammarError("a tool has to be called, and there are no tools")
+    if not isinstance(choice, ToolName):
+        return tools
+    chosen = [tool for tool in tools if tool_names([tool]) == [choice.name]]
+    if not chosen:
+        raise GrammarError(
+            "tool_choice names a tool that there is not",
+            got=repr(choice.name)[:80],
+            expected=", ".join(tool_names(tools))[:200],
+        )
+    return chosen

@@ -1,0 +1,207 @@
+"""From a request to what the engine runs: ids, points to remember, and all that can be refused.
+
+No MLX here: any thread may prepare.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ContextFull, PromptError, Qwen35Error
+from ..model.language import Model
+from ..prompt import check_ids, encode_prompt, encode_text, open_messages
+from ..sampling import SamplingParams
+from .answers import AnswerMemory
+from .grammar import CompiledGrammar, Grammars
+from .prefix_store import MIN_POINT_TOKENS
+from .requests import Request
+from .sampler import MAX_SEED
+from .speculate import MODES
+from .turn_prompts import THOUGHT_END, TurnPrompts
+
+MAX_LOGPROBS, MAX_ANSWERS = 20, 128
+MAX_BIAS = 100.0
+MESSAGE_END = "<|im_end|>"
+
+
+@dataclass
+class Prepared:
+    """A request that passed all checks."""
+
+    request: Request
+    ids: list[int]
+    params: SamplingParams
+    # Tokens that may follow.
+    max_tokens: int
+    # Where the prompt is likely to be gone back to: other messages, other conversations.
+    marks: frozenset[int] = frozenset()
+    # Where the answer's own part of the prompt begins, which a later prompt may show otherwise.
+    boundary: int = 0
+    # Whether the prompt ends in a thought.
+    thinking: bool = False
+    # All that was said, for `AnswerMemory`; none of a raw prompt.
+    key: bytes | None = None
+    grammar: CompiledGrammar | None = None
+    # Whether the template writes arguments of calls as JSON.
+    typed_calls: bool = False
+    thought_end: Sequence[int] = ()
+    question: str = ""
+    stop: list[str] = field(default_factory=list)
+
+
+class Preparer:
+    """Prepares requests for one model; it remembers answers to restore what clients drop."""
+
+    def __init__(self, model: Model, tokenizer: Any):
+        self.config = model.config
+        self.defaults = model.sampling_defaults
+        self.tokenizer = tokenizer
+        self.answers = AnswerMemory()
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        self._longest_token = 0
+        self._typed_calls: bool | None = None
+
+    def count(self, request: Request) -> int:
+        """How many tokens the prompt has."""
+        return len(self._encoded(request).ids)
+
+    def prepare(self, request: Request) -> Prepared:
+        """Check the request and encode its prompt; raises Qwen35Error."""
+        self._check(request)
+        prepared = self._encoded(request)
+        check_ids(prepared.ids, self.config.vocab_size)
+        room = self._room(len(prepared.ids))
+        wanted = room if request.max_tokens is None else request.max_tokens
+        prepared.max_tokens = min(wanted, room)
+        if request.prompt_logprobs is not None and min(prepared.ids) < 0:
+            raise PromptError("log probabilities of a prompt with pictures are not computed")
+        prepared.grammar = self.grammars.of(request, self._has_typed_calls)
+        return prepared
+
+    def _check(self, request: Request) -> None:
+        for name, low, high in (
+            ("max_tokens", 0, math.inf),
+            ("think_budget", 1, math.inf),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+            ("n", 1, MAX_ANSWERS),
+            ("min_tokens", 0, math.inf),
+            ("seed", 0, MAX_SEED),
+        ):
+            value = getattr(request, name)
+            if value is not None and not (_is_whole(value) and low <= value <= high):
+                most = "more" if high == math.inf else f"up to {high}"
+                raise Qwen35Error(
+                    f"{name} is not usable",
+                    got=repr(value)[:80],
+                    expected=f"a whole number, {low} or {most}",
+                )
+        if request.draft not in MODES:
+            raise Qwen35Error(
+                "unknown kind of drafts", got=repr(request.draft)[:80], expected=", ".join(MODES)
+            )
+        if not all(isinstance(text, str) for text in request.stop):
+            raise Qwen35Error("stop is not usable", got=repr(request.stop)[:80], expected="texts")
+        for token, bias in request.logit_bias.items():
+            if not (_is_whole(token) and 0 <= token < self.config.vocab_size):
+                raise Qwen35Error(
+                    "logit_bias names a token that there is not",
+                    got=repr(token)[:80],
+                    expected=f"0 to {self.config.vocab_size - 1}",
+                )
+            if isinstance(bias, bool) or not isinstance(bias, int | float) or abs(bias) > MAX_BIAS:
+                raise Qwen35Error(
+                    "logit_bias is not usable",
+                    got=repr(bias)[:80],
+                    expected=f"{-MAX_BIAS:g} to {MAX_BIAS:g}",
+                )
+
+    def _room(self, num_tokens: int) -> int:
+        """How many tokens may follow a prompt of so many."""
+        if num_tokens < self.config.context_length:
+            return self.config.context_length - num_tokens
+        raise self._too_long(num_tokens)
+
+    def _too_long(self, num_tokens: int) -> ContextFull:
+        error = ContextFull(
+            "the prompt is longer than the model's context",
+            got=f"{num_tokens:,} tokens",
+            expected=f"fewer than {self.config.context_length:,}",
+        )
+        error.num_tokens, error.context_length = num_tokens, self.config.context_length
+        return error
+
+    def _encoded(self, request: Request) -> Prepared:
+        if (request.messages is None) == (request.prompt is None):
+            raise PromptError("a request needs messages or a prompt, and not both")
+        if request.messages is not None:
+            return self._of_messages(request)
+        prompt = request.prompt
+        assert prompt is not None
+        if isinstance(prompt, str):
+            self._check_size(len(prompt))
+        ids = encode_prompt(self.tokenizer, prompt)
+        return Prepared(request, ids, self._params(request), 0, boundary=len(ids))
+
+    def _params(self, request: Request) -> SamplingParams:
+        return self.defaults if request.params is None else request.params
+
+    def _of_messages(self, request: Request) -> Prepared:
+        if not request.messages:
+            raise PromptError("there are no messages", expected="at least one")
+        opened = open_messages(self.tokenizer, request.messages)
+        messages, key = self.answers.restored(opened)
+        tools = () if request.tool_choice == "none" else request.tools
+        prompts = TurnPrompts(self.tokenizer, tools, request.enable_thinking, request.template)
+        if request.continue_final:
+            text = prompts.render(messages, False)
+            self._check_size(len(text))
+            end = text.rstrip("\n")
+            text = text.part(0, len(end.removesuffix(MESSAGE_END)))
+            ids = encode_text(self.tokenizer, text)
+            start = boundary = len(ids)
+        else:
+            self._check_size(sum(len(str(m.get("content") or "")) for m in _mappings(messages)))
+            ids, start, boundary = prompts.next_prompt(messages)
+        if not ids:
+            raise PromptError("the prompt is empty", expected="at least one token")
+        system_end = prompts.system_end(messages)
+        turns = {n for n in (system_end, start) if n >= MIN_POINT_TOKENS}
+        users = [m for m in _mappings(messages) if m.get("role") == "user"]
+        return Prepared(
+            request,
+            ids,
+            self._params(request),
+            0,
+            marks=frozenset({*turns, boundary}),
+            boundary=boundary,
+            thinking=not request.continue_final and prompts.opens_thought(ids),
+            key=None if request.continue_final else key,
+            typed_calls=bool(tools) and self._has_typed_calls(),
+            thought_end=encode_text(self.tokenizer, THOUGHT_END),
+            question=str(users[-1].get("content", ""))[:4096] if users else "",
+        )
+
+    def _has_typed_calls(self) -> bool:
+        if self._typed_calls is None:
+            self._typed_calls = TurnPrompts(self.tokenizer).renders_json_arguments()
+        return self._typed_calls
+
+    def _check_size(self, num_characters: int) -> None:
+        """Refuse what cannot fit before it is encoded, which takes a second a megabyte."""
+        context = self.config.context_length
+        if num_characters <= 16 * context:
+            return
+        if not self._longest_token:
+            self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
+        if (fewest := num_characters // self._longest_token) >= context:
+            raise self._too_long(fewest)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mappings(messages: Sequence[Any]) -> list[Any]:
+    return [m for m in messages if hasattr(m, "get")]

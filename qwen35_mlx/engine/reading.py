@@ -1,0 +1,162 @@
+"""The prompts that are being read: whose piece comes next, and how long it is."""
+
+import time
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..memory import PREFILL_STEP_SIZE
+from ..model.language import Model
+from .decode import log_probabilities
+from .prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
+from .prepare import Prepared
+from .prompt_cache import PromptCache, common_prefix
+from .requests import Progress, PromptLogprobs, Started, Top, Usage
+from .row import likeliest
+from .ticket import Ticket
+
+# How long a piece may take while others wait for it, and while nobody does.
+SHARED_SECONDS, ALONE_SECONDS = 0.4, 1.5
+# A piece is a multiple of it, of the delta rule's chunk.
+PIECE_MULTIPLE = 64
+FIRST_PIECE_TOKENS = 256
+# Logits of so many places of a prompt at a time.
+SCORED_TOKENS = 64
+
+
+class Reading:
+    """A request whose prompt is being read, or waits for it."""
+
+    def __init__(self, prepared: Prepared, ticket: Ticket):
+        self.prepared, self.ticket = prepared, ticket
+        self.usage = Usage(prompt_tokens=len(prepared.ids))
+        self.cache: PromptCache | None = None
+        self.submitted = time.perf_counter()
+        # Since it left the queue.
+        self.num_read = 0
+        self._marks: set[int] = set()
+        self._scores = Scores(prepared) if prepared.request.prompt_logprobs is not None else None
+
+    @property
+    def position(self) -> int:
+        """How many tokens of the prompt were read."""
+        return 0 if self.cache is None else len(self.cache.ids)
+
+    def start(self, store: PrefixStore) -> None:
+        """Take the longest prefix that the store has."""
+        ids, usage = self.prepared.ids, self.usage
+        if self._scores is None:
+            self.cache = store.take(ids[:-1], owner=self)
+        else:
+            # Every place is needed.
+            self.cache = PromptCache(store.model, features=store.features)
+        kept = usage.cached_tokens = len(self.cache.ids)
+        usage.queue_seconds = time.perf_counter() - self.submitted
+        boundary = self.prepared.boundary
+        self._marks = {*self.prepared.marks, *snapshot_marks(kept, boundary)}
+        for mark in self.prepared.marks:
+            self.cache.mark_used(mark)
+        self.ticket.send(Started(len(ids), kept))
+        self._send_progress()
+
+    def read_piece(self, num_tokens: int, feeds_mtp: bool) -> mx.array | None:
+        """Read up to so many tokens; the hidden state `[1, 1, H]` if they are the last ones."""
+        cache, ids = self.cache, self.prepared.ids
+        assert cache is not None
+        started = time.perf_counter()
+        cache.feeds_mtp = feeds_mtp
+        at = self.position
+        piece = ids[at : at + num_tokens]
+        hidden = cache.read(
+            piece,
+            marks=self._marks,
+            every=None if self._scores is None else self._scores.add,
+        )
+        self.num_read += len(piece)
+        self.usage.prefill_seconds += time.perf_counter() - started
+        self._send_progress()
+        if self.position < len(ids):
+            return None
+        cache.answer_start = self.prepared.boundary
+        if self._scores is not None:
+            self.ticket.send(self._scores.event())
+        return hidden
+
+    def _send_progress(self) -> None:
+        if self.prepared.request.wants_progress:
+            self.ticket.send(Progress(self.position, len(self.prepared.ids)))
+
+
+class Scores:
+    """Log probabilities of a prompt's tokens, while it is read."""
+
+    def __init__(self, prepared: Prepared):
+        self._ids = prepared.ids
+        self._num_top = prepared.request.prompt_logprobs or 0
+        self._logprobs: list[float | None] = [None]
+        self._top: list[Top] = [()]
+
+    def add(self, model: Model, hidden: mx.array) -> None:
+        """The hidden states `[1, T, H]` of the next tokens."""
+        for start in range(0, hidden.shape[1], SCORED_TOKENS):
+            logits = model.head(hidden[:, start : start + SCORED_TOKENS])[0]
+            for row in logits:
+                # What the last token is followed by is no part of the prompt.
+                if (place := len(self._logprobs)) == len(self._ids):
+                    return
+                logprobs = np.array(log_probabilities(row[None]))
+                self._logprobs.append(float(logprobs[self._ids[place]]))
+                self._top.append(likeliest(logprobs, self._num_top))
+
+    def event(self) -> PromptLogprobs:
+        """All of them."""
+        return PromptLogprobs(list(self._ids), self._logprobs, self._top)
+
+
+class Pieces:
+    """Whose piece is next, and of how many tokens, so that nobody waits long for it to end."""
+
+    def __init__(self) -> None:
+        self._tokens_per_second = 0.0
+        self._turn = 0
+
+    def next_size(self, is_shared: bool) -> int:
+        """Tokens that take about as long as a piece may."""
+        if not self._tokens_per_second:
+            return FIRST_PIECE_TOKENS
+        seconds = SHARED_SECONDS if is_shared else ALONE_SECONDS
+        size = int(self._tokens_per_second * seconds) // PIECE_MULTIPLE * PIECE_MULTIPLE
+        return min(max(size, PIECE_MULTIPLE), PREFILL_STEP_SIZE)
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """What a piece took."""
+        if num_tokens >= PIECE_MULTIPLE:
+            rate = num_tokens / max(seconds, 1e-9)
+            known = self._tokens_per_second or rate
+            self._tokens_per_second = 0.5 * known + 0.5 * rate
+
+    def choose(self, readings: Sequence[Reading], store: PrefixStore) -> Reading:
+        """The next one: in turns the oldest, and the one that has read the least so far.
+
+        So a short prompt passes a long one, and a long one never starves. One that begins as
+        another that is being read waits for what they share.
+        """
+        ready = [r for r in readings if not any(_shares(r, other, store) for other in readings)]
+        self._turn += 1
+        if self._turn % 2:
+            return min(ready, key=lambda r: r.num_read)
+        return ready[0]
+
+
+def _shares(reading: Reading, other: Reading, store: PrefixStore) -> bool:
+    """Whether `other` is about to reach a point that `reading` can begin at."""
+    if reading.cache is not None or other.cache is None or other is reading:
+        return False
+    ids = reading.prepared.ids[:-1]
+    shared = common_prefix(other.prepared.ids, ids)
+    points = [n for n in other.prepared.marks if other.position < n <= shared]
+    if not points:
+        return False
+    known = max((cache.reusable_tokens(ids) for cache in store.caches), default=0)
+    return max(points) >= known + MIN_POINT_TOKENS

@@ -1,0 +1,222 @@
+"""One answer while it is decoded: what its tokens mean, and when it ends."""
+
+import time
+from collections.abc import Collection, Generator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..prompt import THINK_CLOSE
+from .decode import Decoding, Step
+from .grammar import Matcher
+from .loops import LoopDetector
+from .output import OutputParser, Piece
+from .prepare import Prepared
+from .prompt_cache import PromptCache
+from .requests import Done, FinishReason, Token, Top, Usage
+from .sampler import Sampler
+from .speculate import Drafter
+from .ticket import Ticket
+from .tool_calls import ToolCall
+
+
+class Vocabulary:
+    """Ids that mean something to every row of an engine."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, banned: Sequence[int]):
+        """banned: ids that are never drawn, besides those that the tokenizer does not know."""
+        self.ends: Collection[int] = frozenset(tokenizer.eos_token_ids)
+        forbidden = np.zeros(vocab_size, dtype=bool)
+        forbidden[[i for i in banned if i < vocab_size]] = True
+        forbidden[len(tokenizer) :] = True
+        with_ends = forbidden.copy()
+        with_ends[[i for i in self.ends if i < vocab_size]] = True
+        self.forbidden = forbidden
+        # None where nothing is: a mask costs an operation a token.
+        self.banned = mx.array(forbidden) if forbidden.any() else None
+        self.banned_and_ends = mx.array(with_ends)
+
+
+class Row:
+    """An answer of a request; `cache` has read all of its tokens but the last one drawn."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        ticket: Ticket,
+        usage: Usage,
+        cache: PromptCache,
+        sampler: Sampler,
+        vocabulary: Vocabulary,
+        tokenizer: Any,
+        index: int = 0,
+        owner: object = None,
+    ):
+        """`owner`, that of the cache, lives as long as the row."""
+        request = prepared.request
+        self.prepared, self.ticket, self.usage, self.cache = prepared, ticket, usage, cache
+        self.sampler, self.index, self.owner = sampler, index, owner
+        self.num_generated = self.num_thought_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        # Tokens that come next whatever the model would say.
+        self.forced: Sequence[int] = ()
+        tools = () if request.tool_choice == "none" else request.tools
+        is_chat = request.messages is not None
+        self.parser = OutputParser(
+            tokenizer,
+            stop=request.stop,
+            thinking=prepared.thinking,
+            tools=tools,
+            split=is_chat and not prepared.request.continue_final,
+        )
+        self._ends, self._vocabulary = vocabulary.ends, vocabulary
+        self._detector = LoopDetector(tokenizer, prepared.question) if request.stop_loops else None
+        self._grammar: Matcher | None = prepared.grammar.matcher() if prepared.grammar else None
+        # Behind a thought, as the template goes on.
+        close = tokenizer.get_added_vocab().get(THINK_CLOSE)
+        end = list(prepared.thought_end)
+        self._gap = end[end.index(close) + 1 :] if close in end else []
+        self._texts: dict[str, list[str]] = {"thought": [], "answer": []}
+        self._calls: list[ToolCall] = []
+        # Where its tokens come from; none while the prompt is read.
+        self.decoding: Decoding
+        self.num_drafted = 0
+        self._steps: Generator[Step, None, None] | None = None
+        self._seconds_before = time.perf_counter()
+
+    @property
+    def token(self) -> mx.array:
+        """The token `[1]` that is drawn and not read yet."""
+        return self.decoding.token
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another token is to be drawn."""
+        return self.finish_reason is None and not self.forced
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.prepared.max_tokens - self.num_generated
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether tokens may be drawn before those in front of them are known to the host."""
+        needs_ends = self.num_generated >= self.prepared.request.min_tokens
+        return self._grammar is None and needs_ends and not self.prepared.request.ignore_eos
+
+    def forbidden(self) -> mx.array | None:
+        """The mask `[V]` of tokens that must not come next; None: what is banned for all."""
+        request, vocabulary = self.prepared.request, self._vocabulary
+        if self._grammar is not None and not self.parser.in_thought:
+            return mx.array(self._grammar.forbidden() | vocabulary.forbidden)
+        if self._grammar is not None or request.ignore_eos:
+            return vocabulary.banned_and_ends
+        # The next one is the token `num_generated + 1`.
+        is_early = self.num_generated < request.min_tokens
+        return vocabulary.banned_and_ends if is_early else None
+
+    def begin(self, hidden: mx.array) -> None:
+        """Draw the token behind `hidden` `[1, 1, H]`."""
+        self.decoding = Decoding(self.cache, hidden, self.sampler, self.forbidden())
+
+    def speculative_step(self, drafter: Drafter) -> Step:
+        """The next token of a row that is alone, which may have been drafted."""
+        if self._steps is None:
+            self.cache.feeds_mtp = drafter.uses_mtp
+            self._steps = self.decoding.steps(self.left, drafter)
+        return next(self._steps)
+
+    def pause(self) -> None:
+        """End single steps; others, or later ones, go on from here."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+
+    def take(self, token: int, logprobs: mx.array | None, from_draft: bool = False) -> None:
+        """A token that was read, and the log probabilities `[V]` there; sends what it means."""
+        request, parser, usage = self.prepared.request, self.parser, self.usage
+        now = time.perf_counter()
+        self.num_generated += 1
+        usage.generated_tokens += 1
+        usage.draft_tokens += from_draft
+        self.num_drafted += from_draft
+        usage.thought_tokens += parser.in_thought
+        self.num_thought_tokens += parser.in_thought
+        logprob: float | None = None
+        top: Top = ()
+        if request.logprobs is not None and logprobs is not None:
+            row = np.array(logprobs)
+            logprob, top = float(row[token]), likeliest(row, request.logprobs)
+        was_thought = parser.in_thought
+        is_end = token in self._ends and not request.ignore_eos
+        pieces = [] if is_end else parser.feed(token)
+        self._keep(pieces)
+        if self._grammar is not None and not is_end and not was_thought:
+            self._grammar.accept(token)
+        follows = self._grammar if not was_thought else None
+        if is_end or parser.stopped or (follows is not None and follows.is_finished):
+            self.finish_reason = "stop"
+        elif self.left <= 0:
+            self.finish_reason = "length"
+        elif self._detector is not None and self._detector.feed(token):
+            self.finish_reason = "loop"
+        elif self._grammar is not None and was_thought and not parser.in_thought:
+            self.forced = self._gap
+        elif (
+            parser.in_thought
+            and request.think_budget is not None
+            and self.num_thought_tokens >= request.think_budget
+        ):
+            self.forced = self.prepared.thought_end
+        usage.decode_seconds += now - self._seconds_before
+        self._seconds_before = now
+        self.ticket.send(Token(pieces, token, logprob, top, from_draft, self.index))
+        if self.forced and len(self.forced) >= self.left:
+            self.forced, self.finish_reason = (), "length"
+
+    def read_forced(self) -> None:
+        """Read the tokens that have to come, and draw what follows them."""
+        tokens, self.forced = list(self.forced), ()
+        self.pause()
+        hidden = self.cache.read(tokens)
+        assert hidden is not None
+        self.sampler.accept(mx.array(tokens))
+        pieces = self.parser.insert(tokens)
+        self._keep(pieces)
+        self.num_generated += len(tokens)
+        self.usage.generated_tokens += len(tokens)
+        for i, token in enumerate(tokens):
+            shown = pieces if i == len(tokens) - 1 else []
+            self.ticket.send(Token(shown, token, index=self.index))
+        self.begin(hidden)
+
+    def finish(self, reason: FinishReason) -> None:
+        """Send the end."""
+        pieces = self.parser.finish() if reason != "cancelled" else []
+        self._keep(pieces)
+        if reason == "stop" and self._calls:
+            reason = "tool_calls"
+        self.ticket.send(Done(reason, self.parser.stop_text, self.usage, pieces, self.index))
+
+    def answer(self) -> tuple[str, str, list[ToolCall]]:
+        """Text, thought and complete calls so far."""
+        content, thought = ("".join(self._texts[kind]).strip() for kind in ("answer", "thought"))
+        return content, thought, self._calls
+
+    def _keep(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if piece.call is None:
+                self._texts[piece.kind].append(piece.text)
+            elif piece.call.complete:
+                self._calls.append(piece.call)
+
+
+def likeliest(row: np.ndarray, num_top: int) -> Top:
+    """The likeliest tokens by log probabilities `[V]`; of equal ones the lowest id first."""
+    if num_top == 0:
+        return ()
+    candidates = np.argpartition(-row, min(num_top, len(row) - 1))[:num_top]
+    order = sorted(candidates.tolist(), key=lambda i: (-row[i], i))
+    return [(i, float(row[i])) for i in order]

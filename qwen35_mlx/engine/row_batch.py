@@ -1,0 +1,72 @@
+"""Sequences that are decoded together, a token each in one pass.
+
+B rows. Recurrent states are stacked, which takes no padding, since every row reads one token. Keys
+and values stay with their row: each is attended alone, so a row has the bits it has alone, and a
+row that comes or goes copies no other one's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..kernels.matrix import MAX_ROWS
+from ..model.cache import ArraysCache
+from ..model.language import Model
+from ..model.layer_cache import RowsKVCache
+from .prompt_cache import PromptCache
+
+# More would lose the bits of a row alone, and the kernels for few rows.
+MAX_BATCH_ROWS = MAX_ROWS
+
+
+class RowBatch:
+    """Up to 8 prompt caches; while they are here, their recurrent states are in the batch's."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.rows: list[PromptCache] = []
+        self._entries: list[Any] = []
+        self._rope_delta: Any = 0
+
+    def put(self, rows: Sequence[PromptCache]) -> None:
+        """Take in rows that are in no batch; this one is empty."""
+        assert not self.rows
+        self.rows = list(rows)
+        if len(rows) < 2:
+            return
+        self._entries = []
+        for layer in zip(*(row.entries for row in rows), strict=True):
+            if isinstance(layer[0], ArraysCache):
+                self._entries.append(ArraysCache.merge(layer))
+            else:
+                self._entries.append(RowsKVCache(layer))
+        deltas = [row.rope_delta for row in rows]
+        self._rope_delta = mx.array(deltas) if any(deltas) else 0
+
+    def clear(self) -> None:
+        """Give all rows back their states."""
+        if len(self.rows) > 1:
+            for place, row in enumerate(self.rows):
+                for mine, theirs in zip(self._entries, row.entries, strict=True):
+                    if isinstance(theirs, ArraysCache):
+                        # Copies: a view would keep the states of all rows alive.
+                        states = (mx.contiguous(a[place : place + 1]) for a in mine.cache)
+                        theirs.cache = list(states)
+                row.settle()
+        self.rows, self._entries = [], []
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """Read a token `[B]` of each row -> the hidden state `[B, 1, H]`, not evaluated.
+
+        `commit` of each row follows.
+        """
+        if len(self.rows) == 1:
+            return self.rows[0].step(tokens)
+        for row in self.rows:
+            row.begin_pass()
+        delta = {"rope_delta": self._rope_delta} if not isinstance(self._rope_delta, int) else {}
+        hidden = self.model.trunk(tokens[:, None], self._entries, **delta)
+        for place, row in enumerate(self.rows):
+            row.end_pass(hidden[place : place + 1])
+        return hidden
