@@ -101,7 +101,7 @@ def serve(
     source = newest() if model is None and not demo else model
     folder = source if source is not None else bundled_demo()
     with spinner(f"Loading {folder}"):
-        app, engine, settings = _application(
+        app, settings = _application(
             folder, name, api_key, allow_host or [], max_context, queue, kernels, force
         )
     url = shown_url(host, bound.getsockname()[1])
@@ -112,7 +112,7 @@ def serve(
         note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
         note(settings_text(endpoint))
 
-    run(app, engine, bound, started)
+    run(app, bound, started)
 
 
 def _application(
@@ -124,8 +124,8 @@ def _application(
     queue: int,
     kernels: str,
     force: bool,
-) -> tuple[Any, Any, Any]:
-    """The application, its engine, and what clients see of the model."""
+) -> tuple[Any, Any]:
+    """The application, and what clients see of the model."""
     from ..engine.prefix_store import PrefixStore
     from ..engine.scheduler import Engine, Limits
     from ..model.loading import load
@@ -145,7 +145,7 @@ def _application(
         api_key=api_key,
         hosts=hosts,
     )
-    return make_app(engine, settings, tokenizer), engine, settings
+    return make_app(engine, settings, tokenizer), settings
 
 
 def launch(

@@ -194,7 +194,8 @@ class _Messages:
     def _take(self, event: Any) -> bytes:
         """The stream's events for an event of the engine; `_blocks` has them together."""
         if isinstance(event, Started):
-            self._usage.prompt_tokens, self._usage.cached_tokens = event
+            self._usage.prompt_tokens = event.prompt_tokens
+            self._usage.cached_tokens = event.cached_tokens
             return self._start() + PING
         if not isinstance(event, Token | Done):
             return b""

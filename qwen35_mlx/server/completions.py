@@ -184,7 +184,8 @@ class _Completion:
     def _take(self, place: int, event: Any) -> list[tuple[int, str, bool]]:
         """Index, new text and whether it is the end, for each choice that an event changes."""
         if isinstance(event, Started):
-            self._usages[place].prompt_tokens, self._usages[place].cached_tokens = event
+            self._usages[place].prompt_tokens = event.prompt_tokens
+            self._usages[place].cached_tokens = event.cached_tokens
         if isinstance(event, PromptLogprobs):
             for index in range(self._best_of):
                 text = self._texts[place * self._best_of + index]

@@ -109,5 +109,5 @@ async def watch_engine(service: Service, every_s: float = 1.0) -> None:
     """Start an engine again that died; what it did has failed, and /health was red."""
     while True:
         await asyncio.sleep(every_s)
-        if not service.engine.is_alive:
+        if not service.engine.is_alive and not service.is_stopping:
             await service.in_worker(service.engine.restart)

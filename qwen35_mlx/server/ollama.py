@@ -145,7 +145,8 @@ class _Lines:
         try:
             async for _, event in answer.events():
                 if isinstance(event, Started):
-                    self._usage.prompt_tokens, self._usage.cached_tokens = event
+                    self._usage.prompt_tokens = event.prompt_tokens
+                    self._usage.cached_tokens = event.cached_tokens
                 if not isinstance(event, Token | Done):
                     continue
                 data = b""

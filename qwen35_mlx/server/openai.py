@@ -161,7 +161,8 @@ class _Chat:
         try:
             async for _, event in answer.events():
                 if isinstance(event, Started):
-                    usage.prompt_tokens, usage.cached_tokens = event
+                    usage.prompt_tokens = event.prompt_tokens
+                    usage.cached_tokens = event.cached_tokens
                 elif isinstance(event, Progress):
                     yield self._progress(event, usage)
                 elif isinstance(event, Token | Done):

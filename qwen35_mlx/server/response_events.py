@@ -77,7 +77,8 @@ class ResponseWriter:
     def _take(self, event: Any) -> bytes:
         """The events for one of the engine's."""
         if isinstance(event, Started):
-            self._usage.prompt_tokens, self._usage.cached_tokens = event
+            self._usage.prompt_tokens = event.prompt_tokens
+            self._usage.cached_tokens = event.cached_tokens
         if not isinstance(event, Token | Done):
             return b""
         if isinstance(event, Token) and event.logprob is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
 from ..errors import Qwen35Error
 from .protocol import Protocol
@@ -25,7 +25,7 @@ WANTED_FILES = 4096
 class Server(uvicorn.Server):
     """uvicorn's server, of which the first signal ends the work and the process returns 0."""
 
-    def __init__(self, app: ASGIApp, engine: Any):
+    def __init__(self, app: Starlette):
         super().__init__(
             uvicorn.Config(
                 app,
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             )
         )
-        self._engine = engine
+        self._service = app.state.service
         self.on_started: Callable[[], None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -53,10 +53,11 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers end for a while; then the engine cancels them, and their streams end."""
         loop = asyncio.get_running_loop()
+        self._service.is_stopping = True
         stopping: list[asyncio.Future[Any]] = []
         timer = loop.call_later(
             FINISH_SECONDS,
-            lambda: stopping.append(loop.run_in_executor(None, self._engine.stop, False)),
+            lambda: stopping.append(loop.run_in_executor(None, self._service.engine.stop, False)),
         )
         await super().shutdown(sockets)
         timer.cancel()
@@ -86,7 +87,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise Qwen35Error("unknown host", got=host, expected="127.0.0.1 or a name", hint=str(error)) from None
+        raise Qwen35Error(
+            "unknown host", got=host, expected="127.0.0.1 or a name", hint=str(error)
+        ) from None
     bound = socket.socket(family, socket.SOCK_STREAM)
     # A server that ended a moment ago leaves its connections behind.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,13 +121,14 @@ def allow_many_files() -> None:
 
 
 def serve(
-    app: ASGIApp, engine: Any, bound: socket.socket, on_started: Callable[[], None] | None = None
+    app: Starlette, bound: socket.socket, on_started: Callable[[], None] | None = None
 ) -> None:
     """Answer until a signal; the engine is started here and has ended afterwards."""
     allow_many_files()
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    engine = app.state.service.engine
     engine.start()
-    server = Server(app, engine)
+    server = Server(app)
     server.on_started = on_started
     try:
         server.run(sockets=[bound])

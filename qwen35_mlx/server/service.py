@@ -86,6 +86,7 @@ class Service:
         self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
         self._response_sizes: dict[str, int] = {}
         self.num_requests = 0
+        self.is_stopping = False
 
     async def fields(self, http: HttpRequest) -> Fields:
         """The JSON of a request."""

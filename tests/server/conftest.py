@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server.fake_engine import FakeEngine
+from server.running import Running
 
 import qwen35_mlx
 from qwen35_mlx.text.tokenizer import read_tokenizer
-from server.fake_engine import FakeEngine
-from server.running import Running
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
 
@@ -47,3 +47,19 @@ def start(tokenizer: Any) -> Iterator[Callable[..., Running]]:
     yield run
     for one in started:
         one.stop()
+
+
+@pytest.fixture(scope="session")
+def live_server(demo: tuple[Any, Any], converted_demo: Path) -> Iterator[Running]:
+    """A server before the demo."""
+    from qwen35_mlx.engine.scheduler import Engine
+    from qwen35_mlx.server.service import Settings
+
+    model, tokenizer = demo
+    engine = Engine(model, tokenizer)
+    engine.start()
+    settings = Settings.of(model, tokenizer, converted_demo, model_id="demo")
+    server = Running(engine, tokenizer, **vars(settings))
+    yield server
+    server.stop()
+    engine.stop()

@@ -8,10 +8,11 @@ from http.client import HTTPConnection
 from types import SimpleNamespace
 from typing import Any
 
+from server.fake_engine import CONTEXT
+
 from qwen35_mlx.server.app import make_app
 from qwen35_mlx.server.run import Server, bind
 from qwen35_mlx.server.service import Settings
-from server.fake_engine import CONTEXT
 
 MODEL = "demo"
 
@@ -24,7 +25,7 @@ class Running:
         self.settings = Settings(**given)
         self.engine = engine
         self.app = make_app(engine, self.settings, tokenizer)
-        self.server = Server(self.app, engine)
+        self.server = Server(self.app)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -53,7 +54,11 @@ class Running:
             answer = connection.getresponse()
             text = answer.read().decode()
             is_json = "json" in (answer.headers.get("content-type") or "")
-            value = json.loads(text) if text and is_json and "ndjson" not in str(answer.headers) else None
+            value = (
+                json.loads(text)
+                if text and is_json and "ndjson" not in str(answer.headers)
+                else None
+            )
             return SimpleNamespace(
                 status=answer.status, headers=answer.headers, text=text, json=value
             )
@@ -61,7 +66,9 @@ class Running:
             connection.close()
 
     def get(self, path: str, **headers: str) -> SimpleNamespace:
-        return self.request("GET", path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        return self.request(
+            "GET", path, headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
 
     def post(self, path: str, body: Any, **headers: str) -> SimpleNamespace:
         return self.request(

@@ -1,10 +1,10 @@
 """/v1/messages: events in their order, blocks, stops, and the traps of Claude Code."""
 
 import pytest
-
-from qwen35_mlx.engine.requests import Grammar, ToolName
 from server.fake_engine import call, thought
 from server.running import MODEL, data_lines
+
+from qwen35_mlx.engine.requests import Grammar, ToolName
 
 TOOL = {"name": "run", "input_schema": {"type": "object", "properties": {}}}
 THINKING = {"type": "enabled", "budget_tokens": 1024}

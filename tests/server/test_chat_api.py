@@ -1,10 +1,10 @@
 """/v1/chat/completions: its fields, its objects, its stream."""
 
 import pytest
-
-from qwen35_mlx.engine.requests import Grammar, ToolName
 from server.fake_engine import call, thought
 from server.running import MODEL, data_lines
+
+from qwen35_mlx.engine.requests import Grammar, ToolName
 
 TOOL = {
     "type": "function",

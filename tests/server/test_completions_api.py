@@ -1,9 +1,9 @@
 """/v1/completions: lists of prompts, echo, and scores."""
 
 import pytest
+from server.running import MODEL, data_lines
 
 from qwen35_mlx.engine.requests import PromptLogprobs
-from server.running import MODEL, data_lines
 
 
 def ask(server, prompt="one two", **fields):

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-
-from qwen35_mlx.engine.requests import Grammar
 from server.fake_engine import call, thought
 from server.running import MODEL
+
+from qwen35_mlx.engine.requests import Grammar
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 

@@ -5,9 +5,9 @@ import socket
 import time
 
 import pytest
+from server.running import MODEL
 
 from qwen35_mlx.server import events, protocol
-from server.running import MODEL
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 PATH = "/v1/chat/completions"
@@ -96,7 +96,9 @@ def test_half_of_a_surrogate_pair_is_replaced(server):
         b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nBad Header: x\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+        + b"a" * 100_000
+        + b"\r\n\r\n",
     ],
 )
 def test_what_is_no_http_gets_an_answer_and_an_end(server, data):
@@ -162,7 +164,9 @@ def test_half_of_a_request_and_no_more_is_400(server):
 def test_pipelined_requests_are_answered_in_turn(server):
     last = post(CHAT, Connection="close")
     with connect(server) as sock:
-        sock.sendall(post(CHAT) + post(b"[") + b"GET /health HTTP/1.1\r\nHost: [::1]\r\n\r\n" + last)
+        sock.sendall(
+            post(CHAT) + post(b"[") + b"GET /health HTTP/1.1\r\nHost: [::1]\r\n\r\n" + last
+        )
         data = read_all(sock)
     statuses = [int(part[:3]) for part in data.split(b"HTTP/1.1 ")[1:]]
     assert statuses == [200, 400, 200, 200]

@@ -1,7 +1,6 @@
 """/v1/responses: events, items, and what is kept."""
 
 import pytest
-
 from server.fake_engine import call, thought
 from server.running import MODEL, data_lines
 
@@ -17,7 +16,11 @@ def test_a_response_has_items_and_usage(server):
     server.engine.finish, server.engine.cached_tokens = "tool_calls", 2
     response = ask(server, tools=[TOOL]).json
     assert response["status"] == "completed" and response["object"] == "response"
-    assert [item["type"] for item in response["output"]] == ["reasoning", "message", "function_call"]
+    assert [item["type"] for item in response["output"]] == [
+        "reasoning",
+        "message",
+        "function_call",
+    ]
     assert response["output"][0]["content"][0]["text"] == "Hm."
     part = response["output"][1]["content"][0]
     assert part == {"type": "output_text", "text": "Hello.", "annotations": [], "logprobs": []}

@@ -1,10 +1,10 @@
 """Who may use the server: hosts, origins, keys, and how many at a time."""
 
 import pytest
-
-from qwen35_mlx.engine.requests import EngineBusy
 from server.fake_engine import FakeEngine
 from server.running import MODEL
+
+from qwen35_mlx.engine.requests import EngineBusy
 
 
 @pytest.mark.parametrize(
