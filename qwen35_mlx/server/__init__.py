@@ -1,0 +1,1 @@
+"""The HTTP server: the dialects of agents, and a page for people."""
