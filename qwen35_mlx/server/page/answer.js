@@ -3,8 +3,8 @@ import { complete } from "./api.js";
 import { element } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
-const number = (value, digits = 0) =>
-  value.toLocaleString("en", { maximumFractionDigits: digits });
+const number = (value) =>
+  value.toLocaleString("en", { maximumFractionDigits: value < 20 ? 1 : 0 });
 
 export class AnswerView {
   constructor(message) {
@@ -53,7 +53,7 @@ export class AnswerView {
     const { thoughtSeconds: seconds, content } = this.message;
     if (seconds === undefined) return;
     this.summary.textContent = content || !this.running
-      ? `Thought for ${number(seconds)} s` : `Thinking, ${number(seconds)} s`;
+      ? `Thought for ${number(seconds)} s` : `Thinking, ${Math.floor(seconds)} s`;
   }
 
   start() {
@@ -74,7 +74,7 @@ export class AnswerView {
     if (stopped) parts.push("stopped");
     if (cut) parts.push("ended at the limit of tokens");
     if (stats?.tokens) parts.push(`${number(stats.tokens)} tokens`);
-    if (stats?.perSecond) parts.push(`${number(stats.perSecond, 1)} tokens/s`);
+    if (stats?.perSecond) parts.push(`${number(stats.perSecond)} tokens/s`);
     if (stats?.prompt) {
       const cached = stats.cached ? ` (${number(stats.cached)} cached)` : "";
       parts.push(`prompt ${number(stats.prompt)}${cached}`);
@@ -96,7 +96,7 @@ export async function runAnswer(message, view, request, signal, onText) {
     // The server counts at the end; until then a piece is about a token.
     if (pieces > 8 && last > first) {
       const perSecond = (pieces - 1) / ((last - first) / 1000);
-      view.stats.textContent = `about ${number(perSecond, perSecond < 20 ? 1 : 0)} tokens/s`;
+      view.stats.textContent = `about ${number(perSecond)} tokens/s`;
     }
   }, 250);
   try {

@@ -270,8 +270,12 @@ function scrollDown() {
   if (follows) scroller.scrollTop = scroller.scrollHeight;
 }
 
+let lastTop = 0;
 scroller.onscroll = () => {
-  follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48;
+  // Text that has just come puts the end far away, too; only going up ends the following.
+  if (scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48) follows = true;
+  else if (scroller.scrollTop < lastTop) follows = false;
+  lastTop = scroller.scrollTop;
   find("latest").hidden = follows;
 };
 new ResizeObserver(scrollDown).observe(find("messages"));

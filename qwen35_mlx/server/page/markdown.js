@@ -22,7 +22,7 @@ export class MarkdownView {
 
   push(text) {
     this.source += text;
-    this.fresh.textContent = this.source.slice(this.shown);
+    this.#showFresh();
     if (!this.stuck) this.working ??= this.#work();
   }
 
@@ -51,7 +51,7 @@ export class MarkdownView {
       // A slow rendering takes at most a fifth of the server's time.
       if (this.pause) this.pause = Math.max(MIN_PAUSE_MS, 4 * (performance.now() - started));
       // One block that is too long; the rest stays plain text.
-      this.stuck = text.length < this.source.length && !this.moved;
+      this.stuck = text.length === MAX_CHARS && !this.moved;
       if (this.stuck) break;
     }
     this.working = null;
@@ -75,8 +75,15 @@ export class MarkdownView {
     addCopyButtons(this.tail);
     let last = this.tail;
     while (GROWING.has(last.lastElementChild?.tagName)) last = last.lastElementChild;
-    this.fresh.textContent = this.source.slice(this.shown);
+    this.#showFresh();
     last.append(this.fresh);
+  }
+
+  #showFresh() {
+    // The space before it, which a paragraph loses at its end, comes with the next word.
+    const space = this.source.slice(0, this.shown).match(/\s*$/)[0].length;
+    const fresh = this.source.slice(this.shown - space);
+    this.fresh.textContent = fresh.trim() ? fresh : "";
   }
 }
 
