@@ -74,7 +74,7 @@ def render(text: str) -> Rendered:
 
 
 def highlight(code: str, language: str) -> str:
-    """Code as HTML with the classes of Pygments; plain where its language is not known."""
+    """Code without its last line end, with the classes of Pygments where the language is known."""
     longest = max(map(len, code.split("\n")))
     if language.lower() not in LANGUAGES or longest > MAX_CODE_LINE_CHARS:
         return escape(code)
@@ -84,8 +84,8 @@ def highlight(code: str, language: str) -> str:
         HtmlFormatter(nowrap=True).format(_in_time(lexer.get_tokens(code)), out)
     except _SlowLexer:
         return escape(code)
-    # The formatter always ends the last line.
-    return out.getvalue() if code.endswith("\n") else out.getvalue().removesuffix("\n")
+    # The formatter ends the last line.
+    return out.getvalue().removesuffix("\n")
 
 
 def _in_time(tokens: Iterator) -> Iterator:
@@ -128,7 +128,9 @@ def _render_code(
     words = token.info.split(maxsplit=1)
     language = words[0][:40] if words else ""
     label = f' data-language="{escape(language)}"' if language else ""
-    return f"<pre{label}><code>{highlight(token.content, language)}</code></pre>\n"
+    # The line end that is added to unfinished code would split the line that goes on.
+    code = highlight(token.content.rstrip(), language)
+    return f"<pre{label}><code>{code}</code></pre>\n"
 
 
 def _render_math(
