@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation demo-eval golden live clean
+.PHONY: help chat test test-all test-page lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,12 @@ test: $(VENV)/.installed-test ## run the everyday tests
 
 test-all: $(VENV)/.installed-test ## run the slow tests too: all parameters, terminals, kills
 	$(BIN)/python -m pytest -m "not live"
+
+test-page: $(VENV)/.installed-test $(VENV)/.installed-browser ## run the tests of the page in a real Chromium
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$$(uname)" = Darwin ] \
+	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null \
+	  || echo "install chromium, or the tests are skipped" >&2
+	$(BIN)/python -m pytest -m "slow or not slow" -rs tests/server/test_page.py
 
 mutants: $(VENV)/.installed-test ## change 100 lines, one at a time, and count what no test notices
 	$(BIN)/python tools/mutants.py

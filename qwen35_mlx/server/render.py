@@ -112,7 +112,9 @@ def _math(state: StateInline, silent: bool) -> bool:
         return False
     end = close + len(MATH[opening])
     # "$5 and $6" are prices.
-    is_price = source[inside].isspace() or source[close - 1].isspace() or source[end:end + 1].isdigit()
+    is_price = (
+        source[inside].isspace() or source[close - 1].isspace() or source[end : end + 1].isdigit()
+    )
     if opening == "$" and is_price:
         return False
     if not silent:

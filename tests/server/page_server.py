@@ -18,9 +18,10 @@ from qwen35_mlx.server.page import page_routes
 HOSTILE = (
     "<script>window.hacked = 1</script>\n\n<img src=x onerror='window.hacked = 2'>\n\n"
     "[click](javascript:window.hacked=3) ![p](http://127.0.0.1:9/leak.png)\n\n"
-    "```\"><script>window.hacked=4</script>\n</code></pre><script>window.hacked = 5</script>\n```\n"
+    '```"><script>window.hacked=4</script>\n</code></pre><script>window.hacked = 5</script>\n```\n'
 )
-MARKDOWN = '''A **recurrent** state keeps its size, so the cost of a token does not grow with the text. \
+MARKDOWN = '''\
+A **recurrent** state keeps its size: the cost of a token does not grow with the text. \
 Three things follow:
 
 1. Memory is *constant*: the state has shape `[B, Hv, Dv, Dk]`.

@@ -56,7 +56,7 @@ def open_page(context, server):
     context.set_default_timeout(15_000)
     page = context.new_page()
     page.asked, page.mistakes = [], []
-    page.on("request", page.asked.append)
+    page.on("request", lambda request: page.asked.append(request))
     page.on("pageerror", lambda error: page.mistakes.append(str(error)))
     page.goto(server.url)
     page.locator("#model-name", has_text="Qwen3.5-tiny").wait_for()
@@ -97,8 +97,9 @@ def test_an_answer_streams_and_ends_as_markdown(page, server):
     assert answer.locator(".fresh").inner_text() == ""
     for mark in ("```", "##", "**", "|"):
         assert mark not in answer.inner_text()
-    assert re.search(r"212 tokens · [\d,.]+ tokens/s · prompt 1,204 \(1,100 cached\)",
-                     answer.inner_text())
+    assert re.search(
+        r"212 tokens · [\d,.]+ tokens/s · prompt 1,204 \(1,100 cached\)", answer.inner_text()
+    )
     assert "1,416 of 32,768" in page.locator("#context").inner_text()
 
 
@@ -166,12 +167,19 @@ def test_the_output_of_the_model_cannot_act(page, server):
 
 
 def test_the_policy_stops_what_a_mistake_of_rendering_would_let_through(page, server):
-    page.route("**/page/render", lambda route: route.fulfill(json={
-        "html": "", "tail_line": 0,
-        "tail": "<img src=x onerror='window.hacked=1'><a id=bad href='javascript:window.hacked=2'>"
-                "bad</a><img src='http://127.0.0.2:9/leak.png'><p style='color:red' id=red>x</p>"
+    page.route(
+        "**/page/render",
+        lambda route: route.fulfill(
+            json={
+                "html": "",
+                "tail_line": 0,
+                "tail": "<img src=x onerror='window.hacked=1'>"
+                "<a id=bad href='javascript:window.hacked=2'>bad</a>"
+                "<img src='http://127.0.0.2:9/leak.png'><p style='color:red' id=red>x</p>"
                 "<iframe srcdoc='<script>parent.hacked=3</script>'></iframe>",
-    }))
+            }
+        ),
+    )
     say(page, "hello")
     page.evaluate("""() => {
         const script = document.createElement('script');
@@ -182,9 +190,16 @@ def test_the_policy_stops_what_a_mistake_of_rendering_would_let_through(page, se
     page.click("#bad")
     page.wait_for_timeout(300)
     assert page.evaluate("window.hacked") is None
-    assert page.evaluate("getComputedStyle(document.querySelector('#red')).color") != "rgb(255, 0, 0)"
-    assert page.evaluate("performance.getEntriesByType('resource')"
-                         ".filter((e) => e.name.includes('127.0.0.2') && e.responseStatus).length") == 0
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('#red')).color") != "rgb(255, 0, 0)"
+    )
+    assert (
+        page.evaluate(
+            "performance.getEntriesByType('resource')"
+            ".filter((e) => e.name.includes('127.0.0.2') && e.responseStatus).length"
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("how", ["button", "paste", "drop"])
@@ -292,7 +307,7 @@ def test_settings_become_fields_of_the_request(page, server):
     page.fill("[name=system]", "Be brief.")
     page.select_option("[name=theme]", "dark")
     page.get_by_text("Done").click()
-    assert page.evaluate("getComputedStyle(document.body).colorScheme") == "dark"
+    page.wait_for_function("() => getComputedStyle(document.body).colorScheme === 'dark'")
     page.reload()
     say(page, "hello")
     sent = server.requests[-1]
@@ -392,7 +407,8 @@ def test_scrolling_up_is_respected_while_text_comes(page, server):
     server.piece_s = 0.02
     say(page, "markdown", wait=False)
     last_answer(page).locator("pre").wait_for()
-    at_end = "(s => s.scrollHeight - s.scrollTop - s.clientHeight < 48)(document.querySelector('#scroller'))"
+    at_end = """(({ scrollHeight, scrollTop, clientHeight }) =>
+        scrollHeight - scrollTop - clientHeight < 48)(document.querySelector('#scroller'))"""
     page.wait_for_function(at_end)
     page.hover("#messages")
     page.mouse.wheel(0, -300)
@@ -416,7 +432,10 @@ def test_the_page_fits_a_phone(browser, server):
     page.locator("#new").wait_for(state="hidden")
     assert page.locator("#empty").is_visible()
     # Safari zooms in on smaller text.
-    assert page.evaluate("parseFloat(getComputedStyle(document.querySelector('#text')).fontSize)") >= 16
+    assert (
+        page.evaluate("parseFloat(getComputedStyle(document.querySelector('#text')).fontSize)")
+        >= 16
+    )
     context.close()
 
 
@@ -427,10 +446,10 @@ def test_every_control_has_a_name_for_a_screen_reader(page):
     page.click("#open-settings")
     unnamed = page.evaluate("""() =>
         [...document.querySelectorAll('button, input, select, textarea, summary, img, progress')]
-            .filter((e) => e.type !== 'file' && !(e.ariaLabel || e.getAttribute('aria-label') || e.alt
-                || e.labels?.length || e.textContent.trim()))
+            .filter((e) => e.checkVisibility() && !(e.ariaLabel || e.alt || e.labels?.length
+                || e.textContent.trim()))
             .map((e) => e.outerHTML)""")
-    assert [html for html in unnamed if "hidden" not in html] == []
+    assert unnamed == []
     assert page.locator("[role=status]").inner_text() == "The answer is complete."
 
 

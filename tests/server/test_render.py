@@ -70,7 +70,7 @@ HOSTILE = [
     '[a](https://x "onclick=\\"alert(1)")',
     "[a](https://x/'\"><script>alert(1)</script>)",
     "![a](javascript:alert(1)) ![b](http://evil.example/x.png)",
-    "![<script>](http://x/\"onerror=alert(1)) [![x](http://x/y)](http://z)",
+    '![<script>](http://x/"onerror=alert(1)) [![x](http://x/y)](http://z)',
     '```"><script>alert(1)</script>\ncode\n```',
     "```python onload=alert(1)\n</code></pre><script>alert(1)</script>\n```",
     "```html\n<script>alert('</code></pre>')</script>\n```",

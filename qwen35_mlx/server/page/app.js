@@ -58,8 +58,15 @@ async function save(conversation) {
   await listConversations();
 }
 
+let listed = "";
+
 async function listConversations() {
-  const rows = ((await kept(store.list())) ?? []).map(({ id, title }) => {
+  const conversations = (await kept(store.list())) ?? [];
+  // Made again only if it changed, or a row would lose the focus.
+  const shape = JSON.stringify([current.id, conversations.map(({ id, title }) => [id, title])]);
+  if (shape === listed) return;
+  listed = shape;
+  const rows = conversations.map(({ id, title }) => {
     const row = element("li");
     const link = button(title || "Untitled", () => open(id));
     if (id === current.id) link.ariaCurrent = "page";
@@ -304,6 +311,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     if (runs.has(current.id)) stop();
     else if (editing !== null) cancelEdit();
+    find("menu").open = false;
     document.body.classList.remove("sidebar-open");
   } else if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
