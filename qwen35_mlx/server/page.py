@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Awaitable, Callable
 from importlib import resources
 
 from starlette.concurrency import run_in_threadpool
@@ -33,16 +34,25 @@ HEADERS = {
 }
 
 
-def page_routes() -> list[Route]:
-    """Routes of the files by their exact names, so no path is taken from a client."""
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def page_routes(program_root: Endpoint | None = None) -> list[Route]:
+    """Routes of the files by their exact names, so no path is taken from a client.
+
+    `program_root` answers `/` to programs, which do not ask for HTML.
+    """
     folder = resources.files(__package__) / "page"
     names = sorted(file.name for file in folder.iterdir() if _suffix(file.name) in MEDIA_TYPES)
     routes = [Route("/page/render", _render, methods=["POST"])]
     for name in names:
-        path = "/" if name == "index.html" else f"/page/{name}"
         content = (folder / name).read_bytes()
-        answer = functools.partial(_send_file, content, MEDIA_TYPES[_suffix(name)])
-        routes.append(Route(path, answer, methods=["GET"]))
+        answer: Endpoint = functools.partial(_send_file, content, MEDIA_TYPES[_suffix(name)])
+        if name != "index.html":
+            routes.append(Route(f"/page/{name}", answer, methods=["GET"]))
+        else:
+            root = functools.partial(_send_root, answer, program_root or answer)
+            routes.append(Route("/", root, methods=["GET"]))
     return routes
 
 
@@ -57,6 +67,13 @@ async def _send_file(content: bytes, media_type: str, request: Request) -> Respo
     if tag in (one.strip() for one in known.split(",")):
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type=media_type)
+
+
+async def _send_root(page: Endpoint, program_root: Endpoint, request: Request) -> Response:
+    wants_page = "text/html" in request.headers.get("accept", "")
+    response = await (page if wants_page else program_root)(request)
+    response.headers["Vary"] = "Accept"
+    return response
 
 
 async def _render(request: Request) -> Response:

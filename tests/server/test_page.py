@@ -147,7 +147,7 @@ def test_stop_ends_the_request_and_keeps_what_came(page, server, how):
 
 def test_a_reload_in_an_answer_keeps_what_came(page, server):
     say(page, "slow", wait=False)
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(2500)
     last_answer(page).locator(".markdown", has_text="word word").wait_for()
     page.reload()
     last_answer(page).locator(".stats", has_text="stopped").wait_for()

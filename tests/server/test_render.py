@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from everyday import everyday
 from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from qwen35_mlx.server.page import MAX_BODY_BYTES, page_routes
@@ -264,6 +265,17 @@ def test_files_have_types_a_policy_and_a_tag(client):
         assert answer.headers["x-content-type-options"] == "nosniff"
         again = client.get(path, headers={"If-None-Match": f'"x", W/{answer.headers["etag"]}'})
         assert (again.status_code, again.content) == (304, b"")
+
+
+def test_programs_get_their_own_answer_at_the_root():
+    async def program_root(request):
+        return PlainTextResponse("Ollama is running")
+
+    client = TestClient(Starlette(routes=page_routes(program_root)))
+    assert client.get("/", headers={"Accept": "*/*"}).text == "Ollama is running"
+    browser = client.get("/", headers={"Accept": "text/html,*/*;q=0.8"})
+    assert browser.text.startswith("<!doctype html>")
+    assert browser.headers["vary"] == "Accept"
 
 
 @pytest.mark.parametrize(

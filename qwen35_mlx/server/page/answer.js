@@ -17,8 +17,10 @@ export class AnswerView {
     this.wait.append(this.waitText, this.bar);
     this.thought = element("details", { className: "thought", hidden: true });
     this.summary = element("summary");
-    this.thoughtText = element("div");
-    this.thought.append(this.summary, this.thoughtText);
+    this.thoughtText = document.createTextNode("");
+    const frame = element("div");
+    frame.append(this.thoughtText);
+    this.thought.append(this.summary, frame);
     this.text = element("div", { className: "markdown" });
     this.markdown = new MarkdownView(this.text);
     this.error = element("p", { className: "error", hidden: true });
@@ -34,7 +36,7 @@ export class AnswerView {
 
   addThought(text) {
     this.thought.hidden = false;
-    this.thoughtText.append(text);
+    this.thoughtText.appendData(text);
   }
 
   addText(text) {
@@ -53,7 +55,7 @@ export class AnswerView {
     const { thoughtSeconds: seconds, content } = this.message;
     if (seconds === undefined) return;
     this.summary.textContent = content || !this.running
-      ? `Thought for ${number(seconds)} s` : `Thinking, ${Math.floor(seconds)} s`;
+      ? `Thought for ${number(Math.max(0.1, seconds))} s` : `Thinking, ${Math.floor(seconds)} s`;
   }
 
   start() {

@@ -6,7 +6,7 @@ import { listenForPictures, pictures, setPictures } from "./pictures.js";
 import { keep, openSettings, requestFields, settings } from "./settings.js";
 import * as store from "./store.js";
 
-const SAVE_EVERY_MS = 1000;
+const SAVE_EVERY_MS = 2000;
 // A conversation: {id, title, updated, system, messages: [{role, content, pictures, thought, …}]}.
 let current = null;
 let editing = null; // Index of the message that the composer holds.
