@@ -402,6 +402,15 @@ def test_keys_send_break_lines_and_leave_composed_words_alone(page, server):
     assert page.evaluate("document.activeElement.id") == "text"
 
 
+def test_a_draft_survives_a_look_at_another_conversation(page):
+    say(page, "hello")
+    page.keyboard.press("Control+k")
+    page.fill("#text", "a long draft")
+    page.locator("#conversations button", has_text="hello").click()
+    page.locator(".markdown", has_text="You said: hello").wait_for()
+    assert page.input_value("#text") == "a long draft"
+
+
 def test_scrolling_up_is_respected_while_text_comes(page, server):
     page.set_viewport_size({"width": 1100, "height": 420})
     server.piece_s = 0.02

@@ -45,7 +45,8 @@ function show(conversation) {
   history.replaceState(null, "", conversation.messages.length ? `#${conversation.id}` : " ");
   document.body.classList.remove("sidebar-open");
   find("toggle-sidebar").ariaExpanded = "false";
-  cancelEdit();
+  // What is being written stays; what is being edited belongs to the other conversation.
+  if (editing !== null) cancelEdit();
   find("messages").replaceChildren(...conversation.messages.map(messageView));
   follows = true;
   refresh();
@@ -131,7 +132,7 @@ function messageView(message) {
   }
   const item = element("li", { className: "user" });
   for (const url of message.pictures ?? []) {
-    const picture = element("img", { src: url, alt: "Picture sent", tabIndex: 0 });
+    const picture = element("img", { src: url, alt: "Picture sent" });
     picture.onclick = () => picture.classList.toggle("large");
     item.append(picture);
   }
