@@ -16,6 +16,7 @@ from . import anthropic, models, ollama, ollama_models, responses
 from .completions import completions
 from .faults import ApiError, as_fault, dialect_of
 from .openai import chat_completions
+from .page import page_routes
 from .security import Guard
 from .service import Service, Settings
 
@@ -81,7 +82,7 @@ def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
         max_requests=settings.max_requests,
     )
     app = Starlette(
-        routes=[*routes(), *_page_routes()],
+        routes=[*routes(), *page_routes(ollama_models.root)],
         middleware=[guard],
         exception_handlers={HTTPException: _no_route, ApiError: _fault},
         lifespan=lifespan,
@@ -89,11 +90,6 @@ def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
     app.router.redirect_slashes = False
     app.state.service = service
     return app
-
-
-def _page_routes() -> list[BaseRoute]:
-    """The page; its root answers programs that look for an Ollama as one."""
-    return [Route("/", ollama_models.root, methods=GET)]
 
 
 async def _fault(http: HttpRequest, error: Exception) -> Response:
