@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision demo-eval golden live clean
+.PHONY: help chat test test-all test-page test-clients lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,15 @@ test: $(VENV)/.installed-test ## run the everyday tests
 
 test-all: $(VENV)/.installed-test ## run the slow tests too: all parameters, terminals, kills
 	$(BIN)/python -m pytest -m "not live"
+
+test-page: $(VENV)/.installed-test $(VENV)/.installed-browser ## run the tests of the page in a real Chromium
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$$(uname)" = Darwin ] \
+	  || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null \
+	  || echo "install chromium, or the tests are skipped" >&2
+	$(BIN)/python -m pytest -m "slow or not slow" -rs tests/server/test_page.py
+
+test-clients: $(VENV)/.installed-test $(VENV)/.installed-clients ## client libraries against the server and the demo
+	$(BIN)/python -m pytest -m "not live" tests/server/test_clients.py
 
 mutants: $(VENV)/.installed-test ## change 100 lines, one at a time, and count what no test notices
 	$(BIN)/python tools/mutants.py
@@ -59,6 +68,9 @@ bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; 
 
 bench-speculation: $(VENV)/.installed-live ## drafts change no text, and how many are right; the last line is JSON
 	$(BIN)/python tools/bench_speculation.py
+
+bench-server: $(VENV)/.installed-test $(VENV)/.installed-clients ## clients, cache and a soak of the server; the last line is JSON
+	$(BIN)/python tools/bench_server.py
 
 golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py

@@ -21,12 +21,13 @@ FOLDERS = {
     "qwen35_mlx/engine": "qwen35_mlx.engine",
     "qwen35_mlx/evaluation": "qwen35_mlx.evaluation",
     "qwen35_mlx/chat": "qwen35_mlx.chat",
+    "qwen35_mlx/server": "qwen35_mlx.server",
     "qwen35_mlx/cli": "qwen35_mlx.cli",
     "convert": "qwen35_mlx.convert",
     "quant": "qwen35_mlx.quant",
 }
 # From the top down: a package imports those behind it, and the modules beside the packages.
-RUNTIME_LAYERS = ("cli", "evaluation", "chat", "engine", "model", "kernels")
+RUNTIME_LAYERS = ("cli", "server", "evaluation", "chat", "engine", "model", "kernels")
 HEAVY = (
     "mlx",
     "mlx_lm",
@@ -38,6 +39,8 @@ HEAVY = (
     "prompt_toolkit",
     "PIL",
     "av",
+    "starlette",
+    "uvicorn",
 )
 
 
@@ -174,6 +177,11 @@ def test_only_the_cli_knows_typer_rich_and_prompt_toolkit():
     assert offenders([m for m in MODULES if m not in CLI], *libraries) == []
     typing = [m for m in MODULES if m != "qwen35_mlx.cli.line_input"]
     assert offenders(typing, "prompt_toolkit") == []
+
+
+def test_only_the_server_knows_its_libraries():
+    others = [m for m in MODULES if not within(m, "qwen35_mlx.server")]
+    assert offenders(others, "starlette", "uvicorn", "h11") == []
 
 
 def test_no_pickle_and_no_torch():

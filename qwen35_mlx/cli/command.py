@@ -58,6 +58,7 @@ RULES: dict[str, list[Rule]] = {
         DRAFTS,
     ],
     "sessions": [(("--remove", "NAME"), ())],
+    "serve": [(("--demo", "MODEL"), ())],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")

@@ -12,6 +12,7 @@ from .command import Command
 from .convert_commands import convert, fidelity, plan
 from .doctor_command import doctor
 from .generate_command import generate
+from .serve_commands import launch, serve
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for function in (convert, plan, fidelity, generate, chat, sessions, bench, doctor):
+for function in (convert, plan, fidelity, generate, chat, sessions, serve, launch, bench, doctor):
     app.command(cls=Command)(function)
 
 

@@ -1,0 +1,220 @@
+"""The commands serve and launch."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import Qwen35Error
+from . import completion, options
+from .chat_commands import bundled_demo, newest
+
+if TYPE_CHECKING:
+    from ..server.clients import Endpoint
+
+KEY_VARIABLE = "QWEN35_MLX_API_KEY"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+Key = Annotated[
+    str | None,
+    typer.Option(
+        envvar=KEY_VARIABLE,
+        help="Key that clients have to send as Authorization: Bearer or x-api-key. Default: none.",
+    ),
+]
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=completion.models,
+            help="Converted folder, or hub id. Default: the model converted last on this machine, "
+            "else the bundled demo.",
+        ),
+    ] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the bundled demo model.")] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8080,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. Others than 127.0.0.1 let other machines in and need "
+            "--api-key."
+        ),
+    ] = "127.0.0.1",
+    api_key: Key = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name by which clients may call this server, besides localhost and addresses. "
+            "Repeat the option for several.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--model-name", help="Name of the model for clients. Default: its folder's name."
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum tokens of prompt and answer together. Default: all that fits, 32768 at "
+            "least.",
+        ),
+    ] = None,
+    queue: Annotated[
+        int,
+        typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
+    ] = 64,
+    kernels: options.Kernels = "auto",
+    force: options.Force = False,
+) -> None:
+    """Serve a model to agents, programs and a browser.
+
+    Speaks OpenAI's, Anthropic's and Ollama's APIs, and shows a chat at the root. Ctrl-C ends it.
+    """
+    need_server_extra()
+    if host not in LOCAL_HOSTS and not api_key:
+        raise Qwen35Error(
+            "other machines would use this server without a key",
+            got=f"--host {host}",
+            expected="--api-key KEY beside it, or --host 127.0.0.1",
+        )
+    from ..server.clients import Endpoint, settings_text, shown_url
+    from ..server.run import bind
+    from ..server.run import serve as run
+
+    # Before the model loads, which can take minutes.
+    bound = bind(host, port)
+    from .progress import spinner
+    from .terminal import note
+
+    source = newest() if model is None and not demo else model
+    folder = source if source is not None else bundled_demo()
+    with spinner(f"Loading {folder}"):
+        app, settings = _application(
+            folder, name, api_key, allow_host or [], max_context, queue, kernels, force
+        )
+    url = shown_url(host, bound.getsockname()[1])
+    endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
+
+    def started() -> None:
+        print(url, flush=True)
+        note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
+        note(settings_text(endpoint))
+
+    run(app, bound, started)
+
+
+def _application(
+    folder: str,
+    name: str | None,
+    api_key: str | None,
+    hosts: list[str],
+    max_context: int | None,
+    queue: int,
+    kernels: str,
+    force: bool,
+) -> tuple[Any, Any]:
+    """The application, and what clients see of the model."""
+    from ..engine.prefix_store import PrefixStore
+    from ..engine.scheduler import Engine, Limits
+    from ..model.loading import load
+    from ..server.app import make_app
+    from ..server.service import Settings
+
+    loaded, tokenizer = load(folder, kernels=kernels, context=max_context, force=force)
+    engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
+    path = Path(folder)
+    model_id = name or (path.resolve().name if path.is_dir() else folder)
+    settings = Settings.of(
+        loaded,
+        tokenizer,
+        path,
+        model_id=model_id,
+        aliases=[folder],
+        api_key=api_key,
+        hosts=hosts,
+    )
+    return make_app(engine, settings, tokenizer), settings
+
+
+def launch(
+    client: Annotated[
+        str, typer.Argument(metavar="CLIENT", help="qwen-code, claude, opencode or codex.")
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGS]", help="Arguments for the client, after --."),
+    ] = None,
+    url: Annotated[
+        str, typer.Option(help="Address of the server that runs.")
+    ] = "http://127.0.0.1:8080",
+    api_key: Key = None,
+) -> None:
+    """Start an agent with its settings for the running server.
+
+    The agent's own settings stay as they are: ours are in its environment and in a scratch folder.
+    """
+    need_server_extra()
+    from ..server.clients import LAUNCHES, command_of, environment_with, prepared
+
+    if client not in LAUNCHES:
+        raise Qwen35Error("unknown client", got=client, expected=", ".join(LAUNCHES))
+    prepared_launch = LAUNCHES[client](running_server(url.rstrip("/"), api_key))
+    path = shutil.which(prepared_launch.program)
+    command = command_of(prepared_launch, arguments or [], path)
+    # Kept while the client runs, which replaces this process.
+    folder = Path(tempfile.mkdtemp(prefix="qwen35-mlx-"))
+    environment = environment_with(prepared(prepared_launch, folder))
+    os.execve(command[0], command, environment)
+
+
+def running_server(url: str, api_key: str | None) -> "Endpoint":
+    """The server at an address, asked for its model."""
+    import json
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    from ..server.clients import Endpoint
+
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with urlopen(Request(f"{url}/v1/models", headers=headers), timeout=10) as answer:
+            model = json.load(answer)["data"][0]
+        return Endpoint(url, model["id"], model["context_length"], api_key)
+    except HTTPError as error:
+        hint = "give its key with --api-key" if error.code == 401 else ""
+        raise Qwen35Error(
+            "the server refuses", got=f"{error.code} at {url}", expected="200", hint=hint
+        ) from None
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise Qwen35Error(
+            "no server answers",
+            got=f"{error} at {url}",
+            expected="a server of qwen35-mlx",
+            hint="start one with qwen35-mlx serve, or name another with --url",
+        ) from None
+
+
+def need_server_extra() -> None:
+    """Raise if what the server needs is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise Qwen35Error(
+            "the server is not installed",
+            got=f"no {' and no '.join(missing)}",
+            expected="the extra `server`",
+            hint="pip install 'qwen35-mlx[server]'",
+        )

@@ -1,0 +1,270 @@
+"""Anthropic's /v1/messages and /v1/messages/count_tokens."""
+
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from ..engine.requests import Done, Grammar, Request, Started, Token, Usage
+from . import options
+from .anthropic_messages import read_messages, read_tool_choice, read_tools
+from .events import Answer, StreamedAnswer, WholeAnswer, sse
+from .faults import ApiError
+from .fields import Fields
+from .hidden_thoughts import hidden
+from .replies import Reply, SentCall
+from .service import Service, service_of
+
+MAX_STOPS = 64
+MIN_BUDGET = 1024
+PING = sse({"type": "ping"}, "ping")
+
+
+async def messages(http: HttpRequest) -> Response:
+    """Answer messages."""
+    service = service_of(http)
+    body = await service.fields(http)
+    call = _Messages(service, body)
+    answer = await service.answer(call.request)
+    headers = {"request-id": f"req_{secrets.token_hex(12)}"}
+    if call.is_stream:
+        return StreamedAnswer(answer, call.frames(answer), call.keepalive, headers=headers)
+    work = call.whole(answer)
+    return WholeAnswer(answer, work, lambda fault: fault.response("anthropic"), headers)
+
+
+async def count_tokens(http: HttpRequest) -> Response:
+    """The length of a prompt."""
+    service = service_of(http)
+    body = await service.fields(http)
+    service.check_model(body)
+    num_tokens = await service.count(_request(service, body, max_tokens=1))
+    return JSONResponse({"input_tokens": num_tokens})
+
+
+def _request(service: Service, body: Fields, max_tokens: int) -> Request:
+    tools = read_tools(body)
+    choice, parallel = read_tool_choice(body, tools)
+    given = read_messages(body)
+    thinking = _thinking(body, max_tokens)
+    metadata = body.record("metadata")
+    last = given[-1]
+    return Request(
+        messages=given,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
+        enable_thinking=thinking.enabled,
+        think_budget=thinking.budget,
+        continue_final=last["role"] == "assistant" and not last.get("tool_calls"),
+        params=_sampling(service, body),
+        max_tokens=max_tokens,
+        stop=body.texts("stop_sequences", MAX_STOPS),
+        grammar=_grammar(body),
+        cache_hint=metadata.text("user_id") if metadata is not None else None,
+    )
+
+
+def _sampling(service: Service, body: Fields) -> Any:
+    body.number("temperature", 0, 1)
+    body.integer("top_k", 0)
+    return options.sampling(body, service.settings.defaults)
+
+
+def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
+    """Without a word of it Anthropic's models do not think."""
+    config = body.record("output_config")
+    effort = config.choice("effort", options.EFFORTS) if config is not None else None
+    given = body.record("thinking")
+    if given is None:
+        return options.Thinking(enabled=False)
+    kind = given.choice("type", ("enabled", "disabled", "adaptive", "between_tools"))
+    if kind is None:
+        raise given.missing("type")
+    if kind == "disabled":
+        return options.Thinking(enabled=False)
+    budget = given.integer("budget_tokens", MIN_BUDGET)
+    if kind == "enabled":
+        if budget is None:
+            raise given.missing("budget_tokens")
+        if "max_tokens" in body and budget >= max_tokens:
+            raise given.refuse("budget_tokens", f"less than max_tokens, which is {max_tokens}")
+    elif effort is not None:
+        budget = options.of_effort(effort).budget
+    return options.Thinking(enabled=True, budget=budget)
+
+
+def _grammar(body: Fields) -> Grammar | None:
+    """The schema of an answer, in either of the places where clients put it."""
+    config = body.record("output_config")
+    for holder, field in ((config, "format"), (body, "output_format")):
+        if holder is not None and (grammar := options.response_format(holder, field)):
+            return grammar
+    return None
+
+
+class _Messages:
+    """One request for a message, and the events or the object that answer it."""
+
+    def __init__(self, service: Service, body: Fields):
+        self._service = service
+        self._model = service.check_model(body)
+        max_tokens = body.integer("max_tokens", 1)
+        if max_tokens is None:
+            raise body.missing("max_tokens")
+        self.request = _request(service, body, max_tokens)
+        self.is_stream = body.flag("stream") or False
+        thinking = body.record("thinking")
+        shown = thinking.choice("display", ("summarized", "omitted")) if thinking else None
+        self._omits_thoughts = shown == "omitted"
+        self._id = f"msg_{secrets.token_hex(12)}"
+        self._reply = Reply(id_prefix="toolu_")
+        self._usage = Usage()
+        # The blocks so far, the last of which may be open.
+        self._blocks: list[dict[str, Any]] = []
+        self._is_open = False
+        self._thought = ""
+        self._has_started = False
+
+    def keepalive(self) -> bytes:
+        """A ping; it follows the start of the message."""
+        return self._start() + PING
+
+    def _start(self) -> bytes:
+        if self._has_started:
+            return b""
+        self._has_started = True
+        message = self._object([]) | {"stop_reason": None, "stop_sequence": None}
+        return sse({"type": "message_start", "message": message}, "message_start")
+
+    def _object(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": content,
+            **self._stop(),
+            "usage": self._usage_object(),
+        }
+
+    def _usage_object(self) -> dict[str, Any]:
+        """Tokens of the prompt that came from the cache are counted apart."""
+        usage = self._usage
+        return {
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached_tokens,
+            "output_tokens": usage.generated_tokens,
+            "service_tier": "standard",
+        }
+
+    def _stop(self) -> dict[str, Any]:
+        reply = self._reply
+        reasons = {"length": "max_tokens", "loop": "max_tokens", "tool_calls": "tool_use"}
+        reason: str = reasons.get(reply.finish_reason or "", "end_turn")
+        if reply.finish_reason == "stop" and reply.stop_text is not None:
+            reason = "stop_sequence"
+        usage = self._usage
+        is_full = usage.prompt_tokens + usage.generated_tokens >= (
+            self._service.settings.context_length - 1
+        )
+        if reply.finish_reason == "length" and is_full:
+            reason = "model_context_window_exceeded"
+        return {
+            "stop_reason": reason,
+            "stop_sequence": reply.stop_text if reason == "stop_sequence" else None,
+        }
+
+    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The events of a stream."""
+        try:
+            async for _, event in answer.events():
+                if data := self._take(event):
+                    yield data
+        except ApiError as fault:
+            yield sse(fault.body("anthropic"), "error")
+            return
+        delta = {"type": "message_delta", "delta": self._stop(), "usage": self._usage_object()}
+        yield sse(delta, "message_delta")
+        yield sse({"type": "message_stop"}, "message_stop")
+
+    def _take(self, event: Any) -> bytes:
+        """The stream's events for an event of the engine; `_blocks` has them together."""
+        if isinstance(event, Started):
+            self._usage.prompt_tokens = event.prompt_tokens
+            self._usage.cached_tokens = event.cached_tokens
+            return self._start() + PING
+        if not isinstance(event, Token | Done):
+            return b""
+        data = self._start()
+        for piece, call in self._reply.add(event, self._service):
+            if call is not None:
+                data += self._close() + self._call(call)
+            elif piece.kind == "thought":
+                data += self._add("thinking", "thinking", piece.text)
+            else:
+                data += self._add("text", "text", piece.text)
+        if isinstance(event, Done):
+            self._usage = event.usage
+            if not self._blocks:
+                data += self._add("text", "text", "")
+            data += self._close()
+        return data
+
+    def _add(self, kind: str, field: str, text: str) -> bytes:
+        """Text of a block, opened if the last one is of another kind."""
+        data = b""
+        if not self._is_open or self._blocks[-1]["type"] != kind:
+            data = self._close()
+            block = {"type": kind, field: ""} | ({"signature": ""} if kind == "thinking" else {})
+            data += self._open(block)
+        if kind == "thinking":
+            self._thought += text
+            if self._omits_thoughts:
+                return data
+        self._blocks[-1][field] += text
+        return data + self._delta({"type": f"{kind}_delta", field: text} if text else None)
+
+    def _call(self, call: SentCall) -> bytes:
+        block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+        data = self._open(block)
+        data += self._delta({"type": "input_json_delta", "partial_json": call.arguments})
+        self._blocks[-1]["input"] = call.call.arguments
+        return data + self._close()
+
+    def _open(self, block: dict[str, Any]) -> bytes:
+        self._blocks.append(dict(block))
+        self._is_open = True
+        index = len(self._blocks) - 1
+        start = {"type": "content_block_start", "index": index, "content_block": block}
+        return sse(start, "content_block_start")
+
+    def _delta(self, delta: dict[str, Any] | None) -> bytes:
+        if delta is None:
+            return b""
+        index = len(self._blocks) - 1
+        return sse(
+            {"type": "content_block_delta", "index": index, "delta": delta}, "content_block_delta"
+        )
+
+    def _close(self) -> bytes:
+        if not self._is_open:
+            return b""
+        data = b""
+        self._is_open = False
+        block = self._blocks[-1]
+        if block["type"] == "thinking":
+            block["signature"] = hidden(self._thought)
+            data += self._delta({"type": "signature_delta", "signature": block["signature"]})
+            self._thought = ""
+        stop = {"type": "content_block_stop", "index": len(self._blocks) - 1}
+        return data + sse(stop, "content_block_stop")
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The message of an answer that is not streamed."""
+        async for _, event in answer.events():
+            self._take(event)
+        return self._object(self._blocks)

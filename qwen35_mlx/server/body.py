@@ -1,0 +1,144 @@
+"""The body of a request: read within its limits, and JSON without what harms later."""
+
+import asyncio
+import json
+import math
+from concurrent.futures import Executor
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from .faults import ApiError
+
+MAX_DEPTH = 96
+MAX_VALUES = 2_000_000
+# Above this size parsing takes longer than other requests should wait.
+WORKER_BYTES = 64_000
+NO_LENGTH = -1
+
+
+async def read_json(request: Request, max_bytes: int, workers: Executor) -> dict[str, Any]:
+    """The JSON object of the body; everything else is an `ApiError`."""
+    data = await read_body(request, max_bytes)
+    if len(data) < WORKER_BYTES:
+        return parse_object(data)
+    return await asyncio.get_running_loop().run_in_executor(workers, parse_object, data)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The bytes of the body; refused by its stated length before any of it is read."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, f"content-encoding: got {encoding[:40]}, expected none")
+    if stated_length(request.headers.get("content-length")) > max_bytes:
+        raise too_large(max_bytes)
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the body of the request ended early")
+        part = message.get("body", b"")
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
+            raise too_large(max_bytes)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def stated_length(header: str | None) -> int:
+    """What Content-Length says, if it says something."""
+    if header is None or not header.isascii() or not header.isdigit():
+        return NO_LENGTH
+    # A number of many digits is only compared.
+    return int(header[:20])
+
+
+def too_large(max_bytes: int) -> ApiError:
+    """The refusal of a body that is too long."""
+    return ApiError(
+        413,
+        f"the body of the request is larger than {max_bytes:,} bytes",
+        code="request_too_large",
+        # Nobody wants to read the rest.
+        headers={"connection": "close"},
+    )
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object of finite numbers and whole characters, not deeper than `MAX_DEPTH`."""
+    if not data.strip():
+        raise ApiError(400, "the body of the request is empty; expected a JSON object")
+    try:
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise ApiError(400, "the body of the request is not UTF-8") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        # Python refuses numbers of more than 4300 digits in its own words.
+        what = str(error) if isinstance(error, json.JSONDecodeError | _Constant) else "a number"
+        raise ApiError(
+            400, f"the body of the request is not JSON: {what[:200]}", code="invalid_json"
+        ) from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body of the request is JSON, but not an object")
+    return _without_surrogates(value) if _check(value) else value
+
+
+class _Constant(ValueError):
+    """NaN or Infinity, which Python's JSON reads."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Constant(f"{name} is no number of JSON")
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels")
+
+
+def _check(top: dict[str, Any]) -> bool:
+    """Refuse depth and endless numbers; whether some text has half of a surrogate pair."""
+    level: list[Any] = [top]
+    num_values = 0
+    halves = False
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                halves = halves or _has_half(value)
+            elif isinstance(value, dict):
+                below.extend(value.values())
+                halves = halves or any(map(_has_half, value))
+            elif isinstance(value, list):
+                below.extend(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ApiError(400, "the JSON has a number beyond the range of a double")
+        num_values += len(below)
+        if num_values > MAX_VALUES:
+            raise ApiError(400, f"the JSON has more than {MAX_VALUES:,} values")
+        if not below:
+            return halves
+        level = below
+    raise _too_deep()
+
+
+def _has_half(text: str) -> bool:
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _without_surrogates(value: dict[str, Any]) -> dict[str, Any]:
+    """A replacement character for each half: clients cut texts in the middle of an emoji."""
+    text = json.dumps(value, ensure_ascii=False)
+    whole: dict[str, Any] = json.loads(
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )
+    return whole

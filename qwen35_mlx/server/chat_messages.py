@@ -1,0 +1,167 @@
+"""Messages and tools of OpenAI's chat completions."""
+
+from typing import Any
+
+from ..engine.requests import ToolName
+from .faults import ApiError
+from .fields import Fields
+from .messages import Message, call_id, check_media, folded, function_tool, joined, picture
+from .messages import tool_call as history_call
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def read_messages(body: Fields) -> list[Message]:
+    """The messages, folded; see `messages.py`."""
+    given = body.records("messages")
+    if given is None:
+        raise body.missing("messages")
+    if not given:
+        raise body.refuse("messages", "at least one message")
+    return check_media(folded([_message(message) for message in given]))
+
+
+def _message(message: Fields) -> Message:
+    role = message.choice("role", ROLES)
+    if role is None:
+        raise message.missing("role")
+    content = joined(_parts(message, is_user=role in ("user", "tool")))
+    if role in ("system", "developer"):
+        return {"role": "system", "content": content}
+    if role in ("tool", "function"):
+        return {"role": "tool", "content": content}
+    if role == "user":
+        if "content" not in message:
+            raise message.missing("content")
+        return {"role": "user", "content": content}
+    answer: Message = {"role": "assistant", "content": content}
+    thought = message.text("reasoning_content") or message.text("reasoning")
+    if thought:
+        answer["reasoning_content"] = thought
+    calls = [_call(call) for call in message.records("tool_calls") or ()]
+    if (old := message.record("function_call")) is not None:
+        calls.append(history_call(_name(old), old.raw("arguments"), call_id()))
+    if calls:
+        answer["tool_calls"] = calls
+    return answer
+
+
+def _parts(message: Fields, is_user: bool) -> list[dict[str, Any]]:
+    """The parts of a content; nothing of what the client wrote besides."""
+    content = message.raw("content")
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise message.refuse("content", "a string or a list of parts", "invalid_type")
+    # Strings in the list are no parts, but some clients send them.
+    texts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+    return [_part(part, is_user) for part in message.records("content", texts) or ()]
+
+
+def _part(part: Fields, is_user: bool) -> dict[str, Any]:
+    kind = part.text("type") or ("text" if "text" in part else "")
+    if kind in ("text", "input_text", "output_text"):
+        return {"type": "text", "text": part.text("text") or ""}
+    if kind == "refusal":
+        return {"type": "text", "text": part.text("refusal") or ""}
+    if kind in ("thinking", "reasoning"):
+        return {"type": "text", "text": ""}
+    if kind in ("image_url", "input_image") and is_user:
+        is_object = isinstance(part.raw("image_url"), dict)
+        holder = part.record("image_url") if is_object else None
+        return picture(
+            part.text("image_url") if holder is None else holder.text("url"), part, "image_url"
+        )
+    raise part.refuse("type", "text or image_url" if is_user else "text", "unsupported_content")
+
+
+def _call(call: Fields) -> dict[str, Any]:
+    kind = call.text("type") or "function"
+    if kind == "custom":
+        custom = call.record("custom") or call
+        return history_call(_name(custom), {"input": custom.text("input") or ""}, call.text("id"))
+    function = call.record("function")
+    if function is None:
+        raise call.missing("function")
+    return history_call(_name(function), function.raw("arguments"), call.text("id"))
+
+
+def _name(function: Fields) -> str:
+    name = function.text("name")
+    if not name:
+        raise function.missing("name")
+    return name
+
+
+def read_tools(body: Fields) -> list[dict[str, Any]]:
+    """The functions among the tools; kinds that only OpenAI runs are left out."""
+    tools = []
+    for tool in body.records("tools") or ():
+        kind = tool.text("type") or "function"
+        if kind == "function":
+            function = tool.record("function")
+            if function is None:
+                raise tool.missing("function")
+            tools.append(_tool(function))
+    if not tools:
+        tools = [_tool(function) for function in body.records("functions") or ()]
+    return tools
+
+
+def _tool(function: Fields) -> dict[str, Any]:
+    description, parameters = function.text("description"), function.raw("parameters")
+    return function_tool(function.text("name"), description, parameters, function)
+
+
+def read_tool_choice(
+    body: Fields, tools: list[dict[str, Any]]
+) -> tuple[str | ToolName, list[dict[str, Any]]]:
+    """What may be called: auto, none, required or a name, and the tools to choose from."""
+    field = "tool_choice" if "tool_choice" in body else "function_call"
+    choice = body.raw(field)
+    if choice is None:
+        return "auto", tools
+    names = [tool["function"]["name"] for tool in tools]
+    if isinstance(choice, str):
+        if choice == "any":
+            choice = "required"
+        if choice not in ("auto", "none", "required"):
+            raise body.refuse(field, "auto, none, required or a function")
+        if choice == "required" and not tools:
+            raise _without_tools(body, field)
+        return choice, tools
+    given = body.record(field)
+    assert given is not None
+    kind = given.text("type") or "function"
+    if kind == "allowed_tools":
+        allowed = given.record("allowed_tools") or given
+        wanted = [_chosen(tool) for tool in allowed.records("tools") or ()]
+        mode = allowed.choice("mode", ("auto", "required")) or "auto"
+        kept = [tool for tool in tools if tool["function"]["name"] in wanted]
+        if mode == "required" and not kept:
+            raise _without_tools(body, field)
+        return mode, kept
+    name = _chosen(given)
+    if not tools:
+        raise _without_tools(body, field)
+    if name not in names:
+        expected = ", ".join(names)[:200]
+        raise ApiError(400, f"{field}: got {name[:80]!r}, expected one of {expected}", param=field)
+    return ToolName(name), tools
+
+
+def _chosen(choice: Fields) -> str:
+    """The name in a choice of either API of OpenAI."""
+    inner = choice.record("function") or choice.record("custom") or choice
+    return _name(inner)
+
+
+def _without_tools(body: Fields, field: str) -> ApiError:
+    return ApiError(
+        400,
+        f"{field}: there are no tools to choose from",
+        param=body.name(field),
+        code="invalid_value",
+    )

@@ -1,0 +1,276 @@
+"""OpenAI's older /v1/completions: raw prompts, several at a time, and scores of their tokens."""
+
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..engine.requests import Done, PromptLogprobs, Request, Started, Token, Top, Usage
+from . import options
+from .events import Answer, StreamedAnswer, WholeAnswer, sse
+from .faults import ApiError
+from .fields import Fields
+from .openai import COMMENT, DONE, FINISH, MAX_CHOICES, MAX_STOPS, usage_object
+from .replies import timings
+from .service import FINGERPRINT, Service, service_of
+
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 1024
+MAX_LOGPROBS = 5
+
+
+async def completions(http: HttpRequest) -> Response:
+    """Continue texts."""
+    service = service_of(http)
+    body = await service.fields(http)
+    completion = _Completion(service, body)
+    answer = await service.answer(*completion.requests)
+    if completion.is_stream:
+        return StreamedAnswer(answer, completion.frames(answer), lambda: COMMENT)
+    return WholeAnswer(answer, completion.whole(answer), lambda fault: fault.response("openai"))
+
+
+def read_prompts(body: Fields) -> list[str | list[int]]:
+    """A text, ids, or a list of either; nothing is the beginning of a text."""
+    prompt = body.raw("prompt")
+    if prompt is None:
+        raise body.missing("prompt")
+    expected = "a string, a list of strings, token ids, or a list of those"
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise body.refuse("prompt", expected, "invalid_type")
+    if not prompt:
+        raise body.refuse("prompt", "at least one prompt")
+    if _are_ids(prompt):
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise body.refuse("prompt", f"at most {MAX_PROMPTS} prompts")
+    if not all(isinstance(p, str) or (p and _are_ids(p)) for p in prompt):
+        raise body.refuse("prompt", expected, "invalid_type")
+    return prompt
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
+@dataclass
+class _Scores:
+    """What `logprobs` of a completion holds."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+
+class _Text:
+    """One choice: its text and scores so far, and how much of them was sent."""
+
+    def __init__(self, service: Service, num_top: int | None):
+        self._service = service
+        self._num_top = num_top
+        self.text = ""
+        self.scores = _Scores()
+        self._num_chars_scored = 0
+        self._num_sent = 0
+        self.finish_reason: str | None = None
+
+    def score(self, token: int, logprob: float | None, top: Top, is_first: bool = False) -> None:
+        """Add the score of a token; the first one of a prompt has none."""
+        if self._num_top is None:
+            return
+        text = self._service.bytes_of(token).decode(errors="replace")
+        self.scores.tokens.append(text)
+        value = None if is_first else self._finite(logprob)
+        self.scores.token_logprobs.append(value)
+        tops = {self._service.bytes_of(t).decode(errors="replace"): self._finite(p) for t, p in top}
+        self.scores.top_logprobs.append(None if is_first or not self._num_top else tops)
+        self.scores.text_offset.append(self._num_chars_scored)
+        self._num_chars_scored += len(text)
+
+    @staticmethod
+    def _finite(logprob: float | None) -> float:
+        return -9999.0 if logprob is None or not logprob > -9999.0 else float(logprob)
+
+    def mean(self) -> float:
+        """The mean log probability, by which the best of several is found."""
+        values = [p for p in self.scores.token_logprobs if p is not None]
+        return sum(values) / len(values) if values else -9999.0
+
+    def logprobs(self, since: int = 0) -> dict[str, Any] | None:
+        """The scores as the API has them."""
+        if self._num_top is None:
+            return None
+        scores = self.scores
+        return {
+            "tokens": scores.tokens[since:],
+            "token_logprobs": scores.token_logprobs[since:],
+            "top_logprobs": scores.top_logprobs[since:] if self._num_top else None,
+            "text_offset": scores.text_offset[since:],
+        }
+
+    def unsent(self) -> dict[str, Any] | None:
+        """The scores that were not sent yet."""
+        since, self._num_sent = self._num_sent, len(self.scores.tokens)
+        return self.logprobs(since)
+
+
+class _Completion:
+    """One request for completions, and the objects that answer it."""
+
+    def __init__(self, service: Service, body: Fields):
+        self._service = service
+        self._model = service.check_model(body)
+        if body.text("suffix"):
+            raise body.refuse("suffix", "nothing: this server fills no middles", "unsupported")
+        prompts = read_prompts(body)
+        self._n = body.integer("n", 1, MAX_CHOICES) or 1
+        self._best_of = body.integer("best_of", 1, MAX_CHOICES) or self._n
+        self.is_stream = body.flag("stream") or False
+        if self._best_of < self._n:
+            raise body.refuse("best_of", f"at least n, which is {self._n}")
+        if self.is_stream and self._best_of > self._n:
+            raise body.refuse("best_of", "no more than n in a stream")
+        self._wants_usage = options.includes_usage(body)
+        self._num_top = self._read_logprobs(body)
+        self._echo = body.flag("echo") or False
+        self.requests = [self._request(body, prompt) for prompt in prompts]
+        # The best of several is found by its scores, whether they are asked for or not.
+        num_top = 0 if self._num_top is None and self._best_of > self._n else self._num_top
+        self._texts = [_Text(service, num_top) for _ in range(len(prompts) * self._best_of)]
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._usages = [Usage() for _ in prompts]
+
+    def _read_logprobs(self, body: Fields) -> int | None:
+        """A number; true is taken for 1, as chat completions have it."""
+        if isinstance(body.raw("logprobs"), bool):
+            return 1 if body.flag("logprobs") else None
+        return body.integer("logprobs", 0, MAX_LOGPROBS)
+
+    def _request(self, body: Fields, prompt: str | list[int]) -> Request:
+        max_tokens = options.max_tokens(body, "max_tokens", "max_completion_tokens", low=0)
+        max_tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+        if max_tokens == 0 and not self._echo:
+            raise body.refuse("max_tokens", "1 or more, or echo: true")
+        ranks = self._best_of > self._n
+        return Request(
+            prompt=prompt,
+            params=options.sampling(body, self._service.settings.defaults),
+            logit_bias=options.logit_bias(body, self._service.settings.vocab_size),
+            seed=options.seed(body),
+            n=self._best_of,
+            max_tokens=max_tokens,
+            min_tokens=body.integer("min_tokens", 0) or 0,
+            ignore_eos=body.flag("ignore_eos") or False,
+            stop=body.texts("stop", MAX_STOPS),
+            grammar=options.response_format(body) or options.structured_outputs(body),
+            logprobs=0 if ranks and self._num_top is None else self._num_top,
+            prompt_logprobs=self._num_top if self._echo else None,
+            cache_hint=body.text("prompt_cache_key"),
+        )
+
+    def _echoed(self, place: int) -> str:
+        """The text of a prompt."""
+        prompt = self.requests[place].prompt
+        if isinstance(prompt, str):
+            return prompt
+        return b"".join(map(self._service.bytes_of, prompt or ())).decode(errors="replace")
+
+    def _take(self, place: int, event: Any) -> list[tuple[int, str, bool]]:
+        """Index, new text and whether it is the end, for each choice that an event changes."""
+        if isinstance(event, Started):
+            self._usages[place].prompt_tokens = event.prompt_tokens
+            self._usages[place].cached_tokens = event.cached_tokens
+        if isinstance(event, PromptLogprobs):
+            for index in range(self._best_of):
+                text = self._texts[place * self._best_of + index]
+                for i, token in enumerate(event.tokens):
+                    text.score(token, event.logprobs[i], event.top[i], is_first=i == 0)
+        if not isinstance(event, Token | Done):
+            return []
+        index = place * self._best_of + event.index
+        text = self._texts[index]
+        if isinstance(event, Token):
+            text.score(event.token, event.logprob, event.top)
+        new = "".join(piece.text for piece in event.pieces)
+        text.text += new
+        if isinstance(event, Done):
+            text.finish_reason = FINISH.get(event.finish_reason, event.finish_reason)
+            self._usages[place] = event.usage
+        return [(index, new, isinstance(event, Done))]
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_object(_sum(self._usages))
+
+    def _object(self, choices: list[dict[str, Any]], created_s: float) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": int(created_s),
+            "model": self._model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+        }
+
+    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The chunks of a stream."""
+        waits_for_echo = [self._echo] * len(self._texts)
+        try:
+            async for place, event in answer.events():
+                for index, new, is_end in self._take(place, event):
+                    if waits_for_echo[index]:
+                        new, waits_for_echo[index] = self._echoed(place) + new, False
+                    if not new and not is_end:
+                        continue
+                    text = self._texts[index]
+                    choice = {
+                        "index": index,
+                        "text": new,
+                        "logprobs": text.unsent(),
+                        "finish_reason": text.finish_reason,
+                    }
+                    yield sse(self._object([choice], answer.created_s))
+        except ApiError as fault:
+            yield sse(fault.body("openai"))
+            return
+        if self._wants_usage:
+            yield sse(self._object([], answer.created_s) | {"usage": self._usage()})
+        yield DONE
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+        async for place, event in answer.events():
+            self._take(place, event)
+        choices: list[dict[str, Any]] = []
+        for place in range(len(self.requests)):
+            texts = self._texts[place * self._best_of : (place + 1) * self._best_of]
+            if self._best_of > self._n:
+                texts = sorted(texts, key=_Text.mean, reverse=True)[: self._n]
+            for text in texts:
+                echoed = self._echoed(place) if self._echo else ""
+                choices.append(
+                    {
+                        "index": len(choices),
+                        "text": echoed + text.text,
+                        "logprobs": None if self._num_top is None else text.logprobs(),
+                        "finish_reason": text.finish_reason,
+                    }
+                )
+        return self._object(choices, answer.created_s) | {
+            "usage": self._usage(),
+            "timings": timings(_sum(self._usages)),
+        }
+
+
+def _sum(usages: list[Usage]) -> Usage:
+    """The usage of all prompts together."""
+    total = Usage()
+    for usage in usages:
+        for name, value in vars(usage).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total

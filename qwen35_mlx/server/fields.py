@@ -1,0 +1,148 @@
+"""The fields of a request's JSON: typed, within bounds, and null as good as absent."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from .faults import ApiError
+
+MAX_INT = 2**63 - 1
+
+
+class Fields:
+    """Reads a JSON object; a wrong type or value is an `ApiError` that names the field."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = ""):
+        self.values = values
+        self._where = where
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def name(self, field: str) -> str:
+        """The field with the path to it, as errors call it."""
+        return f"{self._where}.{field}" if self._where else field
+
+    def refuse(self, field: str, expected: str, code: str = "invalid_value") -> ApiError:
+        """The error of a field that holds something else than it should."""
+        got = _shown(self.values.get(field))
+        name = self.name(field)
+        return ApiError(400, f"{name}: got {got}, expected {expected}", param=name, code=code)
+
+    def missing(self, field: str) -> ApiError:
+        """The error of a field that has to be there."""
+        name = self.name(field)
+        return ApiError(400, f"{name} is required", param=name, code="missing_required_parameter")
+
+    def raw(self, field: str) -> Any:
+        """The value as it is; None if absent."""
+        return self.values.get(field)
+
+    def text(self, field: str) -> str | None:
+        """A string."""
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self.refuse(field, "a string", "invalid_type")
+        return value
+
+    def flag(self, field: str) -> bool | None:
+        """true or false."""
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(field, "true or false", "invalid_type")
+        return value
+
+    def integer(self, field: str, low: int = -MAX_INT - 1, high: int = MAX_INT) -> int | None:
+        """A whole number, bounds included; 5.0 is one."""
+        value = self.values.get(field)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.refuse(field, "a whole number", "invalid_type")
+        if not low <= value <= high:
+            raise self.refuse(field, _bounds(low, high))
+        return value
+
+    def number(self, field: str, low: float = -math.inf, high: float = math.inf) -> float | None:
+        """A number, bounds included."""
+        value = self.values.get(field)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refuse(field, "a number", "invalid_type")
+        if not low <= value <= high or abs(value) > 1e300:
+            raise self.refuse(field, f"{low:g} to {high:g}")
+        return float(value)
+
+    def choice(self, field: str, options: Collection[str]) -> str | None:
+        """One of the given strings."""
+        value = self.text(field)
+        if value is not None and value not in options:
+            raise self.refuse(field, " or ".join(options))
+        return value
+
+    def items(self, field: str) -> list[Any] | None:
+        """A list."""
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, list):
+            raise self.refuse(field, "a list", "invalid_type")
+        return value
+
+    def record(self, field: str) -> "Fields | None":
+        """An object."""
+        value = self.mapping(field)
+        return None if value is None else Fields(value, self.name(field))
+
+    def mapping(self, field: str) -> dict[str, Any] | None:
+        """An object, as it is."""
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, dict):
+            raise self.refuse(field, "an object", "invalid_type")
+        return value
+
+    def records(self, field: str, values: list[Any] | None = None) -> list["Fields"] | None:
+        """A list of objects; `values` stand in for the field's own."""
+        values = self.items(field) if values is None else values
+        if values is None:
+            return None
+        for i, value in enumerate(values):
+            if not isinstance(value, dict):
+                name = f"{self.name(field)}[{i}]"
+                raise ApiError(
+                    400,
+                    f"{name}: got {_shown(value)}, expected an object",
+                    param=name,
+                    code="invalid_type",
+                )
+        return [Fields(value, f"{self.name(field)}[{i}]") for i, value in enumerate(values)]
+
+    def texts(self, field: str, most: int) -> list[str]:
+        """A string or a list of at most `most` strings; empty strings count as absent."""
+        value = self.values.get(field)
+        if value is None:
+            return []
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise self.refuse(field, "a string or a list of strings", "invalid_type")
+        if len(values) > most:
+            raise self.refuse(field, f"at most {most} strings")
+        return [v for v in values if v]
+
+
+def _bounds(low: int, high: int) -> str:
+    if high == MAX_INT:
+        return f"{low} or more"
+    return f"{low} to {high}"
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, short."""
+    kinds = {list: "a list", dict: "an object", type(None): "nothing"}
+    if type(value) in kinds:
+        return kinds[type(value)]
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        return "a number of many digits"
+    shown = repr(value) if isinstance(value, str) else str(value).lower()
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"

@@ -1,0 +1,208 @@
+"""Messages of every API in the one form that the engine takes, with a prefix that stays.
+
+A prompt is cached by its beginning, so what a client sends again has to come out as before:
+
+- System and developer messages at the beginning become one system message. Later ones stay where
+  they are, as a `<system-reminder>` at the end of the message before (the template takes no system
+  message there, and a front that grows would be read again each turn).
+- A call is rendered as the model wrote it, by the id that the client got, if it is the same call;
+  its thought comes back if the client left it out.
+- Lines that change with each request and say nothing to the model are dropped.
+"""
+
+import json
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from ..engine.tool_calls import ToolCall, as_message
+from .faults import ApiError
+from .fields import Fields
+
+Message = dict[str, Any]
+MAX_MEDIA = 64
+MAX_CALLS_KEPT = 1000
+BILLING = "x-anthropic-billing-header:"
+IMAGE = "image_url"
+
+
+def call_id(prefix: str = "call_") -> str:
+    """A new id of a tool call."""
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+class CallMemory:
+    """Calls that were sent, with their thoughts, by id."""
+
+    def __init__(self, typed: bool = False):
+        """typed: whether the chat template renders arguments as JSON."""
+        self._typed = typed
+        self._calls: OrderedDict[str, tuple[ToolCall, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def keep(self, name: str, call: ToolCall, thought: str) -> None:
+        """Remember a call; the oldest one is forgotten."""
+        with self._lock:
+            self._calls[name] = call, thought
+            while len(self._calls) > MAX_CALLS_KEPT:
+                self._calls.popitem(last=False)
+
+    def as_written(self, name: str, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The call as the model wrote it, if the client's is the same."""
+        call, _ = self._calls.get(name, (None, ""))
+        function = given["function"]
+        same = call and call.name == function["name"] and call.arguments == function["arguments"]
+        return as_message(call, typed=self._typed) if call and same else None
+
+    def thought_of(self, name: str) -> str:
+        """What the model thought before the call."""
+        return self._calls.get(name, (None, ""))[1]
+
+
+def restored(messages: list[Message], memory: CallMemory) -> list[Message]:
+    """The messages with each call, and its thought if none was given, as the model wrote it."""
+    changed = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if calls:
+            message = {**message, "tool_calls": [_restored(call, memory) for call in calls]}
+            if not message.get("reasoning_content"):
+                thought = memory.thought_of(str(calls[0].get("id")))
+                message |= {"reasoning_content": thought} if thought else {}
+        changed.append(message)
+    return changed
+
+
+def _restored(call: Mapping[str, Any], memory: CallMemory) -> Mapping[str, Any]:
+    name = str(call.get("id"))
+    return memory.as_written(name, call) or {"type": "function", "function": call["function"]}
+
+
+def tool_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]:
+    """A call of the history; arguments that are no JSON object stay, as one text."""
+    if isinstance(arguments, str):
+        text = arguments
+        try:
+            arguments = json.loads(text) if text.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = text
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        arguments = {"arguments": arguments}
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def folded(messages: list[Message]) -> list[Message]:
+    """One system message at most, at the beginning; see the head of this file."""
+    num_leading = 0
+    while num_leading < len(messages) and messages[num_leading]["role"] == "system":
+        num_leading += 1
+    leading, rest = messages[:num_leading], messages[num_leading:]
+    if leading and not any(message["role"] in ("user", "tool") for message in rest):
+        # Nobody asks: the last instruction is the question.
+        rest = [{**leading.pop(), "role": "user"}, *rest]
+    result: list[Message] = []
+    system = "\n\n".join(text for m in leading if (text := plain_text(m["content"]).strip()))
+    if system:
+        result.append({"role": "system", "content": system})
+    for i, message in enumerate(rest):
+        if message["role"] != "system":
+            result.append(message)
+            continue
+        text = plain_text(message["content"]).strip()
+        if not text:
+            continue
+        reminder = f"<system-reminder>\n{text}\n</system-reminder>"
+        if result and result[-1]["role"] in ("user", "tool"):
+            before = result.pop()
+            result.append({**before, "content": _appended(before["content"], reminder)})
+        elif i + 1 < len(rest) and rest[i + 1]["role"] == "user":
+            rest[i + 1] = {**rest[i + 1], "content": _prepended(rest[i + 1]["content"], reminder)}
+        else:
+            result.append({"role": "user", "content": reminder})
+    return result
+
+
+def _appended(content: Any, text: str) -> Any:
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": f"\n\n{text}"}]
+    return f"{content}\n\n{text}" if content else text
+
+
+def _prepended(content: Any, text: str) -> Any:
+    if isinstance(content, list):
+        return [{"type": "text", "text": f"{text}\n\n"}, *content]
+    return f"{text}\n\n{content}"
+
+
+def plain_text(content: Any) -> str:
+    """The text of a content; pictures have none."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def joined(parts: list[dict[str, Any]], between: str = "") -> str | list[dict[str, Any]]:
+    """Parts of text as one text; with a picture among them they stay parts.
+
+    `between` separates texts of which neither ends nor begins with white space.
+    """
+    merged: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] == "text" and merged and merged[-1]["type"] == "text":
+            before, text = merged[-1]["text"], part["text"]
+            needs = before and text and not before[-1].isspace() and not text[0].isspace()
+            merged[-1] = {"type": "text", "text": before + (between if needs else "") + text}
+        else:
+            merged.append(part)
+    if not merged:
+        return ""
+    return str(merged[0]["text"]) if len(merged) == 1 and merged[0]["type"] == "text" else merged
+
+
+def picture(source: str | None, where: Fields, field: str) -> dict[str, Any]:
+    """A part that shows a picture: of a data: URL alone, since nothing is fetched or read here."""
+    if source is None:
+        raise where.missing(field)
+    if source[:5].lower() != "data:":
+        name = where.name(field)
+        raise ApiError(
+            400,
+            f"{name}: only data: URLs are read, such as data:image/png;base64,…; nothing is "
+            "fetched and no file is opened for a client",
+            param=name,
+            code="invalid_image_url",
+        )
+    return {"type": IMAGE, IMAGE: {"url": source}}
+
+
+def check_media(messages: list[Message]) -> list[Message]:
+    """The messages, if they do not show too much."""
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    num_media = sum(part["type"] != "text" for content in contents for part in content)
+    if num_media > MAX_MEDIA:
+        raise ApiError(400, f"messages: got {num_media} pictures, expected at most {MAX_MEDIA}")
+    return messages
+
+
+def function_tool(
+    name: str | None, description: Any, parameters: Any, where: Fields
+) -> dict[str, Any]:
+    """A tool as the chat template takes it; its keys in one order, whatever the client's."""
+    if not name:
+        raise where.missing("name")
+    if len(name) > 256 or any(c in "<>\"'" or c.isspace() or not c.isprintable() for c in name):
+        raise where.refuse("name", "a name without spaces, quotes and angle brackets")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise where.refuse("parameters", "a JSON schema", "invalid_type")
+    if isinstance(parameters, dict) and not isinstance(parameters.get("properties") or {}, dict):
+        raise where.refuse("parameters", "a JSON schema whose properties are an object")
+    function: dict[str, Any] = {"name": name}
+    if isinstance(description, str):
+        function["description"] = description
+    if parameters:
+        function["parameters"] = parameters
+    return {"type": "function", "function": function}

@@ -1,0 +1,113 @@
+"""What is said of the model, of the server's health, and of its counters."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from .faults import ApiError
+from .service import Service, service_of
+
+OWNER = "qwen35-mlx"
+# Counters of the engine that only grow; the others are gauges.
+GROWING = ("_total", "_seconds")
+
+
+def model_object(service: Service) -> dict[str, Any]:
+    """One object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
+    settings = service.settings
+    length = settings.context_length
+    capabilities = ["completion", "tools", "thinking", *(["vision"] if settings.sees else [])]
+    return {
+        "id": settings.model_id,
+        "object": "model",
+        "created": settings.created_s,
+        "owned_by": OWNER,
+        "type": "model",
+        "display_name": settings.model_id,
+        "created_at": rfc3339(settings.created_s),
+        "max_model_len": length,
+        "context_length": length,
+        "max_context_length": length,
+        "loaded_context_length": length,
+        "max_input_tokens": length,
+        "max_tokens": length,
+        "meta": {"n_ctx": length, "n_ctx_train": length, "size": settings.num_bytes},
+        "capabilities": capabilities,
+        "state": "loaded",
+    }
+
+
+def rfc3339(seconds: float) -> str:
+    """A time as Anthropic and Ollama write it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+async def list_models(http: HttpRequest) -> Response:
+    """/v1/models: the one there is."""
+    model = model_object(service_of(http))
+    identity = model["id"]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [model],
+            "has_more": False,
+            "first_id": identity,
+            "last_id": identity,
+        }
+    )
+
+
+async def get_model(http: HttpRequest) -> Response:
+    """/v1/models/ID, whose id may have slashes."""
+    service = service_of(http)
+    name = http.path_params["name"]
+    if not service.knows(name):
+        raise ApiError(
+            404,
+            f"The model '{name[:200]}' does not exist",
+            param="model",
+            code="model_not_found",
+        )
+    return JSONResponse(model_object(service))
+
+
+async def embeddings(http: HttpRequest) -> Response:
+    """/v1/embeddings: refused."""
+    raise ApiError(
+        400, "this model answers messages and makes no embeddings", code="unsupported_endpoint"
+    )
+
+
+async def health(http: HttpRequest) -> Response:
+    """Whether requests are answered; said by the event loop while the engine works."""
+    service = service_of(http)
+    if not service.engine.is_alive:
+        return JSONResponse({"status": "error", "error": "the engine does not run"}, 503)
+    return JSONResponse({"status": "ok", "model": service.settings.model_id})
+
+
+async def metrics(http: HttpRequest) -> Response:
+    """Counters in the text format of Prometheus."""
+    service = service_of(http)
+    values = {**service.engine.stats(), "http_requests_total": service.num_requests}
+    lines = []
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        kind = "counter" if name.endswith(GROWING) else "gauge"
+        full = f"qwen35_mlx_{name}"
+        lines += [f"# TYPE {full} {kind}", f"{full} {value}"]
+    return PlainTextResponse(
+        "\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
+
+
+async def watch_engine(service: Service, every_s: float = 1.0) -> None:
+    """Start an engine again that died; what it did has failed, and /health was red."""
+    while True:
+        await asyncio.sleep(every_s)
+        if not service.engine.is_alive and not service.is_stopping:
+            await service.in_worker(service.engine.restart)

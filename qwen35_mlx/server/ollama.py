@@ -1,0 +1,215 @@
+"""Ollama's /api/chat and /api/generate."""
+
+import time
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from ..engine.requests import Done, Request, Started, Token, Usage
+from . import ollama_messages as reading
+from . import options
+from .events import NDJSON, Answer, StreamedAnswer, WholeAnswer, dumps
+from .faults import ApiError
+from .fields import Fields
+from .messages import folded
+from .replies import AnswerTokens, Reply, SentCall
+from .service import Service, service_of
+
+MAX_STOPS = 64
+REASONS = {"loop": "length", "tool_calls": "stop"}
+
+
+async def chat(http: HttpRequest) -> Response:
+    """Answer messages; none of them load the model."""
+    service = service_of(http)
+    body = await service.fields(http)
+    name = check_model(service, body)
+    messages = reading.read_messages(body)
+    if not messages:
+        message = {"role": "assistant", "content": ""}
+        return JSONResponse(_loaded(name, body) | {"message": message})
+    request = _request(service, body)
+    request.messages = messages
+    request.tools = reading.read_tools(body)
+    return await _respond(service, body, _Lines(service, name, request, is_chat=True))
+
+
+async def generate(http: HttpRequest) -> Response:
+    """Continue a prompt, as a message or as it is."""
+    service = service_of(http)
+    body = await service.fields(http)
+    name = check_model(service, body)
+    reading.unsupported(body, "suffix", "template", "context")
+    prompt = body.text("prompt") or ""
+    pictures = reading.images(body)
+    if not prompt and not pictures:
+        return JSONResponse(_loaded(name, body) | {"response": ""})
+    request = _request(service, body)
+    if body.flag("raw"):
+        if pictures:
+            raise ApiError(400, "raw: got pictures, expected text alone")
+        request.prompt = prompt
+    else:
+        content: Any = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
+        messages = [{"role": "user", "content": content}]
+        if system := body.text("system"):
+            messages.insert(0, {"role": "system", "content": system})
+        request.messages = folded(messages)
+    return await _respond(service, body, _Lines(service, name, request, is_chat=False))
+
+
+def check_model(service: Service, body: Fields) -> str:
+    """The name of the model, which has to be given here."""
+    name = body.text("model") or body.text("name")
+    if not name:
+        raise ApiError(400, "model is required")
+    if not service.knows(name):
+        raise ApiError(404, f"model '{name[:200]}' not found")
+    return name
+
+
+def _loaded(name: str, body: Fields) -> dict[str, Any]:
+    """The answer to a request that only loads or unloads the model, which stays loaded."""
+    reason = "unload" if body.raw("keep_alive") == 0 else "load"
+    return {"model": name, "created_at": now(), "done": True, "done_reason": reason}
+
+
+def now() -> str:
+    """The time as Ollama writes it."""
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _request(service: Service, body: Fields) -> Request:
+    given = reading.read_options(body)
+    thinking = reading.read_thinking(body)
+    return Request(
+        enable_thinking=thinking.enabled,
+        think_budget=thinking.budget,
+        params=reading.sampling(given, service.settings.defaults),
+        seed=options.seed(given),
+        max_tokens=reading.max_tokens(given),
+        stop=given.texts("stop", MAX_STOPS),
+        grammar=reading.read_format(body),
+        logprobs=reading.read_logprobs(body),
+    )
+
+
+async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
+    answer = await service.answer(lines.request)
+    if body.flag("stream") is False:
+        return WholeAnswer(answer, lines.whole(answer), lambda fault: fault.response("ollama"))
+    return StreamedAnswer(answer, lines.frames(answer), lines.keepalive, NDJSON)
+
+
+class _Lines:
+    """The lines of an answer, or the one object."""
+
+    def __init__(self, service: Service, name: str, request: Request, is_chat: bool):
+        self._service = service
+        self._name = name
+        self.request = request
+        self._is_chat = is_chat
+        self._reply = Reply()
+        self._usage = Usage()
+        self._tokens = AnswerTokens(service) if request.logprobs is not None else None
+        self._entries: list[dict[str, Any]] = []
+        self._began_s = time.perf_counter()
+        self._num_calls = 0
+
+    def keepalive(self) -> bytes:
+        """A line without text: NDJSON has no comments."""
+        return self._line("", "", [])
+
+    def _line(self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any) -> bytes:
+        return (dumps(self._object(text, thought, calls, **more)) + "\n").encode()
+
+    def _object(
+        self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any
+    ) -> dict[str, Any]:
+        value: dict[str, Any] = {"model": self._name, "created_at": now()}
+        thinking = {"thinking": thought} if thought else {}
+        if self._is_chat:
+            message: dict[str, Any] = {"role": "assistant", "content": text, **thinking}
+            if calls:
+                message["tool_calls"] = calls
+            value["message"] = message
+        else:
+            value |= {"response": text, **thinking}
+        return value | {"done": False} | more
+
+    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The lines of a stream."""
+        try:
+            async for _, event in answer.events():
+                if isinstance(event, Started):
+                    self._usage.prompt_tokens = event.prompt_tokens
+                    self._usage.cached_tokens = event.cached_tokens
+                if not isinstance(event, Token | Done):
+                    continue
+                data = b""
+                entries = self._tokens.add(event) if self._tokens else []
+                for piece, call in self._reply.add(event, self._service):
+                    if call is not None:
+                        data += self._line("", "", [self._call(call)])
+                    elif piece.kind == "thought":
+                        data += self._line("", piece.text, [])
+                    else:
+                        more = {"logprobs": _logprobs(entries)} if entries else {}
+                        entries = []
+                        data += self._line(piece.text, "", [], **more)
+                if isinstance(event, Done):
+                    self._usage = event.usage
+                    data += self._line("", "", [], **self._end())
+                if data:
+                    yield data
+        except ApiError as fault:
+            yield (dumps(fault.body("ollama")) + "\n").encode()
+
+    def _call(self, call: SentCall) -> dict[str, Any]:
+        index, self._num_calls = self._num_calls, self._num_calls + 1
+        function = {"index": index, "name": call.name, "arguments": call.call.arguments}
+        return {"id": call.id, "function": function}
+
+    def _end(self) -> dict[str, Any]:
+        """The last fields; times in nanoseconds."""
+        usage, reason = self._usage, self._reply.finish_reason or "stop"
+        return {
+            "done": True,
+            "done_reason": REASONS.get(reason, reason),
+            "total_duration": int((time.perf_counter() - self._began_s) * 1e9),
+            "load_duration": int(usage.queue_seconds * 1e9),
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_cached_count": usage.cached_tokens,
+            "prompt_eval_duration": int(usage.prefill_seconds * 1e9),
+            "eval_count": usage.generated_tokens,
+            "eval_duration": int(usage.decode_seconds * 1e9),
+        }
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+        entries: list[dict[str, Any]] = []
+        async for _, event in answer.events():
+            if isinstance(event, Token | Done):
+                self._reply.add(event, self._service)
+                entries += self._tokens.add(event) if self._tokens else []
+                if isinstance(event, Done):
+                    self._usage = event.usage
+        calls = [self._call(call) for call in self._reply.calls]
+        more = {"logprobs": _logprobs(entries)} if self._tokens else {}
+        return self._object(self._reply.text, self._reply.thought, calls, **more, **self._end())
+
+
+def _logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log probabilities as Ollama has them."""
+    return [
+        {
+            "token": entry["token"],
+            "logprob": entry["logprob"],
+            "bytes": entry["bytes"],
+            "top_logprobs": entry["top_logprobs"],
+        }
+        for entry in entries
+    ]

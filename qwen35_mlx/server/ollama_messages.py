@@ -1,0 +1,124 @@
+"""Messages, tools and options of Ollama's API in the form of `messages.py`."""
+
+from typing import Any
+
+from ..engine.requests import Grammar
+from ..sampling import SamplingParams
+from . import options
+from .faults import ApiError
+from .fields import Fields
+from .messages import Message, call_id, check_media, folded, function_tool, picture
+from .messages import tool_call as history_call
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_messages(body: Fields) -> list[Message]:
+    """The messages, folded; none load the model."""
+    given = body.records("messages") or []
+    return check_media(folded([_message(message) for message in given])) if given else []
+
+
+def _message(message: Fields) -> Message:
+    role = message.choice("role", ROLES)
+    if role is None:
+        raise message.missing("role")
+    role = "system" if role == "developer" else role
+    text = message.text("content") or ""
+    pictures = images(message)
+    content: Any = [*pictures, {"type": "text", "text": text}] if pictures else text
+    read: Message = {"role": role, "content": content}
+    if role != "assistant":
+        return read
+    if thought := message.text("thinking"):
+        read["reasoning_content"] = thought
+    calls = []
+    for call in message.records("tool_calls") or ():
+        function = call.record("function")
+        name = function.text("name") if function is not None else None
+        if function is None or not name:
+            raise call.missing("function.name")
+        calls.append(history_call(name, function.raw("arguments"), call.text("id") or call_id()))
+    if calls:
+        read["tool_calls"] = calls
+    return read
+
+
+def images(holder: Fields) -> list[dict[str, Any]]:
+    """Pictures, which are base64 here."""
+    found = []
+    for image in holder.items("images") or ():
+        if not isinstance(image, str):
+            raise holder.refuse("images", "a list of base64 texts", "invalid_type")
+        is_url = image[:5].lower() == "data:"
+        # What the picture is, its bytes say.
+        source = image if is_url else f"data:image/png;base64,{image}"
+        found.append(picture(source, holder, "images"))
+    return found
+
+
+def read_tools(body: Fields) -> list[dict[str, Any]]:
+    """The tools; an empty list is sent where there are none."""
+    tools = []
+    for tool in body.records("tools") or ():
+        function = tool.record("function")
+        if function is None:
+            raise tool.missing("function")
+        description, schema = function.text("description"), function.raw("parameters")
+        tools.append(function_tool(function.text("name"), description, schema, function))
+    return tools
+
+
+def read_options(body: Fields) -> Fields:
+    """`options`, which hold all of sampling."""
+    return body.record("options") or Fields({}, "options")
+
+
+def sampling(given: Fields, defaults: SamplingParams) -> SamplingParams:
+    """As OpenAI's, but 0 switches a penalty of repetition off."""
+    if given.raw("repeat_penalty") == 0:
+        given = Fields({**given.values, "repeat_penalty": None}, "options")
+    return options.sampling(given, defaults)
+
+
+def max_tokens(given: Fields) -> int | None:
+    """-1 and -2 mean as many as there is room for."""
+    value = given.integer("num_predict", -2)
+    return None if value is None or value < 0 else max(1, value)
+
+
+def read_format(body: Fields) -> Grammar | None:
+    """json, or a schema."""
+    value = body.raw("format")
+    if value is None or value == "":
+        return None
+    if value == "json":
+        return Grammar("json_object")
+    if isinstance(value, dict):
+        return Grammar("json_schema", value)
+    raise body.refuse("format", '"json" or a JSON schema')
+
+
+def read_thinking(body: Fields) -> options.Thinking:
+    """true, false or a level."""
+    value = body.raw("think")
+    if value is None:
+        return options.Thinking()
+    if isinstance(value, bool):
+        return options.Thinking(enabled=value)
+    if isinstance(value, str) and value in options.EFFORTS:
+        return options.of_effort(value)
+    raise body.refuse("think", "true, false, low, medium or high")
+
+
+def read_logprobs(body: Fields) -> int | None:
+    """How many of the likeliest tokens come with each."""
+    num_top = body.integer("top_logprobs", 0, 20)
+    return (num_top or 0) if body.flag("logprobs") else None
+
+
+def unsupported(body: Fields, *names: str) -> None:
+    """Refuse fields that would change the answer."""
+    for name in names:
+        if body.raw(name):
+            raise ApiError(400, f"{name} is not supported by this server")

@@ -1,0 +1,106 @@
+"""What Ollama's API says of the model, and what it offers that is not done here."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from .. import __version__
+from .faults import ApiError
+from .models import rfc3339
+from .ollama import check_model
+from .service import Service, service_of
+
+# Open WebUI and others take what is older for an Ollama without thoughts or tools.
+COMPATIBLE_VERSION = "0.12.0"
+STAYS = timedelta(days=365)
+
+
+async def root(http: HttpRequest) -> Response:
+    """What programs look for to find an Ollama."""
+    return PlainTextResponse("Ollama is running")
+
+
+async def version(http: HttpRequest) -> Response:
+    """The version of the API, and ours."""
+    return JSONResponse({"version": COMPATIBLE_VERSION, "qwen35_mlx": __version__})
+
+
+def _details(service: Service) -> dict[str, Any]:
+    settings = service.settings
+    return {
+        "parent_model": "",
+        "format": "mlx",
+        "family": settings.architecture,
+        "families": [settings.architecture],
+        "parameter_size": settings.parameter_size,
+        "quantization_level": settings.quantization,
+    }
+
+
+def _card(service: Service) -> dict[str, Any]:
+    settings = service.settings
+    return {
+        "name": settings.model_id,
+        "model": settings.model_id,
+        "size": settings.num_bytes,
+        "digest": settings.digest,
+        "details": _details(service),
+    }
+
+
+async def tags(http: HttpRequest) -> Response:
+    """The models that there are."""
+    service = service_of(http)
+    modified = rfc3339(service.settings.created_s)
+    return JSONResponse({"models": [_card(service) | {"modified_at": modified}]})
+
+
+async def ps(http: HttpRequest) -> Response:
+    """The models that are loaded."""
+    service = service_of(http)
+    more = {
+        "expires_at": (datetime.now(UTC) + STAYS).isoformat(),
+        "size_vram": service.settings.num_bytes,
+        "context_length": service.settings.context_length,
+    }
+    return JSONResponse({"models": [_card(service) | more]})
+
+
+async def show(http: HttpRequest) -> Response:
+    """All that is known of the model."""
+    service = service_of(http)
+    name = check_model(service, await service.fields(http))
+    settings = service.settings
+    defaults = vars(settings.defaults)
+    architecture = settings.architecture
+    return JSONResponse(
+        {
+            "modelfile": f"FROM {name}\n",
+            "parameters": "\n".join(f"{key} {value}" for key, value in defaults.items()),
+            "template": settings.template,
+            "license": "",
+            "details": _details(service),
+            "model_info": {
+                "general.architecture": architecture,
+                "general.basename": settings.model_id,
+                "general.parameter_count": settings.num_parameters,
+                f"{architecture}.context_length": settings.context_length,
+                f"{architecture}.vocab_size": settings.vocab_size,
+            },
+            "capabilities": [
+                "completion",
+                "tools",
+                "thinking",
+                *(["vision"] if settings.sees else []),
+            ],
+            "modified_at": rfc3339(settings.created_s),
+        }
+    )
+
+
+async def unsupported(http: HttpRequest) -> Response:
+    """Embeddings, and changes of the models that there are."""
+    action = http.url.path.rpartition("/")[2]
+    raise ApiError(501, f"this server serves one model and does not {action}")

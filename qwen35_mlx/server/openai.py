@@ -1,0 +1,303 @@
+"""OpenAI's /v1/chat/completions."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..engine.requests import Done, Progress, Request, Started, Token, Usage
+from . import options
+from .chat_messages import read_messages, read_tool_choice, read_tools
+from .events import Answer, StreamedAnswer, WholeAnswer, sse
+from .faults import ApiError
+from .fields import Fields
+from .replies import AnswerTokens, Reply, timings
+from .service import FINGERPRINT, Service, service_of
+
+MAX_CHOICES = 128
+MAX_STOPS = 4
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": keepalive\n\n"
+FINISH = {"loop": "length", "cancelled": "stop"}
+# They ask for another kind of answer than text.
+REFUSED = ("audio", "web_search_options")
+
+
+async def chat_completions(http: HttpRequest) -> Response:
+    """Answer messages."""
+    service = service_of(http)
+    body = await service.fields(http)
+    chat = _Chat(service, body, _hint(http, body))
+    answer = await service.answer(chat.request)
+    if chat.is_stream:
+        frames = chat.frames(answer)
+        return StreamedAnswer(answer, frames, chat.keepalive)
+    return WholeAnswer(answer, chat.whole(answer), lambda fault: fault.response("openai"))
+
+
+def _hint(http: HttpRequest, body: Fields) -> str | None:
+    """What tells the conversations of a client apart."""
+    names = ("x-session-id", "x-session-affinity", "session_id", "session-id")
+    from_headers = (http.headers.get(name) for name in names)
+    return body.text("prompt_cache_key") or next(filter(None, from_headers), None)
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Usage as chat completions and completions have it."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.generated_tokens,
+        "total_tokens": usage.prompt_tokens + usage.generated_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": 0,
+            "audio_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.thought_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Request:
+    """The engine's request for a body of chat completions."""
+    _refuse_other_media(body)
+    messages = read_messages(body)
+    choice, tools = read_tool_choice(body, read_tools(body))
+    thinking = options.thinking(body)
+    wants_logprobs = body.flag("logprobs")
+    num_top = body.integer("top_logprobs", 0, 20)
+    if num_top and not wants_logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    parallel = body.flag("parallel_tool_calls")
+    stops = body.texts("stop", MAX_STOPS)
+    return Request(
+        messages=messages,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=parallel is not False,
+        enable_thinking=thinking.enabled,
+        think_budget=thinking.budget,
+        template=options.template_options(body),
+        continue_final=_continues(body, messages),
+        params=options.sampling(body, service.settings.defaults),
+        logit_bias=options.logit_bias(body, service.settings.vocab_size),
+        seed=options.seed(body),
+        n=body.integer("n", 1, MAX_CHOICES) or 1,
+        max_tokens=options.max_tokens(body, "max_completion_tokens", "max_tokens"),
+        min_tokens=body.integer("min_tokens", 0) or 0,
+        ignore_eos=body.flag("ignore_eos") or False,
+        stop=stops,
+        grammar=options.response_format(body) or options.structured_outputs(body),
+        logprobs=(num_top or 0) if wants_logprobs else None,
+        cache_hint=cache_hint,
+        wants_progress=body.flag("return_progress") or False,
+    )
+
+
+def _refuse_other_media(body: Fields) -> None:
+    for name in REFUSED:
+        if name in body:
+            raise body.refuse(name, "nothing: this server has no such answers", "unsupported")
+    if any(kind != "text" for kind in body.items("modalities") or ()):
+        raise body.refuse("modalities", '["text"]', "unsupported")
+    if body.text("reasoning_format") == "none":
+        raise body.refuse("reasoning_format", "auto or deepseek", "unsupported")
+
+
+def _continues(body: Fields, messages: list[Any]) -> bool:
+    """Whether the answer goes on with the last message."""
+    wanted = body.flag("continue_final_message") or False
+    if body.flag("add_generation_prompt") is False and not wanted:
+        raise body.refuse(
+            "add_generation_prompt", "true, or continue_final_message: true", "unsupported"
+        )
+    if wanted and messages[-1]["role"] != "assistant":
+        raise body.refuse("continue_final_message", "a last message of the assistant")
+    return wanted
+
+
+class _Chat:
+    """One request for a chat completion, and the objects that answer it."""
+
+    def __init__(self, service: Service, body: Fields, cache_hint: str | None):
+        self._service = service
+        self._model = service.check_model(body)
+        self.request = chat_request(service, body, cache_hint)
+        self.is_stream = body.flag("stream") or False
+        self._wants_usage = options.includes_usage(body)
+        # Clients of the oldest form want its answers.
+        self._is_old = "functions" in body and "tools" not in body
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created_s = 0.0
+        self._num_keepalives = 0
+        self._replies = [Reply() for _ in range(self.request.n)]
+        self._logprobs = (
+            [AnswerTokens(service) for _ in self._replies]
+            if self.request.logprobs is not None
+            else None
+        )
+
+    def keepalive(self) -> bytes:
+        """A comment; now and then a delta without content, for clients that count only those."""
+        self._num_keepalives += 1
+        if self._num_keepalives % 5:
+            return COMMENT
+        return self._chunk([{"index": 0, "delta": {}, "finish_reason": None}])
+
+    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The chunks of a stream."""
+        self._created_s = answer.created_s
+        for index in range(self.request.n):
+            delta = {"role": "assistant", "content": ""}
+            yield self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
+        usage = Usage()
+        try:
+            async for _, event in answer.events():
+                if isinstance(event, Started):
+                    usage.prompt_tokens = event.prompt_tokens
+                    usage.cached_tokens = event.cached_tokens
+                elif isinstance(event, Progress):
+                    yield self._progress(event, usage)
+                elif isinstance(event, Token | Done):
+                    if data := self._deltas(event):
+                        yield data
+                    if isinstance(event, Done):
+                        usage = event.usage
+        except ApiError as fault:
+            yield sse(fault.body("openai"))
+            return
+        if self._wants_usage:
+            yield self._chunk([], usage=usage_object(usage), timings=timings(usage))
+        yield DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        for choice in choices:
+            choice.setdefault("logprobs", None)
+        return sse(
+            {
+                "id": self._id,
+                "object": "chat.completion.chunk",
+                "created": int(self._created_s),
+                "model": self._model,
+                "system_fingerprint": FINGERPRINT,
+                "choices": choices,
+                **more,
+            }
+        )
+
+    def _progress(self, event: Progress, usage: Usage) -> bytes:
+        """llama.cpp's way to show how far the prompt has been read."""
+        progress = {
+            "total": event.num_tokens,
+            "cache": usage.cached_tokens,
+            "processed": event.num_read,
+            "time_ms": round((time.time() - self._created_s) * 1000),
+        }
+        choices = [{"index": 0, "delta": {}, "finish_reason": None}]
+        return self._chunk(choices, prompt_progress=progress)
+
+    def _deltas(self, event: Token | Done) -> bytes:
+        """The chunks of one event."""
+        reply = self._replies[event.index]
+        chunks = []
+        entries = self._logprobs[event.index].add(event) if self._logprobs else []
+        for piece, call in reply.add(event, self._service):
+            deltas: list[dict[str, Any]]
+            if call is not None:
+                deltas = self._call_deltas(call, len(reply.calls) - 1)
+            elif piece.kind == "thought":
+                deltas = [{"reasoning_content": piece.text, "reasoning": piece.text}]
+            else:
+                deltas = [{"content": piece.text}]
+            for delta in deltas:
+                choice = {"index": event.index, "delta": delta, "finish_reason": None}
+                if entries and "content" in delta:
+                    choice["logprobs"] = {"content": entries, "refusal": None}
+                    entries = []
+                chunks.append(self._chunk([choice]))
+        if isinstance(event, Done):
+            finish = self._finish(reply)
+            last: dict[str, Any] = {"index": event.index, "delta": {}, "finish_reason": finish}
+            if entries:
+                last["logprobs"] = {"content": entries, "refusal": None}
+            more = {} if self._wants_usage else {"timings": timings(event.usage)}
+            chunks.append(self._chunk([last], **more))
+        return b"".join(chunks)
+
+    def _call_deltas(self, call: Any, index: int) -> list[dict[str, Any]]:
+        """A call begins with its name, and its arguments follow."""
+        if self._is_old:
+            return [{"function_call": {"name": call.name, "arguments": call.arguments}}]
+        function = {"name": call.name, "arguments": ""}
+        head = {"index": index, "id": call.id, "type": "function", "function": function}
+        tail = {"index": index, "function": {"arguments": call.arguments}}
+        return [{"tool_calls": [head]}, {"tool_calls": [tail]}]
+
+    def _finish(self, reply: Reply) -> str:
+        reason = reply.finish_reason or "stop"
+        if reason == "tool_calls" and self._is_old:
+            return "function_call"
+        return FINISH.get(reason, reason)
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+        usage = Usage()
+        entries: list[list[dict[str, Any]]] = [[] for _ in self._replies]
+        async for _, event in answer.events():
+            if isinstance(event, Token | Done):
+                self._replies[event.index].add(event, self._service)
+                if self._logprobs:
+                    entries[event.index] += self._logprobs[event.index].add(event)
+                if isinstance(event, Done):
+                    usage = event.usage
+        choices = []
+        for index, reply in enumerate(self._replies):
+            logprobs = {"content": entries[index], "refusal": None} if self._logprobs else None
+            choices.append(
+                {
+                    "index": index,
+                    "message": self._message(reply),
+                    "logprobs": logprobs,
+                    "finish_reason": self._finish(reply),
+                }
+            )
+        return {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": int(answer.created_s),
+            "model": self._model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+            "usage": usage_object(usage),
+            "timings": timings(usage),
+        }
+
+    def _message(self, reply: Reply) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": reply.text if reply.text or not reply.calls else None,
+            "refusal": None,
+            "annotations": [],
+        }
+        if reply.thought:
+            message |= {"reasoning_content": reply.thought, "reasoning": reply.thought}
+        if reply.calls and self._is_old:
+            call = reply.calls[0]
+            message["function_call"] = {"name": call.name, "arguments": call.arguments}
+        elif reply.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in reply.calls
+            ]
+        return message

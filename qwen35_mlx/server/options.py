@@ -1,0 +1,185 @@
+"""Fields that change how an answer is drawn: sampling, lengths, thoughts, grammars."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.requests import Grammar
+from ..errors import Qwen35Error
+from ..sampling import SamplingParams
+from .faults import ApiError
+from .fields import Fields
+
+# Tokens of a thought by effort; no limit where None stands.
+EFFORTS: dict[str, int | None] = {
+    "none": 0,
+    "minimal": 512,
+    "low": 2048,
+    "medium": 8192,
+    "high": None,
+    "xhigh": None,
+    "max": None,
+}
+# Variables of Qwen3.5's chat template; others mean nothing to it, or are no client's business.
+TEMPLATE_OPTIONS = ("preserve_thinking", "add_vision_id")
+TINY_TOP_P = 1e-6
+
+
+@dataclass
+class Thinking:
+    """Whether to think, and for how many tokens; None leaves it to the template."""
+
+    enabled: bool | None = None
+    budget: int | None = None
+
+
+def sampling(body: Fields, defaults: SamplingParams) -> SamplingParams:
+    """The checkpoint's parameters with what the client wants else."""
+    top_p = body.number("top_p", 0, 1)
+    top_k = body.integer("top_k", -1, 2**31)
+    given: dict[str, Any] = {
+        "temperature": body.number("temperature", 0, 2),
+        # 0 means the likeliest token alone.
+        "top_p": TINY_TOP_P if top_p == 0 else top_p,
+        "top_k": 0 if top_k == -1 else top_k,
+        "min_p": body.number("min_p", 0, 1),
+        "presence_penalty": body.number("presence_penalty", -2, 2),
+        "repetition_penalty": _repetition(body),
+    }
+    if frequency := body.number("frequency_penalty", -2, 2):
+        given["frequency_penalty"] = frequency
+    return updated(defaults, given)
+
+
+def _repetition(body: Fields) -> float | None:
+    for name in ("repetition_penalty", "repeat_penalty"):
+        if name in body:
+            value = body.number(name, 0, 100)
+            if not value:
+                raise body.refuse(name, "a number above 0")
+            return value
+    return None
+
+
+def updated(defaults: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
+    """The defaults with what is given; a bad value is the client's fault."""
+    try:
+        return defaults.updated(**given)
+    except Qwen35Error as error:
+        raise ApiError(400, "; ".join(str(error).split("\n  "))) from None
+
+
+def seed(body: Fields) -> int | None:
+    """A seed as the engine takes it; negative ones count from the end."""
+    value = body.integer("seed")
+    return None if value is None else value % 2**63
+
+
+def logit_bias(body: Fields, vocab_size: int) -> dict[int, float]:
+    """Token ids with what is added to their logits."""
+    biases = {}
+    given = body.record("logit_bias")
+    if given is None:
+        return {}
+    for key in body.mapping("logit_bias") or {}:
+        if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
+            raise ApiError(
+                400,
+                f"logit_bias: got the token {key[:40]!r}, expected an id below {vocab_size}",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        bias = given.number(key, -100, 100)
+        if bias is None:
+            raise given.refuse(key, "a number from -100 to 100", "invalid_type")
+        biases[int(key)] = bias
+    return biases
+
+
+def max_tokens(body: Fields, *names: str, low: int = 1) -> int | None:
+    """The length of the answer, by the first of its names that is given."""
+    values = [body.integer(name, low) for name in names]
+    return next((value for value in values if value is not None), None)
+
+
+def thinking(body: Fields) -> Thinking:
+    """Of all the ways in which clients of OpenAI's API ask for thoughts."""
+    wanted = Thinking()
+    effort = body.choice("reasoning_effort", EFFORTS)
+    if effort is not None:
+        wanted = of_effort(effort)
+    template = body.record("chat_template_kwargs")
+    for holder in (template, body):
+        enabled = holder.flag("enable_thinking") if holder is not None else None
+        if enabled is not None:
+            wanted.enabled = enabled
+    for name in ("thinking_token_budget", "thinking_budget"):
+        budget = body.integer(name, 0)
+        if budget is not None:
+            wanted.budget = budget
+            wanted.enabled = budget > 0
+    return wanted
+
+
+def of_effort(effort: str) -> Thinking:
+    """A level of effort as a number of tokens."""
+    budget = EFFORTS[effort]
+    return Thinking(enabled=budget != 0, budget=budget or None)
+
+
+def template_options(body: Fields) -> dict[str, Any]:
+    """Variables for the chat template."""
+    given = body.record("chat_template_kwargs")
+    if given is None:
+        return {}
+    values = {name: given.flag(name) for name in TEMPLATE_OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def response_format(body: Fields, field: str = "response_format") -> Grammar | None:
+    """The grammar that a `response_format` of OpenAI asks for."""
+    given = body.record(field)
+    if given is None:
+        return None
+    kind = given.choice("type", ("text", "json_object", "json_schema"))
+    if kind is None:
+        raise given.missing("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar("json_object")
+    # The responses API has the schema here, chat completions one level below.
+    holder = given.record("json_schema") or given
+    schema = holder.mapping("schema")
+    if schema is None:
+        raise holder.missing("schema")
+    return Grammar("json_schema", schema)
+
+
+def structured_outputs(body: Fields) -> Grammar | None:
+    """The grammar that vLLM's extensions ask for."""
+    given = body.record("structured_outputs")
+    if given is not None:
+        return _structured(given, "")
+    return _structured(body, "guided_")
+
+
+def _structured(given: Fields, prefix: str) -> Grammar | None:
+    if f"{prefix}json" in given:
+        return Grammar("json_schema", given.mapping(f"{prefix}json"))
+    if prefix == "" and given.flag("json_object"):
+        return Grammar("json_object")
+    if regex := given.text(f"{prefix}regex"):
+        return Grammar("regex", regex)
+    if choices := given.texts(f"{prefix}choice", 1000):
+        return Grammar("regex", "|".join(re.escape(choice) for choice in choices))
+    if grammar := given.text(f"{prefix}grammar"):
+        return Grammar("lark", grammar)
+    return None
+
+
+def includes_usage(body: Fields) -> bool:
+    """Whether a stream ends with the usage."""
+    given = body.record("stream_options")
+    return given is not None and given.flag("include_usage") is True

@@ -1,0 +1,206 @@
+"""Markdown to HTML that is safe to show: the model's output is untrusted."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from html import escape
+from io import StringIO
+from typing import Any, NamedTuple
+
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+
+MAX_CHARS = 32_000
+# Expressions of a lexer that go back and forth do so within a line.
+MAX_CODE_LINE_CHARS = 1_000
+MAX_MATH_CHARS = 2_000
+HIGHLIGHT_SECONDS = 0.25
+LINK = re.compile(r"(?:https?://|mailto:)[^\s]", re.IGNORECASE)
+NEWLINE = re.compile(r"\r\n?|\n")
+# Pygments has lexers for hundreds of languages, some slow beyond measure on chosen text.
+LANGUAGES = frozenset(
+    "bash c c# c++ clojure cmake console cpp csharp css dart diff docker dockerfile elixir go "
+    "graphql haskell html ini java javascript js json julia jsx kotlin latex lua make makefile "
+    "objective-c perl php powershell py pycon python python3 r rb rs ruby rust scala scss sh "
+    "shell sql swift tex toml ts tsx typescript xml yaml yml zig zsh".split()
+)
+MATH = {r"\(": r"\)", r"\[": r"\]", "$$": "$$", "$": "$"}
+
+
+class Rendered(NamedTuple):
+    """The last block may still grow, so it comes by itself."""
+
+    html: str
+    """The blocks before the last one."""
+    tail: str
+    """The last block."""
+    tail_line: int
+    """The line of the text at which the last block starts."""
+
+
+class _SlowLexer(Exception):
+    """Highlighting takes too long."""
+
+
+class _Markdown(MarkdownIt):
+    def validateLink(self, url: str) -> bool:
+        """A refused link stays the text that it is written with."""
+        return LINK.match(url) is not None
+
+
+def render(text: str) -> Rendered:
+    """Render at most MAX_CHARS of Markdown; what is longer raises ValueError."""
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"text has {len(text)} characters; at most {MAX_CHARS} are rendered")
+    # Half of a surrogate pair has no UTF-8.
+    text = NEWLINE.sub("\n", text.encode("utf-8", "replace").decode())
+    env: dict[str, Any] = {}
+    tokens = _MARKDOWN.parse(text, env)
+    last = len(tokens)
+    while last and not _starts_block(tokens[last - 1]):
+        last -= 1
+    last = max(0, last - 1)
+    block = tokens[last].map if tokens else None
+    return Rendered(
+        _MARKDOWN.renderer.render(tokens[:last], _MARKDOWN.options, env),
+        _MARKDOWN.renderer.render(tokens[last:], _MARKDOWN.options, env),
+        block[0] if block else 0,
+    )
+
+
+def highlight(code: str, language: str) -> str:
+    """Code without its last line end, with the classes of Pygments where the language is known."""
+    longest = max(map(len, code.split("\n")))
+    if language.lower() not in LANGUAGES or longest > MAX_CODE_LINE_CHARS:
+        return escape(code)
+    lexer = get_lexer_by_name(language.lower(), stripnl=False, ensurenl=False)
+    out = StringIO()
+    try:
+        HtmlFormatter(nowrap=True).format(_in_time(lexer.get_tokens(code)), out)
+    except _SlowLexer:
+        return escape(code)
+    # The formatter ends the last line.
+    return out.getvalue().removesuffix("\n")
+
+
+def _in_time(tokens: Iterator) -> Iterator:
+    deadline = time.monotonic() + HIGHLIGHT_SECONDS
+    for token in tokens:
+        if time.monotonic() > deadline:
+            raise _SlowLexer
+        yield token
+
+
+def _starts_block(token: Token) -> bool:
+    return token.level == 0 and token.nesting >= 0 and token.map is not None
+
+
+def _math(state: StateInline, silent: bool) -> bool:
+    """A formula stays as written, or its underscores would turn into emphasis."""
+    source, start = state.src, state.pos
+    opening = next((o for o in MATH if source.startswith(o, start)), None)
+    if opening is None:
+        return False
+    inside = start + len(opening)
+    close = source.find(MATH[opening], inside, min(state.posMax, inside + MAX_MATH_CHARS))
+    if close < 0 or not source[inside:close].strip():
+        return False
+    end = close + len(MATH[opening])
+    # "$5 and $6" are prices.
+    is_price = (
+        source[inside].isspace() or source[close - 1].isspace() or source[end : end + 1].isdigit()
+    )
+    if opening == "$" and is_price:
+        return False
+    if not silent:
+        state.push("math", "", 0).content = source[start:end]
+    state.pos = end
+    return True
+
+
+def _render_code(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    token = tokens[index]
+    words = token.info.split(maxsplit=1)
+    language = words[0][:40] if words else ""
+    label = f' data-language="{escape(language)}"' if language else ""
+    # The line end that is added to unfinished code would split the line that goes on.
+    code = highlight(token.content.rstrip(), language)
+    return f"<pre{label}><code>{code}</code></pre>\n"
+
+
+def _render_math(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    return f'<span class="math">{escape(tokens[index].content)}</span>'
+
+
+def _render_picture(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    """Its name and address; loading it would tell its server what was asked."""
+    token = tokens[index]
+    name = escape(token.content or "picture")
+    return f'<span class="picture" title="{escape(str(token.attrGet("src")))}">{name}</span>'
+
+
+def _render_link(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    token = tokens[index]
+    token.attrSet("rel", "noopener noreferrer nofollow")
+    token.attrSet("target", "_blank")
+    return renderer.renderToken(tokens, index, options, env)
+
+
+def _render_table(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    """A frame that scrolls, with the keyboard too."""
+    return '<div class="table" tabindex="0"><table>\n'
+
+
+def _render_table_end(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    return "</table></div>\n"
+
+
+def _render_cell(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
+) -> str:
+    """Alignment as a class; the page allows no style in HTML."""
+    token = tokens[index]
+    align = str(token.attrs.pop("style", "")).removeprefix("text-align:")
+    if align:
+        token.attrSet("class", align)
+    return renderer.renderToken(tokens, index, options, env)
+
+
+def _make_markdown() -> MarkdownIt:
+    markdown = _Markdown("commonmark", {"html": False, "xhtmlOut": False})
+    markdown.enable(["table", "strikethrough"])
+    markdown.inline.ruler.before("escape", "math", _math)
+    rules = {
+        "fence": _render_code,
+        "code_block": _render_code,
+        "math": _render_math,
+        "image": _render_picture,
+        "link_open": _render_link,
+        "table_open": _render_table,
+        "table_close": _render_table_end,
+        "th_open": _render_cell,
+        "td_open": _render_cell,
+    }
+    for name, rule in rules.items():
+        markdown.add_render_rule(name, rule)
+    return markdown
+
+
+_MARKDOWN = _make_markdown()

@@ -1,0 +1,109 @@
+"""What an answer is made of, collected from events for all APIs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.output import Piece
+from ..engine.requests import Done, Token, Usage
+from ..engine.tool_calls import ToolCall
+from .events import dumps
+from .messages import call_id
+from .service import Service
+
+
+@dataclass
+class SentCall:
+    """A call with the id that the client gets."""
+
+    id: str
+    name: str
+    arguments: str
+    call: ToolCall
+
+    @classmethod
+    def of(cls, call: ToolCall, prefix: str) -> "SentCall":
+        """A call under a new id."""
+        return cls(call_id(prefix), call.name, dumps(call.arguments), call)
+
+
+@dataclass
+class Reply:
+    """One answer as far as it has come."""
+
+    id_prefix: str = "call_"
+    text: str = ""
+    thought: str = ""
+    calls: list[SentCall] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_text: str | None = None
+    num_tokens: int = 0
+
+    def add(self, event: Token | Done, service: Service) -> list[tuple[Piece, SentCall | None]]:
+        """The pieces of an event, each call with its id; a call that was cut is left out."""
+        if isinstance(event, Token):
+            self.num_tokens += 1
+        else:
+            self.finish_reason, self.stop_text = event.finish_reason, event.stop_text
+        added: list[tuple[Piece, SentCall | None]] = []
+        for piece in event.pieces:
+            if piece.call is not None:
+                if not piece.call.complete or not piece.call.name:
+                    continue
+                sent = SentCall.of(piece.call, self.id_prefix)
+                self.calls.append(sent)
+                service.calls.keep(sent.id, piece.call, self.thought)
+                added.append((piece, sent))
+            elif piece.text:
+                if piece.kind == "thought":
+                    self.thought += piece.text
+                else:
+                    self.text += piece.text
+                added.append((piece, None))
+        return added
+
+
+class AnswerTokens:
+    """Log probabilities of the tokens of the answer alone, without the thought and its end."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._thought_end = service.id_of("</think>")
+        self._ends = set(getattr(service.tokenizer, "eos_token_ids", ()))
+        self._pending: list[dict[str, Any]] = []
+        self._has_begun = False
+
+    def add(self, event: Token | Done) -> list[dict[str, Any]]:
+        """The entries that are certain to belong to the answer now."""
+        if isinstance(event, Token) and event.token not in self._ends:
+            entry = self._service.token_entry(event.token, event.logprob, event.top)
+            if event.token == self._thought_end:
+                self._pending.clear()
+            elif self._has_begun or entry["token"].strip():
+                self._pending.append(entry)
+        kinds = {piece.kind for piece in event.pieces if piece.text or piece.call}
+        if "thought" in kinds and "answer" not in kinds:
+            self._pending.clear()
+        if "answer" not in kinds and not isinstance(event, Done):
+            return []
+        self._has_begun = True
+        entries, self._pending = self._pending, []
+        return entries
+
+
+def timings(usage: Usage) -> dict[str, Any]:
+    """Counts and times as llama.cpp names them."""
+    num_read = usage.prompt_tokens - usage.cached_tokens
+    prompt_s, decode_s = usage.prefill_seconds, usage.decode_seconds
+    return {
+        "cache_n": usage.cached_tokens,
+        "prompt_n": num_read,
+        "prompt_ms": round(prompt_s * 1000, 3),
+        "prompt_per_second": round(num_read / prompt_s, 3) if prompt_s > 0 else 0.0,
+        "predicted_n": usage.generated_tokens,
+        "predicted_ms": round(decode_s * 1000, 3),
+        "predicted_per_second": (
+            round(usage.generated_tokens / decode_s, 3) if decode_s > 0 else 0.0
+        ),
+        "draft_n_accepted": usage.draft_tokens,
+        "queue_ms": round(usage.queue_seconds * 1000, 3),
+    }

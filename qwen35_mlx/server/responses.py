@@ -1,0 +1,228 @@
+"""OpenAI's /v1/responses, with the state that its clients may ask for."""
+
+import secrets
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from ..engine.requests import Request
+from . import options
+from .chat_messages import read_tool_choice
+from .events import StreamedAnswer, WholeAnswer
+from .faults import ApiError, TooLong, as_fault
+from .fields import Fields
+from .response_events import ResponseWriter
+from .response_items import found_item, read_input, read_messages, read_tools
+from .service import Service, service_of
+
+INCLUDE_LOGPROBS = "message.output_text.logprobs"
+
+
+async def create_response(http: HttpRequest) -> Response:
+    """Answer input items."""
+    service = service_of(http)
+    body = await service.fields(http)
+    model = service.check_model(body)
+    items = _items(service, body)
+    request = _request(service, body, items)
+    writer = ResponseWriter(service, _template(body, model, request), items)
+    answer = await _submitted(service, body, request)
+    if body.flag("stream"):
+        frames: AsyncGenerator[bytes, None] = writer.frames(answer)
+        return StreamedAnswer(answer, frames, writer.keepalive)
+    return WholeAnswer(answer, writer.whole(answer), lambda fault: fault.response("openai"))
+
+
+async def _submitted(service: Service, body: Fields, request: Request) -> Any:
+    """Submit; with `truncation: auto` the oldest turns go until the rest fits."""
+    while True:
+        try:
+            return await service.answer(request)
+        except Exception as error:
+            fault = as_fault(error)
+            shorter = _without_oldest(list(request.messages or ()))
+            may_shorten = isinstance(fault, TooLong) and body.text("truncation") == "auto"
+            if not may_shorten or shorter is None:
+                raise fault from None
+            request.messages = shorter
+
+
+def _without_oldest(messages: list[Any]) -> list[Any] | None:
+    """The messages without the first turn after the system message; None if one turn is left."""
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    for i in range(first + 1, len(messages)):
+        if messages[i]["role"] == "user":
+            return messages[:first] + messages[i:]
+    return None
+
+
+def _items(service: Service, body: Fields) -> list[dict[str, Any]]:
+    """The items of the conversation: earlier ones by id, then those of this request."""
+    items = read_input(body)
+    items = [
+        found_item(item.get("id"), service.responses.values())
+        if item.get("type") == "item_reference"
+        else item
+        for item in items
+    ]
+    if "conversation" in body:
+        raise body.refuse("conversation", "previous_response_id, or all of the history")
+    previous = body.text("previous_response_id")
+    if previous is None:
+        return items
+    if previous not in service.responses:
+        raise ApiError(
+            400,
+            f"Previous response with id '{previous[:80]}' not found.",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    response, given = service.responses[previous]
+    return [*given, *response["output"], *items]
+
+
+def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Request:
+    if body.flag("background"):
+        raise body.refuse("background", "false", "unsupported")
+    body.choice("truncation", ("auto", "disabled"))
+    choice, tools = read_tool_choice(body, read_tools(body))
+    thinking = _thinking(body)
+    text = body.record("text")
+    num_top = body.integer("top_logprobs", 0, 20)
+    included = body.items("include") or []
+    wants_logprobs = INCLUDE_LOGPROBS in included or bool(num_top)
+    return Request(
+        messages=read_messages(items, body.text("instructions")),
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=body.flag("parallel_tool_calls") is not False,
+        enable_thinking=thinking.enabled,
+        think_budget=thinking.budget,
+        template=options.template_options(body),
+        params=options.sampling(body, service.settings.defaults),
+        seed=options.seed(body),
+        max_tokens=options.max_tokens(body, "max_output_tokens"),
+        stop=body.texts("stop", 4),
+        grammar=options.response_format(text, "format") if text is not None else None,
+        logprobs=(num_top or 0) if wants_logprobs else None,
+        cache_hint=body.text("prompt_cache_key"),
+    )
+
+
+def _thinking(body: Fields) -> options.Thinking:
+    given = body.record("reasoning")
+    effort = given.choice("effort", options.EFFORTS) if given is not None else None
+    return options.of_effort(effort) if effort is not None else options.thinking(body)
+
+
+def _template(body: Fields, model: str, request: Request) -> dict[str, Any]:
+    """What a response repeats of its request."""
+    reasoning = body.record("reasoning")
+    text = body.record("text")
+    kept = {"format": {"type": "text"}, "verbosity": "medium"}
+    if text is not None:
+        given = {name: text.raw(name) for name in kept}
+        kept |= {name: value for name, value in given.items() if value is not None}
+    params = request.params
+    assert params is not None
+    return {
+        "id": f"resp_{secrets.token_hex(16)}",
+        "object": "response",
+        "created_at": 0,
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.text("instructions"),
+        "max_output_tokens": request.max_tokens,
+        "max_tool_calls": body.integer("max_tool_calls"),
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "previous_response_id": body.text("previous_response_id"),
+        "prompt_cache_key": body.text("prompt_cache_key"),
+        "reasoning": {
+            "effort": reasoning.text("effort") if reasoning is not None else None,
+            "summary": reasoning.text("summary") if reasoning is not None else None,
+        },
+        "safety_identifier": body.text("safety_identifier"),
+        "service_tier": "default",
+        "store": body.flag("store") is not False,
+        "temperature": params.temperature,
+        "text": kept,
+        "tool_choice": body.raw("tool_choice") or "auto",
+        "tools": body.items("tools") or [],
+        "top_logprobs": request.logprobs or 0,
+        "top_p": params.top_p,
+        "truncation": body.text("truncation") or "disabled",
+        "usage": None,
+        "user": body.text("user"),
+        "metadata": body.mapping("metadata") or {},
+    }
+
+
+async def input_tokens(http: HttpRequest) -> Response:
+    """The length of a prompt."""
+    service = service_of(http)
+    body = await service.fields(http)
+    service.check_model(body)
+    request = _request(service, body, _items(service, body))
+    num_tokens = await service.count(request)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
+
+
+def _stored(http: HttpRequest) -> tuple[Service, str]:
+    service = service_of(http)
+    name = http.path_params["name"]
+    if name not in service.responses:
+        raise ApiError(404, f"Response with id '{name[:80]}' not found.", param="response_id")
+    return service, name
+
+
+async def get_response(http: HttpRequest) -> Response:
+    """A response that was kept."""
+    service, name = _stored(http)
+    return JSONResponse(service.responses[name][0])
+
+
+async def delete_response(http: HttpRequest) -> Response:
+    """Forget a response."""
+    service, name = _stored(http)
+    service.forget_response(name)
+    return JSONResponse({"id": name, "object": "response", "deleted": True})
+
+
+async def cancel_response(http: HttpRequest) -> Response:
+    """Only what runs in the background can be cancelled so, and nothing does."""
+    _stored(http)
+    raise ApiError(400, "Cannot cancel a synchronous response.", param="response_id")
+
+
+async def list_input_items(http: HttpRequest) -> Response:
+    """What a response was given, the last item first."""
+    service, name = _stored(http)
+    given = service.responses[name][1]
+    items = [_listed(item, i) for i, item in enumerate(given)]
+    if http.query_params.get("order", "desc") != "asc":
+        items.reverse()
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": items,
+            "first_id": items[0]["id"] if items else None,
+            "last_id": items[-1]["id"] if items else None,
+            "has_more": False,
+        }
+    )
+
+
+def _listed(item: dict[str, Any], place: int) -> dict[str, Any]:
+    """An item as the API lists it: with an id, and a text as a part."""
+    item = {"id": f"item_{place}", "type": "message", **item}
+    if item["type"] == "message" and isinstance(item.get("content"), str):
+        kind = "output_text" if item.get("role") == "assistant" else "input_text"
+        item["content"] = [{"type": kind, "text": item["content"]}]
+    return item

@@ -1,0 +1,193 @@
+"""Who may ask: the Host and Origin of a request, its key, and how many requests at a time."""
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .faults import ApiError, as_fault, dialect_of
+
+# Pages and programs on this machine; a page of the web has none of these origins.
+APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
+LOCAL_NAMES = ("localhost", "host.docker.internal")
+# What a browser gets without a key, so that the page can ask for it.
+OPEN_PATHS = ("/", "/health", "/favicon.ico")
+OPEN_FOLDERS = ("/page/",)
+ALLOWED_METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
+MAX_PATH_CHARS, MAX_HEADER_BYTES = 4096, 65_536
+
+
+class Guard:
+    """Refuses what comes from a foreign page, by a foreign name, or without the key.
+
+    A page of the web reaches a local server in two ways: by a request that carries its Origin, or
+    by a name of its own that it lets point here (DNS rebinding), which shows in Host.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None = None,
+        hosts: Collection[str] = (),
+        max_requests: int = 256,
+    ):
+        self.app = app
+        self._key = api_key.encode() if api_key else None
+        self._hosts = {*LOCAL_NAMES, *(name.lower() for name in hosts), *_own_names()}
+        self._max_requests = max_requests
+        self._num_requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        try:
+            self._check(scope, headers, origin)
+        except ApiError as fault:
+            await fault.response(dialect_of(scope))(scope, receive, send)
+            return
+
+        has_begun = False
+
+        async def send_with_origin(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                if origin is not None:
+                    message["headers"] = [*message.get("headers", ()), *_cors(origin)]
+            await send(message)
+
+        if scope["method"] == "OPTIONS":
+            await _options(headers)(scope, receive, send_with_origin)
+            return
+        self._num_requests += 1
+        try:
+            await self.app(scope, receive, send_with_origin)
+        except Exception as error:
+            if has_begun:
+                raise
+            await as_fault(error).response(dialect_of(scope))(scope, receive, send_with_origin)
+        finally:
+            self._num_requests -= 1
+
+    def _check(self, scope: Scope, headers: Headers, origin: str | None) -> None:
+        if len(scope.get("raw_path") or scope["path"]) > MAX_PATH_CHARS:
+            raise ApiError(414, "the path is too long")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise ApiError(431, f"the headers are longer than {MAX_HEADER_BYTES:,} bytes")
+        if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+            raise ApiError(505, "expected HTTP/1.1")
+        host = headers.get("host")
+        if host is not None and not self._is_known(_host_name(host)):
+            raise ApiError(
+                403,
+                f"the host {host[:80]!r} is not known here; expected localhost, an address, or a "
+                "name given with --allow-host",
+                code="unknown_host",
+            )
+        if origin is not None and not self._is_known_origin(origin, host):
+            raise ApiError(
+                403, f"pages of {origin[:80]!r} may not use this server", code="unknown_origin"
+            )
+        if scope["method"] == "OPTIONS":
+            return
+        if self._key is not None and not _is_open(scope) and not self._has_key(headers):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer or x-api-key",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        if self._num_requests >= self._max_requests and not _is_open(scope):
+            raise ApiError(
+                429,
+                f"the server answers {self._num_requests} requests already",
+                code="rate_limit_exceeded",
+                headers={"retry-after": "2"},
+            )
+
+    def _has_key(self, headers: Headers) -> bool:
+        """Compares all given keys whole, so that the time says nothing of how far one is right."""
+        assert self._key is not None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        given.append(headers.get("x-api-key", ""))
+        is_right = [hmac.compare_digest(key.encode(), self._key) for key in given]
+        return any(is_right)
+
+    def _is_known(self, name: str) -> bool:
+        """An address cannot be rebound; a name can, unless it is one of ours."""
+        if name in self._hosts or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _is_known_origin(self, origin: str, host: str | None) -> bool:
+        """Our own page's, one on this machine's, or a program's."""
+        try:
+            parts = urlsplit(origin)
+            name = (parts.hostname or "").lower()
+        except ValueError:
+            return False
+        if parts.scheme in APP_SCHEMES:
+            return True
+        if parts.scheme not in ("http", "https"):
+            return False
+        if name in self._hosts or name.endswith(".localhost") or parts.netloc == host:
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"]
+    return path in OPEN_PATHS or (
+        scope["method"] in ("GET", "HEAD") and path.startswith(OPEN_FOLDERS)
+    )
+
+
+def _host_name(host: str) -> str:
+    """The name or address in a Host header, without its port."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def _own_names() -> set[str]:
+    name = socket.gethostname().lower()
+    return {name, f"{name.partition('.')[0]}.local"} if name else set()
+
+
+def _cors(origin: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-expose-headers", b"request-id, retry-after"),
+        (b"vary", b"Origin"),
+    ]
+
+
+def _options(headers: Headers) -> Response:
+    """The answer to a preflight, and to any other OPTIONS."""
+    answer = {"allow": ALLOWED_METHODS}
+    if "access-control-request-method" in headers:
+        asked = headers.get("access-control-request-headers", "authorization, content-type")
+        answer |= {
+            "access-control-allow-methods": ALLOWED_METHODS,
+            "access-control-allow-headers": asked[:2000],
+            "access-control-max-age": "600",
+        }
+    return Response(status_code=204, headers=answer)

@@ -1,0 +1,180 @@
+"""What all handlers share: the engine, what is known of the model, and what was said before."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+
+from .. import __version__
+from ..engine.requests import Request, Top
+from ..sampling import SamplingParams
+from ..text.detokenizer import token_bytes
+from .body import read_json
+from .events import Answer, Ticket, dumps
+from .faults import ApiError
+from .fields import Fields
+from .messages import CallMemory, restored
+
+# Tokenising and reading pictures; MLX has one thread of its own.
+NUM_WORKERS = 2
+MAX_RESPONSES_KEPT, MAX_RESPONSE_CHARS = 200, 2**27
+FINGERPRINT = f"qwen35-mlx-{__version__}"
+
+
+@dataclass
+class Settings:
+    """The model as clients see it, and the limits of the server."""
+
+    model_id: str
+    context_length: int
+    # Other names for the model.
+    aliases: Sequence[str] = ()
+    vocab_size: int = 0
+    defaults: SamplingParams = field(default_factory=SamplingParams)
+    architecture: str = "qwen3_5"
+    num_bytes: int = 0
+    digest: str = ""
+    num_parameters: int = 0
+    parameter_size: str = ""
+    quantization: str = ""
+    template: str = ""
+    sees: bool = False
+    # Whether the chat template renders the arguments of calls as JSON.
+    json_calls: bool = False
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    api_key: str | None = None
+    hosts: Sequence[str] = ()
+    max_body_bytes: int = 64 * 2**20
+    max_requests: int = 256
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, folder: Path, **given: Any) -> "Settings":
+        """What a loaded model says of itself."""
+        from ..text.chat_template import DEFAULT
+
+        config = model.config
+        template = str(getattr(tokenizer, "chat_templates", {}).get(DEFAULT, ""))
+        files = [file for file in folder.glob("*.safetensors") if file.is_file()]
+        values: dict[str, Any] = {
+            "context_length": config.context_length,
+            "vocab_size": config.vocab_size,
+            "defaults": model.sampling_defaults,
+            "num_bytes": sum(file.stat().st_size for file in files),
+            "template": template,
+            "sees": getattr(tokenizer, "vision", None) is not None,
+            "json_calls": "<function=" not in template,
+        }
+        return cls(**(values | given))
+
+
+class Service:
+    """State of a server; `call` begins what every handler does."""
+
+    def __init__(self, engine: Any, settings: Settings, tokenizer: Any = None):
+        self.engine = engine
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="requests")
+        self.calls = CallMemory(settings.json_calls)
+        # Of /v1/responses, by id: the response, and the items of its conversation before it.
+        self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
+        self._response_sizes: dict[str, int] = {}
+        self.num_requests = 0
+        self.is_stopping = False
+
+    async def fields(self, http: HttpRequest) -> Fields:
+        """The JSON of a request."""
+        self.num_requests += 1
+        return Fields(await read_json(http, self.settings.max_body_bytes, self.workers))
+
+    async def in_worker(self, function: Any, *arguments: Any) -> Any:
+        """Run what takes long beside the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.workers, function, *arguments)
+
+    async def answer(self, *requests: Request) -> Answer:
+        """Submit requests; mistakes in the first ones are raised."""
+        for request in requests:
+            if request.messages is not None:
+                request.messages = restored(list(map(dict, request.messages)), self.calls)
+        return await Answer(self._submit, requests).start()
+
+    async def _submit(self, request: Request) -> Ticket:
+        ticket: Ticket = await self.in_worker(self.engine.submit, request)
+        return ticket
+
+    async def count(self, request: Request) -> int:
+        """Tokens of a prompt."""
+        if request.messages is not None:
+            request.messages = restored(list(map(dict, request.messages)), self.calls)
+        return int(await self.in_worker(self.engine.count_tokens, request))
+
+    def knows(self, name: str) -> bool:
+        """Whether a name is that of the model; Ollama's clients add :latest."""
+        names = (self.settings.model_id, *self.settings.aliases)
+        return name in names or name.removesuffix(":latest") in names
+
+    def check_model(self, body: Fields) -> str:
+        """The name that the client uses for the model; it may leave it out."""
+        name = body.text("model")
+        if name and not self.knows(name):
+            raise ApiError(
+                404,
+                f"The model '{name[:200]}' does not exist; this server has "
+                f"'{self.settings.model_id}'",
+                param="model",
+                code="model_not_found",
+            )
+        return name or self.settings.model_id
+
+    def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
+        """Keep a response with the items it was given; the oldest ones are forgotten."""
+        self.responses[response["id"]] = response, given
+        self._response_sizes[response["id"]] = len(dumps([response, given]))
+        while (
+            len(self.responses) > MAX_RESPONSES_KEPT
+            or sum(self._response_sizes.values()) > MAX_RESPONSE_CHARS
+        ):
+            oldest, _ = self.responses.popitem(last=False)
+            del self._response_sizes[oldest]
+
+    def forget_response(self, name: str) -> None:
+        """Keep a response no more."""
+        del self.responses[name], self._response_sizes[name]
+
+    def token_entry(self, token: int, logprob: float | None, top: Top | None) -> dict[str, Any]:
+        """A token with its log probability, as OpenAI's chat completions have it."""
+        entry = self._entry(token, logprob)
+        entry["top_logprobs"] = [self._entry(t, p) for t, p in top or ()]
+        return entry
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        data = self.bytes_of(token)
+        # JSON has no infinity; OpenAI writes this for what cannot come.
+        value = -9999.0 if logprob is None or not logprob > -9999.0 else float(logprob)
+        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of a token; those of half a character are half of one."""
+        return token_bytes(self.tokenizer.backend_tokenizer.id_to_token(token))
+
+    def id_of(self, text: str) -> int | None:
+        """The id of an added token."""
+        found = self.tokenizer.backend_tokenizer.token_to_id(text)
+        return None if found is None else int(found)
+
+    def close(self) -> None:
+        """End the workers."""
+        self.workers.shutdown(wait=False, cancel_futures=True)
+
+
+def service_of(http: HttpRequest) -> Service:
+    """The service of the application that a request came to."""
+    service: Service = http.app.state.service
+    return service
