@@ -15,7 +15,7 @@ from ..errors import CheckpointError, Qwen35Error
 from ..kernels.switch import QuantizedSwitchLinear, SwitchLinear
 from .language import Model
 
-LINEAR, SWITCH = (nn.Linear, nn.QuantizedLinear), (SwitchLinear, QuantizedSwitchLinear)
+MATRIX, STACK = (nn.Linear, nn.QuantizedLinear), (SwitchLinear, QuantizedSwitchLinear)
 LAYER = "language_model.model.layers."
 # What a new adapter changes, by the names within a layer; and the routed experts on request.
 DEFAULT_KEYS = (
@@ -113,7 +113,7 @@ def attach(module: nn.Module, adapter: Adapter) -> None:
     problems = []
     for name, change in adapter.changes.items():
         base = matrices.get(name)
-        if not isinstance(base, (*LINEAR, *SWITCH)):
+        if not isinstance(base, (*MATRIX, *STACK)):
             problems.append(f"{name}: no such matrix")
         elif weight_shape(base) != change.shape:
             problems.append(f"{name}: {list(weight_shape(base))}, not {list(change.shape)}")
@@ -143,7 +143,7 @@ def attach_to_model(model: Model, adapter: Adapter) -> None:
 
 def wrap(base: nn.Module, change: Change, dropout: float = 0.0, kind: str = LORA) -> LoRALinear:
     """A matrix with a change beside it."""
-    if isinstance(base, SWITCH):
+    if isinstance(base, STACK):
         return LoRASwitchLinear(base, change, dropout)
     is_dora = kind == DORA or change.magnitudes is not None
     return (DoRALinear if is_dora else LoRALinear)(base, change, dropout)
@@ -167,7 +167,7 @@ def add_new(
     num_all, names = len(model.layers), []
     for index in range(num_all - num_layers, num_all):
         for key, base in model.layers[index].named_modules():
-            if key not in keys or not isinstance(base, (*LINEAR, *SWITCH)):
+            if key not in keys or not isinstance(base, (*MATRIX, *STACK)):
                 continue
             *experts, out_dims, in_dims = weight_shape(base)
             shapes = (
