@@ -89,6 +89,7 @@ def chat(
     repetition_penalty: options.Repetition = None,
     seed: options.Seed = None,
     kernels: options.Kernels = "auto",
+    adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     force: options.Force = False,
 ) -> None:
@@ -122,7 +123,9 @@ def chat(
         if name is None:
             name = bundled_demo()
         with spinner(f"Loading {name}"):
-            loaded, tokenizer = load(name, kernels=kernels, context=context, force=force)
+            loaded, tokenizer = load(
+                name, kernels=kernels, context=context, force=force, adapter=adapter_path
+            )
     conversation = Chat(
         loaded,
         tokenizer,

@@ -80,6 +80,7 @@ def generate(
     ] = None,
     seed: options.Seed = None,
     kernels: options.Kernels = "auto",
+    adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     force: options.Force = False,
 ) -> None:
@@ -105,7 +106,9 @@ def generate(
     from .terminal import note
 
     with spinner(f"Loading {model}"):
-        loaded, tokenizer = load(model, kernels=kernels, context=context, force=force)
+        loaded, tokenizer = load(
+            model, kernels=kernels, context=context, force=force, adapter=adapter_path
+        )
     chat = Chat(
         loaded,
         tokenizer,

@@ -12,6 +12,7 @@ from .command import Command
 from .convert_commands import convert, fidelity, plan
 from .doctor_command import doctor
 from .generate_command import generate
+from .train_commands import fuse, train
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for function in (convert, plan, fidelity, generate, chat, sessions, bench, doctor):
+for function in (convert, plan, fidelity, generate, chat, sessions, train, fuse, bench, doctor):
     app.command(cls=Command)(function)
 
 

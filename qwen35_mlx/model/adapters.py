@@ -42,8 +42,9 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self._added(x)
 
     def _added(self, x: mx.array) -> mx.array:
-        low_rank = (self.dropout(x) @ self["lora_a"]) @ self["lora_b"]
-        return (self.scale * low_rank).astype(x.dtype)
+        # In the type of x, or training would keep a copy of x in float32.
+        a, b = self["lora_a"].astype(x.dtype), self["lora_b"].astype(x.dtype)
+        return self.scale * ((self.dropout(x) @ a) @ b)
 
     def change(self) -> Change:
         """What an adapter's file holds of it."""
@@ -96,12 +97,12 @@ class LoRASwitchLinear(LoRALinear):
         for name in ("lora_a", "lora_b"):
             low_rank = mx.gather_mm(
                 low_rank,
-                self[name].swapaxes(-1, -2),
+                self[name].astype(x.dtype).swapaxes(-1, -2),
                 rhs_indices=indices,
                 sorted_indices=sorted_indices,
             )
         out = self.linear(x, indices, sorted_indices)
-        return out + (self.scale * low_rank).astype(x.dtype)
+        return out + self.scale * low_rank
 
 
 def attach(module: nn.Module, adapter: Adapter) -> None:

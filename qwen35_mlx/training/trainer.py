@@ -265,7 +265,9 @@ def loss_of_batch(model: Model, ids: mx.array, spans: mx.array) -> tuple[mx.arra
     hidden = model.trunk(ids[:, :-1]).reshape(targets.size, -1)
 
     def part(rows: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-        losses = nn.losses.cross_entropy(model.head(rows).astype(mx.float32), targets)
+        logits = model.head(rows).astype(mx.float32)
+        # To a checkpoint all arguments have gradients, and MLX knows none of indices.
+        losses = nn.losses.cross_entropy(logits, mx.stop_gradient(targets))
         return (losses * mask).sum()
 
     total = mx.array(0.0)
