@@ -56,26 +56,23 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: nn.Module, change: Change, dropout: float = 0.0):
         super().__init__(linear, change, dropout)
+        self._fixed_norms: mx.array | None = None
         self.m = self._norms() if change.magnitudes is None else change.magnitudes
-        self._factors: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """`[..., in]` -> `[..., out]`."""
-        factors = self._row_factors() if self._factors is None else self._factors
-        out = self.linear(x)
-        bias = self.linear.get("bias")
-        out = out if bias is None else out - bias
-        out = factors.astype(x.dtype) * (out + self._added(x))
-        return out if bias is None else out + bias
+        norms = self._norms() if self._fixed_norms is None else self._fixed_norms
+        # As in the paper, no gradient goes through the norms.
+        factors = (self["m"] / mx.stop_gradient(norms)).astype(x.dtype)
+        out, bias = self.linear(x), self.linear.get("bias")
+        if bias is None:
+            return factors * (out + self._added(x))
+        return factors * (out - bias + self._added(x)) + bias
 
     def fix(self) -> None:
         """Compute the norms once: nothing is trained any more."""
-        self._factors = self._row_factors()
-        mx.eval(self._factors)
-
-    def _row_factors(self) -> mx.array:
-        # As in the paper, no gradient goes through the norms.
-        return self["m"] / mx.stop_gradient(self._norms())
+        self._fixed_norms = self._norms()
+        mx.eval(self._fixed_norms)
 
     def _norms(self) -> mx.array:
         delta = self.scale * (self["lora_b"].T @ self["lora_a"].T)
@@ -193,7 +190,8 @@ def changes_of(module: nn.Module) -> dict[str, Change]:
 
 
 def weight_shape(base: nn.Module) -> tuple[int, ...]:
-    """Of the matrix or stack, as if it were not quantized."""
+    """Of the matrix or stack, as if it were not quantized and had no change beside it."""
+    base = base.linear if isinstance(base, LoRALinear) else base
     weight = base["weight"]
     if "scales" not in base:
         return tuple(weight.shape)
