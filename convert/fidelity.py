@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.checkpoint.adapter import Adapter
+from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import Divergence
@@ -76,6 +78,15 @@ def report_lines(report: Report) -> list[str]:
         f" {tokens.p99_kl:.5f} nats",
         f"same most likely token: {tokens.top1_agreement:.2%}",
     ]
+
+
+def open_with(folder: str | Path, adapter: Adapter) -> Checkpoint:
+    """A folder whose layers get the adapter, unless it was fused into them."""
+    checkpoint = open_checkpoint(folder)
+    facts = read_config(Path(folder).expanduser()).get("qwen35_mlx")
+    if not isinstance(facts, dict) or facts.get("adapter") != adapter.digest:
+        checkpoint.adapter = adapter
+    return checkpoint
 
 
 def fidelity(

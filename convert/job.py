@@ -16,10 +16,12 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx import __version__
+from qwen35_mlx.checkpoint.adapter import Adapter
 from qwen35_mlx.checkpoint.headers import INDEX_FILE, SourceTensor
 from qwen35_mlx.checkpoint.names import bare, output_name
 from qwen35_mlx.checkpoint.quantization import quantization_block
 from qwen35_mlx.checkpoint.resolver import refuse_other_head
+from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
@@ -57,11 +59,13 @@ def convert(
     dtype: str | None = None,
     method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
+    adapter: Adapter | None = None,
     keep_source: bool = False,
     progress: ByteProgress | None = None,
 ) -> Path:
     """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
-    and what `calibrate` found out about the same source.
+    and what `calibrate` found out about the same source. An adapter is added to the weights before
+    they are quantized.
 
     Needs memory for a few slices of tensors, disk for the output and, from the hub, for two or
     three shards of the source; `keep_source` keeps them all, beside `out`. Whatever stops it, `out`
@@ -75,10 +79,11 @@ def convert(
         opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
     )
     _check_calibration(planned, calibration)
+    _check_adapter(planned, adapter)
     _check_copies(planned)
     tasks = cut(planned)
     companions = _companions(opened)
-    settings = _settings(planned, tasks, revision, calibration)
+    settings = _settings(planned, tasks, revision, calibration, adapter)
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
     if isinstance(opened, HubSource):
@@ -88,7 +93,8 @@ def convert(
         open_job(work, out, settings, opened.fingerprints())
         journal = Journal(work / JOURNAL_FILE)
         try:
-            checksums = Worker(planned, tasks, work, journal, fetcher, progress, calibration).run()
+            worker = Worker(planned, tasks, work, journal, fetcher, progress, calibration, adapter)
+            checksums = worker.run()
         finally:
             journal.close()
         write_json(work / INDEX_FILE, _index(planned))
@@ -100,7 +106,7 @@ def convert(
         small = [INDEX_FILE, *map(companion_name, companions)]
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
-        write_json(work / "config.json", output_config(planned, checksums))
+        write_json(work / "config.json", output_config(planned, checksums, adapter))
         refuse_existing(out)
         if (work / FETCHED).exists():
             if keep_source:
@@ -193,6 +199,30 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
         )
 
 
+def _check_adapter(planned: Plan, adapter: Adapter | None) -> None:
+    """It must be of this model, whose weights must be in full precision."""
+    if adapter is None:
+        return
+    entries = {entry.module: entry for entry in planned.entries if entry.role is not Role.CARRIED}
+    problems = []
+    for name, change in adapter.changes.items():
+        entry = entries.get(name)
+        if entry is None or entry.shape != change.shape:
+            problems.append(f"{name} {list(entry.shape) if entry else 'is missing'}")
+        elif entry.bits is not None and entry.method is None:
+            raise Qwen35Error(
+                "the source is quantized: most of an adapter would be rounded away",
+                got=f"{name} of {entry.bits} bits",
+                expected="the checkpoint that the model was converted from",
+            )
+    if problems:
+        raise CheckpointError(
+            "the adapter does not fit the source",
+            got="; ".join(problems[:4]),
+            expected="the model that it was trained on",
+        )
+
+
 def _check_copies(planned: Plan) -> None:
     """A head may be left out only if it is the embedding."""
     for head, embedding in planned.copies:
@@ -217,7 +247,11 @@ def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
 
 
 def _settings(
-    planned: Plan, tasks: list[Task], revision: str | None, calibration: Calibration | None
+    planned: Plan,
+    tasks: list[Task],
+    revision: str | None,
+    calibration: Calibration | None,
+    adapter: Adapter | None,
 ) -> dict[str, Any]:
     """All that decides the bytes of the output, in words that fit into JSON."""
     rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
@@ -228,6 +262,7 @@ def _settings(
         **({"revision": revision} if revision else {}),
         **planned.settings,
         **({"calibration": calibration.digest} if calibration else {}),
+        **({"adapter": adapter.digest} if adapter else {}),
         "plan": hashlib.sha256(layout).hexdigest()[:16],
         "version": __version__,
         "mlx": version("mlx"),
@@ -235,7 +270,9 @@ def _settings(
     }
 
 
-def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
+def output_config(
+    planned: Plan, checksums: dict[str, str], adapter: Adapter | None = None
+) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
     for level in (config, config.get("text_config") or {}):
@@ -263,6 +300,8 @@ def output_config(planned: Plan, checksums: dict[str, str]) -> dict[str, Any]:
         "version": __version__,
         **planned.source.origin,
         "settings": planned.settings,
+        # fidelity leaves out an adapter that is in the weights.
+        **({"adapter": adapter.digest} if adapter else {}),
         "norms_shifted": True,
         "mtp_norms_shifted": True,
         "sha256": checksums,

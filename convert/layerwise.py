@@ -13,12 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from qwen35_mlx.checkpoint.adapter import Adapter
 from qwen35_mlx.checkpoint.headers import read_headers
 from qwen35_mlx.checkpoint.quantization import Quantization
 from qwen35_mlx.checkpoint.resolver import Resolved, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.model.adapters import attach
 from qwen35_mlx.model.language import DecoderLayer, Model
 from qwen35_mlx.model.loading import check_copies, quantize_modules, read_parameters
 
@@ -42,6 +44,8 @@ class Checkpoint:
     quantizations: Mapping[str, Quantization]
     num_parameters: int
     nbytes: int
+    # What every layer that is read gets.
+    adapter: Adapter | None = None
 
     def read(self, prefix: str) -> dict[str, mx.array]:
         """Tensors of the text model whose names begin with `prefix`."""
@@ -128,6 +132,8 @@ class Layerwise:
         layer = DecoderLayer(self.config, self.config.layer_types[index])
         prefix = LAYER.format(index)
         self._fill(layer, self.checkpoint.read(prefix), prefix)
+        if self.checkpoint.adapter is not None:
+            attach(layer, self.checkpoint.adapter.part(prefix))
         return layer
 
     def _fill(self, module: nn.Module, weights: dict[str, mx.array], prefix: str) -> None:

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.checkpoint.adapter import Adapter
 from qwen35_mlx.checkpoint.headers import FP8
 from qwen35_mlx.checkpoint.resolver import Segment
 from qwen35_mlx.checkpoint.tensor_table import Transform
@@ -47,7 +48,10 @@ def read_segment(segment: Segment) -> np.ndarray:
 
 
 def transform(
-    task: Task, rows: np.ndarray, calibration: Calibration | None = None
+    task: Task,
+    rows: np.ndarray,
+    calibration: Calibration | None = None,
+    adapter: Adapter | None = None,
 ) -> list[mx.array]:
     """The output rows of a task: the weight, or weight, scales and biases."""
     entry, segment = task.entry, task.segment
@@ -63,6 +67,9 @@ def transform(
         x = x.astype(mx.float32) + 1
     elif entry.transform is Transform.CHANNELS_LAST:
         x = x.reshape(segment.tensor.shape).moveaxis(1, -1)
+    if adapter and entry.module in adapter.changes:
+        # fp32: the change is smaller than what bf16 or a few bits can tell apart.
+        x = adapter.changes[entry.module].of_rows(x, task.row)
     dtype = MLX_DTYPES[entry.dtype]
     if x.dtype != dtype:
         x = x.astype(dtype)

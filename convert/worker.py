@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from qwen35_mlx.checkpoint.adapter import Adapter
 from qwen35_mlx.checkpoint.resolver import Segment
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
@@ -47,6 +48,7 @@ class Worker:
     fetcher: Fetcher | None
     progress: ByteProgress | None
     calibration: Calibration | None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         self.pool = threads()
@@ -150,13 +152,13 @@ class Worker:
         writer = self._writer(task.shard)
         if self.in_main:
             return self.pool.submit(read_segment, task.segment)
-        return self.pool.submit(_do, writer, task, self.calibration)
+        return self.pool.submit(_do, writer, task, self.calibration, self.adapter)
 
     def _complete(self) -> None:
         task, future = self.running.popleft()
         result = future.result()
         if self.in_main:
-            parts = transform(task, result, self.calibration)
+            parts = transform(task, result, self.calibration, self.adapter)
             result = _write(self._writer(task.shard), task, parts)
         self.unflushed.append((task, result))
         self.unflushed_bytes += task.output_bytes
@@ -208,8 +210,11 @@ class Worker:
             self.progress(self.done_bytes, self.total_bytes, state or name, file)
 
 
-def _do(writer: ShardWriter, task: Task, calibration: Calibration | None) -> int:
-    crc = _write(writer, task, transform(task, read_segment(task.segment), calibration))
+def _do(
+    writer: ShardWriter, task: Task, calibration: Calibration | None, adapter: Adapter | None
+) -> int:
+    rows = read_segment(task.segment)
+    crc = _write(writer, task, transform(task, rows, calibration, adapter))
     # Tasks of the next tensor have other sizes: freed buffers would pile up.
     mx.clear_cache()
     return crc

@@ -227,6 +227,19 @@ def _prefill_bytes(config: ModelConfig, context: int, scores: int, item_bytes: i
     return int(AHEAD * peak) if is_whole else peak
 
 
+def layer_bytes(
+    config: ModelConfig, kind: str, num_rows: int, num_tokens: int, item_bytes: int = 2
+) -> int:
+    """Activations of a layer at the peak of a forward pass over rows of so many tokens."""
+    step = num_rows * num_tokens
+    if kind == LINEAR:
+        attention = _linear_layer_bytes(config, step, item_bytes)
+    else:
+        scores = num_rows * scores_bytes(config, num_tokens, num_tokens, item_bytes)
+        attention = _full_layer_bytes(config, step, num_tokens, scores, item_bytes)
+    return attention + _feed_forward_bytes(config, step, item_bytes)
+
+
 # The factors below were measured as numbers a token that are alive at the peak.
 
 

@@ -20,6 +20,7 @@ FOLDERS = {
     "qwen35_mlx/model": "qwen35_mlx.model",
     "qwen35_mlx/engine": "qwen35_mlx.engine",
     "qwen35_mlx/evaluation": "qwen35_mlx.evaluation",
+    "qwen35_mlx/training": "qwen35_mlx.training",
     "qwen35_mlx/chat": "qwen35_mlx.chat",
     "qwen35_mlx/server": "qwen35_mlx.server",
     "qwen35_mlx/cli": "qwen35_mlx.cli",
@@ -27,7 +28,7 @@ FOLDERS = {
     "quant": "qwen35_mlx.quant",
 }
 # From the top down: a package imports those behind it, and the modules beside the packages.
-RUNTIME_LAYERS = ("cli", "server", "evaluation", "chat", "engine", "model", "kernels")
+RUNTIME_LAYERS = ("cli", "server", "evaluation", "training", "chat", "engine", "model", "kernels")
 HEAVY = (
     "mlx",
     "mlx_lm",
@@ -151,6 +152,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.config",
         "qwen35_mlx.family",
         "qwen35_mlx.files",
+        "qwen35_mlx.checkpoint.adapter",
         "qwen35_mlx.checkpoint.headers",
         "qwen35_mlx.machine",
         "qwen35_mlx.media.patches",
@@ -164,7 +166,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.__version__",
     )
     assert offenders([m for m in CONVERT if m not in RUNNERS], "qwen35_mlx", but=allowed) == []
-    model = ("qwen35_mlx.model.language", "qwen35_mlx.model.loading")
+    model = tuple(f"qwen35_mlx.model.{name}" for name in ("adapters", "language", "loading"))
     assert offenders(list(RUNNERS), "qwen35_mlx", but=(*allowed, *model)) == []
 
 
@@ -238,8 +240,13 @@ def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
     )
 
 
-# mlx-lm alone gets its cache from ours, and has been imported then; the bench compares on demand.
-MLX_LM_CALLERS = ("qwen35_mlx.model.layer_cache", "qwen35_mlx.evaluation.rival")
+# mlx-lm alone gets its cache from ours, and has been imported then; the bench compares on demand,
+# and training runs its loop.
+MLX_LM_CALLERS = (
+    "qwen35_mlx.model.layer_cache",
+    "qwen35_mlx.evaluation.rival",
+    "qwen35_mlx.training.trainer",
+)
 
 
 def test_no_module_needs_the_programs_we_are_compared_with():

@@ -166,15 +166,16 @@ def model_identity(model: Model) -> str:
     named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     # Drafts change no text: the MTP layer may be there or not.
     tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
-    arrays = hash(tuple(id(array) for _, array in tensors))
+    arrays = hash((model.adapter_digest, *(id(array) for _, array in tensors)))
     known = getattr(model, "_identity", "")
     if not known.startswith(f"{arrays} "):
-        known = model._identity = f"{arrays} {_digest_of_weights(tensors)}"
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.adapter_digest)}"
     return known.partition(" ")[2]
 
 
-def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]]) -> str:
-    digest = hashlib.sha256()
+def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]], adapter: str) -> str:
+    # Samples could miss what one adapter has and another has not.
+    digest = hashlib.sha256(adapter.encode())
     samples = []
     for name, array in tensors:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -91,6 +91,7 @@ def chat(
     draft: options.Draft = "auto",
     num_draft_tokens: options.NumDraftTokens = None,
     kernels: options.Kernels = "auto",
+    adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     force: options.Force = False,
 ) -> None:
@@ -124,8 +125,14 @@ def chat(
         if name is None:
             name = bundled_demo()
         with spinner(f"Loading {name}"):
-            mtp = options.LOADS_MTP.get(draft)
-            loaded, tokenizer = load(name, kernels=kernels, context=context, force=force, mtp=mtp)
+            loaded, tokenizer = load(
+                name,
+                kernels=kernels,
+                context=context,
+                force=force,
+                mtp=options.LOADS_MTP.get(draft),
+                adapter=adapter_path,
+            )
     conversation = Chat(
         loaded,
         tokenizer,

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from ..errors import Qwen35Error
 
 # Arguments and options that are paths, by the placeholder that the help shows.
-PATHS = ("MODEL", "SRC", "OUT", "FILE")
+PATHS = ("MODEL", "SRC", "OUT", "FILE", "DIR")
 # An empty prompt has an error of its own.
 MAY_BE_EMPTY = ("system", "prompt")
 BITS = ("--bits", "--recipe", "--fit", "--bits-per-weight")
@@ -38,6 +38,8 @@ RULES: dict[str, list[Rule]] = {
         (("--text",), ("--calibrate",)),
         (("--context",), ("--fit",)),
     ],
+    "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
+    "train": [(("--dora", "--experts"), ())],
     "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),

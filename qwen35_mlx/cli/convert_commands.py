@@ -339,21 +339,28 @@ def fidelity(
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the errors as a PNG. Default: text alone."),
     ] = None,
+    adapter_path: options.AdapterPath = None,
 ) -> None:
     """Compare a quantized model with its original on a text.
 
     Prints KL, top-1 agreement, perplexity and the error of each layer; the last line is JSON.
-    Holds one layer of each model in memory.
+    Holds one layer of each model in memory. With an adapter both models get it, except where it was
+    fused into the weights.
     """
+    from ..checkpoint.adapter import read_adapter
     from ..convert.calibrate import encode, read_text
     from ..convert.fidelity import fidelity as compare
-    from ..convert.fidelity import plot, report_lines
+    from ..convert.fidelity import open_with, plot, report_lines
     from .progress import step_progress
     from .report import print_lines
 
+    pair: list[Any] = [reference, quantized]
+    if adapter_path is not None:
+        adapter = read_adapter(adapter_path)
+        pair = [open_with(folder, adapter) for folder in pair]
     ids = encode(reference, read_text(text), most=tokens)
     with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
-        report = compare(reference, quantized, ids, progress)
+        report = compare(pair[0], pair[1], ids, progress)
     print_lines(report_lines(report))
     print(json.dumps(report.as_dict()), flush=True)
     # Last: where no file can be written, the report is printed all the same.

@@ -82,6 +82,7 @@ def generate(
     draft: options.Draft = "auto",
     num_draft_tokens: options.NumDraftTokens = None,
     kernels: options.Kernels = "auto",
+    adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     force: options.Force = False,
 ) -> None:
@@ -107,8 +108,14 @@ def generate(
     from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
-        mtp = options.LOADS_MTP.get(draft)
-        loaded, tokenizer = load(model, kernels=kernels, context=context, force=force, mtp=mtp)
+        loaded, tokenizer = load(
+            model,
+            kernels=kernels,
+            context=context,
+            force=force,
+            mtp=options.LOADS_MTP.get(draft),
+            adapter=adapter_path,
+        )
     chat = Chat(
         loaded,
         tokenizer,

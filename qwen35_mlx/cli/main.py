@@ -13,6 +13,7 @@ from .convert_commands import convert, fidelity, plan
 from .doctor_command import doctor
 from .generate_command import generate
 from .serve_commands import launch, serve
+from .train_commands import fuse, train
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -21,7 +22,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for function in (convert, plan, fidelity, generate, chat, sessions, serve, launch, bench, doctor):
+COMMANDS = (
+    *(convert, plan, fidelity, generate, chat, sessions),
+    *(serve, launch, train, fuse, bench, doctor),
+)
+for function in COMMANDS:
     app.command(cls=Command)(function)
 
 

@@ -87,6 +87,13 @@ Force = Annotated[
         help="Load a model that does not fit in memory. Default: refuse it, with the numbers.",
     ),
 ]
+AdapterPath = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of an adapter, of `qwen35-mlx train` or mlx-lm. Default: no adapter.",
+    ),
+]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(

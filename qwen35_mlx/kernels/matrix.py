@@ -47,8 +47,9 @@ def names(*prefixes: str) -> tuple[str, ...]:
 def matrix(module: nn.Module) -> Matrix | None:
     """The weight of a linear layer or stack of experts; None if no kernel reads such a one."""
     # A module is a dict of its parameters; asked once a layer and token, so without ceremony.
-    weight = module["weight"]
-    if "bias" in module:
+    weight = module.get("weight")
+    # A matrix with an adapter beside it has no weight of its own.
+    if weight is None or "bias" in module:
         return None
     if "scales" not in module:
         in_dims = weight.shape[-1]

@@ -41,17 +41,22 @@ def route(
         return route_kernel(logits, shared_logits, num_experts_per_tok)
     k = num_experts_per_tok
     if kernels.on_mlx:
-        indices = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
+        indices = _largest(logits, k)
         # Of the chosen alone: softmax over all, renormalised, is the same.
         chosen = mx.take_along_axis(logits, indices, axis=-1)
         return Routing(
             indices, mx.softmax(chosen, axis=-1, precise=True), mx.sigmoid(shared_logits)
         )
     probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    indices = mx.argpartition(probabilities, kth=-k, axis=-1)[..., -k:]
+    indices = _largest(probabilities, k)
     scores = mx.take_along_axis(probabilities, indices, axis=-1)
     scores = scores / scores.sum(axis=-1, keepdims=True)
     return Routing(indices, scores, mx.sigmoid(shared_logits.astype(mx.float32)))
+
+
+def _largest(values: mx.array, k: int) -> mx.array:
+    # MLX knows no gradient of indices; that of the scores is all there is.
+    return mx.stop_gradient(mx.argpartition(values, kth=-k, axis=-1)[..., -k:])
 
 
 def route_kernel(logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int) -> Routing:

@@ -134,6 +134,8 @@ class Model(nn.Module):
     """
 
     kernels: Tiers = PORTABLE
+    # Of the adapter that was loaded with the model; part of every session's identity.
+    adapter_digest: str = ""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

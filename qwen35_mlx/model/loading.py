@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checkpoint.adapter import read_adapter
 from ..checkpoint.headers import SourceTensor, read_headers
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
@@ -21,6 +22,7 @@ from ..media.settings import VisionSettings, read_settings
 from ..memory import allow, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
+from .adapters import attach_to_model
 from .hub import not_converted, resolve
 from .language import Model
 
@@ -37,6 +39,7 @@ def load_model(
     context: int | None = None,
     force: bool = False,
     mtp: bool | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
@@ -45,6 +48,10 @@ def load_model(
     see `load` for the settings.
     """
     model, raw_config, num_bytes = open_model(Path(folder), mtp)
+    if adapter is not None:
+        found = read_adapter(adapter)
+        attach_to_model(model, found)
+        num_bytes += found.nbytes
     # Until here nothing but headers is read: MLX loads when it evaluates.
     try:
         model.allowance = allow(
@@ -57,7 +64,7 @@ def load_model(
     except MemoryRefused:
         if mtp is not None or model.mtp is None:
             raise
-        loaded = load_model(folder, context, force, mtp=False)
+        loaded = load_model(folder, context, force, False, adapter)
         log.warning("no memory is left for the MTP layer: nothing drafts tokens")
         return loaded
     model.config = replace(model.config, context_limit=model.allowance.context)
@@ -184,6 +191,7 @@ def load(
     context: int | None = None,
     force: bool = False,
     mtp: bool | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
@@ -194,13 +202,15 @@ def load(
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
     `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves out one
     that does not fit, or is unquantized beside quantized weights.
+    `adapter`: a folder with an adapter, of `qwen35-mlx train` or mlx-lm; the matrices that it
+    changes run without kernels.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
-    model, config = load_model(folder, context, force, mtp)
+    model, config = load_model(folder, context, force, mtp, adapter)
     tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)

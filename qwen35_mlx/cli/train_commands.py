@@ -1,0 +1,261 @@
+"""The commands that make adapters and fuse them: train, fuse."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import Qwen35Error
+from . import options
+
+
+def train(
+    model: options.Model,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with train.jsonl and, to validate, valid.jsonl. A line holds messages, a "
+            "prompt and a completion, or a text, as mlx-lm reads them.",
+        ),
+    ],
+    adapter_path: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write the adapter to.")
+    ] = Path("adapters"),
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps, one batch each.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of Adam.")] = 1e-4,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Cut examples that are longer than this.")
+    ] = 2048,
+    dora: Annotated[
+        bool,
+        typer.Option("--dora", help="Train DoRA, slower than LoRA and often better at a low rank."),
+    ] = False,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the changes.")] = 8,
+    scale: Annotated[float, typer.Option(help="Factor on the changes.")] = 20.0,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout before them.")] = 0.0,
+    num_layers: Annotated[
+        int | None, typer.Option(min=1, help="Change only the last layers. Default: all.")
+    ] = None,
+    experts: Annotated[
+        bool,
+        typer.Option(
+            "--experts",
+            help="Change the routed experts too, each by itself. Default: attention of both kinds "
+            "and the shared expert, or the dense feed-forward.",
+        ),
+    ] = False,
+    mask_prompt: Annotated[
+        bool,
+        typer.Option("--mask-prompt", help="Learn only the last answer. Default: all tokens."),
+    ] = False,
+    validate_every: Annotated[
+        int, typer.Option(min=1, help="Steps between validations; there is one before and after.")
+    ] = 200,
+    validation_batches: Annotated[
+        int, typer.Option(min=1, help="Most batches of valid.jsonl in a validation.")
+    ] = 25,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue from the last save in the adapter's folder, to the same result as "
+            "without a stop. Settings and data must be the same, but for --steps.",
+        ),
+    ] = False,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            help="Compute activations again instead of keeping them: less memory, a third slower. "
+            "Default: where they do not fit.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also draw the losses as a PNG. Default: text alone."),
+    ] = None,
+    revision: options.Revision = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train also where the estimate does not fit in memory.")
+    ] = False,
+) -> None:
+    """Train an adapter for a converted model, with mlx-lm's trainer.
+
+    The model's own weights, its MTP layer and its vision tower stay as they are. generate, chat
+    and fidelity take the adapter with --adapter-path, and so does mlx-lm.
+    """
+    from ..checkpoint.adapter import DORA, LORA, WEIGHTS_FILE
+    from ..training.estimate import choose, open_for_training, read_weights
+    from ..training.examples import TRAIN_FILE, VALID_FILE, read_examples
+    from ..training.trainer import Step, Training, TrainSettings, require_trainer
+    from .progress import spinner, step_progress
+    from .report import print_lines
+    from .terminal import note
+
+    require_trainer()
+    if not resume and (adapter_path / WEIGHTS_FILE).exists():
+        raise Qwen35Error(
+            f"{adapter_path} has an adapter already",
+            hint="name another folder, or continue its training with --resume",
+        )
+    settings = TrainSettings(
+        num_steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_tokens=max_tokens,
+        kind=DORA if dora else LORA,
+        rank=rank,
+        scale=scale,
+        dropout=dropout,
+        num_layers=num_layers,
+        experts=experts,
+        mask_prompt=mask_prompt,
+        seed=seed,
+    )
+    with spinner(f"Opening {model}"):
+        opened, tokenizer, weight_bytes = open_for_training(model, revision)
+        reading: Any = dict(tokenizer=tokenizer, max_tokens=max_tokens, mask_prompt=mask_prompt)
+        examples = read_examples(data / TRAIN_FILE, **reading)
+        valid_file = data / VALID_FILE
+        valid = read_examples(valid_file, **reading) if valid_file.exists() else None
+    note(
+        f"{len(examples.examples):,} examples of {examples.num_tokens:,} tokens, the longest "
+        f"{examples.longest:,}; "
+        + (f"{len(valid.examples):,} to validate" if valid else f"no {VALID_FILE}: no validation")
+    )
+    if examples.num_cut:
+        note(
+            f"{examples.num_cut:,} examples are longer than --max-tokens and were cut, "
+            f"{examples.num_dropped:,} of them have nothing left to learn"
+        )
+    counted = choose(opened, weight_bytes, settings, examples.longest, checkpointing, force)
+    note(f"memory: about {counted.total / 1e9:,.2f} GB")
+    for name, num_bytes in counted.lines().items():
+        note(f"  {name:42} {num_bytes / 1e9:9.3f} GB")
+    training = Training(
+        opened,
+        settings,
+        examples,
+        valid,
+        adapter_path,
+        validate_every=validate_every,
+        validation_batches=validation_batches,
+        save_every=save_every,
+        checkpointing=counted.checkpointing,
+    )
+    if resume:
+        training.resume()
+        note(f"continuing after step {training.step:,}")
+    if training.step >= steps:
+        raise Qwen35Error(
+            "the training is complete", got=f"{training.step:,} steps", hint="give more --steps"
+        )
+    with spinner(f"Loading {model}"):
+        read_weights(opened)
+    with step_progress("Training") as progress:
+
+        def report(step: Step) -> None:
+            if step.validation_loss is not None:
+                note(f"step {step.step:,}: validation loss {step.validation_loss:.3f}")
+            if step.step:
+                progress(step.step - 1, steps, step_text(step))
+
+        training.report = report
+        history = training.run()
+    validated = [step for step in history if step.validation_loss is not None]
+    losses = [f"{step.validation_loss:.3f} after step {step.step:,}" for step in validated]
+    print_lines(
+        [
+            *(f"validation loss {text}" for text in losses[:1] + losses[1:][-1:]),
+            f"peak memory {max(step.peak_bytes for step in history) / 1e9:.3f} GB",
+            f"adapter written to {adapter_path}",
+        ]
+    )
+    # Last: where no file can be written, the adapter is there all the same.
+    if png:
+        draw(history, png)
+
+
+def step_text(step: Any) -> str:
+    """Loss, speed, memory and time left, for the line of progress."""
+    minutes, seconds = divmod(round(step.seconds_left), 60)
+    left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    return (
+        f"loss {step.loss:.3f}, {step.tokens_per_s:,.0f} tokens/s, "
+        f"{step.peak_bytes / 1e9:.2f} GB, {left} left"
+    )
+
+
+def draw(history: list[Any], file: Path) -> None:
+    """The losses and the speed over the steps as a PNG."""
+    from ..convert.plots import picture
+
+    steps = [step for step in history if step.step]
+    validated = [step for step in history if step.validation_loss is not None]
+    with picture(file, (11, 4)) as (_, left, right):
+        left.plot([s.step for s in steps], [s.loss for s in steps], label="training")
+        left.plot(
+            [s.step for s in validated],
+            [s.validation_loss for s in validated],
+            "o-",
+            label="validation",
+        )
+        left.set(xlabel="step", ylabel="loss, nats a token", ylim=(0, None))
+        left.legend()
+        right.plot([s.step for s in steps], [s.tokens_per_s for s in steps])
+        right.set(xlabel="step", ylabel="tokens/s", ylim=(0, None))
+
+
+def fuse(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder or hub id of the checkpoint that the model was converted from.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    adapter_path: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the adapter, of train or mlx-lm.")
+    ],
+    bits: options.Bits = None,
+    group_size: options.GroupSize = 64,
+    dtype: options.Dtype = None,
+    recipe: options.RecipeName = None,
+    fit: options.Fit = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    prefer: options.Prefer = None,
+    context: options.Context = None,
+    revision: options.Revision = None,
+) -> None:
+    """Convert a checkpoint with an adapter added to its weights.
+
+    The adapter is added in full precision before anything is quantized: added to weights of few
+    bits, most of it would be rounded away. The MTP layer and the vision tower are kept.
+    """
+    from ..checkpoint.adapter import read_adapter
+    from ..convert import convert as run
+    from ..convert import plan as make_plan
+    from ..convert.job import refuse_existing
+    from ..convert.report import conversion_lines
+    from .convert_commands import quality_settings, remember
+    from .progress import byte_progress
+    from .report import print_converted, print_lines
+    from .terminal import note
+
+    refuse_existing(out)
+    adapter = read_adapter(adapter_path)
+    settings, spent = quality_settings(ctx, source, None)
+    print_lines(spent)
+    plan = make_plan(source, revision=revision, **settings)
+    for line in conversion_lines(plan, False):
+        note(line)
+    with byte_progress(f"Fusing {plan.source.origin['source']} and the adapter") as progress:
+        folder = run(source, out, revision=revision, adapter=adapter, progress=progress, **settings)
+    print_converted(plan, folder)
+    remember(folder)

@@ -1,0 +1,1 @@
+"""Training of adapters, with mlx-lm's trainer on the model of this package."""

@@ -1,0 +1,135 @@
+"""Bytes that training an adapter takes, and a model opened for it.
+
+B examples a batch, T tokens of each, N = B * T.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..errors import MemoryRefused
+from ..machine import describe
+from ..memory import PROGRAM_BYTES, layer_bytes
+from ..model.adapters import weight_shape
+from ..model.hub import resolve
+from ..model.language import Model
+from ..model.loading import load_tokenizer, open_model, read_generation_config
+from .trainer import LOSS_ROWS, TrainSettings
+
+# Of each number of an adapter in fp32: itself, its gradient, two moments, and the next of three.
+COPIES = 7
+# Logits in fp32, their softmax, gradient, and one on the way.
+LOGITS_COPIES = 4
+# What a layer's gradients hold beyond a forward pass, and what it keeps for them; measured.
+BACKWARD, KEPT = 2.8, 1.4
+
+
+class TrainingBytes(NamedTuple):
+    """What training takes at its peak, by what it is for."""
+
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    program: int
+    checkpointing: bool
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self[:5])
+
+    def lines(self) -> dict[str, int]:
+        """In words."""
+        kept = "one layer's at a time" if self.checkpointing else "all layers'"
+        return {
+            "weights": self.weights,
+            "adapter, gradients, moments of Adam": self.adapter,
+            f"activations, {kept}": self.activations,
+            "logits of a block, program (estimate)": self.logits + self.program,
+        }
+
+
+def open_for_training(name: str | Path, revision: str | None = None) -> tuple[Model, Any, int]:
+    """The text model of a folder or hub id, its tokenizer, and the bytes of its weights.
+
+    Nothing is read of the weights yet; the MTP layer and the tower are left out.
+    """
+    folder = resolve(name, revision)
+    model, config, _ = open_model(folder, mtp=False)
+    model.vision_tower = None
+    tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
+    arrays: Any = tree_flatten(model.parameters())
+    return model, tokenizer, sum(array.nbytes for _, array in arrays)
+
+
+def count(
+    model: Model, weight_bytes: int, settings: TrainSettings, num_tokens: int, checkpointing: bool
+) -> TrainingBytes:
+    """At the peak of a step whose longest example has so many tokens."""
+    config, batch = model.config, settings.batch_size
+    item_bytes = model.language_model.model.norm.weight.dtype.size
+    layers = [
+        layer_bytes(config, kind, batch, num_tokens, item_bytes) for kind in config.layer_types
+    ]
+    inputs = len(layers) * batch * num_tokens * config.hidden_size * item_bytes
+    if checkpointing:
+        activations = inputs + BACKWARD * max(layers)
+    else:
+        activations = inputs + KEPT * sum(layers) + (BACKWARD - KEPT) * max(layers)
+    rows = min(LOSS_ROWS, batch * num_tokens)
+    return TrainingBytes(
+        weight_bytes,
+        4 * COPIES * num_trained(model, settings),
+        int(activations),
+        4 * LOGITS_COPIES * rows * config.vocab_size,
+        PROGRAM_BYTES,
+        checkpointing,
+    )
+
+
+def num_trained(model: Model, settings: TrainSettings) -> int:
+    """Numbers of the adapter, but for the magnitudes of DoRA."""
+    num_layers = len(model.layers) if settings.num_layers is None else settings.num_layers
+    total = 0
+    for layer in model.layers[len(model.layers) - num_layers :]:
+        for key, base in layer.named_modules():
+            if key in settings.keys:
+                *experts, out_dims, in_dims = weight_shape(base)
+                total += settings.rank * (out_dims + in_dims) * (experts[0] if experts else 1)
+    return total
+
+
+def choose(
+    model: Model,
+    weight_bytes: int,
+    settings: TrainSettings,
+    num_tokens: int,
+    checkpointing: bool | None = None,
+    force: bool = False,
+) -> TrainingBytes:
+    """How to train within this machine's memory: faster, with all activations, where they fit.
+
+    Raises MemoryRefused, unless forced, where not even one layer's at a time do.
+    """
+    machine = describe()
+    limit = machine.gpu_limit_bytes or machine.memory_bytes
+    ways = (False, True) if checkpointing is None else (checkpointing,)
+    counts = [count(model, weight_bytes, settings, num_tokens, way) for way in ways]
+    found = next((counted for counted in counts if counted.total <= limit), counts[-1])
+    if found.total > limit and not force:
+        lines = "".join(f"\n    {name:42} {n / 1e9:9.3f} GB" for name, n in found.lines().items())
+        raise MemoryRefused(
+            "training does not fit this machine",
+            got=f"{found.total / 1e9:,.3f} GB{lines}",
+            expected=f"at most {limit / 1e9:,.3f} GB",
+            hint="less --batch-size or --max-tokens, or a model of fewer bits; --force tries it",
+        )
+    return found
+
+
+def read_weights(model: Model) -> None:
+    """Read what `open_for_training` left to be read."""
+    mx.eval(model.parameters())

@@ -1,0 +1,165 @@
+"""What an adapter is trained on: lines of JSON to token ids, and batches of them.
+
+B batch, T tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import PromptError, Qwen35Error, first_line
+from ..files import read_text
+from ..prompt import encode_messages, encode_prompt
+
+TRAIN_FILE, VALID_FILE = "train.jsonl", "valid.jsonl"
+# Batches are as long as a multiple of this: fewer lengths, fewer compilations.
+LENGTH_MULTIPLE = 32
+FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": …}'
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and the first one that is to be learned."""
+
+    ids: np.ndarray
+    first_target: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a file, and what was done to them."""
+
+    examples: Sequence[Example]
+    # Of the file's bytes.
+    digest: str = ""
+    # Longer than allowed; of these, those without a token to learn in what is left are dropped.
+    num_cut: int = 0
+    num_dropped: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all examples."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max((len(example.ids) for example in self.examples), default=0)
+
+
+def read_examples(
+    file: Path, tokenizer: Any, *, max_tokens: int, mask_prompt: bool = False
+) -> Examples:
+    """Read a file of JSON lines, each a conversation, a prompt with its completion, or a text.
+
+    `mask_prompt`: only the last answer is learned; else everything but the first token.
+    """
+    text = read_text(file)
+    found, num_cut, num_dropped = [], 0, 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = encode_example(tokenizer, json.loads(line), mask_prompt)
+        except (ValueError, RecursionError) as error:
+            # Of one line of many: the first line of the reason, and where it is.
+            reason = str(error) if isinstance(error, Qwen35Error) else first_line(error)
+            raise Qwen35Error(
+                f"line {number} of {file} is no example", got=reason, expected=FORMS
+            ) from None
+        num_cut += len(example.ids) > max_tokens
+        example = Example(example.ids[:max_tokens], example.first_target)
+        if example.first_target < len(example.ids):
+            found.append(example)
+        else:
+            num_dropped += 1
+    if not found:
+        raise Qwen35Error(
+            f"{file} has nothing to learn",
+            got=f"{num_dropped} examples whose answer begins after {max_tokens:,} tokens",
+            expected=FORMS,
+        )
+    return Examples(found, hashlib.sha256(text.encode()).hexdigest(), num_cut, num_dropped)
+
+
+def encode_example(tokenizer: Any, record: Any, mask_prompt: bool = False) -> Example:
+    """One example; raises PromptError for what is none."""
+    if not isinstance(record, Mapping):
+        raise PromptError("not a JSON object", got=type(record).__name__)
+    if "text" in record and "messages" not in record:
+        if mask_prompt:
+            raise PromptError("a text has no prompt to mask", expected="messages or a completion")
+        ids = encode_prompt(tokenizer, _string(record, "text"))
+        ends = tokenizer.eos_token_ids
+        return _example(ids if ids[-1] in ends else [*ids, tokenizer.eos_token_id], 1)
+    messages = record.get("messages")
+    if messages is None:
+        messages = [
+            {"role": "user", "content": _string(record, "prompt")},
+            {"role": "assistant", "content": _string(record, "completion")},
+        ]
+    if not isinstance(messages, list) or not messages:
+        raise PromptError("messages are no list", got=repr(messages)[:60])
+    template = {"tools": record["tools"]} if record.get("tools") else {}
+    ids = encode_messages(tokenizer, messages, add_generation_prompt=False, **template)
+    if not mask_prompt:
+        return _example(ids, 1)
+    last = messages[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant" or len(messages) < 2:
+        raise PromptError("there is no answer to learn", expected="a last message by the assistant")
+    prompt = encode_messages(tokenizer, messages[:-1], add_generation_prompt=True, **template)
+    # The prompt may open a thought that the answer does not have.
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False))
+    return _example(ids, max(sum(1 for _ in shared), 1))
+
+
+def _string(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value:
+        raise PromptError(f"no {key}", got=repr(value)[:60])
+    return value
+
+
+def _example(ids: Sequence[int], first_target: int) -> Example:
+    if min(ids) < 0:
+        raise PromptError("a picture in an example", expected="text: the tower is not trained")
+    return Example(np.array(ids, dtype=np.int32), first_target)
+
+
+def batches(
+    examples: Sequence[Example], batch_size: int, seed: int | None = None, start: int = 0
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """Ids `[B, T]` and, of each row, the first token to learn and its length `[B, 2]`.
+
+    Examples of similar length come together. With a seed without end, each epoch in an order of
+    its own, from batch `start` on; without one, each batch once.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    position = start
+    while seed is not None or position < len(groups):
+        epoch, index = divmod(position, len(groups))
+        if seed is not None:
+            index = np.random.default_rng([seed, epoch]).permutation(len(groups))[index]
+        yield _batch([examples[i] for i in groups[index]])
+        position += 1
+
+
+def padded_length(num_tokens: int) -> int:
+    """Of a batch whose longest example has so many tokens; the last one is no input."""
+    return 1 + LENGTH_MULTIPLE * -(-(num_tokens - 1) // LENGTH_MULTIPLE)
+
+
+def _batch(examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
+    longest = max(len(example.ids) for example in examples)
+    ids = np.zeros((len(examples), padded_length(longest)), np.int32)
+    for row, example in zip(ids, examples, strict=True):
+        row[: len(example.ids)] = example.ids
+    return mx.array(ids), mx.array([[e.first_target, len(e.ids)] for e in examples])

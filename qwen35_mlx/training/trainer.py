@@ -1,0 +1,307 @@
+"""Trains an adapter: mlx-lm's loop over steps, with a loss, a memory bound and resumption of ours.
+
+B batch, T tokens, H hidden size.
+"""
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..checkpoint.adapter import LORA, Adapter, write_adapter
+from ..errors import CheckpointError, Qwen35Error, first_line
+from ..files import replacing
+from ..kernels.tiers import PORTABLE, use
+from ..model.adapters import DEFAULT_KEYS, EXPERT_KEYS, add_new, changes_of
+from ..model.language import DecoderLayer, Model
+from .examples import Example, Examples, batches
+
+STATE_FILE = "training_state.safetensors"
+# Rows of logits that the loss makes at once: with 248,320 tokens they take a quarter of a GB.
+LOSS_ROWS = 256
+ANY_BYTES = 2**62
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides the result; the same settings and data give the same adapter."""
+
+    num_steps: int = 1000
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    # Longer examples are cut.
+    max_tokens: int = 2048
+    kind: str = LORA
+    rank: int = 8
+    scale: float = 20.0
+    dropout: float = 0.0
+    # The last ones; None is all.
+    num_layers: int | None = None
+    # Whether the routed experts are changed too.
+    experts: bool = False
+    mask_prompt: bool = False
+    seed: int = 0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the changed matrices within a layer."""
+        return DEFAULT_KEYS + (EXPERT_KEYS if self.experts else ())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, as it is reported."""
+
+    step: int
+    loss: float
+    tokens_per_s: float
+    peak_bytes: int
+    seconds_left: float
+    # Of the validation examples, after this step.
+    validation_loss: float | None = None
+
+
+@dataclass
+class Training:
+    """An adapter being trained on a model; `run` does it, and may be done again after a stop."""
+
+    model: Model
+    settings: TrainSettings
+    train: Examples
+    valid: Examples | None
+    folder: Path
+    validate_every: int = 200
+    validation_batches: int = 25
+    save_every: int = 100
+    # Whether a layer's activations are computed again for its gradients, and not kept.
+    checkpointing: bool = True
+    report: Callable[[Step], None] = lambda step: None
+    history: list[Step] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        s, num_all = self.settings, len(self.model.layers)
+        num_layers = num_all if s.num_layers is None else s.num_layers
+        if not 1 <= num_layers <= num_all:
+            raise Qwen35Error(
+                "no such number of layers", got=num_layers, expected=f"1 to {num_all}"
+            )
+        use(self.model, PORTABLE)
+        mx.random.seed(s.seed)
+        self.modules = add_new(
+            self.model,
+            s.keys,
+            rank=s.rank,
+            scale=s.scale,
+            dropout=s.dropout,
+            kind=s.kind,
+            num_layers=num_layers,
+        )
+        for layer in self.model.layers:
+            if not layer.is_linear:
+                # Blocks of queries are evaluated one by one, which no gradient allows.
+                layer.self_attn.max_scores_bytes = ANY_BYTES
+            if self.checkpointing:
+                layer.__class__ = CheckpointedLayer
+        self.optimizer = optim.Adam(learning_rate=s.learning_rate)
+        self.optimizer.init(self.model.trainable_parameters())
+        parameters = {"rank": s.rank, "scale": s.scale, "dropout": s.dropout, "keys": [*s.keys]}
+        # What mlx-lm reads.
+        self.adapter_settings = {
+            "fine_tune_type": s.kind,
+            "num_layers": num_layers,
+            "lora_parameters": parameters,
+        }
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.history[-1].step if self.history else 0
+
+    def run(self) -> list[Step]:
+        """Train to the last step, and write the adapter; the steps, with those before a stop."""
+        from mlx_lm.tuner.trainer import TrainingArgs, train
+
+        start, total = self.step, self.settings.num_steps
+        mx.random.seed(self.settings.seed + start)
+        began = time.perf_counter()
+        if not self.history:
+            loss = self.validation_loss()
+            self._add(Step(0, float("nan"), 0.0, 0, 0.0, loss))
+        self.model.train()
+        mx.reset_peak_memory()
+
+        def on_step(info: dict[str, Any]) -> None:
+            step = start + info["iteration"]
+            left = (time.perf_counter() - began) / info["iteration"] * (total - step)
+            is_due = step == total or step % self.validate_every == 0
+            loss = self.validation_loss() if is_due else None
+            speed, peak = info["tokens_per_second"], mx.get_peak_memory()
+            self._add(Step(step, info["train_loss"], speed, peak, left, loss))
+            if step == total or step % self.save_every == 0:
+                self.save()
+
+        with TemporaryDirectory() as unused, redirect_stdout(io.StringIO()), compiled_on_gpu():
+            args = TrainingArgs(
+                iters=total - start,
+                steps_per_report=1,
+                steps_per_save=total + 1,
+                # It writes the last weights without care for a stop; `save` does.
+                adapter_file=str(Path(unused) / "adapters.safetensors"),
+            )
+            train(
+                self.model,
+                self.optimizer,
+                self.train.examples,
+                args=args,
+                loss=loss_of_batch,
+                iterate_batches=lambda **unused: self._batches(start),
+                training_callback=cast(Any, SimpleNamespace(on_train_loss_report=on_step)),
+            )
+        self.model.eval()
+        return self.history
+
+    def _batches(self, start: int) -> Iterator[tuple[mx.array, mx.array]]:
+        s = self.settings
+        return batches(self.train.examples, s.batch_size, s.seed, start)
+
+    def _add(self, step: Step) -> None:
+        self.history.append(step)
+        self.report(step)
+
+    def validation_loss(self) -> float | None:
+        """The mean over the tokens of the first batches; None without examples."""
+        if self.valid is None:
+            return None
+        self.model.eval()
+        total, num_tokens = 0.0, 0
+        limit = self.validation_batches * self.settings.batch_size
+        # The same ones every time, of all lengths.
+        examples: list[Example] = list(self.valid.examples[:limit])
+        for batch in batches(examples, self.settings.batch_size):
+            loss, count = loss_of_batch(self.model, *batch)
+            total += float(loss * count)
+            num_tokens += int(count)
+        self.model.train()
+        return total / num_tokens
+
+    def save(self) -> None:
+        """Write the adapter, and what `resume` needs."""
+        adapter = Adapter(changes_of(self.model), self.adapter_settings)
+        arrays = {f"adapter.{name}": array for name, array in adapter.arrays.items()}
+        arrays |= {f"optimizer.{n}": a for n, a in _flat(self.optimizer.state).items()}
+        metadata = {
+            "identity": json.dumps(self._identity()),
+            "history": json.dumps([asdict(step) for step in self.history]),
+        }
+        # First: it holds the adapter too, so the two need not agree after a stop.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / STATE_FILE) as temporary:
+            mx.save_safetensors(str(temporary), arrays, metadata)
+        write_adapter(self.folder, adapter)
+
+    def resume(self) -> None:
+        """Go on where the training that was saved in the folder stopped."""
+        file = self.folder / STATE_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                "there is no training to resume", got=f"no {file}", hint="leave out --resume"
+            )
+        try:
+            arrays, metadata = cast(
+                tuple[dict[str, mx.array], dict[str, str]],
+                mx.load(str(file), return_metadata=True),
+            )
+            identity = json.loads(metadata["identity"])
+            history = [Step(**step) for step in json.loads(metadata["history"])]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} cannot be read", got=first_line(error)) from None
+        now = self._identity()
+        if changed := [key for key in now if identity.get(key) != now[key]]:
+            raise Qwen35Error(
+                "the training was started with other settings or data",
+                got=", ".join(f"{key}={now[key]}" for key in changed),
+                expected=", ".join(f"{key}={identity.get(key)}" for key in changed),
+                hint="give the same ones, or another folder",
+            )
+        weights = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith("adapter.")}
+        state = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith("optimizer.")}
+        self.model.load_weights([*weights.items()], strict=False)
+        self.optimizer.state = tree_unflatten([*state.items()])
+        self.history = history
+
+    def _identity(self) -> dict[str, Any]:
+        """All that must stay for a resumed training to give the same result, but its length."""
+        settings = asdict(replace(self.settings, num_steps=0))
+        return {**settings, "data": self.train.digest}
+
+
+class CheckpointedLayer(DecoderLayer):
+    """A layer that keeps its input alone, and is run again for its gradients."""
+
+    def __call__(self, x: mx.array, *args: Any) -> mx.array:
+        """As DecoderLayer."""
+        return nn.utils.checkpoint(self, super().__call__)(x, *args)
+
+
+def loss_of_batch(model: Model, ids: mx.array, spans: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean cross entropy over the tokens to learn, and their number; arguments as `batches` gives.
+
+    Logits are made LOSS_ROWS at a time, also for the gradients.
+    """
+    targets = ids[:, 1:].reshape(-1)
+    places = mx.arange(1, ids.shape[1])
+    mask = mx.logical_and(places >= spans[:, :1], places < spans[:, 1:]).reshape(-1)
+    hidden = model.trunk(ids[:, :-1]).reshape(targets.size, -1)
+
+    def part(rows: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+        logits = model.head(rows).astype(mx.float32)
+        # To a checkpoint all arguments have gradients, and MLX knows none of indices.
+        losses = nn.losses.cross_entropy(logits, mx.stop_gradient(targets))
+        return (losses * mask).sum()
+
+    total = mx.array(0.0)
+    for start in range(0, targets.size, LOSS_ROWS):
+        rows = slice(start, start + LOSS_ROWS)
+        total = total + mx.checkpoint(part)(hidden[rows], targets[rows], mask[rows])
+    return total / mask.sum(), mask.sum()
+
+
+@contextmanager
+def compiled_on_gpu() -> Iterator[None]:
+    """On a CPU MLX would call a C++ compiler, which takes longer than many steps."""
+    if mx.metal.is_available():
+        yield
+        return
+    mx.disable_compile()
+    try:
+        yield
+    finally:
+        mx.enable_compile()
+
+
+def _flat(tree: Any) -> dict[str, mx.array]:
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
+
+
+def require_trainer() -> None:
+    """Raise Qwen35Error where mlx-lm, whose loop over steps this is, is not installed."""
+    try:
+        import mlx_lm.tuner.trainer  # noqa: F401
+    except ImportError as error:
+        raise Qwen35Error(
+            "training needs mlx-lm",
+            got=error,
+            expected="its trainer",
+            hint="pip install 'qwen35-mlx[train]'",
+        ) from None
