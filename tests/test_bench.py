@@ -229,6 +229,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(measuring, name, 4)
     monkeypatch.setattr(measuring, "ROOM", 8)
     monkeypatch.setattr(measuring, "FIRST_CONTEXT", 6)
+    monkeypatch.setattr(measuring, "MAX_ANSWER", 4)
+    monkeypatch.setattr(measuring, "QUESTIONS", measuring.QUESTIONS[:1])
 
 
 @pytest.mark.slow

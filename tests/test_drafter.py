@@ -128,12 +128,12 @@ def test_kinds_of_drafts_that_are_refused(demo: Any, scripted: Any) -> None:
 def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
     drafter = drafter_of(MTP)
     assert drafter._best_number() == 0
-    passes(drafter, "", 1.0, 0, 0, times=2)
+    passes(drafter, "", 1.0, 0, 0, times=3)
     assert drafter._best_number() == 1
-    # Two right of two at half the price a token: deeper is tried.
-    passes(drafter, MTP, 1.1, 1, 1, times=2)
+    # All are right at half the price a token: deeper is tried.
+    passes(drafter, MTP, 1.1, 1, 1, times=3)
     assert drafter._best_number() == 2
-    passes(drafter, MTP, 9.0, 2, 2, times=2)
+    passes(drafter, MTP, 9.0, 2, 2, times=3)
     assert drafter._best_number() == 1
     passes(drafter, MTP, 3.0, 1, 0, times=speculate.REMEMBERED_PASSES)
     for _ in range(speculate.PAUSE_PASSES):
@@ -141,18 +141,18 @@ def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
         passes(drafter, "", 1.0, 0, 0)
     # Now the text is another one.
     assert drafter._best_number() == 1
-    passes(drafter, MTP, 1.1, 1, 1, times=2)
+    passes(drafter, MTP, 1.1, 1, 1, times=3)
     assert drafter._best_number() == 2
 
 
 def test_a_size_that_was_slow_once_is_timed_again() -> None:
     drafter = drafter_of(MTP)
-    passes(drafter, "", 1.0, 0, 0, times=2)
-    passes(drafter, MTP, 1.1, 1, 1, times=2)
-    passes(drafter, MTP, 9.0, 2, 2, times=2)
+    passes(drafter, "", 1.0, 0, 0, times=3)
+    passes(drafter, MTP, 1.1, 1, 1, times=3)
+    passes(drafter, MTP, 9.0, 2, 2, times=3)
     assert drafter._best_number() == 1
     passes(drafter, MTP, 1.1, 1, 1, times=speculate.PASSES_TO_FORGET)
-    passes(drafter, "", 1.0, 0, 0, times=2)
+    passes(drafter, "", 1.0, 0, 0, times=3)
     assert drafter._best_number() == 2
 
 
@@ -175,12 +175,20 @@ def test_a_plain_pass_behind_drafts_does_not_count_as_free() -> None:
     assert list(drafter._seconds[2]) == [2.0]
 
 
+def test_a_host_that_is_late_now_and_then_does_not_make_plain_passes_fast() -> None:
+    drafter = drafter_of(MTP)
+    for seconds in (1.0, 1.9, 0.1, 1.0, 1.9, 0.1):
+        passes(drafter, "", seconds, 0, 0)
+    passes(drafter, MTP, 1.2, 1, 1, times=3)
+    assert drafter._rates()[0] == 1.0 and drafter._best_number() == 2
+
+
 @pytest.mark.parametrize(("kind", "pays"), [("", True), (MTP, False)])
 def test_lookups_are_left_where_the_mtp_layer_is_faster(kind: str, pays: bool) -> None:
     drafter = drafter_of("auto")
-    passes(drafter, "", 1.0, 0, 0, times=2)
+    passes(drafter, "", 1.0, 0, 0, times=3)
     if kind == MTP:
-        passes(drafter, MTP, 1.1, 1, 1, times=2)
+        passes(drafter, MTP, 1.1, 1, 1, times=3)
     text = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
     # Three tokens for the price of two.
     passes(drafter, LOOKUP, 2.0, 4, 2, times=speculate.REMEMBERED_PASSES)

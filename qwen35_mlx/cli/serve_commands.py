@@ -100,6 +100,7 @@ def serve(
 
     source = newest() if model is None and not demo else model
     folder = source if source is not None else bundled_demo()
+    name = name or ("demo" if source is None else None)
     with spinner(f"Loading {folder}"):
         app, settings = _application(
             folder, name, api_key, allow_host or [], max_context, queue, kernels, force

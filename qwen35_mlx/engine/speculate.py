@@ -7,6 +7,7 @@ drafts is a matter of speed alone: it follows what was accepted and how long pas
 import itertools
 import logging
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ COPY_WINDOW = 512
 FIRST_LOOKUP_DRAFTS, HITS_TO_TRUST = 4, 2
 # Where drafting does not pay, how many passes until it is tried again.
 PAUSE_PASSES = 64
-# Passes that are remembered of each size; their fastest counts, for others had to wait or compile.
-REMEMBERED_PASSES = 6
+# Passes that are remembered of each size, and how many decide. Their median counts: one may have
+# compiled, and where the host was late, a pass seems longer and the next one shorter.
+REMEMBERED_PASSES, ENOUGH_PASSES = 6, 3
 # A longer context makes passes slower: then all sizes are timed again.
 PASSES_TO_FORGET = 512
 # The share of accepted drafts is taken to be this at first; of a new one in the running share.
@@ -252,10 +254,9 @@ class Drafter:
         """Tokens a second with 0, 1, … drafts of the MTP layer, as far as that was timed."""
         rates, expected, chance = list[float](), 1.0, 1.0
         for passes, share in zip(self._seconds, [*self._acceptance, 0.0], strict=True):
-            # Of one alone it is not known whether it had to wait.
-            if len(passes) < 2:
+            if len(passes) < ENOUGH_PASSES:
                 break
-            rates.append(expected / max(min(passes), 1e-9))
+            rates.append(expected / max(statistics.median(passes), 1e-9))
             chance *= share
             expected += chance
         return rates

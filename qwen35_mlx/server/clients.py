@@ -12,6 +12,13 @@ from ..errors import Qwen35Error
 # A key has to be there for some clients, whatever it is.
 ANY_KEY = "local"
 TIMEOUT_MS = 3_600_000
+# Without the last two it asks for another model at times, and compacts too late.
+CLAUDE_NEEDS = (
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_AUTH_TOKEN",
+    "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+    "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def settings_text(server: Endpoint) -> str:
     exports = " ".join(
         f"{name}={shlex.quote(value)}"
         for name, value in claude(server).environment.items()
-        if name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_MAX_CONTEXT_TOKENS")
+        if name in CLAUDE_NEEDS
     )
     python = f'OpenAI(base_url="{url}/v1", api_key="{server.key}")'
     lines = {

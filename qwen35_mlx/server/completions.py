@@ -77,6 +77,7 @@ class _Text:
         self.text = ""
         self.scores = _Scores()
         self._num_chars_scored = 0
+        self._ends = set(getattr(service.tokenizer, "eos_token_ids", ()))
         self._num_sent = 0
         self.finish_reason: str | None = None
 
@@ -92,6 +93,10 @@ class _Text:
         self.scores.top_logprobs.append(None if is_first or not self._num_top else tops)
         self.scores.text_offset.append(self._num_chars_scored)
         self._num_chars_scored += len(text)
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the text, and is none of it."""
+        return token in self._ends
 
     @staticmethod
     def _finite(logprob: float | None) -> float:
@@ -195,7 +200,7 @@ class _Completion:
             return []
         index = place * self._best_of + event.index
         text = self._texts[index]
-        if isinstance(event, Token):
+        if isinstance(event, Token) and not text.is_end(event.token):
             text.score(event.token, event.logprob, event.top)
         new = "".join(piece.text for piece in event.pieces)
         text.text += new
