@@ -101,8 +101,15 @@ def test_launch_without_a_server_says_how_to_start_one(run_cli):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_with_0_even_while_it_answers(converted_demo, number):
     process = subprocess.Popen(
-        [sys.executable, "-c", "from qwen35_mlx.cli.main import main; main()", "serve"]
-        + [str(converted_demo), "--port", "0"],
+        [
+            sys.executable,
+            "-c",
+            "from qwen35_mlx.cli.main import main; main()",
+            "serve",
+            str(converted_demo),
+            "--port",
+            "0",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
