@@ -143,22 +143,20 @@ class Grammars:
             raise GrammarError(f"the {kind} is not usable", got=repr(source)[:80], expected="text")
         if len(source) > MAX_SOURCE_CHARACTERS:
             raise _too_long(len(source))
-        ll, _ = self._ll()
-        compiled = {
-            "regex": ll.LLMatcher.grammar_from_regex,
-            "lark": ll.LLMatcher.grammar_from_lark,
-        }
-        if kind not in compiled:
+        if kind not in ("regex", "lark"):
             raise GrammarError(
                 "unknown kind of grammar",
                 got=repr(kind)[:80],
                 expected="json_object, json_schema, regex, lark",
             )
-        text = compiled[kind](source)
-        if message := self._fault(text):
+        if kind == "regex":
+            ll, _ = self._ll()
+            part = json.loads(ll.LLMatcher.grammar_from_regex(source))["grammars"][0]
+        else:
+            part = {"lark_grammar": source}
+        if message := self._fault(json.dumps({"grammars": [part]})):
             raise GrammarError(f"the {kind} is not usable", got=message[:500])
-        part = json.loads(text)["grammars"][0]
-        return {key: value for key, value in part.items() if key != "name"}
+        return part
 
     def _fault(self, text: str) -> str:
         """What is wrong with a grammar; empty if nothing."""

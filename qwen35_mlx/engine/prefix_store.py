@@ -70,6 +70,10 @@ class PrefixStore:
         self.caches = [c for c in self.caches if c is not best] + [best]
         return best
 
+    def drop(self, cache: PromptCache | None) -> None:
+        """Forget a cache."""
+        self.caches = [c for c in self.caches if c is not cache]
+
     @property
     def nbytes(self) -> int:
         """What the budget counts."""

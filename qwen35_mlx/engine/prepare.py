@@ -110,7 +110,8 @@ class Preparer:
                     got=repr(token)[:80],
                     expected=f"0 to {self.config.vocab_size - 1}",
                 )
-            if isinstance(bias, bool) or not isinstance(bias, int | float) or abs(bias) > MAX_BIAS:
+            is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if not (is_number and abs(bias) <= MAX_BIAS):
                 raise Qwen35Error(
                     "logit_bias is not usable",
                     got=repr(bias)[:80],

@@ -192,13 +192,13 @@ class Row:
             self.ticket.send(Token(shown, token, index=self.index))
         self.begin(hidden)
 
-    def finish(self, reason: FinishReason) -> None:
-        """Send the end."""
+    def end(self, reason: FinishReason) -> Done:
+        """The last event, with what was held back."""
         pieces = self.parser.finish() if reason != "cancelled" else []
         self._keep(pieces)
         if reason == "stop" and self._calls:
             reason = "tool_calls"
-        self.ticket.send(Done(reason, self.parser.stop_text, self.usage, pieces, self.index))
+        return Done(reason, self.parser.stop_text, self.usage, pieces, self.index)
 
     def answer(self) -> tuple[str, str, list[ToolCall]]:
         """Text, thought and complete calls so far."""

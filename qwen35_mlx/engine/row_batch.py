@@ -5,8 +5,9 @@ and values stay with their row: each is attended alone, so a row has the bits it
 row that comes or goes copies no other one's.
 """
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -14,17 +15,34 @@ from ..kernels.matrix import MAX_ROWS
 from ..model.cache import ArraysCache
 from ..model.language import Model
 from ..model.layer_cache import RowsKVCache
+from .exact_rows import runs_on_cpu
 from .prompt_cache import PromptCache
+
+T = TypeVar("T")
 
 # More would lose the bits of a row alone, and the kernels for few rows.
 MAX_BATCH_ROWS = MAX_ROWS
 
 
+def groups(rows: Sequence[T]) -> list[list[T]]:
+    """The rows by batches, each for a stream of its own.
+
+    On a CPU there is a batch for each core: MLX computes a stream on one of them.
+    """
+    fewest = -(-len(rows) // MAX_BATCH_ROWS)
+    cores = (os.cpu_count() or 1) if runs_on_cpu() else 1
+    number = max(fewest, min(cores, len(rows)))
+    return [
+        list(rows[len(rows) * i // number : len(rows) * (i + 1) // number]) for i in range(number)
+    ]
+
+
 class RowBatch:
     """Up to 8 prompt caches; while they are here, their recurrent states are in the batch's."""
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, stream: mx.Stream):
+        """`stream`: of this thread."""
+        self.model, self.stream = model, stream
         self.rows: list[PromptCache] = []
         self._entries: list[Any] = []
         self._rope_delta: Any = 0
@@ -61,6 +79,10 @@ class RowBatch:
 
         `commit` of each row follows.
         """
+        with mx.stream(self.stream):
+            return self._step(tokens)
+
+    def _step(self, tokens: mx.array) -> mx.array:
         if len(self.rows) == 1:
             return self.rows[0].step(tokens)
         for row in self.rows:

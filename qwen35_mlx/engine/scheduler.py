@@ -8,18 +8,16 @@ import atexit
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
 from .admission import Admission
-from .decode import log_probabilities
 from .prefix_store import PrefixStore
 from .prepare import Prepared, Preparer
 from .reading import Pieces, Reading
@@ -32,9 +30,8 @@ from .requests import (
     Request,
 )
 from .row import Row, Vocabulary
-from .row_batch import MAX_BATCH_ROWS, RowBatch
-from .sampler import Sampler, draw_rows
-from .speculate import OFF, Drafter
+from .rows import Rows
+from .sampler import Sampler
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
@@ -79,10 +76,8 @@ class Engine:
         """Nothing runs."""
         self._queue: deque[Reading] = deque()
         self._readings: list[Reading] = []
-        self._rows: list[Row] = []
-        self._batches: list[RowBatch] = []
+        self._rows = Rows(self.model, self._fail)
         self._pieces = Pieces()
-        self._drafters: dict[str, Drafter] = {}
         self._vocabulary: Vocabulary | None = None
 
     def start(self) -> None:
@@ -244,7 +239,7 @@ class Engine:
             is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
             size = self._pieces.next_size(is_shared)
             before = reading.position
-            drafter = self._drafter(reading.prepared.request.draft)
+            drafter = self._rows.drafter(reading.prepared.request.draft)
             hidden = reading.read_piece(size, drafter.uses_mtp)
             num_read = reading.position - before
             seconds = time.perf_counter() - started
@@ -295,161 +290,42 @@ class Engine:
             own.owner = cache.owner
             rows.append(row)
         self._readings.remove(reading)
-        self._rows += rows
+        self._rows.add(rows)
         if prepared.max_tokens == 0:
             self._leave([(row, "length") for row in rows])
             return
         for row in rows:
             row.begin(hidden)
 
-    def _drafter(self, mode: str) -> Drafter:
-        if mode not in self._drafters:
-            self._drafters[mode] = Drafter(self.model, mode)
-        return self._drafters[mode]
-
     def _step(self) -> None:
-        """A token of each row, or of one that is alone several."""
-        rows = self._rows
-        if len(rows) == 1 and rows[0].can_draft and rows[0].prepared.request.draft != OFF:
-            self._step_alone(rows[0])
-        else:
-            self._step_together()
-
-    def _step_alone(self, row: Row) -> None:
+        """A token of each answer, or of one that is alone several."""
         started = time.perf_counter()
-        self._arrange([])
-        try:
-            step = row.speculative_step(self._drafter(row.prepared.request.draft))
-            row.take(step.token, step.logprobs, step.from_draft)
-        except Exception as error:
-            self._fail(row.ticket, error)
-            return
-        self._after([row], started)
-
-    def _step_together(self) -> None:
-        started = time.perf_counter()
-        rows = list(self._rows)
-        for row in rows:
-            row.pause()
-        self._arrange(rows)
-        try:
-            # The pass of all rows starts before the host knows their tokens.
-            logits = []
-            for number, batch in enumerate(self._batches):
-                members = rows[number * MAX_BATCH_ROWS :][: len(batch.rows)]
-                for row in members:
-                    row.sampler.accept(row.token)
-                hidden = batch.step(mx.concatenate([row.token for row in members]))
-                logits.append(self.model.head(hidden)[:, 0])
-                mx.async_eval(logits[-1])
-            ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
-        except Exception as error:
-            # What the rows have read is not known any more.
-            for row in rows:
-                self._fail(row.ticket, error)
-            return
-        for row, token in zip(rows, ids, strict=True):
-            row.cache.commit(token)
-        for row, token in zip(rows, ids, strict=True):
-            if row not in self._rows:
-                continue
-            try:
-                wanted = row.prepared.request.logprobs is not None
-                row.take(token, log_probabilities(row.decoding.logits) if wanted else None)
-            except Exception as error:
-                self._fail(row.ticket, error)
-        self._draw(rows, logits)
-        self._after([row for row in rows if row in self._rows], started)
-
-    def _draw(self, rows: list[Row], logits: list[mx.array]) -> None:
-        """The next token of each row that goes on."""
-        for number, of_batch in enumerate(logits):
-            members = rows[number * MAX_BATCH_ROWS :][: len(of_batch)]
-            going = [i for i, row in enumerate(members) if row.goes_on and row in self._rows]
-            forbidden = {}
-            for i in list(going):
-                try:
-                    forbidden[i] = members[i].forbidden()
-                except Exception as error:
-                    self._fail(members[i].ticket, error)
-            going = [i for i in going if i in forbidden and members[i] in self._rows]
-            if not going:
-                continue
-            all_go = len(going) == len(members)
-            chosen = of_batch if all_go else of_batch[mx.array(going)]
-            drawing = [members[i] for i in going]
-            tokens = draw_rows(
-                [row.sampler for row in drawing],
-                chosen,
-                [len(row.cache.ids) for row in drawing],
-                [forbidden[i] for i in going],
-            )
-            mx.async_eval(tokens)
-            for place, (row, token) in enumerate(zip(drawing, tokens, strict=True)):
-                row.decoding.token = token
-                row.decoding.logits = chosen[place : place + 1]
-
-    def _after(self, rows: list[Row], started: float) -> None:
-        """End rows that are done, and read what others are forced to say."""
-        ended: list[tuple[Row, FinishReason]] = [
-            (row, row.finish_reason) for row in rows if row.finish_reason is not None
-        ]
+        rows = self._rows.step()
+        ended = [(row, row.finish_reason) for row in rows if row.finish_reason is not None]
         self._leave(ended)
-        forced = [row for row in rows if row.forced and row in self._rows]
-        if forced:
-            # Their states are in a batch.
-            self._arrange([])
-        for row in forced:
-            try:
-                row.read_forced()
-            except Exception as error:
-                self._fail(row.ticket, error)
+        self._rows.read_forced()
         self._counts["generated_tokens"] += len(rows)
         self._counts["decode_seconds"] += time.perf_counter() - started
         self._counts["decode_steps"] += 1
-
-    def _arrange(self, rows: list[Row]) -> None:
-        """Bring these rows, and no others, into batches; states move where rows came or went."""
-        caches = [row.cache for row in rows]
-        groups = [caches[i : i + MAX_BATCH_ROWS] for i in range(0, len(caches), MAX_BATCH_ROWS)]
-        if [batch.rows for batch in self._batches] == groups:
-            return
-        kept = {i for i, b in enumerate(self._batches) if i < len(groups) and b.rows == groups[i]}
-        for i, batch in enumerate(self._batches):
-            if i not in kept:
-                batch.clear()
-        batches = []
-        for i, group in enumerate(groups):
-            if i in kept:
-                batches.append(self._batches[i])
-                continue
-            batches.append(RowBatch(self.model))
-            for cache in group:
-                # The MTP layer reads no batch.
-                cache.feeds_mtp = len(group) == 1 and cache.feeds_mtp
-            batches[-1].put(group)
-        self._batches = batches
 
     def _leave(self, ended: list[tuple[Row, FinishReason]]) -> None:
         """End rows: their caches go to the store, their answers into memory."""
         if not ended:
             return
-        leaving = {id(row) for row, _ in ended}
-        for row, _ in ended:
-            row.pause()
-        self._rows = [row for row in self._rows if id(row) not in leaving]
-        self._arrange(self._rows if len(self._rows) > 1 else [])
+        self._rows.remove([row for row, _ in ended])
         for row, reason in ended:
             prepared = row.prepared
             row.cache.release()
+            end = row.end(reason)
+            # Before it is sent: the next request may come at once.
             if prepared.key is not None:
                 content, thought, calls = row.answer()
                 self._preparer.answers.remember(
                     prepared.key, content, thought, calls, prepared.typed_calls
                 )
             self._counts["draft_tokens"] += row.num_drafted
-            self._counts[f"finished_{reason}"] += 1
-            row.finish(reason)
+            self._counts[f"finished_{end.finish_reason}"] += 1
+            row.ticket.send(end)
             if row.ticket.is_over:
                 self._forget(row.ticket)
         self.store.trim()
@@ -458,15 +334,14 @@ class Engine:
         """One request ends with an error; the others go on."""
         log.warning("a request failed: %r", error, exc_info=error)
         self._counts["failed"] += 1
+        # What they have read may be what failed: it is of no use to others.
         for reading in [r for r in self._readings if r.ticket is ticket]:
-            self._end_reading(reading)
+            self._readings.remove(reading)
+            self.store.drop(reading.cache)
         failed = [row for row in self._rows if row.ticket is ticket]
-        if failed:
-            self._rows = [row for row in self._rows if row.ticket is not ticket]
-            _quietly(lambda: self._arrange(self._rows if len(self._rows) > 1 else []))
+        self._rows.remove(failed)
         for row in failed:
-            _quietly(row.pause)
-            _quietly(row.cache.release)
+            self.store.drop(row.cache)
         ticket.send(Failed(error))
         self._forget(ticket)
 
@@ -481,11 +356,3 @@ class Engine:
     def _forget(self, ticket: Ticket) -> None:
         with self._lock:
             self._tickets.discard(ticket)
-
-
-def _quietly(action: Callable[[], object]) -> None:
-    """What is done for a request that has failed already."""
-    try:
-        action()
-    except Exception:
-        log.debug("after a failure", exc_info=True)

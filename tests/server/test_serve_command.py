@@ -15,6 +15,7 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.server import clients
 from qwen35_mlx.server.run import bind
 
+MAIN = "from qwen35_mlx.cli.main import main; main()"
 SERVER = clients.Endpoint("http://127.0.0.1:9", "my model", 65_536, "k'ey")
 
 

@@ -1,0 +1,177 @@
+"""The answers that are being decoded: in batches, or one alone with drafts."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import mlx.core as mx
+
+from ..model.language import Model
+from .decode import log_probabilities
+from .row import Row
+from .row_batch import RowBatch, groups
+from .sampler import draw_rows
+from .speculate import OFF, Drafter
+from .ticket import Ticket
+
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """Rows that join and leave between two steps; what goes wrong in one fails its request."""
+
+    def __init__(self, model: Model, fail: Callable[[Ticket, Exception], None]):
+        """`fail(ticket, error)` removes all rows of a request."""
+        self.model = model
+        self._fail = fail
+        self._rows: list[Row] = []
+        self._batches: list[RowBatch] = []
+        self._drafters: dict[str, Drafter] = {}
+        self._streams: list[mx.Stream] = []
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(list(self._rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Rows whose first token is drawn before the next step."""
+        self._rows += rows
+
+    def remove(self, rows: Sequence[Row]) -> None:
+        """These rows leave; their caches hold all that they have read."""
+        for row in rows:
+            row.pause()
+            self._rows.remove(row)
+            for batch in self._batches:
+                if row.cache in batch.rows:
+                    batch.clear()
+
+    def drafter(self, mode: str) -> Drafter:
+        """For rows that are alone; it remembers what drafts of this kind brought."""
+        if mode not in self._drafters:
+            self._drafters[mode] = Drafter(self.model, mode)
+        return self._drafters[mode]
+
+    def step(self) -> list[Row]:
+        """A token of each row; returns those that have one and have not failed."""
+        rows = list(self._rows)
+        if len(rows) == 1 and rows[0].can_draft and rows[0].prepared.request.draft != OFF:
+            return self._step_alone(rows[0])
+        return self._step_together(rows)
+
+    def read_forced(self) -> None:
+        """Read what rows are forced to say."""
+        forced = [row for row in self._rows if row.forced]
+        if forced:
+            # Their states are in a batch.
+            self._arrange([])
+        for row in forced:
+            try:
+                row.read_forced()
+            except Exception as error:
+                self._fail(row.ticket, error)
+
+    def _step_alone(self, row: Row) -> list[Row]:
+        self._arrange([])
+        try:
+            step = row.speculative_step(self.drafter(row.prepared.request.draft))
+            row.take(step.token, step.logprobs, step.from_draft)
+        except Exception as error:
+            self._fail(row.ticket, error)
+        return list(self._rows)
+
+    def _step_together(self, rows: list[Row]) -> list[Row]:
+        try:
+            for row in rows:
+                row.pause()
+            self._arrange(rows)
+            # The pass of all rows starts before the host knows their tokens.
+            drawn_from = []
+            for batch, members in zip(self._batches, groups(rows), strict=True):
+                for row in members:
+                    row.sampler.accept(row.token)
+                hidden = batch.step(mx.concatenate([row.token for row in members]))
+                with mx.stream(batch.stream):
+                    logits = self.model.head(hidden)[:, 0]
+                drawn_from.append((members, logits, batch.stream))
+            # At once: MLX waits for most of one before it starts another.
+            mx.async_eval([logits for _, logits, _ in drawn_from])
+            ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
+        except Exception as error:
+            self._abandon(rows, error)
+            return []
+        for row, token in zip(rows, ids, strict=True):
+            row.cache.commit(token)
+        for row, token in zip(rows, ids, strict=True):
+            # Another answer of its request may have failed.
+            if row not in self._rows:
+                continue
+            try:
+                wanted = row.prepared.request.logprobs is not None
+                row.take(token, log_probabilities(row.decoding.logits) if wanted else None)
+            except Exception as error:
+                self._fail(row.ticket, error)
+        for members, logits, stream in drawn_from:
+            self._draw(members, logits, stream)
+        return [row for row in rows if row in self._rows]
+
+    def _draw(self, rows: list[Row], logits: mx.array, stream: mx.Stream) -> None:
+        """The next token of each row that goes on, from logits `[B, V]`."""
+        chosen, forbidden = [], []
+        for i, row in enumerate(rows):
+            if not row.goes_on or row not in self._rows:
+                continue
+            try:
+                forbidden.append(row.forbidden())
+                chosen.append(i)
+            except Exception as error:
+                self._fail(row.ticket, error)
+        drawing = [rows[i] for i in chosen]
+        if not drawing:
+            return
+        with mx.stream(stream):
+            if len(chosen) < len(rows):
+                logits = logits[mx.array(chosen)]
+            samplers = [row.sampler for row in drawing]
+            places = [len(row.cache.ids) for row in drawing]
+            tokens = draw_rows(samplers, logits, places, forbidden)
+            mx.async_eval(tokens)
+            for i, row in enumerate(drawing):
+                row.decoding.token, row.decoding.logits = tokens[i], logits[i : i + 1]
+
+    def _abandon(self, rows: list[Row], error: Exception) -> None:
+        """A pass has failed: what its rows have read is not known any more."""
+        self._batches = []
+        for row in rows:
+            self._fail(row.ticket, error)
+
+    def _arrange(self, rows: list[Row]) -> None:
+        """Bring these rows, and no others, into batches; states move where rows came or went."""
+        wanted = groups([row.cache for row in rows]) if rows else []
+        held = self._batches
+        kept = [i for i in range(min(len(held), len(wanted))) if held[i].rows == wanted[i]]
+        if len(kept) == len(held) == len(wanted):
+            return
+        for i, batch in enumerate(held):
+            if i not in kept:
+                batch.clear()
+        self._batches = []
+        for i, group in enumerate(wanted):
+            if i in kept:
+                self._batches.append(held[i])
+                continue
+            for cache in group:
+                # The MTP layer reads no batch.
+                cache.feeds_mtp = False
+            self._batches.append(RowBatch(self.model, self._stream(i)))
+            self._batches[-1].put(group)
+
+    def _stream(self, number: int) -> mx.Stream:
+        """That of a batch; the first one's is the thread's own."""
+        while len(self._streams) <= number:
+            device = mx.default_device()
+            first = not self._streams
+            self._streams.append(mx.default_stream(device) if first else mx.new_stream(device))
+        return self._streams[number]

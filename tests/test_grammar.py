@@ -1,0 +1,248 @@
+"""Grammars that an answer follows: schemas, patterns, required tools."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from everyday import everyday
+from random_schemas import is_valid, random_schema
+
+from qwen35_mlx.engine.grammar import GrammarError, Grammars
+from qwen35_mlx.engine.output import OutputParser
+from qwen35_mlx.engine.requests import Done, Grammar, Request, Token, ToolName
+from qwen35_mlx.engine.scheduler import Engine
+from qwen35_mlx.engine.tool_calls import as_message
+from qwen35_mlx.sampling import SamplingParams
+
+# Wider than the tokenizer, as the heads of real models are.
+VOCAB = 2560 + 24
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 2, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": CITY}},
+    {
+        "type": "function",
+        "function": {
+            "name": "paint",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "colour": {"type": "string", "enum": ["red", "dark blue"]},
+                    "sizes": {"type": "array", "items": {"$ref": "#/$defs/size"}, "maxItems": 2},
+                    "wet": {"type": "boolean"},
+                },
+                "required": ["colour", "sizes"],
+                "$defs": {"size": {"type": "integer", "minimum": 1, "maximum": 5}},
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+@pytest.fixture(scope="module")
+def grammars(demo: Any) -> Grammars:
+    return Grammars(demo[1], VOCAB)
+
+
+@pytest.fixture(scope="module")
+def engine(demo: Any) -> Iterator[Engine]:
+    engine = Engine(*demo)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def drawn(
+    grammars: Grammars, request: Request, seed: int, tokenizer: Any, as_json: bool = False
+) -> list[int]:
+    """Tokens by random logits, of which a grammar forbids some."""
+    compiled = grammars.of(request, lambda: as_json)
+    assert compiled is not None
+    matcher, draw, ids = compiled.matcher(), np.random.default_rng(seed), list[int]()
+    while not matcher.is_finished:
+        forbidden = matcher.forbidden()
+        assert len(forbidden) == VOCAB and forbidden[2560:].all()
+        # Ends are likely, or a text of a call would be long.
+        logits = draw.normal(size=VOCAB)
+        token = int(np.where(forbidden, -np.inf, logits).argmax())
+        if token in tokenizer.eos_token_ids:
+            break
+        matcher.accept(token)
+        ids.append(token)
+        assert len(ids) < 2000
+    return ids
+
+
+def request(grammar: Grammar | None = None, **options: Any) -> Request:
+    return Request(prompt="x", grammar=grammar, **options)
+
+
+@pytest.mark.parametrize("seed", everyday(range(40), *range(6)))
+def test_every_answer_keeps_its_schema(grammars, demo, seed):
+    schema = random_schema(random.Random(seed))
+    ids = drawn(grammars, request(Grammar("json_schema", schema)), seed, demo[1])
+    text = demo[1].decode(ids)
+    assert is_valid(json.loads(text), schema), (text, schema)
+
+
+def test_is_valid_notices_what_is_wrong():
+    schema = random_schema(random.Random(1))
+    assert not is_valid([], schema) and not is_valid({"other": 1}, schema)
+    assert not is_valid(True, {"enum": [1]}) and is_valid(1, {"enum": [1]})
+    assert not is_valid(3, {"type": "integer", "minimum": 4, "maximum": 5})
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_required_calls_have_the_arguments_of_their_schemas(grammars, demo, as_json):
+    tokenizer, found = demo[1], set()
+    # Of free text only the end is drawn soon enough with random logits.
+    tools = json.loads(json.dumps(TOOLS).replace('"maxLength": 12', '"enum": ["Rome", "a b"]'))
+    for seed in range(6):
+        asked = request(tools=tools, tool_choice="required", parallel_tool_calls=False)
+        ids = drawn(grammars, asked, seed, tokenizer, as_json)
+        parser = OutputParser(tokenizer, tools=tools)
+        pieces = [piece for token in ids for piece in parser.feed(token)] + parser.finish()
+        (call,) = [piece.call for piece in pieces]
+        assert call.complete, tokenizer.decode(ids)
+        found.add(call.name)
+        if call.name == "get_weather":
+            assert call.arguments["city"] in ("Rome", "a b") and 2 <= call.arguments["days"] <= 9
+        elif call.name == "paint":
+            assert call.arguments["colour"] in ("red", "dark blue")
+            assert all(1 <= size <= 5 for size in call.arguments["sizes"])
+        else:
+            assert call.name == "now"
+    assert len(found) > 1
+
+
+def test_a_call_is_written_as_the_template_shows_it(grammars, demo):
+    """Or the next prompt would differ from what was read."""
+    tokenizer = demo[1]
+    named = request(tools=TOOLS, tool_choice=ToolName("paint"), parallel_tool_calls=False)
+    ids = drawn(grammars, named, 3, tokenizer)
+    parser = OutputParser(tokenizer, tools=TOOLS)
+    (call,) = [p.call for token in ids for p in parser.feed(token)]
+    said = {"role": "assistant", "content": "", "tool_calls": [as_message(call)]}
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}, said], tools=TOOLS, tokenize=False
+    )
+    assert tokenizer.decode(ids) in text
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        (Grammar("regex", "[0-9]{3}-(yes|no)"), "[0-9]{3}-(yes|no)"),
+        (Grammar("lark", 'start: "a" NUM\nNUM: /[0-9]{2}/'), "a[0-9]{2}"),
+    ],
+)
+def test_patterns_are_kept(grammars, demo, grammar, pattern):
+    text = demo[1].decode(drawn(grammars, request(grammar), 1, demo[1]))
+    assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ({"type": "foo"}, r"\$:?"),
+        ({"properties": {"a": {"items": {"uniqueItems": True}}}}, r"\$.properties.a.items"),
+        ({"anyOf": [{"type": "null"}, {"not": {"type": "null"}}]}, r"\$.anyOf\[1\]"),
+        ({"type": "string", "pattern": "(?=a)"}, r"\$"),
+        ({"type": "object", "properties": {"n": {"type": "integer", "minimum": 5, "maximum": 2}},
+          "required": ["n"]}, r"\$.properties.n"),
+        ({"$ref": "http://127.0.0.1:9/x"}, r"\$"),
+        ("text", "not usable"),
+        ({"enum": ["x" * 300_000]}, "too long"),
+        ({"const": float("nan")}, "not usable"),
+    ],
+)  # fmt: skip
+def test_schemas_that_cannot_be_kept_are_refused_with_their_path(grammars, schema, path):
+    with pytest.raises(GrammarError, match=path):
+        grammars.of(request(Grammar("json_schema", schema)), lambda: False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grammar": Grammar("regex", "[")},
+        {"grammar": Grammar("lark", "start: foo")},
+        {"grammar": Grammar("lark", None)},
+        {"grammar": Grammar("xml", "x")},
+        {"tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": ToolName("other")},
+        {"tools": TOOLS, "tool_choice": "sometimes"},
+    ],
+)
+def test_grammars_that_cannot_be_kept_are_refused(grammars, options):
+    with pytest.raises(GrammarError):
+        grammars.of(request(**options), lambda: False)
+
+
+class Said:
+    """What an engine answered."""
+
+    def __init__(self, engine: Engine, **options: Any):
+        options = {"params": SamplingParams(), "max_tokens": 120} | options
+        asked = Request(messages=[{"role": "user", "content": "Weather in Paris?"}], **options)
+        events = list(engine.submit(asked).events())
+        pieces = [p for e in events if isinstance(e, Token | Done) for p in e.pieces]
+        self.text = "".join(p.text for p in pieces if p.kind == "answer")
+        self.thought = "".join(p.text for p in pieces if p.kind == "thought")
+        self.calls = [p.call for p in pieces if p.call]
+        self.finish_reason = events[-1].finish_reason
+
+
+@pytest.mark.parametrize("options", [{}, {"think_budget": 4}, {"enable_thinking": False}])
+def test_the_grammar_begins_behind_the_thought(engine, options):
+    """Whether it ends by itself, by its budget, or there is none."""
+    said = Said(engine, grammar=Grammar("json_schema", CITY), **options)
+    assert is_valid_city(json.loads(said.text)) and said.finish_reason == "stop"
+    assert bool(said.thought) == (options.get("enable_thinking") is None)
+
+
+def is_valid_city(value: Any) -> bool:
+    return set(value) == {"city", "days"} and 2 <= value["days"] <= 9
+
+
+def test_rows_with_grammars_do_not_share_a_matcher(engine):
+    options = {"grammar": Grammar("json_schema", CITY), "enable_thinking": False, "n": 3}
+    params = SamplingParams(temperature=1.5)
+    asked = Request(messages=[{"role": "user", "content": "x"}], params=params, seed=1, **options)
+    texts = ["", "", ""]
+    for event in engine.submit(asked).events():
+        if isinstance(event, Token | Done):
+            texts[event.index] += "".join(p.text for p in event.pieces)
+    assert all(is_valid_city(json.loads(text)) for text in texts) and len(set(texts)) > 1
+
+
+def test_an_answer_may_be_json_or_a_call_where_both_are_asked_for(grammars, demo):
+    asked = request(Grammar("json_schema", CITY), tools=TOOLS[2:])
+    compiled = grammars.of(asked, lambda: False)
+    allowed = np.flatnonzero(~compiled.matcher().forbidden())
+    call = demo[1].get_added_vocab()["<tool_call>"]
+    texts = {demo[1].decode([int(i)])[0] for i in allowed if i != call}
+    assert call in allowed and texts == {"{"}
+
+
+def test_a_required_call_follows_the_thought(engine):
+    said = Said(engine, tools=TOOLS[:1], tool_choice="required", think_budget=6)
+    assert said.finish_reason == "tool_calls" and said.thought and not said.text
+    assert {call.name for call in said.calls} == {"get_weather"}
+
+
+def test_an_answer_that_is_cut_says_so(engine):
+    grammar = Grammar("json_schema", CITY)
+    said = Said(engine, grammar=grammar, enable_thinking=False, max_tokens=3)
+    assert said.finish_reason == "length"
