@@ -30,6 +30,7 @@ TOOLS = [
     }
     for name in ("read", "write", "search", "run")
 ]
+WEB_SEARCH = {"type": "web_search"}
 REMINDER = "The folder has these files: main.py, notes.md, picture.png. Today is Thursday."
 
 
@@ -184,8 +185,7 @@ class Codex(Agent):
             items += message["items"] if "items" in message else [_item(message)]
         return {
             "input": items,
-            "tools": [{"type": "function", **tool["function"]} for tool in TOOLS]  # type: ignore[dict-item]
-            + [{"type": "web_search"}],
+            "tools": [*({"type": "function", **t["function"]} for t in TOOLS), WEB_SEARCH],
             "store": False,
             "include": ["reasoning.encrypted_content"],
             "reasoning": {"summary": "auto"},
@@ -256,6 +256,11 @@ def _rewritten(call: Message) -> Message:
 
 def _anthropic(message: Message) -> Message:
     return {"role": message["role"], "content": message["content"]}
+
+
+def _anthropic_tool(function: Any) -> Message:
+    named = {name: function[name] for name in ("name", "description")}
+    return {**named, "input_schema": function["parameters"]}
 
 
 def _input(text: str) -> list[Message]:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -132,7 +133,9 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP; uvicorn calls this while it handles h11's error."""
         error: Any = sys.exc_info()[1]
-        self._refuse(ApiError(getattr(error, "error_status_hint", 400), f"{msg} {error or ''}"))
+        # h11 proposes 501 for encodings; a client that gets a 5xx would send it again.
+        is_long = getattr(error, "error_status_hint", 400) == 431
+        self._refuse(ApiError(431 if is_long else 400, f"{msg} {error or ''}"))
 
     def _refuse(self, fault: ApiError) -> None:
         """Send a fault without the application, and close."""
@@ -144,7 +147,8 @@ class Protocol(H11Protocol):
                 ("connection", "close"),
                 *fault.headers.items(),
             ]
-            reply = h11.Response(status_code=fault.status, headers=headers)
+            reason = HTTPStatus(fault.status).phrase.encode()
+            reply = h11.Response(status_code=fault.status, headers=headers, reason=reason)
             for part in (reply, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(part) or b"")
         if self.cycle is not None and not self.cycle.response_complete:

@@ -84,7 +84,7 @@ class Guard:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise ApiError(431, f"the headers are longer than {MAX_HEADER_BYTES:,} bytes")
         if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
-            raise ApiError(505, "expected HTTP/1.1")
+            raise ApiError(400, "expected HTTP/1.1", headers={"connection": "close"})
         host = headers.get("host")
         if host is not None and not self._is_known(_host_name(host)):
             raise ApiError(

@@ -2,9 +2,10 @@
 
 import json
 
-from qwen35_mlx.server.hidden_thoughts import hidden, revealed
 from server.fake_engine import call, thought
 from server.running import MODEL
+
+from qwen35_mlx.server.hidden_thoughts import hidden, revealed
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 

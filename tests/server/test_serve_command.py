@@ -15,6 +15,7 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.server import clients
 from qwen35_mlx.server.run import bind
 
+MAIN = "from qwen35_mlx.cli.main import main; main()"
 SERVER = clients.Endpoint("http://127.0.0.1:9", "my model", 65_536, "k'ey")
 
 
@@ -102,8 +103,18 @@ def test_launch_without_a_server_says_how_to_start_one(run_cli):
 def test_a_signal_ends_the_server_with_0_even_while_it_answers(converted_demo, number):
     process = subprocess.Popen(
         [
+<<<<<<< HEAD
             *(sys.executable, "-c", "from qwen35_mlx.cli.main import main; main()"),
             *("serve", str(converted_demo), "--port", "0"),
+=======
+            sys.executable,
+            "-c",
+            "from qwen35_mlx.cli.main import main; main()",
+            "serve",
+            str(converted_demo),
+            "--port",
+            "0",
+>>>>>>> sapi
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
