@@ -103,10 +103,6 @@ def test_launch_without_a_server_says_how_to_start_one(run_cli):
 def test_a_signal_ends_the_server_with_0_even_while_it_answers(converted_demo, number):
     process = subprocess.Popen(
         [
-<<<<<<< HEAD
-            *(sys.executable, "-c", "from qwen35_mlx.cli.main import main; main()"),
-            *("serve", str(converted_demo), "--port", "0"),
-=======
             sys.executable,
             "-c",
             "from qwen35_mlx.cli.main import main; main()",
@@ -114,7 +110,6 @@ def test_a_signal_ends_the_server_with_0_even_while_it_answers(converted_demo, n
             str(converted_demo),
             "--port",
             "0",
->>>>>>> sapi
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
