@@ -145,7 +145,7 @@ Presence = Annotated[
 Frequency = Annotated[
     float | None,
     typer.Option(
-        help="Subtract this from the logits of a token for each time that the answer has it. 0: off."
+        help="Subtract this from the logits of a token for each time it is in the answer. 0: off."
     ),
 ]
 Repetition = Annotated[
