@@ -86,6 +86,7 @@ def chat(
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     presence_penalty: options.Presence = None,
+    frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
     seed: options.Seed = None,
     kernels: options.Kernels = "auto",

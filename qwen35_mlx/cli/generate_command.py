@@ -70,6 +70,7 @@ def generate(
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     presence_penalty: options.Presence = None,
+    frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
     stop: Annotated[
         list[str] | None,

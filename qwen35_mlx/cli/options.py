@@ -135,6 +135,12 @@ Presence = Annotated[
     float | None,
     typer.Option(help="Subtract this from the logits of tokens in the answer so far. 0: off."),
 ]
+Frequency = Annotated[
+    float | None,
+    typer.Option(
+        help="Subtract this from the logits of a token for each time it is in the answer. 0: off."
+    ),
+]
 Repetition = Annotated[
     float | None,
     typer.Option(help="Divide the logits of tokens in the text so far by this. 1: off."),
