@@ -1,6 +1,5 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-import time
 from collections.abc import Generator
 from typing import Any, NamedTuple, cast
 
@@ -64,10 +63,11 @@ class Decoding:
     def steps(self, max_tokens: int, drafter: Drafter | None = None) -> Generator[Step, None, None]:
         """See `decode`; once closed, another call goes on where this one ended."""
         cache, sampler = self.cache, self.sampler
+        if drafter:
+            drafter.begin()
         try:
             left = max_tokens
             while left:
-                started = time.perf_counter()
                 if left > 1:
                     # Not before it is certain that a token follows: a discarded one is not
                     # penalised.
@@ -79,7 +79,7 @@ class Decoding:
                         self.token, self.logits = self._draw(cache.step(read), len(cache.ids) + 1)
                     token_id = int(cast(int, read.item()))
                     if drafter:
-                        drafter.record(time.perf_counter() - started)
+                        drafter.record()
                     if left > 1:
                         cache.commit(token_id)
                     left -= 1
@@ -92,7 +92,7 @@ class Decoding:
                 right = [a == b for a, b in zip(read_ids[1:], drawn_ids, strict=False)]
                 num_right = [*right, False].index(False)
                 assert drafter
-                drafter.record(time.perf_counter() - started, len(right), num_right)
+                drafter.record(len(right), num_right)
                 params = sampler.params
                 for i in range(num_right + 1):
                     if i:
