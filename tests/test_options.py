@@ -31,6 +31,7 @@ SAMPLING = {
     "--top-k": ["5"],
     "--min-p": ["0.5"],
     "--presence-penalty": ["0.5"],
+    "--frequency-penalty": ["1.5"],
     "--repetition-penalty": ["1.5"],
     "--seed": ["5"],
     "--kernels": ["ops"],

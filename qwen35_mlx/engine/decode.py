@@ -1,7 +1,7 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
 from collections.abc import Generator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -49,17 +49,14 @@ class Decoding:
         self.cache = cache
         self.sampler = sampler
         # The token `[1]` and the logits `[1, V]` it was drawn from.
-        self.token, self.logits = self._draw(hidden, len(cache.ids), forbidden=forbidden)
+        mask = {} if forbidden is None else {"forbidden": forbidden}
+        self.token, self.logits = self._draw(hidden, len(cache.ids), **mask)
 
     def _draw(
-        self,
-        hidden: mx.array,
-        place: int,
-        drafts: mx.array | None = None,
-        forbidden: mx.array | None = None,
+        self, hidden: mx.array, place: int, drafts: mx.array | None = None, **mask: Any
     ) -> tuple[mx.array, mx.array]:
         logits = self.cache.model.head(hidden)[0]
-        tokens = self.sampler(logits, place, drafts, forbidden)
+        tokens = self.sampler(logits, place, drafts, **mask)
         mx.async_eval(tokens)
         return tokens, logits
 

@@ -92,10 +92,10 @@ def stream_generate(
     before the prompt's ids; `cached_ids`, if given, makes the repetition penalty count that too,
     and must be given, whole, where either has pictures. `stop` strings end the answer and are not
     part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
-    presence_penalty, repetition_penalty. `draft`: where several tokens a pass come from, "mtp",
-    "lookup" (of what the text already had), "auto" (both, as far as it is faster) or "off"; the
-    text is the same. `num_draft_tokens` fixes how many. A `Drafter` in place of it keeps what it
-    learned from call to call, and counts. `progress(read, total)` follows the
+    presence_penalty, frequency_penalty, repetition_penalty. `draft`: where several tokens a pass
+    come from, "mtp", "lookup" (of what the text already had), "auto" (both, as far as it is faster)
+    or "off"; the text is the same. `num_draft_tokens` fixes how many. A `Drafter` in place of it
+    keeps what it learned from call to call, and counts. `progress(read, total)` follows the
     prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
     Errors in the arguments are raised by the call, before anything is read.
     """

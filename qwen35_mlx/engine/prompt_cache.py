@@ -204,7 +204,7 @@ class PromptCache:
 
     def end_pass(self, hidden: mx.array) -> None:
         """That pass gave the hidden state `[1, 1, H]`; `commit` follows."""
-        self._pass = hidden, 0
+        self._pass = hidden, len(self._ids)
 
     def commit(self, token: int) -> None:
         """The id of the next token that stays of those that the last `step` has read."""
