@@ -54,7 +54,7 @@ def serve(
         typer.Option(
             metavar="NAME",
             help="Name by which clients may call this server, besides localhost and addresses. "
-            "Repeat the option for several.",
+            "Repeat the option for several. Default: none.",
         ),
     ] = None,
     name: Annotated[
@@ -155,7 +155,7 @@ def launch(
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- ARGS]", help="Arguments for the client, after --."),
+        typer.Argument(metavar="ARGS", help="Arguments for the client, after --. Default: none."),
     ] = None,
     url: Annotated[
         str, typer.Option(help="Address of the server that runs.")
