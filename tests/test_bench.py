@@ -1,5 +1,6 @@
 """`qwen35-mlx bench`: what is measured, and figures that agree with each other in all outputs."""
 
+import itertools
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from qwen35_mlx import machine
+from qwen35_mlx.cli.report import _drafts
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation import bench as measuring
 from qwen35_mlx.evaluation.rival import mlx_lm_program
@@ -129,6 +131,24 @@ def test_bytes_of_a_token_count_weights_once_and_grow_with_the_context(demo: Any
     per_token = 2 * full * config.num_key_value_heads * config.head_dim * item_bytes
     assert some - none == 1000 * per_token
     assert none > weights if config.tie_word_embeddings else none < 2 * weights
+
+
+def test_drafts_are_measured_beside_none(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "MAX_ANSWER", 10)
+    clock = itertools.count()
+    found = measuring.drafting(*demo, 1, lambda: next(clock))
+    # Every token took a second.
+    assert found is not None and found["plain_decode_tps"] == found["decode_tps"] == 1.0
+    assert found["vs_plain"] == 1.0 and found["tokens_per_pass"] > 1
+    assert set(found["acceptance"]) <= {"mtp", "lookup"} and found["acceptance"]["mtp"]
+    lines = _drafts(found)
+    assert (
+        lines[1].startswith("decode 1.0 with drafts, 1.0 without: 1.00x; ") and "right" in lines[1]
+    )
+
+
+def test_a_model_without_an_mtp_layer_is_measured_without_drafts(scripted: Any) -> None:
+    assert measuring.drafting(scripted([5], vocab_size=16), None) is None and _drafts(None) == []
 
 
 def test_our_conversation_reads_only_what_is_new(scripted: Any) -> None:
@@ -258,3 +278,48 @@ def test_a_context_beyond_the_model_is_refused_before_it_is_loaded(
 ) -> None:
     result = run_cli("bench", converted_demo, "--max-context", 10**9)
     assert result.exit_code == 1 and "does not fit the model" in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--vs-mlx-lm",), ("--png", "x.png"), ("--json",)])
+def test_options_of_the_command_reach_what_they_name(
+    run_cli: Any, converted_demo: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def bench(model: Any, programs: Any, sizes: list[int], runs: int, progress: Any) -> list[int]:
+        seen.update(programs=programs, sizes=sizes, runs=runs)
+        return [7]
+
+    monkeypatch.setattr(measuring, "bench", bench)
+    monkeypatch.setattr("qwen35_mlx.evaluation.rival.mlx_lm_program", lambda *given: given)
+    monkeypatch.setattr("qwen35_mlx.cli.report.draw_bench", lambda *given: seen.update(drawn=given))
+    monkeypatch.setattr("qwen35_mlx.cli.report.print_bench", lambda *_: print("table"))
+    result = run_cli("bench", converted_demo, "--max-context", 600, "--runs", 2, *options)
+    *table, last = result.stdout.splitlines()
+    found = json.loads(last)
+    assert (found["median_of"], found["contexts"], found["kernels"]) == (2, [7], "auto")
+    assert (seen["sizes"], seen["runs"]) == ([512, 600], 2)
+    assert ("mlx_lm" in seen["programs"]) == ("--vs-mlx-lm" in options)
+    if "--vs-mlx-lm" in options:
+        assert seen["programs"]["mlx_lm"][0] == converted_demo
+    assert seen.get("drawn", (None, None))[1] == (Path("x.png") if "--png" in options else None)
+    assert table == ([] if "--json" in options else ["table"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "gbps"), [(10**9, 400.0), (None, None)], ids=["a Mac", "no Metal"]
+)
+def test_the_bandwidth_limit_is_that_of_the_chip(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, gbps: float | None
+) -> None:
+    fake = machine.Machine("Apple M3 Max", "macOS", 128 * 2**30, limit, 0, {})
+    monkeypatch.setattr(measuring, "describe", lambda: fake)
+    assert measuring.bandwidth_limit() == gbps
+
+
+def test_a_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(measuring, "__file__", str(tmp_path / "a" / "b" / "bench.py"))
+    assert measuring.commit() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measuring.commit() is None

@@ -16,6 +16,7 @@ from qwen35_mlx.model.language import Model
 MAX_DIFFERENCE = 1e-3
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
 GREEDY: dict[str, Any] = dict(max_tokens=30, sampling={"temperature": 0.0})
+SHORT = GREEDY | dict(max_tokens=8)
 
 
 def ask(chat: Chat, text: str) -> str:
@@ -73,7 +74,7 @@ def test_a_turn_begun_while_an_older_iterator_is_open_has_the_right_state(
 
 @pytest.mark.parametrize("begin", everyday(["send", "edit", "undo", "restart"], 0, 2))
 def test_every_call_ends_the_open_iterator_and_keeps_what_it_gave(demo: Any, begin: str) -> None:
-    chat = Chat(*demo, **GREEDY)
+    chat = Chat(*demo, **SHORT)
     ask(chat, HOT)
     older = chat.send(FRANCE)
     thought = "".join(next(older).text for _ in range(5))
@@ -175,7 +176,7 @@ def test_take_keeps_the_callers_cache_when_another_knows_more(demo: Any) -> None
 
 
 def test_undo_and_another_question_keep_the_old_branch(demo: Any) -> None:
-    chat = Chat(*demo, system="Answer briefly. " * 10, **GREEDY)
+    chat = Chat(*demo, system="Answer briefly. " * 10, **SHORT)
     ask(chat, FRANCE)
     ask(chat, HOT)
     chat.read_ahead()
@@ -192,7 +193,7 @@ def test_undo_and_another_question_keep_the_old_branch(demo: Any) -> None:
 
 def test_all_reading_ahead_shares_one_thread(demo: Any) -> None:
     names = set()
-    chats = [Chat(*demo, **GREEDY) for _ in range(2)]
+    chats = [Chat(*demo, **SHORT) for _ in range(2)]
     before = threading.active_count()
     for chat in chats:
         ask(chat, FRANCE)
@@ -205,7 +206,7 @@ def test_all_reading_ahead_shares_one_thread(demo: Any) -> None:
 
 @pytest.mark.parametrize("call", ["undo", "set_system", "restart", "send"])
 def test_every_call_stops_reading_ahead(demo: Any, call: str) -> None:
-    chat = Chat(*demo, **GREEDY)
+    chat = Chat(*demo, **SHORT)
     ask(chat, FRANCE)
     started, stopped = threading.Event(), threading.Event()
 

@@ -25,7 +25,7 @@ from qwen35_mlx.quant.divergence import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
 from qwen35_mlx.quant.statistics import search_gain
 
-IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(8, 49)))
+IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(4, 49)))
 FEW_IDS = IDS[:2, :17]
 TRUNK = "language_model.model."
 

@@ -1,6 +1,7 @@
 """What the chat shows, and that no command and no failure ends it."""
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -15,6 +16,7 @@ from everyday import everyday
 from qwen35_mlx.chat.conversation import Chat, TurnStats
 from qwen35_mlx.cli import chat_view
 from qwen35_mlx.cli.chat_view import ChatView
+from qwen35_mlx.cli.command import shown_warnings
 from qwen35_mlx.cli.slash_commands import COMMANDS
 from qwen35_mlx.engine.output import Piece, ToolCall
 from qwen35_mlx.errors import ContextFull, PromptError, SessionError
@@ -386,6 +388,39 @@ def test_stats_show_the_context_the_settings_and_the_snapshots(talk: Any) -> Non
     assert f"context: {used:,} of {length:,} tokens, {100 * used // length} % full" in err
     assert f"snapshots: {chat.prefixes.num_snapshots}, " in err
     assert "does not think · preset checkpoint: temperature " in err
+
+
+def test_drafts_are_set_and_their_figures_are_shown(talk: Any) -> None:
+    chat, err = talk(
+        "/set draft mtp", "/set num_draft_tokens 2", "/set max_tokens 12", "/set temperature 0",
+        "What is the capital of France?", "/stats", "/exit",
+    )  # fmt: skip
+    assert (chat.draft, chat.num_draft_tokens) == ("mtp", 2)
+    share = chat.drafter.stats.acceptance("mtp")[0]
+    per_pass = chat.drafter.stats.tokens_per_pass
+    assert f"{per_pass:.2f} tokens a pass · mtp {share:.0%}" in err
+    assert "drafts: mtp of 2 tokens" in err and per_pass > 1
+    chat, err = talk("/set draft off", "/set num_draft_tokens 2", "/set draft eagle", "/exit")
+    assert "error: nothing is drafted" in err and "error: unknown kind of drafts" in err
+    assert (chat.draft, chat.num_draft_tokens) == ("off", None)
+
+
+def test_a_warning_of_the_engine_does_not_break_an_answer(consoles: Any) -> None:
+    class Warns(FakeChat):
+        def send(self, text: str, progress: Any = None) -> Iterator[Piece]:
+            yield Piece("answer", "be")
+            logging.getLogger("qwen35_mlx.engine").warning("drafts are wrong")
+            yield Piece("answer", "fore")
+
+    out, err = consoles()
+    with shown_warnings():
+        speak(Warns(), ["?"])
+        logging.getLogger("qwen35_mlx.model").warning("at once")
+    logging.getLogger("qwen35_mlx.model").warning("not of this command")
+    assert out.getvalue() == "before\n"
+    lines = err.getvalue().splitlines()
+    assert lines[0] == "warning: drafts are wrong" and lines[1].startswith("prompt ")
+    assert lines[-1] == "warning: at once"
 
 
 @pytest.mark.parametrize("line", ["/set temperature warm", "/set max_tokens -5", "/think budget x"])

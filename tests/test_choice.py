@@ -91,7 +91,7 @@ def test_a_verdict_on_another_format_or_size_decides_nothing(changes: dict[str, 
 
 def test_every_size_tells_models_apart() -> None:
     base = FAMILY[0]
-    sizes = [n for n in Member._fields if n not in ("name", "num_layers", "tied")]
+    sizes = [n for n in Member._fields if n not in ("name", "num_layers", "tied", "tower")]
     shapes = {shape_of(base._replace(**{n: 7})) for n in sizes} | {shape_of(base)}
     assert len(shapes) == len(sizes) + 1
     assert shape_of(base._replace(name="another", num_layers=7)) == shape_of(base)
@@ -234,8 +234,8 @@ def test_load_gives_the_choice_to_every_layer(
     ):
         model, _ = qwen35_mlx.load(converted_demo, kernels=kernels)
         modules = [m for m in model.modules() if hasattr(type(m), "kernels")]
-        # In each layer, and in that of MTP, which has one more.
-        assert len(modules) == 4 * (len(model.layers) + 1) + 1
+        # In each layer, and in that of MTP, which has one more; and the model has its head.
+        assert len(modules) == 4 * (len(model.layers) + 1) + 2
         for module in modules:
             assert module.kernels.of("router") == router
             assert module.kernels.of("projection") == projection

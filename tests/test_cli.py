@@ -1,5 +1,6 @@
 """The command line as a script sees it: what goes where, exit codes, no tracebacks."""
 
+import io
 import os
 import re
 import shutil
@@ -350,3 +351,19 @@ def test_settings_of_a_chat_are_checked_before_a_model_is_loaded(
 ) -> None:
     result = run_cli("chat", "/no/such/folder", "-p", "x", option, value)
     assert result.exit_code == 2 and "Invalid value" in result.stderr
+
+
+def test_characters_that_a_terminal_does_not_have_are_question_marks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in range(2)]
+    monkeypatch.setattr(cli.sys, "stdout", streams[0])
+    monkeypatch.setattr(cli.sys, "stderr", streams[1])
+    monkeypatch.setattr(cli, "app", lambda: [stream.write("é") for stream in streams])
+    cli.main()
+    for stream in streams:
+        stream.flush()
+        assert stream.buffer.getvalue() == b"?"  # type: ignore[attr-defined]
+    # What is no file of Python's is left alone.
+    monkeypatch.setattr(cli.sys, "stdout", None)
+    cli.main()

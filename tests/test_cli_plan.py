@@ -28,7 +28,7 @@ def test_a_released_model_is_planned_by_its_name() -> None:
     result = run("plan", "qwen/qwen3.5-0.8b", "--recipe", "q4", "--mac", "M3 Ultra 256GB")
     assert result.exit_code == 0
     assert "Qwen3.5-0.8B: sizes of the released model, nothing is downloaded" in result.stderr
-    assert "self_attn.o_proj" in result.stdout and "853.0 M parameters" in result.stdout
+    assert "self_attn.o_proj" in result.stdout and "873.4 M parameters" in result.stdout
     [tower] = [line for line in result.stdout.splitlines() if line.startswith("vision_tower.*")]
     assert tower.split() == ["vision_tower.*", "153", "BF16", "BF16", "16.00", "201.19"]
     [photo] = [line for line in result.stdout.splitlines() if "photo" in line]
@@ -67,7 +67,7 @@ def test_bits_and_macs_without_a_source_are_honoured(few: Any) -> None:
         assert result.exit_code == 0, result.stderr
         row = next(line for line in result.stdout.splitlines() if line.startswith("Qwen3.5-2B"))
         sizes.append(row.split()[1])
-    assert sizes == ["1.5", "2.7", "1.8", "8.2"]
+    assert sizes == ["1.5", "2.7", "1.9", "8.4"]
 
 
 @pytest.mark.parametrize(

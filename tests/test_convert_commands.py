@@ -9,8 +9,10 @@ import pytest
 from checkpoints import write_checkpoint
 from typer.testing import CliRunner
 
+from qwen35_mlx.cli import convert_commands
 from qwen35_mlx.cli import main as cli
 from qwen35_mlx.cli.local_models import SOURCE
+from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.statistics import load
 
 
@@ -141,7 +143,7 @@ def test_verify_reads_everything_again(tmp_path: Path) -> None:
     result = run("convert", SOURCE, out, "--verify")
     assert (result.exit_code, "written to" in result.stdout) == (0, False)
     # All of it is read by this run, none by one before.
-    assert re.search(r": [4-9]\.\d MB read in [^,]*\n", result.stderr)
+    assert re.search(r": [3-9]\.\d MB read in [^,]*\n", result.stderr)
     for name in ("model.safetensors", "tokenizer.json"):
         path = out / name
         raw = bytearray(path.read_bytes())
@@ -263,3 +265,40 @@ def test_a_report_is_printed_where_its_picture_cannot_be_written(tmp_path: Path)
     result = run("fidelity", SOURCE, SOURCE, *arguments)
     assert result.exit_code == 1 and result.stderr.splitlines()[-1]
     assert json.loads(result.stdout.splitlines()[-1])["num_tokens"] == 5
+
+
+@pytest.mark.parametrize("method", [None, "gptq"])
+def test_a_calibration_is_made_saved_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str | None
+) -> None:
+    steps: list[Any] = []
+
+    def calibrate(source: str, ids: Any, hessians: bool, progress: Any) -> str:
+        steps.append((source, ids.size, hessians))
+        progress(0, 1, "layer 0")
+        return "made"
+
+    monkeypatch.setattr("qwen35_mlx.convert.calibrate.calibrate", calibrate)
+    monkeypatch.setattr(
+        "qwen35_mlx.quant.statistics.save", lambda found, file: steps.append((found, file))
+    )
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("What is the capital of France? " * 3)
+    found = convert_commands.calibration_for(str(SOURCE), out, None, True, text, method)
+    assert found == "made"
+    (source, num_tokens, hessians), saved = steps
+    assert source == str(SOURCE) and num_tokens > 10 and hessians == (method == "gptq")
+    assert saved == ("made", tmp_path / "out.calibration.safetensors")
+    # Without the option nothing is made.
+    assert convert_commands.calibration_for(str(SOURCE), out, None) is None
+    saved[1].touch()
+    with pytest.raises(Qwen35Error, match="exists already"):
+        convert_commands.calibration_for(str(SOURCE), out, None, True, text, method)
+    assert len(steps) == 2
+
+
+def test_a_folder_of_another_program_is_verified_by_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = run("convert", SOURCE, tmp_path, "--verify")
+    assert result.exit_code == 1 and "another source" not in result.stderr
+    assert "checksums" in result.stderr

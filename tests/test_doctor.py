@@ -16,6 +16,7 @@ from qwen35_mlx.kernels import checks, choice, doctor, measure, verdicts
 from qwen35_mlx.kernels.checks import SMALL, Setting
 from qwen35_mlx.kernels.tiers import MLX, OPERATIONS, PORTABLE, Tiers
 from qwen35_mlx.kernels.verdicts import Format
+from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
 FLOAT = Format("float32", 4, 64)
 
@@ -299,3 +300,17 @@ def test_a_result_that_cannot_be_stored_takes_nothing_from_the_report(
     assert json.loads(result.stdout)["kernels"][0]["used"]
     assert "QWEN35_MLX_CACHE" in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.op)
+def test_every_width_and_type_is_tried_with_all_lengths_and_groups(check: checks.Check) -> None:
+    settings = list(checks.parity_settings(check))
+    assert {(s.bits, s.dtype) for s in settings} == {
+        (bits, dtype) for bits in BITS for dtype in checks.TOLERANCE
+    }
+    lengths = (70, 33, 130) if check.is_prefill else (1, 3, 8)
+    assert {s.num_tokens for s in settings} == set(lengths)
+    assert {s.group_size for s in settings} == set(GROUP_SIZES)
+    for dtype in checks.TOLERANCE:
+        assert {s.num_tokens for s in settings if s.dtype == dtype} == set(lengths)
+    assert all(s.padded == (s.num_tokens > 1) for s in settings)

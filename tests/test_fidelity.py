@@ -215,3 +215,18 @@ def test_a_head_that_is_no_copy_of_the_embedding_is_not_compared(tmp_path):
             open_checkpoint(out)
     with pytest.raises(Qwen35Error, match="lm_head"):
         open_checkpoint(out)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_names_it(folders, monkeypatch):
+    checkpoint = open_checkpoint(folders / "src")
+    read = type(checkpoint).read
+    left_out = "language_model.model.layers.1.self_attn.o_proj.weight"
+    monkeypatch.setattr(
+        type(checkpoint),
+        "read",
+        lambda self, prefix: {k: v for k, v in read(self, prefix).items() if k != left_out},
+    )
+    run = Layerwise(checkpoint)
+    run.layer(0)
+    with pytest.raises(Qwen35Error, match=f"lacks tensors\n  got: {left_out}$"):
+        run.layer(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen35_mlx import files
 from qwen35_mlx.files import locked, replacing, write_file, write_json
 
 
@@ -61,3 +62,23 @@ def test_a_lock_is_held_against_others_and_ends(tmp_path: Path) -> None:
             pass
         with locked(path, wait=False):
             pass
+
+
+@pytest.mark.parametrize("works", [None, True, False], ids=["Linux", "macOS", "network drive"])
+def test_the_cache_of_a_drive_is_emptied_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool | None
+) -> None:
+    calls: list[object] = []
+
+    def fcntl(descriptor: int, command: int) -> None:
+        calls.append(command)
+        if not works:
+            raise OSError
+
+    monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)
+    if works is not None:
+        monkeypatch.setattr(files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(files.fcntl, "fcntl", fcntl)
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
+    files.flush(3)
+    assert calls == {None: ["fsync"], True: [51], False: [51, "fsync"]}[works]

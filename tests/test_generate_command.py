@@ -10,6 +10,7 @@ from everyday import everyday
 import qwen35_mlx
 from qwen35_mlx.cli import generate_command
 from qwen35_mlx.cli.generate_command import print_answer
+from qwen35_mlx.engine import speculate
 from qwen35_mlx.engine.output import Piece, ToolCall
 
 # The demo continues this without an end.
@@ -49,12 +50,14 @@ def test_the_answer_alone_is_on_standard_output(generate: Any, answer: Any) -> N
 
 @pytest.mark.parametrize("encoding", everyday(["utf-8-sig", "utf-16", "utf-32"], 1))
 def test_a_byte_order_mark_is_not_part_of_the_prompt(generate: Any, encoding: str) -> None:
-    plain = generate(*GREEDY, "--json", stdin=SUM + "\n").stdout
-    marked = generate(*GREEDY, "--json", stdin=(SUM + "\n").encode(encoding)).stdout
+    plain = generate(*GREEDY, "--max-tokens", "1", "--json", stdin=SUM + "\n").stdout
+    marked = generate(
+        *GREEDY, "--max-tokens", "1", "--json", stdin=(SUM + "\n").encode(encoding)
+    ).stdout
     num_tokens = [json.loads(out)["prompt_tokens"] for out in (plain, marked)]
     assert num_tokens[0] == num_tokens[1]
     # As in -p "$(cat FILE)".
-    typed = generate(*GREEDY, "--json", "-p", "\ufeff" + SUM + "\n").stdout
+    typed = generate(*GREEDY, "--max-tokens", "1", "--json", "-p", "\ufeff" + SUM + "\n").stdout
     assert json.loads(typed)["prompt_tokens"] == num_tokens[0]
 
 
@@ -86,7 +89,7 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert list(found) == [
         "text", "thought", "tool_calls", "finish_reason", "prompt_tokens", "cached_tokens",
         "generated_tokens", "thought_tokens", "ttft_s", "prefill_tps", "decode_tps", "total_s",
-        "pictures", "videos", "media_tokens",
+        "draft_tokens", "tokens_per_pass", "draft_acceptance", "pictures", "videos", "media_tokens",
     ]  # fmt: skip
     assert (found["text"], found["thought"], found["tool_calls"]) == (text, thought, [])
     assert found["finish_reason"] == "stop" and found["cached_tokens"] == 0
@@ -95,6 +98,29 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert found["prefill_tps"] > 0 and found["decode_tps"] > 0
     cut = json.loads(generate("-p", SUM, "--json", "--max-tokens", "2", *GREEDY).stdout)
     assert (cut["finish_reason"], cut["generated_tokens"]) == ("length", 2)
+
+
+@pytest.mark.parametrize("way", [(), ("--raw",)])
+def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None:
+    options = ("-p", f"{SUM}\n", "--json", "--max-tokens", "40", *way, *GREEDY)
+    plain = json.loads(generate(*options, "--draft", "off").stdout)
+    found = json.loads(generate(*options, "--draft", "mtp", "--num-draft-tokens", "3").stdout)
+    assert found["text"] == plain["text"] and found["thought"] == plain["thought"]
+    of_plain = [plain[k] for k in ("draft_tokens", "tokens_per_pass", "draft_acceptance")]
+    assert of_plain == [0, 1, {}]
+    assert 0 < found["draft_tokens"] < found["generated_tokens"] and found["tokens_per_pass"] > 1
+    assert len(found["draft_acceptance"]["mtp"]) == 3
+
+
+def test_a_warning_comes_behind_the_answer(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = generate("-p", SUM, *GREEDY)
+    monkeypatch.setattr(
+        speculate.Drafter, "is_hopeless", property(lambda self: self._num_passes > 3)
+    )
+    shown = generate("-p", SUM, *GREEDY)
+    assert shown.stdout == plain.stdout
+    assert shown.stderr == f"warning: {speculate.HOPELESS}\n"
+    assert shown.output.index("warning") >= len(plain.stdout)
 
 
 def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
@@ -128,7 +154,7 @@ def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
     greedy = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=8) + "\n"
     assert stdout("--top-k", "1") == stdout("--top-p", "1e-6") == stdout("--min-p", "1") == greedy
     for penalty in ("presence", "repetition"):
-        longer = ("--temperature", "0", "--max-tokens", "40")
+        longer = ("--temperature", "0", "--max-tokens", "24")
         assert stdout(f"--{penalty}-penalty", "9", *longer) != stdout(*longer)
 
 

@@ -1,13 +1,16 @@
 """From the hub shard by shard: the same bytes as from a folder, whatever the network does."""
 
+import hashlib
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import Tensors, write_checkpoint
@@ -15,6 +18,7 @@ from everyday import everyday
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.convert import convert, hub, job, plan
+from qwen35_mlx.convert.tasks import cut
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 
 SETTINGS = dict(bits=3, group_size=32)
@@ -269,3 +273,117 @@ def test_a_repository_without_config_is_no_model(source, fake):
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match=f"{REPO} is no model: it has no config.json"):
         plan(REPO)
+
+
+def with_status(status: int | None) -> Exception:
+    error = RuntimeError("of the hub")
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    return error
+
+
+def of_module(name: str) -> Exception:
+    return type("ReadError", (Exception,), {"__module__": name})("late")
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        *((with_status(status), True) for status in (408, 425, 429, 500, 503)),
+        *((with_status(status), False) for status in (400, 401, 403, 404, 409, 426, 428, 430, 499)),
+        (ConnectionResetError(104, "reset"), True),
+        (TimeoutError(110, "late"), True),
+        (socket.gaierror(-3, "no such host"), True),
+        (OSError("came short"), True),
+        (OSError(28, "no space left"), False),
+        (of_module("httpx"), True),
+        (of_module("httpcore._exceptions"), True),
+        (of_module("nothttpx"), False),
+        (ValueError("of ours"), False),
+        (with_status(None), False),
+    ],
+    ids=repr,
+)
+def test_what_may_pass_is_tried_again(error: Exception, passes: bool) -> None:
+    assert hub._passes(error) == passes
+
+
+def test_off_line_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert not hub._passes(ConnectionError())
+    assert not hub._passes(OSError("off line"))
+
+
+def test_tries_end_with_the_waits_when_stopped_and_at_errors_of_ours(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
+    errors: list[Exception] = []
+
+    def get() -> str:
+        if errors:
+            raise errors.pop()
+        return "here"
+
+    errors += [ConnectionError("cut off\nand more")] * 2
+    assert hub.retry("a/b", get, (1, 2)) == "here" and waited == [1, 2]
+    assert "a/b: cut off; again in 2 s" in caplog.text and "more" not in caplog.text
+    errors += [ConnectionError("cut off")] * 3
+    with pytest.raises(CheckpointError, match=r"cannot get a/b from the hub\n  got: ConnectionErr"):
+        hub.retry("a/b", get, (1, 2))
+    errors[:] = [ConnectionError("cut off")]
+    with pytest.raises(CheckpointError):
+        hub.retry("a/b", get, (1, 2), lambda: True)
+    errors += [CheckpointError("of ours")]
+    with pytest.raises(CheckpointError, match=r"^of ours$"):
+        hub.retry("a/b", get, (1, 2))
+    assert waited == [1, 2, 1, 2]
+
+
+def test_the_fetcher_tells_how_far_it_is_and_stops_amid_a_file(monkeypatch, tmp_path) -> None:
+    listing = {"a": hub.HubFile("a", 4 * 10**9, "0" * 64, True)}
+    fetcher = hub.Fetcher(SimpleNamespace(repo="a/b", commit="c", folder=tmp_path, listing=listing))
+    states = []
+
+    def download(repo, name, *, revision, local_dir, tqdm_class):
+        assert (repo, name, revision, local_dir) == ("a/b", "a", "c", tmp_path)
+        bar = tqdm_class(total=4, initial=10**9)
+        for amount in (10**9, None):
+            bar.update(amount)
+            states.append(fetcher.state)
+        fetcher.stop()
+        bar.update(10**9)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    fetcher.start(["a"])
+    with pytest.raises(CheckpointError, match="Stopped"):
+        fetcher.ready("a", 10)
+    assert states == ["fetching 2.00 of 4.00 GB"] * 2
+
+
+def test_a_file_that_is_checked_is_left_when_the_work_is_over(tmp_path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 5)
+    fetcher = hub.Fetcher(SimpleNamespace(folder=tmp_path))
+    in_lfs, in_git = (hub.HubFile("a", 5, "", kind) for kind in (True, False))
+    path = tmp_path / "a"
+    assert fetcher._checksum(in_lfs, path) == hashlib.sha256(b"xxxxx").hexdigest()
+    assert fetcher._checksum(in_git, path) == hashlib.sha1(b"blob 5\0xxxxx").hexdigest()
+    fetcher.release("a")
+    assert not path.exists()
+    path.write_bytes(b"x" * 5)
+    kept = hub.Fetcher(SimpleNamespace(folder=tmp_path), keep=True)
+    kept.release("a")
+    assert path.exists()
+    fetcher.stop()
+    with pytest.raises(hub.Stopped):
+        fetcher._checksum(in_lfs, path)
+
+
+def test_a_source_that_is_kept_needs_disk_for_all_of_it(tmp_path, source, fake) -> None:
+    planned = plan(REPO)
+    sizes = [file.nbytes for name, file in planned.source.listing.items() if "model-0000" in name]
+    assert len(sizes) == NUM_SHARDS
+    tasks = cut(planned)
+    assert job.source_disk_bytes(planned.source, tasks, True) == sum(sizes)
+    assert max(sizes) < job.source_disk_bytes(planned.source, tasks, False) < sum(sizes)

@@ -92,6 +92,17 @@ def test_a_batch_of_padded_rows_as_in_mlx_lm() -> None:
     both.do("update_and_fetch", *new(1, 1))
 
 
+def test_padding_may_be_announced_before_anything_is_read() -> None:
+    both = Both(ours.BatchKVCache([2, 0, 5]), theirs.BatchKVCache([2, 0, 5]))
+    both.do("prepare", left_padding=[1, 3, 0])
+    assert both.pair[0].left_padding.tolist() == [3, 3, 5]
+    assert both.pair[0].offset.tolist() == [-3, -3, -5]
+    both.do("update_and_fetch", *new(3, 6))
+    for cache in both.pair:
+        with pytest.raises(ValueError, match=r"(?i)left padding"):
+            cache.prepare(left_padding=[1, 1, 1])
+
+
 def test_padding_at_the_end_of_rows_moves_to_their_start() -> None:
     both = Both(*(module.KVCache.merge([module.KVCache() for _ in range(2)])
                   for module in (ours, theirs)))  # fmt: skip

@@ -4,6 +4,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -301,9 +302,11 @@ def test_a_long_answer_empties_the_pool_of_what_it_outgrew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lengths: list[int] = []
-    cache = PromptCache(cast(Model, None), [7] * 1000, [])
+    model = SimpleNamespace(trunk=lambda ids, entries: ids)
+    cache = PromptCache(cast(Model, model), [7] * 1000, [])
     monkeypatch.setattr(mx, "clear_cache", lambda: lengths.append(len(cache.ids)))
     for _ in range(2100):
+        cache.step(mx.array([5]))
         cache.commit(5)
     assert lengths == [1024, 2048, 3072]
 

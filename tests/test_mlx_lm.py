@@ -70,7 +70,6 @@ def run(model: Any, ids: mx.array) -> np.ndarray:
             dict(dtype="float32"),
         ],
         1,
-        4,
         5,
     ),
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -93,13 +92,17 @@ def test_mlx_lm_loads_a_text_model_that_was_nested(tmp_path: Path, moe: bool) ->
 
 @pytest.mark.parametrize(
     "yarn",
-    [
-        {},
-        {"attention_factor": 0.7},
-        {"mscale": 0.7},
-        {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8},
-        {"beta_fast": None, "beta_slow": 0, "mscale": None},
-    ],
+    everyday(
+        [
+            {},
+            {"attention_factor": 0.7},
+            {"mscale": 0.7},
+            {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8},
+            {"beta_fast": None, "beta_slow": 0, "mscale": None},
+        ],
+        1,
+        3,
+    ),
     ids=str,
 )
 def test_yarn_is_written_in_the_words_of_mlx_lm(tmp_path: Path, yarn: dict[str, Any]) -> None:
@@ -124,11 +127,14 @@ def test_yarn_is_written_in_the_words_of_mlx_lm(tmp_path: Path, yarn: dict[str, 
 @KINDS
 @pytest.mark.parametrize(
     "settings",
-    [
-        dict(quantize=True, q_bits=4, q_group_size=32),
-        dict(quantize=True, quant_predicate="mixed_3_6"),
-        dict(dtype="bfloat16"),
-    ],
+    everyday(
+        [
+            dict(quantize=True, q_bits=4, q_group_size=32),
+            dict(quantize=True, quant_predicate="mixed_3_6"),
+            dict(dtype="bfloat16"),
+        ],
+        1,
+    ),
     ids=lambda settings: "-".join(str(v) for k, v in settings.items() if k != "quantize"),
 )
 def test_we_load_what_mlx_lm_writes(tmp_path: Path, moe: bool, settings: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from everyday import everyday
 from mlx.utils import tree_flatten, tree_map
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
@@ -89,7 +90,9 @@ def model(request) -> Model:
     return random_model(config(**KINDS[request.param]))
 
 
-@pytest.mark.parametrize("pieces", [(1, 3, 63, 64, 65), (64, 1, 1, 5), (2,) * 6])
+@pytest.mark.parametrize(
+    "pieces", everyday([((1, 3, 63, 64, 65),), ((64, 1, 1, 5),), ((2,) * 6,)], 0)
+)
 def test_pieces_equal_the_whole(model, pieces):
     ids = tokens(2, sum(pieces))
     whole = model(ids)
@@ -102,7 +105,7 @@ def test_pieces_equal_the_whole(model, pieces):
         start += size
 
 
-@pytest.mark.parametrize("lengths", [(70, 3, 41), (1, 9, 64)])
+@pytest.mark.parametrize("lengths", everyday([((70, 3, 41),), ((1, 9, 64),)], 1))
 def test_left_padded_rows_equal_each_row_alone(model, lengths):
     width = max(lengths)
     rows = [tokens(1, n, seed=n) for n in lengths]

@@ -174,6 +174,11 @@ def test_tests_that_run_a_statement_come_before_those_of_its_module(tmp_path: Pa
         Site("qwen35_mlx/a.py", Mutant("constant", 1, 0, 1, "x"), "", "")
     )
     assert first == set() and len(others) == 8
+    whole = {"seconds": 1.0, "lines": {}}
+    reach = mutants.Reach({"tests": tests | {f"{mutants.TESTS_OF_ALL}::x": whole}}, tmp_path)
+    constant = Site("qwen35_mlx/a.py", Mutant("constant", 1, 0, 1, "x"), "", "")
+    assert reach.tests_of(constant)[0] == {f"{mutants.TESTS_OF_ALL}::x"}
+    assert (mutants.ROOT / mutants.TESTS_OF_ALL).exists()
 
 
 def test_a_test_that_starts_with_an_import_is_found_by_it() -> None:
@@ -226,6 +231,21 @@ def test_lines_are_recorded_of_fixtures_and_threads_and_chosen_tests_run_alone(
     assert record["failed"] == ["test_it.py::test_wrong"]
     (tmp_path / "chosen.json").write_text('["test_it.py::test_second"]')
     assert run("--chosen=chosen.json").splitlines()[-1].startswith("1 passed")
+
+
+def test_a_record_of_other_sources_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "quant").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("")
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    file = tmp_path / "record.json"
+    assert mutants.known_record(None) is None and mutants.known_record(file) is None
+    file.write_text(json.dumps({"tree": mutants.tree_digest(), "tests": {}}))
+    assert mutants.known_record(file) is not None
+    (tmp_path / "quant" / "a.py").write_text("x = 1\n")
+    assert mutants.known_record(file) is None
 
 
 @pytest.mark.parametrize(

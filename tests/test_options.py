@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
 from qwen35_mlx.chat.conversation import Chat, TurnStats
-from qwen35_mlx.cli import attachments, chat_view, command, convert_commands, main
+from qwen35_mlx.cli import attachments, chat_view, command, convert_commands, main, options
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.engine.output import Piece
+from qwen35_mlx.engine.speculate import MAX_DRAFTS, MODES, DraftStats
 from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 
 GROUP: Any = typer.main.get_command(main.app)
@@ -30,9 +31,12 @@ SAMPLING = {
     "--top-k": ["5"],
     "--min-p": ["0.5"],
     "--presence-penalty": ["0.5"],
+    "--frequency-penalty": ["1.5"],
     "--repetition-penalty": ["1.5"],
     "--seed": ["5"],
     "--kernels": ["ops"],
+    "--draft": ["lookup"],
+    "--num-draft-tokens": ["3"],
     "--system": ["Be brief."],
     "--think": [],
     "--no-think": [],
@@ -165,9 +169,10 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     def answered(*arguments: Any, **options: Any) -> Any:
         pieces = [Piece("thought", "hm"), Piece("answer", "yes")]
         stats = TurnStats(finish_reason="stop")
+        drafter = SimpleNamespace(stats=DraftStats())
         settings = {name: options.get(name) for name in ("max_tokens", "stop", "sampling")}
         return SimpleNamespace(
-            model=None, tokenizer=SimpleNamespace(), stats=stats, **settings,
+            model=None, tokenizer=SimpleNamespace(), stats=stats, drafter=drafter, **settings,
             send=lambda text, **media: iter_of(text, media, pieces),
         )  # fmt: skip
 
@@ -212,6 +217,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(hub, "resolve", tmp_path)
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
+    fake(measuring, "drafting")
     fake(measuring, "label", {})
     fake(rival, "mlx_lm_program")
     fake(cli_report, "draw_bench")
@@ -306,6 +312,7 @@ def test_every_rule_is_about_options_that_there_are(name: str) -> None:
         "generate x --raw --tools t", "generate x --raw --image i", "generate x --raw --video v",
         "generate x --raw --pdf p", "generate x --allow-url", "generate x --image -",
         "generate x --pages 1",
+        "generate x --draft off --num-draft-tokens 2", "chat --draft off --num-draft-tokens 2",
         "generate x --no-think --show-thoughts", "chat x --demo", "chat x --image -",
         "chat x --allow-url -p hi", "chat x --no-think --think-budget 5", "sessions a --remove b",
     ],
@@ -337,6 +344,12 @@ def test_the_choices_are_those_of_the_quantizer() -> None:
     hints = get_type_hints(convert_commands.convert)
     assert get_args(get_args(hints["bits"])[0]) == BITS
     assert get_args(hints["group_size"]) == GROUP_SIZES
+
+
+def test_the_choices_of_drafts_are_those_of_the_engine() -> None:
+    assert get_args(get_args(options.Draft)[0]) == MODES
+    numbers = get_args(options.NumDraftTokens)[1]
+    assert (numbers.min, numbers.max) == (1, MAX_DRAFTS)
 
 
 def test_the_choices_of_chat_are_those_of_a_conversation(demo: Any) -> None:

@@ -3,23 +3,28 @@ the files again."""
 
 import inspect
 import os
+import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import MagicMock
 
+import mlx.core as mx
 import pytest
 from test_cli_report import fake_plan
 
 from qwen35_mlx.cli import main, report
-from qwen35_mlx.convert import plan
+from qwen35_mlx.convert import fidelity, plan, plots
 from qwen35_mlx.convert import report as page
 from qwen35_mlx.convert.fit import FitResult, MacBudget, budget_lines
 from qwen35_mlx.convert.mac_models import find_macs
 from qwen35_mlx.convert.report import family_source
 from qwen35_mlx.family import FAMILY
 from qwen35_mlx.memory import MemoryCount
+from qwen35_mlx.quant.divergence import Divergence
 
 PAGES = Path(__file__).parent / "pages"
 
@@ -86,14 +91,14 @@ def test_a_plan_and_a_conversion(console: Any) -> None:
 
 
 def test_sessions(console: Any, in_utc: None) -> None:
-    common: dict[str, Any] = dict(saved=86_400.0 * 365 + 62, problem="")
+    common: dict[str, Any] = dict(saved=86_400.0 * 365 + 62, problem="", num_pictures=0)
     infos: list[Any] = [
         SimpleNamespace(
             name="trip", num_turns=1, first_words="Where [to]?\x07", num_bytes=1_234_567, **common
         ),
         SimpleNamespace(
             name="a longer name", num_turns=12, first_words="word " * 30, num_bytes=98_765_432_100,
-            **common,
+            **common | dict(num_pictures=3),
         ),
         SimpleNamespace(
             name="old", num_turns=0, first_words="", num_bytes=0,
@@ -201,3 +206,63 @@ def test_what_a_fit_spends(memory_gib: int) -> None:
         )  # fmt: skip
     lines = [line for prefer in choices for line in budget_lines(budget, prefer, choices)]
     check(f"fit-{memory_gib}", "\n".join(lines) + "\n")
+
+
+class Drawn:
+    """In place of a picture: what is drawn on it, a line each."""
+
+    def __init__(self) -> None:
+        self.parts = {name: MagicMock() for name in ("figure", "left", "right")}
+
+    @contextmanager
+    def picture(self, file: Path, inches: tuple[float, float]) -> Iterator[Any]:
+        self.title = f"{file} {inches}"
+        yield tuple(self.parts.values())
+
+    def text(self) -> str:
+        lines = [self.title]
+        for name, part in self.parts.items():
+            lines += [f"{name}{str(call).removeprefix('call')}" for call in part.mock_calls]
+        return re.sub(r" id='\d+'", "", "\n".join(lines)) + "\n"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    drawn = Drawn()
+    for module in (plots, page, fidelity):
+        monkeypatch.setattr(module, "picture", drawn.picture)
+    return drawn
+
+
+def test_a_picture_of_a_plan(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MACS", find_macs("M4 Max"))
+    page.draw(plan(family_source("Qwen3.5-27B"), bits=4), Path("plan.png"))
+    check("picture-plan", drawn.text())
+
+
+@pytest.mark.parametrize("with_peer", [False, True])
+def test_a_picture_of_speeds(drawn: Drawn, with_peer: bool) -> None:
+    rows = [bench_row(512, 87.5, None), bench_row(32_768, 43.25, 66.4)]
+    for row in rows if with_peer else ():
+        row["mlx_lm"] = bench_row(row["context"], 40.5, None)
+    result = dict(model="a/b", bits_per_weight=4.5012, machine="Apple M3 Ultra", contexts=rows)
+    report.draw_bench(result, Path("speed.png"))
+    check(f"picture-speeds{'-with-a-peer' if with_peer else ''}", drawn.text())
+
+
+def test_a_picture_and_lines_of_errors(drawn: Drawn) -> None:
+    tokens = Divergence()
+    p = mx.array([[0.0, 1.0, 2.0], [2.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    tokens.add(p, p * 0.75, mx.array([2, 0, -1]))
+    layers = tuple(
+        fidelity.LayerError(i, kind, 0.01 * (i + 1), 0.03 * (i + 1))
+        for i, kind in enumerate(["linear_attention", "linear_attention", "full_attention"])
+    )
+    sides: list[Any] = [
+        SimpleNamespace(bits_per_weight=bits, nbytes=int(bits * 10**9)) for bits in (16.0, 4.5)
+    ]
+    found = fidelity.Report(*sides, layers, tokens)
+    fidelity.plot(found, Path("errors.png"))
+    lines = [*fidelity.report_lines(found), ""]
+    text = re.sub(r"\d\.\d{5,}", lambda m: f"{float(m[0]):.4f}", drawn.text())
+    check("errors", "\n".join(lines) + re.sub(r"e-\d+", "e", text))

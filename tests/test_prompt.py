@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen35_mlx.errors import PromptError
-from qwen35_mlx.prompt import check_ids, check_length, encode_prompt
+from qwen35_mlx.prompt import _plain, check_ids, check_length, encode_prompt
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -92,3 +92,13 @@ def test_lengths_and_ids_at_the_edge() -> None:
     for ids in ([3, 10], [-1]):
         with pytest.raises(PromptError, match=rf"got: {ids[-1]}\n"):
             check_ids(ids, 10)
+
+
+def test_a_template_sees_plain_values_alone(demo: Any) -> None:
+    class Odd:
+        secret = "x"
+
+    value = {"a": (1, 2.5, None, True), Odd(): np.array([[1, 2]]), "b": mx.array(3), "c": Odd()}
+    expected = {"a": [1, 2.5, None, True], "<Odd>": [[1, 2]], "b": 3, "c": "<Odd>"}
+    assert _plain(value) == expected
+    assert _plain("text") == "text"

@@ -143,7 +143,7 @@ def test_sizes_of_the_family(name: str, billions: float, tower_millions: float) 
     planned = plan(family_source(f"Qwen3.5-{name}"))
     text = sum(entry.num_parameters for entry in planned.text_entries)
     assert text / 1e9 == pytest.approx(billions, rel=0.012)
-    tower = sum(e.num_parameters for e in planned.entries if e.name.startswith("vision_tower."))
+    tower = sum(e.num_parameters for e in planned.entries if e.module.startswith("vision_tower."))
     assert tower / 1e6 == pytest.approx(tower_millions, abs=0.1)
 
 

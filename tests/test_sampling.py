@@ -254,3 +254,16 @@ def test_a_token_takes_no_more_dispatches_than_mlx_lms(params: SamplingParams) -
     draw_theirs = make_sampler(params.temperature, params.top_p, params.min_p, top_k=params.top_k)
     drawn = draw_theirs(theirs - mx.logsumexp(theirs, keepdims=True))
     assert dispatches <= Graph().finish(drawn, *mx.random.state).total()
+
+
+def test_a_penalty_from_now_on_counts_what_was_said_before() -> None:
+    sampler = Sampler(PRESETS["coding"].updated(temperature=0.0), mx.array([1]))
+    logits = mx.array([[0.0, 1.0, 0.9, 0.8]])
+    assert sampler(logits, 0).item() == 1
+    sampler.penalise_repeats(0.5, [1, 2])
+    drawn = []
+    for _ in range(3):
+        token = sampler(logits, 1)
+        sampler.accept(token)
+        drawn.append(int(token.item()))
+    assert drawn == [3, 1, 1]

@@ -30,7 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def new_chat(demo: Any, **options: Any) -> Chat:
-    return Chat(*demo, max_tokens=30, sampling=GREEDY, **options)
+    return Chat(*demo, max_tokens=10, sampling=GREEDY, **options)
 
 
 def ask(chat: Chat, text: str) -> str:

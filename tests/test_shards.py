@@ -120,9 +120,9 @@ def test_a_file_gets_its_name_only_when_every_byte_is_there(tmp_path):
     assert_whole(path, writer.finish())
 
 
-def test_headers_count_for_the_text_model_where_they_name_any_of_it(tmp_path, monkeypatch):
+def test_headers_count_where_they_name_any_of_what_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["qwen35_mlx.convert.plan"], "MAX_SHARD_BYTES", 100_000)
-    write_checkpoint(tmp_path / "src", vision=True, mtp=True)
+    write_checkpoint(tmp_path / "src", vision=True)
     planned = plan(tmp_path / "src")
     header_bytes = []
     for file in convert(tmp_path / "src", tmp_path / "out").glob("*.safetensors"):

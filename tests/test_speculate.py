@@ -1,6 +1,5 @@
 """Drafts change no text and no cache, bit by bit: however many, from wherever, cut wherever."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,12 +14,11 @@ from shown import shape
 import qwen35_mlx
 from qwen35_mlx import Chat
 from qwen35_mlx.convert import convert
-from qwen35_mlx.engine import exact_rows, speculate
+from qwen35_mlx.engine import exact_rows, prompt_cache
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.sampler import Sampler
-from qwen35_mlx.engine.speculate import LOOKUP, MAX_DRAFTS, MTP, Drafter
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.engine.speculate import LOOKUP, MTP, NOT_EXACT, Drafter
 from qwen35_mlx.kernels.tiers import OPERATIONS, with_kernels
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
@@ -163,25 +161,13 @@ def test_a_penalty_that_changes_in_a_round_counts_from_the_same_token(random_mod
     assert_equal(read(random_model, ids, drafter, change=change), plain)
 
 
-def test_a_text_that_repeats_is_looked_up(demo: Any) -> None:
-    model, tokenizer = demo
-    ids = tokenizer.encode("one two three four five six. one two three")
-    drafter = Drafter(model, LOOKUP, 4)
-    last = mx.array([ids[-1]])
-    cache = PromptCache(model, ids[:-1], model.make_cache())
-    found = drafter.propose(cache, last, Sampler(GREEDY, last), 7)
-    start = len(tokenizer.encode("one two three"))
-    assert found is not None and found.tolist() == ids[start : start + 4]
-    assert drafter.propose(cache, mx.array([2]), Sampler(GREEDY, last), 7) is None
-    assert drafter.propose(cache, last, Sampler(GREEDY, last), 0) is None
-
-
 def test_lookup_changes_no_text_and_says_which_tokens_were_drafted(demo: Any) -> None:
-    text = "a b c d e f g h " * 8
-    settings: dict[str, Any] = {"max_tokens": 40, "seed": 2}
-    plain = list(qwen35_mlx.stream_generate(*demo, text, draft="off", **settings))
+    # The demo says the same again and again.
+    messages = [{"role": "user", "content": "Spell: garden"}]
+    settings: dict[str, Any] = {"max_tokens": 40, "temperature": 0.0, "enable_thinking": False}
+    plain = list(qwen35_mlx.stream_generate(*demo, messages, draft="off", **settings))
     settings |= {"draft": "lookup", "num_draft_tokens": 5}
-    ours = list(qwen35_mlx.stream_generate(*demo, text, **settings))
+    ours = list(qwen35_mlx.stream_generate(*demo, messages, **settings))
     assert [r.token for r in ours] == [r.token for r in plain]
     assert [r.finish_reason for r in ours] == [r.finish_reason for r in plain]
     assert any(r.from_draft for r in ours) and not any(r.from_draft for r in plain)
@@ -267,56 +253,89 @@ def test_a_session_keeps_what_the_mtp_layer_has_read(demo: Any, tmp_path: Path) 
     assert resumed.drafter.stats.acceptance(MTP)[0] > 0.6
 
 
-def test_kinds_of_drafts_that_are_refused(demo: Any, scripted: Any) -> None:
-    with pytest.raises(Qwen35Error, match="unknown kind of drafts"):
-        Drafter(demo[0], "eagle")
-    for number in (0, 8, -1):
-        with pytest.raises(Qwen35Error, match="num_draft_tokens is not usable"):
-            Drafter(demo[0], MTP, number)
-    assert MAX_DRAFTS == 7
-    with pytest.raises(Qwen35Error, match="has no MTP layer"):
-        Drafter(scripted([5], vocab_size=16), MTP)
+def interrupted(model: Model, where: str) -> PromptCache:
+    """A cache after Ctrl-C inside of the second round of a text."""
+    cache = PromptCache(model)
+    prompt = [3, 1, 4, 1, 5]
+    hidden = cache.read(prompt, marks=[len(prompt)])
+    said = read(model, prompt, None, num_tokens=20)[0]
+    drafter = Wrong(model, said, len(prompt), 6)
+    assert hidden is not None
+    sampler = Sampler(GREEDY, mx.array(prompt), seed=7)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for count, _ in enumerate(decode(cache, hidden, sampler, 20, drafter), 1):
+            if count == 2:
+                interrupt(patch, cache, where)
+    return cache
 
 
-def test_drafting_stops_where_it_does_not_pay_and_is_tried_again(demo: Any) -> None:
-    drafter = Drafter(demo[0], MTP)
-    assert drafter._best_number() == 0
+def interrupt(patch: pytest.MonkeyPatch, cache: PromptCache, where: str) -> None:
+    def append(ids: list[int], token: int) -> None:
+        raise KeyboardInterrupt
+
+    def accept(entries: list[Any], number: int) -> None:
+        for entry in entries[:2]:
+            entry.accept(number)
+        raise KeyboardInterrupt
+
+    if where == "commit":
+        ids = type("Ids", (list,), {"append": append})(cache.ids)
+        patch.setattr(cache, "_ids", ids)
+    else:
+        patch.setattr(prompt_cache, "accept", accept)
+
+
+@pytest.mark.parametrize("where", ["commit", "accept"])
+def test_ctrl_c_inside_of_a_round_leaves_layers_that_agree(random_model: Model, where: str) -> None:
+    cache = interrupted(random_model, where)
+    cache._ids = list(cache._ids)
+    cache.rewind(len(cache.ids))
+    fresh = PromptCache(random_model)
+    fresh.read(cache.ids[:5])
+    for token in cache.ids[5:]:
+        fresh.step(mx.array([token]))
+        fresh.commit(token)
+    # Two tokens were said, and before layers were told so nothing of them is certain.
+    assert len(cache.ids) == (7 if where == "commit" else 5)
+    assert_equal(([], cache), ([], fresh))
+
+
+def test_drafts_are_switched_in_a_chat_and_its_text_goes_on(demo: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 8, "sampling": {"temperature": 0.0}}
+    options |= {"enable_thinking": False}
+
+    def talk(*modes: str) -> Iterator[tuple[Any, ...]]:
+        chat = Chat(*demo, **options)
+        for mode, question in zip(modes, [*QUESTIONS, *QUESTIONS], strict=True):
+            chat.set_draft(mode, None if mode == "off" else 3)
+            # Behind another chat that drafts otherwise, with the same prefixes.
+            other = Chat(*demo, store=chat.prefixes, draft="off", **options)
+            other.messages = list(chat.messages)
+            text = "".join(piece.text for piece in chat.send(question))
+            list(other.send("Who are you?"))
+            assert chat._cache is not None
+            yield text, list(chat._cache.ids), states(chat._cache)
+        if modes[-1] == "mtp":
+            # What was not read along makes drafts worse at first, and not for good.
+            assert chat.drafter.stats.acceptance(MTP)[0] > 0.5
+
+    for ours, plain in zip(talk("mtp", "off", "lookup", "mtp"), talk(*["off"] * 4), strict=True):
+        assert ours[:2] == plain[:2]
+        assert all(mx.array_equal(a, b).item() for a, b in zip(ours[2], plain[2], strict=True))
+
+
+def test_a_drafter_goes_from_call_to_call(demo: Any) -> None:
+    drafter = Drafter(demo[0], MTP, 2)
+    settings: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "draft": drafter}
+    counts = []
     for _ in range(2):
-        drafter.record(1.0)
-    assert drafter._best_number() == 1
-    # Two right of two at half the price a token: deeper is tried.
-    for _ in range(2):
-        drafter._kind = MTP
-        drafter.record(1.1, 1, 1)
-    assert drafter._best_number() == 2
-    for _ in range(2):
-        drafter._kind = MTP
-        drafter.record(9.0, 2, 2)
-    assert drafter._best_number() == 1
-    for _ in range(speculate.REMEMBERED_PASSES):
-        drafter._kind = MTP
-        drafter.record(3.0, 1, 0)
-    assert drafter._best_number() == 0
-    drafter._kind = ""
-    for _ in range(speculate.PAUSE_TOKENS - 1):
-        drafter.record(1.0)
-        assert drafter._best_number() == 0
-
-
-def test_drafts_that_are_never_right_are_said_once(
-    demo: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    drafter = Drafter(demo[0], MTP)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3 * speculate.HOPELESS_AFTER):
-            drafter._kind = MTP
-            drafter.record(1.0, 2, 0)
-    assert drafter.is_hopeless and drafter._best_number() == 0
-    assert [r.message for r in caplog.records] == [speculate.HOPELESS]
+        said = list(qwen35_mlx.stream_generate(*demo, "The capital of", **settings))
+        counts.append((len(said), drafter.stats.num_passes))
+    assert counts[0][0] == counts[1][0] == 6 and counts[1][1] == 2 * counts[0][1] > 0
 
 
 def test_on_a_gpu_drafts_are_read_by_kernels_that_give_the_same_bits_alone(
-    demo: Any, monkeypatch: pytest.MonkeyPatch
+    demo: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, tried = demo[0], []
 
@@ -331,12 +350,16 @@ def test_on_a_gpu_drafts_are_read_by_kernels_that_give_the_same_bits_alone(
     assert exact_rows._exact_rows_of(model) == 1 and not tried
     last = mx.array([5])
     cache = PromptCache(model, [5, 5, 5, 5, 5, 5])
-    assert Drafter(model, LOOKUP, 4).propose(cache, last, Sampler(GREEDY, last), 7) is None
+    drafter = Drafter(model, LOOKUP, 4)
+    assert drafter.propose(cache, last, Sampler(GREEDY, last), 7) is None
+    assert [r.message for r in caplog.records] == [NOT_EXACT]
+    # Nor is anything read for them.
+    assert not Drafter(model).uses_mtp and len(caplog.records) == 1
     del model._exact_rows
     monkeypatch.setattr(model, "kernels", with_kernels())
     assert exact_rows._exact_rows_of(model) == 4 and tried == [8, 4]
     found = Drafter(model, LOOKUP, 4).propose(cache, last, Sampler(GREEDY, last), 7)
-    assert found is not None and len(found) == 1
+    assert found is not None and len(found) == 3
     del model._exact_rows
 
 

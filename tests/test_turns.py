@@ -211,10 +211,10 @@ def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
 def test_an_edit_in_a_long_message_goes_back_to_a_point_inside(
     demo: Any, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qwen35_mlx.engine.prefix_store, "PREFILL_STEP_SIZE", 64)
+    monkeypatch.setattr(qwen35_mlx.engine.prefix_store, "PREFILL_STEP_SIZE", 32)
     model, tokenizer = demo
     chat = Chat(model, tokenizer)
-    words = "word and other " * 200
+    words = "word and other " * 100
     script.say("a\n</think>\n\nb", "a\n</think>\n\nb")
     list(chat.send(words + "one"))
     assert 1 < chat.prefixes.num_snapshots <= 10
@@ -305,19 +305,6 @@ def test_the_coding_preset_does_not_stop_repetition(demo: Any, script: Script) -
     chat.set_on_loop(None)
     chat.preset = "instruct"
     assert chat.loop_action == "stop"
-
-
-def test_a_penalty_from_now_on_counts_what_was_said_before() -> None:
-    sampler = Sampler(PRESETS["coding"].updated(temperature=0.0), mx.array([1]))
-    logits = mx.array([[0.0, 1.0, 0.9, 0.8]])
-    assert sampler(logits, 0).item() == 1
-    sampler.penalise_repeats(0.5, [1, 2])
-    drawn = []
-    for _ in range(3):
-        token = sampler(logits, 1)
-        sampler.accept(token)
-        drawn.append(int(token.item()))
-    assert drawn == [3, 1, 1]
 
 
 def test_presets_follow_the_mode(demo: Any) -> None:
@@ -450,3 +437,54 @@ def test_a_little_memory_costs_reading_but_no_truth(demo: Any) -> None:
 
 def test_pieces_are_tuples_of_kind_and_text() -> None:
     assert Piece("answer", "x") == ("answer", "x", None)
+
+
+def test_a_loop_is_penalised_more_each_time(
+    demo: Any, scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = demo[1]
+    penalties: list[tuple[float, int]] = []
+    penalise = Sampler.penalise_repeats
+
+    def recorded(sampler: Sampler, penalty: float, ids: Any) -> None:
+        penalties.append((penalty, len(ids)))
+        penalise(sampler, penalty, ids)
+
+    monkeypatch.setattr(Sampler, "penalise_repeats", recorded)
+    # The penalty is far below what the model is sure of.
+    model = scripted(tokenizer.encode("I will not talk in class. " * 300), context_length=16_384)
+    chat = Chat(
+        model, tokenizer, enable_thinking=False, on_loop="penalize", max_tokens=1800,
+        sampling={"presence_penalty": 0.5, "temperature": 0.0},
+    )  # fmt: skip
+    list(chat.send("Why?"))
+    assert [penalty for penalty, _ in penalties] == [0.5 + i + 1 for i in range(len(penalties))]
+    assert chat.stats.loops == len(penalties) > 1 and chat.stats.finish_reason == "length"
+    # Of the answer, not of the prompt.
+    first, second = (num for _, num in penalties[:2])
+    assert 100 < first < second - 100 < 1800
+    with pytest.raises(Qwen35Error, match="on_loop"):
+        Chat(*demo, on_loop="shout")
+
+
+def test_a_thought_that_cannot_be_closed_any_more_is_cut(demo: Any, script: Script) -> None:
+    model, tokenizer = demo
+    num_end = len(tokenizer.encode("\n</think>\n\n", add_special_tokens=False))
+    for room, reason in ((num_end, "length"), (num_end + 1, "length")):
+        chat = Chat(model, tokenizer, think_budget=20, max_tokens=20 + room)
+        script.say("so it goes on and on " * 50, end=False)
+        pieces = list(chat.send("Why?"))
+        assert chat.stats.finish_reason == reason
+        assert chat.stats.generation_tokens == (20 if room == num_end else 20 + room)
+        assert bool(spoken(pieces)) == (room > num_end)
+
+
+def test_the_presets_decide_on_loops_unless_told(demo: Any) -> None:
+    chat = Chat(*demo, preset="coding")
+    assert chat.loop_action == "off"
+    chat.set_on_loop("stop")
+    assert chat.loop_action == "stop"
+    chat.set_on_loop(None)
+    assert chat.loop_action == "off"
+    chat.preset = "instruct"
+    assert chat.loop_action == "stop"

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import write_checkpoint
 
-from qwen35_mlx.convert import plan, tasks, worker
+from qwen35_mlx.convert import convert, plan, tasks, worker
 from qwen35_mlx.convert.journal import Journal
 from qwen35_mlx.convert.tasks import cut
 from qwen35_mlx.convert.worker import Worker
@@ -38,9 +38,10 @@ class Shelf:
         self.is_stopped = True
 
 
+@pytest.mark.parametrize("in_main", [False, True], ids=["threads", "GPU"])
 @pytest.mark.parametrize("flush_bytes", [1, 2**30])
 def test_a_file_is_released_once_when_all_of_its_tasks_are_in_the_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_bytes: int, in_main: bool
 ) -> None:
     write_checkpoint(tmp_path / "src", moe=True, num_shards=3)
     monkeypatch.setattr(tasks, "SLICE_BYTES", 50 * 128 * 2)
@@ -53,7 +54,10 @@ def test_a_file_is_released_once_when_all_of_its_tasks_are_in_the_journal(
     def progress(done: int, total: int, tensor: str, file: str) -> None:
         states.append(tensor)
 
-    checksums = Worker(planned, todo, tmp_path / "work", shelf.journal, shelf, progress, None).run()
+    work = Worker(planned, todo, tmp_path / "work", shelf.journal, shelf, progress, None)
+    assert work.in_main == (mx.default_device() == mx.Device(mx.gpu))
+    work.in_main = in_main
+    checksums = work.run()
     assert shelf.order == [file.name for file in planned.source.files]
     assert shelf.released.keys() == set(shelf.order) and shelf.is_stopped
     for file, finished in shelf.released.items():
@@ -63,3 +67,6 @@ def test_a_file_is_released_once_when_all_of_its_tasks_are_in_the_journal(
     assert states.count("fetching") == 3
     assert checksums.keys() == {"model.safetensors"}
     assert len(mx.load(str(tmp_path / "work" / "model.safetensors"))) > 50
+    assert len(checksums["model.safetensors"]) == 64
+    whole = convert(tmp_path / "src", tmp_path / "out") / "model.safetensors"
+    assert (tmp_path / "work" / "model.safetensors").read_bytes() == whole.read_bytes()

@@ -6,7 +6,8 @@ weights and pictures, in turns in one process; of the twelve blocks, which are a
 run. Seconds are those of the processor: others may be at work. MLX's matrix products on Linux are
 many times faster with OpenBLAS (LD_PRELOAD). mlx-vlm makes all scores at once: 8 GB at 1824 x 1824
 pixels, and a crash of MLX's CPU backend at 2048 x 2048, beyond 2^31 of them; ours runs that alone.
-Ends with one JSON line.
+`pixels` compares preparation with the official one, `demo` counts the pictures that the demo names,
+`chat` the tokens and pictures that turns read, `fuzz` opens damaged files. Ends with one JSON line.
 """
 
 import argparse
@@ -20,17 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz_media
 import mlx.core as mx
 import numpy as np
+from bench_vision_chat import SOURCE, measure
+from bench_vision_demo import pictures_right_by_bits
 from label import label
 from mlx.utils import tree_flatten
 
 from qwen35_mlx.config import VisionConfig
+from qwen35_mlx.convert import convert
 from qwen35_mlx.model.vision import VisionTower
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 GATE = 6e-4
+ZERO = ("encoded_twice", "resumed_tokens", "resumed_encoded", "fuzz_failures")
 NUM_CHECKPOINTS = 20
 SIDES, ALONE = (1344, 1824), 2048
 # Of the 0.8B model.
@@ -143,10 +149,49 @@ def measured(
     return clock() - begun, mx.get_peak_memory() - before, features
 
 
+def pixels_equal(options: argparse.Namespace) -> dict[str, Any]:
+    """Whether the patches have every bit of the official ones: of sizes, modes, orientations."""
+    from live import test_live_media as tests
+
+    checks: list[tuple[Callable[[Any], None], Any]] = [
+        *((tests.test_sizes, size) for size in tests.SIZES),
+        *((tests.test_modes, mode) for mode in tests.MODES),
+        *((tests.test_exif, orientation) for orientation in range(1, 9)),
+    ]
+    different = []
+    for check, value in checks:
+        try:
+            check(value)
+        except AssertionError:
+            different.append(value)
+    print(f"pixels: {len(checks)} pictures, different: {different or 'none'}")
+    return {"pixels_equal": not different, "pixels_compared": len(checks)}
+
+
+def of_the_demo(options: argparse.Namespace) -> dict[str, Any]:
+    """Pictures that the demo names."""
+    return pictures_right_by_bits()
+
+
+def of_a_chat(options: argparse.Namespace) -> dict[str, Any]:
+    """What turns with pictures read."""
+    with tempfile.TemporaryDirectory() as work:
+        return measure(convert(SOURCE, Path(work) / "demo", bits=4))
+
+
+def fuzz(options: argparse.Namespace) -> dict[str, Any]:
+    """Damaged files that ended badly."""
+    return {"fuzz_failures": fuzz_media.main(options.files, options.seed)}
+
+
 # Name on the command line -> what gives its keys of the JSON line.
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "logits": logits_over_std,
+    "pixels": pixels_equal,
+    "demo": of_the_demo,
+    "chat": of_a_chat,
+    "fuzz": fuzz,
     "encode": encode,
+    "logits": logits_over_std,
 }
 
 
@@ -159,6 +204,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="of twelve")
     parser.add_argument("--sides", type=int, nargs="+", default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--files", type=int, default=10_000, help="to fuzz")
     options = parser.parse_args()
     results: dict[str, Any] = {}
     for name in options.parts or PARTS:
@@ -169,6 +215,10 @@ def main() -> None:
     good = (
         results.get("logits_over_std", 0) <= GATE
         and not results.get("mistakes_missed")
+        and results.get("pixels_equal", True)
+        and min(results.get(f"pictures_right_{n}bit", 1) for n in (16, 4)) >= 0.98
+        and results.get("prefilled_over_new_max", 0) <= 8
+        and not any(results.get(name) for name in ZERO)
         and results.get("encode_time_vs_mlx_vlm", 1) >= 1
         and results.get("encode_peak_vs_mlx_vlm", 0) <= 0.5
     )

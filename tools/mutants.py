@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import queue
@@ -34,6 +35,8 @@ MIN_KILL_RATE = 0.9
 EVERYDAY, ALL = "not slow and not live", "not live"
 # Start of pytest, and a machine that does something else meanwhile.
 EXTRA_SECONDS, SLOWDOWN = 30, 5
+# Looks at every module without naming it in an import.
+TESTS_OF_ALL = "tests/test_numbers.py"
 # A mutant may ask for any amount of disk and memory.
 MAX_FILE_BYTES = 4 * 10**9
 MAX_MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
@@ -185,10 +188,16 @@ class Reach:
         self.starting = {name for name in self.seconds if _file_of(name) in starters}
 
     def tests_of(self, site: Site) -> list[set[str]]:
-        """The tests that run the statement, and then the others of its module."""
+        """The tests that run the statement, and then the others of its module.
+
+        What runs at an import, mostly constants, has tests that look at all modules first.
+        """
         source = (self.root / site.file).read_text("utf-8")
-        lines = lines_in_function(source, site.mutant.line) or ()
-        first = set().union(*(self.by_line[site.file, line] for line in lines))
+        lines = lines_in_function(source, site.mutant.line)
+        if lines is None:
+            first = {name for name in self.seconds if _file_of(name) == TESTS_OF_ALL}
+        else:
+            first = set().union(*(self.by_line[site.file, line] for line in lines))
         importers = self.imported_by[site.file]
         others = {name for name in self.seconds if _file_of(name) in importers}
         return [first, (self.by_file[site.file] | others | self.starting) - first]
@@ -326,7 +335,25 @@ def record(places: Sequence[Workplace]) -> dict[str, Any]:
     with ThreadPoolExecutor(len(places)) as pool:
         parts = list(pool.map(Workplace.record, places, shares))
     tests = {name: test for part in parts for name, test in part["tests"].items()}
-    return {"tests": tests, "failed": sorted(name for part in parts for name in part["failed"])}
+    failed = sorted(name for part in parts for name in part["failed"])
+    return {"tree": tree_digest(), "tests": tests, "failed": failed}
+
+
+def known_record(file: Path | None) -> dict[str, Any] | None:
+    """What the file holds, if it was recorded on these sources."""
+    if file is None or not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found if found["tree"] == tree_digest() else None
+
+
+def tree_digest() -> str:
+    """Of the product and the tests."""
+    digest = hashlib.sha256()
+    for file in [*product_files(ROOT, ""), *sorted((ROOT / "tests").rglob("*.*"))]:
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def run_all(sites: Sequence[Site], reach: Reach, places: Sequence[Workplace]) -> list[Result]:
@@ -394,7 +421,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="copies that run side by side")
     parser.add_argument("--only", nargs="+", default=[], help="files or folders of the product")
     parser.add_argument("--all", action="store_true", help="run the slow tests too")
-    parser.add_argument("--record", type=Path, help="file of what the tests run; read if there")
+    parser.add_argument("--record", type=Path, help="keep what the tests run in a file")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
 
@@ -415,9 +442,8 @@ def main() -> None:
         marker = ALL if arguments.all else EVERYDAY
         places = [Workplace(Path(scratch, str(job)), marker) for job in jobs]
         places[0].check()
-        if arguments.record and arguments.record.exists():
-            recorded = json.loads(arguments.record.read_text("utf-8"))
-        else:
+        recorded = known_record(arguments.record)
+        if recorded is None:
             print("the tests without a mutant first", flush=True)
             recorded = record(places)
             if arguments.record:

@@ -15,7 +15,8 @@ import mlx.core as mx
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from metal.emulator import Launch, emulated
 
-from qwen35_mlx.config import FULL, LINEAR, ModelConfig
+from qwen35_mlx.checkpoint.names import is_mtp
+from qwen35_mlx.config import LINEAR, ModelConfig
 from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.convert.mac_models import activation_bytes
 from qwen35_mlx.convert.plan import Plan
@@ -37,9 +38,6 @@ CONTEXT = 4096
 # Distinct experts of T tokens, 10 of 512 each, where consecutive tokens share a quarter of theirs:
 # measured for two tokens, extended from there.
 OVERLAPPING = (10, 17.5, 24.1, 30.2, 35.9)
-# What the converter gives the MTP layer: 4 bits in groups of 64, scale and bias in 16 bits each,
-# and 8 for its first matrix.
-MTP_BITS, MTP_FIRST_BITS = 4.5, 8.5
 
 
 class Round(NamedTuple):
@@ -100,15 +98,17 @@ def round_of(plan: Plan, num_drafts: int, context: int = CONTEXT) -> Round:
 
 
 def draft_bytes(plan: Plan) -> int:
-    """Of one draft: the MTP layer, as a full attention layer of the model, and the head."""
+    """Of one draft: the MTP layer with the experts that one token takes, and the head."""
     config = plan.config
-    layer = config.layer_types.index(FULL)
-    layer_entries = [e for e in plan.text_entries if f".layers.{layer}." in e.module]
-    read = sum(e.num_parameters * read_share(config, e.module) for e in layer_entries)
-    first = 2 * config.hidden_size**2
+    layer = 0.0
+    for entry in plan.entries:
+        if is_mtp(entry.module):
+            is_experts = ".switch_mlp." in entry.module
+            share = config.num_experts_per_tok / config.num_experts if is_experts else 1
+            layer += entry.output_bytes * share
     head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     head_bytes = sum(e.output_bytes for e in plan.text_entries if e.module.endswith(head))
-    return int(read * MTP_BITS / 8 + first * MTP_FIRST_BITS / 8) + head_bytes
+    return int(layer) + head_bytes
 
 
 def round_bytes() -> dict[str, list[dict[str, float]]]:

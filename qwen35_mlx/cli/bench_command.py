@@ -41,7 +41,8 @@ def bench(
     """Measure the speed of a model on this machine.
 
     At each length of the prompt: reading it (cold), reading a short message after it (warm), time
-    to the first token, decoding, and memory. The last line is JSON to share and to compare.
+    to the first token, decoding, and memory; with an MTP layer, decoding with drafts. The last
+    line is JSON to share and to compare.
     """
     from ..evaluation import bench as measuring
     from ..model import loading
@@ -51,7 +52,7 @@ def bench(
     folder = resolve(model)
     with spinner(f"Loading {model}"):
         needed = None if max_context is None else max_context + measuring.ROOM
-        loaded, _ = loading.load(folder, kernels=kernels, context=needed)
+        loaded, tokenizer = loading.load(folder, kernels=kernels, context=needed)
         programs = {measuring.OURS: lambda: measuring.our_conversation(loaded)}
         if vs_mlx_lm:
             from ..evaluation.rival import mlx_lm_program
@@ -60,10 +61,13 @@ def bench(
     sizes = measuring.contexts(loaded.config, max_context)
     with step_progress("Measuring") as progress:
         rows = measuring.bench(loaded, programs, sizes, runs, progress)
+    with spinner("Measuring drafts"):
+        drafts = measuring.drafting(loaded, tokenizer, runs)
     result = measuring.label(folder, model) | {
         "kernels": kernels,
         "median_of": runs,
         "contexts": rows,
+        "drafts": drafts,
     }
     from .report import draw_bench, print_bench
 

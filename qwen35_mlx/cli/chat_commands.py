@@ -86,8 +86,11 @@ def chat(
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     presence_penalty: options.Presence = None,
+    frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
     seed: options.Seed = None,
+    draft: options.Draft = "auto",
+    num_draft_tokens: options.NumDraftTokens = None,
     kernels: options.Kernels = "auto",
     context: options.RunContext = None,
     force: options.Force = False,
@@ -122,7 +125,8 @@ def chat(
         if name is None:
             name = bundled_demo()
         with spinner(f"Loading {name}"):
-            loaded, tokenizer = load(name, kernels=kernels, context=context, force=force)
+            mtp = options.LOADS_MTP.get(draft)
+            loaded, tokenizer = load(name, kernels=kernels, context=context, force=force, mtp=mtp)
     conversation = Chat(
         loaded,
         tokenizer,
@@ -134,6 +138,8 @@ def chat(
         preset=preset or ("checkpoint" if is_demo else "auto"),
         sampling={"seed": seed, **sampling},
         on_loop=on_loop,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
     )
     view = ChatView(conversation, markdown=not plain, allow_url=allow_url)

@@ -193,6 +193,7 @@ class ChatView:
     def turn(self, reply: Callable[..., Generator["Piece", None, None]], *message: str) -> None:
         """Stream one answer, that of `reply(*message, progress)`."""
         with ExitStack() as stack:
+            stack.enter_context(terminal.held_warnings())
             if isinstance(self.reader, LineReader):
                 stack.enter_context(silent_keys())
             progress = stack.enter_context(token_progress())

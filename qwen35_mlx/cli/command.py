@@ -1,5 +1,6 @@
 """What all commands share: options without effect are refused, mistakes have no traceback."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ QUANTIZATION: list[Rule] = [
     (("--dtype", "--group-size"), ("--bits",)),
     (("--prefer",), BUDGETS),
 ]
+DRAFTS: Rule = (("--draft off", "--num-draft-tokens"), ())
 RULES: dict[str, list[Rule]] = {
     "convert": [
         *QUANTIZATION,
@@ -46,12 +48,14 @@ RULES: dict[str, list[Rule]] = {
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),
         (("--json", "--show-thoughts"), ()),
+        DRAFTS,
     ],
     "chat": [
         (("--demo", "MODEL"), ()),
         (("--no-think", "--think-budget"), ()),
         (("--image -",), ("--prompt",)),
         (("--allow-url", "--prompt"), ("--image",)),
+        DRAFTS,
     ],
     "sessions": [(("--remove", "NAME"), ())],
     "serve": [(("--demo", "MODEL"), ())],
@@ -66,7 +70,7 @@ class Command(TyperCommand):
     """A command of the program, run with its checks."""
 
     def invoke(self, ctx: Any) -> Any:
-        with user_errors():
+        with user_errors(), shown_warnings():
             refuse_unused(ctx)
             for parameter in self.params:
                 value = ctx.params.get(parameter.name)
@@ -80,6 +84,27 @@ class Command(TyperCommand):
             if sys.stdout:
                 sys.stdout.flush()
             return result
+
+
+class Remarks(logging.Handler):
+    """Shows what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from .terminal import warn
+
+        with suppress(OSError):
+            warn(record.getMessage())
+
+
+@contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Warnings of the package are remarks of the command."""
+    handler, log = Remarks(logging.WARNING), logging.getLogger(__package__.partition(".")[0])
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from . import options
 from .chat_commands import read_prompts
 
 if TYPE_CHECKING:
-    from ..chat.conversation import TurnStats
+    from ..chat.conversation import Chat, TurnStats
     from ..engine.output import Piece
 
 
@@ -61,7 +61,7 @@ def generate(
         typer.Option(
             "--json",
             help="Print one JSON object: text, thought, tool_calls, finish_reason, counts of "
-            "tokens and pictures, and times. Default: the text, as it is generated.",
+            "tokens, drafts and pictures, and times. Default: the text, as it is generated.",
         ),
     ] = False,
     max_tokens: options.MaxTokens = None,
@@ -70,6 +70,7 @@ def generate(
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     presence_penalty: options.Presence = None,
+    frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
     stop: Annotated[
         list[str] | None,
@@ -79,6 +80,8 @@ def generate(
         ),
     ] = None,
     seed: options.Seed = None,
+    draft: options.Draft = "auto",
+    num_draft_tokens: options.NumDraftTokens = None,
     kernels: options.Kernels = "auto",
     context: options.RunContext = None,
     force: options.Force = False,
@@ -102,10 +105,11 @@ def generate(
     from ..model.loading import load
     from .attachments import Attachments
     from .progress import spinner
-    from .terminal import note
+    from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
-        loaded, tokenizer = load(model, kernels=kernels, context=context, force=force)
+        mtp = options.LOADS_MTP.get(draft)
+        loaded, tokenizer = load(model, kernels=kernels, context=context, force=force, mtp=mtp)
     chat = Chat(
         loaded,
         tokenizer,
@@ -116,6 +120,8 @@ def generate(
         sampling={"seed": seed, **sampling},
         stop=stop or (),
         on_loop="off",
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
         # There is no second turn.
         store=PrefixStore(loaded, 0),
     )
@@ -128,9 +134,11 @@ def generate(
         with spinner("generating …"):
             parts = list(pieces)
         total_s = time.perf_counter() - started
-        print(json.dumps(answer_as_json(parts, chat.stats, total_s) | attached.counts()))
+        found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
+        print(json.dumps(found | attached.counts()))
         return
-    print_answer(pieces, show_thoughts)
+    with held_warnings():
+        print_answer(pieces, show_thoughts)
     if chat.stats.finish_reason == "length":
         note("the answer was cut: at --max-tokens, or because the context is full")
 
@@ -146,6 +154,7 @@ def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
         text,
         max_tokens=chat.max_tokens or LONG_ANSWER_TOKENS,
         stop=chat.stop,
+        draft=chat.drafter,
         **chat.sampling,
     )
     stats = chat.stats
@@ -154,6 +163,7 @@ def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
         stats.prefill_tps = response.prompt_tps
         stats.generation_tokens = response.generation_tokens
         stats.decode_tps = response.generation_tps
+        stats.draft_tokens += response.from_draft
         stats.finish_reason = response.finish_reason
         yield Piece("answer", response.text)
 
@@ -211,6 +221,16 @@ def answer_as_json(parts: Sequence["Piece"], stats: "TurnStats", total_s: float)
         "prefill_tps": stats.prefill_tps,
         "decode_tps": stats.decode_tps,
         "total_s": total_s,
+    }
+
+
+def drafts_as_json(chat: "Chat") -> dict[str, Any]:
+    """The part of the object of --json that is about drafts; shares are by depth."""
+    found = chat.drafter.stats
+    return {
+        "draft_tokens": chat.stats.draft_tokens,
+        "tokens_per_pass": found.tokens_per_pass,
+        "draft_acceptance": found.summary,
     }
 
 

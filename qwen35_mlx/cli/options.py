@@ -135,6 +135,12 @@ Presence = Annotated[
     float | None,
     typer.Option(help="Subtract this from the logits of tokens in the answer so far. 0: off."),
 ]
+Frequency = Annotated[
+    float | None,
+    typer.Option(
+        help="Subtract this from the logits of a token for each time it is in the answer. 0: off."
+    ),
+]
 Repetition = Annotated[
     float | None,
     typer.Option(help="Divide the logits of tokens in the text so far by this. 1: off."),
@@ -154,6 +160,20 @@ Kernels = Annotated[
         "metal: the kernels of this package. auto: the fastest that is right on this machine."
     ),
 ]
+Draft = Annotated[
+    Literal["auto", "off", "mtp", "lookup"],
+    typer.Option(
+        help="Guess further tokens, to read several in one pass; the text stays the same. "
+        "mtp: by the model's MTP layer. lookup: by what followed the same tokens before. "
+        "auto: both, as far as it is faster. off: do not."
+    ),
+]
+NumDraftTokens = Annotated[
+    int | None,
+    typer.Option(min=1, max=7, help="Guess this number of tokens. Default: what is fastest."),
+]
+# By --draft: whether to load the MTP layer. auto takes one that is quantized and fits.
+LOADS_MTP = {"off": False, "mtp": True, "lookup": False}
 
 
 Images = Annotated[

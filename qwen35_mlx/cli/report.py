@@ -120,7 +120,21 @@ def print_bench(result: dict[str, Any]) -> None:
         f"{result['new_tokens']}; medians of {result['median_of']}",
         "",
         *aligned(table),
+        *_drafts(result.get("drafts")),
     ])  # fmt: skip
+
+
+def _drafts(found: dict[str, Any] | None) -> list[str]:
+    """A line about answers with drafts; none without an MTP layer."""
+    if not found:
+        return []
+    shares = [
+        f"{kind} {' '.join(f'{share:.0%}' for share in by_depth)} right"
+        for kind, by_depth in found["acceptance"].items()
+    ]
+    speed = f"decode {found['decode_tps']:,.1f} with drafts, {found['plain_decode_tps']:,.1f} "
+    speed += f"without: {found['vs_plain']:.2f}x"
+    return ["", "; ".join([speed, f"{found['tokens_per_pass']:.2f} tokens a pass", *shares])]
 
 
 def _times(figures: dict[str, float]) -> tuple[str, ...]:

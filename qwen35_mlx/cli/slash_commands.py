@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..engine.speculate import AUTO as AUTO_DRAFT
+from ..engine.speculate import MODES, OFF
 from ..errors import Qwen35Error
 from ..sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 from . import terminal
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from .chat_view import ChatView
 
 NUMBERS: dict[str, Any] = {f.name: f.type for f in fields(SamplingParams)} | {"seed": int}
-OPTIONS = (*NUMBERS, "max_tokens", "image_tokens", "preset", "on_loop")
+DRAFTS = ("draft", "num_draft_tokens")
+OPTIONS = (*NUMBERS, "max_tokens", "image_tokens", "preset", "on_loop", *DRAFTS)
 KEYS = "Enter sends; Alt-Enter, Ctrl-J or \\ at the end of a line: a new line"
 
 
@@ -117,7 +120,7 @@ def set_thinking(view: "ChatView", rest: str) -> None:
 
 
 def set_option(view: "ChatView", rest: str) -> None:
-    """Change sampling, preset, longest answer or what a loop leads to."""
+    """Change sampling, preset, longest answer, what a loop leads to or drafts."""
     name, value = (*rest.split(None, 1), "", "")[:2]
     name = name.replace("-", "_")
     if name not in OPTIONS:
@@ -128,6 +131,13 @@ def set_option(view: "ChatView", rest: str) -> None:
         chat.preset = value or CHECKPOINT
     elif name == "on_loop":
         chat.set_on_loop(value or None)
+    elif name == "draft":
+        number = None if value == OFF else chat.num_draft_tokens
+        chat.set_draft(value or AUTO_DRAFT, number)
+    elif name == "num_draft_tokens":
+        if chat.draft == OFF and value:
+            raise Qwen35Error("nothing is drafted", hint="/set draft auto, mtp or lookup first")
+        chat.set_draft(chat.draft, _number(value or "0", int) or None)
     elif name == "max_tokens":
         chat.max_tokens = _number(value or "0", int) or None
     elif name == "image_tokens":
@@ -147,6 +157,7 @@ def show_stats(view: "ChatView", rest: str) -> None:
     chat = view.chat
     view.show_figures()
     terminal.note(settings(view))
+    terminal.note(draft_figures(view))
     used, length = chat.num_context_tokens(), chat.model.config.context_length
     terminal.note(f"context: {used:,} of {length:,} tokens, {100 * used // length} % full")
     store = chat.prefixes
@@ -155,6 +166,16 @@ def show_stats(view: "ChatView", rest: str) -> None:
         f"{store.memory_bytes / 1e6:,.0f} MB · read ahead {chat.stats.read_ahead_tokens} tokens"
         f" · thought {chat.stats.thought_tokens} tokens · session {view.session or 'not saved'}"
     )
+
+
+def draft_figures(view: "ChatView") -> str:
+    """Tokens a pass of this chat, and which share of the drafts was right by depth."""
+    stats = view.chat.drafter.stats
+    shares = [
+        f"{kind} {' '.join(f'{share:.0%}' for share in stats.acceptance(kind))} right"
+        for kind in stats.drafted
+    ]
+    return " · ".join([f"{stats.tokens_per_pass:.2f} tokens a pass", *(shares or ["no drafts"])])
 
 
 def save(view: "ChatView", rest: str) -> None:
@@ -183,9 +204,10 @@ def settings(view: "ChatView") -> str:
     budget = f", at most {chat.think_budget:,} tokens" if chat.think_budget else ""
     most = view.attached.image_tokens
     pictures = f" · pictures of at most {most:,} tokens" if most else ""
+    drafts = f" of {chat.num_draft_tokens} tokens" if chat.num_draft_tokens else ""
     return (
         f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.loop_action}"
-        f"{pictures}"
+        f" · drafts: {chat.draft}{drafts}{pictures}"
     )
 
 
@@ -223,9 +245,13 @@ COMMANDS = {
     ),
     "/set": SlashCommand(
         "NAME [VALUE]",
-        "temperature, top_p, preset and others; no VALUE: the default",
+        "temperature, preset, draft and others; no VALUE: the default",
         set_option,
-        (*OPTIONS, *(f"preset {name}" for name in (*PRESETS, AUTO, CHECKPOINT))),
+        (
+            *OPTIONS,
+            *(f"preset {name}" for name in (*PRESETS, AUTO, CHECKPOINT)),
+            *(f"draft {mode}" for mode in MODES),
+        ),
     ),
     "/stats": SlashCommand("", "show speed, settings, context and memory", show_stats),
     "/trim": SlashCommand("", "drop the oldest turns until half the context is free", trim),

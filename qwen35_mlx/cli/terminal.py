@@ -1,5 +1,8 @@
 """The two consoles: results go to stdout; errors and remarks go to stderr."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.theme import Theme
 
@@ -28,6 +31,31 @@ def print_error(error: BaseException) -> None:
 def note(text: str) -> None:
     """A remark that is no result."""
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
+
+
+_held: list[str] | None = None
+
+
+def warn(text: str) -> None:
+    """A warning of the package; it waits while an answer is written."""
+    if _held is None:
+        note(f"warning: {text}")
+    else:
+        _held.append(text)
+
+
+@contextmanager
+def held_warnings() -> Iterator[None]:
+    """Warnings come after the block: one in the middle of a line would break it."""
+    global _held
+    held: list[str] = []
+    _held = held
+    try:
+        yield
+    finally:
+        _held = None
+        for text in held:
+            warn(text)
 
 
 def can_draw(console: Console) -> bool:

@@ -1,8 +1,7 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-import time
 from collections.abc import Generator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -50,27 +49,25 @@ class Decoding:
         self.cache = cache
         self.sampler = sampler
         # The token `[1]` and the logits `[1, V]` it was drawn from.
-        self.token, self.logits = self._draw(hidden, len(cache.ids), forbidden=forbidden)
+        mask = {} if forbidden is None else {"forbidden": forbidden}
+        self.token, self.logits = self._draw(hidden, len(cache.ids), **mask)
 
     def _draw(
-        self,
-        hidden: mx.array,
-        place: int,
-        drafts: mx.array | None = None,
-        forbidden: mx.array | None = None,
+        self, hidden: mx.array, place: int, drafts: mx.array | None = None, **mask: Any
     ) -> tuple[mx.array, mx.array]:
         logits = self.cache.model.head(hidden)[0]
-        tokens = self.sampler(logits, place, drafts, forbidden)
+        tokens = self.sampler(logits, place, drafts, **mask)
         mx.async_eval(tokens)
         return tokens, logits
 
     def steps(self, max_tokens: int, drafter: Drafter | None = None) -> Generator[Step, None, None]:
         """See `decode`; once closed, another call goes on where this one ended."""
         cache, sampler = self.cache, self.sampler
+        if drafter:
+            drafter.begin()
         try:
             left = max_tokens
             while left:
-                started = time.perf_counter()
                 if left > 1:
                     # Not before it is certain that a token follows: a discarded one is not
                     # penalised.
@@ -82,7 +79,7 @@ class Decoding:
                         self.token, self.logits = self._draw(cache.step(read), len(cache.ids) + 1)
                     token_id = int(cast(int, read.item()))
                     if drafter:
-                        drafter.record(time.perf_counter() - started)
+                        drafter.record()
                     if left > 1:
                         cache.commit(token_id)
                     left -= 1
@@ -95,7 +92,7 @@ class Decoding:
                 right = [a == b for a, b in zip(read_ids[1:], drawn_ids, strict=False)]
                 num_right = [*right, False].index(False)
                 assert drafter
-                drafter.record(time.perf_counter() - started, len(right), num_right)
+                drafter.record(len(right), num_right)
                 params = sampler.params
                 for i in range(num_right + 1):
                     if i:

@@ -79,7 +79,7 @@ def stream_generate(
     enable_thinking: bool | None = None,
     prefill_step_size: int | None = None,
     progress: Progress | None = None,
-    draft: str = AUTO,
+    draft: str | Drafter = AUTO,
     num_draft_tokens: int | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
@@ -92,9 +92,10 @@ def stream_generate(
     before the prompt's ids; `cached_ids`, if given, makes the repetition penalty count that too,
     and must be given, whole, where either has pictures. `stop` strings end the answer and are not
     part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
-    presence_penalty, repetition_penalty. `draft`: where several tokens a pass come from, "mtp",
-    "lookup" (of what the text already had), "auto" (both, as far as it is faster) or "off"; the
-    text is the same. `num_draft_tokens` fixes how many. `progress(read, total)` follows the
+    presence_penalty, frequency_penalty, repetition_penalty. `draft`: where several tokens a pass
+    come from, "mtp", "lookup" (of what the text already had), "auto" (both, as far as it is faster)
+    or "off"; the text is the same. `num_draft_tokens` fixes how many. A `Drafter` in place of it
+    keeps what it learned from call to call, and counts. `progress(read, total)` follows the
     prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
     Errors in the arguments are raised by the call, before anything is read.
     """
@@ -123,7 +124,9 @@ def stream_generate(
     sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
     read_before = list(cached_ids) or [UNKNOWN_ID] * already
     prompt_cache = PromptCache(model, read_before, cache)
-    drafter = Drafter(model, draft, num_draft_tokens)
+    drafter = draft
+    if not isinstance(drafter, Drafter):
+        drafter = Drafter(model, drafter, num_draft_tokens)
     parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
     limit = min(limit, room)
     ends = tokenizer.eos_token_ids

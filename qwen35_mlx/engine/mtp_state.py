@@ -102,15 +102,19 @@ class MTPState:
         known = ids[len(ids) - num_waiting + 1 :]
         following = mx.concatenate([mx.array(list(known), dtype=mx.int32), token.astype(mx.int32)])
         states, drafts = self.hidden, list[mx.array]()
-        start = self.cache.offset
-        for number in range(num_drafts):
-            embedded = self.model.language_model.model.embed_tokens(following[None])
-            delta = place - self.cache.offset
-            out = self.layer(states, embedded, self.cache, rope_delta=delta, last_only=True)
-            drafts.append(draw(self.model.head(out)[0], len(ids) + 1 + number))
-            place += states.shape[1]
-            states, following = out, drafts[-1].astype(mx.int32)
-        # The drafts' own entries go: those of what is accepted are made of the trunk's states.
-        self.cache.trim(self.cache.offset - start - num_waiting)
-        self.hidden = None
+        kept = self.cache.offset
+        try:
+            for number in range(num_drafts):
+                embedded = self.model.language_model.model.embed_tokens(following[None])
+                delta = place - self.cache.offset
+                out = self.layer(states, embedded, self.cache, rope_delta=delta, last_only=True)
+                drafts.append(draw(self.model.head(out)[0], len(ids) + 1 + number))
+                place += states.shape[1]
+                states, following = out, drafts[-1].astype(mx.int32)
+            kept += num_waiting
+            self.hidden = None
+        finally:
+            # The drafts' own entries go: those of what is accepted are made of the trunk's states.
+            # After an interrupt all go, and what waits is read again.
+            self.cache.trim(self.cache.offset - kept)
         return drafts

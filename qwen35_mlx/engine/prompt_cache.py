@@ -69,7 +69,7 @@ class PromptCache:
         self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
-        # The hidden state `[1, T, H]` of the last `step`, and how many of its tokens stay so far.
+        # The hidden state `[1, T, H]` of the last `step`, and how many ids there were before it.
         self._pass: tuple[mx.array, int] | None = None
 
     @property
@@ -194,7 +194,7 @@ class PromptCache:
         # A pass of one token is as it would be if nothing could be taken back.
         keeping: dict[str, Any] = {"keep_states": True} if len(tokens) > 1 else {}
         hidden = self.model.trunk(tokens[None], entries, **keeping, **self._behind_pictures())
-        self._pass = hidden, 0
+        self._pass = hidden, len(self._ids)
         return hidden
 
     def begin_pass(self) -> None:
@@ -204,13 +204,12 @@ class PromptCache:
 
     def end_pass(self, hidden: mx.array) -> None:
         """That pass gave the hidden state `[1, 1, H]`; `commit` follows."""
-        self._pass = hidden, 0
+        self._pass = hidden, len(self._ids)
 
     def commit(self, token: int) -> None:
         """The id of the next token that stays of those that the last `step` has read."""
         assert self._pass
-        hidden, num_committed = self._pass
-        self._pass = hidden, num_committed + 1
+        # One act, between two of which an interrupt may come.
         self._ids.append(token)
         self._is_consistent = True
         if len(self._ids) % POOL_TOKENS == 0:
@@ -220,9 +219,13 @@ class PromptCache:
         """Forget the tokens of the last step that do not stay."""
         if not self._pass or not self._is_consistent:
             return
-        (hidden, num_committed), self._pass = self._pass, None
+        (hidden, start), self._pass = self._pass, None
+        num_committed = len(self._ids) - start
         if hidden.shape[1] > 1:
+            # An interrupt may come when some layers have accepted them and others have not.
+            self._is_consistent = False
             accept(self._entries, num_committed)
+            self._is_consistent = True
         if self.mtp and self.feeds_mtp:
             self.mtp.keep(hidden[:, :num_committed], self._ids, self._rope_delta)
         elif self.mtp:

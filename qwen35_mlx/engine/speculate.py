@@ -4,8 +4,11 @@ A draft that is not what the sampler draws is read in vain and changes nothing. 
 drafts is a matter of speed alone: it follows what was accepted and how long passes took.
 """
 
+import itertools
 import logging
-from collections import defaultdict, deque
+import math
+import time
+from collections import deque
 from collections.abc import Sequence
 from typing import cast
 
@@ -25,19 +28,29 @@ MODES = (AUTO, OFF, MTP, LOOKUP)
 MAX_DRAFTS = MAX_ROWS - 1
 # Fewer tokens repeat by chance.
 MATCHED_TOKENS = 4
+# A copy goes on near where it was; what is farther away has no advantage over the latest place.
+COPY_WINDOW = 512
 # A copy that goes on is worth the longest passes.
 FIRST_LOOKUP_DRAFTS, HITS_TO_TRUST = 4, 2
-# Where drafting does not pay, how many tokens until it is tried again.
-PAUSE_TOKENS = 64
+# Where drafting does not pay, how many passes until it is tried again.
+PAUSE_PASSES = 64
 # Passes that are remembered of each size; their fastest counts, for others had to wait or compile.
 REMEMBERED_PASSES = 6
-# Of a new observation in the running share of accepted drafts.
-NEW_SHARE = 0.1
+# A longer context makes passes slower: then all sizes are timed again.
+PASSES_TO_FORGET = 512
+# The share of accepted drafts is taken to be this at first; of a new one in the running share.
+FIRST_SHARE, NEW_SHARE = 0.8, 0.1
+# Another draft is tried where it is accepted this often.
+MIN_CHANCE = 0.3
 # Below it after so many drafts, the layer's weights are not what they should be.
 HOPELESS_SHARE, HOPELESS_AFTER = 0.05, 64
 HOPELESS = (
-    "the drafts of this model's MTP layer are hardly ever right, so it is not used; "
-    "its weights may be damaged, or of another model: convert the checkpoint again"
+    "the drafts of this model's MTP layer are hardly ever right; its weights may be damaged, or of "
+    "another model: convert the checkpoint again, or draft without it"
+)
+NOT_EXACT = (
+    "nothing is drafted: with the kernels in use on this GPU a pass of several tokens would change "
+    "the text; --kernels metal reads them exactly where its kernels were found right"
 )
 log = logging.getLogger(__name__)
 
@@ -59,63 +72,89 @@ class Drafter:
         has_mtp = getattr(model, "mtp", None) is not None
         if mode == MTP and not has_mtp:
             raise Qwen35Error(
-                "this model has no MTP layer to draft with",
-                hint="use lookup, or convert a checkpoint that has mtp.* tensors",
+                "the loaded model has no MTP layer to draft with",
+                hint="use lookup, or load a model that has mtp.* tensors with mtp=True, which is "
+                "--draft mtp",
             )
-        self.uses_mtp = has_mtp and mode in (AUTO, MTP)
-        self.uses_lookup = mode in (AUTO, LOOKUP)
+        # Drafts that a pass can take; none where it would change the text.
+        self.max_drafts = 0 if mode == OFF else MAX_DRAFTS
+        if self.max_drafts and isinstance(model, Model):
+            self.max_drafts = min(self.max_drafts, exact_rows(model) - 1)
+            if not self.max_drafts and mode != AUTO:
+                log.warning(NOT_EXACT)
+        self.uses_mtp = has_mtp and self.max_drafts > 0 and mode in (AUTO, MTP)
+        self.uses_lookup = self.max_drafts > 0 and mode in (AUTO, LOOKUP)
         self.num_draft_tokens = num_draft_tokens
         self.stats = DraftStats()
+        self.clock = time.perf_counter
         # Of the draft at each depth, given that those before it were accepted.
-        self._acceptance = [0.8] * MAX_DRAFTS
-        self._seconds: dict[tuple[str, int], deque[float]] = defaultdict(
-            lambda: deque(maxlen=REMEMBERED_PASSES)
-        )
+        self._acceptance = [FIRST_SHARE] * MAX_DRAFTS
+        # Of the last passes with so many drafts of the MTP layer; 0 are plain ones.
+        self._seconds = self._untimed()
+        self._num_passes = 0
         self._kind, self._pause, self._hits = "", {MTP: 0, LOOKUP: 0}, 0
         # Tokens and seconds of the last passes with drafts from the text.
         self._looked_up: deque[tuple[int, float]] = deque(maxlen=REMEMBERED_PASSES)
+        self._ids: Sequence[int] = ()
         self._text, self._num_known = np.zeros(0, dtype=np.int64), 0
+        # Where in the text the last copy would go on.
+        self._copy_end: int | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Decoding begins: the device has nothing to do."""
+        # Whether a plain pass was started before the host knew the token that it reads.
+        self._is_ahead = False
+        self._lap_start = self.clock()
 
     def propose(
         self, cache: PromptCache, token: mx.array, sampler: Sampler, most: int
     ) -> mx.array | None:
         """Up to `most` drafts `[K]` of what follows `token` `[1]`, drawn and not read; or None."""
         self._kind = ""
-        most = min(most, MAX_DRAFTS)
+        most = min(most, self.max_drafts)
         if most < 1 or not cache.can_go_back:
-            return None
-        most = min(most, exact_rows(cache.model) - 1)
-        if most < 1:
             return None
         if self.uses_lookup and (found := self._look_up(cache.ids, token, most)):
             self._kind = LOOKUP
             return mx.array(found, dtype=token.dtype)
         if not self.uses_mtp or (number := min(most, self._best_number())) < 1:
             return None
+        self._wait_for(token)
         drafts = cache.drafts(token, number, sampler)
         if not drafts:
             return None
         self._kind = MTP
         return mx.concatenate(drafts).astype(token.dtype)
 
-    def record(self, seconds: float, num_drafts: int = 0, num_accepted: int = 0) -> None:
-        """What the last pass took, and how many of its drafts were right."""
-        self._seconds[self._kind, num_drafts].append(seconds)
+    def record(self, num_drafts: int = 0, num_accepted: int = 0) -> None:
+        """A pass is done, and so many of its drafts were right."""
+        seconds, was_hopeless = self._lap(), self.is_hopeless
+        self._num_passes += 1
         self._pause = {kind: max(0, left - 1) for kind, left in self._pause.items()}
-        was_hopeless = self.is_hopeless
         self.stats.count(self._kind, num_drafts, num_accepted)
-        if self.is_hopeless and not was_hopeless:
-            log.warning(HOPELESS)
         if self._kind == LOOKUP:
             self._hits = self._hits + 1 if num_accepted == num_drafts else 0
+            if self._copy_end is not None:
+                self._copy_end += num_accepted
             self._looked_up.append((1 + num_accepted, seconds))
             if self.num_draft_tokens is None and not self._lookup_pays():
-                self._pause[LOOKUP] = PAUSE_TOKENS
+                self._pause[LOOKUP] = PAUSE_PASSES
                 self._looked_up.clear()
         elif self._kind == MTP:
+            self._seconds[num_drafts].append(seconds)
             for depth in range(min(num_accepted + 1, num_drafts)):
                 known = self._acceptance[depth]
                 self._acceptance[depth] = known + NEW_SHARE * ((depth < num_accepted) - known)
+        else:
+            # The first plain pass has only started: its token was known before.
+            if self._is_ahead:
+                self._seconds[0].append(seconds)
+            self._is_ahead = True
+        if self.is_hopeless and not was_hopeless:
+            log.warning(HOPELESS)
+        if self._num_passes % PASSES_TO_FORGET == 0:
+            self._seconds = self._untimed()
 
     @property
     def is_hopeless(self) -> bool:
@@ -123,73 +162,113 @@ class Drafter:
         drafted, accepted = self.stats.first_drafts
         return drafted >= HOPELESS_AFTER and accepted < HOPELESS_SHARE * drafted
 
+    def _lap(self) -> float:
+        """Seconds since the last time."""
+        start, self._lap_start = self._lap_start, self.clock()
+        return self._lap_start - start
+
+    def _wait_for(self, token: mx.array) -> int:
+        """The id of `token`; the plain pass that gives it ends with that."""
+        token_id = int(cast(int, token.item()))
+        if self._is_ahead:
+            self._seconds[0].append(self._lap())
+            self._is_ahead = False
+        return token_id
+
     def _look_up(self, ids: Sequence[int], token: mx.array, most: int) -> list[int]:
-        """What followed the last place where the text had the same four tokens."""
+        """What followed a place where the text had the same four tokens.
+
+        That is the nearest one to where the last copy ended, or else the latest.
+        """
         if len(ids) <= MATCHED_TOKENS or self._pause[LOOKUP]:
             return []
         number = self.num_draft_tokens or (
             MAX_DRAFTS if self._hits >= HITS_TO_TRUST else FIRST_LOOKUP_DRAFTS
         )
         text = self._as_array(ids)
-        key = [*text[1 - MATCHED_TOKENS :], int(cast(int, token.item()))]
-        # Where the first of the four may stand, so that something follows the fourth.
-        places = len(text) - MATCHED_TOKENS
-        matches = np.ones(places, dtype=bool)
-        for i, wanted in enumerate(key):
-            matches &= text[i : i + places] == wanted
-        found = np.flatnonzero(matches)
-        if not len(found):
+        # The three that are known come first: whoever asks for the fourth waits for a pass. These
+        # are the places of the third with two more behind it.
+        *others, last = text[1 - MATCHED_TOKENS :]
+        places = np.flatnonzero(text[MATCHED_TOKENS - 2 : -2] == last) + MATCHED_TOKENS - 2
+        for distance, wanted in enumerate(reversed(others), 1):
+            places = places[text[places - distance] == wanted]
+        if not len(places):
             return []
-        start = int(found[-1]) + MATCHED_TOKENS
-        return [int(i) for i in text[start : start + min(number, most)] if i >= 0]
+        token_id = self._wait_for(token)
+        places = places[text[places + 1] == token_id]
+        if not len(places):
+            return []
+        start, number = self._nearest(places) + 2, min(number, most)
+        self._copy_end = start
+        found = [*text[start : start + number].tolist(), token_id]
+        # Where the copy reaches the end of the text, the text goes round.
+        period = len(text) + 1 - start
+        while len(found) < number:
+            found.append(found[-period])
+        # A picture is no draft, nor is what comes behind it.
+        return list(itertools.takewhile(lambda i: i >= 0, found[:number]))
+
+    def _nearest(self, places: np.ndarray) -> int:
+        if self._copy_end is not None:
+            distances = np.abs(places + 1 - self._copy_end)
+            if distances.min() <= COPY_WINDOW:
+                return int(places[distances.argmin()])
+        return int(places[-1])
 
     def _as_array(self, ids: Sequence[int]) -> np.ndarray:
         """The ids, of which only the new ones are copied where a text goes on."""
-        known = self._num_known
-        if not (0 < known <= len(ids) and ids[known - 1] == self._text[known - 1]):
-            known = 0
+        # A cache appends to its list, and takes another one when it goes back.
+        known = self._num_known if ids is self._ids else 0
+        if not known:
+            self._copy_end = None
         if len(ids) > len(self._text):
             grown = np.zeros(len(ids) + len(ids) // 4 + 1024, dtype=np.int64)
             grown[:known] = self._text[:known]
             self._text = grown
         self._text[known : len(ids)] = ids[known:]
-        self._num_known = len(ids)
+        self._ids, self._num_known = ids, len(ids)
         return self._text[: len(ids)]
 
     def _best_number(self) -> int:
         """How many drafts of the MTP layer give the most tokens a second; 0 where none pays."""
         if self.num_draft_tokens is not None:
             return self.num_draft_tokens
-        if self.is_hopeless or self._pause[MTP]:
+        if self.is_hopeless or self._pause[MTP] or not (rates := self._rates()):
             return 0
-        plain = self._seconds["", 0]
-        # Two plain passes first: the first one compiles.
-        if len(plain) < 2:
-            return 0
-        rates = [1 / min(plain)]
-        expected, chance = 1.0, 1.0
-        for number in range(1, MAX_DRAFTS + 1):
-            chance *= self._acceptance[number - 1]
-            expected += chance
-            passes = self._seconds[MTP, number]
-            if len(passes) < 2:
-                # Not measured yet: worth a try while the depth before it paid.
-                if number == 1 or (rates[-1] >= rates[0] and chance > 0.3):
-                    return number
-                break
-            rates.append(expected / min(passes))
-        best = max(range(len(rates)), key=rates.__getitem__)
+        # The next number is not timed yet: worth a try while the one before is the best.
+        number, best = len(rates), max(range(len(rates)), key=rates.__getitem__)
+        may_pay = best == number - 1 and math.prod(self._acceptance[:number]) > MIN_CHANCE
+        if number == 1 or (may_pay and number <= self.max_drafts):
+            return number
         if best == 0:
-            self._pause[MTP] = PAUSE_TOKENS
+            # Other text, other drafts: after the pause nothing is held against them.
+            self._pause[MTP] = PAUSE_PASSES
+            self._acceptance, self._seconds = [FIRST_SHARE] * MAX_DRAFTS, self._untimed()
         return best
 
+    def _rates(self) -> list[float]:
+        """Tokens a second with 0, 1, … drafts of the MTP layer, as far as that was timed."""
+        rates, expected, chance = list[float](), 1.0, 1.0
+        for passes, share in zip(self._seconds, [*self._acceptance, 0.0], strict=True):
+            # Of one alone it is not known whether it had to wait.
+            if len(passes) < 2:
+                break
+            rates.append(expected / max(min(passes), 1e-9))
+            chance *= share
+            expected += chance
+        return rates
+
     def _lookup_pays(self) -> bool:
-        """Whether its last passes gave more tokens a second than plain ones."""
-        plain = self._seconds["", 0]
-        if len(plain) < 2 or len(self._looked_up) < REMEMBERED_PASSES:
+        """Whether its last passes gave more tokens a second than others would."""
+        rates = self._rates()
+        if not rates or len(self._looked_up) < REMEMBERED_PASSES:
             return True
         tokens, seconds = (sum(column) for column in zip(*self._looked_up, strict=True))
-        return tokens / seconds >= 1 / min(plain)
+        return tokens >= max(rates) * seconds
+
+    @staticmethod
+    def _untimed() -> list[deque[float]]:
+        return [deque(maxlen=REMEMBERED_PASSES) for _ in range(MAX_DRAFTS + 1)]
 
 
 class DraftStats:
@@ -216,6 +295,11 @@ class DraftStats:
     def first_drafts(self) -> tuple[int, int]:
         """Of the MTP layer: drafted, accepted."""
         return self.drafted.get(MTP, [0])[0], self.accepted.get(MTP, [0])[0]
+
+    @property
+    def summary(self) -> dict[str, list[float]]:
+        """`acceptance` of each kind that was used, rounded."""
+        return {kind: [round(share, 4) for share in self.acceptance(kind)] for kind in self.drafted}
 
     @property
     def tokens_per_pass(self) -> float:

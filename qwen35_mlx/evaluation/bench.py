@@ -2,7 +2,8 @@
 
 One run at a context of N tokens is a conversation of two turns. Cold: a prompt of N tokens is read
 into an empty cache, and an answer is decoded. Warm: a short message follows, of which only its own
-tokens are read.
+tokens are read. Nothing is drafted there: behind random ids nothing can be guessed. Drafts are
+measured in answers to a few questions.
 """
 
 import math
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,13 @@ from ..config import ModelConfig, read_config
 from ..engine.decode import decode
 from ..engine.prompt_cache import PromptCache
 from ..engine.sampler import Sampler
+from ..engine.speculate import AUTO, OFF, Drafter
 from ..errors import Qwen35Error
 from ..machine import GIB, bandwidth_gbps, describe
 from ..memory import kv_bytes, read_share, state_bytes
 from ..model.language import Model
 from ..progress import StepProgress
+from ..prompt import encode_messages
 from ..sampling import SamplingParams
 
 # Of the JSON; higher when a figure changes its meaning.
@@ -36,6 +40,13 @@ FIRST_CONTEXT, CONTEXT_FACTOR, DEFAULT_CONTEXT = 512, 8, 32_768
 # Tokens of the answer, and of the message after it.
 NEW_TOKENS, WARM_TOKENS = 64, 64
 ROOM = NEW_TOKENS + WARM_TOKENS
+# Of text, of code, and of what repeats its prompt; at most so many tokens of each answer.
+QUESTIONS = (
+    "Explain in a few paragraphs why the sky is blue.",
+    "Write a Python function that merges two sorted lists, with a docstring and three tests.",
+    "Repeat this line by line, in capitals:\none red apple\ntwo green pears\nthree yellow plums",
+)
+MAX_ANSWER = 128
 SPEEDS = ("prefill_tps", "warm_prefill_tps", "decode_tps")
 
 # Reads ids after all that it has read, and yields that many tokens; ours does not read the last.
@@ -166,6 +177,53 @@ def bench(
             row[f"vs_{name}"] = {speed: row[speed] / theirs[speed] for speed in SPEEDS}
         rows.append(row)
     return rows
+
+
+def drafting(
+    model: Model, tokenizer: Any, num_runs: int = 3, clock: Clock = time.perf_counter
+) -> dict[str, Any] | None:
+    """Decoding with drafts beside without, in turns; None where no MTP layer is loaded."""
+    if getattr(model, "mtp", None) is None:
+        return None
+    drafters = {mode: Drafter(model, mode) for mode in (OFF, AUTO)}
+    seconds, num_tokens = dict.fromkeys(drafters, 0.0), 0
+    # In the first run kernels are compiled, and passes of every size are timed.
+    for run in range(num_runs + 1):
+        for question in QUESTIONS:
+            messages = [{"role": "user", "content": question}]
+            ids = encode_messages(tokenizer, messages, add_generation_prompt=True)
+            for mode in [*drafters][:: 1 if run % 2 else -1]:
+                count, taken = _answer(model, tokenizer, ids, drafters[mode], clock)
+                if run:
+                    seconds[mode] += taken
+                    num_tokens += count if mode == OFF else 0
+    plain_tps, decode_tps = (num_tokens / max(seconds[mode], 1e-9) for mode in (OFF, AUTO))
+    stats = drafters[AUTO].stats
+    return {
+        "plain_decode_tps": plain_tps,
+        "decode_tps": decode_tps,
+        "vs_plain": decode_tps / plain_tps if plain_tps else 1.0,
+        "tokens_per_pass": stats.tokens_per_pass,
+        "acceptance": stats.summary,
+    }
+
+
+def _answer(
+    model: Model, tokenizer: Any, ids: list[int], drafter: Drafter, clock: Clock
+) -> tuple[int, float]:
+    """Tokens of a greedy answer behind its first one, and their seconds."""
+    cache = PromptCache(model)
+    cache.feeds_mtp = drafter.uses_mtp
+    hidden = cache.read(ids)
+    assert hidden is not None
+    sampler = Sampler(SamplingParams(), mx.array(ids))
+    times = []
+    with closing(decode(cache, hidden, sampler, MAX_ANSWER, drafter)) as steps:
+        for step in steps:
+            times.append(clock())
+            if step.token in tokenizer.eos_token_ids:
+                break
+    return len(times) - 1, times[-1] - times[0]
 
 
 def prompt_ids(num_tokens: int, vocab_size: int) -> list[int]:

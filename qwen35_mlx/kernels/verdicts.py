@@ -100,9 +100,9 @@ class Verdict(NamedTuple):
 
 
 def shape_of(member: Member) -> str:
-    """All sizes of a member, its name and number of layers aside."""
-    sizes = member._asdict()
-    return "-".join(str(sizes[n]) for n in sizes if n not in ("name", "num_layers", "tied"))
+    """All sizes of a member that its kernels see."""
+    unseen = "name", "num_layers", "tied", "tower"
+    return "-".join(str(size) for name, size in member._asdict().items() if name not in unseen)
 
 
 def member_of(config: ModelConfig) -> Member:

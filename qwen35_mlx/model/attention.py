@@ -119,9 +119,7 @@ class Attention(nn.Module):
         out = output_gate(out, q_gate, self.kernels)
         return project(out, (self.o_proj,), self.kernels, residual=x)[0]
 
-    def _attend_rows(
-        self, q: mx.array, k: mx.array, v: mx.array, cache: RowsKVCache
-    ) -> mx.array:
+    def _attend_rows(self, q: mx.array, k: mx.array, v: mx.array, cache: RowsKVCache) -> mx.array:
         """One token of each row over its own keys and values, `[B, H, 1, D]`."""
         outputs = []
         for i, row in enumerate(cache.rows):

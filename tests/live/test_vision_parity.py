@@ -19,6 +19,7 @@ pytest.importorskip("torch", reason="the extra `live` is not installed")
 from live import vision_parity as parity
 from live.vision_parity import GATE, NUM_STEPS, PIECES, SEED, Pair, over_std
 
+from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.model import rope, vision
 from qwen35_mlx.model.rope import media_positions
 
@@ -48,6 +49,21 @@ def test_logits_and_positions_of_every_prompt(pair: Pair) -> None:
             ours = parity.read(pair.ours, prompt, parity.cut(prompt, piece))
             distance = over_std(ours, expected)
             assert distance <= GATE, f"{prompt.name} by {piece}, seed {SEED}: {pair.text}"
+
+
+@pytest.mark.parametrize("step_size", [1, 37, None])
+def test_a_prompt_cache_reads_and_steps_as_the_reference(pair: Pair, step_size: int | None) -> None:
+    """The sequence of a conversation: it keeps positions and features itself."""
+    prompt, expected = mixed(pair)
+    cache, num_prompt = PromptCache(pair.ours), len(prompt.ids) - NUM_STEPS
+    hidden = cache.read(prompt.ids[:num_prompt], step_size=step_size)
+    assert hidden is not None
+    logits = [pair.ours.head(hidden)[0]]
+    for token in prompt.ids[num_prompt:]:
+        logits.append(pair.ours.head(cache.step(mx.array([token])))[0])
+        cache.commit(token)
+    distance = over_std(np.array(mx.concatenate(logits)), expected[-NUM_STEPS - 1 :])
+    assert distance <= GATE, f"seed {SEED}: {pair.text}"
 
 
 def test_rows_of_a_padded_batch_with_pictures(pair: Pair) -> None:

@@ -9,7 +9,6 @@ the official processors have a comparison of their own.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ torch = pytest.importorskip("torch", reason="the extra `live` is not installed")
 from golden import make_golden as golden  # noqa: E402
 
 from qwen35_mlx.convert import convert  # noqa: E402
-from qwen35_mlx.media.patches import patches_of, pixel_digest  # noqa: E402
 from qwen35_mlx.media.pictures import Picture  # noqa: E402
 from qwen35_mlx.media.settings import VisionSettings  # noqa: E402
-from qwen35_mlx.media.tokens import MediaToken, Span  # noqa: E402
+from qwen35_mlx.media.tokens import MediaToken  # noqa: E402
+from qwen35_mlx.media.video import Video  # noqa: E402
 from qwen35_mlx.model.language import Model  # noqa: E402
 from qwen35_mlx.model.loading import load_model  # noqa: E402
 from qwen35_mlx.model.rope import media_positions  # noqa: E402
@@ -44,33 +43,6 @@ NUM_TEXT_IDS = 90
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """A video of frames that need no resize."""
-
-    frames: np.ndarray  # uint8 [n, H, W, 3]
-    settings: VisionSettings
-
-    @cached_property
-    def digest(self) -> bytes:
-        return pixel_digest(self.frames, self.settings)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        num_frames, height, width = self.frames.shape[:3]
-        patch = self.settings.patch_size
-        return -(-num_frames // 2), height // patch, width // patch
-
-    @cached_property
-    def spans(self) -> tuple[Span, ...]:
-        groups, height, width = self.grid
-        return tuple(Span(self, i, height // 2, width // 2) for i in range(groups))
-
-    def patches(self) -> np.ndarray:
-        odd = self.frames[-1:] if len(self.frames) % 2 else self.frames[:0]
-        return patches_of(np.concatenate([self.frames, odd]), self.settings)
-
-
 @dataclass
 class Prompt:
     """Token ids, with a token for every placeholder, and what is shown."""
@@ -82,7 +54,7 @@ class Prompt:
     @property
     def types(self) -> np.ndarray:
         """0 text, 1 picture, 2 video."""
-        kinds = {Picture: 1, Clip: 2}
+        kinds = {Picture: 1, Video: 2}
         return np.array(
             [kinds[type(i.span.media)] if isinstance(i, MediaToken) else 0 for i in self.ids]
         )
@@ -96,7 +68,7 @@ class Prompt:
             "mm_token_type_ids": torch.tensor(self.types[None], dtype=torch.int32),
         }
         names = {Picture: ("pixel_values", "image_grid_thw")}
-        names[Clip] = ("pixel_values_videos", "video_grid_thw")
+        names[Video] = ("pixel_values_videos", "video_grid_thw")
         for kind, (pixels, grid) in names.items():
             if shown := [one for one in self.shown if isinstance(one, kind)]:
                 inputs[pixels] = torch.from_numpy(np.concatenate([two_slices(s) for s in shown]))
@@ -107,7 +79,7 @@ class Prompt:
 def two_slices(shown: Any) -> np.ndarray:
     """Patches as the official model takes them: of a picture, each frame twice."""
     patches = shown.patches()
-    if isinstance(shown, Clip):
+    if isinstance(shown, Video):
         return patches
     slices = patches.reshape(len(patches), 3, 1, -1)
     return np.concatenate([slices, slices], axis=2).reshape(len(patches), -1)
@@ -125,9 +97,11 @@ class Maker:
         pixels = self._pixels(1, height * side, width * side)[0]
         return Picture("noise", (width * side, height * side), pixels, self.settings)
 
-    def clip(self, num_frames: int, height: int, width: int) -> Clip:
+    def clip(self, num_frames: int, height: int, width: int) -> Video:
         side = self.settings.factor
-        return Clip(self._pixels(num_frames, height * side, width * side), self.settings)
+        frames = self._pixels(num_frames, height * side, width * side)
+        seconds = tuple(i / 2 for i in range(num_frames))
+        return Video("noise", (width * side, height * side), frames, seconds, self.settings)
 
     def _pixels(self, num_frames: int, height: int, width: int) -> np.ndarray:
         noise = self.rng.integers(0, 128, (num_frames, height, width, 3))
@@ -144,7 +118,7 @@ class Maker:
                 continue
             shown.append(piece)
             for span in piece.spans:
-                if isinstance(piece, Clip):
+                if isinstance(piece, Video):
                     ids += self.rng.integers(NUM_TEXT_IDS, size=3).tolist()
                 ids += [START_ID, *span.tokens(), END_ID]
         ids += self.rng.integers(NUM_TEXT_IDS, size=NUM_STEPS).tolist()
