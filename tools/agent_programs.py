@@ -28,8 +28,16 @@ from qwen35_mlx.server.run import Server, bind
 from qwen35_mlx.server.service import Settings
 from qwen35_mlx.text.tokenizer import read_tokenizer
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
 
+# Where `make test-agents` puts them; packages of one system have their program in other places.
+MODULES = ROOT / ".venv" / "agents" / "node_modules"
+PROGRAM_FOLDERS = (
+    ".bin",
+    "@anthropic-ai/claude-code-linux-x64",
+    "opencode-linux-x64/bin",
+)
 CONTEXT_LENGTH = 131_072
 WORD = "pomegranate"
 COMMAND = f"echo {WORD}"
@@ -48,7 +56,12 @@ HEADLESS = {
     "qwen-code": ["--approval-mode", "yolo", "-o", "json", "PROMPT"],
     "claude": ["-p", "PROMPT", "--allowedTools", "Bash", "--output-format", "json"],
     "opencode": ["run", "PROMPT"],
-    "codex": ["exec", "--skip-git-repo-check", "--full-auto", "PROMPT"],
+    "codex": [
+        "exec",
+        "--skip-git-repo-check",
+        "--dangerously-bypass-approvals-and-sandbox",
+        "PROMPT",
+    ],
 }
 PROMPT = f"Run `{COMMAND}` and tell me what it prints."
 
@@ -91,6 +104,12 @@ def script(request: Request) -> tuple[list[Any], str]:
     return [Piece("thought", "I call the shell."), Piece("tool_call", "", call)], "tool_calls"
 
 
+def search_path() -> str:
+    """PATH with the folders of the installed agents in front."""
+    folders = [str(MODULES / folder) for folder in PROGRAM_FOLDERS]
+    return os.pathsep.join([*folders, os.environ.get("PATH", "")])
+
+
 def run_all() -> dict[str, str]:
     """Each agent that is installed, with what is wrong with it; nothing is good."""
     tokenizer = read_tokenizer(SOURCE, read_object(SOURCE / "config.json"))
@@ -107,7 +126,7 @@ def run_all() -> dict[str, str]:
         return {
             name: run_one(name, launch, engine)
             for name, launch in found.items()
-            if shutil.which(launch.program)
+            if shutil.which(launch.program, path=search_path())
         }
     finally:
         server.should_exit = True
@@ -127,14 +146,14 @@ def run_one(name: str, launch: clients.Launch, engine: Any) -> str:
             arguments = [*HEADLESS[name][:1], PROMPT]
     with tempfile.TemporaryDirectory() as home:
         environment = {
-            "PATH": os.environ["PATH"],
+            "PATH": search_path(),
             "HOME": home,
             "TERM": "dumb",
             **clients.prepared(launch, Path(home)),
         }
         try:
             run = subprocess.run(
-                [launch.program, *arguments],
+                [shutil.which(launch.program, path=search_path()) or "", *arguments],
                 cwd=home,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -155,8 +174,8 @@ def run_one(name: str, launch: clients.Launch, engine: Any) -> str:
 
 
 def main() -> None:
-    """Run them and say how it went; exit 1 if one is wrong."""
-    problems = run_all()
+    """Run them and say how it went; exit 1 if one is wrong, or none is there."""
+    problems = run_all() or {"agents": "none is installed"}
     for name, problem in problems.items():
         print(f"{name}: {problem or 'ok'}")
     sys.exit(any(problems.values()))

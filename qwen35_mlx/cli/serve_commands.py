@@ -54,7 +54,7 @@ def serve(
         typer.Option(
             metavar="NAME",
             help="Name by which clients may call this server, besides localhost and addresses. "
-            "Default: none. Repeat the option for several.",
+            "Repeat the option for several. Default: none.",
         ),
     ] = None,
     name: Annotated[

@@ -12,9 +12,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .faults import ApiError
 
 MAX_CONNECTIONS = 1000
-# For a head from its first byte, between two pieces of a body, and for all of a body.
-HEAD_SECONDS = 20.0
-BODY_PIECE_SECONDS = 30.0
+# Without a byte, for a head from its first byte, between two pieces of a body, and for all of it.
+IDLE_SECONDS = 60.0
+HEAD_SECONDS = 10.0
+BODY_PIECE_SECONDS = 10.0
 BODY_SECONDS = 300.0
 # For a body that was refused: a connection closed at once takes the refusal with it.
 LINGER_SECONDS = 5.0
@@ -51,13 +52,14 @@ class Protocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _body_since = 0.0
+    _is_in_head = False
     _is_half_closed = False
     is_closing = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         gentle: Any = _GentleTransport(transport, self)
         super().connection_made(gentle)
-        self._set_timer(HEAD_SECONDS)
+        self._set_timer(IDLE_SECONDS)
         if len(self.connections) > MAX_CONNECTIONS:
             self._refuse(ApiError(503, "too many connections", headers={"retry-after": "2"}))
 
@@ -84,14 +86,17 @@ class Protocol(H11Protocol):
                 self._body_since = now
             left_s = self._body_since + BODY_SECONDS - now
             answered = self.conn.our_state is h11.DONE
+            self._is_in_head = False
             self._set_timer(min(left_s, LINGER_SECONDS if answered else BODY_PIECE_SECONDS))
             return
         was_body, self._body_since = self._body_since > 0, 0.0
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             # A head is timed from its first byte.
-            if self._timer is None or was_body:
+            if not self._is_in_head or was_body:
                 self._set_timer(HEAD_SECONDS)
+            self._is_in_head = True
         else:
+            self._is_in_head = False
             self._set_timer(None)
 
     def _half_closed(self) -> bool:

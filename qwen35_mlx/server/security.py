@@ -47,6 +47,9 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["path"].startswith("http://"):
+            # What proxies are sent; a server has to take it too.
+            scope = {**scope, "path": "/" + scope["path"][7:].partition("/")[2]}
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         try:

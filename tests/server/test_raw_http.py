@@ -210,6 +210,23 @@ def test_the_head_of_a_stream_comes_at_once_and_something_all_the_time(server, m
         assert rest.count(sign) >= 3, (path, rest)
 
 
+def test_the_forms_of_proxies_and_of_http_1_0_are_taken(server):
+    lines = b"Host: localhost\r\nConnection: close\r\n\r\n"
+    assert answer_to(server, b"GET http://localhost/health HTTP/1.1\r\n" + lines)[0] == 200
+    assert answer_to(server, b"GET /health HTTP/1.0\r\n\r\n")[0] == 200
+    assert answer_to(server, b"OPTIONS * HTTP/1.1\r\n" + lines)[0] == 204
+
+
+def test_a_client_that_waits_for_100_gets_it(server):
+    with connect(server) as sock:
+        request = post(CHAT, Expect="100-continue", Connection="close")
+        head, _, body = request.partition(b"\r\n\r\n")
+        sock.sendall(head + b"\r\n\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 100")
+        sock.sendall(body)
+        assert parsed(read_all(sock))[0] == 200
+
+
 def test_many_idle_connections_keep_nobody_out(server):
     idle = [connect(server) for _ in range(100)]
     assert server.chat().status == 200
