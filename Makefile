@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision demo-eval golden live clean
+.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-adapters demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; 
 
 bench-speculation: $(VENV)/.installed-live ## parity of the MTP layer, drafts that are taken; the last line is JSON
 	$(BIN)/python tools/bench_speculation.py
+
+bench-adapters: $(VENV)/.installed-test ## train adapters beside mlx-lm, exchange and fuse them; the last line is JSON
+	$(BIN)/python tools/bench_adapters.py
 
 golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py
