@@ -338,21 +338,21 @@ def test_the_estimate_is_no_less_than_what_a_step_takes(moe, checkpointing):
 def test_training_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
     model = tiny_model(FULL, False, LORA)
     machine = estimate.describe()
-    limits = []
-    for way in (False, True):
-        limits.append(estimate.count(model, 10**6, TrainSettings(), 2048, way).total)
-    assert limits[1] < limits[0]
+    whole, less = (
+        estimate.count(model, 10**6, TrainSettings(), 2048, way).total for way in (False, True)
+    )
+    assert less < whole
 
-    def choose(limit: int, **options: Any) -> Any:
+    def require(limit: int, **options: Any) -> Any:
         monkeypatch.setattr(estimate, "describe", lambda: machine._replace(gpu_limit_bytes=limit))
-        return estimate.choose(model, 10**6, TrainSettings(), 2048, **options)
+        return estimate.require_memory(model, 10**6, TrainSettings(), 2048, **options)
 
-    assert [choose(limit).checkpointing for limit in (limits[0], limits[1])] == [False, True]
+    assert require(less).total == less
     with pytest.raises(MemoryRefused, match="all layers"):
-        choose(limits[1], checkpointing=False)
+        require(less, checkpointing=False)
     with pytest.raises(MemoryRefused, match="--batch-size"):
-        choose(limits[1] - 1)
-    assert choose(limits[1] - 1, force=True).total == limits[1]
+        require(less - 1)
+    assert require(less - 1, force=True).total == less
 
 
 @pytest.mark.slow
