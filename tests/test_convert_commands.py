@@ -104,7 +104,7 @@ def test_mistakes_are_named(
 
 
 def test_plan_prints_a_table_and_writes_nothing(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "src", moe=True, vision=True)
+    write_checkpoint(tmp_path / "src", moe=True)
     result = run("plan", tmp_path / "src", "--bits", "3", "--group-size", "128")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()

@@ -1,6 +1,7 @@
 """No option is ignored: alone and beside every other, it changes something or is refused."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from itertools import combinations
@@ -71,7 +72,12 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--mac": ["64GB"],
         "--png": ["x.png"],
     },
-    "fidelity": {"--text": ["{text}"], "--tokens": ["9"], "--png": ["x.png"]},
+    "fidelity": {
+        "--text": ["{text}"],
+        "--tokens": ["9"],
+        "--png": ["x.png"],
+        "--adapter-path": ["a"],
+    },
     "generate": SAMPLING
     | {
         "--prompt": ["b"],
@@ -87,6 +93,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--stop": ["x"],
         "--context": ["1000"],
         "--force": [],
+        "--adapter-path": ["a"],
     },
     "chat": SAMPLING
     | {
@@ -102,8 +109,48 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--preset": ["coding"],
         "--context": ["1000"],
         "--force": [],
+        "--adapter-path": ["a"],
     },
     "sessions": {"--remove": ["s"]},
+    "serve": {
+        "--demo": [],
+        "--port": ["1"],
+        "--host": ["localhost"],
+        "--api-key": ["k"],
+        "--allow-host": ["h"],
+        "--model-name": ["n"],
+        "--max-context": ["600"],
+        "--queue": ["3"],
+        "--kernels": ["ops"],
+        "--force": [],
+    },
+    "launch": {"--url": ["http://127.0.0.1:1"], "--api-key": ["k"]},
+    "train": {
+        "--data": ["d"],
+        "--adapter-path": ["a"],
+        "--steps": ["7"],
+        "--batch-size": ["2"],
+        "--learning-rate": ["0.1"],
+        "--max-tokens": ["9"],
+        "--dora": [],
+        "--rank": ["3"],
+        "--scale": ["2"],
+        "--dropout": ["0.1"],
+        "--num-layers": ["2"],
+        "--experts": [],
+        "--mask-prompt": [],
+        "--validate-every": ["3"],
+        "--validation-batches": ["3"],
+        "--save-every": ["3"],
+        "--resume": [],
+        "--no-checkpointing": [],
+        "--seed": ["5"],
+        "--png": ["x.png"],
+        "--revision": ["v1"],
+        "--force": [],
+    },
+    "fuse": {name: value for name, value in PLAN.items() if name != "--calibration"}
+    | {"--adapter-path": ["b"]},
     "bench": {
         "--max-context": ["600"],
         "--runs": ["2"],
@@ -122,6 +169,10 @@ BASE = {
     "generate": ["model"],
     "chat": [],
     "sessions": [],
+    "serve": [],
+    "launch": ["codex"],
+    "train": ["model", "--data", "."],
+    "fuse": [HUB, "out", "--adapter-path", "a"],
     "bench": ["model"],
     "doctor": [],
 }
@@ -147,13 +198,20 @@ class Fake:
 def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Run a command with all that is slow replaced; its exit code, and all that it did."""
     from qwen35_mlx import convert
+    from qwen35_mlx.checkpoint import adapter
     from qwen35_mlx.cli import report as cli_report
+    from qwen35_mlx.cli import serve_commands, train_commands
     from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
+    from qwen35_mlx.engine import scheduler
     from qwen35_mlx.evaluation import bench as measuring
     from qwen35_mlx.evaluation import rival
     from qwen35_mlx.kernels import doctor
     from qwen35_mlx.model import hub, loading
     from qwen35_mlx.quant import statistics
+    from qwen35_mlx.server import app as server_app
+    from qwen35_mlx.server import clients, service
+    from qwen35_mlx.server import run as server_run
+    from qwen35_mlx.training import estimate, examples, trainer
 
     # Built once: a thousand calls follow.
     monkeypatch.setattr(sys.modules["typer.testing"], "_get_command", lambda app: GROUP)
@@ -202,6 +260,18 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(fidelity, "report_lines", ())
     fake(fidelity, "plot")
     fake(report, "draw")
+    fake(adapter, "read_adapter")
+    fake(fidelity, "open_with")
+    fake(trainer, "require_trainer")
+    fake(estimate, "open_for_training", (None, SimpleNamespace(), 0))
+    fake(estimate, "require_memory", SimpleNamespace(total=0, lines=dict, checkpointing=True))
+    fake(estimate, "read_weights")
+    read = SimpleNamespace(examples=[1], num_tokens=1, longest=1, num_cut=0, num_dropped=0)
+    fake(examples, "read_examples", read)
+    step = SimpleNamespace(step=1, validation_loss=1.0, peak_bytes=1)
+    run = Fake(calls, "run", [step])
+    fake(trainer, "Training", SimpleNamespace(step=0, resume=Fake(calls, "resume"), run=run))
+    fake(train_commands, "draw")
     fake(job, "refuse_existing")
     fake(convert_commands, "remember")
     fake(loading, "load", (SimpleNamespace(config=None), SimpleNamespace()))
@@ -215,6 +285,17 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(doctor, "run", {"kernels": None, "machine": MACHINE})
     fake(doctor, "store")
     fake(hub, "resolve", tmp_path)
+    fake(scheduler, "Engine")
+    fake(service.Settings, "of", SimpleNamespace(model_id="m", context_length=1))
+    fake(server_app, "make_app")
+    fake(server_run, "bind", SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8080)))
+    fake(server_run, "serve")
+    fake(serve_commands, "newest", "newest")
+    fake(serve_commands, "bundled_demo", "demo")
+    fake(serve_commands, "running_server", clients.Endpoint("http://h", "m", 1, None))
+    fake(clients, "command_of", ["true"])
+    fake(clients, "environment_with", {})
+    monkeypatch.setattr(os, "execve", lambda *_: None)
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
     fake(measuring, "drafting")
@@ -314,6 +395,7 @@ def test_every_rule_is_about_options_that_there_are(name: str) -> None:
         "generate x --pages 1",
         "generate x --draft off --num-draft-tokens 2", "chat --draft off --num-draft-tokens 2",
         "generate x --no-think --show-thoughts", "chat x --demo", "chat x --image -",
+        "train x --data d --dora --experts", "fuse x y --adapter-path a --prefer speed",
         "chat x --allow-url -p hi", "chat x --no-think --think-budget 5", "sessions a --remove b",
     ],
 )  # fmt: skip

@@ -65,14 +65,14 @@ def train(
             "without a stop. Settings and data must be the same, but for --steps.",
         ),
     ] = False,
-    checkpointing: Annotated[
-        bool | None,
+    no_checkpointing: Annotated[
+        bool,
         typer.Option(
-            "--checkpointing/--no-checkpointing",
-            help="Compute activations again instead of keeping them: less memory, a third slower. "
-            "Default: where they do not fit.",
+            "--no-checkpointing",
+            help="Keep the activations of all layers, for a model that leaves room for them. "
+            "Default: keep each layer's input, and compute the rest again.",
         ),
-    ] = None,
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
     png: Annotated[
         Path | None,
@@ -89,7 +89,7 @@ def train(
     and fidelity take the adapter with --adapter-path, and so does mlx-lm.
     """
     from ..checkpoint.adapter import DORA, LORA, WEIGHTS_FILE
-    from ..training.estimate import choose, open_for_training, read_weights
+    from ..training.estimate import open_for_training, read_weights, require_memory
     from ..training.examples import TRAIN_FILE, VALID_FILE, read_examples
     from ..training.trainer import Step, Training, TrainSettings, require_trainer
     from .progress import spinner, step_progress
@@ -132,16 +132,18 @@ def train(
             f"{examples.num_cut:,} examples are longer than --max-tokens and were cut, "
             f"{examples.num_dropped:,} of them have nothing left to learn"
         )
-    counted = choose(opened, weight_bytes, settings, examples.longest, checkpointing, force)
+    counted = require_memory(
+        opened, weight_bytes, settings, examples.longest, not no_checkpointing, force
+    )
     note(f"memory: about {counted.total / 1e9:,.2f} GB")
     for name, num_bytes in counted.lines().items():
         note(f"  {name:42} {num_bytes / 1e9:9.3f} GB")
     training = Training(
         opened,
-        settings,
-        examples,
-        valid,
-        adapter_path,
+        settings=settings,
+        train=examples,
+        valid=valid,
+        folder=adapter_path,
         validate_every=validate_every,
         validation_batches=validation_batches,
         save_every=save_every,

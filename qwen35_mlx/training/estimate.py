@@ -102,32 +102,27 @@ def num_trained(model: Model, settings: TrainSettings) -> int:
     return total
 
 
-def choose(
+def require_memory(
     model: Model,
     weight_bytes: int,
     settings: TrainSettings,
     num_tokens: int,
-    checkpointing: bool | None = None,
+    checkpointing: bool = True,
     force: bool = False,
 ) -> TrainingBytes:
-    """How to train within this machine's memory: faster, with all activations, where they fit.
-
-    Raises MemoryRefused, unless forced, where not even one layer's at a time do.
-    """
+    """What training takes; raises MemoryRefused, unless forced, where this machine has less."""
     machine = describe()
     limit = machine.gpu_limit_bytes or machine.memory_bytes
-    ways = (False, True) if checkpointing is None else (checkpointing,)
-    counts = [count(model, weight_bytes, settings, num_tokens, way) for way in ways]
-    found = next((counted for counted in counts if counted.total <= limit), counts[-1])
-    if found.total > limit and not force:
-        lines = "".join(f"\n    {name:42} {n / 1e9:9.3f} GB" for name, n in found.lines().items())
+    counted = count(model, weight_bytes, settings, num_tokens, checkpointing)
+    if counted.total > limit and not force:
+        lines = "".join(f"\n    {name:42} {n / 1e9:9.3f} GB" for name, n in counted.lines().items())
         raise MemoryRefused(
             "training does not fit this machine",
-            got=f"{found.total / 1e9:,.3f} GB{lines}",
+            got=f"{counted.total / 1e9:,.3f} GB{lines}",
             expected=f"at most {limit / 1e9:,.3f} GB",
             hint="less --batch-size or --max-tokens, or a model of fewer bits; --force tries it",
         )
-    return found
+    return counted
 
 
 def read_weights(model: Model) -> None:
