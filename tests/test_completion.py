@@ -56,6 +56,8 @@ def test_commands_options_and_choices_are_offered(complete: Any) -> None:
         "generate",
         "chat",
         "sessions",
+        "serve",
+        "launch",
         "bench",
         "doctor",
     ]

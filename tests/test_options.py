@@ -15,7 +15,15 @@ from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
 from qwen35_mlx.chat.conversation import Chat, TurnStats
-from qwen35_mlx.cli import attachments, chat_view, command, convert_commands, main, options
+from qwen35_mlx.cli import (
+    attachments,
+    chat_view,
+    command,
+    convert_commands,
+    main,
+    options,
+    serve_commands,
+)
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.engine.output import Piece
 from qwen35_mlx.engine.speculate import MAX_DRAFTS, MODES, DraftStats
@@ -104,6 +112,19 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--force": [],
     },
     "sessions": {"--remove": ["s"]},
+    "serve": {
+        "--demo": [],
+        "--port": ["9"],
+        "--host": ["::1"],
+        "--api-key": ["k"],
+        "--allow-host": ["a"],
+        "--model-name": ["m"],
+        "--max-context": ["1000"],
+        "--queue": ["5"],
+        "--kernels": ["ops"],
+        "--force": [],
+    },
+    "launch": {"--url": ["http://a"], "--api-key": ["k"]},
     "bench": {
         "--max-context": ["600"],
         "--runs": ["2"],
@@ -122,6 +143,8 @@ BASE = {
     "generate": ["model"],
     "chat": [],
     "sessions": [],
+    "serve": [],
+    "launch": ["codex"],
     "bench": ["model"],
     "doctor": [],
 }
@@ -154,6 +177,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx.kernels import doctor
     from qwen35_mlx.model import hub, loading
     from qwen35_mlx.quant import statistics
+    from qwen35_mlx.server import run
+    from qwen35_mlx.server.clients import Endpoint
 
     # Built once: a thousand calls follow.
     monkeypatch.setattr(sys.modules["typer.testing"], "_get_command", lambda app: GROUP)
@@ -212,6 +237,15 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(chat_view, "ChatView", viewed)
     fake(sys.modules["qwen35_mlx.cli.chat_commands"], "newest", "newest")
     fake(sys.modules["qwen35_mlx.cli.chat_commands"], "bundled_demo", "demo")
+    fake(serve_commands, "newest", "newest")
+    fake(serve_commands, "bundled_demo", "demo")
+    served = SimpleNamespace(model_id="m", context_length=1)
+    fake(serve_commands, "_application", (None, served))
+    fake(serve_commands, "running_server", Endpoint("http://a", "m", 1))
+    fake(serve_commands.os, "execve")
+    fake(serve_commands.shutil, "which", "codex")
+    fake(run, "serve")
+    fake(run, "bind", SimpleNamespace(getsockname=lambda: ("::1", 9)))
     fake(doctor, "run", {"kernels": None, "machine": MACHINE})
     fake(doctor, "store")
     fake(hub, "resolve", tmp_path)
