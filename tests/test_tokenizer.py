@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from conftest import DEMO
 from everyday import everyday
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.text.tokenizer import NAMED, Tokenizer, read_tokenizer
+from qwen35_mlx.text.tokenizer import NAMED, Tokenizer, _add, read_tokenizer
 
 WORDS = """the quick don't I'LL 1234 x):\n    return\n\n\n\t\t漢字 кириллица नमस्ते สวัสดี 👩‍👩‍👧 🇩🇪
 e\u0301 \u212a \u0338 <think </think >< <|im_ _end|>""".split(" ")
@@ -312,3 +315,13 @@ def test_random_ids_stream_as_they_are_decoded(folder: Path) -> None:
         decoded = tokenizer.decode(ids)
         # What is no character shows as this sign in decode, and not at all in a stream.
         assert detokenizer.text == decoded.replace("\ufffd", "")
+
+
+def test_a_token_that_is_named_is_special_whatever_it_says_itself() -> None:
+    backend = Backend(BPE())
+    kinds = {3: AddedToken("<three>", special=False), 1: AddedToken("<one>", special=False)}
+    _add(backend, kinds, ["<three>", "<named>"], ["<extra>", "<one>"])
+    found = {i: (t.content, t.special) for i, t in backend.get_added_tokens_decoder().items()}
+    assert found == {
+        0: ("<one>", False), 1: ("<three>", True), 2: ("<named>", True), 3: ("<extra>", True)
+    }  # fmt: skip
