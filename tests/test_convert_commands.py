@@ -164,7 +164,7 @@ def test_plan_without_a_source_is_about_this_machine() -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     row = next(line for line in lines if line.startswith("Qwen3.5-397B-A17B"))
-    assert row.split()[1:3] == ["173.5", "GB,"]
+    assert row.split()[1:3] == ["178.2", "GB,"]
 
 
 def test_convert_refuses_to_write_over_a_folder(tmp_path: Path) -> None:
