@@ -143,7 +143,6 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--validation-batches": ["3"],
         "--save-every": ["3"],
         "--resume": [],
-        "--no-checkpointing": [],
         "--seed": ["5"],
         "--png": ["x.png"],
         "--revision": ["v1"],

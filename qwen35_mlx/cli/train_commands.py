@@ -65,14 +65,6 @@ def train(
             "without a stop. Settings and data must be the same, but for --steps.",
         ),
     ] = False,
-    no_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--no-checkpointing",
-            help="Keep the activations of all layers, for a model that leaves room for them. "
-            "Default: keep each layer's input, and compute the rest again.",
-        ),
-    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
     png: Annotated[
         Path | None,
@@ -132,9 +124,7 @@ def train(
             f"{examples.num_cut:,} examples are longer than --max-tokens and were cut, "
             f"{examples.num_dropped:,} of them have nothing left to learn"
         )
-    counted = require_memory(
-        opened, weight_bytes, settings, examples.longest, not no_checkpointing, force
-    )
+    counted = require_memory(opened, weight_bytes, settings, examples.longest, force)
     note(f"memory: about {counted.total / 1e9:,.2f} GB")
     for name, num_bytes in counted.lines().items():
         note(f"  {name:42} {num_bytes / 1e9:9.3f} GB")

@@ -107,13 +107,17 @@ def require_memory(
     weight_bytes: int,
     settings: TrainSettings,
     num_tokens: int,
-    checkpointing: bool = True,
     force: bool = False,
 ) -> TrainingBytes:
-    """What training takes; raises MemoryRefused, unless forced, where this machine has less."""
+    """What training takes: with all activations kept, which is faster, where they fit.
+
+    Raises MemoryRefused, unless forced, where not even one layer's do.
+    """
     machine = describe()
     limit = machine.gpu_limit_bytes or machine.memory_bytes
-    counted = count(model, weight_bytes, settings, num_tokens, checkpointing)
+    kept, counted = (count(model, weight_bytes, settings, num_tokens, way) for way in (False, True))
+    if kept.total <= limit:
+        return kept
     if counted.total > limit and not force:
         lines = "".join(f"\n    {name:42} {n / 1e9:9.3f} GB" for name, n in counted.lines().items())
         raise MemoryRefused(

@@ -28,8 +28,8 @@ from ..model.language import DecoderLayer, Model
 from .examples import Example, Examples, batches
 
 STATE_FILE = "training_state.safetensors"
-# Rows of logits that the loss makes at once: with 248,320 tokens they take a quarter of a GB.
-LOSS_ROWS = 256
+# Rows of logits that the loss makes at once: with 248,320 tokens they take an eighth of a GB.
+LOSS_ROWS = 128
 ANY_BYTES = 2**62
 
 
