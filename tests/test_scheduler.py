@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from everyday import everyday
 
-from qwen35_mlx.engine import reading, scheduler
+from qwen35_mlx.engine import reading, rows, scheduler
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.reading import Pieces
 from qwen35_mlx.engine.requests import (
@@ -26,7 +26,7 @@ from qwen35_mlx.engine.requests import (
     Token,
 )
 from qwen35_mlx.engine.row import Row
-from qwen35_mlx.engine.row_batch import RowBatch
+from qwen35_mlx.engine.row_batch import RowBatch, groups
 from qwen35_mlx.engine.scheduler import Engine, Limits
 from qwen35_mlx.engine.ticket import Ticket
 from qwen35_mlx.errors import ContextFull, PromptError, Qwen35Error
@@ -109,29 +109,47 @@ def test_an_answer_does_not_depend_on_who_else_is_served(shared, seed):
     assert [answer.tokens for answer in together(shared, requests)] == alone
 
 
+@pytest.mark.parametrize("streams", everyday((2, 3), 1))
+def test_batches_on_several_streams_give_the_same_answers(demo, shared, monkeypatch, streams):
+    """As on a CPU, where each core has one; a row moves between them as others come and go."""
+    monkeypatch.setattr(rows, "num_streams", lambda model: streams)
+    engine = Engine(*demo)
+    engine.start()
+    requests = [ask(text, max_tokens=6 + 4 * i) for i, text in enumerate(QUESTIONS)]
+    alone = [Answer(shared.submit(request)).tokens for request in requests]
+    assert [answer.tokens for answer in together(engine, requests)] == alone
+    engine.stop()
+
+
+def test_more_rows_than_a_pass_takes_are_parted_evenly():
+    sizes = [[len(g) for g in groups(range(n), 1)] for n in (0, 1, 8, 9, 17)]
+    assert sizes == [[], [1], [8], [4, 5], [5, 6, 6]]
+    assert groups("abcde", 2) == [["a", "b"], ["c", "d", "e"]] and groups("a", 2) == [["a"]]
+
+
 @pytest.mark.parametrize("name", everyday(("dense", "moe", "yarn"), 0))
 def test_logits_of_a_row_are_those_of_the_row_alone(converted_golden, name):
     model, _ = load_model(converted_golden(name))
     vocab = model.config.vocab_size
     prompts = [[(37 * i + 11 * j) % vocab for j in range(3 + 5 * i)] for i in range(5)]
-    rows, alone = ([PromptCache(model) for _ in prompts] for _ in range(2))
-    for row, other, ids in zip(rows, alone, prompts, strict=True):
+    caches, alone = ([PromptCache(model) for _ in prompts] for _ in range(2))
+    for row, other, ids in zip(caches, alone, prompts, strict=True):
         row.read(ids)
         other.read(ids)
     batch, tokens = RowBatch(model, mx.default_stream(mx.default_device())), [3, 1, 4, 1, 5]
     # The last ones leave and come back: their states move.
     for number in (5, 5, 2, 5, 1, 3):
         batch.clear()
-        batch.put(rows[:number])
+        batch.put(caches[:number])
         logits = model.head(batch.step(mx.array(tokens[:number])))[:, 0]
         for i in range(number):
-            rows[i].commit(tokens[i])
+            caches[i].commit(tokens[i])
             expected = model.head(alone[i].step(mx.array([tokens[i]])))[0, 0]
             alone[i].commit(tokens[i])
             assert mx.array_equal(expected, logits[i]).item()
             tokens[i] = int(mx.argmax(expected).item())
     batch.clear()
-    assert [row.ids for row in rows] == [other.ids for other in alone]
+    assert [row.ids for row in caches] == [other.ids for other in alone]
 
 
 def test_pictures_beside_texts_keep_their_positions(demo):
@@ -350,8 +368,8 @@ def test_fields_that_change_the_answer(shared, demo):
     twice = [Answer(shared.submit(ask("hi", n=2, seed=4, params=hot))) for _ in range(2)]
     for answer in twice:
         events = [e for e in answer.events if isinstance(e, Token)]
-        rows = [[e.token for e in events if e.index == i] for i in (0, 1)]
-        assert rows[0] != rows[1]
+        first, second = ([e.token for e in events if e.index == i] for i in (0, 1))
+        assert first != second
         assert sorted(e.index for e in answer.events if isinstance(e, Done)) == [0, 1]
     assert twice[0].tokens and sorted(twice[0].tokens) == sorted(twice[1].tokens)
     assert len(Answer(shared.submit(ask("hi", max_tokens=0))).tokens) == 0

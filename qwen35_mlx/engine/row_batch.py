@@ -5,11 +5,13 @@ and values stay with their row: each is attended alone, so a row has the bits it
 row that comes or goes copies no other one's.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ..kernels.matrix import MAX_ROWS
 from ..model.cache import ArraysCache
@@ -22,19 +24,24 @@ T = TypeVar("T")
 
 # More would lose the bits of a row alone, and the kernels for few rows.
 MAX_BATCH_ROWS = MAX_ROWS
+# With smaller weights, building a second graph takes longer than computing half of one.
+PARALLEL_BYTES = 64 * 2**20
 
 
-def groups(rows: Sequence[T]) -> list[list[T]]:
-    """The rows by batches, each for a stream of its own.
+def num_streams(model: Model) -> int:
+    """How many batches compute at a time: on a CPU one on each core, where there is much to do."""
+    if not runs_on_cpu():
+        return 1
+    weights: Any = tree_flatten(model.parameters())
+    is_large = sum(array.nbytes for _, array in weights) >= PARALLEL_BYTES
+    return os.cpu_count() or 1 if is_large else 1
 
-    On a CPU there is a batch for each core: MLX computes a stream on one of them.
-    """
-    fewest = -(-len(rows) // MAX_BATCH_ROWS)
-    cores = (os.cpu_count() or 1) if runs_on_cpu() else 1
-    number = max(fewest, min(cores, len(rows)))
-    return [
-        list(rows[len(rows) * i // number : len(rows) * (i + 1) // number]) for i in range(number)
-    ]
+
+def groups(rows: Sequence[T], num_streams: int) -> list[list[T]]:
+    """The rows by batches of about the same size, each for a stream of its own."""
+    number = max(-(-len(rows) // MAX_BATCH_ROWS), min(num_streams, len(rows)))
+    cuts = [len(rows) * i // number for i in range(number + 1)] if number else []
+    return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
 
 
 class RowBatch:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..model.language import Model
 from .decode import log_probabilities
 from .row import Row
-from .row_batch import RowBatch, groups
+from .row_batch import RowBatch, groups, num_streams
 from .sampler import draw_rows
 from .speculate import OFF, Drafter
 from .ticket import Ticket
@@ -28,6 +28,7 @@ class Rows:
         self._batches: list[RowBatch] = []
         self._drafters: dict[str, Drafter] = {}
         self._streams: list[mx.Stream] = []
+        self._num_streams = num_streams(model)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(list(self._rows))
@@ -89,7 +90,7 @@ class Rows:
             self._arrange(rows)
             # The pass of all rows starts before the host knows their tokens.
             drawn_from = []
-            for batch, members in zip(self._batches, groups(rows), strict=True):
+            for batch, members in zip(self._batches, groups(rows, self._num_streams), strict=True):
                 for row in members:
                     row.sampler.accept(row.token)
                 hidden = batch.step(mx.concatenate([row.token for row in members]))
@@ -149,7 +150,7 @@ class Rows:
 
     def _arrange(self, rows: list[Row]) -> None:
         """Bring these rows, and no others, into batches; states move where rows came or went."""
-        wanted = groups([row.cache for row in rows]) if rows else []
+        wanted = groups([row.cache for row in rows], self._num_streams)
         held = self._batches
         kept = [i for i in range(min(len(held), len(wanted))) if held[i].rows == wanted[i]]
         if len(kept) == len(held) == len(wanted):
