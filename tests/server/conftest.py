@@ -20,7 +20,7 @@ def tokenizer() -> Any:
     return read_tokenizer(DEMO, json.loads((DEMO / "config.json").read_text()), (2549, 2547))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(tokenizer: Any) -> Iterator[Running]:
     server = Running(FakeEngine(tokenizer), tokenizer)
     yield server
@@ -49,7 +49,7 @@ def start(tokenizer: Any) -> Iterator[Callable[..., Running]]:
         one.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def live_server(demo: tuple[Any, Any], converted_demo: Path) -> Iterator[Running]:
     """A server before the demo."""
     from qwen35_mlx.engine.scheduler import Engine
