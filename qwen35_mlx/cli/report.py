@@ -125,7 +125,7 @@ def print_bench(result: dict[str, Any]) -> None:
 
 
 def _drafts(found: dict[str, Any] | None) -> list[str]:
-    """A line about answers with drafts; none without an MTP layer."""
+    """Two lines about answers with drafts; none without an MTP layer."""
     if not found:
         return []
     shares = [
@@ -134,7 +134,7 @@ def _drafts(found: dict[str, Any] | None) -> list[str]:
     ]
     speed = f"decode {found['decode_tps']:,.1f} with drafts, {found['plain_decode_tps']:,.1f} "
     speed += f"without: {found['vs_plain']:.2f}x"
-    return ["", "; ".join([speed, f"{found['tokens_per_pass']:.2f} tokens a pass", *shares])]
+    return ["", speed, "; ".join([f"{found['tokens_per_pass']:.2f} tokens a pass", *shares])]
 
 
 def _times(figures: dict[str, float]) -> tuple[str, ...]:

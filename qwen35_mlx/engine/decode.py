@@ -102,8 +102,9 @@ class Decoding:
                     row = self.logits
                     self.token, self.logits = rows[i : i + 1], row_logits[i : i + 1]
                     yield Step(read_ids[i], log_probabilities(row), from_draft=i > 0)
-                    if sampler.params is not params:
-                        # Whoever reads the answer changed them: what comes later is drawn again.
+                    if sampler.params is not params or not cache.has_pass:
+                        # Whoever reads the answer changed them, or looked at the cache, which
+                        # ended the pass: what comes later is read again.
                         break
         finally:
             cache.settle()

@@ -215,6 +215,11 @@ class PromptCache:
         if len(self._ids) % POOL_TOKENS == 0:
             mx.clear_cache()
 
+    @property
+    def has_pass(self) -> bool:
+        """Whether tokens of the last step may still be committed: nobody looked since then."""
+        return self._pass is not None
+
     def _end_pass(self) -> None:
         """Forget the tokens of the last step that do not stay."""
         if not self._pass or not self._is_consistent:
