@@ -133,6 +133,8 @@ def saved(model: Any, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
     return out, mtp
 
 
+# torchvision's class, where it is there, reads Pillow's memory in place.
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 def test_patches_are_those_of_the_image_processor(saved: Any) -> None:
     pictures = [paint("star", "red", 20, 25, 12), paint("circle", "blue", 30, 18, 15)]
     processor = AutoImageProcessor.from_pretrained(saved[0])
