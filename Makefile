@@ -14,7 +14,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server bench-adapters demo-eval golden live clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 chat: $(VENV)/.installed ## talk to the bundled demo model; asks five questions if there is no terminal
 	@if [ -t 0 ]; then $(BIN)/qwen35-mlx chat --demo; else $(BIN)/qwen35-mlx chat --demo \
@@ -129,12 +129,6 @@ $(VENV)/.installed-encoder: $(VENV)/.installed
 $(VENV)/.installed-torchvision: $(VENV)/.installed-live
 	@echo "installing torchvision into $(VENV)/torchvision"
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
-	@touch $@
-
-# For its drafter alone: what else it needs is heavy, and of no use here.
-$(VENV)/.installed-mlx-vlm: $(VENV)/.installed-live
-	@echo "installing mlx-vlm into $(VENV)"
-	@$(PIP_INSTALL) --no-deps mlx-vlm==0.7.10
 	@touch $@
 
 # The compiler of the emulator builds its own library once, for a quarter of a minute.
