@@ -131,6 +131,12 @@ $(VENV)/.installed-torchvision: $(VENV)/.installed-live
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	@touch $@
 
+# For its drafter alone: what else it needs is heavy, and of no use here.
+$(VENV)/.installed-mlx-vlm: $(VENV)/.installed-live
+	@echo "installing mlx-vlm into $(VENV)"
+	@$(PIP_INSTALL) --no-deps mlx-vlm==0.7.10
+	@touch $@
+
 # The compiler of the emulator builds its own library once, for a quarter of a minute.
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	@echo "installing qwen35-mlx[test] into $(VENV)"
