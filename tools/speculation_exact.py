@@ -34,9 +34,8 @@ from shown import ASK, shape  # noqa: E402
 
 import qwen35_mlx  # noqa: E402
 from qwen35_mlx import Chat  # noqa: E402
-from qwen35_mlx.chat import loops  # noqa: E402
 from qwen35_mlx.convert import convert  # noqa: E402
-from qwen35_mlx.engine import prompt_cache  # noqa: E402
+from qwen35_mlx.engine import loops, prompt_cache  # noqa: E402
 from qwen35_mlx.engine.decode import decode  # noqa: E402
 from qwen35_mlx.engine.prompt_cache import PromptCache  # noqa: E402
 from qwen35_mlx.engine.sampler import Sampler  # noqa: E402
