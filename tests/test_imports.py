@@ -1,6 +1,7 @@
 """The arrows between the parts: who may import whom, and what an import may cost."""
 
 import ast
+import importlib
 import functools
 import subprocess
 import sys
@@ -271,3 +272,16 @@ print(*[name for name in too_many.split() if name in sys.modules], len(sys.modul
     *heavy, num_modules = run_python(code).split()
     assert heavy == []
     assert int(num_modules) < 700
+
+
+def test_tools_import_only_names_that_exist() -> None:
+    """A bench is run seldom: what moves is missed there first."""
+    missing = []
+    for file in sorted((ROOT / "tools").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qwen35_mlx"):
+                module = importlib.import_module(str(node.module))
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name) and f"{node.module}.{name}" not in MODULES:
+                        missing.append(f"{file.name}: {node.module}.{name}")
+    assert missing == []
