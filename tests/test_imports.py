@@ -1,8 +1,8 @@
 """The arrows between the parts: who may import whom, and what an import may cost."""
 
 import ast
-import importlib
 import functools
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
