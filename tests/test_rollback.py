@@ -64,7 +64,7 @@ def on_a_tier(request: pytest.FixtureRequest) -> Iterator[Callable[[Any], Any]]:
 
 
 def random_ids(seed: int, number: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 90, number).tolist()
+    return np.random.default_rng(seed).integers(0, 43, number).tolist()
 
 
 def assert_exact(model: Any, cases: list[tuple[int, int]], prompt_tokens: int = 11) -> None:
