@@ -116,6 +116,7 @@ def test_the_chunked_rule_of_the_397b() -> None:
     assert 1 <= memory.chunk_rule_bytes(FLAGSHIP, 512) / 210e6 <= 1.3
 
 
+@pytest.mark.slow
 def test_states_do_not_keep_the_inputs_of_every_layer_until_the_end_of_a_step() -> None:
     few, many = (
         peak_of_a_prefill(small(DENSE, intermediate_size=128, num_hidden_layers=n,

@@ -123,6 +123,7 @@ def test_a_change_without_effect_is_no_mutant() -> None:
     assert changes_code("def f():\n    return 1\n", "def f():\n    return 2\n")
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_the_choice_and_no_line_comes_twice() -> None:
     files = [mutants.ROOT / "qwen35_mlx" / name for name in ("config.py", "checkpoint/headers.py")]
     first, again, other = (mutants.choose(files, 40, seed) for seed in (1, 1, 2))
@@ -208,6 +209,7 @@ def test_wrong(): assert not g
 """
 
 
+@pytest.mark.slow
 def test_lines_are_recorded_of_fixtures_and_threads_and_chosen_tests_run_alone(
     tmp_path: Path,
 ) -> None:

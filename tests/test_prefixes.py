@@ -69,6 +69,7 @@ def test_a_snapshot_of_kv_is_an_offset(model: Any) -> None:
     assert cache.snapshot().nbytes == at_30 == sum(a.nbytes for s in states for a in s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", everyday([1, 40, 99], 1))
 def test_two_conversations_share_a_beginning_and_nothing_else(model: Any, shared: int) -> None:
     store = PrefixStore(model)

@@ -325,6 +325,7 @@ def test_presets_follow_the_mode(demo: Any) -> None:
         chat.sampling_params()
 
 
+@pytest.mark.slow
 def test_tools_are_called_answered_and_not_read_again(tooled: Any, script: Script) -> None:
     model, tokenizer = tooled
     chat = Chat(model, tokenizer, tools=[WEATHER])
@@ -408,6 +409,7 @@ def test_a_full_context_loses_nothing_and_can_be_trimmed(
     list(chat.send("And now?"))
 
 
+@pytest.mark.slow
 def test_conversations_leave_no_trace_in_another(demo: Any) -> None:
     """The same conversation says the same, whatever was said in others of the same store."""
     model, tokenizer = demo
