@@ -176,6 +176,7 @@ def test_take_keeps_the_callers_cache_when_another_knows_more(demo: Any) -> None
     assert list(again.ids) == long
 
 
+@pytest.mark.slow
 def test_undo_and_another_question_keep_the_old_branch(demo: Any) -> None:
     chat = Chat(*demo, system="Answer briefly. " * 10, **SHORT)
     ask(chat, FRANCE)

@@ -208,6 +208,7 @@ def test_text_becomes_rows_of_equal_length(tmp_path):
         encode(small, text)
 
 
+@pytest.mark.slow
 def test_a_single_short_row_is_enough(source):
     found = calibrate(source, IDS[:1, :3], measure=True)
     assert found.num_tokens == 3

@@ -231,6 +231,7 @@ def test_tokens_of_a_picture_can_be_limited(talk: Any) -> None:
     assert "error: not a number" in done.err
 
 
+@pytest.mark.slow
 def test_pages_of_a_pdf_become_pictures(talk: Any, folder: Path) -> None:
     pdfium = pytest.importorskip("pypdfium2")
     document = pdfium.PdfDocument.new()

@@ -57,6 +57,7 @@ def test_fit_without_a_source_shows_what_fits_that_memory(few: Any) -> None:
     assert "with a context of 4,096" in run("plan", "--fit", "8GB", "--context", "4096").stdout
 
 
+@pytest.mark.slow
 def test_bits_and_macs_without_a_source_are_honoured(few: Any) -> None:
     by_width = run("plan", "--mac", "M4 Max 128GB")
     assert by_width.stdout.startswith("128 GB of memory: a Mac with M4 Max\n")

@@ -101,6 +101,7 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert (cut["finish_reason"], cut["generated_tokens"]) == ("length", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", everyday([((),), (("--raw",),)], 0))
 def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None:
     options = ("-p", f"{SUM}\n", "--json", "--max-tokens", "40", *way, *GREEDY)

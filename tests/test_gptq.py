@@ -85,6 +85,7 @@ def test_independent_inputs_leave_nothing_to_feed_back():
     assert output_error(w, parts, 4, 64, identity) <= searched * 1.0001
 
 
+@pytest.mark.slow
 def test_inputs_that_never_fire_are_no_obstacle():
     w, h = weights(), moments()
     h[5] = h[:, 5] = 0

@@ -268,6 +268,7 @@ def test_what_the_disk_lost_is_converted_again(tmp_path, source, expected, small
     assert listing(convert(source, tmp_path / "out", **SETTINGS)) == expected
 
 
+@pytest.mark.slow
 def test_killed_between_the_name_of_a_shard_and_its_line(
     tmp_path, source, expected, small_tasks, monkeypatch
 ):

@@ -121,6 +121,7 @@ def test_what_cannot_be_opened_changes_nothing(demo: Any) -> None:
     assert said(chat.send(COLOUR)) == "It is red."
 
 
+@pytest.mark.slow
 def test_pictures_in_messages_and_tool_results(demo: Any) -> None:
     chat = new_chat(
         demo, messages=[user(ASK, RED), {"role": "assistant", "content": "A red circle."}]

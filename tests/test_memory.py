@@ -273,6 +273,7 @@ def test_a_context_given_to_load_bounds_prompt_and_answer(converted_demo: Path) 
     assert len(parts) <= 4
 
 
+@pytest.mark.slow
 def test_the_wired_limit_is_set_once_a_process_and_the_pool_is_bounded(
     mac: Any, converted_demo: Path
 ) -> None:

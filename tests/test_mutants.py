@@ -182,6 +182,7 @@ def test_tests_that_run_a_statement_come_before_those_of_its_module(tmp_path: Pa
     assert (mutants.ROOT / mutants.TESTS_OF_ALL).exists()
 
 
+@pytest.mark.slow
 def test_a_test_that_starts_with_an_import_is_found_by_it() -> None:
     tests = mutants.test_files_of_modules(mutants.ROOT)
     assert "tests/test_journal.py" in tests["convert/journal.py"]

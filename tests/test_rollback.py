@@ -95,6 +95,7 @@ def test_so_they_have_in_the_demo(demo, on_a_tier):
     assert_exact(model, [(8, 5), (5, 1)], prompt_tokens=300)
 
 
+@pytest.mark.slow
 @exact_products
 @pytest.mark.parametrize("num_experts", everyday([0, 8], 1))
 def test_so_they_have_in_heads_that_mlx_has_a_kernel_for(monkeypatch, num_experts):

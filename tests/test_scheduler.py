@@ -289,6 +289,7 @@ def test_the_queue_has_an_end_and_memory_admits_one_by_one(demo):
         engine.submit(ask("hi"))
 
 
+@pytest.mark.slow
 def test_stop_finishes_what_was_taken_on(demo):
     engine = Engine(*demo)
     engine.start()
@@ -432,6 +433,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much(shared):
     )
 
 
+@pytest.mark.slow
 def test_a_listener_that_raises_ends_its_request_alone(own):
     ticket = own.submit(ask("hi", ignore_eos=True, max_tokens=3000))
 

@@ -208,6 +208,7 @@ def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_edit_in_a_long_message_goes_back_to_a_point_inside(
     demo: Any, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
