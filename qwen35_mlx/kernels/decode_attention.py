@@ -117,7 +117,7 @@ def portable_attention(q: mx.array, k: Heads, v: Heads, scale: float, mask: Any)
 
 
 def _packed_attention(q: mx.array, k: Packed, v: Packed, scale: float, mask: Any) -> mx.array:
-    batch, num_heads, num_tokens, dim = q.shape
+    batch, _, num_tokens, dim = q.shape
     num_kv_heads, length = k.shape[1:3]
     rows = (q * scale).reshape(batch, num_kv_heads, -1, dim)
     if isinstance(mask, str):

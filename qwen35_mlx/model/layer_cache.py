@@ -146,8 +146,10 @@ class KVCache(KeysAndValues):
             # Few tokens are copied: they would keep the memory of all.
             shares = 2 * num_tokens >= self.keys.shape[2]
             other.keys, other.values = (
-                # Another object: one would be written to by both.
-                each(heads, mx.array) if shares else written(None, 0, first_keys(heads, num_tokens))
+                # Another object of the same memory: one object would be written to by both.
+                each(heads, lambda a: a.astype(a.dtype))
+                if shares
+                else written(None, 0, first_keys(heads, num_tokens))
                 for heads in (self.keys, self.values)
             )
             other.offset = num_tokens
