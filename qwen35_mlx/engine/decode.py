@@ -1,6 +1,6 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -8,9 +8,6 @@ import mlx.core as mx
 from .prompt_cache import PromptCache
 from .sampler import Sampler
 from .speculate import Drafter
-
-# Of a shorter text, a copy of keys and values takes less time than the device would wait.
-LONG_TOKENS = 4096
 
 
 class Step(NamedTuple):
@@ -31,8 +28,8 @@ def decode(
     """Yield up to `max_tokens` tokens that follow `hidden` `[1, 1, H]`, the last one read.
 
     At every yield `cache` has read the token, except the last of `max_tokens`. Without drafts the
-    graph of step N + 1 is built before token N is read, and started too unless the text is long,
-    so the device hardly waits for Python. With drafts several tokens are read in one pass; the tokens are the same.
+    graph of step N + 1 is built and started before token N is read, so the device never waits for
+    Python. With drafts several tokens are read in one pass; the tokens are the same.
     """
     if max_tokens:
         yield from Decoding(cache, hidden, sampler).steps(max_tokens, drafter)
@@ -79,9 +76,7 @@ class Decoding:
                 if drafts is None:
                     read, row = self.token, self.logits
                     if left > 1:
-                        hidden = cache.step(read)
-                        finish_if_long([cache], [read])
-                        self.token, self.logits = self._draw(hidden, len(cache.ids) + 1)
+                        self.token, self.logits = self._draw(cache.step(read), len(cache.ids) + 1)
                     token_id = int(cast(int, read.item()))
                     if drafter:
                         drafter.record()
@@ -113,15 +108,6 @@ class Decoding:
                         break
         finally:
             cache.settle()
-
-
-def finish_if_long(caches: Iterable[PromptCache], tokens: Sequence[mx.array]) -> None:
-    """Let the pass end that gives `tokens` before the next one starts, where a text is long.
-
-    What still reads keys and values makes MLX copy all of them to write one more.
-    """
-    if max(len(cache.ids) for cache in caches) >= LONG_TOKENS:
-        mx.eval(tokens)
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

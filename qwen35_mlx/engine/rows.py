@@ -7,7 +7,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..model.language import Model
-from .decode import finish_if_long, log_probabilities
+from .decode import log_probabilities
 from .row import Row
 from .row_batch import RowBatch, groups, num_streams
 from .sampler import draw_rows
@@ -97,7 +97,6 @@ class Rows:
                 with mx.stream(batch.stream):
                     logits = self.model.head(hidden)[:, 0]
                 drawn_from.append((members, logits, batch.stream))
-            finish_if_long([row.cache for row in rows], [row.token for row in rows])
             # At once: MLX waits for most of one before it starts another.
             mx.async_eval([logits for _, logits, _ in drawn_from])
             ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
