@@ -97,8 +97,8 @@ class PrefixStore:
             if not points:
                 break
             points.sort(key=lambda point: point[0])
-            old = points[: -(-len(points) // 2)]
-            _, num_tokens, cache = min(old, key=lambda point: _gap(point[2], point[1]))
+            unused = points[: -(-len(points) // 2)]
+            _, num_tokens, cache = min(unused, key=lambda point: _gap(point[2], point[1]))
             # Forks share their snapshots: dropped here, it is dropped there too.
             old = cache.snapshots[num_tokens]
             for other in self.caches:
