@@ -123,7 +123,7 @@ class KVCache(KeysAndValues):
         for name, heads in (("keys", self.keys), ("values", self.values)):
             if isinstance(heads, Packed):
                 arrays |= {f"{name}.{k}": a for k, a in zip(PARTS, heads.parts, strict=True)}
-            else:
+            elif heads is not None:
                 arrays[name] = heads
         return {name: array[..., start:stop, :] for name, array in arrays.items()}
 
@@ -132,6 +132,7 @@ class KVCache(KeysAndValues):
         k, v = (self._of_rows(rows, name, i) for i, name in enumerate(("keys", "values")))
         self._append(k, v, self.offset)
         self.offset += k.shape[2]
+        self.num_kept = 0
 
     def _of_rows(self, rows: Mapping[str, mx.array], name: str, place: int) -> Heads:
         if self.bits is None:
