@@ -197,7 +197,7 @@ def _raised_note(memory_bytes: int) -> str:
 
 
 def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
-    """The plan of a model that runs with keys and values in these bits; the first fits best."""
+    """The plan with keys and values in these bits; the first one that fits is taken."""
     return [replace(planned, config=config) for config in kv_choices(planned.config, kv_bits)]
 
 
