@@ -336,7 +336,7 @@ def test_the_quantized_cache_of_mlx_lm_runs_on_our_model(demo: Any) -> None:
             kv_group_size=32, quantized_kv_start=0,
         )  # fmt: skip
         tokens.append([token for token, _ in steps])
-        assert any(hasattr(entry, "bits") for entry in cache) == (bits is not None)
+        assert any(hasattr(entry, "group_size") for entry in cache) == (bits is not None)
     assert tokens[0] == tokens[1]
 
 

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,6 +47,7 @@ CONFIGS = {
     ),
     "wide_linear": small(DENSE, intermediate_size=256, num_attention_heads=2,
                          num_key_value_heads=1, linear_key_head_dim=64),
+    "quantized_keys": replace(small(DENSE, head_dim=64, intermediate_size=384), kv_bits=(8, 8)),
 }  # fmt: skip
 
 
@@ -75,8 +77,8 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     everyday(
         [("dense", 512, GIB), ("experts", 512, GIB), ("wide_linear", 512, GIB),
          ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20), ("experts", 1024, 32 * 2**20),
-         ("wide_linear", 1500, 8 * 2**20)],
-        4,
+         ("wide_linear", 1500, 8 * 2**20), ("quantized_keys", 512, 8 * 2**20)],
+        4, 7,
     ),
 )  # fmt: skip
 def test_the_count_is_an_upper_bound_of_what_a_prefill_takes(
@@ -244,7 +246,7 @@ def test_a_model_too_large_for_any_limit_gets_no_command(mac: Any) -> None:
     assert "fewer bits" in str(error.value)
 
 
-@pytest.mark.parametrize("context", [0, 262_145])
+@pytest.mark.parametrize("context", [0, 4 * 262_144 + 1])
 def test_a_context_that_the_model_cannot_read_is_refused(mac: Any, context: int) -> None:
     mac(512 * GIB)
     with pytest.raises(Qwen35Error, match="context does not fit the model"):

@@ -51,6 +51,7 @@ PLAN = {
     "--bits-per-weight": ["5"],
     "--prefer": ["speed", "--fit", "24GB"],
     "--context": ["1000", "--fit", "24GB"],
+    "--kv-bits": ["8", "--fit", "24GB"],
     "--calibration": ["{calibration}"],
     "--revision": ["v1"],
 }
@@ -69,6 +70,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--calibration": ["{calibration}", "--fit", "24GB"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--mac": ["64GB"],
         "--png": ["x.png"],
     },
@@ -92,6 +94,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--json": [],
         "--stop": ["x"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--force": [],
         "--adapter-path": ["a"],
     },
@@ -108,6 +111,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--plain": [],
         "--preset": ["coding"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--force": [],
         "--adapter-path": ["a"],
     },
@@ -120,6 +124,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--allow-host": ["h"],
         "--model-name": ["n"],
         "--max-context": ["600"],
+        "--kv-bits": ["8"],
         "--queue": ["3"],
         "--kernels": ["ops"],
         "--force": [],
@@ -148,7 +153,9 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--revision": ["v1"],
         "--force": [],
     },
-    "fuse": {name: value for name, value in PLAN.items() if name != "--calibration"}
+    "fuse": {
+        name: value for name, value in PLAN.items() if name not in ("--calibration", "--kv-bits")
+    }
     | {"--adapter-path": ["b"]},
     "bench": {
         "--max-context": ["600"],

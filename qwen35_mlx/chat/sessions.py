@@ -166,10 +166,10 @@ def model_identity(model: Model) -> str:
     named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     # Drafts change no text: the MTP layer may be there or not.
     tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
-    arrays = hash((model.adapter_digest, *(id(array) for _, array in tensors)))
+    arrays = hash((model.cache_key, *(id(array) for _, array in tensors)))
     known = getattr(model, "_identity", "")
     if not known.startswith(f"{arrays} "):
-        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.adapter_digest)}"
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.cache_key)}"
     return known.partition(" ")[2]
 
 
@@ -215,9 +215,7 @@ def _save_cache(session: Path, cache: PromptCache, identity: str) -> None:
     arrays = {"ids": mx.array(list(cache.ids[:end]), dtype=mx.int64)}
     for layer, entry in enumerate(cache.entries):
         if isinstance(entry, KVCache):
-            keys, values = cast(tuple[mx.array, mx.array], (entry.keys, entry.values))
-            arrays[f"layers.{layer}.keys"] = keys[..., :end, :]
-            arrays[f"layers.{layer}.values"] = values[..., :end, :]
+            arrays |= {f"layers.{layer}.{name}": a for name, a in entry.rows(0, end).items()}
     for point in points:
         for layer, kept in enumerate(point.entries):
             if not isinstance(kept, int):
@@ -227,10 +225,7 @@ def _save_cache(session: Path, cache: PromptCache, identity: str) -> None:
             arrays[f"mtp.{point.num_tokens}.hidden"] = point.mtp_hidden
             arrays[f"mtp.{point.num_tokens}.offset"] = mx.array(point.entries[-1])
     if cache.mtp and (read := cache.mtp.cache.offset):
-        keys, values = cast(
-            tuple[mx.array, mx.array], (cache.mtp.cache.keys, cache.mtp.cache.values)
-        )
-        arrays |= {"mtp.keys": keys[..., :read, :], "mtp.values": values[..., :read, :]}
+        arrays |= {f"mtp.{name}": a for name, a in cache.mtp.cache.rows(0, read).items()}
     arrays = {name: mx.contiguous(array) for name, array in arrays.items()}
     metadata = {"format": str(FORMAT), "model": identity, "sha256": _checksum(arrays, identity)}
     if shown:
@@ -260,13 +255,11 @@ def _load_cache(file: Path, model: Model, media: SavedMedia) -> PromptCache:
     cache = PromptCache(model, ids)
     for layer, entry in enumerate(cache.entries):
         if isinstance(entry, KVCache):
-            entry.keys = arrays.pop(f"layers.{layer}.keys")
-            entry.values = arrays.pop(f"layers.{layer}.values")
-            entry.offset = len(cache.ids)
-    of_mtp = {name: arrays.pop(name) for name in list(arrays) if name.startswith("mtp.")}
-    if cache.mtp and "mtp.keys" in of_mtp:
-        keys = of_mtp["mtp.keys"]
-        cache.mtp.cache.state = keys, of_mtp["mtp.values"], keys.shape[2]
+            entry.append_rows(_taken(arrays, f"layers.{layer}."))
+    of_mtp = _taken(arrays, "mtp.")
+    rows = {name: a for name, a in of_mtp.items() if name.startswith(("keys", "values"))}
+    if cache.mtp and rows:
+        cache.mtp.cache.append_rows(rows)
     for num_tokens in sorted({int(name.split(".")[1]) for name in arrays}):
         kept: list[int | tuple[mx.array, ...]] = []
         for layer, entry in enumerate(cache.entries):
@@ -275,14 +268,20 @@ def _load_cache(file: Path, model: Model, media: SavedMedia) -> PromptCache:
             kept.append(num_tokens if isinstance(entry, KVCache) else states)
         if cache.mtp:
             # Of a file without it, the layer begins anew.
-            kept.append(int(cast(int, of_mtp.get(f"mtp.{num_tokens}.offset", mx.array(0)).item())))
+            kept.append(int(cast(int, of_mtp.get(f"{num_tokens}.offset", mx.array(0)).item())))
         point = Snapshot(num_tokens, tuple(kept), rope_delta(ids[:num_tokens]))
-        point.mtp_hidden = of_mtp.get(f"mtp.{num_tokens}.hidden")
+        point.mtp_hidden = of_mtp.get(f"{num_tokens}.hidden")
         cache.snapshots[num_tokens] = point
     restore(cache.all_entries, cache.snapshots[len(cache.ids)])
     if cache.mtp:
         cache.mtp.hidden = cache.snapshots[len(cache.ids)].mtp_hidden
     return cache
+
+
+def _taken(arrays: dict[str, mx.array], prefix: str) -> dict[str, mx.array]:
+    """The arrays whose names begin so, without that, out of `arrays`."""
+    names = [name for name in arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): arrays.pop(name) for name in names}
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def chat(
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    kv_bits: options.KvBits = "auto",
     force: options.Force = False,
 ) -> None:
     """Chat with a model in the terminal.
@@ -133,6 +134,7 @@ def chat(
                 force=force,
                 mtp=options.LOADS_MTP.get(draft),
                 adapter=adapter_path,
+                kv_bits=kv_bits,
             )
     conversation = Chat(
         loaded,
