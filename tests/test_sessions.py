@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,17 @@ import pytest
 from everyday import everyday
 
 from qwen35_mlx import Chat
-from qwen35_mlx.chat import sessions
-from qwen35_mlx.chat.sessions import cache_file, hold, list_sessions, remove_session, session_file
+from qwen35_mlx.chat.sessions import (
+    cache_folder,
+    hold,
+    list_sessions,
+    remove_session,
+    session_file,
+    trim_caches,
+)
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.errors import SessionError
+from qwen35_mlx.model import identity
 
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
 GREEDY = {"temperature": 0.0}
@@ -39,10 +48,10 @@ def ask(chat: Chat, text: str) -> str:
 
 def test_a_session_goes_on_without_a_prefill(demo: Any) -> None:
     chat = new_chat(demo, system="Answer briefly.")
-    ask(chat, FRANCE)
-    ask(chat, WHO)
-    chat.read_ahead()
-    chat.save("one")
+    for question in (FRANCE, WHO):
+        ask(chat, question)
+        chat.read_ahead()
+        chat.save("one")
     resumed = new_chat(demo)
     assert resumed.load("one") is None
     assert resumed.messages == chat.messages and resumed.system == "Answer briefly."
@@ -57,7 +66,7 @@ def test_a_session_goes_on_without_a_prefill(demo: Any) -> None:
     # Back to the turn before the one that was saved.
     resumed.undo()
     list(resumed.regenerate())
-    assert resumed.stats.prefilled_tokens <= 10
+    assert resumed.stats.prefilled_tokens <= 12
 
 
 def test_a_session_left_right_behind_an_answer_reads_no_more_than_that(demo: Any) -> None:
@@ -78,7 +87,7 @@ def damage_cut(file: Path) -> None:
 
 def damage_bit(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    data[-1234] ^= 4
+    data[len(data) // 2] ^= 4
     file.write_bytes(data)
 
 
@@ -86,21 +95,16 @@ def damage_empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def damage_header(file: Path) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data.replace(b'"ids"', b'"idz"', 1))
-
-
-@pytest.mark.parametrize(
-    "damage", everyday([damage_cut, damage_bit, damage_empty, damage_header], 0, 1)
-)
+@pytest.mark.parametrize("kind", ["keys", "states"])
+@pytest.mark.parametrize("damage", everyday([damage_bit, damage_cut, damage_empty], 0))
 def test_a_damaged_cache_is_read_again_with_a_warning(
-    demo: Any, damage: Callable[[Path], None]
+    demo: Any, damage: Callable[[Path], None], kind: str
 ) -> None:
     chat = new_chat(demo)
     ask(chat, FRANCE)
-    file = chat.save("one")
-    damage(cache_file(file))
+    folder = cache_folder(chat.save("one"))
+    (damaged,) = folder.glob(f"*.{kind}.*")
+    damage(damaged)
     resumed = new_chat(demo)
     warning = resumed.load("one")
     assert warning and "read again" in warning
@@ -108,7 +112,10 @@ def test_a_damaged_cache_is_read_again_with_a_warning(
     assert resumed.stats.prefilled_tokens == resumed.stats.prompt_tokens
     # Saved again it is whole again.
     resumed.save("one")
-    assert new_chat(demo).load("one") is None
+    again = new_chat(demo)
+    assert again.load("one") is None
+    ask(again, WHO)
+    assert again.stats.prefilled_tokens < again.stats.prompt_tokens
 
 
 @pytest.mark.parametrize("damage", [damage_bit, damage_cut, damage_empty])
@@ -131,9 +138,9 @@ def test_the_model_is_not_digested_at_every_saved_turn(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digested: list[Any] = []
-    digest = sessions._digest_of_weights
+    digest = identity._digest_of_weights
     monkeypatch.setattr(
-        sessions, "_digest_of_weights", lambda *given: digested.append(1) or digest(*given)
+        identity, "_digest_of_weights", lambda *given: digested.append(1) or digest(*given)
     )
     monkeypatch.setattr(demo[0], "_identity", "", raising=False)
     chat = new_chat(demo)
@@ -168,7 +175,9 @@ def test_a_cache_of_other_words_is_of_no_harm(demo: Any) -> None:
     ask(other, WHO)
     chat.save("one")
     other.save("two")
-    cache_file(session_file("two")).replace(cache_file(session_file("one")))
+    folders = [cache_folder(session_file(name)) for name in ("one", "two")]
+    shutil.rmtree(folders[0])
+    folders[1].replace(folders[0])
     resumed = new_chat(demo)
     assert resumed.load("one") is None
     assert ask(resumed, HOT) == ask(chat, HOT)
@@ -214,6 +223,34 @@ def test_a_session_is_open_once(demo: Any) -> None:
             pass
     with hold("one"):
         pass
+
+
+def test_the_oldest_sessions_give_up_what_they_have_read_and_no_words(demo: Any) -> None:
+    for number, name in enumerate(("old", "open", "new")):
+        chat = new_chat(demo)
+        ask(chat, FRANCE)
+        file = chat.save(name)
+        os.utime(file, (number, number))
+    most = sum(info.num_bytes for info in list_sessions()) * 0.4
+    with hold("open"):
+        trim_caches(most)
+    kept = [name for name in ("old", "open", "new") if cache_folder(session_file(name)).exists()]
+    assert kept == ["open"]
+    resumed = new_chat(demo)
+    assert resumed.load("old") is None and len(resumed.messages) == 2
+
+
+def test_a_session_of_an_earlier_version_keeps_the_words(demo: Any) -> None:
+    chat = new_chat(demo)
+    ask(chat, FRANCE)
+    file = chat.save("one", with_cache=False)
+    old = file.with_suffix(".safetensors")
+    old.write_bytes(b"what an earlier version has read")
+    resumed = new_chat(demo)
+    assert "earlier version" in (resumed.load("one") or "")
+    assert resumed.messages == chat.messages and ask(resumed, HOT) == ask(chat, HOT)
+    resumed.save("one")
+    assert not old.exists() and new_chat(demo).load("one") is None
 
 
 def test_unicode_that_cannot_be_written_loses_nothing(demo: Any) -> None:

@@ -160,6 +160,14 @@ Seed = Annotated[
         help="Seed of the random numbers: the same seed, the same answer. Default: a new one.",
     ),
 ]
+CacheLimit = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Most GB on disk of what was read, so that it need not be read again; what was of no "
+        "use for the longest time goes first.",
+    ),
+]
 Kernels = Annotated[
     Literal["auto", "ops", "mlx", "metal"],
     typer.Option(

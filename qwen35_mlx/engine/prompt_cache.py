@@ -146,6 +146,20 @@ class PromptCache:
         return hidden
 
     def _read_piece(self, piece: list[int], last_only: bool) -> mx.array:
+        if not self.can_go_back:
+            return self._read_all(piece, last_only)
+        before = self.end()
+        try:
+            return self._read_all(piece, last_only)
+        except BaseException:
+            # What the pieces before it have read stays.
+            self._is_consistent = False
+            self._return_to(before)
+            del self._ids[before.num_tokens :]
+            self._is_consistent = True
+            raise
+
+    def _read_all(self, piece: list[int], last_only: bool) -> mx.array:
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
@@ -293,16 +307,19 @@ class PromptCache:
             self._rope_delta = 0
             self.mtp = self.mtp and MTPState(self.model, self.mtp.layer)
         elif kept < len(self._ids) or not self._is_consistent:
-            point = self.snapshots[kept]
-            restore(self.all_entries, point)
-            self._rope_delta = point.rope_delta
-            if self.mtp:
-                self.mtp.hidden = point.mtp_hidden
+            self._return_to(self.snapshots[kept])
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
         self._is_consistent = True
         return kept
+
+    def _return_to(self, point: Snapshot) -> None:
+        """Bring the layer caches to a point; the ids behind it are for the caller to drop."""
+        restore(self.all_entries, point)
+        self._rope_delta = point.rope_delta
+        if self.mtp:
+            self.mtp.hidden = point.mtp_hidden
 
     def fork(self, num_tokens: int) -> "PromptCache":
         """A second cache that holds the first `num_tokens`, one of this one's points."""

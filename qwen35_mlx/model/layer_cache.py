@@ -82,6 +82,16 @@ class KVCache(KeysAndValues):
     def __init__(self) -> None:
         self.offset = 0
 
+    def rows(self, start: int, stop: int) -> dict[str, mx.array]:
+        """Keys and values of these tokens; not evaluated."""
+        held = {"keys": self.keys, "values": self.values}
+        return {name: a[..., start:stop, :] for name, a in held.items() if a is not None}
+
+    def append_rows(self, rows: dict[str, mx.array]) -> None:
+        """Append what `rows` gave, of this cache or of another one."""
+        self.update_and_fetch(rows["keys"], rows["values"])
+        self.num_kept = 0
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
         held = self._append(keys, values, self.offset)
