@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.model.cache import accept, holds_keys
 
 Ids = Sequence[int]

@@ -24,7 +24,6 @@ from qwen35_mlx.chat.sessions import (
     session_file,
     trim_caches,
 )
-from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.errors import SessionError
 from qwen35_mlx.model import identity
 

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -249,15 +250,18 @@ class Segments:
             self._cleared = True
 
     def _thin(self, path: Chain) -> None:
-        """Keep points whose distance from the end doubles, the first one, and those of forks."""
+        """Keep points of which, from the end, each second one is twice as far; and those of forks.
+
+        So going back by some tokens reads no more than that number again.
+        """
         points = [segment for segment in path if self._has_point(segment)]
-        nearest = 0
-        for segment in reversed(points[1:-1]):
-            distance = path[-1].stop - segment.stop
-            if nearest and distance < 2 * nearest and len(self._children[segment.name]) < 2:
+        *_, newer = points
+        for older, segment in reversed(list(pairwise(points[:-1]))):
+            far, near = path[-1].stop - older.stop, path[-1].stop - newer.stop
+            if far <= 2 * near and len(self._children[segment.name]) < 2:
                 self._unlink(segment.file_name("states"))
             else:
-                nearest = distance
+                newer = segment
 
     def trim(self) -> None:
         """Remove the ends that were of no use for the longest time, until the rest fits."""
