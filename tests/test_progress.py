@@ -139,7 +139,7 @@ def test_a_bar_begins_where_an_earlier_run_ended_and_names_no_tensor_at_its_end(
      (3600, "1 h 0 min"), (3660, "1 h 1 min"), (100_000, "27 h 47 min")],
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -160,6 +160,14 @@ Seed = Annotated[
         help="Seed of the random numbers: the same seed, the same answer. Default: a new one.",
     ),
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that keeps what was read: the same beginning of a prompt is not read again, "
+        "after a restart or Ctrl-C neither. Default: none.",
+    ),
+]
 CacheLimit = Annotated[
     float,
     typer.Option(

@@ -60,7 +60,7 @@ def _byte_lines(title: str) -> Iterator[ByteProgress]:
         if now - logged >= LOG_SECONDS and done < total:
             logged = now
             speed = (done - first_bytes) / (now - started)
-            left = f", {_duration((total - done) / speed)} left" if speed else ""
+            left = f", {duration((total - done) / speed)} left" if speed else ""
             terminal.note(
                 f"{title}: {done / 1e9:,.2f} of {total / 1e9:,.2f} GB, {100 * done // total} %, "
                 f"{speed / 1e6:,.1f} MB/s{left}; {file}: {tensor}"
@@ -70,10 +70,11 @@ def _byte_lines(title: str) -> Iterator[ByteProgress]:
     seconds = time.perf_counter() - started
     read_bytes = last_bytes - (first_bytes or 0)
     before = f", {first_bytes / 1e6:,.1f} MB before" if first_bytes else ""
-    terminal.note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {_duration(seconds)}{before}")
+    terminal.note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {duration(seconds)}{before}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, for people."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -76,14 +76,7 @@ def serve(
         int,
         typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
     ] = 64,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that keeps what was read, so that conversations go on after a restart "
-            "without reading it again. Default: memory alone.",
-        ),
-    ] = None,
+    cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
     kernels: options.Kernels = "auto",
     force: options.Force = False,
