@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +227,8 @@ def read_prompt(model_folder: str) -> None:
 
     model.trunk = counted
     pieces = chat.send(words(PROMPT_TOKENS, 7), lambda done, total: print(done, flush=True))
-    try:
+    with suppress(KeyboardInterrupt):
         next(pieces, None)
-    except KeyboardInterrupt:
-        pass
     pieces.close()
     chat.save(SESSION)
     print(json.dumps({"read": num_read, "prompt": chat.stats.prompt_tokens}), flush=True)

@@ -280,12 +280,17 @@ class Chat:
                 if should_stop():
                     return
 
-    def write_cache(self) -> Generator[None]:
-        """Append what was read to `disk`, where there is one, in pieces of up to 32 MiB."""
+    def write_cache(self, *, every_point: bool = False) -> Generator[None]:
+        """Append what was read to `disk`, where there is one, in pieces of up to 32 MiB.
+
+        With a point to go on from where the next prompt does, or with all that there are.
+        """
         cache = self._cache
         if self.disk is not None and cache is not None:
-            point = self._answer_start if self._answer_start in cache.snapshots else 0
-            yield from self.disk.write(cache, point or cache.last_point)
+            start = self._answer_start if self._answer_start in cache.snapshots else 0
+            points = {start or cache.last_point, *(cache.snapshots if every_point else ())}
+            for point in sorted(points):
+                yield from self.disk.write(cache, point)
 
     def stop_reading_ahead(self, *, wait_for_end: bool = False) -> None:
         """End the reading in the background, at once or when it is done."""

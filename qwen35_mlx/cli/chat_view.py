@@ -302,11 +302,14 @@ class ChatView:
 
     def save_turn(self) -> None:
         """Save the messages of a session; what was read follows in the background."""
-        from ..chat.sessions import trim_caches
+        from ..chat.sessions import session_file, trim_caches
 
         if self._autosave and not self.session:
-            self._hold(time.strftime("%Y-%m-%d-%H%M%S"))
-            terminal.note(f"saved as session {self.session}")
+            name = time.strftime("%Y-%m-%d-%H%M%S")
+            while session_file(name).exists():
+                name += "-b"
+            self._hold(name)
+            terminal.note(f"saved as session {name}")
         if self.session:
             self.chat.save(self.session, with_cache=False)
             trim_caches(self._cache_limit_bytes)

@@ -144,8 +144,8 @@ def generate(
         on_loop="off",
         draft=draft,
         num_draft_tokens=num_draft_tokens,
-        # There is no second turn.
-        store=PrefixStore(loaded, 0),
+        # There is no second turn, unless of another call.
+        store=PrefixStore(loaded, None if cache_dir else 0),
     )
     attached = Attachments(chat, allow_url)
     if media:
@@ -158,7 +158,7 @@ def generate(
 
             chat.disk = held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
             # After Ctrl-C too.
-            held.callback(lambda: list(chat.write_cache()))
+            held.callback(lambda: list(chat.write_cache(every_point=True)))
         started = time.perf_counter()
         pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
         if as_json:

@@ -73,4 +73,6 @@ def read_file(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         first, end = entry["data_offsets"]
         words = np.frombuffer(body[start + first : start + end], np.uint8)
         arrays[name] = mx.array(words).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    # A lazy array belongs to the thread that made it.
+    mx.eval(arrays)
     return arrays, metadata
