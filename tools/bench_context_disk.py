@@ -28,14 +28,13 @@ import qwen35_mlx
 from qwen35_mlx import Chat, files
 from qwen35_mlx.chat import sessions
 from qwen35_mlx.chat.sessions import read_conversation, session_file
-from qwen35_mlx.convert import convert
 from qwen35_mlx.engine import segment_file
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.model.cache import KVCache
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
 NUM_TURNS, TURN_TOKENS, PROMPT_TOKENS, NUM_KILLS = 50, 1200, 30_000, 100
-CONTEXT = 131_072
+CONTEXT, START_SECONDS = 131_072, 120
 QUESTIONS = ("What is the capital of France?", "Who are you?", "What is 47 + 85?", "Spell: garden")
 # A conversation begins anew behind so many turns.
 MAX_TURNS = 30
@@ -45,6 +44,9 @@ GREEDY = {"temperature": 0.0}
 
 def long_demo(folder: Path) -> Path:
     """The demo at 4 bits, whose config allows more tokens than it was taught."""
+    # Here, as it starts threads, which a fork would not have.
+    from qwen35_mlx.convert import convert
+
     out: Path = convert(DEMO, folder / "demo", bits=4)
     config = json.loads((out / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = CONTEXT
@@ -174,9 +176,12 @@ def kill_savers(model_folder: Path, home: Path, num_kills: int) -> dict[str, Any
             process.stdin.write("go\n")
             process.stdin.flush()
             pid = int(process.stdout.readline())
+            end = time.monotonic() + START_SECONDS
             while "started" not in log.read_text():
+                if time.monotonic() > end:
+                    raise RuntimeError("the process that saves did not start")
                 time.sleep(0.01)
-            limit = time.monotonic() + generator.uniform(0.0, 0.5) + kill % 2
+            limit = time.monotonic() + generator.uniform(0.0, 1.5) + kill % 2
             # Every other time in the midst of a write.
             while time.monotonic() < limit:
                 if kill % 2 and time.monotonic() > limit - 1 and any(home.rglob(".*.partial.*")):
@@ -189,7 +194,8 @@ def kill_savers(model_folder: Path, home: Path, num_kills: int) -> dict[str, Any
             known |= {(line[0], int(line[1])): line[2] for line in lines if len(line) == 3}
             turns += sum(line[0] == "turn" for line in lines)
             lost += not _is_whole(model, tokenizer, lines, known)
-            if len(read_conversation(session_file(SESSION))["messages"]) > 2 * MAX_TURNS:
+            file = session_file(SESSION)
+            if file.exists() and len(read_conversation(file)["messages"]) > 2 * MAX_TURNS:
                 sessions.remove_session(SESSION)
                 known = {}
         process.stdin.close()
