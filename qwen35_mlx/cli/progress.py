@@ -117,11 +117,28 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             bar.update(task, tensor="", file="")
 
 
+def _token_lines() -> Callable[[int, int], None]:
+    started = logged = time.perf_counter()
+
+    def update(done: int, total: int) -> None:
+        nonlocal logged
+        now = time.perf_counter()
+        if now - logged >= LOG_SECONDS and 0 < done < total:
+            logged = now
+            tps = done / (now - started)
+            terminal.note(
+                f"reading the prompt: {done:,} of {total:,} tokens, {tps:,.0f} tok/s, "
+                f"{duration((total - done) / tps)} left"
+            )
+
+    return update
+
+
 @contextmanager
 def token_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar while a long prompt is read, gone before the answer."""
+    """A bar while a long prompt is read, gone before the answer; a line now and then for a log."""
     if not terminal.can_draw(terminal.err):
-        yield lambda done, total: None
+        yield _token_lines()
         return
     bar = Progress(
         TextColumn("reading the prompt"),
