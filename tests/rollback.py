@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.chat.sessions import load_conversation, save_conversation
 from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.model.cache import accept, holds_keys
 
 Ids = Sequence[int]
@@ -106,10 +106,11 @@ def a_fork(cache: PromptCache, folder: Path) -> list[bytes]:
 
 
 def a_session(cache: PromptCache, folder: Path) -> list[bytes]:
-    file = folder / "session.json"
-    save_conversation(file, {"messages": []}, cache.model, cache)
-    _, loaded, warning = load_conversation(file, cache.model)
-    assert loaded is not None and warning is None
+    disk = Segments(folder, cache.model)
+    for _ in disk.write(cache, len(cache.ids)):
+        pass
+    loaded = Segments(folder, cache.model).read(cache.ids)
+    assert loaded is not None and len(loaded.ids) == len(cache.ids)
     return [*held(loaded), step(loaded, 9), step(cache, 2)]
 
 

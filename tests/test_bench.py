@@ -199,7 +199,8 @@ def test_a_machine_without_mlx_lm_is_described(monkeypatch: pytest.MonkeyPatch) 
     ("chip", "memory_gib", "gbps"),
     [
         ("Apple M3 Ultra", None, 819), ("M3 Max", 36, 300), ("M3 Max", 128.0, 400),
-        ("M4 Max", 64, 546), ("M4 Max", 36, 410), ("Apple M1", 16, 68), ("M9", 64, None), ("AMD EPYC", 64, None),
+        ("M4 Max", 64, 546), ("M4 Max", 36, 410), ("Apple M1", 16, 68), ("M9", 64, None),
+        ("AMD EPYC", 64, None),
     ],
 )  # fmt: skip
 def test_bandwidth_of_a_chip(chip: str, memory_gib: float | None, gbps: float | None) -> None:

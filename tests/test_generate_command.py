@@ -223,3 +223,20 @@ def test_a_wrong_list_of_tools_is_refused_before_a_model_is_loaded(
     result = run_cli("generate", "no/model", "-p", "x", "--tools", file)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ") and problem in result.stderr
+
+
+def test_what_was_read_is_there_for_the_next_call(
+    run_cli: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / name).write_text("word and other things " * 20)
+    options = ("--file", f"{tmp_path}/*.txt", "--cache-dir", tmp_path / "cache", "--json")
+    found = []
+    for _ in range(2):
+        result = run_cli("generate", converted_demo, "-p", "Why?", "--max-tokens", "2", *options)
+        assert "2 files, 242 tokens\n" in result.stderr and "c.md" not in result.stderr
+        found.append(json.loads(result.stdout))
+    assert 242 < found[0]["prompt_tokens"] == found[1]["prompt_tokens"] < 300
+    assert found[0]["cached_tokens"] == 0 and found[1]["cached_tokens"] > 242
+    result = run_cli("generate", converted_demo, "-p", "a", "--raw", "--cache-dir", tmp_path)
+    assert result.exit_code == 2 and "--raw" in result.output

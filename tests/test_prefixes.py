@@ -108,7 +108,7 @@ def test_a_conversation_comes_back_to_what_it_left(model: Any) -> None:
     assert len(store.caches) == 3
 
 
-def test_an_interrupted_reading_leaves_only_its_points(
+def test_an_interrupted_reading_loses_no_more_than_a_piece(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = PromptCache(model)
@@ -126,9 +126,11 @@ def test_an_interrupted_reading_leaves_only_its_points(
     with pytest.raises(KeyboardInterrupt):
         cache.read(text, marks=[30], step_size=10)
     # Six pieces were read; the first layer had read more than the others.
-    assert len(cache.ids) == 60 and cache.reusable_tokens(text) == 30
-    assert cache.rewind(100) == 30
+    assert len(cache.ids) == 60 and cache.reusable_tokens(text) == 60
     assert_right(cache)
+    cache.read(text[60:])
+    assert_right(cache)
+    assert cache.rewind(59) == 30
 
 
 def test_the_least_recently_used_points_go_first(model: Any) -> None:

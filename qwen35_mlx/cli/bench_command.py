@@ -29,6 +29,15 @@ def bench(
             help="Run mlx-lm on the same weights in turns. Default: this program alone.",
         ),
     ] = False,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS",
+            help="Measure memory in place of speed: plant facts in texts of these lengths in "
+            "tokens, such as 4K,32K, ask for each, and print right answers by depth. Default: "
+            "speed.",
+        ),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the speeds as a picture too. Default: none."),
@@ -44,6 +53,11 @@ def bench(
     to the first token, decoding, and memory; with an MTP layer, decoding with drafts. The last
     line is JSON to share and to compare.
     """
+    if recall is not None:
+        if vs_mlx_lm or png or max_context:
+            raise typer.BadParameter("--recall measures no speed; use it without other measures")
+        bench_recall(model, recall, as_json, kernels)
+        return
     from ..evaluation import bench as measuring
     from ..model import loading
     from ..model.hub import resolve
@@ -75,4 +89,29 @@ def bench(
         draw_bench(result, png)
     if not as_json:
         print_bench(result)
+    print(json.dumps(result), flush=True)
+
+
+def bench_recall(model: str, lengths: str, as_json: bool, kernels: str) -> None:
+    """Print right/asked by depth and length, and a line of JSON."""
+    from ..evaluation import bench as measuring
+    from ..evaluation import recall as measuring_recall
+    from ..model import loading
+    from ..model.hub import resolve
+    from .progress import spinner, step_progress
+
+    sizes = measuring_recall.lengths_of(lengths)
+    folder = resolve(model)
+    with spinner(f"Loading {model}"):
+        loaded, tokenizer = loading.load(folder, kernels=kernels, context=max(sizes))
+    with step_progress("Asking") as progress:
+        found = measuring_recall.measure(loaded, tokenizer, sizes, progress)
+    if not as_json:
+        print("depth     " + "".join(f"{row.num_tokens:>10,}" for row in found))
+        for depth in range(num := measuring_recall.NUM_DEPTHS):
+            cells = "".join(f"{f'{row.right[depth]}/{row.asked[depth]}':>10}" for row in found)
+            print(f"{f'{100 * depth // num}-{100 * (depth + 1) // num} %':10}{cells}")
+        cells = "".join(f"{f'{sum(row.right)}/{sum(row.asked)}':>10}" for row in found)
+        print(f"{'all':10}{cells}")
+    result = measuring.label(folder, model) | {"recall": [row._asdict() for row in found]}
     print(json.dumps(result), flush=True)

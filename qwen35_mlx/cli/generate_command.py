@@ -1,10 +1,11 @@
 """The command generate: one answer on standard output, for scripts."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,15 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as it is, without the chat template."),
     ] = False,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="A text file, a PDF with text, a folder, or a pattern in quotes such as "
+            "'src/**/*.py', whose text comes before the prompt. Repeat the option for several. "
+            "Default: none.",
+        ),
+    ] = None,
     image: options.Images = None,
     video: options.Videos = None,
     pdf: options.Pdfs = None,
@@ -80,6 +90,8 @@ def generate(
         ),
     ] = None,
     seed: options.Seed = None,
+    cache_dir: options.CacheDir = None,
+    cache_limit: options.CacheLimit = 50.0,
     draft: options.Draft = "auto",
     num_draft_tokens: options.NumDraftTokens = None,
     kernels: options.Kernels = "auto",
@@ -93,19 +105,22 @@ def generate(
     Standard output gets the answer alone; calls of tools follow it, one line of JSON each.
     Sampling options default to the model's generation_config.json.
     """
+    if raw and cache_dir is not None:
+        raise typer.BadParameter("--cache-dir is for prompts in the chat template, not for --raw")
     text = read_prompts([] if prompt is None else [prompt])[0]
     sampling = options.sampling_options(ctx)
     schemas = read_tools(tools) if tools else []
     given = {"image": image, "video": video, "pdf": pdf}
     media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
+    from .attachments import Attachments, read_documents
     from .media_input import check_sources, page_numbers
 
     page_numbers(pages)
+    documents = read_documents(" ".join(map(shlex.quote, file))) if file else {}
     check_sources([source for _, source in media], allow_url)
     from ..chat.conversation import Chat
     from ..engine.prefix_store import PrefixStore
     from ..model.loading import load
-    from .attachments import Attachments
     from .progress import spinner
     from .terminal import held_warnings, note
 
@@ -131,23 +146,32 @@ def generate(
         on_loop="off",
         draft=draft,
         num_draft_tokens=num_draft_tokens,
-        # There is no second turn.
-        store=PrefixStore(loaded, 0),
+        # There is no second turn, unless of another call.
+        store=PrefixStore(loaded, None if cache_dir else 0),
     )
     attached = Attachments(chat, allow_url)
     if media:
         attached.add(media, pages=pages)
-    started = time.perf_counter()
-    pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
-    if as_json:
-        with spinner("generating …"):
-            parts = list(pieces)
-        total_s = time.perf_counter() - started
-        found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
-        print(json.dumps(found | attached.counts()))
-        return
-    with held_warnings():
-        print_answer(pieces, show_thoughts)
+    attached.add_texts(documents)
+    text = "\n\n".join([*attached.texts, text])
+    with ExitStack() as held:
+        if cache_dir is not None:
+            from ..engine.segments import open_folder
+
+            chat.disk = held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
+            # After Ctrl-C too.
+            held.callback(lambda: list(chat.write_cache(every_point=True)))
+        started = time.perf_counter()
+        pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
+        if as_json:
+            with spinner("generating …"):
+                parts = list(pieces)
+            total_s = time.perf_counter() - started
+            found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
+            print(json.dumps(found | attached.counts()))
+            return
+        with held_warnings():
+            print_answer(pieces, show_thoughts)
     if chat.stats.finish_reason == "length":
         note("the answer was cut: at --max-tokens, or because the context is full")
 

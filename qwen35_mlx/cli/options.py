@@ -168,6 +168,22 @@ Seed = Annotated[
         help="Seed of the random numbers: the same seed, the same answer. Default: a new one.",
     ),
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that keeps what was read: the same beginning of a prompt is not read again, "
+        "after a restart or Ctrl-C neither. Default: none.",
+    ),
+]
+CacheLimit = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Most GB on disk of what was read, so that it need not be read again; what was of no "
+        "use for the longest time goes first.",
+    ),
+]
 Kernels = Annotated[
     Literal["auto", "ops", "mlx", "metal"],
     typer.Option(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +76,8 @@ def serve(
         int,
         typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
     ] = 64,
+    cache_dir: options.CacheDir = None,
+    cache_limit: options.CacheLimit = 50.0,
     kernels: options.Kernels = "auto",
     kv_bits: options.KvBits = "auto",
     force: options.Force = False,
@@ -114,7 +117,13 @@ def serve(
         note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
         note(settings_text(endpoint))
 
-    run(app, bound, started)
+    with ExitStack() as held:
+        if cache_dir is not None:
+            from ..engine.segments import open_folder
+
+            store = app.state.service.engine.store
+            store.disk = held.enter_context(open_folder(cache_dir, store.model, cache_limit * 1e9))
+        run(app, bound, started)
 
 
 def _application(

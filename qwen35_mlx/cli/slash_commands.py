@@ -229,7 +229,9 @@ COMMANDS = {
     "/retry": SlashCommand("", "answer the last message again", retry),
     "/edit": SlashCommand("[TEXT]", "change the last message and send it again", edit),
     "/undo": SlashCommand("", "take back the last message and its answer", undo),
-    "/file": SlashCommand("PATH...", "send text files with the next message", attach_files),
+    "/file": SlashCommand(
+        "PATH...", "send texts, PDFs, folders, patterns with the next message", attach_files
+    ),
     "/image": SlashCommand(
         "PATH...|clear", "send pictures with it; alone: list them", attach_images
     ),

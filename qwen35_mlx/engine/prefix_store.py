@@ -4,16 +4,21 @@ Ids decide, never text: what differs in one id is read again. Ids of pictures na
 """
 
 import itertools
+import logging
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 
+from ..errors import SessionError
 from ..memory import Allowance
 from ..model.cache import kv_bytes
 from ..model.language import Model
 from .background import BackgroundJob
 from .features import FeatureStore
 from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
+from .segments import Segments
 
+log = logging.getLogger(__name__)
 # Fewer are read again sooner than a recurrent state is kept for them.
 MIN_POINT_TOKENS = 32
 
@@ -25,7 +30,9 @@ class PrefixStore:
     Not for use from several threads; `background` is stopped before anything else is done.
     """
 
-    def __init__(self, model: Model, memory_bytes: float | None = None):
+    def __init__(
+        self, model: Model, memory_bytes: float | None = None, disk: Segments | None = None
+    ):
         """`memory_bytes` None: what `load` found to be left for snapshots."""
         if memory_bytes is None:
             memory_bytes = getattr(model, "allowance", Allowance()).snapshot_bytes
@@ -34,11 +41,19 @@ class PrefixStore:
         self.caches: list[PromptCache] = []
         self.features = FeatureStore(model)
         self.background = BackgroundJob()
+        # What is read and written there in the engine's thread.
+        self.disk = disk
+        self._unsaved: deque[PromptCache] = deque()
+        self._writing: Generator[None] | None = None
 
     def take(
-        self, ids: Sequence[int], current: PromptCache | None = None, owner: object = None
+        self,
+        ids: Sequence[int],
+        current: PromptCache | None = None,
+        owner: object = None,
+        disk: Segments | None = None,
     ) -> PromptCache:
-        """A cache that holds the longest prefix of `ids` that any of them can give.
+        """A cache that holds the longest prefix of `ids` that any of them can give, or the disk.
 
         `current`, the caller's own, is changed in place; if another one holds more, `current` is
         released to the store. The caches of others stay as they are.
@@ -50,6 +65,10 @@ class PrefixStore:
         ]
         best = max(candidates, key=lambda c: c.reusable_tokens(ids))
         num_tokens = best.reusable_tokens(ids)
+        if disk := disk or self.disk:
+            at_least = num_tokens + (MIN_POINT_TOKENS if num_tokens else 1)
+            if saved := disk.read(ids, at_least, self.features):
+                best, num_tokens = saved, len(saved.ids)
         if best is candidates[0]:
             best.rewind(num_tokens)
         else:
@@ -68,6 +87,35 @@ class PrefixStore:
             best.owner = weakref.ref(owner)
         self.caches = [c for c in self.caches if c is not best] + [best]
         return best
+
+    def save_later(self, cache: PromptCache) -> None:
+        """Write a cache to the disk, where there is one, by later calls of `save_piece`."""
+        if self.disk is not None:
+            self._unsaved = deque([*(c for c in self._unsaved if c is not cache), cache])
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether nothing waits to be written."""
+        return self._writing is None and not self._unsaved
+
+    def save_piece(self) -> None:
+        """Write up to 32 MiB of what waits; an error is logged, and its cache is not written."""
+        try:
+            if self._writing is None:
+                self._writing = self._save(self._unsaved.popleft())
+            next(self._writing)
+        except StopIteration:
+            self._writing = None
+        except SessionError as error:
+            self._writing = None
+            log.warning("%s", error)
+
+    def _save(self, cache: PromptCache) -> Generator[None]:
+        """The beginning that conversations share, where the last answer begins, and the end."""
+        points = {min(cache.snapshots, default=0), cache.answer_start or 0, cache.last_point}
+        for num_tokens in sorted(points):
+            if self.disk is not None:
+                yield from self.disk.write(cache, num_tokens)
 
     def drop(self, cache: PromptCache | None) -> None:
         """Forget a cache."""

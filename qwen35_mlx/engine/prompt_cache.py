@@ -5,6 +5,7 @@ where a snapshot was made.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -27,7 +28,10 @@ from ..model.language import Model
 from ..model.rope import media_positions
 from .features import FeatureStore
 from .mtp_state import MTPState
+from .piece_size import PieceSize
 
+# Whoever stops a long prompt waits for a piece to end, and may lose it.
+PIECE_SECONDS = 15.0
 # Tokens that a caller's own cache holds and whose ids are not given.
 UNKNOWN_ID = -1
 # Tokens read so far, tokens to read.
@@ -65,6 +69,7 @@ class PromptCache:
         # Where the last answer begins, as far as later prompts show it otherwise.
         self.answer_start: int | None = None
         self._ids = list(ids)
+        self._piece_size = PieceSize()
         # The position of the next token less the number of tokens: behind pictures it is below 0.
         self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
@@ -116,9 +121,10 @@ class PromptCache:
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
-        A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state
-        `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
-        `every` gets the hidden states `[1, T, H]` of each piece.
+        A piece has at most `step_size` tokens, no more than 2,048, and no more than are read in
+        15 seconds. Returns the hidden state `[1, 1, H]` of the last token, or None if
+        `should_stop()` was true before a piece. `every` gets the hidden states `[1, T, H]` of
+        each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
@@ -129,9 +135,11 @@ class PromptCache:
             while (at := len(self._ids)) < cut:
                 if should_stop and should_stop():
                     return None
-                size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
+                size = min(step_size or PREFILL_STEP_SIZE, self._piece_size.next(PIECE_SECONDS))
                 piece = list(ids[at - start : min(at + size, cut) - start])
+                started = time.perf_counter()
                 hidden = self._read_piece(piece, last_only=every is None)
+                self._piece_size.record(len(piece), time.perf_counter() - started)
                 if every:
                     every(self.model, hidden)
                     hidden = hidden[:, -1:]
@@ -146,6 +154,20 @@ class PromptCache:
         return hidden
 
     def _read_piece(self, piece: list[int], last_only: bool) -> mx.array:
+        if not self.can_go_back:
+            return self._read_all(piece, last_only)
+        before = self.end()
+        try:
+            return self._read_all(piece, last_only)
+        except BaseException:
+            # What the pieces before it have read stays.
+            self._is_consistent = False
+            self._return_to(before)
+            del self._ids[before.num_tokens :]
+            self._is_consistent = True
+            raise
+
+    def _read_all(self, piece: list[int], last_only: bool) -> mx.array:
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
@@ -293,16 +315,19 @@ class PromptCache:
             self._rope_delta = 0
             self.mtp = self.mtp and MTPState(self.model, self.mtp.layer)
         elif kept < len(self._ids) or not self._is_consistent:
-            point = self.snapshots[kept]
-            restore(self.all_entries, point)
-            self._rope_delta = point.rope_delta
-            if self.mtp:
-                self.mtp.hidden = point.mtp_hidden
+            self._return_to(self.snapshots[kept])
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
         self._is_consistent = True
         return kept
+
+    def _return_to(self, point: Snapshot) -> None:
+        """Bring the layer caches to a point; the ids behind it are for the caller to drop."""
+        restore(self.all_entries, point)
+        self._rope_delta = point.rope_delta
+        if self.mtp:
+            self.mtp.hidden = point.mtp_hidden
 
     def fork(self, num_tokens: int) -> "PromptCache":
         """A second cache that holds the first `num_tokens`, one of this one's points."""

@@ -36,6 +36,9 @@ from .ticket import Ticket
 
 log = logging.getLogger(__name__)
 
+# While requests run, what was read is written now and then: a killed server keeps it.
+SAVE_SECONDS = 1.0
+
 
 @dataclass
 class Limits:
@@ -78,6 +81,7 @@ class Engine:
         self._readings: list[Reading] = []
         self._rows = Rows(self.model, self._fail)
         self._pieces = Pieces()
+        self._saved_at = time.perf_counter()
         self._vocabulary: Vocabulary | None = None
 
     def start(self) -> None:
@@ -161,6 +165,7 @@ class Engine:
                 self._drop_cancelled()
                 self._admit()
                 self._go_on()
+                self._save()
         except BaseException as error:
             log.exception("the engine's thread has died")
             reason: Exception = EngineStopped("the engine has died", got=repr(error)[:200])
@@ -178,11 +183,21 @@ class Engine:
         mx.clear_streams()
 
     def _has_work(self) -> bool:
-        return bool(self._rows or self._readings or self._queue or not self._inbox.empty())
+        runs = self._rows or self._readings or self._queue or not self._inbox.empty()
+        return bool(runs or not self.store.is_saved)
+
+    def _save(self) -> None:
+        """Write a piece of what was read, where nobody waits for it or the last one is old."""
+        if self.store.is_saved:
+            return
+        is_idle = not (self._rows or self._readings or self._queue)
+        if is_idle or time.perf_counter() - self._saved_at > SAVE_SECONDS:
+            self.store.save_piece()
+            self._saved_at = time.perf_counter()
 
     def _take_inbox(self) -> None:
         """Queue what was submitted; waits for it where there is nothing else to do."""
-        is_idle = not (self._rows or self._readings or self._queue)
+        is_idle = not (self._rows or self._readings or self._queue) and self.store.is_saved
         while True:
             try:
                 reading = self._inbox.get(block=is_idle and self._stopping is None)
@@ -227,7 +242,7 @@ class Engine:
                 continue
             if self._readings or self._queue or not self._inbox.empty():
                 return
-            if any(row.ticket.cancelled for row in self._rows):
+            if any(row.ticket.cancelled for row in self._rows) or not self.store.is_saved:
                 return
 
     def _read_piece(self) -> None:
@@ -316,6 +331,7 @@ class Engine:
         for row, reason in ended:
             prepared = row.prepared
             row.cache.release()
+            self.store.save_later(row.cache)
             end = row.end(reason)
             # Before it is sent: the next request may come at once.
             if prepared.key is not None:
@@ -351,6 +367,7 @@ class Engine:
         self._queue = deque(r for r in self._queue if r is not reading)
         if reading.cache is not None:
             reading.cache.release()
+            self.store.save_later(reading.cache)
             self.store.trim()
 
     def _forget(self, ticket: Ticket) -> None:
