@@ -118,10 +118,12 @@ class Shard:
 
     @property
     def tensors(self) -> tuple[OutputTensor, ...]:
-        """Tensors in file order: experts, then the widest items, so that every tensor is aligned."""
+        """Tensors in file order: experts, then the widest items: so every tensor is aligned."""
         tensors = [tensor for entry in self.entries for tensor in entry.tensors]
         # Experts keep their order: that of their layers, and of gate, up and down.
-        rank = {t: 0 if t.is_apart else ITEM_BYTES["U64"] + 1 - ITEM_BYTES[t.dtype] for t in tensors}
+        rank = {
+            t: 0 if t.is_apart else ITEM_BYTES["U64"] + 1 - ITEM_BYTES[t.dtype] for t in tensors
+        }
         return tuple(sorted(tensors, key=rank.__getitem__))
 
 

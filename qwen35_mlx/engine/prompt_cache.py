@@ -5,7 +5,7 @@ where a snapshot was made.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from ..model.cache import (
 )
 from ..model.language import Model
 from ..model.rope import media_positions
+from ..model.sweep import Kept, read_by_layer
 from .features import FeatureStore
 from .mtp_state import MTPState
 
@@ -116,36 +117,43 @@ class PromptCache:
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
-        A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state
+        A piece has at most `step_size` tokens, and no more than 2,048; with experts from disk many
+        pieces go through a layer together. Returns the hidden state
         `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
         `every` gets the hidden states `[1, T, H]` of each piece.
         """
-        start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
-        cuts = sorted({m for m in marks if start < m <= end} | {end})
+        start, marks = len(self._ids), set(marks)
+        ends = piece_ends(start, start + len(ids), marks, step_size or PREFILL_STEP_SIZE)
+        experts = getattr(self.model, "experts", None)
         hidden = None
         if progress:
             progress(0, len(ids))
-        for cut in cuts:
-            while (at := len(self._ids)) < cut:
-                if should_stop and should_stop():
-                    return None
-                size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
-                piece = list(ids[at - start : min(at + size, cut) - start])
-                hidden = self._read_piece(piece, last_only=every is None)
-                if every:
-                    every(self.model, hidden)
-                    hidden = hidden[:, -1:]
-                if progress:
-                    progress(len(self._ids) - start, len(ids))
-                if len(piece) == PREFILL_STEP_SIZE:
-                    # Its buffers are of a size that the next piece does not have.
-                    mx.clear_cache()
-            if cut in marks:
+        while ends:
+            if should_stop and should_stop():
+                return None
+            at = len(self._ids)
+            most = at + experts.sweep_tokens if experts else 0
+            together = max(sum(end <= most for end in ends), 1)
+            taken, ends = ends[:together], ends[together:]
+            piece = list(ids[at - start : taken[-1] - start])
+            hidden = self._read_piece(piece, taken, marks, last_only=every is None)
+            if every:
+                every(self.model, hidden)
+                hidden = hidden[:, -1:]
+            if progress:
+                progress(len(self._ids) - start, len(ids))
+            if len(piece) >= PREFILL_STEP_SIZE:
+                # Its buffers are of a size that the next piece does not have.
+                mx.clear_cache()
+            if taken[-1] in marks:
                 self.snapshot()
         self.features.trim()
         return hidden
 
-    def _read_piece(self, piece: list[int], last_only: bool) -> mx.array:
+    def _read_piece(
+        self, piece: list[int], ends: list[int], marks: Collection[int], last_only: bool
+    ) -> mx.array:
+        """The hidden states; with experts from disk it is of several pieces that end at `ends`."""
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
@@ -158,6 +166,19 @@ class PromptCache:
             positions = mx.array(numbers)[:, None]
             delta = following - start - len(piece)
             embeddings = self.model.embed(piece, self.features.rows(shown))
+        points: dict[int, Kept] = {}
+        if getattr(self.model, "experts", None):
+            hidden, points = read_by_layer(
+                self.model.language_model.model,
+                self.model.embed(piece) if embeddings is None else embeddings,
+                entries,
+                [end - start for end in ends],
+                [mark - start for mark in marks],
+                positions,
+                self._rope_delta,
+                last_only,
+            )
+        elif shown:
             hidden = self.model.trunk(
                 None,
                 entries,
@@ -177,6 +198,11 @@ class PromptCache:
         self._ids += piece
         self._rope_delta = delta
         self._is_consistent = True
+        for num_tokens, kept in points.items():
+            at = start + num_tokens
+            if at < len(self._ids):
+                self.snapshots[at] = Snapshot(at, tuple(kept), rope_delta(self._ids[:at]))
+                self.mark_used(at)
         return hidden
 
     def _behind_pictures(self) -> dict[str, Any]:
@@ -328,6 +354,15 @@ class PromptCache:
         """The last point at or before `num_tokens`; an empty cache is always one."""
         points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
+
+
+def piece_ends(start: int, end: int, marks: Iterable[int], step_size: int) -> list[int]:
+    """Where pieces of up to so many tokens end, and of no more than 2,048: at each mark too."""
+    step_size, ends = min(step_size, PREFILL_STEP_SIZE), []
+    for cut in sorted({mark for mark in marks if start < mark < end} | {end}):
+        ends += [*range(start + step_size, cut, step_size), cut]
+        start = cut
+    return ends
 
 
 def rope_delta(ids: Iterable[int]) -> int:
