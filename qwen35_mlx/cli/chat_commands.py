@@ -94,6 +94,7 @@ def chat(
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Chat with a model in the terminal.
@@ -133,6 +134,7 @@ def chat(
                 force=force,
                 mtp=options.LOADS_MTP.get(draft),
                 adapter=adapter_path,
+                experts_memory=experts_memory,
             )
     conversation = Chat(
         loaded,

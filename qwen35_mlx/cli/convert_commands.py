@@ -16,7 +16,8 @@ from .command import BITS, given_options
 # Options that decide the bytes of the output.
 SETTINGS = {
     *BITS,
-    *"--group-size --dtype --method --prefer --context --calibration --calibrate".split(),
+    *"--group-size --dtype --method --prefer --context --experts-layout --calibration "
+    "--calibrate".split(),
 }
 
 
@@ -53,6 +54,7 @@ def convert(
     bits_per_weight: options.BitsPerWeight = None,
     prefer: options.Prefer = None,
     context: options.Context = None,
+    experts_layout: options.ExpertsLayout = "stacked",
     calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
@@ -151,6 +153,8 @@ def default_out(source: str, given: Mapping[str, Any]) -> Path:
         parts.append(f"g{given['group_size']}")
     if given["prefer"] == "speed":
         parts.append(given["prefer"])
+    if given["experts_layout"] == "disk":
+        parts.append("disk")
     return Path("-".join([*parts, *filter(None, (given["method"], dtype))]))
 
 
@@ -240,7 +244,8 @@ def plan(
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
-    print_lines([*page, "", *report.mac_lines(planned, macs, context)])
+    page += ["", *report.mac_lines(planned, macs, context)]
+    print_lines([*page, *report.disk_lines(planned, macs, context)])
     if png:
         report.draw(planned, png)
 
@@ -280,7 +285,9 @@ def quality_settings(
     settings, spent = decide(
         source, **wanted, memory=given["fit"], method=given.get("method"), calibration=found
     )
-    return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
+    layout = given.get("experts_layout", "stacked")
+    ours = dict(group_size=given["group_size"], dtype=given["dtype"], experts_layout=layout)
+    return settings | ours, spent
 
 
 def calibration_for(

@@ -85,6 +85,7 @@ def generate(
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Print one answer to a prompt, for scripts.
@@ -116,6 +117,7 @@ def generate(
             force=force,
             mtp=options.LOADS_MTP.get(draft),
             adapter=adapter_path,
+            experts_memory=experts_memory,
         )
     chat = Chat(
         loaded,

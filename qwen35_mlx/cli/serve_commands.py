@@ -76,6 +76,7 @@ def serve(
         typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
     ] = 64,
     kernels: options.Kernels = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Serve a model to agents, programs and a browser.
@@ -103,7 +104,15 @@ def serve(
     name = name or ("demo" if source is None else None)
     with spinner(f"Loading {folder}"):
         app, settings = _application(
-            folder, name, api_key, allow_host or [], max_context, queue, kernels, force
+            folder,
+            name,
+            api_key,
+            allow_host or [],
+            max_context,
+            queue,
+            kernels,
+            force,
+            experts_memory,
         )
     url = shown_url(host, bound.getsockname()[1])
     endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
@@ -125,6 +134,7 @@ def _application(
     queue: int,
     kernels: str,
     force: bool,
+    experts_memory: str | None,
 ) -> tuple[Any, Any]:
     """The application, and what clients see of the model."""
     from ..engine.prefix_store import PrefixStore
@@ -133,7 +143,9 @@ def _application(
     from ..server.app import make_app
     from ..server.service import Settings
 
-    loaded, tokenizer = load(folder, kernels=kernels, context=max_context, force=force)
+    loaded, tokenizer = load(
+        folder, kernels=kernels, context=max_context, force=force, experts_memory=experts_memory
+    )
     engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
     path = Path(folder)
     model_id = name or (path.resolve().name if path.is_dir() else folder)

@@ -204,10 +204,24 @@ class Experts:
         self.expert_bytes = 0
 
     def __str__(self) -> str:
-        return (
-            f"{self.num_slots} of {self.num_experts} experts of each layer stay in"
-            f" {self.nbytes / 1e9:.3g} GB, others are read from disk"
-        )
+        text = f"{self.num_slots} of {self.num_experts} of each layer in {self.nbytes / 1e9:.3g} GB"
+        if self.stats.misses:
+            text += f" · {self.stats.hit_rate:.1%} hits · {self.stats.gbps:.2f} GB/s read"
+        return text
+
+    def figures(self) -> dict[str, float]:
+        """For benches and the counters of a server."""
+        stats = self.stats
+        return {
+            "experts": self.num_experts,
+            "expert_slots": self.num_slots,
+            "expert_hits_total": stats.hits,
+            "expert_misses_total": stats.misses,
+            "expert_read_bytes_total": stats.num_bytes,
+            "expert_read_seconds": stats.seconds,
+            "expert_hit_rate": stats.hit_rate,
+            "expert_gb_per_s": stats.gbps,
+        }
 
     @property
     def holds_all(self) -> bool:

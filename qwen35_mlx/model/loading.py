@@ -81,7 +81,10 @@ def load_model(
         room = room_for_experts(model.config, resident, context, item_bytes)
         # Less than one token takes is refused there, with the numbers.
         loaded = load_model(folder, context, force, False, adapter, max(room, 1))
-        log.warning("the weights do not fit the memory: %s", loaded[0].experts)
+        log.warning(
+            "the weights do not fit the memory: others than these experts are read from disk, %s",
+            loaded[0].experts,
+        )
         return loaded
     model.config = replace(model.config, context_limit=model.allowance.context)
     wire(model.allowance)
