@@ -130,11 +130,12 @@ class ExpertPool:
     def is_used_by(self, out: mx.array) -> None:
         """`out` is computed from the slots, at some time: before then they must not change."""
         self._settle()
+        # Another thread may have to wait for it, and could not begin it.
+        mx.async_eval(out)
+        self._uses = out
         if out.shape[0] > MAX_ROWS:
             # Too large to be kept.
-            mx.eval(out)
-        else:
-            self._uses = out
+            self._settle()
 
     def _settle(self) -> None:
         if self._uses is not None:
