@@ -290,17 +290,17 @@ def test_experts_that_do_not_fit_are_read_from_disk_without_being_asked(
 ) -> None:
     experts = stack_bytes(resident)
     others = sum(a.nbytes for _, a in tree_flatten(resident.parameters())) - experts
-    needed = memory.count(resident.config, others, 128, None, 4).total
-    room = needed + memory.sweep_bytes(resident.config, 128, 4) + 5 * experts // EXPERTS
+    needed = memory.count(resident.config, others, 16, None, 4).total
+    room = needed + memory.sweep_bytes(resident.config, 16, 4) + 5 * experts // EXPERTS
     small = describe()._replace(gpu_limit_bytes=room)
     for module in (memory, expert_pool):
         monkeypatch.setattr(module, "describe", lambda: small)
-    model, _ = load_model(converted_demo, context=128)
+    model, _ = load_model(converted_demo, context=16)
     assert model.experts.num_slots == 5
     assert "5 of 8 of each layer" in caplog.text
     with pytest.raises(MemoryRefused):
-        load_model(converted_demo, context=128, mtp=True)
-    assert load_model(converted_demo, context=128, force=True)[0].experts is None
+        load_model(converted_demo, context=16, mtp=True)
+    assert load_model(converted_demo, context=16, force=True)[0].experts is None
 
 
 def test_nothing_is_drafted_where_a_pass_of_several_tokens_reads_more(
