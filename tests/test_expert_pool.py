@@ -290,8 +290,10 @@ def test_experts_that_do_not_fit_are_read_from_disk_without_being_asked(
 ) -> None:
     experts = stack_bytes(resident)
     others = sum(a.nbytes for _, a in tree_flatten(resident.parameters())) - experts
-    needed = memory.count(resident.config, others, 16, None, 4).total
-    room = needed + memory.sweep_bytes(resident.config, 16, 4) + 5 * experts // EXPERTS
+    counted = memory.count(resident.config, others, 16, None, 4)
+    needed = counted.total - counted.features + memory.sweep_bytes(resident.config, 16, 4)
+    # Features of pictures have a share of all.
+    room = int((needed + 5.01 * experts / EXPERTS) / (1 - memory.FEATURES_SHARE))
     small = describe()._replace(gpu_limit_bytes=room)
     for module in (memory, expert_pool):
         monkeypatch.setattr(module, "describe", lambda: small)
