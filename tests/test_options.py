@@ -60,6 +60,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     "convert": PLAN
     | {
         "--method": ["gptq"],
+        "--experts-layout": ["disk"],
         "--calibrate": [],
         "--text": ["{text}", "--calibrate"],
         "--keep-source": [],
@@ -93,6 +94,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--stop": ["x"],
         "--context": ["1000"],
         "--force": [],
+        "--experts-memory": ["1GB"],
         "--adapter-path": ["a"],
     },
     "chat": SAMPLING
@@ -109,6 +111,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--preset": ["coding"],
         "--context": ["1000"],
         "--force": [],
+        "--experts-memory": ["1GB"],
         "--adapter-path": ["a"],
     },
     "sessions": {"--remove": ["s"]},
@@ -123,6 +126,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--queue": ["3"],
         "--kernels": ["ops"],
         "--force": [],
+        "--experts-memory": ["1GB"],
     },
     "launch": {"--url": ["http://127.0.0.1:1"], "--api-key": ["k"]},
     "train": {
@@ -156,6 +160,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--vs-mlx-lm": [],
         "--png": ["x.png"],
         "--json": [],
+        "--experts-memory": ["1GB"],
         "--kernels": ["ops"],
     },
     "doctor": {"--json": [], "--bits": ["3"], "--group-size": ["32"]},

@@ -153,7 +153,7 @@ def default_out(source: str, given: Mapping[str, Any]) -> Path:
         parts.append(f"g{given['group_size']}")
     if given["prefer"] == "speed":
         parts.append(given["prefer"])
-    if given["experts_layout"] == "disk":
+    if given.get("experts_layout") == "disk":
         parts.append("disk")
     return Path("-".join([*parts, *filter(None, (given["method"], dtype))]))
 

@@ -128,6 +128,8 @@ class PromptCache:
         hidden = None
         if progress:
             progress(0, len(ids))
+        if not ends and start in marks:
+            self.snapshot()
         while ends:
             if should_stop and should_stop():
                 return None
@@ -359,7 +361,7 @@ class PromptCache:
 def piece_ends(start: int, end: int, marks: Iterable[int], step_size: int) -> list[int]:
     """Where pieces of up to so many tokens end, and of no more than 2,048: at each mark too."""
     step_size, ends = min(step_size, PREFILL_STEP_SIZE), []
-    for cut in sorted({mark for mark in marks if start < mark < end} | {end}):
+    for cut in sorted(mark for mark in {*marks, end} if start < mark <= end):
         ends += [*range(start + step_size, cut, step_size), cut]
         start = cut
     return ends
