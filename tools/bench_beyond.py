@@ -236,6 +236,7 @@ def predict() -> None:
 
 
 def main() -> int:
+    """Prints the figures; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="the large model; made if it is not there")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
