@@ -23,6 +23,8 @@ from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.errors import CheckpointError, MemoryRefused, Qwen35Error
 from qwen35_mlx.kernels import expert_step
+from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
+from qwen35_mlx.kernels.switch import SORT_FROM
 from qwen35_mlx.kernels.tiers import Tiers, use
 from qwen35_mlx.machine import describe
 from qwen35_mlx.model import expert_pool, feed_forward
@@ -177,6 +179,25 @@ def test_a_prompt_of_many_pieces_reads_an_expert_once_a_layer(
     assert len(pieces) == 3
     assert model.experts.stats.misses == expected
     assert model.experts.stats.hits == 0
+
+
+def test_few_rows_of_a_long_call_are_multiplied_as_many_are(
+    pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def spied(x: Any, indices: mx.array, *rest: Any) -> mx.array:
+        sizes.append(indices.size)
+        return expert_mlp(x, indices, *rest)
+
+    model = pooled(disk_layout, 2)
+    monkeypatch.setattr(expert_pool, "expert_mlp", spied)
+    model(mx.array([IDS[:SORT_FROM]]))
+    assert len(sizes) > LAYERS
+    assert min(sizes) >= SORT_FROM
+    sizes.clear()
+    model(mx.array([IDS[:3]]))
+    assert max(sizes) <= 3 * PER_TOKEN
 
 
 def test_pieces_end_at_marks_and_at_most_a_step_apart() -> None:

@@ -22,7 +22,7 @@ from ..config import ModelConfig
 from ..errors import MemoryRefused
 from ..kernels.grouped_expert_matmul import expert_mlp
 from ..kernels.matrix import MAX_ROWS
-from ..kernels.switch import SwitchGLU
+from ..kernels.switch import SORT_FROM, SwitchGLU
 from ..kernels.tiers import Tiers
 from ..machine import describe
 from ..memory import PREFILL_STEP_SIZE, sweep_tokens
@@ -106,11 +106,12 @@ class ExpertPool:
                 batch, todo = todo[: len(free)], todo[len(free) :]
                 self._read(batch, free)
             pairs = np.flatnonzero(np.isin(chosen, batch))
-            at = mx.array(pairs)
-            slots = self._slots_of(chosen[pairs][:, None])
+            # As many rows as decide between two ways to multiply: that of the whole call.
+            rows = np.resize(pairs, max(len(pairs), min(len(chosen), SORT_FROM)))
+            at, slots = mx.array(rows), self._slots_of(chosen[rows][:, None])
             part = expert_mlp(x[at // per_token], slots, flat_scores[at], experts, kernels)
-            mx.async_eval(part)
-            parts.append(part)
+            parts.append(part[: len(pairs)])
+            mx.async_eval(parts[-1])
             places.append(pairs)
             busy = {self._slots[expert] for expert in batch}
         summed = []
