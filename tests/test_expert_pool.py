@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
+from metal.emulator import emulated
 from mlx.utils import tree_flatten
 
 from qwen35_mlx import memory
@@ -22,10 +23,10 @@ from qwen35_mlx.engine.requests import Done, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.errors import CheckpointError, MemoryRefused, Qwen35Error
-from qwen35_mlx.kernels import expert_step
+from qwen35_mlx.kernels import expert_step, metal
 from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.switch import SORT_FROM
-from qwen35_mlx.kernels.tiers import Tiers, use
+from qwen35_mlx.kernels.tiers import Tiers, use, with_kernels
 from qwen35_mlx.machine import describe
 from qwen35_mlx.model import expert_pool, feed_forward
 from qwen35_mlx.model.expert_files import Slots
@@ -385,3 +386,26 @@ def test_a_thread_goes_on_where_another_left_a_step(
     thread.join()
     assert mx.array_equal(results[0], resident(mx.array([[9, 8, 7]]))).item()
     assert mx.array_equal(abandoned, resident(mx.array([[5]]))).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [1, 6, 70])
+def test_kernels_give_the_same_bits_with_few_slots(
+    num_tokens: int, converted_golden: Callable[[str], Path]
+) -> None:
+    folder = converted_golden("moe")
+    metal.clear()
+    with emulated(metal_available=True) as log:
+        resident = load_model(folder, mtp=False)[0]
+        few = resident.config.num_experts_per_tok
+        room = few * stack_bytes(resident) // resident.config.num_experts
+        model = load_model(folder, experts_memory=room)[0]
+        ids = mx.array([IDS[:num_tokens]]) % resident.config.vocab_size
+        for each in (resident, model):
+            use(each, with_kernels())
+        expected, found = resident(ids), model(ids)
+        assert mx.array_equal(found, expected).item()
+    metal.clear()
+    names = {launch.kernel for launch in log.launches}
+    assert any("expert" in name for name in names)
+    assert model.experts.num_slots == few
