@@ -1,5 +1,6 @@
 """Experts from disk: the numbers of the model that holds all of them, and what is read for that."""
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import pytest
 from everyday import everyday
 from metal.emulator import emulated
 from mlx.utils import tree_flatten
+from shown import ASK, shape
 
-from qwen35_mlx import memory
+from qwen35_mlx import Chat, memory
+from qwen35_mlx.chat.sessions import model_identity
 from qwen35_mlx.checkpoint.headers import read_headers
 from qwen35_mlx.checkpoint.resolver import resolve
 from qwen35_mlx.config import read_config
@@ -23,6 +26,7 @@ from qwen35_mlx.engine.requests import Done, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.errors import CheckpointError, MemoryRefused, Qwen35Error
+from qwen35_mlx.evaluation import bench as measuring
 from qwen35_mlx.kernels import expert_step, metal
 from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.switch import SORT_FROM
@@ -409,3 +413,66 @@ def test_kernels_give_the_same_bits_with_few_slots(
     names = {launch.kernel for launch in log.launches}
     assert any("expert" in name for name in names)
     assert model.experts.num_slots == few
+
+
+def test_a_chat_about_a_picture_says_the_same_after_an_edit_and_from_a_session(
+    demo: tuple[Any, Any],
+    pooled: Any,
+    disk_layout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path))
+    settings: dict[str, Any] = dict(
+        enable_thinking=False, max_tokens=8, sampling={"temperature": 0.0}
+    )
+    said = []
+    for name, model in (("all", demo[0]), ("few", pooled(disk_layout, 3))):
+        chat = Chat(model, demo[1], **settings)
+        texts = [
+            text_of_turn(chat.send(ASK, images=[shape("circle", "red")])),
+            text_of_turn(chat.regenerate()),
+            text_of_turn(chat.send("What colour is it?")),
+        ]
+        chat.save(name)
+        # Other experts are in memory there.
+        later = Chat(pooled(disk_layout, 5) if name == "few" else model, demo[1], **settings)
+        later.load(name)
+        texts.append(text_of_turn(later.send("Who are you?")))
+        said.append((texts, later.stats.prefilled_tokens))
+    assert said[0] == said[1]
+
+
+def text_of_turn(turn: Any) -> str:
+    return "".join(piece.text for piece in turn)
+
+
+def test_models_that_differ_in_an_expert_share_no_session(
+    pooled: Any, disk_layout: Path, tmp_path: Path
+) -> None:
+    for file in disk_layout.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    place = read_headers(disk_layout)["language_model.model.layers.2.mlp.experts.5.up_proj.weight"]
+    with (tmp_path / "model.safetensors").open("r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(bytes(32))
+    folders = (disk_layout, disk_layout, tmp_path)
+    same, again, other = (
+        model_identity(pooled(f, n)) for f, n in zip(folders, (3, 4, 3), strict=True)
+    )
+    assert same == again != other
+
+
+@pytest.mark.slow
+def test_a_command_keeps_to_the_memory_and_says_what_was_read(
+    run_cli: Any, converted_demo: Path, resident: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "NEW_TOKENS", 4)
+    memory = f"{5.01 * stack_bytes(resident) / EXPERTS / 2**30:.12f}GB"
+    options = ("--experts-memory", memory, "--max-context", 8, "--runs", 1)
+    *table, last = run_cli("bench", converted_demo, *options).stdout.splitlines()
+    experts = json.loads(last)["experts"]
+    assert experts["expert_slots"] == 5
+    assert f"5 of 8 of each layer in memory, {experts['expert_hit_rate']:.1%} hits" in table[-1]
+    result = run_cli("generate", converted_demo, "-p", "a", "--experts-memory", "1KB")
+    assert result.exit_code == 2 or "not a size of memory" in result.stderr

@@ -24,6 +24,7 @@ from ..engine.prompt_cache import PromptCache, rope_delta
 from ..errors import SessionError
 from ..files import locked, replacing, session_home
 from ..model.cache import KVCache, Snapshot, restore
+from ..model.expert_pool import OF_EXPERTS
 from ..model.language import Model
 from ..prompt import vision_settings
 from ..text.media_parts import IMAGE, VIDEO, media_of, media_parts, text_of
@@ -164,12 +165,17 @@ def model_identity(model: Model) -> str:
     Kept while the model has the same arrays: it takes an operation or more for each of them.
     """
     named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    # Drafts change no text: the MTP layer may be there or not.
-    tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
-    arrays = hash((model.adapter_digest, *(id(array) for _, array in tensors)))
+    # Drafts change no text: the MTP layer may be there or not. Slots of experts always change.
+    tensors = sorted(
+        (name, array)
+        for name, array in named
+        if not name.startswith("mtp.") and not (model.experts and OF_EXPERTS in name)
+    )
+    changes = model.adapter_digest + (model.experts.digest if model.experts else "")
+    arrays = hash((changes, *(id(array) for _, array in tensors)))
     known = getattr(model, "_identity", "")
     if not known.startswith(f"{arrays} "):
-        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.adapter_digest)}"
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors, changes)}"
     return known.partition(" ")[2]
 
 

@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 
 # A few threads for good; they use no MLX. The queue of a Mac's SSD is full with them.
 READERS = 8
+SAMPLED_BYTES = 64
 # How numpy sees what a file holds, and how MLX sees the same bytes.
 STORED = {
     "U8": (np.uint8, mx.uint8),
@@ -149,6 +150,16 @@ class ExpertReader:
     def expert_bytes(self) -> int:
         """Bytes of an expert in the files."""
         return sum(slots.nbytes for slots in self._slots)
+
+    def sample(self, expert: int) -> bytes:
+        """The first bytes of each matrix of an expert."""
+        data = bytearray(SAMPLED_BYTES * len(self._slots))
+        for i, slots in enumerate(self._slots):
+            file, offset, length = slots.ranges(expert)[0]
+            start = i * SAMPLED_BYTES
+            part = memoryview(data)[start : start + min(length, SAMPLED_BYTES)]
+            self._files[file].read(offset, [part])
+        return bytes(data)
 
     def read(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Fill slots with experts, `(expert, slot)` each; returns when all of them are there."""

@@ -3,11 +3,13 @@
 N tokens, K experts per token, S slots of a layer, E experts, H hidden.
 """
 
+import hashlib
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +32,8 @@ from .expert_files import ExpertFile, ExpertReader, Slots
 from .feed_forward import SparseMoE
 
 OF_EXPERTS = ".switch_mlp."
+# Of each layer, for what tells a model from another.
+DIGESTED_EXPERTS = 8
 
 
 @dataclass
@@ -204,12 +208,20 @@ class Experts:
         self.sweep_tokens = sweep_tokens(config)
         self.stats = ReadStats()
         self.expert_bytes = 0
+        self._readers: list[ExpertReader] = []
 
     def __str__(self) -> str:
         text = f"{self.num_slots} of {self.num_experts} of each layer in {self.nbytes / 1e9:.3g} GB"
         if self.stats.misses:
             text += f" · {self.stats.hit_rate:.1%} hits · {self.stats.gbps:.2f} GB/s read"
         return text
+
+    @cached_property
+    def digest(self) -> str:
+        """Of a few bytes of some experts of each layer, as they are in the files."""
+        experts = range(0, self.num_experts, -(-self.num_experts // DIGESTED_EXPERTS))
+        samples = (reader.sample(expert) for reader in self._readers for expert in experts)
+        return hashlib.sha256(b"".join(samples)).hexdigest()
 
     def figures(self) -> dict[str, float]:
         """For benches and the counters of a server."""
@@ -249,6 +261,7 @@ class Experts:
                         files[file] = files.get(file) or ExpertFile(file)
             reader = ExpertReader(slots, files)
             self.expert_bytes = max(self.expert_bytes, reader.expert_bytes)
+            self._readers.append(reader)
             layer.mlp.pool = ExpertPool(reader, self.num_slots, self.stats)
         if self.nbytes > describe().memory_bytes / 2:
             # The page cache could only hold what is in the pool.
