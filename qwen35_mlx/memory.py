@@ -303,8 +303,9 @@ def sweep_tokens(config: ModelConfig) -> int:
     return max(steps, 1) * PREFILL_STEP_SIZE
 
 
-def sweep_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
+def sweep_bytes(config: ModelConfig, context: int | None = None, item_bytes: int = 2) -> int:
     """What reading a prompt layer by layer holds: the layer's input, and what its experts make."""
+    context = context or min(config.context_length, DEFAULT_CONTEXT)
     per_token = (config.num_experts_per_tok + 6) * config.hidden_size * item_bytes
     return min(sweep_tokens(config), context) * per_token
 

@@ -118,9 +118,9 @@ class PromptCache:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
         A piece has at most `step_size` tokens, and no more than 2,048; with experts from disk many
-        pieces go through a layer together. Returns the hidden state
-        `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
-        `every` gets the hidden states `[1, T, H]` of each piece.
+        pieces go through a layer together. Returns the hidden state `[1, 1, H]` of the last token,
+        or None if `should_stop()` was true before a piece. `every` gets the hidden states
+        `[1, T, H]` of each piece.
         """
         start, marks = len(self._ids), set(marks)
         ends = piece_ends(start, start + len(ids), marks, step_size or PREFILL_STEP_SIZE)
@@ -138,7 +138,8 @@ class PromptCache:
             together = max(sum(end <= most for end in ends), 1)
             taken, ends = ends[:together], ends[together:]
             piece = list(ids[at - start : taken[-1] - start])
-            hidden = self._read_piece(piece, taken, marks, last_only=every is None)
+            show = _of_layers(progress, at - start, len(piece), len(ids))
+            hidden = self._read_piece(piece, taken, marks, every is None, show)
             if every:
                 every(self.model, hidden)
                 hidden = hidden[:, -1:]
@@ -153,7 +154,12 @@ class PromptCache:
         return hidden
 
     def _read_piece(
-        self, piece: list[int], ends: list[int], marks: Collection[int], last_only: bool
+        self,
+        piece: list[int],
+        ends: list[int],
+        marks: Collection[int],
+        last_only: bool,
+        on_layer: Callable[[float], None],
     ) -> mx.array:
         """The hidden states; with experts from disk it is of several pieces that end at `ends`."""
         entries = self.entries
@@ -179,6 +185,7 @@ class PromptCache:
                 positions,
                 self._rope_delta,
                 last_only,
+                on_layer,
             )
         elif shown:
             hidden = self.model.trunk(
@@ -356,6 +363,13 @@ class PromptCache:
         """The last point at or before `num_tokens`; an empty cache is always one."""
         points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
+
+
+def _of_layers(
+    progress: Progress | None, before: int, num_tokens: int, total: int
+) -> Callable[[float], None]:
+    """Shows the share of layers that these tokens went through as a share of the tokens."""
+    return lambda share: progress(before + int(share * num_tokens), total) if progress else None
 
 
 def piece_ends(start: int, end: int, marks: Iterable[int], step_size: int) -> list[int]:

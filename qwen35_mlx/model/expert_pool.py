@@ -207,7 +207,6 @@ class Experts:
         self.nbytes = self.num_slots * each
         self.sweep_tokens = sweep_tokens(config)
         self.stats = ReadStats()
-        self.expert_bytes = 0
         self._readers: list[ExpertReader] = []
 
     def __str__(self) -> str:
@@ -260,7 +259,6 @@ class Experts:
                         file = segment.tensor.file
                         files[file] = files.get(file) or ExpertFile(file)
             reader = ExpertReader(slots, files)
-            self.expert_bytes = max(self.expert_bytes, reader.expert_bytes)
             self._readers.append(reader)
             layer.mlp.pool = ExpertPool(reader, self.num_slots, self.stats)
         if self.nbytes > describe().memory_bytes / 2:

@@ -21,7 +21,7 @@ from ..kernels import choice, tiers
 from ..kernels.switch import SwitchGLU
 from ..machine import parse_memory
 from ..media.settings import VisionSettings, read_settings
-from ..memory import allow, room_for_experts, wire
+from ..memory import allow, room_for_experts, sweep_bytes, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
@@ -64,6 +64,8 @@ def load_model(
         attach_to_model(model, found)
         num_bytes += found.nbytes
     item_bytes = model.language_model.model.norm.weight.dtype.size
+    if model.experts:
+        num_bytes += sweep_bytes(model.config, context, item_bytes)
     # Until here nothing but headers is read: MLX loads when it evaluates.
     try:
         model.allowance = allow(

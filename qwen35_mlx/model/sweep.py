@@ -3,7 +3,7 @@
 T tokens, H hidden.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,16 +28,18 @@ def read_by_layer(
     positions: mx.array | None = None,
     rope_delta: RopeDelta = 0,
     last_only: bool = False,
+    on_layer: Callable[[float], None] = lambda share: None,
 ) -> tuple[mx.array, dict[int, Kept]]:
     """Embeddings `[1, T, H]` of new tokens -> hidden states, as the trunk gives them; see there.
 
     Attention takes pieces that end at `ends`, so that all numbers are those of these pieces one
-    after the other. Also what the cache of each layer was at those ends that are marks.
+    after the other. Also what the cache of each layer was at those ends that are marks. `on_layer`
+    gets the share of the layers that are done.
     """
     spans = list(pairwise([0, *ends]))
     pieces = [x[:, start:end] for start, end in spans]
     points: dict[int, Kept] = {end: [] for end in ends if end in marks}
-    for layer, entry in zip(trunk.layers, cache, strict=True):
+    for done, (layer, entry) in enumerate(zip(trunk.layers, cache, strict=True), 1):
         is_last = last_only and layer is trunk.layers[-1]
         for i, (start, end) in enumerate(spans):
             piece, tables = pieces[i], None
@@ -58,5 +60,6 @@ def read_by_layer(
         assert isinstance(layer.mlp, SparseMoE)
         pieces = layer.mlp.read(pieces, layer.post_attention_layernorm)
         mx.eval(pieces)
+        on_layer(done / len(trunk.layers))
     hidden = [trunk.norm(piece) for piece in pieces]
     return mx.concatenate(hidden, axis=1), points
