@@ -305,6 +305,13 @@ def test_too_little_memory_for_one_token_is_refused_with_the_numbers(
     assert f"{2 * each / 1e9:.3g} GB for 2 of 8" in str(error.value)
 
 
+def test_memory_for_experts_that_a_model_does_not_have_is_refused(
+    converted_golden: Callable[[str], Path],
+) -> None:
+    with pytest.raises(Qwen35Error, match="a model without experts"):
+        load_model(converted_golden("dense"), experts_memory=10**9)
+
+
 def test_memory_for_all_experts_needs_no_pool(resident: Any, converted_demo: Path) -> None:
     model, _ = load_model(converted_demo, experts_memory=stack_bytes(resident))
     assert model.experts is None

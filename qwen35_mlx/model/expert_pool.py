@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from ..checkpoint.headers import ITEM_BYTES
 from ..checkpoint.resolver import Match
 from ..config import ModelConfig
-from ..errors import MemoryRefused
+from ..errors import MemoryRefused, Qwen35Error
 from ..kernels.grouped_expert_matmul import expert_mlp
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.switch import SORT_FROM, SwitchGLU
@@ -191,6 +191,12 @@ class Experts:
 
     def __init__(self, config: ModelConfig, matches: Iterable[Match], memory_bytes: int):
         """`matches` are the stacks of experts, of which `memory_bytes` may be in memory."""
+        if not config.is_moe:
+            raise Qwen35Error(
+                "memory for experts of a model without experts",
+                got=f"{memory_bytes / 1e9:.3g} GB",
+                expected="a model with experts, or no experts_memory",
+            )
         self._matches = list(matches)
         self._on_cpu = mx.default_device() == mx.Device(mx.cpu)
         each = slot_bytes(self._matches, self._on_cpu)
@@ -202,7 +208,7 @@ class Experts:
                 got=f"{memory_bytes / 1e9:.3g} GB: {self.num_slots} experts of each layer",
                 expected=f"at least {config.num_experts_per_tok * each / 1e9:.3g} GB for "
                 f"{config.num_experts_per_tok} of {config.num_experts}",
-                hint="fewer bits: qwen35-mlx plan SRC shows what fits",
+                hint="a shorter --context, or fewer bits: qwen35-mlx plan SRC shows what fits",
             )
         self.nbytes = self.num_slots * each
         self.sweep_tokens = sweep_tokens(config)

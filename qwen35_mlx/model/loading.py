@@ -71,7 +71,7 @@ def load_model(
         model.allowance = allow(
             model.config, num_bytes, context=context, force=force, item_bytes=item_bytes
         )
-    except MemoryRefused:
+    except MemoryRefused as refused:
         if mtp is None and model.mtp is not None:
             loaded = load_model(folder, context, force, False, adapter, experts_memory)
             if not loaded[0].experts:
@@ -81,8 +81,10 @@ def load_model(
             raise
         resident = num_bytes - stack_bytes(model)
         room = room_for_experts(model.config, resident, context, item_bytes)
-        # Less than one token takes is refused there, with the numbers.
-        loaded = load_model(folder, context, force, False, adapter, max(room, 1))
+        try:
+            loaded = load_model(folder, context, force, False, adapter, max(room, 0))
+        except MemoryRefused as too_little:
+            raise MemoryRefused(f"{refused}\nwith experts from disk: {too_little}") from None
         log.warning(
             "the weights do not fit the memory: others than these experts are read from disk, %s",
             loaded[0].experts,
