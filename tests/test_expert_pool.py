@@ -143,7 +143,7 @@ class Reads:
         return count
 
 
-@pytest.mark.parametrize("layout, num_reads", [("stacked", 9), ("disk", 1)])
+@pytest.mark.parametrize("layout, num_reads", everyday([("stacked", 9), ("disk", 1)], 1))
 def test_each_missing_expert_is_read_once_and_nothing_else(
     layout: str,
     num_reads: int,
@@ -222,7 +222,9 @@ def fail(descriptor: int, buffers: Any, offset: int) -> int:
     raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("fault, said", [(end_early, "the file ends"), (fail, "Input/output")])
+@pytest.mark.parametrize(
+    "fault, said", everyday([(end_early, "the file ends"), (fail, "Input/output")], 1)
+)
 def test_a_fault_of_the_disk_is_said_and_changes_no_later_text(
     fault: Any,
     said: str,
@@ -248,6 +250,7 @@ def test_a_fault_of_the_disk_is_said_and_changes_no_later_text(
     assert mx.array_equal(found, resident.head(expected.read(IDS[20:40]))).item()
 
 
+@pytest.mark.slow
 def test_a_read_that_ends_in_the_middle_goes_on(
     expected: mx.array, pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +460,7 @@ def text_of_turn(turn: Any) -> str:
     return "".join(piece.text for piece in turn)
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_an_expert_share_no_session(
     pooled: Any, disk_layout: Path, tmp_path: Path
 ) -> None:
