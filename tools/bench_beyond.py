@@ -158,9 +158,10 @@ def compare(folder: Path, capacities: list[int], home: Path, name: str) -> dict[
     return runs
 
 
-def mlx_vlm_tps(folder: Path, home: Path, num_slots: int) -> float | None:
+def mlx_vlm_tps(folder: Path, num_slots: int) -> float | None:
     """Decoding by mlx-vlm with its expert cache of as many bytes; None where it does not run."""
-    command = [sys.executable, __file__, "--rival", folder, home / "offload", num_slots]
+    offload = folder.with_name(f"{folder.name}-offload")
+    command = [sys.executable, __file__, "--rival", folder, offload, num_slots]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         print("mlx-vlm's expert cache does not run:", done.stderr.strip().splitlines()[-1])
@@ -174,7 +175,9 @@ def rival(folder: Path, offload: Path, num_slots: int) -> float:
     from mlx_vlm.utils import load_model as load_theirs
 
     gigabytes = num_slots * bytes_of_a_slot(folder) / 1e9
-    repack(str(folder), str(offload))
+    # Its own form of the folder.
+    if not offload.exists():
+        repack(str(folder), str(offload))
     model = load_theirs(offload, lazy=True, expert_cache_gb=gigabytes)
     model.set_dtype(mx.float32)
     language = model.language_model
@@ -199,7 +202,7 @@ def measure_disk(folder: Path | None = None) -> dict[str, Any]:
         shares = {share: int(share * EXPERTS) for share in SHARES}
         capacities = sorted({PER_TOKEN, *shares.values(), EXPERTS - 1})
         found = compare(large, capacities, home, f"{LAYERS} layers of {EXPERTS} experts")
-        theirs = mlx_vlm_tps(large, home, shares[0.5])
+        theirs = mlx_vlm_tps(large, shares[0.5])
         runs = [*small.values(), *found.values()]
         pooled = [one for one in runs if "difference" in one]
         distinct = [
@@ -238,7 +241,7 @@ def predict() -> None:
 def main() -> int:
     """Prints the figures; 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="the large model; made if it is not there")
+    parser.add_argument("--folder", type=Path, help="where the large model stays between runs")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--rival", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
