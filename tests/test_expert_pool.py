@@ -21,8 +21,8 @@ from qwen35_mlx.checkpoint.headers import read_headers
 from qwen35_mlx.checkpoint.resolver import resolve
 from qwen35_mlx.config import read_config
 from qwen35_mlx.convert import convert
-from qwen35_mlx.engine.prompt_cache import PromptCache, piece_ends
-from qwen35_mlx.engine.requests import Done, Request, Token
+from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.requests import Done, Failed, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.errors import CheckpointError, MemoryRefused, Qwen35Error
@@ -36,6 +36,7 @@ from qwen35_mlx.model import expert_pool, feed_forward
 from qwen35_mlx.model.expert_files import Slots
 from qwen35_mlx.model.expert_pool import stack_bytes
 from qwen35_mlx.model.loading import load_model
+from qwen35_mlx.model.sweep import piece_ends, sweep_ends
 from qwen35_mlx.sampling import SamplingParams
 
 IDS = [(7 * i + 3) % 2500 for i in range(200)]
@@ -208,10 +209,22 @@ def test_few_rows_of_a_long_call_are_multiplied_as_many_are(
     assert max(sizes) <= 3 * PER_TOKEN
 
 
-def test_pieces_end_at_marks_and_at_most_a_step_apart() -> None:
-    assert piece_ends(10, 100, [100, 5, 40, 10], 25) == [35, 40, 65, 90, 100]
-    assert piece_ends(0, 5000, [], 10_000) == [2048, 4096, 5000]
-    assert piece_ends(7, 7, [7], 25) == []
+def test_pieces_end_at_cuts_and_sweeps_end_with_pieces() -> None:
+    assert piece_ends(10, [40, 100], 25) == [35, 40, 65, 90, 100]
+    assert piece_ends(7, [7], 25) == []
+    assert sweep_ends(10, [35, 40, 65, 90, 100], 1000) == [100]
+    assert sweep_ends(10, [35, 40, 65, 90, 100], 55) == [65, 100]
+    assert sweep_ends(10, [35, 60, 65], 20) == [35, 60, 65]
+    assert sweep_ends(7, [], 20) == []
+
+
+@pytest.mark.slow
+def test_a_prompt_longer_than_a_sweep_has_the_same_bits(
+    expected: mx.array, pooled: Any, disk_layout: Path
+) -> None:
+    model = pooled(disk_layout, 3)
+    model.experts.sweep_tokens = 70
+    assert mx.array_equal(conversation(model), expected).item()
 
 
 def end_early(descriptor: int, buffers: Any, offset: int) -> int:
@@ -373,6 +386,29 @@ def test_the_engine_of_a_server_answers_the_same_and_counts(
     hits, misses = (figures[f"expert_{kind}_total"] for kind in ("hits", "misses"))
     assert misses > 0
     assert figures["expert_hit_rate"] == hits / (hits + misses)
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_disk_fails_one_request_of_a_server_and_no_later_one(
+    pooled: Any, disk_layout: Path, demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question, texts = "What is the capital of France?", []
+    for fault in (None, fail):
+        engine = Engine(pooled(disk_layout, 3), demo[1])
+        engine.start()
+        try:
+            if fault:
+                with monkeypatch.context() as patch:
+                    patch.setattr(os, "preadv", fault)
+                    request = Request([{"role": "user", "content": question}], max_tokens=5)
+                    *_, end = engine.submit(request).events()
+                    assert isinstance(end, Failed)
+                    assert "cannot be read from model.safetensors" in str(end.error)
+            texts.append(text_of(engine, question))
+        finally:
+            engine.stop()
+    assert texts[0] == texts[1]
+    assert texts[0]
 
 
 def text_of(engine: Engine, text: str) -> str:

@@ -5,7 +5,7 @@ where a snapshot was made.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -25,7 +25,7 @@ from ..model.cache import (
 )
 from ..model.language import Model
 from ..model.rope import media_positions
-from ..model.sweep import Kept, read_by_layer
+from ..model.sweep import Kept, Sweep, piece_ends, read_by_layer, sweep_ends
 from .features import FeatureStore
 from .mtp_state import MTPState
 
@@ -122,46 +122,44 @@ class PromptCache:
         or None if `should_stop()` was true before a piece. `every` gets the hidden states
         `[1, T, H]` of each piece.
         """
-        start, marks = len(self._ids), set(marks)
-        ends = piece_ends(start, start + len(ids), marks, step_size or PREFILL_STEP_SIZE)
-        experts = getattr(self.model, "experts", None)
+        start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
+        cuts = sorted({m for m in marks if start < m <= end} | {end})
+        ends = []
+        if experts := getattr(self.model, "experts", None):
+            ends = piece_ends(start, cuts, min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE))
+            cuts = sweep_ends(start, ends, experts.sweep_tokens) or cuts
         hidden = None
         if progress:
             progress(0, len(ids))
-        if not ends and start in marks:
-            self.snapshot()
-        while ends:
-            if should_stop and should_stop():
-                return None
-            at = len(self._ids)
-            most = at + experts.sweep_tokens if experts else 0
-            together = max(sum(end <= most for end in ends), 1)
-            taken, ends = ends[:together], ends[together:]
-            piece = list(ids[at - start : taken[-1] - start])
-            show = _of_layers(progress, at - start, len(piece), len(ids))
-            hidden = self._read_piece(piece, taken, marks, every is None, show)
-            if every:
-                every(self.model, hidden)
-                hidden = hidden[:, -1:]
-            if progress:
-                progress(len(self._ids) - start, len(ids))
-            if len(piece) >= PREFILL_STEP_SIZE:
-                # Its buffers are of a size that the next piece does not have.
-                mx.clear_cache()
-            if taken[-1] in marks:
+        for cut in cuts:
+            while (at := len(self._ids)) < cut:
+                if should_stop and should_stop():
+                    return None
+                size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
+                sweep = None
+                if experts:
+                    size = cut - at
+                    inside = [end - at for end in ends if at < end <= cut]
+                    show = _of_layers(progress, at - start, size, len(ids))
+                    sweep = Sweep(inside, [mark - at for mark in marks], show)
+                piece = list(ids[at - start : min(at + size, cut) - start])
+                hidden = self._read_piece(piece, every is None, sweep)
+                if every:
+                    every(self.model, hidden)
+                    hidden = hidden[:, -1:]
+                if progress:
+                    progress(len(self._ids) - start, len(ids))
+                if len(piece) >= PREFILL_STEP_SIZE:
+                    # Its buffers are of a size that the next piece does not have.
+                    mx.clear_cache()
+            if cut in marks:
                 self.snapshot()
         self.features.trim()
         return hidden
 
     def _read_piece(
-        self,
-        piece: list[int],
-        ends: list[int],
-        marks: Collection[int],
-        last_only: bool,
-        on_layer: Callable[[float], None],
+        self, piece: list[int], last_only: bool, sweep: Sweep | None = None
     ) -> mx.array:
-        """The hidden states; with experts from disk it is of several pieces that end at `ends`."""
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
@@ -175,18 +173,10 @@ class PromptCache:
             delta = following - start - len(piece)
             embeddings = self.model.embed(piece, self.features.rows(shown))
         points: dict[int, Kept] = {}
-        if getattr(self.model, "experts", None):
-            hidden, points = read_by_layer(
-                self.model.language_model.model,
-                self.model.embed(piece) if embeddings is None else embeddings,
-                entries,
-                [end - start for end in ends],
-                [mark - start for mark in marks],
-                positions,
-                self._rope_delta,
-                last_only,
-                on_layer,
-            )
+        if sweep:
+            trunk, x = self.model.language_model.model, embeddings
+            x = self.model.embed(piece) if x is None else x
+            hidden, points = read_by_layer(trunk, x, entries, sweep, positions, delta, last_only)
         elif shown:
             hidden = self.model.trunk(
                 None,
@@ -370,15 +360,6 @@ def _of_layers(
 ) -> Callable[[float], None]:
     """Shows the share of layers that these tokens went through as a share of the tokens."""
     return lambda share: progress(before + int(share * num_tokens), total) if progress else None
-
-
-def piece_ends(start: int, end: int, marks: Iterable[int], step_size: int) -> list[int]:
-    """Where pieces of up to so many tokens end, and of no more than 2,048: at each mark too."""
-    step_size, ends = min(step_size, PREFILL_STEP_SIZE), []
-    for cut in sorted(mark for mark in {*marks, end} if start < mark <= end):
-        ends += [*range(start + step_size, cut, step_size), cut]
-        start = cut
-    return ends
 
 
 def rope_delta(ids: Iterable[int]) -> int:

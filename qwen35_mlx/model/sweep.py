@@ -3,9 +3,9 @@
 T tokens, H hidden.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -19,26 +19,54 @@ from .rope import RopeDelta
 Kept = list[int | tuple[mx.array, ...]]
 
 
+class Sweep(NamedTuple):
+    """Tokens that go through a layer together: pieces that end at `ends`, the last at the end.
+
+    `marks` are those ends where the cache has to be remembered; `on_layer` gets the share of the
+    layers that are done.
+    """
+
+    ends: Sequence[int]
+    marks: Collection[int]
+    on_layer: Callable[[float], None]
+
+
+def piece_ends(start: int, cuts: Iterable[int], step_size: int) -> list[int]:
+    """Where pieces of up to so many tokens end that also end at each of the cuts."""
+    ends: list[int] = []
+    for cut in cuts:
+        ends += [*range(start + step_size, cut, step_size), *([cut] if cut > start else [])]
+        start = cut
+    return ends
+
+
+def sweep_ends(start: int, ends: Sequence[int], most: int) -> list[int]:
+    """Of the ends of pieces those where as many pieces end as have up to `most` tokens."""
+    found = []
+    for before, end in pairwise([start, *ends]):
+        if end - start > most and before > start:
+            found.append(before)
+            start = before
+    return [*found, *ends[-1:]]
+
+
 def read_by_layer(
     trunk: Trunk,
     x: mx.array,
     cache: Sequence[Any],
-    ends: Sequence[int],
-    marks: Collection[int],
+    sweep: Sweep,
     positions: mx.array | None = None,
     rope_delta: RopeDelta = 0,
     last_only: bool = False,
-    on_layer: Callable[[float], None] = lambda share: None,
 ) -> tuple[mx.array, dict[int, Kept]]:
     """Embeddings `[1, T, H]` of new tokens -> hidden states, as the trunk gives them; see there.
 
-    Attention takes pieces that end at `ends`, so that all numbers are those of these pieces one
-    after the other. Also what the cache of each layer was at those ends that are marks. `on_layer`
-    gets the share of the layers that are done.
+    All numbers are those of the pieces one after the other. Also what the cache of each layer was
+    at the marks.
     """
-    spans = list(pairwise([0, *ends]))
+    spans = list(pairwise([0, *sweep.ends]))
     pieces = [x[:, start:end] for start, end in spans]
-    points: dict[int, Kept] = {end: [] for end in ends if end in marks}
+    points: dict[int, Kept] = {end: [] for end in sweep.ends if end in sweep.marks}
     for done, (layer, entry) in enumerate(zip(trunk.layers, cache, strict=True), 1):
         is_last = last_only and layer is trunk.layers[-1]
         for i, (start, end) in enumerate(spans):
@@ -60,6 +88,6 @@ def read_by_layer(
         assert isinstance(layer.mlp, SparseMoE)
         pieces = layer.mlp.read(pieces, layer.post_attention_layernorm)
         mx.eval(pieces)
-        on_layer(done / len(trunk.layers))
+        sweep.on_layer(done / len(trunk.layers))
     hidden = [trunk.norm(piece) for piece in pieces]
     return mx.concatenate(hidden, axis=1), points
