@@ -386,6 +386,7 @@ def test_the_engine_of_a_server_answers_the_same_and_counts(
     hits, misses = (figures[f"expert_{kind}_total"] for kind in ("hits", "misses"))
     assert misses > 0
     assert figures["expert_hit_rate"] == hits / (hits + misses)
+    assert str(model.experts).startswith("3 of 8 of each layer in ")
 
 
 @pytest.mark.slow
