@@ -11,7 +11,13 @@ from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig, VisionConfig
 from qwen35_mlx.errors import ConfigError, Qwen35Error, first_line
 from qwen35_mlx.family import FAMILY, family_config, find_member
-from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
+from qwen35_mlx.machine import (
+    GIB,
+    default_limit_bytes,
+    disk_gbps,
+    raised_limit_bytes,
+    wired_limit_mb,
+)
 from qwen35_mlx.media.patches import picture_size
 from qwen35_mlx.media.settings import VisionSettings, read_settings
 from qwen35_mlx.memory import AUTO, DEFAULT_CONTEXT, check_context, kv_choices
@@ -19,7 +25,21 @@ from qwen35_mlx.quant.recipes import RECIPES, recipe
 
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes
-from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, activation_bytes, running, tokens_per_second
+from .mac_models import (
+    BANDWIDTH_LIMIT,
+    EFFICIENCY,
+    MACS,
+    MISS_RATES,
+    ROUTER_S,
+    SSD_GBPS,
+    Mac,
+    activation_bytes,
+    from_disk,
+    from_disk_tps,
+    running,
+    this_mac,
+    tokens_per_second,
+)
 from .plan import Plan, plan
 from .plots import picture
 from .source import Source
@@ -134,6 +154,34 @@ def mac_lines(
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
     note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
     return [*aligned(rows), *note.splitlines()]
+
+
+def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
+    """Macs that hold some of the experts only: how many, and the speed to expect."""
+    context = context or min(CONTEXTS[0], planned.config.context_length)
+    known = [mac for mac in macs if mac.gbps]
+    found = [(mac, held) for mac in known if (held := from_disk(planned, mac, context))]
+    if not found:
+        return []
+    file, is_own = planned.source.files[0], this_mac() in macs
+    ssd = (disk_gbps(file), "measured") if is_own and file.exists() else (SSD_GBPS, "assumed")
+    rows = [["Mac", "memory", "experts in memory", *(f"{miss:.0%} misses" for miss in MISS_RATES)]]
+    for mac, held in found:
+        share = held.num_slots / planned.config.num_experts
+        cells = [f"{held.num_slots}, {share:.0%}: {_gb(held.pool_bytes)}"]
+        for miss in MISS_RATES:
+            speed = from_disk_tps(planned, mac, held, miss, ssd[0], context)
+            cells.append(f"{speed:,.1f} tok/s")
+        rows.append([mac.chip, f"{mac.memory_gib:g} GB", *cells])
+    return [
+        "",
+        f"experts from disk (--experts-memory), at {_tokens(context)}:",
+        *aligned(rows),
+        f"for an SSD of {ssd[0]:.1f} GB/s ({ssd[1]}), {EFFICIENCY:.0%} of the memory's bandwidth,"
+        f" {1000 * ROUTER_S:.2f} ms a layer for its router;",
+        f"published miss rates: {MISS_RATES[0]:.0%} within one topic, {MISS_RATES[-1]:.0%} after a"
+        " change of it",
+    ]
 
 
 def family_lines(

@@ -61,6 +61,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     "convert": PLAN
     | {
         "--method": ["gptq"],
+        "--experts-layout": ["disk"],
         "--calibrate": [],
         "--text": ["{text}", "--calibrate"],
         "--keep-source": [],
@@ -96,6 +97,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--context": ["1000"],
         "--kv-bits": ["8"],
         "--force": [],
+        "--experts-memory": ["1GB"],
         "--adapter-path": ["a"],
     },
     "chat": SAMPLING
@@ -113,6 +115,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--context": ["1000"],
         "--kv-bits": ["8"],
         "--force": [],
+        "--experts-memory": ["1GB"],
         "--adapter-path": ["a"],
     },
     "sessions": {"--remove": ["s"]},
@@ -128,6 +131,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--queue": ["3"],
         "--kernels": ["ops"],
         "--force": [],
+        "--experts-memory": ["1GB"],
     },
     "launch": {"--url": ["http://127.0.0.1:1"], "--api-key": ["k"]},
     "train": {
@@ -163,6 +167,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--vs-mlx-lm": [],
         "--png": ["x.png"],
         "--json": [],
+        "--experts-memory": ["1GB"],
         "--kernels": ["ops"],
     },
     "doctor": {"--json": [], "--bits": ["3"], "--group-size": ["32"]},

@@ -104,6 +104,7 @@ def chat(
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Chat with a model in the terminal.
@@ -144,6 +145,7 @@ def chat(
                 mtp=options.LOADS_MTP.get(draft),
                 adapter=adapter_path,
                 kv_bits=kv_bits,
+                experts_memory=experts_memory,
             )
     conversation = Chat(
         loaded,

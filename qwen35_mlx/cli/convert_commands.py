@@ -16,7 +16,7 @@ from .command import BITS, given_options
 # Options that decide the bytes of the output.
 SETTINGS = {
     *BITS,
-    *"--group-size --dtype --method --prefer --context --kv-bits".split(),
+    *"--group-size --dtype --method --prefer --context --kv-bits --experts-layout".split(),
     *("--calibration", "--calibrate"),
 }
 
@@ -55,6 +55,7 @@ def convert(
     prefer: options.Prefer = None,
     context: options.Context = None,
     kv_bits: options.KvBits = "auto",
+    experts_layout: options.ExpertsLayout = "stacked",
     calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
@@ -153,6 +154,8 @@ def default_out(source: str, given: Mapping[str, Any]) -> Path:
         parts.append(f"g{given['group_size']}")
     if given["prefer"] == "speed":
         parts.append(given["prefer"])
+    if given.get("experts_layout") == "disk":
+        parts.append("disk")
     return Path("-".join([*parts, *filter(None, (given["method"], dtype))]))
 
 
@@ -243,7 +246,8 @@ def plan(
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
-    print_lines([*page, "", *report.mac_lines(planned, macs, context, kv_bits)])
+    page += ["", *report.mac_lines(planned, macs, context, kv_bits)]
+    print_lines([*page, *report.disk_lines(planned, macs, context)])
     if png:
         report.draw(planned, png)
 
@@ -289,7 +293,9 @@ def quality_settings(
         calibration=found,
         kv_bits=given.get("kv_bits", "auto"),
     )
-    return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
+    layout = given.get("experts_layout", "stacked")
+    ours = dict(group_size=given["group_size"], dtype=given["dtype"], experts_layout=layout)
+    return settings | ours, spent
 
 
 def calibration_for(

@@ -80,6 +80,7 @@ def serve(
     cache_limit: options.CacheLimit = 50.0,
     kernels: options.Kernels = "auto",
     kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Serve a model to agents, programs and a browser.
@@ -107,7 +108,16 @@ def serve(
     name = name or ("demo" if source is None else None)
     with spinner(f"Loading {folder}"):
         app, settings = _application(
-            folder, name, api_key, allow_host or [], max_context, queue, kernels, force, kv_bits
+            folder,
+            name,
+            api_key,
+            allow_host or [],
+            max_context,
+            queue,
+            kernels,
+            force,
+            kv_bits,
+            experts_memory,
         )
     url = shown_url(host, bound.getsockname()[1])
     endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
@@ -136,6 +146,7 @@ def _application(
     kernels: str,
     force: bool,
     kv_bits: str,
+    experts_memory: str | None,
 ) -> tuple[Any, Any]:
     """The application, and what clients see of the model."""
     from ..engine.prefix_store import PrefixStore
@@ -145,7 +156,12 @@ def _application(
     from ..server.service import Settings
 
     loaded, tokenizer = load(
-        folder, kernels=kernels, context=max_context, force=force, kv_bits=kv_bits
+        folder,
+        kernels=kernels,
+        context=max_context,
+        force=force,
+        kv_bits=kv_bits,
+        experts_memory=experts_memory,
     )
     engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
     path = Path(folder)

@@ -144,10 +144,12 @@ class Engine:
         with self._lock:
             started = self._num_started()
             counts |= {"running": started, "queued": max(0, len(self._tickets) - started)}
+        experts = getattr(self.model, "experts", None)
         return counts | {
             "rows": len(self._rows),
             "cached_points": self.store.num_snapshots,
             "cache_bytes": self.store.nbytes,
+            **(experts.figures() if experts else {}),
         }
 
     def _num_started(self) -> int:
@@ -252,7 +254,8 @@ class Engine:
             if reading.cache is None:
                 reading.start(self.store)
             is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
-            size = self._pieces.next_size(is_shared)
+            experts = getattr(self.model, "experts", None)
+            size = experts.sweep_tokens if experts else self._pieces.next_size(is_shared)
             before = reading.position
             drafter = self._rows.drafter(reading.prepared.request.draft)
             hidden = reading.read_piece(size, drafter.uses_mtp)

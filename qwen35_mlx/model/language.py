@@ -4,7 +4,7 @@ B batch, T tokens, H hidden size. Module names are the tensor names on disk.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +23,9 @@ from .gated_delta_net import GatedDeltaNet
 from .mtp import MTP
 from .rope import RopeDelta
 from .vision import VisionTower
+
+if TYPE_CHECKING:
+    from .expert_pool import Experts
 
 
 class DecoderLayer(nn.Module):
@@ -55,14 +58,25 @@ class DecoderLayer(nn.Module):
         keep_states: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
-        norm = self.input_layernorm
-        if self.is_linear:
-            x = self.linear_attn(x, norm, mask, cache, keep_states)
-        else:
-            x = self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
+        x = self.attend(x, mask, cache, rope_tables, rope_delta, keep_states)
         if last_only:
             x = x[:, -1:]
         return self.mlp(x, self.post_attention_layernorm)
+
+    def attend(
+        self,
+        x: mx.array,
+        mask: Any,
+        cache: Any | None,
+        rope_tables: tuple[mx.array, mx.array] | None,
+        rope_delta: RopeDelta = 0,
+        keep_states: bool = False,
+    ) -> mx.array:
+        """The first half of the layer: x + attention of either kind."""
+        norm = self.input_layernorm
+        if self.is_linear:
+            return self.linear_attn(x, norm, mask, cache, keep_states)
+        return self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
 
 
 class Trunk(nn.Module):
@@ -136,6 +150,8 @@ class Model(nn.Module):
     kernels: Tiers = PORTABLE
     # Of the adapter that was loaded with the model.
     adapter_digest: str = ""
+    # Where experts are read from disk: their pools.
+    experts: "Experts | None" = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
