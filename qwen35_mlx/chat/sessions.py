@@ -88,7 +88,8 @@ def save_conversation(
         with replacing(file, 0o600) as temporary:
             text = json.dumps(sealed, ensure_ascii=False, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
-        if cache is not None and cache.last_point:
+        # Of a model on several Macs the others have parts of it: it is read again.
+        if cache is not None and cache.last_point and not getattr(model, "ring", None):
             _save_cache(file, cache, identity)
             remove_media(pictures_folder(file), kept=[*shown, *shown_in(cache.ids)])
     # MLX raises RuntimeError where it cannot write; text may hold surrogates.

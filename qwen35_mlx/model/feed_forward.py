@@ -13,12 +13,15 @@ from ..kernels.projection import project
 from ..kernels.router import route
 from ..kernels.switch import SwitchGLU
 from ..kernels.tiers import PORTABLE, Tiers
+from .shard import OwnExperts, joined
 
 
 class DenseMLP(nn.Module):
     """`x + down(silu(gate(norm(x))) * up(norm(x)))`."""
 
     kernels: Tiers = PORTABLE
+    # Of the processes that have the rest of the width.
+    group: mx.distributed.Group | None = None
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -30,13 +33,18 @@ class DenseMLP(nn.Module):
         """`[..., H]` -> the same."""
         rows = x.reshape(-1, x.shape[-1])
         hidden = expert_gate_up(rows, self, norm=norm, kernels=self.kernels)
-        return expert_down(hidden, rows, self, kernels=self.kernels).reshape(x.shape)
+        residual = rows if self.group is None else mx.zeros_like(rows)
+        out = expert_down(hidden, residual, self, kernels=self.kernels)
+        return joined(out, rows, self.group).reshape(x.shape)
 
 
 class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
 
     kernels: Tiers = PORTABLE
+    # Of the processes that have other experts, or the rest of their width.
+    group: mx.distributed.Group | None = None
+    own_experts: OwnExperts | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -51,7 +59,9 @@ class SparseMoE(nn.Module):
 
     def __call__(self, x: mx.array, norm: nn.RMSNorm) -> mx.array:
         """x + experts of norm(x), `[B, T, H]` -> the same."""
-        residual = rows = x.reshape(-1, x.shape[-1])
+        before = residual = rows = x.reshape(-1, x.shape[-1])
+        if self.group is not None:
+            residual = mx.zeros_like(rows)
         steps = [self.kernels.runs(op, rows.shape[0]) for op in ("expert_gate_up", "expert_down")]
         # Two kernels do the norm as they read x; else it is done once for all that follows.
         fused = norm if steps[0] and self.kernels.runs("projection", rows.shape[0]) else None
@@ -60,6 +70,8 @@ class SparseMoE(nn.Module):
             rows, (self.gate, self.shared_expert_gate), self.kernels, norm=fused, dtype=mx.float32
         )
         routing = route(logits, shared_logits, self._num_experts_per_tok, self.kernels)
+        if self.own_experts is not None:
+            routing = self.own_experts(routing)
         routed, shared = self.switch_mlp, self.shared_expert
         if any(steps):
             hidden = expert_gate_up(rows, shared, routing, routed, fused, self.kernels)
@@ -70,4 +82,4 @@ class SparseMoE(nn.Module):
             shared_out = shared.down_proj(hidden[0])
             out = expert_mlp(rows, routing.indices, routing.scores, routed, self.kernels)
             out = add_experts(residual, out, shared_out, routing.shared_scores, self.kernels)
-        return out.reshape(x.shape)
+        return joined(out, before, self.group).reshape(x.shape)
