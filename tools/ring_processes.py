@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Rank 0 runs what is given; the others follow it.
+# All run the code that is given; rank 0 then runs its `main`, which the others follow.
 PROGRAM = """
 import sys
 from qwen35_mlx.cli.cluster_command import take_part
-if not take_part():
-    exec(sys.argv[1])
+names = {}
+exec(sys.argv[1], names)
+take_part(names["main"])
 """
 
 
@@ -22,7 +23,7 @@ if not take_part():
 def ring(
     number: int, code: str, folder: Path, arguments: tuple[str, ...] = ()
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """`number` processes; rank 0 runs `code` with `sys.argv[2:]` of `arguments`.
+    """`number` processes that run `code`, in which `sys.argv[2:]` are `arguments`.
 
     What each of them prints is captured. None is left behind. `folder` gets the file of addresses.
     """
@@ -33,7 +34,7 @@ def ring(
         hosts = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in sockets]
     file = folder / "ring.json"
     file.write_text(json.dumps(hosts))
-    environment = {**os.environ, "MLX_HOSTFILE": str(file), "QWEN35_MLX_RING": "1"}
+    environment = {**os.environ, "MLX_HOSTFILE": str(file), "QWEN35_MLX_RING": str(folder)}
     processes: list[subprocess.Popen[str]] = []
     try:
         for rank in range(number):
@@ -55,13 +56,13 @@ def ring(
             process.communicate()
 
 
-def output_of_ring(
+def outputs_of_ring(
     number: int, code: str, folder: Path, *arguments: str, timeout_s: float = 300
-) -> str:
-    """What rank 0 prints; raises if any process fails."""
+) -> list[str]:
+    """What each rank prints; raises if any process fails."""
     with ring(number, code, folder, arguments) as processes:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]
         for process, (_, errors) in zip(processes, outputs, strict=True):
             if process.returncode:
                 raise RuntimeError(f"exit {process.returncode}: {errors[-2000:]}")
-        return outputs[0][0]
+        return [output for output, _ in outputs]

@@ -70,11 +70,11 @@ class Sharding:
             self._add("mlp", intermediate_size=width[1] - width[0])
             self._cut_mlp("mlp", config.intermediate_size, width)
         if not self.splits:
-            width = config.intermediate_size or config.moe_intermediate_size
+            columns = config.intermediate_size or config.moe_intermediate_size
             raise Qwen35Error(
                 f"the model cannot be split on {self.size} Macs",
                 got=f"{config.num_attention_heads} attention heads, {config.linear_num_value_heads}"
-                f" linear value heads, feed-forward width {width}",
+                f" linear value heads, feed-forward width {columns}",
                 expected="a number that divides the heads, or the width in whole groups of weights",
                 hint="2, 4 and 8 divide the released models",
             )

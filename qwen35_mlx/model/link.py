@@ -50,6 +50,11 @@ class Link:
 
     def end(self) -> None:
         """From here on a connection that closes is no loss."""
+        for rank, each in self._sockets.items():
+            # What failed here may have failed for that reason, and the thread may not know yet.
+            with suppress(OSError):
+                if select([each], [], [], 0)[0] and not each.recv(1, socket.MSG_PEEK):
+                    self._lose(f"process {rank} of the model has ended")
         self._is_ending = True
 
     def _watch(self) -> None:
@@ -80,24 +85,26 @@ class Link:
 
     def _take(self, message: Message) -> None:
         if message["do"] == "lost":
-            self._lose(message["text"], tell=False)
+            self._exit(message["text"])
         self.messages.put(message)
         if message["do"] == "end":
-            self.end()
+            self._is_ending = True
             # Unless it ends itself: rank 0 may have failed while this one waits for it.
             time.sleep(END_S)
             os._exit(1)
 
-    def _lose(self, what: str, tell: bool = True) -> None:
-        error = Qwen35Error(what, hint="sessions are as they were saved; start all of it again")
-        if tell:
-            with suppress(OSError):
-                self.send({"do": "lost", "text": what})
+    def _lose(self, what: str) -> None:
+        hint = "sessions are as they were saved; start it again on all Macs"
+        self._exit(str(Qwen35Error(what, hint=hint)))
+
+    def _exit(self, text: str) -> None:
+        with suppress(OSError):
+            self.send({"do": "lost", "text": text})
         if self._terminal is not None:
             _set_terminal(self._terminal)
         with suppress(OSError, ValueError):
             sys.stdout.flush()
-            sys.stderr.write(f"\nerror: {error}\n")
+            sys.stderr.write(f"\nerror: {text}\n")
             sys.stderr.flush()
         os._exit(1)
 

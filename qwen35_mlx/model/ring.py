@@ -8,6 +8,7 @@ collectives. Every process keeps its own part of each cache, under the same numb
 import atexit
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache as once
@@ -17,18 +18,20 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import Qwen35Error
+from ..files import RING_VARIABLE
 from ..kernels.tiers import Tiers, use
 from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from . import cache as caches
 from .link import connect, uninterrupted
 
-# Set for every process by `qwen35-mlx cluster`.
-VARIABLE = "QWEN35_MLX_RING"
+
+# Within which rank 0 tells of a process that has ended.
+WORD_S = 2.0
 
 
 def in_ring() -> bool:
     """Whether this process is one of several of one model."""
-    return bool(os.environ.get(VARIABLE))
+    return bool(os.environ.get(RING_VARIABLE))
 
 
 @once
@@ -163,9 +166,12 @@ def follow(model: Any = None, load: Callable[..., Any] | None = None) -> None:
         try:
             follower.take(**message)
         except Exception as error:
+            if isinstance(error, RuntimeError):
+                # MLX may know of a lost process before rank 0 says which.
+                time.sleep(WORD_S)
             name = f"process {group().rank()} of the model"
-            link.send({"do": "lost", "text": f"{name} has failed: {error}"})
             link.end()
+            link.send({"do": "lost", "text": f"{name} has failed: {error}"})
             raise
 
 
