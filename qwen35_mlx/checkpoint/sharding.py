@@ -96,7 +96,7 @@ class Sharding:
         if not self.holds(name):
             return 0
         cut = self.cut(name)
-        return nbytes if cut is None else nbytes // prod(shape) * prod(cut.shape(shape))
+        return nbytes if cut is None else nbytes * prod(cut.shape(shape)) // prod(shape)
 
     def _add(self, kind: str, **sizes: Any) -> None:
         self.splits.add(kind)

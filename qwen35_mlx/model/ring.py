@@ -24,7 +24,6 @@ from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from . import cache as caches
 from .link import connect, uninterrupted
 
-
 # Within which rank 0 tells of a process that has ended.
 WORD_S = 2.0
 

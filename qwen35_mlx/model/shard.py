@@ -124,16 +124,23 @@ def _fill(pieces: np.ndarray, tensor: SourceTensor, pitch: int, first: int) -> N
                 while rest:
                     num_read = file.readinto(rest)
                     if not num_read:
-                        raise CheckpointError(f"{tensor.file.name} is shorter than it was")
+                        raise _shorter(tensor)
                     rest = rest[num_read:]
         return
     step = max(1, MAPPED_BYTES // pitch)
     for row in range(0, number, step):
         rows = min(step, number - row)
         size = (rows - 1) * pitch + length
-        mapped = np.memmap(tensor.file, np.uint8, "r", start + row * pitch, (size,))
+        try:
+            mapped = np.memmap(tensor.file, np.uint8, "r", start + row * pitch, (size,))
+        except ValueError:
+            raise _shorter(tensor) from None
         strided = np.lib.stride_tricks.as_strided(mapped, (rows, length), (pitch, 1))
         copy_mapped(pieces[row : row + rows], strided)
+
+
+def _shorter(tensor: SourceTensor) -> CheckpointError:
+    return CheckpointError(f"{tensor.file.name} is shorter than it was", hint="copy it again")
 
 
 def copy_mapped(target: np.ndarray, mapped: np.ndarray) -> None:
