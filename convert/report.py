@@ -19,7 +19,15 @@ from qwen35_mlx.quant.recipes import RECIPES, recipe
 
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes
-from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, activation_bytes, running, tokens_per_second
+from .mac_models import (
+    BANDWIDTH_LIMIT,
+    MACS,
+    Mac,
+    activation_bytes,
+    first_part,
+    running,
+    tokens_per_second,
+)
 from .plan import Plan, plan
 from .plots import picture
 from .source import Source
@@ -39,6 +47,11 @@ NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
     " that\nlimit raised; {bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
+)
+
+SHARED_NOTE = (
+    "This is the first of {macs} such Macs that run the model together. The link is not counted: a"
+    " token takes\n{messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
 )
 
 
@@ -109,8 +122,14 @@ def picture_lines(planned: Plan) -> list[str]:
     return aligned(rows)
 
 
-def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
-    """For every Mac and context: fits, fits with a raised limit, or not."""
+def mac_lines(
+    planned: Plan, macs: Sequence[Mac], context: int | None = None, num_macs: int = 1
+) -> list[str]:
+    """For every Mac and context: fits, fits with a raised limit, or not.
+
+    Of several equal Macs that run the model together, this is about the first.
+    """
+    num_layers, planned = planned.config.num_hidden_layers, first_part(planned, num_macs)
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
     if context is not None:
@@ -130,7 +149,13 @@ def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) ->
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
     note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
-    return [*aligned(rows), *note.splitlines()]
+    lines = [*aligned(rows), *note.splitlines()]
+    if num_macs > 1:
+        messages = 2 * num_layers + 1
+        lines += SHARED_NOTE.format(
+            macs=num_macs, messages=messages, bound=1e6 / (30 * messages)
+        ).splitlines()
+    return lines
 
 
 def family_lines(
@@ -138,6 +163,7 @@ def family_lines(
     where: str,
     context: int | None = None,
     settings: Callable[[Source], dict[str, Any]] | None = None,
+    num_macs: int = 1,
 ) -> list[str]:
     """The released models on a machine: sizes, and contexts that fit, at several widths.
 
@@ -147,15 +173,25 @@ def family_lines(
     for member in FAMILY:
         source = family_source(member.full_name)
         ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
-        cells = [_longest(plan(source, **way), memory_bytes, context) for way in ways]
+        parts = [_part(plan(source, **way), num_macs) for way in ways]
+        cells = [_longest(part, memory_bytes, context) if part else "no part" for part in parts]
         rows.append([member.full_name, *cells])
     asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
+    each = f", each of {num_macs} that run a model together" if num_macs > 1 else ""
     return [
-        f"{memory_bytes / GIB:.0f} GB of memory: {where}",
+        f"{memory_bytes / GIB:.0f} GB of memory: {where}{each}",
         *aligned(rows),
         f"size, and {asked}; {_raised_note(memory_bytes)}",
         "then plan NAME for one of them",
     ]
+
+
+def _part(planned: Plan, num_macs: int) -> Plan | None:
+    """What the first of several Macs has; None where the model cannot be split among them."""
+    try:
+        return first_part(planned, num_macs)
+    except Qwen35Error:
+        return None
 
 
 def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[str]:

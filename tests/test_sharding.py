@@ -15,9 +15,13 @@ from mlx.utils import tree_flatten
 from qwen35_mlx.checkpoint.headers import read_header
 from qwen35_mlx.checkpoint.sharding import LAYERS, Cut, Sharding
 from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.convert import plan
+from qwen35_mlx.convert.mac_models import MACS, first_part, running
+from qwen35_mlx.convert.report import mac_lines
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.model import attention, feed_forward, gated_delta_net
 from qwen35_mlx.model.language import Model
+from qwen35_mlx.model.loading import open_model
 from qwen35_mlx.model.shard import PIECE_BYTES, read_cut, shard, taken
 
 
@@ -161,6 +165,21 @@ def test_a_file_that_became_shorter_is_an_error_and_no_weights(tmp_path: Path) -
         read_cut(tensor, Cut(0, 2, ((1, 2),)))
     with pytest.raises(CheckpointError, match="shorter than it was"):
         read_cut(tensor, Cut(1, 2, ((1, 2),)))
+
+
+def test_a_plan_for_several_macs_counts_what_the_first_will_hold(converted_demo: Path) -> None:
+    planned = plan(converted_demo)
+    part = first_part(planned, 2)
+    model, _, _ = open_model(converted_demo)
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    shard(model, group)
+    held = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    assert {t.name: t.shape for e in part.text_entries for t in e.tensors} == {
+        name: shape for name, shape in held.items() if not name.startswith(("vision", "mtp"))
+    }
+    assert running(part, 4096).kv_cache < 0.6 * running(planned, 4096).kv_cache
+    lines = mac_lines(planned, MACS[:1], num_macs=2)
+    assert "first of 2 such Macs" in lines[-2]
 
 
 def test_a_share_is_counted_as_it_is_cut() -> None:

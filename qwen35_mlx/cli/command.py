@@ -40,7 +40,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],
-    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
+    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS), (("--fit", "--macs"), ())],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),
         *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
