@@ -34,7 +34,7 @@ def answer(script: Path, body: str) -> None:
 
 def problems(hosts: list[str], model: Path, backend: str = "ring") -> str:
     with pytest.raises(Qwen35Error) as caught:
-        cluster_command._check([{"ssh": host} for host in hosts], backend, str(model))
+        cluster_command.check([{"ssh": host} for host in hosts], backend, str(model))
     return str(caught.value)
 
 
@@ -106,12 +106,12 @@ def test_a_hostfile_of_thunderbolt_stays_as_it_is_but_for_this_mac(tmp_path: Pat
         {"ssh": "b.local", "ips": ["192.0.2.1"], "rdma": ["rdma_en2", None]},
     ]
     file.write_text(json.dumps({"backend": "jaccl", "hosts": hosts}))
-    found, backend = cluster_command._read_hosts(None, file)
+    found, backend = cluster_command.read_hosts(None, file)
     assert backend == "jaccl"
     assert found == [hosts[0] | {"ssh": "127.0.0.1"}, hosts[1]]
     file.write_text("{")
     with pytest.raises(Qwen35Error, match="no hostfile"):
-        cluster_command._read_hosts(None, file)
+        cluster_command.read_hosts(None, file)
 
 
 def test_weights_with_the_same_config_are_another_model(tmp_path: Path) -> None:

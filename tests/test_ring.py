@@ -181,6 +181,29 @@ def test_all_others_name_a_process_that_is_lost_and_end_in_time(
     assert len(read_conversation(session)["messages"]) == 2
 
 
+SHARDED = """
+import os, sys, mlx.core as mx, numpy as np
+os.environ.pop("QWEN35_MLX_RING")
+import qwen35_mlx
+from qwen35_mlx.model.ring import follow
+model, _ = qwen35_mlx.load(sys.argv[2])
+group = mx.distributed.init(strict=True, backend="ring")
+whole = np.array(model(mx.array([[1, 2, 3]])))
+model.shard(group)
+if group.rank():
+    follow(model)
+else:
+    print(np.abs(np.array(model(mx.array([[1, 2, 3]]))) - whole).max())
+sys.exit()
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_is_loaded_whole_can_be_sharded(converted_demo: Path, tmp_path: Path) -> None:
+    outputs = outputs_of_ring(2, SHARDED, tmp_path, str(converted_demo))
+    assert float(outputs[0]) < 1e-4
+
+
 @pytest.mark.slow
 def test_what_one_process_refuses_is_said_by_all(converted_demo: Path, tmp_path: Path) -> None:
     code = PROGRAM.format(tell="").replace("mtp=True", "context=5_000_000")

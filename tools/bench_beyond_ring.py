@@ -93,6 +93,8 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "dense in groups of 64": (SMALL, 4),
     "experts in groups of 64": (EXPERTS, 4),
     "whole experts": (NARROW, 4),
+    # With four processes attention is whole on each.
+    "half a group a head": (SMALL | dict(num_attention_heads=4), 4),
 }
 
 # The model in argv[2]: the logits of a prompt, of three tokens one by one, and of three at a time.

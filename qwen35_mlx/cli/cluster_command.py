@@ -65,30 +65,36 @@ def cluster(
     Every Mac needs remote login for this one's ssh key, and this Python, its packages and MODEL at
     the same path. Sessions and settings are those of this Mac.
     """
-    model, reads_input = _model_of(arguments)
-    found, backend = _read_hosts(hosts, hostfile)
-    _check(found, backend, model)
+    model, reads_input = model_of(arguments)
+    found, backend = read_hosts(hosts, hostfile)
+    check(found, backend, model)
+    hosts_content = json.dumps({"backend": backend, "envs": [], "hosts": found})
+    first = port or _free_port(len(found))
+    raise typer.Exit(launched(hosts_content, first, arguments, reads_input))
+
+
+def launched(hosts: str, port: int, arguments: Sequence[str], reads_input: bool) -> int:
+    """Run a command under `mlx.launch` to its end; the exit code of rank 0."""
     with tempfile.TemporaryDirectory(prefix="qwen35-mlx-") as scratch:
         folder = Path(scratch)
-        file = folder / "hosts.json"
-        file.write_text(json.dumps({"backend": backend, "envs": [], "hosts": found}))
+        file, status = folder / "hosts.json", folder / "status"
+        file.write_text(hosts)
         if sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
             (folder / "terminal").touch()
         elif sys.stdin and reads_input:
             (folder / "input").write_bytes(sys.stdin.buffer.read())
-        options = ["--hostfile", str(file), "--starting-port", str(port or _free_port(len(found)))]
-        options += ["--env", f"{RING_VARIABLE}={scratch}"]
-        command = [sys.executable, "-c", LAUNCH, *options, "--", sys.executable, "-c", RUN]
-        # Ctrl-C is for rank 0. What is typed too: the pipe stays open and empty.
+        options = ["--hostfile", str(file), "--starting-port", str(port)]
+        options += ["--env", f"{RING_VARIABLE}={scratch}", "--"]
+        command = [sys.executable, "-c", LAUNCH, *options, sys.executable, "-c", RUN, *arguments]
+        # Ctrl-C is for rank 0, and so is what is typed: the pipe stays open and empty.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            with subprocess.Popen([*command, *arguments], stdin=subprocess.PIPE) as launch:
+            with subprocess.Popen(command, stdin=subprocess.PIPE) as launch:
                 launch.wait()
         finally:
             signal.signal(signal.SIGINT, before)
-        status = folder / "status"
         # Without it rank 0 has not come to its end.
-        raise typer.Exit(int(status.read_text()) if status.exists() else 1)
+        return int(status.read_text()) if status.exists() else 1
 
 
 def take_part(run: Callable[[], object]) -> None:
@@ -104,7 +110,7 @@ def take_part(run: Callable[[], object]) -> None:
             if group().rank():
                 follow(load=load_part)
                 return
-            leader()
+            latency_us, size = leader().latency_us(), group().size()
     except typer.Exit as end:
         sys.exit(end.exit_code)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -115,6 +121,9 @@ def take_part(run: Callable[[], object]) -> None:
     else:
         given = folder / "input"
         os.dup2(os.open(given if given.exists() else os.devnull, os.O_RDONLY), 0)
+    from .terminal import note
+
+    note(f"{size} Macs, {latency_us:,.0f} us a message between them")
     status: Any = 1
     try:
         run()
@@ -166,7 +175,7 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_of(arguments: Sequence[str]) -> tuple[str, bool]:
+def model_of(arguments: Sequence[str]) -> tuple[str, bool]:
     """The model that a command names, and whether the command reads standard input."""
     from .main import app
 
@@ -188,7 +197,7 @@ def _model_of(arguments: Sequence[str]) -> tuple[str, bool]:
     return os.path.abspath(model), arguments[0] != "serve" and not given.get("prompt")
 
 
-def _read_hosts(names: str | None, file: Path | None) -> tuple[list[Host], str]:
+def read_hosts(names: str | None, file: Path | None) -> tuple[list[Host], str]:
     """Hosts in the form of `mlx.launch`, this one first, and the backend that joins them."""
     if (names is None) == (file is None):
         raise Qwen35Error("which Macs?", got=names and file, expected="--hosts or --hostfile")
@@ -241,7 +250,7 @@ def _is_here(address: str) -> bool:
     return True
 
 
-def _check(hosts: Sequence[Host], backend: str, model: str) -> None:
+def check(hosts: Sequence[Host], backend: str, model: str) -> None:
     """Raise with all that is missing or different on any host."""
     own = facts_of(model)
     with ThreadPoolExecutor(len(hosts)) as pool:

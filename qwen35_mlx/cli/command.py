@@ -61,6 +61,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "sessions": [(("--remove", "NAME"), ())],
     "serve": [(("--demo", "MODEL"), ())],
+    "cluster": [(("--hosts", "--hostfile"), ())],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")

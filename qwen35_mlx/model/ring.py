@@ -8,6 +8,7 @@ collectives. Every process keeps its own part of each cache, under the same numb
 import atexit
 import os
 import signal
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from .link import connect, uninterrupted
 
 # Within which rank 0 tells of a process that has ended.
 WORD_S = 2.0
+# Messages that tell the speed of the link: 8 KB, a token's in bfloat16.
+NUM_MEASURED, MEASURED_NUMBERS = 21, 2048
 
 
 def in_ring() -> bool:
@@ -126,6 +129,11 @@ class Leader:
             mx.async_eval(hidden)
         return hidden
 
+    def latency_us(self) -> float:
+        """Of a message as each layer sends two of."""
+        self.tell("measure")
+        return measure_latency_us(self.group)
+
     def _end(self) -> None:
         self._link.end()
         try:
@@ -139,6 +147,16 @@ class Leader:
 def leader() -> Leader:
     """That of this process, rank 0."""
     return Leader()
+
+
+def measure_latency_us(group: mx.distributed.Group) -> float:
+    """The median of sums over all processes."""
+    seconds = []
+    for _ in range(NUM_MEASURED):
+        start = time.perf_counter()
+        mx.eval(mx.distributed.all_sum(mx.zeros(MEASURED_NUMBERS), group=group))
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(seconds)
 
 
 def agree_on_context(config: ModelConfig) -> int | None:
@@ -194,6 +212,8 @@ class Follower:
                 # Before the next one is read.
                 self._model = None
                 self._model = self._load(what["path"], **what["options"])
+            case "measure":
+                measure_latency_us(group())
             case "kernels":
                 use(self._model, Tiers(**what))
             case "hold":
