@@ -108,7 +108,11 @@ def test_a_hostfile_of_thunderbolt_stays_as_it_is_but_for_this_mac(tmp_path: Pat
     file.write_text(json.dumps({"backend": "jaccl", "hosts": hosts}))
     found, backend = cluster_command.read_hosts(None, file)
     assert backend == "jaccl"
-    assert found == [hosts[0] | {"ssh": "127.0.0.1"}, hosts[1]]
+    assert found[0]["ssh"] == "127.0.0.1"
+    assert found[0]["rdma"] == hosts[0]["rdma"]
+    # Its name leads here alone: the others need the address that they see.
+    assert found[0]["ips"] != ["127.0.0.1"]
+    assert found[1] == hosts[1]
     file.write_text("{")
     with pytest.raises(Qwen35Error, match="no hostfile"):
         cluster_command.read_hosts(None, file)

@@ -204,6 +204,28 @@ def test_a_model_that_is_loaded_whole_can_be_sharded(converted_demo: Path, tmp_p
     assert float(outputs[0]) < 1e-4
 
 
+FAILING = """
+def tell(model, tokenizer):
+    import mlx.core as mx
+    cache = model.make_cache()
+    try:
+        model.trunk(mx.array([[1, 2]] * 2), cache, keep_states=True)
+    except Exception:
+        return "went on"
+"""
+
+
+@pytest.mark.slow
+def test_after_half_a_pass_nothing_goes_on(converted_demo: Path, tmp_path: Path) -> None:
+    code = PROGRAM.format(tell=FAILING)
+    with ring(2, code, tmp_path, (str(converted_demo),)) as processes:
+        for process in processes:
+            output, errors = process.communicate(timeout=60)
+            assert process.returncode == 1
+            assert "went on" not in output
+            assert "keep_states is for a few tokens of one sequence" in errors
+
+
 @pytest.mark.slow
 def test_what_one_process_refuses_is_said_by_all(converted_demo: Path, tmp_path: Path) -> None:
     code = PROGRAM.format(tell="").replace("mtp=True", "context=5_000_000")
@@ -258,7 +280,10 @@ def test_a_message_is_sent_whole_where_ctrl_c_comes_in_between() -> None:
     assert order
 
 
-def test_messages_come_in_order_whatever_pieces_they_come_in() -> None:
+def test_messages_come_in_order_whatever_pieces_they_come_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "CLOSE_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()

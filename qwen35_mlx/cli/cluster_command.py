@@ -225,6 +225,9 @@ def read_hosts(names: str | None, file: Path | None) -> tuple[list[Host], str]:
             expected="two or more, the first of them this one",
             hint=f"this one is {socket.gethostname()}",
         )
+    if hosts[0]["ips"][0].startswith("127.") and not hosts[1]["ips"][0].startswith("127."):
+        # Its own name may lead a host to itself alone.
+        hosts[0]["ips"] = [_address_towards(hosts[1]["ips"][0])]
     # What mlx.launch starts without ssh.
     hosts[0]["ssh"] = LOCAL
     return hosts, str(backend)
@@ -239,6 +242,13 @@ def _address(name: str) -> str:
             got=error,
             expected="a name or an address in this network, such as studio.local",
         ) from None
+
+
+def _address_towards(address: str) -> str:
+    """This machine's, as that one sees it; nothing is sent."""
+    with socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
 
 
 def _is_here(address: str) -> bool:
@@ -266,7 +276,7 @@ def check(hosts: Sequence[Host], backend: str, model: str) -> None:
         if answer["model"] != own["model"]:
             what = "another model" if answer["model"] else "no model"
             problems.append(f"{host}: {what} at {model}; copy this one there")
-        if backend.startswith("jaccl") and answer["rdma"] != "enabled":
+        if backend.startswith("jaccl") and "enabled" not in (answer["rdma"] or ""):
             problems.append(
                 f"{host}: RDMA is {answer['rdma'] or 'missing, which needs macOS 26.2'}; start in "
                 "recovery and run rdma_ctl enable"

@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from hmac import compare_digest
 from queue import SimpleQueue
 from select import select
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
 from ..errors import Qwen35Error
 
-BEAT_S, SILENCE_S = 0.5, 6.0
-CONNECT_S, END_S = 60.0, 5.0
+BEAT_S, SILENCE_S = 0.5, 5.0
+CONNECT_S, CLOSE_S, END_S = 60.0, 1.0, 5.0
 SECRET_BYTES = 16
 Message = dict[str, Any]
 
@@ -49,13 +49,31 @@ class Link:
                 each.sendall(line)
 
     def end(self) -> None:
-        """From here on a connection that closes is no loss."""
+        """From here on a connection that closes is no loss; rank 0 tells the others to end."""
         for rank, each in self._sockets.items():
             # What failed here may have failed for that reason, and the thread may not know yet.
             with suppress(OSError):
                 if select([each], [], [], 0)[0] and not each.recv(1, socket.MSG_PEEK):
                     self._lose(f"process {rank} of the model has ended")
         self._is_ending = True
+        with suppress(OSError):
+            self.send({"do": "end", "dropped": []})
+        self._close()
+
+    def _close(self) -> None:
+        """Read what is on its way, or the others would not get what was sent last."""
+        end, left = time.monotonic() + CLOSE_S, list(self._sockets.values())
+        with suppress(OSError):
+            for each in left:
+                each.shutdown(socket.SHUT_WR)
+        while left and time.monotonic() < end:
+            for each in select(left, [], [], 0.1)[0]:
+                try:
+                    is_over = not each.recv(2**16)
+                except OSError:
+                    is_over = True
+                if is_over:
+                    left.remove(each)
 
     def _watch(self) -> None:
         beaten = 0.0
@@ -85,21 +103,26 @@ class Link:
 
     def _take(self, message: Message) -> None:
         if message["do"] == "lost":
-            self._exit(message["text"])
+            self.fail(message["text"])
         self.messages.put(message)
         if message["do"] == "end":
             self._is_ending = True
+            with suppress(OSError):
+                for each in self._sockets.values():
+                    each.shutdown(socket.SHUT_WR)
             # Unless it ends itself: rank 0 may have failed while this one waits for it.
             time.sleep(END_S)
             os._exit(1)
 
     def _lose(self, what: str) -> None:
         hint = "sessions are as they were saved; start it again on all Macs"
-        self._exit(str(Qwen35Error(what, hint=hint)))
+        self.fail(str(Qwen35Error(what, hint=hint)))
 
-    def _exit(self, text: str) -> None:
+    def fail(self, text: str) -> NoReturn:
+        """End all processes with this error."""
         with suppress(OSError):
             self.send({"do": "lost", "text": text})
+        self._close()
         if self._terminal is not None:
             _set_terminal(self._terminal)
         with suppress(OSError, ValueError):

@@ -245,7 +245,7 @@ def load(
         path = os.path.abspath(path_or_hub_id)
         path = path if os.path.isdir(path) else str(path_or_hub_id)
         options = dict(revision=revision, context=context, force=force)
-        ring.tell("load", path=path, options=options)
+        ring.load(path, options)
     folder = resolve(path_or_hub_id, revision)
     model, config = load_model(folder, context, force, mtp, adapter, ring.group if ring else None)
     model.ring, chosen = ring, choose(kernels, model)

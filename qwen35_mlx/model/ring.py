@@ -11,15 +11,17 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache as once
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import Qwen35Error
 from ..files import RING_VARIABLE
+from ..kernels.matrix import MAX_ROWS
 from ..kernels.tiers import Tiers, use
 from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from . import cache as caches
@@ -75,8 +77,8 @@ class Leader:
 
     def __init__(self) -> None:
         self.group, self.dropped = group(), deque[int]()
-        self._link, self._number = connect(group()), 0
-        atexit.register(self._end)
+        self._link, self._number, self._has_model = connect(group()), 0, False
+        atexit.register(self._link.end)
 
     def tell(self, do: str, **what: Any) -> None:
         """A command for all others, and what they may forget before it."""
@@ -112,7 +114,7 @@ class Leader:
             )
         x = trunk.embed_tokens(ids) if embeddings is None else embeddings
         # What was announced is computed, or the others would wait for ever.
-        with uninterrupted():
+        with uninterrupted(), self.all_or_none():
             self.tell(
                 "trunk",
                 cache=handle and handle.number,
@@ -126,21 +128,35 @@ class Leader:
             hidden: mx.array = trunk(
                 None, cache, embeddings=x, positions=positions, rope_delta=rope_delta, **flags
             )
+            if x.shape[1] > MAX_ROWS:
+                # Where memory may be short; who reads a prompt waits for it anyway.
+                mx.eval(hidden)
             mx.async_eval(hidden)
         return hidden
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What fails in the block ends all processes: their messages would not match any more."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """End all processes: this one has failed in the middle of a pass."""
+        self._link.fail(f"process 0 of the model has failed: {error}")
+
+    def load(self, path: str, options: dict[str, Any]) -> None:
+        """All others load their parts."""
+        if self._has_model:
+            raise Qwen35Error("several Macs run one model", got=path, expected="no second one")
+        self._has_model = True
+        self.tell("load", path=path, options=options)
 
     def latency_us(self) -> float:
         """Of a message as each layer sends two of."""
         self.tell("measure")
         return measure_latency_us(self.group)
-
-    def _end(self) -> None:
-        self._link.end()
-        try:
-            self.tell("end")
-        except OSError:
-            # They have ended before.
-            return
 
 
 @once
@@ -187,9 +203,7 @@ def follow(model: Any = None, load: Callable[..., Any] | None = None) -> None:
                 # MLX may know of a lost process before rank 0 says which.
                 time.sleep(WORD_S)
             name = f"process {group().rank()} of the model"
-            link.end()
-            link.send({"do": "lost", "text": f"{name} has failed: {error}"})
-            raise
+            link.fail(f"{name} has failed: {error}")
 
 
 class Follower:
@@ -208,9 +222,6 @@ class Follower:
         match do:
             case "load":
                 assert self._load
-                held.clear()
-                # Before the next one is read.
-                self._model = None
                 self._model = self._load(what["path"], **what["options"])
             case "measure":
                 measure_latency_us(group())
