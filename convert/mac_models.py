@@ -2,10 +2,11 @@
 
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES
+from qwen35_mlx.checkpoint.sharding import Sharding
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, parse_memory, sysctl
 from qwen35_mlx.memory import (
@@ -17,7 +18,7 @@ from qwen35_mlx.memory import (
     state_bytes,
 )
 
-from .plan import OF_EXPERTS, Plan
+from .plan import OF_EXPERTS, Entry, Plan
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,22 @@ def find_macs(text: str) -> list[Mac]:
         expected="a memory, a chip or both, such as 256GB or M3 Ultra 256GB",
         hint="chips that need no memory: " + ", ".join(sorted({mac.chip for mac in MACS})),
     )
+
+
+def first_part(plan: Plan, num_macs: int) -> Plan:
+    """What the first of so many Macs has of the plan's model; it has more than the others."""
+    if num_macs == 1:
+        return plan
+    sizes = {e.module: e.group_size for e in plan.text_entries if e.group_size}
+    sharding = Sharding(plan.config, 0, num_macs, sizes)
+
+    def part(entry: Entry) -> Entry:
+        cuts = [(tensor, sharding.cut(tensor.name)) for tensor in entry.tensors]
+        tensors = [replace(t, shape=cut.shape(t.shape)) if cut else t for t, cut in cuts]
+        return replace(entry, tensors=tuple(tensors))
+
+    shards = [replace(shard, entries=tuple(map(part, shard.entries))) for shard in plan.shards]
+    return replace(plan, config=sharding.local, shards=tuple(shards))
 
 
 def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryCount:

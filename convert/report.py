@@ -34,6 +34,7 @@ from .mac_models import (
     SSD_GBPS,
     Mac,
     activation_bytes,
+    first_part,
     from_disk,
     from_disk_tps,
     running,
@@ -60,6 +61,11 @@ NOTE = (
     " that\nlimit raised; kv8: with --kv-bits 8, keys and values of 8 bits;\n"
     "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
+)
+
+SHARED_NOTE = (
+    "This is the first of {macs} such Macs that run the model together. The link is not counted: a"
+    " token takes\n{messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
 )
 
 
@@ -131,9 +137,17 @@ def picture_lines(planned: Plan) -> list[str]:
 
 
 def mac_lines(
-    planned: Plan, macs: Sequence[Mac], context: int | None = None, kv_bits: str = AUTO
+    planned: Plan,
+    macs: Sequence[Mac],
+    context: int | None = None,
+    kv_bits: str = AUTO,
+    num_macs: int = 1,
 ) -> list[str]:
-    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not."""
+    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not.
+
+    Of several equal Macs that run the model together, this is about the first.
+    """
+    num_layers, planned = planned.config.num_hidden_layers, first_part(planned, num_macs)
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
     if context is not None:
@@ -153,7 +167,13 @@ def mac_lines(
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
     note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
-    return [*aligned(rows), *note.splitlines()]
+    lines = [*aligned(rows), *note.splitlines()]
+    if num_macs > 1:
+        messages = 2 * num_layers + 1
+        lines += SHARED_NOTE.format(
+            macs=num_macs, messages=messages, bound=1e6 / (30 * messages)
+        ).splitlines()
+    return lines
 
 
 def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
@@ -190,6 +210,7 @@ def family_lines(
     context: int | None = None,
     settings: Callable[[Source], dict[str, Any]] | None = None,
     kv_bits: str = AUTO,
+    num_macs: int = 1,
 ) -> list[str]:
     """The released models on a machine: sizes, and contexts that fit, at several widths.
 
@@ -199,15 +220,27 @@ def family_lines(
     for member in FAMILY:
         source = family_source(member.full_name)
         ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
-        cells = [_longest(plan(source, **way), memory_bytes, context, kv_bits) for way in ways]
+        parts = [_part(plan(source, **way), num_macs) for way in ways]
+        cells = [
+            _longest(part, memory_bytes, context, kv_bits) if part else "no part" for part in parts
+        ]
         rows.append([member.full_name, *cells])
     asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
+    each = f", each of {num_macs} that run a model together" if num_macs > 1 else ""
     return [
-        f"{memory_bytes / GIB:.0f} GB of memory: {where}",
+        f"{memory_bytes / GIB:.0f} GB of memory: {where}{each}",
         *aligned(rows),
         f"size, and {asked}; {_raised_note(memory_bytes)}",
         "then plan NAME for one of them",
     ]
+
+
+def _part(planned: Plan, num_macs: int) -> Plan | None:
+    """What the first of several Macs has; None where the model cannot be split among them."""
+    try:
+        return first_part(planned, num_macs)
+    except Qwen35Error:
+        return None
 
 
 def fitting_lines(

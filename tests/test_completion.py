@@ -58,6 +58,7 @@ def test_commands_options_and_choices_are_offered(complete: Any) -> None:
         "sessions",
         "serve",
         "launch",
+        "cluster",
         "train",
         "fuse",
         "bench",

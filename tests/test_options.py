@@ -73,6 +73,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--context": ["1000"],
         "--kv-bits": ["8"],
         "--mac": ["64GB"],
+        "--macs": ["2"],
         "--png": ["x.png"],
     },
     "fidelity": {
@@ -134,6 +135,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--experts-memory": ["1GB"],
     },
     "launch": {"--url": ["http://127.0.0.1:1"], "--api-key": ["k"]},
+    "cluster": {"--hosts": ["a,b"], "--hostfile": ["{text}"], "--port": ["7000"]},
     "train": {
         "--data": ["d"],
         "--adapter-path": ["a"],
@@ -182,6 +184,7 @@ BASE = {
     "sessions": [],
     "serve": [],
     "launch": ["codex"],
+    "cluster": ["chat", "model"],
     "train": ["model", "--data", "."],
     "fuse": [HUB, "out", "--adapter-path", "a"],
     "bench": ["model"],
@@ -210,8 +213,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Run a command with all that is slow replaced; its exit code, and all that it did."""
     from qwen35_mlx import convert
     from qwen35_mlx.checkpoint import adapter
+    from qwen35_mlx.cli import cluster_command, serve_commands, train_commands
     from qwen35_mlx.cli import report as cli_report
-    from qwen35_mlx.cli import serve_commands, train_commands
     from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
     from qwen35_mlx.engine import scheduler
     from qwen35_mlx.evaluation import bench as measuring
@@ -304,6 +307,10 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(serve_commands, "newest", "newest")
     fake(serve_commands, "bundled_demo", "demo")
     fake(serve_commands, "running_server", clients.Endpoint("http://h", "m", 1, None))
+    fake(cluster_command, "model_of", ("model", False))
+    fake(cluster_command, "read_hosts", ([], "ring"))
+    fake(cluster_command, "check")
+    fake(cluster_command, "launched", 0)
     fake(clients, "command_of", ["true"])
     fake(clients, "environment_with", {})
     monkeypatch.setattr(os, "execve", lambda *_: None)

@@ -41,7 +41,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],
-    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
+    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS), (("--fit", "--macs"), ())],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),
         *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
@@ -62,6 +62,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "sessions": [(("--remove", "NAME"), ())],
     "serve": [(("--demo", "MODEL"), ())],
+    "cluster": [(("--hosts", "--hostfile"), ())],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")

@@ -217,6 +217,9 @@ def plan(
             "without SRC, all Macs with SRC.",
         ),
     ] = None,
+    num_macs: Annotated[
+        int, typer.Option("--macs", min=1, help="How many such Macs run the model together.")
+    ] = 1,
     png: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the result as a PNG. Default: text alone."),
@@ -228,7 +231,7 @@ def plan(
     """
     from ..convert import plan as make_plan
     from ..convert import report
-    from ..convert.mac_models import MACS, find_macs, this_mac
+    from ..convert.mac_models import MACS, find_macs, first_part, this_mac
     from .report import print_lines, print_plan
     from .terminal import note
 
@@ -246,10 +249,10 @@ def plan(
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
-    page += ["", *report.mac_lines(planned, macs, context, kv_bits)]
-    print_lines([*page, *report.disk_lines(planned, macs, context)])
+    page += ["", *report.mac_lines(planned, macs, context, kv_bits, num_macs)]
+    print_lines([*page, *(report.disk_lines(planned, macs, context) if num_macs == 1 else [])])
     if png:
-        report.draw(planned, png)
+        report.draw(first_part(planned, num_macs), png)
 
 
 def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
@@ -273,7 +276,8 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
         where = f"a Mac with {chips}" if chips else "a Mac"
     ways = given_options(ctx) & {*BITS, "--group-size", "--dtype"}
     settings = (lambda source: quality_settings(ctx, source, None)[0]) if ways else None
-    return family_lines(memory, where, values["context"], settings, values["kv_bits"])
+    chosen = (values["kv_bits"], values["num_macs"])
+    return family_lines(memory, where, values["context"], settings, *chosen)
 
 
 def quality_settings(

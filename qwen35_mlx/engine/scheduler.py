@@ -351,6 +351,9 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """One request ends with an error; the others go on."""
+        if isinstance(error, RuntimeError) and self.model.ring is not None:
+            # Of MLX, in the middle of a pass that other processes take part in.
+            self.model.ring.fail(error)
         log.warning("a request failed: %r", error, exc_info=error)
         self._counts["failed"] += 1
         # What they have read may be what failed: it is of no use to others.

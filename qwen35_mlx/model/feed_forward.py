@@ -16,6 +16,7 @@ from ..kernels.projection import project
 from ..kernels.router import Routing, route
 from ..kernels.switch import SwitchGLU
 from ..kernels.tiers import PORTABLE, Tiers
+from .shard import OwnExperts, joined
 
 if TYPE_CHECKING:
     from .expert_pool import ExpertPool
@@ -25,6 +26,8 @@ class DenseMLP(nn.Module):
     """`x + down(silu(gate(norm(x))) * up(norm(x)))`."""
 
     kernels: Tiers = PORTABLE
+    # Of the processes that have the rest of the width.
+    group: mx.distributed.Group | None = None
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -36,7 +39,9 @@ class DenseMLP(nn.Module):
         """`[..., H]` -> the same."""
         rows = x.reshape(-1, x.shape[-1])
         hidden = expert_gate_up(rows, self, norm=norm, kernels=self.kernels)
-        return expert_down(hidden, rows, self, kernels=self.kernels).reshape(x.shape)
+        residual = rows if self.group is None else mx.zeros_like(rows)
+        out = expert_down(hidden, residual, self, kernels=self.kernels)
+        return joined(out, rows, self.group).reshape(x.shape)
 
 
 class Routed(NamedTuple):
@@ -55,6 +60,9 @@ class SparseMoE(nn.Module):
     kernels: Tiers = PORTABLE
     # Where `switch_mlp` holds some of the experts only, and the others are read from disk.
     pool: "ExpertPool | None" = None
+    # Of the processes that have other experts, or the rest of their width.
+    group: mx.distributed.Group | None = None
+    own_experts: OwnExperts | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -84,7 +92,7 @@ class SparseMoE(nn.Module):
         out = expert_down(hidden, found.residual, shared, routing, routed, self.kernels)
         if self.pool:
             self.pool.is_used_by(out)
-        return out.reshape(x.shape)
+        return joined(out, x.reshape(out.shape), self.group).reshape(x.shape)
 
     def read(self, pieces: Sequence[mx.array], norm: nn.RMSNorm) -> list[mx.array]:
         """The same for consecutive pieces of a prompt: each expert is read from disk once.
@@ -115,6 +123,7 @@ class SparseMoE(nn.Module):
             out = add_experts(found.residual, routed, shared, scores, self.kernels)
             if self.pool:
                 self.pool.is_used_by(out)
+            out = joined(out, piece.reshape(out.shape), self.group)
             outs.append(out.reshape(piece.shape))
             start += len(found.rows)
         done = iter(outs)
@@ -126,7 +135,9 @@ class SparseMoE(nn.Module):
         return any(self.kernels.runs(op, num_rows) for op in ("expert_gate_up", "expert_down"))
 
     def _route(self, x: mx.array, norm: nn.RMSNorm) -> Routed:
-        residual = rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        # Of several processes' parts, the residual is added to their sum.
+        residual = rows if self.group is None else mx.zeros_like(rows)
         # Two kernels do the norm as they read x; else it is done once for all that follows.
         in_kernels = all(
             self.kernels.runs(op, len(rows)) for op in ("expert_gate_up", "projection")
@@ -137,4 +148,6 @@ class SparseMoE(nn.Module):
             rows, (self.gate, self.shared_expert_gate), self.kernels, norm=fused, dtype=mx.float32
         )
         routing = route(logits, shared_logits, self._num_experts_per_tok, self.kernels)
+        if self.own_experts is not None:
+            routing = self.own_experts(routing)
         return Routed(residual, rows, fused, routing)

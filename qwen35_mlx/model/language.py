@@ -4,6 +4,7 @@ B batch, T tokens, H hidden size. Module names are the tensor names on disk.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -21,7 +22,9 @@ from .cache import CacheEntry, check_keeping, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
 from .mtp import MTP
+from .ring import Leader, leader
 from .rope import RopeDelta
+from .shard import shard
 from .vision import VisionTower
 
 if TYPE_CHECKING:
@@ -152,6 +155,8 @@ class Model(nn.Module):
     adapter_digest: str = ""
     # Where experts are read from disk: their pools.
     experts: "Experts | None" = None
+    # Of rank 0, where other processes have parts of the layers.
+    ring: Leader | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -197,7 +202,8 @@ class Model(nn.Module):
         keep_states: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
-        return self.language_model.model(
+        trunk = self.language_model.model
+        return (trunk if self.ring is None else partial(self.ring.trunk, trunk))(
             ids,
             cache,
             embeddings=embeddings,
@@ -255,7 +261,19 @@ class Model(nn.Module):
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
         """An empty cache, one entry a layer; see `qwen35_mlx.cache`."""
-        return make_cache(self.config, left_padding)
+        entries = make_cache(self.config, left_padding)
+        if self.ring is not None:
+            self.ring.hold(entries, left_padding)
+        return entries
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this process's part; rank 0 goes on as ever, the others call `model.ring.follow`.
+
+        `load` under `qwen35-mlx cluster` reads no more than the part.
+        """
+        shard(self, group)
+        if group.rank() == 0:
+            self.ring = leader()
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:

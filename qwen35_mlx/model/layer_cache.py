@@ -32,6 +32,8 @@ class LayerCache:
     state: Any
     # Tokens of the last pass that `accept` may take back.
     num_kept = 0
+    # Of the first layer's, where other processes have a part of the cache; see `model.ring`.
+    handle: Any = None
 
     @classmethod
     def from_state(cls, state: Any) -> Self:
