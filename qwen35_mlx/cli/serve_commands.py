@@ -1,6 +1,7 @@
 """The commands serve and launch."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -75,6 +76,7 @@ def serve(
         int,
         typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
     ] = 64,
+    adapter_path: options.NamedAdapters = None,
     kernels: options.Kernels = "auto",
     force: options.Force = False,
 ) -> None:
@@ -89,6 +91,7 @@ def serve(
             got=f"--host {host}",
             expected="--api-key KEY beside it, or --host 127.0.0.1",
         )
+    adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
     from ..server.run import bind
     from ..server.run import serve as run
@@ -103,14 +106,15 @@ def serve(
     name = name or ("demo" if source is None else None)
     with spinner(f"Loading {folder}"):
         app, settings = _application(
-            folder, name, api_key, allow_host or [], max_context, queue, kernels, force
+            folder, name, api_key, allow_host or [], max_context, queue, adapters, kernels, force
         )
     url = shown_url(host, bound.getsockname()[1])
     endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
 
     def started() -> None:
         print(url, flush=True)
-        note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
+        names = ", ".join([settings.model_id, *(f":{adapter}" for adapter in adapters)])
+        note(f"serving {names}, {settings.context_length:,} tokens of context\n")
         note(settings_text(endpoint))
 
     run(app, bound, started)
@@ -123,18 +127,29 @@ def _application(
     hosts: list[str],
     max_context: int | None,
     queue: int,
+    adapters: dict[str, str],
     kernels: str,
     force: bool,
 ) -> tuple[Any, Any]:
     """The application, and what clients see of the model."""
+    from ..checkpoint.adapter import read_adapter
     from ..engine.prefix_store import PrefixStore
     from ..engine.scheduler import Engine, Limits
+    from ..model.adapters import with_adapter
     from ..model.loading import load
     from ..server.app import make_app
     from ..server.service import Settings
 
     loaded, tokenizer = load(folder, kernels=kernels, context=max_context, force=force)
-    engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
+    engine = Engine(
+        loaded,
+        tokenizer,
+        store=PrefixStore(loaded),
+        limits=Limits(max_queued=queue),
+        adapters={
+            name: with_adapter(loaded, read_adapter(path)) for name, path in adapters.items()
+        },
+    )
     path = Path(folder)
     model_id = name or (path.resolve().name if path.is_dir() else folder)
     settings = Settings.of(
@@ -143,10 +158,26 @@ def _application(
         path,
         model_id=model_id,
         aliases=[folder],
+        adapters=list(adapters),
         api_key=api_key,
         hosts=hosts,
     )
     return make_app(engine, settings, tokenizer), settings
+
+
+def named_adapters(given: list[str]) -> dict[str, str]:
+    """Folders of adapters by their names."""
+    adapters: dict[str, str] = {}
+    for pair in given:
+        name, equals, folder = pair.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or name in ("latest", *adapters):
+            raise Qwen35Error(
+                "--adapter-path of a server needs a name",
+                got=repr(pair),
+                expected="NAME=DIR, NAME of letters, digits, . _ and -, another one for each",
+            )
+        adapters[name] = folder
+    return adapters
 
 
 def launch(

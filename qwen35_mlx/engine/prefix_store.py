@@ -37,17 +37,23 @@ class PrefixStore:
         self.background = BackgroundJob()
 
     def take(
-        self, ids: Sequence[int], current: PromptCache | None = None, owner: object = None
+        self,
+        ids: Sequence[int],
+        current: PromptCache | None = None,
+        owner: object = None,
+        model: Model | None = None,
     ) -> PromptCache:
         """A cache that holds the longest prefix of `ids` that any of them can give.
 
         `current`, the caller's own, is changed in place; if another one holds more, `current` is
-        released to the store. The caches of others stay as they are.
+        released to the store. The caches of others stay as they are. `model`, if it is not the
+        store's own, is that with an adapter: caches that another one has read are not taken.
         """
+        model = model or self.model
         # The caller's own comes first among equals: it costs no copy.
         candidates = [
-            current or PromptCache(self.model, features=self.features),
-            *(c for c in self.caches if c is not current),
+            current or PromptCache(model, features=self.features),
+            *(c for c in self.caches if c is not current and c.model is model),
         ]
         best = max(candidates, key=lambda c: c.reusable_tokens(ids))
         num_tokens = best.reusable_tokens(ids)
