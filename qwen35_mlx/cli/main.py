@@ -11,6 +11,7 @@ from .chat_commands import chat, sessions
 from .command import Command
 from .convert_commands import convert, fidelity, plan
 from .doctor_command import doctor
+from .evaluate_command import evaluate
 from .generate_command import generate
 from .serve_commands import launch, serve
 from .train_commands import fuse, train
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(convert, plan, fidelity, generate, chat, sessions),
-    *(serve, launch, train, fuse, bench, doctor),
+    *(serve, launch, train, fuse, evaluate, bench, doctor),
 )
 for function in COMMANDS:
     app.command(cls=Command)(function)
