@@ -29,7 +29,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ANSWER,
             "generate_until",
-            'doc_to_target: "{{target}}"\ngeneration_kwargs: {until: ["\\n", "."], max_gen_toks: 24}\n'
+            'doc_to_target: "{{target}}"\ngeneration_kwargs: '
+            '{until: ["\\n", "."], max_gen_toks: 24}\n'
             "metric_list: [{metric: exact_match}]\n",
         ),
     ):

@@ -15,6 +15,7 @@ from .evaluate_command import evaluate
 from .generate_command import generate
 from .serve_commands import launch, serve
 from .train_commands import fuse, train
+from .upload_command import upload
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    *(convert, plan, fidelity, generate, chat, sessions),
+    *(convert, plan, fidelity, upload, generate, chat, sessions),
     *(serve, launch, train, fuse, evaluate, bench, doctor),
 )
 for function in COMMANDS:
