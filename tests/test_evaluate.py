@@ -130,8 +130,8 @@ def test_a_stopped_run_goes_on_to_the_same_results(
 ):
     from qwen35_mlx.evaluation import harness
 
-    options = ["--include-path", tasks, "--no-think"]
-    options += ["--chat-template"] if chat_template else []
+    options = ["--include-path", tasks]
+    options += ["--chat-template", "--no-think"] if chat_template else []
     command = ("evaluate", converted_demo, "--tasks", f"{CHOICE},{ANSWER}", *options)
     whole = run_cli(*command, "--out", tmp_path / "whole.json")
     assert whole.exit_code == 0 and f"|{CHOICE}" in whole.stdout.replace(" ", "")

@@ -1,5 +1,6 @@
 """Log-likelihoods: those of whole passes, with shared prompts read once; perplexity by windows."""
 
+import json
 import math
 from typing import Any
 
@@ -100,3 +101,19 @@ def test_each_token_of_a_text_is_scored_once_in_its_window(demo, window, stride)
 def test_impossible_windows_are_refused(demo, window, stride):
     with pytest.raises(Qwen35Error, match="window and stride"):
         perplexity(demo[0], SHARED, window=window, stride=stride)
+
+
+def test_the_perplexity_of_a_text_is_written_and_printed(run_cli, converted_demo, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("The capital of France is Paris. " * 4)
+    command = ("evaluate", converted_demo, "--text", text, "--out", out)
+    result = run_cli(*command, "--window", 20, "--stride", 7)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(out.read_text())
+    bits = found["nll_nats_per_token"] * found["num_tokens"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / len(text.read_bytes()))
+    assert f"{found['perplexity']}" in result.stdout and str(tmp_path) not in str(found)
+    again = run_cli(*command)
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    assert run_cli(*command, "--limit", 2).exit_code == 2
+    assert run_cli("evaluate", converted_demo, "--out", out).exit_code == 2

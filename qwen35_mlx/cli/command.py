@@ -40,6 +40,13 @@ RULES: dict[str, list[Rule]] = {
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],
+    "evaluate": [
+        (("--tasks", "--text"), ()),
+        *(((name,), ("--text",)) for name in ("--window", "--stride")),
+        *(((name,), ("--tasks",)) for name in ("--include-path", "--limit", "--num-fewshot")),
+        *(((name,), ("--tasks",)) for name in ("--batch-size", "--chat-template")),
+        *(((name,), ("--chat-template",)) for name in ("--think", "--no-think")),
+    ],
     "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),

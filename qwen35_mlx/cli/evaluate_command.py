@@ -9,11 +9,6 @@ import typer
 
 from ..errors import Qwen35Error
 from . import options
-from .command import given_options
-
-OF_TASKS = {"--include-path", "--limit", "--num-fewshot", "--batch-size", "--chat-template"}
-OF_TASKS |= {"--think", "--no-think"}
-OF_TEXT = {"--window", "--stride"}
 
 
 def evaluate(
@@ -79,14 +74,12 @@ def evaluate(
     adapter_path: options.AdapterPath = None,
     kernels: options.Kernels = "auto",
 ) -> None:
-    """Measure a model with tasks of lm-evaluation-harness, or on a text.
+    """Measure what a model can, with tasks or on a text.
 
     What prompts have in common is read once. Writes the harness's JSON and prints its table.
     """
-    if (tasks is None) == (text is None):
+    if tasks is None and text is None:
         ctx.fail("Give --tasks or --text.")
-    if unused := given_options(ctx) & (OF_TEXT if tasks else OF_TASKS):
-        ctx.fail(f"{', '.join(sorted(unused))} would do nothing here.")
     if out.exists():
         raise Qwen35Error(f"{out} exists already", hint="name another file with --out")
     if tasks:

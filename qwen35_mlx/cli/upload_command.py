@@ -24,9 +24,9 @@ def upload(
         bool, typer.Option("--yes", help="Send without a question. Default: ask first.")
     ] = False,
 ) -> None:
-    """Send a converted model to the Hugging Face hub, with a model card made from its files.
+    """Send a converted model to the hub, with a model card.
 
-    Checks the folder first. A stopped upload continues with the same command: files that the hub
+    The card is made from the folder's files. Checks the folder first. A stopped upload continues with the same command: files that the hub
     has with the same checksum are not sent again. `fidelity --save` adds its figures to the card.
     """
     from ..convert import upload as sending
