@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from local_tasks import ANSWER, CHOICE, requests, write_tasks
 
 import qwen35_mlx
 
@@ -16,40 +17,11 @@ pytestmark = [
     # sacrebleu and datasets, when they are imported.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
 ]
-CHOICE, ANSWER = "local_choice", "local_answer"
-EXAMPLES = "Question: What is the capital of Italy?\\nAnswer: Rome\\n\\n"
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks and their data in a folder; nothing is fetched."""
-    folder = tmp_path_factory.mktemp("tasks")
-    for task, kind, rest in (
-        (CHOICE, "multiple_choice", 'doc_to_choice: "{{choices}}"\ndoc_to_target: answer\n'),
-        (
-            ANSWER,
-            "generate_until",
-            'doc_to_target: "{{target}}"\ngeneration_kwargs: '
-            '{until: ["\\n", "."], max_gen_toks: 24}\n'
-            "metric_list: [{metric: exact_match}]\n",
-        ),
-    ):
-        (folder / f"{task}.yaml").write_text(
-            f"task: {task}\noutput_type: {kind}\ntest_split: test\ndataset_path: json\n"
-            f"dataset_kwargs: {{data_files: {{test: {folder}/{task}.jsonl}}}}\n"
-            f'doc_to_text: "{EXAMPLES}Question: {{{{question}}}}\\nAnswer:"\n{rest}'
-        )
-    questions = {"France": "Paris", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo"}
-    choices, answers = [], []
-    for place, (country, capital) in enumerate(questions.items()):
-        question = f"What is the capital of {country}?"
-        others = [city for city in questions.values() if city != capital]
-        options = [*others[:place], f"{capital} is the capital", *others[place:]]
-        choices.append({"question": question, "choices": options, "answer": place})
-        answers.append({"question": question, "target": f"The capital of {country} is {capital}"})
-    for task, items in ((CHOICE, choices), (ANSWER, answers)):
-        (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, items)))
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +34,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     ):
         monkeypatch.setenv(name, value)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
-def requests(tasks: Path, name: str) -> list[Any]:
-    from lm_eval.tasks import TaskManager
-
-    task = TaskManager(include_path=tasks, include_defaults=False).load([name])["tasks"][name]
-    task.set_config(key="num_fewshot", value=0)
-    task.build_all_requests()
-    return list(task.instances)
 
 
 @pytest.fixture

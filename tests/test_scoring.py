@@ -116,4 +116,3 @@ def test_the_perplexity_of_a_text_is_written_and_printed(run_cli, converted_demo
     again = run_cli(*command)
     assert again.exit_code == 1 and "exists already" in again.stderr
     assert run_cli(*command, "--limit", 2).exit_code == 2
-    assert run_cli("evaluate", converted_demo, "--out", out).exit_code == 2

@@ -180,7 +180,7 @@ def test_the_command_asks_before_it_sends(run_cli, out, fake):
     shown = run_cli("upload", out, REPO, "--card")
     assert shown.exit_code == 0 and shown.stdout == card.model_card(out, REPO)
     asked = run_cli("upload", out, REPO)
-    assert asked.exit_code == 1 and "--yes" in asked.stderr and not fake.created
+    assert asked.exit_code == 1 and "private" in asked.stderr and not fake.created
     sent = run_cli("upload", out, REPO, "--public", "--yes")
     assert sent.exit_code == 0 and sent.stdout.strip() == f"{fake.url}/{REPO}"
     assert [is_private(entry) for entry in fake.created] == [False]

@@ -12,20 +12,16 @@ from . import options
 
 
 def evaluate(
-    ctx: typer.Context,
     model: options.Model,
     tasks: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
             help="Tasks of lm-evaluation-harness, with commas between them, such as mmlu,gsm8k. "
-            "Default: no tasks.",
+            "Default: the perplexity of a text.",
         ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Measure the perplexity of this text. Default: no text."),
-    ] = None,
+    text: options.TextFile = None,
     include_path: Annotated[
         Path | None,
         typer.Option(
@@ -53,7 +49,7 @@ def evaluate(
     ] = False,
     think: options.Thinking = None,
     window: Annotated[
-        int, typer.Option(min=2, help="Tokens of --text that the model sees at a time.")
+        int, typer.Option(min=2, help="Tokens of the text that the model sees at a time.")
     ] = 2048,
     stride: Annotated[
         int | None,
@@ -78,23 +74,22 @@ def evaluate(
 
     What prompts have in common is read once. Writes the harness's JSON and prints its table.
     """
-    if tasks is None and text is None:
-        ctx.fail("Give --tasks or --text.")
     if out.exists():
         raise Qwen35Error(f"{out} exists already", hint="name another file with --out")
     if tasks:
         # Their bars of progress, beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         need_harness()
-    from ..files import read_text, write_json
+    from ..convert.calibrate import read_text
+    from ..files import write_json
     from ..model.loading import load
     from .progress import spinner, step_progress
 
-    given = read_text(text) if text else ""
+    given = "" if tasks else read_text(text)
     with spinner(f"Loading {model}"):
         loaded, tokenizer = load(model, kernels=kernels, mtp=False, adapter=adapter_path)
     result: dict[str, Any]
-    if text:
+    if tasks is None:
         from ..evaluation.scoring import perplexity
 
         ids = tokenizer.encode(given, add_special_tokens=False)
@@ -107,7 +102,10 @@ def evaluate(
                 progress=lambda done, total: progress(done, total, f"window {done + 1:,}"),
             )
         bits = result["nll_nats_per_token"] * result["num_tokens"] / 0.6931471805599453
-        result |= {"text": text.name, "bits_per_byte": bits / len(given.encode())}
+        result |= {
+            "text": text.name if text else "calibration",
+            "bits_per_byte": bits / len(given.encode()),
+        }
         table = "\n".join(f"{key:20} {value}" for key, value in result.items())
     else:
         from ..evaluation.harness import evaluate as run
@@ -117,7 +115,7 @@ def evaluate(
             result, table = run(
                 loaded,
                 tokenizer,
-                str(tasks).split(","),
+                tasks.split(","),
                 name=Path(model).name,
                 include_path=include_path,
                 journal=partial,

@@ -1,12 +1,9 @@
 """The command upload: a converted folder to a repository on the hub."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from ..errors import Qwen35Error
 
 
 def upload(
@@ -26,8 +23,9 @@ def upload(
 ) -> None:
     """Send a converted model to the hub, with a model card.
 
-    The card is made from the folder's files. Checks the folder first. A stopped upload continues with the same command: files that the hub
-    has with the same checksum are not sent again. `fidelity --save` adds its figures to the card.
+    The card is made from the folder's files, which are checked first. A stopped upload continues
+    with the same command: what the hub has with the same checksum is not sent again. `fidelity
+    --save` adds its figures to the card.
     """
     from ..convert import upload as sending
     from .progress import byte_progress
@@ -42,9 +40,7 @@ def upload(
     if "\nlicense:" not in given.card:
         note("the licence of the source is not known: add it to the card on the hub")
     if not yes:
-        question = f"Send them to {repo}, a {kind} repository if it is new?"
-        if not sys.stdin.isatty():
-            raise Qwen35Error("nobody to ask", got="no terminal", hint="--yes sends without asking")
+        question = f"Send them to {repo}, a {kind} repository if it is new? (--yes: no question)"
         typer.confirm(question, abort=True, err=True)
     with byte_progress(f"Sending {out.name}") as progress:
         url = sending.upload(given, private=not public, progress=progress)
