@@ -20,7 +20,8 @@ def write_tasks(folder: Path) -> Path:
         (folder / f"{task}.yaml").write_text(
             f"task: {task}\ntest_split: test\ndataset_path: json\n"
             f"dataset_kwargs: {{data_files: {{test: {folder}/{task}.jsonl}}}}\n"
-            f'doc_to_text: "{EXAMPLES}Question: {{{{question}}}}\\nAnswer:"\noutput_type: {settings}'
+            f'doc_to_text: "{EXAMPLES}Question: {{{{question}}}}\\nAnswer:"\n'
+            f"output_type: {settings}"
         )
     choices, answers = [], []
     for place, (country, capital) in enumerate(CAPITALS.items()):
