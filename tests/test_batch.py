@@ -1,5 +1,6 @@
 """Many prompts in one call: the texts of one by one, whatever their lengths, and embeddings."""
 
+import json
 from typing import Any
 
 import mlx.core as mx
@@ -33,8 +34,8 @@ def prompts(number: int) -> list[Any]:
     "number, options",
     everyday(
         [
-            (6, {"max_tokens": 8, "temperature": 0.0}),
-            (4, {"max_tokens": 12, "temperature": 0.9, "seed": 3, "presence_penalty": 0.5}),
+            (5, {"max_tokens": 6, "temperature": 0.0}),
+            (4, {"max_tokens": 8, "temperature": 0.9, "seed": 3, "presence_penalty": 0.5}),
             (32, {"max_tokens": 60, "temperature": 0.0, "stop": ["Paris", "is"]}),
             (32, {"max_tokens": 60, "temperature": 0.7, "seed": 1, "batch_size": 5}),
         ],
@@ -52,7 +53,7 @@ def test_texts_are_those_of_one_by_one(demo, number, options):
     for i, prompt in enumerate(given):
         alone = qwen35_mlx.generate(*demo, prompt, enable_thinking=False, **options)
         assert found[i] == answered[i] == alone
-    assert len(answered) == number and len(set(found)) > 2
+    assert len(answered) == number and len(set(found)) > 1
 
 
 def test_answers_are_decoded_together(demo, monkeypatch):
@@ -65,7 +66,7 @@ def test_answers_are_decoded_together(demo, monkeypatch):
 
     monkeypatch.setattr(scheduler.Rows, "_step_together", counted)
     prompts = ["The capital of France is", "The opposite of hot is", "Count: one, two,"]
-    options = dict(max_tokens=8, temperature=0.0)
+    options = dict(max_tokens=4, temperature=0.0)
     qwen35_mlx.batch_generate(*demo, prompts, **options)
     assert max(passes) == 3
     passes.clear()
@@ -109,3 +110,16 @@ def test_an_embedding_is_the_last_hidden_state_of_length_one(demo):
         hidden = np.array(model.trunk(mx.array([ids])))[0, -1]
         np.testing.assert_allclose(row, hidden / np.linalg.norm(hidden), atol=2e-5)
     assert qwen35_mlx.embed(model, tokenizer, []).shape == (0, model.config.hidden_size)
+
+
+def test_answers_follow_a_schema(demo):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    found = qwen35_mlx.batch_generate(*demo, [question, "x"], schema=schema, temperature=0.0)
+    assert [json.loads(text).keys() for text in found] == [{"city"}] * 2

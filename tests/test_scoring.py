@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation.scoring import Pair, perplexity, score
@@ -80,7 +81,9 @@ def test_nothing_to_score_is_refused(demo):
             score(demo[0], [pair])
 
 
-@pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (200, None)])
+@pytest.mark.parametrize(
+    "window, stride", everyday([(16, 16), (30, 9), (16, 5), (16, 1), (200, None)], 1)
+)
 def test_each_token_of_a_text_is_scored_once_in_its_window(demo, window, stride):
     model, _ = demo
     ids = SHARED

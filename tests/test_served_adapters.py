@@ -16,12 +16,12 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.adapters import with_adapter
 from qwen35_mlx.sampling import SamplingParams
 
-QUESTION = "What is the capital of France? Say nothing else, and do not ask me anything. " * 2
+QUESTION = "What is the capital of France? Say nothing else, and do not ask me anything. "
 
 
 @pytest.fixture(scope="module")
 def engine(demo: tuple[Any, Any], converted_demo: Path) -> Any:
-    of = {name: random_adapter(converted_demo, seed=i, size=1.0) for i, name in enumerate("ab")}
+    of = {name: random_adapter(converted_demo, seed=i, size=3.0) for i, name in enumerate("ab")}
     engine = Engine(*demo, adapters={name: with_adapter(demo[0], of[name]) for name in of})
     engine.adapters_of_test = of  # type: ignore[attr-defined]
     engine.start()
@@ -31,7 +31,7 @@ def engine(demo: tuple[Any, Any], converted_demo: Path) -> Any:
 
 def ask(adapter: str, **options: Any) -> Request:
     messages = [{"role": "user", "content": QUESTION}]
-    settings = dict(params=SamplingParams(), max_tokens=12, stop_loops=False, ignore_eos=True)
+    settings = dict(params=SamplingParams(), max_tokens=5, stop_loops=False, ignore_eos=True)
     return Request(messages=messages, adapter=adapter, **settings | options)
 
 
@@ -45,7 +45,7 @@ def tokens_and_cached(ticket: Any) -> tuple[list[int], int]:
 def test_rows_of_several_adapters_are_answered_as_by_models_of_their_own(
     engine, converted_demo, tmp_path
 ):
-    order = ["a", "", "b", "a", "", "b", "b"]
+    order = ["a", "", "b", "a", "b"]
     tickets = [engine.submit(ask(name)) for name in order]
     found = [tokens_and_cached(ticket)[0] for ticket in tickets]
     expected = {}

@@ -3,7 +3,7 @@
 N prompts, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
 from .generate import DEFAULT_MAX_TOKENS, check_count, check_stops
 from .prompt_cache import PromptCache
-from .requests import Done, Failed, Request, Token
+from .requests import Done, Failed, Grammar, Request, Token
 from .scheduler import Engine, Limits
 
 
@@ -26,6 +26,7 @@ def batch_generate(
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     enable_thinking: bool | None = None,
+    schema: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     answered: Callable[[int, str], None] = lambda index, text: None,
     **sampling: Any,
@@ -34,6 +35,7 @@ def batch_generate(
 
     A prompt is a text, token ids or messages. Up to `batch_size` answers are decoded together, a
     token each in a pass over the weights; what prompts begin with in common is read once.
+    `schema`, a JSON schema, makes every answer JSON that follows it, without a thought.
     `answered(place, text)` is called as soon as an answer is complete. Other options as in
     `stream_generate`.
     """
@@ -41,6 +43,8 @@ def batch_generate(
         raise Qwen35Error("prompts are not usable", got="one text", expected="a list of prompts")
     check_count("batch_size", batch_size)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+    if schema is not None:
+        enable_thinking = False
     requests = [
         Request(
             prompt=encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking),
@@ -49,6 +53,7 @@ def batch_generate(
             max_tokens=limit,
             stop=check_stops(stop),
             stop_loops=False,
+            grammar=None if schema is None else Grammar("json_schema", schema),
         )
         for prompt in prompts
     ]
