@@ -196,10 +196,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def files_of(folder: Path) -> list[str]:
-    """Names of all that belongs to a folder of `convert`: nothing else is sent anywhere."""
+def files_of(folder: Path) -> dict[str, str]:
+    """All that belongs to a folder of `convert`, with known checksums; nothing else is sent."""
     checksums = read_config(folder).get("qwen35_mlx", {}).get("sha256", {})
     templates = f"{TEMPLATE_FOLDER}/*.jinja"
     names = {file.relative_to(folder).as_posix() for file in folder.glob(templates)}
     names |= {*checksums, "config.json", FIDELITY_FILE}
-    return sorted(name for name in names if (folder / name).is_file())
+    return {name: checksums.get(name, "") for name in sorted(names) if (folder / name).is_file()}

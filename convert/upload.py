@@ -1,6 +1,6 @@
 """Sends a converted folder to the hub: weights a file a commit, so that a stop loses one file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,13 @@ class Upload:
     folder: Path
     repo: str
     card: str
-    names: Sequence[str]
+    # Names, with the SHA-256 of those that config.json knows.
+    files: Mapping[str, str]
 
     @property
     def num_bytes(self) -> int:
         """Of all files but the card."""
-        return sum((self.folder / name).stat().st_size for name in self.names)
+        return sum((self.folder / name).stat().st_size for name in self.files)
 
 
 def prepare(folder: Path, repo: str) -> Upload:
@@ -109,9 +110,12 @@ def _unwrapped(action: Any) -> Any:
 
 def _missing(given: Upload, there: Mapping[str, HubFile]) -> list[str]:
     """Files that the hub lacks, or has with other bytes."""
-    return [
-        name
-        for name in given.names
-        if name not in there
-        or checksum(given.folder / name, there[name].in_lfs) != there[name].checksum
-    ]
+
+    def differs(name: str, known: str) -> bool:
+        if (found := there.get(name)) is None:
+            return True
+        # A folder that was verified is not read again.
+        own = known if found.in_lfs and known else checksum(given.folder / name, found.in_lfs)
+        return own != found.checksum
+
+    return [name for name, known in given.files.items() if differs(name, known)]

@@ -10,6 +10,7 @@ from everyday import everyday
 
 import qwen35_mlx
 from qwen35_mlx.engine import scheduler
+from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.errors import PromptError, Qwen35Error
 
 QUESTIONS = (
@@ -123,3 +124,22 @@ def test_answers_follow_a_schema(demo):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     found = qwen35_mlx.batch_generate(*demo, [question, "x"], schema=schema, temperature=0.0)
     assert [json.loads(text).keys() for text in found] == [{"city"}] * 2
+
+
+def test_what_prompts_begin_with_in_common_is_read_once_on_request(demo, monkeypatch):
+    read = []
+    read_piece = PromptCache._read_piece
+
+    def counted(self: Any, piece: list[int], last_only: bool) -> Any:
+        read.append(len(piece))
+        return read_piece(self, piece, last_only)
+
+    monkeypatch.setattr(PromptCache, "_read_piece", counted)
+    examples = "Question: What is the capital of Italy?\nAnswer: Rome\n\n" * 4
+    prompts = [f"{examples}Question: {question}\nAnswer:" for question in QUESTIONS]
+    options = dict(max_tokens=3, temperature=0.0)
+    apart = qwen35_mlx.batch_generate(*demo, prompts, **options)
+    alone = sum(read)
+    read.clear()
+    assert qwen35_mlx.batch_generate(*demo, prompts, shares_prefix=True, **options) == apart
+    assert sum(read) < alone / 2 and max(read) == read[0]

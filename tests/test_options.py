@@ -284,7 +284,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     compared = SimpleNamespace(rows=lambda: [{"name": "b"}], lines=tuple)
     fake(fidelity, "Comparison", compared)
     fake(files_module, "write_json")
-    fake(upload, "prepare", SimpleNamespace(card="card", names=[], num_bytes=0))
+    fake(upload, "prepare", SimpleNamespace(card="card", files={}, num_bytes=0))
     fake(upload, "upload", "url")
     monkeypatch.setattr(typer, "confirm", Fake(calls, "confirm"))
     fake(scoring, "perplexity", {"nll_nats_per_token": 1.0, "num_tokens": 1})

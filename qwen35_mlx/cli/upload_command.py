@@ -36,7 +36,7 @@ def upload(
         print(given.card, end="")
         return
     kind = "public" if public else "private"
-    note(f"{len(given.names)} files, {given.num_bytes / 1e9:,.3f} GB, and a model card")
+    note(f"{len(given.files)} files, {given.num_bytes / 1e9:,.3f} GB, and a model card")
     if "\nlicense:" not in given.card:
         note("the licence of the source is not known: add it to the card on the hub")
     if not yes:

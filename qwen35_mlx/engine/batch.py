@@ -12,7 +12,7 @@ from ..errors import Qwen35Error
 from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
 from .generate import DEFAULT_MAX_TOKENS, check_count, check_stops
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, common_prefix
 from .requests import Done, Failed, Grammar, Request, Token
 from .scheduler import Engine, Limits
 
@@ -28,14 +28,16 @@ def batch_generate(
     enable_thinking: bool | None = None,
     schema: Mapping[str, Any] | None = None,
     batch_size: int = 32,
+    shares_prefix: bool = False,
     answered: Callable[[int, str], None] = lambda index, text: None,
     **sampling: Any,
 ) -> list[str]:
     """The answer to each prompt, as `generate` gives it; the lengths may differ.
 
     A prompt is a text, token ids or messages. Up to `batch_size` answers are decoded together, a
-    token each in a pass over the weights; what prompts begin with in common is read once.
-    `schema`, a JSON schema, makes every answer JSON that follows it, without a thought.
+    token each in a pass over the weights. `shares_prefix` reads what all prompts begin with once;
+    it rounds elsewhere, which can decide between tokens that are equally likely. `schema`, a JSON
+    schema, makes every answer JSON that follows it, without a thought.
     `answered(place, text)` is called as soon as an answer is complete. Other options as in
     `stream_generate`.
     """
@@ -59,7 +61,14 @@ def batch_generate(
     ]
     limits = Limits(max_running=batch_size, max_queued=len(requests) + 1)
     texts = [""] * len(requests)
-    for place, event in Engine(model, tokenizer, limits=limits).answer(requests):
+    engine = Engine(model, tokenizer, limits=limits)
+    prepared = [engine.prepare(request) for request in requests]
+    if shares_prefix and prepared:
+        ids = [each.ids[:-1] for each in prepared]
+        # What the first and the last in order have in common, all have.
+        for each in prepared:
+            each.marks |= {common_prefix(min(ids), max(ids))}
+    for place, event in engine.answer(prepared):
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, Token | Done):

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -16,6 +17,8 @@ from .speculate import OFF, Drafter
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
+# Streams of each thread: MLX never frees one.
+_of_thread = threading.local()
 
 
 class Rows:
@@ -27,7 +30,6 @@ class Rows:
         self._rows: list[Row] = []
         self._batches: list[RowBatch] = []
         self._drafters: dict[tuple[int, str], Drafter] = {}
-        self._streams: list[mx.Stream] = []
         self._num_streams = num_streams(model)
 
     def __iter__(self) -> Iterator[Row]:
@@ -181,8 +183,10 @@ class Rows:
 
     def _stream(self, number: int) -> mx.Stream:
         """That of a batch; the first one's is the thread's own."""
-        while len(self._streams) <= number:
-            device = mx.default_device()
-            first = not self._streams
-            self._streams.append(mx.default_stream(device) if first else mx.new_stream(device))
-        return self._streams[number]
+        device = mx.default_device()
+        if not hasattr(_of_thread, "streams"):
+            _of_thread.streams = [mx.default_stream(device)]
+        streams: list[mx.Stream] = _of_thread.streams
+        while len(streams) <= number:
+            streams.append(mx.new_stream(device))
+        return streams[number]

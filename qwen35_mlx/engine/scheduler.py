@@ -144,7 +144,7 @@ class Engine:
             thread.join()
         atexit.unregister(self.stop)
 
-    def answer(self, requests: Iterable[Request]) -> Iterator[tuple[int, Event]]:
+    def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
         """Answer requests in the caller's thread; yields the place of each and its events."""
         events: list[tuple[int, Event]] = []
 

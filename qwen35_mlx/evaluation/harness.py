@@ -210,6 +210,7 @@ class HarnessModel(TemplateLM):
             max_tokens=int(given.get("max_gen_toks", MAX_NEW_TOKENS)),
             stop=[] if thinks else stops,
             batch_size=self.batch_size,
+            shares_prefix=True,
             answered=answered,
             **vars(SamplingParams()) | {n: given[n] for n in names if given.get(n) is not None},
         )
