@@ -35,13 +35,13 @@ def prompts(number: int) -> list[Any]:
     "number, options",
     everyday(
         [
+            (4, {"max_tokens": 6, "temperature": 0.8, "seed": 3}),
             (5, {"max_tokens": 6, "temperature": 0.0}),
             (4, {"max_tokens": 8, "temperature": 0.9, "seed": 3, "presence_penalty": 0.5}),
             (32, {"max_tokens": 60, "temperature": 0.0, "stop": ["Paris", "is"]}),
             (32, {"max_tokens": 60, "temperature": 0.7, "seed": 1, "batch_size": 5}),
         ],
         0,
-        1,
     ),
 )
 def test_texts_are_those_of_one_by_one(demo, number, options):
@@ -126,6 +126,7 @@ def test_answers_follow_a_schema(demo):
     assert [json.loads(text).keys() for text in found] == [{"city"}] * 2
 
 
+@pytest.mark.slow
 def test_what_prompts_begin_with_in_common_is_read_once_on_request(demo, monkeypatch):
     read = []
     read_piece = PromptCache._read_piece

@@ -13,7 +13,7 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation.scoring import Pair, perplexity, score
 
 RNG = np.random.default_rng(0)
-SHARED = RNG.integers(2500, size=40).tolist()
+SHARED = RNG.integers(2500, size=30).tolist()
 
 
 def of_whole_passes(model: Any, pair: Pair) -> tuple[float, bool]:
@@ -33,7 +33,6 @@ def random_ids(length: int) -> list[int]:
 PAIRS = [
     # Choices of one prompt, of one token and of several; one is the beginning of another.
     Pair([*SHARED, 7, 8], [5]),
-    Pair([*SHARED, 7, 8], [6]),
     Pair([*SHARED, 7, 8], [5, 9, 11]),
     Pair([*SHARED, 7, 8], [5, 9]),
     # The same tokens, divided elsewhere.
@@ -41,7 +40,7 @@ PAIRS = [
     # Other questions behind the same examples, and behind a part of them.
     Pair(SHARED + random_ids(12), random_ids(3)),
     Pair(SHARED + random_ids(5), random_ids(66)),
-    Pair(SHARED[:20] + random_ids(9), random_ids(2)),
+    Pair(SHARED[:15] + random_ids(9), random_ids(2)),
     Pair(SHARED[:1], random_ids(4)),
     Pair(random_ids(20), random_ids(1)),
 ]
@@ -82,7 +81,7 @@ def test_nothing_to_score_is_refused(demo):
 
 
 @pytest.mark.parametrize(
-    "window, stride", everyday([(16, 16), (30, 9), (16, 5), (16, 1), (200, None)], 1)
+    "window, stride", everyday([(16, 16), (20, 9), (16, 5), (16, 1), (200, None)], 1)
 )
 def test_each_token_of_a_text_is_scored_once_in_its_window(demo, window, stride):
     model, _ = demo
@@ -95,9 +94,9 @@ def test_each_token_of_a_text_is_scored_once_in_its_window(demo, window, stride)
         start = min(max(0, stop - window), end - 1)
         total += of_whole_passes(model, Pair(ids[start:end], ids[end:stop]))[0]
         end = stop
-    assert found["num_tokens"] == 39
-    assert found["nll_nats_per_token"] == pytest.approx(-total / 39, abs=1e-3)
-    assert found["perplexity"] == pytest.approx(math.exp(-total / 39), rel=2e-3)
+    assert found["num_tokens"] == 29
+    assert found["nll_nats_per_token"] == pytest.approx(-total / 29, abs=1e-3)
+    assert found["perplexity"] == pytest.approx(math.exp(-total / 29), rel=2e-3)
 
 
 @pytest.mark.parametrize("window, stride", [(1, None), (16, 17), (16, 0), (10**7, None)])
