@@ -25,14 +25,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Read when `datasets` is first imported, so the same for all tests."""
     cache = tmp_path_factory.getbasetemp() / "datasets"
-    for name, value in (
-        ("HF_HUB_OFFLINE", "1"),
-        ("HF_DATASETS_CACHE", str(cache)),
-        ("TQDM_DISABLE", "1"),
-    ):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 

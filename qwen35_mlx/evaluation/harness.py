@@ -216,6 +216,15 @@ class HarnessModel(TemplateLM):
         )
 
 
+def _manager(names: list[str], include_path: Path | None) -> TaskManager:
+    """The tasks of a folder alone where they are enough: the harness has 14,000 of its own."""
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    return TaskManager(include_path=include_path)
+
+
 def evaluate(
     model: Model,
     tokenizer: Any,
@@ -244,11 +253,12 @@ def evaluate(
         enable_thinking=enable_thinking,
         progress=progress,
     )
+    wanted = list(tasks)
     try:
         results = simple_evaluate(
             lm,
-            tasks=list(tasks),
-            task_manager=TaskManager(include_path=include_path),
+            tasks=wanted,
+            task_manager=_manager(wanted, include_path),
             batch_size=batch_size,
             limit=limit,
             num_fewshot=num_fewshot,
