@@ -14,7 +14,7 @@ from qwen35_mlx.machine import GIB, default_limit_bytes
 from qwen35_mlx.memory import DEFAULT_CONTEXT, count
 
 from .hub import is_repository
-from .source import TEMPLATE_FOLDER
+from .source import companion_name
 
 FIDELITY_FILE = "fidelity.json"
 # Parts of a model by what their tensors' names contain; the first that fits.
@@ -134,23 +134,23 @@ def _fidelity(folder: Path) -> list[str]:
     if not (folder / FIDELITY_FILE).exists():
         return []
     found = read_object(folder / FIDELITY_FILE)
-    figures = [
-        ("KL(source \\|\\| this), mean of all tokens, nats", f"{found['mean_kl_nats']:.5f}"),
-        ("99 % of tokens below, nats", f"{found['p99_kl_nats']:.5f}"),
-        ("same most likely token", f"{found['top1_agreement']:.2%}"),
-        ("perplexity of the source", f"{found['reference_perplexity']:.4f}"),
-        ("perplexity", f"{found['quantized_perplexity']:.4f}"),
-    ]
-    if limit := found.get("bandwidth_limit_tps"):
-        figures.append((f"bandwidth limit on {found['mac']}, tokens/s", f"{limit:,.0f}"))
-    return [
-        "## Fidelity",
-        "",
-        f"Compared with {found['reference']} on {found['num_tokens']:,} tokens of {found['text']}.",
-        "",
-        *table(("figure", "value"), figures),
-        "",
-    ]
+    try:
+        figures = [
+            ("KL(source \\|\\| this), mean of all tokens, nats", f"{found['mean_kl_nats']:.5f}"),
+            ("99 % of tokens below, nats", f"{found['p99_kl_nats']:.5f}"),
+            ("same most likely token", f"{found['top1_agreement']:.2%}"),
+            ("perplexity of the source", f"{found['reference_perplexity']:.4f}"),
+            ("perplexity", f"{found['quantized_perplexity']:.4f}"),
+        ]
+        if limit := found["bandwidth_limit_tps"]:
+            figures.append((f"bandwidth limit on {found['mac']}, tokens/s", f"{limit:,.0f}"))
+        on = f"on {found['num_tokens']:,} tokens of {found['text']}"
+        head = f"Compared with {found['reference']} {on}."
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{FIDELITY_FILE} is not as `fidelity --save` writes it", got=repr(error)
+        ) from None
+    return ["## Fidelity", "", head, "", *table(("figure", "value"), figures), ""]
 
 
 def _needs(config: ModelConfig, weight_bytes: int) -> list[str]:
@@ -198,8 +198,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def files_of(folder: Path) -> dict[str, str]:
     """All that belongs to a folder of `convert`, with known checksums; nothing else is sent."""
-    checksums = read_config(folder).get("qwen35_mlx", {}).get("sha256", {})
-    templates = f"{TEMPLATE_FOLDER}/*.jinja"
-    names = {file.relative_to(folder).as_posix() for file in folder.glob(templates)}
-    names |= {*checksums, "config.json", FIDELITY_FILE}
-    return {name: checksums.get(name, "") for name in sorted(names) if (folder / name).is_file()}
+    listed = read_config(folder).get("qwen35_mlx", {}).get("sha256", {})
+    # Names come from a file: no path of them leads out of the folder.
+    checksums = {companion_name(Path(name)): digest for name, digest in listed.items()}
+    names = sorted({*checksums, "config.json", FIDELITY_FILE})
+    return {name: checksums.get(name, "") for name in names if (folder / name).is_file()}

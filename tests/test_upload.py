@@ -112,6 +112,18 @@ def test_a_damaged_folder_is_not_sent(out, fake):
     assert not fake.created and not fake.commits
 
 
+def test_a_config_names_no_file_outside_of_its_folder(out, fake):
+    (out.parent / "secret").write_text("of someone else")
+    config = json.loads((out / "config.json").read_text())
+    config["qwen35_mlx"]["sha256"] |= {"../secret": "0" * 64}
+    (out / "config.json").write_text(json.dumps(config))
+    given = upload.prepare(out, REPO)
+    assert not any("secret" in name for name in given.files)
+    with pytest.raises(CheckpointError, match="secret is missing"):
+        upload.upload(given)
+    assert not fake.commits
+
+
 def test_a_hub_that_keeps_other_bytes_is_noticed(out, fake, monkeypatch):
     upload.upload(given := upload.prepare(out, REPO))
     (file,) = sorted(fake.folder.glob("*.safetensors"))[:1]

@@ -370,6 +370,7 @@ def fidelity(
     """
     from ..checkpoint.adapter import read_adapter
     from ..convert.calibrate import encode, read_text
+    from ..convert.card import FIDELITY_FILE
     from ..convert.fidelity import Comparison, compare, open_with, plot, report_lines
     from ..convert.mac_models import find_macs, this_mac
     from ..files import write_json
@@ -394,7 +395,7 @@ def fidelity(
     if save:
         for folder, name in zip(quantized, names, strict=True):
             (row,) = (row for row in rows if row["name"] == name)
-            write_json(folder / "fidelity.json", facts | row | {"mac": target.name})
+            write_json(folder / FIDELITY_FILE, facts | row | {"mac": target.name})
     if len(reports) == 1:
         print_lines([*report_lines(reports[0]), ""])
     print_lines(comparison.lines())
