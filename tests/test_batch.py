@@ -1,6 +1,7 @@
 """Many prompts in one call: the texts of one by one, whatever their lengths, and embeddings."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -144,3 +145,12 @@ def test_what_prompts_begin_with_in_common_is_read_once_on_request(demo, monkeyp
     read.clear()
     assert qwen35_mlx.batch_generate(*demo, prompts, shares_prefix=True, **options) == apart
     assert sum(read) < alone / 2 and max(read) == read[0]
+
+
+@pytest.mark.slow
+def test_pictures_of_a_batch_are_seen(demo):
+    picture = Path(qwen35_mlx.__file__).parent / "demo" / "picture.png"
+    parts = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What do you see?"}]
+    shown, asked = ([{"role": "user", "content": content}] for content in (parts, "hi"))
+    found = qwen35_mlx.batch_generate(*demo, [shown, asked, shown], max_tokens=40, temperature=0.0)
+    assert "red star" in found[0] and found[0] == found[2] != found[1]
