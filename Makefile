@@ -78,7 +78,7 @@ bench-speculation: $(VENV)/.installed-live ## drafts change no text, and how man
 bench-server: $(VENV)/.installed-test $(VENV)/.installed-clients ## clients, cache and a soak of the server; the last line is JSON
 	$(BIN)/python tools/bench_server.py
 
-bench-adapters: $(VENV)/.installed-test ## train adapters beside mlx-lm, exchange and fuse them; the last line is JSON
+bench-adapters: $(VENV)/.installed-test ## adapters, evaluation and batches beside mlx-lm; the last line is JSON
 	$(BIN)/python tools/bench_adapters.py
 
 bench-context: $(VENV)/.installed-test ## long contexts: bytes a token, appends, peaks, 8-bit keys and values; the last line is JSON

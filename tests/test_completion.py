@@ -53,6 +53,7 @@ def test_commands_options_and_choices_are_offered(complete: Any) -> None:
         "convert",
         "plan",
         "fidelity",
+        "upload",
         "generate",
         "chat",
         "sessions",
@@ -61,6 +62,7 @@ def test_commands_options_and_choices_are_offered(complete: Any) -> None:
         "cluster",
         "train",
         "fuse",
+        "evaluate",
         "bench",
         "doctor",
     ]

@@ -79,9 +79,12 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     "fidelity": {
         "--text": ["{text}"],
         "--tokens": ["9"],
+        "--mac": ["M4 Max 128GB"],
+        "--save": [],
         "--png": ["x.png"],
         "--adapter-path": ["a"],
     },
+    "upload": {"--public": [], "--card": [], "--yes": []},
     "generate": SAMPLING
     | {
         "--prompt": ["b"],
@@ -130,6 +133,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--max-context": ["600"],
         "--kv-bits": ["8"],
         "--queue": ["3"],
+        "--adapter-path": ["n=a"],
         "--kernels": ["ops"],
         "--force": [],
         "--experts-memory": ["1GB"],
@@ -163,6 +167,22 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         name: value for name, value in PLAN.items() if name not in ("--calibration", "--kv-bits")
     }
     | {"--adapter-path": ["b"]},
+    "evaluate": {
+        "--tasks": ["t"],
+        "--text": ["{text}"],
+        "--include-path": ["d", "--tasks", "t"],
+        "--limit": ["2", "--tasks", "t"],
+        "--num-fewshot": ["3", "--tasks", "t"],
+        "--batch-size": ["5", "--tasks", "t"],
+        "--chat-template": ["--tasks", "t"],
+        "--think": ["--chat-template", "--tasks", "t"],
+        "--no-think": ["--chat-template", "--tasks", "t"],
+        "--window": ["9"],
+        "--stride": ["7"],
+        "--out": ["o.json"],
+        "--adapter-path": ["a"],
+        "--kernels": ["ops"],
+    },
     "bench": {
         "--max-context": ["600"],
         "--runs": ["2"],
@@ -179,6 +199,7 @@ BASE = {
     "convert": [HUB, "out"],
     "plan": [HUB],
     "fidelity": ["a", "b"],
+    "upload": ["out", HUB],
     "generate": ["model"],
     "chat": [],
     "sessions": [],
@@ -187,6 +208,7 @@ BASE = {
     "cluster": ["chat", "model"],
     "train": ["model", "--data", "."],
     "fuse": [HUB, "out", "--adapter-path", "a"],
+    "evaluate": ["model"],
     "bench": ["model"],
     "doctor": [],
 }
@@ -201,6 +223,8 @@ class Fake:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         shown = {k: getattr(v, "__name__", v) for k, v in options.items() if k != "progress"}
+        if "adapters" in shown:
+            shown["adapters"] = list(shown["adapters"])
         if "store" in shown:
             shown["store"] = shown["store"].memory_bytes
         shown_arguments = [a for a in arguments if isinstance(a, str | int | list | Path)]
@@ -212,15 +236,16 @@ class Fake:
 def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Run a command with all that is slow replaced; its exit code, and all that it did."""
     from qwen35_mlx import convert
+    from qwen35_mlx import files as files_module
     from qwen35_mlx.checkpoint import adapter
-    from qwen35_mlx.cli import cluster_command, serve_commands, train_commands
+    from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
     from qwen35_mlx.cli import report as cli_report
-    from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
+    from qwen35_mlx.convert import calibrate, fidelity, fit, job, report, upload
     from qwen35_mlx.engine import scheduler
     from qwen35_mlx.evaluation import bench as measuring
-    from qwen35_mlx.evaluation import rival
+    from qwen35_mlx.evaluation import rival, scoring
     from qwen35_mlx.kernels import doctor
-    from qwen35_mlx.model import hub, loading
+    from qwen35_mlx.model import adapters, hub, loading
     from qwen35_mlx.quant import statistics
     from qwen35_mlx.server import app as server_app
     from qwen35_mlx.server import clients, service
@@ -270,7 +295,18 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(calibrate, "encode", lambda folder, text, **options: SimpleNamespace(size=len(text)))
     fake(statistics, "load", data)
     fake(statistics, "save")
-    fake(fidelity, "fidelity", SimpleNamespace(as_dict=dict))
+    fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])
+    compared = SimpleNamespace(rows=lambda: [{"name": "b"}], lines=tuple)
+    fake(fidelity, "Comparison", compared)
+    fake(files_module, "write_json")
+    fake(upload, "prepare", SimpleNamespace(card="card", files={}, num_bytes=0))
+    fake(upload, "upload", "url")
+    monkeypatch.setattr(typer, "confirm", Fake(calls, "confirm"))
+    fake(scoring, "perplexity", {"nll_nats_per_token": 1.0, "num_tokens": 1})
+    fake(evaluate_command, "need_harness")
+    harness = SimpleNamespace(evaluate=Fake(calls, "evaluate", ({}, "table")))
+    monkeypatch.setitem(sys.modules, "qwen35_mlx.evaluation.harness", harness)
+    fake(adapters, "with_adapter")
     fake(fidelity, "report_lines", ())
     fake(fidelity, "plot")
     fake(report, "draw")
@@ -288,7 +324,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(train_commands, "draw")
     fake(job, "refuse_existing")
     fake(convert_commands, "remember")
-    fake(loading, "load", (SimpleNamespace(config=None), SimpleNamespace()))
+    config = SimpleNamespace(context_length=4096)
+    tokenizer = SimpleNamespace(encode=lambda text, **_: [len(text)])
+    fake(loading, "load", (SimpleNamespace(config=config), tokenizer))
     fake(conversation, "Chat", answered)
     fake(attachments, "picture_settings")
     fake(attachments, "open_media", opened_media)

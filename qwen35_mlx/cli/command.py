@@ -41,6 +41,13 @@ RULES: dict[str, list[Rule]] = {
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],
+    "upload": [(("--card", name), ()) for name in ("--public", "--yes")],
+    "evaluate": [
+        *((("--tasks", name), ()) for name in ("--text", "--window", "--stride")),
+        *(((name,), ("--tasks",)) for name in ("--include-path", "--limit", "--num-fewshot")),
+        *(((name,), ("--tasks",)) for name in ("--batch-size", "--chat-template")),
+        *(((name,), ("--chat-template",)) for name in ("--think", "--no-think")),
+    ],
     "plan": [*QUANTIZATION, (("--calibration",), BUDGETS), (("--fit", "--macs"), ())],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),

@@ -14,9 +14,11 @@ from .cluster_command import cluster, take_part
 from .command import Command
 from .convert_commands import convert, fidelity, plan
 from .doctor_command import doctor
+from .evaluate_command import evaluate
 from .generate_command import generate
 from .serve_commands import launch, serve
 from .train_commands import fuse, train
+from .upload_command import upload
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -26,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    *(convert, plan, fidelity, generate, chat, sessions),
-    *(serve, launch, cluster, train, fuse, bench, doctor),
+    *(convert, plan, fidelity, upload, generate, chat, sessions),
+    *(serve, launch, cluster, train, fuse, evaluate, bench, doctor),
 )
 for function in COMMANDS:
     app.command(cls=Command)(function)

@@ -117,6 +117,15 @@ AdapterPath = Annotated[
         help="Folder of an adapter, of `qwen35-mlx train` or mlx-lm. Default: no adapter.",
     ),
 ]
+NamedAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter-path",
+        metavar="NAME=DIR",
+        help="An adapter that requests may name: the model MODEL:NAME, or the field adapters. "
+        "Repeat the option for several. Default: none.",
+    ),
+]
 CalibrationFile = Annotated[
     Path | None,
     typer.Option(

@@ -1,6 +1,7 @@
 """The commands serve and launch."""
 
 import os
+import re
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -78,6 +79,7 @@ def serve(
     ] = 64,
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
+    adapter_path: options.NamedAdapters = None,
     kernels: options.Kernels = "auto",
     kv_bits: options.KvBits = "auto",
     experts_memory: options.ExpertsMemory = None,
@@ -94,6 +96,7 @@ def serve(
             got=f"--host {host}",
             expected="--api-key KEY beside it, or --host 127.0.0.1",
         )
+    adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
     from ..server.run import bind
     from ..server.run import serve as run
@@ -114,6 +117,7 @@ def serve(
             allow_host or [],
             max_context,
             queue,
+            adapters,
             kernels,
             force,
             kv_bits,
@@ -124,7 +128,8 @@ def serve(
 
     def started() -> None:
         print(url, flush=True)
-        note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
+        names = ", ".join([settings.model_id, *(f":{adapter}" for adapter in adapters)])
+        note(f"serving {names}, {settings.context_length:,} tokens of context\n")
         note(settings_text(endpoint))
 
     with ExitStack() as held:
@@ -143,14 +148,17 @@ def _application(
     hosts: list[str],
     max_context: int | None,
     queue: int,
+    adapters: dict[str, str],
     kernels: str,
     force: bool,
     kv_bits: str,
     experts_memory: str | None,
 ) -> tuple[Any, Any]:
     """The application, and what clients see of the model."""
+    from ..checkpoint.adapter import read_adapter
     from ..engine.prefix_store import PrefixStore
     from ..engine.scheduler import Engine, Limits
+    from ..model.adapters import with_adapter
     from ..model.loading import load
     from ..server.app import make_app
     from ..server.service import Settings
@@ -163,7 +171,15 @@ def _application(
         kv_bits=kv_bits,
         experts_memory=experts_memory,
     )
-    engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
+    engine = Engine(
+        loaded,
+        tokenizer,
+        store=PrefixStore(loaded),
+        limits=Limits(max_queued=queue),
+        adapters={
+            name: with_adapter(loaded, read_adapter(path)) for name, path in adapters.items()
+        },
+    )
     path = Path(folder)
     model_id = name or (path.resolve().name if path.is_dir() else folder)
     settings = Settings.of(
@@ -172,10 +188,26 @@ def _application(
         path,
         model_id=model_id,
         aliases=[folder],
+        adapters=list(adapters),
         api_key=api_key,
         hosts=hosts,
     )
     return make_app(engine, settings, tokenizer), settings
+
+
+def named_adapters(given: list[str]) -> dict[str, str]:
+    """Folders of adapters by their names."""
+    adapters: dict[str, str] = {}
+    for pair in given:
+        name, equals, folder = pair.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or name in ("latest", *adapters):
+            raise Qwen35Error(
+                "--adapter-path of a server needs a name",
+                got=repr(pair),
+                expected="NAME=DIR, NAME of letters, digits, . _ and -, another one for each",
+            )
+        adapters[name] = folder
+    return adapters
 
 
 def launch(

@@ -52,20 +52,24 @@ class PrefixStore:
         current: PromptCache | None = None,
         owner: object = None,
         disk: Segments | None = None,
+        model: Model | None = None,
     ) -> PromptCache:
         """A cache that holds the longest prefix of `ids` that any of them can give, or the disk.
 
         `current`, the caller's own, is changed in place; if another one holds more, `current` is
-        released to the store. The caches of others stay as they are.
+        released to the store. The caches of others stay as they are. `model`, if it is not the
+        store's own, is that with an adapter: caches that another one has read are not taken.
         """
+        model = model or self.model
         # The caller's own comes first among equals: it costs no copy.
         candidates = [
-            current or PromptCache(self.model, features=self.features),
-            *(c for c in self.caches if c is not current),
+            current or PromptCache(model, features=self.features),
+            *(c for c in self.caches if c is not current and c.model is model),
         ]
         best = max(candidates, key=lambda c: c.reusable_tokens(ids))
         num_tokens = best.reusable_tokens(ids)
-        if disk := disk or self.disk:
+        # Its files are of one model, not of that with an adapter.
+        if (disk := disk or self.disk) and disk.model is model:
             at_least = num_tokens + (MIN_POINT_TOKENS if num_tokens else 1)
             if saved := disk.read(ids, at_least, self.features):
                 best, num_tokens = saved, len(saved.ids)
@@ -90,7 +94,7 @@ class PrefixStore:
 
     def save_later(self, cache: PromptCache) -> None:
         """Write a cache to the disk, where there is one, by later calls of `save_piece`."""
-        if self.disk is not None:
+        if self.disk is not None and cache.model is self.disk.model:
             self._unsaved = deque([*(c for c in self._unsaved if c is not cache), cache])
 
     @property

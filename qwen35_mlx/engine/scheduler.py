@@ -8,13 +8,16 @@ import atexit
 import logging
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, current_thread
 from typing import Any
 
 import mlx.core as mx
 
+from ..errors import Qwen35Error
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
 from .admission import Admission
@@ -25,6 +28,7 @@ from .requests import (
     Done,
     EngineBusy,
     EngineStopped,
+    Event,
     Failed,
     FinishReason,
     Request,
@@ -61,8 +65,11 @@ class Engine:
         *,
         store: PrefixStore | None = None,
         limits: Limits | None = None,
+        adapters: Mapping[str, Model] | None = None,
     ):
+        """`adapters`: the model with each of them, by their names; see `with_adapter`."""
         self.model, self.tokenizer = model, tokenizer
+        self.models = {"": model, **(adapters or {})}
         self.store = store or PrefixStore(model)
         self.limits = limits or Limits()
         self._preparer = Preparer(model, tokenizer)
@@ -104,6 +111,9 @@ class Engine:
 
     def prepare(self, request: Request) -> Prepared:
         """All checks of a request, and its ids; raises Qwen35Error. Nothing of MLX is used."""
+        if request.adapter not in self.models:
+            names = ", ".join(filter(None, self.models)) or "none"
+            raise Qwen35Error("no such adapter", got=repr(request.adapter)[:80], expected=names)
         return self._preparer.prepare(request)
 
     def count_tokens(self, request: Request) -> int:
@@ -114,7 +124,7 @@ class Engine:
         """Queue a request; a mistake in it is raised here, as are EngineBusy and EngineStopped."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         ticket = Ticket(prepared.request.n, self._wake)
-        reading = Reading(prepared, ticket)
+        reading = Reading(prepared, ticket, self.models[prepared.request.adapter])
         with self._lock:
             if self._stopping is not None or not self.is_alive:
                 raise EngineStopped("the engine does not run", got=self._stopping or "it has died")
@@ -137,6 +147,33 @@ class Engine:
         if thread is not None:
             thread.join()
         atexit.unregister(self.stop)
+
+    def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
+        """Answer requests in the caller's thread; yields the place of each and its events."""
+        events: list[tuple[int, Event]] = []
+
+        def take(place: int, event: Event) -> None:
+            events.append((place, event))
+
+        with self._lock:
+            self._thread, self._stopping = current_thread(), None
+        try:
+            for place, request in enumerate(requests):
+                self.submit(request).add_listener(partial(take, place))
+            while self._has_work():
+                self._take_inbox()
+                self._admit()
+                # Nobody waits for a first token: the more answers go on together, the better.
+                if self._readings:
+                    self._read_piece()
+                elif self._rows:
+                    self._step()
+                yield from events
+                events.clear()
+        finally:
+            self._thread, self._stopping = None, "not started"
+            self._tickets = set()
+            self._reset()
 
     def stats(self) -> dict[str, float]:
         """Counters since the first start, and what runs now."""
@@ -257,7 +294,7 @@ class Engine:
             experts = getattr(self.model, "experts", None)
             size = experts.sweep_tokens if experts else self._pieces.next_size(is_shared)
             before = reading.position
-            drafter = self._rows.drafter(reading.prepared.request.draft)
+            drafter = self._rows.drafter(reading.model, reading.prepared.request.draft)
             hidden = reading.read_piece(size, drafter.uses_mtp)
             num_read = reading.position - before
             seconds = time.perf_counter() - started
