@@ -99,21 +99,28 @@ def serve(
     from .terminal import note
 
     source = newest() if model is None and not demo else model
-    folder = source if source is not None else bundled_demo()
+    folder = source if source is not None else bundled_demo(hints=False)
     name = name or ("demo" if source is None else None)
-    with spinner(f"Loading {folder}"):
+    url = shown_url(host, bound.getsockname()[1])
+    loading = spinner(f"Loading {folder}")
+    made = []
+
+    def make() -> Any:
         app, settings = _application(
             folder, name, api_key, allow_host or [], max_context, queue, kernels, force
         )
-    url = shown_url(host, bound.getsockname()[1])
-    endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
+        made.append(settings)
+        return app
 
-    def started() -> None:
+    def is_ready() -> None:
+        loading.stop()
+        (settings,) = made
         print(url, flush=True)
         note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
-        note(settings_text(endpoint))
+        note(settings_text(Endpoint(url, settings.model_id, settings.context_length, api_key)))
 
-    run(app, bound, started)
+    with loading:
+        run(make, bound, is_ready)
 
 
 def _application(
@@ -126,7 +133,7 @@ def _application(
     kernels: str,
     force: bool,
 ) -> tuple[Any, Any]:
-    """The application, and what clients see of the model."""
+    """The application with an engine that runs, and what clients see of the model."""
     from ..engine.prefix_store import PrefixStore
     from ..engine.scheduler import Engine, Limits
     from ..model.loading import load
@@ -146,6 +153,7 @@ def _application(
         api_key=api_key,
         hosts=hosts,
     )
+    engine.start()
     return make_app(engine, settings, tokenizer), settings
 
 

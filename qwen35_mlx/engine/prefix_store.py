@@ -17,6 +17,8 @@ from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 MAX_SNAPSHOTS_A_PREFILL = 8
 # Fewer are read again sooner than a recurrent state is kept for them.
 MIN_POINT_TOKENS = 32
+# Conversations that nobody continues at the moment; the oldest ones are dropped.
+MAX_IDLE_CACHES = 64
 
 
 class PrefixStore:
@@ -88,7 +90,11 @@ class PrefixStore:
         return len({id(s) for c in self.caches for s in c.snapshots.values()})
 
     def trim(self) -> None:
-        """Drop the least recently used snapshots until the rest fits the budget."""
+        """Drop idle caches of few tokens, and the least recently used until the rest fits."""
+        idle = [c for c in self.caches if not c.in_use]
+        worth = [c for c in idle if len(c.ids) >= MIN_POINT_TOKENS]
+        for cache in {*idle}.difference(worth[-MAX_IDLE_CACHES:]):
+            self.drop(cache)
         while self.nbytes > self.memory_bytes:
             points = [(s.last_used, n, c) for c in self.caches for n, s in c.snapshots.items()]
             if not points:

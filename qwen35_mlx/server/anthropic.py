@@ -28,11 +28,9 @@ async def messages(http: HttpRequest) -> Response:
     body = await service.fields(http)
     call = _Messages(service, body)
     answer = await service.answer(call.request)
-    headers = {"request-id": f"req_{secrets.token_hex(12)}"}
     if call.is_stream:
-        return StreamedAnswer(answer, call.frames(answer), call.keepalive, headers=headers)
-    work = call.whole(answer)
-    return WholeAnswer(answer, work, lambda fault: fault.response("anthropic"), headers)
+        return StreamedAnswer(answer, call.frames(answer), call.keepalive)
+    return WholeAnswer(answer, call.whole(answer), "anthropic")
 
 
 async def count_tokens(http: HttpRequest) -> Response:

@@ -3,15 +3,15 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ..engine.requests import Done, Event, Failed, Request
-from .faults import ApiError, as_fault
+from .faults import ApiError, Dialect, as_fault
 from .protocol import HALF_CLOSED
 
 # Silence after which something is sent, whatever the engine does.
@@ -20,8 +20,8 @@ KEEPALIVE_SECONDS = 2.0
 PROBE_SECONDS = 0.2
 # Prompts of one request that the engine has at a time.
 MAX_PROMPTS_AT_ONCE = 8
-EVENT_STREAM, NDJSON = "text/event-stream", "application/x-ndjson"
-STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+EVENT_STREAM, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
+STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class Ticket(Protocol):
@@ -150,15 +150,8 @@ class StreamedAnswer(Response):
         frames: AsyncGenerator[bytes, None],
         keepalive: Callable[[], bytes],
         media_type: str = EVENT_STREAM,
-        headers: Mapping[str, str] | None = None,
     ):
-        self.status_code = 200
-        self.media_type = media_type
-        self.background = None
-        self.body = b""
-        self.init_headers({**STREAM_HEADERS, **(headers or {})})
-        # The length is not known.
-        self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]
+        self._media_type = media_type
         self._answer = answer
         self._frames = frames
         self._keepalive = keepalive
@@ -167,7 +160,7 @@ class StreamedAnswer(Response):
         client = _Client(scope, receive)
         frame: asyncio.Future[bytes | None] | None = None
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send(_start(self._media_type, STREAM_HEADERS))
             while True:
                 if frame is None:
                     frame = asyncio.ensure_future(anext(self._frames, None))
@@ -202,14 +195,9 @@ class WholeAnswer(Response):
         self,
         answer: Answer,
         work: Coroutine[Any, Any, Any],
-        fault_body: Callable[[ApiError], Response],
-        headers: Mapping[str, str] | None = None,
+        dialect: Dialect,
     ):
-        self.background = None
-        self._answer = answer
-        self._work = work
-        self._fault_response = fault_body
-        self._given_headers = dict(headers or {})
+        self._answer, self._work, self._dialect = answer, work, dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = _Client(scope, receive)
@@ -223,16 +211,13 @@ class WholeAnswer(Response):
                     continue
                 # Space before the object, to see whether anybody takes it.
                 if not has_begun:
-                    start = Response(status_code=200, headers=self._given_headers)
-                    headers = [h for h in start.raw_headers if h[0] != b"content-length"]
-                    headers.append((b"content-type", b"application/json"))
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await send(_start("application/json"))
                     has_begun = True
                 await send({"type": "http.response.body", "body": b" ", "more_body": True})
             try:
-                response: Response = Json(work.result(), headers=self._given_headers)
+                response: Response = Json(work.result())
             except Exception as error:
-                response = self._fault_response(as_fault(error))
+                response = as_fault(error).response(self._dialect)
             if has_begun:
                 await send({"type": "http.response.body", "body": bytes(response.body)})
             else:
@@ -244,6 +229,12 @@ class WholeAnswer(Response):
                 work.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await work
+
+
+def _start(media_type: str, more: Sequence[tuple[bytes, bytes]] = ()) -> Message:
+    """The head of an answer whose length is not known."""
+    headers = [(b"content-type", media_type.encode()), *more]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 class Json(JSONResponse):

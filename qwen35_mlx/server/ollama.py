@@ -100,7 +100,7 @@ def _request(service: Service, body: Fields) -> Request:
 async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
     answer = await service.answer(lines.request)
     if body.flag("stream") is False:
-        return WholeAnswer(answer, lines.whole(answer), lambda fault: fault.response("ollama"))
+        return WholeAnswer(answer, lines.whole(answer), "ollama")
     return StreamedAnswer(answer, lines.frames(answer), lines.keepalive, NDJSON)
 
 

@@ -35,7 +35,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     if chat.is_stream:
         frames = chat.frames(answer)
         return StreamedAnswer(answer, frames, chat.keepalive)
-    return WholeAnswer(answer, chat.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, chat.whole(answer), "openai")
 
 
 def _hint(http: HttpRequest, body: Fields) -> str | None:

@@ -32,7 +32,7 @@ async def create_response(http: HttpRequest) -> Response:
     if body.flag("stream"):
         frames: AsyncGenerator[bytes, None] = writer.frames(answer)
         return StreamedAnswer(answer, frames, writer.keepalive)
-    return WholeAnswer(answer, writer.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, writer.whole(answer), "openai")
 
 
 async def _submitted(service: Service, body: Fields, request: Request) -> Any:

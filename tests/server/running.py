@@ -25,13 +25,13 @@ class Running:
         self.settings = Settings(**given)
         self.engine = engine
         self.app = make_app(engine, self.settings, tokenizer)
-        self.server = Server(self.app)
+        self.server = Server(lambda: self.app)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        while not self.server.started:
+        while self.server.app is None:
             time.sleep(0.002)
 
     def _run(self) -> None:
