@@ -14,6 +14,7 @@ from .events import Answer, StreamedAnswer, WholeAnswer, sse
 from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import hidden
+from .messages import strict_names
 from .replies import Reply, SentCall
 from .service import Service, service_of
 
@@ -54,6 +55,7 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         continue_final=last["role"] == "assistant" and not last.get("tool_calls"),

@@ -206,3 +206,9 @@ def function_tool(
     if parameters:
         function["parameters"] = parameters
     return {"type": "function", "function": function}
+
+
+def strict_names(body: Fields) -> list[str]:
+    """The tools whose calls have to keep their schemas, in any dialect."""
+    holders = [tool.record("function") or tool for tool in body.records("tools") or ()]
+    return [holder.text("name") or "" for holder in holders if holder.flag("strict")]

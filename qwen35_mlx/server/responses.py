@@ -13,6 +13,7 @@ from .chat_messages import read_tool_choice
 from .events import StreamedAnswer, WholeAnswer
 from .faults import ApiError, TooLong, as_fault
 from .fields import Fields
+from .messages import strict_names
 from .response_events import ResponseWriter
 from .response_items import found_item, read_input, read_messages, read_tools
 from .service import Service, service_of
@@ -98,6 +99,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=body.flag("parallel_tool_calls") is not False,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         template=options.template_options(body),

@@ -21,6 +21,8 @@ from .protocol import Protocol
 
 # Answers that are nearly done may end; the others are cut.
 FINISH_SECONDS = 5
+# For the streams to end then; what is left is aborted.
+CUT_SECONDS = 5
 KEEP_ALIVE_SECONDS = 65
 MAX_HEAD_BYTES = 65_536
 # Of files and sockets; macOS begins with 256.
@@ -65,7 +67,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=FINISH_SECONDS + 5,
+                timeout_graceful_shutdown=FINISH_SECONDS + CUT_SECONDS,
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             )
         )

@@ -89,7 +89,7 @@ class Guard:
         close = {"connection": "close"}
         if len(scope.get("raw_path") or scope["path"]) > MAX_PATH_CHARS:
             raise ApiError(414, "the path is too long", headers=close)
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise ApiError(
                 431, f"the headers are longer than {MAX_HEADER_BYTES:,} bytes", headers=close
             )
