@@ -301,9 +301,9 @@ def test_one_call_ends_the_answer_where_parallel_calls_are_off(engine, monkeypat
     taken = []
 
     class Fed(Row):
-        def take(self, token, logprobs, from_draft=False):
+        def take(self, token, logits, from_draft=False):
             taken.append(token)
-            super().take([*ids, end][len(taken) - 1], logprobs, from_draft)
+            super().take([*ids, end][len(taken) - 1], logits, from_draft)
 
     monkeypatch.setattr("qwen35_mlx.engine.scheduler.Row", Fed)
     options = {"enable_thinking": False, "parallel_tool_calls": False, "tools": TOOLS}

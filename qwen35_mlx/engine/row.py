@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..prompt import THINK_CLOSE
-from .decode import Decoding, Step
+from .decode import Decoding, Step, log_probabilities
 from .grammar import Matcher
 from .loops import LoopDetector
 from .output import OutputParser, Piece
@@ -139,8 +139,8 @@ class Row:
             self._steps.close()
             self._steps = None
 
-    def take(self, token: int, logprobs: mx.array | None, from_draft: bool = False) -> None:
-        """A token that was read, and the log probabilities `[V]` there; sends what it means."""
+    def take(self, token: int, logits: mx.array, from_draft: bool = False) -> None:
+        """A token that was read, and the logits `[1, V]` there; sends what it means."""
         request, parser, usage = self.prepared.request, self.parser, self.usage
         now = time.perf_counter()
         self.num_generated += 1
@@ -151,8 +151,8 @@ class Row:
         self.num_thought_tokens += parser.in_thought
         logprob: float | None = None
         top: Top = ()
-        if request.logprobs is not None and logprobs is not None:
-            row = np.array(logprobs)
+        if request.logprobs is not None:
+            row = np.array(log_probabilities(logits))
             logprob, top = float(row[token]), likeliest(row, request.logprobs)
         was_thought = parser.in_thought
         is_end = token in self._ends and not request.ignore_eos

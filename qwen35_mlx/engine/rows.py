@@ -7,9 +7,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..model.language import Model
-from .decode import log_probabilities
 from .row import Row
-from .row_batch import RowBatch, groups, num_streams
+from .row_batch import RowBatch, groups, rows_a_stream
 from .sampler import draw_rows
 from .speculate import OFF, Drafter
 from .ticket import Ticket
@@ -28,7 +27,7 @@ class Rows:
         self._batches: list[RowBatch] = []
         self._drafters: dict[str, Drafter] = {}
         self._streams: list[mx.Stream] = []
-        self._num_streams = num_streams(model)
+        self._rows_a_stream = rows_a_stream(model)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(list(self._rows))
@@ -78,7 +77,7 @@ class Rows:
         self._arrange([])
         try:
             step = row.speculative_step(self.drafter(row.prepared.request.draft))
-            row.take(step.token, step.logprobs, step.from_draft)
+            row.take(step.token, step.logits, step.from_draft)
         except Exception as error:
             self._fail(row.ticket, error)
         return list(self._rows)
@@ -90,7 +89,9 @@ class Rows:
             self._arrange(rows)
             # The pass of all rows starts before the host knows their tokens.
             drawn_from = []
-            for batch, members in zip(self._batches, groups(rows, self._num_streams), strict=True):
+            for batch, members in zip(
+                self._batches, groups(rows, self._rows_a_stream), strict=True
+            ):
                 for row in members:
                     row.sampler.accept(row.token)
                 hidden = batch.step(mx.concatenate([row.token for row in members]))
@@ -110,8 +111,7 @@ class Rows:
             if row not in self._rows:
                 continue
             try:
-                wanted = row.prepared.request.logprobs is not None
-                row.take(token, log_probabilities(row.decoding.logits) if wanted else None)
+                row.take(token, row.decoding.logits)
             except Exception as error:
                 self._fail(row.ticket, error)
         for members, logits, stream in drawn_from:
@@ -150,7 +150,7 @@ class Rows:
 
     def _arrange(self, rows: list[Row]) -> None:
         """Bring these rows, and no others, into batches; states move where rows came or went."""
-        wanted = groups([row.cache for row in rows], self._num_streams)
+        wanted = groups([row.cache for row in rows], self._rows_a_stream)
         held = self._batches
         kept = [i for i in range(min(len(held), len(wanted))) if held[i].rows == wanted[i]]
         if len(kept) == len(held) == len(wanted):

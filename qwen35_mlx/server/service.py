@@ -17,7 +17,7 @@ from ..engine.requests import Request, Top
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
 from .body import read_json
-from .events import Answer, Ticket, dumps
+from .events import Answer, Mailbox, Ticket, dumps
 from .faults import ApiError
 from .fields import Fields
 from .messages import CallMemory, restored
@@ -107,6 +107,7 @@ class Service:
         # Of /v1/responses, by id: the response, and the items of its conversation before it.
         self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
         self._response_sizes: dict[str, int] = {}
+        self._mailbox: Mailbox | None = None
         self.num_requests = 0
         self.is_stopping = False
 
@@ -125,7 +126,9 @@ class Service:
         for request in requests:
             if request.messages is not None:
                 request.messages = restored(list(map(dict, request.messages)), self.calls)
-        return await Answer(self._submit, requests).start()
+        # Not before there is a loop.
+        self._mailbox = self._mailbox or Mailbox()
+        return await Answer(self._submit, requests, self._mailbox).start()
 
     async def _submit(self, request: Request) -> Ticket:
         ticket: Ticket = await self.in_worker(self.engine.submit, request)
