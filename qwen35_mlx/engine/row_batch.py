@@ -26,7 +26,7 @@ T = TypeVar("T")
 MAX_BATCH_ROWS = MAX_ROWS
 # Of weights that all rows of a batch read: with fewer, building its graph takes longer than
 # computing beside another one saves.
-PARALLEL_BYTES = 12 * 2**20
+PARALLEL_BYTES = 64 * 2**20
 
 
 def rows_a_stream(model: Model) -> int:

@@ -21,11 +21,7 @@ KEEPALIVE_SECONDS = 2.0
 PROBE_SECONDS = 0.2
 # Prompts of one request that the engine has at a time.
 MAX_PROMPTS_AT_ONCE = 8
-EVENT_STREAM, NDJSON, JSON = (
-    "text/event-stream; charset=utf-8",
-    "application/x-ndjson",
-    "application/json",
-)
+EVENT_STREAM, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
 
 class Ticket(Protocol):
@@ -151,7 +147,7 @@ class _Sender(Response):
 
     def __init__(self, answer: Answer, media_type: str):
         self._answer = answer
-        self._headers = [(b"content-type", media_type.encode())]
+        self._head = [(b"content-type", media_type.encode())]
         self._has_begun = False
         self._sent_s = time.monotonic()
 
@@ -201,7 +197,7 @@ class _Sender(Response):
         self._sent_s = time.monotonic()
         if not self._has_begun:
             self._has_begun = True
-            start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+            start = {"type": "http.response.start", "status": 200, "headers": self._head}
             await self._send(start)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -217,7 +213,7 @@ class StreamedAnswer(_Sender):
         media_type: str = EVENT_STREAM,
     ):
         super().__init__(answer, media_type)
-        self._headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        self._head += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         self._frames = frames
         self._keepalive = keepalive
 
@@ -239,7 +235,7 @@ class WholeAnswer(_Sender):
     """Sends one JSON object when it is complete; ends the work if the client leaves before."""
 
     def __init__(self, answer: Answer, work: Coroutine[Any, Any, Any], dialect: Dialect):
-        super().__init__(answer, JSON)
+        super().__init__(answer, "application/json")
         self._work, self._dialect = work, dialect
 
     def _breath(self, is_probe: bool) -> bytes:
