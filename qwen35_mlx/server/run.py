@@ -152,7 +152,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise Qwen35Error(
             "unknown host", got=host, expected="127.0.0.1 or a name", hint=str(error)
         ) from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # By name: asyncio sends small pieces at once (TCP_NODELAY) where it knows that it is TCP.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     # A server that ended a moment ago leaves its connections behind.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -270,3 +270,18 @@ def test_other_dialects_say_no_in_their_own_way(server):
     assert isinstance(server.get("/api/chat").json["error"], str)
     compressed = server.post(PATH, b"x", content_encoding="gzip")
     assert compressed.status == 415
+
+
+def test_small_pieces_of_a_stream_wait_for_no_acknowledgement(server, monkeypatch):
+    """Nagle's algorithm and a delayed acknowledgement together hold each one for 40 ms."""
+    options = []
+    made = protocol.Protocol.connection_made
+
+    def connection_made(self, transport):
+        sock = transport.get_extra_info("socket")
+        options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(self, transport)
+
+    monkeypatch.setattr(protocol.Protocol, "connection_made", connection_made)
+    assert server.get("/health").status == 200
+    assert options and all(options)
