@@ -14,7 +14,7 @@ from . import options
 from .events import NDJSON, Answer, StreamedAnswer, WholeAnswer, dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import folded
+from .messages import folded, read_functions
 from .replies import AnswerTokens, Reply, SentCall
 from .service import Service, service_of
 
@@ -33,7 +33,7 @@ async def chat(http: HttpRequest) -> Response:
         return JSONResponse(_loaded(name, body) | {"message": message})
     request = _request(service, body)
     request.messages = messages
-    request.tools = reading.read_tools(body)
+    request.tools = read_functions(body)
     return await _respond(service, body, _Lines(service, name, request, is_chat=True))
 
 

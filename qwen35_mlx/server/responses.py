@@ -13,9 +13,9 @@ from .chat_messages import read_tool_choice
 from .events import StreamedAnswer, WholeAnswer
 from .faults import ApiError, TooLong, as_fault
 from .fields import Fields
-from .messages import strict_names
+from .messages import read_functions, strict_names
 from .response_events import ResponseWriter
-from .response_items import found_item, read_input, read_messages, read_tools
+from .response_items import found_item, read_input, read_messages
 from .service import Service, service_of
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
@@ -88,7 +88,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
     if body.flag("background"):
         raise body.refuse("background", "false", "unsupported")
     body.choice("truncation", ("auto", "disabled"))
-    choice, tools = read_tool_choice(body, read_tools(body))
+    choice, tools = read_tool_choice(body, read_functions(body))
     thinking = _thinking(body)
     text = body.record("text")
     num_top = body.integer("top_logprobs", 0, 20)
