@@ -221,8 +221,8 @@ def newest() -> str | None:
     return str(folder)
 
 
-def bundled_demo() -> str:
-    """The folder of the converted demo, made on the first call."""
+def bundled_demo(hints: bool = True) -> str:
+    """The folder of the converted demo, made on the first call; `hints`: what to say to it."""
     from ..convert import convert as run
     from .local_models import SOURCE, converted_demo
     from .progress import byte_progress
@@ -233,12 +233,13 @@ def bundled_demo() -> str:
             run(source, out, bits=4, progress=progress)
 
     folder = converted_demo(convert_demo)
-    note(
-        "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
-        "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
-        f"/image {SOURCE / 'picture.png'}, then: What do you see?\n"
-        "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
-    )
+    if hints:
+        note(
+            "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
+            "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
+            f"/image {SOURCE / 'picture.png'}, then: What do you see?\n"
+            "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
+        )
     return str(folder)
 
 

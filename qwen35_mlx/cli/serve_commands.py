@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,8 @@ from . import completion, options
 from .chat_commands import bundled_demo, newest
 
 if TYPE_CHECKING:
+    from ..engine.segments import Segments
+    from ..model.language import Model
     from ..server.clients import Endpoint
 
 KEY_VARIABLE = "QWEN35_MLX_API_KEY"
@@ -107,9 +110,20 @@ def serve(
     from .terminal import note
 
     source = newest() if model is None and not demo else model
-    folder = source if source is not None else bundled_demo()
+    folder = source if source is not None else bundled_demo(hints=False)
     name = name or ("demo" if source is None else None)
-    with spinner(f"Loading {folder}"):
+    url = shown_url(host, bound.getsockname()[1])
+    loading = spinner(f"Loading {folder}")
+    made = []
+
+    def open_disk(loaded: "Model") -> "Segments | None":
+        from ..engine.segments import open_folder
+
+        if cache_dir is None:
+            return None
+        return held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
+
+    def make() -> Any:
         app, settings = _application(
             folder,
             name,
@@ -122,23 +136,21 @@ def serve(
             force,
             kv_bits,
             experts_memory,
+            open_disk,
         )
-    url = shown_url(host, bound.getsockname()[1])
-    endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
+        made.append(settings)
+        return app
 
-    def started() -> None:
+    def is_ready() -> None:
+        loading.stop()
+        (settings,) = made
         print(url, flush=True)
         names = ", ".join([settings.model_id, *(f":{adapter}" for adapter in adapters)])
         note(f"serving {names}, {settings.context_length:,} tokens of context\n")
-        note(settings_text(endpoint))
+        note(settings_text(Endpoint(url, settings.model_id, settings.context_length, api_key)))
 
-    with ExitStack() as held:
-        if cache_dir is not None:
-            from ..engine.segments import open_folder
-
-            store = app.state.service.engine.store
-            store.disk = held.enter_context(open_folder(cache_dir, store.model, cache_limit * 1e9))
-        run(app, bound, started)
+    with ExitStack() as held, loading:
+        run(make, bound, is_ready)
 
 
 def _application(
@@ -153,8 +165,9 @@ def _application(
     force: bool,
     kv_bits: str,
     experts_memory: str | None,
+    open_disk: "Callable[[Model], Segments | None]",
 ) -> tuple[Any, Any]:
-    """The application, and what clients see of the model."""
+    """The application with an engine that runs, and what clients see of the model."""
     from ..checkpoint.adapter import read_adapter
     from ..engine.prefix_store import PrefixStore
     from ..engine.scheduler import Engine, Limits
@@ -174,7 +187,7 @@ def _application(
     engine = Engine(
         loaded,
         tokenizer,
-        store=PrefixStore(loaded),
+        store=PrefixStore(loaded, disk=open_disk(loaded)),
         limits=Limits(max_queued=queue),
         adapters={
             name: with_adapter(loaded, read_adapter(path)) for name, path in adapters.items()
@@ -192,6 +205,7 @@ def _application(
         api_key=api_key,
         hosts=hosts,
     )
+    engine.start()
     return make_app(engine, settings, tokenizer), settings
 
 

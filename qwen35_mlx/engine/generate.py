@@ -22,7 +22,7 @@ from ..prompt import (
     encode_prompt,
     without_media,
 )
-from .decode import decode
+from .decode import decode, log_probabilities
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
@@ -182,7 +182,7 @@ def _responses(
     hidden = cast(mx.array, cache.read(ids, step_size=step_size, progress=progress))
     prefill_seconds = 0.0
     with closing(decode(cache, hidden, sampler, max_tokens, drafter)) as steps:
-        for count, (token, logprobs, from_draft) in enumerate(steps, 1):
+        for count, (token, logits, from_draft) in enumerate(steps, 1):
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
@@ -197,7 +197,7 @@ def _responses(
             yield GenerationResponse(
                 text="".join(piece.text for piece in pieces),
                 token=token,
-                logprobs=logprobs,
+                logprobs=log_probabilities(logits),
                 from_draft=from_draft,
                 prompt_tokens=len(ids),
                 prompt_tps=len(ids) / max(prefill_seconds, 1e-9),

@@ -21,6 +21,8 @@ from .segments import Segments
 log = logging.getLogger(__name__)
 # Fewer are read again sooner than a recurrent state is kept for them.
 MIN_POINT_TOKENS = 32
+# Conversations that nobody continues at the moment; the oldest ones are dropped.
+MAX_IDLE_CACHES = 64
 
 
 class PrefixStore:
@@ -139,11 +141,15 @@ class PrefixStore:
         return len({id(s) for c in self.caches for s in c.snapshots.values()})
 
     def trim(self) -> None:
-        """Drop snapshots until the rest fits the budget.
+        """Drop idle caches of few tokens, and snapshots until the rest fits the budget.
 
         Of the half that was not used for the longest time, that one without which the least has
         to be read again for what comes behind it: so points are dense near the end of a text.
         """
+        idle = [c for c in self.caches if not c.in_use]
+        worth = [c for c in idle if len(c.ids) >= MIN_POINT_TOKENS]
+        for cache in {*idle}.difference(worth[-MAX_IDLE_CACHES:]):
+            self.drop(cache)
         while self.nbytes > self.memory_bytes:
             points = [(s.last_used, n, c) for c in self.caches for n, s in c.snapshots.items()]
             if not points:

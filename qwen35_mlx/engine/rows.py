@@ -9,9 +9,8 @@ from typing import cast
 import mlx.core as mx
 
 from ..model.language import Model
-from .decode import log_probabilities
 from .row import Row
-from .row_batch import RowBatch, groups, num_streams
+from .row_batch import RowBatch, groups, rows_a_stream
 from .sampler import draw_rows
 from .speculate import OFF, Drafter
 from .ticket import Ticket
@@ -30,7 +29,8 @@ class Rows:
         self._rows: list[Row] = []
         self._batches: list[RowBatch] = []
         self._drafters: dict[tuple[int, str], Drafter] = {}
-        self._num_streams = num_streams(model)
+        self._streams: list[mx.Stream] = []
+        self._rows_a_stream = rows_a_stream(model)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(list(self._rows))
@@ -81,7 +81,7 @@ class Rows:
         self._arrange([])
         try:
             step = row.speculative_step(self.drafter(row.cache.model, row.prepared.request.draft))
-            row.take(step.token, step.logprobs, step.from_draft)
+            row.take(step.token, step.logits, step.from_draft)
         except Exception as error:
             self._fail(row.ticket, error)
         return list(self._rows)
@@ -113,8 +113,7 @@ class Rows:
             if row not in self._rows:
                 continue
             try:
-                wanted = row.prepared.request.logprobs is not None
-                row.take(token, log_probabilities(row.decoding.logits) if wanted else None)
+                row.take(token, row.decoding.logits)
             except Exception as error:
                 self._fail(row.ticket, error)
         for members, logits, stream in drawn_from:
@@ -158,7 +157,7 @@ class Rows:
             return id(row.cache.model)
 
         of_models = itertools.groupby(sorted(rows, key=model_of), model_of)
-        return [group for _, some in of_models for group in groups([*some], self._num_streams)]
+        return [group for _, some in of_models for group in groups([*some], self._rows_a_stream)]
 
     def _arrange(self, rows: list[Row]) -> None:
         """Bring these rows, and no others, into batches; states move where rows came or went."""

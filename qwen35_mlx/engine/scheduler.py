@@ -315,20 +315,20 @@ class Engine:
         self._counts["prompt_tokens"] += len(prepared.ids)
         self._counts["cached_tokens"] += reading.usage.cached_tokens
         if self._vocabulary is None:
-            banned = banned_ids(self.model, self.tokenizer)
             width = self.model.head(hidden).shape[-1]
-            self._vocabulary = Vocabulary(self.tokenizer, width, banned)
+            never = banned_ids(self.model, self.tokenizer)
+            self._vocabulary = Vocabulary(self.tokenizer, width, never)
         caches = [cache, *(cache.fork(len(cache.ids)) for _ in range(request.n - 1))]
         counted = mx.array(without_media(self.tokenizer, prepared.ids))
+        banned = self._vocabulary.banned(prepared)
         rows = []
         for index, own in enumerate(caches):
             seed = None if request.seed is None else (request.seed + index) % 2**63
-            banned_mask = self._vocabulary.banned
             sampler = Sampler(
                 prepared.params,
                 counted,
                 seed,
-                () if banned_mask is None else banned_mask,
+                () if banned is None else banned,
                 request.logit_bias,
             )
             row = Row(

@@ -14,6 +14,7 @@ from .events import Answer, StreamedAnswer, WholeAnswer, sse
 from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import hidden
+from .messages import strict_names
 from .replies import Reply, SentCall
 from .service import Service, service_of
 
@@ -28,11 +29,9 @@ async def messages(http: HttpRequest) -> Response:
     body = await service.fields(http)
     call = _Messages(service, body)
     answer = await service.answer(call.request)
-    headers = {"request-id": f"req_{secrets.token_hex(12)}"}
     if call.is_stream:
-        return StreamedAnswer(answer, call.frames(answer), call.keepalive, headers=headers)
-    work = call.whole(answer)
-    return WholeAnswer(answer, work, lambda fault: fault.response("anthropic"), headers)
+        return StreamedAnswer(answer, call.frames(answer), call.keepalive)
+    return WholeAnswer(answer, call.whole(answer), "anthropic")
 
 
 async def count_tokens(http: HttpRequest) -> Response:
@@ -57,6 +56,7 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         continue_final=last["role"] == "assistant" and not last.get("tool_calls"),

@@ -30,7 +30,7 @@ async def completions(http: HttpRequest) -> Response:
     answer = await service.answer(*completion.requests)
     if completion.is_stream:
         return StreamedAnswer(answer, completion.frames(answer), lambda: COMMENT)
-    return WholeAnswer(answer, completion.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, completion.whole(answer), "openai")
 
 
 def read_prompts(body: Fields) -> list[str | list[int]]:

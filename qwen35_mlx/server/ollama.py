@@ -14,7 +14,7 @@ from . import options
 from .events import NDJSON, Answer, StreamedAnswer, WholeAnswer, dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import folded
+from .messages import folded, read_functions
 from .replies import AnswerTokens, Reply, SentCall
 from .service import Service, service_of
 
@@ -33,7 +33,7 @@ async def chat(http: HttpRequest) -> Response:
         return JSONResponse(_loaded(name, body) | {"message": message})
     request = _request(service, body)
     request.messages = messages
-    request.tools = reading.read_tools(body)
+    request.tools = read_functions(body)
     return await _respond(service, body, _Lines(service, name, request, is_chat=True))
 
 
@@ -101,7 +101,7 @@ def _request(service: Service, body: Fields) -> Request:
 async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
     answer = await service.answer(lines.request)
     if body.flag("stream") is False:
-        return WholeAnswer(answer, lines.whole(answer), lambda fault: fault.response("ollama"))
+        return WholeAnswer(answer, lines.whole(answer), "ollama")
     return StreamedAnswer(answer, lines.frames(answer), lines.keepalive, NDJSON)
 
 

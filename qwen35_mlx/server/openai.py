@@ -14,6 +14,7 @@ from .chat_messages import read_messages, read_tool_choice, read_tools
 from .events import Answer, StreamedAnswer, WholeAnswer, sse
 from .faults import ApiError
 from .fields import Fields
+from .messages import strict_names
 from .replies import AnswerTokens, Reply, timings
 from .service import FINGERPRINT, Service, service_of
 
@@ -35,7 +36,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     if chat.is_stream:
         frames = chat.frames(answer)
         return StreamedAnswer(answer, frames, chat.keepalive)
-    return WholeAnswer(answer, chat.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, chat.whole(answer), "openai")
 
 
 def _hint(http: HttpRequest, body: Fields) -> str | None:
@@ -82,6 +83,7 @@ def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Requ
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel is not False,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         template=options.template_options(body),
