@@ -275,6 +275,7 @@ def _load_cache(file: Path, model: Model, media: SavedMedia) -> PromptCache:
     restore(cache.all_entries, cache.snapshots[len(cache.ids)])
     if cache.mtp:
         cache.mtp.hidden = cache.snapshots[len(cache.ids)].mtp_hidden
+    cache.settle()
     return cache
 
 
