@@ -13,7 +13,8 @@ import mlx.core as mx
 from ..config import FULL, ModelConfig
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
-from .layer_cache import ArraysCache, BatchKVCache, KVCache, RowsKVCache
+from .layer_cache import BatchKVCache, KVCache, RowsKVCache
+from .states_cache import ArraysCache
 
 __all__ = ["ArraysCache", "BatchKVCache", "KVCache"]
 CacheEntry = KVCache | BatchKVCache | ArraysCache
