@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,6 +83,9 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--prompt": ["b"],
         "--raw": [],
+        "--file": ["{text}"],
+        "--cache-dir": ["c"],
+        "--cache-limit": ["9", "--cache-dir", "c"],
         "--image": ["{text}"],
         "--video": ["{text}"],
         "--pdf": ["{text}"],
@@ -102,6 +106,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--image": ["{text}"],
         "--allow-url": [],
         "--session": ["s"],
+        "--autosave": [],
+        "--cache-limit": ["9"],
         "--think-budget": ["5"],
         "--on-loop": ["penalize"],
         "--snapshot-memory": ["1"],
@@ -121,6 +127,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--model-name": ["n"],
         "--max-context": ["600"],
         "--queue": ["3"],
+        "--cache-dir": ["c"],
+        "--cache-limit": ["9", "--cache-dir", "c"],
         "--kernels": ["ops"],
         "--force": [],
     },
@@ -154,6 +162,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--max-context": ["600"],
         "--runs": ["2"],
         "--vs-mlx-lm": [],
+        "--recall": ["1K"],
         "--png": ["x.png"],
         "--json": [],
         "--kernels": ["ops"],
@@ -201,9 +210,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx.cli import report as cli_report
     from qwen35_mlx.cli import serve_commands, train_commands
     from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
-    from qwen35_mlx.engine import scheduler
+    from qwen35_mlx.engine import scheduler, segments
     from qwen35_mlx.evaluation import bench as measuring
-    from qwen35_mlx.evaluation import rival
+    from qwen35_mlx.evaluation import recall, rival
     from qwen35_mlx.kernels import doctor
     from qwen35_mlx.model import hub, loading
     from qwen35_mlx.quant import statistics
@@ -231,6 +240,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
         return SimpleNamespace(
             model=None, tokenizer=SimpleNamespace(), stats=stats, drafter=drafter, **settings,
             send=lambda text, **media: iter_of(text, media, pieces),
+            write_cache=lambda **_: (),
         )  # fmt: skip
 
     def viewed(*_: Any, **__: Any) -> Any:
@@ -286,7 +296,11 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(hub, "resolve", tmp_path)
     fake(scheduler, "Engine")
     fake(service.Settings, "of", SimpleNamespace(model_id="m", context_length=1))
-    fake(server_app, "make_app")
+    engine = SimpleNamespace(store=SimpleNamespace(model=None))
+    service_of = SimpleNamespace(service=SimpleNamespace(engine=engine))
+    fake(server_app, "make_app", SimpleNamespace(state=service_of))
+    fake(segments, "open_folder", nullcontext())
+    fake(attachments.Attachments, "add_texts")
     fake(server_run, "bind", SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8080)))
     fake(server_run, "serve")
     fake(serve_commands, "newest", "newest")
@@ -298,6 +312,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
     fake(measuring, "drafting")
+    fake(recall, "measure", [])
     fake(measuring, "label", {})
     fake(rival, "mlx_lm_program")
     fake(cli_report, "draw_bench")

@@ -104,8 +104,6 @@ def generate(
     Standard output gets the answer alone; calls of tools follow it, one line of JSON each.
     Sampling options default to the model's generation_config.json.
     """
-    if raw and cache_dir is not None:
-        raise typer.BadParameter("--cache-dir is for prompts in the chat template, not for --raw")
     text = read_prompts([] if prompt is None else [prompt])[0]
     sampling = options.sampling_options(ctx)
     schemas = read_tools(tools) if tools else []
@@ -150,7 +148,8 @@ def generate(
     attached = Attachments(chat, allow_url)
     if media:
         attached.add(media, pages=pages)
-    attached.add_texts(documents)
+    if documents:
+        attached.add_texts(documents)
     text = "\n\n".join([*attached.texts, text])
     with ExitStack() as held:
         if cache_dir is not None:
@@ -201,7 +200,7 @@ def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
 
 def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) -> None:
     """Print pieces as they come."""
-    from ..chat.conversation import THOUGHT_END
+    from ..engine.turn_prompts import THOUGHT_END
     from .progress import spinner
     from .terminal import CONTROL
 
