@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server bench-adapters demo-eval golden live clean
+.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ bench-server: $(VENV)/.installed-test $(VENV)/.installed-clients ## clients, cac
 
 bench-adapters: $(VENV)/.installed-test ## train adapters beside mlx-lm, exchange and fuse them; the last line is JSON
 	$(BIN)/python tools/bench_adapters.py
+
+bench-context: $(VENV)/.installed-test ## long contexts: bytes a token, appends, peaks, 8-bit keys and values; the last line is JSON
+	$(BIN)/python tools/bench_context.py
 
 golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py

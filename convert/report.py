@@ -14,7 +14,7 @@ from qwen35_mlx.family import FAMILY, family_config, find_member
 from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
 from qwen35_mlx.media.patches import picture_size
 from qwen35_mlx.media.settings import VisionSettings, read_settings
-from qwen35_mlx.memory import DEFAULT_CONTEXT, check_context
+from qwen35_mlx.memory import AUTO, DEFAULT_CONTEXT, check_context, kv_choices
 from qwen35_mlx.quant.recipes import RECIPES, recipe
 
 from .hub import HubSource
@@ -37,7 +37,8 @@ PICTURES = {
 FAMILY_PIXELS = (65_536, 16_777_216)
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; {bandwidth}: an upper bound at {context}, which no program reaches.\n"
+    " that\nlimit raised; kv8: with --kv-bits 8, keys and values of 8 bits;\n"
+    "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
 )
 
@@ -109,14 +110,16 @@ def picture_lines(planned: Plan) -> list[str]:
     return aligned(rows)
 
 
-def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
-    """For every Mac and context: fits, fits with a raised limit, or not."""
+def mac_lines(
+    planned: Plan, macs: Sequence[Mac], context: int | None = None, kv_bits: str = AUTO
+) -> list[str]:
+    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not."""
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
     if context is not None:
         check_context(planned.config, context)
         contexts = [context]
-    needed = [running(planned, c) for c in contexts]
+    needed = [running(with_kv(planned, kv_bits)[0], c) for c in contexts]
     rows = [
         ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
         ["memory when running", "", "", *(_gb(n.total) for n in needed), ""],
@@ -124,7 +127,7 @@ def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) ->
         ["  queries that have them at a time", "", "", *(f"{n.query_block:,}" for n in needed), ""],
     ]
     for mac in macs:
-        fits = [_fits(mac, planned, c) for c in contexts]
+        fits = [_fits(mac, planned, c, kv_bits) for c in contexts]
         speed = tokens_per_second(planned, mac.gbps, contexts[0]) if mac.gbps else 0
         bound = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
@@ -138,6 +141,7 @@ def family_lines(
     where: str,
     context: int | None = None,
     settings: Callable[[Source], dict[str, Any]] | None = None,
+    kv_bits: str = AUTO,
 ) -> list[str]:
     """The released models on a machine: sizes, and contexts that fit, at several widths.
 
@@ -147,7 +151,7 @@ def family_lines(
     for member in FAMILY:
         source = family_source(member.full_name)
         ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
-        cells = [_longest(plan(source, **way), memory_bytes, context) for way in ways]
+        cells = [_longest(plan(source, **way), memory_bytes, context, kv_bits) for way in ways]
         rows.append([member.full_name, *cells])
     asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
     return [
@@ -158,7 +162,9 @@ def family_lines(
     ]
 
 
-def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[str]:
+def fitting_lines(
+    memory_bytes: int, where: str, context: int | None, kv_bits: str = AUTO
+) -> list[str]:
     """For every released model the recipe of most bits that fits this memory."""
     ways: dict[str, dict[str, Any]] = {"unquantized": dict(dtype="bfloat16")}
     ways |= {f"--recipe {name}": dict(recipe=recipe(name)) for name in RECIPES}
@@ -169,10 +175,10 @@ def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[st
         row = [member.full_name, "no recipe", "", "", ""]
         smallest, *others = reversed(ways)
         # The smallest first: where it does not fit, nothing does.
-        if _need(plan(source, **ways[smallest]), memory_bytes, context):
+        if _need(plan(source, **ways[smallest]), memory_bytes, context, kv_bits):
             for name in [*reversed(others), smallest]:
                 planned = plan(source, **ways[name])
-                if need := _need(planned, memory_bytes, context):
+                if need := _need(planned, memory_bytes, context, kv_bits):
                     bits = f"{planned.bits_per_weight:.2f}"
                     row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
                     break
@@ -187,22 +193,29 @@ def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[st
 
 def _raised_note(memory_bytes: int) -> str:
     mb = wired_limit_mb(raised_limit_bytes(memory_bytes))
-    return f"*: with iogpu.wired_limit_mb raised to {mb}"
+    return f"*: with iogpu.wired_limit_mb raised to {mb}; kv8: with --kv-bits 8"
 
 
-def _need(planned: Plan, memory_bytes: int, context: int) -> tuple[int, str] | None:
-    """Bytes in use, and * if the GPU's limit has to be raised for them; None if it is too much."""
+def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
+    """The plan with keys and values in these bits; the first one that fits is taken."""
+    return [replace(planned, config=config) for config in kv_choices(planned.config, kv_bits)]
+
+
+def _need(planned: Plan, memory_bytes: int, context: int, kv_bits: str) -> tuple[int, str] | None:
+    """Bytes in use, * if the GPU's limit has to be raised for them, and kv8; None if too much."""
     check_context(planned.config, context)
-    for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
-        needed = running(planned, context, limit(memory_bytes)).total
-        if needed <= limit(memory_bytes):
-            return needed, mark
+    for number, one in enumerate(with_kv(planned, kv_bits)):
+        for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
+            needed = running(one, context, limit(memory_bytes)).total
+            if needed <= limit(memory_bytes):
+                return needed, mark + (" kv8" if number else "")
     return None
 
 
-def _longest(planned: Plan, memory_bytes: int, context: int | None) -> str:
+def _longest(planned: Plan, memory_bytes: int, context: int | None, kv_bits: str) -> str:
     """Size, and the longest of the contexts that fits; one that needs no raised limit is better."""
-    needs = {c: _need(planned, memory_bytes, c) for c in ([context] if context else CONTEXTS)}
+    contexts = [context] if context else CONTEXTS
+    needs = {c: _need(planned, memory_bytes, c, kv_bits) for c in contexts}
     fitting = [(not need[1], c, need[1]) for c, need in needs.items() if need]
     if not fitting:
         return f"{_gb(planned.output_bytes)}, no"
@@ -210,11 +223,12 @@ def _longest(planned: Plan, memory_bytes: int, context: int | None) -> str:
     return f"{_gb(planned.output_bytes)}, {_tokens(longest)}{mark}"
 
 
-def _fits(mac: Mac, planned: Plan, context: int) -> str:
-    need = _need(planned, mac.memory_bytes, context)
+def _fits(mac: Mac, planned: Plan, context: int, kv_bits: str) -> str:
+    need = _need(planned, mac.memory_bytes, context, kv_bits)
     if need is None:
         return "no"
-    return f"N={wired_limit_mb(need[0])}" if need[1] else "fits"
+    fits = f"N={wired_limit_mb(need[0])}" if need[1].startswith("*") else "fits"
+    return fits + need[1].removeprefix("*")
 
 
 def _gb(num_bytes: int) -> str:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ MAX_LAYERS = 1024
 # Of the released models, and of those that say nothing.
 MROPE_SECTION = (11, 11, 10)
 TRAINED_LENGTH = "original_max_position_embeddings"
+# YaRN makes of it at most this many times as many tokens, as the released models were tried.
+MAX_STRETCH = 4
 
 # Keys of whole numbers above zero, in every model and in those of one kind.
 SIZES = tuple(
@@ -198,6 +200,8 @@ class ModelConfig:
     num_mtp_layers: int = 0
     # What this machine's memory, or whoever loads the model, leaves of the context.
     context_limit: int | None = None
+    # Of keys and of values in the cache; None is the activations' type.
+    kv_bits: tuple[int, int] | None = None
 
     @property
     def value_dim(self) -> int:
@@ -217,6 +221,38 @@ class ModelConfig:
             stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
             longest = max(longest, stretched)
         return min(longest, self.context_limit or longest)
+
+    @property
+    def stretched_length(self) -> int:
+        """Most tokens that may be asked for: with YaRN, where the checkpoint has none."""
+        if self.rope.factor is not None:
+            return self.context_length
+        return MAX_STRETCH * self.max_position_embeddings
+
+    def stretched_to(self, context: int | None) -> "ModelConfig":
+        """With YaRN as far as `context` asks for more tokens than were trained; else unchanged.
+
+        The factor is the same for texts of any length, rounded up to hundredths.
+        """
+        trained = self.max_position_embeddings
+        if self.rope.factor is not None or context is None:
+            return self
+        if not trained < context <= self.stretched_length:
+            return self
+        factor = math.ceil(100 * context / trained) / 100
+        rope = replace(
+            self.rope,
+            factor=factor,
+            original_max_position_embeddings=trained,
+            attention_factor=_yarn_attention_factor(factor, 0, 0),
+        )
+        return replace(self, rope=rope)
+
+    @property
+    def cache_key(self) -> str:
+        """What decides on the numbers in a cache besides weights; empty if nothing is special."""
+        parts = [f"kv_bits={self.kv_bits}"] if self.kv_bits else []
+        return " ".join(parts + ([repr(self.rope)] if self.rope.factor else []))
 
     @property
     def is_moe(self) -> bool:

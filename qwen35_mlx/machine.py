@@ -38,7 +38,11 @@ CHIP_GBPS = {
     "M5 Max": 460,
 }
 # The faster variant, known by a size of memory that the other does not have, in GiB.
-FASTER_GBPS = {("M3 Max", 128): 400, ("M4 Max", 128): 546, ("M5 Max", 128): 614}
+FASTER_GBPS = {
+    (chip, memory): gbps
+    for chip, gbps in {"M3 Max": 400, "M4 Max": 546, "M5 Max": 614}.items()
+    for memory in (48, 64, 128)
+}
 
 
 class Machine(NamedTuple):

@@ -25,7 +25,7 @@ def held(cache: PromptCache) -> list[bytes]:
     for entry in cache.entries:
         if holds_keys(entry):
             assert entry.offset == len(cache.ids)
-            arrays += [a[:, :, : entry.offset] for a in (entry.keys, entry.values)]
+            arrays += entry.rows(0, entry.offset).values()
         else:
             arrays += entry.cache
     return [bits(a) for a in arrays]

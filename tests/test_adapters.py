@@ -310,6 +310,7 @@ def test_a_conversion_is_not_resumed_with_another_adapter(sources, tmp_path, mon
     convert(sources / "dense", tmp_path / "out", bits=4, adapter=first)
 
 
+@pytest.mark.slow
 def test_fidelity_gives_the_adapter_to_the_side_that_lacks_it(sources, tmp_path):
     adapter = random_adapter(sources / "moe-4bit")
     fused = convert(sources / "moe", tmp_path / "fused", dtype="bfloat16", adapter=adapter)
@@ -319,6 +320,7 @@ def test_fidelity_gives_the_adapter_to_the_side_that_lacks_it(sources, tmp_path)
     assert found < fidelity(sources / "moe", fused, IDS).tokens.mean_kl / 20
 
 
+@pytest.mark.slow
 def test_commands_take_an_adapter(run_cli, converted_demo, tmp_path):
     write_adapter(tmp_path / "a", random_adapter(converted_demo, size=3.0))
     prompt = ("-p", "What is the capital of France?", "--temperature", "0", "--max-tokens", "30")

@@ -199,6 +199,7 @@ def test_chat_without_a_model_converts_the_demo_once(
     assert "Converting" not in again.stderr
 
 
+@pytest.mark.slow
 def test_chat_without_a_model_takes_the_newest_conversion(
     run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +216,7 @@ def test_chat_without_a_model_takes_the_newest_conversion(
     assert run_cli(*ask, "--demo", tmp_path / "first").exit_code == 2
 
 
+@pytest.mark.slow
 def test_only_the_demo_is_sampled_as_its_checkpoint_says(
     run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def colours(pages) -> list[tuple[int, ...]]:
     return [tuple(np.round(page.pixels.mean(axis=(0, 1)) / 255).astype(int)) for page in pages]
 
 
+@pytest.mark.slow
 def test_each_page_is_a_picture(tmp_path):
     (file := tmp_path / "a.pdf").write_bytes(pdf(["red", "lime", "blue"]))
     pages = open_pdf(file, SETTINGS)

@@ -67,6 +67,7 @@ def test_layer_by_layer_gives_the_logits_of_the_whole(folders, name):
     assert logits.std().item() > 0.3
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_how_many_tokens_go_through_at_once(folders, monkeypatch):
     whole = fidelity(folders / "src", folders / "q3", IDS)
     monkeypatch.setattr(layerwise, "HEAD_TOKENS", 8)
@@ -177,6 +178,7 @@ def test_a_module_that_was_passed_by_is_noticed(folders):
         layer.mlp(mx.zeros((1, 2, 128)), layer.post_attention_layernorm)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_layer_is_the_distance_over_what_the_layer_adds(folders):
     report = fidelity(folders / "src", folders / "q3", IDS)
     runs = [Layerwise(open_checkpoint(folders / name)) for name in ("src", "q3")]

@@ -69,6 +69,7 @@ def test_an_answer_that_is_cut_says_so_on_stderr(generate: Any) -> None:
     assert shown.startswith("<think>\n") and shown.endswith("\n</think>\n\n")
 
 
+@pytest.mark.slow
 def test_stop_ends_the_answer_and_leaves_thoughts_alone(generate: Any) -> None:
     # "42" is in the thought too.
     stop = generate("-p", SUM, "--stop", "zz", "--stop", "42", *GREEDY)
@@ -100,7 +101,8 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert (cut["finish_reason"], cut["generated_tokens"]) == ("length", 2)
 
 
-@pytest.mark.parametrize("way", [(), ("--raw",)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", everyday([((),), (("--raw",),)], 0))
 def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None:
     options = ("-p", f"{SUM}\n", "--json", "--max-tokens", "40", *way, *GREEDY)
     plain = json.loads(generate(*options, "--draft", "off").stdout)
@@ -112,6 +114,7 @@ def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None
     assert len(found["draft_acceptance"]["mtp"]) == 3
 
 
+@pytest.mark.slow
 def test_a_warning_comes_behind_the_answer(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = generate("-p", SUM, *GREEDY)
     monkeypatch.setattr(
@@ -123,6 +126,7 @@ def test_a_warning_comes_behind_the_answer(generate: Any, monkeypatch: pytest.Mo
     assert shown.output.index("warning") >= len(plain.stdout)
 
 
+@pytest.mark.slow
 def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
     options = ("-p", CAPITAL, "--raw", "--max-tokens", "9", *GREEDY)
     raw = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=9)
@@ -134,6 +138,7 @@ def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
     assert (found["text"], found["thought"], found["finish_reason"]) == (raw, "", "length")
 
 
+@pytest.mark.slow
 def test_system_prompts_reach_the_model(generate: Any, answer: Any) -> None:
     system = {"role": "system", "content": "zq zq zq"}
     options = ("-p", SUM, "--no-think", *GREEDY, "--json")
@@ -144,6 +149,7 @@ def test_system_prompts_reach_the_model(generate: Any, answer: Any) -> None:
     assert with_system["prompt_tokens"] > without["prompt_tokens"] + 3
 
 
+@pytest.mark.slow
 def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
     hot = ("-p", CAPITAL, "--raw", "--temperature", "9", "--top-k", "0", "--max-tokens", "8")
 
@@ -158,6 +164,7 @@ def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
         assert stdout(f"--{penalty}-penalty", "9", *longer) != stdout(*longer)
 
 
+@pytest.mark.slow
 def test_calls_of_tools_are_lines_of_json(generate: Any, tools: Path) -> None:
     options = ("-p", TABLE, "--tools", tools, *GREEDY)
     call = json.loads(generate(*options).stdout)

@@ -85,6 +85,7 @@ def test_edit_retry_and_undo_keep_the_pictures(demo: Any) -> None:
     assert chat.last_media() == []
 
 
+@pytest.mark.slow
 def test_edit_replaces_pictures_and_videos_each_for_themselves(demo: Any) -> None:
     tokenizer = with_videos(demo[1])
     chat = new_chat((demo[0], tokenizer), max_tokens=1)
@@ -98,6 +99,7 @@ def test_edit_replaces_pictures_and_videos_each_for_themselves(demo: Any) -> Non
     assert [type(one).__name__ for one in chat.last_media()] == ["Picture"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_changes_nothing(demo: Any) -> None:
     chat = new_chat(demo)
     said(chat.send(ASK, images=[RED]))
@@ -118,6 +120,7 @@ def test_what_cannot_be_opened_changes_nothing(demo: Any) -> None:
     assert said(chat.send(COLOUR)) == "It is red."
 
 
+@pytest.mark.slow
 def test_pictures_in_messages_and_tool_results(demo: Any) -> None:
     chat = new_chat(
         demo, messages=[user(ASK, RED), {"role": "assistant", "content": "A red circle."}]
@@ -153,6 +156,7 @@ def test_old_turns_are_dropped_with_their_pictures(demo: Any) -> None:
     assert chat.stats.pictures_encoded == 0
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_without_reading_and_encoding(demo: Any, home: Path) -> None:
     chat = new_chat((demo[0], with_videos(demo[1])), system="Be brief.")
     said(chat.send(ASK, images=[RED]))

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,6 +47,7 @@ CONFIGS = {
     ),
     "wide_linear": small(DENSE, intermediate_size=256, num_attention_heads=2,
                          num_key_value_heads=1, linear_key_head_dim=64),
+    "quantized_keys": replace(small(DENSE, head_dim=64, intermediate_size=384), kv_bits=(8, 8)),
 }  # fmt: skip
 
 
@@ -75,8 +77,8 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     everyday(
         [("dense", 512, GIB), ("experts", 512, GIB), ("wide_linear", 512, GIB),
          ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20), ("experts", 1024, 32 * 2**20),
-         ("wide_linear", 1500, 8 * 2**20)],
-        4,
+         ("wide_linear", 1500, 8 * 2**20), ("quantized_keys", 512, 8 * 2**20)],
+        4, 7,
     ),
 )  # fmt: skip
 def test_the_count_is_an_upper_bound_of_what_a_prefill_takes(
@@ -116,6 +118,7 @@ def test_the_chunked_rule_of_the_397b() -> None:
     assert 1 <= memory.chunk_rule_bytes(FLAGSHIP, 512) / 210e6 <= 1.3
 
 
+@pytest.mark.slow
 def test_states_do_not_keep_the_inputs_of_every_layer_until_the_end_of_a_step() -> None:
     few, many = (
         peak_of_a_prefill(small(DENSE, intermediate_size=128, num_hidden_layers=n,
@@ -243,7 +246,7 @@ def test_a_model_too_large_for_any_limit_gets_no_command(mac: Any) -> None:
     assert "fewer bits" in str(error.value)
 
 
-@pytest.mark.parametrize("context", [0, 262_145])
+@pytest.mark.parametrize("context", [0, 4 * 262_144 + 1])
 def test_a_context_that_the_model_cannot_read_is_refused(mac: Any, context: int) -> None:
     mac(512 * GIB)
     with pytest.raises(Qwen35Error, match="context does not fit the model"):
@@ -272,6 +275,7 @@ def test_a_context_given_to_load_bounds_prompt_and_answer(converted_demo: Path) 
     assert len(parts) <= 4
 
 
+@pytest.mark.slow
 def test_the_wired_limit_is_set_once_a_process_and_the_pool_is_bounded(
     mac: Any, converted_demo: Path
 ) -> None:

@@ -52,6 +52,7 @@ PLAN = {
     "--bits-per-weight": ["5"],
     "--prefer": ["speed", "--fit", "24GB"],
     "--context": ["1000", "--fit", "24GB"],
+    "--kv-bits": ["8", "--fit", "24GB"],
     "--calibration": ["{calibration}"],
     "--revision": ["v1"],
 }
@@ -70,6 +71,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--calibration": ["{calibration}", "--fit", "24GB"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--mac": ["64GB"],
         "--png": ["x.png"],
     },
@@ -96,6 +98,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--json": [],
         "--stop": ["x"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--force": [],
         "--adapter-path": ["a"],
     },
@@ -114,6 +117,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--plain": [],
         "--preset": ["coding"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--force": [],
         "--adapter-path": ["a"],
     },
@@ -126,6 +130,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--allow-host": ["h"],
         "--model-name": ["n"],
         "--max-context": ["600"],
+        "--kv-bits": ["8"],
         "--queue": ["3"],
         "--cache-dir": ["c"],
         "--cache-limit": ["9", "--cache-dir", "c"],
@@ -156,7 +161,9 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--revision": ["v1"],
         "--force": [],
     },
-    "fuse": {name: value for name, value in PLAN.items() if name != "--calibration"}
+    "fuse": {
+        name: value for name, value in PLAN.items() if name not in ("--calibration", "--kv-bits")
+    }
     | {"--adapter-path": ["b"]},
     "bench": {
         "--max-context": ["600"],

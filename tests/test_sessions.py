@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from everyday import everyday
 
-from qwen35_mlx import Chat
+from qwen35_mlx import Chat, load
 from qwen35_mlx.chat.sessions import (
     cache_folder,
     hold,
@@ -162,6 +162,26 @@ def test_a_session_of_another_model_keeps_only_the_words(demo: Any) -> None:
         assert resumed.stats.prefilled_tokens == resumed.stats.prompt_tokens
     finally:
         model.language_model.model.norm.weight = was
+
+
+@pytest.mark.parametrize(
+    "changes", everyday([dict(kv_bits=8), dict(context=10_000), dict(kv_bits="k8v4")], 0, 1)
+)
+def test_a_session_is_of_the_cache_that_made_it(
+    converted_demo: Path, demo: Any, changes: dict[str, Any]
+) -> None:
+    """Keys and values of other bits, or turned by YaRN, are not taken for one's own."""
+    other = load(converted_demo, **changes)
+    chat = new_chat(other)
+    ask(chat, "What is the capital of France?")
+    chat.save("one")
+    resumed = new_chat(other)
+    assert resumed.load("one") is None
+    ask(chat, "Who are you?")
+    ask(resumed, "Who are you?")
+    assert resumed.stats.prefilled_tokens == chat.stats.prefilled_tokens
+    assert resumed.messages == chat.messages
+    assert "another model" in (new_chat(demo).load("one") or "")
 
 
 def test_a_cache_of_other_words_is_of_no_harm(demo: Any) -> None:

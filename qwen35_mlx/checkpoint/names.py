@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import dropwhile
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ TOWERS = (TOWER, "visual.")
 ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
 
 
+@lru_cache(2**16)
 def bare(name: str) -> str:
     """`model.language_model.layers.0.x` -> `layers.0.x`; a name of no known part as it is."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]

@@ -103,6 +103,7 @@ def chat(
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    kv_bits: options.KvBits = "auto",
     force: options.Force = False,
 ) -> None:
     """Chat with a model in the terminal.
@@ -142,6 +143,7 @@ def chat(
                 force=force,
                 mtp=options.LOADS_MTP.get(draft),
                 adapter=adapter_path,
+                kv_bits=kv_bits,
             )
     conversation = Chat(
         loaded,

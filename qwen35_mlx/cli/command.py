@@ -37,6 +37,7 @@ RULES: dict[str, list[Rule]] = {
         (("--method minmax", "--calibration"), BUDGETS),
         (("--text",), ("--calibrate",)),
         (("--context",), ("--fit",)),
+        (("--kv-bits",), ("--fit",)),
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],

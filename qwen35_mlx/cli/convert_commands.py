@@ -16,7 +16,8 @@ from .command import BITS, given_options
 # Options that decide the bytes of the output.
 SETTINGS = {
     *BITS,
-    *"--group-size --dtype --method --prefer --context --calibration --calibrate".split(),
+    *"--group-size --dtype --method --prefer --context --kv-bits".split(),
+    *("--calibration", "--calibrate"),
 }
 
 
@@ -53,6 +54,7 @@ def convert(
     bits_per_weight: options.BitsPerWeight = None,
     prefer: options.Prefer = None,
     context: options.Context = None,
+    kv_bits: options.KvBits = "auto",
     calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
@@ -201,6 +203,7 @@ def plan(
     bits_per_weight: options.BitsPerWeight = None,
     prefer: options.Prefer = None,
     context: options.Context = None,
+    kv_bits: options.KvBits = "auto",
     calibration: options.CalibrationFile = None,
     revision: options.Revision = None,
     mac: Annotated[
@@ -240,7 +243,7 @@ def plan(
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
-    print_lines([*page, "", *report.mac_lines(planned, macs, context)])
+    print_lines([*page, "", *report.mac_lines(planned, macs, context, kv_bits)])
     if png:
         report.draw(planned, png)
 
@@ -253,7 +256,8 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
 
     values = ctx.params
     if values["fit"]:
-        return fitting_lines(parse_memory(values["fit"]), "a Mac", values["context"])
+        memory = parse_memory(values["fit"])
+        return fitting_lines(memory, "a Mac", values["context"], values["kv_bits"])
     own, memory = this_mac(), memory_bytes()
     where = f"a Mac with {own.chip}" if own else "this machine; limits as on a Mac of its memory"
     if values["mac"]:
@@ -265,7 +269,7 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
         where = f"a Mac with {chips}" if chips else "a Mac"
     ways = given_options(ctx) & {*BITS, "--group-size", "--dtype"}
     settings = (lambda source: quality_settings(ctx, source, None)[0]) if ways else None
-    return family_lines(memory, where, values["context"], settings)
+    return family_lines(memory, where, values["context"], settings, values["kv_bits"])
 
 
 def quality_settings(
@@ -278,7 +282,12 @@ def quality_settings(
     names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
     wanted = {name: given[name] for name in names}
     settings, spent = decide(
-        source, **wanted, memory=given["fit"], method=given.get("method"), calibration=found
+        source,
+        **wanted,
+        memory=given["fit"],
+        method=given.get("method"),
+        calibration=found,
+        kv_bits=given.get("kv_bits", "auto"),
     )
     return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
 

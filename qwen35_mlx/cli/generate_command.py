@@ -97,6 +97,7 @@ def generate(
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    kv_bits: options.KvBits = "auto",
     force: options.Force = False,
 ) -> None:
     """Print one answer to a prompt, for scripts.
@@ -129,6 +130,7 @@ def generate(
             force=force,
             mtp=options.LOADS_MTP.get(draft),
             adapter=adapter_path,
+            kv_bits=kv_bits,
         )
     chat = Chat(
         loaded,

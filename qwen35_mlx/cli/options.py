@@ -77,7 +77,15 @@ RunContext = Annotated[
         "--context",
         min=1,
         help="Maximum tokens of prompt and answers together. Their memory is counted before the "
-        "weights are read. Default: all that fits, 32768 at least.",
+        "weights are read. More than the model was trained for, up to 4 times as many, are reached "
+        "by YaRN; shorter texts are then read less well. Default: all that fits, 32768 at least.",
+    ),
+]
+KvBits = Annotated[
+    Literal["auto", "16", "8", "k8v4"],
+    typer.Option(
+        help="Bits of keys and values, the part of memory that grows with the text. k8v4: 8 for "
+        "keys, 4 for values; less exact. auto: 16, or 8 where 16 do not fit."
     ),
 ]
 Force = Annotated[

@@ -79,6 +79,7 @@ def serve(
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
     kernels: options.Kernels = "auto",
+    kv_bits: options.KvBits = "auto",
     force: options.Force = False,
 ) -> None:
     """Serve a model to agents, programs and a browser.
@@ -106,7 +107,7 @@ def serve(
     name = name or ("demo" if source is None else None)
     with spinner(f"Loading {folder}"):
         app, settings = _application(
-            folder, name, api_key, allow_host or [], max_context, queue, kernels, force
+            folder, name, api_key, allow_host or [], max_context, queue, kernels, force, kv_bits
         )
     url = shown_url(host, bound.getsockname()[1])
     endpoint = Endpoint(url, settings.model_id, settings.context_length, api_key)
@@ -134,6 +135,7 @@ def _application(
     queue: int,
     kernels: str,
     force: bool,
+    kv_bits: str,
 ) -> tuple[Any, Any]:
     """The application, and what clients see of the model."""
     from ..engine.prefix_store import PrefixStore
@@ -142,7 +144,9 @@ def _application(
     from ..server.app import make_app
     from ..server.service import Settings
 
-    loaded, tokenizer = load(folder, kernels=kernels, context=max_context, force=force)
+    loaded, tokenizer = load(
+        folder, kernels=kernels, context=max_context, force=force, kv_bits=kv_bits
+    )
     engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
     path = Path(folder)
     model_id = name or (path.resolve().name if path.is_dir() else folder)

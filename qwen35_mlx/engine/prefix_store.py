@@ -3,6 +3,7 @@
 Ids decide, never text: what differs in one id is read again. Ids of pictures name the picture.
 """
 
+import itertools
 import logging
 import weakref
 from collections import deque
@@ -18,8 +19,6 @@ from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 from .segments import Segments
 
 log = logging.getLogger(__name__)
-# A long prefill keeps at most this many points, or they would push out all others.
-MAX_SNAPSHOTS_A_PREFILL = 8
 # Fewer are read again sooner than a recurrent state is kept for them.
 MIN_POINT_TOKENS = 32
 
@@ -136,12 +135,18 @@ class PrefixStore:
         return len({id(s) for c in self.caches for s in c.snapshots.values()})
 
     def trim(self) -> None:
-        """Drop the least recently used snapshots until the rest fits the budget."""
+        """Drop snapshots until the rest fits the budget.
+
+        Of the half that was not used for the longest time, that one without which the least has
+        to be read again for what comes behind it: so points are dense near the end of a text.
+        """
         while self.nbytes > self.memory_bytes:
             points = [(s.last_used, n, c) for c in self.caches for n, s in c.snapshots.items()]
             if not points:
                 break
-            _, num_tokens, cache = min(points, key=lambda point: point[0])
+            points.sort(key=lambda point: point[0])
+            unused = points[: -(-len(points) // 2)]
+            _, num_tokens, cache = min(unused, key=lambda point: _gap(point[2], point[1]))
             # Forks share their snapshots: dropped here, it is dropped there too.
             old = cache.snapshots[num_tokens]
             for other in self.caches:
@@ -150,8 +155,17 @@ class PrefixStore:
             self.caches = [c for c in self.caches if c.in_use or c.snapshots]
 
 
-def snapshot_marks(start: int, end: int) -> range:
-    """Where a prefill from `start` to `end` takes snapshots besides the turns' boundaries."""
-    interval = max(PREFILL_STEP_SIZE, -(-(end - start) // MAX_SNAPSHOTS_A_PREFILL))
-    interval = -(-interval // PREFILL_STEP_SIZE) * PREFILL_STEP_SIZE
-    return range(start + interval, end, interval)
+def _gap(cache: PromptCache, num_tokens: int) -> float:
+    """What would lie between two points without the one at `num_tokens`, over what follows it."""
+    points = [0, *sorted(cache.snapshots), len(cache.ids)]
+    place = points.index(num_tokens, 1)
+    return (points[place + 1] - points[place - 1]) / max(points[-1] - num_tokens, 1)
+
+
+def snapshot_marks(start: int, end: int) -> list[int]:
+    """Where a prefill from `start` to `end` takes snapshots besides the turns' boundaries.
+
+    Twice as far from the end each time: an edit reads at most twice as much as follows it.
+    """
+    distances = (PREFILL_STEP_SIZE << n for n in itertools.count())
+    return sorted(itertools.takewhile(lambda n: n > start, (end - d for d in distances)))

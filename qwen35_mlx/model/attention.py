@@ -10,7 +10,13 @@ import mlx.nn as nn
 
 from ..config import ModelConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope, rotate
-from ..kernels.decode_attention import Heads, Packed, decode_attention, unpacked
+from ..kernels.decode_attention import (
+    Heads,
+    Packed,
+    decode_attention,
+    first_keys,
+    portable_attention,
+)
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
@@ -43,19 +49,14 @@ def attend(
     block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, q.itemsize)
     if num_tokens <= block:
         return decode_attention(q, k, v, scale, mask, kernels)
-    k, v = unpacked(k), unpacked(v)
     outputs = []
     for start in range(0, num_tokens, block):
         end = min(start + block, num_tokens)
         # "causal" takes the last query to see the last key.
         seen = num_keys - num_tokens + end if isinstance(mask, str) else num_keys
         rows = mask[..., start:end, :] if isinstance(mask, mx.array) else mask
-        keys, values = k[:, :, :seen], v[:, :, :seen]
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, start:end], keys, values, scale=scale, mask=rows
-            )
-        )
+        keys, values = first_keys(k, seen), first_keys(v, seen)
+        outputs.append(portable_attention(q[:, :, start:end], keys, values, scale, rows))
         # Or MLX makes the scores of all blocks at once.
         mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=2)
@@ -112,7 +113,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 k, v = cache.update_and_fetch(k, v)
-                if hasattr(cache, "bits"):
+                if hasattr(cache, "group_size"):
                     # mlx-lm's quantized cache, of its option kv_bits.
                     k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
             out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)

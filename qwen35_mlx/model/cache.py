@@ -22,7 +22,8 @@ CacheEntry = KVCache | BatchKVCache | ArraysCache
 def make_cache(config: ModelConfig, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
     """An empty cache; `left_padding` gives each row's number of pad tokens at its start."""
     if left_padding is None:
-        return [KVCache() if t == FULL else ArraysCache(size=2) for t in config.layer_types]
+        bits = config.kv_bits
+        return [KVCache(bits) if t == FULL else ArraysCache(size=2) for t in config.layer_types]
     padding = [int(n) for n in left_padding]
     if not padding or min(padding) < 0:
         raise Qwen35Error("left_padding is not usable", got=padding, expected="numbers >= 0")
@@ -117,15 +118,13 @@ def restore(cache: Sequence[Any], point: Snapshot) -> None:
 
 
 def fork(cache: Sequence[Any], point: Snapshot) -> list[CacheEntry]:
-    """A second cache at `point`, with keys and values of its own: the first may be dropped."""
+    """A second cache at `point`; the first may go on or be dropped."""
     forked: list[Any] = []
     for entry, kept in zip(cache, point.entries, strict=True):
         if isinstance(kept, int):
-            forked.append(KVCache())
-            if kept:
-                # Room to grow included: the first token behind it would ask for it.
-                keys, values = (a[..., :kept, :] for a in (entry.keys, entry.values))
-                forked[-1].update_and_fetch(keys, values)
+            own = isinstance(entry, KVCache)
+            known = entry if own else KVCache.from_state((entry.keys, entry.values, entry.offset))
+            forked.append(known.fork(kept))
         else:
             forked.append(ArraysCache(size=len(kept)))
             forked[-1].cache = list(kept)

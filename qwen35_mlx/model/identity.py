@@ -21,10 +21,10 @@ def model_identity(model: Model) -> str:
     named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     # Drafts change no text: the MTP layer may be there or not.
     tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
-    arrays = hash((model.adapter_digest, *(id(array) for _, array in tensors)))
+    arrays = hash((model.cache_key, *(id(array) for _, array in tensors)))
     known = getattr(model, "_identity", "")
     if not known.startswith(f"{arrays} "):
-        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.adapter_digest)}"
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.cache_key)}"
     return known.partition(" ")[2]
 
 

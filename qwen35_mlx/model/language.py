@@ -134,7 +134,7 @@ class Model(nn.Module):
     """
 
     kernels: Tiers = PORTABLE
-    # Of the adapter that was loaded with the model; part of every session's identity.
+    # Of the adapter that was loaded with the model.
     adapter_digest: str = ""
 
     def __init__(self, config: ModelConfig):
@@ -216,6 +216,16 @@ class Model(nn.Module):
         if self.config.tie_word_embeddings:
             return project_tied(hidden, self.language_model.model.embed_tokens, self.kernels)
         return project(hidden, (self.language_model.lm_head,), self.kernels)[0]
+
+    @property
+    def kv_bits(self) -> tuple[int, int] | None:
+        """Of keys and values in its caches; None where they have the activations' type."""
+        return self.config.kv_bits
+
+    @property
+    def cache_key(self) -> str:
+        """What decides on the numbers in a cache besides the model's own weights."""
+        return " ".join(filter(None, [self.adapter_digest, self.config.cache_key]))
 
     @property
     def num_mtp_layers(self) -> int:

@@ -4,13 +4,25 @@ B batch, H key/value heads, S cached tokens, T new tokens, D head dim. mlx-lm's 
 batches and its cache files find the names, attributes and states of its own classes here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import mlx.core as mx
 
+from ..kernels.decode_attention import (
+    PACKED_GROUP_SIZE,
+    Heads,
+    Packed,
+    each,
+    first_keys,
+    packed,
+    unpacked,
+)
 from ..kernels.delta_step import KeptStates, Tape
 from ..memory import kv_capacity
+
+# Of what is quantized, as `mx.quantize` gives them.
+PARTS = ("weight", "scales", "biases")
 
 
 class LayerCache:
@@ -49,19 +61,29 @@ def grown(buffer: mx.array | None, used: int, new: mx.array) -> mx.array:
     return mx.concatenate([buffer[..., :used, :], room], axis=2)
 
 
+def written(buffer: Any, used: int, new: Any) -> Any:
+    """`buffer`, grown where it has no room, with `new` behind its first `used` tokens."""
+    if isinstance(new, Packed):
+        buffers = [None] * len(new.parts) if buffer is None else buffer.parts
+        pairs = zip(buffers, new.parts, strict=True)
+        return new._replace(parts=[written(old, used, part) for old, part in pairs])
+    buffer = grown(buffer, used, new)
+    buffer[..., used : used + new.shape[2], :] = new
+    return buffer
+
+
 class KeysAndValues(LayerCache):
     """Buffers `[B, H, room, D]` that grow; which part is in use, the subclasses know."""
 
-    keys: mx.array | None = None
-    values: mx.array | None = None
+    keys: Any = None
+    values: Any = None
 
-    def _append(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
+    def _append(self, keys: Heads, values: Heads, start: int) -> tuple[Any, Any]:
         """Write `[B, H, T, D]` behind the first `start` tokens; returns all up to there."""
+        self.keys = written(self.keys, start, keys)
+        self.values = written(self.values, start, values)
         end = start + keys.shape[2]
-        self.keys, self.values = grown(self.keys, start, keys), grown(self.values, start, values)
-        self.keys[..., start:end, :] = keys
-        self.values[..., start:end, :] = values
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return first_keys(self.keys, end), first_keys(self.values, end)
 
     def is_trimmable(self) -> bool:
         return True
@@ -77,27 +99,62 @@ class KeysAndValues(LayerCache):
 
 
 class KVCache(KeysAndValues):
-    """Keys and values of one sequence, or of rows of equal length."""
+    """Keys and values of one sequence, or of rows of equal length; `bits` of each if quantized."""
 
-    def __init__(self) -> None:
-        self.offset = 0
+    bits: tuple[int, int] | None = None
 
-    def rows(self, start: int, stop: int) -> dict[str, mx.array]:
-        """Keys and values of these tokens; not evaluated."""
-        held = {"keys": self.keys, "values": self.values}
-        return {name: a[..., start:stop, :] for name, a in held.items() if a is not None}
+    def __init__(self, bits: tuple[int, int] | None = None) -> None:
+        self.offset, self.bits = 0, bits
 
-    def append_rows(self, rows: dict[str, mx.array]) -> None:
-        """Append what `rows` gave, of this cache or of another one."""
-        self.update_and_fetch(rows["keys"], rows["values"])
-        self.num_kept = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
-        held = self._append(keys, values, self.offset)
+        k: Heads = keys
+        v: Heads = values
+        if self.bits:
+            k, v = packed(keys, self.bits[0]), packed(values, self.bits[1])
+        held = self._append(k, v, self.offset)
         self.num_kept = keys.shape[2]
         self.offset += self.num_kept
         return held
+
+    def rows(self, start: int, stop: int) -> dict[str, mx.array]:
+        """Views of keys and values of these tokens, by name; of what is quantized, of its parts."""
+        arrays: dict[str, mx.array] = {}
+        for name, heads in (("keys", self.keys), ("values", self.values)):
+            if isinstance(heads, Packed):
+                arrays |= {f"{name}.{k}": a for k, a in zip(PARTS, heads.parts, strict=True)}
+            elif heads is not None:
+                arrays[name] = heads
+        return {name: array[..., start:stop, :] for name, array in arrays.items()}
+
+    def append_rows(self, rows: Mapping[str, mx.array]) -> None:
+        """Append what `rows` gives, of a cache with the same bits."""
+        k, v = (self._of_rows(rows, name, i) for i, name in enumerate(("keys", "values")))
+        self._append(k, v, self.offset)
+        self.offset += k.shape[2]
+        self.num_kept = 0
+
+    def _of_rows(self, rows: Mapping[str, mx.array], name: str, place: int) -> Heads:
+        if self.bits is None:
+            return rows[name]
+        parts = [rows[f"{name}.{part}"] for part in PARTS]
+        return Packed(parts, self.bits[place], PACKED_GROUP_SIZE)
+
+    def fork(self, num_tokens: int) -> "KVCache":
+        """A cache of the first tokens; of the two, the one that goes on first copies them."""
+        other = KVCache(self.bits)
+        if num_tokens:
+            # Few tokens are copied: they would keep the memory of all.
+            shares = 2 * num_tokens >= self.keys.shape[2]
+            other.keys, other.values = (
+                # Another object of the same memory: one object would be written to by both.
+                each(heads, lambda a: a.astype(a.dtype))
+                if shares
+                else written(None, 0, first_keys(heads, num_tokens))
+                for heads in (self.keys, self.values)
+            )
+            other.offset = num_tokens
+        return other
 
     def accept(self, num_tokens: int) -> None:
         """Keep the first tokens of the last pass."""
@@ -110,6 +167,8 @@ class KVCache(KeysAndValues):
     @state.setter
     def state(self, value: Any) -> None:
         self.keys, self.values, self.offset = value
+        if isinstance(self.keys, Packed):
+            self.bits = self.keys.bits, self.values.bits
 
     def trim(self, num_tokens: int) -> int:
         """Forget the last tokens; returns how many."""
@@ -128,6 +187,8 @@ class KVCache(KeysAndValues):
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
         """For mlx-lm's option kv_bits: its own cache that quantizes what it holds."""
+        if self.bits:
+            return self
         # Never reached from this program; whoever calls it has mlx-lm.
         from mlx_lm.models.cache import KVCache as Theirs
 
@@ -143,7 +204,7 @@ class KVCache(KeysAndValues):
         batch = BatchKVCache([longest - c.offset for c in caches])
         if longest:
             batch.keys, batch.values = (
-                in_line([(getattr(c, name), 1, c.offset) for c in caches], longest)
+                in_line([(unpacked(getattr(c, name)), 1, c.offset) for c in caches], longest)
                 for name in ("keys", "values")
             )
             batch.offset = batch.offset + longest

@@ -19,7 +19,7 @@ from ..config import read_config, read_object
 from ..errors import CheckpointError, ConfigError, MemoryRefused, first_line
 from ..kernels import choice, tiers
 from ..media.settings import VisionSettings, read_settings
-from ..memory import allow, wire
+from ..memory import AUTO, allow_with_kv, kv_choices, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
@@ -40,6 +40,7 @@ def load_model(
     force: bool = False,
     mtp: bool | None = None,
     adapter: str | Path | None = None,
+    kv_bits: str | int = AUTO,
 ) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
@@ -47,15 +48,15 @@ def load_model(
     slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
     see `load` for the settings.
     """
-    model, raw_config, num_bytes = open_model(Path(folder), mtp)
+    model, raw_config, num_bytes = open_model(Path(folder), mtp, context)
     if adapter is not None:
         found = read_adapter(adapter)
         attach_to_model(model, found)
         num_bytes += found.nbytes
     # Until here nothing but headers is read: MLX loads when it evaluates.
     try:
-        model.allowance = allow(
-            model.config,
+        model.config, model.allowance = allow_with_kv(
+            kv_choices(model.config, kv_bits),
             num_bytes,
             context=context,
             force=force,
@@ -64,7 +65,7 @@ def load_model(
     except MemoryRefused:
         if mtp is not None or model.mtp is None:
             raise
-        loaded = load_model(folder, context, force, False, adapter)
+        loaded = load_model(folder, context, force, False, adapter, kv_bits)
         log.warning("no memory is left for the MTP layer: nothing drafts tokens")
         return loaded
     model.config = replace(model.config, context_limit=model.allowance.context)
@@ -76,8 +77,13 @@ def load_model(
     return model, raw_config
 
 
-def open_model(folder: Path, mtp: bool | None = None) -> tuple[Model, dict[str, Any], int]:
-    """The model in `folder` with weights that are not read yet, config.json, bytes of weights."""
+def open_model(
+    folder: Path, mtp: bool | None = None, context: int | None = None
+) -> tuple[Model, dict[str, Any], int]:
+    """The model in `folder` with weights that are not read yet, config.json, bytes of weights.
+
+    A `context` that is longer than the trained one stretches it by YaRN.
+    """
     raw_config = read_config(folder)
     headers = read_headers(folder)
     found = resolve_tensors(raw_config, headers)
@@ -86,7 +92,13 @@ def open_model(folder: Path, mtp: bool | None = None) -> tuple[Model, dict[str, 
         # What `convert` would refuse is not sent there.
         read_headers(folder, strict=True)
         raise not_converted(folder)
-    matches, config = found.text_matches, found.config
+    matches, config = found.text_matches, found.config.stretched_to(context)
+    if config is not found.config:
+        log.warning(
+            "YaRN stretches the context from %s to %s tokens: shorter texts are read less well",
+            f"{config.max_position_embeddings:,}",
+            f"{context:,}",
+        )
     if loads_mtp(found, mtp):
         matches += found.mtp_matches
     else:
@@ -192,6 +204,7 @@ def load(
     force: bool = False,
     mtp: bool | None = None,
     adapter: str | Path | None = None,
+    kv_bits: str | int = AUTO,
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
@@ -200,17 +213,20 @@ def load(
     found right and faster: what was never measured for such a model is, within seconds.
     `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
+    More than the model was trained for, up to four times as many, stretches it by YaRN.
     `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves out one
     that does not fit, or is unquantized beside quantized weights.
     `adapter`: a folder with an adapter, of `qwen35-mlx train` or mlx-lm; the matrices that it
     changes run without kernels.
+    `kv_bits`: 16, 8 or "k8v4" bits for keys and values in caches; "auto" is 16, or 8 where 16 do
+    not fit.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
     choice.require(kernels)
     folder = resolve(path_or_hub_id, revision)
-    model, config = load_model(folder, context, force, mtp, adapter)
+    model, config = load_model(folder, context, force, mtp, adapter, kv_bits)
     tiers.use(model, choose(kernels, model))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
