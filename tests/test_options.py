@@ -246,7 +246,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
         settings = {name: options.get(name) for name in ("max_tokens", "stop", "sampling")}
         return SimpleNamespace(
             model=None, tokenizer=SimpleNamespace(), stats=stats, drafter=drafter, **settings,
-            send=lambda text, **media: iter_of(text, media, pieces),
+            send=lambda text, progress, **media: iter_of(text, media, pieces),
             write_cache=lambda **_: (),
         )  # fmt: skip
 
