@@ -10,6 +10,7 @@ from everyday import everyday
 import qwen35_mlx
 from qwen35_mlx.cli import generate_command
 from qwen35_mlx.cli.generate_command import print_answer
+from qwen35_mlx.cli.progress import spinner
 from qwen35_mlx.engine import speculate
 from qwen35_mlx.engine.output import Piece, ToolCall
 
@@ -182,7 +183,7 @@ def test_pieces_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     lines = 'So:\n{"name": "f", "arguments": {"a": [1]}}\n'
     lines += '{"name": "g", "arguments": {}, "complete": false}\n'
     for show, expected in ((False, lines), (True, "<think>\nhm ok\n</think>\n\n" + lines)):
-        print_answer((piece for piece in pieces), show)
+        print_answer((piece for piece in pieces), show, spinner(""))
         assert capsys.readouterr().out == expected
 
 
@@ -190,10 +191,10 @@ def test_an_answer_on_a_terminal_cannot_steer_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = [Piece("answer", "a\x1b]0;title\x07b\x9b1m\tc\n")]
-    print_answer((piece for piece in evil), False)
+    print_answer((piece for piece in evil), False, spinner(""))
     assert capsys.readouterr().out == evil[0].text + "\n"
     monkeypatch.setattr(generate_command.sys.stdout, "isatty", lambda: True)
-    print_answer((piece for piece in evil), False)
+    print_answer((piece for piece in evil), False, spinner(""))
     assert capsys.readouterr().out == "a]0;titleb1m\tc\n\n"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,9 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--prompt": ["b"],
         "--raw": [],
+        "--file": ["{text}"],
+        "--cache-dir": ["c"],
+        "--cache-limit": ["9", "--cache-dir", "c"],
         "--image": ["{text}"],
         "--video": ["{text}"],
         "--pdf": ["{text}"],
@@ -111,6 +115,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--image": ["{text}"],
         "--allow-url": [],
         "--session": ["s"],
+        "--autosave": [],
+        "--cache-limit": ["9"],
         "--think-budget": ["5"],
         "--on-loop": ["penalize"],
         "--snapshot-memory": ["1"],
@@ -134,6 +140,8 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--kv-bits": ["8"],
         "--queue": ["3"],
         "--adapter-path": ["n=a"],
+        "--cache-dir": ["c"],
+        "--cache-limit": ["9", "--cache-dir", "c"],
         "--kernels": ["ops"],
         "--force": [],
         "--experts-memory": ["1GB"],
@@ -187,6 +195,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--max-context": ["600"],
         "--runs": ["2"],
         "--vs-mlx-lm": [],
+        "--recall": ["1K"],
         "--png": ["x.png"],
         "--json": [],
         "--experts-memory": ["1GB"],
@@ -241,9 +250,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
     from qwen35_mlx.cli import report as cli_report
     from qwen35_mlx.convert import calibrate, fidelity, fit, job, report, upload
-    from qwen35_mlx.engine import scheduler
+    from qwen35_mlx.engine import scheduler, segments
     from qwen35_mlx.evaluation import bench as measuring
-    from qwen35_mlx.evaluation import rival, scoring
+    from qwen35_mlx.evaluation import recall, rival, scoring
     from qwen35_mlx.kernels import doctor
     from qwen35_mlx.model import adapters, hub, loading
     from qwen35_mlx.quant import statistics
@@ -270,7 +279,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
         settings = {name: options.get(name) for name in ("max_tokens", "stop", "sampling")}
         return SimpleNamespace(
             model=None, tokenizer=SimpleNamespace(), stats=stats, drafter=drafter, **settings,
-            send=lambda text, **media: iter_of(text, media, pieces),
+            send=lambda text, progress, **media: iter_of(text, media, pieces),
+            write_cache=lambda **_: (),
         )  # fmt: skip
 
     def viewed(*_: Any, **__: Any) -> Any:
@@ -339,7 +349,11 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(hub, "resolve", tmp_path)
     fake(scheduler, "Engine", SimpleNamespace(start=lambda: None))
     fake(service.Settings, "of", SimpleNamespace(model_id="m", context_length=1))
-    fake(server_app, "make_app")
+    engine = SimpleNamespace(store=SimpleNamespace(model=None))
+    service_of = SimpleNamespace(service=SimpleNamespace(engine=engine))
+    fake(server_app, "make_app", SimpleNamespace(state=service_of))
+    fake(segments, "open_folder", nullcontext())
+    fake(attachments.Attachments, "add_texts")
     fake(server_run, "bind", SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8080)))
     fake(server_run, "serve", lambda make, bound, on_ready: (make(), on_ready()))
     fake(serve_commands, "newest", "newest")
@@ -355,6 +369,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
     fake(measuring, "drafting")
+    fake(recall, "measure", [])
     fake(measuring, "label", {})
     fake(rival, "mlx_lm_program")
     fake(cli_report, "draw_bench")

@@ -1,5 +1,6 @@
 """What was read, on disk: equal to the last bit, only appended to, never used when damaged."""
 
+import copy
 import errno
 import os
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.segments import Segments, open_folder
 from qwen35_mlx.errors import SessionError
+from qwen35_mlx.memory import kv_choices
 from qwen35_mlx.model.cache import KVCache
 from qwen35_mlx.model.loading import load_model
 
@@ -278,3 +280,23 @@ def test_a_store_takes_from_the_disk_what_memory_does_not_have(model: Any, tmp_p
     for file in tmp_path.iterdir():
         file.unlink()
     assert len(again.take([*IDS, 1, 2, 3]).ids) == len(IDS)
+
+
+def test_quantized_keys_and_values_come_back_and_are_not_those_of_other_bits(
+    demo: Any, tmp_path: Path
+) -> None:
+    model = demo[0]
+    packed = copy.copy(model)
+    packed.config = kv_choices(model.config, "k8v4")[0]
+    cache = PromptCache(packed)
+    cache.feeds_mtp = True
+    cache.read(IDS[:70])
+    write(Segments(tmp_path, packed), cache)
+    assert Segments(tmp_path, model).read(IDS) is None
+    loaded = Segments(tmp_path, packed).read(IDS)
+    assert loaded is not None and loaded.mtp and cache.mtp
+    pairs = zip(cache.all_entries, loaded.all_entries, strict=True)
+    for mine, theirs in ((a, b) for a, b in pairs if isinstance(a, KVCache)):
+        rows = [entry.rows(0, entry.offset) for entry in (mine, theirs) if entry.bits == (8, 4)]
+        assert {n: bits(a) for n, a in rows[0].items()} == {n: bits(a) for n, a in rows[1].items()}
+    assert step(loaded, 9) == step(cache, 9)

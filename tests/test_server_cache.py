@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qwen35_mlx.engine import reading
 from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.requests import Done, Request
 from qwen35_mlx.engine.scheduler import Engine
@@ -68,17 +69,28 @@ def test_another_process_goes_on_where_a_killed_one_was(start: Any) -> None:
     assert other.cached_tokens > other.prompt_tokens / 2
 
 
-def test_a_stop_saves_what_a_client_left_in_the_midst_of_its_prompt(start: Any) -> None:
+def test_a_stop_saves_what_a_client_left_in_the_midst_of_its_prompt(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "FIRST_PIECE_TOKENS", 64)
+    monkeypatch.setattr(reading.Pieces, "record", lambda *_: None)
+    read_piece = reading.Reading.read_piece
+
+    def left(self: Any, *arguments: Any) -> Any:
+        hidden = read_piece(self, *arguments)
+        if self.position >= 3 * 64:
+            self.ticket.cancel()
+        return hidden
+
     engine = start()
-    messages = [user("word and other things " * 100)]
-    ticket = engine.submit(Request(messages=messages, max_tokens=4))
-    while not engine.stats().get("prefilled_tokens"):
-        time.sleep(0.002)
-    ticket.cancel()
-    engine.stop()
-    read = engine.stats()["prefilled_tokens"]
+    messages = [user("word and other things " * 60)]
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.Reading, "read_piece", left)
+        (*_, end) = engine.submit(Request(messages=messages, max_tokens=4)).events()
+        assert isinstance(end, Done) and end.finish_reason == "cancelled"
+        engine.stop()
     again = ask(start(), messages, enable_thinking=None).usage
-    assert 0 < read < again.prompt_tokens and again.cached_tokens == read
+    assert again.cached_tokens == 3 * 64 < again.prompt_tokens
 
 
 def test_a_cache_that_cannot_be_written_harms_no_answer(

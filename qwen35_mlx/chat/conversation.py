@@ -1,6 +1,5 @@
 """A conversation: messages, thoughts apart from answers, tools, and nothing read twice."""
 
-import math
 import os
 import time
 import weakref
@@ -12,9 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from ..engine.decode import decode
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
-from ..engine.loops import LoopDetector
 from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from ..engine.prompt_cache import Progress, PromptCache
@@ -23,7 +20,7 @@ from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
 from ..engine.tool_calls import as_message, calls_of
 from ..engine.tool_values import Schema
-from ..engine.turn_prompts import THOUGHT_END, TurnPrompts
+from ..engine.turn_prompts import TurnPrompts
 from ..errors import ContextFull, Qwen35Error
 from ..model.language import Model
 from ..prompt import (
@@ -31,12 +28,12 @@ from ..prompt import (
     banned_ids,
     check_ids,
     check_length,
-    encode_text,
     open_messages,
     without_media,
 )
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from ..text.media_parts import Part, media_of, media_parts, source_parts, text_of
+from .answer import answer
 from .messages import Message, tool_message, user_message
 from .turn_stats import TurnStats
 
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
     from ..text.media_parts import Media
 
 LOOP_ACTIONS = ("stop", "penalize", "off")
-LOOP_PENALTY = 1.0
 # Short, so that whoever presses Enter does not wait for a piece to end.
 READ_AHEAD_STEP_SIZE = 64
 
@@ -454,8 +450,9 @@ class Chat:
         texts: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
         limit = min(most, context_length - len(prompt))
+        question = self.last_message() if self._turns() else ""
         try:
-            with closing(self._answer(cache, hidden, sampler, parser, limit)) as pieces:
+            with closing(answer(self, question, cache, hidden, sampler, parser, limit)) as pieces:
                 for piece in pieces:
                     if piece.call is None:
                         texts[piece.kind].append(piece.text)
@@ -471,61 +468,3 @@ class Chat:
                 typed = self._prompts.renders_json_arguments()
                 message["tool_calls"] = [as_message(call, typed=typed) for call in calls]
             self.messages.append(message)
-
-    def _answer(
-        self,
-        cache: PromptCache,
-        hidden: mx.array,
-        sampler: Sampler,
-        parser: OutputParser,
-        limit: int,
-    ) -> Generator[Piece, None, None]:
-        """The pieces of an answer of at most `limit` tokens; fills in `stats` as they come."""
-        stats, action = self.stats, self.loop_action
-        question = self.last_message() if self._turns() else ""
-        detector = LoopDetector(self.tokenizer, question)
-        num_prompt = len(cache.ids)
-        budget = self.think_budget or math.inf
-        started = time.perf_counter()
-        while True:
-            left = limit - stats.generation_tokens
-            with closing(decode(cache, hidden, sampler, left, self.drafter)) as steps:
-                for token, _, from_draft in steps:
-                    stats.draft_tokens += from_draft
-                    stats.generation_tokens += 1
-                    if stats.generation_tokens == 1:
-                        started = time.perf_counter()
-                    else:
-                        seconds = max(time.perf_counter() - started, 1e-9)
-                        stats.decode_tps = (stats.generation_tokens - 1) / seconds
-                    stats.thought_tokens += parser.in_thought
-                    stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-                    is_end = token in self.tokenizer.eos_token_ids
-                    pieces = [] if is_end else parser.feed(token)
-                    if is_end or parser.stopped:
-                        stats.finish_reason = "stop"
-                    elif stats.generation_tokens == limit:
-                        stats.finish_reason = "length"
-                    elif action != "off" and detector.feed(token):
-                        detector = LoopDetector(self.tokenizer, question)
-                        if action == "stop":
-                            stats.finish_reason = "loop"
-                        else:
-                            stats.loops += 1
-                            higher = sampler.params.presence_penalty + LOOP_PENALTY
-                            sampler.penalise_repeats(min(higher, 10.0), cache.ids[num_prompt:])
-                    yield from pieces
-                    if stats.finish_reason:
-                        yield from parser.finish()
-                        return
-                    if parser.in_thought and stats.thought_tokens >= budget:
-                        break
-            end = encode_text(self.tokenizer, THOUGHT_END)
-            if stats.generation_tokens + len(end) >= limit:
-                stats.finish_reason = "length"
-                yield from parser.finish()
-                return
-            hidden = cast(mx.array, cache.read(end))
-            sampler.accept(mx.array(end))
-            stats.generation_tokens += len(end)
-            yield from parser.insert(end)

@@ -55,8 +55,6 @@ def bench(
     line is JSON to share and to compare.
     """
     if recall is not None:
-        if vs_mlx_lm or png or max_context:
-            raise typer.BadParameter("--recall measures no speed; use it without other measures")
         bench_recall(model, recall, as_json, kernels)
         return
     from ..evaluation import bench as measuring

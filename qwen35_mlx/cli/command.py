@@ -55,6 +55,8 @@ RULES: dict[str, list[Rule]] = {
         (("--allow-url",), MEDIA),
         (("--pages",), ("--pdf",)),
         *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
+        (("--raw", "--cache-dir"), ()),
+        (("--cache-limit",), ("--cache-dir",)),
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),
         (("--json", "--show-thoughts"), ()),
@@ -68,8 +70,11 @@ RULES: dict[str, list[Rule]] = {
         DRAFTS,
     ],
     "sessions": [(("--remove", "NAME"), ())],
-    "serve": [(("--demo", "MODEL"), ())],
+    "serve": [(("--demo", "MODEL"), ()), (("--cache-limit",), ("--cache-dir",))],
     "cluster": [(("--hosts", "--hostfile"), ())],
+    "bench": [
+        (("--recall", name), ()) for name in ("--max-context", "--runs", "--vs-mlx-lm", "--png")
+    ],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")

@@ -16,6 +16,8 @@ from . import options
 from .chat_commands import read_prompts
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from ..chat.conversation import Chat, TurnStats
     from ..engine.output import Piece
 
@@ -106,8 +108,6 @@ def generate(
     Standard output gets the answer alone; calls of tools follow it, one line of JSON each.
     Sampling options default to the model's generation_config.json.
     """
-    if raw and cache_dir is not None:
-        raise typer.BadParameter("--cache-dir is for prompts in the chat template, not for --raw")
     text = read_prompts([] if prompt is None else [prompt])[0]
     sampling = options.sampling_options(ctx)
     schemas = read_tools(tools) if tools else []
@@ -122,7 +122,7 @@ def generate(
     from ..chat.conversation import Chat
     from ..engine.prefix_store import PrefixStore
     from ..model.loading import load
-    from .progress import spinner
+    from .progress import spinner, token_progress_then
     from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
@@ -154,7 +154,8 @@ def generate(
     attached = Attachments(chat, allow_url)
     if media:
         attached.add(media, pages=pages)
-    attached.add_texts(documents)
+    if documents:
+        attached.add_texts(documents)
     text = "\n\n".join([*attached.texts, text])
     with ExitStack() as held:
         if cache_dir is not None:
@@ -163,17 +164,22 @@ def generate(
             chat.disk = held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
             # After Ctrl-C too.
             held.callback(lambda: list(chat.write_cache(every_point=True)))
+        status, progress = held.enter_context(token_progress_then("thinking …"))
         started = time.perf_counter()
-        pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
+        if raw:
+            pieces = continue_text(chat, text)
+            status.start()
+        else:
+            pieces = chat.send(text, progress, **attached.options())
         if as_json:
-            with spinner("generating …"):
-                parts = list(pieces)
+            parts = list(pieces)
+            status.stop()
             total_s = time.perf_counter() - started
             found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
             print(json.dumps(found | attached.counts()))
             return
         with held_warnings():
-            print_answer(pieces, show_thoughts)
+            print_answer(pieces, show_thoughts, status)
     if chat.stats.finish_reason == "length":
         note("the answer was cut: at --max-tokens, or because the context is full")
 
@@ -203,10 +209,11 @@ def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
         yield Piece("answer", response.text)
 
 
-def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) -> None:
-    """Print pieces as they come."""
-    from ..chat.conversation import THOUGHT_END
-    from .progress import spinner
+def print_answer(
+    pieces: Generator["Piece", None, None], show_thoughts: bool, status: "Status"
+) -> None:
+    """Print pieces as they come; the spinner ends with the first one."""
+    from ..engine.turn_prompts import THOUGHT_END
     from .terminal import CONTROL
 
     is_terminal = bool(sys.stdout) and sys.stdout.isatty()
@@ -216,7 +223,7 @@ def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) ->
         # A terminal would obey control characters; a file gets the text as it is.
         print(text.translate(CONTROL) if is_terminal else text, end="", flush=True)
 
-    with closing(pieces), spinner("thinking …") as status:
+    with closing(pieces):
         for piece in pieces:
             if piece.kind == "thought" and not show_thoughts:
                 continue

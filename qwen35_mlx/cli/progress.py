@@ -165,3 +165,20 @@ def token_progress() -> Iterator[Callable[[int, int], None]]:
         yield update
     finally:
         bar.stop()
+
+
+@contextmanager
+def token_progress_then(text: str) -> Iterator[tuple[Status, Callable[[int, int], None]]]:
+    """A bar while a long prompt is read, and a spinner once it is."""
+    status = spinner(text)
+    with token_progress() as update:
+
+        def progress(done: int, total: int) -> None:
+            update(done, total)
+            if done == total:
+                status.start()
+
+        try:
+            yield status, progress
+        finally:
+            status.stop()

@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 
-from ..errors import SessionError
 from ..memory import Allowance
 from ..model.cache import kv_bytes
 from ..model.language import Model
@@ -112,7 +111,8 @@ class PrefixStore:
             next(self._writing)
         except StopIteration:
             self._writing = None
-        except SessionError as error:
+        # Answers go on, whatever it is.
+        except Exception as error:
             self._writing = None
             log.warning("%s", error)
 

@@ -67,7 +67,7 @@ class Segments:
         self.folder, self.model = folder, model
         self.max_bytes = float("inf") if max_bytes is None else max_bytes
         self.problems: list[str] = []
-        known = [FORMAT, model_identity(model), getattr(model, "kv_bits", None), model.config.rope]
+        known = [FORMAT, model_identity(model), model.config.rope]
         self._root = _name("", repr(known).encode())
         # By the name of their parent, and their own.
         self._children: dict[str, dict[str, Segment]] = defaultdict(dict)
