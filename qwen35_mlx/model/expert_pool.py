@@ -182,8 +182,10 @@ class ExpertPool:
         self._stats.num_bytes += len(experts) * self._reader.expert_bytes
 
     def _slots_of(self, experts: np.ndarray) -> mx.array:
-        slots = [self._slots[expert] for expert in experts.ravel().tolist()]
-        return mx.array(np.array(slots, np.uint32).reshape(experts.shape))
+        # A prompt has hundreds of thousands of them.
+        table = np.zeros(max(self._slots) + 1, np.uint32)
+        table[[*self._slots]] = [*self._slots.values()]
+        return mx.array(table[experts])
 
 
 class Experts:
