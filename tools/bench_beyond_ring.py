@@ -284,6 +284,8 @@ def death(home: Path, place: int) -> bool:
                 with suppress(subprocess.TimeoutExpired):
                     _, errors = process.communicate(timeout=max(0.1, end - time.monotonic()))
                     told.append(process.returncode == 1 and f"process {victim} of" in errors)
+                    if not told[-1]:
+                        print(f"{rank} of {size}, {victim} lost: {process.returncode} {errors}")
     whole = len(read_conversation(session)["messages"]) == 2
     return len(told) == size - 1 and all(told) and whole
 

@@ -56,15 +56,15 @@ class Link:
                 if select([each], [], [], 0)[0] and not each.recv(1, socket.MSG_PEEK):
                     self._lose(f"process {rank} of the model has ended")
         self._is_ending = True
-        with suppress(OSError):
-            self.send({"do": "end", "dropped": []})
-        self._close()
+        self._close({"do": "end"})
 
-    def _close(self) -> None:
-        """Read what is on its way, or the others would not get what was sent last."""
+    def _close(self, last: Message) -> None:
+        """Send a last message, and read what is on its way: else that would not arrive."""
         end, left = time.monotonic() + CLOSE_S, list(self._sockets.values())
-        with suppress(OSError):
-            for each in left:
+        for each in left:
+            # One of them may be what is lost.
+            with suppress(OSError):
+                each.sendall(json.dumps(last).encode() + b"\n")
                 each.shutdown(socket.SHUT_WR)
         while left and time.monotonic() < end:
             for each in select(left, [], [], 0.1)[0]:
@@ -120,9 +120,7 @@ class Link:
 
     def fail(self, text: str) -> NoReturn:
         """End all processes with this error."""
-        with suppress(OSError):
-            self.send({"do": "lost", "text": text})
-        self._close()
+        self._close({"do": "lost", "text": text})
         if self._terminal is not None:
             _set_terminal(self._terminal)
         with suppress(OSError, ValueError):

@@ -28,7 +28,7 @@ from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from . import cache as caches
 from .link import connect, uninterrupted
 
-# Within which rank 0 tells of a process that has ended.
+# Within which the link tells of a process that has ended.
 WORD_S = 2.0
 # Messages that tell the speed of the link: 8 KB, a token's in bfloat16.
 NUM_MEASURED, MEASURED_NUMBERS = 21, 2048
@@ -146,6 +146,7 @@ class Leader:
 
     def fail(self, error: Exception) -> NoReturn:
         """End all processes: this one has failed in the middle of a pass."""
+        wait_for_word(error)
         self._link.fail(f"process 0 of the model has failed: {error}")
 
     def load(self, path: str, options: dict[str, Any]) -> None:
@@ -165,6 +166,12 @@ class Leader:
 def leader() -> Leader:
     """That of this process, rank 0."""
     return Leader()
+
+
+def wait_for_word(error: Exception) -> None:
+    """MLX may know of a lost process before the link does, which says which and ends this one."""
+    if isinstance(error, RuntimeError):
+        time.sleep(WORD_S)
 
 
 def measure_latency_us(group: mx.distributed.Group) -> float:
@@ -203,9 +210,7 @@ def follow(model: Any = None, load: Callable[..., Any] | None = None) -> None:
         try:
             follower.take(**message)
         except Exception as error:
-            if isinstance(error, RuntimeError):
-                # MLX may know of a lost process before rank 0 says which.
-                time.sleep(WORD_S)
+            wait_for_word(error)
             name = f"process {group().rank()} of the model"
             link.fail(f"{name} has failed: {error}")
 
