@@ -242,10 +242,8 @@ class _Chat(Writer):
 
     def _object(self) -> dict[str, Any]:
         choices = []
-        for index, reply in enumerate(self._replies):
-            logprobs = (
-                {"content": self._entries[index], "refusal": None} if self._logprobs else None
-            )
+        for index, (reply, entries) in enumerate(zip(self._replies, self._entries, strict=True)):
+            logprobs = {"content": entries, "refusal": None} if self._logprobs else None
             choices.append(
                 {
                     "index": index,
