@@ -198,7 +198,7 @@ class Segments:
             token_bytes = sum(a.nbytes for _, kv in kvs for a in kv.rows(0, 1).values())
             most = max(MIN_SEGMENT_TOKENS, PIECE_BYTES // max(token_bytes, 1))
             stop = min(start + most, len(ids))
-            arrays = {
+            rows = {
                 f"layers.{layer}.{name}": array
                 for layer, kv in kvs
                 for name, array in kv.rows(start, stop).items()
@@ -208,11 +208,15 @@ class Segments:
                 # How many tokens wait for it differs from time to time.
                 first = max(0, start - mtp_lag - MAX_WAITING)
                 metadata["mtp_start"] = str(first)
-                rows = mtp.cache.rows(first, stop - mtp_lag)
-                arrays |= {f"mtp.{name}": array for name, array in rows.items()}
+                of_mtp = mtp.cache.rows(first, stop - mtp_lag)
+                rows |= {f"mtp.{name}": array for name, array in of_mtp.items()}
+                del of_mtp
+            # Whoever goes on with the cache would have to copy all of it while views are alive.
+            rows = {name: mx.contiguous(array) for name, array in rows.items()}
+            mx.eval(rows)
             parent = path[-1].name if path else self._root
             segment = Segment(parent, _name(parent, words[start:stop]), start, stop)
-            yield from self._write_file(segment, "keys", arrays, metadata)
+            yield from self._write_file(segment, "keys", rows, metadata)
             self._children[parent][segment.name] = segment
             path = (*path, segment)
             yield
