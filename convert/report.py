@@ -11,7 +11,13 @@ from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig, VisionConfig
 from qwen35_mlx.errors import ConfigError, Qwen35Error, first_line
 from qwen35_mlx.family import FAMILY, family_config, find_member
-from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
+from qwen35_mlx.machine import (
+    GIB,
+    default_limit_bytes,
+    disk_gbps,
+    raised_limit_bytes,
+    wired_limit_mb,
+)
 from qwen35_mlx.media.patches import picture_size
 from qwen35_mlx.media.settings import VisionSettings, read_settings
 from qwen35_mlx.memory import AUTO, DEFAULT_CONTEXT, check_context, kv_choices
@@ -19,7 +25,22 @@ from qwen35_mlx.quant.recipes import RECIPES, recipe
 
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes
-from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, activation_bytes, running, tokens_per_second
+from .mac_models import (
+    BANDWIDTH_LIMIT,
+    EFFICIENCY,
+    MACS,
+    MISS_RATES,
+    ROUTER_S,
+    SSD_GBPS,
+    Mac,
+    activation_bytes,
+    first_part,
+    from_disk,
+    from_disk_tps,
+    running,
+    this_mac,
+    tokens_per_second,
+)
 from .plan import Plan, plan
 from .plots import picture
 from .source import Source
@@ -40,6 +61,11 @@ NOTE = (
     " that\nlimit raised; kv8: with --kv-bits 8, keys and values of 8 bits;\n"
     "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
+)
+
+SHARED_NOTE = (
+    "This is the first of {macs} such Macs that run the model together. The link is not counted: a"
+    " token takes\n{messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
 )
 
 
@@ -111,9 +137,17 @@ def picture_lines(planned: Plan) -> list[str]:
 
 
 def mac_lines(
-    planned: Plan, macs: Sequence[Mac], context: int | None = None, kv_bits: str = AUTO
+    planned: Plan,
+    macs: Sequence[Mac],
+    context: int | None = None,
+    kv_bits: str = AUTO,
+    num_macs: int = 1,
 ) -> list[str]:
-    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not."""
+    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not.
+
+    Of several equal Macs that run the model together, this is about the first.
+    """
+    num_layers, planned = planned.config.num_hidden_layers, first_part(planned, num_macs)
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
     if context is not None:
@@ -133,7 +167,41 @@ def mac_lines(
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
     note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
-    return [*aligned(rows), *note.splitlines()]
+    lines = [*aligned(rows), *note.splitlines()]
+    if num_macs > 1:
+        messages = 2 * num_layers + 1
+        lines += SHARED_NOTE.format(
+            macs=num_macs, messages=messages, bound=1e6 / (30 * messages)
+        ).splitlines()
+    return lines
+
+
+def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
+    """Macs that hold some of the experts only: how many, and the speed to expect."""
+    context = context or min(CONTEXTS[0], planned.config.context_length)
+    known = [mac for mac in macs if mac.gbps]
+    found = [(mac, held) for mac in known if (held := from_disk(planned, mac, context))]
+    if not found:
+        return []
+    file, is_own = planned.source.files[0], this_mac() in macs
+    ssd = (disk_gbps(file), "measured") if is_own and file.exists() else (SSD_GBPS, "assumed")
+    rows = [["Mac", "memory", "experts in memory", *(f"{miss:.0%} misses" for miss in MISS_RATES)]]
+    for mac, held in found:
+        share = held.num_slots / planned.config.num_experts
+        cells = [f"{held.num_slots}, {share:.0%}: {_gb(held.pool_bytes)}"]
+        for miss in MISS_RATES:
+            speed = from_disk_tps(planned, mac, held, miss, ssd[0], context)
+            cells.append(f"{speed:,.1f} tok/s")
+        rows.append([mac.chip, f"{mac.memory_gib:g} GB", *cells])
+    return [
+        "",
+        f"experts from disk (--experts-memory), at {_tokens(context)}:",
+        *aligned(rows),
+        f"for an SSD of {ssd[0]:.1f} GB/s ({ssd[1]}), {EFFICIENCY:.0%} of the memory's bandwidth,"
+        f" {1000 * ROUTER_S:.2f} ms a layer for its router;",
+        f"published miss rates: {MISS_RATES[0]:.0%} within one topic, {MISS_RATES[-1]:.0%} after a"
+        " change of it",
+    ]
 
 
 def family_lines(
@@ -142,6 +210,7 @@ def family_lines(
     context: int | None = None,
     settings: Callable[[Source], dict[str, Any]] | None = None,
     kv_bits: str = AUTO,
+    num_macs: int = 1,
 ) -> list[str]:
     """The released models on a machine: sizes, and contexts that fit, at several widths.
 
@@ -151,15 +220,27 @@ def family_lines(
     for member in FAMILY:
         source = family_source(member.full_name)
         ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
-        cells = [_longest(plan(source, **way), memory_bytes, context, kv_bits) for way in ways]
+        parts = [_part(plan(source, **way), num_macs) for way in ways]
+        cells = [
+            _longest(part, memory_bytes, context, kv_bits) if part else "no part" for part in parts
+        ]
         rows.append([member.full_name, *cells])
     asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
+    each = f", each of {num_macs} that run a model together" if num_macs > 1 else ""
     return [
-        f"{memory_bytes / GIB:.0f} GB of memory: {where}",
+        f"{memory_bytes / GIB:.0f} GB of memory: {where}{each}",
         *aligned(rows),
         f"size, and {asked}; {_raised_note(memory_bytes)}",
         "then plan NAME for one of them",
     ]
+
+
+def _part(planned: Plan, num_macs: int) -> Plan | None:
+    """What the first of several Macs has; None where the model cannot be split among them."""
+    try:
+        return first_part(planned, num_macs)
+    except Qwen35Error:
+        return None
 
 
 def fitting_lines(

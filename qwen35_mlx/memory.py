@@ -45,6 +45,9 @@ KV_BITS: dict[str, tuple[int, int] | None] = {"16": None, "8": (8, 8), "k8v4": (
 KV_GROUP_SIZE = 64
 # Tokens by which buffers of keys and values grow at least.
 KV_STEP = 256
+# With experts from disk: tokens that are brought through a layer together, and bytes of what the
+# experts make of them.
+MAX_SWEEP_TOKENS, SWEEP_BYTES = 32_768, 3 * 10**9
 # What else is allocated ahead, seen in models of many layers.
 AHEAD = 1.15
 # Of `chunk_gated_delta_rule`: tokens of a chunk.
@@ -305,6 +308,38 @@ def _feed_forward_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
     else:
         per_token = 4 * config.intermediate_size
     return step * (per_token + 6 * hidden) * item_bytes
+
+
+def sweep_tokens(config: ModelConfig) -> int:
+    """Tokens that go through a layer together where its experts are read from disk."""
+    per_token = 2 * config.num_experts_per_tok * config.hidden_size
+    steps = min(MAX_SWEEP_TOKENS, SWEEP_BYTES // per_token) // PREFILL_STEP_SIZE
+    return max(steps, 1) * PREFILL_STEP_SIZE
+
+
+def sweep_bytes(config: ModelConfig, context: int | None = None, item_bytes: int = 2) -> int:
+    """What reading a prompt layer by layer holds: the layer's input, and what its experts make."""
+    context = context or min(config.context_length, DEFAULT_CONTEXT)
+    per_token = (config.num_experts_per_tok + 6) * config.hidden_size * item_bytes
+    return min(sweep_tokens(config), context) * per_token
+
+
+def room_for_experts(
+    config: ModelConfig,
+    resident_bytes: int,
+    context: int | None = None,
+    item_bytes: int = 2,
+    limit_bytes: int | None = None,
+) -> int:
+    """What experts may take beside all other weights, a context and a prompt's activations.
+
+    On this machine, or where the GPU may use `limit_bytes`.
+    """
+    machine = describe()
+    limit = limit_bytes or machine.gpu_limit_bytes or machine.memory_bytes
+    context = context or min(config.context_length, DEFAULT_CONTEXT)
+    needed = count(config, resident_bytes, context, limit, item_bytes)
+    return limit - needed.total - sweep_bytes(config, context, item_bytes)
 
 
 def check_context(config: ModelConfig, context: int) -> None:

@@ -14,6 +14,7 @@ from random_schemas import is_valid, random_schema
 from qwen35_mlx.engine.grammar import GrammarError, Grammars
 from qwen35_mlx.engine.output import OutputParser
 from qwen35_mlx.engine.requests import Done, Grammar, Request, Token, ToolName
+from qwen35_mlx.engine.row import Row
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.tool_calls import as_message
 from qwen35_mlx.sampling import SamplingParams
@@ -193,9 +194,9 @@ def test_grammars_that_cannot_be_kept_are_refused(grammars, options):
 class Said:
     """What an engine answered."""
 
-    def __init__(self, engine: Engine, **options: Any):
+    def __init__(self, engine: Engine, question: str = "Weather in Paris?", **options: Any):
         options = {"params": SamplingParams(), "max_tokens": 120} | options
-        asked = Request(messages=[{"role": "user", "content": "Weather in Paris?"}], **options)
+        asked = Request(messages=[{"role": "user", "content": question}], **options)
         events = list(engine.submit(asked).events())
         pieces = [p for e in events if isinstance(e, Token | Done) for p in e.pieces]
         self.text = "".join(p.text for p in pieces if p.kind == "answer")
@@ -246,3 +247,81 @@ def test_an_answer_that_is_cut_says_so(engine):
     grammar = Grammar("json_schema", CITY)
     said = Said(engine, grammar=grammar, enable_thinking=False, max_tokens=3)
     assert said.finish_reason == "length"
+
+
+STRICT = CITY | {"properties": CITY["properties"] | {"city": {"type": "string", "enum": ["Rome"]}}}
+STRICT_TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": STRICT}},
+    {"type": "function", "function": {"name": "free", "parameters": CITY}},
+]
+GOOD = "<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n5\n"
+GOOD += "</parameter>\n</function>"
+FREE = "<function=free>\n<parameter=other>\nwhat it likes\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_kept"),
+    [
+        ("Any text, {x", True),
+        (f"I look.\n<tool_call>\n{GOOD}\n</tool_call>", True),
+        (f"<tool_call>\n{FREE}\n</tool_call>", True),
+        (f"<tool_call>\n{GOOD}\n</tool_call>\n<tool_call>\n{FREE}\n</tool_call> Done.", True),
+        (f"<tool_call>\n{GOOD.replace('5', '95')}\n</tool_call>", False),
+        (f"<tool_call>\n{GOOD.replace('city', 'town')}\n</tool_call>", False),
+        ("<tool_call>\n<function=unknown>\n</function>\n</tool_call>", False),
+    ],
+)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_of_strict_tools_keep_their_schemas_where_the_model_may_call(
+    grammars, demo, text, is_kept, parallel
+):
+    """Text is free; so are calls of tools that are not strict."""
+    options = {"strict_tools": ["get_weather"], "parallel_tool_calls": parallel}
+    compiled = grammars.of(request(tools=STRICT_TOOLS, **options), lambda: False)
+    matcher = compiled.matcher()
+    is_kept = is_kept and (parallel or text.count("<tool_call>") < 2)
+    for token in demo[1].encode(text, add_special_tokens=False):
+        if matcher.forbidden()[token]:
+            assert not is_kept
+            return
+        matcher.accept(token)
+    assert is_kept and (matcher.is_finished or not matcher.forbidden()[demo[1].eos_token_id])
+
+
+def test_tools_that_are_not_strict_need_no_grammar(grammars):
+    assert grammars.of(request(tools=TOOLS), lambda: False) is None
+    assert grammars.of(request(tools=TOOLS, strict_tools=["other"]), lambda: False) is None
+
+
+def test_one_call_ends_the_answer_where_parallel_calls_are_off(engine, monkeypatch):
+    called = "<tool_call>\n<function=get_weather>\n</function>\n</tool_call>"
+    prefilled = {"role": "assistant", "content": f"{called}\n{called}"}
+    ids = engine.tokenizer.encode(prefilled["content"], add_special_tokens=False)
+    end = engine.tokenizer.eos_token_id
+    taken = []
+
+    class Fed(Row):
+        def take(self, token, logits, from_draft=False):
+            taken.append(token)
+            super().take([*ids, end][len(taken) - 1], logits, from_draft)
+
+    monkeypatch.setattr("qwen35_mlx.engine.scheduler.Row", Fed)
+    options = {"enable_thinking": False, "parallel_tool_calls": False, "tools": TOOLS}
+    said = Said(engine, **options)
+    assert len(said.calls) == 1 and said.finish_reason == "tool_calls"
+
+
+def test_thoughts_alone_are_drafted_where_a_schema_follows(engine, monkeypatch):
+    steps = []
+
+    class Counted(Row):
+        def speculative_step(self, drafter):
+            steps.append(self.parser.in_thought)
+            return super().speculative_step(drafter)
+
+    monkeypatch.setattr("qwen35_mlx.engine.scheduler.Row", Counted)
+    options = {"grammar": Grammar("json_schema", CITY), "question": "What is 47 + 85?"}
+    said = Said(engine, **options)
+    assert len(steps) > 5 and all(steps)
+    plain = Said(engine, **options, draft="off")
+    assert (said.thought, said.text) == (plain.thought, plain.text) and said.text

@@ -217,6 +217,8 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     # The limit of the GPU may be raised, to what is needed and no more.
     assert "sudo sysctl iogpu.wired_limit_mb=2048 gives the GPU enough" in text
     assert "--force" in text
+    # Nor is there room for the experts of one token beside what must be in memory.
+    assert "with experts from disk: too little memory" in text and "for 2 of 8" in text
     assert isinstance(error.value, Qwen35Error)
 
 

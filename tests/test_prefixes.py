@@ -11,6 +11,7 @@ from checkpoints import VOCAB, write_checkpoint
 from everyday import everyday
 
 from qwen35_mlx.convert import convert
+from qwen35_mlx.engine import prefix_store
 from qwen35_mlx.engine.prefix_store import PrefixStore, snapshot_marks
 from qwen35_mlx.engine.prompt_cache import PromptCache, common_prefix
 from qwen35_mlx.errors import Qwen35Error
@@ -242,3 +243,16 @@ def test_what_goes_wrong_in_the_background_is_told(model: Any) -> None:
     with pytest.raises(Qwen35Error, match="no"):
         store.background.stop(wait_for_end=True)
     store.background.stop()
+
+
+def test_idle_conversations_do_not_pile_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_store, "MAX_IDLE_CACHES", 3)
+    store, owner = PrefixStore(model), threading.Event()
+    for seed, num_tokens in enumerate((8, 40, 41, 42, 43, 44, 9)):
+        cache = store.take(ids(num_tokens, seed), owner=owner)
+        cache.read(ids(num_tokens, seed))
+        if num_tokens != 40:
+            cache.release()
+        store.trim()
+    # The one in use stays; short ones are read again as fast.
+    assert [len(cache.ids) for cache in store.caches] == [40, 42, 43, 44]

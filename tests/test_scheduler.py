@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from everyday import everyday
 
-from qwen35_mlx.engine import reading, rows, scheduler
+from qwen35_mlx.engine import reading, row_batch, rows, scheduler
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.reading import Pieces
 from qwen35_mlx.engine.requests import (
@@ -113,7 +113,8 @@ def test_an_answer_does_not_depend_on_who_else_is_served(shared, seed):
 @pytest.mark.parametrize("streams", everyday((2, 3), 1))
 def test_batches_on_several_streams_give_the_same_answers(demo, shared, monkeypatch, streams):
     """As on a CPU, where each core has one; a row moves between them as others come and go."""
-    monkeypatch.setattr(rows, "num_streams", lambda model: streams)
+    monkeypatch.setattr(rows, "rows_a_stream", lambda model: 1)
+    monkeypatch.setattr(row_batch.os, "cpu_count", lambda: streams)
     engine = Engine(*demo)
     engine.start()
     requests = [ask(text, max_tokens=6 + 4 * i) for i, text in enumerate(QUESTIONS)]
@@ -122,10 +123,13 @@ def test_batches_on_several_streams_give_the_same_answers(demo, shared, monkeypa
     engine.stop()
 
 
-def test_more_rows_than_a_pass_takes_are_parted_evenly():
-    sizes = [[len(g) for g in groups(range(n), 1)] for n in (0, 1, 8, 9, 17)]
+def test_more_rows_than_a_pass_takes_are_parted_evenly(monkeypatch):
+    monkeypatch.setattr(row_batch.os, "cpu_count", lambda: 2)
+    sizes = [[len(g) for g in groups(range(n), 32)] for n in (0, 1, 8, 9, 17)]
     assert sizes == [[], [1], [8], [4, 5], [5, 6, 6]]
-    assert groups("abcde", 2) == [["a", "b"], ["c", "d", "e"]] and groups("a", 2) == [["a"]]
+    # A core each, from so many rows on that it pays.
+    assert groups("abcde", 2) == [["a", "b"], ["c", "d", "e"]] and groups("abc", 2) == [[*"abc"]]
+    assert groups("abcde", 1) == [["a", "b"], ["c", "d", "e"]] and groups("a", 1) == [["a"]]
 
 
 @pytest.mark.parametrize("name", everyday(("dense", "moe", "yarn"), 0))

@@ -37,9 +37,9 @@ from qwen35_mlx.engine.prefix_store import snapshot_marks
 from qwen35_mlx.family import family_config
 from qwen35_mlx.model import attention
 from qwen35_mlx.model.attention import Attention
+from qwen35_mlx.model.cache import ArraysCache, KVCache
 from qwen35_mlx.model.gated_delta_net import GatedDeltaNet
 from qwen35_mlx.model.language import Model
-from qwen35_mlx.model.layer_cache import ArraysCache, KVCache
 from qwen35_mlx.quant.divergence import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))

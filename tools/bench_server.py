@@ -92,12 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help=", ".join(parts))
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--soak-minutes", type=float, default=30)
     parser.add_argument("--fuzz", type=int, default=10_000)
     parser.add_argument("--agents", nargs="*", default=list(agent_turns.AGENTS))
     options = parser.parse_args()
     if options.short:
-        options.minutes, options.fuzz = min(options.minutes, 1), min(options.fuzz, 300)
+        options.soak_minutes, options.fuzz = min(options.soak_minutes, 1), min(options.fuzz, 300)
     wanted = options.parts or parts
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,7 +109,7 @@ def main() -> None:
         if "engine" in wanted:
             figures |= engine(*(["--only-demo", "--rounds", "1"] if options.short else []))
         if "life" in wanted:
-            figures |= life(folder, options.minutes, options.fuzz)
+            figures |= life(folder, options.soak_minutes, options.fuzz)
     print(json.dumps(label() | figures))
 
 

@@ -1,111 +1,94 @@
-"""The server's engine: tokens a second of many rows beside mlx-lm's, and answers by schemas.
+"""The server under load: tokens a second of many answers beside mlx-lm's, and schemas kept.
 
 Parts of `bench_server.py`; by itself it runs both and ends with one JSON line.
 """
 
 import argparse
-import functools
+import http.client
 import json
 import random
+import shutil
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm.utils
-from bench import write_checkpoint
+from bench import CONFIG, write_checkpoint
 from label import label
-from mlx_lm.generate import BatchGenerator
 from random_schemas import is_valid, random_schema
+from server_process import ServerProcess, mlx_lms, ours
 
 import qwen35_mlx
 from qwen35_mlx.convert import convert
 from qwen35_mlx.engine.grammar import Grammars
-from qwen35_mlx.engine.requests import Grammar, Request, Token
-from qwen35_mlx.engine.scheduler import Engine
-from qwen35_mlx.model.loading import load_model
-from qwen35_mlx.sampling import SamplingParams
+from qwen35_mlx.engine.requests import Grammar, Request
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
+VOCAB = 2560
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+]
 ROWS = (1, 2, 4, 8, 16)
-PROMPT_TOKENS = 24
-GREEDY = SamplingParams()
+ANSWER_SECONDS = 600
 
 
-def prompts(num_rows: int, vocab: int) -> list[list[int]]:
-    """Prompts of different lengths that have nothing in common."""
-    draw = random.Random(num_rows)
-    return [
-        [draw.randrange(vocab) for _ in range(PROMPT_TOKENS + 5 * row)] for row in range(num_rows)
+def stream(server: ServerProcess, prompt: str, num_tokens: int, counts: list[int]) -> None:
+    """Add the length of a streamed answer to the counts."""
+    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_SECONDS)
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}
+    )
+    for line in connection.getresponse():
+        if line.startswith(b"data: {") and (usage := json.loads(line[6:]).get("usage")):
+            counts.append(usage["completion_tokens"])
+    connection.close()
+
+
+def served_tps(server: ServerProcess, prompts: list[str], num_tokens: int) -> float:
+    """Tokens a second of all answers together, from the first request to the last token."""
+    counts: list[int] = []
+    threads = [
+        threading.Thread(target=stream, args=(server, prompt, num_tokens, counts))
+        for prompt in prompts
     ]
-
-
-def steady_tps(times: list[list[float]]) -> float:
-    """Tokens a second of all rows while each of them decodes."""
-    start, end = max(row[0] for row in times), min(row[-1] for row in times)
-    return sum(start < t <= end for row in times for t in row) / (end - start)
-
-
-def our_tps(engine: Engine, ids: list[list[int]], num_tokens: int, draft: str = "off") -> float:
-    """Of the engine, in its own thread, text and events included."""
-    times: list[list[float]] = [[] for _ in ids]
-    tickets = []
-    for row, prompt in enumerate(ids):
-        request = Request(
-            prompt=prompt, params=GREEDY, max_tokens=num_tokens, ignore_eos=True, draft=draft
-        )
-        request.stop_loops = False
-        ticket = engine.submit(request)
-        # All rows decode until the last prompt is read, so each has tokens to spare.
-        ticket.add_listener(
-            lambda event, row=row: (
-                isinstance(event, Token) and times[row].append(time.perf_counter())
-            )
-        )
-        tickets.append(ticket)
-    while not all(ticket.is_over for ticket in tickets):
-        time.sleep(0.01)
-    return steady_tps(times)
-
-
-def their_tps(model: Any, ids: list[list[int]], num_tokens: int) -> float:
-    """Of mlx-lm's BatchGenerator, which its server runs, without text and events."""
-    generator = BatchGenerator(model, completion_batch_size=32, prefill_batch_size=8)
-    rows = generator.insert([list(p) for p in ids], [num_tokens] * len(ids))
-    times: dict[int, list[float]] = {row: [] for row in rows}
-    while responses := generator.next_generated():
-        for response in responses:
-            times[response.uid].append(time.perf_counter())
-    return steady_tps(list(times.values()))
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+        # mlx-lm's server takes in few connections at a time, and resets the others.
+        time.sleep(0.005)
+    for thread in threads:
+        thread.join()
+    assert len(counts) == len(prompts), f"{len(prompts) - len(counts)} answers are not whole"
+    return sum(counts) / (time.perf_counter() - began)
 
 
 def decode_tps_vs_mlx_lm(folder: Path, num_tokens: int, rounds: int) -> dict[int, float]:
-    """Ratio of tokens a second by number of rows, both on one folder, in float32, in turns."""
-    ours, _ = load_model(folder)
-    _, tokenizer = qwen35_mlx.load(demo_folder())
-    theirs, _ = mlx_lm.utils.load_model(folder)
-    theirs.set_dtype(mx.float32)
-    mx.eval(theirs.parameters())
-    engine = Engine(ours, tokenizer)
-    engine.start()
+    """Ratio of tokens a second by number of answers; both servers run, and answer in turns."""
     ratios = {}
-    for num_rows in ROWS:
-        ids = prompts(num_rows, 2500)
-        # The first rows go on until the last prompt is read.
-        enough = num_tokens + 8 * num_rows
-        pairs = [
-            (our_tps(engine, ids, enough), their_tps(theirs, ids, enough)) for _ in range(rounds)
-        ]
-        mine, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratios[num_rows] = mine / other
-        print(
-            f"{folder.name:10} {num_rows:3} rows: ours {mine:8.1f} tok/s,"
-            f" mlx-lm {other:8.1f}, ratio {mine / other:5.2f}"
-        )
-    engine.stop()
-    return ratios
+    with ours(folder) as mine, mlx_lms(folder) as theirs:
+        for num_rows in (1, *ROWS):
+            pairs = []
+            for turn in range(rounds):
+                # Unknown to both, or one would have the beginning of it.
+                prompts = [f"Round {turn} of {num_rows}, story {i}:" for i in range(num_rows)]
+                pairs.append([served_tps(one, prompts, num_tokens) for one in (mine, theirs)])
+            # The first row of all is tried twice: both servers compile what they need.
+            ratios[num_rows] = statistics.median(a / b for a, b in pairs)
+            a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+            print(
+                f"{folder.name:10} {num_rows:3} answers: ours {a:8.1f} tok/s, mlx-lm {b:8.1f}, "
+                f"ratio {ratios[num_rows]:5.2f}",
+                flush=True,
+            )
+    return {rows: round(ratio, 2) for rows, ratio in ratios.items()}
 
 
 def schema_invalid(num_schemas: int, tokenizer: Any, vocab_size: int) -> int:
@@ -139,29 +122,29 @@ def random_answer(grammars: Grammars, schema: Any, seed: int, tokenizer: Any) ->
     return json.loads(tokenizer.decode(ids))
 
 
-@functools.cache
-def demo_folder() -> Path:
-    """The demo, converted once."""
-    return convert(DEMO, Path(tempfile.mkdtemp()) / "demo", bits=4)
-
-
 def main() -> None:
     """Both parts."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--schemas", type=int, default=500)
     parser.add_argument("--only-demo", action="store_true")
     options = parser.parse_args()
     sizes = options.tokens, options.rounds
-    results = {"demo": decode_tps_vs_mlx_lm(demo_folder(), *sizes)}
-    if not options.only_demo:
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder) / "source")
-            moe = convert(Path(folder) / "source", Path(folder) / "moe", bits=4)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Both compute in float32, as mlx-lm does what is not quantized in the checkpoint's type.
+        demo = convert(DEMO, Path(scratch) / "demo", bits=4, dtype="float32")
+        results = {"demo": decode_tps_vs_mlx_lm(demo, *sizes)}
+        if not options.only_demo:
+            source = Path(scratch) / "source"
+            CONFIG["text_config"]["vocab_size"] = VOCAB
+            write_checkpoint(source)
+            for name in TOKENIZER_FILES:
+                shutil.copy(DEMO / name, source / name)
+            moe = convert(source, Path(scratch) / "moe", bits=4, dtype="float32")
             results["moe"] = decode_tps_vs_mlx_lm(moe, *sizes)
-    _, tokenizer = qwen35_mlx.load(demo_folder())
-    invalid = schema_invalid(options.schemas, tokenizer, 2560)
+        tokenizer = qwen35_mlx.load(demo)[1]
+    invalid = schema_invalid(options.schemas, tokenizer, VOCAB)
     print(json.dumps(label() | {"decode_tps_vs_mlx_lm": results, "schema_invalid": invalid}))
 
 

@@ -46,6 +46,7 @@ def bench(
         bool, typer.Option("--json", help="Print the JSON line alone. Default: a table before it.")
     ] = False,
     kernels: options.Kernels = "auto",
+    experts_memory: options.ExpertsMemory = None,
 ) -> None:
     """Measure the speed of a model on this machine.
 
@@ -64,7 +65,9 @@ def bench(
     folder = resolve(model)
     with spinner(f"Loading {model}"):
         needed = None if max_context is None else max_context + measuring.ROOM
-        loaded, tokenizer = loading.load(folder, kernels=kernels, context=needed)
+        loaded, tokenizer = loading.load(
+            folder, kernels=kernels, context=needed, experts_memory=experts_memory
+        )
         programs = {measuring.OURS: lambda: measuring.our_conversation(loaded)}
         if vs_mlx_lm:
             from ..evaluation.rival import mlx_lm_program
@@ -80,6 +83,7 @@ def bench(
         "median_of": runs,
         "contexts": rows,
         "drafts": drafts,
+        "experts": loaded.experts and loaded.experts.figures(),
     }
     from .report import draw_bench, print_bench
 

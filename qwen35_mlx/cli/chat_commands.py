@@ -104,6 +104,7 @@ def chat(
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Chat with a model in the terminal.
@@ -144,6 +145,7 @@ def chat(
                 mtp=options.LOADS_MTP.get(draft),
                 adapter=adapter_path,
                 kv_bits=kv_bits,
+                experts_memory=experts_memory,
             )
     conversation = Chat(
         loaded,
@@ -219,8 +221,8 @@ def newest() -> str | None:
     return str(folder)
 
 
-def bundled_demo() -> str:
-    """The folder of the converted demo, made on the first call."""
+def bundled_demo(hints: bool = True) -> str:
+    """The folder of the converted demo, made on the first call; `hints`: what to say to it."""
     from ..convert import convert as run
     from .local_models import SOURCE, converted_demo
     from .progress import byte_progress
@@ -231,12 +233,13 @@ def bundled_demo() -> str:
             run(source, out, bits=4, progress=progress)
 
     folder = converted_demo(convert_demo)
-    note(
-        "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
-        "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
-        f"/image {SOURCE / 'picture.png'}, then: What do you see?\n"
-        "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
-    )
+    if hints:
+        note(
+            "This is the bundled demo: 5 M parameters that know 150 facts and a few tricks. Try:\n"
+            "What is the capital of France?  What is 47 + 85?  What is the opposite of hot?\n"
+            f"/image {SOURCE / 'picture.png'}, then: What do you see?\n"
+            "For a real model: qwen35-mlx convert SRC, then qwen35-mlx chat."
+        )
     return str(folder)
 
 

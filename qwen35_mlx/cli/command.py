@@ -41,7 +41,14 @@ RULES: dict[str, list[Rule]] = {
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],
-    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
+    "upload": [(("--card", name), ()) for name in ("--public", "--yes")],
+    "evaluate": [
+        *((("--tasks", name), ()) for name in ("--text", "--window", "--stride")),
+        *(((name,), ("--tasks",)) for name in ("--include-path", "--limit", "--num-fewshot")),
+        *(((name,), ("--tasks",)) for name in ("--batch-size", "--chat-template")),
+        *(((name,), ("--chat-template",)) for name in ("--think", "--no-think")),
+    ],
+    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS), (("--fit", "--macs"), ())],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),
         *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
@@ -64,6 +71,7 @@ RULES: dict[str, list[Rule]] = {
     ],
     "sessions": [(("--remove", "NAME"), ())],
     "serve": [(("--demo", "MODEL"), ()), (("--cache-limit",), ("--cache-dir",))],
+    "cluster": [(("--hosts", "--hostfile"), ())],
     "bench": [
         (("--recall", name), ()) for name in ("--max-context", "--runs", "--vs-mlx-lm", "--png")
     ],

@@ -100,6 +100,7 @@ def generate(
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
     kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Print one answer to a prompt, for scripts.
@@ -133,6 +134,7 @@ def generate(
             mtp=options.LOADS_MTP.get(draft),
             adapter=adapter_path,
             kv_bits=kv_bits,
+            experts_memory=experts_memory,
         )
     chat = Chat(
         loaded,

@@ -95,11 +95,35 @@ Force = Annotated[
         help="Load a model that does not fit in memory. Default: refuse it, with the numbers.",
     ),
 ]
+ExpertsMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MEMORY",
+        help="Keep experts in this much memory, such as 80GB, and read others from disk when a "
+        "token needs them. Default: all experts; if they do not fit, as many as do.",
+    ),
+]
+ExpertsLayout = Annotated[
+    Literal["stacked", "disk"],
+    typer.Option(
+        help="Where the matrices of an expert lie. stacked: in the stacks of all experts, as "
+        "mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once."
+    ),
+]
 AdapterPath = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
         help="Folder of an adapter, of `qwen35-mlx train` or mlx-lm. Default: no adapter.",
+    ),
+]
+NamedAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter-path",
+        metavar="NAME=DIR",
+        help="An adapter that requests may name: the model MODEL:NAME, or the field adapters. "
+        "Repeat the option for several. Default: none.",
     ),
 ]
 CalibrationFile = Annotated[

@@ -158,6 +158,8 @@ def show_stats(view: "ChatView", rest: str) -> None:
     view.show_figures()
     terminal.note(settings(view))
     terminal.note(draft_figures(view))
+    if experts := getattr(chat.model, "experts", None):
+        terminal.note(f"experts: {experts}")
     used, length = chat.num_context_tokens(), chat.model.config.context_length
     terminal.note(f"context: {used:,} of {length:,} tokens, {100 * used // length} % full")
     store = chat.prefixes

@@ -1,7 +1,7 @@
 """The grammar of tool calls, as a model of Qwen's writes them, with arguments by their schemas."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .tool_values import Schema, kinds_of
@@ -12,24 +12,36 @@ VALUE_END = "\n</parameter>\n"
 
 
 def call_grammar(
-    tools: Sequence[Schema], added: Mapping[str, int], *, as_json: bool, parallel: bool
+    tools: Sequence[Schema],
+    added: Mapping[str, int],
+    *,
+    as_json: bool,
+    parallel: bool,
+    strict: Collection[str],
+    is_talk: bool = False,
 ) -> str:
     """Lark of one call, or of several if `parallel`, of these tools.
 
     added: added tokens by text; tags that are tokens have to come as such. as_json: arguments as a
-    JSON object, else a tag for each.
+    JSON object, else a tag for each. strict: names of tools whose arguments keep their schemas.
+    is_talk: whether text may stand before the call, between calls, and alone.
     """
     start, end = (
         f"<[{added[tag]}]>" if tag in added else _text(tag)
         for tag in ("<tool_call>", "</tool_call>")
     )
-    rules = _json_rules(tools) if as_json else _tag_rules(tools)
+    rules = (_json_rules if as_json else _tag_rules)(tools, strict)
     again = f" ({_text(chr(10))} call)*" if parallel else ""
+    start_rule = f"call{again}"
+    if is_talk:
+        start_rule = "talk (call talk)*" if parallel else "talk call?"
     names = " | ".join(f"tool_{i}" for i in range(len(tools)))
     newline = _text("\n")
     return "\n".join(
         [
-            f"start: call{again}",
+            f"start: {start_rule}",
+            "talk: /(.|\\n)*/",
+            f"free[suffix={_text('</function>')}]: /(.|\\n)*/",
             f"call: {start} {newline} ({names}) {newline} {end}",
             f"text[suffix={_text(VALUE_END)}]: /(.|\\n)*/",
             *rules,
@@ -38,10 +50,11 @@ def call_grammar(
     )
 
 
-def _json_rules(tools: Sequence[Schema]) -> list[str]:
+def _json_rules(tools: Sequence[Schema], strict: Collection[str]) -> list[str]:
     rules = []
     for i, tool in enumerate(tools):
         name, parameters = _function(tool)
+        parameters = parameters if name in strict else {}
         call = {
             "type": "object",
             "properties": {"name": {"const": name}, "arguments": parameters or {"type": "object"}},
@@ -53,10 +66,13 @@ def _json_rules(tools: Sequence[Schema]) -> list[str]:
     return rules
 
 
-def _tag_rules(tools: Sequence[Schema]) -> list[str]:
+def _tag_rules(tools: Sequence[Schema], strict: Collection[str]) -> list[str]:
     rules = []
     for i, tool in enumerate(tools):
         name, parameters = _function(tool)
+        if name not in strict:
+            rules.append(f"tool_{i}: {_text(f'<function={name}>')} free")
+            continue
         properties = parameters.get("properties")
         required = parameters.get("required")
         body = [_text(f"<function={name}>\n")]

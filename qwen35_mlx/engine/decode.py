@@ -11,10 +11,10 @@ from .speculate import Drafter
 
 
 class Step(NamedTuple):
-    """A drawn token, and the log probabilities `[V]` it was drawn from before sampling (lazy)."""
+    """A drawn token, and the logits `[1, V]` it was drawn from."""
 
     token: int
-    logprobs: mx.array
+    logits: mx.array
     from_draft: bool = False
 
 
@@ -83,7 +83,7 @@ class Decoding:
                     if left > 1:
                         cache.commit(token_id)
                     left -= 1
-                    yield Step(token_id, log_probabilities(row))
+                    yield Step(token_id, row)
                     continue
                 # One pass over the token and its drafts; row r says what follows r drafts.
                 read = mx.concatenate([self.token, drafts])
@@ -101,11 +101,16 @@ class Decoding:
                     left -= 1
                     row = self.logits
                     self.token, self.logits = rows[i : i + 1], row_logits[i : i + 1]
-                    yield Step(read_ids[i], log_probabilities(row), from_draft=i > 0)
+                    yield Step(read_ids[i], row, from_draft=i > 0)
                     if sampler.params is not params or not cache.has_pass:
                         # Whoever reads the answer changed them, or looked at the cache, which
                         # ended the pass: what comes later is read again.
                         break
+        except RuntimeError as error:
+            # Of MLX, in the middle of a pass that other processes may take part in.
+            if ring := getattr(cache.model, "ring", None):
+                ring.fail(error)
+            raise
         finally:
             cache.settle()
 

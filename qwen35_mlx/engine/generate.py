@@ -22,7 +22,7 @@ from ..prompt import (
     encode_prompt,
     without_media,
 )
-from .decode import decode
+from .decode import decode, log_probabilities
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
@@ -115,10 +115,7 @@ def stream_generate(
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
     if prefill_step_size is not None:
         check_count("prefill_step_size", prefill_step_size)
-    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
-    stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
-    if not all(isinstance(s, str) for s in stops):
-        raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
+    stops = check_stops(stop)
     params = model.sampling_defaults.updated(**sampling)
     counted = mx.array(without_media(tokenizer, [*cached_ids, *ids]))
     sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
@@ -127,7 +124,7 @@ def stream_generate(
     drafter = draft
     if not isinstance(drafter, Drafter):
         drafter = Drafter(model, drafter, num_draft_tokens)
-    parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
+    parser = OutputParser(tokenizer, stop=stops, split=False)
     limit = min(limit, room)
     ends = tokenizer.eos_token_ids
     return _responses(
@@ -159,6 +156,15 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_stops(stop: Any) -> list[str]:
+    """Texts that end an answer, from none, one or several."""
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+    stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
+    if not all(isinstance(s, str) for s in stops):
+        raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
+    return [s for s in stops if s]
+
+
 def _responses(
     cache: PromptCache,
     ids: Sequence[int],
@@ -176,7 +182,7 @@ def _responses(
     hidden = cast(mx.array, cache.read(ids, step_size=step_size, progress=progress))
     prefill_seconds = 0.0
     with closing(decode(cache, hidden, sampler, max_tokens, drafter)) as steps:
-        for count, (token, logprobs, from_draft) in enumerate(steps, 1):
+        for count, (token, logits, from_draft) in enumerate(steps, 1):
             if count == 1:
                 prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
@@ -191,7 +197,7 @@ def _responses(
             yield GenerationResponse(
                 text="".join(piece.text for piece in pieces),
                 token=token,
-                logprobs=logprobs,
+                logprobs=log_probabilities(logits),
                 from_draft=from_draft,
                 prompt_tokens=len(ids),
                 prompt_tps=len(ids) / max(prefill_seconds, 1e-9),

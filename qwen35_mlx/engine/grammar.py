@@ -96,18 +96,25 @@ class Grammars:
             raise GrammarError(
                 "unknown tool_choice", got=repr(choice)[:80], expected="auto, none, required"
             )
-        if request.grammar is None and not must_call:
+        names = tool_names(request.tools)
+        may_call = bool(names) and choice == "auto"
+        is_strict = may_call and any(name in names for name in request.strict_tools)
+        if request.grammar is None and not must_call and not is_strict:
             return None
         parts = []
         if request.grammar is not None and not must_call:
             parts.append(self._of_answer(request.grammar))
-        if must_call or (request.tools and choice == "auto"):
+        if must_call or may_call:
             tools = _chosen(request.tools, choice)
+            # Beside text of any kind a call that is not strict is free too.
+            is_talk = not must_call and request.grammar is None
             lark = call_grammar(
                 tools,
                 self._tokenizer.get_added_vocab(),
                 as_json=writes_json_calls(),
                 parallel=request.parallel_tool_calls,
+                strict=request.strict_tools if is_talk else names,
+                is_talk=is_talk,
             )
             parts.append({"lark_grammar": lark})
         if len(parts) > 1:

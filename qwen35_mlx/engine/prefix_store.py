@@ -20,6 +20,8 @@ from .segments import Segments
 log = logging.getLogger(__name__)
 # Fewer are read again sooner than a recurrent state is kept for them.
 MIN_POINT_TOKENS = 32
+# Conversations that nobody continues at the moment; the oldest ones are dropped.
+MAX_IDLE_CACHES = 64
 
 
 class PrefixStore:
@@ -51,20 +53,24 @@ class PrefixStore:
         current: PromptCache | None = None,
         owner: object = None,
         disk: Segments | None = None,
+        model: Model | None = None,
     ) -> PromptCache:
         """A cache that holds the longest prefix of `ids` that any of them can give, or the disk.
 
         `current`, the caller's own, is changed in place; if another one holds more, `current` is
-        released to the store. The caches of others stay as they are.
+        released to the store. The caches of others stay as they are. `model`, if it is not the
+        store's own, is that with an adapter: caches that another one has read are not taken.
         """
+        model = model or self.model
         # The caller's own comes first among equals: it costs no copy.
         candidates = [
-            current or PromptCache(self.model, features=self.features),
-            *(c for c in self.caches if c is not current),
+            current or PromptCache(model, features=self.features),
+            *(c for c in self.caches if c is not current and c.model is model),
         ]
         best = max(candidates, key=lambda c: c.reusable_tokens(ids))
         num_tokens = best.reusable_tokens(ids)
-        if disk := disk or self.disk:
+        # Its files are of one model, not of that with an adapter.
+        if (disk := disk or self.disk) and disk.model is model:
             at_least = num_tokens + (MIN_POINT_TOKENS if num_tokens else 1)
             if saved := disk.read(ids, at_least, self.features):
                 best, num_tokens = saved, len(saved.ids)
@@ -89,7 +95,7 @@ class PrefixStore:
 
     def save_later(self, cache: PromptCache) -> None:
         """Write a cache to the disk, where there is one, by later calls of `save_piece`."""
-        if self.disk is not None:
+        if self.disk is not None and cache.model is self.disk.model:
             self._unsaved = deque([*(c for c in self._unsaved if c is not cache), cache])
 
     @property
@@ -135,11 +141,15 @@ class PrefixStore:
         return len({id(s) for c in self.caches for s in c.snapshots.values()})
 
     def trim(self) -> None:
-        """Drop snapshots until the rest fits the budget.
+        """Drop idle caches of few tokens, and snapshots until the rest fits the budget.
 
         Of the half that was not used for the longest time, that one without which the least has
         to be read again for what comes behind it: so points are dense near the end of a text.
         """
+        idle = [c for c in self.caches if not c.in_use]
+        worth = [c for c in idle if len(c.ids) >= MIN_POINT_TOKENS]
+        for cache in {*idle}.difference(worth[-MAX_IDLE_CACHES:]):
+            self.drop(cache)
         while self.nbytes > self.memory_bytes:
             points = [(s.last_used, n, c) for c in self.caches for n, s in c.snapshots.items()]
             if not points:

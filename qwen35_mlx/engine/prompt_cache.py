@@ -26,6 +26,7 @@ from ..model.cache import (
 )
 from ..model.language import Model
 from ..model.rope import media_positions
+from ..model.sweep import Kept, Sweep, piece_ends, read_by_layer, sweep_ends
 from .features import FeatureStore
 from .mtp_state import MTPState
 from .piece_size import PieceSize
@@ -122,12 +123,16 @@ class PromptCache:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
         A piece has at most `step_size` tokens, no more than 2,048, and no more than are read in
-        15 seconds. Returns the hidden state `[1, 1, H]` of the last token, or None if
-        `should_stop()` was true before a piece. `every` gets the hidden states `[1, T, H]` of
-        each piece.
+        15 seconds; with experts from disk many pieces go through a layer together. Returns the
+        hidden state `[1, 1, H]` of the last token, or None if `should_stop()` was true before a
+        piece. `every` gets the hidden states `[1, T, H]` of each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
+        ends = []
+        if experts := getattr(self.model, "experts", None):
+            ends = piece_ends(start, cuts, min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE))
+            cuts = sweep_ends(start, ends, experts.sweep_tokens) or cuts
         hidden = None
         if progress:
             progress(0, len(ids))
@@ -136,16 +141,22 @@ class PromptCache:
                 if should_stop and should_stop():
                     return None
                 size = min(step_size or PREFILL_STEP_SIZE, self._piece_size.next(PIECE_SECONDS))
+                sweep = None
+                if experts:
+                    size = cut - at
+                    inside = [end - at for end in ends if at < end <= cut]
+                    show = _of_layers(progress, at - start, size, len(ids))
+                    sweep = Sweep(inside, [mark - at for mark in marks], show)
                 piece = list(ids[at - start : min(at + size, cut) - start])
                 started = time.perf_counter()
-                hidden = self._read_piece(piece, last_only=every is None)
+                hidden = self._read_piece(piece, every is None, sweep)
                 self._piece_size.record(len(piece), time.perf_counter() - started)
                 if every:
                     every(self.model, hidden)
                     hidden = hidden[:, -1:]
                 if progress:
                     progress(len(self._ids) - start, len(ids))
-                if len(piece) == PREFILL_STEP_SIZE:
+                if len(piece) >= PREFILL_STEP_SIZE:
                     # Its buffers are of a size that the next piece does not have.
                     mx.clear_cache()
             if cut in marks:
@@ -153,12 +164,14 @@ class PromptCache:
         self.features.trim()
         return hidden
 
-    def _read_piece(self, piece: list[int], last_only: bool) -> mx.array:
+    def _read_piece(
+        self, piece: list[int], last_only: bool, sweep: Sweep | None = None
+    ) -> mx.array:
         if not self.can_go_back:
-            return self._read_all(piece, last_only)
+            return self._read_all(piece, last_only, sweep)
         before = self.end()
         try:
-            return self._read_all(piece, last_only)
+            return self._read_all(piece, last_only, sweep)
         except BaseException:
             # What the pieces before it have read stays.
             self._is_consistent = False
@@ -167,7 +180,7 @@ class PromptCache:
             self._is_consistent = True
             raise
 
-    def _read_all(self, piece: list[int], last_only: bool) -> mx.array:
+    def _read_all(self, piece: list[int], last_only: bool, sweep: Sweep | None) -> mx.array:
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
@@ -180,6 +193,12 @@ class PromptCache:
             positions = mx.array(numbers)[:, None]
             delta = following - start - len(piece)
             embeddings = self.model.embed(piece, self.features.rows(shown))
+        points: dict[int, Kept] = {}
+        if sweep:
+            trunk, x = self.model.language_model.model, embeddings
+            x = self.model.embed(piece) if x is None else x
+            hidden, points = read_by_layer(trunk, x, entries, sweep, positions, delta, last_only)
+        elif shown:
             hidden = self.model.trunk(
                 None,
                 entries,
@@ -199,6 +218,11 @@ class PromptCache:
         self._ids += piece
         self._rope_delta = delta
         self._is_consistent = True
+        for num_tokens, kept in points.items():
+            at = start + num_tokens
+            if at < len(self._ids):
+                self.snapshots[at] = Snapshot(at, tuple(kept), rope_delta(self._ids[:at]))
+                self.mark_used(at)
         return hidden
 
     def _behind_pictures(self) -> dict[str, Any]:
@@ -353,6 +377,13 @@ class PromptCache:
         """The last point at or before `num_tokens`; an empty cache is always one."""
         points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
+
+
+def _of_layers(
+    progress: Progress | None, before: int, num_tokens: int, total: int
+) -> Callable[[float], None]:
+    """Shows the share of layers that these tokens went through as a share of the tokens."""
+    return lambda share: progress(before + int(share * num_tokens), total) if progress else None
 
 
 def rope_delta(ids: Iterable[int]) -> int:

@@ -26,8 +26,8 @@ SCORED_TOKENS = 64
 class Reading:
     """A request whose prompt is being read, or waits for it."""
 
-    def __init__(self, prepared: Prepared, ticket: Ticket):
-        self.prepared, self.ticket = prepared, ticket
+    def __init__(self, prepared: Prepared, ticket: Ticket, model: Model):
+        self.prepared, self.ticket, self.model = prepared, ticket, model
         self.usage = Usage(prompt_tokens=len(prepared.ids))
         self.cache: PromptCache | None = None
         self.submitted = time.perf_counter()
@@ -45,10 +45,10 @@ class Reading:
         """Take the longest prefix that the store has."""
         ids, usage = self.prepared.ids, self.usage
         if self._scores is None:
-            self.cache = store.take(ids[:-1], owner=self)
+            self.cache = store.take(ids[:-1], owner=self, model=self.model)
         else:
             # Every place is needed.
-            self.cache = PromptCache(store.model, features=store.features)
+            self.cache = PromptCache(self.model, features=store.features)
         kept = usage.cached_tokens = len(self.cache.ids)
         usage.queue_seconds = time.perf_counter() - self.submitted
         boundary = self.prepared.boundary
@@ -145,10 +145,13 @@ def _shares(reading: Reading, other: Reading, store: PrefixStore) -> bool:
     """Whether `other` is about to reach a point that `reading` can begin at."""
     if reading.cache is not None or other.cache is None or other is reading:
         return False
+    if other.model is not reading.model:
+        return False
     ids = reading.prepared.ids[:-1]
     shared = common_prefix(other.prepared.ids, ids)
     points = [n for n in other.prepared.marks if other.position < n <= shared]
     if not points:
         return False
-    known = max((cache.reusable_tokens(ids) for cache in store.caches), default=0)
+    caches = [cache for cache in store.caches if cache.model is reading.model]
+    known = max((cache.reusable_tokens(ids) for cache in caches), default=0)
     return max(points) >= known + MIN_POINT_TOKENS

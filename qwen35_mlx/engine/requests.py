@@ -1,6 +1,6 @@
 """What a server asks of the engine, and the events that answer it; plain data without MLX."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +43,8 @@ class Request:
     # "auto", "none", "required", or a tool's name.
     tool_choice: str | ToolName = "auto"
     parallel_tool_calls: bool = True
+    # Tools whose calls keep their schemas, whether the model has to call or may.
+    strict_tools: Collection[str] = ()
     enable_thinking: bool | None = None
     # Tokens after which a thought is closed.
     think_budget: int | None = None
@@ -71,6 +73,8 @@ class Request:
     draft: str = "auto"
     # Requests with the same hint belong to one conversation.
     cache_hint: str | None = None
+    # By which of the engine's adapters; none if empty.
+    adapter: str = ""
     # Whether `Progress` events are wanted.
     wants_progress: bool = False
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..prompt import THINK_CLOSE
-from .decode import Decoding, Step
+from .decode import Decoding, Step, log_probabilities
 from .grammar import Matcher
 from .loops import LoopDetector
 from .output import OutputParser, Piece
@@ -34,8 +34,13 @@ class Vocabulary:
         with_ends[[i for i in self.ends if i < vocab_size]] = True
         self.forbidden = forbidden
         # None where nothing is: a mask costs an operation a token.
-        self.banned = mx.array(forbidden) if forbidden.any() else None
+        self._banned = mx.array(forbidden) if forbidden.any() else None
         self.banned_and_ends = mx.array(with_ends)
+
+    def banned(self, prepared: Prepared) -> mx.array | None:
+        """The mask `[V]` of what an answer never has; before a grammar no end either."""
+        has_end = prepared.grammar is None and not prepared.request.ignore_eos
+        return self._banned if has_end else self.banned_and_ends
 
 
 class Row:
@@ -103,16 +108,16 @@ class Row:
     @property
     def can_draft(self) -> bool:
         """Whether tokens may be drawn before those in front of them are known to the host."""
-        needs_ends = self.num_generated >= self.prepared.request.min_tokens
-        return self._grammar is None and needs_ends and not self.prepared.request.ignore_eos
+        if self.num_generated < self.prepared.request.min_tokens:
+            return False
+        # What is drawn behind the end of a thought is drawn again: the template's tokens follow.
+        return self._grammar is None or (self.parser.in_thought and bool(self._gap))
 
     def forbidden(self) -> mx.array | None:
         """The mask `[V]` of tokens that must not come next; None: what is banned for all."""
         request, vocabulary = self.prepared.request, self._vocabulary
         if self._grammar is not None and not self.parser.in_thought:
             return mx.array(self._grammar.forbidden() | vocabulary.forbidden)
-        if self._grammar is not None or request.ignore_eos:
-            return vocabulary.banned_and_ends
         # The next one is the token `num_generated + 1`.
         is_early = self.num_generated < request.min_tokens
         return vocabulary.banned_and_ends if is_early else None
@@ -134,8 +139,8 @@ class Row:
             self._steps.close()
             self._steps = None
 
-    def take(self, token: int, logprobs: mx.array | None, from_draft: bool = False) -> None:
-        """A token that was read, and the log probabilities `[V]` there; sends what it means."""
+    def take(self, token: int, logits: mx.array, from_draft: bool = False) -> None:
+        """A token that was read, and the logits `[1, V]` there; sends what it means."""
         request, parser, usage = self.prepared.request, self.parser, self.usage
         now = time.perf_counter()
         self.num_generated += 1
@@ -146,8 +151,8 @@ class Row:
         self.num_thought_tokens += parser.in_thought
         logprob: float | None = None
         top: Top = ()
-        if request.logprobs is not None and logprobs is not None:
-            row = np.array(logprobs)
+        if request.logprobs is not None:
+            row = np.array(log_probabilities(logits))
             logprob, top = float(row[token]), likeliest(row, request.logprobs)
         was_thought = parser.in_thought
         is_end = token in self._ends and not request.ignore_eos
@@ -156,7 +161,9 @@ class Row:
         if self._grammar is not None and not is_end and not was_thought:
             self._grammar.accept(token)
         follows = self._grammar if not was_thought else None
-        if is_end or parser.stopped or (follows is not None and follows.is_finished):
+        has_called = bool(self._calls) and not request.parallel_tool_calls
+        is_over = is_end or parser.stopped or has_called
+        if is_over or (follows is not None and follows.is_finished):
             self.finish_reason = "stop"
         elif self.left <= 0:
             self.finish_reason = "length"

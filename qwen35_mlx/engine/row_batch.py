@@ -14,9 +14,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..kernels.matrix import MAX_ROWS
-from ..model.cache import ArraysCache
+from ..model.cache import join, part
 from ..model.language import Model
-from ..model.layer_cache import RowsKVCache
 from .exact_rows import runs_on_cpu
 from .prompt_cache import PromptCache
 
@@ -24,22 +23,25 @@ T = TypeVar("T")
 
 # More would lose the bits of a row alone, and the kernels for few rows.
 MAX_BATCH_ROWS = MAX_ROWS
-# With smaller weights, building a second graph takes longer than computing half of one.
+# Of weights that all rows of a batch read: with fewer, building its graph takes longer than
+# computing beside another one saves.
 PARALLEL_BYTES = 64 * 2**20
 
 
-def num_streams(model: Model) -> int:
-    """How many batches compute at a time: on a CPU one on each core, where there is much to do."""
-    if not runs_on_cpu():
-        return 1
+def rows_a_stream(model: Model) -> int:
+    """From how many rows on a batch of its own pays: on a CPU each core computes one at a time."""
+    # Several processes of one model compute one pass after the other.
+    if not runs_on_cpu() or getattr(model, "ring", None):
+        return MAX_BATCH_ROWS
     weights: Any = tree_flatten(model.parameters())
-    is_large = sum(array.nbytes for _, array in weights) >= PARALLEL_BYTES
-    return os.cpu_count() or 1 if is_large else 1
+    num_bytes = sum(array.nbytes for _, array in weights)
+    return max(1, -(-PARALLEL_BYTES // num_bytes))
 
 
-def groups(rows: Sequence[T], num_streams: int) -> list[list[T]]:
+def groups(rows: Sequence[T], rows_a_stream: int) -> list[list[T]]:
     """The rows by batches of about the same size, each for a stream of its own."""
-    number = max(-(-len(rows) // MAX_BATCH_ROWS), min(num_streams, len(rows)))
+    streams = min(os.cpu_count() or 1, len(rows) // rows_a_stream)
+    number = max(-(-len(rows) // MAX_BATCH_ROWS), streams)
     cuts = [len(rows) * i // number for i in range(number + 1)] if number else []
     return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
 
@@ -60,24 +62,15 @@ class RowBatch:
         self.rows = list(rows)
         if len(rows) < 2:
             return
-        self._entries = []
-        for layer in zip(*(row.entries for row in rows), strict=True):
-            if isinstance(layer[0], ArraysCache):
-                self._entries.append(ArraysCache.merge(layer))
-            else:
-                self._entries.append(RowsKVCache(layer))
+        self._entries = join([row.entries for row in rows])
         deltas = [row.rope_delta for row in rows]
         self._rope_delta = mx.array(deltas) if any(deltas) else 0
 
     def clear(self) -> None:
         """Give all rows back their states."""
         if len(self.rows) > 1:
-            for place, row in enumerate(self.rows):
-                for mine, theirs in zip(self._entries, row.entries, strict=True):
-                    if isinstance(theirs, ArraysCache):
-                        # Copies: a view would keep the states of all rows alive.
-                        states = (mx.contiguous(a[place : place + 1]) for a in mine.cache)
-                        theirs.cache = list(states)
+            part(self._entries, [row.entries for row in self.rows])
+            for row in self.rows:
                 row.settle()
         self.rows, self._entries = [], []
 

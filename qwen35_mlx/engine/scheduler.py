@@ -8,13 +8,16 @@ import atexit
 import logging
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, current_thread
 from typing import Any
 
 import mlx.core as mx
 
+from ..errors import Qwen35Error
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
 from .admission import Admission
@@ -25,6 +28,7 @@ from .requests import (
     Done,
     EngineBusy,
     EngineStopped,
+    Event,
     Failed,
     FinishReason,
     Request,
@@ -61,8 +65,11 @@ class Engine:
         *,
         store: PrefixStore | None = None,
         limits: Limits | None = None,
+        adapters: Mapping[str, Model] | None = None,
     ):
+        """`adapters`: the model with each of them, by their names; see `with_adapter`."""
         self.model, self.tokenizer = model, tokenizer
+        self.models = {"": model, **(adapters or {})}
         self.store = store or PrefixStore(model)
         self.limits = limits or Limits()
         self._preparer = Preparer(model, tokenizer)
@@ -104,6 +111,9 @@ class Engine:
 
     def prepare(self, request: Request) -> Prepared:
         """All checks of a request, and its ids; raises Qwen35Error. Nothing of MLX is used."""
+        if request.adapter not in self.models:
+            names = ", ".join(filter(None, self.models)) or "none"
+            raise Qwen35Error("no such adapter", got=repr(request.adapter)[:80], expected=names)
         return self._preparer.prepare(request)
 
     def count_tokens(self, request: Request) -> int:
@@ -114,7 +124,7 @@ class Engine:
         """Queue a request; a mistake in it is raised here, as are EngineBusy and EngineStopped."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         ticket = Ticket(prepared.request.n, self._wake)
-        reading = Reading(prepared, ticket)
+        reading = Reading(prepared, ticket, self.models[prepared.request.adapter])
         with self._lock:
             if self._stopping is not None or not self.is_alive:
                 raise EngineStopped("the engine does not run", got=self._stopping or "it has died")
@@ -138,16 +148,45 @@ class Engine:
             thread.join()
         atexit.unregister(self.stop)
 
+    def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
+        """Answer requests in the caller's thread; yields the place of each and its events."""
+        events: list[tuple[int, Event]] = []
+
+        def take(place: int, event: Event) -> None:
+            events.append((place, event))
+
+        with self._lock:
+            self._thread, self._stopping = current_thread(), None
+        try:
+            for place, request in enumerate(requests):
+                self.submit(request).add_listener(partial(take, place))
+            while self._has_work():
+                self._take_inbox()
+                self._admit()
+                # Nobody waits for a first token: the more answers go on together, the better.
+                if self._readings:
+                    self._read_piece()
+                elif self._rows:
+                    self._step()
+                yield from events
+                events.clear()
+        finally:
+            self._thread, self._stopping = None, "not started"
+            self._tickets = set()
+            self._reset()
+
     def stats(self) -> dict[str, float]:
         """Counters since the first start, and what runs now."""
         counts = dict(self._counts)
         with self._lock:
             started = self._num_started()
             counts |= {"running": started, "queued": max(0, len(self._tickets) - started)}
+        experts = getattr(self.model, "experts", None)
         return counts | {
             "rows": len(self._rows),
             "cached_points": self.store.num_snapshots,
             "cache_bytes": self.store.nbytes,
+            **(experts.figures() if experts else {}),
         }
 
     def _num_started(self) -> int:
@@ -252,9 +291,10 @@ class Engine:
             if reading.cache is None:
                 reading.start(self.store)
             is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
-            size = self._pieces.next_size(is_shared)
+            experts = getattr(self.model, "experts", None)
+            size = experts.sweep_tokens if experts else self._pieces.next_size(is_shared)
             before = reading.position
-            drafter = self._rows.drafter(reading.prepared.request.draft)
+            drafter = self._rows.drafter(reading.model, reading.prepared.request.draft)
             hidden = reading.read_piece(size, drafter.uses_mtp)
             num_read = reading.position - before
             seconds = time.perf_counter() - started
@@ -275,20 +315,20 @@ class Engine:
         self._counts["prompt_tokens"] += len(prepared.ids)
         self._counts["cached_tokens"] += reading.usage.cached_tokens
         if self._vocabulary is None:
-            banned = banned_ids(self.model, self.tokenizer)
             width = self.model.head(hidden).shape[-1]
-            self._vocabulary = Vocabulary(self.tokenizer, width, banned)
+            never = banned_ids(self.model, self.tokenizer)
+            self._vocabulary = Vocabulary(self.tokenizer, width, never)
         caches = [cache, *(cache.fork(len(cache.ids)) for _ in range(request.n - 1))]
         counted = mx.array(without_media(self.tokenizer, prepared.ids))
+        banned = self._vocabulary.banned(prepared)
         rows = []
         for index, own in enumerate(caches):
             seed = None if request.seed is None else (request.seed + index) % 2**63
-            banned_mask = self._vocabulary.banned
             sampler = Sampler(
                 prepared.params,
                 counted,
                 seed,
-                () if banned_mask is None else banned_mask,
+                () if banned is None else banned,
                 request.logit_bias,
             )
             row = Row(
@@ -348,6 +388,9 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """One request ends with an error; the others go on."""
+        if isinstance(error, RuntimeError) and self.model.ring is not None:
+            # Of MLX, in the middle of a pass that other processes take part in.
+            self.model.ring.fail(error)
         log.warning("a request failed: %r", error, exc_info=error)
         self._counts["failed"] += 1
         # What they have read may be what failed: it is of no use to others.

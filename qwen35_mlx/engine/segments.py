@@ -165,7 +165,8 @@ class Segments:
         Yields after every 32 MiB; whoever stops there loses a segment at most. Ends early once
         the cache holds something else.
         """
-        if not 0 < num_tokens <= cache.last_point:
+        # Of a model on several Macs the others have parts of the cache: it is read again.
+        if not 0 < num_tokens <= cache.last_point or getattr(self.model, "ring", None):
             return
         point = cache.snapshots.get(num_tokens) or cache.end()
         if point.num_tokens != num_tokens:

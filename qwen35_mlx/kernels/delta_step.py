@@ -182,13 +182,11 @@ def _delta_ops(
     if kernels.on_mlx:
         out, states = _delta_mlx(qkv, z, b, a, recurrent_state, parameters, mask, kernels, keep)
         return out, window, states
-    q, k, v = mx.split(qkv, [key_dim, 2 * key_dim], axis=-1)
-    q = q.reshape(batch, num_tokens, -1, key_head_dim)
-    k = k.reshape(batch, num_tokens, -1, key_head_dim)
+    qk, v = mx.split(qkv, [2 * key_dim], axis=-1)
+    q, k = mx.split(l2_norm(qk.reshape(batch, num_tokens, -1, key_head_dim)), 2, axis=2)
     v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
     g, beta = _gates(a, b, parameters, mask)
-    q = l2_norm(q) * key_head_dim**-0.5
-    rule = (q, l2_norm(k), v, g, beta, recurrent_state)
+    rule = (q * key_head_dim**-0.5, k, v, g, beta, recurrent_state)
     if keep:
         out, states = recurrent_gated_delta_rule(*rule)
     else:
@@ -289,8 +287,10 @@ def _convolve(window: mx.array, num_tokens: int, weight: mx.array, kernels: Tier
     if num_tokens > MAX_ROWS:
         return nn.silu(mx.conv1d(window, weight, groups=channels))
     # In one order of sums, however few tokens there are.
-    rows = weight[..., 0].astype(mx.float32)
-    products = [window[:, j : j + num_tokens] * rows[:, j] for j in range(taps)]
+    rows = weight.squeeze(-1).T.astype(mx.float32)
+    if num_tokens == 1:
+        return nn.silu((window * rows).sum(axis=1, keepdims=True))
+    products = [window[:, j : j + num_tokens] * rows[j] for j in range(taps)]
     return nn.silu(sum(products[1:], products[0]))
 
 

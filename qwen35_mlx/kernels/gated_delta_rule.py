@@ -66,12 +66,20 @@ def recurrent_gated_delta_rule(
     # Value heads of one key head side by side: no repeated copies of q and k.
     grouped = (batch, num_key_heads, num_value_heads // num_key_heads)
     s = state.reshape(*grouped, value_head_dim, key_head_dim)
+    shapes = (
+        *((batch, num_key_heads, 1, 1, key_head_dim),) * 2,
+        *((*grouped, value_head_dim, 1), (*grouped, 1, 1), (*grouped, 1, 1)),
+    )
+    inputs = (q, k, v, mx.exp(g), beta)
     outputs, states = [], []
     for t in range(num_tokens):
-        q_t, k_t = q[:, t, :, None, None, :], k[:, t, :, None, None, :]
-        v_t = v[:, t].reshape(*grouped, value_head_dim, 1)
-        s = s * mx.exp(g[:, t]).reshape(*grouped, 1, 1)
-        error = beta[:, t].reshape(*grouped, 1, 1) * (v_t - (s * k_t).sum(axis=-1, keepdims=True))
+        # One token needs no slices: on the CPU each costs as much as what it is for.
+        parts = inputs if num_tokens == 1 else [x[:, t] for x in inputs]
+        q_t, k_t, v_t, decay, rate = (
+            x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)
+        )
+        s = s * decay
+        error = rate * (v_t - (s * k_t).sum(axis=-1, keepdims=True))
         s = s + error * k_t
         outputs.append((s * q_t).sum(axis=-1).reshape(batch, 1, num_value_heads, value_head_dim))
         states.append(s.reshape(state.shape))

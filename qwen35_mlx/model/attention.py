@@ -22,6 +22,7 @@ from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
 from .layer_cache import RowsKVCache
 from .rope import PartialRope, RopeDelta, shifted
+from .shard import joined
 
 
 def attention_mask(num_tokens: int, cache: Any | None) -> Any:
@@ -67,10 +68,12 @@ class Attention(nn.Module):
 
     kernels: Tiers = PORTABLE
     max_scores_bytes: int = MAX_SCORES_BYTES
+    # Of the processes that have the other heads.
+    group: mx.distributed.Group | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self._num_kv_heads = config.num_key_value_heads
+        self.set_heads(config)
         self._scale = config.head_dim**-0.5
         hidden, dim = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(hidden, 2 * config.num_attention_heads * dim, bias=False)
@@ -80,6 +83,10 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.rope = PartialRope(config.rope)
+
+    def set_heads(self, config: ModelConfig) -> None:
+        """The numbers that are not seen in the weights."""
+        self._num_kv_heads = config.num_key_value_heads
 
     def __call__(
         self,
@@ -118,7 +125,9 @@ class Attention(nn.Module):
                     k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
             out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
-        return project(out, (self.o_proj,), self.kernels, residual=x)[0]
+        residual = x if self.group is None else None
+        (out,) = project(out, (self.o_proj,), self.kernels, residual=residual)
+        return joined(out, x, self.group)
 
     def _attend_rows(self, q: mx.array, k: mx.array, v: mx.array, cache: RowsKVCache) -> mx.array:
         """One token of each row over its own keys and values, `[B, H, 1, D]`."""

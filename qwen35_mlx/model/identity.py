@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from .expert_pool import OF_EXPERTS
 from .language import Model
 
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
@@ -19,18 +20,23 @@ def model_identity(model: Model) -> str:
     Kept while the model has the same arrays: it takes an operation or more for each of them.
     """
     named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    # Drafts change no text: the MTP layer may be there or not.
-    tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
-    arrays = hash((model.cache_key, *(id(array) for _, array in tensors)))
+    # Drafts change no text: the MTP layer may be there or not. Slots of experts always change.
+    tensors = sorted(
+        (name, array)
+        for name, array in named
+        if not name.startswith("mtp.") and not (model.experts and OF_EXPERTS in name)
+    )
+    changes = model.cache_key + (model.experts.digest if model.experts else "")
+    arrays = hash((changes, *(id(array) for _, array in tensors)))
     known = getattr(model, "_identity", "")
     if not known.startswith(f"{arrays} "):
-        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.cache_key)}"
+        known = model._identity = f"{arrays} {_digest_of_weights(tensors, changes)}"
     return known.partition(" ")[2]
 
 
-def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]], adapter: str) -> str:
+def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]], changes: str) -> str:
     # Samples could miss what one adapter has and another has not.
-    digest = hashlib.sha256(adapter.encode())
+    digest = hashlib.sha256(changes.encode())
     samples = []
     for name, array in tensors:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -1,20 +1,20 @@
 """Anthropic's /v1/messages and /v1/messages/count_tokens."""
 
 import secrets
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..engine.requests import Done, Grammar, Request, Started, Token, Usage
+from ..engine.requests import Done, Grammar, Request, Started, Token
 from . import options
 from .anthropic_messages import read_messages, read_tool_choice, read_tools
-from .events import Answer, StreamedAnswer, WholeAnswer, sse
+from .events import StreamedAnswer, WholeAnswer, sse
 from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import hidden
-from .replies import Reply, SentCall
+from .messages import strict_names
+from .replies import Reply, SentCall, Writer
 from .service import Service, service_of
 
 MAX_STOPS = 64
@@ -28,11 +28,9 @@ async def messages(http: HttpRequest) -> Response:
     body = await service.fields(http)
     call = _Messages(service, body)
     answer = await service.answer(call.request)
-    headers = {"request-id": f"req_{secrets.token_hex(12)}"}
     if call.is_stream:
-        return StreamedAnswer(answer, call.frames(answer), call.keepalive, headers=headers)
-    work = call.whole(answer)
-    return WholeAnswer(answer, work, lambda fault: fault.response("anthropic"), headers)
+        return StreamedAnswer(answer, call.frames(answer), call.keepalive)
+    return WholeAnswer(answer, call.whole(answer), "anthropic")
 
 
 async def count_tokens(http: HttpRequest) -> Response:
@@ -53,9 +51,11 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
     last = given[-1]
     return Request(
         messages=given,
+        adapter=service.adapter(body),
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         continue_final=last["role"] == "assistant" and not last.get("tool_calls"),
@@ -105,11 +105,11 @@ def _grammar(body: Fields) -> Grammar | None:
     return None
 
 
-class _Messages:
+class _Messages(Writer):
     """One request for a message, and the events or the object that answer it."""
 
     def __init__(self, service: Service, body: Fields):
-        self._service = service
+        super().__init__(service)
         self._model = service.check_model(body)
         max_tokens = body.integer("max_tokens", 1)
         if max_tokens is None:
@@ -121,7 +121,6 @@ class _Messages:
         self._omits_thoughts = shown == "omitted"
         self._id = f"msg_{secrets.token_hex(12)}"
         self._reply = Reply(id_prefix="toolu_")
-        self._usage = Usage()
         # The blocks so far, the last of which may be open.
         self._blocks: list[dict[str, Any]] = []
         self._is_open = False
@@ -136,16 +135,16 @@ class _Messages:
         if self._has_started:
             return b""
         self._has_started = True
-        message = self._object([]) | {"stop_reason": None, "stop_sequence": None}
+        message = self._object() | {"content": []} | {"stop_reason": None, "stop_sequence": None}
         return sse({"type": "message_start", "message": message}, "message_start")
 
-    def _object(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self) -> dict[str, Any]:
         return {
             "id": self._id,
             "type": "message",
             "role": "assistant",
             "model": self._model,
-            "content": content,
+            "content": self._blocks,
             **self._stop(),
             "usage": self._usage_object(),
         }
@@ -178,24 +177,16 @@ class _Messages:
             "stop_sequence": reply.stop_text if reason == "stop_sequence" else None,
         }
 
-    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
-        try:
-            async for _, event in answer.events():
-                if data := self._take(event):
-                    yield data
-        except ApiError as fault:
-            yield sse(fault.body("anthropic"), "error")
-            return
+    def _end(self) -> bytes:
         delta = {"type": "message_delta", "delta": self._stop(), "usage": self._usage_object()}
-        yield sse(delta, "message_delta")
-        yield sse({"type": "message_stop"}, "message_stop")
+        return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
 
-    def _take(self, event: Any) -> bytes:
+    def _failed(self, fault: ApiError) -> bytes:
+        return sse(fault.body("anthropic"), "error")
+
+    def _take(self, place: int, event: Any) -> bytes:
         """The stream's events for an event of the engine; `_blocks` has them together."""
         if isinstance(event, Started):
-            self._usage.prompt_tokens = event.prompt_tokens
-            self._usage.cached_tokens = event.cached_tokens
             return self._start() + PING
         if not isinstance(event, Token | Done):
             return b""
@@ -208,7 +199,6 @@ class _Messages:
             else:
                 data += self._add("text", "text", piece.text)
         if isinstance(event, Done):
-            self._usage = event.usage
             if not self._blocks:
                 data += self._add("text", "text", "")
             data += self._close()
@@ -262,9 +252,3 @@ class _Messages:
             self._thought = ""
         stop = {"type": "content_block_stop", "index": len(self._blocks) - 1}
         return data + sse(stop, "content_block_stop")
-
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The message of an answer that is not streamed."""
-        async for _, event in answer.events():
-            self._take(event)
-        return self._object(self._blocks)

@@ -1,8 +1,5 @@
 """The application: which handler answers which path, and what surrounds them all."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.applications import Starlette
@@ -64,17 +61,6 @@ def routes() -> list[BaseRoute]:
 
 def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
     """The application before an engine; `app.state.service` is what its handlers share."""
-    service = Service(engine, settings, tokenizer)
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        watcher = asyncio.create_task(models.watch_engine(service))
-        yield
-        watcher.cancel()
-        with suppress(asyncio.CancelledError):
-            await watcher
-        service.close()
-
     guard = Middleware(
         Guard,
         api_key=settings.api_key,
@@ -85,10 +71,9 @@ def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
         routes=[*routes(), *page_routes(ollama_models.root)],
         middleware=[guard],
         exception_handlers={HTTPException: _no_route, ApiError: _fault},
-        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.service = service
+    app.state.service = Service(engine, settings, tokenizer)
     return app
 
 

@@ -5,10 +5,22 @@ from typing import Any
 from ..engine.requests import ToolName
 from .faults import ApiError
 from .fields import Fields
-from .messages import Message, call_id, check_media, folded, function_tool, joined, picture
+from .messages import (
+    Message,
+    call_id,
+    check_media,
+    folded,
+    joined,
+    picture,
+    read_function,
+    read_functions,
+)
 from .messages import tool_call as history_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Kinds of parts that are text, and where it stands.
+TEXTS = dict.fromkeys(("text", "input_text", "output_text", "summary_text"), "text")
+TEXTS |= {"reasoning_text": "text", "refusal": "refusal"}
 
 
 def read_messages(body: Fields) -> list[Message]:
@@ -25,7 +37,7 @@ def _message(message: Fields) -> Message:
     role = message.choice("role", ROLES)
     if role is None:
         raise message.missing("role")
-    content = joined(_parts(message, is_user=role in ("user", "tool")))
+    content = read_parts(message, sees=role in ("user", "tool"))
     if role in ("system", "developer"):
         return {"role": "system", "content": content}
     if role in ("tool", "function"):
@@ -46,35 +58,33 @@ def _message(message: Fields) -> Message:
     return answer
 
 
-def _parts(message: Fields, is_user: bool) -> list[dict[str, Any]]:
-    """The parts of a content; nothing of what the client wrote besides."""
-    content = message.raw("content")
+def read_parts(holder: Fields, field: str = "content", sees: bool = True) -> Any:
+    """A content of OpenAI's APIs as text, or as parts if there are pictures; None is no text."""
+    content = holder.raw(field)
     if content is None:
-        return []
+        return ""
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+        return content
     if not isinstance(content, list):
-        raise message.refuse("content", "a string or a list of parts", "invalid_type")
+        raise holder.refuse(field, "a string or a list of parts", "invalid_type")
     # Strings in the list are no parts, but some clients send them.
     texts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
-    return [_part(part, is_user) for part in message.records("content", texts) or ()]
+    return joined([_part(part, sees) for part in holder.records(field, texts) or ()])
 
 
-def _part(part: Fields, is_user: bool) -> dict[str, Any]:
+def _part(part: Fields, sees: bool) -> dict[str, Any]:
     kind = part.text("type") or ("text" if "text" in part else "")
-    if kind in ("text", "input_text", "output_text"):
-        return {"type": "text", "text": part.text("text") or ""}
-    if kind == "refusal":
-        return {"type": "text", "text": part.text("refusal") or ""}
+    if kind in TEXTS:
+        return {"type": "text", "text": part.text(TEXTS[kind]) or ""}
     if kind in ("thinking", "reasoning"):
         return {"type": "text", "text": ""}
-    if kind in ("image_url", "input_image") and is_user:
+    if kind in ("image_url", "input_image") and sees:
         is_object = isinstance(part.raw("image_url"), dict)
         holder = part.record("image_url") if is_object else None
         return picture(
             part.text("image_url") if holder is None else holder.text("url"), part, "image_url"
         )
-    raise part.refuse("type", "text or image_url" if is_user else "text", "unsupported_content")
+    raise part.refuse("type", "text or image_url" if sees else "text", "unsupported_content")
 
 
 def _call(call: Fields) -> dict[str, Any]:
@@ -96,23 +106,9 @@ def _name(function: Fields) -> str:
 
 
 def read_tools(body: Fields) -> list[dict[str, Any]]:
-    """The functions among the tools; kinds that only OpenAI runs are left out."""
-    tools = []
-    for tool in body.records("tools") or ():
-        kind = tool.text("type") or "function"
-        if kind == "function":
-            function = tool.record("function")
-            if function is None:
-                raise tool.missing("function")
-            tools.append(_tool(function))
-    if not tools:
-        tools = [_tool(function) for function in body.records("functions") or ()]
-    return tools
-
-
-def _tool(function: Fields) -> dict[str, Any]:
-    description, parameters = function.text("description"), function.raw("parameters")
-    return function_tool(function.text("name"), description, parameters, function)
+    """The functions; in the oldest form they stand in a list of their own."""
+    functions = body.records("functions") or ()
+    return read_functions(body) or [read_function(function) for function in functions]
 
 
 def read_tool_choice(

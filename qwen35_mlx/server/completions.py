@@ -1,7 +1,6 @@
 """OpenAI's older /v1/completions: raw prompts, several at a time, and scores of their tokens."""
 
 import secrets
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +9,10 @@ from starlette.responses import Response
 
 from ..engine.requests import Done, PromptLogprobs, Request, Started, Token, Top, Usage
 from . import options
-from .events import Answer, StreamedAnswer, WholeAnswer, sse
-from .faults import ApiError
+from .events import StreamedAnswer, WholeAnswer, sse
 from .fields import Fields
 from .openai import COMMENT, DONE, FINISH, MAX_CHOICES, MAX_STOPS, usage_object
-from .replies import timings
+from .replies import Writer, timings
 from .service import FINGERPRINT, Service, service_of
 
 DEFAULT_MAX_TOKENS = 16
@@ -30,7 +28,7 @@ async def completions(http: HttpRequest) -> Response:
     answer = await service.answer(*completion.requests)
     if completion.is_stream:
         return StreamedAnswer(answer, completion.frames(answer), lambda: COMMENT)
-    return WholeAnswer(answer, completion.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, completion.whole(answer), "openai")
 
 
 def read_prompts(body: Fields) -> list[str | list[int]]:
@@ -74,7 +72,7 @@ class _Text:
     def __init__(self, service: Service, num_top: int | None):
         self._service = service
         self._num_top = num_top
-        self.text = ""
+        self.text, self.is_new = "", True
         self.scores = _Scores()
         self._num_chars_scored = 0
         self._ends = set(getattr(service.tokenizer, "eos_token_ids", ()))
@@ -125,11 +123,11 @@ class _Text:
         return self.logprobs(since)
 
 
-class _Completion:
+class _Completion(Writer):
     """One request for completions, and the objects that answer it."""
 
     def __init__(self, service: Service, body: Fields):
-        self._service = service
+        super().__init__(service)
         self._model = service.check_model(body)
         if body.text("suffix"):
             raise body.refuse("suffix", "nothing: this server fills no middles", "unsupported")
@@ -177,6 +175,7 @@ class _Completion:
             logprobs=0 if ranks and self._num_top is None else self._num_top,
             prompt_logprobs=self._num_top if self._echo else None,
             cache_hint=body.text("prompt_cache_key"),
+            adapter=self._service.adapter(body),
         )
 
     def _echoed(self, place: int) -> str:
@@ -186,96 +185,72 @@ class _Completion:
             return prompt
         return b"".join(map(self._service.bytes_of, prompt or ())).decode(errors="replace")
 
-    def _take(self, place: int, event: Any) -> list[tuple[int, str, bool]]:
-        """Index, new text and whether it is the end, for each choice that an event changes."""
+    def _take(self, place: int, event: Any) -> bytes:
         if isinstance(event, Started):
             self._usages[place].prompt_tokens = event.prompt_tokens
             self._usages[place].cached_tokens = event.cached_tokens
         if isinstance(event, PromptLogprobs):
-            for index in range(self._best_of):
-                text = self._texts[place * self._best_of + index]
+            for text in self._texts[place * self._best_of : (place + 1) * self._best_of]:
                 for i, token in enumerate(event.tokens):
                     text.score(token, event.logprobs[i], event.top[i], is_first=i == 0)
         if not isinstance(event, Token | Done):
-            return []
+            return b""
         index = place * self._best_of + event.index
         text = self._texts[index]
         if isinstance(event, Token) and not text.is_end(event.token):
             text.score(event.token, event.logprob, event.top)
         new = "".join(piece.text for piece in event.pieces)
+        if self._echo and text.is_new:
+            new = self._echoed(place) + new
+        text.is_new = False
         text.text += new
         if isinstance(event, Done):
             text.finish_reason = FINISH.get(event.finish_reason, event.finish_reason)
             self._usages[place] = event.usage
-        return [(index, new, isinstance(event, Done))]
+        elif not new:
+            return b""
+        choice = {"index": index, "text": new, "logprobs": text.unsent()}
+        return self._chunk([choice | {"finish_reason": text.finish_reason}])
 
-    def _usage(self) -> dict[str, Any]:
-        return usage_object(_sum(self._usages))
+    def _summed(self) -> Usage:
+        """The usage of all prompts together."""
+        total = Usage()
+        for usage in self._usages:
+            for name, value in vars(usage).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
 
-    def _object(self, choices: list[dict[str, Any]], created_s: float) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return sse(self._completion(choices) | more)
+
+    def _completion(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": "text_completion",
-            "created": int(created_s),
+            "created": int(self._created_s),
             "model": self._model,
             "system_fingerprint": FINGERPRINT,
             "choices": choices,
         }
 
-    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The chunks of a stream."""
-        waits_for_echo = [self._echo] * len(self._texts)
-        try:
-            async for place, event in answer.events():
-                for index, new, is_end in self._take(place, event):
-                    if waits_for_echo[index]:
-                        new, waits_for_echo[index] = self._echoed(place) + new, False
-                    if not new and not is_end:
-                        continue
-                    text = self._texts[index]
-                    choice = {
-                        "index": index,
-                        "text": new,
-                        "logprobs": text.unsent(),
-                        "finish_reason": text.finish_reason,
-                    }
-                    yield sse(self._object([choice], answer.created_s))
-        except ApiError as fault:
-            yield sse(fault.body("openai"))
-            return
-        if self._wants_usage:
-            yield sse(self._object([], answer.created_s) | {"usage": self._usage()})
-        yield DONE
+    def _end(self) -> bytes:
+        usage = self._chunk([], usage=usage_object(self._summed())) if self._wants_usage else b""
+        return usage + DONE
 
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        async for place, event in answer.events():
-            self._take(place, event)
+    def _object(self) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
         for place in range(len(self.requests)):
             texts = self._texts[place * self._best_of : (place + 1) * self._best_of]
             if self._best_of > self._n:
                 texts = sorted(texts, key=_Text.mean, reverse=True)[: self._n]
             for text in texts:
-                echoed = self._echoed(place) if self._echo else ""
                 choices.append(
                     {
                         "index": len(choices),
-                        "text": echoed + text.text,
+                        "text": text.text,
                         "logprobs": None if self._num_top is None else text.logprobs(),
                         "finish_reason": text.finish_reason,
                     }
                 )
-        return self._object(choices, answer.created_s) | {
-            "usage": self._usage(),
-            "timings": timings(_sum(self._usages)),
-        }
-
-
-def _sum(usages: list[Usage]) -> Usage:
-    """The usage of all prompts together."""
-    total = Usage()
-    for usage in usages:
-        for name, value in vars(usage).items():
-            setattr(total, name, getattr(total, name) + value)
-    return total
+        usage = self._summed()
+        return self._completion(choices) | {"usage": usage_object(usage), "timings": timings(usage)}

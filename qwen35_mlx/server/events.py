@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine.requests import Done, Event, Failed, Request
-from .faults import ApiError, as_fault
+from .faults import ApiError, Dialect, as_fault
 from .protocol import HALF_CLOSED
 
 # Silence after which something is sent, whatever the engine does.
@@ -20,8 +21,7 @@ KEEPALIVE_SECONDS = 2.0
 PROBE_SECONDS = 0.2
 # Prompts of one request that the engine has at a time.
 MAX_PROMPTS_AT_ONCE = 8
-EVENT_STREAM, NDJSON = "text/event-stream", "application/x-ndjson"
-STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+EVENT_STREAM, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
 
 class Ticket(Protocol):
@@ -34,6 +34,35 @@ class Ticket(Protocol):
         """End the request."""
 
 
+class Mailbox:
+    """Takes events from the engine's thread to the event loop, all that are there at a time."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._is_woken = False
+
+    def put(self, queue: "asyncio.Queue[Any]", item: Any) -> None:
+        """From any thread."""
+        self._events.append((queue, item))
+        if not self._is_woken:
+            self._is_woken = True
+            # The loop is closed while a server ends.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        # First, or what comes now would wait for the next one.
+        self._is_woken = False
+        while self._events:
+            queue, item = self._events.popleft()
+            queue.put_nowait(item)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class Answer:
     """The answers to one or several prompts; their events come as (place of the prompt, event).
 
@@ -44,14 +73,16 @@ class Answer:
         self,
         submit: Callable[[Request], Coroutine[Any, Any, Ticket]],
         requests: Sequence[Request],
+        mailbox: Mailbox,
     ):
         self._submit = submit
         self._requests = requests
+        self._mailbox = mailbox
         self._tickets: dict[int, Ticket] = {}
         self._num_submitted = 0
         self._is_cancelled = False
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        # None: the client has gone.
+        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self.created_s = time.time()
 
     async def start(self) -> "Answer":
@@ -75,18 +106,16 @@ class Answer:
             ticket.cancel()
             return
         self._tickets[place] = ticket
-        ticket.add_listener(lambda event: self._put(place, event))
-
-    def _put(self, place: int, event: Event) -> None:
-        # The loop is closed while a server ends.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (place, event))
+        ticket.add_listener(lambda event: self._mailbox.put(self._queue, (place, event)))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """All events; a failure is raised."""
+        """All events; a failure is raised, and `ClientGone` after `leave`."""
         num_open = {place: request.n for place, request in enumerate(self._requests)}
         while num_open:
-            place, event = await self._queue.get()
+            item = await self._queue.get()
+            if item is None:
+                raise ClientGone
+            place, event = item
             if isinstance(event, Failed):
                 raise as_fault(event.error)
             if isinstance(event, Done):
@@ -95,9 +124,15 @@ class Answer:
                 num_open[place] -= 1
             yield place, event
             if not num_open.get(place, 1):
-                del num_open[place], self._tickets[place]
+                del num_open[place]
+                self._tickets.pop(place, None)
                 if self._has_more():
                     await self._submit_next()
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.cancel()
+        self._queue.put_nowait(None)
 
     def cancel(self) -> None:
         """End what still runs."""
@@ -107,41 +142,67 @@ class Answer:
         self._tickets = {}
 
 
-class _Client:
-    """Whether the client of a request is still there."""
+class _Sender(Response):
+    """Sends an answer, and meanwhile listens to the client and breaks silences."""
 
-    def __init__(self, scope: Scope, receive: Receive):
-        self._is_half_closed = scope.get("state", {}).get(HALF_CLOSED, lambda: False)
-        self._receive = receive
-        self._task: asyncio.Task[bool] | None = None
-        self.is_gone = False
+    def __init__(self, answer: Answer, media_type: str):
+        self._answer = answer
+        self._head = [(b"content-type", media_type.encode())]
+        self._has_begun = False
+        self._sent_s = time.monotonic()
 
-    @property
-    def wait_seconds(self) -> float | None:
-        """After which something has to be sent to see whether the client has gone."""
-        return PROBE_SECONDS if self._is_half_closed() else None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        half_closed = scope.get("state", {}).get(HALF_CLOSED, lambda: False)
+        self._attendant = asyncio.create_task(self._attend(receive, half_closed))
+        try:
+            await self._answered(scope, receive, send)
+        except ClientGone:
+            pass
+        finally:
+            self._answer.cancel()
+            self._attendant.cancel()
 
-    async def wait(self, task: "asyncio.Future[Any]", seconds: float | None) -> bool:
-        """Until the task is done, the time is over, or the client changes; whether it is done."""
-        if self._task is None:
-            self._task = asyncio.ensure_future(self._watch())
-        await asyncio.wait({task, self._task}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if self._task.done():
-            self.is_gone = self._task.result()
-            self._task = None
-        return task.done() and not self.is_gone
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send all of the answer."""
+        raise NotImplementedError
 
-    async def _watch(self) -> bool:
-        """True once the client has gone, False if it may have."""
-        return (await self._receive())["type"] == "http.disconnect"
+    def _breath(self, is_probe: bool) -> bytes:
+        """What says nothing; a probe is to show whether a client that sends no more is there."""
+        raise NotImplementedError
 
-    def forget(self) -> None:
-        """Watch no more."""
-        if self._task is not None:
-            self._task.cancel()
+    async def _attend(self, receive: Receive, is_half_closed: Callable[[], bool]) -> None:
+        heard = asyncio.ensure_future(receive())
+        try:
+            while True:
+                is_probe = is_half_closed()
+                silence_s = PROBE_SECONDS if is_probe else KEEPALIVE_SECONDS
+                left_s = self._sent_s + silence_s - time.monotonic()
+                await asyncio.wait({heard}, timeout=max(left_s, 0))
+                if heard.done():
+                    if heard.result()["type"] == "http.disconnect":
+                        self._answer.leave()
+                        return
+                    # It sends no more.
+                    heard = asyncio.ensure_future(receive())
+                elif time.monotonic() >= self._sent_s + silence_s:
+                    self._sent_s = time.monotonic()
+                    if data := self._breath(is_probe):
+                        await self._write(data)
+        finally:
+            heard.cancel()
+
+    async def _write(self, data: bytes) -> None:
+        """A part of the body; the head before the first one, without a length."""
+        self._sent_s = time.monotonic()
+        if not self._has_begun:
+            self._has_begun = True
+            start = {"type": "http.response.start", "status": 200, "headers": self._head}
+            await self._send(start)
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-class StreamedAnswer(Response):
+class StreamedAnswer(_Sender):
     """Sends frames as they come, and `keepalive()` where none come for a while."""
 
     def __init__(
@@ -150,100 +211,49 @@ class StreamedAnswer(Response):
         frames: AsyncGenerator[bytes, None],
         keepalive: Callable[[], bytes],
         media_type: str = EVENT_STREAM,
-        headers: Mapping[str, str] | None = None,
     ):
-        self.status_code = 200
-        self.media_type = media_type
-        self.background = None
-        self.body = b""
-        self.init_headers({**STREAM_HEADERS, **(headers or {})})
-        # The length is not known.
-        self.raw_headers = [h for h in self.raw_headers if h[0] != b"content-length"]
-        self._answer = answer
+        super().__init__(answer, media_type)
+        self._head += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         self._frames = frames
         self._keepalive = keepalive
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = _Client(scope, receive)
-        frame: asyncio.Future[bytes | None] | None = None
+    def _breath(self, is_probe: bool) -> bytes:
+        return self._keepalive()
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            while True:
-                if frame is None:
-                    frame = asyncio.ensure_future(anext(self._frames, None))
-                is_there = await client.wait(frame, client.wait_seconds or KEEPALIVE_SECONDS)
-                if client.is_gone:
-                    return
-                if not is_there:
-                    data = self._keepalive()
-                else:
-                    found = frame.result()
-                    frame = None
-                    if found is None:
-                        break
-                    data = found
-                if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            # The head goes out at once.
+            await self._write(b"")
+            async for data in self._frames:
+                await self._write(data)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._answer.cancel()
-            client.forget()
-            if frame is not None:
-                frame.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await frame
             await self._frames.aclose()
 
 
-class WholeAnswer(Response):
+class WholeAnswer(_Sender):
     """Sends one JSON object when it is complete; ends the work if the client leaves before."""
 
-    def __init__(
-        self,
-        answer: Answer,
-        work: Coroutine[Any, Any, Any],
-        fault_body: Callable[[ApiError], Response],
-        headers: Mapping[str, str] | None = None,
-    ):
-        self.background = None
-        self._answer = answer
-        self._work = work
-        self._fault_response = fault_body
-        self._given_headers = dict(headers or {})
+    def __init__(self, answer: Answer, work: Coroutine[Any, Any, Any], dialect: Dialect):
+        super().__init__(answer, "application/json")
+        self._work, self._dialect = work, dialect
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        client = _Client(scope, receive)
-        work = asyncio.ensure_future(self._work)
-        has_begun = False
+    def _breath(self, is_probe: bool) -> bytes:
+        # Space before the object.
+        return b" " if is_probe else b""
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            while not await client.wait(work, client.wait_seconds):
-                if client.is_gone:
-                    return
-                if client.wait_seconds is None:
-                    continue
-                # Space before the object, to see whether anybody takes it.
-                if not has_begun:
-                    start = Response(status_code=200, headers=self._given_headers)
-                    headers = [h for h in start.raw_headers if h[0] != b"content-length"]
-                    headers.append((b"content-type", b"application/json"))
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    has_begun = True
-                await send({"type": "http.response.body", "body": b" ", "more_body": True})
-            try:
-                response: Response = Json(work.result(), headers=self._given_headers)
-            except Exception as error:
-                response = self._fault_response(as_fault(error))
-            if has_begun:
-                await send({"type": "http.response.body", "body": bytes(response.body)})
-            else:
-                await response(scope, receive, send)
-        finally:
-            self._answer.cancel()
-            client.forget()
-            if not work.done():
-                work.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await work
+            response: Response = Json(await self._work)
+        except ClientGone:
+            raise
+        except Exception as error:
+            response = as_fault(error).response(self._dialect)
+        self._attendant.cancel()
+        if self._has_begun:
+            await send({"type": "http.response.body", "body": bytes(response.body)})
+        else:
+            await response(scope, receive, send)
 
 
 class Json(JSONResponse):

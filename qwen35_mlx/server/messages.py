@@ -206,3 +206,22 @@ def function_tool(
     if parameters:
         function["parameters"] = parameters
     return {"type": "function", "function": function}
+
+
+def read_function(function: Fields) -> dict[str, Any]:
+    """A tool of OpenAI's and Ollama's APIs."""
+    description, parameters = function.text("description"), function.raw("parameters")
+    return function_tool(function.text("name"), description, parameters, function)
+
+
+def read_functions(body: Fields) -> list[dict[str, Any]]:
+    """The functions among the tools; kinds that only OpenAI runs are left out."""
+    tools = [t for t in body.records("tools") or () if (t.text("type") or "function") == "function"]
+    # Of responses the fields stand in the tool itself.
+    return [read_function(tool.record("function") or tool) for tool in tools]
+
+
+def strict_names(body: Fields) -> list[str]:
+    """The tools whose calls have to keep their schemas, in any dialect."""
+    holders = [tool.record("function") or tool for tool in body.records("tools") or ()]
+    return [holder.text("name") or "" for holder in holders if holder.flag("strict")]

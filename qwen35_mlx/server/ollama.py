@@ -1,21 +1,20 @@
 """Ollama's /api/chat and /api/generate."""
 
 import time
-from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..engine.requests import Done, Request, Started, Token, Usage
+from ..engine.requests import Done, Request, Token
 from . import ollama_messages as reading
 from . import options
-from .events import NDJSON, Answer, StreamedAnswer, WholeAnswer, dumps
+from .events import NDJSON, StreamedAnswer, WholeAnswer, dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import folded
-from .replies import AnswerTokens, Reply, SentCall
+from .messages import folded, read_functions
+from .replies import AnswerTokens, Reply, SentCall, Writer
 from .service import Service, service_of
 
 MAX_STOPS = 64
@@ -33,7 +32,7 @@ async def chat(http: HttpRequest) -> Response:
         return JSONResponse(_loaded(name, body) | {"message": message})
     request = _request(service, body)
     request.messages = messages
-    request.tools = reading.read_tools(body)
+    request.tools = read_functions(body)
     return await _respond(service, body, _Lines(service, name, request, is_chat=True))
 
 
@@ -86,6 +85,7 @@ def _request(service: Service, body: Fields) -> Request:
     given = reading.read_options(body)
     thinking = reading.read_thinking(body)
     return Request(
+        adapter=service.adapter(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         params=reading.sampling(given, service.settings.defaults),
@@ -100,33 +100,31 @@ def _request(service: Service, body: Fields) -> Request:
 async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
     answer = await service.answer(lines.request)
     if body.flag("stream") is False:
-        return WholeAnswer(answer, lines.whole(answer), lambda fault: fault.response("ollama"))
+        return WholeAnswer(answer, lines.whole(answer), "ollama")
     return StreamedAnswer(answer, lines.frames(answer), lines.keepalive, NDJSON)
 
 
-class _Lines:
+class _Lines(Writer):
     """The lines of an answer, or the one object."""
 
     def __init__(self, service: Service, name: str, request: Request, is_chat: bool):
-        self._service = service
+        super().__init__(service)
         self._name = name
         self.request = request
         self._is_chat = is_chat
         self._reply = Reply()
-        self._usage = Usage()
         self._tokens = AnswerTokens(service) if request.logprobs is not None else None
         self._entries: list[dict[str, Any]] = []
         self._began_s = time.perf_counter()
-        self._num_calls = 0
 
     def keepalive(self) -> bytes:
         """A line without text: NDJSON has no comments."""
         return self._line("", "", [])
 
     def _line(self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any) -> bytes:
-        return (dumps(self._object(text, thought, calls, **more)) + "\n").encode()
+        return (dumps(self._value(text, thought, calls, **more)) + "\n").encode()
 
-    def _object(
+    def _value(
         self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any
     ) -> dict[str, Any]:
         value: dict[str, Any] = {"model": self._name, "created_at": now()}
@@ -140,40 +138,33 @@ class _Lines:
             value |= {"response": text, **thinking}
         return value | {"done": False} | more
 
-    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The lines of a stream."""
-        try:
-            async for _, event in answer.events():
-                if isinstance(event, Started):
-                    self._usage.prompt_tokens = event.prompt_tokens
-                    self._usage.cached_tokens = event.cached_tokens
-                if not isinstance(event, Token | Done):
-                    continue
-                data = b""
-                entries = self._tokens.add(event) if self._tokens else []
-                for piece, call in self._reply.add(event, self._service):
-                    if call is not None:
-                        data += self._line("", "", [self._call(call)])
-                    elif piece.kind == "thought":
-                        data += self._line("", piece.text, [])
-                    else:
-                        more = {"logprobs": _logprobs(entries)} if entries else {}
-                        entries = []
-                        data += self._line(piece.text, "", [], **more)
-                if isinstance(event, Done):
-                    self._usage = event.usage
-                    data += self._line("", "", [], **self._end())
-                if data:
-                    yield data
-        except ApiError as fault:
-            yield (dumps(fault.body("ollama")) + "\n").encode()
+    def _failed(self, fault: ApiError) -> bytes:
+        return (dumps(fault.body("ollama")) + "\n").encode()
 
-    def _call(self, call: SentCall) -> dict[str, Any]:
-        index, self._num_calls = self._num_calls, self._num_calls + 1
+    def _take(self, place: int, event: Any) -> bytes:
+        if not isinstance(event, Token | Done):
+            return b""
+        data = b""
+        entries = self._tokens.add(event) if self._tokens else []
+        self._entries += entries
+        for piece, call in self._reply.add(event, self._service):
+            if call is not None:
+                data += self._line("", "", [self._call(call, len(self._reply.calls) - 1)])
+            elif piece.kind == "thought":
+                data += self._line("", piece.text, [])
+            else:
+                more = {"logprobs": _logprobs(entries)} if entries else {}
+                entries = []
+                data += self._line(piece.text, "", [], **more)
+        if isinstance(event, Done):
+            data += self._line("", "", [], **self._last())
+        return data
+
+    def _call(self, call: SentCall, index: int) -> dict[str, Any]:
         function = {"index": index, "name": call.name, "arguments": call.call.arguments}
         return {"id": call.id, "function": function}
 
-    def _end(self) -> dict[str, Any]:
+    def _last(self) -> dict[str, Any]:
         """The last fields; times in nanoseconds."""
         usage, reason = self._usage, self._reply.finish_reason or "stop"
         return {
@@ -188,18 +179,10 @@ class _Lines:
             "eval_duration": int(usage.decode_seconds * 1e9),
         }
 
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        entries: list[dict[str, Any]] = []
-        async for _, event in answer.events():
-            if isinstance(event, Token | Done):
-                self._reply.add(event, self._service)
-                entries += self._tokens.add(event) if self._tokens else []
-                if isinstance(event, Done):
-                    self._usage = event.usage
-        calls = [self._call(call) for call in self._reply.calls]
-        more = {"logprobs": _logprobs(entries)} if self._tokens else {}
-        return self._object(self._reply.text, self._reply.thought, calls, **more, **self._end())
+    def _object(self) -> dict[str, Any]:
+        calls = [self._call(call, i) for i, call in enumerate(self._reply.calls)]
+        more = {"logprobs": _logprobs(self._entries)} if self._tokens else {}
+        return self._value(self._reply.text, self._reply.thought, calls, **more, **self._last())
 
 
 def _logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from ..sampling import SamplingParams
 from . import options
 from .faults import ApiError
 from .fields import Fields
-from .messages import Message, call_id, check_media, folded, function_tool, picture
+from .messages import Message, call_id, check_media, folded, picture
 from .messages import tool_call as history_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -55,18 +55,6 @@ def images(holder: Fields) -> list[dict[str, Any]]:
         source = image if is_url else f"data:image/png;base64,{image}"
         found.append(picture(source, holder, "images"))
     return found
-
-
-def read_tools(body: Fields) -> list[dict[str, Any]]:
-    """The tools; an empty list is sent where there are none."""
-    tools = []
-    for tool in body.records("tools") or ():
-        function = tool.record("function")
-        if function is None:
-            raise tool.missing("function")
-        description, schema = function.text("description"), function.raw("parameters")
-        tools.append(function_tool(function.text("name"), description, schema, function))
-    return tools
 
 
 def read_options(body: Fields) -> Fields:

@@ -2,19 +2,19 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..engine.requests import Done, Progress, Request, Started, Token, Usage
+from ..engine.requests import Done, Progress, Request, Token, Usage
 from . import options
 from .chat_messages import read_messages, read_tool_choice, read_tools
-from .events import Answer, StreamedAnswer, WholeAnswer, sse
+from .events import StreamedAnswer, WholeAnswer, sse
 from .faults import ApiError
 from .fields import Fields
-from .replies import AnswerTokens, Reply, timings
+from .messages import strict_names
+from .replies import AnswerTokens, Reply, Writer, timings
 from .service import FINGERPRINT, Service, service_of
 
 MAX_CHOICES = 128
@@ -35,7 +35,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     if chat.is_stream:
         frames = chat.frames(answer)
         return StreamedAnswer(answer, frames, chat.keepalive)
-    return WholeAnswer(answer, chat.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, chat.whole(answer), "openai")
 
 
 def _hint(http: HttpRequest, body: Fields) -> str | None:
@@ -82,6 +82,7 @@ def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Requ
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel is not False,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         template=options.template_options(body),
@@ -97,6 +98,7 @@ def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Requ
         grammar=options.response_format(body) or options.structured_outputs(body),
         logprobs=(num_top or 0) if wants_logprobs else None,
         cache_hint=cache_hint,
+        adapter=service.adapter(body),
         wants_progress=body.flag("return_progress") or False,
     )
 
@@ -123,11 +125,11 @@ def _continues(body: Fields, messages: list[Any]) -> bool:
     return wanted
 
 
-class _Chat:
+class _Chat(Writer):
     """One request for a chat completion, and the objects that answer it."""
 
     def __init__(self, service: Service, body: Fields, cache_hint: str | None):
-        self._service = service
+        super().__init__(service)
         self._model = service.check_model(body)
         self.request = chat_request(service, body, cache_hint)
         self.is_stream = body.flag("stream") or False
@@ -135,9 +137,9 @@ class _Chat:
         # Clients of the oldest form want its answers.
         self._is_old = "functions" in body and "tools" not in body
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
-        self._created_s = 0.0
         self._num_keepalives = 0
         self._replies = [Reply() for _ in range(self.request.n)]
+        self._entries: list[list[dict[str, Any]]] = [[] for _ in self._replies]
         self._logprobs = (
             [AnswerTokens(service) for _ in self._replies]
             if self.request.logprobs is not None
@@ -151,31 +153,23 @@ class _Chat:
             return COMMENT
         return self._chunk([{"index": 0, "delta": {}, "finish_reason": None}])
 
-    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The chunks of a stream."""
-        self._created_s = answer.created_s
-        for index in range(self.request.n):
-            delta = {"role": "assistant", "content": ""}
-            yield self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
-        usage = Usage()
-        try:
-            async for _, event in answer.events():
-                if isinstance(event, Started):
-                    usage.prompt_tokens = event.prompt_tokens
-                    usage.cached_tokens = event.cached_tokens
-                elif isinstance(event, Progress):
-                    yield self._progress(event, usage)
-                elif isinstance(event, Token | Done):
-                    if data := self._deltas(event):
-                        yield data
-                    if isinstance(event, Done):
-                        usage = event.usage
-        except ApiError as fault:
-            yield sse(fault.body("openai"))
-            return
-        if self._wants_usage:
-            yield self._chunk([], usage=usage_object(usage), timings=timings(usage))
-        yield DONE
+    def _begin(self) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        return b"".join(
+            self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
+            for index in range(self.request.n)
+        )
+
+    def _end(self) -> bytes:
+        usage = self._usage
+        if not self._wants_usage:
+            return DONE
+        return self._chunk([], usage=usage_object(usage), timings=timings(usage)) + DONE
+
+    def _take(self, place: int, event: Any) -> bytes:
+        if isinstance(event, Progress):
+            return self._progress(event)
+        return self._deltas(event) if isinstance(event, Token | Done) else b""
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         for choice in choices:
@@ -192,11 +186,11 @@ class _Chat:
             }
         )
 
-    def _progress(self, event: Progress, usage: Usage) -> bytes:
+    def _progress(self, event: Progress) -> bytes:
         """llama.cpp's way to show how far the prompt has been read."""
         progress = {
             "total": event.num_tokens,
-            "cache": usage.cached_tokens,
+            "cache": self._usage.cached_tokens,
             "processed": event.num_read,
             "time_ms": round((time.time() - self._created_s) * 1000),
         }
@@ -208,6 +202,7 @@ class _Chat:
         reply = self._replies[event.index]
         chunks = []
         entries = self._logprobs[event.index].add(event) if self._logprobs else []
+        self._entries[event.index] += entries
         for piece, call in reply.add(event, self._service):
             deltas: list[dict[str, Any]]
             if call is not None:
@@ -246,20 +241,10 @@ class _Chat:
             return "function_call"
         return FINISH.get(reason, reason)
 
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        usage = Usage()
-        entries: list[list[dict[str, Any]]] = [[] for _ in self._replies]
-        async for _, event in answer.events():
-            if isinstance(event, Token | Done):
-                self._replies[event.index].add(event, self._service)
-                if self._logprobs:
-                    entries[event.index] += self._logprobs[event.index].add(event)
-                if isinstance(event, Done):
-                    usage = event.usage
+    def _object(self) -> dict[str, Any]:
         choices = []
-        for index, reply in enumerate(self._replies):
-            logprobs = {"content": entries[index], "refusal": None} if self._logprobs else None
+        for index, (reply, entries) in enumerate(zip(self._replies, self._entries, strict=True)):
+            logprobs = {"content": entries, "refusal": None} if self._logprobs else None
             choices.append(
                 {
                     "index": index,
@@ -271,12 +256,12 @@ class _Chat:
         return {
             "id": self._id,
             "object": "chat.completion",
-            "created": int(answer.created_s),
+            "created": int(self._created_s),
             "model": self._model,
             "system_fingerprint": FINGERPRINT,
             "choices": choices,
-            "usage": usage_object(usage),
-            "timings": timings(usage),
+            "usage": usage_object(self._usage),
+            "timings": timings(self._usage),
         }
 
     def _message(self, reply: Reply) -> dict[str, Any]:

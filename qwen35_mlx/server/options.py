@@ -117,8 +117,7 @@ def thinking(body: Fields) -> Thinking:
     for name in ("thinking_token_budget", "thinking_budget"):
         budget = body.integer(name, 0)
         if budget is not None:
-            wanted.budget = budget
-            wanted.enabled = budget > 0
+            wanted = Thinking(budget > 0, budget or None)
     return wanted
 
 

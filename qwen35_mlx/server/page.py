@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Awaitable, Callable
 from importlib import resources
 
@@ -11,6 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from .body import parse_object, read_body
+from .faults import ApiError
 from .render import MAX_CHARS, render
 
 # A character takes at most six bytes of JSON for each of its two UTF-16 units.
@@ -81,16 +82,10 @@ async def _render(request: Request) -> Response:
     # A page of another origin cannot send JSON without asking first.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         return _error(415, "expected Content-Type: application/json")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            return _error(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
     try:
-        text = json.loads(body)["text"]
-    # Not UTF-8, not JSON, nested without end, or no object with a text.
-    except (ValueError, RecursionError, TypeError, KeyError, IndexError):
-        text = None
+        text = parse_object(await read_body(request, MAX_BODY_BYTES)).get("text")
+    except ApiError as fault:
+        return _error(fault.status, fault.message)
     if not isinstance(text, str):
         return _error(400, 'expected an object {"text": "..."}')
     if len(text) > MAX_CHARS:
@@ -100,5 +95,4 @@ async def _render(request: Request) -> Response:
 
 
 def _error(status: int, message: str) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": error}, status, headers=HEADERS)
+    return JSONResponse(ApiError(status, message).body("openai"), status, headers=HEADERS)

@@ -1,12 +1,14 @@
 """What an answer is made of, collected from events for all APIs."""
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..engine.output import Piece
-from ..engine.requests import Done, Token, Usage
+from ..engine.requests import Done, Event, Started, Token, Usage
 from ..engine.tool_calls import ToolCall
-from .events import dumps
+from .events import Answer, dumps, sse
+from .faults import ApiError
 from .messages import call_id
 from .service import Service
 
@@ -60,6 +62,63 @@ class Reply:
                     self.text += piece.text
                 added.append((piece, None))
         return added
+
+
+class Writer:
+    """One answer in the form of an API: frames of a stream, or the whole object."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._usage = Usage()
+        self._created_s = 0.0
+
+    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """A stream; what goes wrong is its last frame."""
+        self._created_s = answer.created_s
+        try:
+            yield self._begin()
+            async for place, event in answer.events():
+                if data := self._seen(place, event):
+                    yield data
+        except ApiError as fault:
+            yield self._failed(fault)
+        else:
+            yield self._end()
+
+    async def whole(self, answer: Answer) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+        self._created_s = answer.created_s
+        async for place, event in answer.events():
+            self._seen(place, event)
+        return self._object()
+
+    def _seen(self, place: int, event: Event) -> bytes:
+        if isinstance(event, Started):
+            self._usage.prompt_tokens = event.prompt_tokens
+            self._usage.cached_tokens = event.cached_tokens
+        elif isinstance(event, Done):
+            self._usage = event.usage
+        return self._take(place, event)
+
+    def _begin(self) -> bytes:
+        """Frames before all events."""
+        return b""
+
+    def _take(self, place: int, event: Event) -> bytes:
+        """The frames of an event, which is kept for `_object`."""
+        raise NotImplementedError
+
+    def _end(self) -> bytes:
+        """Frames behind all events."""
+        return b""
+
+    def _failed(self, fault: ApiError) -> bytes:
+        """The frame of a failure."""
+        return sse(fault.body("openai"))
+
+    def _object(self) -> dict[str, Any]:
+        """All of the answer."""
+        raise NotImplementedError
 
 
 class AnswerTokens:

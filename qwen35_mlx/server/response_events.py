@@ -3,29 +3,27 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
-from ..engine.requests import Done, Started, Token, Usage
-from .events import Answer, sse
+from ..engine.requests import Done, Token
+from .events import sse
 from .faults import ApiError
 from .hidden_thoughts import hidden
-from .replies import AnswerTokens, Reply, SentCall
+from .replies import AnswerTokens, Reply, SentCall, Writer
 from .service import Service
 
 COMMENT = b": keepalive\n\n"
 MESSAGE, REASONING = "message", "reasoning"
 
 
-class ResponseWriter:
-    """Builds a response; `frames` gives its events, `whole` the object alone."""
+class ResponseWriter(Writer):
+    """Builds a response."""
 
     def __init__(self, service: Service, response: dict[str, Any], given: list[dict[str, Any]]):
-        self._service = service
+        super().__init__(service)
         self._response = response
         self._given = given
         self._reply = Reply()
-        self._usage = Usage()
         self._tokens = AnswerTokens(service)
         self._wants_logprobs = False
         self._wants_summary = response["reasoning"]["summary"] not in (None, "none")
@@ -48,37 +46,24 @@ class ResponseWriter:
         number, self._number = self._number, self._number + 1
         return sse({"type": kind, "sequence_number": number, **fields}, kind)
 
-    async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
-        self._response["created_at"] = int(answer.created_s)
-        yield self._event("response.created", response=self._response)
-        yield self._event("response.in_progress", response=self._response)
-        try:
-            async for _, event in answer.events():
-                if data := self._take(event):
-                    yield data
-        except ApiError as fault:
-            error = {"code": fault.code or "server_error", "message": fault.message}
-            failed = self._response | {"status": "failed", "error": error}
-            yield self._event("response.failed", response=failed)
-            return
-        self._complete()
-        kind = f"response.{self._response['status']}"
-        yield self._event(kind, response=self._response)
+    def _begin(self) -> bytes:
+        self._response["created_at"] = int(self._created_s)
+        return b"".join(
+            self._event(f"response.{kind}", response=self._response)
+            for kind in ("created", "in_progress")
+        )
 
-    async def whole(self, answer: Answer) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        self._response["created_at"] = int(answer.created_s)
-        async for _, event in answer.events():
-            self._take(event)
-        self._complete()
-        return self._response
+    def _failed(self, fault: ApiError) -> bytes:
+        error = {"code": fault.code or "server_error", "message": fault.message}
+        failed = self._response | {"status": "failed", "error": error}
+        return self._event("response.failed", response=failed)
 
-    def _take(self, event: Any) -> bytes:
+    def _end(self) -> bytes:
+        response = self._object()
+        return self._event(f"response.{response['status']}", response=response)
+
+    def _take(self, place: int, event: Any) -> bytes:
         """The events for one of the engine's."""
-        if isinstance(event, Started):
-            self._usage.prompt_tokens = event.prompt_tokens
-            self._usage.cached_tokens = event.cached_tokens
         if not isinstance(event, Token | Done):
             return b""
         if isinstance(event, Token) and event.logprob is not None:
@@ -95,7 +80,6 @@ class ResponseWriter:
                 entries = []
         self._entries += entries
         if isinstance(event, Done):
-            self._usage = event.usage
             if not self._items:
                 data += self._answer("", [])
             data += self._close(is_cut=event.finish_reason in ("length", "loop"))
@@ -234,11 +218,12 @@ class ResponseWriter:
         self._items[-1] = self._items[-1] | finished
         return data + self._item_done()
 
-    def _complete(self) -> None:
-        """Fill in what is known at the end, and keep the response if that is wanted."""
+    def _object(self) -> dict[str, Any]:
+        """The response with what is known at the end; it is kept if that is wanted."""
         usage = self._usage
         is_cut = self._reply.finish_reason in ("length", "loop")
         self._response |= {
+            "created_at": int(self._created_s),
             "status": "incomplete" if is_cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "completed_at": None if is_cut else int(time.time()),
@@ -258,6 +243,7 @@ class ResponseWriter:
             # A copy: what is sent may be changed no more.
             kept = json.loads(json.dumps(self._response))
             self._service.keep_response(kept, self._given)
+        return self._response
 
 
 def _output_text(text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from .chat_messages import read_parts
 from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import revealed
-from .messages import Message, check_media, folded, function_tool, joined, picture
+from .messages import Message, check_media, folded
 from .messages import tool_call as history_call
 
 ROLES = ("user", "assistant", "system", "developer", "tool")
@@ -125,48 +126,10 @@ def _thought(item: Fields) -> str:
 
 
 def _parts(item: Fields, field: str) -> Any:
-    """The parts of a content or an output."""
-    value = item.raw(field)
-    if value is None:
+    """A content or an output, which has to be there."""
+    if field not in item:
         raise item.missing(field)
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise item.refuse(field, "a string or a list of parts", "invalid_type")
-    return joined([_part(part) for part in item.records(field) or ()])
-
-
-def _part(part: Fields) -> dict[str, Any]:
-    kind = part.text("type")
-    if kind in ("input_text", "output_text", "text", "summary_text", "reasoning_text"):
-        return {"type": "text", "text": part.text("text") or ""}
-    if kind == "refusal":
-        return {"type": "text", "text": part.text("refusal") or ""}
-    if kind in ("input_image", "image_url"):
-        is_object = isinstance(part.raw("image_url"), dict)
-        holder = part.record("image_url") if is_object else None
-        source = part.text("image_url") if holder is None else holder.text("url")
-        return picture(source, part, "image_url")
-    raise part.refuse("type", "input_text, output_text or input_image", "unsupported_content")
-
-
-def read_tools(body: Fields) -> list[dict[str, Any]]:
-    """The functions among the tools; OpenAI's own and groups of them are left out."""
-    tools = []
-    for tool in body.records("tools") or ():
-        if tool.text("type") != "function":
-            continue
-        # Chat completions have the function one level below.
-        function = tool.record("function") or tool
-        tools.append(
-            function_tool(
-                function.text("name"),
-                function.text("description"),
-                function.raw("parameters"),
-                function,
-            )
-        )
-    return tools
+    return read_parts(item, field)
 
 
 def found_item(identity: str | None, responses: Any) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from .chat_messages import read_tool_choice
 from .events import StreamedAnswer, WholeAnswer
 from .faults import ApiError, TooLong, as_fault
 from .fields import Fields
+from .messages import read_functions, strict_names
 from .response_events import ResponseWriter
-from .response_items import found_item, read_input, read_messages, read_tools
+from .response_items import found_item, read_input, read_messages
 from .service import Service, service_of
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
@@ -32,7 +33,7 @@ async def create_response(http: HttpRequest) -> Response:
     if body.flag("stream"):
         frames: AsyncGenerator[bytes, None] = writer.frames(answer)
         return StreamedAnswer(answer, frames, writer.keepalive)
-    return WholeAnswer(answer, writer.whole(answer), lambda fault: fault.response("openai"))
+    return WholeAnswer(answer, writer.whole(answer), "openai")
 
 
 async def _submitted(service: Service, body: Fields, request: Request) -> Any:
@@ -87,7 +88,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
     if body.flag("background"):
         raise body.refuse("background", "false", "unsupported")
     body.choice("truncation", ("auto", "disabled"))
-    choice, tools = read_tool_choice(body, read_tools(body))
+    choice, tools = read_tool_choice(body, read_functions(body))
     thinking = _thinking(body)
     text = body.record("text")
     num_top = body.integer("top_logprobs", 0, 20)
@@ -98,6 +99,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=body.flag("parallel_tool_calls") is not False,
+        strict_tools=strict_names(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         template=options.template_options(body),
@@ -108,6 +110,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         grammar=options.response_format(text, "format") if text is not None else None,
         logprobs=(num_top or 0) if wants_logprobs else None,
         cache_hint=body.text("prompt_cache_key"),
+        adapter=service.adapter(body),
     )
 
 

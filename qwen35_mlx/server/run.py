@@ -3,66 +3,128 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from ..errors import Qwen35Error
+from .faults import RETRY_AFTER_S, ApiError, dialect_of
+from .models import watch_engine
 from .protocol import Protocol
 
 # Answers that are nearly done may end; the others are cut.
 FINISH_SECONDS = 5
+# For the streams to end then; what is left is aborted.
+CUT_SECONDS = 5
 KEEP_ALIVE_SECONDS = 65
 MAX_HEAD_BYTES = 65_536
 # Of files and sockets; macOS begins with 256.
 WANTED_FILES = 4096
 
 
-class Server(uvicorn.Server):
-    """uvicorn's server, of which the first signal ends the work and the process returns 0."""
+class Gate:
+    """The application; before there is one, every request is told to come back."""
 
-    def __init__(self, app: Starlette):
+    app: Starlette | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+            return
+        wait = {"retry-after": str(RETRY_AFTER_S)}
+        fault = ApiError(503, "the model is loading", code="loading", headers=wait)
+        is_health = scope["path"] in ("/health", "/v1/health")
+        loading = JSONResponse({"status": "loading"}, 503, wait)
+        await (loading if is_health else fault.response(dialect_of(scope)))(scope, receive, send)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, whose socket answers while the application is made.
+
+    The first signal ends the work, and the process returns 0.
+    """
+
+    def __init__(self, make: Callable[[], Starlette], on_ready: Callable[[], None] = lambda: None):
+        """`make` runs in a thread of its own: it may load a model for minutes."""
+        self._gate = Gate()
         super().__init__(
             uvicorn.Config(
-                app,
+                self._gate,
+                interface="asgi3",
                 http=Protocol,
                 ws="none",
                 loop="asyncio",
-                lifespan="on",
+                lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=FINISH_SECONDS + 5,
+                timeout_graceful_shutdown=FINISH_SECONDS + CUT_SECONDS,
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             )
         )
-        self._service = app.state.service
-        self.on_started: Callable[[], None] | None = None
+        self._make, self._on_ready = make, on_ready
+        self._watcher: asyncio.Task[None] | None = None
+        # What `make` raised.
+        self.error: BaseException | None = None
+
+    @property
+    def app(self) -> Starlette | None:
+        """The application, once it is made."""
+        return self._gate.app
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started and self.on_started is not None:
-            self.on_started()
+        if self.started:
+            loop = asyncio.get_running_loop()
+            # A daemon, for no signal ends a model that loads.
+            threading.Thread(target=self._load, args=(loop,), daemon=True).start()
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        made: Starlette | BaseException
+        try:
+            made = self._make()
+        except BaseException as error:
+            made = error
+        # The loop is closed where the server ended before.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._open, made)
+
+    def _open(self, made: Starlette | BaseException) -> None:
+        if isinstance(made, BaseException):
+            self.error, self.should_exit = made, True
+            return
+        self._gate.app = made
+        self._watcher = asyncio.create_task(watch_engine(made.state.service))
+        self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers end for a while; then the engine cancels them, and their streams end."""
+        if self._gate.app is None:
+            await super().shutdown(sockets)
+            return
         loop = asyncio.get_running_loop()
-        self._service.is_stopping = True
-        stopping: list[asyncio.Future[Any]] = []
-        timer = loop.call_later(
-            FINISH_SECONDS,
-            lambda: stopping.append(loop.run_in_executor(None, self._service.engine.stop, False)),
-        )
+        service = self._gate.app.state.service
+        service.is_stopping = True
+        # A thread of its own: the loop would wait for an executor's without end.
+        stop = threading.Thread(target=service.engine.stop, args=(False,), daemon=True)
+        timer = loop.call_later(FINISH_SECONDS, stop.start)
         await super().shutdown(sockets)
         timer.cancel()
-        if stopping:
-            await asyncio.gather(*stopping)
+        assert self._watcher is not None
+        self._watcher.cancel()
+        service.close()
+        for connection in list(self.server_state.connections):
+            # Of clients that take nothing of their answer.
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -90,7 +152,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise Qwen35Error(
             "unknown host", got=host, expected="127.0.0.1 or a name", hint=str(error)
         ) from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # By name: asyncio sends small pieces at once (TCP_NODELAY) where it knows that it is TCP.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     # A server that ended a moment ago leaves its connections behind.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -121,17 +184,20 @@ def allow_many_files() -> None:
 
 
 def serve(
-    app: Starlette, bound: socket.socket, on_started: Callable[[], None] | None = None
+    make: Callable[[], Starlette], bound: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    """Answer until a signal; the engine is started here and has ended afterwards."""
+    """Answer until a signal; the engine of the application that is made has ended afterwards."""
     allow_many_files()
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    engine = app.state.service.engine
-    engine.start()
-    server = Server(app)
-    server.on_started = on_started
+    server = Server(make, on_ready)
     try:
         server.run(sockets=[bound])
     finally:
-        engine.stop(False)
         bound.close()
+        if server.app is not None:
+            server.app.state.service.engine.stop(False)
+    if server.error is not None:
+        raise server.error
+    if server.app is None:
+        # The model still loads: Python would wait for MLX, or be aborted.
+        os._exit(0)

@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+import secrets
 import socket
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -60,34 +61,43 @@ class Guard:
 
         has_begun = False
 
-        async def send_with_origin(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
-                if origin is not None:
-                    message["headers"] = [*message.get("headers", ()), *_cors(origin)]
+                given = [*message.get("headers", ()), *([] if origin is None else _cors(origin))]
+                # OpenAI's clients read the one name, Anthropic's the other.
+                identity = dict(given).get(b"request-id") or f"req_{secrets.token_hex(12)}".encode()
+                given += [(b"x-request-id", identity), (b"request-id", identity)]
+                message["headers"] = given
             await send(message)
 
         if scope["method"] == "OPTIONS":
-            await _options(headers)(scope, receive, send_with_origin)
+            await _options(headers)(scope, receive, send_with_headers)
             return
         self._num_requests += 1
         try:
-            await self.app(scope, receive, send_with_origin)
+            await self.app(scope, receive, send_with_headers)
         except Exception as error:
             if has_begun:
                 raise
-            await as_fault(error).response(dialect_of(scope))(scope, receive, send_with_origin)
+            await as_fault(error).response(dialect_of(scope))(scope, receive, send_with_headers)
         finally:
             self._num_requests -= 1
 
     def _check(self, scope: Scope, headers: Headers, origin: str | None) -> None:
+        close = {"connection": "close"}
         if len(scope.get("raw_path") or scope["path"]) > MAX_PATH_CHARS:
-            raise ApiError(414, "the path is too long")
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            raise ApiError(431, f"the headers are longer than {MAX_HEADER_BYTES:,} bytes")
+            raise ApiError(414, "the path is too long", headers=close)
+        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise ApiError(
+                431, f"the headers are longer than {MAX_HEADER_BYTES:,} bytes", headers=close
+            )
         if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
-            raise ApiError(400, "expected HTTP/1.1", headers={"connection": "close"})
+            raise ApiError(400, "expected HTTP/1.1", headers=close)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # Of two lengths a proxy may believe the other one.
+            raise ApiError(400, "expected one length of the body, got two", headers=close)
         host = headers.get("host")
         if host is not None and not self._is_known(_host_name(host)):
             raise ApiError(

@@ -1,8 +1,9 @@
 """What all handlers share: the engine, what is known of the model, and what was said before."""
 
 import asyncio
+import hashlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..engine.requests import Request, Top
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
 from .body import read_json
-from .events import Answer, Ticket, dumps
+from .events import Answer, Mailbox, Ticket, dumps
 from .faults import ApiError
 from .fields import Fields
 from .messages import CallMemory, restored
@@ -35,6 +36,8 @@ class Settings:
     context_length: int
     # Other names for the model.
     aliases: Sequence[str] = ()
+    # Of adapters that a request may name, as `MODEL:NAME` or in its field `adapters`.
+    adapters: Sequence[str] = ()
     vocab_size: int = 0
     defaults: SamplingParams = field(default_factory=SamplingParams)
     architecture: str = "qwen3_5"
@@ -61,16 +64,37 @@ class Settings:
         config = model.config
         template = str(getattr(tokenizer, "chat_templates", {}).get(DEFAULT, ""))
         files = [file for file in folder.glob("*.safetensors") if file.is_file()]
+        card = folder / "config.json"
+        num_parameters, bits = _parameters(model)
         values: dict[str, Any] = {
             "context_length": config.context_length,
             "vocab_size": config.vocab_size,
             "defaults": model.sampling_defaults,
             "num_bytes": sum(file.stat().st_size for file in files),
+            "digest": hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else "",
+            "num_parameters": num_parameters,
+            "parameter_size": f"{num_parameters / 1e6:.1f}M"
+            if num_parameters < 1e9
+            else f"{num_parameters / 1e9:.1f}B",
+            "quantization": f"{bits}-bit" if bits else "",
             "template": template,
             "sees": getattr(tokenizer, "vision", None) is not None,
             "json_calls": "<function=" not in template,
         }
         return cls(**(values | given))
+
+
+def _parameters(model: Any) -> tuple[int, int]:
+    """How many numbers the weights are, and bits of most of them; 0 if they are not quantized."""
+    total, by_bits = 0, Counter[int]()
+    for _, module in model.named_modules():
+        is_packed = "scales" in module
+        if is_packed:
+            by_bits[module.bits] += module["scales"].size * module.group_size
+        plain = [v for name, v in module.items() if name not in ("weight", "scales", "biases")]
+        arrays = plain if is_packed else module.values()
+        total += sum(value.size for value in arrays if hasattr(value, "size"))
+    return total + by_bits.total(), max(by_bits, key=by_bits.__getitem__, default=0)
 
 
 class Service:
@@ -85,6 +109,7 @@ class Service:
         # Of /v1/responses, by id: the response, and the items of its conversation before it.
         self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
         self._response_sizes: dict[str, int] = {}
+        self._mailbox: Mailbox | None = None
         self.num_requests = 0
         self.is_stopping = False
 
@@ -103,7 +128,9 @@ class Service:
         for request in requests:
             if request.messages is not None:
                 request.messages = restored(list(map(dict, request.messages)), self.calls)
-        return await Answer(self._submit, requests).start()
+        # Not before there is a loop.
+        self._mailbox = self._mailbox or Mailbox()
+        return await Answer(self._submit, requests, self._mailbox).start()
 
     async def _submit(self, request: Request) -> Ticket:
         ticket: Ticket = await self.in_worker(self.engine.submit, request)
@@ -115,10 +142,26 @@ class Service:
             request.messages = restored(list(map(dict, request.messages)), self.calls)
         return int(await self.in_worker(self.engine.count_tokens, request))
 
+    @property
+    def model_names(self) -> list[str]:
+        """The model alone, and with each of its adapters."""
+        base = self.settings.model_id
+        return [base, *(f"{base}:{adapter}" for adapter in self.settings.adapters)]
+
     def knows(self, name: str) -> bool:
         """Whether a name is that of the model; Ollama's clients add :latest."""
-        names = (self.settings.model_id, *self.settings.aliases)
+        names = (*self.model_names, *self.settings.aliases)
         return name in names or name.removesuffix(":latest") in names
+
+    def adapter(self, body: Fields) -> str:
+        """The name of the adapter that a request wants, or nothing."""
+        given = body.text("adapters")
+        if given and given not in self.settings.adapters:
+            names = ", ".join(self.settings.adapters) or "nothing: this server has no adapters"
+            raise body.refuse("adapters", names)
+        name = (body.text("model") or body.text("name") or "").removesuffix(":latest")
+        known = dict(zip(self.model_names[1:], self.settings.adapters, strict=True))
+        return given or known.get(name, "")
 
     def check_model(self, body: Fields) -> str:
         """The name that the client uses for the model; it may leave it out."""

@@ -1,7 +1,9 @@
 """A server in a thread of its own, and what tests ask it."""
 
 import asyncio
+import faulthandler
 import json
+import socket
 import threading
 import time
 from http.client import HTTPConnection
@@ -20,18 +22,31 @@ MODEL = "demo"
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, engine: Any, tokenizer: Any, **settings: Any):
+    def __init__(
+        self,
+        engine: Any,
+        tokenizer: Any,
+        loads: threading.Event | None = None,
+        **settings: Any,
+    ):
+        """`loads`: until when the model loads."""
         given = {"model_id": MODEL, "context_length": CONTEXT, "vocab_size": 2560, **settings}
         self.settings = Settings(**given)
         self.engine = engine
         self.app = make_app(engine, self.settings, tokenizer)
-        self.server = Server(self.app)
+        self.server = Server(lambda: (loads is None or loads.wait()) and self.app)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         while not self.server.started:
+            time.sleep(0.002)
+        if loads is None:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        while self.server.app is None:
             time.sleep(0.002)
 
     def _run(self) -> None:
@@ -40,8 +55,16 @@ class Running:
     def stop(self) -> None:
         self.server.should_exit = True
         self._thread.join(20)
-        assert not self._thread.is_alive()
+        if self._thread.is_alive():
+            faulthandler.dump_traceback()
+            raise AssertionError("the server does not stop")
         self.socket.close()
+
+    def send(self, sock: socket.socket, path: str, body: Any) -> None:
+        """A request whose answer is not read."""
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
+        sock.sendall(head.encode() + data)
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None

@@ -138,6 +138,35 @@ def test_fields_reach_the_engine(server):
 def test_every_way_to_switch_thoughts(server, fields, thinks):
     assert server.chat(**fields).status == 200
     assert server.engine.last.enable_thinking is thinks
+    # The engine takes no thought of 0 tokens.
+    assert server.engine.last.think_budget is None
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (
+            "/v1/chat/completions",
+            {"tools": [TOOL | {"function": TOOL["function"] | {"strict": True}}]},
+        ),
+        (
+            "/v1/responses",
+            {"input": "hi", "tools": [{"type": "function", "strict": True, **TOOL["function"]}]},
+        ),
+        (
+            "/v1/messages",
+            {
+                "max_tokens": 5,
+                "tools": [{"name": "get_weather", "strict": True, "input_schema": {}}],
+            },
+        ),
+    ],
+)
+def test_strict_tools_are_strict_in_each_dialect(server, path, fields):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], **fields}
+    assert server.post(path, body).status == 200
+    assert server.engine.last.strict_tools == ["get_weather"]
+    assert "strict" not in str(server.engine.last.tools)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,9 @@ def test_half_of_a_surrogate_pair_is_replaced(server):
         b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nBad Header: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
         + b"a" * 100_000
@@ -267,3 +270,18 @@ def test_other_dialects_say_no_in_their_own_way(server):
     assert isinstance(server.get("/api/chat").json["error"], str)
     compressed = server.post(PATH, b"x", content_encoding="gzip")
     assert compressed.status == 415
+
+
+def test_small_pieces_of_a_stream_wait_for_no_acknowledgement(server, monkeypatch):
+    """Nagle's algorithm and a delayed acknowledgement together hold each one for 40 ms."""
+    options = []
+    made = protocol.Protocol.connection_made
+
+    def connection_made(self, transport):
+        sock = transport.get_extra_info("socket")
+        options.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(self, transport)
+
+    monkeypatch.setattr(protocol.Protocol, "connection_made", connection_made)
+    assert server.get("/health").status == 200
+    assert options and all(options)

@@ -134,3 +134,12 @@ def test_one_object_serves_clients_of_openai_and_anthropic(server):
     assert model["context_length"] == model["max_model_len"] == 4096
     assert model["created_at"].endswith("Z") and isinstance(model["created"], int)
     assert server.get(f"/v1/models/{MODEL}").json == model
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_answer_has_an_id_for_clients_of_both(server, fails):
+    body = {"model": MODEL, "max_tokens": 5, "messages": [{"role": "user", "content": "a"}]}
+    answer = server.post("/v1/messages", body if not fails else {})
+    assert answer.headers["x-request-id"] == answer.headers["request-id"]
+    assert answer.headers["request-id"].startswith("req_")
+    assert not fails or answer.json["request_id"] == answer.headers["request-id"]

@@ -280,11 +280,18 @@ function scrollDown() {
 
 let lastTop = 0;
 scroller.onscroll = () => {
-  // Text that has just come puts the end far away, too; only going up ends the following.
-  if (scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 48) follows = true;
+  // Text that has just come puts the end far away, too; only going up ends the following. Near the
+  // end too: a wheel goes up in small steps.
+  const left = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+  if (left < 2) follows = true;
   else if (scroller.scrollTop < lastTop) follows = false;
+  else if (left < 48) follows = true;
   lastTop = scroller.scrollTop;
   find("latest").hidden = follows;
+};
+// Before it has scrolled: text that comes meanwhile would scroll it back.
+scroller.onwheel = (event) => {
+  if (event.deltaY < 0 && scroller.scrollTop > 0) follows = false;
 };
 new ResizeObserver(scrollDown).observe(find("messages"));
 new ResizeObserver(scrollDown).observe(scroller);

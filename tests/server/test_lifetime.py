@@ -1,0 +1,83 @@
+"""The server before its model is there, and when it ends."""
+
+import asyncio
+import socket
+import threading
+import time
+from http.client import HTTPConnection
+
+import pytest
+from server.fake_engine import FakeEngine
+from server.running import MODEL, Running
+
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.server import run
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def asked(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    got = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+    connection.close()
+    return got
+
+
+def test_the_socket_answers_while_the_model_loads(tokenizer):
+    loads = threading.Event()
+    running = Running(FakeEngine(tokenizer), tokenizer, loads=loads)
+    status, headers, body = asked(running.port, "/health")
+    assert (status, body) == (503, b'{"status":"loading"}') and int(headers["retry-after"]) > 0
+    for path in ("/v1/models", "/v1/messages", "/api/tags"):
+        status, headers, body = asked(running.port, path)
+        assert status == 503 and b"loading" in body and int(headers["retry-after"]) > 0
+    loads.set()
+    running.wait_until_ready()
+    assert asked(running.port, "/health")[0] == 200
+    running.stop()
+
+
+def test_a_model_that_does_not_load_ends_the_server_with_its_error():
+    def fails():
+        raise Qwen35Error("no such model")
+
+    bound = run.bind("127.0.0.1", 0)
+    with pytest.raises(Qwen35Error, match="no such model"):
+        run.serve(fails, bound, lambda: None)
+
+
+def test_a_server_that_still_loads_ends_at_once():
+    loads = threading.Event()
+    server = run.Server(loads.wait)
+    bound = run.bind("127.0.0.1", 0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([bound])))
+    thread.start()
+    while not server.started:
+        time.sleep(0.002)
+    server.should_exit = True
+    thread.join(5)
+    assert not thread.is_alive() and server.app is None
+    loads.set()
+    bound.close()
+
+
+def test_neither_a_deaf_client_nor_a_stuck_engine_holds_the_end(start, tokenizer, monkeypatch):
+    """Whoever reads nothing, and whatever does not stop, is left behind in time."""
+    monkeypatch.setattr(run, "FINISH_SECONDS", 0.2)
+    monkeypatch.setattr(run, "CUT_SECONDS", 0.3)
+    engine = FakeEngine(tokenizer)
+    engine.say = ["word " * 2000] * 2000
+    stuck = threading.Event()
+    monkeypatch.setattr(engine, "stop", lambda finish=False: stuck.wait(20))
+    server = Running(engine, tokenizer)
+    deaf = socket.create_connection(("127.0.0.1", server.port))
+    server.send(deaf, "/v1/chat/completions", CHAT | {"stream": True})
+    while not engine.tickets:
+        time.sleep(0.005)
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < 5
+    stuck.set()
+    deaf.close()
