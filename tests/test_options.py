@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import typer
 from everyday import everyday
+from option_values import PLAN, SAMPLING
 from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
@@ -26,36 +27,6 @@ from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 GROUP: Any = typer.main.get_command(main.app)
 COMMANDS: dict[str, Any] = GROUP.commands
 HUB = "owner/name"
-SAMPLING = {
-    "--max-tokens": ["7"],
-    "--temperature": ["0.5"],
-    "--top-p": ["0.5"],
-    "--top-k": ["5"],
-    "--min-p": ["0.5"],
-    "--presence-penalty": ["0.5"],
-    "--frequency-penalty": ["1.5"],
-    "--repetition-penalty": ["1.5"],
-    "--seed": ["5"],
-    "--kernels": ["ops"],
-    "--draft": ["lookup"],
-    "--num-draft-tokens": ["3"],
-    "--system": ["Be brief."],
-    "--think": [],
-    "--no-think": [],
-}
-PLAN = {
-    "--bits": ["3"],
-    "--group-size": ["32"],
-    "--dtype": ["float16"],
-    "--recipe": ["q3"],
-    "--fit": ["24GB"],
-    "--bits-per-weight": ["5"],
-    "--prefer": ["speed", "--fit", "24GB"],
-    "--context": ["1000", "--fit", "24GB"],
-    "--kv-bits": ["8", "--fit", "24GB"],
-    "--calibration": ["{calibration}"],
-    "--revision": ["v1"],
-}
 # Values that differ from the defaults, and the options that an option needs. Every option of every
 # command is here: a new one fails until it is.
 OPTIONS: dict[str, dict[str, list[str]]] = {

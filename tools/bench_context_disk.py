@@ -221,6 +221,8 @@ def _is_whole(model: Any, tokenizer: Any, lines: list[list[str]], known: dict[An
 
 def read_prompt(model_folder: str) -> None:
     """Read a long prompt, or the rest of it; prints tokens while it reads, then what it did."""
+    # What is started in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     model, tokenizer = qwen35_mlx.load(model_folder)
     chat = Chat(model, tokenizer, max_tokens=1, sampling=GREEDY, enable_thinking=False)
     chat.load(SESSION) if session_file(SESSION).exists() else chat.save(SESSION)

@@ -188,32 +188,47 @@ class Segments:
         words = _words(ids)
         path = max(self._paths(words), key=lambda path: path[-1].stop, default=())
         # Asked for once: whoever looks at them ends a pass that may be under way later.
-        entries, mtp = list(enumerate(cache.entries)), cache.mtp
-        kvs = [(layer, entry) for layer, entry in entries if isinstance(entry, KVCache)]
+        entries, mtp = list(enumerate(cache.entries)), cache.mtp and cache.mtp.cache
+        kvs = {f"layers.{n}": entry for n, entry in entries if isinstance(entry, KVCache)}
         # The MTP layer has read so many tokens fewer.
         mtp_lag = point.num_tokens - cast(int, point.entries[-1]) if mtp else 0
-        while (start := path[-1].stop if path else 0) < len(ids):
-            # Between two pieces another request may have gone on with it from an earlier point.
-            if common_prefix(cache.ids, ids) < len(ids):
-                return
-            token_bytes = sum(a.nbytes for _, kv in kvs for a in kv.rows(0, 1).values())
-            most = max(MIN_SEGMENT_TOKENS, PIECE_BYTES // max(token_bytes, 1))
-            stop = min(start + most, len(ids))
-            arrays = {
-                f"layers.{layer}.{name}": array
-                for layer, kv in kvs
-                for name, array in kv.rows(start, stop).items()
-            }
+
+        def rows(start: int, stop: int) -> tuple[dict[str, mx.array], dict[str, str]]:
+            places = {name: (kv, start, stop) for name, kv in kvs.items()}
             metadata = {}
             if mtp and stop > mtp_lag:
                 # How many tokens wait for it differs from time to time.
                 first = max(0, start - mtp_lag - MAX_WAITING)
+                places["mtp"] = mtp, first, stop - mtp_lag
                 metadata["mtp_start"] = str(first)
-                rows = mtp.cache.rows(first, stop - mtp_lag)
-                arrays |= {f"mtp.{name}": array for name, array in rows.items()}
+            # Whoever goes on with the cache would have to copy all of it while views are alive.
+            copies = {
+                f"{name}.{part}": mx.contiguous(array)
+                for name, (kv, *place) in places.items()
+                for part, array in kv.rows(*place).items()
+            }
+            mx.eval(copies)
+            return copies, metadata
+
+        # A killed writer leaves segments without a point. The same tokens, read again in other
+        # pieces, may differ in their last bits: then what it left is not of this reading.
+        for number, segment in enumerate(path):
+            if not self._is_used(segment):
+                yield
+                if not self._holds(segment, *rows(segment.start, segment.stop)):
+                    self._remove(segment)
+                    path = path[:number]
+                    break
+        while (start := path[-1].stop if path else 0) < len(ids):
+            # Between two pieces another request may have gone on with it from an earlier point.
+            if common_prefix(cache.ids, ids) < len(ids):
+                return
+            token_bytes = sum(a.nbytes for kv in kvs.values() for a in kv.rows(0, 1).values())
+            most = max(MIN_SEGMENT_TOKENS, PIECE_BYTES // max(token_bytes, 1))
+            stop = min(start + most, len(ids))
             parent = path[-1].name if path else self._root
             segment = Segment(parent, _name(parent, words[start:stop]), start, stop)
-            yield from self._write_file(segment, "keys", arrays, metadata)
+            yield from self._write_file(segment, "keys", *rows(start, stop))
             self._children[parent][segment.name] = segment
             path = (*path, segment)
             yield
@@ -230,6 +245,35 @@ class Segments:
             yield from self._write_file(path[-1], "states", states, known)
         self._thin(path)
         self.trim()
+
+    def _holds(
+        self, segment: Segment, rows: Mapping[str, mx.array], metadata: Mapping[str, str]
+    ) -> bool:
+        """Whether the file of a segment has these rows, to the last bit."""
+        try:
+            arrays, known = self._read(segment, "keys")
+        except (ValueError, LookupError, OSError):
+            return False
+        bits = [
+            {name: array.reshape(-1).view(mx.uint8) for name, array in each.items()}
+            for each in (arrays, rows)
+        ]
+        return (
+            bits[0].keys() == bits[1].keys()
+            and metadata.items() <= known.items()
+            and all(mx.array_equal(array, bits[1][name]).item() for name, array in bits[0].items())
+        )
+
+    def _is_used(self, segment: Segment) -> bool:
+        """Whether there is a point at its end or behind it."""
+        return any(map(self._has_point, self._behind(segment)))
+
+    def _behind(self, segment: Segment) -> list[Segment]:
+        """A segment and all that go on from it."""
+        behind = [segment]
+        for each in behind:
+            behind += self._children.get(each.name, {}).values()
+        return behind
 
     def _write_file(
         self,
@@ -306,10 +350,7 @@ class Segments:
 
     def _remove(self, segment: Segment) -> None:
         """Remove a segment with all behind it, from the end on."""
-        behind = [segment]
-        for each in behind:
-            behind += self._children.get(each.name, {}).values()
-        for each in reversed(behind):
+        for each in reversed(self._behind(segment)):
             self._unlink(each.file_name("states"))
             self._unlink(each.file_name("keys"))
             del self._children[each.parent][each.name]
