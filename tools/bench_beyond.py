@@ -103,6 +103,24 @@ def run(folder: Path, num_slots: int, out: Path) -> dict[str, Any]:
     }
 
 
+def in_turns(folder: Path, num_slots: int) -> float:
+    """Decoding with so many slots over decoding with all in memory, a token of each in turn."""
+    memory = num_slots * bytes_of_a_slot(folder)
+    models = [load_model(folder, mtp=False, experts_memory=m)[0] for m in (None, memory)]
+    ids = np.random.default_rng(1).integers(5, 2500, PROMPT_TOKENS + NEW_TOKENS).tolist()
+    caches = [PromptCache(model) for model in models]
+    for cache in caches:
+        cache.read(ids[:PROMPT_TOKENS])
+    times: list[list[float]] = [[], []]
+    for token in ids[PROMPT_TOKENS:]:
+        for cache, taken in zip(caches, times, strict=True):
+            started = time.perf_counter()
+            mx.eval(cache.step(mx.array([token])))
+            cache.commit(token)
+            taken.append(time.perf_counter() - started)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
 def spy() -> list[set[int]]:
     """The experts of each call of the router from now on."""
     found: list[set[int]] = []
@@ -125,14 +143,13 @@ def count_distinct(calls: list[set[int]], num_layers: int) -> int:
     return sum(len(set().union(*layer)) for layer in layers[:-1]) + len(layers[-1][-1])
 
 
-def in_process(*args: object) -> dict[str, Any]:
-    """`run` in a process of its own."""
-    command = [sys.executable, __file__, "--run", *map(str, args)]
+def in_process(*args: object) -> Any:
+    """What this program prints last, as JSON, in a process of its own."""
+    command = [sys.executable, __file__, *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare(folder: Path, capacities: list[int], home: Path, name: str) -> dict[int, Any]:
@@ -140,14 +157,14 @@ def compare(folder: Path, capacities: list[int], home: Path, name: str) -> dict[
     runs = {}
     for num_slots in [0, *capacities]:
         logits = home / f"{num_slots}.npy"
-        found = runs[num_slots] = in_process(folder, num_slots, logits)
+        found = runs[num_slots] = in_process("--run", folder, num_slots, logits)
         if num_slots:
             expected = np.load(home / "0.npy")
             found["difference"] = float(np.abs(np.load(logits) - expected).max())
             print(
                 f"{name}, {num_slots:3} slots: logits differ by {found['difference']:.1e}, "
                 f"{found['expert_hit_rate']:.1%} hits, {found['expert_gb_per_s']:.2f} GB/s, "
-                f"decode {found['decode_tps'] / runs[0]['decode_tps']:.2f} of all in memory, "
+                f"decode {found['decode_tps']:.2f} tok/s, "
                 f"prefill read {found['prefill_misses']} of {runs[0]['distinct']} distinct, "
                 f"bytes {found['bytes_over_misses']:.4f} of misses, "
                 f"peak {found['peak_over_budget']:.3f} of budget",
@@ -220,7 +237,7 @@ def measure_disk(folder: Path | None = None) -> dict[str, Any]:
                 one["prefill_misses"] / number for one, number in distinct
             ),
             "disk_tps_vs_resident": {
-                share: round(found[n]["decode_tps"] / found[0]["decode_tps"], 3)
+                share: round(float(in_process("--turns", large, n)), 3)
                 for share, n in shares.items()
             },
             "disk_hit_rate": {s: round(found[n]["expert_hit_rate"], 3) for s, n in shares.items()},
@@ -243,11 +260,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="where the large model stays between runs")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--rival", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         folder, num_slots, out = args.run
         print(json.dumps(run(Path(folder), int(num_slots), Path(out))))
+        return 0
+    if args.turns:
+        print(in_turns(Path(args.turns[0]), int(args.turns[1])))
         return 0
     if args.rival:
         folder, offload, num_slots = args.rival
