@@ -25,6 +25,7 @@ from large_model import DEMO, EXPERTS, LAYERS, PER_TOKEN, write_large_model
 from mlx.utils import tree_flatten
 
 from qwen35_mlx.checkpoint.headers import read_headers
+from qwen35_mlx.checkpoint.names import OF_EXPERTS
 from qwen35_mlx.checkpoint.resolver import resolve
 from qwen35_mlx.config import read_config
 from qwen35_mlx.convert import convert, plan
@@ -33,7 +34,7 @@ from qwen35_mlx.convert.mac_models import find_macs
 from qwen35_mlx.convert.report import disk_lines, family_source
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.model import feed_forward
-from qwen35_mlx.model.expert_pool import OF_EXPERTS, slot_bytes
+from qwen35_mlx.model.expert_pool import slot_bytes
 from qwen35_mlx.model.loading import load_model
 
 TOOLS = Path(__file__).parent

@@ -20,11 +20,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..checkpoint.names import OF_EXPERTS
 from ..engine.prompt_cache import PromptCache, rope_delta
 from ..errors import SessionError
 from ..files import locked, replacing, session_home
 from ..model.cache import KVCache, Snapshot, restore
-from ..model.expert_pool import OF_EXPERTS
 from ..model.language import Model
 from ..prompt import vision_settings
 from ..text.media_parts import IMAGE, VIDEO, media_of, media_parts, text_of
