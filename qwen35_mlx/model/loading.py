@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..checkpoint.adapter import read_adapter
 from ..checkpoint.headers import SourceTensor, read_headers
+from ..checkpoint.names import OF_EXPERTS
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
@@ -27,7 +28,7 @@ from ..memory import AUTO, allow_with_kv, kv_choices, room_for_experts, sweep_by
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
-from .expert_pool import OF_EXPERTS, Experts, stack_bytes
+from .expert_pool import Experts, stack_bytes
 from .hub import not_converted, resolve
 from .language import Model
 from .ring import agreed, group, in_ring, leader
