@@ -105,6 +105,8 @@ def open_model(
     model = Model(config)
     quantize_modules(model, found.quantizations)
     sharding = None if group is None else shard(model, group)
+    if sharding and sharding.whole and not sharding.rank:
+        log.warning("whole on each of %d Macs: %s", sharding.size, sharding.whole)
     weights = read_parameters([*matches, *found.tower_matches], sharding)
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
