@@ -205,25 +205,44 @@ def test_a_model_that_is_loaded_whole_can_be_sharded(converted_demo: Path, tmp_p
 
 
 FAILING = """
-def tell(model, tokenizer):
+def tell(model, tokenizer, code):
     import mlx.core as mx
     cache = model.make_cache()
+    mx.eval(model.trunk(mx.array([[1, 2, 3]]), cache))
     try:
-        model.trunk(mx.array([[1, 2]] * 2), cache, keep_states=True)
+        exec(code)
     except Exception:
         return "went on"
+    return "went on"
 """
 
 
 @pytest.mark.slow
-def test_after_half_a_pass_nothing_goes_on(converted_demo: Path, tmp_path: Path) -> None:
-    code = PROGRAM.format(tell=FAILING)
-    with ring(2, code, tmp_path, (str(converted_demo),)) as processes:
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "model.trunk(mx.array([[1, 2]] * 2), cache, keep_states=True)",
+            "keep_states is for a few tokens of one sequence",
+        ),
+        # As mlx-lm does.
+        (
+            "[c.trim(1) for c in cache if c.is_trimmable()]; mx.eval(model.trunk(ids, cache))",
+            "a cache was changed in one process alone",
+        ),
+    ],
+)
+def test_processes_that_would_compute_different_things_end(
+    code: str, said: str, converted_demo: Path, tmp_path: Path
+) -> None:
+    code = code.replace("ids", "mx.array([[1]])")
+    program = PROGRAM.format(tell=FAILING)
+    with ring(2, program, tmp_path, (str(converted_demo), code)) as processes:
         for process in processes:
             output, errors = process.communicate(timeout=60)
             assert process.returncode == 1
             assert "went on" not in output
-            assert "keep_states is for a few tokens of one sequence" in errors
+            assert said in errors
 
 
 @pytest.mark.slow

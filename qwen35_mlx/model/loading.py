@@ -169,6 +169,8 @@ def open_model(
         matches = [match for match in matches if OF_EXPERTS not in match.name]
     quantize_modules(model, found.quantizations)
     sharding = None if group is None else shard(model, group)
+    if sharding and sharding.whole and not sharding.rank:
+        log.warning("whole on each of %d Macs: %s", sharding.size, sharding.whole)
     weights = read_parameters([*matches, *found.tower_matches], sharding)
     num_bytes = sum(array.nbytes for array in weights.values())
     if experts:
