@@ -19,7 +19,6 @@ def model_object(service: Service) -> dict[str, Any]:
     """One object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
     settings = service.settings
     length = settings.context_length
-    capabilities = ["completion", "tools", "thinking", *(["vision"] if settings.sees else [])]
     return {
         "id": settings.model_id,
         "object": "model",
@@ -35,7 +34,7 @@ def model_object(service: Service) -> dict[str, Any]:
         "max_input_tokens": length,
         "max_tokens": length,
         "meta": {"n_ctx": length, "n_ctx_train": length, "size": settings.num_bytes},
-        "capabilities": capabilities,
+        "capabilities": settings.capabilities,
         "state": "loaded",
     }
 
