@@ -11,8 +11,8 @@ from .faults import ApiError
 from .service import Service, service_of
 
 OWNER = "qwen35-mlx"
-# Counters of the engine that only grow; the others are gauges.
-GROWING = ("_total", "_seconds")
+# What the engine counts at the moment; the rest of its numbers only grow.
+GAUGES = ("running", "queued", "rows", "cached_points", "cache_bytes")
 
 
 def model_object(service: Service) -> dict[str, Any]:
@@ -94,11 +94,9 @@ async def metrics(http: HttpRequest) -> Response:
     values = {**service.engine.stats(), "http_requests_total": service.num_requests}
     lines = []
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        kind = "counter" if name.endswith(GROWING) else "gauge"
-        full = f"qwen35_mlx_{name}"
-        lines += [f"# TYPE {full} {kind}", f"{full} {value}"]
+        is_gauge = name in GAUGES
+        full = f"qwen35_mlx_{name.removesuffix('_total')}" + ("" if is_gauge else "_total")
+        lines += [f"# TYPE {full} {'gauge' if is_gauge else 'counter'}", f"{full} {value}"]
     return PlainTextResponse(
         "\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8"
     )
