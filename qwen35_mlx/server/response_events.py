@@ -13,8 +13,6 @@ from .hidden_thoughts import hidden
 from .replies import AnswerTokens, Reply, SentCall, Writer
 from .service import Service
 
-COMMENT = b": keepalive\n\n"
-
 
 class _Part(NamedTuple):
     """What an item of text consists of, in the words of the API's events."""
@@ -47,7 +45,7 @@ class ResponseWriter(Writer):
     """Builds a response."""
 
     def __init__(self, service: Service, response: dict[str, Any], given: list[dict[str, Any]]):
-        super().__init__(service)
+        super().__init__(service, "", "")
         self._response = response
         self._given = given
         self._reply = Reply()
@@ -56,18 +54,13 @@ class ResponseWriter(Writer):
         wants_summary = response["reasoning"]["summary"] not in (None, "none")
         self._thought = SUMMARY if wants_summary else THOUGHT
         self._number = 0
-        self._num_keepalives = 0
         # The items so far, the last of which may be open.
         self._items: list[dict[str, Any]] = []
         self._open: _Part | None = None
         self._text = ""
         self._entries: list[dict[str, Any]] = []
 
-    def keepalive(self) -> bytes:
-        """A comment; now and then an event, for clients that count only those."""
-        self._num_keepalives += 1
-        if self._num_keepalives % 5:
-            return COMMENT
+    def _sign_of_life(self) -> bytes:
         return self._event("response.in_progress", response=self._response)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
