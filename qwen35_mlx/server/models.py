@@ -19,11 +19,7 @@ def model_object(service: Service, name: str = "") -> dict[str, Any]:
     """One object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
     settings = service.settings
     length = settings.context_length
-<<<<<<< HEAD
-    capabilities = ["completion", "tools", "thinking", *(["vision"] if settings.sees else [])]
     name = name if name in service.model_names else settings.model_id
-=======
->>>>>>> serve
     return {
         "id": name,
         "object": "model",
