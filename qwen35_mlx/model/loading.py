@@ -18,7 +18,7 @@ from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.sharding import Cut, Sharding
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
-from ..errors import CheckpointError, ConfigError, MemoryRefused, Qwen35Error, first_line
+from ..errors import CheckpointError, ConfigError, MemoryRefused, first_line
 from ..kernels import choice, tiers
 from ..media.settings import VisionSettings, read_settings
 from ..memory import allow, wire
@@ -27,7 +27,7 @@ from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
 from .hub import not_converted, resolve
 from .language import Model
-from .ring import agree_on_context, group, in_ring, leader
+from .ring import agree_on_context, group, in_ring, leader, no_adapter
 from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
@@ -239,11 +239,7 @@ def load(
     ring = leader() if in_ring() else None
     if ring is not None:
         if adapter is not None:
-            raise Qwen35Error(
-                "an adapter does not run on several Macs",
-                got=str(adapter),
-                hint="qwen35-mlx fuse makes a model of both",
-            )
+            raise no_adapter(adapter)
         path = os.path.abspath(path_or_hub_id)
         path = path if os.path.isdir(path) else str(path_or_hub_id)
         options = dict(revision=revision, context=context, force=force)
