@@ -117,7 +117,8 @@ def portable_attention(q: mx.array, k: Heads, v: Heads, scale: float, mask: Any)
 def _packed_attention(q: mx.array, k: Packed, v: Packed, scale: float, mask: Any) -> mx.array:
     batch, _, num_tokens, dim = q.shape
     num_kv_heads, length = k.shape[1:3]
-    rows = (q * scale).reshape(batch, num_kv_heads, -1, dim)
+    # Scores keep float32, as in MLX's own attention.
+    rows = (q.astype(mx.float32) * scale).reshape(batch, num_kv_heads, -1, dim)
     if isinstance(mask, str):
         places = mx.arange(length)
         mask = places <= places[length - num_tokens :, None]
@@ -130,8 +131,8 @@ def _packed_attention(q: mx.array, k: Packed, v: Packed, scale: float, mask: Any
             # [B, query heads, T, S]; rows are tokens of one query head after another.
             scores = scores.reshape(batch, -1, num_tokens, length)
             scores = mx.where(mask, scores, mx.finfo(scores.dtype).min).reshape(shape)
-        outputs.append(v.times(mx.softmax(scores, axis=-1, precise=True), head, False))
-    return mx.concatenate(outputs, axis=1).reshape(q.shape)
+        outputs.append(v.times(mx.softmax(scores, axis=-1), head, False))
+    return mx.concatenate(outputs, axis=1).reshape(q.shape).astype(q.dtype)
 
 
 def _is_readable(heads: Heads) -> bool:

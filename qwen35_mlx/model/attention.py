@@ -47,7 +47,8 @@ def attend(
     The same numbers as at once: no sum runs over queries.
     """
     num_tokens, num_keys = q.shape[2], k.shape[2]
-    block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, q.itemsize)
+    item_bytes = 4 if isinstance(k, Packed) else q.itemsize
+    block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, item_bytes)
     if num_tokens <= block:
         return decode_attention(q, k, v, scale, mask, kernels)
     outputs = []

@@ -91,7 +91,7 @@ def load_model(
                 log.warning("no memory is left for the MTP layer: nothing drafts tokens")
             return loaded
         # Experts from disk are whole ones, of one process.
-        if mtp or model.experts or not model.config.is_moe or group is not None:
+        if mtp or experts_memory is not None or not model.config.is_moe or group is not None:
             raise
         resident = num_bytes - stack_bytes(model)
         room = room_for_experts(model.config, resident, context, item_bytes)
