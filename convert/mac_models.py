@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES
+from qwen35_mlx.checkpoint.names import OF_EXPERTS
 from qwen35_mlx.checkpoint.sharding import Sharding
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, parse_memory, sysctl
@@ -18,7 +19,7 @@ from qwen35_mlx.memory import (
     state_bytes,
 )
 
-from .plan import OF_EXPERTS, Entry, Plan
+from .plan import Entry, Plan
 
 
 @dataclass(frozen=True)

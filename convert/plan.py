@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.checkpoint.names import TOWER, fold, is_mtp
+from qwen35_mlx.checkpoint.names import OF_EXPERTS, TOWER, fold, is_mtp
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
@@ -36,7 +36,6 @@ Recipe = Callable[[str], tuple[int, int] | Setting | None]
 # Where an expert's matrices lie: one expert after the other in each stack, or side by side.
 STACKED, DISK = "stacked", "disk"
 LAYOUTS = (STACKED, DISK)
-OF_EXPERTS = ".switch_mlp."
 
 
 @dataclass(frozen=True)

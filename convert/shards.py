@@ -8,10 +8,11 @@ from itertools import groupby
 from pathlib import Path
 
 from qwen35_mlx.checkpoint.headers import PREFIX_BYTES
+from qwen35_mlx.checkpoint.names import OF_EXPERTS
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.files import flush, sync_folder
 
-from .plan import OF_EXPERTS, OutputTensor, Plan
+from .plan import OutputTensor, Plan
 
 METADATA = {"format": "mlx"}
 # Pages of macOS: what lies at their multiples is read without a copy.

@@ -437,13 +437,15 @@ def allow_with_kv(
     choices: Sequence[ModelConfig], weight_bytes: int, **settings: Any
 ) -> tuple[ModelConfig, Allowance]:
     """The first of `kv_choices` that fits, and what it may use; refuses as `allow` does."""
-    *firsts, last = choices
-    for config in firsts:
-        try:
-            return config, allow(config, weight_bytes, **settings)
-        except MemoryRefused:
-            log.warning("keys and values are held in 8 bits: in 16 they do not fit")
-    return last, allow(last, weight_bytes, **settings)
+    first, *others = choices
+    try:
+        return first, allow(first, weight_bytes, **settings)
+    except MemoryRefused:
+        if not others:
+            raise
+    allowance = allow(others[0], weight_bytes, **settings)
+    log.warning("keys and values are held in 8 bits: in 16 they do not fit")
+    return others[0], allowance
 
 
 def _refused(

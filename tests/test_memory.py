@@ -248,6 +248,23 @@ def test_a_model_too_large_for_any_limit_gets_no_command(mac: Any) -> None:
     assert "fewer bits" in str(error.value)
 
 
+def test_keys_and_values_of_8_bits_where_16_do_not_fit(mac: Any, caplog: Any) -> None:
+    mac(256 * GIB)
+    choices = memory.kv_choices(FLAGSHIP)
+    limit = machine.describe().gpu_limit_bytes
+    assert limit is not None
+    sixteen, eight = (limit - memory.count(c, 0, 262_144, limit).overhead for c in choices)
+    # Half of 9.06 GB and of a layer's that grows, less scales and biases.
+    assert (eight - sixteen) / 1e9 == pytest.approx(4.53, abs=0.01)
+    assert memory.allow_with_kv(choices, sixteen, context=262_144)[0].kv_bits is None
+    assert not caplog.records
+    config, allowance = memory.allow_with_kv(choices, sixteen + 1, context=262_144)
+    assert config.kv_bits == (8, 8) and allowance.context == 262_144
+    assert "8 bits" in caplog.text
+    with pytest.raises(MemoryRefused, match=r"KV cache of 262,144 tokens +4\.8\d* GB"):
+        memory.allow_with_kv(choices, eight + 1, context=262_144)
+
+
 @pytest.mark.parametrize("context", [0, 4 * 262_144 + 1])
 def test_a_context_that_the_model_cannot_read_is_refused(mac: Any, context: int) -> None:
     mac(512 * GIB)

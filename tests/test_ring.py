@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qwen35_mlx.chat.conversation import Chat
 from qwen35_mlx.chat.sessions import read_conversation
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model import link
+from qwen35_mlx.model.adapters import attach_to_model
 from qwen35_mlx.model.link import Link, uninterrupted
 from qwen35_mlx.model.ring import Handle
 
@@ -205,25 +207,44 @@ def test_a_model_that_is_loaded_whole_can_be_sharded(converted_demo: Path, tmp_p
 
 
 FAILING = """
-def tell(model, tokenizer):
+def tell(model, tokenizer, code):
     import mlx.core as mx
     cache = model.make_cache()
+    mx.eval(model.trunk(mx.array([[1, 2, 3]]), cache))
     try:
-        model.trunk(mx.array([[1, 2]] * 2), cache, keep_states=True)
+        exec(code)
     except Exception:
         return "went on"
+    return "went on"
 """
 
 
 @pytest.mark.slow
-def test_after_half_a_pass_nothing_goes_on(converted_demo: Path, tmp_path: Path) -> None:
-    code = PROGRAM.format(tell=FAILING)
-    with ring(2, code, tmp_path, (str(converted_demo),)) as processes:
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "model.trunk(mx.array([[1, 2]] * 2), cache, keep_states=True)",
+            "keep_states is for a few tokens of one sequence",
+        ),
+        # As mlx-lm does.
+        (
+            "[c.trim(1) for c in cache if c.is_trimmable()]; mx.eval(model.trunk(ids, cache))",
+            "a cache was changed in one process alone",
+        ),
+    ],
+)
+def test_processes_that_would_compute_different_things_end(
+    code: str, said: str, converted_demo: Path, tmp_path: Path
+) -> None:
+    code = code.replace("ids", "mx.array([[1]])")
+    program = PROGRAM.format(tell=FAILING)
+    with ring(2, program, tmp_path, (str(converted_demo), code)) as processes:
         for process in processes:
             output, errors = process.communicate(timeout=60)
             assert process.returncode == 1
             assert "went on" not in output
-            assert "keep_states is for a few tokens of one sequence" in errors
+            assert said in errors
 
 
 @pytest.mark.slow
@@ -246,6 +267,15 @@ def test_a_session_of_several_processes_is_read_again_and_not_from_a_part(
     monkeypatch.setattr(model, "ring", object())
     chat.save(tmp_path / "session.json")
     assert not (tmp_path / "session.safetensors").exists()
+
+
+def test_an_adapter_of_rank_0_alone_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = demo
+    monkeypatch.setattr(model, "ring", object())
+    adapter: Any = SimpleNamespace(changes={})
+    with pytest.raises(Qwen35Error, match="several Macs"):
+        attach_to_model(model, adapter)
+    assert not model.adapter_digest
 
 
 def test_nobody_joins_without_the_secret() -> None:

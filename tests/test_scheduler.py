@@ -457,7 +457,7 @@ def test_pieces_are_sized_by_time():
     assert pieces.next_size(True) == reading.FIRST_PIECE_TOKENS
     for _ in range(8):
         pieces.record(256, 0.5)
-    assert pieces.next_size(True) == 192 and pieces.next_size(False) == 768
+    assert pieces.next_size(True) == 192 and pieces.next_size(False) == 512
     for _ in range(30):
         pieces.record(2048, 0.2)
     assert pieces.next_size(True) == 2048

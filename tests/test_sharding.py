@@ -53,10 +53,16 @@ def test_no_row_and_no_column_is_left_to_nobody(moe: bool, size: int) -> None:
 def test_embeddings_and_head_are_read_by_rank_0_alone() -> None:
     first, second = shardings(config(), 2)
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
-        assert first.nbytes(name, (8, 4), 64) == 64
-        assert second.nbytes(name, (8, 4), 64) == 0
-    name = f"{LAYERS}0.mlp.down_proj.weight"
-    assert first.nbytes(name, (128, 256), 1024) == second.nbytes(name, (128, 256), 1024) == 512
+        assert first.holds(name) and not second.holds(name)
+        assert first.cut(name) is None
+    for name in ("language_model.model.norm.weight", f"{LAYERS}0.mlp.down_proj.scales"):
+        assert second.holds(name)
+
+
+def test_what_is_whole_on_every_mac_is_named() -> None:
+    assert shardings(config(), 2)[0].whole == ""
+    odd = Sharding(config(num_attention_heads=6, num_key_value_heads=3), 0, 4, {})
+    assert odd.whole == "attention (6 heads)"
 
 
 def test_a_width_is_not_split_inside_of_a_group_of_weights() -> None:

@@ -115,7 +115,7 @@ def run_all() -> dict[str, str]:
     tokenizer = read_tokenizer(SOURCE, read_object(SOURCE / "config.json"))
     engine = scripted_engine(tokenizer)
     settings = Settings("demo", CONTEXT_LENGTH, vocab_size=2560)
-    server = Server(make_app(engine, settings, tokenizer))
+    server = Server(lambda: make_app(engine, settings, tokenizer))
     bound = bind("127.0.0.1", 0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
     thread.start()

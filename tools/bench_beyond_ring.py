@@ -314,9 +314,26 @@ def measure() -> dict[str, Any]:
             "rank_peak_over_share": round(held, 4),
             "collectives_per_layer": each,
             "collectives_besides": others,
-            "dead_peers_reported": f"{deaths(home)} of {NUM_DEATHS}",
+            "dead_peers_reported": deaths(home),
         }
 
 
+def failures(result: dict[str, Any]) -> list[str]:
+    """A line for each figure that is not as it has to be."""
+    bars = {
+        "ring_logit_difference": max(result["ring_logit_difference"].values()) <= 1e-4,
+        "ring_chat_is_the_same": result["ring_chat_is_the_same"],
+        "rank_read_over_share": result["rank_read_over_share"] <= 1.1,
+        "rank_peak_over_share": result["rank_peak_over_share"] <= 1.15,
+        "collectives_per_layer": result["collectives_per_layer"] <= 2,
+        "collectives_besides": result["collectives_besides"] <= 1,
+        "dead_peers_reported": result["dead_peers_reported"] == NUM_DEATHS,
+    }
+    return [f"{name} fails: {result[name]}" for name, is_met in bars.items() if not is_met]
+
+
 if __name__ == "__main__":
-    print(json.dumps(label() | measure()))
+    measured = measure()
+    print(*failures(measured), sep="\n")
+    print(json.dumps(label() | measured))
+    sys.exit(bool(failures(measured)))

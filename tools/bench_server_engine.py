@@ -27,7 +27,7 @@ from qwen35_mlx.engine.grammar import Grammars
 from qwen35_mlx.engine.requests import Grammar, Request
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
-VOCAB = 2560
+VOCAB, ENDS = 2560, (2547, 2549)
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,8 +40,15 @@ ANSWER_SECONDS = 600
 
 def stream(server: ServerProcess, prompt: str, num_tokens: int, counts: list[int]) -> None:
     """Add the length of a streamed answer to the counts."""
-    body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "stream": True}
+    body: dict[str, Any] = {
+        "prompt": prompt,
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "stream": True,
+    }
     body["stream_options"] = {"include_usage": True}
+    # To their full length, all of them.
+    body["logit_bias"] = {str(token): -100 for token in ENDS}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_SECONDS)
     connection.request(
         "POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"}

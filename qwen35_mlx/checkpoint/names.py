@@ -15,6 +15,8 @@ PREFIXES = ("model", "language_model", "module", "base_model")
 # Components that torch.compile and FSDP put anywhere.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TRUNK = ("embed_tokens", "layers", "norm")
+# In the name of each stack of experts.
+OF_EXPERTS = ".switch_mlp."
 # The vision tower as MLX programs name it, and as Hugging Face does.
 TOWER = "vision_tower."
 TOWERS = (TOWER, "visual.")

@@ -6,7 +6,6 @@ and MTP layer are whole on rank 0, which alone needs them: it sends the others h
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, NamedTuple
 
 from ..config import FULL, LINEAR, ModelConfig
@@ -91,12 +90,18 @@ class Sharding:
         """Whether this rank has any of the parameter."""
         return self.rank == 0 or name.startswith((LAYERS, NORM))
 
-    def nbytes(self, name: str, shape: Sequence[int], nbytes: int) -> int:
-        """Bytes that this rank has of a tensor of this shape and size."""
-        if not self.holds(name):
-            return 0
-        cut = self.cut(name)
-        return nbytes if cut is None else nbytes * prod(cut.shape(shape)) // prod(shape)
+    @property
+    def whole(self) -> str:
+        """What is large and whole on every rank, with its numbers; empty where nothing is."""
+        c, kinds = self.config, list[str]()
+        if FULL in c.layer_types and "attention" not in self.splits:
+            kinds.append(f"attention ({c.num_attention_heads} heads)")
+        if LINEAR in c.layer_types and "linear" not in self.splits:
+            kinds.append(f"linear attention ({c.linear_num_value_heads} value heads)")
+        if not self.splits & {"mlp", "experts", "whole experts"}:
+            width = c.intermediate_size or c.moe_intermediate_size
+            kinds.append(f"feed-forward (width {width})")
+        return ", ".join(kinds)
 
     def _add(self, kind: str, **sizes: Any) -> None:
         self.splits.add(kind)

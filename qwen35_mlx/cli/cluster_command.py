@@ -80,7 +80,8 @@ def launched(hosts: str, port: int, arguments: Sequence[str], reads_input: bool)
         file, status = folder / "hosts.json", folder / "status"
         file.write_text(hosts)
         if sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
-            (folder / "terminal").touch()
+            # Its own name: macOS cannot wait for /dev/tty.
+            (folder / "terminal").write_text(os.ttyname(sys.stdin.fileno()))
         elif sys.stdin and reads_input:
             (folder / "input").write_bytes(sys.stdin.buffer.read())
         options = ["--hostfile", str(file), "--starting-port", str(port)]
@@ -114,12 +115,13 @@ def take_part(run: Callable[[], object]) -> None:
     except typer.Exit as end:
         sys.exit(end.exit_code)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if (folder / "terminal").exists():
+    terminal, given = folder / "terminal", folder / "input"
+    if terminal.exists():
         # This process has the terminal; mlx.launch would pass on lines alone.
-        for stream, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
-            os.dup2(os.open("/dev/tty", flags), stream)
+        opened = os.open(terminal.read_text(), os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(opened, stream)
     else:
-        given = folder / "input"
         os.dup2(os.open(given if given.exists() else os.devnull, os.O_RDONLY), 0)
     from .terminal import note
 

@@ -269,9 +269,12 @@ def running_server(url: str, api_key: str | None) -> "Endpoint":
             model = json.load(answer)["data"][0]
         return Endpoint(url, model["id"], model["context_length"], api_key)
     except HTTPError as error:
-        hint = "give its key with --api-key" if error.code == 401 else ""
+        hints = {401: "give its key with --api-key", 503: "its model is loading; try again soon"}
         raise Qwen35Error(
-            "the server refuses", got=f"{error.code} at {url}", expected="200", hint=hint
+            "the server refuses",
+            got=f"{error.code} at {url}",
+            expected="200",
+            hint=hints.get(error.code, ""),
         ) from None
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise Qwen35Error(

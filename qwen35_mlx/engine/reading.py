@@ -17,7 +17,7 @@ from .row import likeliest
 from .ticket import Ticket
 
 # How long a piece may take while others wait for it, and while nobody does.
-SHARED_SECONDS, ALONE_SECONDS = 0.4, 1.5
+SHARED_SECONDS, ALONE_SECONDS = 0.4, 1.0
 FIRST_PIECE_TOKENS = 256
 # Logits of so many places of a prompt at a time.
 SCORED_TOKENS = 64

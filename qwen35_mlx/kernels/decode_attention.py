@@ -49,10 +49,6 @@ class Packed(NamedTuple):
         """Of all parts."""
         return sum(part.nbytes for part in self.parts)
 
-    def each(self, change: Callable[[mx.array], mx.array]) -> "Packed":
-        """The same of changed parts."""
-        return self._replace(parts=[change(part) for part in self.parts])
-
     def times(self, x: mx.array, head: int, transpose: bool) -> mx.array:
         """x `[B, 1, R, D]` times the keys of a head, transposed, or `[B, 1, R, S]` times values."""
         w, scales, biases = (part[:, head : head + 1] for part in self.parts)
@@ -64,7 +60,9 @@ Heads = mx.array | Packed
 
 def each(heads: Heads, change: Callable[[mx.array], mx.array]) -> Heads:
     """Floats, or all parts of what is packed, changed."""
-    return heads.each(change) if isinstance(heads, Packed) else change(heads)
+    if isinstance(heads, Packed):
+        return heads._replace(parts=[change(part) for part in heads.parts])
+    return change(heads)
 
 
 def first_keys(heads: Heads, num_keys: int) -> Heads:

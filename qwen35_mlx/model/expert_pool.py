@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import ITEM_BYTES
+from ..checkpoint.names import OF_EXPERTS
 from ..checkpoint.resolver import Match
 from ..config import ModelConfig
 from ..errors import MemoryRefused, Qwen35Error
@@ -31,7 +32,6 @@ from ..memory import PREFILL_STEP_SIZE, sweep_tokens
 from .expert_files import ExpertFile, ExpertReader, Slots
 from .feed_forward import SparseMoE
 
-OF_EXPERTS = ".switch_mlp."
 # Of each layer, for what tells a model from another.
 DIGESTED_EXPERTS = 8
 

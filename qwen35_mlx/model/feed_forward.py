@@ -106,26 +106,20 @@ class SparseMoE(nn.Module):
         for found in founds:
             hidden = expert_gate_up(found.rows, self.shared_expert, kernels=self.kernels)
             shared_outs.append(self.shared_expert.down_proj(hidden[0]))
-        rows, indices, scores = (
-            arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
-            for arrays in (
-                [found.rows for found in founds],
-                [found.routing.indices for found in founds],
-                [found.routing.scores for found in founds],
-            )
-        )
+        together = [(f.rows, f.routing.indices, f.routing.scores) for f in founds]
+        rows, indices, scores = map(mx.concatenate, map(list, zip(*together, strict=True)))
         mlp = self.pool.mlp if self.pool else expert_mlp
         summed = mlp(rows, indices, scores, self.switch_mlp, self.kernels)
-        outs, start = [], 0
+        outs, end = [], 0
         for piece, found, shared in zip(long, founds, shared_outs, strict=True):
-            routed = summed if len(long) == 1 else summed[start : start + len(found.rows)]
+            start, end = end, end + len(found.rows)
+            routed = summed if len(long) == 1 else summed[start:end]
             scores = found.routing.shared_scores
             out = add_experts(found.residual, routed, shared, scores, self.kernels)
             if self.pool:
                 self.pool.is_used_by(out)
             out = joined(out, piece.reshape(out.shape), self.group)
             outs.append(out.reshape(piece.shape))
-            start += len(found.rows)
         done = iter(outs)
         return [self(p, norm) if self._in_steps(p) else next(done) for p in pieces]
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .expert_pool import OF_EXPERTS
+from ..checkpoint.names import OF_EXPERTS
 from .language import Model
 
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..checkpoint.adapter import read_adapter
 from ..checkpoint.headers import SourceTensor, read_headers
+from ..checkpoint.names import OF_EXPERTS
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
@@ -27,10 +28,10 @@ from ..memory import AUTO, allow_with_kv, kv_choices, room_for_experts, sweep_by
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
-from .expert_pool import OF_EXPERTS, Experts, stack_bytes
+from .expert_pool import Experts, stack_bytes
 from .hub import not_converted, resolve
 from .language import Model
-from .ring import agreed, group, in_ring, leader
+from .ring import agreed, group, in_ring, leader, no_adapter
 from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,8 @@ def open_model(
         matches = [match for match in matches if OF_EXPERTS not in match.name]
     quantize_modules(model, found.quantizations)
     sharding = None if group is None else shard(model, group)
+    if sharding and sharding.whole and not sharding.rank:
+        log.warning("whole on each of %d Macs: %s", sharding.size, sharding.whole)
     weights = read_parameters([*matches, *found.tower_matches], sharding)
     num_bytes = sum(array.nbytes for array in weights.values())
     if experts:
@@ -312,11 +315,7 @@ def load(
     ring = leader() if in_ring() else None
     if ring is not None:
         if adapter is not None:
-            raise Qwen35Error(
-                "an adapter does not run on several Macs",
-                got=str(adapter),
-                hint="qwen35-mlx fuse makes a model of both",
-            )
+            raise no_adapter(adapter)
         if experts_memory is not None:
             raise Qwen35Error(
                 "experts from disk do not run on several Macs",

@@ -54,6 +54,12 @@ def group() -> mx.distributed.Group:
         ) from None
 
 
+def no_adapter(got: object) -> Qwen35Error:
+    """The refusal of changes that rank 0 alone would have."""
+    hint = "qwen35-mlx fuse makes a model of both"
+    return Qwen35Error("an adapter does not run on several Macs", got=got, hint=hint)
+
+
 class Handle:
     """The number of a cache or of a snapshot that every process has; with it they are dropped."""
 
@@ -109,7 +115,7 @@ class Leader:
         **flags: bool,
     ) -> mx.array:
         """A pass of all processes; its hidden state is being computed."""
-        handle = None if cache is None else cache[0].handle
+        handle = None if cache is None else getattr(cache[0], "handle", None)
         if cache is not None and handle is None:
             raise Qwen35Error(
                 "a model on several Macs has not made this cache", expected="model.make_cache()"
@@ -120,6 +126,7 @@ class Leader:
             self.tell(
                 "trunk",
                 cache=handle and handle.number,
+                num_read=caches.cached_tokens(cache or []),
                 shape=x.shape,
                 dtype=str(x.dtype).rpartition(".")[2],
                 positions=None if positions is None else positions.tolist(),
@@ -258,16 +265,22 @@ class Follower:
     def _trunk(
         self,
         cache: int | None,
+        num_read: int,
         shape: Sequence[int],
         dtype: str,
         positions: Any,
         rope_delta: Any,
         flags: dict[str, bool],
     ) -> None:
+        entries = None if cache is None else self._held[cache]
+        if (own := caches.cached_tokens(entries or [])) != num_read:
+            raise Qwen35Error(
+                "a cache was changed in one process alone", got=own, expected=f"{num_read} tokens"
+            )
         x = mx.distributed.all_sum(mx.zeros(shape, getattr(mx, dtype)), group=group())
         hidden = self._model.language_model.model(
             None,
-            None if cache is None else self._held[cache],
+            entries,
             embeddings=x,
             positions=None if positions is None else mx.array(positions),
             rope_delta=mx.array(rope_delta) if isinstance(rope_delta, list) else rope_delta,

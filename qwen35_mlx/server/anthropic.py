@@ -1,6 +1,5 @@
 """Anthropic's /v1/messages and /v1/messages/count_tokens."""
 
-import secrets
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -9,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from ..engine.requests import Done, Grammar, Request, Started, Token
 from . import options
 from .anthropic_messages import read_messages, read_tool_choice, read_tools
-from .events import StreamedAnswer, WholeAnswer, sse
+from .events import sse
 from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import hidden
@@ -28,9 +27,7 @@ async def messages(http: HttpRequest) -> Response:
     body = await service.fields(http)
     call = _Messages(service, body)
     answer = await service.answer(call.request)
-    if call.is_stream:
-        return StreamedAnswer(answer, call.frames(answer), call.keepalive)
-    return WholeAnswer(answer, call.whole(answer), "anthropic")
+    return call.response(answer, call.is_stream)
 
 
 async def count_tokens(http: HttpRequest) -> Response:
@@ -108,9 +105,10 @@ def _grammar(body: Fields) -> Grammar | None:
 class _Messages(Writer):
     """One request for a message, and the events or the object that answer it."""
 
+    dialect = "anthropic"
+
     def __init__(self, service: Service, body: Fields):
-        super().__init__(service)
-        self._model = service.check_model(body)
+        super().__init__(service, "msg_", service.check_model(body))
         max_tokens = body.integer("max_tokens", 1)
         if max_tokens is None:
             raise body.missing("max_tokens")
@@ -119,7 +117,6 @@ class _Messages(Writer):
         thinking = body.record("thinking")
         shown = thinking.choice("display", ("summarized", "omitted")) if thinking else None
         self._omits_thoughts = shown == "omitted"
-        self._id = f"msg_{secrets.token_hex(12)}"
         self._reply = Reply(id_prefix="toolu_")
         # The blocks so far, the last of which may be open.
         self._blocks: list[dict[str, Any]] = []
@@ -182,7 +179,7 @@ class _Messages(Writer):
         return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
 
     def _failed(self, fault: ApiError) -> bytes:
-        return sse(fault.body("anthropic"), "error")
+        return sse(fault.body(self.dialect), "error")
 
     def _take(self, place: int, event: Any) -> bytes:
         """The stream's events for an event of the engine; `_blocks` has them together."""

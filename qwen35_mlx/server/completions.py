@@ -1,6 +1,5 @@
 """OpenAI's older /v1/completions: raw prompts, several at a time, and scores of their tokens."""
 
-import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +8,11 @@ from starlette.responses import Response
 
 from ..engine.requests import Done, PromptLogprobs, Request, Started, Token, Top, Usage
 from . import options
-from .events import StreamedAnswer, WholeAnswer, sse
+from .events import sse
 from .fields import Fields
-from .openai import COMMENT, DONE, FINISH, MAX_CHOICES, MAX_STOPS, usage_object
+from .openai import DONE, FINISH, MAX_CHOICES, MAX_STOPS, usage_object
 from .replies import Writer, timings
-from .service import FINGERPRINT, Service, service_of
+from .service import Service, service_of
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -26,9 +25,7 @@ async def completions(http: HttpRequest) -> Response:
     body = await service.fields(http)
     completion = _Completion(service, body)
     answer = await service.answer(*completion.requests)
-    if completion.is_stream:
-        return StreamedAnswer(answer, completion.frames(answer), lambda: COMMENT)
-    return WholeAnswer(answer, completion.whole(answer), "openai")
+    return completion.response(answer, completion.is_stream)
 
 
 def read_prompts(body: Fields) -> list[str | list[int]]:
@@ -127,8 +124,7 @@ class _Completion(Writer):
     """One request for completions, and the objects that answer it."""
 
     def __init__(self, service: Service, body: Fields):
-        super().__init__(service)
-        self._model = service.check_model(body)
+        super().__init__(service, "cmpl-", service.check_model(body))
         if body.text("suffix"):
             raise body.refuse("suffix", "nothing: this server fills no middles", "unsupported")
         prompts = read_prompts(body)
@@ -146,7 +142,6 @@ class _Completion(Writer):
         # The best of several is found by its scores, whether they are asked for or not.
         num_top = 0 if self._num_top is None and self._best_of > self._n else self._num_top
         self._texts = [_Text(service, num_top) for _ in range(len(prompts) * self._best_of)]
-        self._id = f"cmpl-{secrets.token_hex(12)}"
         self._usages = [Usage() for _ in prompts]
 
     def _read_logprobs(self, body: Fields) -> int | None:
@@ -221,17 +216,7 @@ class _Completion(Writer):
         return total
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return sse(self._completion(choices) | more)
-
-    def _completion(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": int(self._created_s),
-            "model": self._model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-        }
+        return sse(self._completion("text_completion", choices, **more))
 
     def _end(self) -> bytes:
         usage = self._chunk([], usage=usage_object(self._summed())) if self._wants_usage else b""
@@ -253,4 +238,5 @@ class _Completion(Writer):
                     }
                 )
         usage = self._summed()
-        return self._completion(choices) | {"usage": usage_object(usage), "timings": timings(usage)}
+        more = {"usage": usage_object(usage), "timings": timings(usage)}
+        return self._completion("text_completion", choices, **more)

@@ -38,18 +38,20 @@ class Fields:
         """The value as it is; None if absent."""
         return self.values.get(field)
 
+    def _of(self, field: str, kind: type, name: str) -> Any:
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, kind):
+            raise self.refuse(field, name, "invalid_type")
+        return value
+
     def text(self, field: str) -> str | None:
         """A string."""
-        value = self.values.get(field)
-        if value is not None and not isinstance(value, str):
-            raise self.refuse(field, "a string", "invalid_type")
+        value: str | None = self._of(field, str, "a string")
         return value
 
     def flag(self, field: str) -> bool | None:
         """true or false."""
-        value = self.values.get(field)
-        if value is not None and not isinstance(value, bool):
-            raise self.refuse(field, "true or false", "invalid_type")
+        value: bool | None = self._of(field, bool, "true or false")
         return value
 
     def integer(self, field: str, low: int = -MAX_INT - 1, high: int = MAX_INT) -> int | None:
@@ -85,9 +87,7 @@ class Fields:
 
     def items(self, field: str) -> list[Any] | None:
         """A list."""
-        value = self.values.get(field)
-        if value is not None and not isinstance(value, list):
-            raise self.refuse(field, "a list", "invalid_type")
+        value: list[Any] | None = self._of(field, list, "a list")
         return value
 
     def record(self, field: str) -> "Fields | None":
@@ -97,9 +97,7 @@ class Fields:
 
     def mapping(self, field: str) -> dict[str, Any] | None:
         """An object, as it is."""
-        value = self.values.get(field)
-        if value is not None and not isinstance(value, dict):
-            raise self.refuse(field, "an object", "invalid_type")
+        value: dict[str, Any] | None = self._of(field, dict, "an object")
         return value
 
     def records(self, field: str, values: list[Any] | None = None) -> list["Fields"] | None:

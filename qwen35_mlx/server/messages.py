@@ -101,9 +101,10 @@ def folded(messages: list[Message]) -> list[Message]:
     while num_leading < len(messages) and messages[num_leading]["role"] == "system":
         num_leading += 1
     leading, rest = messages[:num_leading], messages[num_leading:]
-    if leading and not any(message["role"] in ("user", "tool") for message in rest):
-        # Nobody asks: the last instruction is the question.
-        rest = [{**leading.pop(), "role": "user"}, *rest]
+    if not any(message["role"] in ("user", "tool") for message in rest):
+        # Nobody asks, which the template refuses: the last instruction is the question.
+        question = leading.pop() if leading else {"content": ""}
+        rest = [{**question, "role": "user"}, *rest]
     result: list[Message] = []
     system = "\n\n".join(text for m in leading if (text := plain_text(m["content"]).strip()))
     if system:

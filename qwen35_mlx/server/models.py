@@ -11,15 +11,14 @@ from .faults import ApiError
 from .service import Service, service_of
 
 OWNER = "qwen35-mlx"
-# Counters of the engine that only grow; the others are gauges.
-GROWING = ("_total", "_seconds")
+# What the engine counts at the moment; the rest of its numbers only grow.
+GAUGES = ("running", "queued", "rows", "cached_points", "cache_bytes")
 
 
 def model_object(service: Service, name: str = "") -> dict[str, Any]:
     """One object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
     settings = service.settings
     length = settings.context_length
-    capabilities = ["completion", "tools", "thinking", *(["vision"] if settings.sees else [])]
     name = name if name in service.model_names else settings.model_id
     return {
         "id": name,
@@ -36,7 +35,7 @@ def model_object(service: Service, name: str = "") -> dict[str, Any]:
         "max_input_tokens": length,
         "max_tokens": length,
         "meta": {"n_ctx": length, "n_ctx_train": length, "size": settings.num_bytes},
-        "capabilities": capabilities,
+        "capabilities": settings.capabilities,
         "state": "loaded",
     }
 
@@ -96,11 +95,9 @@ async def metrics(http: HttpRequest) -> Response:
     values = {**service.engine.stats(), "http_requests_total": service.num_requests}
     lines = []
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        kind = "counter" if name.endswith(GROWING) else "gauge"
-        full = f"qwen35_mlx_{name}"
-        lines += [f"# TYPE {full} {kind}", f"{full} {value}"]
+        is_gauge = name in GAUGES
+        full = f"qwen35_mlx_{name.removesuffix('_total')}" + ("" if is_gauge else "_total")
+        lines += [f"# TYPE {full} {'gauge' if is_gauge else 'counter'}", f"{full} {value}"]
     return PlainTextResponse(
         "\n".join(lines) + "\n", media_type="text/plain; version=0.0.4; charset=utf-8"
     )

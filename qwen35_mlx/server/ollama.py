@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from ..engine.requests import Done, Request, Token
 from . import ollama_messages as reading
 from . import options
-from .events import NDJSON, StreamedAnswer, WholeAnswer, dumps
+from .events import NDJSON, dumps
 from .faults import ApiError
 from .fields import Fields
 from .messages import folded, read_functions
@@ -99,17 +99,17 @@ def _request(service: Service, body: Fields) -> Request:
 
 async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
     answer = await service.answer(lines.request)
-    if body.flag("stream") is False:
-        return WholeAnswer(answer, lines.whole(answer), "ollama")
-    return StreamedAnswer(answer, lines.frames(answer), lines.keepalive, NDJSON)
+    return lines.response(answer, body.flag("stream") is not False)
 
 
 class _Lines(Writer):
     """The lines of an answer, or the one object."""
 
+    dialect = "ollama"
+    media_type = NDJSON
+
     def __init__(self, service: Service, name: str, request: Request, is_chat: bool):
-        super().__init__(service)
-        self._name = name
+        super().__init__(service, "", name)
         self.request = request
         self._is_chat = is_chat
         self._reply = Reply()
@@ -127,7 +127,7 @@ class _Lines(Writer):
     def _value(
         self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any
     ) -> dict[str, Any]:
-        value: dict[str, Any] = {"model": self._name, "created_at": now()}
+        value: dict[str, Any] = {"model": self._model, "created_at": now()}
         thinking = {"thinking": thought} if thought else {}
         if self._is_chat:
             message: dict[str, Any] = {"role": "assistant", "content": text, **thinking}
@@ -139,7 +139,7 @@ class _Lines(Writer):
         return value | {"done": False} | more
 
     def _failed(self, fault: ApiError) -> bytes:
-        return (dumps(fault.body("ollama")) + "\n").encode()
+        return (dumps(fault.body(self.dialect)) + "\n").encode()
 
     def _take(self, place: int, event: Any) -> bytes:
         if not isinstance(event, Token | Done):

@@ -90,12 +90,7 @@ async def show(http: HttpRequest) -> Response:
                 f"{architecture}.context_length": settings.context_length,
                 f"{architecture}.vocab_size": settings.vocab_size,
             },
-            "capabilities": [
-                "completion",
-                "tools",
-                "thinking",
-                *(["vision"] if settings.sees else []),
-            ],
+            "capabilities": settings.capabilities,
             "modified_at": rfc3339(settings.created_s),
         }
     )

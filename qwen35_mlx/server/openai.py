@@ -1,6 +1,5 @@
 """OpenAI's /v1/chat/completions."""
 
-import secrets
 import time
 from typing import Any
 
@@ -10,17 +9,16 @@ from starlette.responses import Response
 from ..engine.requests import Done, Progress, Request, Token, Usage
 from . import options
 from .chat_messages import read_messages, read_tool_choice, read_tools
-from .events import StreamedAnswer, WholeAnswer, sse
+from .events import sse
 from .faults import ApiError
 from .fields import Fields
 from .messages import strict_names
 from .replies import AnswerTokens, Reply, Writer, timings
-from .service import FINGERPRINT, Service, service_of
+from .service import Service, service_of
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
 DONE = b"data: [DONE]\n\n"
-COMMENT = b": keepalive\n\n"
 FINISH = {"loop": "length", "cancelled": "stop"}
 # They ask for another kind of answer than text.
 REFUSED = ("audio", "web_search_options")
@@ -32,10 +30,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     body = await service.fields(http)
     chat = _Chat(service, body, _hint(http, body))
     answer = await service.answer(chat.request)
-    if chat.is_stream:
-        frames = chat.frames(answer)
-        return StreamedAnswer(answer, frames, chat.keepalive)
-    return WholeAnswer(answer, chat.whole(answer), "openai")
+    return chat.response(answer, chat.is_stream)
 
 
 def _hint(http: HttpRequest, body: Fields) -> str | None:
@@ -129,15 +124,12 @@ class _Chat(Writer):
     """One request for a chat completion, and the objects that answer it."""
 
     def __init__(self, service: Service, body: Fields, cache_hint: str | None):
-        super().__init__(service)
-        self._model = service.check_model(body)
+        super().__init__(service, "chatcmpl-", service.check_model(body))
         self.request = chat_request(service, body, cache_hint)
         self.is_stream = body.flag("stream") or False
         self._wants_usage = options.includes_usage(body)
         # Clients of the oldest form want its answers.
         self._is_old = "functions" in body and "tools" not in body
-        self._id = f"chatcmpl-{secrets.token_hex(12)}"
-        self._num_keepalives = 0
         self._replies = [Reply() for _ in range(self.request.n)]
         self._entries: list[list[dict[str, Any]]] = [[] for _ in self._replies]
         self._logprobs = (
@@ -146,11 +138,7 @@ class _Chat(Writer):
             else None
         )
 
-    def keepalive(self) -> bytes:
-        """A comment; now and then a delta without content, for clients that count only those."""
-        self._num_keepalives += 1
-        if self._num_keepalives % 5:
-            return COMMENT
+    def _sign_of_life(self) -> bytes:
         return self._chunk([{"index": 0, "delta": {}, "finish_reason": None}])
 
     def _begin(self) -> bytes:
@@ -174,17 +162,7 @@ class _Chat(Writer):
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         for choice in choices:
             choice.setdefault("logprobs", None)
-        return sse(
-            {
-                "id": self._id,
-                "object": "chat.completion.chunk",
-                "created": int(self._created_s),
-                "model": self._model,
-                "system_fingerprint": FINGERPRINT,
-                "choices": choices,
-                **more,
-            }
-        )
+        return sse(self._completion("chat.completion.chunk", choices, **more))
 
     def _progress(self, event: Progress) -> bytes:
         """llama.cpp's way to show how far the prompt has been read."""
@@ -253,16 +231,8 @@ class _Chat(Writer):
                     "finish_reason": self._finish(reply),
                 }
             )
-        return {
-            "id": self._id,
-            "object": "chat.completion",
-            "created": int(self._created_s),
-            "model": self._model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-            "usage": usage_object(self._usage),
-            "timings": timings(self._usage),
-        }
+        more = {"usage": usage_object(self._usage), "timings": timings(self._usage)}
+        return self._completion("chat.completion", choices, **more)
 
     def _message(self, reply: Reply) -> dict[str, Any]:
         message: dict[str, Any] = {

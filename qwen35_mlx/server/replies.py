@@ -1,16 +1,21 @@
 """What an answer is made of, collected from events for all APIs."""
 
+import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import Response
+
 from ..engine.output import Piece
 from ..engine.requests import Done, Event, Started, Token, Usage
 from ..engine.tool_calls import ToolCall
-from .events import Answer, dumps, sse
-from .faults import ApiError
+from .events import EVENT_STREAM, Answer, StreamedAnswer, WholeAnswer, dumps, sse
+from .faults import ApiError, Dialect
 from .messages import call_id
-from .service import Service
+from .service import FINGERPRINT, Service
+
+COMMENT = b": keepalive\n\n"
 
 
 @dataclass
@@ -67,10 +72,29 @@ class Reply:
 class Writer:
     """One answer in the form of an API: frames of a stream, or the whole object."""
 
-    def __init__(self, service: Service):
+    dialect: Dialect = "openai"
+    media_type = EVENT_STREAM
+
+    def __init__(self, service: Service, identity: str, model: str):
         self._service = service
+        self._id, self._model = f"{identity}{secrets.token_hex(12)}", model
         self._usage = Usage()
         self._created_s = 0.0
+        self._num_keepalives = 0
+
+    def response(self, answer: Answer, is_stream: bool | None) -> Response:
+        """What the handler returns."""
+        if is_stream:
+            return StreamedAnswer(answer, self.frames(answer), self.keepalive, self.media_type)
+        return WholeAnswer(answer, self.whole(answer), self.dialect)
+
+    def keepalive(self) -> bytes:
+        """A comment; now and then more, for clients that count only that."""
+        self._num_keepalives += 1
+        return COMMENT if self._num_keepalives % 5 else self._sign_of_life()
+
+    def _sign_of_life(self) -> bytes:
+        return COMMENT
 
     async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
         """A stream; what goes wrong is its last frame."""
@@ -114,11 +138,23 @@ class Writer:
 
     def _failed(self, fault: ApiError) -> bytes:
         """The frame of a failure."""
-        return sse(fault.body("openai"))
+        return sse(fault.body(self.dialect))
 
     def _object(self) -> dict[str, Any]:
         """All of the answer."""
         raise NotImplementedError
+
+    def _completion(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The object of chat completions and of completions."""
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": int(self._created_s),
+            "model": self._model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+            **more,
+        }
 
 
 class AnswerTokens:

@@ -3,7 +3,8 @@
 import json
 import secrets
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ..engine.requests import Done, Token
 from .events import sse
@@ -12,34 +13,54 @@ from .hidden_thoughts import hidden
 from .replies import AnswerTokens, Reply, SentCall, Writer
 from .service import Service
 
-COMMENT = b": keepalive\n\n"
-MESSAGE, REASONING = "message", "reasoning"
+
+class _Part(NamedTuple):
+    """What an item of text consists of, in the words of the API's events."""
+
+    # Type and field of the item, type of its one part, its events, and the index that they give.
+    item: str
+    field: str
+    part: str
+    text_event: str
+    part_event: str
+    index_name: str
+
+    def of(self, text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """The part."""
+        more = {"annotations": [], "logprobs": entries} if self.part == "output_text" else {}
+        return {"type": self.part, "text": text, **more}
+
+
+ANSWER = _Part("message", "content", "output_text", "output_text", "content_part", "content_index")
+THOUGHT = _Part(
+    *("reasoning", "content", "reasoning_text", "reasoning_text", "content_part", "content_index")
+)
+SUMMARY = _Part(
+    *("reasoning", "summary", "summary_text"),
+    *("reasoning_summary_text", "reasoning_summary_part", "summary_index"),
+)
 
 
 class ResponseWriter(Writer):
     """Builds a response."""
 
     def __init__(self, service: Service, response: dict[str, Any], given: list[dict[str, Any]]):
-        super().__init__(service)
+        super().__init__(service, "", "")
         self._response = response
         self._given = given
         self._reply = Reply()
         self._tokens = AnswerTokens(service)
         self._wants_logprobs = False
-        self._wants_summary = response["reasoning"]["summary"] not in (None, "none")
+        wants_summary = response["reasoning"]["summary"] not in (None, "none")
+        self._thought = SUMMARY if wants_summary else THOUGHT
         self._number = 0
-        self._num_keepalives = 0
         # The items so far, the last of which may be open.
         self._items: list[dict[str, Any]] = []
-        self._is_open = False
+        self._open: _Part | None = None
         self._text = ""
         self._entries: list[dict[str, Any]] = []
 
-    def keepalive(self) -> bytes:
-        """A comment; now and then an event, for clients that count only those."""
-        self._num_keepalives += 1
-        if self._num_keepalives % 5:
-            return COMMENT
+    def _sign_of_life(self) -> bytes:
         return self._event("response.in_progress", response=self._response)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
@@ -74,89 +95,49 @@ class ResponseWriter(Writer):
             if call is not None:
                 data += self._close() + self._call(call)
             elif piece.kind == "thought":
-                data += self._thought(piece.text)
+                data += self._add(self._thought, piece.text)
             else:
-                data += self._answer(piece.text, entries)
+                data += self._add(ANSWER, piece.text, entries)
                 entries = []
         self._entries += entries
         if isinstance(event, Done):
             if not self._items:
-                data += self._answer("", [])
+                data += self._add(ANSWER, "")
             data += self._close(is_cut=event.finish_reason in ("length", "loop"))
         return data
 
-    def _open(self, item: dict[str, Any]) -> bytes:
+    def _begin_item(self, item: dict[str, Any]) -> bytes:
         self._items.append(item)
-        self._is_open = True
         self._text, self._entries = "", []
-        return self._event(
-            "response.output_item.added", output_index=len(self._items) - 1, item=item
-        )
-
-    def _is_in(self, kind: str) -> bool:
-        return self._is_open and self._items[-1]["type"] == kind
+        index = len(self._items) - 1
+        return self._event("response.output_item.added", output_index=index, item=item)
 
     def _place(self, **more: Any) -> dict[str, Any]:
         index = len(self._items) - 1
         return {"item_id": self._items[-1]["id"], "output_index": index, **more}
 
-    def _thought(self, text: str) -> bytes:
+    def _add(self, part: _Part, text: str, entries: Sequence[dict[str, Any]] = ()) -> bytes:
+        """Text of an item, begun if another one is open."""
         data = b""
-        if not self._is_in(REASONING):
+        if self._open is not part:
             data = self._close()
-            data += self._open(
-                {
-                    "id": f"rs_{secrets.token_hex(12)}",
-                    "type": REASONING,
-                    "summary": [],
-                    "content": [],
-                    "encrypted_content": None,
-                    "status": "in_progress",
-                }
-            )
-            if self._wants_summary:
-                data += self._event(
-                    "response.reasoning_summary_part.added",
-                    **self._place(summary_index=0, part={"type": "summary_text", "text": ""}),
-                )
+            self._open = part
+            item: dict[str, Any] = {"type": part.item, "status": "in_progress", "content": []}
+            if part is ANSWER:
+                item |= {"id": f"msg_{secrets.token_hex(12)}", "role": "assistant"}
             else:
-                part = {"type": "reasoning_text", "text": ""}
-                data += self._event(
-                    "response.content_part.added", **self._place(content_index=0, part=part)
-                )
-        self._text += text
-        if self._wants_summary:
-            place = self._place(summary_index=0, delta=text)
-            return data + self._event("response.reasoning_summary_text.delta", **place)
-        return data + self._event(
-            "response.reasoning_text.delta", **self._place(content_index=0, delta=text)
-        )
-
-    def _answer(self, text: str, entries: list[dict[str, Any]]) -> bytes:
-        data = b""
-        if not self._is_in(MESSAGE):
-            data = self._close()
-            data += self._open(
-                {
-                    "id": f"msg_{secrets.token_hex(12)}",
-                    "type": MESSAGE,
-                    "role": "assistant",
-                    "status": "in_progress",
-                    "content": [],
-                }
-            )
-            data += self._event(
-                "response.content_part.added",
-                **self._place(content_index=0, part=_output_text("", [])),
-            )
+                item |= {"id": f"rs_{secrets.token_hex(12)}", "summary": []}
+                item["encrypted_content"] = None
+            data += self._begin_item(item)
+            place = self._place(**{part.index_name: 0}, part=part.of("", []))
+            data += self._event(f"response.{part.part_event}.added", **place)
         if not text:
             return data
         self._text += text
         self._entries += entries
-        return data + self._event(
-            "response.output_text.delta",
-            **self._place(content_index=0, delta=text, logprobs=entries),
-        )
+        more = {"logprobs": list(entries)} if part is ANSWER else {}
+        place = self._place(**{part.index_name: 0}, delta=text, **more)
+        return data + self._event(f"response.{part.text_event}.delta", **place)
 
     def _call(self, call: SentCall) -> bytes:
         item = {
@@ -167,7 +148,7 @@ class ResponseWriter(Writer):
             "arguments": "",
             "status": "in_progress",
         }
-        data = self._open(item)
+        data = self._begin_item(item)
         done = item | {"arguments": call.arguments, "status": "completed"}
         self._items[-1] = done
         data += self._event(
@@ -177,7 +158,6 @@ class ResponseWriter(Writer):
             "response.function_call_arguments.done",
             **self._place(name=call.name, arguments=call.arguments),
         )
-        self._is_open = False
         return data + self._item_done()
 
     def _item_done(self) -> bytes:
@@ -186,36 +166,18 @@ class ResponseWriter(Writer):
 
     def _close(self, is_cut: bool = False) -> bytes:
         """End the item that is open."""
-        if not self._is_open:
+        if self._open is None:
             return b""
-        self._is_open = False
-        text = self._text
+        part, self._open = self._open, None
+        text, whole = self._text, part.of(self._text, self._entries)
+        more = {"logprobs": self._entries} if part is ANSWER else {}
+        place = self._place(**{part.index_name: 0})
+        data = self._event(f"response.{part.text_event}.done", **place, text=text, **more)
+        data += self._event(f"response.{part.part_event}.done", **place, part=whole)
         status = "incomplete" if is_cut else "completed"
-        if self._items[-1]["type"] == MESSAGE:
-            part: dict[str, Any] = _output_text(text, self._entries)
-            data = self._event(
-                "response.output_text.done",
-                **self._place(content_index=0, text=text, logprobs=self._entries),
-            )
-            data += self._event(
-                "response.content_part.done", **self._place(content_index=0, part=part)
-            )
-            self._items[-1] = self._items[-1] | {"status": status, "content": [part]}
-            return data + self._item_done()
-        finished: dict[str, Any] = {"status": status, "encrypted_content": hidden(text)}
-        if self._wants_summary:
-            part = {"type": "summary_text", "text": text}
-            place = self._place(summary_index=0)
-            data = self._event("response.reasoning_summary_text.done", **place, text=text)
-            data += self._event("response.reasoning_summary_part.done", **place, part=part)
-            finished["summary"] = [part]
-        else:
-            part = {"type": "reasoning_text", "text": text}
-            place = self._place(content_index=0)
-            data = self._event("response.reasoning_text.done", **place, text=text)
-            data += self._event("response.content_part.done", **place, part=part)
-            finished["content"] = [part]
-        self._items[-1] = self._items[-1] | finished
+        self._items[-1] = self._items[-1] | {"status": status, part.field: [whole]}
+        if part is not ANSWER:
+            self._items[-1]["encrypted_content"] = hidden(text)
         return data + self._item_done()
 
     def _object(self) -> dict[str, Any]:
@@ -244,7 +206,3 @@ class ResponseWriter(Writer):
             kept = json.loads(json.dumps(self._response))
             self._service.keep_response(kept, self._given)
         return self._response
-
-
-def _output_text(text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": entries}

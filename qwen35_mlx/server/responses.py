@@ -1,7 +1,6 @@
 """OpenAI's /v1/responses, with the state that its clients may ask for."""
 
 import secrets
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -10,7 +9,6 @@ from starlette.responses import JSONResponse, Response
 from ..engine.requests import Request
 from . import options
 from .chat_messages import read_tool_choice
-from .events import StreamedAnswer, WholeAnswer
 from .faults import ApiError, TooLong, as_fault
 from .fields import Fields
 from .messages import read_functions, strict_names
@@ -30,10 +28,7 @@ async def create_response(http: HttpRequest) -> Response:
     request = _request(service, body, items)
     writer = ResponseWriter(service, _template(body, model, request), items)
     answer = await _submitted(service, body, request)
-    if body.flag("stream"):
-        frames: AsyncGenerator[bytes, None] = writer.frames(answer)
-        return StreamedAnswer(answer, frames, writer.keepalive)
-    return WholeAnswer(answer, writer.whole(answer), "openai")
+    return writer.response(answer, body.flag("stream"))
 
 
 async def _submitted(service: Service, body: Fields, request: Request) -> Any:

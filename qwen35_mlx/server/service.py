@@ -56,6 +56,11 @@ class Settings:
     max_body_bytes: int = 64 * 2**20
     max_requests: int = 256
 
+    @property
+    def capabilities(self) -> list[str]:
+        """What the model can, in Ollama's words."""
+        return ["completion", "tools", "thinking", *(["vision"] if self.sees else [])]
+
     @classmethod
     def of(cls, model: Any, tokenizer: Any, folder: Path, **given: Any) -> "Settings":
         """What a loaded model says of itself."""

@@ -10,6 +10,7 @@ import pytest
 from server.fake_engine import FakeEngine
 from server.running import MODEL, Running
 
+from qwen35_mlx.cli.serve_commands import running_server
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.server import run
 
@@ -81,3 +82,14 @@ def test_neither_a_deaf_client_nor_a_stuck_engine_holds_the_end(start, tokenizer
     assert time.monotonic() - began < 5
     stuck.set()
     deaf.close()
+
+
+def test_launch_says_that_the_model_still_loads(tokenizer):
+    loads = threading.Event()
+    running = Running(FakeEngine(tokenizer), tokenizer, loads=loads)
+    with pytest.raises(Qwen35Error, match="loading"):
+        running_server(running.url, None)
+    loads.set()
+    running.wait_until_ready()
+    assert running_server(running.url, None).model == MODEL
+    running.stop()

@@ -155,3 +155,10 @@ def test_seven_megabytes_of_json_are_read_beside_the_loop(server):
     big = "x" * 7_000_000
     body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": big}]}).encode()
     assert server.post("/v1/chat/completions", body).status == 400
+
+
+def test_an_answer_without_a_question_gets_an_empty_one(server):
+    """The template refuses a conversation in which nobody asks."""
+    said = {"role": "assistant", "content": "Hello."}
+    assert server.chat(messages=[said]).status == 200
+    assert server.engine.last.messages == [{"role": "user", "content": ""}, said]

@@ -2,11 +2,14 @@
 
 import json
 
+import mlx.core as mx
 import pytest
+from server.conftest import DEMO
 from server.fake_engine import call, thought
 from server.running import MODEL
 
 from qwen35_mlx.engine.requests import Grammar
+from qwen35_mlx.server.service import Settings
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 
@@ -135,3 +138,13 @@ def test_errors_are_a_text(server, path, body, status):
 def test_a_failure_in_a_stream_is_a_line(server):
     server.engine.say = ["A", RuntimeError("gone")]
     assert "error" in lines(ask(server))[-1]
+
+
+def test_parameters_are_counted_as_they_were_before_packing(demo, converted_demo):
+    model, tokenizer = demo
+    settings = Settings.of(model, tokenizer, converted_demo, model_id="demo")
+    source = mx.load(str(DEMO / "model.safetensors"))
+    num_parameters = sum(array.size for array in source.values())
+    assert settings.num_parameters == num_parameters
+    assert settings.parameter_size == f"{num_parameters / 1e6:.1f}M"
+    assert settings.quantization == "4-bit" and len(settings.digest) == 64
