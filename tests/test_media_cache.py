@@ -121,7 +121,9 @@ def test_a_sequence_continues_where_an_interrupt_left_it(demo: Any) -> None:
     ):
         cache.read(ids[start + 5 :], step_size=3)
     kept = cache.rewind(cache.reusable_tokens(ids))
-    assert kept == start + 5
+    # Up to the last piece before the second picture, whose tokens have other digests.
+    second = next(i for i in range(len(ids) - 2, 0, -1) if ids[i] >= 0 > ids[i + 1])
+    assert start + 5 < kept <= second + 1 < kept + 3
     assert_read(cache, cache.read(ids[kept:]), ids)
 
 

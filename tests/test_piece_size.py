@@ -28,7 +28,7 @@ def test_a_slow_machine_reads_in_short_pieces_so_that_a_stop_is_obeyed_soon(
 ) -> None:
     cache, now, sizes = prompt_cache.PromptCache(demo[0]), [0.0], list[int]()
 
-    def slow(piece: list[int], last_only: bool) -> Any:
+    def slow(piece: list[int], *_: Any) -> Any:
         sizes.append(len(piece))
         now[0] += len(piece) / 10
         cache._ids += piece
