@@ -11,7 +11,7 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server bench-adapters demo-eval golden live clean
+.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ bench-convert: $(VENV)/.installed-test ## memory and speed of a conversion (20 G
 bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
 	$(BIN)/python tools/bench_quant.py
 
+bench-beyond: $(VENV)/.installed-test ## experts from disk, beside mlx-vlm where it is installed (7 GB of disk); the last line is JSON
+	$(BIN)/python tools/bench_beyond.py
+
 demo-eval: $(VENV)/.installed-demo ## what the demo model can, by skill and bits; the last line is JSON
 	$(BIN)/python tools/demo/evaluate.py
 
@@ -75,8 +78,11 @@ bench-speculation: $(VENV)/.installed-live ## drafts change no text, and how man
 bench-server: $(VENV)/.installed-test $(VENV)/.installed-clients ## clients, cache and a soak of the server; the last line is JSON
 	$(BIN)/python tools/bench_server.py
 
-bench-adapters: $(VENV)/.installed-test ## train adapters beside mlx-lm, exchange and fuse them; the last line is JSON
+bench-adapters: $(VENV)/.installed-test ## adapters, evaluation and batches beside mlx-lm; the last line is JSON
 	$(BIN)/python tools/bench_adapters.py
+
+bench-context: $(VENV)/.installed-test ## long contexts: bytes a token, appends, peaks, 8-bit keys and values; the last line is JSON
+	$(BIN)/python tools/bench_context.py
 
 golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golden vectors again with transformers
 	$(BIN)/python tests/golden/make_golden.py

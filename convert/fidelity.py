@@ -1,5 +1,6 @@
 """Compares a quantized checkpoint with its reference; both are run layer by layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ import numpy as np
 from qwen35_mlx.checkpoint.adapter import Adapter
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.machine import default_limit_bytes
+from qwen35_mlx.memory import DEFAULT_CONTEXT as CONTEXT
+from qwen35_mlx.memory import count
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import Divergence
 
 from .layerwise import Checkpoint, Layerwise, open_checkpoint, run_layer
+from .mac_models import BANDWIDTH_LIMIT, Mac
 from .plots import picture
+from .report import aligned
 
 
 @dataclass(frozen=True)
@@ -95,42 +101,134 @@ def fidelity(
     ids: mx.array,
     progress: StepProgress = lambda done, total, step: None,
 ) -> Report:
-    """Run ids `[B, T]` through two folders, Hugging Face's or converted, and compare.
+    """Run ids `[B, T]` through two folders, Hugging Face's or converted, and compare."""
+    return compare(reference, [quantized], ids, progress)[0]
 
-    Holds one layer of each, embedding and head of each, and 2 * B * T hidden states.
+
+def compare(
+    reference: str | Path | Checkpoint,
+    outputs: Sequence[str | Path | Checkpoint],
+    ids: mx.array,
+    progress: StepProgress = lambda done, total, step: None,
+) -> list[Report]:
+    """Compare several folders with one reference, which is read and run once.
+
+    Holds a layer of the reference and one other, embedding and head of each folder, and hidden
+    states of B * T tokens for each folder.
     """
-    pair = [c if isinstance(c, Checkpoint) else open_checkpoint(c) for c in (reference, quantized)]
-    config, other = (vars(checkpoint.config) for checkpoint in pair)
-    if differences := [
-        f"{key} {a} and {other[key]}" for key, a in config.items() if a != other[key]
-    ]:
-        raise Qwen35Error(
-            "these are not the same model",
-            got=", ".join(differences),
-            expected="two folders of one model",
-        )
-    runs = [Layerwise(checkpoint) for checkpoint in pair]
+    given = (reference, *outputs)
+    opened = [c if isinstance(c, Checkpoint) else open_checkpoint(c) for c in given]
+    config = vars(opened[0].config)
+    for other in (vars(checkpoint.config) for checkpoint in opened[1:]):
+        if differences := [
+            f"{key} {a} and {other[key]}" for key, a in config.items() if a != other[key]
+        ]:
+            raise Qwen35Error(
+                "these are not the same model",
+                got=", ".join(differences),
+                expected="folders of one model",
+            )
+    runs = [Layerwise(checkpoint) for checkpoint in opened]
     states = [run.embed(ids) for run in runs]
-    layers = []
+    layers: list[list[LayerError]] = [[] for _ in outputs]
     kinds = config["layer_types"]
     for index, kind in enumerate(kinds):
         progress(index, len(kinds), f"layer {index}")
         before = states[0]
         states[0] = after = run_layer(runs[0].layer(index), before)
-        layer = runs[1].layer(index)
-        alone, states[1] = run_layer(layer, before), run_layer(layer, states[1])
         added = _squared_distance(after, before)
-        errors = [(_squared_distance(x, after) / added) ** 0.5 for x in (alone, states[1])]
-        layers.append(LayerError(index, kind, *errors))
-        del layer
-        mx.clear_cache()
-    tokens = Divergence()
+        for number, run in enumerate(runs[1:], 1):
+            layer = run.layer(index)
+            alone, states[number] = run_layer(layer, before), run_layer(layer, states[number])
+            distances = (_squared_distance(x, after) for x in (alone, states[number]))
+            errors = [(distance / added) ** 0.5 for distance in distances]
+            layers[number - 1].append(LayerError(index, kind, *errors))
+            del layer
+            mx.clear_cache()
+    tokens = [Divergence() for _ in outputs]
     following = mx.concatenate([ids[:, 1:], mx.full((len(ids), 1), -1)], axis=1)
     logits = [run.logits(hidden) for run, hidden in zip(runs, states, strict=True)]
-    for (i, start, p), (_, _, q) in zip(*logits, strict=True):
-        tokens.add(p, q, following[i, start : start + len(p)])
+    for (i, start, p), *others in zip(*logits, strict=True):
+        for found, (_, _, q) in zip(tokens, others, strict=True):
+            found.add(p, q, following[i, start : start + len(p)])
         mx.clear_cache()
-    return Report(pair[0], pair[1], tuple(layers), tokens)
+    return [
+        Report(opened[0], checkpoint, tuple(errors), found)
+        for checkpoint, errors, found in zip(opened[1:], layers, tokens, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reports on several outputs of one model, and the Mac that they are to run on."""
+
+    names: Sequence[str]
+    reports: Sequence[Report]
+    mac: Mac
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is to be compared of each; the smallest first."""
+        rows = []
+        for name, report in zip(self.names, self.reports, strict=True):
+            read = report.quantized.decode_bytes(CONTEXT)
+            limit = self.mac.gbps * 1e9 / read if self.mac.gbps else None
+            figures = {k: v for k, v in report.as_dict().items() if not k.endswith("_errors")}
+            rows.append({"name": name, **figures, "bandwidth_limit_tps": limit})
+        return sorted(rows, key=lambda row: row["quantized_gb"])
+
+    @property
+    def room_gb(self) -> float:
+        """The most weights that the Mac runs with `CONTEXT` tokens of context."""
+        limit = default_limit_bytes(self.mac.memory_bytes)
+        config = self.reports[0].quantized.config
+        return (limit - count(config, 0, min(CONTEXT, config.context_length), limit).total) / 1e9
+
+    def lines(self) -> list[str]:
+        """A table."""
+        rows = self.rows()
+        table = [("", "GB", "bits", "KL, nats", "99 % below", "same token", "perplexity", "tok/s")]
+        for row in rows:
+            tps = row["bandwidth_limit_tps"]
+            table.append(
+                (
+                    row["name"],
+                    f"{row['quantized_gb']:.3f}",
+                    f"{row['quantized_bits_per_weight']:.2f}",
+                    f"{row['mean_kl_nats']:.5f}",
+                    f"{row['p99_kl_nats']:.5f}",
+                    f"{row['top1_agreement']:.2%}",
+                    f"{row['quantized_perplexity']:.4f}",
+                    f"{tps:,.0f}" if tps else "-",
+                )
+            )
+        return [
+            *aligned(table),
+            f"KL(reference || quantized); the reference has perplexity "
+            f"{rows[0]['reference_perplexity']:.4f} and {rows[0]['reference_gb']:.3f} GB.",
+            f"tok/s: the bound that the bandwidth of {self.mac.name} sets, at {CONTEXT:,} tokens;"
+            f" no program reaches it.",
+            f"{self.mac.name} runs at most {self.room_gb:,.1f} GB of weights with {CONTEXT:,}"
+            " tokens.",
+        ]
+
+    def plot(self, path: Path) -> None:
+        """Draw KL over bytes, with what the Mac can hold, and over tokens a second, as a PNG."""
+        rows = self.rows()
+        kls = [max(row["mean_kl_nats"], 1e-9) for row in rows]
+        with picture(path, (11, 4)) as (_, left, right):
+            sides = [(left, "quantized_gb", "GB of the text model")]
+            if self.mac.gbps:
+                title = f"{BANDWIDTH_LIMIT}, {self.mac.name}"
+                sides.append((right, "bandwidth_limit_tps", title))
+            for axes, key, label in sides:
+                values = [row[key] for row in rows]
+                axes.plot(values, kls, "o-")
+                for row, x, y in zip(rows, values, kls, strict=True):
+                    axes.annotate(row["name"], (x, y), xytext=(4, 4), textcoords="offset points")
+                axes.set(xlabel=label, ylabel="KL(reference || quantized), nats", yscale="log")
+            left.axvline(self.room_gb, linestyle="--", label=f"most of {self.mac.name}")
+            left.set(xscale="log")
+            left.legend()
 
 
 def _squared_distance(a: list[mx.array], b: list[mx.array]) -> float:

@@ -11,7 +11,7 @@ from qwen35_mlx.checkpoint.headers import ITEM_BYTES
 from qwen35_mlx.checkpoint.names import is_mtp
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.errors import MemoryRefused, Qwen35Error
 from qwen35_mlx.machine import (
     GIB,
     default_limit_bytes,
@@ -19,7 +19,14 @@ from qwen35_mlx.machine import (
     raised_limit_bytes,
     wired_limit_mb,
 )
-from qwen35_mlx.memory import DEFAULT_CONTEXT, MemoryCount, check_context, count
+from qwen35_mlx.memory import (
+    AUTO,
+    DEFAULT_CONTEXT,
+    MemoryCount,
+    check_context,
+    count,
+    kv_choices,
+)
 from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
 from qwen35_mlx.quant.recipes import KL_AT_4_BITS, SENSITIVITIES, kind_of
@@ -120,7 +127,7 @@ def fit(
     room = budget_bytes - fixed - container
     smallest = sum(min(o.nbytes for o in options) for options in tables.values())
     if room < smallest:
-        raise Qwen35Error(
+        raise MemoryRefused(
             "the budget is smaller than the smallest plan",
             got=f"{budget_bytes / 1e9:,.3f} GB for weights",
             expected=f"at least {(smallest + fixed + container) / 1e9:,.3f} GB",
@@ -140,7 +147,12 @@ def fit(
 
 
 def fit_mac(
-    source: str | Path | Source, memory: int, *, context: int | None = None, **settings: Any
+    source: str | Path | Source,
+    memory: int,
+    *,
+    context: int | None = None,
+    kv_bits: str = AUTO,
+    **settings: Any,
 ) -> tuple[MacBudget, dict[str, FitResult]]:
     """What a Mac has for weights beside `context` tokens, and the choice of `fit` by preference.
 
@@ -153,13 +165,23 @@ def fit_mac(
         context = min(DEFAULT_CONTEXT, base.config.context_length)
     check_context(base.config, context)
     limit = raised_limit_bytes(memory)
-    needed = count(base.config, base.tower_bytes, context, limit, activation_bytes(base))
-    budget = MacBudget(memory, limit, needed)
-    choices = {
-        prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
-        for prefer in PREFERENCES
-    }
-    return budget, choices
+
+    def fitted(config: ModelConfig) -> tuple[MacBudget, dict[str, FitResult]]:
+        needed = count(config, base.tower_bytes, context, limit, activation_bytes(base))
+        budget = MacBudget(memory, limit, needed)
+        choices = {
+            prefer: fit(opened, budget.weight_bytes, prefer=prefer, **settings)
+            for prefer in PREFERENCES
+        }
+        return budget, choices
+
+    *firsts, last = kv_choices(base.config, kv_bits)
+    for config in firsts:
+        try:
+            return fitted(config)
+        except MemoryRefused:
+            pass
+    return fitted(last)
 
 
 def quality_settings(
@@ -175,6 +197,7 @@ def quality_settings(
     dtype: str | None = None,
     method: str | None = None,
     revision: str | None = None,
+    kv_bits: str = AUTO,
 ) -> tuple[dict[str, Any], list[str]]:
     """Settings for `plan` and `convert` out of one of bits, recipe, memory and bits per weight.
 
@@ -196,7 +219,8 @@ def quality_settings(
     opened = open_any(source, revision)
     known: Any = dict(calibration=calibration, dtype=dtype, method=method)
     if memory is not None:
-        budget, choices = fit_mac(opened, parse_memory(memory), context=context, **known)
+        known |= dict(context=context, kv_bits=kv_bits)
+        budget, choices = fit_mac(opened, parse_memory(memory), **known)
         choice, lines = choices[prefer], budget_lines(budget, prefer, choices)
     else:
         choice = fit(opened, bits_per_weight=bits_per_weight, prefer=prefer, **known)

@@ -95,9 +95,13 @@ def open_any(
 
 def is_hub_id(source: str | Path) -> bool:
     """Whether `source` is no folder but shaped like owner/name."""
-    name = str(source)
+    return is_repository(str(source)) and not Path(source).expanduser().exists()
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` is shaped like owner/name."""
     shaped = HUB_ID.fullmatch(name) and ".." not in name and not name.startswith((".", "-"))
-    return bool(shaped) and not Path(source).expanduser().exists()
+    return bool(shaped)
 
 
 def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
@@ -105,12 +109,7 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
     from huggingface_hub import HfApi
 
     info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
-    listing = {
-        s.rfilename: HubFile(
-            s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "", bool(s.lfs)
-        )
-        for s in info.siblings or []
-    }
+    listing = listing_of(info)
     commit = str(info.sha)
     if "config.json" not in listing:
         raise CheckpointError(f"{repo} is no model: it has no config.json")
@@ -124,6 +123,16 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         tensors = gather_checked(repo, present, index, partial(pool.map, header), strict=True)
     return HubSource(folder, config, tensors, repo, commit, listing)
+
+
+def listing_of(info: Any) -> dict[str, HubFile]:
+    """The files of a repository by their names."""
+    return {
+        s.rfilename: HubFile(
+            s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "", bool(s.lfs)
+        )
+        for s in info.siblings or []
+    }
 
 
 def fetch_header(repo: str, commit: str, file: Path, file_bytes: int) -> list[SourceTensor]:
@@ -186,6 +195,7 @@ def retry(
     get: Callable[[], T],
     waits_s: Sequence[float] = SHORT_WAITS_S,
     stopped: Callable[[], bool] = lambda: False,
+    what: str = "get {} from",
 ) -> T:
     """Call `get` again while the network or the hub fails in ways that pass, with longer waits."""
     waits = iter(waits_s)
@@ -199,7 +209,7 @@ def retry(
             wait_s = next(waits, None)
             if wait_s is None or stopped() or not _passes(error):
                 raise CheckpointError(
-                    f"cannot get {repo} from the hub",
+                    f"cannot {what.format(repo)} the hub",
                     got=f"{type(error).__name__}: {first_line(error)}",
                     expected="a folder on this machine, or a hub id that it can reach",
                     hint="for a private or gated model log in first: hf auth login; otherwise"
@@ -326,13 +336,20 @@ class Fetcher:
         retry(source.repo, get, WAITS_S, lambda: self._stopped)
 
     def _checksum(self, file: HubFile, path: Path) -> str:
-        digest = hashlib.sha256() if file.in_lfs else hashlib.sha1(usedforsecurity=False)
-        if not file.in_lfs:
-            # As git names its objects.
-            digest.update(f"blob {file.nbytes}\0".encode())
-        with path.open("rb") as stream:
-            while chunk := stream.read(2**22):
-                if self._stopped:
-                    raise Stopped
-                digest.update(chunk)
-        return digest.hexdigest()
+        def stop() -> None:
+            if self._stopped:
+                raise Stopped
+
+        return checksum(path, file.in_lfs, stop)
+
+
+def checksum(path: Path, in_lfs: bool, check: Callable[[], None] = lambda: None) -> str:
+    """What the hub lists of a file: its SHA-256, or outside of LFS the name git gives it."""
+    digest = hashlib.sha256() if in_lfs else hashlib.sha1(usedforsecurity=False)
+    if not in_lfs:
+        digest.update(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            check()
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -30,7 +30,7 @@ from qwen35_mlx.quant.statistics import Calibration
 
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
-from .plan import DEFAULT_METHOD, Plan, Recipe, plan
+from .plan import DEFAULT_METHOD, STACKED, Plan, Recipe, plan
 from .shards import sha256
 from .source import Source, companion_name, read_rows
 from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
@@ -60,6 +60,7 @@ def convert(
     method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
     adapter: Adapter | None = None,
+    experts_layout: str = STACKED,
     keep_source: bool = False,
     progress: ByteProgress | None = None,
 ) -> Path:
@@ -76,7 +77,13 @@ def convert(
     work = work_folder(out)
     opened = open_any(source, _started_revision(work, source, revision), work / FETCHED)
     planned = plan(
-        opened, recipe=recipe, bits=bits, group_size=group_size, dtype=dtype, method=method
+        opened,
+        recipe=recipe,
+        bits=bits,
+        group_size=group_size,
+        dtype=dtype,
+        method=method,
+        experts_layout=experts_layout,
     )
     _check_calibration(planned, calibration)
     _check_adapter(planned, adapter)
@@ -351,7 +358,7 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
 
 
 def _index(planned: Plan) -> dict[str, Any]:
-    weight_map = {t.name: shard.file for shard in planned.shards for t in shard.tensors}
+    weight_map = {n: s.file for s in planned.shards for t in s.tensors for n in t.names}
     return {
         "metadata": {
             "total_size": planned.output_bytes,

@@ -3,7 +3,7 @@
 # B texts, T tokens, H hidden.
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from qwen35_mlx.checkpoint.resolver import Resolved, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.memory import kv_bytes, read_share, state_bytes
 from qwen35_mlx.model.adapters import attach
 from qwen35_mlx.model.language import DecoderLayer, Model
 from qwen35_mlx.model.loading import check_copies, quantize_modules, read_parameters
@@ -43,7 +44,8 @@ class Checkpoint:
     config: ModelConfig
     quantizations: Mapping[str, Quantization]
     num_parameters: int
-    nbytes: int
+    # Bytes of the text model's modules, by their names.
+    sizes: Sequence[tuple[str, int]]
     # What every layer that is read gets.
     adapter: Adapter | None = None
 
@@ -52,9 +54,19 @@ class Checkpoint:
         raise NotImplementedError
 
     @property
+    def nbytes(self) -> int:
+        """Of the text model."""
+        return sum(nbytes for _, nbytes in self.sizes)
+
+    @property
     def bits_per_weight(self) -> float:
         """Of the text model; counts scales and biases."""
         return 8 * self.nbytes / self.num_parameters
+
+    def decode_bytes(self, context: int) -> int:
+        """What decoding a token reads behind so many: weights, chosen experts, caches, states."""
+        read = (int(nbytes * read_share(self.config, name)) for name, nbytes in self.sizes)
+        return sum(read) + kv_bytes(self.config, context) + 2 * state_bytes(self.config)
 
 
 class SourceCheckpoint(Checkpoint):
@@ -66,7 +78,7 @@ class SourceCheckpoint(Checkpoint):
         self.entries = self.plan.text_entries
         self.quantizable = {e.module for e in self.entries if e.role is Role.QUANTIZED}
         self.num_parameters = sum(e.num_parameters for e in self.entries)
-        self.nbytes = self.plan.text_bytes
+        self.sizes = [(e.module, e.output_bytes) for e in self.entries]
 
     def read(self, prefix: str) -> dict[str, mx.array]:
         return {
@@ -84,12 +96,12 @@ class ConvertedCheckpoint(Checkpoint):
         self.config, self.quantizations = found.config, found.quantizations
         self.matches = found.text_matches
         self.num_parameters = sum(math.prod(match.shape) for match in self.matches)
-        self.nbytes = sum(
-            segment.nbytes
+        self.sizes = [
+            (match.name.rpartition(".")[0], segment.nbytes)
             for match in self.matches
             for part in match.parts
             for segment in part.segments
-        )
+        ]
 
     def read(self, prefix: str) -> dict[str, mx.array]:
         """Opened anew, and lazy: an array is read when it is used, and freed with its user."""

@@ -1,15 +1,25 @@
-"""Macs by name, and the bound that their bandwidth sets on decoding a plan."""
+"""Macs by name, the bound that their bandwidth sets on decoding a plan, and experts from disk."""
 
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES
+from qwen35_mlx.checkpoint.names import OF_EXPERTS
+from qwen35_mlx.checkpoint.sharding import Sharding
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.machine import GIB, bandwidth_gbps, parse_memory, sysctl
-from qwen35_mlx.memory import MemoryCount, count, kv_bytes, read_share, state_bytes
+from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, parse_memory, sysctl
+from qwen35_mlx.memory import (
+    MemoryCount,
+    count,
+    kv_bytes,
+    read_share,
+    room_for_experts,
+    state_bytes,
+)
 
-from .plan import Plan
+from .plan import Entry, Plan
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,11 @@ class Mac:
     @property
     def memory_bytes(self) -> int:
         return int(self.memory_gib * GIB)
+
+    @property
+    def gpu_limit_bytes(self) -> int:
+        """Unless somebody raised it."""
+        return default_limit_bytes(self.memory_bytes)
 
 
 def _mac(chip: str, memory_gib: float) -> Mac:
@@ -47,6 +62,11 @@ MACS = (
     _mac("M3 Ultra", 256),
     _mac("M3 Ultra", 512),
 )
+# Assumed of experts from disk: 10^9 bytes a second of the SSD in a Mac of this kind, the part of
+# the memory's bandwidth that decoding reaches, and seconds that a layer waits for its router.
+SSD_GBPS, EFFICIENCY, ROUTER_S = 7.4, 0.46, 0.000_25
+# Shares of experts that are not in memory: within one topic, between, and after a change of it.
+MISS_RATES = (0.07, 0.20, 0.35)
 # A column's title: it says that it is no speed.
 BANDWIDTH_LIMIT = "bandwidth limit, tok/s"
 
@@ -81,6 +101,22 @@ def find_macs(text: str) -> list[Mac]:
     )
 
 
+def first_part(plan: Plan, num_macs: int) -> Plan:
+    """What the first of so many Macs has of the plan's model; it has more than the others."""
+    if num_macs == 1:
+        return plan
+    sizes = {e.module: e.group_size for e in plan.text_entries if e.group_size}
+    sharding = Sharding(plan.config, 0, num_macs, sizes)
+
+    def part(entry: Entry) -> Entry:
+        cuts = [(tensor, sharding.cut(tensor.name)) for tensor in entry.tensors]
+        tensors = [replace(t, shape=cut.shape(t.shape)) if cut else t for t, cut in cuts]
+        return replace(entry, tensors=tuple(tensors))
+
+    shards = [replace(shard, entries=tuple(map(part, shard.entries))) for shard in plan.shards]
+    return replace(plan, config=sharding.local, shards=tuple(shards))
+
+
 def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryCount:
     """Memory in use when the plan's model runs; see `qwen35_mlx.memory`."""
     return count(plan.config, plan.loaded_bytes, context, limit_bytes, activation_bytes(plan))
@@ -103,3 +139,39 @@ def bytes_per_token(plan: Plan, context: int = 0) -> int:
 def tokens_per_second(plan: Plan, gbps: float, context: int = 0) -> float:
     """The bound that memory bandwidth sets on decoding; no program reaches it."""
     return gbps * 1e9 / bytes_per_token(plan, context)
+
+
+class FromDisk(NamedTuple):
+    """A model on a Mac that holds some of the experts: how many of each layer, and their bytes."""
+
+    num_slots: int
+    pool_bytes: int
+    # One expert of one layer.
+    expert_bytes: int
+
+
+def from_disk(plan: Plan, mac: Mac, context: int) -> FromDisk | None:
+    """As many experts as fit; None where all do, or fewer than a token needs."""
+    config = plan.config
+    experts = sum(e.output_bytes for e in plan.text_entries if OF_EXPERTS in e.module)
+    if not experts:
+        return None
+    # The MTP layer is not loaded: drafts read more experts than they save passes.
+    resident, limit = plan.loaded_bytes - experts - plan.mtp_bytes, mac.gpu_limit_bytes
+    room = room_for_experts(config, resident, context, activation_bytes(plan), limit)
+    slot_bytes = experts // config.num_experts
+    num_slots = room // slot_bytes
+    if not config.num_experts_per_tok <= num_slots < config.num_experts:
+        return None
+    return FromDisk(num_slots, num_slots * slot_bytes, slot_bytes // config.num_hidden_layers)
+
+
+def from_disk_tps(
+    plan: Plan, mac: Mac, found: FromDisk, miss_rate: float, ssd_gbps: float, context: int
+) -> float:
+    """Tokens a second where the parts follow one another: compute, wait for routers, read."""
+    config = plan.config
+    experts = config.num_hidden_layers * config.num_experts_per_tok
+    compute_s = bytes_per_token(plan, context) / (EFFICIENCY * mac.gbps * 1e9)
+    read_s = miss_rate * experts * found.expert_bytes / (ssd_gbps * 1e9)
+    return 1 / (compute_s + config.num_hidden_layers * ROUTER_S + read_s)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
-from qwen35_mlx.checkpoint.names import TOWER, fold, is_mtp
+from qwen35_mlx.checkpoint.names import OF_EXPERTS, TOWER, fold, is_mtp
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
 from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
@@ -33,13 +33,30 @@ Setting = tuple[int, int, str]
 Recipe = Callable[[str], tuple[int, int] | Setting | None]
 
 
+# Where an expert's matrices lie: one expert after the other in each stack, or side by side.
+STACKED, DISK = "stacked", "disk"
+LAYOUTS = (STACKED, DISK)
+
+
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the output; `dtype` as safetensors spells it."""
+    """One tensor of the output; `dtype` as safetensors spells it.
+
+    A stack with `is_apart` is written as a tensor for each expert.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    is_apart: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """As in the file."""
+        if not self.is_apart:
+            return [self.name]
+        before, after = self.name.split(OF_EXPERTS)
+        return [f"{before}.experts.{expert}.{after}" for expert in range(self.shape[0])]
 
     @property
     def nbytes(self) -> int:
@@ -100,9 +117,13 @@ class Shard:
 
     @property
     def tensors(self) -> tuple[OutputTensor, ...]:
-        """Tensors in file order: the widest items first, so that every tensor is aligned."""
+        """Tensors in file order: experts, then the widest items: so every tensor is aligned."""
         tensors = [tensor for entry in self.entries for tensor in entry.tensors]
-        return tuple(sorted(tensors, key=lambda tensor: -ITEM_BYTES[tensor.dtype]))
+        # Experts keep their order: that of their layers, and of gate, up and down.
+        rank = {
+            t: 0 if t.is_apart else ITEM_BYTES["U64"] + 1 - ITEM_BYTES[t.dtype] for t in tensors
+        }
+        return tuple(sorted(tensors, key=rank.__getitem__))
 
 
 @dataclass(frozen=True)
@@ -239,6 +260,7 @@ def plan(
     group_size: int = 64,
     dtype: str | None = None,
     method: str = DEFAULT_METHOD,
+    experts_layout: str = STACKED,
 ) -> Plan:
     """Plan the conversion of `source`, a folder or a hub id. Reads config and headers only.
 
@@ -246,7 +268,8 @@ def plan(
     unquantized. Both: quantized, with scales and all other tensors in `dtype`. `recipe` decides
     for each module; it can leave a router or the MTP layer unquantized, but not change the 8 bits
     of the one and the 4 bits of the other. `method` is a method of `quantize`; to use "gptq", and
-    "search" with importance, give `convert` a calibration.
+    "search" with importance, give `convert` a calibration. `experts_layout` "disk" puts each
+    expert's matrices side by side, to be read at once; mlx-lm does not load that.
     """
     asked = [bits, dtype, recipe]
     if bits is None and (recipe is not None or dtype is None):
@@ -259,7 +282,7 @@ def plan(
     opened = open_any(source, revision)
     found = resolve(opened.config, opened.tensors)
     if any(match.quantization for match in found.text_matches):
-        return _copy(opened, found, *asked)
+        return _laid_out(_copy(opened, found, *asked), experts_layout)
 
     def quantization(match: Match) -> Setting | None:
         module, role = match.module, match.row.role
@@ -293,7 +316,28 @@ def plan(
         "recipe": None if recipe is None else getattr(recipe, "__name__", type(recipe).__name__),
         "method": None if bits is None else method,
     }
-    return Plan(opened, found.config, settings, _shards(entries), tuple(found.copies))
+    planned = Plan(opened, found.config, settings, _shards(entries), tuple(found.copies))
+    return _laid_out(planned, experts_layout)
+
+
+def _laid_out(planned: Plan, layout: str) -> Plan:
+    """The same plan with the experts of the trunk in this layout."""
+    if layout not in LAYOUTS or (layout == DISK and not planned.config.is_moe):
+        raise Qwen35Error(
+            f"experts_layout={layout!r} is not possible",
+            got="a model without experts" if layout in LAYOUTS else repr(layout),
+            expected="a model with experts" if layout in LAYOUTS else ", ".join(LAYOUTS),
+        )
+    if layout == STACKED:
+        return planned
+    entries = [
+        replace(entry, tensors=tuple(replace(t, is_apart=True) for t in entry.tensors))
+        if OF_EXPERTS in entry.module and not is_mtp(entry.module)
+        else entry
+        for entry in planned.entries
+    ]
+    settings = {**planned.settings, "experts_layout": layout}
+    return replace(planned, settings=settings, shards=_shards(entries))
 
 
 def _copy(source: Source, found: Resolved, bits: object, dtype: object, recipe: object) -> Plan:
@@ -378,8 +422,12 @@ def _shards(entries: list[Entry]) -> tuple[Shard, ...]:
     """Fill files in order; an entry larger than the limit gets a file of its own."""
     groups: list[list[Entry]] = []
     filled = MAX_SHARD_BYTES
+    experts = ""
     for entry in entries:
-        if filled + entry.output_bytes > MAX_SHARD_BYTES and not entry.belongs_to_weight:
+        # All matrices of an expert must be in one file to lie side by side.
+        before, experts = experts, entry.module.partition(OF_EXPERTS)[0]
+        stays = entry.belongs_to_weight or (entry.tensors[0].is_apart and experts == before)
+        if filled + entry.output_bytes > MAX_SHARD_BYTES and not stays:
             groups.append([])
             filled = 0
         groups[-1].append(entry)

@@ -11,15 +11,36 @@ from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig, VisionConfig
 from qwen35_mlx.errors import ConfigError, Qwen35Error, first_line
 from qwen35_mlx.family import FAMILY, family_config, find_member
-from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes, wired_limit_mb
+from qwen35_mlx.machine import (
+    GIB,
+    default_limit_bytes,
+    disk_gbps,
+    raised_limit_bytes,
+    wired_limit_mb,
+)
 from qwen35_mlx.media.patches import picture_size
 from qwen35_mlx.media.settings import VisionSettings, read_settings
-from qwen35_mlx.memory import DEFAULT_CONTEXT, check_context
+from qwen35_mlx.memory import AUTO, DEFAULT_CONTEXT, check_context, kv_choices
 from qwen35_mlx.quant.recipes import RECIPES, recipe
 
 from .hub import HubSource
 from .job import SPARE_BYTES, source_disk_bytes
-from .mac_models import BANDWIDTH_LIMIT, MACS, Mac, activation_bytes, running, tokens_per_second
+from .mac_models import (
+    BANDWIDTH_LIMIT,
+    EFFICIENCY,
+    MACS,
+    MISS_RATES,
+    ROUTER_S,
+    SSD_GBPS,
+    Mac,
+    activation_bytes,
+    first_part,
+    from_disk,
+    from_disk_tps,
+    running,
+    this_mac,
+    tokens_per_second,
+)
 from .plan import Plan, plan
 from .plots import picture
 from .source import Source
@@ -37,8 +58,14 @@ PICTURES = {
 FAMILY_PIXELS = (65_536, 16_777_216)
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; {bandwidth}: an upper bound at {context}, which no program reaches.\n"
+    " that\nlimit raised; kv8: with --kv-bits 8, keys and values of 8 bits;\n"
+    "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
+)
+
+SHARED_NOTE = (
+    "This is the first of {macs} such Macs that run the model together. The link is not counted: a"
+    " token takes\n{messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
 )
 
 
@@ -109,14 +136,24 @@ def picture_lines(planned: Plan) -> list[str]:
     return aligned(rows)
 
 
-def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
-    """For every Mac and context: fits, fits with a raised limit, or not."""
+def mac_lines(
+    planned: Plan,
+    macs: Sequence[Mac],
+    context: int | None = None,
+    kv_bits: str = AUTO,
+    num_macs: int = 1,
+) -> list[str]:
+    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not.
+
+    Of several equal Macs that run the model together, this is about the first.
+    """
+    num_layers, planned = planned.config.num_hidden_layers, first_part(planned, num_macs)
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
     if context is not None:
         check_context(planned.config, context)
         contexts = [context]
-    needed = [running(planned, c) for c in contexts]
+    needed = [running(with_kv(planned, kv_bits)[0], c) for c in contexts]
     rows = [
         ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
         ["memory when running", "", "", *(_gb(n.total) for n in needed), ""],
@@ -124,13 +161,47 @@ def mac_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) ->
         ["  queries that have them at a time", "", "", *(f"{n.query_block:,}" for n in needed), ""],
     ]
     for mac in macs:
-        fits = [_fits(mac, planned, c) for c in contexts]
+        fits = [_fits(mac, planned, c, kv_bits) for c in contexts]
         speed = tokens_per_second(planned, mac.gbps, contexts[0]) if mac.gbps else 0
         bound = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
     note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
-    return [*aligned(rows), *note.splitlines()]
+    lines = [*aligned(rows), *note.splitlines()]
+    if num_macs > 1:
+        messages = 2 * num_layers + 1
+        lines += SHARED_NOTE.format(
+            macs=num_macs, messages=messages, bound=1e6 / (30 * messages)
+        ).splitlines()
+    return lines
+
+
+def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
+    """Macs that hold some of the experts only: how many, and the speed to expect."""
+    context = context or min(CONTEXTS[0], planned.config.context_length)
+    known = [mac for mac in macs if mac.gbps]
+    found = [(mac, held) for mac in known if (held := from_disk(planned, mac, context))]
+    if not found:
+        return []
+    file, is_own = planned.source.files[0], this_mac() in macs
+    ssd = (disk_gbps(file), "measured") if is_own and file.exists() else (SSD_GBPS, "assumed")
+    rows = [["Mac", "memory", "experts in memory", *(f"{miss:.0%} misses" for miss in MISS_RATES)]]
+    for mac, held in found:
+        share = held.num_slots / planned.config.num_experts
+        cells = [f"{held.num_slots}, {share:.0%}: {_gb(held.pool_bytes)}"]
+        for miss in MISS_RATES:
+            speed = from_disk_tps(planned, mac, held, miss, ssd[0], context)
+            cells.append(f"{speed:,.1f} tok/s")
+        rows.append([mac.chip, f"{mac.memory_gib:g} GB", *cells])
+    return [
+        "",
+        f"experts from disk (--experts-memory), at {_tokens(context)}:",
+        *aligned(rows),
+        f"for an SSD of {ssd[0]:.1f} GB/s ({ssd[1]}), {EFFICIENCY:.0%} of the memory's bandwidth,"
+        f" {1000 * ROUTER_S:.2f} ms a layer for its router;",
+        f"published miss rates: {MISS_RATES[0]:.0%} within one topic, {MISS_RATES[-1]:.0%} after a"
+        " change of it",
+    ]
 
 
 def family_lines(
@@ -138,6 +209,8 @@ def family_lines(
     where: str,
     context: int | None = None,
     settings: Callable[[Source], dict[str, Any]] | None = None,
+    kv_bits: str = AUTO,
+    num_macs: int = 1,
 ) -> list[str]:
     """The released models on a machine: sizes, and contexts that fit, at several widths.
 
@@ -147,18 +220,32 @@ def family_lines(
     for member in FAMILY:
         source = family_source(member.full_name)
         ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
-        cells = [_longest(plan(source, **way), memory_bytes, context) for way in ways]
+        parts = [_part(plan(source, **way), num_macs) for way in ways]
+        cells = [
+            _longest(part, memory_bytes, context, kv_bits) if part else "no part" for part in parts
+        ]
         rows.append([member.full_name, *cells])
     asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
+    each = f", each of {num_macs} that run a model together" if num_macs > 1 else ""
     return [
-        f"{memory_bytes / GIB:.0f} GB of memory: {where}",
+        f"{memory_bytes / GIB:.0f} GB of memory: {where}{each}",
         *aligned(rows),
         f"size, and {asked}; {_raised_note(memory_bytes)}",
         "then plan NAME for one of them",
     ]
 
 
-def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[str]:
+def _part(planned: Plan, num_macs: int) -> Plan | None:
+    """What the first of several Macs has; None where the model cannot be split among them."""
+    try:
+        return first_part(planned, num_macs)
+    except Qwen35Error:
+        return None
+
+
+def fitting_lines(
+    memory_bytes: int, where: str, context: int | None, kv_bits: str = AUTO
+) -> list[str]:
     """For every released model the recipe of most bits that fits this memory."""
     ways: dict[str, dict[str, Any]] = {"unquantized": dict(dtype="bfloat16")}
     ways |= {f"--recipe {name}": dict(recipe=recipe(name)) for name in RECIPES}
@@ -169,10 +256,10 @@ def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[st
         row = [member.full_name, "no recipe", "", "", ""]
         smallest, *others = reversed(ways)
         # The smallest first: where it does not fit, nothing does.
-        if _need(plan(source, **ways[smallest]), memory_bytes, context):
+        if _need(plan(source, **ways[smallest]), memory_bytes, context, kv_bits):
             for name in [*reversed(others), smallest]:
                 planned = plan(source, **ways[name])
-                if need := _need(planned, memory_bytes, context):
+                if need := _need(planned, memory_bytes, context, kv_bits):
                     bits = f"{planned.bits_per_weight:.2f}"
                     row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
                     break
@@ -187,22 +274,29 @@ def fitting_lines(memory_bytes: int, where: str, context: int | None) -> list[st
 
 def _raised_note(memory_bytes: int) -> str:
     mb = wired_limit_mb(raised_limit_bytes(memory_bytes))
-    return f"*: with iogpu.wired_limit_mb raised to {mb}"
+    return f"*: with iogpu.wired_limit_mb raised to {mb}; kv8: with --kv-bits 8"
 
 
-def _need(planned: Plan, memory_bytes: int, context: int) -> tuple[int, str] | None:
-    """Bytes in use, and * if the GPU's limit has to be raised for them; None if it is too much."""
+def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
+    """The plan with keys and values in these bits; the first one that fits is taken."""
+    return [replace(planned, config=config) for config in kv_choices(planned.config, kv_bits)]
+
+
+def _need(planned: Plan, memory_bytes: int, context: int, kv_bits: str) -> tuple[int, str] | None:
+    """Bytes in use, * if the GPU's limit has to be raised for them, and kv8; None if too much."""
     check_context(planned.config, context)
-    for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
-        needed = running(planned, context, limit(memory_bytes)).total
-        if needed <= limit(memory_bytes):
-            return needed, mark
+    for number, one in enumerate(with_kv(planned, kv_bits)):
+        for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
+            needed = running(one, context, limit(memory_bytes)).total
+            if needed <= limit(memory_bytes):
+                return needed, mark + (" kv8" if number else "")
     return None
 
 
-def _longest(planned: Plan, memory_bytes: int, context: int | None) -> str:
+def _longest(planned: Plan, memory_bytes: int, context: int | None, kv_bits: str) -> str:
     """Size, and the longest of the contexts that fits; one that needs no raised limit is better."""
-    needs = {c: _need(planned, memory_bytes, c) for c in ([context] if context else CONTEXTS)}
+    contexts = [context] if context else CONTEXTS
+    needs = {c: _need(planned, memory_bytes, c, kv_bits) for c in contexts}
     fitting = [(not need[1], c, need[1]) for c, need in needs.items() if need]
     if not fitting:
         return f"{_gb(planned.output_bytes)}, no"
@@ -210,11 +304,12 @@ def _longest(planned: Plan, memory_bytes: int, context: int | None) -> str:
     return f"{_gb(planned.output_bytes)}, {_tokens(longest)}{mark}"
 
 
-def _fits(mac: Mac, planned: Plan, context: int) -> str:
-    need = _need(planned, mac.memory_bytes, context)
+def _fits(mac: Mac, planned: Plan, context: int, kv_bits: str) -> str:
+    need = _need(planned, mac.memory_bytes, context, kv_bits)
     if need is None:
         return "no"
-    return f"N={wired_limit_mb(need[0])}" if need[1] else "fits"
+    fits = f"N={wired_limit_mb(need[0])}" if need[1].startswith("*") else "fits"
+    return fits + need[1].removeprefix("*")
 
 
 def _gb(num_bytes: int) -> str:

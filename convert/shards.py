@@ -3,16 +3,20 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from qwen35_mlx.checkpoint.headers import PREFIX_BYTES
+from qwen35_mlx.checkpoint.names import OF_EXPERTS
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.files import flush, sync_folder
 
 from .plan import OutputTensor, Plan
 
 METADATA = {"format": "mlx"}
+# Pages of macOS: what lies at their multiples is read without a copy.
+PAGE_BYTES = 16_384
 
 
 class ShardWriter:
@@ -26,12 +30,17 @@ class ShardWriter:
         self.path = path
         self._partial = path.with_name(f".{path.name}.partial")
         header = _header(tensors)
-        # First byte and end of each tensor.
-        self._range: dict[str, tuple[int, int]] = {}
         end = len(header)
-        for tensor in tensors:
-            start, end = end, end + tensor.nbytes
-            self._range[tensor.name] = start, end
+        # Of each tensor: its first byte, all bytes, those of a piece, and from piece to piece.
+        self._places: dict[str, tuple[int, int, int, int]] = {}
+        for together in _groups(tensors):
+            num_pieces, stride = _pieces(together)
+            start = end
+            for tensor in together:
+                piece = tensor.nbytes // num_pieces
+                self._places[tensor.name] = start, tensor.nbytes, piece, stride
+                start += piece
+            end += num_pieces * stride
         self.missing_bytes = end - len(header)
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.pread(self._file, len(header), 0) != header:
@@ -41,14 +50,24 @@ class ShardWriter:
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write `data` at byte `start` of tensor `name`."""
-        begin, end = self._range[name]
-        if (excess := begin + start + len(data) - end) > 0:
+        if (excess := start + len(data) - self._places[name][1]) > 0:
             raise RuntimeError(f"{name}: {excess} bytes too many")
-        write_all(self._file, data, begin + start)
+        for offset, nbytes in self._ranges(name, start, len(data)):
+            write_all(self._file, data[:nbytes], offset)
+            data = data[nbytes:]
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
         """`nbytes` bytes of the temporary file from byte `start` of tensor `name` on."""
-        return os.pread(self._file, nbytes, self._range[name][0] + start)
+        return b"".join(os.pread(self._file, n, at) for at, n in self._ranges(name, start, nbytes))
+
+    def _ranges(self, name: str, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Where these bytes of a tensor lie in the file: an offset and a length for each piece."""
+        begin, _, piece, stride = self._places[name]
+        while nbytes > 0:
+            index, inside = divmod(start, piece)
+            length = min(piece - inside, nbytes)
+            yield begin + index * stride + inside, length
+            start, nbytes = start + length, nbytes - length
 
     def sync(self) -> None:
         """Return when all written bytes would survive a loss of power."""
@@ -99,15 +118,32 @@ def text_header_bytes(plan: Plan) -> int:
 def _header(tensors: Sequence[OutputTensor]) -> bytes:
     entries: dict[str, object] = {"__metadata__": METADATA}
     offset = 0
-    for tensor in tensors:
-        end = offset + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+    for together in _groups(tensors):
+        num_pieces, _ = _pieces(together)
+        for names in zip(*(tensor.names for tensor in together), strict=True):
+            for tensor, name in zip(together, names, strict=True):
+                end = offset + tensor.nbytes // num_pieces
+                entries[name] = {
+                    "dtype": tensor.dtype,
+                    "shape": list(tensor.shape[tensor.is_apart :]),
+                    "data_offsets": [offset, end],
+                }
+                offset = end
     raw = json.dumps(entries, separators=(",", ":")).encode()
-    # Padded with spaces: the data begin at a multiple of 8.
-    raw += b" " * (-len(raw) % 8)
+    # Padded with spaces: the data begin at a multiple of 8, and experts at that of a page.
+    multiple = PAGE_BYTES if any(tensor.is_apart for tensor in tensors) else 8
+    raw += b" " * (-(PREFIX_BYTES + len(raw)) % multiple)
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
+
+
+def _groups(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
+    """Tensors whose pieces lie side by side: the stacks of a layer's experts; others are alone."""
+    layer = (t.name.partition(OF_EXPERTS)[0] if t.is_apart else t.name for t in tensors)
+    keyed = zip(layer, tensors, strict=True)
+    return [[tensor for _, tensor in found] for _, found in groupby(keyed, lambda pair: pair[0])]
+
+
+def _pieces(together: Sequence[OutputTensor]) -> tuple[int, int]:
+    """How many pieces each of these tensors has, and the bytes of one piece of all of them."""
+    num_pieces = together[0].shape[0] if together[0].is_apart else 1
+    return num_pieces, sum(tensor.nbytes for tensor in together) // num_pieces

@@ -1,16 +1,14 @@
 """ModelConfig: what a Qwen3.5 config.json must say, and a refusal of anything else."""
 
 import json
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .config_keys import Reader, refuse_unsupported, report_unknown, unsupported
 from .errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -20,12 +18,12 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # The head sizes that ops and kernels tile evenly; the released models use 128.
 LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
-# MLX counts rows in 32 bits.
-MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
 # Of the released models, and of those that say nothing.
 MROPE_SECTION = (11, 11, 10)
 TRAINED_LENGTH = "original_max_position_embeddings"
+# YaRN makes of it at most this many times as many tokens, as the released models were tried.
+MAX_STRETCH = 4
 
 # Keys of whole numbers above zero, in every model and in those of one kind.
 SIZES = tuple(
@@ -123,17 +121,17 @@ class VisionConfig:
             raise ConfigError(
                 "vision_config is not an object", got=repr(vision)[:80], expected="an object"
             )
-        _refuse_unsupported(vision, VISION_NEUTRAL, "vision_config.")
+        refuse_unsupported(vision, VISION_NEUTRAL, "vision_config.")
         text_rope = (config.get("text_config") or config).get("rope_parameters") or {}
-        _refuse_unsupported(text_rope, {"mrope_interleaved": (True,)}, "rope_parameters.")
-        get, rope = _Reader(vision, "vision_config."), vision.get("rope_parameters") or {}
+        refuse_unsupported(text_rope, {"mrope_interleaved": (True,)}, "rope_parameters.")
+        get, rope = Reader(vision, "vision_config."), vision.get("rope_parameters") or {}
         kind = rope.get("rope_type", "axial") if isinstance(rope, Mapping) else rope
         if kind != "axial":
-            raise _unsupported("vision_config.rope_parameters.rope_type", kind, "'axial'")
-        theta = _Reader(rope, "vision_config.rope_parameters.").number("rope_theta", VISION_THETA)
+            raise unsupported("vision_config.rope_parameters.rope_type", kind, "'axial'")
+        theta = Reader(rope, "vision_config.rope_parameters.").number("rope_theta", VISION_THETA)
         sizes: dict[str, Any] = {key: get.positive(key) for key in VISION_SIZES}
         result = cls(**sizes, rope_theta=theta)
-        _report_unknown(vision, {*VISION_SIZES, *VISION_NEUTRAL, *VISION_INERT}, "vision_config.")
+        report_unknown(vision, {*VISION_SIZES, *VISION_NEUTRAL, *VISION_INERT}, "vision_config.")
         if result.hidden_size % (4 * result.num_heads):
             raise ConfigError(
                 "vision_config.num_heads does not fit hidden_size",
@@ -141,7 +139,7 @@ class VisionConfig:
                 expected="heads of a multiple of 4",
             )
         if result.grid_size**2 != result.num_position_embeddings:
-            raise _unsupported(
+            raise unsupported(
                 "vision_config.num_position_embeddings",
                 result.num_position_embeddings,
                 "a square, as 2304 = 48 * 48",
@@ -198,6 +196,8 @@ class ModelConfig:
     num_mtp_layers: int = 0
     # What this machine's memory, or whoever loads the model, leaves of the context.
     context_limit: int | None = None
+    # Of keys and of values in the cache; None is the activations' type.
+    kv_bits: tuple[int, int] | None = None
 
     @property
     def value_dim(self) -> int:
@@ -217,6 +217,38 @@ class ModelConfig:
             stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
             longest = max(longest, stretched)
         return min(longest, self.context_limit or longest)
+
+    @property
+    def stretched_length(self) -> int:
+        """Most tokens that may be asked for: with YaRN, where the checkpoint has none."""
+        if self.rope.factor is not None:
+            return self.context_length
+        return MAX_STRETCH * self.max_position_embeddings
+
+    def stretched_to(self, context: int | None) -> "ModelConfig":
+        """With YaRN as far as `context` asks for more tokens than were trained; else unchanged.
+
+        The factor is the same for texts of any length, rounded up to hundredths.
+        """
+        trained = self.max_position_embeddings
+        if self.rope.factor is not None or context is None:
+            return self
+        if not trained < context <= self.stretched_length:
+            return self
+        factor = math.ceil(100 * context / trained) / 100
+        rope = replace(
+            self.rope,
+            factor=factor,
+            original_max_position_embeddings=trained,
+            attention_factor=_yarn_attention_factor(factor, 0, 0),
+        )
+        return replace(self, rope=rope)
+
+    @property
+    def cache_key(self) -> str:
+        """What decides on the numbers in a cache besides weights; empty if nothing is special."""
+        parts = [f"kv_bits={self.kv_bits}"] if self.kv_bits else []
+        return " ".join(parts + ([repr(self.rope)] if self.rope.factor else []))
 
     @property
     def is_moe(self) -> bool:
@@ -253,11 +285,11 @@ class ModelConfig:
             raise ConfigError(
                 "config key hidden_act is missing", got="no such key", expected="'silu'"
             )
-        _refuse_unsupported(text, NEUTRAL)
-        get = _Reader(text)
+        refuse_unsupported(text, NEUTRAL)
+        get = Reader(text)
         layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))
         # In transformers the outer one decides, whatever stands in text_config.
-        tying = _Reader(config if "tie_word_embeddings" in config else text)
+        tying = Reader(config if "tie_word_embeddings" in config else text)
         keys = SIZES + (MOE_SIZES if is_moe else DENSE_SIZES)
         sizes: dict[str, Any] = {key: get.positive(key) for key in keys}
         result = cls(
@@ -271,7 +303,7 @@ class ModelConfig:
             **sizes,
         )
         known = {f.name for f in fields(cls)} | {"rope_parameters", TRAINED_LENGTH}
-        _report_unknown(text, known | INERT | NEUTRAL.keys())
+        report_unknown(text, known | INERT | NEUTRAL.keys())
         result._check()
         return result
 
@@ -279,9 +311,9 @@ class ModelConfig:
         for key in ("linear_key_head_dim", "linear_value_head_dim"):
             if getattr(self, key) not in LINEAR_HEAD_DIMS:
                 one = f"one of {', '.join(map(str, LINEAR_HEAD_DIMS))}"
-                raise _unsupported(key, getattr(self, key), one)
+                raise unsupported(key, getattr(self, key), one)
         if self.head_dim % 8 or self.head_dim > MAX_HEAD_DIM:
-            raise _unsupported("head_dim", self.head_dim, f"a multiple of 8 up to {MAX_HEAD_DIM}")
+            raise unsupported("head_dim", self.head_dim, f"a multiple of 8 up to {MAX_HEAD_DIM}")
         for few, many in (
             ("num_key_value_heads", "num_attention_heads"),
             ("linear_num_key_heads", "linear_num_value_heads"),
@@ -338,69 +370,10 @@ def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     return text
 
 
-class _Reader:
-    """Reads required keys and names them when they are missing or of the wrong kind."""
-
-    def __init__(self, text: Mapping[str, Any], prefix: str = ""):
-        self.text, self.prefix = text, prefix
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Without a default the key is required; with one, null and 0 stand for it."""
-        value = self.text.get(key)
-        if default is not None and (value is None or value == 0):
-            return default
-        if value is None:
-            raise ConfigError(
-                f"config key {self.prefix}{key} is missing",
-                got="null" if key in self.text else "no such key",
-                expected="a number above zero",
-            )
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (plain and 0 < value < math.inf):
-            raise self._unusable(key, "a number above zero")
-        return value
-
-    def positive(self, key: str, most: int = MAX_SIZE) -> int:
-        value = self.number(key)
-        if int(value) != value or value > most:
-            raise self._unusable(key, f"a whole number up to {most}")
-        return int(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.text.get(key, default)
-        if not isinstance(value, bool):
-            raise self._unusable(key, "true or false")
-        return value
-
-    def _unusable(self, key: str, expected: str) -> ConfigError:
-        value = self.text.get(key)
-        what = f"config key {self.prefix}{key}={value!r} is not usable"
-        return ConfigError(what, got=repr(value), expected=expected)
-
-
-def _unsupported(key: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"{key}={value!r} is not supported", got=repr(value), expected=expected)
-
-
-def _refuse_unsupported(
-    text: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = ""
-) -> None:
-    for key, allowed in neutral.items():
-        if key in text and text[key] not in allowed:
-            wanted = " or ".join(repr(v) for v in allowed if v is not None) or "absent"
-            raise _unsupported(prefix + key, text[key], wanted)
-
-
-def _report_unknown(text: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
-    unknown = sorted(prefix + key for key in text if key not in known)
-    if unknown:
-        log.warning("config keys without a known meaning are not used: %s", ", ".join(unknown))
-
-
 def _layer_types(text: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
     types = text.get("layer_types")
     if types is None:
-        interval = _Reader(text).positive("full_attention_interval")
+        interval = Reader(text).positive("full_attention_interval")
         return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
         raise ConfigError(
@@ -428,11 +401,11 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
         )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
-        raise _unsupported("rope_type", kind, "'default' or 'yarn'")
+        raise unsupported("rope_type", kind, "'default' or 'yarn'")
     # Beside rope_parameters one counts less than inside, the other more, as in the reference.
     less = {"partial_rotary_factor": text.get("partial_rotary_factor")}
     more = {key: text[key] for key in (TRAINED_LENGTH,) if key in text}
-    get = _Reader(less | rope | more, "rope_parameters.")
+    get = Reader(less | rope | more, "rope_parameters.")
     partial = get.number("partial_rotary_factor")
     rotary_dim = int(head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
@@ -473,7 +446,7 @@ def _mrope_section(rope: Mapping[str, Any]) -> tuple[int, int, int]:
         or len(section) != 3
         or not all(type(n) is int and n >= 0 for n in section)
     ):
-        raise _unsupported(
+        raise unsupported(
             "rope_parameters.mrope_section", section, "three numbers, as [11, 11, 10]"
         )
     time, row, column = section

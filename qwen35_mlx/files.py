@@ -20,6 +20,8 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# The scratch folder of `qwen35-mlx cluster`; set, this process is one of several of a model.
+RING_VARIABLE = "QWEN35_MLX_RING"
 
 
 def cache_home() -> Path:

@@ -5,12 +5,16 @@ T tokens of a prefill step, S tokens of context, Hq/Hkv query/key-value heads of
 and value heads of a linear layer of widths Dk/Dv.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from .config import FULL, LINEAR, ModelConfig
 from .errors import MemoryRefused, Qwen35Error
 from .machine import GIB, Machine, describe, raise_limit_command
+
+log = logging.getLogger(__name__)
 
 # What a machine has to hold unless a context is asked for.
 DEFAULT_CONTEXT = 32_768
@@ -34,8 +38,16 @@ MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
 PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
 # Decoded tokens after which the pool is emptied: keys and values that were outgrown fit nothing.
 POOL_TOKENS = 1024
+# What `--kv-bits` names: bits of keys and of values. auto: 16, or 8 where 16 do not fit.
+AUTO = "auto"
+KV_BITS: dict[str, tuple[int, int] | None] = {"16": None, "8": (8, 8), "k8v4": (8, 4)}
+# Of quantized keys and values, along a head.
+KV_GROUP_SIZE = 64
 # Tokens by which buffers of keys and values grow at least.
 KV_STEP = 256
+# With experts from disk: tokens that are brought through a layer together, and bytes of what the
+# experts make of them.
+MAX_SWEEP_TOKENS, SWEEP_BYTES = 32_768, 3 * 10**9
 # What else is allocated ahead, seen in models of many layers.
 AHEAD = 1.15
 # Of `chunk_gated_delta_rule`: tokens of a chunk.
@@ -156,7 +168,12 @@ def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
 
 
 def _layer_kv_bytes(config: ModelConfig, context: int, item_bytes: int) -> int:
-    return 2 * config.num_key_value_heads * config.head_dim * context * item_bytes
+    """Quantized, each group has a scale and a bias of the activations' type."""
+    width = config.num_key_value_heads * config.head_dim
+    if config.kv_bits is None:
+        return 2 * width * context * item_bytes
+    codes = sum(width * bits // 8 for bits in config.kv_bits)
+    return (codes + 2 * width // KV_GROUP_SIZE * 2 * item_bytes) * context
 
 
 def state_bytes(config: ModelConfig, item_bytes: int = 2) -> int:
@@ -293,14 +310,65 @@ def _feed_forward_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
     return step * (per_token + 6 * hidden) * item_bytes
 
 
+def sweep_tokens(config: ModelConfig) -> int:
+    """Tokens that go through a layer together where its experts are read from disk."""
+    per_token = 2 * config.num_experts_per_tok * config.hidden_size
+    steps = min(MAX_SWEEP_TOKENS, SWEEP_BYTES // per_token) // PREFILL_STEP_SIZE
+    return max(steps, 1) * PREFILL_STEP_SIZE
+
+
+def sweep_bytes(config: ModelConfig, context: int | None = None, item_bytes: int = 2) -> int:
+    """What reading a prompt layer by layer holds: the layer's input, and what its experts make."""
+    context = context or min(config.context_length, DEFAULT_CONTEXT)
+    per_token = (config.num_experts_per_tok + 6) * config.hidden_size * item_bytes
+    return min(sweep_tokens(config), context) * per_token
+
+
+def room_for_experts(
+    config: ModelConfig,
+    resident_bytes: int,
+    context: int | None = None,
+    item_bytes: int = 2,
+    limit_bytes: int | None = None,
+) -> int:
+    """What experts may take beside all other weights, a context and a prompt's activations.
+
+    On this machine, or where the GPU may use `limit_bytes`.
+    """
+    machine = describe()
+    limit = limit_bytes or machine.gpu_limit_bytes or machine.memory_bytes
+    context = context or min(config.context_length, DEFAULT_CONTEXT)
+    needed = count(config, resident_bytes, context, limit, item_bytes)
+    return limit - needed.total - sweep_bytes(config, context, item_bytes)
+
+
 def check_context(config: ModelConfig, context: int) -> None:
     """Refuse more than the model can read."""
-    if not 1 <= context <= config.context_length:
+    if not 1 <= context <= config.stretched_length:
+        longest = config.context_length
+        by_yarn = f", or with YaRN {n:,}" if (n := config.stretched_length) > longest else ""
         raise Qwen35Error(
             "the context does not fit the model",
             got=f"{context:,} tokens",
-            expected=f"1 to {config.context_length:,}",
+            expected=f"1 to {longest:,}{by_yarn}",
         )
+
+
+def kv_choices(config: ModelConfig, kv_bits: str | int = AUTO) -> list[ModelConfig]:
+    """The model with keys and values in these bits; the first that fits is taken."""
+    names = ["16", "8"] if kv_bits == AUTO else [str(kv_bits)]
+    if not set(names) <= set(KV_BITS):
+        expected = ", ".join((AUTO, *KV_BITS))
+        raise Qwen35Error("unknown bits of keys and values", got=kv_bits, expected=expected)
+    if config.head_dim % KV_GROUP_SIZE:
+        names = names[:1]
+        if names != ["16"]:
+            raise Qwen35Error(
+                "keys and values of this model cannot be quantized",
+                got=f"heads of {config.head_dim} numbers",
+                expected=f"a multiple of {KV_GROUP_SIZE}",
+            )
+    return [replace(config, kv_bits=KV_BITS[name]) for name in names]
 
 
 def longest_context(
@@ -363,6 +431,21 @@ def allow(
     pool = POOL_BYTES + min(left, needed.scores + needed.activations)
     features = features_budget(config, limit)
     return Allowance(longest, snapshots, pool, scores_budget(limit), features)
+
+
+def allow_with_kv(
+    choices: Sequence[ModelConfig], weight_bytes: int, **settings: Any
+) -> tuple[ModelConfig, Allowance]:
+    """The first of `kv_choices` that fits, and what it may use; refuses as `allow` does."""
+    first, *others = choices
+    try:
+        return first, allow(first, weight_bytes, **settings)
+    except MemoryRefused:
+        if not others:
+            raise
+    allowance = allow(others[0], weight_bytes, **settings)
+    log.warning("keys and values are held in 8 bits: in 16 they do not fit")
+    return others[0], allowance
 
 
 def _refused(

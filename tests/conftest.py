@@ -19,6 +19,7 @@ from qwen35_mlx.cli import terminal
 from qwen35_mlx.cli.main import app
 from qwen35_mlx.convert import convert
 from qwen35_mlx.model import loading
+from qwen35_mlx.model.expert_pool import stack_bytes
 from qwen35_mlx.sampling import SamplingParams
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
@@ -55,6 +56,25 @@ def converted_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo(converted_demo: Path) -> tuple[Any, Any]:
     """Model and tokenizer; tests leave both as they are."""
     return qwen35_mlx.load(converted_demo)
+
+
+@pytest.fixture(scope="session")
+def disk_layout(converted_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted demo with each expert's matrices side by side."""
+    return convert(converted_demo, tmp_path_factory.mktemp("disk") / "demo", experts_layout="disk")
+
+
+@pytest.fixture(scope="session")
+def resident(converted_demo: Path) -> Any:
+    """The demo with all experts in memory and no MTP layer."""
+    return loading.load_model(converted_demo, mtp=False)[0]
+
+
+@pytest.fixture(scope="session")
+def pooled(resident: Any) -> Callable[[Path, int], Any]:
+    """Loads a folder of the demo with memory for so many of the 8 experts of each layer."""
+    each = stack_bytes(resident) // 8
+    return lambda folder, slots: loading.load_model(folder, experts_memory=slots * each)[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A hub on this machine: what huggingface_hub asks for, and faults on request."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,11 +22,18 @@ class FakeHub:
 
     `faults` are taken one for each GET of a shard: "cut" closes the connection halfway, a number is
     a status, "wrong" changes a byte, "slow" waits; None is none. `served` counts bytes by name.
+    What is sent becomes files of `folder` when it is committed; `upload_faults` are taken one for
+    each PUT of an object and POST of a commit: "cut" or a status. `received` are bytes by object.
     """
 
     def __init__(self, folder: Path, commit: str = "c" * 40):
         self.folder, self.commit = folder, commit
         self.faults: list[Any] = []
+        self.upload_faults: list[Any] = []
+        self.objects: dict[str, bytes] = {}
+        self.received: dict[str, int] = {}
+        self.created: list[dict[str, Any]] = []
+        self.commits: list[list[str]] = []
         self.served: dict[str, int] = {}
         self.num_faults = 0
         self.hides_checksums = False
@@ -33,7 +41,7 @@ class FakeHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -44,7 +52,7 @@ class FakeHub:
         for path in sorted(p for p in self.folder.iterdir() if p.is_file()):
             entry: dict[str, Any] = {"rfilename": path.name, "size": path.stat().st_size}
             entry["blobId"] = blob_id(path) if path.stat().st_size < 10**8 else "0" * 40
-            if path.suffix == ".safetensors" and not self.hides_checksums:
+            if is_large(path.name) and not self.hides_checksums:
                 digest = "0" * 64
                 if path.stat().st_size < 10**8:
                     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -56,6 +64,8 @@ class FakeHub:
     def _handler(hub) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            # Or each answer takes 40 ms: its body waits for the receipt of its head.
+            disable_nagle_algorithm = True
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -65,6 +75,77 @@ class FakeHub:
 
             def do_GET(self) -> None:
                 self.answer(body=True)
+
+            def body(self) -> bytes:
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+            def upload_fault(self) -> Any:
+                with hub.lock:
+                    fault = hub.upload_faults.pop(0) if hub.upload_faults else None
+                hub.num_faults += fault is not None
+                return fault
+
+            def do_PUT(self) -> None:
+                name = self.path.rpartition("/")[2]
+                size = int(self.headers["Content-Length"])
+                fault = self.upload_fault()
+                data = self.rfile.read(size // 2 if fault == "cut" else size)
+                with hub.lock:
+                    hub.received[name] = hub.received.get(name, 0) + len(data)
+                if fault == "cut":
+                    self.close_connection = True
+                    return self.connection.close()
+                if fault:
+                    return self.refuse(fault)
+                hub.objects[name] = data
+                self.send(b"{}", "application/json")
+
+            def do_POST(self) -> None:
+                raw, path = self.body(), self.path.partition("?")[0]
+                if path == "/api/repos/create":
+                    hub.created.append(json.loads(raw))
+                    return self.send_json({"url": f"{hub.url}/{REPO}"})
+                if path == "/api/validate-yaml":
+                    return self.send_json({"errors": [], "warnings": []})
+                if path.endswith("/info/lfs/objects/batch"):
+                    return self.send_json(
+                        {"objects": [*map(self.action, json.loads(raw)["objects"])]}
+                    )
+                if "/preupload/" in path:
+                    files = [
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if is_large(file["path"]) else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for file in json.loads(raw)["files"]
+                    ]
+                    return self.send_json({"files": files})
+                if fault := self.upload_fault():
+                    return self.refuse(fault)
+                self.commit([json.loads(line) for line in raw.splitlines()])
+
+            def action(self, wanted: dict[str, Any]) -> dict[str, Any]:
+                if wanted["oid"] in hub.objects:
+                    return wanted
+                upload = {"href": f"{hub.url}/objects/{wanted['oid']}"}
+                return wanted | {"actions": {"upload": upload}}
+
+            def commit(self, lines: list[dict[str, Any]]) -> None:
+                hub.folder.mkdir(exist_ok=True)
+                values = [line["value"] for line in lines if line["key"] != "header"]
+                for value in values:
+                    data = (
+                        base64.b64decode(value["content"])
+                        if "content" in value
+                        else hub.objects[value["oid"]]
+                    )
+                    (hub.folder / value["path"]).write_bytes(data)
+                hub.commits.append([value["path"] for value in values])
+                self.send_json({"commitUrl": f"{hub.url}/{REPO}/commit/c", "commitOid": hub.commit})
+
+            def send_json(self, value: Any) -> None:
+                self.send(json.dumps(value).encode(), "application/json")
 
             def answer(self, body: bool) -> None:
                 path = self.path.partition("?")[0]
@@ -141,6 +222,11 @@ class FakeHub:
                     self.connection.close()
 
         return Handler
+
+
+def is_large(name: str) -> bool:
+    """Whether the hub keeps the file in LFS."""
+    return name.endswith(".safetensors")
 
 
 def blob_id(path: Path) -> str:

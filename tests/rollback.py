@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.chat.sessions import load_conversation, save_conversation
 from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.model.cache import accept, holds_keys
 
 Ids = Sequence[int]
@@ -25,7 +25,7 @@ def held(cache: PromptCache) -> list[bytes]:
     for entry in cache.entries:
         if holds_keys(entry):
             assert entry.offset == len(cache.ids)
-            arrays += [a[:, :, : entry.offset] for a in (entry.keys, entry.values)]
+            arrays += entry.rows(0, entry.offset).values()
         else:
             arrays += entry.cache
     return [bits(a) for a in arrays]
@@ -106,10 +106,11 @@ def a_fork(cache: PromptCache, folder: Path) -> list[bytes]:
 
 
 def a_session(cache: PromptCache, folder: Path) -> list[bytes]:
-    file = folder / "session.json"
-    save_conversation(file, {"messages": []}, cache.model, cache)
-    _, loaded, warning = load_conversation(file, cache.model)
-    assert loaded is not None and warning is None
+    disk = Segments(folder, cache.model)
+    for _ in disk.write(cache, len(cache.ids)):
+        pass
+    loaded = Segments(folder, cache.model).read(cache.ids)
+    assert loaded is not None and len(loaded.ids) == len(cache.ids)
     return [*held(loaded), step(loaded, 9), step(cache, 2)]
 
 

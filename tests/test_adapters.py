@@ -13,7 +13,7 @@ from everyday import everyday
 from mlx.utils import tree_flatten
 
 import qwen35_mlx
-from qwen35_mlx.chat.sessions import load_conversation, model_identity, save_conversation
+from qwen35_mlx.chat.sessions import load_conversation, save_conversation
 from qwen35_mlx.checkpoint.adapter import (
     CONFIG_FILE,
     DORA,
@@ -27,9 +27,11 @@ from qwen35_mlx.checkpoint.adapter import (
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.fidelity import fidelity, open_with
 from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.errors import CheckpointError, ConfigError, Qwen35Error
 from qwen35_mlx.kernels.tiers import use, with_kernels
 from qwen35_mlx.model.adapters import DEFAULT_KEYS, EXPERT_KEYS, add_new, changes_of
+from qwen35_mlx.model.identity import model_identity
 from qwen35_mlx.model.loading import open_model
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(2, 37)))
@@ -223,12 +225,14 @@ def test_two_adapters_never_share_a_cache_entry(sources, tmp_path):
     cache = PromptCache(models["one"])
     cache.read(ids, marks=[len(ids)])
     conversation: dict[str, Any] = {"messages": []}
-    save_conversation(tmp_path / "s.json", conversation, models["one"], cache)
+    save_conversation(tmp_path / "s.json", conversation, models["one"])
+    list(Segments(tmp_path / "read", models["one"]).write(cache, len(ids)))
     same = qwen35_mlx.load(sources / "dense-4bit", adapter=tmp_path / "one")[0]
-    assert load_conversation(tmp_path / "s.json", same)[1] is not None
+    assert Segments(tmp_path / "read", same).read(ids) is not None
     for name in ("plain", "number", "scale"):
-        _, found, warning = load_conversation(tmp_path / "s.json", models[name])
-        assert found is None and "another model" in str(warning)
+        _, warning = load_conversation(tmp_path / "s.json", models[name])
+        assert "another model" in str(warning)
+        assert Segments(tmp_path / "read", models[name]).read(ids) is None
 
 
 def test_a_model_takes_one_adapter_for_life(sources, tmp_path):
@@ -306,6 +310,7 @@ def test_a_conversion_is_not_resumed_with_another_adapter(sources, tmp_path, mon
     convert(sources / "dense", tmp_path / "out", bits=4, adapter=first)
 
 
+@pytest.mark.slow
 def test_fidelity_gives_the_adapter_to_the_side_that_lacks_it(sources, tmp_path):
     adapter = random_adapter(sources / "moe-4bit")
     fused = convert(sources / "moe", tmp_path / "fused", dtype="bfloat16", adapter=adapter)
@@ -315,6 +320,7 @@ def test_fidelity_gives_the_adapter_to_the_side_that_lacks_it(sources, tmp_path)
     assert found < fidelity(sources / "moe", fused, IDS).tokens.mean_kl / 20
 
 
+@pytest.mark.slow
 def test_commands_take_an_adapter(run_cli, converted_demo, tmp_path):
     write_adapter(tmp_path / "a", random_adapter(converted_demo, size=3.0))
     prompt = ("-p", "What is the capital of France?", "--temperature", "0", "--max-tokens", "30")

@@ -181,6 +181,7 @@ def test_blocks_of_queries_give_the_same_numbers(rows, mask):
         assert mx.allclose(got, want, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_its_keys_allow_at_once_is_read_the_same(demo):
     model = demo[0]
     ids = mx.array([[n % 300 for n in range(150)]])

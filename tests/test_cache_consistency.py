@@ -162,6 +162,7 @@ def test_a_token_cut_off_by_the_thought_budget_is_not_penalised(
     assert counted == set(answer)
 
 
+@pytest.mark.slow
 def test_take_keeps_the_callers_cache_when_another_knows_more(demo: Any) -> None:
     model = demo[0]
     store = PrefixStore(model)
@@ -175,6 +176,7 @@ def test_take_keeps_the_callers_cache_when_another_knows_more(demo: Any) -> None
     assert list(again.ids) == long
 
 
+@pytest.mark.slow
 def test_undo_and_another_question_keep_the_old_branch(demo: Any) -> None:
     chat = Chat(*demo, system="Answer briefly. " * 10, **SHORT)
     ask(chat, FRANCE)

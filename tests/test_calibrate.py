@@ -84,6 +84,7 @@ def test_moments_are_those_of_the_whole_model(source, calibration, tmp_path):
     assert head.shape == (128,)
 
 
+@pytest.mark.slow
 def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(source, measured, tmp_path):
     folder = convert(source, tmp_path / "bf16", dtype="bfloat16")
     model, _ = qwen35_mlx.load(folder)
@@ -116,6 +117,7 @@ def test_minmax_ignores_the_calibration(calibration):
         assert mx.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_each_expert_is_quantized_by_its_own_inputs(calibration):
     rng = np.random.default_rng(3)
     name = f"{TRUNK}layers.0.mlp.switch_mlp.down_proj"
@@ -206,6 +208,7 @@ def test_text_becomes_rows_of_equal_length(tmp_path):
         encode(small, text)
 
 
+@pytest.mark.slow
 def test_a_single_short_row_is_enough(source):
     found = calibrate(source, IDS[:1, :3], measure=True)
     assert found.num_tokens == 3
@@ -227,6 +230,7 @@ def test_text_that_is_none_is_refused(tmp_path):
             read_text(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_inputs_are_kept_of_as_many_texts_as_are_measured(source, monkeypatch):
     monkeypatch.setattr(module, "MEASURED_TOKENS", 2 * IDS.shape[1] + 1)
     seen = []

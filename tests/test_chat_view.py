@@ -147,11 +147,13 @@ def talk(
     (tmp_path / "rescued").mkdir()
     _, err = consoles()
 
-    def talk(*lines: Any, chat: Chat | None = None, **options: Any) -> tuple[Chat, str]:
+    def talk(
+        *lines: Any, chat: Chat | None = None, autosave: bool = False, **options: Any
+    ) -> tuple[Chat, str]:
         chat = chat or Chat(*demo, enable_thinking=False, max_tokens=4)
         typist = Typist(*lines)
         monkeypatch.setattr(chat_view, "open_reader", lambda *arguments: typist)
-        ChatView(chat).run(**options)
+        ChatView(chat, autosave=autosave).run(**options)
         assert typist.lines == []
         return chat, err.getvalue()
 
@@ -350,10 +352,52 @@ def test_a_file_that_is_no_text_goes_with_no_message(
     assert "error: x cannot be read as text" in err and reason in err
 
 
+def test_folders_and_patterns_of_files_are_counted_before_they_are_sent(
+    talk: Any, tmp_path: Path
+) -> None:
+    for name in (
+        "src/a.py",
+        "src/sub/b.py",
+        "src/sub/c.txt",
+        "src/.git/d.py",
+        "src/__pycache__/e.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "src/picture.bin").write_bytes(b"\0\xff")
+    chat, err = talk("/file 'src/**/*.py'", "What?")
+    blocks = [f"{name}:\n```\nsrc/{name}\n```" for name in ("a.py", "sub/b.py")]
+    assert asked(chat) == ["\n\n".join([*blocks, "What?"])]
+    assert re.search(r"^2 files, \d+ tokens$", err, re.MULTILINE)
+    chat, err = talk("/file src", "/file none*", "/file src/.git/*", "What?")
+    assert [name in asked(chat)[0] for name in ("b.py:", "c.txt:", "d.py", "e.py")] == [
+        True, True, True, False
+    ]  # fmt: skip
+    assert "left out: 1 file that cannot be read as text" in err
+    assert "error: no file in none*" in err
+
+
+def test_files_longer_than_the_context_are_refused_with_the_count(
+    talk: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("word " * 5000)
+    chat, err = talk("/file long.txt", "What?")
+    assert asked(chat) == ["What?"]
+    assert re.search(r"do not fit the context\n  got: [\d,]+ tokens\n  expected: fewer than", err)
+
+
+def test_every_conversation_is_saved_where_that_is_asked_for(talk: Any, tmp_path: Path) -> None:
+    _, err = talk("one", "two", "/clear", "three", autosave=True)
+    first, second = re.findall(r"^saved as session (\S+)$", err, re.MULTILINE)
+    files = [json.loads((tmp_path / "sessions" / f"{s}.json").read_text()) for s in (first, second)]
+    asked_for = [[m["content"] for m in f["messages"] if m["role"] == "user"] for f in files]
+    assert asked_for == [["one", "two"], ["three"]]
+
+
 def test_a_pipe_or_a_device_is_not_read_as_a_file(talk: Any, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    chat, err = talk("/file pipe", "/file /dev/zero", "/file .", "What?")
-    assert asked(chat) == ["What?"] and err.count(" is no file\n") == 3
+    chat, err = talk("/file pipe", "/file /dev/zero", "What?")
+    assert asked(chat) == ["What?"] and err.count(" is no file\n") == 2
 
 
 def test_save_and_load_take_dropped_paths(talk: Any, tmp_path: Path) -> None:

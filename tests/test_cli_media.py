@@ -143,6 +143,7 @@ def test_a_path_of_no_picture_is_an_unknown_command_as_before(talk: Any, line: s
     assert f"error: no command {line}\n" in done.err and done.asked == []
 
 
+@pytest.mark.slow
 def test_retry_edit_and_undo_keep_pictures(talk: Any) -> None:
     done = talk("/image star.png", "What do you see?", "/retry", f"/edit {SEEN}")
     assert (done.asked, done.shown) == ([SEEN], [["star.png"]])
@@ -230,6 +231,7 @@ def test_tokens_of_a_picture_can_be_limited(talk: Any) -> None:
     assert "error: not a number" in done.err
 
 
+@pytest.mark.slow
 def test_pages_of_a_pdf_become_pictures(talk: Any, folder: Path) -> None:
     pdfium = pytest.importorskip("pypdfium2")
     document = pdfium.PdfDocument.new()

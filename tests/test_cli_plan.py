@@ -48,6 +48,7 @@ def test_the_context_of_plan_is_the_one_that_is_asked_for() -> None:
     assert "context does not fit the model" in result.stderr
 
 
+@pytest.mark.slow
 def test_fit_without_a_source_shows_what_fits_that_memory(few: Any) -> None:
     small, large = (run("plan", "--fit", memory).stdout for memory in ("8GB", "64GB"))
     assert small.startswith("8 GB of memory: a Mac, with a context of 32,768 tokens")
@@ -56,6 +57,7 @@ def test_fit_without_a_source_shows_what_fits_that_memory(few: Any) -> None:
     assert "with a context of 4,096" in run("plan", "--fit", "8GB", "--context", "4096").stdout
 
 
+@pytest.mark.slow
 def test_bits_and_macs_without_a_source_are_honoured(few: Any) -> None:
     by_width = run("plan", "--mac", "M4 Max 128GB")
     assert by_width.stdout.startswith("128 GB of memory: a Mac with M4 Max\n")

@@ -256,6 +256,24 @@ def test_yarn_stretches_the_context_and_scales_attention():
     assert ModelConfig.from_hf(config).rope.attention_factor == 1.5
 
 
+def test_a_longer_context_is_stretched_to_on_request_and_no_further():
+    released = ModelConfig.from_hf(family_config("397B-A17B"))
+    # Shorter texts would be read less well: as trained, it stays as it is.
+    assert released.stretched_to(None) is released.stretched_to(262_144) is released
+    longer = released.stretched_to(524_288)
+    assert longer.context_length == 524_288 and longer.rope.factor == 2.0
+    assert longer.rope.attention_factor == pytest.approx(1.0693147181)
+    assert released.stretched_to(300_001).context_length >= 300_001
+    assert released.stretched_to(4 * 262_144 + 1) is released
+    # What the checkpoint says stays.
+    own = family_config("397B-A17B")
+    own["text_config"]["rope_parameters"] |= {
+        "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 262_144,
+    }  # fmt: skip
+    own = ModelConfig.from_hf(own)
+    assert own.stretched_to(10**6) is own and own.stretched_length == 524_288
+
+
 @pytest.mark.parametrize("key", ["attention_factor", "beta_fast", "beta_slow"])
 def test_a_yarn_key_that_is_no_number_is_refused(key):
     config = family_config("2B")

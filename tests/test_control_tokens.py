@@ -100,6 +100,7 @@ def test_a_prompt_given_as_text_is_the_callers(tokenizer: Tokenizer) -> None:
     assert encode_prompt(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.slow
 def test_ids_without_control_tokens_in_messages_are_those_of_the_whole_text(
     tokenizer: Tokenizer,
 ) -> None:

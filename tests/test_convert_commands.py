@@ -248,6 +248,7 @@ def test_verify_refuses_settings_that_the_folder_does_not_have(tmp_path: Path) -
         assert run(*again, *useless).exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_text_with_a_byte_order_mark_is_run_without_it(tmp_path: Path) -> None:
     text = "The capital of France is Paris. " * 3
     outputs = []
@@ -258,6 +259,7 @@ def test_a_text_with_a_byte_order_mark_is_run_without_it(tmp_path: Path) -> None
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+@pytest.mark.slow
 def test_a_report_is_printed_where_its_picture_cannot_be_written(tmp_path: Path) -> None:
     text = tmp_path / "t"
     text.write_text("The capital of France is Paris.")

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from everyday import everyday
 from faked_mac import DENSE, PREFILL_TOKENS, change_source, faked_mac, only
 from typer.testing import CliRunner
 
@@ -163,7 +164,7 @@ def test_shapes_that_do_not_fit_are_left_out(mac: None, monkeypatch: pytest.Monk
     assert {row["member"] for row in examine()["kernels"]} == {"small"}
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("dtype", everyday([mx.float32, mx.bfloat16, mx.float16], 1))
 def test_the_mlx_tier_computes_each_operation_within_tolerance(dtype: mx.Dtype) -> None:
     """The rival is right too, and the tolerance of a type is not that of another."""
     worst = 0.0

@@ -10,7 +10,7 @@ from PIL import Image
 
 from qwen35_mlx.errors import MediaError
 from qwen35_mlx.media import documents
-from qwen35_mlx.media.documents import open_pdf
+from qwen35_mlx.media.documents import open_pdf, pdf_text
 from qwen35_mlx.media.settings import VisionSettings
 
 
@@ -20,6 +20,26 @@ def pdf(colours: list[str], size: tuple[int, int] = (595, 842)) -> bytes:
     file = io.BytesIO()
     pages[0].save(file, "PDF", save_all=True, append_images=pages[1:], resolution=72)
     return file.getvalue()
+
+
+def pdf_of(texts: list[str]) -> bytes:
+    """A document with a line of text on each page."""
+    kids = " ".join(f"{3 + 2 * i} 0 R" for i in range(len(texts)))
+    font = "<</Font<</F<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>"
+    objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]/Count {len(texts)}>>"]
+    for i, text in enumerate(texts):
+        page = f"/Parent 2 0 R/MediaBox[0 0 595 842]/Resources{font}/Contents {4 + 2 * i} 0 R"
+        stream = f"BT /F 12 Tf 72 720 Td ({text}) Tj ET"
+        objects.append(f"<</Type/Page{page}>>")
+        objects.append(f"<</Length {len(stream)}>>stream\n{stream}\nendstream")
+    body, places = b"%PDF-1.4\n", []
+    for number, text in enumerate(objects, 1):
+        places.append(b"%010d 00000 n \n" % len(body))
+        body += f"{number} 0 obj\n{text}\nendobj\n".encode()
+    size = len(objects) + 1
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % size + b"".join(places)
+    end = b"trailer\n<</Root 1 0 R/Size %d>>\nstartxref\n%d\n%%%%EOF" % (size, len(body))
+    return body + table + end
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +52,7 @@ def colours(pages) -> list[tuple[int, ...]]:
     return [tuple(np.round(page.pixels.mean(axis=(0, 1)) / 255).astype(int)) for page in pages]
 
 
+@pytest.mark.slow
 def test_each_page_is_a_picture(tmp_path):
     (file := tmp_path / "a.pdf").write_bytes(pdf(["red", "lime", "blue"]))
     pages = open_pdf(file, SETTINGS)
@@ -87,3 +108,13 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     with pytest.raises(MediaError, match=r"pip install 'qwen35-mlx\[pdf\]'"):
         open_pdf(b"%PDF", SETTINGS)
+
+
+def test_the_text_of_a_document_is_that_of_all_pages(tmp_path):
+    (file := tmp_path / "a.pdf").write_bytes(pdf_of(["The first page.", "", "The last."]))
+    assert pdf_text(file) == "The first page.\n\nThe last."
+
+
+def test_a_scanned_document_says_how_to_send_its_pages():
+    with pytest.raises(MediaError, match=r"a\.pdf has no text(.|\n)*/pdf"):
+        pdf_text(pdf(["red", "lime"]), "a.pdf")

@@ -9,9 +9,10 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 
 import qwen35_mlx
-from qwen35_mlx.convert import convert, layerwise
-from qwen35_mlx.convert.fidelity import fidelity, plot, report_lines
+from qwen35_mlx.convert import convert, layerwise, plan
+from qwen35_mlx.convert.fidelity import Comparison, compare, fidelity, plot, report_lines
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer, watched
+from qwen35_mlx.convert.mac_models import Mac, bytes_per_token
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.divergence import Divergence, kl_divergence
 
@@ -67,6 +68,7 @@ def test_layer_by_layer_gives_the_logits_of_the_whole(folders, name):
     assert logits.std().item() > 0.3
 
 
+@pytest.mark.slow
 def test_figures_do_not_depend_on_how_many_tokens_go_through_at_once(folders, monkeypatch):
     whole = fidelity(folders / "src", folders / "q3", IDS)
     monkeypatch.setattr(layerwise, "HEAD_TOKENS", 8)
@@ -169,6 +171,34 @@ def test_a_plot_is_a_png_or_says_what_is_missing(folders, tmp_path, monkeypatch)
         plot(report, tmp_path / "no" / "a.png")
 
 
+def test_several_outputs_are_compared_as_each_alone(folders):
+    names = ["q6", "bf16", "q3"]
+    reports = compare(folders / "src", [folders / name for name in names], IDS)
+    for name, found in zip(names, reports, strict=True):
+        assert found.as_dict() == fidelity(folders / "src", folders / name, IDS).as_dict()
+    mac = Mac("M3 Ultra", 96, 819)
+    comparison = Comparison(names, reports, mac)
+    rows = {row["name"]: row for row in comparison.rows()}
+    assert list(rows) == ["q3", "q6", "bf16"]
+    for bits in (3, 6):
+        planned = plan(folders / "src", bits=bits)
+        limit = 819e9 / bytes_per_token(planned, 32_768)
+        assert rows[f"q{bits}"]["bandwidth_limit_tps"] == pytest.approx(limit, rel=1e-6)
+    page = "\n".join(comparison.lines())
+    assert f"{rows['q3']['mean_kl_nats']:.5f}" in page
+    assert "M3 Ultra 96 GB runs at most" in page
+    assert 60 < comparison.room_gb < 0.8 * 96 * 1.0737
+
+
+@pytest.mark.slow
+def test_the_plot_of_several_outputs_shows_them_and_the_mac(folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    reports = compare(folders / "src", [folders / "q3", folders / "q6"], IDS)
+    for gbps in (819, 0):
+        Comparison(["q3", "q6"], reports, Mac("M3 Ultra", 96, gbps)).plot(tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
 def test_a_module_that_was_passed_by_is_noticed(folders):
     run = Layerwise(open_checkpoint(folders / "src"))
     layer = run.layer(0)
@@ -177,6 +207,7 @@ def test_a_module_that_was_passed_by_is_noticed(folders):
         layer.mlp(mx.zeros((1, 2, 128)), layer.post_attention_layernorm)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_layer_is_the_distance_over_what_the_layer_adds(folders):
     report = fidelity(folders / "src", folders / "q3", IDS)
     runs = [Layerwise(open_checkpoint(folders / name)) for name in ("src", "q3")]

@@ -103,6 +103,7 @@ def test_what_changes_is_checked_again(
     assert "1 of 1 used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_check_ends_with_its_time_and_goes_on_at_the_next_load(
     converted_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

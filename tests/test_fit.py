@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from conftest import DEMO
 from everyday import everyday
 from test_config import family_config
 from test_mlx_lm import assert_equal_logits, write_source
@@ -14,9 +15,10 @@ from test_mlx_lm import assert_equal_logits, write_source
 from qwen35_mlx.checkpoint.tensor_table import Role, expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert, plan
+from qwen35_mlx.convert import fit as fitting
 from qwen35_mlx.convert.fit import fit, fit_mac, quality_settings
 from qwen35_mlx.convert.mac_models import bytes_per_token, running
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.errors import MemoryRefused, Qwen35Error
 from qwen35_mlx.machine import raised_limit_bytes
 from qwen35_mlx.memory import kv_capacity
 from qwen35_mlx.quant.recipes import RECIPES, recipe
@@ -113,7 +115,7 @@ def test_recipes_order_the_397b_by_size(flagship):
 def test_a_context_beyond_the_model_is_refused(tmp_path):
     write_checkpoint(tmp_path / "src", moe=True)
     with pytest.raises(Qwen35Error, match="context does not fit the model"):
-        fit_mac(tmp_path / "src", 16 * GIB, context=513)
+        fit_mac(tmp_path / "src", 16 * GIB, context=4 * 512 + 1)
 
 
 @pytest.mark.parametrize("bits_per_weight", [3.7, 5.0, 7.3])
@@ -179,3 +181,23 @@ def test_the_page_adds_up(flagship):
     (scores,) = [line for line in lines if "attention scores, 288 queries at a time" in line]
     assert float(scores[46:56]) == pytest.approx(1.25, abs=0.001)
     assert any("bandwidth limit, tok/s (M3 Ultra)" in line for line in lines)
+
+
+def test_smaller_keys_and_values_are_taken_where_nothing_else_fits(monkeypatch):
+    budgets = []
+
+    def strict(source, budget_bytes, **settings):
+        budgets.append(budget_bytes)
+        if len(budgets) == 1:
+            raise MemoryRefused("the budget is smaller than the smallest plan")
+
+    monkeypatch.setattr(fitting, "fit", strict)
+    # More than the 4,096 tokens that it was trained for.
+    budget, _ = fit_mac(DEMO, 2 * GIB, context=10_000)
+    # Two heads of 64 in one layer of four, and in the MTP layer.
+    numbers = 2 * 2 * 2 * 64 * kv_capacity(10_000)
+    assert budget.needed.kv_cache == numbers * 17 // 16
+    assert budgets[0] + numbers * 15 // 16 <= budgets[1]
+    budgets.clear()
+    with pytest.raises(MemoryRefused):
+        fit_mac(DEMO, 2 * GIB, context=10_000, kv_bits="16")

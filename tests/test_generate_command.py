@@ -10,6 +10,7 @@ from everyday import everyday
 import qwen35_mlx
 from qwen35_mlx.cli import generate_command
 from qwen35_mlx.cli.generate_command import print_answer
+from qwen35_mlx.cli.progress import spinner
 from qwen35_mlx.engine import speculate
 from qwen35_mlx.engine.output import Piece, ToolCall
 
@@ -69,6 +70,7 @@ def test_an_answer_that_is_cut_says_so_on_stderr(generate: Any) -> None:
     assert shown.startswith("<think>\n") and shown.endswith("\n</think>\n\n")
 
 
+@pytest.mark.slow
 def test_stop_ends_the_answer_and_leaves_thoughts_alone(generate: Any) -> None:
     # "42" is in the thought too.
     stop = generate("-p", SUM, "--stop", "zz", "--stop", "42", *GREEDY)
@@ -100,7 +102,8 @@ def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, dem
     assert (cut["finish_reason"], cut["generated_tokens"]) == ("length", 2)
 
 
-@pytest.mark.parametrize("way", [(), ("--raw",)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", everyday([((),), (("--raw",),)], 0))
 def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None:
     options = ("-p", f"{SUM}\n", "--json", "--max-tokens", "40", *way, *GREEDY)
     plain = json.loads(generate(*options, "--draft", "off").stdout)
@@ -112,6 +115,7 @@ def test_json_says_what_was_drafted(generate: Any, way: tuple[str, ...]) -> None
     assert len(found["draft_acceptance"]["mtp"]) == 3
 
 
+@pytest.mark.slow
 def test_a_warning_comes_behind_the_answer(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = generate("-p", SUM, *GREEDY)
     monkeypatch.setattr(
@@ -123,6 +127,7 @@ def test_a_warning_comes_behind_the_answer(generate: Any, monkeypatch: pytest.Mo
     assert shown.output.index("warning") >= len(plain.stdout)
 
 
+@pytest.mark.slow
 def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
     options = ("-p", CAPITAL, "--raw", "--max-tokens", "9", *GREEDY)
     raw = qwen35_mlx.generate(*demo, CAPITAL, temperature=0.0, max_tokens=9)
@@ -134,6 +139,7 @@ def test_json_of_a_continued_text(generate: Any, demo: Any) -> None:
     assert (found["text"], found["thought"], found["finish_reason"]) == (raw, "", "length")
 
 
+@pytest.mark.slow
 def test_system_prompts_reach_the_model(generate: Any, answer: Any) -> None:
     system = {"role": "system", "content": "zq zq zq"}
     options = ("-p", SUM, "--no-think", *GREEDY, "--json")
@@ -144,6 +150,7 @@ def test_system_prompts_reach_the_model(generate: Any, answer: Any) -> None:
     assert with_system["prompt_tokens"] > without["prompt_tokens"] + 3
 
 
+@pytest.mark.slow
 def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
     hot = ("-p", CAPITAL, "--raw", "--temperature", "9", "--top-k", "0", "--max-tokens", "8")
 
@@ -158,6 +165,7 @@ def test_sampling_options_reach_the_sampler(generate: Any, demo: Any) -> None:
         assert stdout(f"--{penalty}-penalty", "9", *longer) != stdout(*longer)
 
 
+@pytest.mark.slow
 def test_calls_of_tools_are_lines_of_json(generate: Any, tools: Path) -> None:
     options = ("-p", TABLE, "--tools", tools, *GREEDY)
     call = json.loads(generate(*options).stdout)
@@ -175,7 +183,7 @@ def test_pieces_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     lines = 'So:\n{"name": "f", "arguments": {"a": [1]}}\n'
     lines += '{"name": "g", "arguments": {}, "complete": false}\n'
     for show, expected in ((False, lines), (True, "<think>\nhm ok\n</think>\n\n" + lines)):
-        print_answer((piece for piece in pieces), show)
+        print_answer((piece for piece in pieces), show, spinner(""))
         assert capsys.readouterr().out == expected
 
 
@@ -183,10 +191,10 @@ def test_an_answer_on_a_terminal_cannot_steer_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = [Piece("answer", "a\x1b]0;title\x07b\x9b1m\tc\n")]
-    print_answer((piece for piece in evil), False)
+    print_answer((piece for piece in evil), False, spinner(""))
     assert capsys.readouterr().out == evil[0].text + "\n"
     monkeypatch.setattr(generate_command.sys.stdout, "isatty", lambda: True)
-    print_answer((piece for piece in evil), False)
+    print_answer((piece for piece in evil), False, spinner(""))
     assert capsys.readouterr().out == "a]0;titleb1m\tc\n\n"
 
 
@@ -216,3 +224,20 @@ def test_a_wrong_list_of_tools_is_refused_before_a_model_is_loaded(
     result = run_cli("generate", "no/model", "-p", "x", "--tools", file)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ") and problem in result.stderr
+
+
+def test_what_was_read_is_there_for_the_next_call(
+    run_cli: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    for name in ("a.txt", "b.txt", "c.md"):
+        (tmp_path / name).write_text("word and other things " * 20)
+    options = ("--file", f"{tmp_path}/*.txt", "--cache-dir", tmp_path / "cache", "--json")
+    found = []
+    for _ in range(2):
+        result = run_cli("generate", converted_demo, "-p", "Why?", "--max-tokens", "2", *options)
+        assert "2 files, 242 tokens\n" in result.stderr and "c.md" not in result.stderr
+        found.append(json.loads(result.stdout))
+    assert 242 < found[0]["prompt_tokens"] == found[1]["prompt_tokens"] < 300
+    assert found[0]["cached_tokens"] == 0 and found[1]["cached_tokens"] > 242
+    result = run_cli("generate", converted_demo, "-p", "a", "--raw", "--cache-dir", tmp_path)
+    assert result.exit_code == 2 and "--raw" in result.output

@@ -64,7 +64,7 @@ def test_codes_are_those_of_the_textbook(bits, group_size):
     assert (np.array(codes) == expected).mean() > 0.99
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", everyday([mx.float32, mx.bfloat16], 1))
 @pytest.mark.parametrize("bits", everyday([2, 3, 4, 8], 1))
 def test_products_are_nearer_than_by_search_with_importance(bits, dtype):
     w, h = weights().astype(dtype), moments()
@@ -85,6 +85,7 @@ def test_independent_inputs_leave_nothing_to_feed_back():
     assert output_error(w, parts, 4, 64, identity) <= searched * 1.0001
 
 
+@pytest.mark.slow
 def test_inputs_that_never_fire_are_no_obstacle():
     w, h = weights(), moments()
     h[5] = h[:, 5] = 0
@@ -135,6 +136,7 @@ def test_experts_together_give_the_bits_of_each_alone(monkeypatch, num_experts):
             assert mx.array_equal(a[e], b)
 
 
+@pytest.mark.slow
 def test_the_predicted_gain_of_feedback_is_the_real_one():
     w, h = weights(), moments()
     hessian = mx.array(h.astype(np.float32))
@@ -151,6 +153,7 @@ def test_the_predicted_gain_of_feedback_is_the_real_one():
     assert feedback_gain(mx.eye(8)) == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_gain_of_a_stack_is_the_mean_and_that_of_silent_inputs_is_none():
     hessian = mx.array(moments().astype(np.float32))
     gains = [feedback_gain(h) for h in (hessian, mx.eye(INPUTS))]

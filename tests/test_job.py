@@ -295,6 +295,7 @@ def test_a_disk_that_fills_up_meanwhile_is_a_clear_error(tmp_path, monkeypatch):
     assert_nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_killed_job_left_is_removed(tmp_path):
     write_checkpoint(tmp_path / "src")
     kill = (

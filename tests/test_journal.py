@@ -113,6 +113,7 @@ def test_killed_at_25_random_moments_the_result_is_bit_identical(tmp_path, sourc
     assert_nothing_left(tmp_path, "whole", "out")
 
 
+@pytest.mark.slow
 def test_stopped_at_every_write_the_result_is_bit_identical(
     tmp_path, source, expected, small_tasks, monkeypatch
 ):
@@ -254,6 +255,7 @@ def test_a_source_that_changes_between_start_and_resume_is_refused(
     assert lines[1] != lines[2]
 
 
+@pytest.mark.slow
 def test_what_the_disk_lost_is_converted_again(tmp_path, source, expected, small_tasks):
     stop_halfway(source, tmp_path / "out")
     partial = sorted(work(tmp_path).glob(".*.partial"))
@@ -266,6 +268,7 @@ def test_what_the_disk_lost_is_converted_again(tmp_path, source, expected, small
     assert listing(convert(source, tmp_path / "out", **SETTINGS)) == expected
 
 
+@pytest.mark.slow
 def test_killed_between_the_name_of_a_shard_and_its_line(
     tmp_path, source, expected, small_tasks, monkeypatch
 ):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
-from qwen35_mlx.model import layer_cache as ours
+from qwen35_mlx.model import cache as ours
 from qwen35_mlx.model.attention import attention_mask
 from qwen35_mlx.model.cache import cached_tokens, fork, kv_bytes, snapshot
 

@@ -73,6 +73,7 @@ def test_a_prompt_is_cut_anywhere_and_inside_pictures(demo: Any, size: int) -> N
     assert_read(cache, hidden, ids)
 
 
+@pytest.mark.slow
 def test_a_video_is_read_group_by_group(demo: Any) -> None:
     model, tokenizer = demo
     tokenizer = with_videos(tokenizer)
@@ -157,6 +158,7 @@ def test_another_picture_is_never_answered_from_the_cache(
     assert store.features.num_encoded <= len(shown)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_overwritten_is_another_picture(demo: Any, tmp_path: Path) -> None:
     file = tmp_path / "shape.png"
     chat = qwen35_mlx.Chat(*demo, enable_thinking=False, sampling={"temperature": 0.0})
@@ -169,6 +171,7 @@ def test_a_file_that_is_overwritten_is_another_picture(demo: Any, tmp_path: Path
     assert chat.prefixes.features.num_encoded == 2
 
 
+@pytest.mark.slow
 def test_features_are_kept_within_their_bytes_and_encoded_once_a_read(demo: Any) -> None:
     model, tokenizer = demo
     ids = prompt(tokenizer, *some_shapes(4))

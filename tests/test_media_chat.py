@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from shown import ASK, fresh_logits, noise, png, shape, some_shapes, user, with_videos
@@ -14,12 +13,12 @@ from shown import ASK, fresh_logits, noise, png, shape, some_shapes, user, with_
 from qwen35_mlx import Chat
 from qwen35_mlx.chat.saved_pictures import pictures_folder
 from qwen35_mlx.chat.sessions import (
-    cache_file,
+    cache_folder,
     list_sessions,
-    load_conversation,
     remove_session,
     session_file,
 )
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.errors import ContextFull, MediaError, PromptError, SessionError
 from qwen35_mlx.text.media_parts import text_of
 
@@ -86,6 +85,7 @@ def test_edit_retry_and_undo_keep_the_pictures(demo: Any) -> None:
     assert chat.last_media() == []
 
 
+@pytest.mark.slow
 def test_edit_replaces_pictures_and_videos_each_for_themselves(demo: Any) -> None:
     tokenizer = with_videos(demo[1])
     chat = new_chat((demo[0], tokenizer), max_tokens=1)
@@ -99,6 +99,7 @@ def test_edit_replaces_pictures_and_videos_each_for_themselves(demo: Any) -> Non
     assert [type(one).__name__ for one in chat.last_media()] == ["Picture"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_changes_nothing(demo: Any) -> None:
     chat = new_chat(demo)
     said(chat.send(ASK, images=[RED]))
@@ -119,6 +120,7 @@ def test_what_cannot_be_opened_changes_nothing(demo: Any) -> None:
     assert said(chat.send(COLOUR)) == "It is red."
 
 
+@pytest.mark.slow
 def test_pictures_in_messages_and_tool_results(demo: Any) -> None:
     chat = new_chat(
         demo, messages=[user(ASK, RED), {"role": "assistant", "content": "A red circle."}]
@@ -154,9 +156,11 @@ def test_old_turns_are_dropped_with_their_pictures(demo: Any) -> None:
     assert chat.stats.pictures_encoded == 0
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_without_reading_and_encoding(demo: Any, home: Path) -> None:
     chat = new_chat((demo[0], with_videos(demo[1])), system="Be brief.")
     said(chat.send(ASK, images=[RED]))
+    chat.save("seen")
     said(chat.send("And this?", images=[BLUE], videos=[some_shapes(3)]))
     chat.read_ahead()
     chat.save("seen")
@@ -177,11 +181,11 @@ def test_a_session_goes_on_without_reading_and_encoding(demo: Any, home: Path) -
     assert resumed.stats.prefilled_tokens == chat.stats.prefilled_tokens <= 16
     assert resumed.prefixes.features.num_encoded == 0
     # Back to a point of the file, behind a picture.
-    cache = load_conversation("seen", chat.model, chat.tokenizer)[1]
-    assert cache is not None
     ids = list(cache.ids)
-    point = sorted(cache.snapshots)[-2]
-    assert cache.rewind(point) == point
+    disk = Segments(cache_folder(session_file("seen")), chat.model)
+    cache = disk.read(ids[:-30])
+    assert cache is not None and any(token < 0 for token in cache.ids)
+    point = len(cache.ids)
     read = np.array(chat.model.head(cache.read(ids[point:]))[0, -1])
     np.testing.assert_allclose(read, fresh_logits(chat.model, ids), atol=3e-4)
     info = list_sessions()[0]
@@ -197,12 +201,9 @@ def test_pictures_that_no_one_names_any_more_are_removed(demo: Any) -> None:
     chat.save("s")
     folder = pictures_folder(session_file("s"))
     said(chat.edit(ASK, images=[BLUE]))
-    # The cache on disk is still that of the first picture.
     chat.save("s", with_cache=False)
-    assert len(list(folder.iterdir())) == 2
     resumed = new_chat(demo)
     assert resumed.load("s") is None and resumed.messages == chat.messages
-    chat.save("s")
     assert [f.stem for f in folder.iterdir()] == [chat.last_media()[0].digest.hex()]
     (folder / "other.txt").write_text("not ours")
     remove_session("s")
@@ -273,15 +274,9 @@ def test_sessions_of_text_stay_what_they_were(demo: Any) -> None:
     file = session_file("s")
     assert json.loads(file.read_text())["format"] == 1
     assert not pictures_folder(file).exists()
-    arrays, metadata = mx.load(str(cache_file(file)), return_metadata=True)
-    arrays["ids"] = arrays["ids"].astype(mx.int32)
-    from qwen35_mlx.chat import sessions
-
-    metadata["sha256"] = sessions._checksum(arrays, metadata["model"])
-    mx.save_safetensors(str(cache_file(file)), arrays, metadata)
     resumed = new_chat(demo)
     assert resumed.load("s") is None
-    assert resumed._cache is not None and len(resumed._cache.ids) == len(arrays["ids"])
+    assert resumed._cache is not None and len(resumed._cache.ids) > 0
     said(chat.send(ASK, images=[RED]))
     chat.save("s", with_cache=False)
     assert json.loads(file.read_text())["format"] == 2

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,6 +47,7 @@ CONFIGS = {
     ),
     "wide_linear": small(DENSE, intermediate_size=256, num_attention_heads=2,
                          num_key_value_heads=1, linear_key_head_dim=64),
+    "quantized_keys": replace(small(DENSE, head_dim=64, intermediate_size=384), kv_bits=(8, 8)),
 }  # fmt: skip
 
 
@@ -75,8 +77,8 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     everyday(
         [("dense", 512, GIB), ("experts", 512, GIB), ("wide_linear", 512, GIB),
          ("dense", 512, 8 * 2**20), ("experts", 512, 16 * 2**20), ("experts", 1024, 32 * 2**20),
-         ("wide_linear", 1500, 8 * 2**20)],
-        4,
+         ("wide_linear", 1500, 8 * 2**20), ("quantized_keys", 512, 8 * 2**20)],
+        4, 7,
     ),
 )  # fmt: skip
 def test_the_count_is_an_upper_bound_of_what_a_prefill_takes(
@@ -116,6 +118,7 @@ def test_the_chunked_rule_of_the_397b() -> None:
     assert 1 <= memory.chunk_rule_bytes(FLAGSHIP, 512) / 210e6 <= 1.3
 
 
+@pytest.mark.slow
 def test_states_do_not_keep_the_inputs_of_every_layer_until_the_end_of_a_step() -> None:
     few, many = (
         peak_of_a_prefill(small(DENSE, intermediate_size=128, num_hidden_layers=n,
@@ -214,6 +217,8 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     # The limit of the GPU may be raised, to what is needed and no more.
     assert "sudo sysctl iogpu.wired_limit_mb=2048 gives the GPU enough" in text
     assert "--force" in text
+    # Nor is there room for the experts of one token beside what must be in memory.
+    assert "with experts from disk: too little memory" in text and "for 2 of 8" in text
     assert isinstance(error.value, Qwen35Error)
 
 
@@ -243,7 +248,24 @@ def test_a_model_too_large_for_any_limit_gets_no_command(mac: Any) -> None:
     assert "fewer bits" in str(error.value)
 
 
-@pytest.mark.parametrize("context", [0, 262_145])
+def test_keys_and_values_of_8_bits_where_16_do_not_fit(mac: Any, caplog: Any) -> None:
+    mac(256 * GIB)
+    choices = memory.kv_choices(FLAGSHIP)
+    limit = machine.describe().gpu_limit_bytes
+    assert limit is not None
+    sixteen, eight = (limit - memory.count(c, 0, 262_144, limit).overhead for c in choices)
+    # Half of 9.06 GB and of a layer's that grows, less scales and biases.
+    assert (eight - sixteen) / 1e9 == pytest.approx(4.53, abs=0.01)
+    assert memory.allow_with_kv(choices, sixteen, context=262_144)[0].kv_bits is None
+    assert not caplog.records
+    config, allowance = memory.allow_with_kv(choices, sixteen + 1, context=262_144)
+    assert config.kv_bits == (8, 8) and allowance.context == 262_144
+    assert "8 bits" in caplog.text
+    with pytest.raises(MemoryRefused, match=r"KV cache of 262,144 tokens +4\.8\d* GB"):
+        memory.allow_with_kv(choices, eight + 1, context=262_144)
+
+
+@pytest.mark.parametrize("context", [0, 4 * 262_144 + 1])
 def test_a_context_that_the_model_cannot_read_is_refused(mac: Any, context: int) -> None:
     mac(512 * GIB)
     with pytest.raises(Qwen35Error, match="context does not fit the model"):
@@ -272,6 +294,7 @@ def test_a_context_given_to_load_bounds_prompt_and_answer(converted_demo: Path) 
     assert len(parts) <= 4
 
 
+@pytest.mark.slow
 def test_the_wired_limit_is_set_once_a_process_and_the_pool_is_bounded(
     mac: Any, converted_demo: Path
 ) -> None:

@@ -15,12 +15,12 @@ from everyday import everyday
 from mlx.utils import tree_flatten
 
 import qwen35_mlx
+from qwen35_mlx import memory
 from qwen35_mlx.checkpoint.headers import INDEX_FILE
 from qwen35_mlx.convert import convert, plan
 from qwen35_mlx.convert.mac_models import running
 from qwen35_mlx.errors import MemoryRefused
 from qwen35_mlx.memory import count, kv_capacity
-from qwen35_mlx.model import loading
 from qwen35_mlx.model.cache import KVCache
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model, open_model
@@ -242,7 +242,7 @@ def test_a_layer_that_does_not_fit_is_left_out_rather_than_the_model_refused(
 ) -> None:
     out, refused = checkpoints.converted(True), []
     limit = open_model(out, mtp=False)[2]
-    allow = loading.allow
+    allow = memory.allow
 
     def strict(config: Any, weight_bytes: int, **settings: Any) -> Any:
         if weight_bytes > limit:
@@ -250,7 +250,7 @@ def test_a_layer_that_does_not_fit_is_left_out_rather_than_the_model_refused(
             raise MemoryRefused("the model does not fit this machine")
         return allow(config, weight_bytes, **settings)
 
-    monkeypatch.setattr(loading, "allow", strict)
+    monkeypatch.setattr(memory, "allow", strict)
     assert load_model(out)[0].mtp is None
     assert "no memory is left for the MTP layer" in caplog.text
     with pytest.raises(MemoryRefused):

@@ -123,6 +123,7 @@ def test_a_change_without_effect_is_no_mutant() -> None:
     assert changes_code("def f():\n    return 1\n", "def f():\n    return 2\n")
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_the_choice_and_no_line_comes_twice() -> None:
     files = [mutants.ROOT / "qwen35_mlx" / name for name in ("config.py", "checkpoint/headers.py")]
     first, again, other = (mutants.choose(files, 40, seed) for seed in (1, 1, 2))
@@ -181,6 +182,7 @@ def test_tests_that_run_a_statement_come_before_those_of_its_module(tmp_path: Pa
     assert (mutants.ROOT / mutants.TESTS_OF_ALL).exists()
 
 
+@pytest.mark.slow
 def test_a_test_that_starts_with_an_import_is_found_by_it() -> None:
     tests = mutants.test_files_of_modules(mutants.ROOT)
     assert "tests/test_journal.py" in tests["convert/journal.py"]
@@ -208,6 +210,7 @@ def test_wrong(): assert not g
 """
 
 
+@pytest.mark.slow
 def test_lines_are_recorded_of_fixtures_and_threads_and_chosen_tests_run_alone(
     tmp_path: Path,
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import typer
 from everyday import everyday
+from option_values import PLAN, SAMPLING
 from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
@@ -25,41 +27,13 @@ from qwen35_mlx.quant.affine import BITS, GROUP_SIZES
 GROUP: Any = typer.main.get_command(main.app)
 COMMANDS: dict[str, Any] = GROUP.commands
 HUB = "owner/name"
-SAMPLING = {
-    "--max-tokens": ["7"],
-    "--temperature": ["0.5"],
-    "--top-p": ["0.5"],
-    "--top-k": ["5"],
-    "--min-p": ["0.5"],
-    "--presence-penalty": ["0.5"],
-    "--frequency-penalty": ["1.5"],
-    "--repetition-penalty": ["1.5"],
-    "--seed": ["5"],
-    "--kernels": ["ops"],
-    "--draft": ["lookup"],
-    "--num-draft-tokens": ["3"],
-    "--system": ["Be brief."],
-    "--think": [],
-    "--no-think": [],
-}
-PLAN = {
-    "--bits": ["3"],
-    "--group-size": ["32"],
-    "--dtype": ["float16"],
-    "--recipe": ["q3"],
-    "--fit": ["24GB"],
-    "--bits-per-weight": ["5"],
-    "--prefer": ["speed", "--fit", "24GB"],
-    "--context": ["1000", "--fit", "24GB"],
-    "--calibration": ["{calibration}"],
-    "--revision": ["v1"],
-}
 # Values that differ from the defaults, and the options that an option needs. Every option of every
 # command is here: a new one fails until it is.
 OPTIONS: dict[str, dict[str, list[str]]] = {
     "convert": PLAN
     | {
         "--method": ["gptq"],
+        "--experts-layout": ["disk"],
         "--calibrate": [],
         "--text": ["{text}", "--calibrate"],
         "--keep-source": [],
@@ -69,19 +43,27 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     | {
         "--calibration": ["{calibration}", "--fit", "24GB"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--mac": ["64GB"],
+        "--macs": ["2"],
         "--png": ["x.png"],
     },
     "fidelity": {
         "--text": ["{text}"],
         "--tokens": ["9"],
+        "--mac": ["M4 Max 128GB"],
+        "--save": [],
         "--png": ["x.png"],
         "--adapter-path": ["a"],
     },
+    "upload": {"--public": [], "--card": [], "--yes": []},
     "generate": SAMPLING
     | {
         "--prompt": ["b"],
         "--raw": [],
+        "--file": ["{text}"],
+        "--cache-dir": ["c"],
+        "--cache-limit": ["9", "--cache-dir", "c"],
         "--image": ["{text}"],
         "--video": ["{text}"],
         "--pdf": ["{text}"],
@@ -92,7 +74,9 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--json": [],
         "--stop": ["x"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--force": [],
+        "--experts-memory": ["1GB"],
         "--adapter-path": ["a"],
     },
     "chat": SAMPLING
@@ -102,13 +86,17 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--image": ["{text}"],
         "--allow-url": [],
         "--session": ["s"],
+        "--autosave": [],
+        "--cache-limit": ["9"],
         "--think-budget": ["5"],
         "--on-loop": ["penalize"],
         "--snapshot-memory": ["1"],
         "--plain": [],
         "--preset": ["coding"],
         "--context": ["1000"],
+        "--kv-bits": ["8"],
         "--force": [],
+        "--experts-memory": ["1GB"],
         "--adapter-path": ["a"],
     },
     "sessions": {"--remove": ["s"]},
@@ -120,11 +108,17 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--allow-host": ["h"],
         "--model-name": ["n"],
         "--max-context": ["600"],
+        "--kv-bits": ["8"],
         "--queue": ["3"],
+        "--adapter-path": ["n=a"],
+        "--cache-dir": ["c"],
+        "--cache-limit": ["9", "--cache-dir", "c"],
         "--kernels": ["ops"],
         "--force": [],
+        "--experts-memory": ["1GB"],
     },
     "launch": {"--url": ["http://127.0.0.1:1"], "--api-key": ["k"]},
+    "cluster": {"--hosts": ["a,b"], "--hostfile": ["{text}"], "--port": ["7000"]},
     "train": {
         "--data": ["d"],
         "--adapter-path": ["a"],
@@ -148,14 +142,34 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--revision": ["v1"],
         "--force": [],
     },
-    "fuse": {name: value for name, value in PLAN.items() if name != "--calibration"}
+    "fuse": {
+        name: value for name, value in PLAN.items() if name not in ("--calibration", "--kv-bits")
+    }
     | {"--adapter-path": ["b"]},
+    "evaluate": {
+        "--tasks": ["t"],
+        "--text": ["{text}"],
+        "--include-path": ["d", "--tasks", "t"],
+        "--limit": ["2", "--tasks", "t"],
+        "--num-fewshot": ["3", "--tasks", "t"],
+        "--batch-size": ["5", "--tasks", "t"],
+        "--chat-template": ["--tasks", "t"],
+        "--think": ["--chat-template", "--tasks", "t"],
+        "--no-think": ["--chat-template", "--tasks", "t"],
+        "--window": ["9"],
+        "--stride": ["7"],
+        "--out": ["o.json"],
+        "--adapter-path": ["a"],
+        "--kernels": ["ops"],
+    },
     "bench": {
         "--max-context": ["600"],
         "--runs": ["2"],
         "--vs-mlx-lm": [],
+        "--recall": ["1K"],
         "--png": ["x.png"],
         "--json": [],
+        "--experts-memory": ["1GB"],
         "--kernels": ["ops"],
     },
     "doctor": {"--json": [], "--bits": ["3"], "--group-size": ["32"]},
@@ -165,13 +179,16 @@ BASE = {
     "convert": [HUB, "out"],
     "plan": [HUB],
     "fidelity": ["a", "b"],
+    "upload": ["out", HUB],
     "generate": ["model"],
     "chat": [],
     "sessions": [],
     "serve": [],
     "launch": ["codex"],
+    "cluster": ["chat", "model"],
     "train": ["model", "--data", "."],
     "fuse": [HUB, "out", "--adapter-path", "a"],
+    "evaluate": ["model"],
     "bench": ["model"],
     "doctor": [],
 }
@@ -186,6 +203,8 @@ class Fake:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         shown = {k: getattr(v, "__name__", v) for k, v in options.items() if k != "progress"}
+        if "adapters" in shown:
+            shown["adapters"] = list(shown["adapters"])
         if "store" in shown:
             shown["store"] = shown["store"].memory_bytes
         shown_arguments = [a for a in arguments if isinstance(a, str | int | list | Path)]
@@ -197,15 +216,16 @@ class Fake:
 def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     """Run a command with all that is slow replaced; its exit code, and all that it did."""
     from qwen35_mlx import convert
+    from qwen35_mlx import files as files_module
     from qwen35_mlx.checkpoint import adapter
+    from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
     from qwen35_mlx.cli import report as cli_report
-    from qwen35_mlx.cli import serve_commands, train_commands
-    from qwen35_mlx.convert import calibrate, fidelity, fit, job, report
-    from qwen35_mlx.engine import scheduler
+    from qwen35_mlx.convert import calibrate, fidelity, fit, job, report, upload
+    from qwen35_mlx.engine import scheduler, segments
     from qwen35_mlx.evaluation import bench as measuring
-    from qwen35_mlx.evaluation import rival
+    from qwen35_mlx.evaluation import recall, rival, scoring
     from qwen35_mlx.kernels import doctor
-    from qwen35_mlx.model import hub, loading
+    from qwen35_mlx.model import adapters, hub, loading
     from qwen35_mlx.quant import statistics
     from qwen35_mlx.server import app as server_app
     from qwen35_mlx.server import clients, service
@@ -230,7 +250,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
         settings = {name: options.get(name) for name in ("max_tokens", "stop", "sampling")}
         return SimpleNamespace(
             model=None, tokenizer=SimpleNamespace(), stats=stats, drafter=drafter, **settings,
-            send=lambda text, **media: iter_of(text, media, pieces),
+            send=lambda text, progress, **media: iter_of(text, media, pieces),
+            write_cache=lambda **_: (),
         )  # fmt: skip
 
     def viewed(*_: Any, **__: Any) -> Any:
@@ -255,7 +276,18 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(calibrate, "encode", lambda folder, text, **options: SimpleNamespace(size=len(text)))
     fake(statistics, "load", data)
     fake(statistics, "save")
-    fake(fidelity, "fidelity", SimpleNamespace(as_dict=dict))
+    fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])
+    compared = SimpleNamespace(rows=lambda: [{"name": "b"}], lines=tuple)
+    fake(fidelity, "Comparison", compared)
+    fake(files_module, "write_json")
+    fake(upload, "prepare", SimpleNamespace(card="card", files={}, num_bytes=0))
+    fake(upload, "upload", "url")
+    monkeypatch.setattr(typer, "confirm", Fake(calls, "confirm"))
+    fake(scoring, "perplexity", {"nll_nats_per_token": 1.0, "num_tokens": 1})
+    fake(evaluate_command, "need_harness")
+    harness = SimpleNamespace(evaluate=Fake(calls, "evaluate", ({}, "table")))
+    monkeypatch.setitem(sys.modules, "qwen35_mlx.evaluation.harness", harness)
+    fake(adapters, "with_adapter")
     fake(fidelity, "report_lines", ())
     fake(fidelity, "plot")
     fake(report, "draw")
@@ -273,7 +305,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(train_commands, "draw")
     fake(job, "refuse_existing")
     fake(convert_commands, "remember")
-    fake(loading, "load", (SimpleNamespace(config=None), SimpleNamespace()))
+    config = SimpleNamespace(context_length=4096)
+    tokenizer = SimpleNamespace(encode=lambda text, **_: [len(text)])
+    fake(loading, "load", (SimpleNamespace(config=config), tokenizer))
     fake(conversation, "Chat", answered)
     fake(attachments, "picture_settings")
     fake(attachments, "open_media", opened_media)
@@ -286,18 +320,27 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(hub, "resolve", tmp_path)
     fake(scheduler, "Engine", SimpleNamespace(start=lambda: None))
     fake(service.Settings, "of", SimpleNamespace(model_id="m", context_length=1))
-    fake(server_app, "make_app")
+    engine = SimpleNamespace(store=SimpleNamespace(model=None))
+    service_of = SimpleNamespace(service=SimpleNamespace(engine=engine))
+    fake(server_app, "make_app", SimpleNamespace(state=service_of))
+    fake(segments, "open_folder", nullcontext())
+    fake(attachments.Attachments, "add_texts")
     fake(server_run, "bind", SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8080)))
     fake(server_run, "serve", lambda make, bound, on_ready: (make(), on_ready()))
     fake(serve_commands, "newest", "newest")
     fake(serve_commands, "bundled_demo", "demo")
     fake(serve_commands, "running_server", clients.Endpoint("http://h", "m", 1, None))
+    fake(cluster_command, "model_of", ("model", False))
+    fake(cluster_command, "read_hosts", ([], "ring"))
+    fake(cluster_command, "check")
+    fake(cluster_command, "launched", 0)
     fake(clients, "command_of", ["true"])
     fake(clients, "environment_with", {})
     monkeypatch.setattr(os, "execve", lambda *_: None)
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
     fake(measuring, "drafting")
+    fake(recall, "measure", [])
     fake(measuring, "label", {})
     fake(rival, "mlx_lm_program")
     fake(cli_report, "draw_bench")

@@ -110,11 +110,17 @@ def test_a_prompt_that_is_interrupted_leaves_no_bar(consoles: Any, num_tokens: i
     assert err.getvalue() == shown
 
 
-def test_a_log_has_no_count_of_tokens(consoles: Any) -> None:
+def test_a_log_is_told_now_and_then_how_long_a_prompt_still_takes(
+    consoles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, err = consoles()
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     with progress.token_progress() as update:
-        update(1000, 5000)
-    assert err.getvalue() == ""
+        for now[0], done in ((1.0, 100), (31.0, 3100), (40.0, 4000), (70.0, 10_000)):
+            update(done, 10_000)
+    lines = "reading the prompt: 3,100 of 10,000 tokens, 100 tok/s, 1 min left\n"
+    assert err.getvalue() == lines
 
 
 def test_a_bar_begins_where_an_earlier_run_ended_and_names_no_tensor_at_its_end(
@@ -139,7 +145,7 @@ def test_a_bar_begins_where_an_earlier_run_ended_and_names_no_tensor_at_its_end(
      (3600, "1 h 0 min"), (3660, "1 h 1 min"), (100_000, "27 h 47 min")],
 )  # fmt: skip
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

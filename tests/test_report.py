@@ -15,6 +15,7 @@ import checkpoints
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from everyday import everyday
 from fake_hub import REPO, FakeHub, serving
 
 from qwen35_mlx.cli.local_models import SOURCE
@@ -118,6 +119,7 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert largest.split().count("fits") == 4
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_plan(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_checkpoint(tmp_path / "src", moe=True)
@@ -198,6 +200,7 @@ def test_fit_without_a_source_finds_a_recipe_for_every_model(monkeypatch) -> Non
     assert next(line for line in small if "397B" in line).split()[1:] == ["no", "recipe"]
 
 
+@pytest.mark.slow
 def test_the_disk_line_counts_output_spare_and_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +243,7 @@ def test_the_page_names_contexts_scores_and_an_upper_bound() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen3.5-397B-A17B", "qwen3.5-397b-a17b", "Qwen/Qwen3.5-397B-A17B"]
+    "name", everyday(["Qwen3.5-397B-A17B", "qwen3.5-397b-a17b", "Qwen/Qwen3.5-397B-A17B"], 1)
 )
 def test_a_released_model_is_found_by_name_without_a_network(name: str) -> None:
     source = page.find_source(name)
@@ -275,7 +278,7 @@ def test_macs_are_found_by_memory_chip_or_both() -> None:
 
 @pytest.mark.parametrize(
     ("brand", "memory_gib", "gbps"),
-    [("Apple M3 Max", 128, 400), ("Apple M3 Max", 36, 300), ("Apple M4 Max", 64, 410),
+    [("Apple M3 Max", 128, 400), ("Apple M3 Max", 36, 300), ("Apple M4 Max", 64, 546),
      ("Apple M2 Ultra", 192, 800), ("Apple M9", 64, 0)],
 )  # fmt: skip
 def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gbps) -> None:

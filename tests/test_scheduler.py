@@ -109,6 +109,7 @@ def test_an_answer_does_not_depend_on_who_else_is_served(shared, seed):
     assert [answer.tokens for answer in together(shared, requests)] == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", everyday((2, 3), 1))
 def test_batches_on_several_streams_give_the_same_answers(demo, shared, monkeypatch, streams):
     """As on a CPU, where each core has one; a row moves between them as others come and go."""
@@ -169,6 +170,7 @@ def test_pictures_beside_texts_keep_their_positions(demo):
     engine.stop()
 
 
+@pytest.mark.slow
 def test_a_request_that_fails_takes_no_other_one_with_it(own, monkeypatch):
     take = Row.take
 
@@ -291,6 +293,7 @@ def test_the_queue_has_an_end_and_memory_admits_one_by_one(demo):
         engine.submit(ask("hi"))
 
 
+@pytest.mark.slow
 def test_stop_finishes_what_was_taken_on(demo):
     engine = Engine(*demo)
     engine.start()
@@ -314,6 +317,7 @@ def test_a_thought_that_the_client_drops_costs_its_answer_alone(own):
     assert own.store.num_snapshots > 1
 
 
+@pytest.mark.slow
 def test_calls_that_come_back_without_thought_and_spaces_break_no_prefix(own):
     request = ask("Weather in Paris?", tools=[WEATHER], tool_choice="required", think_budget=8)
     first = Answer(own.submit(request))
@@ -338,6 +342,7 @@ def _tight(call: Any) -> str:
     return json.dumps(call.arguments, separators=(",", ":"))
 
 
+@pytest.mark.slow
 def test_a_stop_text_in_a_thought_does_not_end_the_answer(shared):
     plain = Answer(shared.submit(ask(QUESTIONS[0])))
     word = plain.text("thought").split()[2]
@@ -432,6 +437,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much(shared):
     )
 
 
+@pytest.mark.slow
 def test_a_listener_that_raises_ends_its_request_alone(own):
     ticket = own.submit(ask("hi", ignore_eos=True, max_tokens=3000))
 

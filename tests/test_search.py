@@ -211,6 +211,7 @@ def test_an_outlier_of_hardly_any_importance_does_not_stretch_the_range(bits):
     assert stretched < 2 * free
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", everyday(DTYPES, 2))
 def test_constant_groups_are_exact(dtype):
     for value in (0.0, 1e-9, -1e-9, 3.3, -1234.5, 60000.0):

@@ -104,7 +104,7 @@ def prompts(demo: Any) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("params", everyday([GREEDY, SAMPLED], 1), ids=["greedy", "sampled"])
 @pytest.mark.parametrize("number", everyday([1, 2, 3, 4, 5, 6, 7], 2))
 def test_drafts_of_the_mtp_layer_change_no_text(
     demo: Any, prompts: list[list[int]], number: int, params: SamplingParams
@@ -116,7 +116,7 @@ def test_drafts_of_the_mtp_layer_change_no_text(
     assert drafter.stats.acceptance(MTP)[0] > 0.5
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("params", everyday([GREEDY, SAMPLED], 1), ids=["greedy", "sampled"])
 @pytest.mark.parametrize("number", everyday([1, 2, 4, 7], 2))
 def test_wrong_drafts_change_no_text(
     random_model: Model, number: int, params: SamplingParams
@@ -206,6 +206,7 @@ def conversation(demo: Any, draft: str, **options: Any) -> Iterator[tuple[Any, .
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     everyday(
@@ -300,6 +301,7 @@ def test_ctrl_c_inside_of_a_round_leaves_layers_that_agree(random_model: Model, 
     assert_equal(([], cache), ([], fresh))
 
 
+@pytest.mark.slow
 def test_drafts_are_switched_in_a_chat_and_its_text_goes_on(demo: Any) -> None:
     options: dict[str, Any] = {"max_tokens": 8, "sampling": {"temperature": 0.0}}
     options |= {"enable_thinking": False}

@@ -81,6 +81,7 @@ def whole(text: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     return re.sub(call, "", text, flags=re.DOTALL), calls
 
 
+@pytest.mark.slow
 def test_hundreds_of_streams_cut_at_random_tokens(demo: Any) -> None:
     tokenizer = demo[1]
     random_ = random.Random(0)

@@ -275,6 +275,7 @@ def training(out: Path, num_steps: int, **options: Any) -> Training:
     return Training(model, settings, examples, examples, out, **options)
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_like_one_that_was_never_stopped(tmp_path):
     whole = training(tmp_path / "whole", 8, validate_every=4, checkpointing=False)
     history = whole.run()

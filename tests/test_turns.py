@@ -208,6 +208,7 @@ def test_undo_retry_edit_and_other_conversations_read_only_what_changed(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_edit_in_a_long_message_goes_back_to_a_point_inside(
     demo: Any, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +326,7 @@ def test_presets_follow_the_mode(demo: Any) -> None:
         chat.sampling_params()
 
 
+@pytest.mark.slow
 def test_tools_are_called_answered_and_not_read_again(tooled: Any, script: Script) -> None:
     model, tokenizer = tooled
     chat = Chat(model, tokenizer, tools=[WEATHER])
@@ -408,6 +410,7 @@ def test_a_full_context_loses_nothing_and_can_be_trimmed(
     list(chat.send("And now?"))
 
 
+@pytest.mark.slow
 def test_conversations_leave_no_trace_in_another(demo: Any) -> None:
     """The same conversation says the same, whatever was said in others of the same store."""
     model, tokenizer = demo

@@ -1,4 +1,4 @@
-"""Training and exchange of adapters, beside mlx-lm on its own model; the last line is JSON.
+"""Adapters, evaluation and batches, beside mlx-lm on its own model; the last line is JSON.
 
 python tools/bench_adapters.py [--steps 20] [--rival-steps 3]
 
@@ -8,6 +8,7 @@ its own, and neither compiles where MLX would call a C++ compiler for it. Peaks 
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,10 @@ BARS = {
     "train_peak_vs_mlx_lm": (0.6, "at most"),
     "gradient_error": (1e-3, "at most"),
     "adapter_logits_vs_mlx_lm": (1e-4, "at most"),
+    "loglikelihood_vs_mlx_lm": (1e-3, "at most"),
+    "batch_differences": (0, "at most"),
 }
+NUM_PROMPTS, ANSWER_TOKENS = 32, 64
 
 
 def write_data(folder: Path) -> None:
@@ -195,6 +199,56 @@ def fused_difference(home: Path) -> tuple[float, int]:
     return float(np.abs(found - expected).mean() / expected.std()), len(names[1])
 
 
+def evaluated(home: Path) -> dict[str, Any]:
+    """Log-likelihoods of a local task beside mlx-lm's, and the tokens that were read for them."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_CACHE": str(home)}
+    sys.path.insert(0, str(TOOLS.parent / "tests"))
+    from local_tasks import ANSWER, CHOICE, requests, write_tasks
+    from mlx_lm.evaluate import MLXLM
+
+    from qwen35_mlx.evaluation.harness import HarnessModel, Journal
+
+    tasks = write_tasks(home / "tasks")
+    ours = HarnessModel(*qwen35_mlx.load(home / "demo"), Journal(None, ""))
+    theirs = MLXLM(str(home / "demo"))
+    theirs._model.set_dtype(mx.float32)
+    given, questions = requests(tasks, CHOICE), requests(tasks, ANSWER)
+    pairs = zip(ours.loglikelihood(given), theirs.loglikelihood(given), strict=True)
+    answers = zip(ours.generate_until(questions), theirs.generate_until(questions), strict=True)
+    return {
+        "loglikelihood_vs_mlx_lm": max(abs(a - b) for (a, _), (b, _) in pairs),
+        "answers_other_than_mlx_lm": sum(a != b for a, b in answers),
+        "prompt_tokens_with_forks_over_without": ours.num_read / ours.num_asked,
+    }
+
+
+def batched(home: Path) -> dict[str, Any]:
+    """Answers to prompts of many lengths together beside one by one."""
+    model, tokenizer = qwen35_mlx.load(home / "demo")
+    prompts: list[Any] = []
+    for i in range(NUM_PROMPTS):
+        text = "Some words to read. " * (11 * i % 37) + f"What is {i} + {2 * i + 3}?"
+        prompts.append([{"role": "user", "content": text}])
+    options: Any = dict(max_tokens=ANSWER_TOKENS, temperature=0.0, enable_thinking=True)
+    seconds, texts = {}, {}
+    ways: dict[str, Any] = {
+        "alone": lambda: [qwen35_mlx.generate(model, tokenizer, p, **options) for p in prompts],
+        "batch": lambda: qwen35_mlx.batch_generate(model, tokenizer, prompts, **options),
+    }
+    for turn in range(2):
+        for name, answer in ways.items():
+            started = time.perf_counter()
+            texts[name] = answer()
+            # In the first turn drafts learn what they bring.
+            seconds[name] = time.perf_counter() - started if turn else 0.0
+    tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts["alone"])
+    return {
+        "batch_differences": sum(a != b for a, b in zip(*texts.values(), strict=True)),
+        "batch_tps": tokens / seconds["batch"],
+        "batch_speed_vs_one_by_one": seconds["alone"] / seconds["batch"],
+    }
+
+
 def bench(home: Path, steps: int, rival_steps: int) -> dict[str, Any]:
     """All figures."""
     convert(DEMO, home / "demo", bits=4)
@@ -217,6 +271,8 @@ def bench(home: Path, steps: int, rival_steps: int) -> dict[str, Any]:
         "adapter_logits_vs_mlx_lm": logits_difference(home),
         "fused_difference_of_spread": fused,
         "fused_mtp_and_vision_tensors": num_tensors,
+        **evaluated(home),
+        **batched(home),
     }
 
 

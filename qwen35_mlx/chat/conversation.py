@@ -1,6 +1,5 @@
 """A conversation: messages, thoughts apart from answers, tools, and nothing read twice."""
 
-import math
 import os
 import time
 import weakref
@@ -12,17 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from ..engine.decode import decode
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
-from ..engine.loops import LoopDetector
 from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
+from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
 from ..engine.tool_calls import as_message, calls_of
 from ..engine.tool_values import Schema
-from ..engine.turn_prompts import THOUGHT_END, TurnPrompts
+from ..engine.turn_prompts import TurnPrompts
 from ..errors import ContextFull, Qwen35Error
 from ..model.language import Model
 from ..prompt import (
@@ -30,12 +28,12 @@ from ..prompt import (
     banned_ids,
     check_ids,
     check_length,
-    encode_text,
     open_messages,
     without_media,
 )
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from ..text.media_parts import Part, media_of, media_parts, source_parts, text_of
+from .answer import answer
 from .messages import Message, tool_message, user_message
 from .turn_stats import TurnStats
 
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from ..text.media_parts import Media
 
 LOOP_ACTIONS = ("stop", "penalize", "off")
-LOOP_PENALTY = 1.0
 # Short, so that whoever presses Enter does not wait for a piece to end.
 READ_AHEAD_STEP_SIZE = 64
 
@@ -91,6 +88,12 @@ class Chat:
         # The iterator of the last turn, which the next one closes.
         self._turn: Callable[[], Generator[Piece, None, None] | None] = lambda: None
         self._read_ahead_tokens = 0
+        # Where what was read is saved.
+        self.disk: Segments | None = None
+        # Where the last answer begins, which the next prompt shows without its thought.
+        self._answer_start = 0
+        # Whether the cache has a part of a prompt that was stopped while it was read.
+        self._is_interrupted = False
         # The message that `undo` took back, for `send` to say it again.
         self._undone: Message = {}
 
@@ -243,11 +246,13 @@ class Chat:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
             return
+        # The same prompt may come again.
+        if self._is_interrupted:
+            return
         ids = self._prompts.before_message(self.messages)
         if len(ids) >= self.model.config.context_length:
             return
-        cache = self._cache = self.prefixes.take(ids, self._cache, self)
-        cache.feeds_mtp = self.drafter.uses_mtp
+        cache = self._take(ids)
         start = len(cache.ids)
         try:
             cache.read(
@@ -261,17 +266,36 @@ class Chat:
             self.prefixes.trim()
 
     def start_reading_ahead(self) -> None:
-        """`read_ahead` in the background; any later call of the chat stops it."""
-        self.prefixes.background.start(self.read_ahead)
+        """`read_ahead` and `write_cache` in the background; any later call of the chat stops it."""
+        self.prefixes.background.start(self._work_ahead)
+
+    def _work_ahead(self, should_stop: Callable[[], bool]) -> None:
+        self.read_ahead(should_stop)
+        with closing(self.write_cache()) as pieces:
+            for _ in pieces if not should_stop() else ():
+                if should_stop():
+                    return
+
+    def write_cache(self, *, every_point: bool = False) -> Generator[None]:
+        """Append what was read to `disk`, where there is one, in pieces of up to 32 MiB.
+
+        With a point to go on from where the next prompt does, or with all that there are.
+        """
+        cache = self._cache
+        if self.disk is not None and cache is not None:
+            start = self._answer_start if self._answer_start in cache.snapshots else 0
+            points = {start or cache.last_point, *(cache.snapshots if every_point else ())}
+            for point in sorted(points):
+                yield from self.disk.write(cache, point)
 
     def stop_reading_ahead(self, *, wait_for_end: bool = False) -> None:
         """End the reading in the background, at once or when it is done."""
         self.prefixes.background.stop(wait_for_end=wait_for_end)
 
     def save(self, session: str | os.PathLike[str], *, with_cache: bool = True) -> Path:
-        """Store messages, ids and cache under a name, or at a path; returns the file's.
+        """Store the messages under a name, or at a path, and append what was read.
 
-        Without the cache it is quick; an older one stays and is used as far as it goes.
+        Without the cache it is quick; that then follows in the background. Returns the file.
         """
         from .sessions import save_conversation
 
@@ -282,15 +306,18 @@ class Chat:
             "enable_thinking": self.enable_thinking,
             "think_budget": self.think_budget,
         }
-        return save_conversation(
-            session, conversation, self.model, self._cache if with_cache else None
-        )
+        file = save_conversation(session, conversation, self.model)
+        self._use_disk(file)
+        if with_cache:
+            for _ in self.write_cache():
+                pass
+        return file
 
     def load(self, session: str | os.PathLike[str]) -> str | None:
         """Go on with a saved conversation, without a prefill; returns a warning if it needs one."""
-        from .sessions import load_conversation
+        from .sessions import load_conversation, session_file
 
-        conversation, cache, warning = load_conversation(session, self.model, self.tokenizer)
+        conversation, warning = load_conversation(session, self.model, self.tokenizer)
         self._leave()
         self.messages, self.tools = conversation["messages"], conversation["tools"]
         self.enable_thinking = conversation["enable_thinking"]
@@ -298,10 +325,27 @@ class Chat:
         first = self.messages[0] if self.messages else {}
         self.system = first["content"] if first.get("role") == "system" else None
         self.stats = TurnStats()
-        if cache is not None:
-            self._cache = self.prefixes.take(cache.ids, cache, self)
+        disk = self._use_disk(session_file(session))
+        if self.messages:
+            self._take(self._prompts.before_message(self.messages))
             self.prefixes.trim()
+        if disk.problems:
+            warning = f"a part of the session's cache is read again: {disk.problems[0]}"
         return warning
+
+    def _use_disk(self, file: Path) -> Segments:
+        from .sessions import cache_folder
+
+        if self.disk is None or self.disk.folder != cache_folder(file):
+            self.disk = Segments(cache_folder(file), self.model)
+        return self.disk
+
+    def _take(self, ids: Sequence[int]) -> PromptCache:
+        """The cache that holds the longest prefix of `ids`, as this chat's own."""
+        cache = self._cache = self.prefixes.take(ids, self._cache, self, self.disk)
+        cache.feeds_mtp = self.drafter.uses_mtp
+        self._answer_start = 0
+        return cache
 
     @property
     def _prompts(self) -> TurnPrompts:
@@ -316,11 +360,12 @@ class Chat:
     def _leave(self) -> None:
         self._close_turn()
         self._keep_branch()
-        self._undone = {}
+        self._undone, self.disk = {}, None
         self.prefixes.trim()
 
     def _keep_branch(self) -> None:
         """Leave what was read to the store: another turn begins before its end."""
+        self._is_interrupted = False
         if self._cache is not None:
             self._cache.release()
             self._cache = None
@@ -383,16 +428,17 @@ class Chat:
             self.sampling.get("seed"),
             banned_ids(self.model, self.tokenizer),
         )
-        cache = self._cache = self.prefixes.take(prompt[:-1], self._cache, self)
-        cache.feeds_mtp = self.drafter.uses_mtp
+        cache = self._take(prompt[:-1])
         num_kept, num_encoded = len(cache.ids), cache.features.num_encoded
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
         stats.read_ahead_tokens, self._read_ahead_tokens = self._read_ahead_tokens, 0
         system_end = self._prompts.system_end(self.messages)
         turns = {n for n in (system_end, start) if n >= MIN_POINT_TOKENS}
         marks = {*turns, boundary, *snapshot_marks(num_kept, boundary)}
+        self._is_interrupted = True
         try:
             hidden = cast(mx.array, cache.read(prompt[num_kept:], marks=marks, progress=progress))
+            self._is_interrupted, self._answer_start = False, boundary
         finally:
             # Of use to every turn and to other conversations, if only as a reserve.
             cache.mark_used(system_end)
@@ -404,8 +450,9 @@ class Chat:
         texts: dict[str, list[str]] = {"thought": [], "answer": []}
         calls: list[ToolCall] = []
         limit = min(most, context_length - len(prompt))
+        question = self.last_message() if self._turns() else ""
         try:
-            with closing(self._answer(cache, hidden, sampler, parser, limit)) as pieces:
+            with closing(answer(self, question, cache, hidden, sampler, parser, limit)) as pieces:
                 for piece in pieces:
                     if piece.call is None:
                         texts[piece.kind].append(piece.text)
@@ -421,61 +468,3 @@ class Chat:
                 typed = self._prompts.renders_json_arguments()
                 message["tool_calls"] = [as_message(call, typed=typed) for call in calls]
             self.messages.append(message)
-
-    def _answer(
-        self,
-        cache: PromptCache,
-        hidden: mx.array,
-        sampler: Sampler,
-        parser: OutputParser,
-        limit: int,
-    ) -> Generator[Piece, None, None]:
-        """The pieces of an answer of at most `limit` tokens; fills in `stats` as they come."""
-        stats, action = self.stats, self.loop_action
-        question = self.last_message() if self._turns() else ""
-        detector = LoopDetector(self.tokenizer, question)
-        num_prompt = len(cache.ids)
-        budget = self.think_budget or math.inf
-        started = time.perf_counter()
-        while True:
-            left = limit - stats.generation_tokens
-            with closing(decode(cache, hidden, sampler, left, self.drafter)) as steps:
-                for token, _, from_draft in steps:
-                    stats.draft_tokens += from_draft
-                    stats.generation_tokens += 1
-                    if stats.generation_tokens == 1:
-                        started = time.perf_counter()
-                    else:
-                        seconds = max(time.perf_counter() - started, 1e-9)
-                        stats.decode_tps = (stats.generation_tokens - 1) / seconds
-                    stats.thought_tokens += parser.in_thought
-                    stats.peak_memory_gb = mx.get_peak_memory() / 1e9
-                    is_end = token in self.tokenizer.eos_token_ids
-                    pieces = [] if is_end else parser.feed(token)
-                    if is_end or parser.stopped:
-                        stats.finish_reason = "stop"
-                    elif stats.generation_tokens == limit:
-                        stats.finish_reason = "length"
-                    elif action != "off" and detector.feed(token):
-                        detector = LoopDetector(self.tokenizer, question)
-                        if action == "stop":
-                            stats.finish_reason = "loop"
-                        else:
-                            stats.loops += 1
-                            higher = sampler.params.presence_penalty + LOOP_PENALTY
-                            sampler.penalise_repeats(min(higher, 10.0), cache.ids[num_prompt:])
-                    yield from pieces
-                    if stats.finish_reason:
-                        yield from parser.finish()
-                        return
-                    if parser.in_thought and stats.thought_tokens >= budget:
-                        break
-            end = encode_text(self.tokenizer, THOUGHT_END)
-            if stats.generation_tokens + len(end) >= limit:
-                stats.finish_reason = "length"
-                yield from parser.finish()
-                return
-            hidden = cast(mx.array, cache.read(end))
-            sampler.accept(mx.array(end))
-            stats.generation_tokens += len(end)
-            yield from parser.insert(end)

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..errors import SessionError
 from ..files import replacing
-from ..media.tokens import MediaToken
 from ..text.media_parts import IMAGE, VIDEO, is_media, media_parts
 from .messages import Message
 
@@ -33,12 +32,6 @@ PNG_LEVEL = 1
 def pictures_folder(session: Path) -> Path:
     """Where the pictures of a session's JSON file are."""
     return session.with_suffix(".pictures")
-
-
-def shown_in(ids: Iterable[int]) -> "list[Media]":
-    """Pictures and videos of a sequence of ids, each once."""
-    media = (token.span.media for token in ids if isinstance(token, MediaToken))
-    return list({one.digest: one for one in media}.values())
 
 
 def reference(media: "Media") -> dict[str, Any]:

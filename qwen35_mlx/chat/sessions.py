@@ -1,50 +1,34 @@
-"""Conversations on disk: what was said as JSON, pictures beside it, what was read as safetensors.
+"""Conversations on disk: what was said as JSON, pictures beside it, what was read as segments.
 
-The first is the conversation. The second only saves reading it again, and holds the ids that it
-was made of: where they differ from the prompt, the prompt is read. So one may be older than the
-other, and each is replaced as a whole.
+The first is the conversation, and replaced as a whole. The last only save reading it again, and
+are found by the ids of the prompt, so that they may be older.
 """
 
 import hashlib
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
-
-from ..engine.prompt_cache import PromptCache, rope_delta
 from ..errors import SessionError
 from ..files import locked, replacing, session_home
-from ..model.cache import KVCache, Snapshot, restore
+from ..model.identity import model_identity
 from ..model.language import Model
 from ..prompt import vision_settings
-from ..text.media_parts import IMAGE, VIDEO, media_of, media_parts, text_of
-from .saved_pictures import (
-    SavedMedia,
-    packed,
-    pictures_folder,
-    reference,
-    remove_media,
-    shown_in,
-    write_media,
-)
+from ..text.media_parts import media_of, media_parts, text_of
+from .saved_pictures import SavedMedia, packed, pictures_folder, remove_media, write_media
 
 # A name, or the path of a file.
 Session = str | os.PathLike[str]
 FORMAT = 1
 # Of conversations with pictures, which programs that read only the first would misunderstand.
 PICTURES_FORMAT = 2
-# Points to go back to that are kept: each has the recurrent state of all layers.
-NUM_SAVED_SNAPSHOTS = 3
-SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
 
 
 def session_file(session: Session) -> Path:
@@ -64,22 +48,19 @@ def session_file(session: Session) -> Path:
     return session_home() / f"{text}.json"
 
 
-def cache_file(file: Path) -> Path:
-    """The cache beside a session's JSON file."""
-    return file.with_suffix(".safetensors")
+def cache_folder(file: Path) -> Path:
+    """The segments of what was read, beside a session's JSON file."""
+    return file.with_suffix(".cache")
 
 
-def save_conversation(
-    session: Session, conversation: Mapping[str, Any], model: Model, cache: PromptCache | None
-) -> Path:
-    """Write all files, each whole or not at all."""
+def save_conversation(session: Session, conversation: Mapping[str, Any], model: Model) -> Path:
+    """Write what was said, whole or not at all, and its pictures."""
     file = session_file(session)
-    identity = model_identity(model)
     shown = media_of(conversation["messages"])
     version = PICTURES_FORMAT if shown else FORMAT
+    identity = model_identity(model)
     content = {"format": version, "saved": time.time(), "model": identity, **conversation}
     content["messages"] = packed(conversation["messages"])
-    content["num_tokens"] = len(cache.ids) if cache else 0
     sealed = {"sha256": _digest_of(content), **content}
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -88,11 +69,10 @@ def save_conversation(
         with replacing(file, 0o600) as temporary:
             text = json.dumps(sealed, ensure_ascii=False, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
-        if cache is not None and cache.last_point:
-            _save_cache(file, cache, identity)
-            remove_media(pictures_folder(file), kept=[*shown, *shown_in(cache.ids)])
-    # MLX raises RuntimeError where it cannot write; text may hold surrogates.
-    except (OSError, RuntimeError, ValueError) as error:
+        remove_media(pictures_folder(file), kept=shown)
+        _old_cache(file).unlink(missing_ok=True)
+    # Text may hold surrogates.
+    except (OSError, ValueError) as error:
         raise SessionError(
             "the session cannot be saved", got=error, expected=f"room to write at {file.parent}"
         ) from None
@@ -101,8 +81,8 @@ def save_conversation(
 
 def load_conversation(
     session: Session, model: Model, tokenizer: Any = None
-) -> tuple[dict[str, Any], PromptCache | None, str | None]:
-    """The conversation, its cache, and a warning where that has to be read again.
+) -> tuple[dict[str, Any], str | None]:
+    """The conversation, and a warning where it has to be read again.
 
     Raises SessionError if there is no such session, what was said is damaged, or the model does
     not read its pictures.
@@ -112,15 +92,15 @@ def load_conversation(
     media = SavedMedia(file, *vision_settings(tokenizer))
     content["messages"] = media.unpacked(content["messages"])
     if content["model"] != model_identity(model):
-        return content, None, "the session is of another model; it is read again"
-    if not cache_file(file).exists():
-        return content, None, None
-    try:
-        return content, _load_cache(cache_file(file), model, media), None
-    # Whatever a damaged file leads to: nothing of it is used.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        return content, None, f"the session's cache cannot be used, it is read again: {reason}"
+        return content, "the session is of another model; it is read again"
+    if _old_cache(file).exists():
+        return content, "the session's cache is of an earlier version; it is read again"
+    return content, None
+
+
+def _old_cache(file: Path) -> Path:
+    """Earlier versions wrote what was read into one file."""
+    return file.with_suffix(".safetensors")
 
 
 def read_conversation(file: Path) -> dict[str, Any]:
@@ -158,131 +138,9 @@ def _damaged(file: Path, got: str) -> SessionError:
     )
 
 
-def model_identity(model: Model) -> str:
-    """A digest of the model's names, shapes, types and of a few numbers of each tensor.
-
-    Kept while the model has the same arrays: it takes an operation or more for each of them.
-    """
-    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    # Drafts change no text: the MTP layer may be there or not.
-    tensors = sorted(pair for pair in named if not pair[0].startswith("mtp."))
-    arrays = hash((model.adapter_digest, *(id(array) for _, array in tensors)))
-    known = getattr(model, "_identity", "")
-    if not known.startswith(f"{arrays} "):
-        known = model._identity = f"{arrays} {_digest_of_weights(tensors, model.adapter_digest)}"
-    return known.partition(" ")[2]
-
-
-def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]], adapter: str) -> str:
-    # Samples could miss what one adapter has and another has not.
-    digest = hashlib.sha256(adapter.encode())
-    samples = []
-    for name, array in tensors:
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        # By rows: a stack of experts has more elements than an index of MLX can count.
-        rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
-        step = max(1, rows.shape[0] // SAMPLED_ROWS)
-        samples.append(rows[::step][:SAMPLED_ROWS, :SAMPLED_COLUMNS].reshape(-1).view(mx.uint8))
-    if samples:
-        digest.update(np.array(mx.concatenate(samples)).tobytes())
-    return digest.hexdigest()
-
-
 def _digest_of(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _checksum(arrays: Mapping[str, mx.array], identity: str) -> str:
-    digest = hashlib.sha256(identity.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        # As bytes, for numpy has no bfloat16.
-        words = mx.contiguous(array).reshape(-1).view(mx.uint8)
-        digest.update(np.array(words, copy=False).data)
-    return digest.hexdigest()
-
-
-def _save_cache(session: Path, cache: PromptCache, identity: str) -> None:
-    """The last point and the last few before it; keys and values once."""
-    end = cache.last_point
-    shown = shown_in(cache.ids[:end])
-    write_media(pictures_folder(session), shown)
-    points = [cache.snapshots[n] for n in sorted(cache.snapshots)[-NUM_SAVED_SNAPSHOTS:]]
-    if end not in cache.snapshots:
-        points.append(cache.end())
-    # Of pictures they have more than 32 bits.
-    arrays = {"ids": mx.array(list(cache.ids[:end]), dtype=mx.int64)}
-    for layer, entry in enumerate(cache.entries):
-        if isinstance(entry, KVCache):
-            keys, values = cast(tuple[mx.array, mx.array], (entry.keys, entry.values))
-            arrays[f"layers.{layer}.keys"] = keys[..., :end, :]
-            arrays[f"layers.{layer}.values"] = values[..., :end, :]
-    for point in points:
-        for layer, kept in enumerate(point.entries):
-            if not isinstance(kept, int):
-                for i, array in enumerate(kept):
-                    arrays[f"points.{point.num_tokens}.layers.{layer}.{i}"] = array
-        if cache.mtp and point.mtp_hidden is not None:
-            arrays[f"mtp.{point.num_tokens}.hidden"] = point.mtp_hidden
-            arrays[f"mtp.{point.num_tokens}.offset"] = mx.array(point.entries[-1])
-    if cache.mtp and (read := cache.mtp.cache.offset):
-        keys, values = cast(
-            tuple[mx.array, mx.array], (cache.mtp.cache.keys, cache.mtp.cache.values)
-        )
-        arrays |= {"mtp.keys": keys[..., :read, :], "mtp.values": values[..., :read, :]}
-    arrays = {name: mx.contiguous(array) for name, array in arrays.items()}
-    metadata = {"format": str(FORMAT), "model": identity, "sha256": _checksum(arrays, identity)}
-    if shown:
-        metadata["pictures"] = json.dumps([reference(media) for media in shown])
-    with replacing(cache_file(session), 0o600) as temporary:
-        mx.save_safetensors(str(temporary), arrays, metadata)
-
-
-def _load_cache(file: Path, model: Model, media: SavedMedia) -> PromptCache:
-    """Raises whatever is wrong with the file."""
-    arrays, metadata = cast(
-        tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
-    )
-    identity = model_identity(model)
-    if metadata.get("model") != identity or metadata.get("format") != str(FORMAT):
-        raise SessionError("it is of another model or format")
-    if metadata.get("sha256") != _checksum(arrays, identity):
-        raise SessionError("its checksum is another")
-    ids = cast(list[int], arrays.pop("ids").tolist())
-    shown = [
-        media.read(known, VIDEO if "seconds" in known else IMAGE)
-        for known in json.loads(metadata.get("pictures", "[]"))
-    ]
-    # Each id of a picture has one meaning: that of the picture with this digest.
-    tokens = {int(t): t for one in shown for span in one.spans for t in span.tokens()}
-    ids = [i if i >= 0 else tokens[i] for i in ids]
-    cache = PromptCache(model, ids)
-    for layer, entry in enumerate(cache.entries):
-        if isinstance(entry, KVCache):
-            entry.keys = arrays.pop(f"layers.{layer}.keys")
-            entry.values = arrays.pop(f"layers.{layer}.values")
-            entry.offset = len(cache.ids)
-    of_mtp = {name: arrays.pop(name) for name in list(arrays) if name.startswith("mtp.")}
-    if cache.mtp and "mtp.keys" in of_mtp:
-        keys = of_mtp["mtp.keys"]
-        cache.mtp.cache.state = keys, of_mtp["mtp.values"], keys.shape[2]
-    for num_tokens in sorted({int(name.split(".")[1]) for name in arrays}):
-        kept: list[int | tuple[mx.array, ...]] = []
-        for layer, entry in enumerate(cache.entries):
-            prefix = f"points.{num_tokens}.layers.{layer}."
-            states = tuple(arrays[n] for n in sorted(arrays) if n.startswith(prefix))
-            kept.append(num_tokens if isinstance(entry, KVCache) else states)
-        if cache.mtp:
-            # Of a file without it, the layer begins anew.
-            kept.append(int(cast(int, of_mtp.get(f"mtp.{num_tokens}.offset", mx.array(0)).item())))
-        point = Snapshot(num_tokens, tuple(kept), rope_delta(ids[:num_tokens]))
-        point.mtp_hidden = of_mtp.get(f"mtp.{num_tokens}.hidden")
-        cache.snapshots[num_tokens] = point
-    restore(cache.all_entries, cache.snapshots[len(cache.ids)])
-    if cache.mtp:
-        cache.mtp.hidden = cache.snapshots[len(cache.ids)].mtp_hidden
-    return cache
 
 
 @contextmanager
@@ -321,9 +179,8 @@ def list_sessions() -> list[SessionInfo]:
     home = session_home()
     found = []
     for file in home.glob("[!.]*.json") if home.is_dir() else ():
-        pictures = pictures_folder(file)
-        files = [file, cache_file(file), *(pictures.iterdir() if pictures.is_dir() else ())]
-        num_bytes = sum(f.stat().st_size for f in files if f.is_file())
+        folders = pictures_folder(file), cache_folder(file)
+        num_bytes = sum(map(_bytes_of, (file, _old_cache(file), *folders)))
         try:
             content = read_conversation(file)
         except SessionError as error:
@@ -345,6 +202,26 @@ def remove_session(session: Session) -> None:
     if not file.exists():
         raise SessionError(f"no session {file.stem}", hint="qwen35-mlx sessions lists them")
     with hold(session):
-        for path in (cache_file(file), file, file.with_name(f".{file.stem}.lock")):
+        for path in (_old_cache(file), file, file.with_name(f".{file.stem}.lock")):
             path.unlink(missing_ok=True)
+        shutil.rmtree(cache_folder(file), ignore_errors=True)
         remove_media(pictures_folder(file))
+
+
+def trim_caches(max_bytes: float) -> None:
+    """Delete what the sessions saved longest ago have read until the rest fits; words stay."""
+    files = [file for file in session_home().glob("[!.]*.json") if cache_folder(file).is_dir()]
+    num_bytes = {file: _bytes_of(cache_folder(file)) for file in files}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        if sum(num_bytes.values()) <= max_bytes:
+            return
+        # One that is open keeps its own.
+        with suppress(SessionError), hold(file):
+            shutil.rmtree(cache_folder(file), ignore_errors=True)
+            del num_bytes[file]
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, or of the files of a folder."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import dropwhile
 from typing import TypeVar
 
@@ -14,12 +15,15 @@ PREFIXES = ("model", "language_model", "module", "base_model")
 # Components that torch.compile and FSDP put anywhere.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TRUNK = ("embed_tokens", "layers", "norm")
+# In the name of each stack of experts.
+OF_EXPERTS = ".switch_mlp."
 # The vision tower as MLX programs name it, and as Hugging Face does.
 TOWER = "vision_tower."
 TOWERS = (TOWER, "visual.")
 ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
 
 
+@lru_cache(2**16)
 def bare(name: str) -> str:
     """`model.language_model.layers.0.x` -> `layers.0.x`; a name of no known part as it is."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]

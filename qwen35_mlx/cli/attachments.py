@@ -1,13 +1,17 @@
 """What goes with the next message: text files, pictures, videos and pages of PDFs."""
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Qwen35Error
+from ..memory import kv_bytes
 from . import terminal
 from .media_input import (
     MANY_TOKENS,
+    MAX_LINES,
     clipboard,
     described,
     is_url,
@@ -16,14 +20,16 @@ from .media_input import (
     open_media,
     picture_settings,
 )
-from .progress import spinner
-from .typed_paths import find_file, shell_words, split_media, typed_files
+from .progress import duration, spinner
+from .typed_paths import find_file, shell_words, split_media, typed_documents, typed_files
 
 if TYPE_CHECKING:
     from ..chat.conversation import Chat
     from .chat_view import ChatView
 
 MAX_FILE_BYTES = 20 * 10**6
+# Fewer are read in no time, and say little about speed.
+FEW_TOKENS = 500
 WITH_PAGES = re.compile(r"(.+?)\s+(\d[\d, -]*)", re.DOTALL)
 
 
@@ -77,6 +83,35 @@ class Attachments:
         for line in described(media, num_known):
             terminal.note(line)
 
+    def add_texts(self, texts: Mapping[str, str]) -> None:
+        """Put texts before the next message, with a note of what they take."""
+        tokenizer, config = self._chat.tokenizer, self._chat.model.config
+        counts = {
+            name: len(tokenizer.encode(text, add_special_tokens=False))
+            for name, text in texts.items()
+        }
+        num_tokens = sum(counts.values())
+        if num_tokens >= config.context_length:
+            raise Qwen35Error(
+                "the files do not fit the context",
+                got=f"{num_tokens:,} tokens",
+                expected=f"fewer than {config.context_length:,}",
+            )
+        for name, text in texts.items():
+            fence = "```"
+            while fence in text:
+                fence += "`"
+            self.texts.append(f"{name}:\n{fence}\n{text.rstrip()}\n{fence}")
+        for name, count in list(counts.items())[:MAX_LINES]:
+            terminal.note(f"{name}, {count:,} tokens, goes with the next message")
+        facts = [f"{terminal.count(len(counts), 'file')}, {num_tokens:,} tokens"]
+        if num_tokens >= FEW_TOKENS:
+            facts.append(f"{kv_bytes(config, num_tokens) / 1e6:,.1f} MB of memory")
+            if (stats := self._chat.stats).prefilled_tokens >= FEW_TOKENS:
+                facts.append(f"about {duration(num_tokens / stats.prefill_tps)} to read")
+        if len(counts) + len(facts) > 2:
+            terminal.note(" · ".join(facts))
+
     def add_named(self, text: str, ask: Callable[[str], str] | None) -> str:
         """Attach the files that a message names; returns the rest of it."""
         rest, found, missing = split_media(text)
@@ -94,25 +129,51 @@ class Attachments:
 
 def attach_files(view: "ChatView", rest: str) -> None:
     """Read text files, and put them before the next message."""
-    from ..files import read_text
-
     if not rest:
         raise Qwen35Error("which file?", expected="/file PATH")
-    texts = {}
-    for path in typed_files(rest):
-        # A device or a pipe may have no end.
-        if not path.is_file():
-            raise Qwen35Error(f"{path} is no file", expected="a text file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_FILE_BYTES:,} bytes")
-        texts[path] = read_text(path)
-    for path, text in texts.items():
-        fence = "```"
-        while fence in text:
-            fence += "`"
-        view.attached.texts.append(f"{path.name}:\n{fence}\n{text.rstrip()}\n{fence}")
-        count = len(view.chat.tokenizer.encode(text, add_special_tokens=False))
-        terminal.note(f"{path.name}, {count:,} tokens, goes with the next message")
+    view.attached.add_texts(read_documents(rest))
+
+
+def read_documents(typed: str) -> dict[str, str]:
+    """Texts by name of the files, folders and patterns that a line names; PDFs too.
+
+    A file that is named must be a text. Of folders and patterns, other files are left out.
+    """
+    named, found = typed_documents(typed)
+    texts: dict[Path, str] = {}
+    num_other = 0
+    for path in dict.fromkeys([*named, *found]):
+        try:
+            texts[path] = _document_text(path)
+        except Qwen35Error:
+            if path in named:
+                raise
+            num_other += 1
+        if sum(map(len, texts.values())) > MAX_FILE_BYTES:
+            raise Qwen35Error(
+                "the files are too large", expected=f"at most {MAX_FILE_BYTES:,} characters"
+            )
+    if num_other:
+        terminal.note(f"left out: {terminal.count(num_other, 'file')} that cannot be read as text")
+    if not texts:
+        raise Qwen35Error(f"no text in {typed}", expected="at least one text file")
+    folder = os.path.commonpath([path.absolute().parent for path in texts])
+    return {os.path.relpath(path.absolute(), folder): text for path, text in texts.items()}
+
+
+def _document_text(path: Path) -> str:
+    from ..files import read_text
+
+    # A device or a pipe may have no end.
+    if not path.is_file():
+        raise Qwen35Error(f"{path} is no file", expected="a text file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_FILE_BYTES:,} bytes")
+    if path.suffix.lower() == ".pdf":
+        from ..media.documents import pdf_text
+
+        return pdf_text(path)
+    return read_text(path)
 
 
 def attach_images(view: "ChatView", rest: str) -> None:

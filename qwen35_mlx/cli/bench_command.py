@@ -29,6 +29,15 @@ def bench(
             help="Run mlx-lm on the same weights in turns. Default: this program alone.",
         ),
     ] = False,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTHS",
+            help="Measure memory in place of speed: plant facts in texts of these lengths in "
+            "tokens, such as 4K,32K, ask for each, and print right answers by depth. Default: "
+            "speed.",
+        ),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the speeds as a picture too. Default: none."),
@@ -37,6 +46,7 @@ def bench(
         bool, typer.Option("--json", help="Print the JSON line alone. Default: a table before it.")
     ] = False,
     kernels: options.Kernels = "auto",
+    experts_memory: options.ExpertsMemory = None,
 ) -> None:
     """Measure the speed of a model on this machine.
 
@@ -44,6 +54,9 @@ def bench(
     to the first token, decoding, and memory; with an MTP layer, decoding with drafts. The last
     line is JSON to share and to compare.
     """
+    if recall is not None:
+        bench_recall(model, recall, as_json, kernels)
+        return
     from ..evaluation import bench as measuring
     from ..model import loading
     from ..model.hub import resolve
@@ -52,7 +65,9 @@ def bench(
     folder = resolve(model)
     with spinner(f"Loading {model}"):
         needed = None if max_context is None else max_context + measuring.ROOM
-        loaded, tokenizer = loading.load(folder, kernels=kernels, context=needed)
+        loaded, tokenizer = loading.load(
+            folder, kernels=kernels, context=needed, experts_memory=experts_memory
+        )
         programs = {measuring.OURS: lambda: measuring.our_conversation(loaded)}
         if vs_mlx_lm:
             from ..evaluation.rival import mlx_lm_program
@@ -68,6 +83,7 @@ def bench(
         "median_of": runs,
         "contexts": rows,
         "drafts": drafts,
+        "experts": loaded.experts and loaded.experts.figures(),
     }
     from .report import draw_bench, print_bench
 
@@ -75,4 +91,29 @@ def bench(
         draw_bench(result, png)
     if not as_json:
         print_bench(result)
+    print(json.dumps(result), flush=True)
+
+
+def bench_recall(model: str, lengths: str, as_json: bool, kernels: str) -> None:
+    """Print right/asked by depth and length, and a line of JSON."""
+    from ..evaluation import bench as measuring
+    from ..evaluation import recall as measuring_recall
+    from ..model import loading
+    from ..model.hub import resolve
+    from .progress import spinner, step_progress
+
+    sizes = measuring_recall.lengths_of(lengths)
+    folder = resolve(model)
+    with spinner(f"Loading {model}"):
+        loaded, tokenizer = loading.load(folder, kernels=kernels, context=max(sizes))
+    with step_progress("Asking") as progress:
+        found = measuring_recall.measure(loaded, tokenizer, sizes, progress)
+    if not as_json:
+        print("depth     " + "".join(f"{row.num_tokens:>10,}" for row in found))
+        for depth in range(num := measuring_recall.NUM_DEPTHS):
+            cells = "".join(f"{f'{row.right[depth]}/{row.asked[depth]}':>10}" for row in found)
+            print(f"{f'{100 * depth // num}-{100 * (depth + 1) // num} %':10}{cells}")
+        cells = "".join(f"{f'{sum(row.right)}/{sum(row.asked)}':>10}" for row in found)
+        print(f"{'all':10}{cells}")
+    result = measuring.label(folder, model) | {"recall": [row._asdict() for row in found]}
     print(json.dumps(result), flush=True)

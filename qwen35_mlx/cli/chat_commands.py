@@ -43,6 +43,15 @@ def chat(
             "Default: save nothing.",
         ),
     ] = None,
+    autosave: Annotated[
+        bool,
+        typer.Option(
+            "--autosave",
+            help="Save every conversation as a session named by date and time. Default: only "
+            "with --session or /save.",
+        ),
+    ] = False,
+    cache_limit: options.CacheLimit = 50.0,
     think: options.Thinking = None,
     think_budget: Annotated[
         int | None,
@@ -94,6 +103,8 @@ def chat(
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Chat with a model in the terminal.
@@ -133,6 +144,8 @@ def chat(
                 force=force,
                 mtp=options.LOADS_MTP.get(draft),
                 adapter=adapter_path,
+                kv_bits=kv_bits,
+                experts_memory=experts_memory,
             )
     conversation = Chat(
         loaded,
@@ -149,7 +162,13 @@ def chat(
         num_draft_tokens=num_draft_tokens,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
     )
-    view = ChatView(conversation, markdown=not plain, allow_url=allow_url)
+    view = ChatView(
+        conversation,
+        markdown=not plain,
+        allow_url=allow_url,
+        autosave=autosave,
+        cache_limit_bytes=cache_limit * 1e9,
+    )
     if image:
         view.attached.add([("image", source) for source in image])
     view.run(prompts, session)

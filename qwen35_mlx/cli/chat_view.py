@@ -33,7 +33,14 @@ class ChatView:
     end, a conversation that is not saved is written to a temporary file.
     """
 
-    def __init__(self, chat: "Chat", markdown: bool = True, allow_url: bool = False):
+    def __init__(
+        self,
+        chat: "Chat",
+        markdown: bool = True,
+        allow_url: bool = False,
+        autosave: bool = False,
+        cache_limit_bytes: float = float("inf"),
+    ):
         self.chat = chat
         self.is_open = True
         self.reader: Reader = LineReader()
@@ -47,7 +54,8 @@ class ChatView:
         self.hide_thoughts = False
         # The name under which every turn is saved, locked against other chats.
         self.session: str | None = None
-        self._markdown = markdown
+        self._markdown, self._autosave = markdown, autosave
+        self._cache_limit_bytes = cache_limit_bytes
         self._lock = ExitStack()
 
     def run(self, prompts: Sequence[str] = (), session: str | None = None) -> None:
@@ -293,9 +301,18 @@ class ChatView:
         return self.chat.save(name)
 
     def save_turn(self) -> None:
-        """Save the messages of a session."""
+        """Save the messages of a session; what was read follows in the background."""
+        from ..chat.sessions import session_file, trim_caches
+
+        if self._autosave and not self.session:
+            name = time.strftime("%Y-%m-%d-%H%M%S")
+            while session_file(name).exists():
+                name += "-b"
+            self._hold(name)
+            terminal.note(f"saved as session {name}")
         if self.session:
             self.chat.save(self.session, with_cache=False)
+            trim_caches(self._cache_limit_bytes)
 
     def load(self, name: str, must_exist: bool = True) -> None:
         """Save this session, and continue another."""

@@ -37,16 +37,26 @@ RULES: dict[str, list[Rule]] = {
         (("--method minmax", "--calibration"), BUDGETS),
         (("--text",), ("--calibrate",)),
         (("--context",), ("--fit",)),
+        (("--kv-bits",), ("--fit",)),
     ],
     "fuse": [*QUANTIZATION, (("--context",), ("--fit",))],
     "train": [(("--dora", "--experts"), ())],
-    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS)],
+    "upload": [(("--card", name), ()) for name in ("--public", "--yes")],
+    "evaluate": [
+        *((("--tasks", name), ()) for name in ("--text", "--window", "--stride")),
+        *(((name,), ("--tasks",)) for name in ("--include-path", "--limit", "--num-fewshot")),
+        *(((name,), ("--tasks",)) for name in ("--batch-size", "--chat-template")),
+        *(((name,), ("--chat-template",)) for name in ("--think", "--no-think")),
+    ],
+    "plan": [*QUANTIZATION, (("--calibration",), BUDGETS), (("--fit", "--macs"), ())],
     "generate": [
         *((("--raw", name), ()) for name in MEDIA),
         *(((f"{name} -",), ("--prompt",)) for name in MEDIA),
         (("--allow-url",), MEDIA),
         (("--pages",), ("--pdf",)),
         *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
+        (("--raw", "--cache-dir"), ()),
+        (("--cache-limit",), ("--cache-dir",)),
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),
         (("--json", "--show-thoughts"), ()),
@@ -60,7 +70,11 @@ RULES: dict[str, list[Rule]] = {
         DRAFTS,
     ],
     "sessions": [(("--remove", "NAME"), ())],
-    "serve": [(("--demo", "MODEL"), ())],
+    "serve": [(("--demo", "MODEL"), ()), (("--cache-limit",), ("--cache-dir",))],
+    "cluster": [(("--hosts", "--hostfile"), ())],
+    "bench": [
+        (("--recall", name), ()) for name in ("--max-context", "--runs", "--vs-mlx-lm", "--png")
+    ],
 }
 # Without SRC, plan shows the whole family: --fit then finds the bits for a memory.
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")

@@ -16,7 +16,8 @@ from .command import BITS, given_options
 # Options that decide the bytes of the output.
 SETTINGS = {
     *BITS,
-    *"--group-size --dtype --method --prefer --context --calibration --calibrate".split(),
+    *"--group-size --dtype --method --prefer --context --kv-bits --experts-layout".split(),
+    *("--calibration", "--calibrate"),
 }
 
 
@@ -53,6 +54,8 @@ def convert(
     bits_per_weight: options.BitsPerWeight = None,
     prefer: options.Prefer = None,
     context: options.Context = None,
+    kv_bits: options.KvBits = "auto",
+    experts_layout: options.ExpertsLayout = "stacked",
     calibration: options.CalibrationFile = None,
     calibrate: Annotated[
         bool,
@@ -151,6 +154,8 @@ def default_out(source: str, given: Mapping[str, Any]) -> Path:
         parts.append(f"g{given['group_size']}")
     if given["prefer"] == "speed":
         parts.append(given["prefer"])
+    if given.get("experts_layout") == "disk":
+        parts.append("disk")
     return Path("-".join([*parts, *filter(None, (given["method"], dtype))]))
 
 
@@ -201,6 +206,7 @@ def plan(
     bits_per_weight: options.BitsPerWeight = None,
     prefer: options.Prefer = None,
     context: options.Context = None,
+    kv_bits: options.KvBits = "auto",
     calibration: options.CalibrationFile = None,
     revision: options.Revision = None,
     mac: Annotated[
@@ -211,6 +217,9 @@ def plan(
             "without SRC, all Macs with SRC.",
         ),
     ] = None,
+    num_macs: Annotated[
+        int, typer.Option("--macs", min=1, help="How many such Macs run the model together.")
+    ] = 1,
     png: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the result as a PNG. Default: text alone."),
@@ -222,7 +231,7 @@ def plan(
     """
     from ..convert import plan as make_plan
     from ..convert import report
-    from ..convert.mac_models import MACS, find_macs, this_mac
+    from ..convert.mac_models import MACS, find_macs, first_part, this_mac
     from .report import print_lines, print_plan
     from .terminal import note
 
@@ -240,9 +249,10 @@ def plan(
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
-    print_lines([*page, "", *report.mac_lines(planned, macs, context)])
+    page += ["", *report.mac_lines(planned, macs, context, kv_bits, num_macs)]
+    print_lines([*page, *(report.disk_lines(planned, macs, context) if num_macs == 1 else [])])
     if png:
-        report.draw(planned, png)
+        report.draw(first_part(planned, num_macs), png)
 
 
 def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
@@ -253,7 +263,8 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
 
     values = ctx.params
     if values["fit"]:
-        return fitting_lines(parse_memory(values["fit"]), "a Mac", values["context"])
+        memory = parse_memory(values["fit"])
+        return fitting_lines(memory, "a Mac", values["context"], values["kv_bits"])
     own, memory = this_mac(), memory_bytes()
     where = f"a Mac with {own.chip}" if own else "this machine; limits as on a Mac of its memory"
     if values["mac"]:
@@ -265,7 +276,8 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
         where = f"a Mac with {chips}" if chips else "a Mac"
     ways = given_options(ctx) & {*BITS, "--group-size", "--dtype"}
     settings = (lambda source: quality_settings(ctx, source, None)[0]) if ways else None
-    return family_lines(memory, where, values["context"], settings)
+    chosen = (values["kv_bits"], values["num_macs"])
+    return family_lines(memory, where, values["context"], settings, *chosen)
 
 
 def quality_settings(
@@ -278,9 +290,16 @@ def quality_settings(
     names = ("bits", "recipe", "bits_per_weight", "prefer", "context", "dtype", "revision")
     wanted = {name: given[name] for name in names}
     settings, spent = decide(
-        source, **wanted, memory=given["fit"], method=given.get("method"), calibration=found
+        source,
+        **wanted,
+        memory=given["fit"],
+        method=given.get("method"),
+        calibration=found,
+        kv_bits=given.get("kv_bits", "auto"),
     )
-    return settings | dict(group_size=given["group_size"], dtype=given["dtype"]), spent
+    layout = given.get("experts_layout", "stacked")
+    ours = dict(group_size=given["group_size"], dtype=given["dtype"], experts_layout=layout)
+    return settings | ours, spent
 
 
 def calibration_for(
@@ -331,38 +350,76 @@ def fidelity(
         Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
     ],
     quantized: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Converted folder to compare with it.")
+        list[Path],
+        typer.Argument(metavar="OUT", help="Converted folder to compare with it; or several."),
     ],
     text: options.TextFile = None,
     tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to run.")] = 8192,
+    mac: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAC",
+            help="Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. "
+            "Default: this machine, else M3 Ultra 256GB.",
+        ),
+    ] = None,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save",
+            help="Write the figures to fidelity.json in each OUT, for its model card. "
+            "Default: print them alone.",
+        ),
+    ] = False,
     png: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also draw the errors as a PNG. Default: text alone."),
+        typer.Option(
+            metavar="FILE",
+            help="Also draw a PNG: the errors of layers, or of several OUT KL over bytes and "
+            "tokens/s. Default: text alone.",
+        ),
     ] = None,
     adapter_path: options.AdapterPath = None,
 ) -> None:
-    """Compare a quantized model with its original on a text.
+    """Compare quantized models with their original on a text.
 
-    Prints KL, top-1 agreement, perplexity and the error of each layer; the last line is JSON.
-    Holds one layer of each model in memory. With an adapter both models get it, except where it was
-    fused into the weights.
+    Prints KL, top-1 agreement, perplexity, and for one OUT the error of each layer; the last line
+    is JSON. Holds one layer of each model in memory. With an adapter all models get it, except
+    where it was fused into the weights.
     """
     from ..checkpoint.adapter import read_adapter
     from ..convert.calibrate import encode, read_text
-    from ..convert.fidelity import fidelity as compare
-    from ..convert.fidelity import open_with, plot, report_lines
+    from ..convert.card import FIDELITY_FILE
+    from ..convert.fidelity import Comparison, compare, open_with, plot, report_lines
+    from ..convert.mac_models import find_macs, this_mac
+    from ..files import write_json
     from .progress import step_progress
     from .report import print_lines
 
-    pair: list[Any] = [reference, quantized]
+    folders: list[Any] = [reference, *quantized]
     if adapter_path is not None:
         adapter = read_adapter(adapter_path)
-        pair = [open_with(folder, adapter) for folder in pair]
+        folders = [open_with(folder, adapter) for folder in folders]
+    names = [folder.resolve().name for folder in quantized]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in quantized]
+    own = None if mac else this_mac()
+    target = own or find_macs(mac or "M3 Ultra 256GB")[0]
     ids = encode(reference, read_text(text), most=tokens)
     with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
-        report = compare(pair[0], pair[1], ids, progress)
-    print_lines(report_lines(report))
-    print(json.dumps(report.as_dict()), flush=True)
+        reports = compare(folders[0], folders[1:], ids, progress)
+    comparison = Comparison(names, reports, target)
+    rows = comparison.rows()
+    facts = {"reference": reference.resolve().name, "text": text.name if text else "calibration"}
+    if save:
+        for folder, name in zip(quantized, names, strict=True):
+            (row,) = (row for row in rows if row["name"] == name)
+            write_json(folder / FIDELITY_FILE, facts | row | {"mac": target.name})
+    if len(reports) == 1:
+        print_lines([*report_lines(reports[0]), ""])
+    print_lines(comparison.lines())
+    result = {"outputs": rows} if len(reports) > 1 else rows[0] | reports[0].as_dict()
+    print(json.dumps(facts | {"mac": target.name} | result), flush=True)
     # Last: where no file can be written, the report is printed all the same.
     if png:
-        plot(report, png)
+        comparison.plot(png) if len(reports) > 1 else plot(reports[0], png)

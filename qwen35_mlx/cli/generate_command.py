@@ -1,10 +1,11 @@
 """The command generate: one answer on standard output, for scripts."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from . import options
 from .chat_commands import read_prompts
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from ..chat.conversation import Chat, TurnStats
     from ..engine.output import Piece
 
@@ -30,6 +33,15 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as it is, without the chat template."),
     ] = False,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="A text file, a PDF with text, a folder, or a pattern in quotes such as "
+            "'src/**/*.py', whose text comes before the prompt. Repeat the option for several. "
+            "Default: none.",
+        ),
+    ] = None,
     image: options.Images = None,
     video: options.Videos = None,
     pdf: options.Pdfs = None,
@@ -80,11 +92,15 @@ def generate(
         ),
     ] = None,
     seed: options.Seed = None,
+    cache_dir: options.CacheDir = None,
+    cache_limit: options.CacheLimit = 50.0,
     draft: options.Draft = "auto",
     num_draft_tokens: options.NumDraftTokens = None,
     kernels: options.Kernels = "auto",
     adapter_path: options.AdapterPath = None,
     context: options.RunContext = None,
+    kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Print one answer to a prompt, for scripts.
@@ -97,15 +113,16 @@ def generate(
     schemas = read_tools(tools) if tools else []
     given = {"image": image, "video": video, "pdf": pdf}
     media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
+    from .attachments import Attachments, read_documents
     from .media_input import check_sources, page_numbers
 
     page_numbers(pages)
+    documents = read_documents(" ".join(map(shlex.quote, file))) if file else {}
     check_sources([source for _, source in media], allow_url)
     from ..chat.conversation import Chat
     from ..engine.prefix_store import PrefixStore
     from ..model.loading import load
-    from .attachments import Attachments
-    from .progress import spinner
+    from .progress import spinner, token_progress_then
     from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
@@ -116,6 +133,8 @@ def generate(
             force=force,
             mtp=options.LOADS_MTP.get(draft),
             adapter=adapter_path,
+            kv_bits=kv_bits,
+            experts_memory=experts_memory,
         )
     chat = Chat(
         loaded,
@@ -129,23 +148,38 @@ def generate(
         on_loop="off",
         draft=draft,
         num_draft_tokens=num_draft_tokens,
-        # There is no second turn.
-        store=PrefixStore(loaded, 0),
+        # There is no second turn, unless of another call.
+        store=PrefixStore(loaded, None if cache_dir else 0),
     )
     attached = Attachments(chat, allow_url)
     if media:
         attached.add(media, pages=pages)
-    started = time.perf_counter()
-    pieces = continue_text(chat, text) if raw else chat.send(text, **attached.options())
-    if as_json:
-        with spinner("generating …"):
+    if documents:
+        attached.add_texts(documents)
+    text = "\n\n".join([*attached.texts, text])
+    with ExitStack() as held:
+        if cache_dir is not None:
+            from ..engine.segments import open_folder
+
+            chat.disk = held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
+            # After Ctrl-C too.
+            held.callback(lambda: list(chat.write_cache(every_point=True)))
+        status, progress = held.enter_context(token_progress_then("thinking …"))
+        started = time.perf_counter()
+        if raw:
+            pieces = continue_text(chat, text)
+            status.start()
+        else:
+            pieces = chat.send(text, progress, **attached.options())
+        if as_json:
             parts = list(pieces)
-        total_s = time.perf_counter() - started
-        found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
-        print(json.dumps(found | attached.counts()))
-        return
-    with held_warnings():
-        print_answer(pieces, show_thoughts)
+            status.stop()
+            total_s = time.perf_counter() - started
+            found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
+            print(json.dumps(found | attached.counts()))
+            return
+        with held_warnings():
+            print_answer(pieces, show_thoughts, status)
     if chat.stats.finish_reason == "length":
         note("the answer was cut: at --max-tokens, or because the context is full")
 
@@ -175,10 +209,11 @@ def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
         yield Piece("answer", response.text)
 
 
-def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) -> None:
-    """Print pieces as they come."""
-    from ..chat.conversation import THOUGHT_END
-    from .progress import spinner
+def print_answer(
+    pieces: Generator["Piece", None, None], show_thoughts: bool, status: "Status"
+) -> None:
+    """Print pieces as they come; the spinner ends with the first one."""
+    from ..engine.turn_prompts import THOUGHT_END
     from .terminal import CONTROL
 
     is_terminal = bool(sys.stdout) and sys.stdout.isatty()
@@ -188,7 +223,7 @@ def print_answer(pieces: Generator["Piece", None, None], show_thoughts: bool) ->
         # A terminal would obey control characters; a file gets the text as it is.
         print(text.translate(CONTROL) if is_terminal else text, end="", flush=True)
 
-    with closing(pieces), spinner("thinking …") as status:
+    with closing(pieces):
         for piece in pieces:
             if piece.kind == "thought" and not show_thoughts:
                 continue

@@ -1,19 +1,24 @@
 """The command line: parses, prints, and leaves the work to the package."""
 
+import os
 import sys
 from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
+from ..files import RING_VARIABLE
 from .bench_command import bench
 from .chat_commands import chat, sessions
+from .cluster_command import cluster, take_part
 from .command import Command
 from .convert_commands import convert, fidelity, plan
 from .doctor_command import doctor
+from .evaluate_command import evaluate
 from .generate_command import generate
 from .serve_commands import launch, serve
 from .train_commands import fuse, train
+from .upload_command import upload
 
 app = typer.Typer(
     name="qwen35-mlx",
@@ -23,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    *(convert, plan, fidelity, generate, chat, sessions),
-    *(serve, launch, train, fuse, bench, doctor),
+    *(convert, plan, fidelity, upload, generate, chat, sessions),
+    *(serve, launch, cluster, train, fuse, evaluate, bench, doctor),
 )
 for function in COMMANDS:
     app.command(cls=Command)(function)
@@ -57,4 +62,7 @@ def main() -> None:
         # A terminal that is not UTF-8 shows ? for a character that it does not have.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
-    app()
+    if os.environ.get(RING_VARIABLE):
+        take_part(app)
+    else:
+        app()

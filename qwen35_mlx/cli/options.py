@@ -77,7 +77,15 @@ RunContext = Annotated[
         "--context",
         min=1,
         help="Maximum tokens of prompt and answers together. Their memory is counted before the "
-        "weights are read. Default: all that fits, 32768 at least.",
+        "weights are read. More than the model was trained for, up to 4 times as many, are reached "
+        "by YaRN; shorter texts are then read less well. Default: all that fits, 32768 at least.",
+    ),
+]
+KvBits = Annotated[
+    Literal["auto", "16", "8", "k8v4"],
+    typer.Option(
+        help="Bits of keys and values, the part of memory that grows with the text. k8v4: 8 for "
+        "keys, 4 for values; less exact. auto: 16, or 8 where 16 do not fit."
     ),
 ]
 Force = Annotated[
@@ -87,11 +95,35 @@ Force = Annotated[
         help="Load a model that does not fit in memory. Default: refuse it, with the numbers.",
     ),
 ]
+ExpertsMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MEMORY",
+        help="Keep experts in this much memory, such as 80GB, and read others from disk when a "
+        "token needs them. Default: all experts; if they do not fit, as many as do.",
+    ),
+]
+ExpertsLayout = Annotated[
+    Literal["stacked", "disk"],
+    typer.Option(
+        help="Where the matrices of an expert lie. stacked: in the stacks of all experts, as "
+        "mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once."
+    ),
+]
 AdapterPath = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
         help="Folder of an adapter, of `qwen35-mlx train` or mlx-lm. Default: no adapter.",
+    ),
+]
+NamedAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter-path",
+        metavar="NAME=DIR",
+        help="An adapter that requests may name: the model MODEL:NAME, or the field adapters. "
+        "Repeat the option for several. Default: none.",
     ),
 ]
 CalibrationFile = Annotated[
@@ -158,6 +190,22 @@ Seed = Annotated[
         min=0,
         max=2**63 - 1,
         help="Seed of the random numbers: the same seed, the same answer. Default: a new one.",
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that keeps what was read: the same beginning of a prompt is not read again, "
+        "after a restart or Ctrl-C neither. Default: none.",
+    ),
+]
+CacheLimit = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Most GB on disk of what was read, so that it need not be read again; what was of no "
+        "use for the longest time goes first.",
     ),
 ]
 Kernels = Annotated[

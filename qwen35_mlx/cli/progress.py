@@ -60,7 +60,7 @@ def _byte_lines(title: str) -> Iterator[ByteProgress]:
         if now - logged >= LOG_SECONDS and done < total:
             logged = now
             speed = (done - first_bytes) / (now - started)
-            left = f", {_duration((total - done) / speed)} left" if speed else ""
+            left = f", {duration((total - done) / speed)} left" if speed else ""
             terminal.note(
                 f"{title}: {done / 1e9:,.2f} of {total / 1e9:,.2f} GB, {100 * done // total} %, "
                 f"{speed / 1e6:,.1f} MB/s{left}; {file}: {tensor}"
@@ -70,10 +70,11 @@ def _byte_lines(title: str) -> Iterator[ByteProgress]:
     seconds = time.perf_counter() - started
     read_bytes = last_bytes - (first_bytes or 0)
     before = f", {first_bytes / 1e6:,.1f} MB before" if first_bytes else ""
-    terminal.note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {_duration(seconds)}{before}")
+    terminal.note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {duration(seconds)}{before}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, for people."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -116,11 +117,28 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             bar.update(task, tensor="", file="")
 
 
+def _token_lines() -> Callable[[int, int], None]:
+    started = logged = time.perf_counter()
+
+    def update(done: int, total: int) -> None:
+        nonlocal logged
+        now = time.perf_counter()
+        if now - logged >= LOG_SECONDS and 0 < done < total:
+            logged = now
+            tps = done / (now - started)
+            terminal.note(
+                f"reading the prompt: {done:,} of {total:,} tokens, {tps:,.0f} tok/s, "
+                f"{duration((total - done) / tps)} left"
+            )
+
+    return update
+
+
 @contextmanager
 def token_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar while a long prompt is read, gone before the answer."""
+    """A bar while a long prompt is read, gone before the answer; a line now and then for a log."""
     if not terminal.can_draw(terminal.err):
-        yield lambda done, total: None
+        yield _token_lines()
         return
     bar = Progress(
         TextColumn("reading the prompt"),
@@ -147,3 +165,20 @@ def token_progress() -> Iterator[Callable[[int, int], None]]:
         yield update
     finally:
         bar.stop()
+
+
+@contextmanager
+def token_progress_then(text: str) -> Iterator[tuple[Status, Callable[[int, int], None]]]:
+    """A bar while a long prompt is read, and a spinner once it is."""
+    status = spinner(text)
+    with token_progress() as update:
+
+        def progress(done: int, total: int) -> None:
+            update(done, total)
+            if done == total:
+                status.start()
+
+        try:
+            yield status, progress
+        finally:
+            status.stop()

@@ -121,6 +121,7 @@ def print_bench(result: dict[str, Any]) -> None:
         "",
         *aligned(table),
         *_drafts(result.get("drafts")),
+        *_experts(result.get("experts")),
     ])  # fmt: skip
 
 
@@ -135,6 +136,16 @@ def _drafts(found: dict[str, Any] | None) -> list[str]:
     speed = f"decode {found['decode_tps']:,.1f} with drafts, {found['plain_decode_tps']:,.1f} "
     speed += f"without: {found['vs_plain']:.2f}x"
     return ["", speed, "; ".join([f"{found['tokens_per_pass']:.2f} tokens a pass", *shares])]
+
+
+def _experts(found: dict[str, float] | None) -> list[str]:
+    """A line about experts that are read from disk."""
+    if not found:
+        return []
+    return [
+        f"experts from disk: {found['expert_slots']} of {found['experts']} of each layer in memory,"
+        f" {found['expert_hit_rate']:.1%} hits, {found['expert_gb_per_s']:.2f} GB/s"
+    ]
 
 
 def _times(figures: dict[str, float]) -> tuple[str, ...]:

@@ -1,8 +1,11 @@
 """The commands serve and launch."""
 
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +16,8 @@ from . import completion, options
 from .chat_commands import bundled_demo, newest
 
 if TYPE_CHECKING:
+    from ..engine.segments import Segments
+    from ..model.language import Model
     from ..server.clients import Endpoint
 
 KEY_VARIABLE = "QWEN35_MLX_API_KEY"
@@ -75,7 +80,12 @@ def serve(
         int,
         typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
     ] = 64,
+    cache_dir: options.CacheDir = None,
+    cache_limit: options.CacheLimit = 50.0,
+    adapter_path: options.NamedAdapters = None,
     kernels: options.Kernels = "auto",
+    kv_bits: options.KvBits = "auto",
+    experts_memory: options.ExpertsMemory = None,
     force: options.Force = False,
 ) -> None:
     """Serve a model to agents, programs and a browser.
@@ -89,6 +99,7 @@ def serve(
             got=f"--host {host}",
             expected="--api-key KEY beside it, or --host 127.0.0.1",
         )
+    adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
     from ..server.run import bind
     from ..server.run import serve as run
@@ -105,9 +116,27 @@ def serve(
     loading = spinner(f"Loading {folder}")
     made = []
 
+    def open_disk(loaded: "Model") -> "Segments | None":
+        from ..engine.segments import open_folder
+
+        if cache_dir is None:
+            return None
+        return held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
+
     def make() -> Any:
         app, settings = _application(
-            folder, name, api_key, allow_host or [], max_context, queue, kernels, force
+            folder,
+            name,
+            api_key,
+            allow_host or [],
+            max_context,
+            queue,
+            adapters,
+            kernels,
+            force,
+            kv_bits,
+            experts_memory,
+            open_disk,
         )
         made.append(settings)
         return app
@@ -116,10 +145,11 @@ def serve(
         loading.stop()
         (settings,) = made
         print(url, flush=True)
-        note(f"serving {settings.model_id}, {settings.context_length:,} tokens of context\n")
+        names = ", ".join([settings.model_id, *(f":{adapter}" for adapter in adapters)])
+        note(f"serving {names}, {settings.context_length:,} tokens of context\n")
         note(settings_text(Endpoint(url, settings.model_id, settings.context_length, api_key)))
 
-    with loading:
+    with ExitStack() as held, loading:
         run(make, bound, is_ready)
 
 
@@ -130,18 +160,39 @@ def _application(
     hosts: list[str],
     max_context: int | None,
     queue: int,
+    adapters: dict[str, str],
     kernels: str,
     force: bool,
+    kv_bits: str,
+    experts_memory: str | None,
+    open_disk: "Callable[[Model], Segments | None]",
 ) -> tuple[Any, Any]:
     """The application with an engine that runs, and what clients see of the model."""
+    from ..checkpoint.adapter import read_adapter
     from ..engine.prefix_store import PrefixStore
     from ..engine.scheduler import Engine, Limits
+    from ..model.adapters import with_adapter
     from ..model.loading import load
     from ..server.app import make_app
     from ..server.service import Settings
 
-    loaded, tokenizer = load(folder, kernels=kernels, context=max_context, force=force)
-    engine = Engine(loaded, tokenizer, store=PrefixStore(loaded), limits=Limits(max_queued=queue))
+    loaded, tokenizer = load(
+        folder,
+        kernels=kernels,
+        context=max_context,
+        force=force,
+        kv_bits=kv_bits,
+        experts_memory=experts_memory,
+    )
+    engine = Engine(
+        loaded,
+        tokenizer,
+        store=PrefixStore(loaded, disk=open_disk(loaded)),
+        limits=Limits(max_queued=queue),
+        adapters={
+            name: with_adapter(loaded, read_adapter(path)) for name, path in adapters.items()
+        },
+    )
     path = Path(folder)
     model_id = name or (path.resolve().name if path.is_dir() else folder)
     settings = Settings.of(
@@ -150,11 +201,27 @@ def _application(
         path,
         model_id=model_id,
         aliases=[folder],
+        adapters=list(adapters),
         api_key=api_key,
         hosts=hosts,
     )
     engine.start()
     return make_app(engine, settings, tokenizer), settings
+
+
+def named_adapters(given: list[str]) -> dict[str, str]:
+    """Folders of adapters by their names."""
+    adapters: dict[str, str] = {}
+    for pair in given:
+        name, equals, folder = pair.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name) or name in ("latest", *adapters):
+            raise Qwen35Error(
+                "--adapter-path of a server needs a name",
+                got=repr(pair),
+                expected="NAME=DIR, NAME of letters, digits, . _ and -, another one for each",
+            )
+        adapters[name] = folder
+    return adapters
 
 
 def launch(

@@ -158,6 +158,8 @@ def show_stats(view: "ChatView", rest: str) -> None:
     view.show_figures()
     terminal.note(settings(view))
     terminal.note(draft_figures(view))
+    if experts := getattr(chat.model, "experts", None):
+        terminal.note(f"experts: {experts}")
     used, length = chat.num_context_tokens(), chat.model.config.context_length
     terminal.note(f"context: {used:,} of {length:,} tokens, {100 * used // length} % full")
     store = chat.prefixes
@@ -229,7 +231,9 @@ COMMANDS = {
     "/retry": SlashCommand("", "answer the last message again", retry),
     "/edit": SlashCommand("[TEXT]", "change the last message and send it again", edit),
     "/undo": SlashCommand("", "take back the last message and its answer", undo),
-    "/file": SlashCommand("PATH...", "send text files with the next message", attach_files),
+    "/file": SlashCommand(
+        "PATH...", "send texts, PDFs, folders, patterns with the next message", attach_files
+    ),
     "/image": SlashCommand(
         "PATH...|clear", "send pictures with it; alone: list them", attach_images
     ),

@@ -77,8 +77,8 @@ def train(
 ) -> None:
     """Train an adapter for a converted model, with mlx-lm's trainer.
 
-    The model's own weights, its MTP layer and its vision tower stay as they are. generate, chat
-    and fidelity take the adapter with --adapter-path, and so does mlx-lm.
+    The model's own weights, its MTP layer and its vision tower stay as they are. generate, chat,
+    serve, evaluate and fidelity take the adapter with --adapter-path, and so does mlx-lm.
     """
     from ..checkpoint.adapter import DORA, LORA, WEIGHTS_FILE
     from ..training.estimate import open_for_training, read_weights, require_memory

@@ -27,6 +27,8 @@ LAST_END = re.compile(rf"{_END}({_BEHIND})$", re.IGNORECASE)
 # A word as a shell reads it: quoted parts, escaped characters and plain ones.
 SHELL_WORD = re.compile(r"""(?:'[^'\n]*'|"(?:\\.|[^"\\\n])*"|\\.|[^\s'"\\])+""")
 WITH_FOLDER = re.compile(r"/|~|\.\.?/")
+GENERATED = frozenset(("__pycache__", "node_modules"))
+MAX_FOUND = 1000
 # Names with unescaped spaces are tried up to this many endings.
 MAX_ENDINGS = 4
 
@@ -66,6 +68,54 @@ def typed_files(text: str) -> list[Path]:
         name = missing[0] if 0 < len(missing) < len(words) else text
         raise Qwen35Error(f"no file {name}", expected="the path of a file")
     return [file for word in words if (file := files[word])]
+
+
+def typed_documents(text: str) -> tuple[list[Path], list[Path]]:
+    """The files that `text` names, and those that its folders and patterns such as **/*.py find.
+
+    Hidden files and folders are left out of the second, as are those that programs make.
+    """
+    named: list[Path] = []
+    found: list[Path] = []
+    whole = find_file(text)
+    for word in [text] if whole else shell_words(text) or [text]:
+        path = find_file(word)
+        if path is not None and not path.is_dir():
+            named.append(path)
+        elif path is not None:
+            found += _files_in(path, None, word)
+        elif any(sign in word for sign in "*?["):
+            parts = Path(os.path.expanduser(word)).parts
+            first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+            found += _files_in(Path(*parts[:first]), os.path.join(*parts[first:]), word)
+        else:
+            named += typed_files(word if shell_words(text)[1:] else text)
+    return named, found
+
+
+def _files_in(folder: Path, pattern: str | None, typed: str) -> list[Path]:
+    """The files in a folder that fit a pattern, or all of them, sorted."""
+    files: list[Path] = []
+    with suppress(OSError):
+        for file in _walk(folder) if pattern is None else folder.glob(pattern):
+            if not any(map(_is_left_out, file.relative_to(folder).parts)) and file.is_file():
+                files.append(file)
+            if len(files) > MAX_FOUND:
+                expected = f"at most {MAX_FOUND:,}"
+                raise Qwen35Error(f"{typed} has too many files", expected=expected)
+    if not files:
+        raise Qwen35Error(f"no file in {typed}", expected="a folder or a pattern of files")
+    return sorted(files)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _is_left_out(name))
+        yield from (Path(root, name) for name in names)
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name in GENERATED
 
 
 def find_file(text: str) -> Path | None:

@@ -30,9 +30,12 @@ class AnswerMemory:
         self._answers: OrderedDict[bytes, tuple[str, list[dict[str, Any]]]] = OrderedDict()
         self._lock = Lock()
 
-    def restored(self, messages: Sequence[Any]) -> tuple[list[Any], bytes]:
-        """The messages with answers as the model wrote them, and the key of what follows them."""
-        key, restored = b"", list[Any]()
+    def restored(self, messages: Sequence[Any], adapter: str = "") -> tuple[list[Any], bytes]:
+        """The messages with answers as the model wrote them, and the key of what follows them.
+
+        What was written with another adapter is not known here.
+        """
+        key, restored = adapter.encode(), list[Any]()
         for message in messages:
             key = _key(key, message)
             if isinstance(message, Mapping) and message.get("role") == "assistant":

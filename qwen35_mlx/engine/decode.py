@@ -106,6 +106,11 @@ class Decoding:
                         # Whoever reads the answer changed them, or looked at the cache, which
                         # ended the pass: what comes later is read again.
                         break
+        except RuntimeError as error:
+            # Of MLX, in the middle of a pass that other processes may take part in.
+            if ring := getattr(cache.model, "ring", None):
+                ring.fail(error)
+            raise
         finally:
             cache.settle()
 

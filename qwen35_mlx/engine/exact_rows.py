@@ -8,14 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..kernels.decode_attention import PACKED_BITS
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.tiers import DECODE_OPERATIONS, PREFILL_OPERATIONS, Tiers
 from ..model.cache import accept
 from ..model.language import Model
 
-# What a dense model has no use for, and what no cache of this package needs.
+# What a dense model has no use for, and what drafts do not run.
 OF_EXPERTS = ("router", "expert_gate_up", "expert_down")
-NOT_NEEDED = ("packed_attention", *PREFILL_OPERATIONS)
+NOT_NEEDED = PREFILL_OPERATIONS
 
 
 def exact_rows(model: Model) -> int:
@@ -34,14 +35,17 @@ def runs_on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def kernel_rows(tiers: Tiers, is_moe: bool) -> int:
+def kernel_rows(tiers: Tiers, is_moe: bool, kv_bits: tuple[int, int] | None = None) -> int:
     """Most rows for which every operation of a decoding pass is a kernel of this package."""
-    skipped = NOT_NEEDED if is_moe else (*NOT_NEEDED, *OF_EXPERTS)
+    if kv_bits not in (None, (PACKED_BITS, PACKED_BITS)):
+        return 0
+    other = "decode_attention" if kv_bits else "packed_attention"
+    skipped = (other, *NOT_NEEDED) if is_moe else (other, *NOT_NEEDED, *OF_EXPERTS)
     return min(tiers.kernel_rows.get(op, 0) for op in DECODE_OPERATIONS if op not in skipped)
 
 
 def _exact_rows_of(model: Model) -> int:
-    most = min(kernel_rows(model.kernels, model.config.is_moe), MAX_ROWS)
+    most = min(kernel_rows(model.kernels, model.config.is_moe, model.kv_bits), MAX_ROWS)
     # Tried, for some weights are read by no kernel, and then MLX multiplies.
     return next((rows for rows in (8, 4, 2) if rows <= most and rows_agree(model, rows)), 1)
 
@@ -61,5 +65,5 @@ def rows_agree(model: Model, num_rows: int) -> bool:
 
 def _states(entry: Any) -> list[mx.array]:
     if hasattr(entry, "keys"):
-        return [held[..., : entry.offset, :] for held in (entry.keys, entry.values)]
+        return list(entry.rows(0, entry.offset).values())
     return list(entry.cache)

@@ -115,10 +115,7 @@ def stream_generate(
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
     if prefill_step_size is not None:
         check_count("prefill_step_size", prefill_step_size)
-    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
-    stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
-    if not all(isinstance(s, str) for s in stops):
-        raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
+    stops = check_stops(stop)
     params = model.sampling_defaults.updated(**sampling)
     counted = mx.array(without_media(tokenizer, [*cached_ids, *ids]))
     sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
@@ -127,7 +124,7 @@ def stream_generate(
     drafter = draft
     if not isinstance(drafter, Drafter):
         drafter = Drafter(model, drafter, num_draft_tokens)
-    parser = OutputParser(tokenizer, stop=[s for s in stops if s], split=False)
+    parser = OutputParser(tokenizer, stop=stops, split=False)
     limit = min(limit, room)
     ends = tokenizer.eos_token_ids
     return _responses(
@@ -157,6 +154,15 @@ def check_count(name: str, value: Any) -> int:
             f"{name} is not usable", got=repr(value), expected="a whole number, 1 or more"
         )
     return int(value)
+
+
+def check_stops(stop: Any) -> list[str]:
+    """Texts that end an answer, from none, one or several."""
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
+    stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
+    if not all(isinstance(s, str) for s in stops):
+        raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
+    return [s for s in stops if s]
 
 
 def _responses(

@@ -152,7 +152,7 @@ class Preparer:
         if not request.messages:
             raise PromptError("there are no messages", expected="at least one")
         opened = open_messages(self.tokenizer, request.messages)
-        messages, key = self.answers.restored(opened)
+        messages, key = self.answers.restored(opened, request.adapter)
         tools = () if request.tool_choice == "none" else request.tools
         prompts = TurnPrompts(self.tokenizer, tools, request.enable_thinking, request.template)
         if request.continue_final:

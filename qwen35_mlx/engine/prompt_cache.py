@@ -5,6 +5,7 @@ where a snapshot was made.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -25,9 +26,13 @@ from ..model.cache import (
 )
 from ..model.language import Model
 from ..model.rope import media_positions
+from ..model.sweep import Kept, Sweep, piece_ends, read_by_layer, sweep_ends
 from .features import FeatureStore
 from .mtp_state import MTPState
+from .piece_size import PieceSize
 
+# Whoever stops a long prompt waits for a piece to end, and may lose it.
+PIECE_SECONDS = 15.0
 # Tokens that a caller's own cache holds and whose ids are not given.
 UNKNOWN_ID = -1
 # Tokens read so far, tokens to read.
@@ -65,6 +70,7 @@ class PromptCache:
         # Where the last answer begins, as far as later prompts show it otherwise.
         self.answer_start: int | None = None
         self._ids = list(ids)
+        self._piece_size = PieceSize()
         # The position of the next token less the number of tokens: behind pictures it is below 0.
         self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
@@ -116,12 +122,17 @@ class PromptCache:
     ) -> mx.array | None:
         """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
 
-        A piece has at most `step_size` tokens, and no more than 2,048. Returns the hidden state
-        `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece.
-        `every` gets the hidden states `[1, T, H]` of each piece.
+        A piece has at most `step_size` tokens, no more than 2,048, and no more than are read in
+        15 seconds; with experts from disk many pieces go through a layer together. Returns the
+        hidden state `[1, 1, H]` of the last token, or None if `should_stop()` was true before a
+        piece. `every` gets the hidden states `[1, T, H]` of each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
+        ends = []
+        if experts := getattr(self.model, "experts", None):
+            ends = piece_ends(start, cuts, min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE))
+            cuts = sweep_ends(start, ends, experts.sweep_tokens) or cuts
         hidden = None
         if progress:
             progress(0, len(ids))
@@ -129,15 +140,23 @@ class PromptCache:
             while (at := len(self._ids)) < cut:
                 if should_stop and should_stop():
                     return None
-                size = min(step_size or PREFILL_STEP_SIZE, PREFILL_STEP_SIZE)
+                size = min(step_size or PREFILL_STEP_SIZE, self._piece_size.next(PIECE_SECONDS))
+                sweep = None
+                if experts:
+                    size = cut - at
+                    inside = [end - at for end in ends if at < end <= cut]
+                    show = _of_layers(progress, at - start, size, len(ids))
+                    sweep = Sweep(inside, [mark - at for mark in marks], show)
                 piece = list(ids[at - start : min(at + size, cut) - start])
-                hidden = self._read_piece(piece, last_only=every is None)
+                started = time.perf_counter()
+                hidden = self._read_piece(piece, every is None, sweep)
+                self._piece_size.record(len(piece), time.perf_counter() - started)
                 if every:
                     every(self.model, hidden)
                     hidden = hidden[:, -1:]
                 if progress:
                     progress(len(self._ids) - start, len(ids))
-                if len(piece) == PREFILL_STEP_SIZE:
+                if len(piece) >= PREFILL_STEP_SIZE:
                     # Its buffers are of a size that the next piece does not have.
                     mx.clear_cache()
             if cut in marks:
@@ -145,7 +164,23 @@ class PromptCache:
         self.features.trim()
         return hidden
 
-    def _read_piece(self, piece: list[int], last_only: bool) -> mx.array:
+    def _read_piece(
+        self, piece: list[int], last_only: bool, sweep: Sweep | None = None
+    ) -> mx.array:
+        if not self.can_go_back:
+            return self._read_all(piece, last_only, sweep)
+        before = self.end()
+        try:
+            return self._read_all(piece, last_only, sweep)
+        except BaseException:
+            # What the pieces before it have read stays.
+            self._is_consistent = False
+            self._return_to(before)
+            del self._ids[before.num_tokens :]
+            self._is_consistent = True
+            raise
+
+    def _read_all(self, piece: list[int], last_only: bool, sweep: Sweep | None) -> mx.array:
         entries = self.entries
         self._is_consistent = False
         start, delta = len(self._ids), self._rope_delta
@@ -158,6 +193,12 @@ class PromptCache:
             positions = mx.array(numbers)[:, None]
             delta = following - start - len(piece)
             embeddings = self.model.embed(piece, self.features.rows(shown))
+        points: dict[int, Kept] = {}
+        if sweep:
+            trunk, x = self.model.language_model.model, embeddings
+            x = self.model.embed(piece) if x is None else x
+            hidden, points = read_by_layer(trunk, x, entries, sweep, positions, delta, last_only)
+        elif shown:
             hidden = self.model.trunk(
                 None,
                 entries,
@@ -177,6 +218,11 @@ class PromptCache:
         self._ids += piece
         self._rope_delta = delta
         self._is_consistent = True
+        for num_tokens, kept in points.items():
+            at = start + num_tokens
+            if at < len(self._ids):
+                self.snapshots[at] = Snapshot(at, tuple(kept), rope_delta(self._ids[:at]))
+                self.mark_used(at)
         return hidden
 
     def _behind_pictures(self) -> dict[str, Any]:
@@ -293,16 +339,19 @@ class PromptCache:
             self._rope_delta = 0
             self.mtp = self.mtp and MTPState(self.model, self.mtp.layer)
         elif kept < len(self._ids) or not self._is_consistent:
-            point = self.snapshots[kept]
-            restore(self.all_entries, point)
-            self._rope_delta = point.rope_delta
-            if self.mtp:
-                self.mtp.hidden = point.mtp_hidden
+            self._return_to(self.snapshots[kept])
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
         self._is_consistent = True
         return kept
+
+    def _return_to(self, point: Snapshot) -> None:
+        """Bring the layer caches to a point; the ids behind it are for the caller to drop."""
+        restore(self.all_entries, point)
+        self._rope_delta = point.rope_delta
+        if self.mtp:
+            self.mtp.hidden = point.mtp_hidden
 
     def fork(self, num_tokens: int) -> "PromptCache":
         """A second cache that holds the first `num_tokens`, one of this one's points."""
@@ -328,6 +377,13 @@ class PromptCache:
         """The last point at or before `num_tokens`; an empty cache is always one."""
         points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
+
+
+def _of_layers(
+    progress: Progress | None, before: int, num_tokens: int, total: int
+) -> Callable[[float], None]:
+    """Shows the share of layers that these tokens went through as a share of the tokens."""
+    return lambda share: progress(before + int(share * num_tokens), total) if progress else None
 
 
 def rope_delta(ids: Iterable[int]) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..memory import PREFILL_STEP_SIZE
 from ..model.language import Model
 from .decode import log_probabilities
+from .piece_size import PieceSize
 from .prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from .prepare import Prepared
 from .prompt_cache import PromptCache, common_prefix
@@ -18,8 +18,6 @@ from .ticket import Ticket
 
 # How long a piece may take while others wait for it, and while nobody does.
 SHARED_SECONDS, ALONE_SECONDS = 0.4, 1.0
-# A piece is a multiple of it, of the delta rule's chunk.
-PIECE_MULTIPLE = 64
 FIRST_PIECE_TOKENS = 256
 # Logits of so many places of a prompt at a time.
 SCORED_TOKENS = 64
@@ -28,8 +26,8 @@ SCORED_TOKENS = 64
 class Reading:
     """A request whose prompt is being read, or waits for it."""
 
-    def __init__(self, prepared: Prepared, ticket: Ticket):
-        self.prepared, self.ticket = prepared, ticket
+    def __init__(self, prepared: Prepared, ticket: Ticket, model: Model):
+        self.prepared, self.ticket, self.model = prepared, ticket, model
         self.usage = Usage(prompt_tokens=len(prepared.ids))
         self.cache: PromptCache | None = None
         self.submitted = time.perf_counter()
@@ -47,10 +45,10 @@ class Reading:
         """Take the longest prefix that the store has."""
         ids, usage = self.prepared.ids, self.usage
         if self._scores is None:
-            self.cache = store.take(ids[:-1], owner=self)
+            self.cache = store.take(ids[:-1], owner=self, model=self.model)
         else:
             # Every place is needed.
-            self.cache = PromptCache(store.model, features=store.features)
+            self.cache = PromptCache(self.model, features=store.features)
         kept = usage.cached_tokens = len(self.cache.ids)
         usage.queue_seconds = time.perf_counter() - self.submitted
         boundary = self.prepared.boundary
@@ -118,23 +116,17 @@ class Pieces:
     """Whose piece is next, and of how many tokens, so that nobody waits long for it to end."""
 
     def __init__(self) -> None:
-        self._tokens_per_second = 0.0
+        self._size = PieceSize()
         self._turn = 0
 
     def next_size(self, is_shared: bool) -> int:
         """Tokens that take about as long as a piece may."""
-        if not self._tokens_per_second:
-            return FIRST_PIECE_TOKENS
         seconds = SHARED_SECONDS if is_shared else ALONE_SECONDS
-        size = int(self._tokens_per_second * seconds) // PIECE_MULTIPLE * PIECE_MULTIPLE
-        return min(max(size, PIECE_MULTIPLE), PREFILL_STEP_SIZE)
+        return self._size.next(seconds, FIRST_PIECE_TOKENS)
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """What a piece took."""
-        if num_tokens >= PIECE_MULTIPLE:
-            rate = num_tokens / max(seconds, 1e-9)
-            known = self._tokens_per_second or rate
-            self._tokens_per_second = 0.5 * known + 0.5 * rate
+        self._size.record(num_tokens, seconds)
 
     def choose(self, readings: Sequence[Reading], store: PrefixStore) -> Reading:
         """The next one: in turns the oldest, and the one that has read the least so far.
@@ -153,10 +145,13 @@ def _shares(reading: Reading, other: Reading, store: PrefixStore) -> bool:
     """Whether `other` is about to reach a point that `reading` can begin at."""
     if reading.cache is not None or other.cache is None or other is reading:
         return False
+    if other.model is not reading.model:
+        return False
     ids = reading.prepared.ids[:-1]
     shared = common_prefix(other.prepared.ids, ids)
     points = [n for n in other.prepared.marks if other.position < n <= shared]
     if not points:
         return False
-    known = max((cache.reusable_tokens(ids) for cache in store.caches), default=0)
+    caches = [cache for cache in store.caches if cache.model is reading.model]
+    known = max((cache.reusable_tokens(ids) for cache in caches), default=0)
     return max(points) >= known + MIN_POINT_TOKENS

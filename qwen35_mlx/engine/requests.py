@@ -73,6 +73,8 @@ class Request:
     draft: str = "auto"
     # Requests with the same hint belong to one conversation.
     cache_hint: str | None = None
+    # By which of the engine's adapters; none if empty.
+    adapter: str = ""
     # Whether `Progress` events are wanted.
     wants_progress: bool = False
 

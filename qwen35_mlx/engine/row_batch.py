@@ -14,9 +14,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..kernels.matrix import MAX_ROWS
-from ..model.cache import ArraysCache
+from ..model.cache import join, part
 from ..model.language import Model
-from ..model.layer_cache import RowsKVCache
 from .exact_rows import runs_on_cpu
 from .prompt_cache import PromptCache
 
@@ -31,9 +30,12 @@ PARALLEL_BYTES = 64 * 2**20
 
 def rows_a_stream(model: Model) -> int:
     """From how many rows on a batch of its own pays: on a CPU each core computes one at a time."""
+    # Several processes of one model compute one pass after the other.
+    if not runs_on_cpu() or getattr(model, "ring", None):
+        return MAX_BATCH_ROWS
     weights: Any = tree_flatten(model.parameters())
     num_bytes = sum(array.nbytes for _, array in weights)
-    return max(1, -(-PARALLEL_BYTES // num_bytes)) if runs_on_cpu() else MAX_BATCH_ROWS
+    return max(1, -(-PARALLEL_BYTES // num_bytes))
 
 
 def groups(rows: Sequence[T], rows_a_stream: int) -> list[list[T]]:
@@ -60,24 +62,15 @@ class RowBatch:
         self.rows = list(rows)
         if len(rows) < 2:
             return
-        self._entries = []
-        for layer in zip(*(row.entries for row in rows), strict=True):
-            if isinstance(layer[0], ArraysCache):
-                self._entries.append(ArraysCache.merge(layer))
-            else:
-                self._entries.append(RowsKVCache(layer))
+        self._entries = join([row.entries for row in rows])
         deltas = [row.rope_delta for row in rows]
         self._rope_delta = mx.array(deltas) if any(deltas) else 0
 
     def clear(self) -> None:
         """Give all rows back their states."""
         if len(self.rows) > 1:
-            for place, row in enumerate(self.rows):
-                for mine, theirs in zip(self._entries, row.entries, strict=True):
-                    if isinstance(theirs, ArraysCache):
-                        # Copies: a view would keep the states of all rows alive.
-                        states = (mx.contiguous(a[place : place + 1]) for a in mine.cache)
-                        theirs.cache = list(states)
+            part(self._entries, [row.entries for row in self.rows])
+            for row in self.rows:
                 row.settle()
         self.rows, self._entries = [], []
 

@@ -1,6 +1,8 @@
 """The answers that are being decoded: in batches, or one alone with drafts."""
 
+import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -14,6 +16,8 @@ from .speculate import OFF, Drafter
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
+# Streams of each thread: MLX never frees one.
+_of_thread = threading.local()
 
 
 class Rows:
@@ -21,11 +25,10 @@ class Rows:
 
     def __init__(self, model: Model, fail: Callable[[Ticket, Exception], None]):
         """`fail(ticket, error)` removes all rows of a request."""
-        self.model = model
         self._fail = fail
         self._rows: list[Row] = []
         self._batches: list[RowBatch] = []
-        self._drafters: dict[str, Drafter] = {}
+        self._drafters: dict[tuple[int, str], Drafter] = {}
         self._streams: list[mx.Stream] = []
         self._rows_a_stream = rows_a_stream(model)
 
@@ -48,11 +51,12 @@ class Rows:
                 if row.cache in batch.rows:
                     batch.clear()
 
-    def drafter(self, mode: str) -> Drafter:
+    def drafter(self, model: Model, mode: str) -> Drafter:
         """For rows that are alone; it remembers what drafts of this kind brought."""
-        if mode not in self._drafters:
-            self._drafters[mode] = Drafter(self.model, mode)
-        return self._drafters[mode]
+        key = id(model), mode
+        if key not in self._drafters:
+            self._drafters[key] = Drafter(model, mode)
+        return self._drafters[key]
 
     def step(self) -> list[Row]:
         """A token of each row; returns those that have one and have not failed."""
@@ -76,7 +80,7 @@ class Rows:
     def _step_alone(self, row: Row) -> list[Row]:
         self._arrange([])
         try:
-            step = row.speculative_step(self.drafter(row.prepared.request.draft))
+            step = row.speculative_step(self.drafter(row.cache.model, row.prepared.request.draft))
             row.take(step.token, step.logits, step.from_draft)
         except Exception as error:
             self._fail(row.ticket, error)
@@ -89,14 +93,12 @@ class Rows:
             self._arrange(rows)
             # The pass of all rows starts before the host knows their tokens.
             drawn_from = []
-            for batch, members in zip(
-                self._batches, groups(rows, self._rows_a_stream), strict=True
-            ):
+            for batch, members in zip(self._batches, self._groups(rows), strict=True):
                 for row in members:
                     row.sampler.accept(row.token)
                 hidden = batch.step(mx.concatenate([row.token for row in members]))
                 with mx.stream(batch.stream):
-                    logits = self.model.head(hidden)[:, 0]
+                    logits = batch.model.head(hidden)[:, 0]
                 drawn_from.append((members, logits, batch.stream))
             # At once: MLX waits for most of one before it starts another.
             mx.async_eval([logits for _, logits, _ in drawn_from])
@@ -148,9 +150,18 @@ class Rows:
         for row in rows:
             self._fail(row.ticket, error)
 
+    def _groups(self, rows: list[Row]) -> list[list[Row]]:
+        """The rows by batches: those with the same adapter, of about the same size."""
+
+        def model_of(row: Row) -> int:
+            return id(row.cache.model)
+
+        of_models = itertools.groupby(sorted(rows, key=model_of), model_of)
+        return [group for _, some in of_models for group in groups([*some], self._rows_a_stream)]
+
     def _arrange(self, rows: list[Row]) -> None:
         """Bring these rows, and no others, into batches; states move where rows came or went."""
-        wanted = groups([row.cache for row in rows], self._rows_a_stream)
+        wanted = [[row.cache for row in group] for group in self._groups(rows)]
         held = self._batches
         kept = [i for i in range(min(len(held), len(wanted))) if held[i].rows == wanted[i]]
         if len(kept) == len(held) == len(wanted):
@@ -166,13 +177,15 @@ class Rows:
             for cache in group:
                 # The MTP layer reads no batch.
                 cache.feeds_mtp = False
-            self._batches.append(RowBatch(self.model, self._stream(i)))
+            self._batches.append(RowBatch(group[0].model, self._stream(i)))
             self._batches[-1].put(group)
 
     def _stream(self, number: int) -> mx.Stream:
         """That of a batch; the first one's is the thread's own."""
-        while len(self._streams) <= number:
-            device = mx.default_device()
-            first = not self._streams
-            self._streams.append(mx.default_stream(device) if first else mx.new_stream(device))
-        return self._streams[number]
+        device = mx.default_device()
+        if not hasattr(_of_thread, "streams"):
+            _of_thread.streams = [mx.default_stream(device)]
+        streams: list[mx.Stream] = _of_thread.streams
+        while len(streams) <= number:
+            streams.append(mx.new_stream(device))
+        return streams[number]

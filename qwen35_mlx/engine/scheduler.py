@@ -8,13 +8,16 @@ import atexit
 import logging
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, current_thread
 from typing import Any
 
 import mlx.core as mx
 
+from ..errors import Qwen35Error
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
 from .admission import Admission
@@ -25,6 +28,7 @@ from .requests import (
     Done,
     EngineBusy,
     EngineStopped,
+    Event,
     Failed,
     FinishReason,
     Request,
@@ -35,6 +39,9 @@ from .sampler import Sampler
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
+
+# While requests run, what was read is written now and then: a killed server keeps it.
+SAVE_SECONDS = 1.0
 
 
 @dataclass
@@ -58,8 +65,11 @@ class Engine:
         *,
         store: PrefixStore | None = None,
         limits: Limits | None = None,
+        adapters: Mapping[str, Model] | None = None,
     ):
+        """`adapters`: the model with each of them, by their names; see `with_adapter`."""
         self.model, self.tokenizer = model, tokenizer
+        self.models = {"": model, **(adapters or {})}
         self.store = store or PrefixStore(model)
         self.limits = limits or Limits()
         self._preparer = Preparer(model, tokenizer)
@@ -78,6 +88,7 @@ class Engine:
         self._readings: list[Reading] = []
         self._rows = Rows(self.model, self._fail)
         self._pieces = Pieces()
+        self._saved_at = time.perf_counter()
         self._vocabulary: Vocabulary | None = None
 
     def start(self) -> None:
@@ -100,6 +111,9 @@ class Engine:
 
     def prepare(self, request: Request) -> Prepared:
         """All checks of a request, and its ids; raises Qwen35Error. Nothing of MLX is used."""
+        if request.adapter not in self.models:
+            names = ", ".join(filter(None, self.models)) or "none"
+            raise Qwen35Error("no such adapter", got=repr(request.adapter)[:80], expected=names)
         return self._preparer.prepare(request)
 
     def count_tokens(self, request: Request) -> int:
@@ -110,7 +124,7 @@ class Engine:
         """Queue a request; a mistake in it is raised here, as are EngineBusy and EngineStopped."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         ticket = Ticket(prepared.request.n, self._wake)
-        reading = Reading(prepared, ticket)
+        reading = Reading(prepared, ticket, self.models[prepared.request.adapter])
         with self._lock:
             if self._stopping is not None or not self.is_alive:
                 raise EngineStopped("the engine does not run", got=self._stopping or "it has died")
@@ -134,16 +148,45 @@ class Engine:
             thread.join()
         atexit.unregister(self.stop)
 
+    def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
+        """Answer requests in the caller's thread; yields the place of each and its events."""
+        events: list[tuple[int, Event]] = []
+
+        def take(place: int, event: Event) -> None:
+            events.append((place, event))
+
+        with self._lock:
+            self._thread, self._stopping = current_thread(), None
+        try:
+            for place, request in enumerate(requests):
+                self.submit(request).add_listener(partial(take, place))
+            while self._has_work():
+                self._take_inbox()
+                self._admit()
+                # Nobody waits for a first token: the more answers go on together, the better.
+                if self._readings:
+                    self._read_piece()
+                elif self._rows:
+                    self._step()
+                yield from events
+                events.clear()
+        finally:
+            self._thread, self._stopping = None, "not started"
+            self._tickets = set()
+            self._reset()
+
     def stats(self) -> dict[str, float]:
         """Counters since the first start, and what runs now."""
         counts = dict(self._counts)
         with self._lock:
             started = self._num_started()
             counts |= {"running": started, "queued": max(0, len(self._tickets) - started)}
+        experts = getattr(self.model, "experts", None)
         return counts | {
             "rows": len(self._rows),
             "cached_points": self.store.num_snapshots,
             "cache_bytes": self.store.nbytes,
+            **(experts.figures() if experts else {}),
         }
 
     def _num_started(self) -> int:
@@ -161,6 +204,7 @@ class Engine:
                 self._drop_cancelled()
                 self._admit()
                 self._go_on()
+                self._save()
         except BaseException as error:
             log.exception("the engine's thread has died")
             reason: Exception = EngineStopped("the engine has died", got=repr(error)[:200])
@@ -178,11 +222,21 @@ class Engine:
         mx.clear_streams()
 
     def _has_work(self) -> bool:
-        return bool(self._rows or self._readings or self._queue or not self._inbox.empty())
+        runs = self._rows or self._readings or self._queue or not self._inbox.empty()
+        return bool(runs or not self.store.is_saved)
+
+    def _save(self) -> None:
+        """Write a piece of what was read, where nobody waits for it or the last one is old."""
+        if self.store.is_saved:
+            return
+        is_idle = not (self._rows or self._readings or self._queue)
+        if is_idle or time.perf_counter() - self._saved_at > SAVE_SECONDS:
+            self.store.save_piece()
+            self._saved_at = time.perf_counter()
 
     def _take_inbox(self) -> None:
         """Queue what was submitted; waits for it where there is nothing else to do."""
-        is_idle = not (self._rows or self._readings or self._queue)
+        is_idle = not (self._rows or self._readings or self._queue) and self.store.is_saved
         while True:
             try:
                 reading = self._inbox.get(block=is_idle and self._stopping is None)
@@ -227,7 +281,7 @@ class Engine:
                 continue
             if self._readings or self._queue or not self._inbox.empty():
                 return
-            if any(row.ticket.cancelled for row in self._rows):
+            if any(row.ticket.cancelled for row in self._rows) or not self.store.is_saved:
                 return
 
     def _read_piece(self) -> None:
@@ -237,9 +291,10 @@ class Engine:
             if reading.cache is None:
                 reading.start(self.store)
             is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
-            size = self._pieces.next_size(is_shared)
+            experts = getattr(self.model, "experts", None)
+            size = experts.sweep_tokens if experts else self._pieces.next_size(is_shared)
             before = reading.position
-            drafter = self._rows.drafter(reading.prepared.request.draft)
+            drafter = self._rows.drafter(reading.model, reading.prepared.request.draft)
             hidden = reading.read_piece(size, drafter.uses_mtp)
             num_read = reading.position - before
             seconds = time.perf_counter() - started
@@ -316,6 +371,7 @@ class Engine:
         for row, reason in ended:
             prepared = row.prepared
             row.cache.release()
+            self.store.save_later(row.cache)
             end = row.end(reason)
             # Before it is sent: the next request may come at once.
             if prepared.key is not None:
@@ -332,6 +388,9 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """One request ends with an error; the others go on."""
+        if isinstance(error, RuntimeError) and self.model.ring is not None:
+            # Of MLX, in the middle of a pass that other processes take part in.
+            self.model.ring.fail(error)
         log.warning("a request failed: %r", error, exc_info=error)
         self._counts["failed"] += 1
         # What they have read may be what failed: it is of no use to others.
@@ -351,6 +410,7 @@ class Engine:
         self._queue = deque(r for r in self._queue if r is not reading)
         if reading.cache is not None:
             reading.cache.release()
+            self.store.save_later(reading.cache)
             self.store.trim()
 
     def _forget(self, ticket: Ticket) -> None:

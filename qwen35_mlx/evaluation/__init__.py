@@ -1,1 +1,1 @@
-"""What a model is worth on this machine: its speed."""
+"""What a model is worth: its speed on this machine, and what it can."""

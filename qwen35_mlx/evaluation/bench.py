@@ -234,9 +234,13 @@ def prompt_ids(num_tokens: int, vocab_size: int) -> list[int]:
 def bytes_per_token(model: Model, context: int) -> int:
     """What decoding one token has to read: weights, chosen experts alone, caches and states."""
     arrays = dict(tree_flatten(model.parameters()))
+    experts = model.experts
+    # A stack of slots is a part of all experts.
+    whole = experts.num_experts / experts.num_slots if experts else 1.0
     weights = sum(
-        int(array.nbytes * read_share(model.config, name.rpartition(".")[0]))
+        int(array.nbytes * share * (whole if share < 1 and ".switch_mlp." in name else 1))
         for name, array in arrays.items()
+        if (share := read_share(model.config, name.rpartition(".")[0]))
     )
     item_bytes = model.language_model.model.norm.weight.dtype.size
     states = 2 * state_bytes(model.config, item_bytes)

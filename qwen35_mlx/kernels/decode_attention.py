@@ -4,11 +4,12 @@ Keys and values are floats, or what `mx.quantize` makes of them. B batch, T toke
 query/key heads, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..memory import KV_GROUP_SIZE
 from .matrix import FLOATS
 from .metal import kernel
 from .tiers import PORTABLE, Tiers
@@ -16,7 +17,7 @@ from .tiers import PORTABLE, Tiers
 # A simdgroup takes 32 dims of the values.
 HEAD_DIMS = range(32, 257, 32)
 # The format of packed keys and values that the kernel reads.
-PACKED_BITS, PACKED_GROUP_SIZE = 8, 64
+PACKED_BITS, PACKED_GROUP_SIZE = 8, KV_GROUP_SIZE
 # Rows, a query head of a token each, for which a threadgroup may keep its sums in registers.
 ROW_CLASSES = (8, 16, 32, 64, 96)
 # Of queries and of scores in threadgroup memory, which is 32 KB.
@@ -43,18 +44,43 @@ class Packed(NamedTuple):
         """Of what is packed."""
         return self.parts[1].dtype
 
-    def unpacked(self) -> mx.array:
-        """All of them as floats."""
-        w, scales, biases = self.parts
-        return mx.dequantize(w, scales, biases, self.group_size, self.bits)
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def times(self, x: mx.array, head: int, transpose: bool) -> mx.array:
+        """x `[B, 1, R, D]` times the keys of a head, transposed, or `[B, 1, R, S]` times values."""
+        w, scales, biases = (part[:, head : head + 1] for part in self.parts)
+        return mx.quantized_matmul(x, w, scales, biases, transpose, self.group_size, self.bits)
 
 
 Heads = mx.array | Packed
 
 
+def each(heads: Heads, change: Callable[[mx.array], mx.array]) -> Heads:
+    """Floats, or all parts of what is packed, changed."""
+    if isinstance(heads, Packed):
+        return heads._replace(parts=[change(part) for part in heads.parts])
+    return change(heads)
+
+
+def first_keys(heads: Heads, num_keys: int) -> Heads:
+    """The first ones, `[B, Hk, S, D]`; no copy."""
+    return each(heads, lambda a: a[..., :num_keys, :])
+
+
+def packed(x: mx.array, bits: int) -> Packed:
+    """`[B, Hk, S, D]` in groups of 64."""
+    return Packed(mx.quantize(x, PACKED_GROUP_SIZE, bits), bits, PACKED_GROUP_SIZE)
+
+
 def unpacked(heads: Heads) -> mx.array:
     """`[B, Hk, S, D]` as floats."""
-    return heads.unpacked() if isinstance(heads, Packed) else heads
+    if not isinstance(heads, Packed):
+        return heads
+    w, scales, biases = heads.parts
+    return mx.dequantize(w, scales, biases, heads.group_size, heads.bits)
 
 
 def decode_attention(
@@ -78,7 +104,34 @@ def decode_attention(
         and _is_readable(v)
     ):
         return decode_attention_kernel(q, k, v, scale)
+    return portable_attention(q, k, v, scale, mask)
+
+
+def portable_attention(q: mx.array, k: Heads, v: Heads, scale: float, mask: Any) -> mx.array:
+    """The same by operations of MLX, for any T. What is packed is never unpacked as a whole."""
+    if isinstance(k, Packed) and isinstance(v, Packed):
+        return _packed_attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, unpacked(k), unpacked(v), scale=scale, mask=mask)
+
+
+def _packed_attention(q: mx.array, k: Packed, v: Packed, scale: float, mask: Any) -> mx.array:
+    batch, _, num_tokens, dim = q.shape
+    num_kv_heads, length = k.shape[1:3]
+    rows = (q * scale).reshape(batch, num_kv_heads, -1, dim)
+    if isinstance(mask, str):
+        places = mx.arange(length)
+        mask = places <= places[length - num_tokens :, None]
+    outputs = []
+    for head in range(num_kv_heads):
+        # One at a time: of several, MLX would copy all that is packed on the CPU.
+        scores = k.times(rows[:, head : head + 1], head, True)
+        shape = scores.shape
+        if mask is not None:
+            # [B, query heads, T, S]; rows are tokens of one query head after another.
+            scores = scores.reshape(batch, -1, num_tokens, length)
+            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min).reshape(shape)
+        outputs.append(v.times(mx.softmax(scores, axis=-1, precise=True), head, False))
+    return mx.concatenate(outputs, axis=1).reshape(q.shape)
 
 
 def _is_readable(heads: Heads) -> bool:

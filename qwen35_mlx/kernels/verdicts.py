@@ -4,6 +4,7 @@ A verdict is about one operation at one model's shapes, one format of weights an
 tokens. It holds for a chip, an OS, an MLX and the text of the kernels.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -128,19 +129,25 @@ def member_of(config: ModelConfig) -> Member:
 
 def machine_key() -> dict[str, str]:
     """What verdicts depend on: chip, OS, MLX, and the kernels themselves."""
-    digest = hashlib.sha256()
-    for file in sorted(files(__package__).iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".metal"):
-            digest.update(file.name.encode() + file.read_bytes())
-    for wrapper in WRAPPERS:
-        text = inspect.getsource(inspect.unwrap(wrapper)) if callable(wrapper) else repr(wrapper)
-        digest.update(text.encode())
     return {
         "chip": str(mx.device_info().get("device_name", "?")),
         "os": operating_system(),
         "mlx": version("mlx"),
-        "kernels": digest.hexdigest()[:16],
+        "kernels": _digest_of_sources(WRAPPERS),
     }
+
+
+@functools.cache
+def _digest_of_sources(wrappers: tuple[Any, ...]) -> str:
+    """Of the `.metal` files and what launches them; a process has one text of them."""
+    digest = hashlib.sha256()
+    for file in sorted(files(__package__).iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".metal"):
+            digest.update(file.name.encode() + file.read_bytes())
+    for wrapper in wrappers:
+        text = inspect.getsource(inspect.unwrap(wrapper)) if callable(wrapper) else repr(wrapper)
+        digest.update(text.encode())
+    return digest.hexdigest()[:16]
 
 
 def path() -> Path:

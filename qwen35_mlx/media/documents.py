@@ -1,9 +1,10 @@
-"""PDF: each page as a picture, through pypdfium2."""
+"""PDF: each page as a picture, or the text of all, through pypdfium2."""
 
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from ..errors import MediaError, first_line
@@ -25,6 +26,31 @@ def open_pdf(
     name: str = "document",
 ) -> list[Picture]:
     """The pages with these numbers, counted from 1; all if there are at most MAX_PAGES."""
+    with _opened(source, name) as (document, name):
+        # So that what was typed into fields is drawn too.
+        document.init_forms()
+        return [_render(document, n, settings, name) for n in _chosen(len(document), pages, name)]
+
+
+def pdf_text(source: Source, name: str = "document") -> str:
+    """The text of all pages, an empty line between them; raises MediaError if there is none."""
+    with _opened(source, name) as (document, name):
+        pages = [page.get_textpage().get_text_bounded().strip() for page in document]
+    text = "\n\n".join(page for page in pages if page).replace("\r\n", "\n")
+    if not text:
+        raise MediaError(
+            f"{name} has no text",
+            got=f"{len(pages)} pages of pictures, as a scanner makes them",
+            expected="pages with text",
+            hint="/pdf in a chat, and generate --pdf, send pages as pictures",
+        )
+    # What a PDF has in place of a hyphen at the end of a line.
+    return text.replace("\ufffe", "-").replace("\0", "")
+
+
+@contextmanager
+def _opened(source: Source, name: str) -> Iterator[tuple[Any, str]]:
+    """The document at a path or in bytes, and its name."""
     try:
         import pypdfium2
     except ImportError:
@@ -44,9 +70,7 @@ def open_pdf(
             expected="a PDF without a password",
         ) from None
     try:
-        # So that what was typed into fields is drawn too.
-        document.init_forms()
-        return [_render(document, n, settings, name) for n in _chosen(len(document), pages, name)]
+        yield document, name
     except pypdfium2.PdfiumError as error:
         raise MediaError(f"{name} is damaged", got=first_line(error)) from None
     finally:

@@ -4,6 +4,7 @@ E experts, r rank. Names of parameters are those of mlx-lm. The matrices themsel
 are, so that a model keeps its bits.
 """
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -137,6 +138,28 @@ def attach_to_model(model: Model, adapter: Adapter) -> None:
         )
     attach(model, adapter)
     model.adapter_digest = adapter.digest
+
+
+def with_adapter(model: Model, adapter: Adapter) -> Model:
+    """The model with another adapter, beside itself: the two share all weights of the model.
+
+    What either computes needs a cache of its own.
+    """
+    twin = _twin(model)
+    attach_to_model(twin, adapter)
+    # Arrays that are not evaluated cannot be used by another thread.
+    mx.eval(twin.parameters())
+    return twin
+
+
+def _twin(part: Any) -> Any:
+    """Modules that hold the same arrays."""
+    if isinstance(part, nn.Module):
+        twin = copy.copy(part)
+        for name, value in part.items():
+            dict.__setitem__(twin, name, _twin(value))
+        return twin
+    return [_twin(value) for value in part] if isinstance(part, list) else part
 
 
 def wrap(base: nn.Module, change: Change, dropout: float = 0.0, kind: str = LORA) -> LoRALinear:

@@ -10,12 +10,19 @@ import mlx.nn as nn
 
 from ..config import ModelConfig
 from ..kernels.attention_heads import output_gate, qk_norm, qk_norm_rope, rotate
-from ..kernels.decode_attention import Heads, Packed, decode_attention, unpacked
+from ..kernels.decode_attention import (
+    Heads,
+    Packed,
+    decode_attention,
+    first_keys,
+    portable_attention,
+)
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
 from .layer_cache import RowsKVCache
 from .rope import PartialRope, RopeDelta, shifted
+from .shard import joined
 
 
 def attention_mask(num_tokens: int, cache: Any | None) -> Any:
@@ -43,19 +50,14 @@ def attend(
     block = query_block(q.shape[0] * q.shape[1], num_keys, max_scores_bytes, q.itemsize)
     if num_tokens <= block:
         return decode_attention(q, k, v, scale, mask, kernels)
-    k, v = unpacked(k), unpacked(v)
     outputs = []
     for start in range(0, num_tokens, block):
         end = min(start + block, num_tokens)
         # "causal" takes the last query to see the last key.
         seen = num_keys - num_tokens + end if isinstance(mask, str) else num_keys
         rows = mask[..., start:end, :] if isinstance(mask, mx.array) else mask
-        keys, values = k[:, :, :seen], v[:, :, :seen]
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                q[:, :, start:end], keys, values, scale=scale, mask=rows
-            )
-        )
+        keys, values = first_keys(k, seen), first_keys(v, seen)
+        outputs.append(portable_attention(q[:, :, start:end], keys, values, scale, rows))
         # Or MLX makes the scores of all blocks at once.
         mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=2)
@@ -66,10 +68,12 @@ class Attention(nn.Module):
 
     kernels: Tiers = PORTABLE
     max_scores_bytes: int = MAX_SCORES_BYTES
+    # Of the processes that have the other heads.
+    group: mx.distributed.Group | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self._num_kv_heads = config.num_key_value_heads
+        self.set_heads(config)
         self._scale = config.head_dim**-0.5
         hidden, dim = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(hidden, 2 * config.num_attention_heads * dim, bias=False)
@@ -79,6 +83,10 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.rope = PartialRope(config.rope)
+
+    def set_heads(self, config: ModelConfig) -> None:
+        """The numbers that are not seen in the weights."""
+        self._num_kv_heads = config.num_key_value_heads
 
     def __call__(
         self,
@@ -112,12 +120,14 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 k, v = cache.update_and_fetch(k, v)
-                if hasattr(cache, "bits"):
+                if hasattr(cache, "group_size"):
                     # mlx-lm's quantized cache, of its option kv_bits.
                     k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
             out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
-        return project(out, (self.o_proj,), self.kernels, residual=x)[0]
+        residual = x if self.group is None else None
+        (out,) = project(out, (self.o_proj,), self.kernels, residual=residual)
+        return joined(out, x, self.group)
 
     def _attend_rows(self, q: mx.array, k: mx.array, v: mx.array, cache: RowsKVCache) -> mx.array:
         """One token of each row over its own keys and values, `[B, H, 1, D]`."""

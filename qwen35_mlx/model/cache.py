@@ -13,7 +13,8 @@ import mlx.core as mx
 from ..config import FULL, ModelConfig
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
-from .layer_cache import ArraysCache, BatchKVCache, KVCache
+from .layer_cache import BatchKVCache, KVCache, RowsKVCache
+from .states_cache import ArraysCache
 
 __all__ = ["ArraysCache", "BatchKVCache", "KVCache"]
 CacheEntry = KVCache | BatchKVCache | ArraysCache
@@ -22,7 +23,8 @@ CacheEntry = KVCache | BatchKVCache | ArraysCache
 def make_cache(config: ModelConfig, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
     """An empty cache; `left_padding` gives each row's number of pad tokens at its start."""
     if left_padding is None:
-        return [KVCache() if t == FULL else ArraysCache(size=2) for t in config.layer_types]
+        bits = config.kv_bits
+        return [KVCache(bits) if t == FULL else ArraysCache(size=2) for t in config.layer_types]
     padding = [int(n) for n in left_padding]
     if not padding or min(padding) < 0:
         raise Qwen35Error("left_padding is not usable", got=padding, expected="numbers >= 0")
@@ -66,6 +68,8 @@ def accept(cache: Sequence[Any], num_tokens: int) -> None:
         raise Qwen35Error(
             "cannot accept so many tokens", got=num_tokens, expected=f"0 to {max(kept)}"
         )
+    if handle := _handle(cache):
+        handle.tell("accept", num_tokens=num_tokens)
     for entry in cache:
         entry.accept(num_tokens)
 
@@ -87,6 +91,8 @@ class Snapshot:
     mtp_hidden: mx.array | None = None
     # The tick at which it was last of use; see PrefixStore.
     last_used: int = 0
+    # Where other processes have a part of it; see `model.ring`.
+    handle: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -100,15 +106,20 @@ def snapshot(cache: Sequence[Any], num_tokens: int, rope_delta: int = 0) -> Snap
 
     The recurrent arrays are replaced, never written in place, so keeping a reference is a copy.
     """
-    return Snapshot(
+    point = Snapshot(
         num_tokens,
         tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache),
         rope_delta,
     )
+    if handle := _handle(cache):
+        point.handle = handle.make("snapshot", num_tokens=num_tokens)
+    return point
 
 
 def restore(cache: Sequence[Any], point: Snapshot) -> None:
     """Bring the cache of which `point` was taken back to it; later tokens are forgotten."""
+    if handle := _handle(cache):
+        handle.tell("restore", point=point.handle.number)
     for entry, kept in zip(cache, point.entries, strict=True):
         if isinstance(kept, int):
             entry.trim(entry.offset - kept)
@@ -117,21 +128,52 @@ def restore(cache: Sequence[Any], point: Snapshot) -> None:
 
 
 def fork(cache: Sequence[Any], point: Snapshot) -> list[CacheEntry]:
-    """A second cache at `point`, with keys and values of its own: the first may be dropped."""
+    """A second cache at `point`; the first may go on or be dropped."""
     forked: list[Any] = []
     for entry, kept in zip(cache, point.entries, strict=True):
         if isinstance(kept, int):
-            forked.append(KVCache())
-            if kept:
-                # Room to grow included: the first token behind it would ask for it.
-                keys, values = (a[..., :kept, :] for a in (entry.keys, entry.values))
-                forked[-1].update_and_fetch(keys, values)
+            own = isinstance(entry, KVCache)
+            known = entry if own else KVCache.from_state((entry.keys, entry.values, entry.offset))
+            forked.append(known.fork(kept))
         else:
             forked.append(ArraysCache(size=len(kept)))
             forked[-1].cache = list(kept)
     # A lazy array belongs to the thread that made it.
     mx.eval([entry.state for entry in forked])
+    if handle := _handle(cache):
+        forked[0].handle = handle.make("fork", point=point.handle.number)
     return forked
+
+
+def join(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    """Caches of single sequences as rows of one, which reads one token of each in a pass.
+
+    Recurrent states are stacked, keys and values stay with their row.
+    """
+    joined: list[Any] = [
+        ArraysCache.merge(layer) if isinstance(layer[0], ArraysCache) else RowsKVCache(layer)
+        for layer in zip(*rows, strict=True)
+    ]
+    if handle := _handle(rows[0]):
+        joined[0].handle = handle.make("join", rows=[row[0].handle.number for row in rows])
+    return joined
+
+
+def part(joined: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
+    """Give the caches that were joined their states back."""
+    if handle := _handle(joined):
+        handle.tell("part", rows=[row[0].handle.number for row in rows])
+    for place, row in enumerate(rows):
+        for mine, theirs in zip(joined, row, strict=True):
+            if isinstance(theirs, ArraysCache):
+                # Copies: a view would keep the states of all rows alive.
+                states = (mx.contiguous(a[place : place + 1]) for a in mine.cache)
+                theirs.cache = list(states)
+
+
+def _handle(cache: Sequence[Any]) -> Any:
+    """What tells other processes of this cache; None where there are none."""
+    return getattr(cache[0], "handle", None) if cache else None
 
 
 def kv_bytes(cache: Sequence[Any]) -> int:

@@ -12,21 +12,19 @@ from ..config import ModelConfig
 from ..kernels.delta_step import DeltaParameters, Tape, delta_step, kept_delta_step
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
+from .shard import joined
 
 
 class GatedDeltaNet(nn.Module):
     """One linear attention layer (arXiv 2412.06464) with a fixed-size state."""
 
     kernels: Tiers = PORTABLE
+    # Of the processes that have the other heads.
+    group: mx.distributed.Group | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self._conv_state_shape = (config.linear_conv_kernel_dim - 1, config.conv_dim)
-        self._state_shape = (
-            config.linear_num_value_heads,
-            config.linear_value_head_dim,
-            config.linear_key_head_dim,
-        )
+        self.set_heads(config)
         hidden, channels = config.hidden_size, config.conv_dim
         num_value_heads = config.linear_num_value_heads
         self.in_proj_qkv = nn.Linear(hidden, channels, bias=False)
@@ -41,6 +39,15 @@ class GatedDeltaNet(nn.Module):
         # Not called: delta_step ends in `rms_norm(x) * weight * silu(z)` over each value head.
         self.norm = nn.RMSNorm(config.linear_value_head_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
+
+    def set_heads(self, config: ModelConfig) -> None:
+        """The shapes of an empty state."""
+        self._conv_state_shape = (config.linear_conv_kernel_dim - 1, config.conv_dim)
+        self._state_shape = (
+            config.linear_num_value_heads,
+            config.linear_value_head_dim,
+            config.linear_key_head_dim,
+        )
 
     def __call__(
         self,
@@ -87,4 +94,6 @@ class GatedDeltaNet(nn.Module):
                 cache.advance(num_tokens)
                 # Without this the states wait for the end of the step, with every layer's inputs.
                 (out,) = mx.depends([out], states)
-        return project(out, (self.out_proj,), self.kernels, residual=x)[0]
+        residual = x if self.group is None else None
+        (out,) = project(out, (self.out_proj,), self.kernels, residual=residual)
+        return joined(out, x, self.group)

@@ -4,7 +4,8 @@ B batch, T tokens, H hidden size. Module names are the tensor names on disk.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +22,13 @@ from .cache import CacheEntry, check_keeping, make_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
 from .mtp import MTP
+from .ring import Leader, leader
 from .rope import RopeDelta
+from .shard import shard
 from .vision import VisionTower
+
+if TYPE_CHECKING:
+    from .expert_pool import Experts
 
 
 class DecoderLayer(nn.Module):
@@ -55,14 +61,25 @@ class DecoderLayer(nn.Module):
         keep_states: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
-        norm = self.input_layernorm
-        if self.is_linear:
-            x = self.linear_attn(x, norm, mask, cache, keep_states)
-        else:
-            x = self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
+        x = self.attend(x, mask, cache, rope_tables, rope_delta, keep_states)
         if last_only:
             x = x[:, -1:]
         return self.mlp(x, self.post_attention_layernorm)
+
+    def attend(
+        self,
+        x: mx.array,
+        mask: Any,
+        cache: Any | None,
+        rope_tables: tuple[mx.array, mx.array] | None,
+        rope_delta: RopeDelta = 0,
+        keep_states: bool = False,
+    ) -> mx.array:
+        """The first half of the layer: x + attention of either kind."""
+        norm = self.input_layernorm
+        if self.is_linear:
+            return self.linear_attn(x, norm, mask, cache, keep_states)
+        return self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
 
 
 class Trunk(nn.Module):
@@ -134,8 +151,12 @@ class Model(nn.Module):
     """
 
     kernels: Tiers = PORTABLE
-    # Of the adapter that was loaded with the model; part of every session's identity.
+    # Of the adapter that was loaded with the model.
     adapter_digest: str = ""
+    # Where experts are read from disk: their pools.
+    experts: "Experts | None" = None
+    # Of rank 0, where other processes have parts of the layers.
+    ring: Leader | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -181,7 +202,8 @@ class Model(nn.Module):
         keep_states: bool = False,
     ) -> mx.array:
         """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
-        return self.language_model.model(
+        trunk = self.language_model.model
+        return (trunk if self.ring is None else partial(self.ring.trunk, trunk))(
             ids,
             cache,
             embeddings=embeddings,
@@ -218,6 +240,16 @@ class Model(nn.Module):
         return project(hidden, (self.language_model.lm_head,), self.kernels)[0]
 
     @property
+    def kv_bits(self) -> tuple[int, int] | None:
+        """Of keys and values in its caches; None where they have the activations' type."""
+        return self.config.kv_bits
+
+    @property
+    def cache_key(self) -> str:
+        """What decides on the numbers in a cache besides the model's own weights."""
+        return " ".join(filter(None, [self.adapter_digest, self.config.cache_key]))
+
+    @property
     def num_mtp_layers(self) -> int:
         """1 where the layer is loaded that drafts tokens."""
         return self.config.num_mtp_layers
@@ -229,7 +261,19 @@ class Model(nn.Module):
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
         """An empty cache, one entry a layer; see `qwen35_mlx.cache`."""
-        return make_cache(self.config, left_padding)
+        entries = make_cache(self.config, left_padding)
+        if self.ring is not None:
+            self.ring.hold(entries, left_padding)
+        return entries
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Keep this process's part; rank 0 goes on as ever, the others call `model.ring.follow`.
+
+        `load` under `qwen35-mlx cluster` reads no more than the part.
+        """
+        shard(self, group)
+        if group.rank() == 0:
+            self.ring = leader()
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:

@@ -1,25 +1,38 @@
-"""The cache of one layer, in mlx-lm's protocol: keys and values, or recurrent states.
+"""The cache of a full-attention layer, in mlx-lm's protocol: keys and values.
 
 B batch, H key/value heads, S cached tokens, T new tokens, D head dim. mlx-lm's generators, its
 batches and its cache files find the names, attributes and states of its own classes here.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import mlx.core as mx
 
-from ..kernels.delta_step import KeptStates, Tape
+from ..kernels.decode_attention import (
+    PACKED_GROUP_SIZE,
+    Heads,
+    Packed,
+    each,
+    first_keys,
+    packed,
+    unpacked,
+)
 from ..memory import kv_capacity
+
+# Of what is quantized, as `mx.quantize` gives them.
+PARTS = ("weight", "scales", "biases")
 
 
 class LayerCache:
-    """What all three have in common."""
+    """What the caches of all layers have in common."""
 
     # Everything that has to be evaluated, moved or stored; set it to restore the cache.
     state: Any
     # Tokens of the last pass that `accept` may take back.
     num_kept = 0
+    # Of the first layer's, where other processes have a part of the cache; see `model.ring`.
+    handle: Any = None
 
     @classmethod
     def from_state(cls, state: Any) -> Self:
@@ -49,19 +62,29 @@ def grown(buffer: mx.array | None, used: int, new: mx.array) -> mx.array:
     return mx.concatenate([buffer[..., :used, :], room], axis=2)
 
 
+def written(buffer: Any, used: int, new: Any) -> Any:
+    """`buffer`, grown where it has no room, with `new` behind its first `used` tokens."""
+    if isinstance(new, Packed):
+        buffers = [None] * len(new.parts) if buffer is None else buffer.parts
+        pairs = zip(buffers, new.parts, strict=True)
+        return new._replace(parts=[written(old, used, part) for old, part in pairs])
+    buffer = grown(buffer, used, new)
+    buffer[..., used : used + new.shape[2], :] = new
+    return buffer
+
+
 class KeysAndValues(LayerCache):
     """Buffers `[B, H, room, D]` that grow; which part is in use, the subclasses know."""
 
-    keys: mx.array | None = None
-    values: mx.array | None = None
+    keys: Any = None
+    values: Any = None
 
-    def _append(self, keys: mx.array, values: mx.array, start: int) -> tuple[mx.array, mx.array]:
+    def _append(self, keys: Heads, values: Heads, start: int) -> tuple[Any, Any]:
         """Write `[B, H, T, D]` behind the first `start` tokens; returns all up to there."""
+        self.keys = written(self.keys, start, keys)
+        self.values = written(self.values, start, values)
         end = start + keys.shape[2]
-        self.keys, self.values = grown(self.keys, start, keys), grown(self.values, start, values)
-        self.keys[..., start:end, :] = keys
-        self.values[..., start:end, :] = values
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return first_keys(self.keys, end), first_keys(self.values, end)
 
     def is_trimmable(self) -> bool:
         return True
@@ -77,17 +100,62 @@ class KeysAndValues(LayerCache):
 
 
 class KVCache(KeysAndValues):
-    """Keys and values of one sequence, or of rows of equal length."""
+    """Keys and values of one sequence, or of rows of equal length; `bits` of each if quantized."""
 
-    def __init__(self) -> None:
-        self.offset = 0
+    bits: tuple[int, int] | None = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def __init__(self, bits: tuple[int, int] | None = None) -> None:
+        self.offset, self.bits = 0, bits
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
-        held = self._append(keys, values, self.offset)
+        k: Heads = keys
+        v: Heads = values
+        if self.bits:
+            k, v = packed(keys, self.bits[0]), packed(values, self.bits[1])
+        held = self._append(k, v, self.offset)
         self.num_kept = keys.shape[2]
         self.offset += self.num_kept
         return held
+
+    def rows(self, start: int, stop: int) -> dict[str, mx.array]:
+        """Views of keys and values of these tokens, by name; of what is quantized, of its parts."""
+        arrays: dict[str, mx.array] = {}
+        for name, heads in (("keys", self.keys), ("values", self.values)):
+            if isinstance(heads, Packed):
+                arrays |= {f"{name}.{k}": a for k, a in zip(PARTS, heads.parts, strict=True)}
+            elif heads is not None:
+                arrays[name] = heads
+        return {name: array[..., start:stop, :] for name, array in arrays.items()}
+
+    def append_rows(self, rows: Mapping[str, mx.array]) -> None:
+        """Append what `rows` gives, of a cache with the same bits."""
+        k, v = (self._of_rows(rows, name, i) for i, name in enumerate(("keys", "values")))
+        self._append(k, v, self.offset)
+        self.offset += k.shape[2]
+        self.num_kept = 0
+
+    def _of_rows(self, rows: Mapping[str, mx.array], name: str, place: int) -> Heads:
+        if self.bits is None:
+            return rows[name]
+        parts = [rows[f"{name}.{part}"] for part in PARTS]
+        return Packed(parts, self.bits[place], PACKED_GROUP_SIZE)
+
+    def fork(self, num_tokens: int) -> "KVCache":
+        """A cache of the first tokens; of the two, the one that goes on first copies them."""
+        other = KVCache(self.bits)
+        if num_tokens:
+            # Few tokens are copied: they would keep the memory of all.
+            shares = 2 * num_tokens >= self.keys.shape[2]
+            other.keys, other.values = (
+                # Another object of the same memory: one object would be written to by both.
+                each(heads, lambda a: a.astype(a.dtype))
+                if shares
+                else written(None, 0, first_keys(heads, num_tokens))
+                for heads in (self.keys, self.values)
+            )
+            other.offset = num_tokens
+        return other
 
     def accept(self, num_tokens: int) -> None:
         """Keep the first tokens of the last pass."""
@@ -100,6 +168,8 @@ class KVCache(KeysAndValues):
     @state.setter
     def state(self, value: Any) -> None:
         self.keys, self.values, self.offset = value
+        if isinstance(self.keys, Packed):
+            self.bits = self.keys.bits, self.values.bits
 
     def trim(self, num_tokens: int) -> int:
         """Forget the last tokens; returns how many."""
@@ -118,6 +188,8 @@ class KVCache(KeysAndValues):
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
         """For mlx-lm's option kv_bits: its own cache that quantizes what it holds."""
+        if self.bits:
+            return self
         # Never reached from this program; whoever calls it has mlx-lm.
         from mlx_lm.models.cache import KVCache as Theirs
 
@@ -133,7 +205,7 @@ class KVCache(KeysAndValues):
         batch = BatchKVCache([longest - c.offset for c in caches])
         if longest:
             batch.keys, batch.values = (
-                in_line([(getattr(c, name), 1, c.offset) for c in caches], longest)
+                in_line([(unpacked(getattr(c, name)), 1, c.offset) for c in caches], longest)
                 for name in ("keys", "values")
             )
             batch.offset = batch.offset + longest
@@ -309,146 +381,3 @@ class RowsKVCache(LayerCache):
     def make_mask(self, num_tokens: int, **unused: Any) -> None:
         """One token of each row sees all of its own."""
         assert num_tokens == 1
-
-
-class ArraysCache(LayerCache):
-    """The states of a recurrent layer: replaced at each step, never written in place.
-
-    `left_padding` and `lengths` `[B]` are how many of the next tokens are padding, and how many
-    are left before the padding at a row's end.
-    """
-
-    # A pass that can be taken back, in place of the states.
-    pending: Tape | KeptStates | None = None
-
-    def __init__(self, size: int, left_padding: Sequence[int] | None = None) -> None:
-        self.cache = [None] * size
-        self.left_padding = mx.array(list(left_padding)) if left_padding else None
-        self.lengths: mx.array | None = None
-
-    @property
-    def cache(self) -> list[Any]:
-        """The states. Whoever asks for them accepts what is left of the last pass."""
-        if self.pending is not None:
-            self.cache = list(self.pending.states())
-        return self._states
-
-    @cache.setter
-    def cache(self, states: list[Any]) -> None:
-        self._states, self.pending, self.num_kept = states, None, 0
-
-    def keep(self, pending: Tape | KeptStates) -> None:
-        """Count a pass that can be taken back as read."""
-        self._states = [None] * len(self._states)
-        self.pending, self.num_kept = pending, pending.num_accepted
-
-    def accept(self, num_tokens: int) -> None:
-        """Keep the first tokens of the last pass."""
-        assert self.pending is not None
-        self.pending, self.num_kept = self.pending._replace(num_accepted=num_tokens), 0
-
-    def __getitem__(self, index: int) -> Any:
-        return self.cache[index]
-
-    def __setitem__(self, index: int, value: Any) -> None:
-        self.cache[index] = value
-
-    @property
-    def batch_size(self) -> int:
-        """The number of rows; 1 while nothing tells."""
-        known = (*self.cache, self.left_padding, self.lengths)
-        return next((a.shape[0] for a in known if a is not None), 1)
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        return self.cache, self.left_padding, self.lengths
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.cache, self.left_padding, self.lengths = value
-
-    def make_mask(self, num_tokens: int) -> mx.array | None:
-        """False at padding, `[B, T]`; None where there is none."""
-        positions = mx.arange(num_tokens)
-        mask = None
-        if self.left_padding is not None:
-            mask = positions >= self.left_padding[:, None]
-        if self.lengths is not None:
-            inside = positions < self.lengths[:, None]
-            mask = inside if mask is None else mask & inside
-        return mask
-
-    def prepare(self, lengths: Sequence[int] | None = None, **unused: Any) -> None:
-        """Announce how many tokens of each row come before the padding at its end."""
-        self.lengths = None if lengths is None else mx.array(list(lengths))
-
-    def advance(self, num_tokens: int) -> None:
-        """Count tokens that were read."""
-        if self.left_padding is not None:
-            self.left_padding = self.left_padding - num_tokens
-        if self.lengths is not None:
-            self.lengths = self.lengths - num_tokens
-
-    def finalize(self) -> None:
-        """No more padding comes."""
-        self.left_padding = self.lengths = None
-
-    def filter(self, rows: Any) -> None:
-        """Keep these rows only."""
-        kept = [None if a is None else a[rows] for a in (*self.cache, *self._paddings)]
-        *self.cache, self.left_padding, self.lengths = kept
-
-    def extend(self, other: "ArraysCache") -> None:
-        """Append the rows of another batch; a state that one side lacks is zero there."""
-        sizes = self.batch_size, other.batch_size
-
-        def joined(pair: tuple[mx.array | None, mx.array | None]) -> mx.array | None:
-            known = next((a for a in pair if a is not None), None)
-            if known is None:
-                return None
-            return mx.concatenate(
-                [
-                    mx.zeros((size, *known.shape[1:]), known.dtype) if a is None else a
-                    for a, size in zip(pair, sizes, strict=True)
-                ]
-            )
-
-        mine, theirs = (*self.cache, *self._paddings), (*other.cache, *other._paddings)
-        pairs = zip(mine, theirs, strict=True)
-        *self.cache, self.left_padding, self.lengths = map(joined, pairs)
-
-    def extract(self, row: int) -> "ArraysCache":
-        """One row as a cache of its own."""
-        cache = ArraysCache(len(self.cache))
-        cache.cache = [None if a is None else a[row : row + 1] for a in self.cache]
-        return cache
-
-    @staticmethod
-    def merge(caches: Sequence[Any]) -> "ArraysCache":
-        """One batch of several sequences."""
-        batch = ArraysCache(len(caches[0].cache), [0] * len(caches))
-        if all(cache.empty() for cache in caches):
-            return batch
-        batch.left_padding = None
-        for index in range(len(batch.cache)):
-            states = [cache[index] for cache in caches]
-            known = next((a for a in states if a is not None), None)
-            if known is not None:
-                batch[index] = mx.concatenate(
-                    [mx.zeros_like(known) if a is None else a for a in states]
-                )
-        return batch
-
-    @property
-    def _paddings(self) -> tuple[mx.array | None, mx.array | None]:
-        return self.left_padding, self.lengths
-
-    def empty(self) -> bool:
-        """Whether nothing was ever read."""
-        return self.pending is None and self._states[0] is None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the states, of all points that the last pass can be taken back to."""
-        arrays = self._states if self.pending is None else self.pending.arrays
-        return sum(a.nbytes for a in arrays if a is not None)

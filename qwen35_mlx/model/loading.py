@@ -1,6 +1,7 @@
 """Read a folder that MLX runs into the modules: every name and shape checked, nothing dropped."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,27 @@ import mlx.nn as nn
 
 from ..checkpoint.adapter import read_adapter
 from ..checkpoint.headers import SourceTensor, read_headers
+from ..checkpoint.names import OF_EXPERTS
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
+from ..checkpoint.sharding import Cut, Sharding
 from ..checkpoint.tensor_table import Transform
 from ..config import read_config, read_object
-from ..errors import CheckpointError, ConfigError, MemoryRefused, first_line
+from ..errors import CheckpointError, ConfigError, MemoryRefused, Qwen35Error, first_line
 from ..kernels import choice, tiers
+from ..kernels.switch import SwitchGLU
+from ..machine import parse_memory
 from ..media.settings import VisionSettings, read_settings
-from ..memory import allow, wire
+from ..memory import AUTO, allow_with_kv, kv_choices, room_for_experts, sweep_bytes, wire
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
+from .expert_pool import Experts, stack_bytes
 from .hub import not_converted, resolve
 from .language import Model
+from .ring import agreed, group, in_ring, leader
+from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
 
@@ -40,34 +48,65 @@ def load_model(
     force: bool = False,
     mtp: bool | None = None,
     adapter: str | Path | None = None,
+    kv_bits: str | int = AUTO,
+    experts_memory: int | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
     On the CPU everything is float32, whatever the files hold: other types are many times
     slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
-    see `load` for the settings.
+    see `load` for the settings. Of several processes in a `group` each reads its part.
     """
-    model, raw_config, num_bytes = open_model(Path(folder), mtp)
+    model, raw_config, num_bytes = open_model(Path(folder), mtp, context, experts_memory, group)
     if adapter is not None:
         found = read_adapter(adapter)
+        if model.experts and any(OF_EXPERTS in name for name in found.changes):
+            raise Qwen35Error(
+                "the adapter changes experts, of which some are on disk only",
+                got=f"memory for {model.experts.num_slots} of {model.experts.num_experts}",
+                expected="an adapter of other layers, or memory for all experts",
+                hint="fuse it: qwen35-mlx fuse",
+            )
         attach_to_model(model, found)
         num_bytes += found.nbytes
+    item_bytes = model.language_model.model.norm.weight.dtype.size
+    if model.experts:
+        num_bytes += sweep_bytes(model.config, context, item_bytes)
     # Until here nothing but headers is read: MLX loads when it evaluates.
     try:
-        model.allowance = allow(
-            model.config,
+        model.config, model.allowance = allow_with_kv(
+            kv_choices(model.config, kv_bits),
             num_bytes,
             context=context,
             force=force,
-            item_bytes=model.language_model.model.norm.weight.dtype.size,
+            item_bytes=item_bytes,
         )
-    except MemoryRefused:
-        if mtp is not None or model.mtp is None:
+    except MemoryRefused as refused:
+        if mtp is None and model.mtp is not None:
+            loaded = load_model(
+                folder, context, force, False, adapter, kv_bits, experts_memory, group
+            )
+            if not loaded[0].experts:
+                log.warning("no memory is left for the MTP layer: nothing drafts tokens")
+            return loaded
+        # Experts from disk are whole ones, of one process.
+        if mtp or model.experts or not model.config.is_moe or group is not None:
             raise
-        loaded = load_model(folder, context, force, False, adapter)
-        log.warning("no memory is left for the MTP layer: nothing drafts tokens")
+        resident = num_bytes - stack_bytes(model)
+        room = room_for_experts(model.config, resident, context, item_bytes)
+        try:
+            loaded = load_model(folder, context, force, False, adapter, kv_bits, max(room, 0))
+        except MemoryRefused as too_little:
+            raise MemoryRefused(f"{refused}\nwith experts from disk: {too_little}") from None
+        log.warning(
+            "the weights do not fit the memory: others than these experts are read from disk, %s",
+            loaded[0].experts,
+        )
         return loaded
     model.config = replace(model.config, context_limit=model.allowance.context)
+    if group is not None:
+        model.config = agreed(model.config)
     wire(model.allowance)
     for layer in [*model.layers, *(model.mtp.layers if model.mtp else [])]:
         if not layer.is_linear:
@@ -76,8 +115,19 @@ def load_model(
     return model, raw_config
 
 
-def open_model(folder: Path, mtp: bool | None = None) -> tuple[Model, dict[str, Any], int]:
-    """The model in `folder` with weights that are not read yet, config.json, bytes of weights."""
+def open_model(
+    folder: Path,
+    mtp: bool | None = None,
+    context: int | None = None,
+    experts_memory: int | None = None,
+    group: mx.distributed.Group | None = None,
+) -> tuple[Model, dict[str, Any], int]:
+    """The model in `folder` with weights that are not read yet, config.json, bytes of weights.
+
+    A `context` that is longer than the trained one stretches it by YaRN. With `experts_memory`,
+    bytes, only so much of the experts is in memory, and the MTP layer is left out: a pass of
+    several tokens reads more experts than it saves passes.
+    """
     raw_config = read_config(folder)
     headers = read_headers(folder)
     found = resolve_tensors(raw_config, headers)
@@ -86,17 +136,50 @@ def open_model(folder: Path, mtp: bool | None = None) -> tuple[Model, dict[str, 
         # What `convert` would refuse is not sent there.
         read_headers(folder, strict=True)
         raise not_converted(folder)
-    matches, config = found.text_matches, found.config
-    if loads_mtp(found, mtp):
+    matches, config = found.text_matches, found.config.stretched_to(context)
+    if config is not found.config:
+        log.warning(
+            "YaRN stretches the context from %s to %s tokens: shorter texts are read less well",
+            f"{config.max_position_embeddings:,}",
+            f"{context:,}",
+        )
+    experts = None
+    if experts_memory is not None:
+        stacks = [match for match in matches if OF_EXPERTS in match.name]
+        experts = Experts(config, stacks, experts_memory)
+        experts = None if experts.holds_all else experts
+    if experts and mtp:
+        raise Qwen35Error(
+            "the MTP layer together with experts from disk",
+            got=f"mtp=True and memory for {experts.num_slots} of {experts.num_experts} experts",
+            expected="mtp=None or False: what drafts read takes longer than what they save",
+        )
+    if not experts and loads_mtp(found, mtp):
         matches += found.mtp_matches
     else:
         config = replace(config, num_mtp_layers=0)
+    if group is not None and group.rank():
+        config = replace(config, num_mtp_layers=0, vision=None)
     model = Model(config)
+    if experts:
+        for layer in model.layers:
+            layer.mlp.switch_mlp = SwitchGLU(
+                config.hidden_size, config.moe_intermediate_size, experts.num_slots
+            )
+        matches = [match for match in matches if OF_EXPERTS not in match.name]
     quantize_modules(model, found.quantizations)
-    weights = read_parameters([*matches, *found.tower_matches])
+    sharding = None if group is None else shard(model, group)
+    if sharding and sharding.whole and not sharding.rank:
+        log.warning("whole on each of %d Macs: %s", sharding.size, sharding.whole)
+    weights = read_parameters([*matches, *found.tower_matches], sharding)
+    num_bytes = sum(array.nbytes for array in weights.values())
+    if experts:
+        weights |= experts.attach(model)
+        num_bytes += experts.nbytes
+    model.experts = experts
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
-    return model, raw_config, sum(array.nbytes for array in weights.values())
+    return model, raw_config, num_bytes
 
 
 def loads_mtp(found: Resolved, wanted: bool | None) -> bool:
@@ -120,34 +203,47 @@ def check_copies(found: Resolved) -> None:
             raise refuse_other_head(head, embedding)
 
 
-def read_parameters(matches: Iterable[Match]) -> dict[str, mx.array]:
+def read_parameters(
+    matches: Iterable[Match], sharding: Sharding | None = None
+) -> dict[str, mx.array]:
     """Arrays by their names in the model; they are read when they are used.
 
-    On the CPU floats become float32.
+    On the CPU floats become float32. Of a sharded model the part of this process, read here.
     """
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     shards: Shards = {}
     arrays = {}
     for match in matches:
         for part in match.parts:
-            array = _assemble(part, match.transform, shards)
+            if sharding and not sharding.holds(part.name):
+                continue
+            cut = sharding.cut(part.name) if sharding else None
+            array = _assemble(part, match.transform, shards, cut)
             if on_cpu and mx.issubdtype(array.dtype, mx.floating):
                 array = array.astype(mx.float32)
+            if sharding:
+                # One after the other: a cast holds two copies.
+                mx.eval(array)
             arrays[part.name] = array
     return arrays
 
 
-def _assemble(part: Part, transform: Transform, shards: Shards) -> mx.array:
-    """The rows of a part, transformed."""
+def _assemble(part: Part, transform: Transform, shards: Shards, cut: Cut | None) -> mx.array:
+    """The rows of a part, transformed, and of these what a process has."""
     first, *others = part.segments
     if not others and first.stop_row - first.start_row == first.tensor.num_rows:
-        array = _stored(first.tensor, shards)
+        if cut:
+            # No transform of these moves the axis of the cut.
+            array, cut = read_cut(first.tensor, cut), None
+        else:
+            array = _stored(first.tensor, shards)
     else:
         rows = [
             _stored(s.tensor, shards).reshape(s.tensor.num_rows, -1)[s.start_row : s.stop_row]
             for s in part.segments
         ]
         array = mx.concatenate(rows).reshape(part.shape)
+        array = array if cut is None else taken(array, cut)
     if transform is Transform.ADD_ONE:
         return (array.astype(mx.float32) + 1).astype(array.dtype)
     is_moved = transform in (Transform.TAPS_FIRST, Transform.CHANNELS_LAST)
@@ -192,6 +288,8 @@ def load(
     force: bool = False,
     mtp: bool | None = None,
     adapter: str | Path | None = None,
+    kv_bits: str | int = AUTO,
+    experts_memory: int | str | None = None,
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
@@ -200,23 +298,61 @@ def load(
     found right and faster: what was never measured for such a model is, within seconds.
     `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
     32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
+    More than the model was trained for, up to four times as many, stretches it by YaRN.
     `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves out one
     that does not fit, or is unquantized beside quantized weights.
     `adapter`: a folder with an adapter, of `qwen35-mlx train` or mlx-lm; the matrices that it
     changes run without kernels.
+    `kv_bits`: 16, 8 or "k8v4" bits for keys and values in caches; "auto" is 16, or 8 where 16 do
+    not fit.
+    `experts_memory`: bytes, or a text such as "80GB", for experts; others are read from disk when
+    a token needs them. None keeps all, or where that does not fit as many as do.
 
     The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
     tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
     """
     choice.require(kernels)
+    ring = leader() if in_ring() else None
+    if ring is not None:
+        if adapter is not None:
+            raise Qwen35Error(
+                "an adapter does not run on several Macs",
+                got=str(adapter),
+                hint="qwen35-mlx fuse makes a model of both",
+            )
+        if experts_memory is not None:
+            raise Qwen35Error(
+                "experts from disk do not run on several Macs",
+                got=f"experts_memory={experts_memory}",
+                hint="leave --experts-memory out, or run on one Mac",
+            )
+        path = os.path.abspath(path_or_hub_id)
+        path = path if os.path.isdir(path) else str(path_or_hub_id)
+        options = dict(revision=revision, context=context, force=force, kv_bits=kv_bits)
+        ring.load(path, options)
     folder = resolve(path_or_hub_id, revision)
-    model, config = load_model(folder, context, force, mtp, adapter)
-    tiers.use(model, choose(kernels, model))
+    if isinstance(experts_memory, str):
+        experts_memory = parse_memory(experts_memory)
+    model, config = load_model(
+        folder, context, force, mtp, adapter, kv_bits, experts_memory, ring.group if ring else None
+    )
+    model.ring, chosen = ring, choose(kernels, model)
+    tiers.use(model, chosen)
+    if ring is not None:
+        ring.tell("kernels", base=chosen.base, kernel_rows=dict(chosen.kernel_rows))
     generation = read_generation_config(folder)
     model.sampling_defaults = SamplingParams.from_generation_config(generation)
     tokenizer = load_tokenizer(folder, config, generation)
     tokenizer.vision, tokenizer.no_vision = vision_settings(folder, model)
     return model, tokenizer
+
+
+def load_part(
+    path: str, revision: str | None, context: int | None, force: bool, kv_bits: str | int
+) -> Model:
+    """What a rank above 0 has of the model that rank 0 loads."""
+    folder = resolve(path, revision)
+    return load_model(folder, context, force, False, kv_bits=kv_bits, group=group())[0]
 
 
 def vision_settings(folder: Path, model: Model) -> tuple[VisionSettings | None, str]:

@@ -48,6 +48,7 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
     last = given[-1]
     return Request(
         messages=given,
+        adapter=service.adapter(body),
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=parallel,

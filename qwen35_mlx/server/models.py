@@ -15,17 +15,18 @@ OWNER = "qwen35-mlx"
 GAUGES = ("running", "queued", "rows", "cached_points", "cache_bytes")
 
 
-def model_object(service: Service) -> dict[str, Any]:
+def model_object(service: Service, name: str = "") -> dict[str, Any]:
     """One object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
     settings = service.settings
     length = settings.context_length
+    name = name if name in service.model_names else settings.model_id
     return {
-        "id": settings.model_id,
+        "id": name,
         "object": "model",
         "created": settings.created_s,
         "owned_by": OWNER,
         "type": "model",
-        "display_name": settings.model_id,
+        "display_name": name,
         "created_at": rfc3339(settings.created_s),
         "max_model_len": length,
         "context_length": length,
@@ -45,16 +46,16 @@ def rfc3339(seconds: float) -> str:
 
 
 async def list_models(http: HttpRequest) -> Response:
-    """/v1/models: the one there is."""
-    model = model_object(service_of(http))
-    identity = model["id"]
+    """/v1/models: the one there is, alone and with each of its adapters."""
+    service = service_of(http)
+    models = [model_object(service, name) for name in service.model_names]
     return JSONResponse(
         {
             "object": "list",
-            "data": [model],
+            "data": models,
             "has_more": False,
-            "first_id": identity,
-            "last_id": identity,
+            "first_id": models[0]["id"],
+            "last_id": models[-1]["id"],
         }
     )
 
@@ -70,7 +71,7 @@ async def get_model(http: HttpRequest) -> Response:
             param="model",
             code="model_not_found",
         )
-    return JSONResponse(model_object(service))
+    return JSONResponse(model_object(service, name))
 
 
 async def embeddings(http: HttpRequest) -> Response:

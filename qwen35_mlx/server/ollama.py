@@ -85,6 +85,7 @@ def _request(service: Service, body: Fields) -> Request:
     given = reading.read_options(body)
     thinking = reading.read_thinking(body)
     return Request(
+        adapter=service.adapter(body),
         enable_thinking=thinking.enabled,
         think_budget=thinking.budget,
         params=reading.sampling(given, service.settings.defaults),

@@ -39,11 +39,11 @@ def _details(service: Service) -> dict[str, Any]:
     }
 
 
-def _card(service: Service) -> dict[str, Any]:
+def _card(service: Service, name: str) -> dict[str, Any]:
     settings = service.settings
     return {
-        "name": settings.model_id,
-        "model": settings.model_id,
+        "name": name,
+        "model": name,
         "size": settings.num_bytes,
         "digest": settings.digest,
         "details": _details(service),
@@ -54,7 +54,8 @@ async def tags(http: HttpRequest) -> Response:
     """The models that there are."""
     service = service_of(http)
     modified = rfc3339(service.settings.created_s)
-    return JSONResponse({"models": [_card(service) | {"modified_at": modified}]})
+    more = {"modified_at": modified}
+    return JSONResponse({"models": [_card(service, name) | more for name in service.model_names]})
 
 
 async def ps(http: HttpRequest) -> Response:
@@ -65,7 +66,7 @@ async def ps(http: HttpRequest) -> Response:
         "size_vram": service.settings.num_bytes,
         "context_length": service.settings.context_length,
     }
-    return JSONResponse({"models": [_card(service) | more]})
+    return JSONResponse({"models": [_card(service, name) | more for name in service.model_names]})
 
 
 async def show(http: HttpRequest) -> Response:

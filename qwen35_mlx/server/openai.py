@@ -93,6 +93,7 @@ def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Requ
         grammar=options.response_format(body) or options.structured_outputs(body),
         logprobs=(num_top or 0) if wants_logprobs else None,
         cache_hint=cache_hint,
+        adapter=service.adapter(body),
         wants_progress=body.flag("return_progress") or False,
     )
 

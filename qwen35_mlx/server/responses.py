@@ -105,6 +105,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         grammar=options.response_format(text, "format") if text is not None else None,
         logprobs=(num_top or 0) if wants_logprobs else None,
         cache_hint=body.text("prompt_cache_key"),
+        adapter=service.adapter(body),
     )
 
 

@@ -36,6 +36,8 @@ class Settings:
     context_length: int
     # Other names for the model.
     aliases: Sequence[str] = ()
+    # Of adapters that a request may name, as `MODEL:NAME` or in its field `adapters`.
+    adapters: Sequence[str] = ()
     vocab_size: int = 0
     defaults: SamplingParams = field(default_factory=SamplingParams)
     architecture: str = "qwen3_5"
@@ -145,10 +147,26 @@ class Service:
             request.messages = restored(list(map(dict, request.messages)), self.calls)
         return int(await self.in_worker(self.engine.count_tokens, request))
 
+    @property
+    def model_names(self) -> list[str]:
+        """The model alone, and with each of its adapters."""
+        base = self.settings.model_id
+        return [base, *(f"{base}:{adapter}" for adapter in self.settings.adapters)]
+
     def knows(self, name: str) -> bool:
         """Whether a name is that of the model; Ollama's clients add :latest."""
-        names = (self.settings.model_id, *self.settings.aliases)
+        names = (*self.model_names, *self.settings.aliases)
         return name in names or name.removesuffix(":latest") in names
+
+    def adapter(self, body: Fields) -> str:
+        """The name of the adapter that a request wants, or nothing."""
+        given = body.text("adapters")
+        if given and given not in self.settings.adapters:
+            names = ", ".join(self.settings.adapters) or "nothing: this server has no adapters"
+            raise body.refuse("adapters", names)
+        name = (body.text("model") or body.text("name") or "").removesuffix(":latest")
+        known = dict(zip(self.model_names[1:], self.settings.adapters, strict=True))
+        return given or known.get(name, "")
 
     def check_model(self, body: Fields) -> str:
         """The name that the client uses for the model; it may leave it out."""

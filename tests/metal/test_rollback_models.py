@@ -47,7 +47,7 @@ def put(log: Log) -> Iterator[Any]:
 
 
 def random_ids(seed: int, number: int) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 90, number).tolist()
+    return np.random.default_rng(seed).integers(0, 43, number).tolist()
 
 
 def linear_entries(cache: Any) -> list[ArraysCache]:

@@ -1,0 +1,81 @@
+"""One answer of a conversation: its pieces, the budget of its thought, loops, and its figures."""
+
+import math
+import time
+from collections.abc import Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, cast
+
+import mlx.core as mx
+
+from ..engine.decode import decode
+from ..engine.loops import LoopDetector
+from ..engine.output import OutputParser, Piece
+from ..engine.prompt_cache import PromptCache
+from ..engine.sampler import Sampler
+from ..engine.turn_prompts import THOUGHT_END
+from ..prompt import encode_text
+
+if TYPE_CHECKING:
+    from .conversation import Chat
+
+LOOP_PENALTY = 1.0
+
+
+def answer(
+    chat: "Chat",
+    question: str,
+    cache: PromptCache,
+    hidden: mx.array,
+    sampler: Sampler,
+    parser: OutputParser,
+    limit: int,
+) -> Generator[Piece, None, None]:
+    """The pieces of an answer of at most `limit` tokens; fills in `chat.stats` as they come."""
+    stats, action = chat.stats, chat.loop_action
+    detector = LoopDetector(chat.tokenizer, question)
+    num_prompt = len(cache.ids)
+    budget = chat.think_budget or math.inf
+    started = time.perf_counter()
+    while True:
+        left = limit - stats.generation_tokens
+        with closing(decode(cache, hidden, sampler, left, chat.drafter)) as steps:
+            for token, _, from_draft in steps:
+                stats.draft_tokens += from_draft
+                stats.generation_tokens += 1
+                if stats.generation_tokens == 1:
+                    started = time.perf_counter()
+                else:
+                    seconds = max(time.perf_counter() - started, 1e-9)
+                    stats.decode_tps = (stats.generation_tokens - 1) / seconds
+                stats.thought_tokens += parser.in_thought
+                stats.peak_memory_gb = mx.get_peak_memory() / 1e9
+                is_end = token in chat.tokenizer.eos_token_ids
+                pieces = [] if is_end else parser.feed(token)
+                if is_end or parser.stopped:
+                    stats.finish_reason = "stop"
+                elif stats.generation_tokens == limit:
+                    stats.finish_reason = "length"
+                elif action != "off" and detector.feed(token):
+                    detector = LoopDetector(chat.tokenizer, question)
+                    if action == "stop":
+                        stats.finish_reason = "loop"
+                    else:
+                        stats.loops += 1
+                        higher = sampler.params.presence_penalty + LOOP_PENALTY
+                        sampler.penalise_repeats(min(higher, 10.0), cache.ids[num_prompt:])
+                yield from pieces
+                if stats.finish_reason:
+                    yield from parser.finish()
+                    return
+                if parser.in_thought and stats.thought_tokens >= budget:
+                    break
+        end = encode_text(chat.tokenizer, THOUGHT_END)
+        if stats.generation_tokens + len(end) >= limit:
+            stats.finish_reason = "length"
+            yield from parser.finish()
+            return
+        hidden = cast(mx.array, cache.read(end))
+        sampler.accept(mx.array(end))
+        stats.generation_tokens += len(end)
+        yield from parser.insert(end)

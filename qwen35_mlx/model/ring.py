@@ -1,0 +1,288 @@
+"""One model in several processes: rank 0 is used as ever, the others follow what it computes.
+
+Rank 0 alone has ids, embeddings, head, drafts and pictures. It announces each pass through the
+layers and each change of a cache over its `Link`, and sends the embeddings by the first of the
+collectives. Every process keeps its own part of each cache, under the same number.
+"""
+
+import atexit
+import os
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache as once
+from typing import Any, NoReturn, cast
+
+import mlx.core as mx
+
+from ..config import ModelConfig
+from ..errors import Qwen35Error
+from ..files import RING_VARIABLE
+from ..kernels.matrix import MAX_ROWS
+from ..kernels.tiers import Tiers, use
+from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
+from . import cache as caches
+from .link import connect, uninterrupted
+
+# Within which the link tells of a process that has ended.
+WORD_S = 2.0
+# Messages that tell the speed of the link: 8 KB, a token's in bfloat16.
+NUM_MEASURED, MEASURED_NUMBERS = 21, 2048
+NOT_QUANTIZED = (16, 16)
+
+
+def in_ring() -> bool:
+    """Whether this process is one of several of one model."""
+    return bool(os.environ.get(RING_VARIABLE))
+
+
+@once
+def group() -> mx.distributed.Group:
+    """All processes of the model."""
+    backend = "jaccl" if "MLX_JACCL_COORDINATOR" in os.environ else "ring"
+    try:
+        return mx.distributed.init(strict=True, backend=backend)
+    except RuntimeError as error:
+        raise Qwen35Error(
+            "the processes of the model do not find each other",
+            got=error,
+            expected=f"all of them under mlx.launch with the backend {backend}",
+        ) from None
+
+
+class Handle:
+    """The number of a cache or of a snapshot that every process has; with it they are dropped."""
+
+    def __init__(self, leader: "Leader"):
+        self.leader, self.number = leader, leader.next_number()
+
+    def __del__(self) -> None:
+        self.leader.dropped.append(self.number)
+
+    def tell(self, do: str, **what: Any) -> None:
+        """A command about this cache."""
+        self.leader.tell(do, cache=self.number, **what)
+
+    def make(self, do: str, **what: Any) -> "Handle":
+        """A command that makes something else of this cache."""
+        made = Handle(self.leader)
+        self.tell(do, number=made.number, **what)
+        return made
+
+
+class Leader:
+    """Rank 0: announces what the others are to do."""
+
+    def __init__(self) -> None:
+        self.group, self.dropped = group(), deque[int]()
+        self._link, self._number, self._has_model = connect(group()), 0, False
+        atexit.register(self._link.end)
+
+    def tell(self, do: str, **what: Any) -> None:
+        """A command for all others, and what they may forget before it."""
+        dropped = [self.dropped.popleft() for _ in range(len(self.dropped))]
+        self._link.send({"do": do, "dropped": dropped, **what})
+
+    def next_number(self) -> int:
+        """One that nothing else has."""
+        self._number += 1
+        return self._number
+
+    def hold(self, entries: Sequence[Any], left_padding: Sequence[int] | None) -> None:
+        """Every process makes an empty cache."""
+        handle = entries[0].handle = Handle(self)
+        padding = None if left_padding is None else [int(n) for n in left_padding]
+        self.tell("hold", number=handle.number, left_padding=padding)
+
+    def trunk(
+        self,
+        trunk: Any,
+        ids: mx.array | None,
+        cache: Sequence[Any] | None,
+        embeddings: mx.array | None,
+        positions: mx.array | None,
+        rope_delta: Any,
+        **flags: bool,
+    ) -> mx.array:
+        """A pass of all processes; its hidden state is being computed."""
+        handle = None if cache is None else getattr(cache[0], "handle", None)
+        if cache is not None and handle is None:
+            raise Qwen35Error(
+                "a model on several Macs has not made this cache", expected="model.make_cache()"
+            )
+        x = trunk.embed_tokens(ids) if embeddings is None else embeddings
+        # What was announced is computed, or the others would wait for ever.
+        with uninterrupted(), self.all_or_none():
+            self.tell(
+                "trunk",
+                cache=handle and handle.number,
+                num_read=caches.cached_tokens(cache or []),
+                shape=x.shape,
+                dtype=str(x.dtype).rpartition(".")[2],
+                positions=None if positions is None else positions.tolist(),
+                rope_delta=rope_delta.tolist() if isinstance(rope_delta, mx.array) else rope_delta,
+                flags=flags,
+            )
+            x = mx.distributed.all_sum(x, group=self.group)
+            hidden: mx.array = trunk(
+                None, cache, embeddings=x, positions=positions, rope_delta=rope_delta, **flags
+            )
+            if x.shape[1] > MAX_ROWS:
+                # Where memory may be short; who reads a prompt waits for it anyway.
+                mx.eval(hidden)
+            mx.async_eval(hidden)
+        return hidden
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """What fails in the block ends all processes: their messages would not match any more."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """End all processes: this one has failed in the middle of a pass."""
+        wait_for_word(error)
+        self._link.fail(f"process 0 of the model has failed: {error}")
+
+    def load(self, path: str, options: dict[str, Any]) -> None:
+        """All others load their parts."""
+        if self._has_model:
+            raise Qwen35Error("several Macs run one model", got=path, expected="no second one")
+        self._has_model = True
+        self.tell("load", path=path, options=options)
+
+    def latency_us(self) -> float:
+        """Of a message as each layer sends two of."""
+        self.tell("measure")
+        return measure_latency_us(self.group)
+
+
+@once
+def leader() -> Leader:
+    """That of this process, rank 0."""
+    return Leader()
+
+
+def wait_for_word(error: Exception) -> None:
+    """MLX may know of a lost process before the link does, which says which and ends this one."""
+    if isinstance(error, RuntimeError):
+        time.sleep(WORD_S)
+
+
+def measure_latency_us(group: mx.distributed.Group) -> float:
+    """The median of sums over all processes."""
+    seconds = []
+    for _ in range(NUM_MEASURED):
+        start = time.perf_counter()
+        mx.eval(mx.distributed.all_sum(mx.zeros(MEASURED_NUMBERS), group=group))
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(seconds)
+
+
+def agreed(config: ModelConfig) -> ModelConfig:
+    """With the context, and the bits of keys and values, that all processes have room for."""
+    own = [config.context_limit or config.context_length, *(config.kv_bits or NOT_QUANTIZED)]
+    context, *bits = cast(list[int], mx.distributed.all_min(mx.array(own), group=group()).tolist())
+    limit = context if context < config.context_length else config.context_limit
+    kv_bits = None if tuple(bits) == NOT_QUANTIZED else (bits[0], bits[1])
+    return replace(config, context_limit=limit, kv_bits=kv_bits)
+
+
+def follow(model: Any = None, load: Callable[..., Any] | None = None) -> None:
+    """What the ranks above 0 do until rank 0 ends.
+
+    With their part of a model, or with `load(path, **options)`, which gives that of what rank 0
+    loads.
+    """
+    # It goes to all processes of a terminal; rank 0 decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = connect(group())
+    follower = Follower(model, load)
+    while True:
+        message = link.messages.get()
+        if message["do"] == "end":
+            return
+        try:
+            follower.take(**message)
+        except Exception as error:
+            wait_for_word(error)
+            name = f"process {group().rank()} of the model"
+            link.fail(f"{name} has failed: {error}")
+
+
+class Follower:
+    """A rank above 0: its caches and snapshots by number."""
+
+    def __init__(self, model: Any, load: Callable[..., Any] | None):
+        self._model, self._load = model, load
+        self._held: dict[int, Any] = {}
+        self._num_passes = 0
+
+    def take(self, do: str, dropped: Sequence[int], **what: Any) -> None:
+        """One command of rank 0."""
+        for number in dropped:
+            self._held.pop(number, None)
+        held, number = self._held, what.pop("number", 0)
+        match do:
+            case "load":
+                assert self._load
+                self._model = self._load(what["path"], **what["options"])
+            case "measure":
+                measure_latency_us(group())
+            case "kernels":
+                use(self._model, Tiers(**what))
+            case "hold":
+                held[number] = caches.make_cache(self._model.config, what["left_padding"])
+            case "trunk":
+                self._trunk(**what)
+            case "accept":
+                caches.accept(held[what["cache"]], what["num_tokens"])
+            case "snapshot":
+                held[number] = caches.snapshot(held[what["cache"]], what["num_tokens"])
+            case "restore":
+                caches.restore(held[what["cache"]], held[what["point"]])
+            case "fork":
+                held[number] = caches.fork(held[what["cache"]], held[what["point"]])
+            case "join":
+                held[number] = caches.join([held[n] for n in what["rows"]])
+            case "part":
+                caches.part(held[what["cache"]], [held[n] for n in what["rows"]])
+            case _:
+                raise Qwen35Error("not a command of this version", got=do)
+
+    def _trunk(
+        self,
+        cache: int | None,
+        num_read: int,
+        shape: Sequence[int],
+        dtype: str,
+        positions: Any,
+        rope_delta: Any,
+        flags: dict[str, bool],
+    ) -> None:
+        entries = None if cache is None else self._held[cache]
+        if (own := caches.cached_tokens(entries or [])) != num_read:
+            raise Qwen35Error(
+                "a cache was changed in one process alone", got=own, expected=f"{num_read} tokens"
+            )
+        x = mx.distributed.all_sum(mx.zeros(shape, getattr(mx, dtype)), group=group())
+        hidden = self._model.language_model.model(
+            None,
+            entries,
+            embeddings=x,
+            positions=None if positions is None else mx.array(positions),
+            rope_delta=mx.array(rope_delta) if isinstance(rope_delta, list) else rope_delta,
+            **flags,
+        )
+        mx.async_eval(hidden)
+        self._num_passes += 1
+        # As rank 0 does.
+        if shape[1] == PREFILL_STEP_SIZE or self._num_passes % POOL_TOKENS == 0:
+            mx.eval(hidden)
+            mx.clear_cache()

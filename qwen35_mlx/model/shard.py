@@ -1,0 +1,148 @@
+"""A model's part of one process: its slices read from disk, its sums over all processes."""
+
+from math import prod
+from typing import TYPE_CHECKING, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..checkpoint.headers import ITEM_BYTES, SourceTensor
+from ..checkpoint.sharding import Cut, Sharding
+from ..errors import CheckpointError
+from ..kernels.matrix import MAX_ROWS
+from ..kernels.router import Routing
+
+if TYPE_CHECKING:
+    from .language import Model
+
+# As numpy has them; it has no bfloat16.
+NUMPY_TYPES = {
+    "U32": np.uint32,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U8": np.uint8,
+}
+# Shorter pieces are copied out of mapped pages: a call for each would take longer.
+PIECE_BYTES = 4096
+# Mapped at a time.
+MAPPED_BYTES = 8 * 2**20
+
+
+def joined(partial: mx.array, residual: mx.array, group: mx.distributed.Group | None) -> mx.array:
+    """`residual` + the sum of all processes' `partial`, which has the residual if there is one.
+
+    The sum of a few rows has a fixed order, so that a row has the bits of that row alone.
+    """
+    if group is None:
+        return partial
+    if group.size() > 2 and partial.size // partial.shape[-1] <= MAX_ROWS:
+        return residual + mx.distributed.all_gather(partial[None], group=group).sum(axis=0)
+    return residual + mx.distributed.all_sum(partial, group=group)
+
+
+class OwnExperts:
+    """The routing of a process that has some experts whole: the others' count nothing."""
+
+    def __init__(self, experts: tuple[int, int] | None, adds_shared: bool):
+        self.experts, self.adds_shared = experts, adds_shared
+
+    def __call__(self, routing: Routing) -> Routing:
+        indices, scores, shared = routing
+        if self.experts is not None:
+            first, end = self.experts
+            is_own = (indices >= first) & (indices < end)
+            indices = mx.where(is_own, indices - first, 0).astype(indices.dtype)
+            scores = mx.where(is_own, scores, 0).astype(scores.dtype)
+        return Routing(indices, scores, shared if self.adds_shared else mx.zeros_like(shared))
+
+
+def shard(model: "Model", group: mx.distributed.Group) -> Sharding:
+    """Keep the part of this process, in place; what is not evaluated yet is not evaluated."""
+    found = {n: m.group_size for n, m in model.named_modules() if hasattr(m, "group_size")}
+    sharding = Sharding(model.config, group.rank(), group.size(), found)
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    cuts = [(name, array, sharding.cut(name)) for name, array in parameters]
+    kept = [(name, taken(array, cut)) for name, array, cut in cuts if cut]
+    model.load_weights(kept, strict=False)
+    model.config = local = sharding.local
+    splits = sharding.splits
+    adds_shared = "shared expert" in splits or group.rank() == 0
+    for layer in model.layers:
+        if layer.is_linear:
+            if "linear" in splits:
+                layer.linear_attn.set_heads(local)
+                layer.linear_attn.group = group
+        elif "attention" in splits:
+            layer.self_attn.set_heads(local)
+            layer.self_attn.group = group
+        if splits & {"mlp", "experts", "whole experts"}:
+            layer.mlp.group = group
+            if sharding.experts is not None or not adds_shared:
+                layer.mlp.own_experts = OwnExperts(sharding.experts, adds_shared)
+    if group.rank():
+        model.language_model.model.pop("embed_tokens")
+        model.language_model.pop("lm_head", None)
+        model.vision_tower = model.mtp = None
+    return sharding
+
+
+def taken(array: mx.array, cut: Cut) -> mx.array:
+    """The cut's ranges of an array, one after the other."""
+    axis = cut.axis % array.ndim
+    before = (slice(None),) * axis
+    parts = [array[(*before, slice(a, b))] for a, b in cut.places(array.shape)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+
+
+def read_cut(tensor: SourceTensor, cut: Cut) -> mx.array:
+    """The cut's ranges of a tensor in a file; nothing else of it is held, and little else read."""
+    axis = cut.axis % len(tensor.shape)
+    places, item = cut.places(tensor.shape), ITEM_BYTES[tensor.dtype]
+    # [outer, axis, inner] in bytes.
+    outer, inner = prod(tensor.shape[:axis]), prod(tensor.shape[axis + 1 :]) * item
+    held = np.empty((outer, sum(b - a for a, b in places) * inner), np.uint8)
+    at = 0
+    for first, end in places:
+        piece = held[:, at : at + (end - first) * inner]
+        _fill(piece, tensor, tensor.shape[axis] * inner, first * inner)
+        at += piece.shape[1]
+    values = held.view(NUMPY_TYPES[tensor.dtype]).reshape(cut.shape(tensor.shape))
+    array = mx.array(values)
+    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+
+
+def _fill(pieces: np.ndarray, tensor: SourceTensor, pitch: int, first: int) -> None:
+    """Pieces `[N, bytes]` that lie `pitch` bytes apart, from `first` on."""
+    start, (number, length) = tensor.offset + first, pieces.shape
+    if length >= PIECE_BYTES or number == 1:
+        with tensor.file.open("rb", buffering=0) as file:
+            for row in range(number):
+                file.seek(start + row * pitch)
+                rest = memoryview(pieces[row])
+                while rest:
+                    num_read = file.readinto(rest)
+                    if not num_read:
+                        raise _shorter(tensor)
+                    rest = rest[num_read:]
+        return
+    step = max(1, MAPPED_BYTES // pitch)
+    for row in range(0, number, step):
+        rows = min(step, number - row)
+        size = (rows - 1) * pitch + length
+        try:
+            mapped = np.memmap(tensor.file, np.uint8, "r", start + row * pitch, (size,))
+        except ValueError:
+            raise _shorter(tensor) from None
+        strided = np.lib.stride_tricks.as_strided(mapped, (rows, length), (pitch, 1))
+        copy_mapped(pieces[row : row + rows], strided)
+
+
+def _shorter(tensor: SourceTensor) -> CheckpointError:
+    return CheckpointError(f"{tensor.file.name} is shorter than it was", hint="copy it again")
+
+
+def copy_mapped(target: np.ndarray, mapped: np.ndarray) -> None:
+    """Out of mapped pages."""
+    target[:] = mapped

@@ -1,0 +1,93 @@
+"""A prompt through the model layer by layer, so that each expert is read from disk once a layer.
+
+T tokens, H hidden.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .attention import attention_mask
+from .cache import holds_keys
+from .feed_forward import SparseMoE
+from .language import Trunk
+from .rope import RopeDelta
+
+# What `Snapshot` keeps of each layer.
+Kept = list[int | tuple[mx.array, ...]]
+
+
+class Sweep(NamedTuple):
+    """Tokens that go through a layer together: pieces that end at `ends`, the last at the end.
+
+    `marks` are those ends where the cache has to be remembered; `on_layer` gets the share of the
+    layers that are done.
+    """
+
+    ends: Sequence[int]
+    marks: Collection[int]
+    on_layer: Callable[[float], None]
+
+
+def piece_ends(start: int, cuts: Iterable[int], step_size: int) -> list[int]:
+    """Where pieces of up to so many tokens end that also end at each of the cuts."""
+    ends: list[int] = []
+    for cut in cuts:
+        ends += [*range(start + step_size, cut, step_size), *([cut] if cut > start else [])]
+        start = cut
+    return ends
+
+
+def sweep_ends(start: int, ends: Sequence[int], most: int) -> list[int]:
+    """Of the ends of pieces those where as many pieces end as have up to `most` tokens."""
+    found = []
+    for before, end in pairwise([start, *ends]):
+        if end - start > most and before > start:
+            found.append(before)
+            start = before
+    return [*found, *ends[-1:]]
+
+
+def read_by_layer(
+    trunk: Trunk,
+    x: mx.array,
+    cache: Sequence[Any],
+    sweep: Sweep,
+    positions: mx.array | None = None,
+    rope_delta: RopeDelta = 0,
+    last_only: bool = False,
+) -> tuple[mx.array, dict[int, Kept]]:
+    """Embeddings `[1, T, H]` of new tokens -> hidden states, as the trunk gives them; see there.
+
+    All numbers are those of the pieces one after the other. Also what the cache of each layer was
+    at the marks.
+    """
+    spans = list(pairwise([0, *sweep.ends]))
+    pieces = [x[:, start:end] for start, end in spans]
+    points: dict[int, Kept] = {end: [] for end in sweep.ends if end in sweep.marks}
+    for done, (layer, entry) in enumerate(zip(trunk.layers, cache, strict=True), 1):
+        is_last = last_only and layer is trunk.layers[-1]
+        for i, (start, end) in enumerate(spans):
+            piece, tables = pieces[i], None
+            if layer.is_linear:
+                mask = entry.make_mask(end - start)
+            else:
+                mask = attention_mask(end - start, entry)
+                at = None if positions is None else positions[..., start:end]
+                tables = layer.self_attn.rope_tables(piece, entry, at, rope_delta)
+            piece = layer.attend(piece, mask, entry, tables, rope_delta)
+            pieces[i] = piece[:, -1:] if is_last else piece
+            mx.eval(pieces[i], entry.state)
+            if end in points:
+                kept = entry.offset if holds_keys(entry) else tuple(entry.cache)
+                points[end].append(kept)
+        if is_last:
+            del pieces[:-1]
+        assert isinstance(layer.mlp, SparseMoE)
+        pieces = layer.mlp.read(pieces, layer.post_attention_layernorm)
+        mx.eval(pieces)
+        sweep.on_layer(done / len(trunk.layers))
+    hidden = [trunk.norm(piece) for piece in pieces]
+    return mx.concatenate(hidden, axis=1), points

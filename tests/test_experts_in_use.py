@@ -1,0 +1,154 @@
+"""Servers, chats, sessions and commands of a model with experts from disk."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shown import ASK, shape
+
+from qwen35_mlx import Chat
+from qwen35_mlx.chat.sessions import model_identity
+from qwen35_mlx.checkpoint.headers import read_headers
+from qwen35_mlx.engine.requests import Done, Failed, Request, Token
+from qwen35_mlx.engine.scheduler import Engine
+from qwen35_mlx.engine.speculate import Drafter
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.evaluation import bench as measuring
+from qwen35_mlx.model.expert_pool import stack_bytes
+from qwen35_mlx.model.loading import load_model
+from qwen35_mlx.sampling import SamplingParams
+
+
+def test_nothing_is_drafted_where_a_pass_of_several_tokens_reads_more(
+    pooled: Any, disk_layout: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = pooled(disk_layout, 4)
+    assert model.mtp is None
+    assert not Drafter(model, "auto").uses_lookup
+    assert not Drafter(model, "lookup").uses_lookup
+    assert "experts from disk" in caplog.text
+    with pytest.raises(Qwen35Error, match="MTP layer together with experts from disk"):
+        load_model(disk_layout, mtp=True, experts_memory=model.experts.nbytes)
+
+
+def test_the_engine_of_a_server_answers_the_same_and_counts(
+    pooled: Any, disk_layout: Path, demo: tuple[Any, Any]
+) -> None:
+    answers = []
+    for model in (demo[0], pooled(disk_layout, 3)):
+        engine = Engine(model, demo[1])
+        engine.start()
+        try:
+            answers.append(text_of(engine, "What is the capital of France?"))
+            figures = engine.stats()
+        finally:
+            engine.stop()
+    assert answers[0] == answers[1]
+    assert answers[0]
+    hits, misses = (figures[f"expert_{kind}_total"] for kind in ("hits", "misses"))
+    assert misses > 0
+    assert figures["expert_hit_rate"] == hits / (hits + misses)
+    assert str(model.experts).startswith("3 of 8 of each layer in ")
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_disk_fails_one_request_of_a_server_and_no_later_one(
+    pooled: Any, disk_layout: Path, demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    question, texts = "What is the capital of France?", []
+    for fault in (None, fail):
+        engine = Engine(pooled(disk_layout, 3), demo[1])
+        engine.start()
+        try:
+            if fault:
+                with monkeypatch.context() as patch:
+                    patch.setattr(os, "preadv", fault)
+                    request = Request([{"role": "user", "content": question}], max_tokens=5)
+                    *_, end = engine.submit(request).events()
+                    assert isinstance(end, Failed)
+                    assert "cannot be read from model.safetensors" in str(end.error)
+            texts.append(text_of(engine, question))
+        finally:
+            engine.stop()
+    assert texts[0] == texts[1]
+    assert texts[0]
+
+
+def text_of(engine: Engine, text: str) -> str:
+    request = Request(
+        [{"role": "user", "content": text}],
+        params=SamplingParams(temperature=0.0),
+        max_tokens=12,
+    )
+    events = engine.submit(request).events()
+    pieces = [piece for e in events if isinstance(e, Token | Done) for piece in e.pieces]
+    return "".join(piece.text for piece in pieces)
+
+
+def test_a_chat_about_a_picture_says_the_same_after_an_edit_and_from_a_session(
+    demo: tuple[Any, Any],
+    pooled: Any,
+    disk_layout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path))
+    settings: dict[str, Any] = dict(
+        enable_thinking=False, max_tokens=8, sampling={"temperature": 0.0}
+    )
+    said = []
+    for name, model in (("all", demo[0]), ("few", pooled(disk_layout, 3))):
+        chat = Chat(model, demo[1], **settings)
+        texts = [
+            text_of_turn(chat.send(ASK, images=[shape("circle", "red")])),
+            text_of_turn(chat.regenerate()),
+            text_of_turn(chat.send("What colour is it?")),
+        ]
+        chat.save(name)
+        # Other experts are in memory there.
+        later = Chat(pooled(disk_layout, 5) if name == "few" else model, demo[1], **settings)
+        later.load(name)
+        texts.append(text_of_turn(later.send("Who are you?")))
+        said.append((texts, later.stats.prefilled_tokens))
+    assert said[0] == said[1]
+
+
+def text_of_turn(turn: Any) -> str:
+    return "".join(piece.text for piece in turn)
+
+
+@pytest.mark.slow
+def test_models_that_differ_in_an_expert_share_no_session(
+    pooled: Any, disk_layout: Path, tmp_path: Path
+) -> None:
+    for file in disk_layout.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    place = read_headers(disk_layout)["language_model.model.layers.2.mlp.experts.5.up_proj.weight"]
+    with (tmp_path / "model.safetensors").open("r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(bytes(32))
+    folders = (disk_layout, disk_layout, tmp_path)
+    same, again, other = (
+        model_identity(pooled(f, n)) for f, n in zip(folders, (3, 4, 3), strict=True)
+    )
+    assert same == again != other
+
+
+@pytest.mark.slow
+def test_a_command_keeps_to_the_memory_and_says_what_was_read(
+    run_cli: Any, converted_demo: Path, resident: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "NEW_TOKENS", 4)
+    memory = f"{5.01 * stack_bytes(resident) / 8 / 2**30:.12f}GB"
+    options = ("--experts-memory", memory, "--max-context", 8, "--runs", 1)
+    *table, last = run_cli("bench", converted_demo, *options).stdout.splitlines()
+    experts = json.loads(last)["experts"]
+    assert experts["expert_slots"] == 5
+    assert f"5 of 8 of each layer in memory, {experts['expert_hit_rate']:.1%} hits" in table[-1]
+    result = run_cli("generate", converted_demo, "-p", "a", "--experts-memory", "1KB")
+    assert result.exit_code == 2 or "not a size of memory" in result.stderr

@@ -1,0 +1,195 @@
+"""The parts of a model that several processes hold: none is missing, none counts twice."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import checkpoints
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from everyday import everyday
+from mlx.utils import tree_flatten
+
+from qwen35_mlx.checkpoint.headers import read_header
+from qwen35_mlx.checkpoint.sharding import LAYERS, Cut, Sharding
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.convert import plan
+from qwen35_mlx.convert.mac_models import MACS, first_part, running
+from qwen35_mlx.convert.report import mac_lines
+from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.model import attention, feed_forward, gated_delta_net
+from qwen35_mlx.model.language import Model
+from qwen35_mlx.model.loading import open_model
+from qwen35_mlx.model.shard import PIECE_BYTES, read_cut, shard, taken
+
+
+def config(moe: bool = False, **changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf(checkpoints.text_config(moe, tied=False) | changes)
+
+
+def shardings(of: ModelConfig, size: int, groups: dict[str, int] | None = None) -> list[Sharding]:
+    return [Sharding(of, rank, size, groups or {}) for rank in range(size)]
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_no_row_and_no_column_is_left_to_nobody(moe: bool, size: int) -> None:
+    model = Model(config(moe))
+    parts = shardings(model.config, size)
+    for name, array in tree_flatten(model.parameters()):
+        cuts = [part.cut(name) for part in parts]
+        if cuts[0] is None:
+            assert cuts == [None] * size
+            continue
+        length = array.shape[cuts[0].axis]
+        places = [i for cut in cuts for a, b in cut.places(array.shape) for i in range(a, b)]
+        assert set(places) == set(range(length)), name
+        is_shared = "k_proj" in name or "v_proj" in name or "qkv" in name or "conv1d" in name
+        assert is_shared or len(places) == length, name
+
+
+def test_embeddings_and_head_are_read_by_rank_0_alone() -> None:
+    first, second = shardings(config(), 2)
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        assert first.holds(name) and not second.holds(name)
+        assert first.cut(name) is None
+    for name in ("language_model.model.norm.weight", f"{LAYERS}0.mlp.down_proj.scales"):
+        assert second.holds(name)
+
+
+def test_what_is_whole_on_every_mac_is_named() -> None:
+    assert shardings(config(), 2)[0].whole == ""
+    odd = Sharding(config(num_attention_heads=6, num_key_value_heads=3), 0, 4, {})
+    assert odd.whole == "attention (6 heads)"
+
+
+def test_a_width_is_not_split_inside_of_a_group_of_weights() -> None:
+    group = {f"{LAYERS}0.mlp.switch_mlp.down_proj": 128}
+    of = config(moe=True, num_experts=4)
+    assert shardings(of, 2)[0].splits >= {"experts"}
+    narrow = shardings(of, 2, group)[1]
+    assert "experts" not in narrow.splits
+    assert narrow.experts == (2, 4)
+
+
+def test_a_number_of_macs_that_divides_nothing_is_refused_with_the_numbers() -> None:
+    with pytest.raises(Qwen35Error, match=r"(?s)on 7 Macs.*4 attention heads.*width 256"):
+        Sharding(config(), 0, 7, {})
+
+
+def model_of(of: ModelConfig) -> Model:
+    """With one kind of quantized matrices."""
+    model = Model(of)
+    nn.quantize(model, 32, 8, class_predicate=lambda path, _: path.endswith("q_proj"))
+    return model
+
+
+def part_of(whole: Model, rank: int, size: int) -> Model:
+    """A second model with the weights of the first, cut."""
+    part = model_of(whole.config)
+    part.load_weights(tree_flatten(whole.parameters()))
+    group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: size)
+    shard(part, group)
+    return part
+
+
+@pytest.mark.parametrize(
+    ("size", "moe", "changes"),
+    everyday(
+        [
+            (2, False, {}),
+            # Each process has a key head of its own, or half of one.
+            (4, True, {"num_experts": 4}),
+            (4, False, {"linear_num_key_heads": 4}),
+            # Nothing but whole experts can be split.
+            (4, True, {"num_experts": 4, "moe_intermediate_size": 30}),
+            (4, True, {"num_experts": 4, "shared_expert_intermediate_size": 30}),
+        ],
+        1,
+        3,
+    ),
+)
+def test_the_parts_of_a_layer_add_up_to_the_layer(
+    size: int, moe: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = model_of(config(moe, **changes))
+    x, norm = mx.random.normal((1, 5, checkpoints.HIDDEN)), nn.RMSNorm(checkpoints.HIDDEN)
+    calls = {
+        0: lambda m: m.layers[0].linear_attn(x, norm, None, None),
+        1: lambda m: m.layers[1].self_attn(x, norm, "causal", None),
+        2: lambda m: m.layers[0].mlp(x, norm),
+    }
+    wanted = {place: call(whole) - x for place, call in calls.items()}
+    for module in (attention, feed_forward, gated_delta_net):
+        monkeypatch.setattr(module, "joined", lambda partial, residual, group: partial)
+    parts = [part_of(whole, rank, size) for rank in range(size)]
+    for place, call in calls.items():
+        total = sum(call(part) for part in parts)
+        assert mx.abs(total - wanted[place]).max().item() < 1e-4, place
+
+
+def test_a_part_has_the_memory_of_a_part() -> None:
+    whole = model_of(config())
+    num_bytes = sum(a.nbytes for _, a in tree_flatten(whole.layers[1].parameters()))
+    part = part_of(whole, 1, 2)
+    kept = sum(a.nbytes for _, a in tree_flatten(part.layers[1].parameters()))
+    assert kept < 0.52 * num_bytes
+    assert part.config.num_key_value_heads == 1
+    assert "embed_tokens" not in part.language_model.model
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
+def test_slices_of_a_file_are_those_of_the_array(dtype: mx.Dtype, tmp_path: Path) -> None:
+    long = 2 * PIECE_BYTES
+    shapes = {"columns": (6, 8), "wide": (3, long), "stack": (2, 4, 8), "vector": (8,)}
+    arrays = {
+        name: (mx.random.uniform(shape=shape) * 1000).astype(dtype)
+        for name, shape in shapes.items()
+    }
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), arrays)
+    tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "a.safetensors")}
+    cuts = [Cut(-1, 4, ((1, 2),)), Cut(0, 2, ((1, 2),)), Cut(-1, 8, ((0, 1), (4, 8)))]
+    for name, array in arrays.items():
+        for cut in [c for c in cuts if array.shape[0] % 2 == 0 or c.axis]:
+            found = read_cut(tensors[name], cut)
+            assert found.dtype == dtype
+            assert found.shape == cut.shape(array.shape)
+            assert mx.array_equal(found, taken(array, cut)), (name, cut)
+    middle = Cut(1, 4, ((2, 3),))
+    assert mx.array_equal(read_cut(tensors["stack"], middle), taken(arrays["stack"], middle))
+
+
+def test_a_file_that_became_shorter_is_an_error_and_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    mx.save_safetensors(str(file), {"a": mx.ones((64, 4))})
+    (tensor,) = read_header(file)
+    with file.open("r+b") as stream:
+        stream.truncate(tensor.offset + tensor.nbytes // 2 + 8)
+    with pytest.raises(CheckpointError, match="shorter than it was"):
+        read_cut(tensor, Cut(0, 2, ((1, 2),)))
+    with pytest.raises(CheckpointError, match="shorter than it was"):
+        read_cut(tensor, Cut(1, 2, ((1, 2),)))
+
+
+def test_a_plan_for_several_macs_counts_what_the_first_will_hold(converted_demo: Path) -> None:
+    planned = plan(converted_demo)
+    part = first_part(planned, 2)
+    model, _, _ = open_model(converted_demo)
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    shard(model, group)
+    held = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    assert {t.name: t.shape for e in part.text_entries for t in e.tensors} == {
+        name: shape for name, shape in held.items() if not name.startswith(("vision", "mtp"))
+    }
+    assert running(part, 4096).kv_cache < 0.6 * running(planned, 4096).kv_cache
+    lines = mac_lines(planned, MACS[:1], num_macs=2)
+    assert "first of 2 such Macs" in lines[-2]
+
+
+def test_a_share_is_counted_as_it_is_cut() -> None:
+    cut = Cut(-1, 8, ((2, 4),))
+    assert cut.shape((5, 64)) == (5, 16)
+    assert cut.places((5, 4)) == [(1, 2)]
+    assert math.prod(cut.shape((5, 4))) == 5
