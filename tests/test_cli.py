@@ -28,6 +28,8 @@ GROUP: Any = typer.main.get_command(cli.app)
 COMMANDS: dict[str, Any] = GROUP.commands
 # Of the ways to choose bits, --bits has the default.
 WITHOUT_DEFAULT = {"recipe", "fit", "bits_per_weight", "calibration", "remove"}
+# One of the two is needed.
+WITHOUT_DEFAULT |= {"hosts", "hostfile"}
 WITHOUT_DEFAULT |= set(SamplingParams.__dataclass_fields__)
 
 
@@ -75,7 +77,7 @@ def test_help_fits_the_terminal_and_nothing_is_cut(name: str, width: int) -> Non
             assert parameter.name == "help" or "".join(parameter.help.split()) in words
     if name or width == 80:
         # What may come several times.
-        for repeated in ("[ARGS]", "{OUT}"):
+        for repeated in ("[ARGS]", "{OUT}", "{COMMAND}"):
             shown = shown.replace(f"{repeated}...", "")
         assert "..." not in shown
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qwen35_mlx.chat.conversation import Chat
 from qwen35_mlx.chat.sessions import read_conversation
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model import link
+from qwen35_mlx.model.adapters import attach_to_model
 from qwen35_mlx.model.link import Link, uninterrupted
 from qwen35_mlx.model.ring import Handle
 
@@ -265,6 +267,15 @@ def test_a_session_of_several_processes_is_read_again_and_not_from_a_part(
     monkeypatch.setattr(model, "ring", object())
     chat.save(tmp_path / "session.json")
     assert not (tmp_path / "session.safetensors").exists()
+
+
+def test_an_adapter_of_rank_0_alone_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = demo
+    monkeypatch.setattr(model, "ring", object())
+    adapter: Any = SimpleNamespace(changes={})
+    with pytest.raises(Qwen35Error, match="several Macs"):
+        attach_to_model(model, adapter)
+    assert not model.adapter_digest
 
 
 def test_nobody_joins_without_the_secret() -> None:

@@ -238,6 +238,7 @@ def test_a_session_keeps_what_the_mtp_layer_has_read(demo: Any, tmp_path: Path) 
     options |= {"max_tokens": 30, "sampling": {"temperature": 0.0}}
     chat = Chat(*demo, **options)
     list(chat.send(QUESTIONS[1]))
+    chat.read_ahead()
     chat.save(tmp_path / "kept.json")
     cache = chat._cache
     assert cache is not None and cache.mtp is not None and cache.mtp.cache.offset > 20

@@ -15,6 +15,7 @@ from ..checkpoint.adapter import DORA, LORA, Adapter, Change
 from ..errors import CheckpointError, Qwen35Error
 from ..kernels.switch import QuantizedSwitchLinear, SwitchLinear
 from .language import Model
+from .ring import no_adapter
 
 MATRIX, STACK = (nn.Linear, nn.QuantizedLinear), (SwitchLinear, QuantizedSwitchLinear)
 LAYER = "language_model.model.layers."
@@ -136,6 +137,8 @@ def attach_to_model(model: Model, adapter: Adapter) -> None:
         raise Qwen35Error(
             "the model has an adapter", expected="one adapter a model", hint="load the model again"
         )
+    if model.ring is not None:
+        raise no_adapter(f"one of {len(adapter.changes)} matrices")
     attach(model, adapter)
     model.adapter_digest = adapter.digest
 

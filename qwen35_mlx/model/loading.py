@@ -31,7 +31,7 @@ from .adapters import attach_to_model
 from .expert_pool import Experts, stack_bytes
 from .hub import not_converted, resolve
 from .language import Model
-from .ring import agreed, group, in_ring, leader
+from .ring import agreed, group, in_ring, leader, no_adapter
 from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
@@ -315,11 +315,7 @@ def load(
     ring = leader() if in_ring() else None
     if ring is not None:
         if adapter is not None:
-            raise Qwen35Error(
-                "an adapter does not run on several Macs",
-                got=str(adapter),
-                hint="qwen35-mlx fuse makes a model of both",
-            )
+            raise no_adapter(adapter)
         if experts_memory is not None:
             raise Qwen35Error(
                 "experts from disk do not run on several Macs",

@@ -54,6 +54,12 @@ def group() -> mx.distributed.Group:
         ) from None
 
 
+def no_adapter(got: object) -> Qwen35Error:
+    """The refusal of changes that rank 0 alone would have."""
+    hint = "qwen35-mlx fuse makes a model of both"
+    return Qwen35Error("an adapter does not run on several Macs", got=got, hint=hint)
+
+
 class Handle:
     """The number of a cache or of a snapshot that every process has; with it they are dropped."""
 
