@@ -16,7 +16,7 @@ from typing import Any
 
 from server_process import ServerProcess
 
-ANSWER_SECONDS = 120.0
+ANSWER_SECONDS = 300.0
 NUM_WORKERS = 6
 WARM_SHARE = 0.4
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

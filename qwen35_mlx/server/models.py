@@ -12,7 +12,10 @@ from .service import Service, service_of
 
 OWNER = "qwen35-mlx"
 # What the engine counts at the moment; the rest of its numbers only grow.
-GAUGES = ("running", "queued", "rows", "cached_points", "cache_bytes")
+GAUGES = (
+    *("running", "queued", "rows", "cached_points", "cache_bytes"),
+    *("experts", "expert_slots", "expert_hit_rate", "expert_gb_per_s"),
+)
 
 
 def model_object(service: Service, name: str = "") -> dict[str, Any]:
