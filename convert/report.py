@@ -153,7 +153,8 @@ def mac_lines(
     if context is not None:
         check_context(planned.config, context)
         contexts = [context]
-    needed = [running(with_kv(planned, kv_bits)[0], c) for c in contexts]
+    first = with_kv(planned, kv_bits)[0]
+    needed = [running(first, c) for c in contexts]
     rows = [
         ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
         ["memory when running", "", "", *(_gb(n.total) for n in needed), ""],
@@ -162,7 +163,7 @@ def mac_lines(
     ]
     for mac in macs:
         fits = [_fits(mac, planned, c, kv_bits) for c in contexts]
-        speed = tokens_per_second(planned, mac.gbps, contexts[0]) if mac.gbps else 0
+        speed = tokens_per_second(first, mac.gbps, contexts[0]) if mac.gbps else 0
         bound = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])

@@ -291,6 +291,14 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(fidelity, "report_lines", ())
     fake(fidelity, "plot")
     fake(report, "draw")
+    mac_lines = report.mac_lines
+
+    def shown(planned: Any, macs: Any, *asked: Any) -> list[str]:
+        # The numbers of so small a model are the same with keys of any bits.
+        calls.append(f"mac_lines {asked}")
+        return mac_lines(planned, macs, *asked)
+
+    monkeypatch.setattr(report, "mac_lines", shown)
     fake(adapter, "read_adapter")
     fake(fidelity, "open_with")
     fake(trainer, "require_trainer")
@@ -307,7 +315,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(convert_commands, "remember")
     config = SimpleNamespace(context_length=4096)
     tokenizer = SimpleNamespace(encode=lambda text, **_: [len(text)])
-    fake(loading, "load", (SimpleNamespace(config=config), tokenizer))
+    fake(loading, "load", (SimpleNamespace(config=config, experts=None), tokenizer))
     fake(conversation, "Chat", answered)
     fake(attachments, "picture_settings")
     fake(attachments, "open_media", opened_media)

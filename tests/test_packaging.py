@@ -72,9 +72,9 @@ def test_package_data_covers_the_demo_and_the_kernels():
     assert uncovered == []
 
 
-def readme_tree() -> list[str]:
-    """The paths in the tree of README.md, one a line, nested by two spaces."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## The tree\n")[1]
+def tree() -> list[str]:
+    """The paths in the tree of AGENTS.md, one a line, nested by two spaces."""
+    section = (ROOT / "AGENTS.md").read_text(encoding="utf-8").split("\n## The tree\n")[1]
     paths, parents = [], []
     for line in section.split("```")[1].splitlines()[1:]:
         name = line.split()[0]
@@ -85,11 +85,11 @@ def readme_tree() -> list[str]:
     return paths
 
 
-def test_readme_tree_names_every_module_and_no_other():
+def test_the_tree_names_every_module_and_no_other():
     packages = ("qwen35_mlx", *LINKED)
     modules = [f for name in packages for f in walk(ROOT / name) if f.suffix == ".py"]
     in_tree = {file for file in relative(modules) if not file.endswith("__init__.py")}
-    named = [path for path in readme_tree() if path.startswith(tuple(f"{p}/" for p in packages))]
+    named = [path for path in tree() if path.startswith(tuple(f"{p}/" for p in packages))]
     assert len(named) == len(set(named))
     assert {path for path in named if re.search(r"(?<!__init__)\.py$", path)} == in_tree
 

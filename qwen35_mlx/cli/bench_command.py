@@ -55,7 +55,7 @@ def bench(
     line is JSON to share and to compare.
     """
     if recall is not None:
-        bench_recall(model, recall, as_json, kernels)
+        bench_recall(model, recall, as_json, kernels, experts_memory)
         return
     from ..evaluation import bench as measuring
     from ..model import loading
@@ -94,7 +94,9 @@ def bench(
     print(json.dumps(result), flush=True)
 
 
-def bench_recall(model: str, lengths: str, as_json: bool, kernels: str) -> None:
+def bench_recall(
+    model: str, lengths: str, as_json: bool, kernels: str, experts_memory: str | None
+) -> None:
     """Print right/asked by depth and length, and a line of JSON."""
     from ..evaluation import bench as measuring
     from ..evaluation import recall as measuring_recall
@@ -105,7 +107,9 @@ def bench_recall(model: str, lengths: str, as_json: bool, kernels: str) -> None:
     sizes = measuring_recall.lengths_of(lengths)
     folder = resolve(model)
     with spinner(f"Loading {model}"):
-        loaded, tokenizer = loading.load(folder, kernels=kernels, context=max(sizes))
+        loaded, tokenizer = loading.load(
+            folder, kernels=kernels, context=max(sizes), experts_memory=experts_memory
+        )
     with step_progress("Asking") as progress:
         found = measuring_recall.measure(loaded, tokenizer, sizes, progress)
     if not as_json:
