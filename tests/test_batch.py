@@ -132,9 +132,9 @@ def test_what_prompts_begin_with_in_common_is_read_once_on_request(demo, monkeyp
     read = []
     read_piece = PromptCache._read_piece
 
-    def counted(self: Any, piece: list[int], last_only: bool) -> Any:
+    def counted(self: Any, piece: list[int], *others: Any) -> Any:
         read.append(len(piece))
-        return read_piece(self, piece, last_only)
+        return read_piece(self, piece, *others)
 
     monkeypatch.setattr(PromptCache, "_read_piece", counted)
     examples = "Question: What is the capital of Italy?\nAnswer: Rome\n\n" * 4
