@@ -198,6 +198,49 @@ def test_a_prompt_longer_than_a_sweep_has_the_same_bits(
     assert mx.array_equal(conversation(model), expected).item()
 
 
+def test_a_point_of_a_sweep_that_was_interrupted_is_forgotten(
+    pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PromptCache(pooled(disk_layout, 3))
+    cache.read(IDS[:20])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptCache, "mark_used", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.read(IDS[20:150], marks=[60])
+    assert cache.ids == IDS[:20]
+    # Other ids at the place of that point.
+    cache.read(IDS[30:90])
+    assert cache.rewind(70) == 0
+
+
+def test_reading_that_is_stopped_ends_between_two_layers(
+    pooled: Any, disk_layout: Path, resident: Any
+) -> None:
+    model, shares = pooled(disk_layout, 3), list[int]()
+    cache = PromptCache(model)
+    cache.read(IDS[:20])
+    assert (
+        cache.read(
+            IDS[20:120],
+            marks=[60],
+            progress=lambda read, total: shares.append(read),
+            should_stop=lambda: len(shares) > 1,
+        )
+        is None
+    )
+    # One layer of four.
+    assert shares == [0, 25]
+    assert cache.ids == IDS[:20] and not cache.snapshots
+    expected = PromptCache(resident)
+    expected.read(IDS[:20])
+    hidden = [each.read(IDS[20:120]) for each in (cache, expected)]
+    assert mx.array_equal(*hidden).item()
+
+
 def end_early(descriptor: int, buffers: Any, offset: int) -> int:
     return 0
 

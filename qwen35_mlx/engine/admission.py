@@ -6,7 +6,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from ..machine import describe
-from ..memory import count, kv_bytes, kv_capacity, state_bytes
+from ..memory import count, kv_bytes, kv_capacity, state_bytes, sweep_bytes
 from ..model.language import Model
 from .prefix_store import PrefixStore
 from .prepare import Prepared
@@ -50,4 +50,6 @@ class Admission:
         context = min(self._config.context_length, 32_768)
         counted = count(self._config, weights, context, int(limit), self._item_bytes)
         spent = counted.total - counted.kv_cache - counted.states - counted.snapshots
+        if self._model.experts:
+            spent += sweep_bytes(self._config, context, self._item_bytes)
         return max(limit - spent - self._store.memory_bytes, 0.0)

@@ -168,6 +168,7 @@ class Engine:
                     self._read_piece()
                 elif self._rows:
                     self._step()
+                self._save()
                 yield from events
                 events.clear()
         finally:
