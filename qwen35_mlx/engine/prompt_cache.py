@@ -125,7 +125,7 @@ class PromptCache:
         A piece has at most `step_size` tokens, no more than 2,048, and no more than are read in
         15 seconds; with experts from disk many pieces go through a layer together. Returns the
         hidden state `[1, 1, H]` of the last token, or None if `should_stop()` was true before a
-        piece, or between the layers of many. `every` gets the hidden states `[1, T, H]` of each piece.
+        piece, or between two layers. `every` gets the hidden states `[1, T, H]` of each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
