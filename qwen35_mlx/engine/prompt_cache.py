@@ -75,6 +75,8 @@ class PromptCache:
         self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
+        # While its recurrent states are those of a batch: its end is no point to go back to.
+        self.in_batch = False
         # The hidden state `[1, T, H]` of the last `step`, and how many ids there were before it.
         self._pass: tuple[mx.array, int] | None = None
 
@@ -379,7 +381,8 @@ class PromptCache:
 
     def _point_before(self, num_tokens: int) -> int:
         """The last point at or before `num_tokens`; an empty cache is always one."""
-        points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
+        has_end = self._is_consistent and not self.in_batch
+        points = (*self.snapshots, len(self._ids)) if has_end else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
 
 
