@@ -25,6 +25,7 @@ from qwen35_mlx.model.expert_pool import stack_bytes
 from qwen35_mlx.model.feed_forward import SparseMoE
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.sampling import SamplingParams
+from qwen35_mlx.server.service import Settings
 
 
 def test_nothing_is_drafted_where_a_pass_of_several_tokens_reads_more(
@@ -98,6 +99,16 @@ def test_what_a_prompt_holds_between_layers_is_not_lent_to_requests(
     held, model.experts = sweep_bytes(model.config, context), None
     assert held > 0
     assert Admission(model, PrefixStore(model))._left() - left == held
+
+
+def test_clients_are_told_the_size_of_the_whole_model(
+    pooled: Any, disk_layout: Path, resident: Any, demo: tuple[Any, Any]
+) -> None:
+    known = [
+        Settings.of(model, demo[1], disk_layout, model_id="m").num_parameters
+        for model in (resident, pooled(disk_layout, 3))
+    ]
+    assert known[0] == known[1] > 0
 
 
 @pytest.mark.slow

@@ -155,3 +155,8 @@ def test_answers_in_the_callers_thread_end_where_a_disk_keeps_what_was_read(demo
     engine = Engine(*demo, store=PrefixStore(demo[0], disk=disk))
     assert len(answers(engine, [ask("")])[0]) == 4
     assert disk.nbytes > 0
+
+
+def test_requests_get_the_memory_that_adapters_leave(engine, demo):
+    left = [e._admission._left() for e in (Engine(*demo, store=engine.store), engine)]
+    assert left[0] - left[1] == sum(found.nbytes for found in engine.adapters_of_test.values()) > 0

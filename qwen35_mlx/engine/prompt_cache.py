@@ -349,7 +349,8 @@ class PromptCache:
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
-        self._is_consistent = True
+        # A batch that was abandoned never gives its states back.
+        self._is_consistent, self.in_batch = True, False
         return kept
 
     def _return_to(self, point: Snapshot) -> None:
