@@ -94,9 +94,10 @@ def _parameters(model: Any) -> tuple[int, int]:
     """How many numbers the weights are, and bits of most of them; 0 if they are not quantized."""
     total, by_bits, experts = 0, Counter[int](), getattr(model, "experts", None)
     for path, module in model.named_modules():
-        # Others than those in the slots are on disk.
-        is_part = experts and OF_EXPERTS in f".{path}."
-        stack, held = (experts.num_experts, experts.num_slots) if is_part else (1, 1)
+        stack = held = 1
+        if experts and OF_EXPERTS in f".{path}.":
+            # Others than those in the slots are on disk.
+            stack, held = experts.num_experts, experts.num_slots
         is_packed = "scales" in module
         if is_packed:
             by_bits[module.bits] += module["scales"].size * module.group_size * stack // held
