@@ -151,6 +151,7 @@ def open_model(
             "the MTP layer together with experts from disk",
             got=f"mtp=True and memory for {experts.num_slots} of {experts.num_experts} experts",
             expected="mtp=None or False: what drafts read takes longer than what they save",
+            hint="leave --draft mtp out, or have memory for all experts",
         )
     if not experts and loads_mtp(found, mtp):
         matches += found.mtp_matches
