@@ -288,6 +288,14 @@ def test_a_folder_is_used_by_one_process_at_a_time(model: Any, tmp_path: Path) -
         pass
 
 
+def test_a_folder_for_what_several_macs_read_is_refused(model: Any, tmp_path: Path) -> None:
+    """Each has a part: nothing would ever be written there."""
+    shared = copy.copy(model)
+    shared.ring = object()
+    with pytest.raises(SessionError, match="several Macs"), open_folder(tmp_path, shared, 10**6):
+        pass
+
+
 def test_a_store_takes_from_the_disk_what_memory_does_not_have(model: Any, tmp_path: Path) -> None:
     first = PrefixStore(model, disk=Segments(tmp_path, model))
     cache = first.take(IDS)

@@ -101,8 +101,10 @@ def load_model(
             loaded[0].experts,
         )
         return loaded
+    is_first = group is None or not group.rank()
     # Not before, or each try would say so.
-    if context is not None and context > (trained := model.config.max_position_embeddings):
+    trained = model.config.max_position_embeddings
+    if is_first and context is not None and context > trained:
         log.warning(
             "YaRN stretches the context from %s to %s tokens: shorter texts are read less well",
             f"{trained:,}",
