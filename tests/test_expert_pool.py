@@ -24,7 +24,7 @@ from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.switch import SORT_FROM
 from qwen35_mlx.kernels.tiers import Tiers, use, with_kernels
 from qwen35_mlx.machine import describe
-from qwen35_mlx.model import expert_pool, feed_forward
+from qwen35_mlx.model import expert_pool, feed_forward, loading
 from qwen35_mlx.model.expert_files import Slots
 from qwen35_mlx.model.expert_pool import stack_bytes
 from qwen35_mlx.model.loading import load_model
@@ -198,6 +198,49 @@ def test_a_prompt_longer_than_a_sweep_has_the_same_bits(
     assert mx.array_equal(conversation(model), expected).item()
 
 
+def test_a_point_of_a_sweep_that_was_interrupted_is_forgotten(
+    pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PromptCache(pooled(disk_layout, 3))
+    cache.read(IDS[:20])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptCache, "mark_used", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.read(IDS[20:150], marks=[60])
+    assert cache.ids == IDS[:20]
+    # Other ids at the place of that point.
+    cache.read(IDS[30:90])
+    assert cache.rewind(70) == 0
+
+
+def test_reading_that_is_stopped_ends_between_two_layers(
+    pooled: Any, disk_layout: Path, resident: Any
+) -> None:
+    model, shares = pooled(disk_layout, 3), list[int]()
+    cache = PromptCache(model)
+    cache.read(IDS[:20])
+    assert (
+        cache.read(
+            IDS[20:120],
+            marks=[60],
+            progress=lambda read, total: shares.append(read),
+            should_stop=lambda: len(shares) > 1,
+        )
+        is None
+    )
+    # One layer of four.
+    assert shares == [0, 25]
+    assert cache.ids == IDS[:20] and not cache.snapshots
+    expected = PromptCache(resident)
+    expected.read(IDS[:20])
+    hidden = [each.read(IDS[20:120]) for each in (cache, expected)]
+    assert mx.array_equal(*hidden).item()
+
+
 def end_early(descriptor: int, buffers: Any, offset: int) -> int:
     return 0
 
@@ -305,27 +348,54 @@ def test_memory_for_all_experts_needs_no_pool(resident: Any, converted_demo: Pat
     assert model.mtp is not None
 
 
+def become_small(resident: Any, config: Any, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has room for five experts of each layer."""
+    experts = stack_bytes(resident)
+    others = sum(a.nbytes for _, a in tree_flatten(resident.parameters())) - experts
+    counted = memory.count(config, others, context, None, 4)
+    needed = counted.total - counted.features + memory.sweep_bytes(config, context, 4)
+    # Features of pictures have a share of all.
+    room = int((needed + 5.01 * experts / EXPERTS) / (1 - memory.FEATURES_SHARE))
+    small = describe()._replace(gpu_limit_bytes=room)
+    for module in (memory, expert_pool):
+        monkeypatch.setattr(module, "describe", lambda: small)
+
+
 def test_experts_that_do_not_fit_are_read_from_disk_without_being_asked(
     resident: Any,
     converted_demo: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    experts = stack_bytes(resident)
-    others = sum(a.nbytes for _, a in tree_flatten(resident.parameters())) - experts
-    counted = memory.count(resident.config, others, 16, None, 4)
-    needed = counted.total - counted.features + memory.sweep_bytes(resident.config, 16, 4)
-    # Features of pictures have a share of all.
-    room = int((needed + 5.01 * experts / EXPERTS) / (1 - memory.FEATURES_SHARE))
-    small = describe()._replace(gpu_limit_bytes=room)
-    for module in (memory, expert_pool):
-        monkeypatch.setattr(module, "describe", lambda: small)
+    become_small(resident, resident.config, 16, monkeypatch)
     model, _ = load_model(converted_demo, context=16)
     assert model.experts.num_slots == 5
     assert "5 of 8 of each layer" in caplog.text
     with pytest.raises(MemoryRefused):
         load_model(converted_demo, context=16, mtp=True)
     assert load_model(converted_demo, context=16, force=True)[0].experts is None
+
+
+@pytest.mark.parametrize("kv_bits", ["8", "auto"])
+def test_experts_have_the_room_that_keys_and_values_in_few_bits_leave(
+    resident: Any,
+    converted_demo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kv_bits: str,
+) -> None:
+    context = resident.config.max_position_embeddings + 1000
+    config = memory.kv_choices(resident.config, "8")[0].stretched_to(context)
+    # The demo's experts take less than a prompt on its way through them.
+    for module in (memory, loading):
+        monkeypatch.setattr(module, "sweep_bytes", lambda *_: 0)
+    become_small(resident, config, context, monkeypatch)
+    model, _ = load_model(converted_demo, context=context, kv_bits=kv_bits)
+    assert model.kv_bits == (8, 8)
+    assert model.experts.num_slots == 5
+    assert caplog.text.count("YaRN") == 1
+    with pytest.raises(MemoryRefused, match="with experts from disk: too little memory"):
+        load_model(converted_demo, context=context, kv_bits="16")
 
 
 def test_a_thread_goes_on_where_another_left_a_step(

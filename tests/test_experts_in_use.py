@@ -7,18 +7,25 @@ from typing import Any
 
 import pytest
 from shown import ASK, shape
+from test_adapters import random_adapter
 
 from qwen35_mlx import Chat
 from qwen35_mlx.chat.sessions import model_identity
 from qwen35_mlx.checkpoint.headers import read_headers
+from qwen35_mlx.engine.admission import Admission
+from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.requests import Done, Failed, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation import bench as measuring
+from qwen35_mlx.memory import DEFAULT_CONTEXT, sweep_bytes
+from qwen35_mlx.model.adapters import with_adapter
 from qwen35_mlx.model.expert_pool import stack_bytes
+from qwen35_mlx.model.feed_forward import SparseMoE
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.sampling import SamplingParams
+from qwen35_mlx.server.service import Settings
 
 
 def test_nothing_is_drafted_where_a_pass_of_several_tokens_reads_more(
@@ -51,6 +58,57 @@ def test_the_engine_of_a_server_answers_the_same_and_counts(
     assert misses > 0
     assert figures["expert_hit_rate"] == hits / (hits + misses)
     assert str(model.experts).startswith("3 of 8 of each layer in ")
+
+
+def test_a_request_that_is_cancelled_ends_between_two_layers(
+    pooled: Any, disk_layout: Path, demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(pooled(disk_layout, 3), demo[1])
+    layers, read = list[Any](), SparseMoE.read
+
+    def spied(self: SparseMoE, *args: Any) -> Any:
+        layers.append(self)
+        ticket.cancel()
+        return read(self, *args)
+
+    monkeypatch.setattr(SparseMoE, "read", spied)
+    engine.start()
+    try:
+        ticket = engine.submit(Request([{"role": "user", "content": "Hello"}], max_tokens=5))
+        *_, end = ticket.events()
+    finally:
+        engine.stop()
+    assert isinstance(end, Done) and end.finish_reason == "cancelled"
+    assert len(layers) == 1
+
+
+def test_an_adapter_of_experts_that_are_on_disk_is_refused(
+    pooled: Any, disk_layout: Path, converted_demo: Path
+) -> None:
+    adapter = random_adapter(converted_demo)
+    with pytest.raises(Qwen35Error, match="some are on disk only"):
+        with_adapter(pooled(disk_layout, 3), adapter)
+
+
+def test_what_a_prompt_holds_between_layers_is_not_lent_to_requests(
+    pooled: Any, disk_layout: Path
+) -> None:
+    model = pooled(disk_layout, 3)
+    left = Admission(model, PrefixStore(model))._left()
+    context = min(model.config.context_length, DEFAULT_CONTEXT)
+    held, model.experts = sweep_bytes(model.config, context), None
+    assert held > 0
+    assert Admission(model, PrefixStore(model))._left() - left == held
+
+
+def test_clients_are_told_the_size_of_the_whole_model(
+    pooled: Any, disk_layout: Path, resident: Any, demo: tuple[Any, Any]
+) -> None:
+    known = [
+        Settings.of(model, demo[1], disk_layout, model_id="m").num_parameters
+        for model in (resident, pooled(disk_layout, 3))
+    ]
+    assert known[0] == known[1] > 0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -118,3 +119,11 @@ def test_the_perplexity_of_a_text_is_written_and_printed(run_cli, converted_demo
     again = run_cli(*command)
     assert again.exit_code == 1 and "exists already" in again.stderr
     assert run_cli(*command, "--limit", 2).exit_code == 2
+
+
+def test_results_without_a_folder_are_refused_before_anything_is_read(
+    run_cli: Any, tmp_path: Path
+) -> None:
+    result = run_cli("evaluate", tmp_path / "none", "--out", tmp_path / "new" / "results.json")
+    assert result.exit_code == 1
+    assert "no folder for results.json" in result.stderr

@@ -19,6 +19,7 @@ from qwen35_mlx.convert import convert
 from qwen35_mlx.engine import segment_file, segments
 from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.row_batch import RowBatch
 from qwen35_mlx.engine.segments import Segments, open_folder
 from qwen35_mlx.errors import SessionError
 from qwen35_mlx.memory import kv_choices
@@ -287,6 +288,14 @@ def test_a_folder_is_used_by_one_process_at_a_time(model: Any, tmp_path: Path) -
         pass
 
 
+def test_a_folder_for_what_several_macs_read_is_refused(model: Any, tmp_path: Path) -> None:
+    """Each has a part: nothing would ever be written there."""
+    shared = copy.copy(model)
+    shared.ring = object()
+    with pytest.raises(SessionError, match="several Macs"), open_folder(tmp_path, shared, 10**6):
+        pass
+
+
 def test_a_store_takes_from_the_disk_what_memory_does_not_have(model: Any, tmp_path: Path) -> None:
     first = PrefixStore(model, disk=Segments(tmp_path, model))
     cache = first.take(IDS)
@@ -302,6 +311,30 @@ def test_a_store_takes_from_the_disk_what_memory_does_not_have(model: Any, tmp_p
     for file in tmp_path.iterdir():
         file.unlink()
     assert len(again.take([*IDS, 1, 2, 3]).ids) == len(IDS)
+
+
+def test_the_end_of_a_row_in_a_batch_is_no_point_for_others(model: Any, tmp_path: Path) -> None:
+    """Its recurrent states are in the batch: its own are those from before."""
+    store = PrefixStore(model, disk=Segments(tmp_path, model))
+    rows = [store.take(IDS[at : at + 50], owner=store) for at in (0, 50)]
+    for row, at in zip(rows, (0, 50), strict=True):
+        row.read(IDS[at : at + 50], marks=[at // 2 + 40])
+    batch = RowBatch(model, mx.default_stream(mx.default_device()))
+    batch.put(rows)
+    for token in IDS[100:105]:
+        mx.eval(batch.step(mx.array([token, token])))
+        for row in rows:
+            row.commit(token)
+    longer = [*rows[0].ids, 1, 2]
+    assert len(store.take(longer).ids) == 40
+    # An earlier answer of the same conversation waits to be written.
+    store.save_later(rows[0])
+    while not store.is_saved:
+        store.save_piece()
+    found = Segments(tmp_path, model).read(longer)
+    assert found is not None and len(found.ids) == 40
+    batch.clear()
+    assert len(store.take(longer).ids) == 55
 
 
 def test_quantized_keys_and_values_come_back_and_are_not_those_of_other_bits(

@@ -1,5 +1,6 @@
 """Adapters by request: each row its own, in one server, and no cache entry for two of them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from test_adapters import random_adapter
 
 import qwen35_mlx
 from qwen35_mlx.checkpoint.adapter import write_adapter
+from qwen35_mlx.engine import exact_rows
+from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.requests import Done, Request, Started, Token
 from qwen35_mlx.engine.scheduler import Engine
+from qwen35_mlx.engine.segments import Segments
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.adapters import with_adapter
 from qwen35_mlx.sampling import SamplingParams
@@ -130,3 +134,29 @@ def adapter_server(demo: tuple[Any, Any]) -> Any:
 def test_an_adapter_of_a_server_needs_a_plain_name(run_cli, given):
     result = run_cli("serve", "--demo", "--adapter-path", given)
     assert result.exit_code == 1 and "NAME=DIR" in result.stderr
+
+
+def test_drafts_with_an_adapter_are_not_those_that_the_model_alone_reads_exactly(
+    demo, converted_demo, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(exact_rows, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(exact_rows, "_exact_rows_of", lambda model: asked.append(model) or 8)
+    model = copy.copy(demo[0])
+    exact_rows.exact_rows(model)
+    twin = with_adapter(model, random_adapter(converted_demo))
+    for each in (twin, twin, model):
+        exact_rows.exact_rows(each)
+    assert asked == [model, twin]
+
+
+def test_answers_in_the_callers_thread_end_where_a_disk_keeps_what_was_read(demo, tmp_path):
+    disk = Segments(tmp_path, demo[0])
+    engine = Engine(*demo, store=PrefixStore(demo[0], disk=disk))
+    assert len(answers(engine, [ask("")])[0]) == 4
+    assert disk.nbytes > 0
+
+
+def test_requests_get_the_memory_that_adapters_leave(engine, demo):
+    left = [e._admission._left() for e in (Engine(*demo, store=engine.store), engine)]
+    assert left[0] - left[1] == sum(found.nbytes for found in engine.adapters_of_test.values()) > 0

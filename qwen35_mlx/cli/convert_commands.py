@@ -250,7 +250,9 @@ def plan(
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
     page += ["", *report.mac_lines(planned, macs, context, kv_bits, num_macs)]
-    print_lines([*page, *(report.disk_lines(planned, macs, context) if num_macs == 1 else [])])
+    if num_macs == 1:
+        page += report.disk_lines(report.with_kv(planned, kv_bits)[0], macs, context)
+    print_lines(page)
     if png:
         report.draw(first_part(planned, num_macs), png)
 

@@ -1,12 +1,12 @@
 """Which requests fit the memory beside those that run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlx.utils import tree_flatten
 
 from ..machine import describe
-from ..memory import count, kv_bytes, kv_capacity, state_bytes
+from ..memory import count, kv_bytes, kv_capacity, state_bytes, sweep_bytes
 from ..model.language import Model
 from .prefix_store import PrefixStore
 from .prepare import Prepared
@@ -20,11 +20,20 @@ SHARE_WITHOUT_GPU = 0.5
 class Admission:
     """Counts keys, values and states of requests by their prompts and what they may answer."""
 
-    def __init__(self, model: Model, store: PrefixStore, memory_bytes: float | None = None):
-        """`memory_bytes` None: what the machine has left beside weights, a prefill and points."""
+    def __init__(
+        self,
+        model: Model,
+        store: PrefixStore,
+        memory_bytes: float | None = None,
+        others: Iterable[Model] = (),
+    ):
+        """`memory_bytes` None: what the machine has left beside weights, a prefill and points.
+
+        `others`: the model with adapters, which shares its weights.
+        """
         self._config = model.config
         self._item_bytes = 2
-        self._model, self._store = model, store
+        self._models, self._store = [model, *others], store
         self.memory_bytes = memory_bytes
 
     def fits(self, prepared: Prepared, running: Sequence[Prepared]) -> bool:
@@ -45,9 +54,11 @@ class Admission:
         """What the machine has left."""
         machine = describe()
         limit = machine.gpu_limit_bytes or machine.memory_bytes * SHARE_WITHOUT_GPU
-        parameters: Any = tree_flatten(self._model.parameters())
-        weights = sum(array.nbytes for _, array in parameters)
+        parameters: Any = tree_flatten([model.parameters() for model in self._models])
+        weights = sum({id(array): array.nbytes for _, array in parameters}.values())
         context = min(self._config.context_length, 32_768)
         counted = count(self._config, weights, context, int(limit), self._item_bytes)
         spent = counted.total - counted.kv_cache - counted.states - counted.snapshots
+        if self._models[0].experts:
+            spent += sweep_bytes(self._config, context, self._item_bytes)
         return max(limit - spent - self._store.memory_bytes, 0.0)

@@ -75,6 +75,8 @@ class PromptCache:
         self._rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
+        # While its recurrent states are those of a batch: its end is no point to go back to.
+        self.in_batch = False
         # The hidden state `[1, T, H]` of the last `step`, and how many ids there were before it.
         self._pass: tuple[mx.array, int] | None = None
 
@@ -125,7 +127,7 @@ class PromptCache:
         A piece has at most `step_size` tokens, no more than 2,048, and no more than are read in
         15 seconds; with experts from disk many pieces go through a layer together. Returns the
         hidden state `[1, 1, H]` of the last token, or None if `should_stop()` was true before a
-        piece. `every` gets the hidden states `[1, T, H]` of each piece.
+        piece, or between two layers. `every` gets the hidden states `[1, T, H]` of each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
@@ -145,11 +147,14 @@ class PromptCache:
                 if experts:
                     size = cut - at
                     inside = [end - at for end in ends if at < end <= cut]
-                    show = _of_layers(progress, at - start, size, len(ids))
+                    show = _of_layers(progress, at - start, size, len(ids), should_stop)
                     sweep = Sweep(inside, [mark - at for mark in marks], show)
                 piece = list(ids[at - start : min(at + size, cut) - start])
                 started = time.perf_counter()
-                hidden = self._read_piece(piece, every is None, sweep)
+                try:
+                    hidden = self._read_piece(piece, every is None, sweep)
+                except SweepStopped:
+                    return None
                 self._piece_size.record(len(piece), time.perf_counter() - started)
                 if every:
                     every(self.model, hidden)
@@ -177,6 +182,7 @@ class PromptCache:
             self._is_consistent = False
             self._return_to(before)
             del self._ids[before.num_tokens :]
+            self.snapshots = {n: p for n, p in self.snapshots.items() if n <= before.num_tokens}
             self._is_consistent = True
             raise
 
@@ -343,7 +349,8 @@ class PromptCache:
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
-        self._is_consistent = True
+        # A batch that was abandoned never gives its states back.
+        self._is_consistent, self.in_batch = True, False
         return kept
 
     def _return_to(self, point: Snapshot) -> None:
@@ -375,15 +382,31 @@ class PromptCache:
 
     def _point_before(self, num_tokens: int) -> int:
         """The last point at or before `num_tokens`; an empty cache is always one."""
-        points = (*self.snapshots, len(self._ids)) if self._is_consistent else self.snapshots
+        has_end = self._is_consistent and not self.in_batch
+        points = (*self.snapshots, len(self._ids)) if has_end else self.snapshots
         return max((n for n in points if n <= num_tokens), default=0)
 
 
+class SweepStopped(Exception):
+    """What was read by some of the layers alone is forgotten."""
+
+
 def _of_layers(
-    progress: Progress | None, before: int, num_tokens: int, total: int
+    progress: Progress | None,
+    before: int,
+    num_tokens: int,
+    total: int,
+    should_stop: Callable[[], bool] | None,
 ) -> Callable[[float], None]:
     """Shows the share of layers that these tokens went through as a share of the tokens."""
-    return lambda share: progress(before + int(share * num_tokens), total) if progress else None
+
+    def on_layer(share: float) -> None:
+        if share < 1 and should_stop and should_stop():
+            raise SweepStopped
+        if progress:
+            progress(before + int(share * num_tokens), total)
+
+    return on_layer
 
 
 def rope_delta(ids: Iterable[int]) -> int:

@@ -69,9 +69,10 @@ class Reading:
         hidden = cache.read(
             piece,
             marks=self._marks,
+            should_stop=lambda: self.ticket.cancelled,
             every=None if self._scores is None else self._scores.add,
         )
-        self.num_read += len(piece)
+        self.num_read += self.position - at
         self.usage.prefill_seconds += time.perf_counter() - started
         self._send_progress()
         if self.position < len(ids):

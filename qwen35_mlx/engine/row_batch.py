@@ -63,6 +63,8 @@ class RowBatch:
         if len(rows) < 2:
             return
         self._entries = join([row.entries for row in rows])
+        for row in rows:
+            row.in_batch = True
         deltas = [row.rope_delta for row in rows]
         self._rope_delta = mx.array(deltas) if any(deltas) else 0
 
@@ -71,6 +73,7 @@ class RowBatch:
         if len(self.rows) > 1:
             part(self._entries, [row.entries for row in self.rows])
             for row in self.rows:
+                row.in_batch = False
                 row.settle()
         self.rows, self._entries = [], []
 

@@ -73,7 +73,8 @@ class Engine:
         self.store = store or PrefixStore(model)
         self.limits = limits or Limits()
         self._preparer = Preparer(model, tokenizer)
-        self._admission = Admission(model, self.store, self.limits.memory_bytes)
+        others = (adapters or {}).values()
+        self._admission = Admission(model, self.store, self.limits.memory_bytes, others)
         self._inbox: SimpleQueue[Reading | None] = SimpleQueue()
         self._tickets: set[Ticket] = set()
         self._lock = Lock()
@@ -168,6 +169,7 @@ class Engine:
                     self._read_piece()
                 elif self._rows:
                     self._step()
+                self._save()
                 yield from events
                 events.clear()
         finally:

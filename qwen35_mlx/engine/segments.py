@@ -365,6 +365,12 @@ class Segments:
 @contextmanager
 def open_folder(folder: Path, model: Model, max_bytes: float) -> Iterator[Segments]:
     """The segments of a folder that is made if need be, locked against other processes."""
+    if getattr(model, "ring", None):
+        raise SessionError(
+            "what several Macs have read is not saved",
+            got=f"--cache-dir {folder}",
+            hint="leave --cache-dir out, or run on one Mac",
+        )
     held = ExitStack()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

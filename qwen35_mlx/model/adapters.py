@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoint.adapter import DORA, LORA, Adapter, Change
+from ..checkpoint.names import OF_EXPERTS
 from ..errors import CheckpointError, Qwen35Error
 from ..kernels.switch import QuantizedSwitchLinear, SwitchLinear
 from .language import Model
@@ -139,7 +140,16 @@ def attach_to_model(model: Model, adapter: Adapter) -> None:
         )
     if model.ring is not None:
         raise no_adapter(f"one of {len(adapter.changes)} matrices")
+    if model.experts and any(OF_EXPERTS in name for name in adapter.changes):
+        raise Qwen35Error(
+            "the adapter changes experts, of which some are on disk only",
+            got=f"memory for {model.experts.num_slots} of {model.experts.num_experts}",
+            expected="an adapter of other layers, or memory for all experts",
+            hint="fuse it: qwen35-mlx fuse",
+        )
     attach(model, adapter)
+    # Its matrices run without kernels.
+    model._exact_rows = None
     model.adapter_digest = adapter.digest
 
 

@@ -61,13 +61,6 @@ def load_model(
     model, raw_config, num_bytes = open_model(Path(folder), mtp, context, experts_memory, group)
     if adapter is not None:
         found = read_adapter(adapter)
-        if model.experts and any(OF_EXPERTS in name for name in found.changes):
-            raise Qwen35Error(
-                "the adapter changes experts, of which some are on disk only",
-                got=f"memory for {model.experts.num_slots} of {model.experts.num_experts}",
-                expected="an adapter of other layers, or memory for all experts",
-                hint="fuse it: qwen35-mlx fuse",
-            )
         attach_to_model(model, found)
         num_bytes += found.nbytes
     item_bytes = model.language_model.model.norm.weight.dtype.size
@@ -94,16 +87,29 @@ def load_model(
         if mtp or experts_memory is not None or not model.config.is_moe or group is not None:
             raise
         resident = num_bytes - stack_bytes(model)
-        room = room_for_experts(model.config, resident, context, item_bytes)
-        try:
-            loaded = load_model(folder, context, force, False, adapter, kv_bits, max(room, 0))
-        except MemoryRefused as too_little:
+        for choice in kv_choices(model.config, kv_bits):
+            room = room_for_experts(choice, resident, context, item_bytes)
+            try:
+                loaded = load_model(folder, context, force, False, adapter, kv_bits, max(room, 0))
+                break
+            except MemoryRefused as error:
+                too_little = error
+        else:
             raise MemoryRefused(f"{refused}\nwith experts from disk: {too_little}") from None
         log.warning(
             "the weights do not fit the memory: others than these experts are read from disk, %s",
             loaded[0].experts,
         )
         return loaded
+    is_first = group is None or not group.rank()
+    # Not before, or each try would say so.
+    trained = model.config.max_position_embeddings
+    if is_first and context is not None and context > trained:
+        log.warning(
+            "YaRN stretches the context from %s to %s tokens: shorter texts are read less well",
+            f"{trained:,}",
+            f"{context:,}",
+        )
     model.config = replace(model.config, context_limit=model.allowance.context)
     if group is not None:
         model.config = agreed(model.config)
@@ -137,12 +143,6 @@ def open_model(
         read_headers(folder, strict=True)
         raise not_converted(folder)
     matches, config = found.text_matches, found.config.stretched_to(context)
-    if config is not found.config:
-        log.warning(
-            "YaRN stretches the context from %s to %s tokens: shorter texts are read less well",
-            f"{config.max_position_embeddings:,}",
-            f"{context:,}",
-        )
     experts = None
     if experts_memory is not None:
         stacks = [match for match in matches if OF_EXPERTS in match.name]
@@ -153,6 +153,7 @@ def open_model(
             "the MTP layer together with experts from disk",
             got=f"mtp=True and memory for {experts.num_slots} of {experts.num_experts} experts",
             expected="mtp=None or False: what drafts read takes longer than what they save",
+            hint="leave --draft mtp out, or have memory for all experts",
         )
     if not experts and loads_mtp(found, mtp):
         matches += found.mtp_matches

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from .. import __version__
+from ..checkpoint.names import OF_EXPERTS
 from ..engine.requests import Request, Top
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
@@ -91,14 +92,18 @@ class Settings:
 
 def _parameters(model: Any) -> tuple[int, int]:
     """How many numbers the weights are, and bits of most of them; 0 if they are not quantized."""
-    total, by_bits = 0, Counter[int]()
-    for _, module in model.named_modules():
+    total, by_bits, experts = 0, Counter[int](), getattr(model, "experts", None)
+    for path, module in model.named_modules():
+        stack = held = 1
+        if experts and OF_EXPERTS in f".{path}.":
+            # Others than those in the slots are on disk.
+            stack, held = experts.num_experts, experts.num_slots
         is_packed = "scales" in module
         if is_packed:
-            by_bits[module.bits] += module["scales"].size * module.group_size
+            by_bits[module.bits] += module["scales"].size * module.group_size * stack // held
         plain = [v for name, v in module.items() if name not in ("weight", "scales", "biases")]
         arrays = plain if is_packed else module.values()
-        total += sum(value.size for value in arrays if hasattr(value, "size"))
+        total += sum(value.size for value in arrays if hasattr(value, "size")) * stack // held
     return total + by_bits.total(), max(by_bits, key=by_bits.__getitem__, default=0)
 
 
