@@ -318,7 +318,7 @@ def test_the_end_of_a_row_in_a_batch_is_no_point_for_others(model: Any, tmp_path
     store = PrefixStore(model, disk=Segments(tmp_path, model))
     rows = [store.take(IDS[at : at + 50], owner=store) for at in (0, 50)]
     for row, at in zip(rows, (0, 50), strict=True):
-        row.read(IDS[at : at + 50], marks=[at // 2 + 40])
+        row.read(IDS[at : at + 50], marks=[40 + at // 5])
     batch = RowBatch(model, mx.default_stream(mx.default_device()))
     batch.put(rows)
     for token in IDS[100:105]:
@@ -335,6 +335,11 @@ def test_the_end_of_a_row_in_a_batch_is_no_point_for_others(model: Any, tmp_path
     assert found is not None and len(found.ids) == 40
     batch.clear()
     assert len(store.take(longer).ids) == 55
+    # One that failed never gives the states back: from a point on they are the row's own.
+    batch.put(rows)
+    assert rows[1].rewind(52) == 50
+    rows[1].read([1, 2, 3])
+    assert rows[1].last_point == 53
 
 
 def test_quantized_keys_and_values_come_back_and_are_not_those_of_other_bits(
