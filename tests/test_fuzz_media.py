@@ -38,7 +38,7 @@ def test_the_fuzzer_notices_what_it_is_for(fuzz_media, monkeypatch):
     assert fuzz_media.outcome(lambda: False) is False
     assert "ZeroDivisionError" in fuzz_media.outcome(lambda: 1 / 0)
     assert fuzz_media.outcome(lambda: signal.raise_signal(signal.SIGTRAP)).startswith("crashed")
-    assert fuzz_media.outcome(lambda: len(b"\1" * 2**30)).startswith("took 1")
+    assert fuzz_media.outcome(lambda: len(b"\1" * 2**30)).startswith("took ")
 
     def compute() -> None:
         while True:
