@@ -160,6 +160,7 @@ def savers(model_folder: str, log: Path) -> None:
 def kill_savers(model_folder: Path, home: Path, num_kills: int) -> dict[str, Any]:
     """Kill a process that saves a session, at random moments, and look at what is there."""
     model, tokenizer = qwen35_mlx.load(model_folder)
+    home.parent.mkdir(parents=True, exist_ok=True)
     log, generator = home.parent / "saved.log", random.Random(0)
     lost = in_a_write = turns = 0
     known: dict[tuple[str, int], str] = {}
