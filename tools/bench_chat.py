@@ -122,7 +122,8 @@ class ScriptedChat:
     def __init__(
         self, model: Any, tokenizer: Any, store: PrefixStore | None = None, **options: Any
     ):
-        self.chat = Chat(model, tokenizer, store=store, **options)
+        # Tokens of drafts are read and not counted as those of a prompt.
+        self.chat = Chat(model, tokenizer, store=store, draft="off", **options)
         self.counter = Counter()
         self.logits = np.zeros(0)
         self.prompt: list[int] = []
@@ -141,7 +142,7 @@ class ScriptedChat:
             def first(self) -> None:
                 outer.prefilled = outer.counter.num_tokens - before
 
-            def __call__(self, logits: mx.array) -> mx.array:
+            def __call__(self, logits: mx.array, *_: Any, **__: Any) -> mx.array:
                 if self.said._at == 0:
                     outer.logits = np.array(logits[0].astype(mx.float32))
                 return self.said(logits)
