@@ -329,6 +329,7 @@ def test_an_unknown_choice_of_kernels_is_a_mistake_in_usage(run_cli: Any) -> Non
     assert "'auto', 'ops', 'mlx', 'metal'" in result.stderr
 
 
+@pytest.mark.slow
 def test_sessions_are_kept_listed_shown_and_removed(
     run_cli: Any, converted_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

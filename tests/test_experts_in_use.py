@@ -148,6 +148,7 @@ def text_of(engine: Engine, text: str) -> str:
     return "".join(piece.text for piece in pieces)
 
 
+@pytest.mark.slow
 def test_a_chat_about_a_picture_says_the_same_after_an_edit_and_from_a_session(
     demo: tuple[Any, Any],
     pooled: Any,

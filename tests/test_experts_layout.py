@@ -53,6 +53,7 @@ def test_an_expert_is_one_range_of_the_file_and_experts_begin_at_a_page(folders:
     assert all(mx.array_equal(disk[name], array).item() for name, array in others.items())
 
 
+@pytest.mark.slow
 def test_a_folder_for_disk_runs_as_it_is_and_converts_back(folders: Any, tmp_path: Path) -> None:
     stacked, disk = folders
     ids = mx.array([[5, 700, 9, 44, 44, 1000]])

@@ -171,6 +171,7 @@ def test_a_plot_is_a_png_or_says_what_is_missing(folders, tmp_path, monkeypatch)
         plot(report, tmp_path / "no" / "a.png")
 
 
+@pytest.mark.slow
 def test_several_outputs_are_compared_as_each_alone(folders):
     names = ["q6", "bf16", "q3"]
     reports = compare(folders / "src", [folders / name for name in names], IDS)

@@ -226,6 +226,7 @@ def test_a_wrong_list_of_tools_is_refused_before_a_model_is_loaded(
     assert result.stderr.startswith("error: ") and problem in result.stderr
 
 
+@pytest.mark.slow
 def test_what_was_read_is_there_for_the_next_call(
     run_cli: Any, converted_demo: Path, tmp_path: Path
 ) -> None:

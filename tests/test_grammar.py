@@ -293,6 +293,7 @@ def test_tools_that_are_not_strict_need_no_grammar(grammars):
     assert grammars.of(request(tools=TOOLS, strict_tools=["other"]), lambda: False) is None
 
 
+@pytest.mark.slow
 def test_one_call_ends_the_answer_where_parallel_calls_are_off(engine, monkeypatch):
     called = "<tool_call>\n<function=get_weather>\n</function>\n</tool_call>"
     prefilled = {"role": "assistant", "content": f"{called}\n{called}"}

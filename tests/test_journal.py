@@ -155,6 +155,7 @@ def mount_tmpfs(folder: Path, nbytes: int) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_until_there_is_room_again(tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "src", moe=True, mtp=True)
     expected = listing(convert(tmp_path / "src", tmp_path / "whole", **SETTINGS))
@@ -224,6 +225,7 @@ def test_changed_settings_are_refused_with_both_values(
     assert convert(source, tmp_path / "out", **SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_chooses_differently_is_refused(tmp_path, source, small_tasks):
     def recipe(module: str) -> tuple[int, int]:
         return (bits, 32)

@@ -57,6 +57,7 @@ def test_a_picture_is_named_read_once_and_stays_in_the_conversation(demo: Any) -
     assert chat.stats.prefilled_tokens <= message + 10
 
 
+@pytest.mark.slow
 def test_edit_retry_and_undo_keep_the_pictures(demo: Any) -> None:
     chat = new_chat(demo)
     said(chat.send(ASK, images=[RED]))

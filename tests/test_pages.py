@@ -174,6 +174,7 @@ def test_the_doctor(console: Any, has_metal: bool) -> None:
     check(f"doctor-{'with' if has_metal else 'without'}-metal-{console.name}", console.text())
 
 
+@pytest.mark.slow
 def test_what_a_model_needs_on_macs() -> None:
     planned = plan(family_source("Qwen3.5-35B-A3B"), bits=4)
     macs = [mac for name in ("M4 Max 36GB", "M1 16GB", "48GB") for mac in find_macs(name)]

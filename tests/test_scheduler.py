@@ -157,6 +157,7 @@ def test_logits_of_a_row_are_those_of_the_row_alone(converted_golden, name):
     assert [row.ids for row in caches] == [other.ids for other in alone]
 
 
+@pytest.mark.slow
 def test_pictures_beside_texts_keep_their_positions(demo):
     """A row behind a picture has fewer positions than tokens."""
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
@@ -359,6 +360,7 @@ def test_a_thought_is_closed_at_its_budget(shared):
     assert answer.end.usage.thought_tokens <= 4 and answer.text()
 
 
+@pytest.mark.slow
 def test_fields_that_change_the_answer(shared, demo):
     _, tokenizer = demo
     plain = Answer(shared.submit(ask("hi")))

@@ -47,6 +47,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_whole_passes_in_any_order(demo):
     model, _ = demo
     expected = [of_whole_passes(model, pair) for pair in PAIRS]

@@ -234,6 +234,7 @@ def test_tiny_and_huge_weights_are_searched_like_others():
         assert np.allclose(errors(w, unscaled, 3, 64).sum(), ratio.sum(), rtol=0.01)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_chunk_and_the_result(monkeypatch):
     monkeypatch.setattr(f"{SEARCH_MODULE}.CHUNK_WEIGHTS", 2**16)
     w = weights((1024, 512)).astype(mx.bfloat16)

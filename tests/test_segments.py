@@ -240,6 +240,7 @@ def test_a_full_disk_loses_nothing_that_was_there(
     assert loaded is not None and held(loaded) == held(cache)
 
 
+@pytest.mark.slow
 def test_what_was_of_no_use_for_the_longest_time_goes_first(model: Any, tmp_path: Path) -> None:
     texts = [[*IDS[:100], number, *IDS[100:150]] for number in range(4)]
     disk = Segments(tmp_path, model)

@@ -68,6 +68,7 @@ def test_rows_of_several_adapters_are_answered_as_by_models_of_their_own(
     assert len({tuple(tokens) for tokens in found}) == 3
 
 
+@pytest.mark.slow
 def test_two_adapters_in_one_server_never_share_a_cache_entry(engine):
     first = {name: tokens_and_cached(engine.submit(ask(name, seed=1))) for name in ("", "a", "b")}
     again = {name: tokens_and_cached(engine.submit(ask(name, seed=1))) for name in ("b", "", "a")}

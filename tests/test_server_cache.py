@@ -69,6 +69,7 @@ def test_another_process_goes_on_where_a_killed_one_was(start: Any) -> None:
     assert other.cached_tokens > other.prompt_tokens / 2
 
 
+@pytest.mark.slow
 def test_a_stop_saves_what_a_client_left_in_the_midst_of_its_prompt(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_session_is_of_the_cache_that_made_it(
     assert "another model" in (new_chat(demo).load("one") or "")
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_words_is_of_no_harm(demo: Any) -> None:
     chat, other = new_chat(demo), new_chat(demo)
     ask(chat, FRANCE)
@@ -240,6 +241,7 @@ def test_a_session_is_open_once(demo: Any) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_the_oldest_sessions_give_up_what_they_have_read_and_no_words(demo: Any) -> None:
     for number, name in enumerate(("old", "open", "new")):
         chat = new_chat(demo)
@@ -313,6 +315,7 @@ def test_what_was_read_of_a_stopped_prompt_is_not_read_again_after_a_restart(
     assert resumed.messages == chat.messages
 
 
+@pytest.mark.slow
 def test_turns_are_appended_in_the_background_and_stop_for_the_next(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ def test_a_penalty_that_changes_in_a_round_counts_from_the_same_token(random_mod
     assert_equal(read(random_model, ids, drafter, change=change), plain)
 
 
+@pytest.mark.slow
 def test_lookup_changes_no_text_and_says_which_tokens_were_drafted(demo: Any) -> None:
     # The demo says the same again and again.
     messages = [{"role": "user", "content": "Spell: garden"}]

@@ -246,12 +246,14 @@ def test_a_budget_closes_the_thought_and_the_answer_begins(demo: Any, script: Sc
     np.testing.assert_allclose(np.array(got), np.array(expected), atol=MAX_DIFFERENCE)
 
 
+@pytest.mark.slow
 def test_a_short_thought_is_left_alone(demo: Any, script: Script) -> None:
     chat = Chat(*demo, think_budget=20)
     script.say("short\n</think>\n\n" + "a long answer " * 20)
     assert spoken(chat.send("Why?")) == ("a long answer " * 20)
 
 
+@pytest.mark.slow
 def test_a_loop_is_stopped_unless_the_question_asked_for_it(
     demo: Any, scripted: Callable[..., Any]
 ) -> None:
@@ -354,6 +356,7 @@ def test_tools_are_called_answered_and_not_read_again(tooled: Any, script: Scrip
     assert chat.undo() == "Weather?" and chat.messages == []
 
 
+@pytest.mark.slow
 def test_a_call_cut_by_max_tokens_is_not_run(tooled: Any, script: Script) -> None:
     chat = Chat(*tooled, tools=[WEATHER], max_tokens=40)
     script.say("x\n</think>\n\nLook: " + call_text({"city": "Paris " * 50}), end=False)
@@ -442,6 +445,7 @@ def test_pieces_are_tuples_of_kind_and_text() -> None:
     assert Piece("answer", "x") == ("answer", "x", None)
 
 
+@pytest.mark.slow
 def test_a_loop_is_penalised_more_each_time(
     demo: Any, scripted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
