@@ -144,10 +144,10 @@ from qwen35_mlx.model import loading, shard
 load, copy, copied = loading.load_model, shard.copy_mapped, []
 def number(file, name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/" + file).read())[1])
-def counted(*arguments):
+def counted(*arguments, **options):
     open("/proc/self/clear_refs", "w").write("5")
     before = number("io", "rchar"), number("status", "VmRSS")
-    model, config = load(*arguments)
+    model, config = load(*arguments, **options)
     share = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     read = number("io", "rchar") - before[0] + sum(copied)
     held = 1024 * (number("status", "VmHWM") - before[1])
