@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
+from .distill import Distillation, Distilled, distill
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
-from .plan import DEFAULT_METHOD, STACKED, Plan, Recipe, plan
+from .plan import DEFAULT_METHOD, DISTILL, STACKED, Plan, Recipe, plan
 from .shards import sha256
 from .source import Source, companion_name, read_rows
 from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
+from .transform import Known
 from .worker import Worker
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-FETCHED = "source"
+FETCHED, DISTILLED = "source", "distilled"
+REPORT_FILE = "distillation.json"
 # Headers, index and config.json: small, but not nothing.
 SPARE_BYTES = 64 * 2**20
 # What mlx-lm and tokenizers look for outside text_config.
@@ -59,6 +63,7 @@ def convert(
     dtype: str | None = None,
     method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
+    distillation: Distillation | None = None,
     adapter: Adapter | None = None,
     experts_layout: str = STACKED,
     keep_source: bool = False,
@@ -66,7 +71,7 @@ def convert(
 ) -> Path:
     """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
     and what `calibrate` found out about the same source. An adapter is added to the weights before
-    they are quantized.
+    they are quantized. Method "distill" needs a calibration with Hessians and a distillation.
 
     Needs memory for a few slices of tensors, disk for the output and, from the hub, for two or
     three shards of the source; `keep_source` keeps them all, beside `out`. Whatever stops it, `out`
@@ -86,11 +91,13 @@ def convert(
         experts_layout=experts_layout,
     )
     _check_calibration(planned, calibration)
+    _check_distillation(planned, distillation, adapter)
     _check_adapter(planned, adapter)
     _check_copies(planned)
     tasks = cut(planned)
     companions = _companions(opened)
     settings = _settings(planned, tasks, revision, calibration, adapter)
+    settings |= {"distillation": distillation.settings} if distillation else {}
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
     if isinstance(opened, HubSource):
@@ -98,9 +105,14 @@ def convert(
         needed += source_disk_bytes(opened, tasks, keep_source)
     with _locked(work, out, needed):
         open_job(work, out, settings, opened.fingerprints())
+        distilled, reports = None, []
+        if distillation and calibration:
+            reports = distill(planned, calibration, distillation, work / DISTILLED)
+            distilled = Distilled(work / DISTILLED)
         journal = Journal(work / JOURNAL_FILE)
         try:
-            worker = Worker(planned, tasks, work, journal, fetcher, progress, calibration, adapter)
+            known = Known(calibration, adapter, distilled)
+            worker = Worker(planned, tasks, work, journal, fetcher, progress, known)
             checksums = worker.run()
         finally:
             journal.close()
@@ -111,6 +123,9 @@ def convert(
             write_file(target, path.read_bytes())
             sync_folder(target.parent)
         small = [INDEX_FILE, *map(companion_name, companions)]
+        if reports:
+            write_json(work / REPORT_FILE, [asdict(report) for report in reports])
+            small.append(REPORT_FILE)
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
         write_json(work / "config.json", output_config(planned, checksums, adapter))
@@ -120,6 +135,7 @@ def convert(
                 (work / FETCHED).rename(_kept_folder(out))
             else:
                 shutil.rmtree(work / FETCHED)
+        shutil.rmtree(work / DISTILLED, ignore_errors=True)
         sync_folder(work)
         work.rename(out)
         # After the new name: killed in between, the folder is complete and has two files too many.
@@ -203,6 +219,30 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
         raise Qwen35Error(
             "method='gptq' needs a calibration with Hessians",
             hint="calibrate with --method gptq, or use --method search",
+        )
+
+
+def _check_distillation(
+    planned: Plan, distillation: Distillation | None, adapter: Adapter | None
+) -> None:
+    """It goes with its method, and trains the weights that the source has."""
+    is_asked = planned.settings["method"] == DISTILL
+    if is_asked and distillation is None:
+        raise Qwen35Error(
+            f"method={DISTILL!r} needs texts to train on", hint="give convert a distillation"
+        )
+    if distillation is not None and not is_asked:
+        raise Qwen35Error("a distillation is given", expected=f"method={DISTILL!r} with it")
+    if is_asked and adapter is not None:
+        raise Qwen35Error(
+            "an adapter together with distillation",
+            hint=f"leave one of them out, or use another method than {DISTILL}",
+        )
+    if is_asked and isinstance(planned.source, HubSource):
+        raise Qwen35Error(
+            "distillation reads each layer of the source several times",
+            got=planned.source.origin["source"],
+            expected="a folder on this machine",
         )
 
 

@@ -25,6 +25,8 @@ DEFAULT_BITS, ROUTER_BITS = 4, 8
 # Of the MTP layer, whatever the trunk has: its drafts are as good as with 8, and worse with 3.
 MTP_BITS = 4
 DEFAULT_METHOD = "minmax"
+# Starts from "gptq", which is also what becomes of what is not trained.
+DISTILL = "distill"
 MAX_SHARD_BYTES = 5 * 10**9
 
 # Bits, group size and method of one module.
@@ -274,7 +276,8 @@ def plan(
     asked = [bits, dtype, recipe]
     if bits is None and (recipe is not None or dtype is None):
         bits = DEFAULT_BITS
-    check_settings(DEFAULT_BITS if bits is None else bits, group_size, method)
+    quantizer = "gptq" if method == DISTILL else method
+    check_settings(DEFAULT_BITS if bits is None else bits, group_size, quantizer)
     if dtype is not None and dtype not in DTYPES:
         raise Qwen35Error(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
@@ -292,7 +295,7 @@ def plan(
         if setting is None:
             return None
         # A recipe may leave the method to the whole conversion.
-        module_bits, module_group_size, module_method = (*setting, method)[:3]
+        module_bits, module_group_size, module_method = (*setting, quantizer)[:3]
         check_settings(module_bits, module_group_size, module_method, where=module)
         if is_mtp(module):
             module_bits = MTP_BITS

@@ -1,5 +1,7 @@
 """Turns source rows into output rows: dequantize FP8, transform, cast, quantize."""
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import mlx.core as mx
 import numpy as np
 
@@ -18,6 +20,9 @@ from .plan import Entry
 from .source import as_mlx, read_rows
 from .tasks import Task, entry_tasks
 
+if TYPE_CHECKING:
+    from .distill import Distilled
+
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Magnitude bits of a stored number, and the least that is not finite.
 NOT_FINITE = {
@@ -26,6 +31,17 @@ NOT_FINITE = {
     "BF16": (0x7FFF, 0x7F80),
     FP8: (0x7F, 0x7F),
 }
+
+
+class Known(NamedTuple):
+    """What is known of the source beside its tensors."""
+
+    calibration: Calibration | None = None
+    adapter: Adapter | None = None
+    distilled: "Distilled | None" = None
+
+
+NOTHING = Known()
 
 
 def read_entry(entry: Entry) -> mx.array:
@@ -50,11 +66,14 @@ def read_segment(segment: Segment) -> np.ndarray:
 def transform(
     task: Task,
     rows: np.ndarray,
-    calibration: Calibration | None = None,
-    adapter: Adapter | None = None,
+    known: Known = NOTHING,
 ) -> list[mx.array]:
     """The output rows of a task: the weight, or weight, scales and biases."""
-    entry, segment = task.entry, task.segment
+    entry, segment, adapter = task.entry, task.segment, known.adapter
+    if known.distilled and (
+        found := known.distilled.rows(entry.module, task.row, task.row + task.num_rows)
+    ):
+        return found
     if segment.tensor.dtype not in NOT_FINITE:
         # Quantized already: bytes that nothing is known of.
         return [mx.array(rows)]
@@ -78,7 +97,7 @@ def transform(
     parts: list[mx.array] = [x]
     if entry.method is not None:
         try:
-            parts = list(quantize_rows(x, entry, task.row, calibration))
+            parts = list(quantize_rows(x, entry, task.row, known.calibration))
         except Qwen35Error as error:
             raise CheckpointError(f"{segment.tensor.name} cannot be quantized: {error}") from error
     parts = [mx.contiguous(part) for part in parts]

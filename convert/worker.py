@@ -12,17 +12,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.checkpoint.adapter import Adapter
 from qwen35_mlx.checkpoint.resolver import Segment
 from qwen35_mlx.progress import ByteProgress
-from qwen35_mlx.quant.statistics import Calibration
 
 from .hub import Fetcher
 from .journal import Journal
 from .plan import Plan
 from .shards import ShardWriter, sha256
 from .tasks import WORKERS, Task, uses
-from .transform import read_segment, transform
+from .transform import Known, read_segment, transform
 
 # Work that a crash may cost: what was written since files and journal were last flushed.
 FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
@@ -47,8 +45,7 @@ class Worker:
     journal: Journal
     fetcher: Fetcher | None
     progress: ByteProgress | None
-    calibration: Calibration | None
-    adapter: Adapter | None = None
+    known: Known
 
     def __post_init__(self) -> None:
         self.pool = threads()
@@ -152,13 +149,13 @@ class Worker:
         writer = self._writer(task.shard)
         if self.in_main:
             return self.pool.submit(read_segment, task.segment)
-        return self.pool.submit(_do, writer, task, self.calibration, self.adapter)
+        return self.pool.submit(_do, writer, task, self.known)
 
     def _complete(self) -> None:
         task, future = self.running.popleft()
         result = future.result()
         if self.in_main:
-            parts = transform(task, result, self.calibration, self.adapter)
+            parts = transform(task, result, self.known)
             result = _write(self._writer(task.shard), task, parts)
         self.unflushed.append((task, result))
         self.unflushed_bytes += task.output_bytes
@@ -210,11 +207,9 @@ class Worker:
             self.progress(self.done_bytes, self.total_bytes, state or name, file)
 
 
-def _do(
-    writer: ShardWriter, task: Task, calibration: Calibration | None, adapter: Adapter | None
-) -> int:
+def _do(writer: ShardWriter, task: Task, known: Known) -> int:
     rows = read_segment(task.segment)
-    crc = _write(writer, task, transform(task, rows, calibration, adapter))
+    crc = _write(writer, task, transform(task, rows, known))
     # Tasks of the next tensor have other sizes: freed buffers would pile up.
     mx.clear_cache()
     return crc

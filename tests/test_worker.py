@@ -10,6 +10,7 @@ from everyday import everyday
 from qwen35_mlx.convert import convert, plan, tasks, worker
 from qwen35_mlx.convert.journal import Journal
 from qwen35_mlx.convert.tasks import cut
+from qwen35_mlx.convert.transform import Known
 from qwen35_mlx.convert.worker import Worker
 
 
@@ -55,7 +56,7 @@ def test_a_file_is_released_once_when_all_of_its_tasks_are_in_the_journal(
     def progress(done: int, total: int, tensor: str, file: str) -> None:
         states.append(tensor)
 
-    work = Worker(planned, todo, tmp_path / "work", shelf.journal, shelf, progress, None)
+    work = Worker(planned, todo, tmp_path / "work", shelf.journal, shelf, progress, Known())
     assert work.in_main == (mx.default_device() == mx.Device(mx.gpu))
     work.in_main = in_main
     checksums = work.run()

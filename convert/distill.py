@@ -1,0 +1,528 @@
+"""Trains the quantized weights of one layer after another to give what the source's layer gives."""
+
+# B texts, T tokens, H hidden, N = B * T, E experts, K experts per token.
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from qwen35_mlx.checkpoint.headers import SourceTensor, read_headers
+from qwen35_mlx.files import replacing
+from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
+from qwen35_mlx.kernels.router import Routing, route
+from qwen35_mlx.model.language import DecoderLayer, Model
+from qwen35_mlx.progress import StepProgress
+from qwen35_mlx.quant.latent import Latent, Schedule, train
+from qwen35_mlx.quant.packing import WORD_BITS, Quantized
+from qwen35_mlx.quant.statistics import Calibration
+
+from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices
+from .plan import Plan
+from .source import read_rows
+from .transform import quantize_rows
+
+# Of a step, and of a step of one expert.
+BATCH_TOKENS, EXPERT_BATCH = 1024, 256
+# An expert that sees fewer tokens keeps what error feedback gave it.
+MIN_EXPERT_TOKENS = 128
+EXPERT_STEPS = 96
+# Weight of the loss from the source's own activations, beside that from the quantized model's.
+SOURCE_WEIGHT = 0.25
+# Weight of the router's wrong choices beside the divergence of its probabilities.
+FLIP_PENALTY = 0.1
+KINDS = ("weight", "scales", "biases")
+ANY_BYTES = 2**62
+EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
+Parts = dict[str, Quantized]
+
+
+@dataclass
+class PartReport:
+    """What the training of a layer, the head or the whole model did."""
+
+    name: str
+    # By part: the loss on held-out batches before and after.
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    # Tokens of each expert, and the share of the source's choices that the router misses.
+    expert_tokens: list[int] = field(default_factory=list)
+    flips: float | None = None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What to train on, ids `[B, T]`, and for how long."""
+
+    ids: mx.array
+    # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
+    finish_tokens: int = 0
+    schedule: Schedule = Schedule()
+    progress: StepProgress = lambda done, total, step: None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result, in words that fit into JSON."""
+        digest = hashlib.sha256(np.array(self.ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+        settings = asdict(self.schedule) | {"finish_tokens": self.finish_tokens}
+        return settings | {"text": digest, "length": self.ids.shape[1]}
+
+
+class Distilled:
+    """What `distill` wrote: rows of quantized matrices, read on demand."""
+
+    def __init__(self, folder: Path):
+        finished = folder / "finished"
+        self.tensors: dict[str, SourceTensor] = read_headers(
+            finished if finished.exists() else folder / "layers"
+        )
+
+    def rows(self, module: str, start: int, stop: int) -> list[mx.array] | None:
+        """Words, scales and biases of these rows as stored; None if the module has none here."""
+        if f"{module}.scales" not in self.tensors:
+            return None
+        tensors = [self.tensors[f"{module}.{kind}"] for kind in KINDS]
+        return [mx.array(read_rows(tensor, start, stop)) for tensor in tensors]
+
+
+def distill(
+    planned: Plan, calibration: Calibration, distillation: Distillation, folder: Path
+) -> list[PartReport]:
+    """Write the quantized matrices of `planned`, trained, into `folder` for `Distilled`.
+
+    Starts from error feedback. A layer reads what the quantized layers before it give, and is
+    trained to give what the source's layer gives from the source's activations. Holds one layer of
+    the source, its quantized copy, and 2 * N * H activations; routed experts are trained one at a
+    time. With `finish_tokens` the whole model is then trained on the divergence of its logits.
+    A second call goes on behind the last layer that was written, bit for bit.
+    """
+    (folder / "layers").mkdir(parents=True, exist_ok=True)
+    distiller = _Distiller(planned, calibration, distillation, folder)
+    seen = distiller.run_layers()
+    if distillation.finish_tokens and not (folder / "finished").exists():
+        distiller.finish(seen, distillation.finish_tokens)
+    found = [*(folder / "layers").glob("*.json"), *(folder / "finished").glob("*.json")]
+    return [PartReport(**json.loads(file.read_text("utf-8"))) for file in sorted(found)]
+
+
+class _Distiller:
+    def __init__(
+        self, planned: Plan, calibration: Calibration, distillation: Distillation, folder: Path
+    ):
+        self.calibration, self.folder = calibration, folder
+        self.ids, self.schedule = distillation.ids, distillation.schedule
+        self.progress = distillation.progress
+        self.entries = {e.module: e for e in planned.text_entries if e.method == "gptq"}
+        self.model = Layerwise(SourceCheckpoint(planned.source.folder))
+        self.num_layers = self.model.config.num_hidden_layers
+        self.per_token = self.model.config.num_experts_per_tok
+        at_once = max(BATCH_TOKENS // self.ids.shape[1], 1)
+        self.batches = [slice(i, i + at_once) for i in range(0, len(self.ids), at_once)]
+        self.report = PartReport("")
+        self.done = 0
+
+    def run_layers(self) -> mx.array:
+        """Train layer after layer, then the head; returns the source's last activations."""
+        found = [i for i in range(self.num_layers + 1) if self._streams(i).exists()]
+        if not found:
+            # Activations of the source, and of what is quantized so far.
+            seen = mx.concatenate(self.model.embed(self.ids))
+            ends = self._ends(("embed_tokens",), "embedding", lambda root, parts: None)
+            self._save_streams(0, seen, ends.language_model.model.embed_tokens(self.ids))
+            found = [0]
+        streams: Any = mx.load(str(self._streams(found[-1])))
+        seen, own = streams["seen"], streams["own"]
+        mx.eval(seen, own)
+        for index in range(found[-1], self.num_layers):
+            self.done = index
+            seen, own = self._layer(index, seen, own)
+            self._save_streams(index + 1, seen, own)
+        self._ends(("lm_head",), "head", lambda root, parts: self._head(root, parts, seen, own))
+        return seen
+
+    def _streams(self, index: int) -> Path:
+        return self.folder / f"streams-{index:03}.safetensors"
+
+    def _save_streams(self, index: int, seen: mx.array, own: mx.array) -> None:
+        with replacing(self._streams(index)) as temporary:
+            mx.save_safetensors(str(temporary), {"seen": seen, "own": own})
+        if index:
+            self._streams(index - 1).unlink()
+
+    def _layer(self, index: int, seen: mx.array, own: mx.array) -> tuple[mx.array, mx.array]:
+        """Train a layer; activations `[B, T, H]` behind it, of the source's and of the trained."""
+        teacher, student = (
+            self.model.layer(index),
+            DecoderLayer(self.model.config, self.model.config.layer_types[index]),
+        )
+        _let_gradients_pass(teacher)
+        _let_gradients_pass(student)
+        mask = None if teacher.is_linear else "causal"
+
+        def attend(layer: DecoderLayer, x: mx.array) -> mx.array:
+            return layer.attend(x, mask, None, None)
+
+        def feed(layer: DecoderLayer, x: mx.array) -> mx.array:
+            return layer.mlp(x, layer.post_attention_layernorm)
+
+        seen_middle = self._run(attend, teacher, seen)
+        seen_out = self._run(feed, teacher, seen_middle)
+
+        def train_parts(root: nn.Module, parts: Parts) -> None:
+            names = [name for name in parts if not name.startswith("mlp.")]
+            goal = _Goal(seen, own, seen_middle)
+            self._train("attention", root, parts, names, goal.loss(attend, self.batches))
+            middle = self._run(attend, root, own)
+            if self.model.config.is_moe:
+                self._experts(teacher, root, parts, seen_middle, middle, seen_out)
+            else:
+                names = [name for name in parts if name.startswith("mlp.")]
+                goal = _Goal(seen_middle, middle, seen_out)
+                self._train("feed-forward", root, parts, names, goal.loss(feed, self.batches))
+
+        prefix = LAYER.format(index)
+        self._trained(teacher, student, prefix, f"layer-{index:03}", train_parts)
+        return seen_out, self._run(feed, student, self._run(attend, student, own))
+
+    def _ends(
+        self, names: Iterable[str], file: str, train_parts: Callable[[Any, Parts], None]
+    ) -> Any:
+        """Embedding and head with these modules quantized and trained."""
+        student = Model(self.model.ends.config)
+        return self._trained(self.model.ends, student, "", file, train_parts, tuple(names))
+
+    def _trained(
+        self,
+        teacher: Any,
+        student: Any,
+        prefix: str,
+        name: str,
+        train_parts: Callable[[Any, Parts], None],
+        endings: tuple[str, ...] = ("",),
+    ) -> Any:
+        """The student with the weights of the teacher, quantized and trained, or as stored."""
+        student.update(teacher.parameters())
+        file = self.folder / "layers" / f"{name}.safetensors"
+        if file.exists():
+            parts = {path.removeprefix(prefix): p for path, p in _read(file).items()}
+            self._put(student, parts)
+            return student
+        self.report, parts = PartReport(name), Parts()
+        for path, module in matrices(teacher).items():
+            entry = self.entries.get(prefix + path)
+            if entry is not None and path.endswith(endings):
+                rows = module.weight.astype(mx.bfloat16 if entry.dtype == "BF16" else mx.float32)
+                found = quantize_rows(rows.reshape(-1, rows.shape[-1]), entry, 0, self.calibration)
+                parts[path] = tuple(  # type: ignore[assignment]
+                    part.reshape(*rows.shape[:-1], part.shape[-1]) for part in found
+                )
+        self._put(student, parts)
+        train_parts(student, parts)
+        self._save(self.folder / "layers", name, {prefix + path: p for path, p in parts.items()})
+        return student
+
+    def _save(self, folder: Path, name: str, parts: Parts) -> None:
+        # The report first: where the weights are, it is too.
+        with replacing(folder / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self.report)), "utf-8")
+        arrays = {
+            f"{path}.{kind}": array
+            for path, found in parts.items()
+            for kind, array in zip(KINDS, found, strict=True)
+        }
+        with replacing(folder / f"{name}.safetensors") as temporary:
+            mx.save_safetensors(str(temporary), arrays)
+
+    def _put(self, root: Any, parts: Parts) -> None:
+        """Dequantized, as the converted model will have them."""
+        for path, found in parts.items():
+            module = _module(root, path)
+            module.weight = _dequantized(found, module.weight)
+            mx.eval(module.weight)
+
+    def _run(self, half: Callable[[Any, mx.array], mx.array], layer: Any, x: mx.array) -> mx.array:
+        outs = []
+        for rows in self.batches:
+            outs.append(half(layer, x[rows]))
+            mx.eval(outs[-1])
+        return mx.concatenate(outs)
+
+    def _train(
+        self,
+        part: str,
+        root: Any,
+        parts: Parts,
+        names: Iterable[str],
+        loss: Callable[[Any, int], mx.array],
+        num_batches: int = 0,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """Train the matrices of these names, in `parts` and in `root`."""
+        modules = {name: _module(root, name) for name in names}
+        latents = {n: Latent(parts[n], m.weight.shape[-1]) for n, m in modules.items()}
+        if not latents:
+            return
+
+        def of_batch(weights: Mapping[str, mx.array], batch: int) -> mx.array:
+            for name, weight in weights.items():
+                modules[name].weight = weight
+            return loss(root, batch)
+
+        trained = train(
+            latents,
+            of_batch,
+            num_batches or len(self.batches),
+            schedule or self.schedule,
+            lambda step, total, value: self.progress(
+                self.done, self.num_layers, f"{self.report.name} {part} {step}/{total}: {value:.3g}"
+            ),
+        )
+        for name, latent in latents.items():
+            parts[name] = latent.quantized(trained.moved[name])
+        mx.eval(*(parts[name] for name in latents))
+        self._put(root, {name: parts[name] for name in latents})
+        self.report.losses[part] = trained.before, trained.after
+        mx.clear_cache()
+
+    def _experts(
+        self,
+        teacher: Any,
+        student: Any,
+        parts: Parts,
+        seen: mx.array,
+        own: mx.array,
+        goal: mx.array,
+    ) -> None:
+        """Train router, routed experts, then the shared one; activations amid the layer."""
+        seen_rows, rows = (
+            teacher.post_attention_layernorm(seen),
+            student.post_attention_layernorm(own),
+        )
+        wanted = teacher.mlp.gate(seen_rows)
+        mx.eval(seen_rows, rows, wanted)
+        gate = [name for name in parts if name == "mlp.gate"]
+        self._train(
+            "router",
+            student,
+            parts,
+            gate,
+            lambda root, i: self._router_loss(
+                root.mlp.gate(rows[self.batches[i]]), wanted[self.batches[i]]
+            ),
+        )
+        hidden = rows.shape[-1]
+        flat, seen_flat = rows.reshape(-1, hidden), seen_rows.reshape(-1, hidden)
+        mlp = student.mlp
+        routing = route(mlp.gate(flat), mlp.shared_expert_gate(flat), self.per_token)
+        mx.eval(routing)
+        chosen = route(
+            wanted.reshape(flat.shape[0], -1), routing.shared_scores, self.per_token
+        ).indices
+        missed = (chosen[..., None] != routing.indices[:, None]).all(axis=-1)
+        self.report.flips = round(float(missed.mean()), 6)
+        self._routed(teacher, student, parts, seen_flat, flat, routing)
+        routed = expert_mlp(flat, routing.indices, routing.scores, mlp.switch_mlp)
+        fixed = own + routed.reshape(own.shape)
+        mx.eval(fixed)
+
+        def with_shared(root: Any, i: int) -> mx.array:
+            x, shared = rows[self.batches[i]], root.mlp.shared_expert
+            out = shared.down_proj(nn.silu(shared.gate_proj(x)) * shared.up_proj(x))
+            out = fixed[self.batches[i]] + mx.sigmoid(root.mlp.shared_expert_gate(x)) * out
+            return relative_error(out, goal[self.batches[i]])
+
+        names = [name for name in parts if name.startswith("mlp.shared_expert")]
+        self._train("shared expert", student, parts, names, with_shared)
+
+    def _router_loss(self, logits: mx.array, wanted: mx.array) -> mx.array:
+        """Divergence of probabilities, and by how much a wrong expert beats a right one."""
+        worst_right = -self.per_token
+        order = mx.stop_gradient(mx.argsort(wanted, axis=-1))
+        right = mx.take_along_axis(logits, order[..., worst_right:], axis=-1).min(axis=-1)
+        wrong = mx.take_along_axis(logits, order[..., :worst_right], axis=-1).max(axis=-1)
+        return divergence(wanted, logits) + FLIP_PENALTY * nn.relu(wrong - right).mean()
+
+    def _routed(
+        self,
+        teacher: Any,
+        student: Any,
+        parts: Parts,
+        seen: mx.array,
+        own: mx.array,
+        routing: Routing,
+    ) -> None:
+        """Train each expert on the tokens `[N, H]` that go to it."""
+        names = [name for name in parts if name.startswith(EXPERTS)]
+        indices = np.array(routing.indices)
+        num_experts = self.model.config.num_experts
+        self.report.expert_tokens = np.bincount(indices.ravel(), minlength=num_experts).tolist()
+        before = after = 0.0
+        found: dict[str, list[Quantized]] = {name: [] for name in names}
+        for expert in range(num_experts):
+            at, slot = np.nonzero(indices == expert)
+            mine: Parts = {name: tuple(a[expert] for a in parts[name]) for name in names}  # type: ignore[misc]
+            if len(at) >= MIN_EXPERT_TOKENS and names:
+                root = _Expert(student.mlp.switch_mlp, expert)
+                x, scores = own[mx.array(at)], routing.scores[mx.array(at), mx.array(slot)]
+                goal = _Expert(teacher.mlp.switch_mlp, expert)(seen[mx.array(at)])
+                mx.eval(x, scores, goal)
+                self._one_expert(root, mine, x, goal, mx.square(scores)[:, None], expert)
+                losses = self.report.losses.pop(f"expert {expert}")
+                before, after = before + losses[0], after + losses[1]
+            for name in names:
+                found[name].append(mine[name])
+        for name in names:
+            words, scales, biases = (
+                mx.stack(list(each)) for each in zip(*found[name], strict=True)
+            )
+            parts[name] = words, scales, biases
+        self._put(student, {name: parts[name] for name in names})
+        self.report.losses["experts"] = before / num_experts, after / num_experts
+
+    def _one_expert(
+        self,
+        root: "_Expert",
+        mine: Parts,
+        x: mx.array,
+        goal: mx.array,
+        weight: mx.array,
+        number: int,
+    ) -> None:
+        num_batches = -(-len(x) // EXPERT_BATCH)
+        energy = (weight * mx.square(goal)).mean()
+
+        def loss(expert: Any, i: int) -> mx.array:
+            # Every so-manieth row, so that batches are equally long and mixed.
+            lost = mx.square(expert(x[i::num_batches]) - goal[i::num_batches])
+            return (weight[i::num_batches] * lost).mean() / energy
+
+        epochs = max(round(EXPERT_STEPS / num_batches), self.schedule.epochs)
+        schedule = replace(self.schedule, epochs=epochs)
+        self._train(f"expert {number}", root, mine, list(mine), loss, num_batches, schedule)
+
+    def _head(self, root: Any, parts: Parts, seen: mx.array, own: mx.array) -> None:
+        """Train the head on the divergence of its logits."""
+        ends = self.model.ends
+
+        def loss(root: Any, i: int) -> mx.array:
+            rows = self.batches[i]
+            wanted = ends.head(ends.trunk(None, embeddings=seen[rows]))
+            return divergence(wanted, root.head(root.trunk(None, embeddings=own[rows])))
+
+        self._train("head", root, parts, list(parts), loss)
+
+    def finish(self, seen: mx.array, num_tokens: int) -> None:
+        """Train all matrices at once on the divergence of the logits, with the model in memory."""
+        self.report, self.done = PartReport("whole"), self.num_layers
+        ends = self.model.ends
+        student = Model(replace(self.model.config, vision=None, num_mtp_layers=0))
+        student.update(ends.parameters())
+        for index, layer in enumerate(student.layers):
+            layer.update(self.model.layer(index).parameters())
+            _let_gradients_pass(layer)
+        parts = Parts()
+        for file in sorted((self.folder / "layers").glob("*.safetensors")):
+            parts |= _read(file)
+
+        def loss(root: Any, i: int) -> mx.array:
+            rows = self.batches[i]
+            wanted = ends.head(ends.trunk(None, embeddings=seen[rows]))
+            return divergence(wanted, root(self.ids[rows]))
+
+        num_batches = -(-num_tokens // BATCH_TOKENS)
+        num_batches = min(max(num_batches, 1), len(self.batches))
+        self._put(student, parts)
+        self._train("all", student, parts, list(parts), loss, num_batches)
+        folder = self.folder / "finishing"
+        folder.mkdir(exist_ok=True)
+        self._save(folder, "whole", parts)
+        folder.rename(self.folder / "finished")
+
+
+class _Goal:
+    """The loss of half a layer: from both streams it shall give what the source's half gives."""
+
+    def __init__(self, seen: mx.array, own: mx.array, out: mx.array):
+        self.seen, self.own, self.out = seen, own, out
+
+    def loss(
+        self, half: Callable[[Any, mx.array], mx.array], batches: list[slice]
+    ) -> Callable[[Any, int], mx.array]:
+        def of_batch(root: Any, i: int) -> mx.array:
+            rows = batches[i]
+            own, seen = half(root, self.own[rows]), half(root, self.seen[rows])
+            goal = self.out[rows]
+            return relative_error(own, goal) + SOURCE_WEIGHT * relative_error(seen, goal)
+
+        return of_batch
+
+
+class _Expert:
+    """One expert of a stack: `[N, H]` -> the same."""
+
+    def __init__(self, experts: Any, number: int):
+        self.mlp = {EXPERTS + name: _Matrix(experts[name].weight[number]) for name in GLU}
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up, down = (self.mlp[EXPERTS + name].weight for name in GLU)
+        return (nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+@dataclass
+class _Matrix:
+    weight: mx.array
+
+
+def relative_error(out: mx.array, goal: mx.array) -> mx.array:
+    """Squared error of each token relative to its energy, on average; `[..., H]` both."""
+    lost = mx.square(out - goal).sum(axis=-1)
+    return (lost / mx.square(goal).sum(axis=-1)).mean()
+
+
+def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
+    """Mean KL in nats from `wanted` to `logits`, `[..., choices]` both."""
+    p = wanted.astype(mx.float32)
+    p = p - mx.logsumexp(p, axis=-1, keepdims=True)
+    q = logits.astype(mx.float32)
+    q = q - mx.logsumexp(q, axis=-1, keepdims=True)
+    return (mx.exp(p) * (p - q)).sum(axis=-1).mean()
+
+
+def _read(file: Path) -> Parts:
+    stored: Any = mx.load(str(file))
+    modules = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
+    parts: Any = {m: tuple(stored[f"{m}.{kind}"] for kind in KINDS) for m in sorted(modules)}
+    return parts
+
+
+def _let_gradients_pass(layer: DecoderLayer) -> None:
+    if not layer.is_linear:
+        # Blocks of queries are evaluated one by one, which no gradient allows.
+        layer.self_attn.max_scores_bytes = ANY_BYTES
+
+
+def _module(root: Any, path: str) -> Any:
+    if isinstance(root, _Expert):
+        return root.mlp[path]
+    for name in path.split("."):
+        root = root[int(name)] if name.isdigit() else root[name]
+    return root
+
+
+def _dequantized(parts: Quantized, like: mx.array) -> mx.array:
+    packed, scales, biases = parts
+    inputs = like.shape[-1]
+    bits, group_size = packed.shape[-1] * WORD_BITS // inputs, inputs // scales.shape[-1]
+    back = mx.dequantize(
+        packed,
+        scales.astype(mx.float32),
+        biases.astype(mx.float32),
+        group_size=group_size,
+        bits=bits,
+    )
+    return back.astype(like.dtype)
