@@ -12,11 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qwen35_mlx import files
-from qwen35_mlx.config import read_config
-from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.language import DecoderLayer
-from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
@@ -30,58 +26,14 @@ from qwen35_mlx.quant.statistics import (
     unit_of,
 )
 
+from .calibration_text import sketch
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, watched
 
-TEXT_FILE = Path(__file__).parent / "calibration.txt"
-TEXT_TOKENS = 512
 # In models up to this size, each unit is quantized alone at these settings and its KL measured.
 MEASURED_PARAMETERS = 3 * 10**9
 MEASURED_BITS = (3, 5)
 MEASURED_GROUP_SIZES = (64, 32)
 MEASURED_TOKENS = 1024
-
-
-def read_text(file: Path | None) -> str:
-    """The text of a file, or the text that comes with this package."""
-    try:
-        return files.read_text(file or TEXT_FILE)
-    except OSError as error:
-        raise Qwen35Error(f"{file} cannot be read", got=error, expected="text in UTF-8") from None
-
-
-def encode(folder: Path, text: str, length: int = TEXT_TOKENS, most: int | None = None) -> mx.array:
-    """Token ids `[B, T]` of at most `most` tokens of a text, by the tokenizer of `folder`.
-
-    Lines of `---` separate passages. A passage `Q: … A: …` goes through the chat template. An
-    incomplete last row is left out.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise Qwen35Error(f"no checkpoint at {folder}", expected="a folder on this machine")
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
-    ids: list[int] = []
-    for passage in text.split("\n---\n"):
-        question, found, answer = passage.removeprefix("Q: ").partition("\nA: ")
-        if found and passage.startswith("Q: ") and getattr(tokenizer, "chat_template", None):
-            turns = [("user", question), ("assistant", answer)]
-            messages = [{"role": role, "content": content.strip()} for role, content in turns]
-            passage = tokenizer._tokenizer.apply_chat_template(messages, tokenize=False)
-        ids += tokenizer.encode(passage, add_special_tokens=False)
-    ids = ids[:most]
-    if len(ids) < 2:
-        got = f"{len(ids)} tokens"
-        raise Qwen35Error("the text is too short", got=got, expected="2 tokens or more")
-    vocab = (config.get("text_config") or config)["vocab_size"]
-    if max(ids) >= vocab:
-        raise Qwen35Error(
-            "the tokenizer produces ids that the model does not have",
-            got=max(ids),
-            expected=f"below {vocab}",
-        )
-    length = min(length, len(ids))
-    num_rows = len(ids) // length
-    return mx.array(ids[: num_rows * length]).reshape(num_rows, length)
 
 
 def calibrate(
@@ -117,7 +69,9 @@ class _Calibrator:
         self.progress, self.model = progress, Layerwise(checkpoint)
         planned = checkpoint.plan
         digest = hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
-        self.result = Calibration(planned.source.origin["source"], planned.layout, digest, ids.size)
+        self.result = Calibration(
+            planned.source.origin["source"], planned.layout, digest, ids.size, sketch(ids)
+        )
         # By module, what error feedback will leave of the error.
         self.gains: dict[str, float] = {}
         # Of the texts that are measured: inputs of each layer, then of the head.

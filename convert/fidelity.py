@@ -1,6 +1,6 @@
 """Compares a quantized checkpoint with its reference; both are run layer by layer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ from .layerwise import Checkpoint, Layerwise, open_checkpoint, run_layer
 from .mac_models import BANDWIDTH_LIMIT, Mac
 from .plots import picture
 from .report import aligned
+
+# Shares of answers, and what they are called in a table.
+TASKS = {
+    "same_tokens": "same",
+    "identical_answers": "identical",
+    "valid_tool_calls": "tool calls",
+    "valid_json": "JSON",
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,14 @@ def report_lines(report: Report) -> list[str]:
 def open_with(folder: str | Path, adapter: Adapter) -> Checkpoint:
     """A folder whose layers get the adapter, unless it was fused into them."""
     checkpoint = open_checkpoint(folder)
-    facts = read_config(Path(folder).expanduser()).get("qwen35_mlx")
-    if not isinstance(facts, dict) or facts.get("adapter") != adapter.digest:
-        checkpoint.adapter = adapter
+    checkpoint.adapter = None if fused_with(folder, adapter) else adapter
     return checkpoint
+
+
+def fused_with(folder: str | Path, adapter: Adapter) -> bool:
+    """Whether a folder's weights have the adapter in them."""
+    facts = read_config(Path(folder).expanduser()).get("qwen35_mlx")
+    return isinstance(facts, dict) and facts.get("adapter") == adapter.digest
 
 
 def fidelity(
@@ -165,15 +177,22 @@ class Comparison:
     names: Sequence[str]
     reports: Sequence[Report]
     mac: Mac
+    # Of each output, the share of the text that its calibration has read.
+    overlaps: Sequence[float | None]
+    # Figures of answers: those of the reference, then those of each output.
+    tasks: Sequence[Mapping[str, Any]] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """What is to be compared of each; the smallest first."""
         rows = []
-        for name, report in zip(self.names, self.reports, strict=True):
+        tasks = self.tasks[1:] or [{}] * len(self.names)
+        columns = (self.names, self.reports, self.overlaps, tasks)
+        for name, report, share, answers in zip(*columns, strict=True):
             read = report.quantized.decode_bytes(CONTEXT)
             limit = self.mac.gbps * 1e9 / read if self.mac.gbps else None
             figures = {k: v for k, v in report.as_dict().items() if not k.endswith("_errors")}
-            rows.append({"name": name, **figures, "bandwidth_limit_tps": limit})
+            figures |= {"bandwidth_limit_tps": limit, "calibration_overlap": share}
+            rows.append({"name": name, **figures, **answers})
         return sorted(rows, key=lambda row: row["quantized_gb"])
 
     @property
@@ -211,13 +230,37 @@ class Comparison:
             " tokens.",
         ]
 
+    def task_lines(self) -> list[str]:
+        """A table of the answers."""
+        table = [("", *TASKS.values(), "thought", "of SRC's")]
+        for row in [{"name": "SRC", **self.tasks[0]}, *self.rows()]:
+            ratio = row["thought_ratio"]
+            shares = [f"{row[key]:.1%}" for key in TASKS]
+            thought = f"{row['thought_tokens']:,.0f}", "-" if ratio is None else f"{ratio:.2f}"
+            table.append((row["name"], *shares, *thought))
+        lines = [
+            *aligned(table),
+            "same: tokens of an answer before the first that SRC's has not; thought: mean tokens.",
+        ]
+        if any(cut := [row["cut_thoughts"] for row in self.tasks]):
+            lines.append(f"Up to {max(cut):.0%} of the thoughts had no end and were cut.")
+        return lines
+
     def plot(self, path: Path) -> None:
-        """Draw KL over bytes, with what the Mac can hold, and over tokens a second, as a PNG."""
+        """Draw KL over bytes, with what the Mac can hold, and answers or tokens/s, as a PNG."""
         rows = self.rows()
         kls = [max(row["mean_kl_nats"], 1e-9) for row in rows]
         with picture(path, (11, 4)) as (_, left, right):
             sides = [(left, "quantized_gb", "GB of the text model")]
-            if self.mac.gbps:
+            if self.tasks:
+                outputs = [*rows, {"name": "SRC", **self.tasks[0]}]
+                for key, label in TASKS.items():
+                    shares = [100 * row[key] for row in outputs]
+                    right.plot([row["name"] for row in outputs], shares, "o-", label=label)
+                right.set(ylabel="% of answers", ylim=(-3, 103))
+                right.tick_params(axis="x", rotation=15)
+                right.legend()
+            elif self.mac.gbps:
                 title = f"{BANDWIDTH_LIMIT}, {self.mac.name}"
                 sides.append((right, "bandwidth_limit_tps", title))
             for axes, key, label in sides:

@@ -128,7 +128,7 @@ def convert(
             small.append(REPORT_FILE)
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
-        write_json(work / "config.json", output_config(planned, checksums, adapter))
+        write_json(work / "config.json", output_config(planned, checksums, adapter, calibration))
         refuse_existing(out)
         if (work / FETCHED).exists():
             if keep_source:
@@ -318,7 +318,10 @@ def _settings(
 
 
 def output_config(
-    planned: Plan, checksums: dict[str, str], adapter: Adapter | None = None
+    planned: Plan,
+    checksums: dict[str, str],
+    adapter: Adapter | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
@@ -349,6 +352,8 @@ def output_config(
         "settings": planned.settings,
         # fidelity leaves out an adapter that is in the weights.
         **({"adapter": adapter.digest} if adapter else {}),
+        # fidelity tells a text that the calibration has read.
+        **({"calibration": calibration.facts} if calibration else {}),
         "norms_shifted": True,
         "mtp_norms_shifted": True,
         "sha256": checksums,

@@ -101,6 +101,8 @@ class Calibration:
     layout: str
     text: str
     num_tokens: int
+    # A sample of the text's n-grams; empty in files of earlier versions.
+    ngrams: str = ""
     moments: dict[str, mx.array] = field(default_factory=dict)
     hessians: dict[str, mx.array] = field(default_factory=dict)
     # Share of the output's energy that a setting loses, and KL in nats where it was measured. With
@@ -112,6 +114,11 @@ class Calibration:
     def digest(self) -> str:
         """Digest of everything but the arrays."""
         return hashlib.sha256(repr(sorted(_metadata(self).items())).encode()).hexdigest()[:16]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a converted folder says of the text."""
+        return {"text": self.text, "num_tokens": self.num_tokens, "ngrams": self.ngrams}
 
     def of(self, module: str, expert: int | None = None) -> tuple[mx.array | None, mx.array | None]:
         """Second moments and Hessian of a module's input; with `expert`, those of that expert."""
@@ -149,6 +156,7 @@ def load(path: Path) -> Calibration:
             metadata["layout"],
             metadata["text"],
             int(metadata["num_tokens"]),
+            metadata.get("ngrams", ""),
             errors=_parse(metadata["errors"]),
             kls=_parse(metadata["kls"]),
         )
@@ -167,6 +175,7 @@ def _metadata(calibration: Calibration) -> dict[str, str]:
         "layout": calibration.layout,
         "text": calibration.text,
         "num_tokens": str(calibration.num_tokens),
+        **({"ngrams": calibration.ngrams} if calibration.ngrams else {}),
         "hessians": str(bool(calibration.hessians)),
         "errors": _dump(calibration.errors),
         "kls": _dump(calibration.kls),

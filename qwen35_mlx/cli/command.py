@@ -35,7 +35,7 @@ RULES: dict[str, list[Rule]] = {
         *QUANTIZATION,
         *((("--dtype", name), BITS) for name in ("--method", "--calibration", "--calibrate")),
         (("--method minmax", "--calibration"), BUDGETS),
-        (("--text",), ("--calibrate",)),
+        (("--calibration-text",), ("--calibrate",)),
         (("--context",), ("--fit",)),
         (("--kv-bits",), ("--fit",)),
     ],

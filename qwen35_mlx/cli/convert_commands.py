@@ -1,6 +1,5 @@
-"""The commands that make and judge conversions: convert, plan, fidelity."""
+"""The commands that make conversions: convert, plan."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +65,7 @@ def convert(
             "Default: no calibration.",
         ),
     ] = False,
-    text: options.TextFile = None,
+    calibration_text: options.CalibrationText = None,
     revision: options.Revision = None,
     keep_source: Annotated[
         bool,
@@ -110,7 +109,7 @@ def convert(
     else:
         # Before a calibration, which may take hours.
         refuse_existing(out)
-        found = calibration_for(source, out, calibration, calibrate, text, method)
+        found = calibration_for(source, out, calibration, calibrate, calibration_text, method)
         settings, spent = quality_settings(ctx, source, found)
         print_lines(spent)
         plan = make_plan(source, revision=revision, **settings)
@@ -318,7 +317,7 @@ def calibration_for(
     if not calibrate:
         return load(file) if file else None
     from ..convert.calibrate import calibrate as run
-    from ..convert.calibrate import encode, read_text
+    from ..convert.calibration_text import TEXT_FILE, encode
     from .progress import step_progress
     from .terminal import note
 
@@ -328,7 +327,7 @@ def calibration_for(
         raise Qwen35Error(
             f"{file} exists already", hint="use it without --calibrate, or name another file"
         )
-    ids = encode(Path(source), read_text(text))
+    ids = encode(Path(source), text or TEXT_FILE)
     with step_progress(f"Calibrating on {ids.size:,} tokens") as progress:
         found = run(source, ids, hessians=method == "gptq", progress=progress)
     save(found, file)
@@ -345,83 +344,3 @@ def remember(folder: Path) -> None:
         record_conversion(folder)
     except (Qwen35Error, OSError) as error:
         note(f"chat without a model will not find this folder: {error}")
-
-
-def fidelity(
-    reference: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
-    ],
-    quantized: Annotated[
-        list[Path],
-        typer.Argument(metavar="OUT", help="Converted folder to compare with it; or several."),
-    ],
-    text: options.TextFile = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to run.")] = 8192,
-    mac: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MAC",
-            help="Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. "
-            "Default: this machine, else M3 Ultra 256GB.",
-        ),
-    ] = None,
-    save: Annotated[
-        bool,
-        typer.Option(
-            "--save",
-            help="Write the figures to fidelity.json in each OUT, for its model card. "
-            "Default: print them alone.",
-        ),
-    ] = False,
-    png: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also draw a PNG: the errors of layers, or of several OUT KL over bytes and "
-            "tokens/s. Default: text alone.",
-        ),
-    ] = None,
-    adapter_path: options.AdapterPath = None,
-) -> None:
-    """Compare quantized models with their original on a text.
-
-    Prints KL, top-1 agreement, perplexity, and for one OUT the error of each layer; the last line
-    is JSON. Holds one layer of each model in memory. With an adapter all models get it, except
-    where it was fused into the weights.
-    """
-    from ..checkpoint.adapter import read_adapter
-    from ..convert.calibrate import encode, read_text
-    from ..convert.card import FIDELITY_FILE
-    from ..convert.fidelity import Comparison, compare, open_with, plot, report_lines
-    from ..convert.mac_models import find_macs, this_mac
-    from ..files import write_json
-    from .progress import step_progress
-    from .report import print_lines
-
-    folders: list[Any] = [reference, *quantized]
-    if adapter_path is not None:
-        adapter = read_adapter(adapter_path)
-        folders = [open_with(folder, adapter) for folder in folders]
-    names = [folder.resolve().name for folder in quantized]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in quantized]
-    own = None if mac else this_mac()
-    target = own or find_macs(mac or "M3 Ultra 256GB")[0]
-    ids = encode(reference, read_text(text), most=tokens)
-    with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
-        reports = compare(folders[0], folders[1:], ids, progress)
-    comparison = Comparison(names, reports, target)
-    rows = comparison.rows()
-    facts = {"reference": reference.resolve().name, "text": text.name if text else "calibration"}
-    if save:
-        for folder, name in zip(quantized, names, strict=True):
-            (row,) = (row for row in rows if row["name"] == name)
-            write_json(folder / FIDELITY_FILE, facts | row | {"mac": target.name})
-    if len(reports) == 1:
-        print_lines([*report_lines(reports[0]), ""])
-    print_lines(comparison.lines())
-    result = {"outputs": rows} if len(reports) > 1 else rows[0] | reports[0].as_dict()
-    print(json.dumps(facts | {"mac": target.name} | result), flush=True)
-    # Last: where no file can be written, the report is printed all the same.
-    if png:
-        comparison.plot(png) if len(reports) > 1 else plot(reports[0], png)

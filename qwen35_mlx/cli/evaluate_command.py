@@ -83,12 +83,12 @@ def evaluate(
         # Their bars of progress, beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         need_harness()
-    from ..convert.calibrate import read_text
+    from ..convert.calibration_text import HELD_OUT_FILE, read_text
     from ..files import write_json
     from ..model.loading import load
     from .progress import spinner, step_progress
 
-    given = "" if tasks else read_text(text)
+    given = "" if tasks else read_text(text or HELD_OUT_FILE)
     with spinner(f"Loading {model}"):
         loaded, tokenizer = load(model, kernels=kernels, mtp=False, adapter=adapter_path)
     result: dict[str, Any]
@@ -106,7 +106,7 @@ def evaluate(
             )
         bits = result["nll_nats_per_token"] * result["num_tokens"] / 0.6931471805599453
         result |= {
-            "text": text.name if text else "calibration",
+            "text": (text or HELD_OUT_FILE).name,
             "bits_per_byte": bits / len(given.encode()),
         }
         table = "\n".join(f"{key:20} {value}" for key, value in result.items())

@@ -12,9 +12,10 @@ from .bench_command import bench
 from .chat_commands import chat, sessions
 from .cluster_command import cluster, take_part
 from .command import Command
-from .convert_commands import convert, fidelity, plan
+from .convert_commands import convert, plan
 from .doctor_command import doctor
 from .evaluate_command import evaluate
+from .fidelity_command import fidelity
 from .generate_command import generate
 from .serve_commands import launch, serve
 from .train_commands import fuse, train

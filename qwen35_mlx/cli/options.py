@@ -138,6 +138,14 @@ TextFile = Annotated[
         "--text", metavar="FILE", help="Text to run. Default: a text that comes with the program."
     ),
 ]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text for --calibrate: plain, or .jsonl with lines of conversations as for training. "
+        "Default: a text that comes with the program.",
+    ),
+]
 Thinking = Annotated[
     bool | None,
     typer.Option(

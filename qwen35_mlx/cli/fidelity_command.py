@@ -1,0 +1,183 @@
+"""The command fidelity: quantized models beside their original, on a text and in answers."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import MemoryRefused
+from . import options
+
+# Of a question and its answer.
+TASKS_CONTEXT = 4096
+# Below it, what two texts share is chance and the words of the chat template.
+MOST_OVERLAP = 0.05
+
+
+def fidelity(
+    reference: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
+    ],
+    quantized: Annotated[
+        list[Path],
+        typer.Argument(metavar="OUT", help="Converted folder to compare with it; or several."),
+    ],
+    text: options.TextFile = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to run.")] = 8192,
+    mac: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAC",
+            help="Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. "
+            "Default: this machine, else M3 Ultra 256GB.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        bool,
+        typer.Option(
+            "--tasks",
+            help="Also let all models answer questions, SRC in memory too: how far the answers are "
+            "the same, how long thoughts are, whether tool calls and JSON are valid.",
+        ),
+    ] = False,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save",
+            help="Write the figures to fidelity.json in each OUT, for its model card. "
+            "Default: print them alone.",
+        ),
+    ] = False,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw a PNG: the errors of layers, or of several OUT KL over bytes and "
+            "tokens/s or tasks. Default: text alone.",
+        ),
+    ] = None,
+    adapter_path: options.AdapterPath = None,
+) -> None:
+    """Compare quantized models with their original on a text.
+
+    Prints KL, top-1 agreement, perplexity, and for one OUT the error of each layer; the last line
+    is JSON. Holds one layer of each model in memory. A FILE of --text that ends in .jsonl has
+    conversations. Says when a model was calibrated with the text. With an adapter all models get
+    it, except where it was fused into the weights.
+    """
+    from dataclasses import replace
+
+    from ..checkpoint.adapter import read_adapter
+    from ..convert.calibration_text import HELD_OUT_FILE, encode, overlap
+    from ..convert.card import FIDELITY_FILE
+    from ..convert.fidelity import Comparison, compare, open_with, plot, report_lines
+    from ..convert.mac_models import find_macs, this_mac
+    from ..files import write_json
+    from .progress import step_progress
+    from .report import print_lines
+    from .terminal import warn
+
+    folders: list[Any] = [reference, *quantized]
+    if adapter_path is not None:
+        adapter = read_adapter(adapter_path)
+        folders = [open_with(folder, adapter) for folder in folders]
+    names = [folder.resolve().name for folder in quantized]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in quantized]
+    own = None if mac else this_mac()
+    target = own or find_macs(mac or "M3 Ultra 256GB")[0]
+    file = text or HELD_OUT_FILE
+    ids = encode(reference, file, most=tokens)
+    if tasks:
+        # Before a comparison that may take hours.
+        check_memory(reference)
+    with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
+        reports = compare(folders[0], folders[1:], ids, progress)
+    overlaps = [overlap(folder, ids) for folder in quantized]
+    for name, share in zip(names, overlaps, strict=True):
+        if share is not None and share > MOST_OVERLAP:
+            warn(
+                f"{name} was calibrated with {share:.0%} of this text: on it, its error is smaller "
+                "than on others. Compare with another --text"
+            )
+    comparison = Comparison(names, reports, target, overlaps)
+    if len(reports) == 1:
+        print_lines([*report_lines(reports[0]), ""])
+    print_lines(comparison.lines())
+    if tasks:
+        comparison = replace(comparison, tasks=answer_tasks([reference, *quantized], adapter_path))
+        print_lines(["", *comparison.task_lines()])
+    rows = comparison.rows()
+    facts = {"reference": reference.resolve().name, "text": file.name}
+    if save:
+        for folder, name in zip(quantized, names, strict=True):
+            (row,) = (row for row in rows if row["name"] == name)
+            write_json(folder / FIDELITY_FILE, facts | row | {"mac": target.name})
+    result = {"outputs": rows} if len(reports) > 1 else rows[0] | reports[0].as_dict()
+    print(json.dumps(facts | {"mac": target.name} | result), flush=True)
+    # Last: where no file can be written, the report is printed all the same.
+    if png:
+        comparison.plot(png) if tasks or len(reports) > 1 else plot(reports[0], png)
+
+
+def check_memory(reference: Path) -> None:
+    """Raise if the original cannot be in memory as a whole."""
+    from ..convert.layerwise import open_checkpoint
+    from ..machine import describe
+    from ..memory import allow
+
+    checkpoint, machine = open_checkpoint(reference), describe()
+    context = min(TASKS_CONTEXT, checkpoint.config.context_length)
+    try:
+        allow(checkpoint.config, checkpoint.nbytes, context=context)
+    except MemoryRefused:
+        limit = machine.gpu_limit_bytes or machine.memory_bytes
+        raise MemoryRefused(
+            "with --tasks the original writes answers, and it does not fit the memory",
+            got=f"{checkpoint.nbytes / 1e9:,.3f} GB of weights in {reference}",
+            expected=f"at most {limit / 1e9:,.3f} GB with a context of {context:,} tokens",
+            hint="leave --tasks out, or take a conversion with more bits for SRC",
+        ) from None
+
+
+@contextmanager
+def runnable(folder: Path) -> Iterator[Path]:
+    """The folder; of a Hugging Face checkpoint a conversion to bfloat16, within the block."""
+    from ..convert import convert
+    from ..convert.layerwise import SourceCheckpoint, open_checkpoint
+    from ..files import cache_home
+
+    if not isinstance(open_checkpoint(folder), SourceCheckpoint):
+        yield folder
+        return
+    home = cache_home()
+    home.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="reference-", dir=home) as parent:
+        yield convert(folder, Path(parent) / folder.name, dtype="bfloat16")
+
+
+def answer_tasks(folders: list[Path], adapter_path: Path | None) -> list[dict[str, Any]]:
+    """The figures of the answers of each model, the first one's own among them."""
+    from ..checkpoint.adapter import read_adapter
+    from ..convert.fidelity import fused_with
+    from ..evaluation import behaviour
+    from ..model.loading import load
+    from .progress import step_progress
+
+    asked = behaviour.questions()
+    answers: list[Any] = []
+    for folder in folders:
+        is_fused = adapter_path and fused_with(folder, read_adapter(adapter_path))
+        with runnable(folder) as converted:
+            # One model at a time.
+            model, tokenizer = load(
+                converted, mtp=False, adapter=None if is_fused else adapter_path
+            )
+            with step_progress(f"Answers of {folder.name}") as progress:
+                answers.append(behaviour.answers(model, tokenizer, asked, progress))
+            del model
+    return [behaviour.figures(asked, answers[0], own) for own in answers]
