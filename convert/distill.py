@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.router import Routing, route
 from qwen35_mlx.model.language import DecoderLayer, Model
 from qwen35_mlx.progress import StepProgress
-from qwen35_mlx.quant.latent import Latent, Schedule, train
-from qwen35_mlx.quant.packing import WORD_BITS, Quantized
+from qwen35_mlx.quant.latent import Latent, Schedule, dequantized, train
+from qwen35_mlx.quant.packing import Quantized
 from qwen35_mlx.quant.statistics import Calibration
 
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices
@@ -32,11 +33,15 @@ from .transform import quantize_rows
 BATCH_TOKENS, EXPERT_BATCH = 1024, 256
 # An expert that sees fewer tokens keeps what error feedback gave it.
 MIN_EXPERT_TOKENS = 128
-EXPERT_STEPS = 96
+# Passes over the text, and steps of an expert, whose tokens are few.
+EPOCHS, EXPERT_STEPS, FINISH_EPOCHS = 5, 200, 2
+# Of a part of a layer, whose loss has little noise; and of the whole model.
+RATE, FINISH_RATE = 0.04, 0.008
 # Weight of the loss from the source's own activations, beside that from the quantized model's.
 SOURCE_WEIGHT = 0.25
 # Weight of the router's wrong choices beside the divergence of its probabilities.
 FLIP_PENALTY = 0.1
+REPORT_FILE = "distillation.json"
 KINDS = ("weight", "scales", "biases")
 ANY_BYTES = 2**62
 EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
@@ -62,7 +67,7 @@ class Distillation:
     ids: mx.array
     # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
     finish_tokens: int = 0
-    schedule: Schedule = Schedule()
+    schedule: Schedule = field(default_factory=lambda: Schedule(EPOCHS, RATE))
     progress: StepProgress = lambda done, total, step: None
 
     @property
@@ -106,8 +111,31 @@ def distill(
     seen = distiller.run_layers()
     if distillation.finish_tokens and not (folder / "finished").exists():
         distiller.finish(seen, distillation.finish_tokens)
+    distillation.progress(distiller.num_layers, distiller.num_layers, "done")
     found = [*(folder / "layers").glob("*.json"), *(folder / "finished").glob("*.json")]
     return [PartReport(**json.loads(file.read_text("utf-8"))) for file in sorted(found)]
+
+
+def distillation_lines(folder: Path) -> list[str]:
+    """What was trained, for people: losses before and after, the router, tokens of experts."""
+    lines = ["held-out loss before and after training, by layer"]
+    for row in json.loads((folder / REPORT_FILE).read_text("utf-8")):
+        report = PartReport(**row)
+        parts = [f"{part} {a:.2g} -> {b:.2g}" for part, (a, b) in report.losses.items()]
+        if report.expert_tokens:
+            parts.append(f"router misses {report.flips:.1%} of the choices")
+            parts.append(f"tokens an expert: {histogram(report.expert_tokens)}")
+        lines += [f"{report.name}: {'; '.join(parts)}"] if parts else []
+    return lines
+
+
+def histogram(counts: Iterable[int]) -> str:
+    """How many counts lie below each power of two from MIN_EXPERT_TOKENS on."""
+    counts = sorted(counts)
+    limits = [MIN_EXPERT_TOKENS * 2**i for i in range(20) if MIN_EXPERT_TOKENS * 2**i <= counts[-1]]
+    edges = [0, *limits, counts[-1] + 1]
+    bins = [(a, sum(a <= n < b for n in counts)) for a, b in pairwise(edges)]
+    return ", ".join(f"{number} from {edge}" for edge, number in bins if number)
 
 
 class _Distiller:
@@ -176,14 +204,15 @@ class _Distiller:
         def train_parts(root: nn.Module, parts: Parts) -> None:
             names = [name for name in parts if not name.startswith("mlp.")]
             goal = _Goal(seen, own, seen_middle)
-            self._train("attention", root, parts, names, goal.loss(attend, self.batches))
+            self._train("attention", teacher, root, parts, names, goal.loss(attend, self.batches))
             middle = self._run(attend, root, own)
             if self.model.config.is_moe:
                 self._experts(teacher, root, parts, seen_middle, middle, seen_out)
             else:
                 names = [name for name in parts if name.startswith("mlp.")]
                 goal = _Goal(seen_middle, middle, seen_out)
-                self._train("feed-forward", root, parts, names, goal.loss(feed, self.batches))
+                loss = goal.loss(feed, self.batches)
+                self._train("feed-forward", teacher, root, parts, names, loss)
 
         prefix = LAYER.format(index)
         self._trained(teacher, student, prefix, f"layer-{index:03}", train_parts)
@@ -242,7 +271,8 @@ class _Distiller:
         """Dequantized, as the converted model will have them."""
         for path, found in parts.items():
             module = _module(root, path)
-            module.weight = _dequantized(found, module.weight)
+            weight = dequantized(found, module.weight.shape)
+            module.weight = weight.astype(module.weight.dtype)
             mx.eval(module.weight)
 
     def _run(self, half: Callable[[Any, mx.array], mx.array], layer: Any, x: mx.array) -> mx.array:
@@ -255,23 +285,24 @@ class _Distiller:
     def _train(
         self,
         part: str,
-        root: Any,
+        teacher: Any,
+        student: Any,
         parts: Parts,
         names: Iterable[str],
         loss: Callable[[Any, int], mx.array],
         num_batches: int = 0,
         schedule: Schedule | None = None,
     ) -> None:
-        """Train the matrices of these names, in `parts` and in `root`."""
-        modules = {name: _module(root, name) for name in names}
-        latents = {n: Latent(parts[n], m.weight.shape[-1]) for n, m in modules.items()}
-        if not latents:
+        """Train the matrices of these names, from the teacher's; in `parts` and in `student`."""
+        modules = {name: _module(student, name) for name in names}
+        if not modules:
             return
+        latents = {n: Latent(parts[n], _module(teacher, n).weight) for n in modules}
 
         def of_batch(weights: Mapping[str, mx.array], batch: int) -> mx.array:
             for name, weight in weights.items():
                 modules[name].weight = weight
-            return loss(root, batch)
+            return loss(student, batch)
 
         trained = train(
             latents,
@@ -279,13 +310,12 @@ class _Distiller:
             num_batches or len(self.batches),
             schedule or self.schedule,
             lambda step, total, value: self.progress(
-                self.done, self.num_layers, f"{self.report.name} {part} {step}/{total}: {value:.3g}"
+                self.done, self.num_layers, f"{part} {step}/{total}, loss {value:.3g}"
             ),
         )
-        for name, latent in latents.items():
-            parts[name] = latent.quantized(trained.moved[name])
-        mx.eval(*(parts[name] for name in latents))
-        self._put(root, {name: parts[name] for name in latents})
+        parts |= trained.parts
+        mx.eval(trained.parts)
+        self._put(student, trained.parts)
         self.report.losses[part] = trained.before, trained.after
         mx.clear_cache()
 
@@ -308,6 +338,7 @@ class _Distiller:
         gate = [name for name in parts if name == "mlp.gate"]
         self._train(
             "router",
+            teacher,
             student,
             parts,
             gate,
@@ -337,7 +368,7 @@ class _Distiller:
             return relative_error(out, goal[self.batches[i]])
 
         names = [name for name in parts if name.startswith("mlp.shared_expert")]
-        self._train("shared expert", student, parts, names, with_shared)
+        self._train("shared expert", teacher, student, parts, names, with_shared)
 
     def _router_loss(self, logits: mx.array, wanted: mx.array) -> mx.array:
         """Divergence of probabilities, and by how much a wrong expert beats a right one."""
@@ -369,9 +400,11 @@ class _Distiller:
             if len(at) >= MIN_EXPERT_TOKENS and names:
                 root = _Expert(student.mlp.switch_mlp, expert)
                 x, scores = own[mx.array(at)], routing.scores[mx.array(at), mx.array(slot)]
-                goal = _Expert(teacher.mlp.switch_mlp, expert)(seen[mx.array(at)])
+                original = _Expert(teacher.mlp.switch_mlp, expert)
+                goal = original(seen[mx.array(at)])
                 mx.eval(x, scores, goal)
-                self._one_expert(root, mine, x, goal, mx.square(scores)[:, None], expert)
+                weight = mx.square(scores)[:, None]
+                self._one_expert(original, root, mine, x, goal, weight, expert)
                 losses = self.report.losses.pop(f"expert {expert}")
                 before, after = before + losses[0], after + losses[1]
             for name in names:
@@ -386,6 +419,7 @@ class _Distiller:
 
     def _one_expert(
         self,
+        original: "_Expert",
         root: "_Expert",
         mine: Parts,
         x: mx.array,
@@ -403,7 +437,8 @@ class _Distiller:
 
         epochs = max(round(EXPERT_STEPS / num_batches), self.schedule.epochs)
         schedule = replace(self.schedule, epochs=epochs)
-        self._train(f"expert {number}", root, mine, list(mine), loss, num_batches, schedule)
+        name = f"expert {number}"
+        self._train(name, original, root, mine, list(mine), loss, num_batches, schedule)
 
     def _head(self, root: Any, parts: Parts, seen: mx.array, own: mx.array) -> None:
         """Train the head on the divergence of its logits."""
@@ -414,11 +449,11 @@ class _Distiller:
             wanted = ends.head(ends.trunk(None, embeddings=seen[rows]))
             return divergence(wanted, root.head(root.trunk(None, embeddings=own[rows])))
 
-        self._train("head", root, parts, list(parts), loss)
+        self._train("head", ends, root, parts, list(parts), loss)
 
     def finish(self, seen: mx.array, num_tokens: int) -> None:
         """Train all matrices at once on the divergence of the logits, with the model in memory."""
-        self.report, self.done = PartReport("whole"), self.num_layers
+        self.report, self.done = PartReport("whole"), self.num_layers - 1
         ends = self.model.ends
         student = Model(replace(self.model.config, vision=None, num_mtp_layers=0))
         student.update(ends.parameters())
@@ -436,8 +471,9 @@ class _Distiller:
 
         num_batches = -(-num_tokens // BATCH_TOKENS)
         num_batches = min(max(num_batches, 1), len(self.batches))
-        self._put(student, parts)
-        self._train("all", student, parts, list(parts), loss, num_batches)
+        teacher = _Weights({path: _module(student, path).weight for path in parts})
+        schedule = replace(self.schedule, epochs=FINISH_EPOCHS, rate=FINISH_RATE, codes=False)
+        self._train("all", teacher, student, parts, list(parts), loss, num_batches, schedule)
         folder = self.folder / "finishing"
         folder.mkdir(exist_ok=True)
         self._save(folder, "whole", parts)
@@ -462,14 +498,21 @@ class _Goal:
         return of_batch
 
 
-class _Expert:
+class _Weights:
+    """Matrices by their paths."""
+
+    def __init__(self, weights: Mapping[str, mx.array]):
+        self.matrices = {path: _Matrix(weight) for path, weight in weights.items()}
+
+
+class _Expert(_Weights):
     """One expert of a stack: `[N, H]` -> the same."""
 
     def __init__(self, experts: Any, number: int):
-        self.mlp = {EXPERTS + name: _Matrix(experts[name].weight[number]) for name in GLU}
+        super().__init__({EXPERTS + name: experts[name].weight[number] for name in GLU})
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up, down = (self.mlp[EXPERTS + name].weight for name in GLU)
+        gate, up, down = (self.matrices[EXPERTS + name].weight for name in GLU)
         return (nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
@@ -507,22 +550,8 @@ def _let_gradients_pass(layer: DecoderLayer) -> None:
 
 
 def _module(root: Any, path: str) -> Any:
-    if isinstance(root, _Expert):
-        return root.mlp[path]
+    if isinstance(root, _Weights):
+        return root.matrices[path]
     for name in path.split("."):
         root = root[int(name)] if name.isdigit() else root[name]
     return root
-
-
-def _dequantized(parts: Quantized, like: mx.array) -> mx.array:
-    packed, scales, biases = parts
-    inputs = like.shape[-1]
-    bits, group_size = packed.shape[-1] * WORD_BITS // inputs, inputs // scales.shape[-1]
-    back = mx.dequantize(
-        packed,
-        scales.astype(mx.float32),
-        biases.astype(mx.float32),
-        group_size=group_size,
-        bits=bits,
-    )
-    return back.astype(like.dtype)

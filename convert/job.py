@@ -29,7 +29,7 @@ from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
-from .distill import Distillation, Distilled, distill
+from .distill import REPORT_FILE, Distillation, Distilled, distill
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .plan import DEFAULT_METHOD, DISTILL, STACKED, Plan, Recipe, plan
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FETCHED, DISTILLED = "source", "distilled"
-REPORT_FILE = "distillation.json"
 # Headers, index and config.json: small, but not nothing.
 SPARE_BYTES = 64 * 2**20
 # What mlx-lm and tokenizers look for outside text_config.

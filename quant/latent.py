@@ -1,6 +1,6 @@
-"""Trains quantized matrices: moves codes, scales and biases down the gradient of a loss."""
+"""Trains quantized matrices: weights move down the gradient of a loss while codes are settled."""
 
-# R rows, K groups a row, G weights a group.
+# K groups a row, G weights a group.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,92 +13,95 @@ import numpy as np
 
 from .packing import WORD_BITS, Quantized, pack
 
-# Steps of a scale's size that a weight may move for each relative step of its scale.
-CODE_RATE = 20.0
-BETAS = [0.9, 0.97]
+# How far scales and biases move a step, in parts of a scale, relative to weights.
+SCALE_RATE = 0.2
+BETAS = [0.9, 0.98]
 # Share of the steps before the full learning rate, and what is left of it in the end.
-WARM_UP, LAST_RATE = 0.05, 0.01
+WARM_UP, LAST_RATE = 0.05, 0.1
+# Share of the steps after which all codes are settled; the rest is for scales and biases.
+SETTLED, POWER = 0.85, 1.5
 
 Parameters = dict[str, mx.array]
-
-
-@mx.custom_function
-def _dequantized(
-    shift: mx.array, scale: mx.array, bias: mx.array, codes: mx.array, top: mx.array
-) -> mx.array:
-    return scale[..., None] * mx.clip(mx.round(codes + shift), 0, top) + bias[..., None]
-
-
-@_dequantized.vjp
-def _dequantized_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-    # Rounding passes gradients as they are, but not to where no code is.
-    shift, scale, _bias, codes, top = primals
-    moved = codes + shift
-    inside = (moved > -0.5) & (moved < top + 0.5)
-    nearest = mx.clip(mx.round(moved), 0, top)
-    return (
-        mx.where(inside, cotangent * scale[..., None], 0),
-        (cotangent * nearest).sum(axis=-1),
-        cotangent.sum(axis=-1),
-        mx.zeros_like(codes),
-        mx.zeros_like(top),
-    )
 
 
 class Latent:
     """A quantized matrix, or stack of matrices, as numbers that have gradients.
 
-    Its parameters are how far the codes have moved, `[..., K, G]` in 1 / CODE_RATE codes; and how
-    far scales and biases have, `[..., K]` in parts of the scale. All begin at 0.
+    Its parameters are weights in steps of their codes, `[..., K, G]`, and how far scales and biases
+    have moved, `[..., K]` in parts of SCALE_RATE scales. Weights begin at those of the matrix
+    `weight [..., inputs]`, scales and biases at those of `parts`.
     """
 
-    def __init__(self, parts: Quantized, inputs: int):
-        packed, scales, biases = parts
-        group_size = inputs // scales.shape[-1]
-        self.bits, self.dtype = packed.shape[-1] * WORD_BITS // inputs, scales.dtype
+    def __init__(self, parts: Quantized, weight: mx.array):
+        packed, scales, biases = self.parts = parts
+        self.shape, inputs = weight.shape, weight.shape[-1]
+        self.bits = packed.shape[-1] * WORD_BITS // inputs
         self.scales, self.biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        ones, zeros = mx.ones_like(self.scales), mx.zeros_like(self.scales)
-        codes = mx.dequantize(packed, ones, zeros, group_size=group_size, bits=self.bits)
-        self.shape = codes.shape
-        self.codes = codes.reshape(*scales.shape, group_size)
-        self.top = mx.array(2.0**self.bits - 1)
-
-    def parameters(self) -> Parameters:
-        """At their start."""
+        self.top = 2**self.bits - 1
+        steps = weight.astype(mx.float32).reshape(*scales.shape, -1) - self.biases[..., None]
+        steps = steps / mx.where(self.scales == 0, 1, self.scales)[..., None]
         zeros = mx.zeros_like(self.scales)
-        return {"codes": mx.zeros_like(self.codes), "scales": zeros, "biases": zeros}
+        self.start = {"codes": self.within(steps), "scales": zeros, "biases": zeros}
 
-    def weight(self, moved: Parameters) -> mx.array:
-        """Dequantized, float32; differentiable in `moved`."""
-        scale = self.scales * (1 + moved["scales"])
-        bias = self.biases + self.scales * moved["biases"]
-        shift = CODE_RATE * moved["codes"]
-        weight: Any = _dequantized(shift, scale, bias, self.codes, self.top)
-        return weight.reshape(self.shape)
+    @property
+    def codes(self) -> mx.array:
+        """Those of `parts`, as numbers of the shape that `start` has."""
+        packed, scales, _ = self.parts
+        ones, zeros = mx.ones_like(self.scales), mx.zeros_like(self.scales)
+        group_size = self.shape[-1] // scales.shape[-1]
+        codes = mx.dequantize(packed, ones, zeros, group_size=group_size, bits=self.bits)
+        return codes.reshape(*scales.shape, group_size)
 
-    def quantized(self, moved: Parameters) -> Quantized:
-        """As it is stored."""
-        codes = mx.clip(mx.round(self.codes + CODE_RATE * moved["codes"]), 0, self.top)
-        scales = self.scales * (1 + moved["scales"])
-        biases = self.biases + self.scales * moved["biases"]
-        packed = pack(codes.reshape(self.shape), self.bits)
-        return packed, scales.astype(self.dtype), biases.astype(self.dtype)
+    def within(self, codes: mx.array) -> mx.array:
+        """Nowhere so far beyond the codes that rounding would leave them."""
+        return mx.clip(codes, -0.4, self.top + 0.4)
+
+    def weight(self, at: Parameters) -> mx.array:
+        """In float32; differentiable in `at`."""
+        scale = self.scales * (1 + SCALE_RATE * at["scales"])
+        bias = self.biases + self.scales * SCALE_RATE * at["biases"]
+        return (scale[..., None] * at["codes"] + bias[..., None]).reshape(self.shape)
+
+    def settle(self, codes: mx.array, before: mx.array, settled: mx.array, share: float) -> Any:
+        """Weights after a step, and which are codes for good: this share, the nearest ones first.
+
+        What was settled stays as it was `before`.
+        """
+        codes = mx.where(settled, before, self.within(codes))
+        nearest = mx.round(codes)
+        num = int(share * codes.size)
+        if num:
+            away = mx.where(settled, -1, mx.abs(codes - nearest))
+            limit = mx.partition(away.flatten(), num - 1)[num - 1]
+            settled = away <= limit
+            codes = mx.where(settled, nearest, codes)
+        return codes, settled
+
+    def quantized(self, at: Parameters) -> Quantized:
+        """As it is stored; all weights must be codes."""
+        scales = self.scales * (1 + SCALE_RATE * at["scales"])
+        biases = self.biases + self.scales * SCALE_RATE * at["biases"]
+        packed = pack(at["codes"].reshape(self.shape), self.bits)
+        dtype = self.parts[1].dtype
+        return packed, scales.astype(dtype), biases.astype(dtype)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a training lasts, and how far its steps go."""
+    """How long a training lasts, and how far weights move in a step, in steps of their codes."""
 
-    epochs: int = 2
-    rate: float = 3e-3
+    epochs: int
+    rate: float
+    # Without: scales and biases alone are trained, and codes stay those of the parts.
+    codes: bool = True
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How far each latent has moved, and the loss on the held-out batches before and after."""
+    """Matrices as they are stored, and the loss on held-out batches before and after."""
 
-    moved: dict[str, Parameters]
+    parts: dict[str, Quantized]
     before: float
     after: float
 
@@ -110,36 +113,59 @@ def train(
     schedule: Schedule,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
 ) -> Trained:
-    """Minimise the mean of `loss(weights by name, batch)` over batches by Adam.
+    """Minimise the mean of `loss(weights by name, batch)` over batches, on codes in the end.
 
-    An eighth of the batches is held out; where training made their loss no smaller, nothing moves.
-    One batch alone is its own judge. Deterministic for a seed.
+    More and more weights are rounded, those near a code first, and the others make up for it: as
+    error feedback does within a matrix, but by the loss. Adam. An eighth of the batches is held
+    out; where training made their loss no smaller than that of the latents' parts, these stay.
+    Deterministic for a seed.
     """
-    start = {name: latent.parameters() for name, latent in latents.items()}
-    held = range(num_batches - num_batches // 8 - (num_batches > 1), num_batches)
-    if num_batches == 1:
-        held = range(1)
+    num_held = min(max(num_batches // 8, 1), num_batches)
+    held = range(num_batches - num_held, num_batches)
+    at: Any = {
+        name: latent.start if schedule.codes else latent.start | {"codes": latent.codes}
+        for name, latent in latents.items()
+    }
 
-    def of_batch(moved: dict[str, Parameters], batch: int) -> mx.array:
-        return loss({name: latents[name].weight(moved[name]) for name in latents}, batch)
+    def of_batch(at: dict[str, Parameters], batch: int) -> mx.array:
+        return loss({name: latents[name].weight(at[name]) for name in latents}, batch)
 
-    def judged(moved: dict[str, Parameters]) -> float:
-        return sum(float(of_batch(moved, batch)) for batch in held) / len(held)
+    def judged(parts: Mapping[str, Quantized]) -> float:
+        weights = {n: dequantized(p, latents[n].shape) for n, p in parts.items()}
+        mx.eval(weights)
+        return sum(float(loss(weights, batch)) for batch in held) / num_held
 
-    before = judged(start)
-    order = list(_order(held.start or 1, schedule))
+    order = list(_order(held.start or num_batches, schedule))
     optimizer = optim.Adam(_rates(schedule.rate, len(order)), betas=BETAS, bias_correction=True)
-    moved: Any = start
-    optimizer.init(moved)
+    optimizer.init(at)
     gradient = mx.value_and_grad(of_batch)
+    settled = {n: mx.full(at[n]["codes"].shape, not schedule.codes) for n in latents}
     for step, batch in enumerate(order, 1):
-        value, found = gradient(moved, batch)
-        moved = optimizer.apply_gradients(found, moved)
-        mx.eval(moved, optimizer.state, value)
+        value, found = gradient(at, batch)
+        share = 1 - max(1 - step / (SETTLED * len(order)), 0) ** POWER
+        for name in latents:
+            found[name]["codes"] = mx.where(settled[name], 0, found[name]["codes"])
+        moved = optimizer.apply_gradients(found, at)
+        for name, latent in latents.items():
+            moved[name]["codes"], settled[name] = latent.settle(
+                moved[name]["codes"], at[name]["codes"], settled[name], share
+            )
+        at = moved
+        mx.eval(at, settled, optimizer.state, value)
         on_step(step, len(order), float(value))
-    after = judged(moved)
+    parts = {name: latent.quantized(at[name]) for name, latent in latents.items()}
+    start = {name: latent.parts for name, latent in latents.items()}
+    before, after = judged(start), judged(parts)
     # NaN is no improvement either.
-    return Trained(moved, before, after) if after < before else Trained(start, before, before)
+    return Trained(parts, before, after) if after < before else Trained(start, before, before)
+
+
+def dequantized(parts: Quantized, shape: tuple[int, ...]) -> mx.array:
+    """In float32, as the scales and biases are stored."""
+    packed, scales, biases = parts
+    bits, group_size = packed.shape[-1] * WORD_BITS // shape[-1], shape[-1] // scales.shape[-1]
+    numbers = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(packed, *numbers, group_size=group_size, bits=bits)
 
 
 def _order(num_batches: int, schedule: Schedule) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,11 +42,12 @@ def convert(
     group_size: options.GroupSize = 64,
     dtype: options.Dtype = None,
     method: Annotated[
-        Literal["minmax", "search", "gptq"] | None,
+        Literal["minmax", "search", "gptq", "distill"] | None,
         typer.Option(
             help="How to choose scales. minmax: as MLX. search: least error, ten times slower. "
-            "gptq: error feedback; needs a calibration made with --method gptq. Default: minmax "
-            "with --bits alone, else search, or gptq if the calibration allows it."
+            "gptq: error feedback; needs a calibration made with --method gptq. distill: then "
+            "trains layer after layer; hours for a large model. Default: minmax with --bits "
+            "alone, else search, or gptq if the calibration allows it."
         ),
     ] = None,
     recipe: options.RecipeName = None,
@@ -66,6 +68,7 @@ def convert(
         ),
     ] = False,
     calibration_text: options.CalibrationText = None,
+    finish_tokens: options.FinishTokens = 0,
     revision: options.Revision = None,
     keep_source: Annotated[
         bool,
@@ -92,13 +95,16 @@ def convert(
     from ..convert import convert as run
     from ..convert import plan as make_plan
     from ..convert import verify as read_again
+    from ..convert.distill import distillation_lines
     from ..convert.hub import is_hub_id
     from ..convert.job import refuse_existing
     from ..convert.report import conversion_lines
-    from .progress import byte_progress
+    from .progress import byte_progress, step_progress
     from .report import print_converted, print_lines
     from .terminal import note
 
+    if finish_tokens and method != "distill":
+        ctx.fail("--finish-tokens needs --method distill.")
     if keep_source and not is_hub_id(source):
         ctx.fail("--keep-source needs a hub id.")
     if out is None:
@@ -115,7 +121,10 @@ def convert(
         plan = make_plan(source, revision=revision, **settings)
         for line in conversion_lines(plan, keep_source):
             note(line)
-        with byte_progress(f"Converting {plan.source.origin['source']}") as progress:
+        distillation = distillation_for(source, calibration_text, finish_tokens, method)
+        steps = step_progress("Distilling")
+        bytes_read = byte_progress(f"Converting {plan.source.origin['source']}")
+        with steps as on_step, bytes_read as progress:
             folder = run(
                 source,
                 out,
@@ -123,8 +132,11 @@ def convert(
                 keep_source=keep_source,
                 progress=progress,
                 calibration=found,
+                distillation=distillation and replace(distillation, progress=on_step),
                 **settings,
             )
+        if distillation:
+            print_lines(distillation_lines(folder))
         print_converted(plan, folder)
         remember(folder)
     if verify:
@@ -329,10 +341,20 @@ def calibration_for(
         )
     ids = encode(Path(source), text or TEXT_FILE)
     with step_progress(f"Calibrating on {ids.size:,} tokens") as progress:
-        found = run(source, ids, hessians=method == "gptq", progress=progress)
+        found = run(source, ids, hessians=method in ("gptq", "distill"), progress=progress)
     save(found, file)
     note(f"calibration written to {file}")
     return found
+
+
+def distillation_for(source: str, text: Path | None, finish_tokens: int, method: str | None) -> Any:
+    """What --method distill trains on; None with another method."""
+    if method != "distill":
+        return None
+    from ..convert.calibration_text import TEXT_FILE, encode
+    from ..convert.distill import Distillation
+
+    return Distillation(encode(Path(source), text or TEXT_FILE), finish_tokens)
 
 
 def remember(folder: Path) -> None:

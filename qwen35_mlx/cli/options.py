@@ -142,8 +142,16 @@ CalibrationText = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Text for --calibrate: plain, or .jsonl with lines of conversations as for training. "
-        "Default: a text that comes with the program.",
+        help="Text for --calibrate and --method distill: plain, or .jsonl with lines of "
+        "conversations as for training. Default: a text that comes with the program.",
+    ),
+]
+FinishTokens = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="With --method distill: then train all layers at once on so many tokens of the text, "
+        "which holds the whole model in memory. Default: no such training.",
     ),
 ]
 Thinking = Annotated[

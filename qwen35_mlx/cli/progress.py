@@ -31,12 +31,37 @@ def spinner(text: str) -> Status:
 
 @contextmanager
 def step_progress(title: str) -> Iterator[StepProgress]:
-    """A spinner with the current step; one line a step where stderr is no terminal."""
-    if terminal.can_draw(terminal.err):
-        with spinner(title) as status:
-            yield lambda done, total, what: status.update(f"{title}: {what} ({done + 1}/{total})")
-    else:
-        yield lambda done, total, what: terminal.note(f"{title}: {what} ({done + 1}/{total})")
+    """A spinner with the current step until the last is done; lines where stderr is no terminal."""
+    started = logged = time.perf_counter()
+    first: int | None = None
+    last = -1
+
+    def line(done: int, total: int, what: str) -> str:
+        nonlocal first
+        # An earlier run may have done the first steps.
+        first = done if first is None else first
+        per_step = (time.perf_counter() - started) / max(done - first, 1)
+        left = f", {duration(per_step * (total - done))} left" if done > first else ""
+        return f"{title}: {what} ({min(done + 1, total)}/{total}{left})"
+
+    def log(done: int, total: int, what: str) -> None:
+        nonlocal logged, last
+        text, now = line(done, total, what), time.perf_counter()
+        if done != last or now - logged >= LOG_SECONDS:
+            logged, last = now, done
+            terminal.note(text)
+
+    if not terminal.can_draw(terminal.err):
+        yield log
+        return
+    with spinner(title) as status:
+
+        def draw(done: int, total: int, what: str) -> None:
+            status.update(line(done, total, what))
+            if done >= total:
+                status.stop()
+
+        yield draw
 
 
 def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
@@ -101,13 +126,15 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
         # Shards differ in speed: the last minute says most about the time left.
         speed_estimate_period=60,
     )
-    with bar:
-        task = None
+    task = None
+    try:
 
         def update(done: int, total: int, tensor: str, file: str) -> None:
             nonlocal task
             name = tensor.removeprefix("language_model.").removeprefix("model.")
             if task is None:
+                # Not before: other work may draw its own progress first.
+                bar.start()
                 task = bar.add_task(title, total=total, completed=done, tensor="", file="")
             file = file.removesuffix(".safetensors").removeprefix("model-")
             bar.update(task, completed=done, total=total, tensor=name, file=file)
@@ -115,6 +142,8 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
         yield update
         if task is not None:
             bar.update(task, tensor="", file="")
+    finally:
+        bar.stop()
 
 
 def _token_lines() -> Callable[[int, int], None]:
