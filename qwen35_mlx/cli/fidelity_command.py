@@ -14,8 +14,8 @@ from . import options
 
 # Of a question and its answer.
 TASKS_CONTEXT = 4096
-# Below it, what two texts share is chance and the words of the chat template.
-MOST_OVERLAP = 0.05
+# Texts with tool calls share 4 % by the chat template's words for tools.
+MOST_OVERLAP = 0.1
 
 
 def fidelity(
