@@ -121,6 +121,14 @@ def test_a_wrong_field_is_named_with_its_line_and_file(tmp_path, change, field):
     assert f"line 2 of {file}" in str(raised.value) and field in str(raised.value)
 
 
+def test_a_wrong_conversation_in_a_text_is_named_by_its_passage():
+    with pytest.raises(Qwen35Error, match=r"passage 2: messages\[0\] is not usable"):
+        encode(SOURCE, 'plain text\n---\n{"messages": [5]}')
+    # Text about such conversations.
+    about = '{"messages": …} is the form of a line.'
+    assert decoded(encode(SOURCE, about)) == about
+
+
 def test_text_that_is_none_is_refused(tmp_path):
     (tmp_path / "noise").write_bytes(b"\xff\xfe\xff")
     for name in ("noise", "absent"):

@@ -157,7 +157,7 @@ def runnable(folder: Path) -> Iterator[Path]:
     home = cache_home()
     home.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="reference-", dir=home) as parent:
-        yield convert(folder, Path(parent) / folder.name, dtype="bfloat16")
+        yield convert(folder, Path(parent) / "model", dtype="bfloat16")
 
 
 def answer_tasks(folders: list[Path], adapter_path: Path | None) -> list[dict[str, Any]]:
