@@ -219,13 +219,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx import convert
     from qwen35_mlx import files as files_module
     from qwen35_mlx.checkpoint import adapter
-    from qwen35_mlx.cli import (
-        cluster_command,
-        evaluate_command,
-        fidelity_command,
-        serve_commands,
-        train_commands,
-    )
+    from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
+    from qwen35_mlx.cli import fidelity_command as comparing
     from qwen35_mlx.cli import report as cli_report
     from qwen35_mlx.convert import calibrate, calibration_text, fidelity, fit, job, report, upload
     from qwen35_mlx.engine import scheduler, segments
@@ -285,11 +280,13 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(statistics, "load", data)
     fake(statistics, "save")
     fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])
-    fake(fidelity_command, "check_memory")
-    fake(fidelity_command, "answer_tasks", [])
+    for name in ("check_memory", "answer_tasks"):
+        fake(comparing, name, [])
+    for name in ("report_lines", "plot", "open_with"):
+        fake(fidelity, name, ())
     fake(fidelity.Comparison, "rows", [{"name": "b"}])
-    for method in ("lines", "task_lines", "plot"):
-        fake(fidelity.Comparison, method, ())
+    for name in ("lines", "task_lines", "plot"):
+        fake(fidelity.Comparison, name, ())
     fake(files_module, "write_json")
     fake(upload, "prepare", SimpleNamespace(card="card", files={}, num_bytes=0))
     fake(upload, "upload", "url")
@@ -299,8 +296,6 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     harness = SimpleNamespace(evaluate=Fake(calls, "evaluate", ({}, "table")))
     monkeypatch.setitem(sys.modules, "qwen35_mlx.evaluation.harness", harness)
     fake(adapters, "with_adapter")
-    fake(fidelity, "report_lines", ())
-    fake(fidelity, "plot")
     fake(report, "draw")
     mac_lines = report.mac_lines
 
@@ -311,7 +306,6 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
 
     monkeypatch.setattr(report, "mac_lines", shown)
     fake(adapter, "read_adapter")
-    fake(fidelity, "open_with")
     fake(trainer, "require_trainer")
     fake(estimate, "open_for_training", (None, SimpleNamespace(), 0))
     fake(estimate, "require_memory", SimpleNamespace(total=0, lines=dict, checkpointing=True))
