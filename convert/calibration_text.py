@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen35_mlx import files
 from qwen35_mlx.config import read_config
-from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.errors import CheckpointError, PromptError, Qwen35Error
 from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
 from qwen35_mlx.training.examples import encode_example, read_examples
 
@@ -55,7 +55,13 @@ def encode(
         ids = [i for example in examples for i in example.ids.tolist()]
     else:
         text = read_text(text) if isinstance(text, Path) else text
-        ids = [i for passage in text.split("\n---\n") for i in _passage(tokenizer, passage)]
+        ids = []
+        for number, passage in enumerate(text.split("\n---\n"), 1):
+            try:
+                ids += _passage(tokenizer, passage)
+            except PromptError as error:
+                got = f"passage {number}: {error}"
+                raise Qwen35Error("the text has no usable conversation", got=got) from None
     ids = ids[:most]
     if len(ids) < 2:
         got = f"{len(ids)} tokens"

@@ -30,6 +30,14 @@ KINDS = {
     "embedding and head": ("embed_tokens.", "lm_head."),
     "norms": ("norm",),
 }
+# Further figures of `fidelity`, in percent.
+SHARES = {
+    "calibration_overlap": "of that text, read by the calibration",
+    "same_tokens": "of an answer, tokens before the first that differs",
+    "identical_answers": "identical answers",
+    "valid_tool_calls": "tool calls that are valid",
+    "valid_json": "JSON that is valid",
+}
 MAC_GIB = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 
@@ -142,6 +150,8 @@ def _fidelity(folder: Path) -> list[str]:
             ("perplexity of the source", f"{found['reference_perplexity']:.4f}"),
             ("perplexity", f"{found['quantized_perplexity']:.4f}"),
         ]
+        shares = {label: found.get(key) for key, label in SHARES.items()}
+        figures += [(label, f"{share:.1%}") for label, share in shares.items() if share is not None]
         if limit := found["bandwidth_limit_tps"]:
             figures.append((f"bandwidth limit on {found['mac']}, tokens/s", f"{limit:,.0f}"))
         on = f"on {found['num_tokens']:,} tokens of {found['text']}"

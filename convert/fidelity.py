@@ -178,15 +178,16 @@ class Comparison:
     reports: Sequence[Report]
     mac: Mac
     # Of each output, the share of the text that its calibration has read.
-    overlaps: Sequence[float | None]
+    overlaps: Sequence[float | None] = ()
     # Figures of answers: those of the reference, then those of each output.
     tasks: Sequence[Mapping[str, Any]] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """What is to be compared of each; the smallest first."""
         rows = []
+        overlaps = self.overlaps or [None] * len(self.names)
         tasks = self.tasks[1:] or [{}] * len(self.names)
-        columns = (self.names, self.reports, self.overlaps, tasks)
+        columns = (self.names, self.reports, overlaps, tasks)
         for name, report, share, answers in zip(*columns, strict=True):
             read = report.quantized.decode_bytes(CONTEXT)
             limit = self.mac.gbps * 1e9 / read if self.mac.gbps else None

@@ -1,7 +1,6 @@
 """A source run through layer by layer: moments, measured KLs, and what convert makes of them."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -11,15 +10,13 @@ from checkpoints import VOCAB, write_checkpoint
 from test_mlx_lm import assert_equal_logits
 
 import qwen35_mlx
-from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import calibrate as module
 from qwen35_mlx.convert import convert, plan
-from qwen35_mlx.convert.calibrate import calibrate, encode, read_text
+from qwen35_mlx.convert.calibrate import calibrate
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.convert.layerwise import SourceCheckpoint, run_layer
 from qwen35_mlx.convert.transform import quantize_rows
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.model.loading import load_tokenizer
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.divergence import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
@@ -185,49 +182,11 @@ def test_an_idle_model_still_calibrates(tmp_path):
             assert mx.all(mx.isfinite(array)).item()
 
 
-def test_text_becomes_rows_of_equal_length(tmp_path):
-    tokenizer = load_tokenizer(SOURCE, {}, {})
-    text = "What is the capital of France? " * 12
-    expected = tokenizer.encode(text, add_special_tokens=False)
-    ids = encode(SOURCE, text, length=32)
-    assert ids.shape == (len(expected) // 32, 32)
-    assert ids.flatten().tolist() == expected[: ids.size]
-    assert encode(SOURCE, text, length=32, most=40).tolist() == [expected[:32]]
-    # Shorter than one row: a row of its own length.
-    assert encode(SOURCE, text, length=5000).tolist() == [expected]
-    for nothing in ("", "a"):
-        with pytest.raises(Qwen35Error, match="the text is too short"):
-            encode(SOURCE, nothing)
-    with pytest.raises(Qwen35Error, match="no checkpoint at"):
-        encode(tmp_path / "absent", text)
-    small = shutil.copytree(SOURCE, tmp_path / "small")
-    config = json.loads((small / "config.json").read_text())
-    config["text_config"]["vocab_size"] = 80
-    (small / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Qwen35Error, match="ids that the model does not have"):
-        encode(small, text)
-
-
 @pytest.mark.slow
 def test_a_single_short_row_is_enough(source):
     found = calibrate(source, IDS[:1, :3], measure=True)
     assert found.num_tokens == 3
     assert all(kl >= 0 for row in found.kls.values() for kl in row.values())
-
-
-def test_the_bundled_text_is_there_and_questions_go_through_the_template():
-    assert 15_000 < len(read_text(None).encode()) < 60_000
-    ids = encode(SOURCE, "Q: Who are you?\nA: I am.\n---\nplain")
-    back = load_tokenizer(SOURCE, {}, {}).decode(ids[0].tolist())
-    assert "<|im_start|>user\nWho are you?<|im_end|>" in back
-    assert back.endswith("plain")
-
-
-def test_text_that_is_none_is_refused(tmp_path):
-    (tmp_path / "noise").write_bytes(b"\xff\xfe\xff")
-    for name in ("noise", "absent"):
-        with pytest.raises(Qwen35Error, match="cannot be read"):
-            read_text(tmp_path / name)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_calibrate_convert_reuse_and_compare(tmp_path: Path) -> None:
     text, out, file = tmp_path / "t.txt", tmp_path / "out", tmp_path / "out.calibration.safetensors"
     text.write_text("Q: What is the capital of France?\nA: The capital of France is Paris.")
     budget = ("--bits-per-weight", "3.7")
-    result = run("convert", SOURCE, out, *budget, "--calibrate", "--text", text)
+    result = run("convert", SOURCE, out, *budget, "--calibrate", "--calibration-text", text)
     assert result.exit_code == 0, result.stderr
     assert "calibration written to" in result.stderr
     assert "predicted KL" in result.stdout
@@ -86,7 +86,11 @@ def test_a_recipe_and_a_mac_have_their_page() -> None:
             "cannot be read as a",
         ),
         (("plan", SOURCE, "--fit", "8GB", "--prefer", "both"), 2, "'quality', 'speed'"),
-        (("convert", SOURCE, "x", "--text", "t"), 2, "--text needs --calibrate"),
+        (
+            ("convert", SOURCE, "x", "--calibration-text", "t"),
+            2,
+            "--calibration-text needs --calibrate",
+        ),
         (("convert", SOURCE, "x", "--method", "gptq"), 1, "needs a calibration"),
         (("convert", "absent", "x", "--calibrate"), 1, "no checkpoint at absent"),
         (("fidelity", SOURCE, "absent"), 1, "no checkpoint at absent"),

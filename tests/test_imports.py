@@ -142,7 +142,9 @@ def test_quant_imports_of_ours_only_what_runs_no_mlx():
 
 
 # They run the model itself, so that calibration and comparison see what the runtime computes.
-RUNNERS = ("qwen35_mlx.convert.layerwise", "qwen35_mlx.convert.calibrate")
+RUNNERS = tuple(
+    f"qwen35_mlx.convert.{name}" for name in ("layerwise", "calibrate", "calibration_text")
+)
 
 
 def test_convert_imports_of_the_runtime_what_runs_no_model():
@@ -160,6 +162,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.media.patches",
         "qwen35_mlx.media.settings",
         "qwen35_mlx.progress",
+        "qwen35_mlx.training.examples",
         "qwen35_mlx.checkpoint.names",
         "qwen35_mlx.checkpoint.quantization",
         "qwen35_mlx.checkpoint.resolver",

@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--method": ["gptq"],
         "--experts-layout": ["disk"],
         "--calibrate": [],
-        "--text": ["{text}", "--calibrate"],
+        "--calibration-text": ["{text}", "--calibrate"],
         "--keep-source": [],
         "--verify": [],
     },
@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
     "fidelity": {
         "--text": ["{text}"],
         "--tokens": ["9"],
+        "--tasks": [],
         "--mac": ["M4 Max 128GB"],
         "--save": [],
         "--png": ["x.png"],
@@ -219,8 +220,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx import files as files_module
     from qwen35_mlx.checkpoint import adapter
     from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
+    from qwen35_mlx.cli import fidelity_command as comparing
     from qwen35_mlx.cli import report as cli_report
-    from qwen35_mlx.convert import calibrate, fidelity, fit, job, report, upload
+    from qwen35_mlx.convert import calibrate, calibration_text, fidelity, fit, job, report, upload
     from qwen35_mlx.engine import scheduler, segments
     from qwen35_mlx.evaluation import bench as measuring
     from qwen35_mlx.evaluation import recall, rival, scoring
@@ -273,12 +275,18 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(convert, "verify", 0)
     monkeypatch.setattr(fit, "open_any", lambda source, *_: SOURCE_OPENED)
     fake(calibrate, "calibrate", data)
-    fake(calibrate, "encode", lambda folder, text, **options: SimpleNamespace(size=len(text)))
+    fake(calibration_text, "encode", lambda *_, **__: SimpleNamespace(size=1))
+    fake(calibration_text, "overlap")
     fake(statistics, "load", data)
     fake(statistics, "save")
     fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])
-    compared = SimpleNamespace(rows=lambda: [{"name": "b"}], lines=tuple)
-    fake(fidelity, "Comparison", compared)
+    for name in ("check_memory", "answer_tasks"):
+        fake(comparing, name, [])
+    for name in ("report_lines", "plot", "open_with"):
+        fake(fidelity, name, ())
+    fake(fidelity.Comparison, "rows", [{"name": "b"}])
+    for name in ("lines", "task_lines", "plot"):
+        fake(fidelity.Comparison, name, ())
     fake(files_module, "write_json")
     fake(upload, "prepare", SimpleNamespace(card="card", files={}, num_bytes=0))
     fake(upload, "upload", "url")
@@ -288,8 +296,6 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     harness = SimpleNamespace(evaluate=Fake(calls, "evaluate", ({}, "table")))
     monkeypatch.setitem(sys.modules, "qwen35_mlx.evaluation.harness", harness)
     fake(adapters, "with_adapter")
-    fake(fidelity, "report_lines", ())
-    fake(fidelity, "plot")
     fake(report, "draw")
     mac_lines = report.mac_lines
 
@@ -300,7 +306,6 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
 
     monkeypatch.setattr(report, "mac_lines", shown)
     fake(adapter, "read_adapter")
-    fake(fidelity, "open_with")
     fake(trainer, "require_trainer")
     fake(estimate, "open_for_training", (None, SimpleNamespace(), 0))
     fake(estimate, "require_memory", SimpleNamespace(total=0, lines=dict, checkpointing=True))
@@ -437,7 +442,7 @@ def test_every_rule_is_about_options_that_there_are(name: str) -> None:
         "plan --prefer speed", "plan --png x", "plan --fit 24GB --mac 64GB",
         "convert x --bits 4 --recipe q4", "convert x --recipe q4 --group-size 32",
         "convert x --dtype bfloat16 --group-size 32", "convert x --dtype bfloat16 --calibrate",
-        "convert x --prefer speed", "convert x --text t", "convert x --context 5",
+        "convert x --prefer speed", "convert x --calibration-text t", "convert x --context 5",
         "convert /no/folder --keep-source", "convert x --bits 3 --method minmax --calibration c",
         "generate x --raw --system s", "generate x --raw --think", "generate x --raw --no-think",
         "generate x --raw --tools t", "generate x --raw --image i", "generate x --raw --video v",

@@ -163,6 +163,11 @@ def test_the_numbers_of_the_card_are_those_of_the_files(converted_demo, tmp_path
     figures = json.loads((out / "fidelity.json").read_text())
     assert row(text, "perplexity") == [f"{figures['quantized_perplexity']:.4f}"]
     assert figures.items() <= json.loads(saved.stdout.splitlines()[-1]).items()
+    assert "JSON that is valid" not in text
+    (out / "fidelity.json").write_text(json.dumps(figures | {"valid_json": 0, "same_tokens": 0.5}))
+    answers = card.model_card(out, "me/Tiny-4bit")
+    assert row(answers, "JSON that is valid") == ["0.0%"]
+    assert row(answers, "of an answer, tokens before the first that differs") == ["50.0%"]
     facts = json.loads((out / "config.json").read_text())["qwen35_mlx"]
     for name, digest in facts["sha256"].items():
         assert f"| `{name}` | `{digest}` |" in text

@@ -21,6 +21,13 @@ from ..prompt import encode_messages, encode_prompt
 TRAIN_FILE, VALID_FILE = "train.jsonl", "valid.jsonl"
 # Batches are as long as a multiple of this: fewer lengths, fewer compilations.
 LENGTH_MULTIPLE = 32
+# Fields of a message, their types and the types in words.
+FIELDS: dict[str, tuple[Any, str]] = {
+    "role": (str, "text"),
+    "content": (str | list | None, "text, a list of parts, or null"),
+    "reasoning_content": (str | None, "text or null"),
+    "tool_calls": (list | None, "a list of calls, or null"),
+}
 FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": …}'
 
 
@@ -105,8 +112,7 @@ def encode_example(tokenizer: Any, record: Any, mask_prompt: bool = False) -> Ex
             {"role": "user", "content": _string(record, "prompt")},
             {"role": "assistant", "content": _string(record, "completion")},
         ]
-    if not isinstance(messages, list) or not messages:
-        raise PromptError("messages are no list", got=repr(messages)[:60])
+    _check_fields(messages, record.get("tools"))
     template = {"tools": record["tools"]} if record.get("tools") else {}
     ids = encode_messages(tokenizer, messages, add_generation_prompt=False, **template)
     if not mask_prompt:
@@ -118,6 +124,24 @@ def encode_example(tokenizer: Any, record: Any, mask_prompt: bool = False) -> Ex
     # The prompt may open a thought that the answer does not have.
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False))
     return _example(ids, max(sum(1 for _ in shared), 1))
+
+
+def _check_fields(messages: Any, tools: Any) -> None:
+    """Raise PromptError with the name of the first field that is not what templates take."""
+    if not isinstance(messages, list) or not messages:
+        raise PromptError("messages are no list", got=repr(messages)[:60])
+    _check("tools", tools, list | None, "a list of tools, or null")
+    for i, tool in enumerate(tools or ()):
+        _check(f"tools[{i}]", tool, Mapping, "an object")
+    for i, message in enumerate(messages):
+        _check(f"messages[{i}]", message, Mapping, "an object")
+        for name, (kind, words) in FIELDS.items():
+            _check(f"messages[{i}].{name}", message.get(name), kind, words)
+
+
+def _check(field: str, value: Any, kind: Any, words: str) -> None:
+    if not isinstance(value, kind):
+        raise PromptError(f"{field} is not usable", got=repr(value)[:60], expected=words)
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:
