@@ -228,7 +228,7 @@ def test_a_refused_prompt_takes_the_message_back(chat: Chat, logits: list[np.nda
     assert chat.stats.prefilled_tokens < chat.stats.prompt_tokens
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_q": 1}, {"seed": -1}])
+@pytest.mark.parametrize("wrong", everyday([{"temperature": -1}, {"top_q": 1}, {"seed": -1}], 0, 1))
 def test_a_refused_setting_takes_the_message_back(demo: Any, wrong: dict[str, Any]) -> None:
     chat = Chat(*demo, sampling=wrong)
     with pytest.raises(Qwen35Error):

@@ -114,7 +114,7 @@ def moe(tmp_path_factory) -> tuple[Path, Tensors]:
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("bits", everyday(BITS, 1, 5))
+@pytest.mark.parametrize("bits", everyday(BITS, 1))
 def test_output_equals_quantizing_whole_tensors(tmp_path, monkeypatch, moe, bits, group_size):
     source, tensors = moe
     # Slices of 50 rows, and a shorter one at the end of each expert.

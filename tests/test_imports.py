@@ -192,7 +192,12 @@ def test_no_pickle_and_no_torch():
     assert offenders(list(MODULES), "pickle", "cloudpickle", "dill", "joblib", "torch") == []
 
 
-def settings(module: str) -> Iterator[tuple[object, ast.expr]]:
+@functools.cache
+def settings(module: str) -> list[tuple[object, ast.expr]]:
+    return list(_settings(module))
+
+
+def _settings(module: str) -> Iterator[tuple[object, ast.expr]]:
     """Each name given a value in a call or in a dict literal."""
     for node in syntax(module):
         if isinstance(node, ast.keyword):

@@ -137,7 +137,7 @@ def spoken(pieces: Any, kind: str = "answer") -> str:
 @pytest.mark.parametrize(
     ("ahead", "thinking", "num_turns"),
     everyday(
-        [(False, False, 5), (False, True, 5), (True, False, 5), (True, True, 5), (True, False, 3)],
+        [(False, False, 5), (False, True, 5), (True, False, 5), (True, True, 5), (True, False, 2)],
         4,
     ),
 )
