@@ -101,6 +101,7 @@ def test_an_abandoned_iterator_ends_at_once(demo: Any) -> None:
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", everyday([0, 10**9], 0))
 def test_two_chats_on_one_store_do_not_share_half_an_answer(
     demo: Any, first_logits: Any, memory_bytes: int
@@ -117,7 +118,7 @@ def test_two_chats_on_one_store_do_not_share_half_an_answer(
     assert_consistent(one)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 9])
+@pytest.mark.parametrize("max_tokens", everyday([1, 2, 9], 0, 1))
 def test_after_an_answer_cut_by_max_tokens_ids_are_those_that_were_read(
     demo: Any, max_tokens: int
 ) -> None:

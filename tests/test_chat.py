@@ -164,6 +164,7 @@ def test_what_was_said_stays_when_an_answer_is_stopped(
     assert chat.stats.prefilled_tokens < chat.stats.prompt_tokens
 
 
+@pytest.mark.slow
 def test_an_interrupt_inside_a_step_keeps_what_was_said(
     chat: Chat, logits: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:

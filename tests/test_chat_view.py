@@ -224,7 +224,7 @@ def test_no_exception_of_a_turn_ends_the_chat(talk: Any, monkeypatch: pytest.Mon
     assert "error: RuntimeError: [metal] out of memory\n" in err
 
 
-@pytest.mark.parametrize("method", ["start_reading_ahead", "stop_reading_ahead"])
+@pytest.mark.parametrize("method", everyday(["start_reading_ahead", "stop_reading_ahead"], 0))
 def test_a_failure_while_reading_ahead_ends_no_chat(
     talk: Any, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -304,7 +304,7 @@ def test_ctrl_c_anywhere_ends_no_chat(talk: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "answer", everyday(["k", EOFError(), KeyboardInterrupt(), "o", "s"], 0, 2, 3, 4)
+    "answer", everyday(["k", EOFError(), KeyboardInterrupt(), "o", "s"], 2, 3, 4)
 )
 def test_a_full_context_asks_and_keeps_the_message(
     talk: Any, demo: Any, monkeypatch: pytest.MonkeyPatch, answer: Any

@@ -182,6 +182,7 @@ def test_chat_answers_in_turns_and_keeps_figures_off_stdout(
     assert read < length
 
 
+@pytest.mark.slow
 def test_chat_reads_one_question_from_a_pipe(
     run_cli: Any, converted_demo: Path, answer: Any
 ) -> None:

@@ -324,6 +324,7 @@ def test_the_package_names_stay_functions() -> None:
     assert callable(qwen35_mlx.generate) and callable(qwen35_mlx.stream_generate)
 
 
+@pytest.mark.slow
 def test_the_quantized_cache_of_mlx_lm_runs_on_our_model(demo: Any) -> None:
     """Its option kv_bits takes what it quantizes from our cache, and our attention reads it."""
     model, tokenizer = demo

@@ -118,6 +118,7 @@ def test_what_is_no_hessian_is_refused(hessian, message):
         quantize(weights(), 4, 64, "gptq", hessian=mx.array(hessian.astype(np.float32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_experts", everyday([1, 2, 5], 1))
 def test_experts_together_give_the_bits_of_each_alone(monkeypatch, num_experts):
     rng = np.random.default_rng(5)

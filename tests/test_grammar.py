@@ -314,6 +314,7 @@ def test_one_call_ends_the_answer_where_parallel_calls_are_off(engine, monkeypat
     assert len(said.calls) == 1 and said.finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_thoughts_alone_are_drafted_where_a_schema_follows(engine, monkeypatch):
     steps = []
 

@@ -280,6 +280,7 @@ print(*[name for name in too_many.split() if name in sys.modules], len(sys.modul
     assert int(num_modules) < 700
 
 
+@pytest.mark.slow
 def test_tools_import_only_names_that_exist() -> None:
     """A bench is run seldom: what moves is missed there first."""
     missing = []

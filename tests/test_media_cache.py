@@ -88,6 +88,7 @@ def test_a_video_is_read_group_by_group(demo: Any) -> None:
     assert_read(cache, hidden, ids)
 
 
+@pytest.mark.slow
 def test_back_to_a_point_inside_and_behind_a_picture(demo: Any) -> None:
     model, tokenizer = demo
     ids = prompt(tokenizer, RED, noise(tokenizer, 2, 5))

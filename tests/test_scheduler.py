@@ -250,7 +250,7 @@ def test_a_short_question_does_not_wait_for_a_long_prompt(own, monkeypatch):
     monkeypatch.setattr(Pieces, "record", lambda *_: None)
     order = []
     request = Request(
-        prompt=[5 + i % 2000 for i in range(600)], max_tokens=1, params=GREEDY, wants_progress=True
+        prompt=[5 + i % 2000 for i in range(450)], max_tokens=1, params=GREEDY, wants_progress=True
     )
     long = own.submit(request)
     begun = threading.Event()

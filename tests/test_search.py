@@ -114,6 +114,7 @@ def test_two_bits_come_close_to_the_optimum(weighed):
     assert ours.sum() <= best.sum() * (1.03 if weighed else 1.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "weighed"), everyday([(3, False), (3, True), (4, False), (6, False)], 1)
 )

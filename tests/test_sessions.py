@@ -257,6 +257,7 @@ def test_the_oldest_sessions_give_up_what_they_have_read_and_no_words(demo: Any)
     assert resumed.load("old") is None and len(resumed.messages) == 2
 
 
+@pytest.mark.slow
 def test_a_session_of_an_earlier_version_keeps_the_words(demo: Any) -> None:
     chat = new_chat(demo)
     ask(chat, FRANCE)

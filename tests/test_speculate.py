@@ -87,7 +87,7 @@ class Wrong(Drafter):
         return mx.array(wrong, dtype=token.dtype) if wrong else None
 
 
-@pytest.fixture(scope="module", params=["dense", "moe-4-bit"])
+@pytest.fixture(scope="module", params=everyday(["dense", "moe-4-bit"], 1))
 def random_model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:
     home = tmp_path_factory.mktemp("random")
     write_checkpoint(home / "src", moe=request.param != "dense", mtp=True)

@@ -134,6 +134,7 @@ def spoken(pieces: Any, kind: str = "answer") -> str:
     return "".join(p.text for p in pieces if p.kind == kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ahead", "thinking", "num_turns"),
     everyday(
