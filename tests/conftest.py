@@ -98,6 +98,13 @@ def converted_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return folder
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Figures that tests have measured."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: without it a full collection of garbage takes a tenth of a second."""
     gc.collect()
