@@ -126,16 +126,7 @@ def generate(
     from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
-        loaded, tokenizer = load(
-            model,
-            kernels=kernels,
-            context=context,
-            force=force,
-            mtp=options.LOADS_MTP.get(draft),
-            adapter=adapter_path,
-            kv_bits=kv_bits,
-            experts_memory=experts_memory,
-        )
+        loaded, tokenizer = load(model, **options.load_options(ctx))
     chat = Chat(
         loaded,
         tokenizer,
