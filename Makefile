@@ -22,6 +22,8 @@ chat: $(VENV)/.installed ## talk to the bundled demo model; asks five questions 
 	  -p "What is the capital of France?" -p "What is the opposite of hot?" \
 	  -p "What colour is the sky?" -p "Who are you?" </dev/null; fi
 
+# On a CPU, MLX has a C++ compiler make each kernel of fused operations, half a second each.
+test: export MLX_DISABLE_COMPILE = 1
 test: $(VENV)/.installed-test ## run the everyday tests
 	$(BIN)/python -m pytest
 

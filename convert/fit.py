@@ -26,6 +26,7 @@ from qwen35_mlx.memory import (
     check_context,
     count,
     kv_choices,
+    read_share,
 )
 from qwen35_mlx.quant.affine import quantized_shapes
 from qwen35_mlx.quant.allocate import Allocation, Option, allocate
@@ -39,7 +40,6 @@ from .mac_models import (
     MACS,
     activation_bytes,
     bytes_per_token,
-    read_share,
     tokens_per_second,
 )
 from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan

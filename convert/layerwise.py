@@ -20,7 +20,7 @@ from qwen35_mlx.checkpoint.resolver import Resolved, resolve
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
-from qwen35_mlx.memory import kv_bytes, read_share, state_bytes
+from qwen35_mlx.memory import decode_bytes
 from qwen35_mlx.model.adapters import attach
 from qwen35_mlx.model.language import DecoderLayer, Model
 from qwen35_mlx.model.loading import check_copies, quantize_modules, read_parameters
@@ -65,8 +65,7 @@ class Checkpoint:
 
     def decode_bytes(self, context: int) -> int:
         """What decoding a token reads behind so many: weights, chosen experts, caches, states."""
-        read = (int(nbytes * read_share(self.config, name)) for name, nbytes in self.sizes)
-        return sum(read) + kv_bytes(self.config, context) + 2 * state_bytes(self.config)
+        return decode_bytes(self.config, self.sizes, context)
 
 
 class SourceCheckpoint(Checkpoint):

@@ -10,14 +10,7 @@ from qwen35_mlx.checkpoint.names import OF_EXPERTS
 from qwen35_mlx.checkpoint.sharding import Sharding
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, parse_memory, sysctl
-from qwen35_mlx.memory import (
-    MemoryCount,
-    count,
-    kv_bytes,
-    read_share,
-    room_for_experts,
-    state_bytes,
-)
+from qwen35_mlx.memory import MemoryCount, count, decode_bytes, room_for_experts
 
 from .plan import Entry, Plan
 
@@ -130,10 +123,8 @@ def activation_bytes(plan: Plan) -> int:
 
 def bytes_per_token(plan: Plan, context: int = 0) -> int:
     """Bytes read for one decoded token: resident weights, chosen experts, keys, values, states."""
-    read = (int(e.output_bytes * read_share(plan.config, e.module)) for e in plan.text_entries)
-    item_bytes = activation_bytes(plan)
-    states = 2 * state_bytes(plan.config, item_bytes)
-    return kv_bytes(plan.config, context, item_bytes) + states + sum(read)
+    sizes = ((entry.module, entry.output_bytes) for entry in plan.text_entries)
+    return decode_bytes(plan.config, sizes, context, activation_bytes(plan))
 
 
 def tokens_per_second(plan: Plan, gbps: float, context: int = 0) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES, SourceTensor
 from qwen35_mlx.checkpoint.names import OF_EXPERTS, TOWER, fold, is_mtp
 from qwen35_mlx.checkpoint.quantization import Quantization, common_quantization
-from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision, resolve
+from qwen35_mlx.checkpoint.resolver import Match, Resolved, Segment, precision
 from qwen35_mlx.checkpoint.tensor_table import Role, Transform
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
@@ -283,7 +283,7 @@ def plan(
             f"dtype={dtype!r} is not supported", got=repr(dtype), expected=", ".join(DTYPES)
         )
     opened = open_any(source, revision)
-    found = resolve(opened.config, opened.tensors)
+    found = opened.resolved
     if any(match.quantization for match in found.text_matches):
         return _laid_out(_copy(opened, found, *asked), experts_layout)
 

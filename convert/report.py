@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ SHARED_NOTE = (
 )
 
 
+@cache
 def family_source(name: str) -> Source:
     """A released model that can be planned, not read: text model and tower in bfloat16."""
     raw = family_config(name)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen35_mlx.checkpoint.headers import PREFIX_BYTES, SourceTensor, read_headers
+from qwen35_mlx.checkpoint.resolver import Resolved, resolve
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError
 
@@ -35,6 +37,11 @@ class Source:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, SourceTensor]
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """The parameter of the model that each tensor is."""
+        return resolve(self.config, self.tensors)
 
     @property
     def origin(self) -> dict[str, str]:

@@ -346,7 +346,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """Parse a file that holds a JSON object; anything else is a ConfigError."""
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
     if not isinstance(parsed, dict):

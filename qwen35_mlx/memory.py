@@ -6,7 +6,7 @@ and value heads of a linear layer of widths Dk/Dv.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -196,6 +196,16 @@ def read_share(config: ModelConfig, module: str) -> float:
     if module.endswith("embed_tokens") and not config.tie_word_embeddings:
         return 1 / config.vocab_size
     return 1.0
+
+
+def decode_bytes(
+    config: ModelConfig, sizes: Iterable[tuple[str, float]], context: int, item_bytes: int = 2
+) -> int:
+    """What decoding a token reads behind so many: weights, chosen experts alone, keys, values and
+    states. `sizes` are bytes by module."""
+    weights = sum(int(nbytes * read_share(config, module)) for module, nbytes in sizes)
+    cache = kv_bytes(config, context, item_bytes) + 2 * state_bytes(config, item_bytes)
+    return weights + cache
 
 
 def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: int = 2) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from rich.console import Console
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import qwen35_mlx
@@ -36,6 +37,14 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """Conversions made by tests stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN35_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_built_once() -> Iterator[None]:
+    """Typer's runner would build all commands anew for each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", functools.cache(get_command))
         yield
 
 
@@ -87,6 +96,13 @@ def converted_golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
         return convert(Path(__file__).parent / "golden" / name, out, dtype="float32")
 
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Figures that tests have measured."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
 
 
 def pytest_collection_finish() -> None:

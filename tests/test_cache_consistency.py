@@ -54,7 +54,7 @@ def first_logits(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], np.ndarray]
 
 
 @pytest.mark.parametrize("num_pieces", everyday([1, 7, 12], 1))
-@pytest.mark.parametrize("memory_bytes", [0, 10**9])
+@pytest.mark.parametrize("memory_bytes", everyday([0, 10**9], 1))
 def test_a_turn_begun_while_an_older_iterator_is_open_has_the_right_state(
     demo: Any, first_logits: Any, num_pieces: int, memory_bytes: int
 ) -> None:
@@ -72,7 +72,7 @@ def test_a_turn_begun_while_an_older_iterator_is_open_has_the_right_state(
     assert_consistent(chat)
 
 
-@pytest.mark.parametrize("begin", everyday(["send", "edit", "undo", "restart"], 0, 2))
+@pytest.mark.parametrize("begin", everyday(["send", "edit", "undo", "restart"], 0))
 def test_every_call_ends_the_open_iterator_and_keeps_what_it_gave(demo: Any, begin: str) -> None:
     chat = Chat(*demo, **SHORT)
     ask(chat, HOT)
@@ -101,6 +101,7 @@ def test_an_abandoned_iterator_ends_at_once(demo: Any) -> None:
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", everyday([0, 10**9], 0))
 def test_two_chats_on_one_store_do_not_share_half_an_answer(
     demo: Any, first_logits: Any, memory_bytes: int
@@ -117,7 +118,7 @@ def test_two_chats_on_one_store_do_not_share_half_an_answer(
     assert_consistent(one)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 9])
+@pytest.mark.parametrize("max_tokens", everyday([1, 2, 9], 0, 1))
 def test_after_an_answer_cut_by_max_tokens_ids_are_those_that_were_read(
     demo: Any, max_tokens: int
 ) -> None:
@@ -206,7 +207,7 @@ def test_all_reading_ahead_shares_one_thread(demo: Any) -> None:
     assert len(names) == 1 and threading.active_count() <= before + 1
 
 
-@pytest.mark.parametrize("call", ["undo", "set_system", "restart", "send"])
+@pytest.mark.parametrize("call", everyday(["undo", "set_system", "restart", "send"], 1, 3))
 def test_every_call_stops_reading_ahead(demo: Any, call: str) -> None:
     chat = Chat(*demo, **SHORT)
     ask(chat, FRANCE)

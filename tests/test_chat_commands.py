@@ -23,6 +23,7 @@ def test_retry_and_edit_answer_again_and_undo_takes_back(talk: Any) -> None:
     assert err.count("prompt ") == 5
 
 
+@pytest.mark.slow
 def test_edit_puts_the_last_message_into_the_editor(
     talk: Any, demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,13 @@ def test_where_templates_are_found(
     assert read_templates(tmp_path, {"chat_template": config}) == expected
 
 
+@pytest.mark.parametrize("name", [JSON, JINJA, f"{FOLDER}/default.jinja"])
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path, name: str) -> None:
+    text = json.dumps({"chat_template": "x"}) if name == JSON else "x"
+    write(tmp_path, {name: "\ufeff" + text})
+    assert read_templates(tmp_path, {}) == {"default": "x"}
+
+
 @pytest.mark.parametrize("config", [None, "config", NAMED], ids=repr)
 @pytest.mark.parametrize(
     "files",

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +49,19 @@ def shell(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_help_answers_at_once() -> None:
+def test_help_answers_at_once(record_property: Any) -> None:
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
-        job = shell("--help")
-        stdout, stderr = job.communicate()
-        seconds.append(time.perf_counter() - started)
+        before = os.times()
+        stdout, stderr = (job := shell("--help")).communicate()
+        after = os.times()
+        used = (after.children_user, after.children_system)
+        seconds.append(sum(used) - before.children_user - before.children_system)
         assert (job.returncode, stderr) == (0, "")
         assert all(name in stdout for name in ("convert", "plan", "generate", "chat"))
-    # Python itself included; the least of three, as other tests may use the processor.
-    assert min(seconds) < 0.6
+    # Python itself included; a busy or slow machine takes several times as much.
+    record_property("CPU of --help", f"{min(seconds):.2f} s (0.12 s at most on a quiet machine)")
+    assert min(seconds) < 0.4
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -182,6 +183,7 @@ def test_chat_answers_in_turns_and_keeps_figures_off_stdout(
     assert read < length
 
 
+@pytest.mark.slow
 def test_chat_reads_one_question_from_a_pipe(
     run_cli: Any, converted_demo: Path, answer: Any
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everyday import everyday
 from typer.testing import CliRunner
 
 from qwen35_mlx.cli.main import app
@@ -82,7 +83,7 @@ def test_models_and_sessions_of_this_user_are_offered(complete: Any, tmp_path: P
     assert complete("sessions --remove n") == ["notes"]
 
 
-@pytest.mark.parametrize("line", ["chat ", "chat --session ", "convert x --bits "])
+@pytest.mark.parametrize("line", everyday(["chat ", "chat --session ", "convert x --bits "], 1))
 def test_completion_imports_no_mlx(complete: Any, line: str) -> None:
     environment = os.environ | {
         "_QWEN35_MLX_COMPLETE": "complete_bash",

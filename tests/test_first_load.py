@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everyday import everyday
 from faked_mac import change_source, faked_mac, only
 
 import qwen35_mlx
@@ -90,7 +91,7 @@ def test_a_kernel_that_does_not_compile_is_left_to_mlx(
     assert tier_of(converted_demo, "output_gate") == METAL
 
 
-@pytest.mark.parametrize("what", ["mlx", "os", "kernels"])
+@pytest.mark.parametrize("what", everyday(["mlx", "os", "kernels"], 0, 2))
 def test_what_changes_is_checked_again(
     converted_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, what: str
 ) -> None:

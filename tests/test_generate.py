@@ -74,8 +74,8 @@ def test_the_same_seed_says_the_same(demo: Any) -> None:
             model, tokenizer, "Blue", max_tokens=12, seed=seed, temperature=9.0, top_p=1.0, top_k=0
         )
 
-    assert said(1) == said(1)
-    assert len({said(seed) for seed in range(4)}) == 4
+    texts = [said(seed) for seed in (0, 1, 2)]
+    assert said(1) == texts[1] and len(set(texts)) == 3
 
 
 def test_presence_penalty_in_an_answer(demo: Any, scripted: Callable[..., Any]) -> None:
@@ -324,6 +324,7 @@ def test_the_package_names_stay_functions() -> None:
     assert callable(qwen35_mlx.generate) and callable(qwen35_mlx.stream_generate)
 
 
+@pytest.mark.slow
 def test_the_quantized_cache_of_mlx_lm_runs_on_our_model(demo: Any) -> None:
     """Its option kv_bits takes what it quantizes from our cache, and our attention reads it."""
     model, tokenizer = demo

@@ -42,11 +42,11 @@ def test_the_answer_alone_is_on_standard_output(generate: Any, answer: Any) -> N
     assert thought and end and text == "17+25=42"
     result = generate("-p", SUM, *GREEDY)
     assert (result.exit_code, result.stdout, result.stderr) == (0, text + "\n", "")
-    assert generate(*GREEDY, stdin=SUM).stdout == result.stdout
     shown = generate("-p", SUM, *GREEDY, "--show-thoughts")
     assert shown.stdout == f"<think>\n{thought}\n</think>\n\n{text}\n"
     no_think = generate("-p", SUM, "--no-think", *GREEDY).stdout
     assert no_think == answer(ASKED, enable_thinking=False) + "\n"
+    assert generate("--no-think", *GREEDY, stdin=SUM).stdout == no_think
 
 
 @pytest.mark.parametrize("encoding", everyday(["utf-8-sig", "utf-16", "utf-32"], 1))

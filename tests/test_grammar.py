@@ -205,7 +205,9 @@ class Said:
         self.finish_reason = events[-1].finish_reason
 
 
-@pytest.mark.parametrize("options", [{}, {"think_budget": 4}, {"enable_thinking": False}])
+@pytest.mark.parametrize(
+    "options", everyday([{}, {"think_budget": 4}, {"enable_thinking": False}], 1, 2)
+)
 def test_the_grammar_begins_behind_the_thought(engine, options):
     """Whether it ends by itself, by its budget, or there is none."""
     said = Said(engine, grammar=Grammar("json_schema", CITY), **options)
@@ -312,6 +314,7 @@ def test_one_call_ends_the_answer_where_parallel_calls_are_off(engine, monkeypat
     assert len(said.calls) == 1 and said.finish_reason == "tool_calls"
 
 
+@pytest.mark.slow
 def test_thoughts_alone_are_drafted_where_a_schema_follows(engine, monkeypatch):
     steps = []
 

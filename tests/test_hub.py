@@ -127,6 +127,7 @@ def test_the_source_is_kept_on_request(tmp_path, source, fake):
         assert (tmp_path / "out-source" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_bytes_that_stay_wrong_are_an_error_and_the_next_run_goes_on(tmp_path, source, fake):
     local = convert(source, tmp_path / "local", **SETTINGS)
     plan(REPO)
@@ -213,6 +214,7 @@ def test_a_folder_has_no_revision(source):
         plan(source, revision="main")
 
 
+@pytest.mark.slow
 def test_small_files_without_lfs_are_checked_as_git_does(tmp_path, source, fake):
     local = convert(source, tmp_path / "local", **SETTINGS)
     fake.hides_checksums = True

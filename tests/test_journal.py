@@ -206,7 +206,7 @@ def stop_halfway(source: Path, out: Path, **settings: Any) -> None:
             (dict(dtype="float16"), "dtype=float16", "dtype=None"),
             (dict(method="search"), "method=search", "method=minmax"),
         ],
-        3,
+        0,
     ),
 )
 def test_changed_settings_are_refused_with_both_values(
@@ -237,7 +237,7 @@ def test_a_recipe_that_chooses_differently_is_refused(tmp_path, source, small_ta
         convert(source, tmp_path / "out", recipe=recipe, **SETTINGS)
 
 
-@pytest.mark.parametrize("change", ["a weight", "its header"])
+@pytest.mark.parametrize("change", everyday(["a weight", "its header"], 0))
 def test_a_source_that_changes_between_start_and_resume_is_refused(
     tmp_path, source, small_tasks, change
 ):
@@ -303,9 +303,7 @@ def test_a_journal_ends_at_a_line_that_a_crash_cut_off(tmp_path):
         assert all(journal.LINE.fullmatch(line) for line in path.read_bytes().splitlines())
 
 
-@pytest.mark.parametrize(
-    "raw", everyday([b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"], 2, 3)
-)
+@pytest.mark.parametrize("raw", everyday([b"", b"[]", b'{"settings": 1, "files": {}}', b"\xff"], 2))
 def test_a_damaged_job_file_is_refused(tmp_path, source, small_tasks, raw):
     stop_halfway(source, tmp_path / "out")
     (work(tmp_path) / "job.json").write_bytes(raw)

@@ -70,7 +70,6 @@ def run(model: Any, ids: mx.array) -> np.ndarray:
             dict(dtype="float32"),
         ],
         1,
-        5,
     ),
     ids=lambda settings: "-".join(map(str, settings.values())),
 )

@@ -268,7 +268,7 @@ WHOLE = [f"\n{CALL}", CALL, JSON, f"\n{XML}\n", f"\n{XML}\n</tool_call>", "\n</t
 def test_random_output_loses_and_doubles_no_text(tools: list[Any], thinking: bool) -> None:
     chance = random.Random(7)
     num_calls = num_talk = 0
-    for seed in range(400):
+    for seed in range(200):
         parts = chance.choices([*ATOMS, *WHOLE * 2], k=chance.randint(1, 25))
         text = "".join(f"{part}w{i:02}" if chance.random() < 0.6 else part
                        for i, part in enumerate(parts))  # fmt: skip
@@ -293,7 +293,7 @@ def test_random_output_loses_and_doubles_no_text(tools: list[Any], thinking: boo
                 assert "<tool_call>" in between or "<function=lookup>" in between, text
         num_calls += len(run_calls(calls))
         num_talk += CALL in thought
-    assert (num_calls > 50) == bool(tools) and num_talk > 3
+    assert (num_calls > 25) == bool(tools) and num_talk > 1
 
 
 def test_a_thousand_tags_in_a_value_take_time_in_proportion() -> None:

@@ -1,5 +1,6 @@
 import mlx.core as mx
 import pytest
+from everyday import everyday
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import dequantize, quantize
@@ -80,7 +81,7 @@ def test_weights_that_are_not_finite_are_refused(method, dtype, value):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", everyday(DTYPES, 0, 1))
 def test_groups_whose_range_overflows_are_refused_and_half_of_it_is_quantized(method, dtype):
     hessian = mx.eye(128) if method == "gptq" else None
     ends = mx.array([-1.0, 1.0] * 64) * (0.9 * mx.finfo(dtype).max)

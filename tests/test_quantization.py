@@ -91,7 +91,7 @@ WAYS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    "how", everyday(WAYS, 0, 1, 5, 9), ids=lambda how: "-".join(map(str, how.values())) or "plain"
+    "how", everyday(WAYS, 0, 5), ids=lambda how: "-".join(map(str, how.values())) or "plain"
 )
 @pytest.mark.parametrize("kind", ["dense", "moe", "next"])
 def test_what_mlx_lm_quantizes_has_its_logits_here(
@@ -103,7 +103,7 @@ def test_what_mlx_lm_quantizes_has_its_logits_here(
     assert expected.std() > 0.3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", everyday(MODES, 0, 1))
 def test_a_qwen3_next_folder_of_mlx_lm_is_split_without_quantizing_it_again(
     tmp_path: Path, sources: Path, mode: str
 ) -> None:
@@ -212,7 +212,7 @@ CONTRADICTS: dict[str, Edit] = {
 }
 
 
-@pytest.mark.parametrize("name", AGREES)
+@pytest.mark.parametrize("name", everyday(AGREES, *range(0, len(AGREES), 2)))
 def test_every_spelling_of_the_quantization_block_loads(
     tmp_path: Path, mixed: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,7 +222,7 @@ def test_every_spelling_of_the_quantization_block_loads(
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("name", CONTRADICTS)
+@pytest.mark.parametrize("name", everyday(CONTRADICTS, *range(0, len(CONTRADICTS), 2)))
 def test_files_decide_where_config_says_otherwise_and_a_warning_tells(
     tmp_path: Path, mixed: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -108,7 +108,7 @@ def test_so_they_have_in_heads_that_mlx_has_a_kernel_for(monkeypatch, num_expert
 
 
 @exact_products
-@pytest.mark.parametrize("kind", ["linear only", "full only, yarn"])
+@pytest.mark.parametrize("kind", everyday(["linear only", "full only, yarn"], 1))
 def test_so_they_have_in_layers_of_one_kind(kind):
     assert_exact(random_model(config(**KINDS[kind])), [(5, 0), (5, 2), (3, 3)])
 
@@ -119,7 +119,7 @@ def test_the_first_tokens_of_all_can_be_taken_back(model_of):
 
 
 @exact_products
-@pytest.mark.parametrize("go_on", CONTINUATIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("go_on", everyday(CONTINUATIONS, 0, 2, 4), ids=lambda f: f.__name__)
 def test_whatever_comes_next_is_as_after_single_steps(model_of, tmp_path, go_on):
     model, prompt, ids = model_of(True), random_ids(1, 11), random_ids(2, 5)
     want, _ = one_by_one(model, prompt, ids[:3])

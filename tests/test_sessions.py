@@ -90,7 +90,7 @@ def damage_empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("kind", ["keys", "states"])
+@pytest.mark.parametrize("kind", everyday(["keys", "states"], 0))
 @pytest.mark.parametrize("damage", everyday([damage_bit, damage_cut, damage_empty], 0))
 def test_a_damaged_cache_is_read_again_with_a_warning(
     demo: Any, damage: Callable[[Path], None], kind: str
@@ -165,7 +165,7 @@ def test_a_session_of_another_model_keeps_only_the_words(demo: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", everyday([dict(kv_bits=8), dict(context=10_000), dict(kv_bits="k8v4")], 0, 1)
+    "changes", everyday([dict(kv_bits=8), dict(context=10_000), dict(kv_bits="k8v4")], 0)
 )
 def test_a_session_is_of_the_cache_that_made_it(
     converted_demo: Path, demo: Any, changes: dict[str, Any]
@@ -257,6 +257,7 @@ def test_the_oldest_sessions_give_up_what_they_have_read_and_no_words(demo: Any)
     assert resumed.load("old") is None and len(resumed.messages) == 2
 
 
+@pytest.mark.slow
 def test_a_session_of_an_earlier_version_keeps_the_words(demo: Any) -> None:
     chat = new_chat(demo)
     ask(chat, FRANCE)
@@ -284,8 +285,8 @@ def test_unicode_that_cannot_be_written_loses_nothing(demo: Any) -> None:
 def test_what_was_read_of_a_stopped_prompt_is_not_read_again_after_a_restart(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35_mlx.engine.prompt_cache.PREFILL_STEP_SIZE", 32)
-    document = "word and other things " * 40
+    monkeypatch.setattr("qwen35_mlx.engine.prompt_cache.PREFILL_STEP_SIZE", 16)
+    document = "word and other things " * 20
     chat = new_chat(demo)
     ask(chat, FRANCE)
     chat.save("one", with_cache=False)
@@ -304,7 +305,7 @@ def test_what_was_read_of_a_stopped_prompt_is_not_read_again_after_a_restart(
         with pytest.raises(KeyboardInterrupt):
             ask(chat, document)
     num_read = len(chat._cache.ids)  # type: ignore[union-attr]
-    assert num_read >= 5 * 30 and len(chat.messages) == 2
+    assert num_read >= 5 * 15 and len(chat.messages) == 2
     chat.start_reading_ahead()
     chat.stop_reading_ahead(wait_for_end=True)
     resumed = new_chat(demo)

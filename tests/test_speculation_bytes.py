@@ -16,6 +16,7 @@ def planned() -> Plan:
     return plan(family_source(bench.MODEL), bits=4, group_size=64)
 
 
+@pytest.mark.slow
 def test_a_round_without_drafts_is_a_plain_step(planned: Plan):
     plain = bench.round_of(planned, 0)
     assert plain.total == plain.uniform_total

@@ -57,7 +57,7 @@ def logits(model, chosen, pieces, left_padding=None):
 
 
 @pytest.mark.parametrize("num_experts", [0, 8])
-@pytest.mark.parametrize("left_padding", [None, [0, 3]])
+@pytest.mark.parametrize("left_padding", everyday([None, [0, 3]], 1))
 def test_the_mlx_tier_gives_the_logits_of_ops(num_experts, left_padding):
     model = small_model(num_experts=num_experts)
     rows = len(left_padding) if left_padding else 1

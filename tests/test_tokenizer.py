@@ -144,7 +144,7 @@ CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", everyday(CONFIGS, *range(0, len(CONFIGS), 2)))
 @pytest.mark.parametrize("model_type", everyday(["qwen3_5_moe", "qwen3_next"], 0))
 def test_what_tokenizer_config_says_counts_as_in_transformers(
     folder: Path, name: str, model_type: str
@@ -154,7 +154,7 @@ def test_what_tokenizer_config_says_counts_as_in_transformers(
     assert_equal_to_transformers(folder)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("model_type", everyday(["qwen3_5", "qwen3_5_text", "qwen3_next"], 0))
 @pytest.mark.parametrize(
     "declared",
     [

@@ -40,7 +40,7 @@ class Shelf:
         self.is_stopped = True
 
 
-@pytest.mark.parametrize("in_main", [False, True], ids=["threads", "GPU"])
+@pytest.mark.parametrize("in_main", everyday([False, True], 0), ids=["threads", "GPU"])
 @pytest.mark.parametrize("flush_bytes", everyday([1, 2**30], 0))
 def test_a_file_is_released_once_when_all_of_its_tasks_are_in_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_bytes: int, in_main: bool

@@ -233,6 +233,8 @@ class Workplace:
             "EMULATOR_CACHE": str(folder.parent / "emulator"),
             "PYTHONHASHSEED": "0",
             "OPENBLAS_NUM_THREADS": "1",
+            # A compiler would be started for each fused operation, and again for a mutant of it.
+            "MLX_DISABLE_COMPILE": "1",
         }
         # Set-up of the compiler, which takes it 16 s.
         self.environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))

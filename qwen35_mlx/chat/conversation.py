@@ -18,7 +18,7 @@ from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
 from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
-from ..engine.tool_calls import as_message, calls_of
+from ..engine.tool_calls import as_message, calls_of, check_tools
 from ..engine.tool_values import Schema
 from ..engine.turn_prompts import TurnPrompts
 from ..errors import ContextFull, Qwen35Error
@@ -78,6 +78,7 @@ class Chat:
     num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_tools(self.tools)
         self.messages = self._opened(self.messages)
         if self.system:
             self.messages.insert(0, {"role": "system", "content": self.system})

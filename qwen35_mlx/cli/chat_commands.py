@@ -137,16 +137,7 @@ def chat(
         if name is None:
             name = bundled_demo()
         with spinner(f"Loading {name}"):
-            loaded, tokenizer = load(
-                name,
-                kernels=kernels,
-                context=context,
-                force=force,
-                mtp=options.LOADS_MTP.get(draft),
-                adapter=adapter_path,
-                kv_bits=kv_bits,
-                experts_memory=experts_memory,
-            )
+            loaded, tokenizer = load(name, **options.load_options(ctx))
     conversation = Chat(
         loaded,
         tokenizer,

@@ -126,16 +126,7 @@ def generate(
     from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
-        loaded, tokenizer = load(
-            model,
-            kernels=kernels,
-            context=context,
-            force=force,
-            mtp=options.LOADS_MTP.get(draft),
-            adapter=adapter_path,
-            kv_bits=kv_bits,
-            experts_memory=experts_memory,
-        )
+        loaded, tokenizer = load(model, **options.load_options(ctx))
     chat = Chat(
         loaded,
         tokenizer,
@@ -278,32 +269,15 @@ def drafts_as_json(chat: "Chat") -> dict[str, Any]:
 
 def read_tools(file: Path) -> list[dict[str, Any]]:
     """A JSON list of tools, each with a name and a JSON schema of its parameters."""
+    from ..engine.tool_calls import TOOL_FORM, check_tools
     from ..files import read_text
 
-    expected = '[{"type": "function", "function": {"name": …, "parameters": {…}}}, …]'
-    text = read_text(file)
+    text, expected = read_text(file), f"[{TOOL_FORM}, …]"
     try:
         tools = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Qwen35Error(f"{file} is not JSON", got=error, expected=expected) from None
     if not isinstance(tools, list) or not tools:
         raise Qwen35Error(f"{file} has no list of tools", got=text[:60], expected=expected)
-    names = set()
-    for i, tool in enumerate(tools, 1):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        where = f"tool {i} of {file}"
-        if not isinstance(function, dict):
-            raise Qwen35Error(f"{where} is no object", got=json.dumps(tool)[:60], expected=expected)
-        name, parameters = function.get("name"), function.get("parameters", {})
-        if not isinstance(name, str) or not name:
-            raise Qwen35Error(f"{where} has no name", got=repr(name), expected=expected)
-        if name in names:
-            raise Qwen35Error(f"{where} has the name of another", got=name)
-        if not isinstance(parameters, dict) or not isinstance(
-            parameters.get("properties", {}), dict
-        ):
-            raise Qwen35Error(
-                f"the parameters of {where} are no JSON schema", got=json.dumps(parameters)[:60]
-            )
-        names.add(name)
+    check_tools(tools, f" of {file}")
     return tools

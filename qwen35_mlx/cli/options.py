@@ -281,6 +281,14 @@ AllowUrl = Annotated[
 ]
 
 
+def load_options(ctx: typer.Context) -> dict[str, Any]:
+    """Options of a command as `load` takes them."""
+    names = ("kernels", "context", "force", "kv_bits", "experts_memory")
+    asked = {name: ctx.params[name] for name in names}
+    mtp = LOADS_MTP.get(ctx.params["draft"])
+    return {**asked, "mtp": mtp, "adapter": ctx.params["adapter_path"]}
+
+
 def sampling_options(ctx: typer.Context) -> dict[str, Any]:
     """The sampling options of a command, checked before a model is loaded."""
     from ..sampling import SamplingParams

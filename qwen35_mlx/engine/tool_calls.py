@@ -15,9 +15,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..errors import Qwen35Error
 from ..text import messages
 from .tool_values import Schema, coerce, kinds_of, read_literal
 
+TOOL_FORM = '{"type": "function", "function": {"name": …, "parameters": {…}}}'
 FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 FUNCTION_END = re.compile(r"\s*</function>\s*")
 PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>")
@@ -39,6 +41,28 @@ class ToolCall(NamedTuple):
 
 
 UNREADABLE = ToolCall("", {}, {}, complete=False)
+
+
+def check_tools(tools: Sequence[Any], where: str = "") -> None:
+    """Refuse what is no tool, has no name or another's, or has parameters without a schema."""
+    names = set()
+    for i, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        what = f"tool {i}{where}"
+        if not isinstance(function, Mapping):
+            raise Qwen35Error(f"{what} is no object", got=repr(tool)[:60], expected=TOOL_FORM)
+        name, parameters = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not name:
+            raise Qwen35Error(f"{what} has no name", got=repr(name), expected=TOOL_FORM)
+        if name in names:
+            raise Qwen35Error(f"{what} has the name of another", got=name)
+        parameters = {} if parameters is None else parameters
+        is_schema = isinstance(parameters, Mapping)
+        if not is_schema or not isinstance(parameters.get("properties"), Mapping | None):
+            raise Qwen35Error(
+                f"the parameters of {what} are no JSON schema", got=repr(parameters)[:60]
+            )
+        names.add(name)
 
 
 def tool_names(tools: Sequence[Schema]) -> list[str]:

@@ -28,7 +28,7 @@ from ..engine.sampler import Sampler
 from ..engine.speculate import AUTO, OFF, Drafter
 from ..errors import Qwen35Error
 from ..machine import GIB, bandwidth_gbps, describe
-from ..memory import kv_bytes, read_share, state_bytes
+from ..memory import decode_bytes
 from ..model.language import Model
 from ..progress import StepProgress
 from ..prompt import encode_messages
@@ -233,18 +233,15 @@ def prompt_ids(num_tokens: int, vocab_size: int) -> list[int]:
 
 def bytes_per_token(model: Model, context: int) -> int:
     """What decoding one token has to read: weights, chosen experts alone, caches and states."""
-    arrays = dict(tree_flatten(model.parameters()))
     experts = model.experts
     # A stack of slots is a part of all experts.
     whole = experts.num_experts / experts.num_slots if experts else 1.0
-    weights = sum(
-        int(array.nbytes * share * (whole if share < 1 and ".switch_mlp." in name else 1))
-        for name, array in arrays.items()
-        if (share := read_share(model.config, name.rpartition(".")[0]))
+    sizes = (
+        (name.rpartition(".")[0], array.nbytes * (whole if ".switch_mlp." in name else 1))
+        for name, array in dict(tree_flatten(model.parameters())).items()
     )
     item_bytes = model.language_model.model.norm.weight.dtype.size
-    states = 2 * state_bytes(model.config, item_bytes)
-    return weights + kv_bytes(model.config, context, item_bytes) + states
+    return decode_bytes(model.config, sizes, context, item_bytes)
 
 
 def bandwidth_limit() -> float | None:

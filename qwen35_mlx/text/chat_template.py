@@ -25,9 +25,9 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
     """
     files = {}
     if (folder / TEMPLATE_FILE).exists():
-        files[DEFAULT] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        files[DEFAULT] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8-sig")
     for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        files[file.stem] = file.read_text(encoding="utf-8")
+        files[file.stem] = file.read_text(encoding="utf-8-sig")
     if DEFAULT in files:
         return files
     templates = _named(tokenizer_config.get("chat_template"))

@@ -5,6 +5,7 @@ B batch, T tokens, H hidden size.
 
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -287,7 +288,8 @@ def compiled_on_gpu() -> Iterator[None]:
     try:
         yield
     finally:
-        mx.enable_compile()
+        if "MLX_DISABLE_COMPILE" not in os.environ:
+            mx.enable_compile()
 
 
 def _flat(tree: Any) -> dict[str, mx.array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,5 +310,6 @@ def emulated(
     try:
         yield log
     finally:
-        mx.enable_compile()
+        if "MLX_DISABLE_COMPILE" not in os.environ:
+            mx.enable_compile()
         mx.fast.metal_kernel, mx.metal.is_available, mx.device_info, mx.set_wired_limit = saved
