@@ -103,13 +103,15 @@ def tell(model, tokenizer, count):
 """
 
 
-def same(size: int, tell: str, folder: Path, home: Path, demo: Any, *arguments: str) -> Any:
+def same(
+    size: int, tell: str, folder: Path, home: Path, demo: Any, *arguments: str, split: str = ""
+) -> Any:
     """What one process says, which is what several say."""
     names: dict[str, Any] = {}
     exec("import qwen35_mlx" + tell, names)
     alone = json.loads(json.dumps(names["tell"](*demo, *arguments)))
     code = PROGRAM.format(tell=tell)
-    outputs = outputs_of_ring(size, code, home, str(folder), *arguments)
+    outputs = outputs_of_ring(size, code, home, str(folder), *arguments, split=split)
     assert json.loads(outputs[0]) == alone
     assert outputs[1:] == [""] * (size - 1)
     return alone
@@ -128,6 +130,22 @@ def test_four_processes_do_so_with_fewer_key_heads(
     demo: Any, converted_demo: Path, tmp_path: Path
 ) -> None:
     same(4, ANSWERS, converted_demo, tmp_path, demo)
+
+
+def test_processes_with_whole_layers_draft_go_back_and_say_what_one_says(
+    demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    text, num_drafted = same(2, ANSWERS, converted_demo, tmp_path, demo, split="2,1")
+    assert "Paris" in text
+    assert num_drafted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tell", [ANSWERS, SERVED])
+def test_three_processes_do_so_of_which_two_have_no_keys(
+    tell: str, demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    same(3, tell, converted_demo, tmp_path, demo, split="30,1,1")
 
 
 @pytest.mark.slow
