@@ -57,9 +57,11 @@ PICTURES = {
 }
 # Areas in pixels that the released models take; a source with a file of its own says its own.
 FAMILY_PIXELS = (65_536, 16_777_216)
+# In the order in which a model is loaded where memory is short.
+WAYS = "kv8: with --kv-bits 8; no MTP: without the layer that drafts"
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; kv8: with --kv-bits 8, keys and values of 8 bits; no MTP: without drafts;\n"
+    f" that\nlimit raised; {WAYS};\n"
     "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
 )
@@ -292,7 +294,7 @@ def fitting_lines(
 
 def _raised_note(memory_bytes: int) -> str:
     mb = wired_limit_mb(raised_limit_bytes(memory_bytes))
-    return f"*: with iogpu.wired_limit_mb raised to {mb}; kv8: with --kv-bits 8; no MTP: without drafts"
+    return f"*: with iogpu.wired_limit_mb raised to {mb}; {WAYS}"
 
 
 def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
