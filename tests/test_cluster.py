@@ -99,6 +99,11 @@ def test_what_cannot_run_is_refused_before_any_host_is_asked(
         cluster_command.cluster(command, hosts)
 
 
+def test_a_split_for_another_number_of_macs_is_refused(converted_demo: Path) -> None:
+    with pytest.raises(Qwen35Error, match="3 parts for 2 Macs"):
+        cluster_command.cluster(["chat", str(converted_demo)], "127.0.0.1,127.0.0.1", split="1,1,1")
+
+
 def test_a_hostfile_of_thunderbolt_stays_as_it_is_but_for_this_mac(tmp_path: Path) -> None:
     file = tmp_path / "hosts.json"
     hosts = [

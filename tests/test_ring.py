@@ -132,6 +132,7 @@ def test_four_processes_do_so_with_fewer_key_heads(
     same(4, ANSWERS, converted_demo, tmp_path, demo)
 
 
+@pytest.mark.slow
 def test_processes_with_whole_layers_draft_go_back_and_say_what_one_says(
     demo: Any, converted_demo: Path, tmp_path: Path
 ) -> None:
@@ -284,7 +285,44 @@ def test_a_session_of_several_processes_is_read_again_and_not_from_a_part(
         pass
     monkeypatch.setattr(model, "ring", object())
     chat.save(tmp_path / "session.json")
-    assert not (tmp_path / "session.safetensors").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(model, "ring", SimpleNamespace(hold=lambda *_: None))
+    said = Chat(model, tokenizer).load(tmp_path / "session.json")
+    assert said == "several Macs store no cache of a session; it is read again"
+
+
+MOVED = """
+def tell(model, tokenizer, session):
+    chat = qwen35_mlx.Chat(model, tokenizer, sampling=dict(temperature=0), max_tokens=8)
+    warning = chat.load(session)
+    text = "".join(event.text for event in chat.send("And of Spain?") if hasattr(event, "text"))
+    chat.save(session)
+    chat.undo()
+    return [text, chat.stats.prompt_tokens - chat.stats.prefilled_tokens, warning]
+"""
+
+
+@pytest.mark.slow
+def test_a_session_goes_on_with_another_number_of_processes_from_its_text(
+    demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    session, names = tmp_path / "session.json", dict[str, Any]()
+    exec("import qwen35_mlx" + MOVED, names)
+    chat = Chat(*demo, sampling={"temperature": 0}, max_tokens=8)
+    for _ in chat.send("What is the capital of France?"):
+        pass
+    chat.save(session)
+    said, code = session.read_bytes(), PROGRAM.format(tell=MOVED)
+    text, num_cached, warning = names["tell"](*demo, session)
+    assert num_cached and warning is None
+    for split in ("", "2,1"):
+        session.write_bytes(said)
+        outputs = outputs_of_ring(2, code, tmp_path, str(converted_demo), str(session), split=split)
+        assert json.loads(outputs[0])[0] == text
+        assert "it is read again" in json.loads(outputs[0])[2]
+        later = Chat(*demo)
+        assert "of several Macs; it is read again" in (later.load(session) or "")
+        assert [message["role"] for message in later.messages] == ["user", "assistant"] * 2
 
 
 def test_an_adapter_of_rank_0_alone_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
