@@ -252,8 +252,9 @@ def loads(home: Path) -> tuple[float, float]:
         for rank, output in enumerate(outputs):
             found = json.loads(output)
             ratios = found["read"] / found["share"], found["held"] / found["share"]
+            way = f"{size}{split and f', layers {split}'}"
             print(
-                f"process {rank} of {size}{split and f', layers {split}'}: share {found['share'] / 1e6:.0f} MB, read"
+                f"process {rank} of {way}: share {found['share'] / 1e6:.0f} MB, read"
                 f" {ratios[0]:.3f} of it, held {ratios[1]:.3f} of it",
                 flush=True,
             )
