@@ -58,6 +58,7 @@ PICTURES = {
 # Areas in pixels that the released models take; a source with a file of its own says its own.
 FAMILY_PIXELS = (65_536, 16_777_216)
 # In the order in which a model is loaded where memory is short.
+NO_MTP = " no MTP"
 WAYS = "kv8: with --kv-bits 8; no MTP: without the layer that drafts"
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
@@ -279,7 +280,9 @@ def fitting_lines(
         if _need(plan(source, **ways[smallest]), memory_bytes, context, kv_bits):
             for name in [*reversed(others), smallest]:
                 planned = plan(source, **ways[name])
-                if need := _need(planned, memory_bytes, context, kv_bits):
+                need = _need(planned, memory_bytes, context, kv_bits)
+                # The layer that drafts is worth more than a few bits.
+                if need and (name == smallest or not need[1].endswith(NO_MTP)):
                     bits = f"{planned.bits_per_weight:.2f}"
                     row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
                     break
@@ -311,7 +314,7 @@ def _need(planned: Plan, memory_bytes: int, context: int, kv_bits: str) -> tuple
     ways = [(planned, "")]
     if planned.mtp_bytes:
         config = replace(planned.config, num_mtp_layers=0)
-        ways.append((replace(planned, config=config), " no MTP"))
+        ways.append((replace(planned, config=config), NO_MTP))
     for way, without in ways:
         for number, one in enumerate(with_kv(way, kv_bits)):
             for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
