@@ -161,6 +161,14 @@ def test_a_host_that_is_reached_by_ssh_takes_part(fake_ssh: Path, converted_demo
 
 
 @pytest.mark.slow
+def test_a_split_reaches_every_process(converted_demo: Path) -> None:
+    split = (*TWO_HERE[:-1], "--split", "3,1", "--")
+    found = run(*split, "generate", converted_demo, *ASK)
+    assert "the Macs have whole layers, one after the other: " in found.stderr
+    assert found.stdout == run("generate", converted_demo, *ASK).stdout
+
+
+@pytest.mark.slow
 def test_standard_input_and_the_exit_code_are_those_of_the_command(converted_demo: Path) -> None:
     piped = ("chat", converted_demo, "--temperature", "0")
     found = run(*TWO_HERE, *piped, given="What is the capital of Spain?")

@@ -150,9 +150,12 @@ def test_three_processes_do_so_of_which_two_have_no_keys(
 
 
 @pytest.mark.slow
-def test_a_picture_is_seen_by_rank_0_alone(demo: Any, converted_demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["", "2,1"])
+def test_a_picture_is_seen_by_rank_0_alone(
+    split: str, demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
     picture = Path(link.__file__).parent.parent / "demo" / "picture.png"
-    same(2, PICTURE, converted_demo, tmp_path, demo, str(picture))
+    same(2, PICTURE, converted_demo, tmp_path, demo, str(picture), split=split)
 
 
 @pytest.mark.slow

@@ -69,11 +69,13 @@ class Stages:
         self.has_last_layer = self._rank == self._size - 1
 
     def enter(self, x: mx.array) -> mx.array:
-        """The embeddings on rank 0, else what the process before makes of them."""
+        """The embeddings on rank 0, else what the process before makes of them, of their type."""
+        self._dtype = x.dtype
         return self._received(x, self._rank - 1) if self._rank else x
 
     def leave(self, x: mx.array, last_only: bool) -> mx.array:
         """Send on what the layers here have made; on rank 0 what the last process makes of it."""
+        x = x.astype(self._dtype)
         mx.async_eval(mx.distributed.send(x, (self._rank + 1) % self._size, group=self._group))
         if self._rank:
             return x
