@@ -178,20 +178,22 @@ def test_an_interrupt_leaves_no_process_behind(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "victim", "sign", "state"),
+    ("size", "victim", "sign", "state", "split"),
     [
-        (2, 1, signal.SIGKILL, "busy"),
-        (2, 0, signal.SIGKILL, "idle"),
-        (2, 1, signal.SIGSTOP, "idle"),
-        (4, 2, signal.SIGSTOP, "busy"),
-        (4, 0, signal.SIGSTOP, "busy"),
+        (2, 1, signal.SIGKILL, "busy", ""),
+        (2, 0, signal.SIGKILL, "idle", ""),
+        (2, 1, signal.SIGSTOP, "idle", ""),
+        (4, 2, signal.SIGSTOP, "busy", ""),
+        (4, 0, signal.SIGSTOP, "busy", ""),
+        (3, 1, signal.SIGSTOP, "busy", "1,1,1"),
     ],
 )
 def test_all_others_name_a_process_that_is_lost_and_end_in_time(
-    size: int, victim: int, sign: int, state: str, converted_demo: Path, tmp_path: Path
+    size: int, victim: int, sign: int, state: str, split: str, converted_demo: Path, tmp_path: Path
 ) -> None:
     session = tmp_path / "session.json"
-    with ring(size, READY, tmp_path, (str(converted_demo), str(session), state)) as processes:
+    arguments = str(converted_demo), str(session), state
+    with ring(size, READY, tmp_path, arguments, split) as processes:
         stream = processes[0].stdout
         assert stream
         assert stream.readline() == "ready\n"
