@@ -2,11 +2,13 @@
 
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from qwen35_mlx.checkpoint.headers import ITEM_BYTES
-from qwen35_mlx.checkpoint.names import OF_EXPERTS
+from qwen35_mlx.checkpoint.names import OF_EXPERTS, TOWER, is_mtp
+from qwen35_mlx.checkpoint.pipeline import Pipeline, divide
 from qwen35_mlx.checkpoint.sharding import Sharding
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, parse_memory, sysctl
@@ -94,20 +96,53 @@ def find_macs(text: str) -> list[Mac]:
     )
 
 
-def first_part(plan: Plan, num_macs: int) -> Plan:
-    """What the first of so many Macs has of the plan's model; it has more than the others."""
-    if num_macs == 1:
-        return plan
+class Shared(NamedTuple):
+    """What each of several Macs has of a plan's model, the first one first, and how it is split."""
+
+    parts: list[Plan]
+    split: Sharding | Pipeline | None
+
+    @property
+    def num_messages(self) -> int:
+        """Of a token."""
+        if isinstance(self.split, Pipeline):
+            return len(self.parts)
+        return 2 * self.parts[0].config.num_hidden_layers + 1
+
+    def tokens_per_second(self, gbps: Sequence[float], context: int = 0) -> float:
+        """The bound that memory bandwidth sets: whole layers follow one another."""
+        pairs = zip(self.parts, gbps, strict=True)
+        seconds = [1 / tokens_per_second(part, each, context) for part, each in pairs]
+        return 1 / (sum(seconds) if isinstance(self.split, Pipeline) else max(seconds))
+
+
+def share(plan: Plan, limits: Sequence[int]) -> Shared:
+    """The model on Macs whose GPUs may use so many bytes, as `qwen35-mlx cluster` splits it."""
+    if len(limits) == 1:
+        return Shared([plan], None)
+    runs = [e for e in plan.entries if not e.module.startswith(TOWER) or plan.config.vision]
+    runs = [e for e in runs if not is_mtp(e.module) or plan.config.num_mtp_layers]
+    nbytes = {t.name: t.nbytes for e in runs for t in e.tensors}
     sizes = {e.module: e.group_size for e in plan.text_entries if e.group_size}
-    sharding = Sharding(plan.config, 0, num_macs, sizes)
+    splits = [divide(plan.config, rank, limits, nbytes, sizes) for rank in range(len(limits))]
+    return Shared([_part(plan, split) for split in splits], splits[0])
+
+
+def _part(plan: Plan, split: Sharding | Pipeline) -> Plan:
+    """What one Mac has."""
 
     def part(entry: Entry) -> Entry:
-        cuts = [(tensor, sharding.cut(tensor.name)) for tensor in entry.tensors]
+        held = [tensor for tensor in entry.tensors if split.holds(tensor.name)]
+        cuts = [(tensor, split.cut(tensor.name)) for tensor in held]
         tensors = [replace(t, shape=cut.shape(t.shape)) if cut else t for t, cut in cuts]
         return replace(entry, tensors=tuple(tensors))
 
-    shards = [replace(shard, entries=tuple(map(part, shard.entries))) for shard in plan.shards]
-    return replace(plan, config=sharding.local, shards=tuple(shards))
+    entries = [tuple(e for e in map(part, shard.entries) if e.tensors) for shard in plan.shards]
+    shards = [replace(s, entries=own) for s, own in zip(plan.shards, entries, strict=True)]
+    config = split.local
+    if split.rank:
+        config = replace(config, vision=None, num_mtp_layers=0)
+    return replace(plan, config=config, shards=tuple(shards))
 
 
 def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryCount:
@@ -116,9 +151,8 @@ def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryC
 
 
 def activation_bytes(plan: Plan) -> int:
-    """Of activations, keys and values: they have the type of the embedding."""
-    embedding = next(e for e in plan.text_entries if e.module.endswith("embed_tokens"))
-    return ITEM_BYTES[embedding.dtype]
+    """Of activations, keys and values: they have the type of the last norm."""
+    return next(ITEM_BYTES[e.dtype] for e in plan.text_entries if e.module.endswith("model.norm"))
 
 
 def bytes_per_token(plan: Plan, context: int = 0) -> int:

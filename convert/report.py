@@ -35,18 +35,19 @@ from .mac_models import (
     SSD_GBPS,
     Mac,
     activation_bytes,
-    first_part,
     from_disk,
     from_disk_tps,
     running,
+    share,
     this_mac,
-    tokens_per_second,
 )
 from .plan import Plan, plan
 from .plots import picture
 from .source import Source
 from .tasks import SLICE_BYTES, WORKERS, cut, peak_bytes
 
+# Of Macs whose memory is not known.
+UNBOUNDED = 2**60
 CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
 # Width and height of what people show to a model.
@@ -57,9 +58,12 @@ PICTURES = {
 }
 # Areas in pixels that the released models take; a source with a file of its own says its own.
 FAMILY_PIXELS = (65_536, 16_777_216)
+# In the order in which a model is loaded where memory is short.
+NO_MTP = " no MTP"
+WAYS = "kv8: with --kv-bits 8; no MTP: without the layer that drafts"
 NOTE = (
     "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    " that\nlimit raised; kv8: with --kv-bits 8, keys and values of 8 bits;\n"
+    f" that\nlimit raised; {WAYS};\n"
     "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
 )
@@ -68,6 +72,7 @@ SHARED_NOTE = (
     "This is the first of {macs} such Macs that run the model together. The link is not counted: a"
     " token takes\n{messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
 )
+EQUAL_PARTS = "each Mac has an equal part of every layer"
 
 
 @cache
@@ -149,13 +154,13 @@ def mac_lines(
 
     Of several equal Macs that run the model together, this is about the first.
     """
-    num_layers, planned = planned.config.num_hidden_layers, first_part(planned, num_macs)
+    shared = share(with_kv(planned, kv_bits)[0], [UNBOUNDED] * num_macs)
+    planned = first = shared.parts[0]
     longest = planned.config.context_length
     contexts = [c for c in CONTEXTS if c <= longest] or [longest]
     if context is not None:
         check_context(planned.config, context)
         contexts = [context]
-    first = with_kv(planned, kv_bits)[0]
     needed = [running(first, c) for c in contexts]
     rows = [
         ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
@@ -165,18 +170,43 @@ def mac_lines(
     ]
     for mac in macs:
         fits = [_fits(mac, planned, c, kv_bits) for c in contexts]
-        speed = tokens_per_second(first, mac.gbps, contexts[0]) if mac.gbps else 0
+        gbps = [mac.gbps] * num_macs
+        speed = shared.tokens_per_second(gbps, contexts[0]) if mac.gbps else 0
         bound = f"{speed:,.0f}" if speed and fits[0] != "no" else "-"
         limit = f"{default_limit_bytes(mac.memory_bytes) / 1e9:,.0f} GB"
         rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", limit, *fits, bound])
     note = NOTE.format(bandwidth=BANDWIDTH_LIMIT, context=_tokens(contexts[0]))
     lines = [*aligned(rows), *note.splitlines()]
-    if num_macs > 1:
-        messages = 2 * num_layers + 1
+    if shared.split:
+        messages = shared.num_messages
+        lines += [shared.split.note] if shared.split.note else []
         lines += SHARED_NOTE.format(
             macs=num_macs, messages=messages, bound=1e6 / (30 * messages)
         ).splitlines()
     return lines
+
+
+def unequal_lines(
+    planned: Plan, macs: Sequence[Mac], context: int | None = None, kv_bits: str = AUTO
+) -> list[str]:
+    """Different Macs that run the model together: what each has, and how it is split."""
+    context = context or min(CONTEXTS[1], planned.config.context_length)
+    check_context(planned.config, context)
+    shared = share(with_kv(planned, kv_bits)[0], [mac.gpu_limit_bytes for mac in macs])
+    rows = [["Mac", "memory", "GPU limit", "weights", f"running {_tokens(context)}", "fits"]]
+    for mac, part in zip(macs, shared.parts, strict=True):
+        numbers = (mac.gpu_limit_bytes, part.loaded_bytes, running(part, context).total)
+        fits = _fits(mac, part, context, kv_bits)
+        rows.append([mac.chip or "any", f"{mac.memory_gib:g} GB", *map(_gb, numbers), fits])
+    gbps = [mac.gbps for mac in macs]
+    bound = f"{shared.tokens_per_second(gbps, context):,.0f}" if all(gbps) else "-"
+    assert shared.split
+    return [
+        *aligned(rows),
+        shared.split.note or EQUAL_PARTS,
+        f"{BANDWIDTH_LIMIT} at {_tokens(context)}: {bound}; a token takes {shared.num_messages}"
+        " messages",
+    ]
 
 
 def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
@@ -223,10 +253,8 @@ def family_lines(
     for member in FAMILY:
         source = family_source(member.full_name)
         ways = [settings(source)] if settings else [dict(bits=bits) for bits in FAMILY_BITS]
-        parts = [_part(plan(source, **way), num_macs) for way in ways]
-        cells = [
-            _longest(part, memory_bytes, context, kv_bits) if part else "no part" for part in parts
-        ]
+        parts = [share(plan(source, **way), [UNBOUNDED] * num_macs).parts[0] for way in ways]
+        cells = [_longest(part, memory_bytes, context, kv_bits) for part in parts]
         rows.append([member.full_name, *cells])
     asked = f"whether {context:,} tokens fit" if context else "the longest context that fits"
     each = f", each of {num_macs} that run a model together" if num_macs > 1 else ""
@@ -236,14 +264,6 @@ def family_lines(
         f"size, and {asked}; {_raised_note(memory_bytes)}",
         "then plan NAME for one of them",
     ]
-
-
-def _part(planned: Plan, num_macs: int) -> Plan | None:
-    """What the first of several Macs has; None where the model cannot be split among them."""
-    try:
-        return first_part(planned, num_macs)
-    except Qwen35Error:
-        return None
 
 
 def fitting_lines(
@@ -262,7 +282,9 @@ def fitting_lines(
         if _need(plan(source, **ways[smallest]), memory_bytes, context, kv_bits):
             for name in [*reversed(others), smallest]:
                 planned = plan(source, **ways[name])
-                if need := _need(planned, memory_bytes, context, kv_bits):
+                need = _need(planned, memory_bytes, context, kv_bits)
+                # The layer that drafts is worth more than a few bits.
+                if need and (name == smallest or not need[1].endswith(NO_MTP)):
                     bits = f"{planned.bits_per_weight:.2f}"
                     row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
                     break
@@ -277,7 +299,7 @@ def fitting_lines(
 
 def _raised_note(memory_bytes: int) -> str:
     mb = wired_limit_mb(raised_limit_bytes(memory_bytes))
-    return f"*: with iogpu.wired_limit_mb raised to {mb}; kv8: with --kv-bits 8"
+    return f"*: with iogpu.wired_limit_mb raised to {mb}; {WAYS}"
 
 
 def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
@@ -286,13 +308,21 @@ def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
 
 
 def _need(planned: Plan, memory_bytes: int, context: int, kv_bits: str) -> tuple[int, str] | None:
-    """Bytes in use, * if the GPU's limit has to be raised for them, and kv8; None if too much."""
+    """Bytes in use, and what has to be done for them; None if too much.
+
+    That is * where the GPU's limit has to be raised, then what `load` does in this order.
+    """
     check_context(planned.config, context)
-    for number, one in enumerate(with_kv(planned, kv_bits)):
-        for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
-            needed = running(one, context, limit(memory_bytes)).total
-            if needed <= limit(memory_bytes):
-                return needed, mark + (" kv8" if number else "")
+    ways = [(planned, "")]
+    if planned.mtp_bytes:
+        config = replace(planned.config, num_mtp_layers=0)
+        ways.append((replace(planned, config=config), NO_MTP))
+    for way, without in ways:
+        for number, one in enumerate(with_kv(way, kv_bits)):
+            for limit, mark in ((default_limit_bytes, ""), (raised_limit_bytes, "*")):
+                needed = running(one, context, limit(memory_bytes)).total
+                if needed <= limit(memory_bytes):
+                    return needed, mark + (" kv8" if number else "") + without
     return None
 
 

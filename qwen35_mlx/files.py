@@ -22,6 +22,8 @@ BYTE_ORDER_MARKS = (
 )
 # The scratch folder of `qwen35-mlx cluster`; set, this process is one of several of a model.
 RING_VARIABLE = "QWEN35_MLX_RING"
+# Of its --split.
+SPLIT_VARIABLE = "QWEN35_MLX_SPLIT"
 
 
 def cache_home() -> Path:

@@ -99,6 +99,11 @@ def test_what_cannot_run_is_refused_before_any_host_is_asked(
         cluster_command.cluster(command, hosts)
 
 
+def test_a_split_for_another_number_of_macs_is_refused(converted_demo: Path) -> None:
+    with pytest.raises(Qwen35Error, match="3 parts for 2 Macs"):
+        cluster_command.cluster(["chat", str(converted_demo)], "127.0.0.1,127.0.0.1", split="1,1,1")
+
+
 def test_a_hostfile_of_thunderbolt_stays_as_it_is_but_for_this_mac(tmp_path: Path) -> None:
     file = tmp_path / "hosts.json"
     hosts = [
@@ -153,6 +158,14 @@ def test_a_host_that_is_reached_by_ssh_takes_part(fake_ssh: Path, converted_demo
     assert found.stdout == run("generate", converted_demo, *ASK).stdout
     assert "Paris" in found.stdout
     assert len(log.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_split_reaches_every_process(converted_demo: Path) -> None:
+    split = (*TWO_HERE[:-1], "--split", "3,1", "--")
+    found = run(*split, "generate", converted_demo, *ASK)
+    assert "the Macs have whole layers, one after the other: " in found.stderr
+    assert found.stdout == run("generate", converted_demo, *ASK).stdout
 
 
 @pytest.mark.slow

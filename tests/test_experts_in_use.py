@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,51 @@ def test_a_request_that_is_cancelled_ends_between_two_layers(
     assert len(layers) == 1
 
 
+def test_a_short_question_is_answered_between_the_layers_of_a_long_prompt(
+    pooled: Any, disk_layout: Path, demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, read, alone = ("red green blue " * 75, "Who are you?"), SparseMoE.read, []
+    for text in texts:
+        engine = Engine(pooled(disk_layout, 3), demo[1])
+        engine.start()
+        alone.append(text_of(engine, text))
+        engine.stop()
+    engine, layers, said = Engine(pooled(disk_layout, 3), demo[1]), list[SparseMoE](), ["", ""]
+    # Layers of the long prompt that had begun when a token came.
+    begun = list[tuple[int, int]]()
+
+    over = threading.Event()
+
+    def ask(place: int) -> None:
+        def take(event: Any) -> None:
+            if isinstance(event, Token | Done):
+                begun.append((place, len(layers)))
+                said[place] += "".join(piece.text for piece in event.pieces)
+            if place == 0 and isinstance(event, Done | Failed):
+                over.set()
+
+        engine.submit(asked(texts[place])).add_listener(take)
+
+    def spied(self: SparseMoE, pieces: Any, norm: Any) -> Any:
+        if sum(piece.shape[1] for piece in pieces) > 200:
+            layers.append(self)
+            if len(layers) == 1:
+                ask(1)
+        return read(self, pieces, norm)
+
+    monkeypatch.setattr(SparseMoE, "read", spied)
+    engine.start()
+    ask(0)
+    over.wait(60)
+    engine.stop(finish=True)
+    # The last one reads the last token alone.
+    assert layers == [layer.mlp for layer in engine.model.layers[:-1]]
+    # A token between each two layers at least.
+    assert begun[0] == (1, 1)
+    assert all(place == 1 and number <= n for n, (place, number) in enumerate(begun[:3], 1))
+    assert said == alone
+
+
 def test_an_adapter_of_experts_that_are_on_disk_is_refused(
     pooled: Any, disk_layout: Path, converted_demo: Path
 ) -> None:
@@ -137,13 +183,13 @@ def test_a_fault_of_the_disk_fails_one_request_of_a_server_and_no_later_one(
     assert texts[0]
 
 
+def asked(text: str) -> Request:
+    params = SamplingParams(temperature=0.0)
+    return Request([{"role": "user", "content": text}], params=params, max_tokens=12)
+
+
 def text_of(engine: Engine, text: str) -> str:
-    request = Request(
-        [{"role": "user", "content": text}],
-        params=SamplingParams(temperature=0.0),
-        max_tokens=12,
-    )
-    events = engine.submit(request).events()
+    events = engine.submit(asked(text)).events()
     pieces = [piece for e in events if isinstance(e, Token | Done) for piece in e.pieces]
     return "".join(piece.text for piece in pieces)
 

@@ -157,6 +157,7 @@ def test_convert_imports_of_the_runtime_what_runs_no_model():
         "qwen35_mlx.files",
         "qwen35_mlx.checkpoint.adapter",
         "qwen35_mlx.checkpoint.headers",
+        "qwen35_mlx.checkpoint.pipeline",
         "qwen35_mlx.checkpoint.sharding",
         "qwen35_mlx.machine",
         "qwen35_mlx.media.patches",

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from mlx.utils import tree_flatten
 import qwen35_mlx
 from qwen35_mlx import memory
 from qwen35_mlx.checkpoint.headers import INDEX_FILE
-from qwen35_mlx.convert import convert, plan
-from qwen35_mlx.convert.mac_models import running
+from qwen35_mlx.convert import convert, plan, report
+from qwen35_mlx.convert.mac_models import Mac, running
 from qwen35_mlx.errors import MemoryRefused
+from qwen35_mlx.machine import GIB
 from qwen35_mlx.memory import count, kv_capacity
 from qwen35_mlx.model.cache import KVCache
 from qwen35_mlx.model.language import Model
@@ -337,6 +339,31 @@ def test_memory_counts_weights_and_cache_of_the_layer(checkpoints: Checkpoints) 
     without = count(load_model(checkpoints.converted(True), mtp=False)[0].config, 0, 512)
     one_layer = 2 * config.num_key_value_heads * config.head_dim * kv_capacity(512) * 2
     assert in_use.kv_cache - without.kv_cache == one_layer
+
+
+def test_a_plan_says_what_a_load_does_where_memory_is_short(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = checkpoints.converted(False, "float32"), []
+    planned = plan(out, dtype="float32")
+    without = replace(planned, config=replace(planned.config, num_mtp_layers=0))
+    needs = [running(way, 256).total for way in (planned, without)]
+    for name in ("default_limit_bytes", "raised_limit_bytes"):
+        monkeypatch.setattr(report, name, lambda memory_bytes: memory_bytes)
+    machine = memory.describe()
+    for limit in (needs[0], needs[0] - 1, needs[1], needs[1] - 1):
+        own = machine._replace(gpu_limit_bytes=limit)
+        monkeypatch.setattr(memory, "describe", lambda own=own: own)
+        mac = Mac("M1", limit / GIB, 0)
+        try:
+            loaded = load_model(out, context=256)[0]
+        except MemoryRefused:
+            found = "no"
+        else:
+            found = "fits" if loaded.mtp else "fits no MTP"
+        assert report._fits(mac, planned, 256, memory.AUTO) == found
+        seen.append(found)
+    assert seen == ["fits", "fits no MTP", "fits no MTP", "no"]
 
 
 def test_a_file_that_is_only_named_after_the_layer_is_left_alone(

@@ -119,7 +119,12 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--experts-memory": ["1GB"],
     },
     "launch": {"--url": ["http://127.0.0.1:1"], "--api-key": ["k"]},
-    "cluster": {"--hosts": ["a,b"], "--hostfile": ["{text}"], "--port": ["7000"]},
+    "cluster": {
+        "--hosts": ["a,b"],
+        "--hostfile": ["{text}"],
+        "--port": ["7000"],
+        "--split": ["1,1"],
+    },
     "train": {
         "--data": ["d"],
         "--adapter-path": ["a"],
@@ -344,7 +349,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(serve_commands, "bundled_demo", "demo")
     fake(serve_commands, "running_server", clients.Endpoint("http://h", "m", 1, None))
     fake(cluster_command, "model_of", ("model", False))
-    fake(cluster_command, "read_hosts", ([], "ring"))
+    fake(cluster_command, "read_hosts", ([{}, {}], "ring"))
     fake(cluster_command, "check")
     fake(cluster_command, "launched", 0)
     fake(clients, "command_of", ["true"])

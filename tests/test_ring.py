@@ -103,13 +103,15 @@ def tell(model, tokenizer, count):
 """
 
 
-def same(size: int, tell: str, folder: Path, home: Path, demo: Any, *arguments: str) -> Any:
+def same(
+    size: int, tell: str, folder: Path, home: Path, demo: Any, *arguments: str, split: str = ""
+) -> Any:
     """What one process says, which is what several say."""
     names: dict[str, Any] = {}
     exec("import qwen35_mlx" + tell, names)
     alone = json.loads(json.dumps(names["tell"](*demo, *arguments)))
     code = PROGRAM.format(tell=tell)
-    outputs = outputs_of_ring(size, code, home, str(folder), *arguments)
+    outputs = outputs_of_ring(size, code, home, str(folder), *arguments, split=split)
     assert json.loads(outputs[0]) == alone
     assert outputs[1:] == [""] * (size - 1)
     return alone
@@ -131,9 +133,29 @@ def test_four_processes_do_so_with_fewer_key_heads(
 
 
 @pytest.mark.slow
-def test_a_picture_is_seen_by_rank_0_alone(demo: Any, converted_demo: Path, tmp_path: Path) -> None:
+def test_processes_with_whole_layers_draft_go_back_and_say_what_one_says(
+    demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    text, num_drafted = same(2, ANSWERS, converted_demo, tmp_path, demo, split="2,1")
+    assert "Paris" in text
+    assert num_drafted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tell", [ANSWERS, SERVED])
+def test_three_processes_do_so_of_which_two_have_no_keys(
+    tell: str, demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    same(3, tell, converted_demo, tmp_path, demo, split="30,1,1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["", "2,1"])
+def test_a_picture_is_seen_by_rank_0_alone(
+    split: str, demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
     picture = Path(link.__file__).parent.parent / "demo" / "picture.png"
-    same(2, PICTURE, converted_demo, tmp_path, demo, str(picture))
+    same(2, PICTURE, converted_demo, tmp_path, demo, str(picture), split=split)
 
 
 @pytest.mark.slow
@@ -156,20 +178,22 @@ def test_an_interrupt_leaves_no_process_behind(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "victim", "sign", "state"),
+    ("size", "victim", "sign", "state", "split"),
     [
-        (2, 1, signal.SIGKILL, "busy"),
-        (2, 0, signal.SIGKILL, "idle"),
-        (2, 1, signal.SIGSTOP, "idle"),
-        (4, 2, signal.SIGSTOP, "busy"),
-        (4, 0, signal.SIGSTOP, "busy"),
+        (2, 1, signal.SIGKILL, "busy", ""),
+        (2, 0, signal.SIGKILL, "idle", ""),
+        (2, 1, signal.SIGSTOP, "idle", ""),
+        (4, 2, signal.SIGSTOP, "busy", ""),
+        (4, 0, signal.SIGSTOP, "busy", ""),
+        (3, 1, signal.SIGSTOP, "busy", "1,1,1"),
     ],
 )
 def test_all_others_name_a_process_that_is_lost_and_end_in_time(
-    size: int, victim: int, sign: int, state: str, converted_demo: Path, tmp_path: Path
+    size: int, victim: int, sign: int, state: str, split: str, converted_demo: Path, tmp_path: Path
 ) -> None:
     session = tmp_path / "session.json"
-    with ring(size, READY, tmp_path, (str(converted_demo), str(session), state)) as processes:
+    arguments = str(converted_demo), str(session), state
+    with ring(size, READY, tmp_path, arguments, split) as processes:
         stream = processes[0].stdout
         assert stream
         assert stream.readline() == "ready\n"
@@ -266,7 +290,44 @@ def test_a_session_of_several_processes_is_read_again_and_not_from_a_part(
         pass
     monkeypatch.setattr(model, "ring", object())
     chat.save(tmp_path / "session.json")
-    assert not (tmp_path / "session.safetensors").exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    monkeypatch.setattr(model, "ring", SimpleNamespace(hold=lambda *_: None))
+    said = Chat(model, tokenizer).load(tmp_path / "session.json")
+    assert said == "several Macs store no cache of a session; it is read again"
+
+
+MOVED = """
+def tell(model, tokenizer, session):
+    chat = qwen35_mlx.Chat(model, tokenizer, sampling=dict(temperature=0), max_tokens=8)
+    warning = chat.load(session)
+    text = "".join(event.text for event in chat.send("And of Spain?") if hasattr(event, "text"))
+    chat.save(session)
+    chat.undo()
+    return [text, chat.stats.prompt_tokens - chat.stats.prefilled_tokens, warning]
+"""
+
+
+@pytest.mark.slow
+def test_a_session_goes_on_with_another_number_of_processes_from_its_text(
+    demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    session, names = tmp_path / "session.json", dict[str, Any]()
+    exec("import qwen35_mlx" + MOVED, names)
+    chat = Chat(*demo, sampling={"temperature": 0}, max_tokens=8)
+    for _ in chat.send("What is the capital of France?"):
+        pass
+    chat.save(session)
+    said, code = session.read_bytes(), PROGRAM.format(tell=MOVED)
+    text, num_cached, warning = names["tell"](*demo, session)
+    assert num_cached and warning is None
+    for split in ("", "2,1"):
+        session.write_bytes(said)
+        outputs = outputs_of_ring(2, code, tmp_path, str(converted_demo), str(session), split=split)
+        assert json.loads(outputs[0])[0] == text
+        assert "it is read again" in json.loads(outputs[0])[2]
+        later = Chat(*demo)
+        assert "of several Macs; it is read again" in (later.load(session) or "")
+        assert [message["role"] for message in later.messages] == ["user", "assistant"] * 2
 
 
 def test_an_adapter_of_rank_0_alone_is_refused(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:

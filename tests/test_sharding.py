@@ -13,11 +13,12 @@ from everyday import everyday
 from mlx.utils import tree_flatten
 
 from qwen35_mlx.checkpoint.headers import read_header
+from qwen35_mlx.checkpoint.pipeline import Pipeline, divide, read_split
 from qwen35_mlx.checkpoint.sharding import LAYERS, Cut, Sharding
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import plan
-from qwen35_mlx.convert.mac_models import MACS, first_part, running
-from qwen35_mlx.convert.report import mac_lines
+from qwen35_mlx.convert.mac_models import MACS, find_macs, running, share, tokens_per_second
+from qwen35_mlx.convert.report import UNBOUNDED, family_source, mac_lines, unequal_lines
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.model import attention, feed_forward, gated_delta_net
 from qwen35_mlx.model.language import Model
@@ -60,9 +61,9 @@ def test_embeddings_and_head_are_read_by_rank_0_alone() -> None:
 
 
 def test_what_is_whole_on_every_mac_is_named() -> None:
-    assert shardings(config(), 2)[0].whole == ""
+    assert shardings(config(), 2)[0].note == ""
     odd = Sharding(config(num_attention_heads=6, num_key_value_heads=3), 0, 4, {})
-    assert odd.whole == "attention (6 heads)"
+    assert odd.note == "whole on each of 4 Macs: attention (6 heads)"
 
 
 def test_a_width_is_not_split_inside_of_a_group_of_weights() -> None:
@@ -175,7 +176,7 @@ def test_a_file_that_became_shorter_is_an_error_and_no_weights(tmp_path: Path) -
 
 def test_a_plan_for_several_macs_counts_what_the_first_will_hold(converted_demo: Path) -> None:
     planned = plan(converted_demo)
-    part = first_part(planned, 2)
+    part = share(planned, [UNBOUNDED] * 2).parts[0]
     model, _, _ = open_model(converted_demo)
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     shard(model, group)
@@ -188,8 +189,96 @@ def test_a_plan_for_several_macs_counts_what_the_first_will_hold(converted_demo:
     assert "first of 2 such Macs" in lines[-2]
 
 
+def test_layers_in_other_processes_make_the_hidden_states_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    of = config(num_hidden_layers=3, layer_types=kinds)
+    whole, sent = Model(of), list[mx.array]()
+    parts = [Model(of) for _ in range(3)]
+    for rank, part in enumerate(parts):
+        part.load_weights(tree_flatten(whole.parameters()))
+        group: Any = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 3)
+        shard(part, group, limits=[9 * 10**9, 1, 1], by_layers=True)
+    caches = [part.make_cache() for part in parts]
+
+    def send(x: mx.array, to: int, group: Any) -> mx.array:
+        sent.append(x)
+        if to:
+            arguments = dict(embeddings=mx.zeros((1, num_tokens, checkpoints.HIDDEN)))
+            parts[to].trunk(None, caches[to], **arguments, last_only=last_only)
+        return x
+
+    def received(like: mx.array, source: int, group: Any) -> mx.array:
+        assert like.shape == sent[-1].shape
+        return sent.pop()
+
+    monkeypatch.setattr(mx.distributed, "send", send)
+    monkeypatch.setattr(mx.distributed, "recv_like", received)
+    cache = whole.make_cache()
+    for num_tokens, last_only in ((12, False), (1, False), (11, True)):
+        ids = mx.arange(num_tokens)[None] + 3
+        wanted = whole.trunk(ids, cache, last_only=last_only)
+        found = parts[0].trunk(ids, caches[0], last_only=last_only)
+        assert mx.array_equal(found, wanted)
+    assert [len(part.layers) for part in parts] == [1, 1, 1]
+    assert [len(held) for held in caches] == [1, 1, 1]
+
+
 def test_a_share_is_counted_as_it_is_cut() -> None:
     cut = Cut(-1, 8, ((2, 4),))
     assert cut.shape((5, 64)) == (5, 16)
     assert cut.places((5, 4)) == [(1, 2)]
     assert math.prod(cut.shape((5, 4))) == 5
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "fits"),
+    [
+        # Equal parts would take 115 GB of each.
+        ("M3 Ultra 256GB,M3 Ultra 96GB", "44 + 16", True),
+        ("M4 Max 128GB,M3 Ultra 512GB", "10 + 50", True),
+        ("M3 Ultra 256GB,M4 Max 192GB", "", True),
+        # Nothing is a third of 16 key heads.
+        ("M4 Max 128GB,M4 Max 128GB,M4 Max 128GB", "19 + 20 + 21", True),
+    ],
+)
+def test_different_macs_get_whole_layers_where_equal_parts_do_not_fit_or_divide(
+    names: str, split: str, fits: bool, planned_397b: Any
+) -> None:
+    macs = [find_macs(name)[0] for name in names.split(",")]
+    *rows, how, bound = unequal_lines(planned_397b, macs)
+    assert how.removeprefix("the Macs have whole layers, one after the other: ") == (
+        split or "each Mac has an equal part of every layer"
+    )
+    assert all(row.endswith("fits") for row in rows) is fits
+    parts = share(planned_397b, [mac.gpu_limit_bytes for mac in macs]).parts
+    held = [t.name for part in parts for e in part.entries for t in e.tensors if "layers" in t.name]
+    if split:
+        # Every layer in one Mac; all else in the first.
+        assert len(held) == len(set(held))
+        seconds = sum(
+            1 / tokens_per_second(p, m.gbps, 32768) for p, m in zip(parts, macs, strict=True)
+        )
+        assert f": {1 / seconds:,.0f}; a token takes {len(macs)} messages" in bound
+        assert parts[0].mtp_bytes > parts[1].mtp_bytes == 0
+    else:
+        assert "121 messages" in bound
+
+
+@pytest.fixture(scope="module")
+def planned_397b() -> Any:
+    return plan(family_source("Qwen3.5-397B-A17B"), bits=4)
+
+
+def test_shares_of_layers_that_people_give_are_taken_as_they_are() -> None:
+    of = config(num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    nbytes = {f"{LAYERS}{i}.mlp.up_proj.weight": 10**9 for i in range(4)}
+    part = divide(of, 1, read_split("3GB,1GB", 2), nbytes, {}, by_layers=True)
+    assert isinstance(part, Pipeline) and part.ends == (3, 4)
+    assert part.name_here(f"{LAYERS}3.mlp.up_proj.weight") == f"{LAYERS}0.mlp.up_proj.weight"
+    assert isinstance(divide(of, 1, [10**12] * 2, nbytes, {}), Sharding)
+    with pytest.raises(Qwen35Error, match="1 parts for 2 Macs"):
+        read_split("3GB", 2)
+    with pytest.raises(Qwen35Error, match="more Macs than layers"):
+        divide(of, 0, [1] * 5, nbytes, {}, by_layers=True)

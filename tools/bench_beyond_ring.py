@@ -1,4 +1,4 @@
-"""One model in 2 and 4 processes of this machine, beside one process; the last line is JSON.
+"""One model in 2 to 4 processes of this machine, beside one process; the last line is JSON.
 
 python tools/bench_beyond_ring.py
 
@@ -35,6 +35,8 @@ from qwen35_mlx.model.language import Model
 
 DEMO = Path(qwen35_mlx.__file__).parent / "demo"
 SIZES = (2, 4)
+# Numbers of processes, and the shares of those that have whole layers.
+WAYS = ((2, ""), (4, ""), (2, "2,1"), (3, "3,2,1"))
 NUM_DEATHS, REPORT_S, AT_A_TIME = 20, 10.0, 2
 SMALL = dict(
     model_type="qwen3_5_text",
@@ -214,18 +216,20 @@ def alone(code: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def logit_differences(home: Path) -> dict[int, float]:
-    """The largest of any logit, by number of processes."""
-    worst = dict.fromkeys(SIZES, 0.0)
+def logit_differences(home: Path) -> dict[tuple[int, str], float]:
+    """The largest of any logit, by number of processes and shares."""
+    worst = dict.fromkeys(WAYS, 0.0)
     for place, (name, (config, bits)) in enumerate(MODELS.items()):
         folder = write_model(home / f"model{place}", config, bits)
         alone(LOGITS, str(folder), str(home / "alone.npy"))
         wanted = np.load(home / "alone.npy")
-        for size in SIZES:
-            outputs_of_ring(size, LOGITS, home, str(folder), str(home / "ring.npy"))
+        for size, split in WAYS:
+            arguments = str(folder), str(home / "ring.npy")
+            outputs_of_ring(size, LOGITS, home, *arguments, split=split)
             difference = float(np.abs(np.load(home / "ring.npy") - wanted).max())
-            print(f"{name:28} {size} processes: logits within {difference:.1e}", flush=True)
-            worst[size] = max(worst[size], difference)
+            way = f"{size} processes{split and f', layers {split}'}"
+            print(f"{name:28} {way}: logits within {difference:.1e}", flush=True)
+            worst[size, split] = max(worst[size, split], difference)
     return worst
 
 
@@ -233,7 +237,8 @@ def same_chats(home: Path) -> bool:
     """Whether ten turns, the last of them twice, are the same in every number of processes."""
     folder = convert(DEMO, home / "demo", bits=4)
     wanted = alone(CHAT, str(folder))
-    same = [outputs_of_ring(size, CHAT, home, str(folder))[0] == wanted for size in SIZES]
+    said = [outputs_of_ring(size, CHAT, home, str(folder), split=split)[0] for size, split in WAYS]
+    same = [each == wanted for each in said]
     print(f"{len(json.loads(wanted))} messages of a chat, the same: {same}", flush=True)
     return all(same)
 
@@ -242,12 +247,14 @@ def loads(home: Path) -> tuple[float, float]:
     """Bytes read and bytes held beside a process's share, the largest of any."""
     folder = write_model(home / "large", LARGE)
     read = held = 0.0
-    for size in SIZES:
-        for rank, output in enumerate(outputs_of_ring(size, LOADING, home, str(folder))):
+    for size, split in WAYS:
+        outputs = outputs_of_ring(size, LOADING, home, str(folder), split=split)
+        for rank, output in enumerate(outputs):
             found = json.loads(output)
             ratios = found["read"] / found["share"], found["held"] / found["share"]
+            way = f"{size}{split and f', layers {split}'}"
             print(
-                f"process {rank} of {size}: share {found['share'] / 1e6:.0f} MB, read"
+                f"process {rank} of {way}: share {found['share'] / 1e6:.0f} MB, read"
                 f" {ratios[0]:.3f} of it, held {ratios[1]:.3f} of it",
                 flush=True,
             )
@@ -308,7 +315,8 @@ def measure() -> dict[str, Any]:
         read, held = loads(home)
         each, others = collectives(home)
         return {
-            "ring_logit_difference": differences,
+            "ring_logit_difference": {n: x for (n, split), x in differences.items() if not split},
+            "layers_logit_difference": {s: x for (_, s), x in differences.items() if s},
             "ring_chat_is_the_same": same,
             "rank_read_over_share": round(read, 4),
             "rank_peak_over_share": round(held, 4),
@@ -322,6 +330,7 @@ def failures(result: dict[str, Any]) -> list[str]:
     """A line for each figure that is not as it has to be."""
     bars = {
         "ring_logit_difference": max(result["ring_logit_difference"].values()) <= 1e-4,
+        "layers_logit_difference": max(result["layers_logit_difference"].values()) <= 1e-4,
         "ring_chat_is_the_same": result["ring_chat_is_the_same"],
         "rank_read_over_share": result["rank_read_over_share"] <= 1.1,
         "rank_peak_over_share": result["rank_peak_over_share"] <= 1.15,

@@ -21,11 +21,12 @@ take_part(names["main"])
 
 @contextlib.contextmanager
 def ring(
-    number: int, code: str, folder: Path, arguments: tuple[str, ...] = ()
+    number: int, code: str, folder: Path, arguments: tuple[str, ...] = (), split: str = ""
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """`number` processes that run `code`, in which `sys.argv[2:]` are `arguments`.
 
-    What each of them prints is captured. None is left behind. `folder` gets the file of addresses.
+    With `split` each has some layers. What each of them prints is captured. None is left behind.
+    `folder` gets the file of addresses.
     """
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(number)]
@@ -35,6 +36,7 @@ def ring(
     file = folder / "ring.json"
     file.write_text(json.dumps(hosts))
     environment = {**os.environ, "MLX_HOSTFILE": str(file), "QWEN35_MLX_RING": str(folder)}
+    environment |= {"QWEN35_MLX_SPLIT": split}
     processes: list[subprocess.Popen[str]] = []
     try:
         for rank in range(number):
@@ -57,10 +59,10 @@ def ring(
 
 
 def outputs_of_ring(
-    number: int, code: str, folder: Path, *arguments: str, timeout_s: float = 300
+    number: int, code: str, folder: Path, *arguments: str, timeout_s: float = 300, split: str = ""
 ) -> list[str]:
     """What each rank prints; raises if any process fails."""
-    with ring(number, code, folder, arguments) as processes:
+    with ring(number, code, folder, arguments, split) as processes:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]
         for process, (_, errors) in zip(processes, outputs, strict=True):
             if process.returncode:

@@ -91,8 +91,11 @@ def load_conversation(
     content = read_conversation(file)
     media = SavedMedia(file, *vision_settings(tokenizer))
     content["messages"] = media.unpacked(content["messages"])
+    if model.ring is not None:
+        # Each Mac has a part of it in memory, and this one alone has files.
+        return content, "several Macs store no cache of a session; it is read again"
     if content["model"] != model_identity(model):
-        return content, "the session is of another model; it is read again"
+        return content, "the session is of another model, or of several Macs; it is read again"
     if _old_cache(file).exists():
         return content, "the session's cache is of an earlier version; it is read again"
     return content, None

@@ -90,9 +90,13 @@ class Sharding:
         """Whether this rank has any of the parameter."""
         return self.rank == 0 or name.startswith((LAYERS, NORM))
 
+    def name_here(self, name: str) -> str:
+        """A parameter's name in the model of this rank."""
+        return name
+
     @property
-    def whole(self) -> str:
-        """What is large and whole on every rank, with its numbers; empty where nothing is."""
+    def note(self) -> str:
+        """What people are told: what is large and whole on every rank; empty where nothing is."""
         c, kinds = self.config, list[str]()
         if FULL in c.layer_types and "attention" not in self.splits:
             kinds.append(f"attention ({c.num_attention_heads} heads)")
@@ -101,7 +105,7 @@ class Sharding:
         if not self.splits & {"mlp", "experts", "whole experts"}:
             width = c.intermediate_size or c.moe_intermediate_size
             kinds.append(f"feed-forward (width {width})")
-        return ", ".join(kinds)
+        return f"whole on each of {self.size} Macs: {', '.join(kinds)}" if kinds else ""
 
     def _add(self, kind: str, **sizes: Any) -> None:
         self.splits.add(kind)

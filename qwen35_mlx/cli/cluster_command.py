@@ -18,8 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checkpoint.pipeline import read_split
 from ..errors import Qwen35Error
-from ..files import RING_VARIABLE
+from ..files import RING_VARIABLE, SPLIT_VARIABLE
 
 RUNS = ("chat", "generate", "serve")
 LOCAL, SSH_TIMEOUT_S = "127.0.0.1", 10
@@ -55,6 +56,14 @@ def cluster(
             "--backend jaccl.",
         ),
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GBS",
+            help="Give each Mac whole layers by these shares, such as 192GB,96GB. Default: split "
+            "every layer; by memory where equal parts do not fit.",
+        ),
+    ] = None,
     port: Annotated[
         int | None,
         typer.Option(min=1, max=65_000, help="First of their ports. Default: a free one."),
@@ -67,13 +76,17 @@ def cluster(
     """
     model, reads_input = model_of(arguments)
     found, backend = read_hosts(hosts, hostfile)
+    if split:
+        read_split(split, len(found))
     check(found, backend, model)
     hosts_content = json.dumps({"backend": backend, "envs": [], "hosts": found})
     first = port or _free_port(len(found))
-    raise typer.Exit(launched(hosts_content, first, arguments, reads_input))
+    raise typer.Exit(launched(hosts_content, first, arguments, reads_input, split))
 
 
-def launched(hosts: str, port: int, arguments: Sequence[str], reads_input: bool) -> int:
+def launched(
+    hosts: str, port: int, arguments: Sequence[str], reads_input: bool, split: str | None
+) -> int:
     """Run a command under `mlx.launch` to its end; the exit code of rank 0."""
     with tempfile.TemporaryDirectory(prefix="qwen35-mlx-") as scratch:
         folder = Path(scratch)
@@ -85,7 +98,8 @@ def launched(hosts: str, port: int, arguments: Sequence[str], reads_input: bool)
         elif sys.stdin and reads_input:
             (folder / "input").write_bytes(sys.stdin.buffer.read())
         options = ["--hostfile", str(file), "--starting-port", str(port)]
-        options += ["--env", f"{RING_VARIABLE}={scratch}", "--"]
+        options += ["--env", f"{RING_VARIABLE}={scratch}"]
+        options += ["--env", f"{SPLIT_VARIABLE}={split}", "--"] if split else ["--"]
         command = [sys.executable, "-c", LAUNCH, *options, sys.executable, "-c", RUN, *arguments]
         # Ctrl-C is for rank 0, and so is what is typed: the pipe stays open and empty.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)

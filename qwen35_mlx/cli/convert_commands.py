@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -228,9 +229,14 @@ def plan(
             "without SRC, all Macs with SRC.",
         ),
     ] = None,
-    num_macs: Annotated[
-        int, typer.Option("--macs", min=1, help="How many such Macs run the model together.")
-    ] = 1,
+    together: Annotated[
+        str,
+        typer.Option(
+            "--macs",
+            metavar="N",
+            help="How many such Macs run the model together, or which: 192GB,96GB.",
+        ),
+    ] = "1",
     png: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also draw the result as a PNG. Default: text alone."),
@@ -242,11 +248,17 @@ def plan(
     """
     from ..convert import plan as make_plan
     from ..convert import report
-    from ..convert.mac_models import MACS, find_macs, first_part, this_mac
+    from ..convert.mac_models import MACS, find_macs, share, this_mac
     from .report import print_lines, print_plan
     from .terminal import note
 
     macs = find_macs(mac) if mac else [*filter(None, [this_mac()]), *MACS]
+    num_macs = int(together) if together.isdecimal() else 0
+    # Of Macs with the same memory the slowest.
+    names = [] if num_macs else together.split(",")
+    different = [min(find_macs(name), key=attrgetter("gbps")) for name in names]
+    if different and (mac or source is None or len(different) < 2):
+        ctx.fail("--macs takes a number, or with SRC and without --mac several Macs.")
     if source is None:
         print_lines(plan_of_family(ctx, macs))
         return
@@ -260,12 +272,16 @@ def plan(
     print_lines([*spent, ""] if spent else [])
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
-    page += ["", *report.mac_lines(planned, macs, context, kv_bits, num_macs)]
+    if different:
+        page += ["", *report.unequal_lines(planned, different, context, kv_bits)]
+    else:
+        page += ["", *report.mac_lines(planned, macs, context, kv_bits, num_macs)]
     if num_macs == 1:
         page += report.disk_lines(report.with_kv(planned, kv_bits)[0], macs, context)
     print_lines(page)
     if png:
-        report.draw(first_part(planned, num_macs), png)
+        limits = [m.gpu_limit_bytes for m in different] or [report.UNBOUNDED] * num_macs
+        report.draw(share(planned, limits).parts[0], png)
 
 
 def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
@@ -289,7 +305,7 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
         where = f"a Mac with {chips}" if chips else "a Mac"
     ways = given_options(ctx) & {*BITS, "--group-size", "--dtype"}
     settings = (lambda source: quality_settings(ctx, source, None)[0]) if ways else None
-    chosen = (values["kv_bits"], values["num_macs"])
+    chosen = (values["kv_bits"], int(values["together"]))
     return family_lines(memory, where, values["context"], settings, *chosen)
 
 

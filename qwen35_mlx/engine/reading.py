@@ -1,7 +1,7 @@
 """The prompts that are being read: whose piece comes next, and how long it is."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -58,18 +58,34 @@ class Reading:
         self.ticket.send(Started(len(ids), kept))
         self._send_progress()
 
-    def read_piece(self, num_tokens: int, feeds_mtp: bool) -> mx.array | None:
-        """Read up to so many tokens; the hidden state `[1, 1, H]` if they are the last ones."""
+    @property
+    def num_left(self) -> int:
+        """How many tokens are to be read."""
+        return len(self.prepared.ids) - self.position
+
+    def read_piece(
+        self, num_tokens: int, feeds_mtp: bool, meanwhile: Callable[[], None] | None = None
+    ) -> mx.array | None:
+        """Read up to so many tokens; the hidden state `[1, 1, H]` if they are the last ones.
+
+        With experts from disk `meanwhile` is called between two layers.
+        """
         cache, ids = self.cache, self.prepared.ids
         assert cache is not None
         started = time.perf_counter()
         cache.feeds_mtp = feeds_mtp
         at = self.position
         piece = ids[at : at + num_tokens]
+
+        def should_stop() -> bool:
+            if meanwhile:
+                meanwhile()
+            return self.ticket.cancelled
+
         hidden = cache.read(
             piece,
             marks=self._marks,
-            should_stop=lambda: self.ticket.cancelled,
+            should_stop=should_stop,
             every=None if self._scores is None else self._scores.add,
         )
         self.num_read += self.position - at
@@ -129,13 +145,17 @@ class Pieces:
         """What a piece took."""
         self._size.record(num_tokens, seconds)
 
-    def choose(self, readings: Sequence[Reading], store: PrefixStore) -> Reading:
+    def choose(
+        self, readings: Sequence[Reading], store: PrefixStore, among: Sequence[Reading]
+    ) -> Reading | None:
         """The next one: in turns the oldest, and the one that has read the least so far.
 
         So a short prompt passes a long one, and a long one never starves. One that begins as
-        another that is being read waits for what they share.
+        another that is being read waits for what they share. None if all of `among` do.
         """
-        ready = [r for r in readings if not any(_shares(r, other, store) for other in readings)]
+        ready = [r for r in among if not any(_shares(r, other, store) for other in readings)]
+        if not ready:
+            return None
         self._turn += 1
         if self._turn % 2:
             return min(ready, key=lambda r: r.num_read)

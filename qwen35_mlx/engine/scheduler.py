@@ -8,7 +8,7 @@ import atexit
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import Qwen35Error
+from ..memory import PREFILL_STEP_SIZE
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
 from .admission import Admission
@@ -89,6 +90,9 @@ class Engine:
         self._readings: list[Reading] = []
         self._rows = Rows(self.model, self._fail)
         self._pieces = Pieces()
+        # Whose prompts are between two layers, and since when they are not lent to others.
+        self._under_way: list[Reading] = []
+        self._layer_started = 0.0
         self._saved_at = time.perf_counter()
         self._vocabulary: Vocabulary | None = None
 
@@ -166,7 +170,7 @@ class Engine:
                 self._admit()
                 # Nobody waits for a first token: the more answers go on together, the better.
                 if self._readings:
-                    self._read_piece()
+                    self._read_piece(self._readings)
                 elif self._rows:
                     self._step()
                 self._save()
@@ -250,6 +254,9 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         for reading in [r for r in [*self._queue, *self._readings] if r.ticket.cancelled]:
+            if reading in self._under_way:
+                # It ends by itself.
+                continue
             self._end_reading(reading)
             for index in range(reading.prepared.request.n):
                 reading.ticket.send(Done("cancelled", None, reading.usage, index=index))
@@ -272,10 +279,30 @@ class Engine:
 
     def _go_on(self) -> None:
         """A piece of a prompt, and tokens of all answers for as long as it took."""
-        started = time.perf_counter()
+        self._layer_started = time.perf_counter()
         if self._readings:
-            self._read_piece()
-        seconds = time.perf_counter() - started
+            self._read_piece(self._readings, self._between_layers)
+        self._decode_for(time.perf_counter() - self._layer_started)
+
+    def _between_layers(self) -> None:
+        """A long prompt reads experts from disk: after each layer all others go on.
+
+        Short prompts are read whole; between their layers answers alone go on.
+        """
+        now = time.perf_counter()
+        seconds, self._layer_started = now - self._layer_started, now
+        self._take_inbox()
+        self._drop_cancelled()
+        self._admit()
+        if len(self._under_way) == 1:
+            others = [r for r in self._readings if r not in self._under_way]
+            short = [r for r in others if r.num_left <= PREFILL_STEP_SIZE]
+            self._read_piece(short, self._between_layers)
+        self._decode_for(seconds)
+        self._layer_started = time.perf_counter()
+
+    def _decode_for(self, seconds: float) -> None:
+        """A token of all answers, and more for so long where prompts wait."""
         end = time.perf_counter() + seconds
         while self._rows:
             self._step()
@@ -286,18 +313,24 @@ class Engine:
             if any(row.ticket.cancelled for row in self._rows) or not self.store.is_saved:
                 return
 
-    def _read_piece(self) -> None:
-        reading = self._pieces.choose(self._readings, self.store)
+    def _read_piece(
+        self, among: Sequence[Reading], meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        reading = self._pieces.choose(self._readings, self.store, among)
+        if reading is None:
+            return
         started = time.perf_counter()
+        self._under_way.append(reading)
         try:
             if reading.cache is None:
                 reading.start(self.store)
             is_shared = len(self._readings) > 1 or bool(self._rows or self._queue)
             experts = getattr(self.model, "experts", None)
             size = experts.sweep_tokens if experts else self._pieces.next_size(is_shared)
+            meanwhile = meanwhile if experts else None
             before = reading.position
             drafter = self._rows.drafter(reading.model, reading.prepared.request.draft)
-            hidden = reading.read_piece(size, drafter.uses_mtp)
+            hidden = reading.read_piece(size, drafter.uses_mtp, meanwhile)
             num_read = reading.position - before
             seconds = time.perf_counter() - started
             self._pieces.record(num_read, seconds)
@@ -307,6 +340,8 @@ class Engine:
                 self._begin(reading, hidden)
         except Exception as error:
             self._fail(reading.ticket, error)
+        finally:
+            self._under_way.remove(reading)
 
     def _begin(self, reading: Reading, hidden: mx.array) -> None:
         """The prompt is read: its answers begin."""

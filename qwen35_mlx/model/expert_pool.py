@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import ITEM_BYTES
 from ..checkpoint.names import OF_EXPERTS
-from ..checkpoint.resolver import Match
+from ..checkpoint.resolver import Match, Part
 from ..config import ModelConfig
 from ..errors import MemoryRefused, Qwen35Error
 from ..kernels.grouped_expert_matmul import expert_mlp
@@ -284,13 +284,15 @@ def stack_bytes(model: nn.Module) -> int:
 
 def slot_bytes(matches: Iterable[Match], on_cpu: bool) -> int:
     """Memory of one expert in every layer."""
-    num_bytes = 0
-    for match in matches:
-        for part in match.parts:
-            stored = part.segments[0].tensor.dtype
-            widened = 2 if on_cpu and stored in ("BF16", "F16") else 1
-            num_bytes += widened * math.prod(part.shape[1:]) * ITEM_BYTES[stored]
-    return num_bytes
+    parts = [part for match in matches for part in match.parts]
+    return sum(part_bytes(part, on_cpu) // part.shape[0] for part in parts)
+
+
+def part_bytes(part: Part, on_cpu: bool = False) -> int:
+    """Memory of a tensor; on the CPU floats are float32."""
+    stored = part.segments[0].tensor.dtype
+    widened = 2 if on_cpu and stored in ("BF16", "F16") else 1
+    return widened * math.prod(part.shape) * ITEM_BYTES[stored]
 
 
 def by_last_use(chosen: np.ndarray) -> list[int]:

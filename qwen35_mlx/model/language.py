@@ -24,7 +24,7 @@ from .gated_delta_net import GatedDeltaNet
 from .mtp import MTP
 from .ring import Leader, leader
 from .rope import RopeDelta
-from .shard import shard
+from .shard import Stages, shard
 from .vision import VisionTower
 
 if TYPE_CHECKING:
@@ -85,15 +85,24 @@ class DecoderLayer(nn.Module):
 class Trunk(nn.Module):
     """Token ids or embeddings to the hidden state after the final norm."""
 
+    # Where other processes have the layers before and behind these.
+    stages: Stages | None = None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer_type) for layer_type in config.layer_types]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self._first = {
-            kind: config.layer_types.index(kind) if kind in config.layer_types else None
-            for kind in (LINEAR, FULL)
-        }
+        self._find_first()
+
+    def _find_first(self) -> None:
+        kinds = [LINEAR if layer.is_linear else FULL for layer in self.layers]
+        self._first = {k: kinds.index(k) if k in kinds else None for k in (LINEAR, FULL)}
+
+    def keep_layers(self, first: int, end: int, stages: Stages) -> None:
+        """The others are in other processes."""
+        self.layers, self.stages = self.layers[first:end], stages
+        self._find_first()
 
     def __call__(
         self,
@@ -117,6 +126,7 @@ class Trunk(nn.Module):
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         if keep_states:
             check_keeping(cache, *x.shape[:2])
+        x = self.stages.enter(x) if self.stages else x
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
@@ -127,11 +137,12 @@ class Trunk(nn.Module):
             full_mask = attention_mask(x.shape[1], entries[full])
             attention = self.layers[full].self_attn
             tables = attention.rope_tables(x, entries[full], positions, rope_delta)
+        ends_here = last_only and (not self.stages or self.stages.has_last_layer)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
-            only = last_only and layer is self.layers[-1]
+            only = ends_here and layer is self.layers[-1]
             x = layer(x, mask, entry, tables, rope_delta, only, keep_states)
-        return self.norm(x)
+        return self.norm(self.stages.leave(x, last_only) if self.stages else x)
 
 
 class LanguageModel(nn.Module):

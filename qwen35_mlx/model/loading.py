@@ -13,6 +13,7 @@ import mlx.nn as nn
 from ..checkpoint.adapter import read_adapter
 from ..checkpoint.headers import SourceTensor, read_headers
 from ..checkpoint.names import OF_EXPERTS
+from ..checkpoint.pipeline import Pipeline
 from ..checkpoint.quantization import Quantization
 from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
@@ -28,10 +29,10 @@ from ..memory import AUTO, allow_with_kv, kv_choices, room_for_experts, sweep_by
 from ..sampling import SamplingParams
 from ..text.tokenizer import Tokenizer, read_tokenizer
 from .adapters import attach_to_model
-from .expert_pool import Experts, stack_bytes
+from .expert_pool import Experts, part_bytes, stack_bytes
 from .hub import not_converted, resolve
 from .language import Model
-from .ring import agreed, group, in_ring, leader, no_adapter
+from .ring import agreed, group, in_ring, leader, limits, no_adapter
 from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
@@ -169,9 +170,15 @@ def open_model(
             )
         matches = [match for match in matches if OF_EXPERTS not in match.name]
     quantize_modules(model, found.quantizations)
-    sharding = None if group is None else shard(model, group)
-    if sharding and sharding.whole and not sharding.rank:
-        log.warning("whole on each of %d Macs: %s", sharding.size, sharding.whole)
+    sharding = None
+    if group is not None:
+        # The same on every rank, though rank 0 alone has the tower and what drafts.
+        drafting = found.mtp_matches if loads_mtp(found, None) else []
+        held = [*found.text_matches, *found.tower_matches, *drafting]
+        nbytes = {part.name: part_bytes(part) for match in held for part in match.parts}
+        sharding = shard(model, group, nbytes, *limits())
+        if sharding.note and not sharding.rank:
+            log.warning(sharding.note)
     weights = read_parameters([*matches, *found.tower_matches], sharding)
     num_bytes = sum(array.nbytes for array in weights.values())
     if experts:
@@ -205,7 +212,7 @@ def check_copies(found: Resolved) -> None:
 
 
 def read_parameters(
-    matches: Iterable[Match], sharding: Sharding | None = None
+    matches: Iterable[Match], sharding: Sharding | Pipeline | None = None
 ) -> dict[str, mx.array]:
     """Arrays by their names in the model; they are read when they are used.
 
@@ -225,7 +232,7 @@ def read_parameters(
             if sharding:
                 # One after the other: a cast holds two copies.
                 mx.eval(array)
-            arrays[part.name] = array
+            arrays[sharding.name_here(part.name) if sharding else part.name] = array
     return arrays
 
 

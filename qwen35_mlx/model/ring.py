@@ -19,11 +19,13 @@ from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 
+from ..checkpoint.pipeline import read_split
 from ..config import ModelConfig
 from ..errors import Qwen35Error
-from ..files import RING_VARIABLE
+from ..files import RING_VARIABLE, SPLIT_VARIABLE
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.tiers import Tiers, use
+from ..machine import MIB, describe
 from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from . import cache as caches
 from .link import connect, uninterrupted
@@ -133,7 +135,8 @@ class Leader:
                 rope_delta=rope_delta.tolist() if isinstance(rope_delta, mx.array) else rope_delta,
                 flags=flags,
             )
-            x = mx.distributed.all_sum(x, group=self.group)
+            if trunk.stages is None:
+                x = mx.distributed.all_sum(x, group=self.group)
             hidden: mx.array = trunk(
                 None, cache, embeddings=x, positions=positions, rope_delta=rope_delta, **flags
             )
@@ -189,6 +192,17 @@ def measure_latency_us(group: mx.distributed.Group) -> float:
         mx.eval(mx.distributed.all_sum(mx.zeros(MEASURED_NUMBERS), group=group))
         seconds.append(time.perf_counter() - start)
     return 1e6 * statistics.median(seconds)
+
+
+@once
+def limits() -> tuple[list[int], bool]:
+    """Bytes that each process may use; or its share of the layers, and True, as people set it."""
+    if split := os.environ.get(SPLIT_VARIABLE):
+        return read_split(split, group().size()), True
+    machine = describe()
+    own = machine.gpu_limit_bytes or machine.memory_bytes
+    found: Any = mx.distributed.all_gather(mx.array([own // MIB]), group=group()).tolist()
+    return [each * MIB for each in found], False
 
 
 def agreed(config: ModelConfig) -> ModelConfig:
@@ -273,12 +287,16 @@ class Follower:
         flags: dict[str, bool],
     ) -> None:
         entries = None if cache is None else self._held[cache]
-        if (own := caches.cached_tokens(entries or [])) != num_read:
+        trunk, own = self._model.language_model.model, caches.cached_tokens(entries or [])
+        # Some of the layers may be none that counts.
+        if own != num_read and (trunk.stages is None or (own and num_read)):
             raise Qwen35Error(
                 "a cache was changed in one process alone", got=own, expected=f"{num_read} tokens"
             )
-        x = mx.distributed.all_sum(mx.zeros(shape, getattr(mx, dtype)), group=group())
-        hidden = self._model.language_model.model(
+        x = mx.zeros(shape, getattr(mx, dtype))
+        if trunk.stages is None:
+            x = mx.distributed.all_sum(x, group=group())
+        hidden = trunk(
             None,
             entries,
             embeddings=x,

@@ -1,5 +1,6 @@
 """A model's part of one process: its slices read from disk, its sums over all processes."""
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, cast
 
@@ -8,10 +9,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import ITEM_BYTES, SourceTensor
+from ..checkpoint.pipeline import Pipeline, divide
 from ..checkpoint.sharding import Cut, Sharding
 from ..errors import CheckpointError
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.router import Routing
+from ..machine import GIB
 
 if TYPE_CHECKING:
     from .language import Model
@@ -58,16 +61,73 @@ class OwnExperts:
         return Routing(indices, scores, shared if self.adds_shared else mx.zeros_like(shared))
 
 
-def shard(model: "Model", group: mx.distributed.Group) -> Sharding:
-    """Keep the part of this process, in place; what is not evaluated yet is not evaluated."""
+class Stages:
+    """Hidden states on their way through the processes, of which each has some of the layers."""
+
+    def __init__(self, group: mx.distributed.Group):
+        self._group, self._rank, self._size = group, group.rank(), group.size()
+        self.has_last_layer = self._rank == self._size - 1
+
+    def enter(self, x: mx.array) -> mx.array:
+        """The embeddings on rank 0, else what the process before makes of them, of their type."""
+        self._dtype = x.dtype
+        return self._received(x, self._rank - 1) if self._rank else x
+
+    def leave(self, x: mx.array, last_only: bool) -> mx.array:
+        """Send on what the layers here have made; on rank 0 what the last process makes of it."""
+        x = x.astype(self._dtype)
+        mx.async_eval(mx.distributed.send(x, (self._rank + 1) % self._size, group=self._group))
+        if self._rank:
+            return x
+        return self._received(x[:, -1:] if last_only else x, self._size - 1)
+
+    def _received(self, like: mx.array, source: int) -> mx.array:
+        x = mx.distributed.recv_like(like, source, group=self._group)
+        if like.shape[1] > MAX_ROWS:
+            # A GPU that waits for seconds gives up.
+            mx.eval(x)
+        return x
+
+
+def shard(
+    model: "Model",
+    group: mx.distributed.Group,
+    nbytes: Mapping[str, int] | None = None,
+    limits: Sequence[int] | None = None,
+    by_layers: bool = False,
+) -> Sharding | Pipeline:
+    """Keep the part of this process, in place; what is not evaluated yet is not evaluated.
+
+    `nbytes` of the parameters, `limits` and `by_layers` as `divide` takes them.
+    """
     found = {n: m.group_size for n, m in model.named_modules() if hasattr(m, "group_size")}
-    sharding = Sharding(model.config, group.rank(), group.size(), found)
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    nbytes = nbytes or {name: array.nbytes for name, array in parameters}
+    limits = limits or [2**20 * GIB] * group.size()
+    sharding = divide(model.config, group.rank(), limits, nbytes, found, by_layers)
+    if isinstance(sharding, Pipeline):
+        model.language_model.model.keep_layers(*sharding.layers, Stages(group))
+    else:
+        _cut(model, group, sharding, parameters)
+    model.config = sharding.local
+    if group.rank():
+        model.language_model.model.pop("embed_tokens")
+        model.language_model.pop("lm_head", None)
+        model.vision_tower = model.mtp = None
+    return sharding
+
+
+def _cut(
+    model: "Model",
+    group: mx.distributed.Group,
+    sharding: Sharding,
+    parameters: Sequence[tuple[str, mx.array]],
+) -> None:
+    """Keep a part of each layer."""
     cuts = [(name, array, sharding.cut(name)) for name, array in parameters]
     kept = [(name, taken(array, cut)) for name, array, cut in cuts if cut]
     model.load_weights(kept, strict=False)
-    model.config = local = sharding.local
-    splits = sharding.splits
+    local, splits = sharding.local, sharding.splits
     adds_shared = "shared expert" in splits or group.rank() == 0
     for layer in model.layers:
         if layer.is_linear:
@@ -81,11 +141,6 @@ def shard(model: "Model", group: mx.distributed.Group) -> Sharding:
             layer.mlp.group = group
             if sharding.experts is not None or not adds_shared:
                 layer.mlp.own_experts = OwnExperts(sharding.experts, adds_shared)
-    if group.rank():
-        model.language_model.model.pop("embed_tokens")
-        model.language_model.pop("lm_head", None)
-        model.vision_tower = model.mtp = None
-    return sharding
 
 
 def taken(array: mx.array, cut: Cut) -> mx.array:
