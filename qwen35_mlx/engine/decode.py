@@ -115,6 +115,12 @@ class Decoding:
             cache.settle()
 
 
+def embedding(hidden: mx.array) -> mx.array:
+    """The hidden state `[1, 1, H]` of a prompt's last token -> `[H]` of length 1, in float32."""
+    row = hidden[0, 0].astype(mx.float32)
+    return row / mx.linalg.norm(row)
+
+
 def log_probabilities(logits: mx.array) -> mx.array:
     """`[1, V]` -> `[V]`, in float32."""
     row = logits[0].astype(mx.float32)
