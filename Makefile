@@ -77,8 +77,8 @@ bench-chat: $(VENV)/.installed-test ## count the tokens read in a conversation; 
 bench-speculation: $(VENV)/.installed-live ## drafts change no text, and how many are right; the last line is JSON
 	$(BIN)/python tools/bench_speculation.py
 
-bench-server: $(VENV)/.installed-test $(VENV)/.installed-clients ## clients, cache and a soak of the server; the last line is JSON
-	$(BIN)/python tools/bench_server.py
+bench-server: $(VENV)/.installed-test $(VENV)/.installed-clients ## clients, cache and a soak of the server; the last line is JSON (SOAK_MINUTES=3: the short form)
+	$(BIN)/python tools/bench_server.py $(if $(SOAK_MINUTES),--short --soak-minutes $(SOAK_MINUTES))
 
 bench-adapters: $(VENV)/.installed-test ## adapters, evaluation and batches beside mlx-lm; the last line is JSON
 	$(BIN)/python tools/bench_adapters.py

@@ -145,6 +145,28 @@ def test_drafting_stops_where_it_does_not_pay_and_is_tried_again() -> None:
     assert drafter._best_number() == 2
 
 
+def test_drafts_that_never_pay_are_tried_less_and_less_until_they_do() -> None:
+    drafter = drafter_of(MTP)
+
+    def pause_after_trial() -> int:
+        passes(drafter, "", 1.0, 0, 0, times=3)
+        passes(drafter, MTP, 3.0, 1, 0, times=3)
+        assert drafter._best_number() == 0
+        passes(drafter, "", 1.0, 0, 0, times=drafter._pause[MTP] - 1)
+        assert drafter._best_number() == 0
+        return drafter._next_pause[MTP] // 2
+
+    assert [pause_after_trial() for _ in range(4)] == [64, 128, 256, 256]
+    passes(drafter, "", 1.0, 0, 0, times=3)
+    passes(drafter, MTP, 1.1, 1, 1, times=3)
+    assert drafter._best_number() == 2
+    passes(drafter, MTP, 9.0, 2, 0, times=3)
+    assert drafter._best_number() == 1
+    passes(drafter, MTP, 3.0, 1, 0, times=speculate.REMEMBERED_PASSES)
+    assert drafter._best_number() == 0
+    assert drafter._pause[MTP] == speculate.PAUSE_PASSES
+
+
 def test_a_size_that_was_slow_once_is_timed_again() -> None:
     drafter = drafter_of(MTP)
     passes(drafter, "", 1.0, 0, 0, times=3)

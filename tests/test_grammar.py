@@ -16,6 +16,7 @@ from qwen35_mlx.engine.output import OutputParser
 from qwen35_mlx.engine.requests import Done, Grammar, Request, Token, ToolName
 from qwen35_mlx.engine.row import Row
 from qwen35_mlx.engine.scheduler import Engine
+from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.engine.tool_calls import as_message
 from qwen35_mlx.sampling import SamplingParams
 
@@ -314,18 +315,41 @@ def test_one_call_ends_the_answer_where_parallel_calls_are_off(engine, monkeypat
     assert len(said.calls) == 1 and said.finish_reason == "tool_calls"
 
 
-@pytest.mark.slow
-def test_thoughts_alone_are_drafted_where_a_schema_follows(engine, monkeypatch):
-    steps = []
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", everyday(range(100), 0))
+def test_drafts_inside_a_grammar_change_no_text(engine, demo, monkeypatch, seed, temperature):
+    """Drafts are one or three, right ones and those that the grammar forbids."""
+    drafters = []
 
-    class Counted(Row):
-        def speculative_step(self, drafter):
-            steps.append(self.parser.in_thought)
-            return super().speculative_step(drafter)
+    def drafter(model: Any, mode: str) -> Drafter:
+        drafters.append(Drafter(model, mode, 1 + 2 * (seed % 2)))
+        return drafters[-1]
 
-    monkeypatch.setattr("qwen35_mlx.engine.scheduler.Row", Counted)
-    options = {"grammar": Grammar("json_schema", CITY), "question": "What is 47 + 85?"}
-    said = Said(engine, **options)
-    assert len(steps) > 5 and all(steps)
+    monkeypatch.setattr("qwen35_mlx.engine.rows.Drafter", drafter)
+    monkeypatch.setattr(engine._rows, "_drafters", {})
+    schema = CITY if seed == 0 else random_schema(random.Random(seed))
+    options = {"grammar": Grammar("json_schema", schema), "max_tokens": 60, "seed": seed}
+    options |= {"question": "What is 47 + 85?", "enable_thinking": seed % 3 == 1}
+    options["params"] = SamplingParams(temperature=temperature)
     plain = Said(engine, **options, draft="off")
-    assert (said.thought, said.text) == (plain.thought, plain.text) and said.text
+    for mode in ("mtp", "lookup"):
+        said = Said(engine, **options, draft=mode)
+        assert (said.thought, said.text) == (plain.thought, plain.text)
+        assert said.finish_reason == plain.finish_reason
+    _, of_layer, _ = drafters
+    drafted, accepted = of_layer.stats.first_drafts
+    assert drafted > accepted
+    if seed == 0 and temperature == 0:
+        assert accepted > 3
+
+
+def test_masks_behind_drafts_are_those_of_a_matcher_that_took_them(grammars, demo):
+    compiled = grammars.of(request(Grammar("json_schema", CITY)), lambda: False)
+    matcher, ids = compiled.matcher(), demo[1].encode('{"city": "Rome", "days": 3}')
+    assert len(matcher.forbidden_behind([ids[1], ids[0]])) == 2
+    masks = matcher.forbidden_behind([*ids[:5], demo[1].eos_token_id, 5])
+    for token, mask in zip(ids[:5], masks[:5], strict=True):
+        matcher.accept(token)
+        assert np.array_equal(mask, matcher.forbidden())
+    masks = matcher.forbidden_behind(ids[5:])
+    assert not matcher.is_finished and not np.array_equal(masks[0], masks[1])

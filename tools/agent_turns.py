@@ -1,4 +1,4 @@
-"""Ten turns of each agent, in short copies of the shapes that they send; counts what is read.
+"""Turns of each agent, in short copies of the shapes that they send; counts what is read.
 
 The answers are the model's own. Ours gets each agent's own API. mlx-lm's server has chat
 completions alone, so it gets the same turns as a translating proxy would send them: system messages
@@ -11,7 +11,6 @@ from typing import Any
 
 from server_process import ServerProcess
 
-NUM_TURNS = 10
 ANSWER_TOKENS = 40
 Message = dict[str, Any]
 SYSTEM = " ".join(f"Rule {i}: be brief and read the file before you change it." for i in range(30))
@@ -271,11 +270,13 @@ def _item(message: Message) -> Message:
     return {"type": "message", "role": message["role"], "content": _input(message["content"])}
 
 
-def num_prefilled(server: ServerProcess, name: str, is_ours: bool) -> tuple[int, int]:
+def num_prefilled(
+    server: ServerProcess, name: str, num_turns: int, is_ours: bool
+) -> tuple[int, int]:
     """Tokens that a server reads in a conversation of an agent, and all tokens of its prompts."""
     agent = AGENTS[name]()
     read = total = 0
-    for turn in range(NUM_TURNS):
+    for turn in range(num_turns):
         body = agent.body(turn) if is_ours else agent.plain(turn)
         path = agent.path if is_ours else Agent.path
         given = {"model": server.model if is_ours else "default_model", "temperature": 0}

@@ -1,6 +1,8 @@
 """The server: its clients, what it reads, how fast it answers, and whether it lives; ends in JSON.
 
-`--short` takes two minutes instead of an hour and says so in the JSON by its `soak_minutes`.
+`--short` tries less of everything: the JSON says how many turns, and how long the soak was.
+mlx-lm's server has none of the APIs of Claude Code and Codex: their turns go to it as chat
+completions.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert import convert
 
 ROOT = Path(__file__).parent.parent
+SHORT_ENGINE = "--only-demo --rounds 1 --schemas 50".split()
 
 
 def clients() -> tuple[int, int]:
@@ -40,14 +43,14 @@ def clients() -> tuple[int, int]:
     return passed, total
 
 
-def prefilled(folder: Path, names: list[str]) -> dict[str, float]:
-    """Tokens read in ten turns of each agent, ours for one of mlx-lm's."""
+def prefilled(folder: Path, names: list[str], num_turns: int) -> dict[str, float]:
+    """Tokens read in so many turns of each agent, ours for one of mlx-lm's."""
     ratios = {}
     for name in names:
         with ours(folder) as server:
-            our_read, our_total = agent_turns.num_prefilled(server, name, is_ours=True)
+            our_read, our_total = agent_turns.num_prefilled(server, name, num_turns, True)
         with mlx_lms(folder) as server:
-            their_read, their_total = agent_turns.num_prefilled(server, name, is_ours=False)
+            their_read, their_total = agent_turns.num_prefilled(server, name, num_turns, False)
         print(
             f"{name}: ours read {our_read} of {our_total}, mlx-lm {their_read} of {their_total}",
             flush=True,
@@ -92,12 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help=", ".join(parts))
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--soak-minutes", type=float, default=30)
-    parser.add_argument("--fuzz", type=int, default=10_000)
+    parser.add_argument("--soak-minutes", type=float, help="30, or 3 with --short")
     parser.add_argument("--agents", nargs="*", default=list(agent_turns.AGENTS))
     options = parser.parse_args()
-    if options.short:
-        options.soak_minutes, options.fuzz = min(options.soak_minutes, 1), min(options.fuzz, 300)
+    num_turns, num_fuzzed, minutes = (4, 300, 3) if options.short else (10, 10_000, 30)
+    minutes = minutes if options.soak_minutes is None else options.soak_minutes
     wanted = options.parts or parts
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,11 +107,12 @@ def main() -> None:
         if "clients" in wanted:
             figures["clients_passed"], figures["clients_total"] = clients()
         if "prefilled" in wanted:
-            figures["prefilled_vs_mlx_lm"] = prefilled(folder, options.agents)
+            figures["prefilled_vs_mlx_lm"] = prefilled(folder, options.agents, num_turns)
+            figures["num_turns"] = num_turns
         if "engine" in wanted:
-            figures |= engine(*(["--only-demo", "--rounds", "1"] if options.short else []))
+            figures |= engine(*(SHORT_ENGINE if options.short else ()))
         if "life" in wanted:
-            figures |= life(folder, options.soak_minutes, options.fuzz)
+            figures |= life(folder, minutes, num_fuzzed)
     print(json.dumps(label() | figures))
 
 

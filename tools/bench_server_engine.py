@@ -5,6 +5,7 @@ Parts of `bench_server.py`; by itself it runs both and ends with one JSON line.
 
 import argparse
 import http.client
+import itertools
 import json
 import random
 import shutil
@@ -13,13 +14,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from bench import CONFIG, write_checkpoint
 from label import label
 from random_schemas import is_valid, random_schema
-from server_process import ServerProcess, mlx_lms, ours
+from server_process import ANSWER_SECONDS, ServerProcess, mlx_lms, ours
 
 import qwen35_mlx
 from qwen35_mlx.convert import convert
@@ -35,7 +36,6 @@ TOKENIZER_FILES = [
     "generation_config.json",
 ]
 ROWS = (1, 2, 4, 8, 16)
-ANSWER_SECONDS = 600
 
 
 def stream(server: ServerProcess, prompt: str, num_tokens: int, counts: list[int]) -> None:
@@ -59,14 +59,21 @@ def stream(server: ServerProcess, prompt: str, num_tokens: int, counts: list[int
     connection.close()
 
 
-def served_tps(server: ServerProcess, prompts: list[str], num_tokens: int) -> float:
-    """Tokens a second of all answers together, from the first request to the last token."""
+class Served(NamedTuple):
+    """Tokens a second of all answers together, and CPU seconds of the server for a token."""
+
+    tps: float
+    cpu_s: float
+
+
+def served(server: ServerProcess, prompts: list[str], num_tokens: int) -> Served:
+    """From the first request to the last token."""
     counts: list[int] = []
     threads = [
         threading.Thread(target=stream, args=(server, prompt, num_tokens, counts))
         for prompt in prompts
     ]
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), server.cpu_seconds()
     for thread in threads:
         thread.start()
         # mlx-lm's server takes in few connections at a time, and resets the others.
@@ -74,28 +81,38 @@ def served_tps(server: ServerProcess, prompts: list[str], num_tokens: int) -> fl
     for thread in threads:
         thread.join()
     assert len(counts) == len(prompts), f"{len(prompts) - len(counts)} answers are not whole"
-    return sum(counts) / (time.perf_counter() - began)
+    seconds, cpu_seconds = time.perf_counter() - began, server.cpu_seconds() - cpu_before
+    return Served(sum(counts) / seconds, cpu_seconds / sum(counts))
 
 
-def decode_tps_vs_mlx_lm(folder: Path, num_tokens: int, rounds: int) -> dict[int, float]:
-    """Ratio of tokens a second by number of answers; both servers run, and answer in turns."""
-    ratios = {}
+def decode_vs_mlx_lm(
+    folder: Path, num_tokens: int, rounds: int
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Ratios by number of answers, above 1 where ours is better: tokens a second, CPU a token.
+
+    Both servers run, and answer in turns.
+    """
+    speeds, cpu = dict[int, float](), dict[int, float]()
+    # Unknown to both: mlx-lm keeps the shortest of prompts, ours none below 32 tokens.
+    numbers = itertools.count(1)
     with ours(folder) as mine, mlx_lms(folder) as theirs:
+        # The first row of all is tried twice: both servers compile what they need.
         for num_rows in (1, *ROWS):
             pairs = []
-            for turn in range(rounds):
-                # Unknown to both, or one would have the beginning of it.
-                prompts = [f"Round {turn} of {num_rows}, story {i}:" for i in range(num_rows)]
-                pairs.append([served_tps(one, prompts, num_tokens) for one in (mine, theirs)])
-            # The first row of all is tried twice: both servers compile what they need.
-            ratios[num_rows] = statistics.median(a / b for a, b in pairs)
-            a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+            for _ in range(rounds):
+                prompts = [f"{next(numbers)} is the number of a story:" for _ in range(num_rows)]
+                pairs.append([served(one, prompts, num_tokens) for one in (mine, theirs)])
+            speeds[num_rows] = round(statistics.median(a.tps / b.tps for a, b in pairs), 2)
+            cpu[num_rows] = round(statistics.median(b.cpu_s / a.cpu_s for a, b in pairs), 2)
+            a, b = (
+                statistics.median(run.tps for run in column) for column in zip(*pairs, strict=True)
+            )
             print(
                 f"{folder.name:10} {num_rows:3} answers: ours {a:8.1f} tok/s, mlx-lm {b:8.1f}, "
-                f"ratio {ratios[num_rows]:5.2f}",
+                f"ratio {speeds[num_rows]:5.2f}, by CPU {cpu[num_rows]:5.2f}",
                 flush=True,
             )
-    return {rows: round(ratio, 2) for rows, ratio in ratios.items()}
+    return speeds, cpu
 
 
 def schema_invalid(num_schemas: int, tokenizer: Any, vocab_size: int) -> int:
@@ -141,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         # Both compute in float32, as mlx-lm does what is not quantized in the checkpoint's type.
         demo = convert(DEMO, Path(scratch) / "demo", bits=4, dtype="float32")
-        results = {"demo": decode_tps_vs_mlx_lm(demo, *sizes)}
+        results = {"": decode_vs_mlx_lm(demo, *sizes)}
         if not options.only_demo:
             source = Path(scratch) / "source"
             CONFIG["text_config"]["vocab_size"] = VOCAB
@@ -149,10 +166,14 @@ def main() -> None:
             for name in TOKENIZER_FILES:
                 shutil.copy(DEMO / name, source / name)
             moe = convert(source, Path(scratch) / "moe", bits=4, dtype="float32")
-            results["moe"] = decode_tps_vs_mlx_lm(moe, *sizes)
+            results["moe_"] = decode_vs_mlx_lm(moe, *sizes)
         tokenizer = qwen35_mlx.load(demo)[1]
     invalid = schema_invalid(options.schemas, tokenizer, VOCAB)
-    print(json.dumps(label() | {"decode_tps_vs_mlx_lm": results, "schema_invalid": invalid}))
+    figures: dict[str, Any] = {"schema_invalid": invalid}
+    for prefix, (speeds, cpu) in results.items():
+        figures[f"{prefix}decode_tps_vs_mlx_lm"] = speeds
+        figures[f"{prefix}decode_cpu_vs_mlx_lm"] = cpu
+    print(json.dumps(label() | figures))
 
 
 if __name__ == "__main__":

@@ -71,16 +71,13 @@ Context = Annotated[
         "model's context length if that is less.",
     ),
 ]
-RunContext = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        min=1,
-        help="Maximum tokens of prompt and answers together. Their memory is counted before the "
-        "weights are read. More than the model was trained for, up to 4 times as many, are reached "
-        "by YaRN; shorter texts are then read less well. Default: all that fits, 32768 at least.",
-    ),
-]
+_RUN_CONTEXT = (
+    "Maximum tokens of prompt and answers together. Their memory is counted before the weights are "
+    "read. More than the model was trained for, up to 4 times as many, are reached by YaRN; "
+    "shorter texts are then read less well. Default: all that fits, 32768 at least."
+)
+RunContext = Annotated[int | None, typer.Option("--context", min=1, help=_RUN_CONTEXT)]
+MaxContext = Annotated[int | None, typer.Option(min=1, help=_RUN_CONTEXT)]
 KvBits = Annotated[
     Literal["auto", "16", "8", "k8v4"],
     typer.Option(

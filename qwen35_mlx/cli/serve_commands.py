@@ -68,14 +68,7 @@ def serve(
             "--model-name", help="Name of the model for clients. Default: its folder's name."
         ),
     ] = None,
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Maximum tokens of prompt and answer together. Default: all that fits, 32768 at "
-            "least.",
-        ),
-    ] = None,
+    max_context: options.MaxContext = None,
     queue: Annotated[
         int,
         typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..errors import Qwen35Error
 from ..model.language import Model
 from ..prompt import Prompt, check_ids, check_length, encode_prompt
+from .decode import embedding
 from .generate import DEFAULT_MAX_TOKENS, check_count, check_stops
 from .prompt_cache import PromptCache, common_prefix
 from .requests import Done, Failed, Grammar, Request, Token
@@ -91,7 +92,6 @@ def embed(model: Model, tokenizer: Any, prompts: Sequence[Prompt]) -> mx.array:
         check_length(len(ids), model.config.context_length)
         hidden = PromptCache(model).read(ids)
         assert hidden is not None
-        row = hidden[0, 0].astype(mx.float32)
-        rows.append(row / mx.linalg.norm(row))
+        rows.append(embedding(hidden))
         mx.eval(rows[-1])
     return mx.stack(rows) if rows else mx.zeros((0, model.config.hidden_size))

@@ -1,7 +1,7 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-from collections.abc import Generator
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Generator
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
@@ -44,21 +44,40 @@ class Decoding:
         hidden: mx.array,
         sampler: Sampler,
         forbidden: mx.array | None = None,
+        forbidden_behind: Callable[[mx.array], mx.array | None] | None = None,
     ):
-        """Draw the token behind `hidden` `[1, 1, H]`, none that a mask `[V]` forbids."""
+        """Draw the token behind `hidden` `[1, 1, H]`, none that a mask `[V]` forbids.
+
+        Later, `forbidden_behind` gives a mask `[T, V]` for tokens `[T]`, the last ones drafts.
+        """
         self.cache = cache
         self.sampler = sampler
+        self._forbidden_behind = forbidden_behind
         # The token `[1]` and the logits `[1, V]` it was drawn from.
-        mask = {} if forbidden is None else {"forbidden": forbidden}
-        self.token, self.logits = self._draw(hidden, len(cache.ids), **mask)
+        self.token, self.logits = self._draw(hidden, len(cache.ids), forbidden)
 
     def _draw(
-        self, hidden: mx.array, place: int, drafts: mx.array | None = None, **mask: Any
+        self,
+        hidden: mx.array,
+        place: int,
+        forbidden: mx.array | None,
+        drafts: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         logits = self.cache.model.head(hidden)[0]
+        mask = {} if forbidden is None else {"forbidden": forbidden}
         tokens = self.sampler(logits, place, drafts, **mask)
         mx.async_eval(tokens)
         return tokens, logits
+
+    def _read(self, tokens: mx.array, drafts: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Read tokens `[T]`, the last ones `drafts`, and draw what follows each."""
+        place, hidden = len(self.cache.ids) + 1, self.cache.step(tokens)
+        forbidden = None
+        if self._forbidden_behind:
+            # It runs while the host finds out what may follow.
+            mx.async_eval(hidden)
+            forbidden = self._forbidden_behind(tokens)
+        return self._draw(hidden, place, forbidden, drafts)
 
     def steps(self, max_tokens: int, drafter: Drafter | None = None) -> Generator[Step, None, None]:
         """See `decode`; once closed, another call goes on where this one ended."""
@@ -76,7 +95,7 @@ class Decoding:
                 if drafts is None:
                     read, row = self.token, self.logits
                     if left > 1:
-                        self.token, self.logits = self._draw(cache.step(read), len(cache.ids) + 1)
+                        self.token, self.logits = self._read(read)
                     token_id = int(cast(int, read.item()))
                     if drafter:
                         drafter.record()
@@ -87,7 +106,7 @@ class Decoding:
                     continue
                 # One pass over the token and its drafts; row r says what follows r drafts.
                 read = mx.concatenate([self.token, drafts])
-                rows, row_logits = self._draw(cache.step(read), len(cache.ids) + 1, drafts)
+                rows, row_logits = self._read(read, drafts)
                 read_ids, drawn_ids = (cast(list[int], ids.tolist()) for ids in (read, rows))
                 right = [a == b for a, b in zip(read_ids[1:], drawn_ids, strict=False)]
                 num_right = [*right, False].index(False)
@@ -113,6 +132,12 @@ class Decoding:
             raise
         finally:
             cache.settle()
+
+
+def embedding(hidden: mx.array) -> mx.array:
+    """The hidden state `[1, 1, H]` of a prompt's last token -> `[H]` of length 1, in float32."""
+    row = hidden[0, 0].astype(mx.float32)
+    return row / mx.linalg.norm(row)
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -44,6 +44,23 @@ class Matcher:
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         return allowed == 0
 
+    def forbidden_behind(self, tokens: Sequence[int]) -> np.ndarray:
+        """Masks `[T, V]` behind each of T tokens that may come next; nothing is accepted.
+
+        Behind a token that cannot come, or is the last one, no mask matters.
+        """
+        masks = np.zeros((len(tokens), self._vocab_size), dtype=bool)
+        num_accepted = 0
+        for mask, token in zip(masks, tokens, strict=True):
+            if self.is_finished or self._matcher.validate_tokens([token]) == 0:
+                break
+            self.accept(token)
+            num_accepted += 1
+            if not self.is_finished:
+                mask[:] = self.forbidden()
+        self._matcher.rollback(num_accepted)
+        return masks
+
     def accept(self, token: int) -> None:
         """The next token."""
         self._matcher.consume_token(token)

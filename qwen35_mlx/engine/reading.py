@@ -44,10 +44,10 @@ class Reading:
     def start(self, store: PrefixStore) -> None:
         """Take the longest prefix that the store has."""
         ids, usage = self.prepared.ids, self.usage
-        if self._scores is None:
+        if self._scores is None and not self.prepared.request.embeds:
             self.cache = store.take(ids[:-1], owner=self, model=self.model)
         else:
-            # Every place is needed.
+            # Every place is needed; or nothing goes on from here.
             self.cache = PromptCache(self.model, features=store.features)
         kept = usage.cached_tokens = len(self.cache.ids)
         usage.queue_seconds = time.perf_counter() - self.submitted

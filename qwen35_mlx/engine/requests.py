@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import Qwen35Error
 from ..sampling import SamplingParams
 from .output import Piece
@@ -77,6 +79,8 @@ class Request:
     adapter: str = ""
     # Whether `Progress` events are wanted.
     wants_progress: bool = False
+    # Whether the answer is an `Embedding` of the prompt instead of tokens.
+    embeds: bool = False
 
 
 @dataclass
@@ -121,6 +125,13 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """That of the prompt, `[H]` of length 1, in float32."""
+
+    values: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A token and the text that became final with it; `index` counts the n answers."""
 
@@ -151,7 +162,7 @@ class Failed:
     error: Exception
 
 
-Event = Started | Progress | PromptLogprobs | Token | Done | Failed
+Event = Started | Progress | PromptLogprobs | Embedding | Token | Done | Failed
 
 
 class EngineBusy(Qwen35Error):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -111,7 +111,7 @@ class Row:
         if self.num_generated < self.prepared.request.min_tokens:
             return False
         # What is drawn behind the end of a thought is drawn again: the template's tokens follow.
-        return self._grammar is None or (self.parser.in_thought and bool(self._gap))
+        return self._grammar is None or not self.parser.in_thought or bool(self._gap)
 
     def forbidden(self) -> mx.array | None:
         """The mask `[V]` of tokens that must not come next; None: what is banned for all."""
@@ -122,9 +122,17 @@ class Row:
         is_early = self.num_generated < request.min_tokens
         return vocabulary.banned_and_ends if is_early else None
 
+    def _forbidden_behind(self, tokens: mx.array) -> mx.array | None:
+        """Masks `[T, V]` of what must not follow tokens `[T]`, of which only the first is sure."""
+        if self._grammar is None or self.parser.in_thought:
+            return None
+        masks = self._grammar.forbidden_behind(cast(list[int], tokens.tolist()))
+        return mx.array(masks | self._vocabulary.forbidden)
+
     def begin(self, hidden: mx.array) -> None:
         """Draw the token behind `hidden` `[1, 1, H]`."""
-        self.decoding = Decoding(self.cache, hidden, self.sampler, self.forbidden())
+        behind = self._forbidden_behind if self._grammar else None
+        self.decoding = Decoding(self.cache, hidden, self.sampler, self.forbidden(), behind)
 
     def speculative_step(self, drafter: Drafter) -> Step:
         """The next token of a row that is alone, which may have been drafted."""

@@ -16,17 +16,20 @@ from threading import Lock, Thread, current_thread
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import Qwen35Error
 from ..memory import PREFILL_STEP_SIZE
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
 from .admission import Admission
+from .decode import embedding
 from .prefix_store import PrefixStore
 from .prepare import Prepared, Preparer
 from .reading import Pieces, Reading
 from .requests import (
     Done,
+    Embedding,
     EngineBusy,
     EngineStopped,
     Event,
@@ -351,6 +354,12 @@ class Engine:
         self.store.trim()
         self._counts["prompt_tokens"] += len(prepared.ids)
         self._counts["cached_tokens"] += reading.usage.cached_tokens
+        if request.embeds:
+            self._readings.remove(reading)
+            ticket.send(Embedding(np.array(embedding(hidden))))
+            ticket.send(Done("stop", None, reading.usage))
+            self._forget(ticket)
+            return
         if self._vocabulary is None:
             width = self.model.head(hidden).shape[-1]
             never = banned_ids(self.model, self.tokenizer)

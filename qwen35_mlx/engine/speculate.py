@@ -33,8 +33,8 @@ MATCHED_TOKENS = 4
 COPY_WINDOW = 512
 # A copy that goes on is worth the longest passes.
 FIRST_LOOKUP_DRAFTS, HITS_TO_TRUST = 4, 2
-# Where drafting does not pay, how many passes until it is tried again.
-PAUSE_PASSES = 64
+# Where drafting does not pay, how many passes until it is tried again; twice as many each time.
+PAUSE_PASSES, LONGEST_PAUSE = 64, 512
 # Passes that are remembered of each size, and how many decide. Their median counts: one may have
 # compiled, and where the host was late, a pass seems longer and the next one shorter.
 REMEMBERED_PASSES, ENOUGH_PASSES = 6, 3
@@ -100,6 +100,7 @@ class Drafter:
         self._seconds = self._untimed()
         self._num_passes = 0
         self._kind, self._pause, self._hits = "", {MTP: 0, LOOKUP: 0}, 0
+        self._next_pause = dict.fromkeys(self._pause, PAUSE_PASSES)
         # Tokens and seconds of the last passes with drafts from the text.
         self._looked_up: deque[tuple[int, float]] = deque(maxlen=REMEMBERED_PASSES)
         self._ids: Sequence[int] = ()
@@ -145,9 +146,8 @@ class Drafter:
             if self._copy_end is not None:
                 self._copy_end += num_accepted
             self._looked_up.append((1 + num_accepted, seconds))
-            if self.num_draft_tokens is None and not self._lookup_pays():
-                self._pause[LOOKUP] = PAUSE_PASSES
-                self._looked_up.clear()
+            if self.num_draft_tokens is None and len(self._looked_up) == REMEMBERED_PASSES:
+                self._judge(LOOKUP, self._lookup_pays())
         elif self._kind == MTP:
             self._seconds[num_drafts].append(seconds)
             for depth in range(min(num_accepted + 1, num_drafts)):
@@ -249,11 +249,21 @@ class Drafter:
         may_pay = best == number - 1 and math.prod(self._acceptance[:number]) > MIN_CHANCE
         if number == 1 or (may_pay and number <= self.max_drafts):
             return number
-        if best == 0:
-            # Other text, other drafts: after the pause nothing is held against them.
-            self._pause[MTP] = PAUSE_PASSES
-            self._acceptance, self._seconds = [FIRST_SHARE] * MAX_DRAFTS, self._untimed()
+        self._judge(MTP, best > 0)
         return best
+
+    def _judge(self, kind: str, pays: bool) -> None:
+        """Drafts were tried: they go on, or pause."""
+        if pays:
+            self._next_pause[kind] = PAUSE_PASSES
+            return
+        self._pause[kind] = self._next_pause[kind]
+        self._next_pause[kind] = min(2 * self._pause[kind], LONGEST_PAUSE)
+        # Other text, other drafts: after the pause nothing is held against them.
+        if kind == LOOKUP:
+            self._looked_up.clear()
+        else:
+            self._acceptance, self._seconds = [FIRST_SHARE] * MAX_DRAFTS, self._untimed()
 
     def _rates(self) -> list[float]:
         """Tokens a second with 0, 1, … drafts of the MTP layer, as far as that was timed."""
@@ -269,7 +279,7 @@ class Drafter:
     def _lookup_pays(self) -> bool:
         """Whether its last passes gave more tokens a second than others would."""
         rates = self._rates()
-        if not rates or len(self._looked_up) < REMEMBERED_PASSES:
+        if not rates:
             return True
         tokens, seconds = (sum(column) for column in zip(*self._looked_up, strict=True))
         return tokens >= max(rates) * seconds

@@ -11,6 +11,7 @@ from starlette.routing import BaseRoute, Route
 
 from . import anthropic, models, ollama, ollama_models, responses
 from .completions import completions
+from .embeddings import embed, embeddings
 from .faults import ApiError, as_fault, dialect_of
 from .openai import chat_completions
 from .page import page_routes
@@ -18,8 +19,8 @@ from .security import Guard
 from .service import Service, Settings
 
 GET, POST, DELETE = ["GET"], ["POST"], ["DELETE"]
-# Ollama's work on models, and embeddings, which this model has none of.
-NOT_DONE = ("embed", "embeddings", "pull", "push", "create", "copy")
+# Ollama's work on models.
+NOT_DONE = ("pull", "push", "create", "copy")
 
 
 def routes() -> list[BaseRoute]:
@@ -38,7 +39,7 @@ def routes() -> list[BaseRoute]:
                 ("/chat/completions", chat_completions, POST),
                 ("/completions", completions, POST),
                 ("/responses", responses.create_response, POST),
-                ("/embeddings", models.embeddings, POST),
+                ("/embeddings", embeddings, POST),
             )
         ),
         Route("/v1/responses/input_tokens", responses.input_tokens, methods=POST),
@@ -50,6 +51,8 @@ def routes() -> list[BaseRoute]:
         Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=POST),
         Route("/api/chat", ollama.chat, methods=POST),
         Route("/api/generate", ollama.generate, methods=POST),
+        Route("/api/embed", embed, methods=POST),
+        Route("/api/embeddings", embed, methods=POST),
         Route("/api/tags", ollama_models.tags, methods=GET),
         Route("/api/ps", ollama_models.ps, methods=GET),
         Route("/api/show", ollama_models.show, methods=POST),

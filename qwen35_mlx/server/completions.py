@@ -28,24 +28,24 @@ async def completions(http: HttpRequest) -> Response:
     return completion.response(answer, completion.is_stream)
 
 
-def read_prompts(body: Fields) -> list[str | list[int]]:
-    """A text, ids, or a list of either; nothing is the beginning of a text."""
-    prompt = body.raw("prompt")
+def read_prompts(body: Fields, name: str = "prompt") -> list[str | list[int]]:
+    """A text, ids, or a list of either."""
+    prompt = body.raw(name)
     if prompt is None:
-        raise body.missing("prompt")
+        raise body.missing(name)
     expected = "a string, a list of strings, token ids, or a list of those"
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
-        raise body.refuse("prompt", expected, "invalid_type")
+        raise body.refuse(name, expected, "invalid_type")
     if not prompt:
-        raise body.refuse("prompt", "at least one prompt")
+        raise body.refuse(name, "at least one prompt")
     if _are_ids(prompt):
         return [prompt]
     if len(prompt) > MAX_PROMPTS:
-        raise body.refuse("prompt", f"at most {MAX_PROMPTS} prompts")
+        raise body.refuse(name, f"at most {MAX_PROMPTS} prompts")
     if not all(isinstance(p, str) or (p and _are_ids(p)) for p in prompt):
-        raise body.refuse("prompt", expected, "invalid_type")
+        raise body.refuse(name, expected, "invalid_type")
     return prompt
 
 

@@ -77,13 +77,6 @@ async def get_model(http: HttpRequest) -> Response:
     return JSONResponse(model_object(service, name))
 
 
-async def embeddings(http: HttpRequest) -> Response:
-    """/v1/embeddings: refused."""
-    raise ApiError(
-        400, "this model answers messages and makes no embeddings", code="unsupported_endpoint"
-    )
-
-
 async def health(http: HttpRequest) -> Response:
     """Whether requests are answered; said by the event loop while the engine works."""
     service = service_of(http)

@@ -97,6 +97,6 @@ async def show(http: HttpRequest) -> Response:
 
 
 async def unsupported(http: HttpRequest) -> Response:
-    """Embeddings, and changes of the models that there are."""
+    """Changes of the models that there are."""
     action = http.url.path.rpartition("/")[2]
     raise ApiError(501, f"this server serves one model and does not {action}")

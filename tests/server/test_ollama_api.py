@@ -126,7 +126,7 @@ def test_the_card_of_the_model(start):
         ("/api/chat", {"model": MODEL, "messages": [{"role": "user"}], "format": 5}, 400),
         ("/api/generate", {"model": MODEL, "prompt": "a", "suffix": "b"}, 400),
         ("/api/pull", {"model": "other"}, 501),
-        ("/api/embed", {"model": MODEL, "input": "a"}, 501),
+        ("/api/embed", {"model": MODEL, "input": ""}, 400),
         ("/api/nothing", {}, 404),
     ],
 )
