@@ -142,7 +142,7 @@ def main() -> None:
 
     model = build(text, args.seed)
     muon, adam = optimizers(model, nn.Module())
-    forward = Forward(model, nn.Module(), torch.float32)
+    forward = Forward(model, nn.Module())
     parameters = list(model.parameters())
     state = args.work / "state.pt"
     step, elapsed, history = 0, 0.0, []
