@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from dwq import NUM_EPOCHS, RATES, Targets, differentiable, epochs
+from dwq import NUM_EPOCHS, RATES, Targets, epochs, loaded
 from mlx_lm.quant import awq, dynamic_quant, gptq
 from mlx_lm.utils import compute_bits_per_weight, quantize_model, save
 
@@ -138,7 +138,7 @@ class Rivals:
         """`dynamic_quant` at the bytes of `plain`; sensitivities through this package's model."""
         low, high = max(bits - 1, 2), bits + 1
         widths = (low, GROUP_SIZE, high, GROUP_SIZE)
-        trained = differentiable(self.work / "bf16")
+        trained = loaded(self.work / "bf16")
         found = dict(dynamic_quant.estimate_sensitivities(trained, self.ids, *widths, batch_size=4))
         model, tokenizer, config = mlx_lm.load(str(self.source), return_config=True)
         target = bits_of(self.work / f"plain-{bits}")
@@ -167,7 +167,7 @@ class Rivals:
         """The lowest KL that DWQ reaches on the judged texts, at any rate, after any epoch."""
         found = []
         for rate in RATES:
-            model = differentiable(folder)
+            model = loaded(folder)
             for epoch in epochs(model, self.targets, self.ids, rate, NUM_EPOCHS):
                 found.append((judge(model), f"learning rate {rate:g}, epoch {epoch}"))
         return min(found)
@@ -195,7 +195,7 @@ class Ours:
                 print(f"{name} is left out: {error}", file=sys.stderr)
                 continue
             made = bits_of(folder)
-            kls[name] = round(self.judge(differentiable(folder)), 6)
+            kls[name] = round(self.judge(loaded(folder)), 6)
         self.made[made] = kls
         return made, kls
 
@@ -205,12 +205,12 @@ def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, Path, f
     for name, make in (("mlx_lm.convert", rivals.plain), ("dynamic_quant", rivals.dynamic)):
         with redirect_stderr(io.StringIO()):
             folder = make(bits)
-        yield name, folder, judge(differentiable(folder)), ""
+        yield name, folder, judge(loaded(folder)), ""
         yield f"{name} + DWQ", folder, *rivals.dwq(folder, judge)
     if bits in GPTQ_BITS:
         with redirect_stderr(io.StringIO()):
             folder = rivals.gptq(bits)
-        yield "gptq", folder, judge(differentiable(folder)), ""
+        yield "gptq", folder, judge(loaded(folder)), ""
 
 
 def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
@@ -218,7 +218,7 @@ def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     convert(checkpoint.source, work / "bf16", dtype="bfloat16")
-    reference = differentiable(work / "bf16")
+    reference = loaded(work / "bf16")
     judge = Judge(reference, checkpoint.judged)
     rivals, ours = Rivals(checkpoint, reference, work), Ours(checkpoint, work, judge)
     print(
