@@ -2,6 +2,8 @@
 
 A document belongs to one share by its name: `train`, `calibration` or `judged` (5 % each of the
 last two). Code blocks, tables and short lines are left out; a paragraph is taken once.
+
+python tools/prose/corpus.py FOLDER   downloads into FOLDER, and says how much there is
 """
 
 import hashlib
@@ -180,3 +182,8 @@ def corpus(cache: Path) -> dict[str, list[str]]:
             if fresh:
                 documents[share_of(name)].append("\n\n".join(fresh))
     return documents
+
+
+if __name__ == "__main__":
+    for share, texts in corpus(Path(sys.argv[1])).items():
+        print(f"{share}: {len(texts)} documents, {sum(map(len, texts)) / 1e6:.1f} MB")
