@@ -59,7 +59,7 @@ bench-convert: $(VENV)/.installed-test ## memory and speed of a conversion (20 G
 bench-quant: $(VENV)/.installed-test $(VENV)/.installed-encoder ## measure the error of quantization beside mlx-lm's and DWQ; the last line is JSON
 	LD_PRELOAD="$(firstword $(FAST_BLAS))" $(BIN)/python tools/bench_quant.py
 
-prose: $(VENV)/.installed-demo ## train two small checkpoints on prose for bench-quant, an hour on two cores (110 MB, Debian's apt)
+prose: $(VENV)/.installed-demo ## train two small checkpoints on prose for bench-quant, an hour on two cores (75 MB, Debian's apt)
 	@mkdir -p build/prose && $(BIN)/python tools/prose/corpus.py build/prose/cache
 	for kind in dense moe; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python tools/prose/pretrain.py $$kind --work build/prose/$$kind & \
