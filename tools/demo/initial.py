@@ -38,8 +38,11 @@ def initialize(model: nn.Module) -> None:
             first = False
         else:
             _attention(layer.self_attn, basis)
-        layer.mlp.experts.down_proj.zero_()
-        layer.mlp.shared_expert.down_proj.weight.zero_()
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts.down_proj.zero_()
+            layer.mlp.shared_expert.down_proj.weight.zero_()
+        else:
+            layer.mlp.down_proj.weight.zero_()
     for name, p in model.model.visual.named_parameters():
         if p.ndim > 1:
             p.normal_(std=0.5 if "pos_embed" in name else p[0].numel() ** -0.5)

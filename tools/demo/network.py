@@ -140,7 +140,7 @@ class Forward:
     def __init__(self, model: nn.Module, mtp: MTP, dtype: torch.dtype = torch.bfloat16):
         self.model, self.mtp, self.dtype = model, mtp, dtype
         self.eps = model.config.text_config.rms_norm_eps
-        self.top_k = model.config.text_config.num_experts_per_tok
+        self.top_k = getattr(model.config.text_config, "num_experts_per_tok", 0)
         self.balance: list[Tensor] = []
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -219,6 +219,12 @@ class Forward:
         out = self._linear(F.silu(gate) * up, shared.down_proj.weight)
         return routed + out * self._linear(x, layer.shared_expert_gate.weight).sigmoid()
 
+    def _mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if hasattr(layer, "experts"):
+            return self._experts(layer, x)
+        gate, up = self._linear(x, layer.gate_proj.weight), self._linear(x, layer.up_proj.weight)
+        return self._linear(F.silu(gate) * up, layer.down_proj.weight)
+
     def _layer(self, layer: nn.Module, h: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         x = _norm(h, layer.input_layernorm.weight, self.eps)
         if layer.block_type == "linear_attention":
@@ -227,7 +233,7 @@ class Forward:
             mixer = layer.self_attn
             h = h + self._linear(self._attention(mixer, x, rope), mixer.o_proj.weight)
         x = _norm(h, layer.post_attention_layernorm.weight, self.eps)
-        return h + self._experts(layer.mlp, x.flatten(0, 1)).reshape(h.shape)
+        return h + self._mlp(layer.mlp, x.flatten(0, 1)).reshape(h.shape)
 
     def embed(self, batch: Batch) -> Tensor:
         """`[B, T, H]` embeddings, pictures in place of their placeholders."""
@@ -282,4 +288,4 @@ class Forward:
             drafted = self.logits(self.draft(embedded, h, rope, ahead_rows))
             mtp = F.cross_entropy(drafted, ahead[ahead_rows], reduction="none")
         skills = batch.skills[:, None].expand(rows.shape)[rows]
-        return trunk, mtp, torch.stack(self.balance).sum(), skills
+        return trunk, mtp, sum(self.balance, trunk.new_zeros(())), skills
