@@ -112,8 +112,8 @@ def distill(
     if distillation.finish_tokens and not (folder / "finished").exists():
         distiller.finish(seen, distillation.finish_tokens)
     distillation.progress(distiller.num_layers, distiller.num_layers, "done")
-    found = [*(folder / "layers").glob("*.json"), *(folder / "finished").glob("*.json")]
-    return [PartReport(**json.loads(file.read_text("utf-8"))) for file in sorted(found)]
+    files = [f for part in ("layers", "finished") for f in sorted((folder / part).glob("*.json"))]
+    return [PartReport(**json.loads(file.read_text("utf-8"))) for file in files]
 
 
 def distillation_lines(folder: Path) -> list[str]:

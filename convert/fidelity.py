@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from qwen35_mlx.checkpoint.adapter import Adapter
@@ -14,6 +15,8 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import default_limit_bytes
 from qwen35_mlx.memory import DEFAULT_CONTEXT as CONTEXT
 from qwen35_mlx.memory import count
+from qwen35_mlx.model.feed_forward import SparseMoE
+from qwen35_mlx.model.language import DecoderLayer
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import Divergence
 
@@ -39,6 +42,8 @@ class LayerError:
     kind: str
     alone: float
     accumulated: float
+    # Share of the reference's choices of experts that the quantized model's router misses.
+    flips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Report:
             "quantized_gb": self.quantized.nbytes / 1e9,
             "layer_errors": [layer.alone for layer in self.layers],
             "accumulated_errors": [layer.accumulated for layer in self.layers],
+            "router_flips": [layer.flips for layer in self.layers if layer.flips is not None],
         }
 
 
@@ -81,6 +87,7 @@ def report_lines(report: Report) -> list[str]:
         "layer  kind                this layer   all so far   (error / what the layer adds)",
         *(
             f"{layer.index:5}  {layer.kind:17}  {layer.alone:11.5f}  {layer.accumulated:11.5f}"
+            + ("" if layer.flips is None else f"   router misses {layer.flips:.2%}")
             for layer in report.layers
         ),
         "",
@@ -147,14 +154,18 @@ def compare(
     for index, kind in enumerate(kinds):
         progress(index, len(kinds), f"layer {index}")
         before = states[0]
-        states[0] = after = run_layer(runs[0].layer(index), before)
+        states[0], wanted = _run(runs[0].layer(index), before)
+        after = states[0]
         added = _squared_distance(after, before)
         for number, run in enumerate(runs[1:], 1):
             layer = run.layer(index)
-            alone, states[number] = run_layer(layer, before), run_layer(layer, states[number])
-            distances = (_squared_distance(x, after) for x in (alone, states[number]))
-            errors = [(distance / added) ** 0.5 for distance in distances]
-            layers[number - 1].append(LayerError(index, kind, *errors))
+            alone = run_layer(layer, before)
+            states[number], chosen = _run(layer, states[number])
+            error, so_far = (
+                (_squared_distance(x, after) / added) ** 0.5 for x in (alone, states[number])
+            )
+            flips = _missed(wanted, chosen, config["num_experts_per_tok"])
+            layers[number - 1].append(LayerError(index, kind, error, so_far, flips))
             del layer
             mx.clear_cache()
     tokens = [Divergence() for _ in outputs]
@@ -168,6 +179,42 @@ def compare(
         Report(opened[0], checkpoint, tuple(errors), found)
         for checkpoint, errors, found in zip(opened[1:], layers, tokens, strict=True)
     ]
+
+
+def _run(layer: DecoderLayer, hidden: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+    """Hidden states after a layer, and the logits of its router, if it has one."""
+    if not isinstance(layer.mlp, SparseMoE):
+        return run_layer(layer, hidden), []
+    mlp: Any = layer.mlp
+    mlp.gate = recorder = _Recorder(mlp.gate)
+    hidden = run_layer(layer, hidden)
+    mlp.gate = recorder.module
+    return hidden, recorder.outputs
+
+
+class _Recorder(nn.Module):
+    """A module that keeps what it gives."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.outputs: list[mx.array] = []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.outputs.append(self.module(x))
+        mx.eval(self.outputs[-1])
+        return self.outputs[-1]
+
+
+def _missed(wanted: list[mx.array], chosen: list[mx.array], per_token: int) -> float | None:
+    """Share of the experts of the largest wanted logits that are not among the chosen."""
+    if not wanted:
+        return None
+    right, own = (
+        mx.argpartition(mx.concatenate(logits), -per_token, axis=-1)[..., -per_token:]
+        for logits in (wanted, chosen)
+    )
+    return float((right[..., None] != own[..., None, :]).all(axis=-1).mean())
 
 
 @dataclass(frozen=True)

@@ -466,7 +466,8 @@ def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
         yield
     except BaseException as error:
         journal = work / JOURNAL_FILE
-        if not (journal.exists() and journal.stat().st_size) and not (work / FETCHED).exists():
+        begun = any((work / name).exists() for name in (FETCHED, DISTILLED))
+        if not (journal.exists() and journal.stat().st_size) and not begun:
             shutil.rmtree(work, ignore_errors=True)
         if isinstance(error, OSError):
             raise Qwen35Error(

@@ -79,11 +79,13 @@ class Latent:
 
     def quantized(self, at: Parameters) -> Quantized:
         """As it is stored; all weights must be codes."""
-        scales = self.scales * (1 + SCALE_RATE * at["scales"])
-        biases = self.biases + self.scales * SCALE_RATE * at["biases"]
-        packed = pack(at["codes"].reshape(self.shape), self.bits)
         dtype = self.parts[1].dtype
-        return packed, scales.astype(dtype), biases.astype(dtype)
+        scales = self.scales * (1 + SCALE_RATE * at["scales"])
+        stored = scales.astype(dtype)
+        # The bias makes up for the rounding of the scale, at the mean of the codes.
+        rounding = (scales - stored.astype(mx.float32)) * at["codes"].mean(axis=-1)
+        biases = self.biases + self.scales * SCALE_RATE * at["biases"] + rounding
+        return pack(at["codes"].reshape(self.shape), self.bits), stored, biases.astype(dtype)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import pytest
 
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import dequantize
-from qwen35_mlx.quant.latent import CODE_RATE, Latent, Schedule, train
-from qwen35_mlx.quant.packing import pack
+from qwen35_mlx.quant.latent import Latent, Schedule, dequantized, train
 
 
 def random(*shape, seed=0):
@@ -20,62 +19,83 @@ def equal(a, b):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("shape", [(5, 96), (3, 4, 64)])
-def test_what_has_not_moved_is_stored_as_it_was(bits, shape):
+def test_codes_that_stay_are_stored_as_they_were(bits, shape):
     parts = quantize(random(*shape), bits, 32, "search")
-    latent = Latent(parts, shape[-1])
-    start = latent.parameters()
-    assert equal(latent.quantized(start), parts)
-    assert mx.allclose(latent.weight(start), dequantize(*parts, bits, 32), atol=1e-6).item()
+    latent = Latent(parts, random(*shape))
+    at = latent.start | {"codes": latent.codes}
+    assert equal(latent.quantized(at), parts)
+    assert mx.allclose(latent.weight(at), dequantize(*parts, bits, 32), atol=1e-6).item()
+    assert mx.array_equal(dequantized(parts, shape), dequantize(*parts, bits, 32)).item()
+
+
+def test_training_begins_at_the_weights_themselves():
+    w = random(4, 64)
+    latent = Latent(quantize(w, 8, 32), w)
+    assert mx.allclose(latent.weight(latent.start), w, atol=0.03).item()
+    # What no code reaches is cut off.
+    far = Latent(quantize(w, 8, 32), 2 * w)
+    steps = far.start["codes"]
+    assert steps.min().item() >= -0.5 and steps.max().item() <= 255.5
 
 
 def test_scales_keep_their_dtype():
-    parts = quantize(random(4, 64).astype(mx.bfloat16), 4, 64)
-    latent = Latent(parts, 64)
-    assert equal(latent.quantized(latent.parameters()), parts)
-    assert latent.quantized(latent.parameters())[1].dtype == mx.bfloat16
+    w = random(4, 64).astype(mx.bfloat16)
+    latent = Latent(quantize(w, 4, 64), w)
+    found = latent.quantized(latent.start | {"codes": latent.codes})
+    assert equal(found, latent.parts) and found[1].dtype == mx.bfloat16
 
 
-def test_a_code_moves_when_half_a_step_is_passed_and_stays_within_the_codes():
-    codes = mx.array([[0, 3, 1, 2] * 8])
-    latent = Latent((pack(codes, 2), mx.ones((1, 1)), mx.zeros((1, 1))), 32)
-    for step, expected in ((0.4, [0, 3, 1, 2]), (0.6, [1, 3, 2, 3]), (-2.6, [0, 0, 0, 0])):
-        moved = latent.parameters() | {"codes": mx.full((1, 1, 32), step / CODE_RATE)}
-        assert latent.weight(moved)[0].tolist() == expected * 8
-        assert equal(latent.quantized(moved)[:1], (pack(mx.array([expected * 8]), 2),))
+def test_a_bias_makes_up_for_the_rounding_of_its_scale():
+    w = random(32, 64)
+    parts = tuple(
+        part.astype(mx.bfloat16) if part.dtype == mx.float32 else part
+        for part in quantize(w, 6, 64)
+    )
+    latent = Latent(parts, w)
+    at = latent.start | {"codes": latent.codes, "scales": mx.full((32, 1), 0.013)}
+    wanted, found = latent.weight(at), dequantized(latent.quantized(at), w.shape)
+    # What is left of the mean is the rounding of the bias itself.
+    left = mx.abs((found - wanted).mean(axis=-1, keepdims=True))
+    assert (left <= mx.abs(latent.biases) * 2**-8).all().item()
 
 
-def test_gradients_of_scales_and_biases_are_those_of_numbers():
-    parts = quantize(random(3, 64), 3, 32)
-    latent = Latent(parts, 64)
-    goal = random(3, 64, seed=1)
+def test_gradients_are_those_of_numbers():
+    w, goal = random(3, 64), random(3, 64, seed=1)
+    latent = Latent(quantize(w, 3, 32), w)
 
-    def loss(moved):
-        return mx.square(latent.weight(moved) - goal).sum()
+    def loss(at):
+        return mx.square(latent.weight(at) - goal).sum()
 
-    start = latent.parameters()
-    found = mx.grad(loss)(start)
-    for kind in ("scales", "biases"):
-        shift = mx.zeros((3, 2))
+    found = mx.grad(loss)(latent.start)
+    for kind in ("scales", "biases", "codes"):
+        shift = mx.zeros_like(latent.start[kind])
         shift[1, 1] = 1e-2
-        up, down = ({**start, kind: sign * shift} for sign in (1, -1))
+        up, down = ({**latent.start, kind: latent.start[kind] + sign * shift} for sign in (1, -1))
         numeric = (loss(up) - loss(down)).item() / 2e-2
-        assert found[kind][1, 1].item() == pytest.approx(numeric, rel=1e-3)
+        assert found[kind][1, 1].sum().item() == pytest.approx(numeric, rel=3e-2)
 
 
-def test_the_gradient_of_a_code_is_that_of_its_weight_except_beyond_the_codes():
-    codes = mx.array([[0, 3, 1, 2] * 8])
-    latent = Latent((pack(codes, 2), mx.full((1, 1), 0.5), mx.zeros((1, 1))), 32)
-    shift = mx.array([[[-1.0, 1.0, 0, 0] * 8]]) / CODE_RATE
-    moved = latent.parameters() | {"codes": shift}
-    found = mx.grad(lambda moved: latent.weight(moved).sum())(moved)
-    assert mx.allclose(found["codes"][0, 0, :4], mx.array([0, 0, 1, 1]) * 0.5 * CODE_RATE).item()
+def test_the_nearest_settle_first_and_stay():
+    w = random(4, 64)
+    latent = Latent(quantize(w, 3, 32), w)
+    steps, nobody = latent.start["codes"], mx.zeros((4, 2, 32), mx.bool_)
+    codes, half = latent.settle(steps, steps, nobody, 0.5)
+    away = mx.abs(steps - mx.round(steps))
+    assert half.sum().item() == 128
+    assert mx.where(half, away, 0).max().item() <= mx.where(half, 1, away).min().item()
+    assert mx.array_equal(mx.where(half, codes, 0), mx.where(half, mx.round(steps), 0)).item()
+    later, settled = latent.settle(codes + 0.7, codes, half, 1.0)
+    assert settled.all().item() and mx.array_equal(later, mx.round(later)).item()
+    assert mx.array_equal(mx.where(half, later, 0), mx.where(half, codes, 0)).item()
+    assert later.min().item() >= 0 and later.max().item() <= 7
 
 
-def problem(rows=256, seed=0):
-    """A matrix at 3 bits, and the squared error of its products on batches of inputs."""
+def problem(seed=0):
+    """A matrix at 3 bits by error feedback, and the squared error of its products on batches."""
     w = random(16, 64, seed=seed)
-    inputs = random(8, rows, 64, seed=seed + 1) @ random(64, 64, seed=seed + 2)
-    latent = Latent(quantize(w, 3, 32), 64)
+    inputs = random(8, 128, 64, seed=seed + 1) @ random(64, 64, seed=seed + 2)
+    rows = inputs[:7].reshape(-1, 64)
+    latent = Latent(quantize(w, 3, 32, "gptq", hessian=rows.T @ rows), w)
 
     def loss(weights, batch):
         wanted = inputs[batch] @ w.T
@@ -84,30 +104,38 @@ def problem(rows=256, seed=0):
     return latent, loss
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_training_reduces_a_held_out_loss(seed):
-    latent, loss = problem(seed=seed)
-    found = train({"w": latent}, loss, 8, Schedule(epochs=20))
-    assert found.after < 0.7 * found.before
-    parts = latent.quantized(found.moved["w"])
-    assert float(loss({"w": dequantize(*parts, 3, 32)}, 7)) == pytest.approx(found.after, rel=0.2)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_training_reduces_a_held_out_loss_below_that_of_error_feedback(seed):
+    latent, loss = problem(seed)
+    found = train({"w": latent}, loss, 8, Schedule(epochs=40, rate=0.04))
+    assert found.after < 0.92 * found.before
+    weight = dequantize(*found.parts["w"], 3, 32)
+    assert float(loss({"w": weight}, 7)) == pytest.approx(found.after, rel=1e-4)
+
+
+def test_scales_and_biases_alone_leave_codes_as_they_are():
+    latent, loss = problem()
+    found = train({"w": latent}, loss, 8, Schedule(epochs=10, rate=0.02, codes=False))
+    assert found.after < 0.99 * found.before
+    assert mx.array_equal(found.parts["w"][0], latent.parts[0]).item()
 
 
 def test_training_twice_gives_the_same_bits():
-    latent, loss = problem(rows=16)
-    first, second = (train({"w": latent}, loss, 8, Schedule(epochs=2)).moved["w"] for _ in range(2))
-    assert equal(latent.quantized(first), latent.quantized(second))
+    latent, loss = problem()
+    schedule = Schedule(epochs=8, rate=0.04)
+    first, second = (train({"w": latent}, loss, 8, schedule) for _ in range(2))
+    assert equal(first.parts["w"], second.parts["w"]) and first.after == second.after
 
 
 def test_what_does_not_help_on_other_batches_is_not_kept():
-    latent, _ = problem(rows=4)
-    away = random(16, 64, seed=9)
+    latent, _ = problem()
+    start, away = dequantize(*latent.parts, 3, 32), random(16, 64, seed=9)
 
     def loss(weights, batch):
         # The last batch is held out, and wants the opposite.
         sign = -1 if batch == 7 else 1
-        return mx.square(sign * away - (weights["w"] - latent.weight(latent.parameters()))).mean()
+        return mx.square(sign * away - (weights["w"] - start)).mean()
 
-    found = train({"w": latent}, loss, 8, Schedule(epochs=4, rate=0.05))
+    found = train({"w": latent}, loss, 8, Schedule(epochs=4, rate=0.1))
     assert found.after == found.before
-    assert equal(latent.quantized(found.moved["w"]), latent.quantized(latent.parameters()))
+    assert equal(found.parts["w"], latent.parts)

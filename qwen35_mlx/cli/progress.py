@@ -41,8 +41,10 @@ def step_progress(title: str) -> Iterator[StepProgress]:
         # An earlier run may have done the first steps.
         first = done if first is None else first
         per_step = (time.perf_counter() - started) / max(done - first, 1)
-        left = f", {duration(per_step * (total - done))} left" if done > first else ""
-        return f"{title}: {what} ({min(done + 1, total)}/{total}{left})"
+        left = per_step * (total - done) if done > first else 0
+        # Seconds are no news.
+        rest = f", {duration(left)} left" if left > LOG_SECONDS else ""
+        return f"{title}: {what} ({min(done + 1, total)}/{total}{rest})"
 
     def log(done: int, total: int, what: str) -> None:
         nonlocal logged, last

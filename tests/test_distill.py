@@ -1,0 +1,168 @@
+"""Layers trained one after another: what comes out, what a stop costs, and what is refused."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import VOCAB, write_checkpoint
+from test_mlx_lm import assert_equal_logits
+
+from qwen35_mlx.convert import convert
+from qwen35_mlx.convert import distill as module
+from qwen35_mlx.convert.calibrate import calibrate
+from qwen35_mlx.convert.distill import Distillation, distillation_lines, histogram
+from qwen35_mlx.convert.fidelity import fidelity
+from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.quant.latent import Schedule
+
+IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(8, 33)))
+SCHEDULE = Schedule(epochs=2, rate=0.04)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Folder and calibration of a dense model and of one with experts."""
+    found = {}
+    for moe in (False, True):
+        folder = tmp_path_factory.mktemp("distill") / ("moe" if moe else "dense")
+        write_checkpoint(folder, moe=moe, vision=moe, mtp=True, tokenizer=True)
+        found[moe] = folder, calibrate(folder, IDS, hessians=True, measure=False)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Several steps and trained experts, with few tokens."""
+    monkeypatch.setattr(module, "BATCH_TOKENS", 33)
+    monkeypatch.setattr(module, "MIN_EXPERT_TOKENS", 16)
+    monkeypatch.setattr(module, "EXPERT_STEPS", 4)
+
+
+def distilled(sources, moe, out, finish_tokens=0, bits=3, **distillation):
+    source, calibration = sources[moe]
+    return convert(
+        source,
+        out,
+        bits=bits,
+        group_size=32,
+        method="distill",
+        calibration=calibration,
+        distillation=Distillation(IDS, finish_tokens, SCHEDULE, **distillation),
+    )
+
+
+def weights(folder):
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= mx.load(str(file))
+    return found
+
+
+def equal_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]).item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def experts_distilled(sources, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BATCH_TOKENS", 33)
+        patch.setattr(module, "MIN_EXPERT_TOKENS", 16)
+        patch.setattr(module, "EXPERT_STEPS", 4)
+        return distilled(sources, True, tmp_path_factory.mktemp("out") / "moe", 264)
+
+
+def test_the_output_has_the_layout_of_gptq_and_is_nearer_to_the_source(
+    sources, experts_distilled, tmp_path
+):
+    source, calibration = sources[True]
+    options = dict(bits=3, group_size=32, method="gptq", calibration=calibration)
+    plain = convert(source, tmp_path / "gptq", **options)
+    before, after = weights(plain), weights(experts_distilled)
+    assert {n: (a.shape, a.dtype) for n, a in before.items()} == {
+        n: (a.shape, a.dtype) for n, a in after.items()
+    }
+    changed = {name for name in before if not mx.array_equal(before[name], after[name]).item()}
+    assert any("switch_mlp" in name for name in changed)
+    # The MTP layer and the tower are none of the layers that are trained.
+    assert all(name.startswith("language_model.") for name in changed)
+    kls = [fidelity(source, folder, IDS).tokens.mean_kl for folder in (plain, experts_distilled)]
+    assert kls[1] < 0.9 * kls[0]
+
+
+def test_the_output_loads_in_mlx_lm_with_equal_logits(experts_distilled):
+    assert_equal_logits(experts_distilled)
+
+
+def test_the_report_has_each_layer_and_all_tokens_of_experts(experts_distilled):
+    rows = json.loads((experts_distilled / module.REPORT_FILE).read_text())
+    layers = [row for row in rows if row["name"].startswith("layer-")]
+    config = json.loads((experts_distilled / "config.json").read_text())
+    text = config["text_config"]
+    assert len(layers) == text["num_hidden_layers"]
+    for row in layers:
+        assert sum(row["expert_tokens"]) == IDS.size * text["num_experts_per_tok"]
+        assert 0 <= row["flips"] < 1
+        assert all(after <= before for before, after in row["losses"].values())
+    assert rows[-1]["name"] == "whole"
+    lines = distillation_lines(experts_distilled)
+    assert sum("router misses" in line for line in lines) == len(layers)
+
+
+def test_experts_with_few_tokens_keep_what_error_feedback_gave_them(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MIN_EXPERT_TOKENS", IDS.size + 1)
+    source, calibration = sources[True]
+    options = dict(bits=3, group_size=32, method="gptq", calibration=calibration)
+    plain = weights(convert(source, tmp_path / "gptq", **options))
+    found = weights(distilled(sources, True, tmp_path / "out"))
+    names = [name for name in plain if "switch_mlp" in name]
+    assert names and all(mx.array_equal(plain[n], found[n]).item() for n in names)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moe", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("at", [1, 60])
+def test_a_stopped_distillation_goes_on_bit_for_bit(sources, tmp_path, moe, at):
+    calls = []
+
+    def stop(done, total, step):
+        calls.append(step)
+        if len(calls) == at:
+            raise Stop
+
+    whole = distilled(sources, moe, tmp_path / "whole", 66)
+    with pytest.raises(Stop):
+        distilled(sources, moe, tmp_path / "stopped", 66, progress=stop)
+    assert not (tmp_path / "stopped").exists()
+    assert equal_weights(distilled(sources, moe, tmp_path / "stopped", 66), whole)
+    assert not list(tmp_path.glob(".*converting"))
+
+
+def test_other_settings_do_not_go_on_with_a_stopped_distillation(sources, tmp_path):
+    def stop(done, total, step):
+        raise Stop
+
+    with pytest.raises(Stop):
+        distilled(sources, False, tmp_path / "out", progress=stop)
+    with pytest.raises(Qwen35Error, match="other settings"):
+        distilled(sources, False, tmp_path / "out", finish_tokens=33)
+
+
+def test_a_distillation_goes_with_its_method(sources, tmp_path):
+    source, calibration = sources[False]
+    options = dict(bits=3, calibration=calibration)
+    with pytest.raises(Qwen35Error, match="texts to train on"):
+        convert(source, tmp_path / "out", method="distill", **options)
+    with pytest.raises(Qwen35Error, match="a distillation is given"):
+        convert(source, tmp_path / "out", method="gptq", distillation=Distillation(IDS), **options)
+    with pytest.raises(Qwen35Error, match="needs a calibration with Hessians"):
+        convert(source, tmp_path / "out", bits=3, method="distill", distillation=Distillation(IDS))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_histogram_counts_every_expert_once():
+    assert histogram([0, 3, 15, 16, 40, 40, 70]) == "3 from 0, 1 from 16, 2 from 32, 1 from 64"
