@@ -2,11 +2,9 @@
 
 # B texts, T tokens, H hidden, N = B * T, E experts, K experts per token.
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +12,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qwen35_mlx.checkpoint.headers import SourceTensor, read_headers
 from qwen35_mlx.files import replacing
 from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.router import Routing, route
 from qwen35_mlx.model.language import DecoderLayer, Model
-from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.latent import Latent, Schedule, dequantized, train
 from qwen35_mlx.quant.packing import Quantized
 from qwen35_mlx.quant.statistics import Calibration
 
+from .distilled import KINDS, MIN_EXPERT_TOKENS, Distillation, PartReport
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices
 from .plan import Plan
-from .source import read_rows
 from .transform import quantize_rows
 
 # Of a step, and of a step of one expert.
 BATCH_TOKENS, EXPERT_BATCH = 1024, 256
-# An expert that sees fewer tokens keeps what error feedback gave it.
-MIN_EXPERT_TOKENS = 128
 # Passes over the text, and steps of an expert, whose tokens are few.
 EPOCHS, EXPERT_STEPS, FINISH_EPOCHS = 5, 200, 2
 # Of a part of a layer, whose loss has little noise; and of the whole model.
@@ -41,58 +35,9 @@ RATE, FINISH_RATE = 0.04, 0.008
 SOURCE_WEIGHT = 0.25
 # Weight of the router's wrong choices beside the divergence of its probabilities.
 FLIP_PENALTY = 0.1
-REPORT_FILE = "distillation.json"
-KINDS = ("weight", "scales", "biases")
 ANY_BYTES = 2**62
 EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Quantized]
-
-
-@dataclass
-class PartReport:
-    """What the training of a layer, the head or the whole model did."""
-
-    name: str
-    # By part: the loss on held-out batches before and after.
-    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
-    # Tokens of each expert, and the share of the source's choices that the router misses.
-    expert_tokens: list[int] = field(default_factory=list)
-    flips: float | None = None
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What to train on, ids `[B, T]`, and for how long."""
-
-    ids: mx.array
-    # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
-    finish_tokens: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(EPOCHS, RATE))
-    progress: StepProgress = lambda done, total, step: None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that decides the result, in words that fit into JSON."""
-        digest = hashlib.sha256(np.array(self.ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
-        settings = asdict(self.schedule) | {"finish_tokens": self.finish_tokens}
-        return settings | {"text": digest, "length": self.ids.shape[1]}
-
-
-class Distilled:
-    """What `distill` wrote: rows of quantized matrices, read on demand."""
-
-    def __init__(self, folder: Path):
-        finished = folder / "finished"
-        self.tensors: dict[str, SourceTensor] = read_headers(
-            finished if finished.exists() else folder / "layers"
-        )
-
-    def rows(self, module: str, start: int, stop: int) -> list[mx.array] | None:
-        """Words, scales and biases of these rows as stored; None if the module has none here."""
-        if f"{module}.scales" not in self.tensors:
-            return None
-        tensors = [self.tensors[f"{module}.{kind}"] for kind in KINDS]
-        return [mx.array(read_rows(tensor, start, stop)) for tensor in tensors]
 
 
 def distill(
@@ -114,28 +59,6 @@ def distill(
     distillation.progress(distiller.num_layers, distiller.num_layers, "done")
     files = [f for part in ("layers", "finished") for f in sorted((folder / part).glob("*.json"))]
     return [PartReport(**json.loads(file.read_text("utf-8"))) for file in files]
-
-
-def distillation_lines(folder: Path) -> list[str]:
-    """What was trained, for people: losses before and after, the router, tokens of experts."""
-    lines = ["held-out loss before and after training, by layer"]
-    for row in json.loads((folder / REPORT_FILE).read_text("utf-8")):
-        report = PartReport(**row)
-        parts = [f"{part} {a:.2g} -> {b:.2g}" for part, (a, b) in report.losses.items()]
-        if report.expert_tokens:
-            parts.append(f"router misses {report.flips:.1%} of the choices")
-            parts.append(f"tokens an expert: {histogram(report.expert_tokens)}")
-        lines += [f"{report.name}: {'; '.join(parts)}"] if parts else []
-    return lines
-
-
-def histogram(counts: Iterable[int]) -> str:
-    """How many counts lie below each power of two from MIN_EXPERT_TOKENS on."""
-    counts = sorted(counts)
-    limits = [MIN_EXPERT_TOKENS * 2**i for i in range(20) if MIN_EXPERT_TOKENS * 2**i <= counts[-1]]
-    edges = [0, *limits, counts[-1] + 1]
-    bins = [(a, sum(a <= n < b for n in counts)) for a, b in pairwise(edges)]
-    return ", ".join(f"{number} from {edge}" for edge, number in bins if number)
 
 
 class _Distiller:

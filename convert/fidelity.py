@@ -15,8 +15,6 @@ from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.machine import default_limit_bytes
 from qwen35_mlx.memory import DEFAULT_CONTEXT as CONTEXT
 from qwen35_mlx.memory import count
-from qwen35_mlx.model.feed_forward import SparseMoE
-from qwen35_mlx.model.language import DecoderLayer
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.divergence import Divergence
 
@@ -181,14 +179,13 @@ def compare(
     ]
 
 
-def _run(layer: DecoderLayer, hidden: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+def _run(layer: Any, hidden: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
     """Hidden states after a layer, and the logits of its router, if it has one."""
-    if not isinstance(layer.mlp, SparseMoE):
+    if "gate" not in layer.mlp:
         return run_layer(layer, hidden), []
-    mlp: Any = layer.mlp
-    mlp.gate = recorder = _Recorder(mlp.gate)
+    recorder = layer.mlp.gate = _Recorder(layer.mlp.gate)
     hidden = run_layer(layer, hidden)
-    mlp.gate = recorder.module
+    layer.mlp.gate = recorder.module
     return hidden, recorder.outputs
 
 

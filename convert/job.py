@@ -29,7 +29,7 @@ from qwen35_mlx.files import locked, sync_folder, write_file, write_json
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
-from .distill import REPORT_FILE, Distillation, Distilled, distill
+from .distilled import REPORT_FILE, Distillation, Distilled
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .plan import DEFAULT_METHOD, DISTILL, STACKED, Plan, Recipe, plan
@@ -106,6 +106,9 @@ def convert(
         open_job(work, out, settings, opened.fingerprints())
         distilled, reports = None, []
         if distillation and calibration:
+            # Here: it imports the model, which no other conversion needs.
+            from .distill import distill
+
             reports = distill(planned, calibration, distillation, work / DISTILLED)
             distilled = Distilled(work / DISTILLED)
         journal = Journal(work / JOURNAL_FILE)

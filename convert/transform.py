@@ -1,6 +1,6 @@
 """Turns source rows into output rows: dequantize FP8, transform, cast, quantize."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,11 @@ from qwen35_mlx.quant.affine import largest_bits
 from qwen35_mlx.quant.packing import Quantized, joined
 from qwen35_mlx.quant.statistics import Calibration
 
+from .distilled import Distilled
 from .fp8 import dequantize_fp8, float32, scale_rows
 from .plan import Entry
 from .source import as_mlx, read_rows
 from .tasks import Task, entry_tasks
-
-if TYPE_CHECKING:
-    from .distill import Distilled
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # Magnitude bits of a stored number, and the least that is not finite.
@@ -38,7 +36,7 @@ class Known(NamedTuple):
 
     calibration: Calibration | None = None
     adapter: Adapter | None = None
-    distilled: "Distilled | None" = None
+    distilled: Distilled | None = None
 
 
 NOTHING = Known()

@@ -11,7 +11,13 @@ from test_mlx_lm import assert_equal_logits
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert import distill as module
 from qwen35_mlx.convert.calibrate import calibrate
-from qwen35_mlx.convert.distill import Distillation, distillation_lines, histogram
+from qwen35_mlx.convert.distilled import (
+    MIN_EXPERT_TOKENS,
+    REPORT_FILE,
+    Distillation,
+    distillation_lines,
+    histogram,
+)
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.latent import Schedule
@@ -96,7 +102,7 @@ def test_the_output_loads_in_mlx_lm_with_equal_logits(experts_distilled):
 
 
 def test_the_report_has_each_layer_and_all_tokens_of_experts(experts_distilled):
-    rows = json.loads((experts_distilled / module.REPORT_FILE).read_text())
+    rows = json.loads((experts_distilled / REPORT_FILE).read_text())
     layers = [row for row in rows if row["name"].startswith("layer-")]
     config = json.loads((experts_distilled / "config.json").read_text())
     text = config["text_config"]
@@ -165,4 +171,6 @@ def test_a_distillation_goes_with_its_method(sources, tmp_path):
 
 
 def test_the_histogram_counts_every_expert_once():
-    assert histogram([0, 3, 15, 16, 40, 40, 70]) == "3 from 0, 1 from 16, 2 from 32, 1 from 64"
+    counts = [0, 3, 127, 128, 300, 300, 600]
+    assert MIN_EXPERT_TOKENS == 128
+    assert histogram(counts) == "3 from 0, 1 from 128, 2 from 256, 1 from 512"

@@ -25,7 +25,7 @@ import qwen35_mlx
 from qwen35_mlx.config import read_config
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.calibrate import Calibration, calibrate
-from qwen35_mlx.convert.distill import Distillation, distillation_lines
+from qwen35_mlx.convert.distilled import Distillation, distillation_lines
 from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.quant.divergence import kl_divergence
 

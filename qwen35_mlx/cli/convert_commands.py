@@ -96,7 +96,7 @@ def convert(
     from ..convert import convert as run
     from ..convert import plan as make_plan
     from ..convert import verify as read_again
-    from ..convert.distill import distillation_lines
+    from ..convert.distilled import distillation_lines
     from ..convert.hub import is_hub_id
     from ..convert.job import refuse_existing
     from ..convert.report import conversion_lines
@@ -368,7 +368,7 @@ def distillation_for(source: str, text: Path | None, finish_tokens: int, method:
     if method != "distill":
         return None
     from ..convert.calibration_text import TEXT_FILE, encode
-    from ..convert.distill import Distillation
+    from ..convert.distilled import Distillation
 
     return Distillation(encode(Path(source), text or TEXT_FILE), finish_tokens)
 

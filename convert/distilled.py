@@ -1,0 +1,97 @@
+"""What a distillation is asked for, what it did, and the rows of the matrices that it wrote."""
+
+# B texts, T tokens.
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from qwen35_mlx.checkpoint.headers import SourceTensor, read_headers
+from qwen35_mlx.progress import StepProgress
+from qwen35_mlx.quant.latent import Schedule
+
+from .source import read_rows
+
+# An expert that sees fewer tokens keeps what error feedback gave it.
+MIN_EXPERT_TOKENS = 128
+# Passes over the text, and how far weights move in a step: of a part of a layer, whose loss has
+# little noise.
+EPOCHS, RATE = 5, 0.04
+REPORT_FILE = "distillation.json"
+KINDS = ("weight", "scales", "biases")
+
+
+@dataclass
+class PartReport:
+    """What the training of a layer, the head or the whole model did."""
+
+    name: str
+    # By part: the loss on held-out batches before and after.
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    # Tokens of each expert, and the share of the source's choices that the router misses.
+    expert_tokens: list[int] = field(default_factory=list)
+    flips: float | None = None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What to train on, ids `[B, T]`, and for how long."""
+
+    ids: mx.array
+    # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
+    finish_tokens: int = 0
+    schedule: Schedule = field(default_factory=lambda: Schedule(EPOCHS, RATE))
+    progress: StepProgress = lambda done, total, step: None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result, in words that fit into JSON."""
+        digest = hashlib.sha256(np.array(self.ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+        settings = asdict(self.schedule) | {"finish_tokens": self.finish_tokens}
+        return settings | {"text": digest, "length": self.ids.shape[1]}
+
+
+class Distilled:
+    """What `distill` wrote: rows of quantized matrices, read on demand."""
+
+    def __init__(self, folder: Path):
+        finished = folder / "finished"
+        self.tensors: dict[str, SourceTensor] = read_headers(
+            finished if finished.exists() else folder / "layers"
+        )
+
+    def rows(self, module: str, start: int, stop: int) -> list[mx.array] | None:
+        """Words, scales and biases of these rows as stored; None if the module has none here."""
+        if f"{module}.scales" not in self.tensors:
+            return None
+        tensors = [self.tensors[f"{module}.{kind}"] for kind in KINDS]
+        return [mx.array(read_rows(tensor, start, stop)) for tensor in tensors]
+
+
+def distillation_lines(folder: Path) -> list[str]:
+    """What was trained, for people: losses before and after, the router, tokens of experts."""
+    lines = ["held-out loss before and after training, by layer"]
+    for row in json.loads((folder / REPORT_FILE).read_text("utf-8")):
+        report = PartReport(**row)
+        parts = [f"{part} {a:.2g} -> {b:.2g}" for part, (a, b) in report.losses.items()]
+        if report.expert_tokens:
+            parts.append(f"router misses {report.flips:.1%} of the choices")
+            parts.append(f"tokens an expert: {histogram(report.expert_tokens)}")
+        lines += [f"{report.name}: {'; '.join(parts)}"] if parts else []
+    return lines
+
+
+def histogram(counts: Iterable[int]) -> str:
+    """How many counts lie below each power of two from MIN_EXPERT_TOKENS on."""
+    counts = sorted(counts)
+    limits = [MIN_EXPERT_TOKENS * 2**i for i in range(20) if MIN_EXPERT_TOKENS * 2**i <= counts[-1]]
+    edges = [0, *limits, counts[-1] + 1]
+    bins = [(a, sum(a <= n < b for n in counts)) for a, b in pairwise(edges)]
+    return ", ".join(f"{number} from {edge}" for edge, number in bins if number)
