@@ -48,7 +48,7 @@ class Distillation:
     # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
     finish_tokens: int = 0
     schedule: Schedule = field(default_factory=lambda: Schedule(EPOCHS, RATE))
-    progress: StepProgress = lambda done, total, step: None
+    progress: StepProgress = field(default=lambda done, total, step: None, repr=False)
 
     @property
     def settings(self) -> dict[str, Any]:

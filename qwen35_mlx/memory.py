@@ -45,13 +45,11 @@ KV_BITS: dict[str, tuple[int, int] | None] = {"16": None, "8": (8, 8), "k8v4": (
 KV_GROUP_SIZE = 64
 # Tokens by which buffers of keys and values grow at least.
 KV_STEP = 256
-# With experts from disk: tokens that are brought through a layer together, and bytes of what the
-# experts make of them.
+# With experts from disk: tokens that go through a layer together, and bytes of what comes out.
 MAX_SWEEP_TOKENS, SWEEP_BYTES = 32_768, 3 * 10**9
 # What else is allocated ahead, seen in models of many layers.
 AHEAD = 1.15
-# Of `chunk_gated_delta_rule`: tokens of a chunk.
-CHUNK_SIZE = 64
+CHUNK_SIZE = 64  # Of `chunk_gated_delta_rule`.
 
 
 class MemoryCount(NamedTuple):
@@ -471,8 +469,7 @@ def _refused(
     fitting = longest_context(config, needed.weights, limit, item_bytes)
     if fitting and needed.context:
         hints.append(f"--context {fitting} is the longest that fits")
-    if not hints:
-        hints.append("fewer bits: qwen35-mlx plan SRC --fit MEMORY shows what fits")
+    hints = hints or ["fewer bits: qwen35-mlx plan SRC --fit MEMORY shows what fits"]
     hints.append("--force loads it all the same")
     return MemoryRefused(
         "the model does not fit this machine",

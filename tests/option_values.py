@@ -30,3 +30,21 @@ PLAN = {
     "--calibration": ["{calibration}"],
     "--revision": ["v1"],
 }
+CONVERT = PLAN | {
+    "--method": ["gptq"],
+    "--experts-layout": ["disk"],
+    "--calibrate": [],
+    "--calibration-text": ["{text}", "--calibrate"],
+    "--finish-tokens": ["64", "--method", "distill", "--calibrate"],
+    "--keep-source": [],
+    "--verify": [],
+}
+FIDELITY = {
+    "--text": ["{text}"],
+    "--tokens": ["9"],
+    "--tasks": [],
+    "--mac": ["M4 Max 128GB"],
+    "--save": [],
+    "--png": ["x.png"],
+    "--adapter-path": ["a"],
+}

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import typer
 from everyday import everyday
-from option_values import PLAN, SAMPLING
+from option_values import CONVERT, FIDELITY, PLAN, SAMPLING
 from typer.testing import CliRunner
 
 from qwen35_mlx.chat import conversation
@@ -30,15 +30,7 @@ HUB = "owner/name"
 # Values that differ from the defaults, and the options that an option needs. Every option of every
 # command is here: a new one fails until it is.
 OPTIONS: dict[str, dict[str, list[str]]] = {
-    "convert": PLAN
-    | {
-        "--method": ["gptq"],
-        "--experts-layout": ["disk"],
-        "--calibrate": [],
-        "--calibration-text": ["{text}", "--calibrate"],
-        "--keep-source": [],
-        "--verify": [],
-    },
+    "convert": CONVERT,
     "plan": PLAN
     | {
         "--calibration": ["{calibration}", "--fit", "24GB"],
@@ -48,15 +40,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--macs": ["2"],
         "--png": ["x.png"],
     },
-    "fidelity": {
-        "--text": ["{text}"],
-        "--tokens": ["9"],
-        "--tasks": [],
-        "--mac": ["M4 Max 128GB"],
-        "--save": [],
-        "--png": ["x.png"],
-        "--adapter-path": ["a"],
-    },
+    "fidelity": FIDELITY,
     "upload": {"--public": [], "--card": [], "--yes": []},
     "generate": SAMPLING
     | {
@@ -227,7 +211,16 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
     from qwen35_mlx.cli import fidelity_command as comparing
     from qwen35_mlx.cli import report as cli_report
-    from qwen35_mlx.convert import calibrate, calibration_text, fidelity, fit, job, report, upload
+    from qwen35_mlx.convert import (
+        calibrate,
+        calibration_text,
+        distilled,
+        fidelity,
+        fit,
+        job,
+        report,
+        upload,
+    )
     from qwen35_mlx.engine import scheduler, segments
     from qwen35_mlx.evaluation import bench as measuring
     from qwen35_mlx.evaluation import recall, rival, scoring
@@ -282,6 +275,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(calibrate, "calibrate", data)
     fake(calibration_text, "encode", lambda *_, **__: SimpleNamespace(size=1))
     fake(calibration_text, "overlap")
+    fake(distilled, "distillation_lines", ())
     fake(statistics, "load", data)
     fake(statistics, "save")
     fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])
@@ -496,7 +490,6 @@ def test_the_choices_of_drafts_are_those_of_the_engine() -> None:
 
 def test_the_choices_of_chat_are_those_of_a_conversation(demo: Any) -> None:
     for parameter in COMMANDS["chat"].params:
-        for option in ("on_loop", "preset"):
-            if parameter.name == option:
-                for value in get_args(parameter.type_descriptor.annotation):
-                    Chat(*demo, **{option: value}).sampling_params(True)
+        if parameter.name in ("on_loop", "preset"):
+            for value in get_args(parameter.type_descriptor.annotation):
+                Chat(*demo, **{parameter.name: value}).sampling_params(True)
