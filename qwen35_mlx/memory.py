@@ -191,19 +191,16 @@ def read_share(config: ModelConfig, module: str) -> float:
         return 0.0
     if ".switch_mlp." in module:
         return config.num_experts_per_tok / config.num_experts
-    if module.endswith("embed_tokens") and not config.tie_word_embeddings:
-        return 1 / config.vocab_size
-    return 1.0
+    is_looked_up = module.endswith("embed_tokens") and not config.tie_word_embeddings
+    return 1 / config.vocab_size if is_looked_up else 1.0
 
 
 def decode_bytes(
     config: ModelConfig, sizes: Iterable[tuple[str, float]], context: int, item_bytes: int = 2
 ) -> int:
-    """What decoding a token reads behind so many: weights, chosen experts alone, keys, values and
-    states. `sizes` are bytes by module."""
+    """What decoding a token reads behind so many: of `sizes`, by module, and of the caches."""
     weights = sum(int(nbytes * read_share(config, module)) for module, nbytes in sizes)
-    cache = kv_bytes(config, context, item_bytes) + 2 * state_bytes(config, item_bytes)
-    return weights + cache
+    return weights + kv_bytes(config, context, item_bytes) + 2 * state_bytes(config, item_bytes)
 
 
 def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: int = 2) -> int:

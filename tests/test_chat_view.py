@@ -179,7 +179,7 @@ ODD = (
 
 @pytest.mark.parametrize(
     "name",
-    everyday([name for name in COMMANDS if name != "/exit"], *range(4, len(COMMANDS) - 1, 4)),
+    everyday([name for name in COMMANDS if name != "/exit"], 3, 10, 15),
 )
 def test_no_argument_of_a_command_ends_the_chat(talk: Any, name: str) -> None:
     lines = [f"{name} {odd}" for odd in ODD]

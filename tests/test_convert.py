@@ -155,6 +155,7 @@ def test_fused_and_separate_experts_give_the_same_file(tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_one_file_and_many_shards_give_the_same_file(tmp_path):
     for num_shards in (1, 2, 7):
         write_checkpoint(tmp_path / f"src{num_shards}", moe=True, mtp=True, num_shards=num_shards)
@@ -206,6 +207,7 @@ def test_mtp_experts_that_are_fused_give_the_same_file(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_text_only_and_whole_checkpoints_give_the_same_file(tmp_path):
     for kind in (False, True):
         write_checkpoint(tmp_path / f"src{kind}", moe=kind, flat=False)

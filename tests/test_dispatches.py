@@ -6,6 +6,8 @@ from everyday import everyday
 
 from qwen35_mlx.kernels import tiers
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 @pytest.mark.parametrize("name", ["397B-A17B", "35B-A3B", "0.8B"])
 @pytest.mark.parametrize("num_tokens", everyday([1, 5, 2048], 0, 2))

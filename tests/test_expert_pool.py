@@ -134,6 +134,16 @@ def test_each_missing_expert_is_read_once_and_nothing_else(
     assert reads.num_calls == num_reads * stats.misses
 
 
+def test_the_expert_that_was_not_used_for_the_longest_time_gives_its_slot(
+    pooled: Any, disk_layout: Path
+) -> None:
+    pool = pooled(disk_layout, 3).layers[0].mlp.pool
+    for experts in ([0, 1], [2, 0], [3, 3]):
+        pool.place(mx.array([experts]))
+    # The first of all has been used again.
+    assert list(pool._slots) == [0, 2, 3]
+
+
 def test_a_prompt_of_many_pieces_reads_an_expert_once_a_layer(
     resident: Any, pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

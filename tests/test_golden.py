@@ -74,7 +74,7 @@ def test_one_prefill(case: tuple[Model, dict[str, np.ndarray]]) -> None:
     assert_same(model(mx.array(golden["ids"][None]))[0], golden["prefill_logits"])
 
 
-@pytest.mark.parametrize("piece", everyday(PIECES, 1, 3))
+@pytest.mark.parametrize("piece", everyday(PIECES, 1))
 def test_prefill_in_pieces_then_decode(
     case: tuple[Model, dict[str, np.ndarray]], piece: int
 ) -> None:

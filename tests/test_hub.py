@@ -119,6 +119,7 @@ def test_only_two_shards_lie_on_disk_and_none_stays(tmp_path, source, fake):
     assert sizes[0] < needed <= sum(sizes[-2:])
 
 
+@pytest.mark.slow
 def test_the_source_is_kept_on_request(tmp_path, source, fake):
     convert(REPO, tmp_path / "out", keep_source=True, **SETTINGS)
     shards = list(source.glob("*.safetensors"))
@@ -197,6 +198,7 @@ def test_what_the_hub_does_not_have_is_a_clear_error(fake, repo, revision, messa
         plan(repo, revision=revision)
 
 
+@pytest.mark.slow
 def test_a_revision_is_part_of_the_job(tmp_path, source, fake):
     def stop(done, total, tensor, file):
         if done > total / 2:

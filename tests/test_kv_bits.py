@@ -94,6 +94,7 @@ def test_logits_hardly_change(demo: tuple[Any, Any], kv_bits: str) -> None:
     assert mx.mean(kl_divergence(*logits)).item() < {"8": 3e-4, "k8v4": 5e-3}[kv_bits]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", KINDS)
 def test_drafts_are_taken_back_bit_by_bit(demo: tuple[Any, Any], kv_bits: str) -> None:
     model = with_bits(demo[0], kv_bits)

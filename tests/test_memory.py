@@ -82,7 +82,7 @@ def peak_of_a_prefill(config: ModelConfig, context: int, budget: int) -> int:
     ),
 )  # fmt: skip
 def test_the_count_is_an_upper_bound_of_what_a_prefill_takes(
-    name: str, context: int, limit_bytes: int
+    compiled: None, name: str, context: int, limit_bytes: int
 ) -> None:
     config = CONFIGS[name]
     counted = memory.count(config, 0, context, limit_bytes, item_bytes=4)

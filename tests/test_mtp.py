@@ -288,11 +288,14 @@ def add_layer(tensors: Tensors) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [
-        (lose_norm, "missing  mtp.pre_fc_norm_hidden.weight"),
-        (lose_expert, "missing  mtp.layers.0.mlp.experts.1.up_proj.weight"),
-        (add_layer, "unknown  mtp.layers.1.input_layernorm.weight"),
-    ],
+    everyday(
+        [
+            (lose_norm, "missing  mtp.pre_fc_norm_hidden.weight"),
+            (lose_expert, "missing  mtp.layers.0.mlp.experts.1.up_proj.weight"),
+            (add_layer, "unknown  mtp.layers.1.input_layernorm.weight"),
+        ],
+        1,
+    ),
 )
 def test_a_layer_that_is_not_whole_is_kept_and_named_and_the_text_runs(
     checkpoints: Checkpoints,

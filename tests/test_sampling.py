@@ -205,7 +205,7 @@ def test_a_row_of_a_batch_is_drawn_as_it_is_alone(params: SamplingParams) -> Non
 
 
 def test_neither_another_token_nor_another_value_compiles_again(
-    monkeypatch: pytest.MonkeyPatch,
+    compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traces: list[object] = []
 

@@ -309,6 +309,7 @@ def conversation(answer: Answer, text: str, **message: Any) -> list[Any]:
     return [{"role": "user", "content": QUESTIONS[0]}, said, {"role": "user", "content": text}]
 
 
+@pytest.mark.slow
 def test_a_thought_that_the_client_drops_costs_its_answer_alone(own):
     first = Answer(own.submit(ask(QUESTIONS[0])))
     request = Request(messages=conversation(first, "Why?"), params=GREEDY, max_tokens=2)

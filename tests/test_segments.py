@@ -104,6 +104,14 @@ def test_a_turn_appends_its_own_tokens_and_one_state(model: Any, tmp_path: Path)
     assert files(tmp_path) == after
 
 
+def test_the_half_files_of_a_killed_writer_are_removed(model: Any, tmp_path: Path) -> None:
+    half, other = tmp_path / ".a.partial.safetensors", tmp_path / "other.safetensors"
+    for file in (half, other):
+        file.write_bytes(b"half")
+    write(Segments(tmp_path, model), read_cache(model, IDS[:10]))
+    assert not half.exists() and other.read_bytes() == b"half"
+
+
 def test_a_flipped_bit_in_any_file_is_found_and_the_rest_is_used(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +139,9 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_rest_is_used(
         assert start // 100 * 100 <= len(loaded.ids) < 300 or name.endswith("states.safetensors")
         assert len(found.problems) == 1 or len(loaded.ids) == 300
         assert (tmp_path / name).exists() is (len(loaded.ids) == 300)
+        if name.endswith("states.safetensors"):
+            # The keys and values up to there are of use all the same.
+            assert files(tmp_path).keys() >= whole.keys() - {name}
         for each, content in whole.items():
             (tmp_path / each).write_bytes(content)
 
@@ -240,7 +251,6 @@ def test_a_full_disk_loses_nothing_that_was_there(
     assert loaded is not None and held(loaded) == held(cache)
 
 
-@pytest.mark.slow
 def test_what_was_of_no_use_for_the_longest_time_goes_first(model: Any, tmp_path: Path) -> None:
     texts = [[*IDS[:100], number, *IDS[100:150]] for number in range(4)]
     disk = Segments(tmp_path, model)

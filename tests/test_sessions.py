@@ -64,6 +64,7 @@ def test_a_session_goes_on_without_a_prefill(demo: Any) -> None:
     assert resumed.stats.prefilled_tokens <= 12
 
 
+@pytest.mark.slow
 def test_a_session_left_right_behind_an_answer_reads_no_more_than_that(demo: Any) -> None:
     chat = new_chat(demo)
     ask(chat, FRANCE)

@@ -234,6 +234,7 @@ def test_a_conversation_is_the_same_with_drafts(demo: Any, options: dict[str, An
             assert all(mx.array_equal(a, b).item() for a, b in zip(ours[4], theirs[4], strict=True))
 
 
+@pytest.mark.slow
 def test_a_session_keeps_what_the_mtp_layer_has_read(demo: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"draft": "mtp", "num_draft_tokens": 3, "enable_thinking": False}
     options |= {"max_tokens": 30, "sampling": {"temperature": 0.0}}
@@ -288,7 +289,7 @@ def interrupt(patch: pytest.MonkeyPatch, cache: PromptCache, where: str) -> None
         patch.setattr(prompt_cache, "accept", accept)
 
 
-@pytest.mark.parametrize("where", ["commit", "accept"])
+@pytest.mark.parametrize("where", everyday(["commit", "accept"], 0))
 def test_ctrl_c_inside_of_a_round_leaves_layers_that_agree(random_model: Model, where: str) -> None:
     cache = interrupted(random_model, where)
     cache._ids = list(cache._ids)

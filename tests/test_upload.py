@@ -1,6 +1,7 @@
 """Sent to the hub: bit-identical whatever the network does; the card's numbers are the files'."""
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -68,7 +69,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_what_is_sent_is_bit_identical_whatever_the_network_does(out, fake, faults):
     (out / "token.txt").write_text("nothing of the model")
     fake.upload_faults = list(faults)
-    url = upload.upload(upload.prepare(out, REPO))
+    steps: list[tuple[int, str]] = []
+    given = upload.prepare(out, REPO)
+    url = upload.upload(given, progress=lambda done, _, tensor, file: steps.append((done, file)))
     assert fake.num_faults == len([f for f in faults if f]) and url.endswith(REPO)
     there = files(fake.folder)
     mine = files(out)
@@ -79,6 +82,10 @@ def test_what_is_sent_is_bit_identical_whatever_the_network_does(out, fake, faul
     # The files that make a repository complete come behind all weights.
     assert len(fake.commits) > 2 and "README.md" in fake.commits[-1]
     assert "config.json" in fake.commits[-1]
+    # Behind the check of the folder, each file with the bytes of those before it.
+    steps = steps[-len(fake.commits) :]
+    sizes = [(out / file).stat().st_size for _, file in steps[:-1]]
+    assert [done for done, _ in steps] == list(itertools.accumulate(sizes, initial=0))
 
 
 def test_a_stopped_upload_sends_only_what_is_missing(out, fake, monkeypatch):
@@ -161,6 +168,7 @@ def test_the_numbers_of_the_card_are_those_of_the_files(converted_demo, tmp_path
     num_weights = 3 * 64 * sum(math.prod(arrays[name].shape) for name in names)
     assert names and int(row(text, "routed experts")[0]) == num_weights
     figures = json.loads((out / "fidelity.json").read_text())
+    assert "| figure | value |" in text
     assert row(text, "perplexity") == [f"{figures['quantized_perplexity']:.4f}"]
     assert figures.items() <= json.loads(saved.stdout.splitlines()[-1]).items()
     assert "JSON that is valid" not in text

@@ -1,9 +1,12 @@
 """How many dispatches a decoded token takes at the shapes of the largest model."""
 
 import bench_kernels as bench
+import pytest
 from dispatches import count, mlx_lm_model, of_a_step, our_model, per_kind
 
 from qwen35_mlx.config import FULL, LINEAR
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def test_a_layer_takes_few_dispatches_and_a_token_a_fifth_of_mlx_lms():

@@ -35,6 +35,13 @@ def test_every_prompt_of_a_list_gets_its_choices_in_order(server, stream):
     assert [t.request.prompt for t in server.engine.tickets] == prompts
 
 
+def test_a_prompt_that_is_refused_ends_those_before_it(server):
+    server.engine.say = [60.0]
+    assert ask(server, ["one", "two " * 5000]).status == 400
+    (ticket,) = server.engine.tickets
+    assert ticket.is_cancelled.wait(2)
+
+
 def test_ids_are_prompts(server):
     assert len(ask(server, [5, 6, 7]).json["choices"]) == 1
     assert server.engine.last.prompt == [5, 6, 7]

@@ -11,8 +11,10 @@ from server.fake_engine import FakeEngine
 from server.running import MODEL, Running
 
 from qwen35_mlx.cli.serve_commands import running_server
+from qwen35_mlx.engine.requests import EngineBusy, EngineStopped
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.server import run
+from qwen35_mlx.server.faults import as_fault
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -47,6 +49,12 @@ def test_a_model_that_does_not_load_ends_the_server_with_its_error():
     bound = run.bind("127.0.0.1", 0)
     with pytest.raises(Qwen35Error, match="no such model"):
         run.serve(fails, bound, lambda: None)
+
+
+@pytest.mark.parametrize("error, status", [(EngineBusy("full"), 429), (EngineStopped("no"), 503)])
+def test_who_comes_at_a_bad_time_is_told_to_come_again(error, status):
+    fault = as_fault(error)
+    assert fault.status == status and int(fault.headers["retry-after"]) > 0
 
 
 def test_a_server_that_still_loads_ends_at_once():

@@ -194,6 +194,15 @@ def test_a_client_that_leaves_ends_its_work(server, stream, how):
     assert server.chat().status == 200
 
 
+def test_the_head_of_a_stream_comes_before_any_sign_of_life(server, monkeypatch):
+    monkeypatch.setattr(events, "KEEPALIVE_SECONDS", 60)
+    server.engine.say = [60.0, "Paris."]
+    with connect(server) as sock:
+        sock.settimeout(5)
+        sock.sendall(post(CHAT | {"stream": True}, PATH, Connection="close"))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 def test_the_head_of_a_stream_comes_at_once_and_something_all_the_time(server, monkeypatch):
     monkeypatch.setattr(events, "KEEPALIVE_SECONDS", 0.05)
     # Longer than all of the test.
