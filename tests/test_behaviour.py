@@ -1,6 +1,7 @@
 """Answers of a quantized model beside those of its reference."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -185,7 +186,9 @@ def test_fidelity_compares_the_answers_of_several_models(tmp_path, converted_dem
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert 0.3 < found["same_tokens"] <= 1 and found["thought_tokens"] > 5
-    assert "SRC  100.0%     100.0%" in result.stdout
+    own = found["reference_answers"]
+    assert own["same_tokens"] == own["thought_ratio"] == 1
+    assert re.search(r"\nSRC +100.0% +100.0% ", result.stdout)
     assert png.read_bytes().startswith(b"\x89PNG")
     # The copy of the original in bfloat16 is gone.
     assert list((tmp_path / "cache").iterdir()) == []

@@ -280,7 +280,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(statistics, "save")
     fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])
     for name in ("check_memory", "answer_tasks"):
-        fake(comparing, name, [])
+        fake(comparing, name, [{}])
     for name in ("report_lines", "plot", "open_with"):
         fake(fidelity, name, ())
     fake(fidelity.Comparison, "rows", [{"name": "b"}])

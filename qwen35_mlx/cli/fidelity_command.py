@@ -108,11 +108,12 @@ def fidelity(
     if len(reports) == 1:
         print_lines([*report_lines(reports[0]), ""])
     print_lines(comparison.lines())
+    facts: dict[str, Any] = {"reference": reference.resolve().name, "text": file.name}
     if tasks:
         comparison = replace(comparison, tasks=answer_tasks([reference, *quantized], adapter_path))
         print_lines(["", *comparison.task_lines()])
+        facts["reference_answers"] = comparison.tasks[0]
     rows = comparison.rows()
-    facts = {"reference": reference.resolve().name, "text": file.name}
     if save:
         for folder, name in zip(quantized, names, strict=True):
             (row,) = (row for row in rows if row["name"] == name)
