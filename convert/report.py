@@ -261,7 +261,8 @@ def family_lines(
     return [
         f"{memory_bytes / GIB:.0f} GB of memory: {where}{each}",
         *aligned(rows),
-        f"size, and {asked}; {_raised_note(memory_bytes)}",
+        f"size, and {asked}",
+        _raised_note(memory_bytes),
         "then plan NAME for one of them",
     ]
 

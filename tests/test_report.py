@@ -111,9 +111,11 @@ def test_the_397b_is_planned_from_a_few_megabytes(real: FakeHub) -> None:
     assert SHARD_BYTES < fetched <= 3 * SHARD_BYTES
     lines = page.mac_lines(mixed, MACS)
     ultra = next(line for line in lines if line.startswith("M2 Ultra") and "192 GB" in line)
-    # 128K would fit without the MTP layer.
-    assert [cell[:2] for cell in ultra.split()[6:10]] == ["N=", "N=", "no", "no"]
-    assert ultra.split()[10] == f"{mac_models.tokens_per_second(mixed, 800, 8192):.0f}"
+    *fits, bound = re.split(" {2,}", ultra)[3:]
+    assert [cell[:2] for cell in fits] == ["N="] * 4
+    # As `load` does: 8 bits of keys first, then without the layer.
+    assert [cell.partition(" ")[2] for cell in fits] == ["", "", "no MTP", "kv8 no MTP"]
+    assert bound == f"{mac_models.tokens_per_second(mixed, 800, 8192):.0f}"
     assert next(line for line in lines if "128 GB" in line).split()[-1] == "-"
     largest = next(line for line in lines if "512 GB" in line)
     assert largest.split().count("fits") == 4
@@ -175,8 +177,8 @@ def test_what_fits_this_machine_names_every_model() -> None:
     assert lines[0] == "192 GB of memory: a Mac with M2 Ultra"
     cells = {line.split()[0]: line for line in lines if line.startswith("Qwen")}
     assert list(cells) == [member.full_name for member in FAMILY]
-    # With 3.7 GB of the MTP layer.
-    assert "178.2 GB, 32k*" in cells["Qwen3.5-397B-A17B"]
+    # 3.7 GB of the MTP layer are left out for it.
+    assert "178.2 GB, 256k* kv8 no MTP" in cells["Qwen3.5-397B-A17B"]
     assert "227.7 GB, no" in cells["Qwen3.5-397B-A17B"]
     assert "16.4 GB, 256k" in cells["Qwen3.5-27B"]
 
