@@ -119,7 +119,8 @@ def test_adapters_are_listed_and_others_refused(adapter_server):
     tags = adapter_server.get("/api/tags").json["models"]
     assert [model["name"] for model in tags] == names
     body = {"messages": [{"role": "user", "content": "hi"}]}
-    for fields in ({"model": f"{MODEL}:none"}, {"adapters": "../secret"}, {"adapters": "none"}):
+    wrong = ({"model": f"{MODEL}:none"}, {"adapters": "../secret"}, {"adapters": "none"})
+    for fields in (*wrong, {"model": f"{MODEL}:fine", "adapters": "other"}):
         assert adapter_server.post("/v1/chat/completions", body | fields).status in (400, 404)
 
 

@@ -257,11 +257,6 @@ def _anthropic(message: Message) -> Message:
     return {"role": message["role"], "content": message["content"]}
 
 
-def _anthropic_tool(function: Any) -> Message:
-    named = {name: function[name] for name in ("name", "description")}
-    return {**named, "input_schema": function["parameters"]}
-
-
 def _input(text: str) -> list[Message]:
     return [{"type": "input_text", "text": text}]
 

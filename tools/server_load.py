@@ -21,6 +21,7 @@ NUM_WORKERS = 6
 WARM_SHARE = 0.4
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES, OLLAMA = "/v1/messages", "/v1/responses", "/api/chat"
+EMBEDDINGS = "/v1/embeddings"
 QUESTIONS = (
     "What is the capital of France?",
     "What is 47 + 85?",
@@ -36,7 +37,8 @@ FIELDS = (
     "tool_choice max_tokens max_completion_tokens max_output_tokens seed logprobs top_logprobs "
     "logit_bias response_format text system thinking options format think images instructions "
     "previous_response_id reasoning reasoning_effort echo best_of suffix stop_sequences store "
-    "metadata user functions function_call chat_template_kwargs output_config keep_alive include"
+    "metadata user functions function_call chat_template_kwargs output_config keep_alive include "
+    "adapters dimensions encoding_format"
 ).split()
 RAW = (
     b"\r\n\r\n\r\n",
@@ -83,6 +85,7 @@ def sound_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
             (MESSAGES, {"messages": messages, "max_tokens": most, **stream}),
             (RESPONSES, {"input": text, "max_output_tokens": most, **stream}),
             (OLLAMA, {"messages": messages, "options": {"num_predict": most}, **stream}),
+            (EMBEDDINGS, {"input": [text, "Paris"], "encoding_format": "base64"}),
             (
                 CHAT,
                 {

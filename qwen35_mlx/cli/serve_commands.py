@@ -4,8 +4,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +15,6 @@ from . import completion, options
 from .chat_commands import bundled_demo, newest
 
 if TYPE_CHECKING:
-    from ..engine.segments import Segments
-    from ..model.language import Model
     from ..server.clients import Endpoint
 
 KEY_VARIABLE = "QWEN35_MLX_API_KEY"
@@ -107,32 +104,52 @@ def serve(
     name = name or ("demo" if source is None else None)
     url = shown_url(host, bound.getsockname()[1])
     loading = spinner(f"Loading {folder}")
-    made = []
-
-    def open_disk(loaded: "Model") -> "Segments | None":
-        from ..engine.segments import open_folder
-
-        if cache_dir is None:
-            return None
-        return held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
+    made: list[Any] = []
 
     def make() -> Any:
-        app, settings = _application(
+        """The application with an engine that runs."""
+        from ..checkpoint.adapter import read_adapter
+        from ..engine.prefix_store import PrefixStore
+        from ..engine.scheduler import Engine, Limits
+        from ..engine.segments import open_folder
+        from ..model.adapters import with_adapter
+        from ..model.loading import load
+        from ..server.app import make_app
+        from ..server.service import Settings
+
+        loaded, tokenizer = load(
             folder,
-            name,
-            api_key,
-            allow_host or [],
-            max_context,
-            queue,
-            adapters,
-            kernels,
-            force,
-            kv_bits,
-            experts_memory,
-            open_disk,
+            kernels=kernels,
+            context=max_context,
+            force=force,
+            kv_bits=kv_bits,
+            experts_memory=experts_memory,
         )
+        disk = open_folder(cache_dir, loaded, cache_limit * 1e9) if cache_dir else nullcontext()
+        engine = Engine(
+            loaded,
+            tokenizer,
+            store=PrefixStore(loaded, disk=held.enter_context(disk)),
+            limits=Limits(max_queued=queue),
+            adapters={
+                adapter: with_adapter(loaded, read_adapter(path))
+                for adapter, path in adapters.items()
+            },
+        )
+        path = Path(folder)
+        settings = Settings.of(
+            loaded,
+            tokenizer,
+            path,
+            model_id=name or (path.resolve().name if path.is_dir() else folder),
+            aliases=[folder],
+            adapters=list(adapters),
+            api_key=api_key,
+            hosts=allow_host or [],
+        )
+        engine.start()
         made.append(settings)
-        return app
+        return make_app(engine, settings, tokenizer)
 
     def is_ready() -> None:
         loading.stop()
@@ -144,62 +161,6 @@ def serve(
 
     with ExitStack() as held, loading:
         run(make, bound, is_ready)
-
-
-def _application(
-    folder: str,
-    name: str | None,
-    api_key: str | None,
-    hosts: list[str],
-    max_context: int | None,
-    queue: int,
-    adapters: dict[str, str],
-    kernels: str,
-    force: bool,
-    kv_bits: str,
-    experts_memory: str | None,
-    open_disk: "Callable[[Model], Segments | None]",
-) -> tuple[Any, Any]:
-    """The application with an engine that runs, and what clients see of the model."""
-    from ..checkpoint.adapter import read_adapter
-    from ..engine.prefix_store import PrefixStore
-    from ..engine.scheduler import Engine, Limits
-    from ..model.adapters import with_adapter
-    from ..model.loading import load
-    from ..server.app import make_app
-    from ..server.service import Settings
-
-    loaded, tokenizer = load(
-        folder,
-        kernels=kernels,
-        context=max_context,
-        force=force,
-        kv_bits=kv_bits,
-        experts_memory=experts_memory,
-    )
-    engine = Engine(
-        loaded,
-        tokenizer,
-        store=PrefixStore(loaded, disk=open_disk(loaded)),
-        limits=Limits(max_queued=queue),
-        adapters={
-            name: with_adapter(loaded, read_adapter(path)) for name, path in adapters.items()
-        },
-    )
-    path = Path(folder)
-    model_id = name or (path.resolve().name if path.is_dir() else folder)
-    settings = Settings.of(
-        loaded,
-        tokenizer,
-        path,
-        model_id=model_id,
-        aliases=[folder],
-        adapters=list(adapters),
-        api_key=api_key,
-        hosts=hosts,
-    )
-    engine.start()
-    return make_app(engine, settings, tokenizer), settings
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:

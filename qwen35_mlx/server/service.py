@@ -171,7 +171,10 @@ class Service:
             raise body.refuse("adapters", names)
         name = (body.text("model") or body.text("name") or "").removesuffix(":latest")
         known = dict(zip(self.model_names[1:], self.settings.adapters, strict=True))
-        return given or known.get(name, "")
+        named = known.get(name, "")
+        if given and named and given != named:
+            raise body.refuse("adapters", f"{named}, which model names, or nothing")
+        return given or named
 
     def check_model(self, body: Fields) -> str:
         """The name that the client uses for the model; it may leave it out."""
