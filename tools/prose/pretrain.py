@@ -48,6 +48,7 @@ def text_config(kind: str, end: int, stop: int) -> dict[str, Any]:
         linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=32,
         linear_value_head_dim=64, linear_conv_kernel_dim=4, max_position_embeddings=4096,
         eos_token_id=stop, pad_token_id=end, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        hidden_act="silu", full_attention_interval=4,
         rope_parameters=dict(
             rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25,
             mrope_section=[3, 3, 2], mrope_interleaved=True,
