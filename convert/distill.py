@@ -27,10 +27,10 @@ from .transform import quantize_rows
 
 # Of a step, and of a step of one expert.
 BATCH_TOKENS, EXPERT_BATCH = 1024, 256
-# Passes over the text, and steps of an expert, whose tokens are few.
-EPOCHS, EXPERT_STEPS, FINISH_EPOCHS = 5, 200, 2
-# Of a part of a layer, whose loss has little noise; and of the whole model.
-RATE, FINISH_RATE = 0.04, 0.008
+# Steps of an expert, whose tokens are few.
+EXPERT_STEPS = 200
+# Of the whole model: passes over the text, and how far scales and biases move in a step.
+FINISH_EPOCHS, FINISH_RATE = 2, 0.002
 # Weight of the loss from the source's own activations, beside that from the quantized model's.
 SOURCE_WEIGHT = 0.25
 # Weight of the router's wrong choices beside the divergence of its probabilities.
@@ -74,7 +74,7 @@ class _Distiller:
         self.per_token = self.model.config.num_experts_per_tok
         at_once = max(BATCH_TOKENS // self.ids.shape[1], 1)
         self.batches = [slice(i, i + at_once) for i in range(0, len(self.ids), at_once)]
-        self.report = PartReport("")
+        self.report, self.prefix = PartReport(""), ""
         self.done = 0
 
     def run_layers(self) -> mx.array:
@@ -164,7 +164,7 @@ class _Distiller:
             parts = {path.removeprefix(prefix): p for path, p in _read(file).items()}
             self._put(student, parts)
             return student
-        self.report, parts = PartReport(name), Parts()
+        self.report, self.prefix, parts = PartReport(name), prefix, Parts()
         for path, module in matrices(teacher).items():
             entry = self.entries.get(prefix + path)
             if entry is not None and path.endswith(endings):
@@ -240,6 +240,8 @@ class _Distiller:
         mx.eval(trained.parts)
         self._put(student, trained.parts)
         self.report.losses[part] = trained.before, trained.after
+        share = round(trained.after / trained.before, 4) if trained.before else 1.0
+        self.report.left |= {self.prefix + name: share for name in latents}
         mx.clear_cache()
 
     def _experts(
@@ -339,6 +341,8 @@ class _Distiller:
             parts[name] = words, scales, biases
         self._put(student, {name: parts[name] for name in names})
         self.report.losses["experts"] = before / num_experts, after / num_experts
+        share = round(after / before, 4) if before else 1.0
+        self.report.left |= {self.prefix + name: share for name in names}
 
     def _one_expert(
         self,
@@ -376,7 +380,7 @@ class _Distiller:
 
     def finish(self, seen: mx.array, num_tokens: int) -> None:
         """Train all matrices at once on the divergence of the logits, with the model in memory."""
-        self.report, self.done = PartReport("whole"), self.num_layers - 1
+        self.report, self.prefix, self.done = PartReport("whole"), "", self.num_layers - 1
         ends = self.model.ends
         student = Model(replace(self.model.config, vision=None, num_mtp_layers=0))
         student.update(ends.parameters())
@@ -397,6 +401,8 @@ class _Distiller:
         teacher = _Weights({path: _module(student, path).weight for path in parts})
         schedule = replace(self.schedule, epochs=FINISH_EPOCHS, rate=FINISH_RATE, codes=False)
         self._train("all", teacher, student, parts, list(parts), loss, num_batches, schedule)
+        # Of the layers alone: this is of all modules together.
+        self.report.left = {}
         folder = self.folder / "finishing"
         folder.mkdir(exist_ok=True)
         self._save(folder, "whole", parts)

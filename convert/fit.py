@@ -42,7 +42,7 @@ from .mac_models import (
     bytes_per_token,
     tokens_per_second,
 )
-from .plan import DEFAULT_METHOD, Entry, Plan, Recipe, plan
+from .plan import DEFAULT_METHOD, DISTILL, Entry, Plan, Recipe, plan
 from .shards import text_header_bytes
 from .source import Source
 
@@ -117,6 +117,15 @@ def fit(
     fixed = base.mtp_bytes
     fixed += sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
     losses = predicted(units, calibration)
+    if calibration and method == DISTILL:
+        # Bytes go where training helped least.
+        left = {
+            unit: sum(calibration.left.get(e.module, 1.0) for e in members) / len(members)
+            for unit, members in units.items()
+        }
+        losses = {
+            unit: {s: kl * left[unit] for s, kl in row.items()} for unit, row in losses.items()
+        }
     tables = {
         unit: [
             Option(*setting, sum(_nbytes(e, setting) for e in members), error)

@@ -109,6 +109,8 @@ class Calibration:
     # Hessians both are those of error feedback.
     errors: dict[str, dict[Setting, float]] = field(default_factory=dict)
     kls: dict[str, dict[Setting, float]] = field(default_factory=dict)
+    # Share of its error that an earlier distillation left of a module.
+    left: dict[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -157,6 +159,7 @@ def load(path: Path) -> Calibration:
             metadata["text"],
             int(metadata["num_tokens"]),
             metadata.get("ngrams", ""),
+            left=json.loads(metadata.get("left", "{}")),
             errors=_parse(metadata["errors"]),
             kls=_parse(metadata["kls"]),
         )
@@ -176,6 +179,7 @@ def _metadata(calibration: Calibration) -> dict[str, str]:
         "text": calibration.text,
         "num_tokens": str(calibration.num_tokens),
         **({"ngrams": calibration.ngrams} if calibration.ngrams else {}),
+        **({"left": json.dumps(calibration.left)} if calibration.left else {}),
         "hessians": str(bool(calibration.hessians)),
         "errors": _dump(calibration.errors),
         "kls": _dump(calibration.kls),

@@ -1,6 +1,7 @@
 """Layers trained one after another: what comes out, what a stop costs, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +18,13 @@ from qwen35_mlx.convert.distilled import (
     Distillation,
     distillation_lines,
     histogram,
+    left_of,
 )
 from qwen35_mlx.convert.fidelity import fidelity
+from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.latent import Schedule
+from qwen35_mlx.quant.statistics import unit_of
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(8, 33)))
 SCHEDULE = Schedule(epochs=2, rate=0.04)
@@ -114,6 +118,26 @@ def test_the_report_has_each_layer_and_all_tokens_of_experts(experts_distilled):
     assert rows[-1]["name"] == "whole"
     lines = distillation_lines(experts_distilled)
     assert sum("router misses" in line for line in lines) == len(layers)
+
+
+def test_a_later_fit_gives_bytes_to_what_training_helped_least(sources, experts_distilled):
+    source, calibration = sources[True]
+    left = left_of(experts_distilled)
+    experts = [name for name in left if "switch_mlp" in name]
+    assert experts and all(0 < share <= 1 for share in left.values())
+    options = dict(bits_per_weight=5.0, calibration=calibration)
+    before = fit(source, method="distill", **options)
+    told = replace(calibration, left=dict.fromkeys(experts, 0.01))
+    options["calibration"] = told
+    after = fit(source, method="distill", **options)
+
+    def expert_bits(found):
+        return sum(found.allocation.options[unit_of(name)].bits for name in experts)
+
+    assert expert_bits(after) < expert_bits(before)
+    assert after.plan.output_bytes <= before.plan.output_bytes * 1.01
+    # Other methods do not train.
+    assert expert_bits(fit(source, method="gptq", **options)) == expert_bits(before)
 
 
 def test_experts_with_few_tokens_keep_what_error_feedback_gave_them(sources, tmp_path, monkeypatch):

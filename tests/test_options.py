@@ -275,7 +275,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(calibrate, "calibrate", data)
     fake(calibration_text, "encode", lambda *_, **__: SimpleNamespace(size=1))
     fake(calibration_text, "overlap")
-    fake(distilled, "distillation_lines", ())
+    for name in ("distillation_lines", "left_of"):
+        fake(distilled, name, ())
+    monkeypatch.setattr(convert_commands, "replace", lambda found, **_: found)
     fake(statistics, "load", data)
     fake(statistics, "save")
     fake(fidelity, "compare", [SimpleNamespace(as_dict=dict)])

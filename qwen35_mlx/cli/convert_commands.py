@@ -96,10 +96,11 @@ def convert(
     from ..convert import convert as run
     from ..convert import plan as make_plan
     from ..convert import verify as read_again
-    from ..convert.distilled import distillation_lines
+    from ..convert.distilled import distillation_lines, left_of
     from ..convert.hub import is_hub_id
     from ..convert.job import refuse_existing
     from ..convert.report import conversion_lines
+    from ..quant.statistics import save
     from .progress import byte_progress, step_progress
     from .report import print_converted, print_lines
     from .terminal import note
@@ -138,6 +139,9 @@ def convert(
             )
         if distillation:
             print_lines(distillation_lines(folder))
+            file = calibration or calibration_file(out)
+            save(replace(found, left=left_of(folder)), file)
+            note(f"{file} knows what training left: a next --fit puts bytes where it helped least")
         print_converted(plan, folder)
         remember(folder)
     if verify:
@@ -350,7 +354,7 @@ def calibration_for(
     from .terminal import note
 
     assert out is not None
-    file = file or out.with_name(f"{out.name}.calibration.safetensors")
+    file = file or calibration_file(out)
     if file.exists():
         raise Qwen35Error(
             f"{file} exists already", hint="use it without --calibrate, or name another file"
@@ -361,6 +365,11 @@ def calibration_for(
     save(found, file)
     note(f"calibration written to {file}")
     return found
+
+
+def calibration_file(out: Path) -> Path:
+    """Where the calibration of a conversion goes unless --calibration says."""
+    return out.with_name(f"{out.name}.calibration.safetensors")
 
 
 def distillation_for(source: str, text: Path | None, finish_tokens: int, method: str | None) -> Any:
