@@ -21,9 +21,13 @@ from .source import read_rows
 
 # An expert that sees fewer tokens keeps what error feedback gave it.
 MIN_EXPERT_TOKENS = 128
+# Share of experts that may see fewer before a longer text is advised.
+FEW_SHARE = 0.05
 # Passes over the text for each part of a layer, and how far weights move in a step.
 EPOCHS, RATE = 8, 0.04
 REPORT_FILE = "distillation.json"
+# Of each weight: dequantized, its code, the gradients of both, and whether it is settled.
+FINISH_BYTES = 24
 KINDS = ("weight", "scales", "biases")
 
 
@@ -76,8 +80,14 @@ class Distilled:
         return [mx.array(read_rows(tensor, start, stop)) for tensor in tensors]
 
 
+def finish_bytes(num_parameters: int) -> int:
+    """Memory of the pass over the whole model: weights, moments and gradients in float32."""
+    return FINISH_BYTES * num_parameters
+
+
 def distillation_lines(folder: Path) -> list[str]:
     """What was trained, for people: losses before and after, the router, tokens of experts."""
+    counts: list[int] = []
     lines = ["held-out loss before and after training, by layer"]
     for row in json.loads((folder / REPORT_FILE).read_text("utf-8")):
         report = PartReport(**row)
@@ -86,6 +96,14 @@ def distillation_lines(folder: Path) -> list[str]:
             parts.append(f"router misses {report.flips:.1%} of the choices")
             parts.append(f"tokens an expert: {histogram(report.expert_tokens)}")
         lines += [f"{report.name}: {'; '.join(parts)}"] if parts else []
+        counts += report.expert_tokens
+    if counts and (share := sum(n < MIN_EXPERT_TOKENS for n in counts) / len(counts)) > FEW_SHARE:
+        # The tokens that all but so many experts have, or 1.
+        typical = max(sorted(counts)[int(FEW_SHARE * len(counts))], 1)
+        lines.append(
+            f"{share:.0%} of the experts saw fewer than {MIN_EXPERT_TOKENS} tokens and were not "
+            f"trained; a text {MIN_EXPERT_TOKENS / typical:.0f} times as long would reach most"
+        )
     return lines
 
 

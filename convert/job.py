@@ -24,12 +24,13 @@ from qwen35_mlx.checkpoint.quantization import quantization_block
 from qwen35_mlx.checkpoint.resolver import refuse_other_head
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
-from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.errors import CheckpointError, MemoryRefused, Qwen35Error
 from qwen35_mlx.files import locked, sync_folder, write_file, write_json
+from qwen35_mlx.machine import memory_bytes
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
-from .distilled import REPORT_FILE, Distillation, Distilled
+from .distilled import REPORT_FILE, Distillation, Distilled, finish_bytes
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .plan import DEFAULT_METHOD, DISTILL, STACKED, Plan, Recipe, plan
@@ -240,6 +241,15 @@ def _check_distillation(
             "an adapter together with distillation",
             hint=f"leave one of them out, or use another method than {DISTILL}",
         )
+    if distillation and distillation.finish_tokens:
+        needed = finish_bytes(sum(entry.num_parameters for entry in planned.text_entries))
+        if needed > (limit := memory_bytes()):
+            raise MemoryRefused(
+                "training the whole model at once does not fit in memory",
+                got=f"{needed / 1e9:,.1f} GB",
+                expected=f"at most {limit / 1e9:,.1f} GB",
+                hint="without --finish-tokens each layer is trained alone",
+            )
     if is_asked and isinstance(planned.source, HubSource):
         raise Qwen35Error(
             "distillation reads each layer of the source several times",

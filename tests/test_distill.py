@@ -22,7 +22,7 @@ from qwen35_mlx.convert.distilled import (
 )
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.convert.fit import fit
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.errors import MemoryRefused, Qwen35Error
 from qwen35_mlx.quant.latent import Schedule
 from qwen35_mlx.quant.statistics import unit_of
 
@@ -192,6 +192,24 @@ def test_a_distillation_goes_with_its_method(sources, tmp_path):
     with pytest.raises(Qwen35Error, match="needs a calibration with Hessians"):
         convert(source, tmp_path / "out", bits=3, method="distill", distillation=Distillation(IDS))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pass_over_the_whole_model_is_refused_where_it_does_not_fit(
+    sources, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qwen35_mlx.convert.job.memory_bytes", lambda: 10**6)
+    with pytest.raises(MemoryRefused, match="does not fit in memory") as refused:
+        distilled(sources, False, tmp_path / "out", finish_tokens=33)
+    assert "--finish-tokens" in str(refused.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("counts", "advice"), [([10] * 20, "13 times"), ([500] * 20, None)])
+def test_a_longer_text_is_advised_where_experts_saw_few_tokens(tmp_path, counts, advice):
+    row = dict(name="layer-000", losses={"router": (0.2, 0.1)}, expert_tokens=counts, flips=0.1)
+    (tmp_path / REPORT_FILE).write_text(json.dumps([row]))
+    text = "\n".join(distillation_lines(tmp_path))
+    assert "router misses 10.0%" in text
+    assert ("as long would" in text) == (advice is not None) and (advice or "") in text
 
 
 def test_the_histogram_counts_every_expert_once():
