@@ -91,7 +91,7 @@ def distillation_lines(folder: Path) -> list[str]:
     lines = ["held-out loss before and after training, by layer"]
     for row in json.loads((folder / REPORT_FILE).read_text("utf-8")):
         report = PartReport(**row)
-        parts = [f"{part} {a:.2g} -> {b:.2g}" for part, (a, b) in report.losses.items()]
+        parts = [f"{part} {a:.2g} -> {b:.2g}" for part, (a, b) in report.losses.items() if a]
         if report.expert_tokens:
             parts.append(f"router misses {report.flips:.1%} of the choices")
             parts.append(f"tokens an expert: {histogram(report.expert_tokens)}")
@@ -119,4 +119,5 @@ def histogram(counts: Iterable[int]) -> str:
     limits = [MIN_EXPERT_TOKENS * 2**i for i in range(20) if MIN_EXPERT_TOKENS * 2**i <= counts[-1]]
     edges = [0, *limits, counts[-1] + 1]
     bins = [(a, sum(a <= n < b for n in counts)) for a, b in pairwise(edges)]
-    return ", ".join(f"{number} from {edge}" for edge, number in bins if number)
+    names = [f"below {MIN_EXPERT_TOKENS}", *(f"from {limit}" for limit in limits)]
+    return ", ".join(f"{n} {name}" for (_, n), name in zip(bins, names, strict=True) if n)

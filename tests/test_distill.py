@@ -215,4 +215,4 @@ def test_a_longer_text_is_advised_where_experts_saw_few_tokens(tmp_path, counts,
 def test_the_histogram_counts_every_expert_once():
     counts = [0, 3, 127, 128, 300, 300, 600]
     assert MIN_EXPERT_TOKENS == 128
-    assert histogram(counts) == "3 from 0, 1 from 128, 2 from 256, 1 from 512"
+    assert histogram(counts) == "3 below 128, 1 from 128, 2 from 256, 1 from 512"
