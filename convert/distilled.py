@@ -118,6 +118,6 @@ def histogram(counts: Iterable[int]) -> str:
     counts = sorted(counts)
     limits = [MIN_EXPERT_TOKENS * 2**i for i in range(20) if MIN_EXPERT_TOKENS * 2**i <= counts[-1]]
     edges = [0, *limits, counts[-1] + 1]
-    bins = [(a, sum(a <= n < b for n in counts)) for a, b in pairwise(edges)]
+    bins = [sum(a <= n < b for n in counts) for a, b in pairwise(edges)]
     names = [f"below {MIN_EXPERT_TOKENS}", *(f"from {limit}" for limit in limits)]
-    return ", ".join(f"{n} {name}" for (_, n), name in zip(bins, names, strict=True) if n)
+    return ", ".join(f"{n} {name}" for n, name in zip(bins, names, strict=True) if n)
