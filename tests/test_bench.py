@@ -17,9 +17,12 @@ from mlx.utils import tree_flatten
 
 from qwen35_mlx import machine
 from qwen35_mlx.cli.report import _drafts
+from qwen35_mlx.convert import plan
+from qwen35_mlx.convert.mac_models import activation_bytes, bytes_per_token
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation import bench as measuring
 from qwen35_mlx.evaluation.rival import mlx_lm_program
+from qwen35_mlx.memory import state_bytes
 
 
 class Clock:
@@ -132,6 +135,16 @@ def test_bytes_of_a_token_count_weights_once_and_grow_with_the_context(demo: Any
     per_token = 2 * full * config.num_key_value_heads * config.head_dim * item_bytes
     assert some - none == 1000 * per_token
     assert none > weights if config.tie_word_embeddings else none < 2 * weights
+
+
+def test_bytes_of_a_token_are_those_that_plan_counts(demo: Any, converted_demo: Path) -> None:
+    planned = plan(converted_demo)
+    counts = (
+        measuring.bytes_per_token(demo[0], 0) - 2 * state_bytes(demo[0].config, 4),
+        bytes_per_token(planned) - 2 * state_bytes(planned.config, activation_bytes(planned)),
+    )
+    # Norms, scales and biases are in float32 here.
+    assert counts[0] == pytest.approx(counts[1], rel=0.12)
 
 
 @pytest.mark.slow

@@ -112,6 +112,13 @@ def test_the_half_files_of_a_killed_writer_are_removed(model: Any, tmp_path: Pat
     assert not half.exists() and other.read_bytes() == b"half"
 
 
+def test_a_file_is_safetensors_that_other_programs_read(model: Any, tmp_path: Path) -> None:
+    write(Segments(tmp_path, model), read_cache(model, IDS[:10]))
+    for name in files(tmp_path):
+        arrays, known = mx.load(str(tmp_path / name), return_metadata=True)
+        assert known["name"] == name and len(arrays) > 1
+
+
 def test_a_flipped_bit_in_any_file_is_found_and_the_rest_is_used(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

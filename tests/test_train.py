@@ -299,7 +299,10 @@ def test_a_resumed_training_ends_like_one_that_was_never_stopped(tmp_path):
 
 
 def test_a_training_is_not_resumed_with_other_settings_or_a_damaged_state(tmp_path):
-    training(tmp_path, 1).run()
+    first = training(tmp_path, 1)
+    assert first.run()[-1].step == 1
+    # For whoever generates with it.
+    assert not first.model.training
     changed = training(tmp_path, 2)
     changed.settings = replace(changed.settings, learning_rate=1e-4)
     with pytest.raises(Qwen35Error, match="learning_rate="):
@@ -343,6 +346,10 @@ def test_training_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
         estimate.count(model, 10**6, TrainSettings(), 2048, way).total for way in (False, True)
     )
     assert less < whole
+    small, large = (
+        estimate.count(model, 0, TrainSettings(rank=rank), 64, True).adapter for rank in (4, 8)
+    )
+    assert large == 2 * small > 0
 
     def require(limit: int, **options: Any) -> Any:
         monkeypatch.setattr(estimate, "describe", lambda: machine._replace(gpu_limit_bytes=limit))

@@ -179,7 +179,8 @@ def test_the_numbers_of_the_card_are_those_of_the_files(converted_demo, tmp_path
     facts = json.loads((out / "config.json").read_text())["qwen35_mlx"]
     for name, digest in facts["sha256"].items():
         assert f"| `{name}` | `{digest}` |" in text
-    assert 'license: "apache-2.0"' in text and "bits 4" in text
+    assert 'license: "apache-2.0"' in text and 'pipeline_tag: "image-text-to-text"' in text
+    assert "bits 4" in text
     assert "qwen35-mlx chat me/Tiny-4bit" in text and "mlx_lm.chat --model me/Tiny-4bit" in text
     assert re.search(r"and 8 GB of memory: with [\d,]+ tokens of context it takes \d", text)
 
