@@ -34,7 +34,8 @@ COPY_WINDOW = 512
 # A copy that goes on is worth the longest passes.
 FIRST_LOOKUP_DRAFTS, HITS_TO_TRUST = 4, 2
 # Where drafting does not pay, how many passes until it is tried again; twice as many each time.
-PAUSE_PASSES, LONGEST_PAUSE = 64, 512
+PAUSE_PASSES = 64
+LONGEST_PAUSE = 512
 # Passes that are remembered of each size, and how many decide. Their median counts: one may have
 # compiled, and where the host was late, a pass seems longer and the next one shorter.
 REMEMBERED_PASSES, ENOUGH_PASSES = 6, 3
