@@ -173,7 +173,8 @@ class _Distiller:
                 parts[path] = tuple(  # type: ignore[assignment]
                     part.reshape(*rows.shape[:-1], part.shape[-1]) for part in found
                 )
-        self._put(student, parts)
+        # Experts come one at a time: until then the student shares the teacher's stacks.
+        self._put(student, {n: p for n, p in parts.items() if not n.startswith(EXPERTS)})
         train_parts(student, parts)
         self._save(self.folder / "layers", name, {prefix + path: p for path, p in parts.items()})
         return student
@@ -282,8 +283,13 @@ class _Distiller:
         missed = (chosen[..., None] != routing.indices[:, None]).all(axis=-1)
         self.report.flips = round(float(missed.mean()), 6)
         self._routed(teacher, student, parts, seen_flat, flat, routing)
-        routed = expert_mlp(flat, routing.indices, routing.scores, mlp.switch_mlp)
-        fixed = own + routed.reshape(own.shape)
+        outs = []
+        # Not all at once: a token takes a row for each of its experts.
+        for start in range(0, len(flat), BATCH_TOKENS):
+            x, indices, scores, _ = (a[start : start + BATCH_TOKENS] for a in (flat, *routing))
+            outs.append(expert_mlp(x, indices, scores, mlp.switch_mlp))
+            mx.eval(outs[-1])
+        fixed = own + mx.concatenate(outs).reshape(own.shape)
         mx.eval(fixed)
 
         def with_shared(root: Any, i: int) -> mx.array:
@@ -323,37 +329,38 @@ class _Distiller:
             at, slot = np.nonzero(indices == expert)
             mine: Parts = {name: tuple(a[expert] for a in parts[name]) for name in names}  # type: ignore[misc]
             if len(at) >= MIN_EXPERT_TOKENS and names:
-                root = _Expert(student.mlp.switch_mlp, expert)
-                x, scores = own[mx.array(at)], routing.scores[mx.array(at), mx.array(slot)]
-                original = _Expert(teacher.mlp.switch_mlp, expert)
-                goal = original(seen[mx.array(at)])
-                mx.eval(x, scores, goal)
-                weight = mx.square(scores)[:, None]
-                self._one_expert(original, root, mine, x, goal, weight, expert)
+                tokens = mx.array(at)
+                weight = mx.square(routing.scores[tokens, mx.array(slot)])[:, None]
+                inputs = seen[tokens], own[tokens]
+                self._one_expert(teacher.mlp.switch_mlp, expert, mine, *inputs, weight)
                 losses = self.report.losses.pop(f"expert {expert}")
                 before, after = before + losses[0], after + losses[1]
             for name in names:
                 found[name].append(mine[name])
         for name in names:
             words, scales, biases = (
-                mx.stack(list(each)) for each in zip(*found[name], strict=True)
+                mx.stack(list(each)) for each in zip(*found.pop(name), strict=True)
             )
             parts[name] = words, scales, biases
-        self._put(student, {name: parts[name] for name in names})
+            self._put(student, {name: parts[name]})
+            # Needed no more, and half of the layer.
+            _module(teacher, name).weight = _module(student, name).weight
         self.report.losses["experts"] = before / num_experts, after / num_experts
         share = round(after / before, 4) if before else 1.0
         self.report.left |= {self.prefix + name: share for name in names}
 
     def _one_expert(
         self,
-        original: "_Expert",
-        root: "_Expert",
-        mine: Parts,
-        x: mx.array,
-        goal: mx.array,
-        weight: mx.array,
+        experts: Any,
         number: int,
+        mine: Parts,
+        seen: mx.array,
+        x: mx.array,
+        weight: mx.array,
     ) -> None:
+        original, root = _Expert(experts, number), _Expert(experts, number)
+        goal = original(seen)
+        mx.eval(x, goal, weight)
         num_batches = -(-len(x) // EXPERT_BATCH)
         energy = (weight * mx.square(goal)).mean()
 

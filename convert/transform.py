@@ -122,14 +122,16 @@ def quantize_rows(
         return quantize(rows, bits, group_size, "search", moments)
 
     moments, hessian = calibration.of(entry.module)
-    if moments is None or moments.ndim == 1:
+    # Of experts that share a Hessian, its factor is too.
+    is_shared = method == "gptq" and hessian is not None and hessian.ndim == 2
+    if moments is None or moments.ndim == 1 or is_shared:
         return calibrated(rows, moments, hessian)
     rows_per_expert, row, stop = entry.shape[1], start, start + len(rows)
     parts = []
     while row < stop:
         expert, row_of_expert = divmod(row, rows_per_expert)
         num_whole = (stop - row) // rows_per_expert if row_of_expert == 0 else 0
-        if method == "gptq" and hessian is not None and hessian.ndim == 3 and num_whole:
+        if method == "gptq" and hessian is not None and num_whole:
             # Error feedback takes as many steps for a stack of experts as for one.
             end = row + num_whole * rows_per_expert
             stack = rows[row - start : end - start].reshape(num_whole, rows_per_expert, -1)

@@ -17,10 +17,10 @@ from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.convert.layerwise import SourceCheckpoint, run_layer
 from qwen35_mlx.convert.transform import quantize_rows
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.quant import quantize
+from qwen35_mlx.quant import gptq, quantize
 from qwen35_mlx.quant.divergence import kl_divergence
 from qwen35_mlx.quant.gptq import feedback_gain
-from qwen35_mlx.quant.statistics import search_gain
+from qwen35_mlx.quant.statistics import Calibration, search_gain
 
 IDS = mx.array(np.random.default_rng(0).integers(VOCAB, size=(4, 49)))
 FEW_IDS = IDS[:2, :17]
@@ -112,6 +112,23 @@ def test_minmax_ignores_the_calibration(calibration):
     found = quantize_rows(w.reshape(-1, 128), tensor, 0, calibration)
     for a, b in zip(found, quantize(w.reshape(-1, 128), 3, 64), strict=True):
         assert mx.array_equal(a, b)
+
+
+def test_experts_that_share_a_hessian_share_its_factor(monkeypatch):
+    factors, invert = [], gptq.inverse_factor
+    monkeypatch.setattr(
+        gptq, "inverse_factor", lambda *given: factors.append(given) or invert(*given)
+    )
+    rng, name = np.random.default_rng(3), f"{TRUNK}layers.0.mlp.switch_mlp.down_proj"
+    w, x = (mx.array(rng.standard_normal((3, 64, 64)).astype(np.float32)) for _ in range(2))
+    found = Calibration("", "", "", 0)
+    found.moments[f"{TRUNK}layers.0.mlp.switch_mlp.hidden"] = mx.square(x).mean(axis=1)
+    found.hessians[f"{TRUNK}layers.0.mlp.switch_mlp.hidden"] = x[0].T @ x[0]
+    tensor = SimpleNamespace(module=name, shape=w.shape, bits=3, group_size=64, method="gptq")
+    rows = quantize_rows(w.reshape(-1, 64), tensor, 0, found)
+    assert len(factors) == 1
+    alone = quantize(w[1], 3, 64, "gptq", hessian=x[0].T @ x[0])
+    assert all(mx.array_equal(a[64:128], b).item() for a, b in zip(rows, alone, strict=True))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from test_mlx_lm import assert_equal_logits
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert import distill as module
 from qwen35_mlx.convert.calibrate import calibrate
+from qwen35_mlx.convert.distill import GLU
 from qwen35_mlx.convert.distilled import (
     MIN_EXPERT_TOKENS,
     REPORT_FILE,
@@ -148,6 +149,29 @@ def test_experts_with_few_tokens_keep_what_error_feedback_gave_them(sources, tmp
     found = weights(distilled(sources, True, tmp_path / "out"))
     names = [name for name in plain if "switch_mlp" in name]
     assert names and all(mx.array_equal(plain[n], found[n]).item() for n in names)
+
+
+def test_a_layer_holds_one_copy_of_its_experts_and_runs_few_tokens_at_once(
+    sources, tmp_path, monkeypatch
+):
+    train, run, parts, tokens = module._Distiller._train, module.expert_mlp, [], []
+
+    def watched(self, part, teacher, student, *rest):
+        if part in ("attention", "router", "shared expert"):
+            parts.append(part)
+            pairs = ((root.mlp.switch_mlp[n].weight for root in (teacher, student)) for n in GLU)
+            assert all(a is b for a, b in pairs)
+        train(self, part, teacher, student, *rest)
+
+    def counted(x, *rest):
+        tokens.append(len(x))
+        return run(x, *rest)
+
+    monkeypatch.setattr(module._Distiller, "_train", watched)
+    monkeypatch.setattr(module, "expert_mlp", counted)
+    distilled(sources, True, tmp_path / "out")
+    assert set(parts) == {"attention", "router", "shared expert"}
+    assert tokens and max(tokens) <= 33
 
 
 class Stop(Exception):

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from qwen35_mlx.quant import latent as module
 from qwen35_mlx.quant import quantize
 from qwen35_mlx.quant.affine import dequantize
 from qwen35_mlx.quant.latent import Latent, Schedule, dequantized, train
@@ -88,6 +89,18 @@ def test_the_nearest_settle_first_and_stay():
     assert settled.all().item() and mx.array_equal(later, mx.round(later)).item()
     assert mx.array_equal(mx.where(half, later, 0), mx.where(half, codes, 0)).item()
     assert later.min().item() >= 0 and later.max().item() <= 7
+
+
+def test_where_weights_are_many_a_sample_tells_which_settle(monkeypatch):
+    monkeypatch.setattr(module, "SORTED", 512)
+    w = random(64, 128)
+    latent = Latent(quantize(w, 3, 32), w)
+    steps, nobody = latent.start["codes"], mx.zeros((64, 4, 32), mx.bool_)
+    codes, half = latent.settle(steps, steps, nobody, 0.5)
+    assert half.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert half.sum().item() != w.size // 2
+    _, settled = latent.settle(codes, codes, half, 1.0)
+    assert settled.all().item()
 
 
 def problem(seed=0):
