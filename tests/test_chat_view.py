@@ -438,7 +438,10 @@ def test_stats_show_the_context_the_settings_and_the_snapshots(talk: Any) -> Non
     chat, err = talk("one", "/stats", "/exit")
     used, length = chat.num_context_tokens(), chat.model.config.context_length
     assert f"context: {used:,} of {length:,} tokens, {100 * used // length} % full" in err
-    assert f"snapshots: {chat.prefixes.num_snapshots}, " in err
+    # Reading ahead may have made another one since.
+    assert (
+        1 <= int(err.partition("snapshots: ")[2].partition(",")[0]) <= chat.prefixes.num_snapshots
+    )
     assert "does not think · preset checkpoint: temperature " in err
 
 
