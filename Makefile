@@ -13,7 +13,7 @@ export OPENBLAS_NUM_THREADS = 1
 FAST_BLAS = $(wildcard /usr/lib/*/libopenblas.so.0)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant prose bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
+.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-distill prose bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,10 @@ bench-convert: $(VENV)/.installed-test ## memory and speed of a conversion (20 G
 
 bench-quant: $(VENV)/.installed-test $(VENV)/.installed-encoder ## measure the error of quantization beside mlx-lm's and DWQ; the last line is JSON
 	LD_PRELOAD="$(firstword $(FAST_BLAS))" $(BIN)/python tools/bench_quant.py
+
+bench-distill: export MLX_DISABLE_COMPILE = 1
+bench-distill: $(VENV)/.installed-test ## distillation: a real layer, 25 kills, routers; the last line is JSON
+	LD_PRELOAD="$(firstword $(FAST_BLAS))" $(BIN)/python tools/bench_distill.py
 
 prose: $(VENV)/.installed-demo ## train two small checkpoints on prose for bench-quant, an hour on two cores (75 MB, Debian's apt)
 	@mkdir -p build/prose && $(BIN)/python tools/prose/corpus.py build/prose/cache

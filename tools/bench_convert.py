@@ -56,19 +56,21 @@ print(peak)
 """
 
 
-def layer_config(experts: int) -> dict[str, Any]:
-    """The 397B with one layer, a small vocabulary and `experts` experts."""
-    config = family_config(MODEL)
+def layer_config(experts: int, model: str = MODEL) -> dict[str, Any]:
+    """The model with one layer, a small vocabulary and `experts` experts."""
+    config = family_config(model)
     config["text_config"] |= dict(
         num_hidden_layers=1, layer_types=["linear_attention"], vocab_size=VOCAB, num_experts=experts
     )
+    per_token = config["text_config"]["num_experts_per_tok"]
+    config["text_config"]["num_experts_per_tok"] = min(per_token, max(experts // 4, 1))
     return config
 
 
-def write_source(folder: Path, experts: int, fp8: bool) -> int:
+def write_source(folder: Path, experts: int, fp8: bool, model: str = MODEL) -> int:
     """A checkpoint of one file; returns its number of bytes."""
     folder.mkdir()
-    config = layer_config(experts)
+    config = layer_config(experts, model)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in expected_shapes(ModelConfig.from_hf(config)).items():
         if not fp8 or len(shape) < 2 or name.endswith(NOT_FP8):
