@@ -84,27 +84,34 @@ def exam(num_each: int) -> list[Sample]:
 
 def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
     """The checkpoint in bf16 and at each of `bits`: plainly rounded by us and by mlx-lm, and ours
-    in as many bytes with bits and error feedback by calibration on the training side."""
+    in as many bytes by calibration on the training side, with error feedback and distilled."""
     from mlx_lm import convert as mlx_lm_convert
 
     from qwen35_mlx.convert import convert, plan
     from qwen35_mlx.convert.calibrate import calibrate
+    from qwen35_mlx.convert.distilled import Distillation
     from qwen35_mlx.convert.fit import fit
 
     folders = {"bf16": convert(source, home / "bf16", dtype="bfloat16")}
     if bits:
         tokenizer = load_tokenizer(source, {}, {})._tokenizer
-        rows = mx.array(conversations(tokenizer, num_texts=32, length=256))
+        rows = mx.array(conversations(tokenizer, num_texts=128, length=256))
         found = calibrate(source, rows, hessians=True, measure=True)
     for b in bits:
         folders[f"{b}-bit"] = convert(source, home / f"ours-{b}", bits=b)
         theirs = folders[f"{b}-bit mlx-lm"] = home / f"mlx-lm-{b}"
         mlx_lm_convert(str(source), str(theirs), quantize=True, q_bits=b, q_group_size=64)
         size = plan(source, bits=b).bits_per_weight
-        choice = fit(source, bits_per_weight=size, calibration=found, method="gptq")
-        folders[f"{size:.2f} bpw gptq"] = convert(
-            source, home / f"gptq-{b}", recipe=choice.recipe, method="gptq", calibration=found
-        )
+        for method, trained in (("gptq", None), ("distill", Distillation(rows))):
+            choice = fit(source, bits_per_weight=size, calibration=found, method=method)
+            folders[f"{size:.2f} {method}"] = convert(
+                source,
+                home / f"{method}-{b}",
+                recipe=choice.recipe,
+                method=method,
+                calibration=found,
+                distillation=trained,
+            )
     return folders
 
 
