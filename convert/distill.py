@@ -47,8 +47,8 @@ def distill(
 
     Starts from error feedback. A layer reads what the quantized layers before it give, and is
     trained to give what the source's layer gives from the source's activations. Holds one layer of
-    the source, its quantized copy, and 2 * N * H activations; routed experts are trained one at a
-    time. With `finish_tokens` the whole model is then trained on the divergence of its logits.
+    the source, its quantized copy, the calibration, and 2 * N * H activations; routed experts are
+    trained one at a time. With `finish_tokens` the whole model is then trained on the divergence of its logits.
     A second call goes on behind the last layer that was written, bit for bit.
     """
     (folder / "layers").mkdir(parents=True, exist_ok=True)
