@@ -267,7 +267,9 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
         calls.append(f"send {text} {sorted(media)}")
         yield from pieces
 
-    data = SimpleNamespace(hessians={}, layout=plan_of(SOURCE).layout, kls={}, errors={}, source="")
+    data = SimpleNamespace(
+        hessians={}, layout=plan_of(SOURCE).layout, kls={}, errors={}, left={}, source=""
+    )
     fake(convert, "convert", tmp_path / "out")
     fake(convert, "plan", planned)
     fake(convert, "verify", 0)
