@@ -78,7 +78,7 @@ def more_kept_passes(cache: PromptCache, folder: Path) -> list[bytes]:
 
 
 def a_prefill(cache: PromptCache, folder: Path) -> list[bytes]:
-    hidden = cache.read([(7 * n) % 90 for n in range(70)])
+    hidden = cache.read([(7 * n) % 43 for n in range(70)])
     assert hidden is not None
     return [bits(hidden), *held(cache), step(cache, 3)]
 
