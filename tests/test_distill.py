@@ -205,6 +205,7 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(sources, tmp_path, monkeypat
     assert not list(tmp_path.glob(".*converting"))
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_go_on_with_a_stopped_distillation(sources, tmp_path):
     def stop(done, total, step):
         raise Stop

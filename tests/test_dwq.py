@@ -48,6 +48,7 @@ def test_dequantized_products_give_the_logits_of_quantized_ones(moe):
     assert mx.allclose(differentiable(quantized)(ids), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dwq_lowers_the_kl_and_keeps_the_codes(moe):
     model, quantized = model_and_quantized(moe)

@@ -72,6 +72,7 @@ def test_a_server_that_still_loads_ends_at_once():
     bound.close()
 
 
+@pytest.mark.slow
 def test_neither_a_deaf_client_nor_a_stuck_engine_holds_the_end(start, tokenizer, monkeypatch):
     """Whoever reads nothing, and whatever does not stop, is left behind in time."""
     monkeypatch.setattr(run, "FINISH_SECONDS", 0.2)
