@@ -23,7 +23,7 @@ from qwen35_mlx.quant.statistics import Calibration
 from .distilled import KINDS, MIN_EXPERT_TOKENS, Distillation, PartReport
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices
 from .plan import Plan
-from .transform import quantize_rows
+from .transform import MLX_DTYPES, quantize_rows
 
 # Of a step, and of a step of one expert.
 BATCH_TOKENS, EXPERT_BATCH = 1024, 256
@@ -36,6 +36,7 @@ SOURCE_WEIGHT = 0.25
 # Weight of the router's wrong choices beside the divergence of its probabilities.
 FLIP_PENALTY = 0.1
 ANY_BYTES = 2**62
+TINY = 1e-30
 EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Quantized]
 
@@ -48,7 +49,8 @@ def distill(
     Starts from error feedback. A layer reads what the quantized layers before it give, and is
     trained to give what the source's layer gives from the source's activations. Holds one layer of
     the source, its quantized copy, the calibration, and 2 * N * H activations; routed experts are
-    trained one at a time. With `finish_tokens` the whole model is then trained on the divergence of its logits.
+    trained one at a time. With `finish_tokens` the whole model is then trained on the divergence
+    of its logits.
     A second call goes on behind the last layer that was written, bit for bit.
     """
     (folder / "layers").mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ class _Distiller:
         for path, module in matrices(teacher).items():
             entry = self.entries.get(prefix + path)
             if entry is not None and path.endswith(endings):
-                rows = module.weight.astype(mx.bfloat16 if entry.dtype == "BF16" else mx.float32)
+                rows = module.weight.astype(MLX_DTYPES[entry.dtype])
                 found = quantize_rows(rows.reshape(-1, rows.shape[-1]), entry, 0, self.calibration)
                 parts[path] = tuple(  # type: ignore[assignment]
                     part.reshape(*rows.shape[:-1], part.shape[-1]) for part in found
@@ -362,7 +364,8 @@ class _Distiller:
         goal = original(seen)
         mx.eval(x, goal, weight)
         num_batches = -(-len(x) // EXPERT_BATCH)
-        energy = (weight * mx.square(goal)).mean()
+        # An expert of zeros has none.
+        energy = mx.maximum((weight * mx.square(goal)).mean(), TINY)
 
         def loss(expert: Any, i: int) -> mx.array:
             # Every so-manieth row, so that batches are equally long and mixed.
@@ -460,7 +463,7 @@ class _Matrix:
 def relative_error(out: mx.array, goal: mx.array) -> mx.array:
     """Squared error of each token relative to its energy, on average; `[..., H]` both."""
     lost = mx.square(out - goal).sum(axis=-1)
-    return (lost / mx.square(goal).sum(axis=-1)).mean()
+    return (lost / mx.maximum(mx.square(goal).sum(axis=-1), TINY)).mean()
 
 
 def divergence(wanted: mx.array, logits: mx.array) -> mx.array:

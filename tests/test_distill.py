@@ -50,13 +50,14 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(module, "EXPERT_STEPS", 4)
 
 
-def distilled(sources, moe, out, finish_tokens=0, bits=3, **distillation):
+def distilled(sources, moe, out, finish_tokens=0, bits=3, dtype=None, **distillation):
     source, calibration = sources[moe]
     return convert(
         source,
         out,
         bits=bits,
         group_size=32,
+        dtype=dtype,
         method="distill",
         calibration=calibration,
         distillation=Distillation(IDS, finish_tokens, SCHEDULE, **distillation),
@@ -101,6 +102,14 @@ def test_the_output_has_the_layout_of_gptq_and_is_nearer_to_the_source(
     assert all(name.startswith("language_model.") for name in changed)
     kls = [fidelity(source, folder, IDS).tokens.mean_kl for folder in (plain, experts_distilled)]
     assert kls[1] < 0.9 * kls[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_scales_have_the_type_that_is_asked_for(sources, tmp_path, dtype):
+    found = weights(distilled(sources, False, tmp_path / "out", dtype=dtype))
+    trained = [a for n, a in found.items() if n.endswith(".scales") and "layers" in n]
+    assert trained and {a.dtype for a in trained} == {getattr(mx, dtype)}
 
 
 @pytest.mark.slow

@@ -139,7 +139,8 @@ def convert(
             )
         if distillation:
             print_lines(distillation_lines(folder))
-            file = calibration or calibration_file(out)
+            # A file of its own: the other is what this conversion was made with.
+            file = calibration_file(out.with_name(f"{out.name}.distilled"))
             save(replace(found, left=left_of(folder)), file)
             note(f"{file} knows what training left: a next --fit puts bytes where it helped least")
         print_converted(plan, folder)
