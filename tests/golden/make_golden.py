@@ -20,6 +20,7 @@ with a Hugging Face checkpoint in float32 and `golden.npz`:
 
 # B batch, T tokens, V vocabulary, Hk/Hv key/value heads, Dk/Dv head dims
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,8 @@ NUM_PROMPT, NUM_GREEDY = 70, 64
 # A random prompt is drawn again until no decision of the reference is closer than this:
 # float32 noise between two correct implementations is about 3e-5.
 MIN_TOKEN_MARGIN, MIN_ROUTER_MARGIN = 5e-3, 1e-3
+# Moving every weight moves the logits about so many times as far as another order of sums.
+JITTER_GAIN = 4
 
 # model_type -> its config class and model class; the flat text-only exports come last.
 FAMILY: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
@@ -260,6 +263,17 @@ def randomize_tower(model: PreTrainedModel, rng: np.random.Generator) -> None:
         else:
             value = 1.5 * noise / (noise.size / len(noise)) ** 0.5
         parameter.copy_(torch.from_numpy(value))
+
+
+def jittered(model: Any, rng: np.random.Generator) -> "Reference":
+    """A copy of the model whose weights differ by about one part in 2**23.
+
+    What it moves the logits by, divided by JITTER_GAIN, is what another order of sums may do.
+    """
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data *= torch.from_numpy(1 + 2.0**-23 * rng.standard_normal(parameter.shape))
+    return Reference(model)
 
 
 class Reference:

@@ -20,7 +20,9 @@ from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 
 # As in the comparison of whole models.
-MIN_ROUTER_MARGIN, MAX_REDRAWS = 1e-4, 24
+MAX_DIFFERENCE, MIN_ROUTER_MARGIN, MAX_REDRAWS = 3e-4, 1e-4, 24
+# What inputs that differ in the last digits may move the logits by.
+MAX_NOISE, NUM_NUDGES = MAX_DIFFERENCE / 4, 3
 NUM_DRAFTS = 3
 # Names outside the decoder layer, which is `layers.0.mtp_block` here and `mtp.layers.0` on disk.
 ON_DISK = {
@@ -137,6 +139,11 @@ def _draw(
 
     states = run(hidden, embeddings)
     logits = model.lm_head(states)[0].numpy()
+    for _ in range(NUM_NUDGES):
+        nudge = 1 + 2.0**-21 * torch.from_numpy(rng.standard_normal((2, *hidden.shape), np.float32))
+        moved = run(hidden * nudge[0], embeddings * nudge[1])
+        if np.abs(model.lm_head(moved)[0].numpy() - logits).max() > MAX_NOISE:
+            return None
     drafts, draft_logits, chain_hidden, chain = [], [], hidden, embeddings
     last = states[:, -1:]
     for _ in range(NUM_DRAFTS):

@@ -140,7 +140,7 @@ def _reference_side(
     itself by MAX_NOISE when its chunks begin one token later, its rows are padded or its weights
     move in their last digit. None after MAX_REDRAWS, when the weights are at fault.
     """
-    jittered = [golden.Reference(_jitter(model, rng)) for _ in range(NUM_JITTERED)]
+    jittered = [golden.jittered(model, rng) for _ in range(NUM_JITTERED)]
     vocab_size = config.text_config["vocab_size"]
     for num_redraws in range(MAX_REDRAWS):
         reference = golden.Reference(model)
@@ -168,14 +168,6 @@ def _reference_side(
     return None
 
 
-def _jitter(model: Any, rng: np.random.Generator) -> Any:
-    """A copy of the model whose weights differ by about one part in 2**23."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data *= torch.from_numpy(1 + 2.0**-23 * rng.standard_normal(parameter.shape))
-    return model
-
-
 def _noise(
     reference: golden.Reference,
     jittered: list[golden.Reference],
@@ -186,8 +178,7 @@ def _noise(
     rest, _ = reference(ids[None, 1:], cache)
     split = float(np.abs(np.concatenate([first, rest], axis=1)[0] - logits).max())
     moved = max(float(np.abs(other(ids[None])[0][0] - logits).max()) for other in jittered)
-    # Moving every weight moves the logits about four times as far as another order of sums.
-    return max(split, moved / 4)
+    return max(split, moved / golden.JITTER_GAIN)
 
 
 def test_one_prefill(pair: Pair) -> None:

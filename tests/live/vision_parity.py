@@ -35,8 +35,9 @@ GATE = 6e-4
 NUM_STEPS = 12
 PIECES = (1, 37, 64)
 MIN_ROUTER_MARGIN, MAX_REDRAWS = 1e-4, 20
-# The reference compared with itself, whole and in two calls; beyond it the input settles nothing.
-MAX_NOISE = GATE / 4
+# The reference compared with itself, whole and in two calls, and with copies whose weights differ
+# in the last digit; beyond it the input settles nothing.
+MAX_NOISE, NUM_JITTERED = GATE / 4, 3
 VOCAB = 97
 PICTURE_ID, VIDEO_ID, START_ID, END_ID = 90, 91, 92, 93
 NUM_TEXT_IDS = 90
@@ -158,6 +159,7 @@ class Pair:
 
     text: str
     reference: golden.Reference
+    jittered: list[golden.Reference]
     ours: Model
     maker: Maker
 
@@ -172,17 +174,22 @@ class Pair:
         raise AssertionError(f"no settled prompt {prompt.name!r}: seed {SEED}, {self.text}")
 
     def _noise(self, prompt: Prompt, logits: np.ndarray) -> float:
-        """Of the reference, whole against a call for the steps."""
         inputs = prompt.reference_inputs()
         start = {k: v[:, :-NUM_STEPS] if k in TOKEN_INPUTS else v for k, v in inputs.items()}
         first, cache = self._call(start)
         rest, _ = self.reference(inputs["input_ids"][:, -NUM_STEPS:], cache)
-        return float(np.abs(np.concatenate([first, rest], axis=1)[0] - logits).max())
+        split = float(np.abs(np.concatenate([first, rest], axis=1)[0] - logits).max())
+        others = [self._call(inputs, of=other)[0][0] for other in self.jittered]
+        moved = max(float(np.abs(other - logits).max()) for other in others)
+        return max(split, moved / golden.JITTER_GAIN)
 
-    def _call(self, inputs: dict[str, Any], cache: Any = None) -> tuple[np.ndarray, Any]:
+    def _call(
+        self, inputs: dict[str, Any], of: golden.Reference | None = None
+    ) -> tuple[np.ndarray, Any]:
+        reference = of or self.reference
         # It keeps the delta of the last call.
-        self.reference.model.model.rope_deltas = None
-        return self.reference(cache=cache, **{RENAMED.get(k, k): v for k, v in inputs.items()})
+        reference.model.model.rope_deltas = None
+        return reference(**{RENAMED.get(k, k): v for k, v in inputs.items()})
 
     def reference_logits(self, prompt: Prompt) -> np.ndarray:
         """Of the whole prompt in one call, `[T, V]`."""
@@ -312,6 +319,8 @@ def draw_pair(seed: int, index: int, folder: Path) -> Pair:
     converted = convert(folder / "source", folder / "converted", dtype="float32")
     settings = VisionSettings(patch, 2, 2, (0.5,) * 3, (0.5,) * 3, (2 * patch) ** 2, 2**24)
     text_line = f"{'moe' if is_moe else 'dense'} {vision} {text}"
-    pair = Pair(text_line, golden.Reference(model), load_model(converted)[0], Maker(rng, settings))
+    jittered = [golden.jittered(model, rng) for _ in range(NUM_JITTERED)]
+    ours = load_model(converted)[0]
+    pair = Pair(text_line, golden.Reference(model), jittered, ours, Maker(rng, settings))
     assert pair.ours.vision_tower is not None
     return pair
