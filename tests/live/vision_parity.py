@@ -184,12 +184,12 @@ class Pair:
         return max(split, moved / golden.JITTER_GAIN)
 
     def _call(
-        self, inputs: dict[str, Any], of: golden.Reference | None = None
+        self, inputs: dict[str, Any], cache: Any = None, of: golden.Reference | None = None
     ) -> tuple[np.ndarray, Any]:
         reference = of or self.reference
         # It keeps the delta of the last call.
         reference.model.model.rope_deltas = None
-        return reference(**{RENAMED.get(k, k): v for k, v in inputs.items()})
+        return reference(cache=cache, **{RENAMED.get(k, k): v for k, v in inputs.items()})
 
     def reference_logits(self, prompt: Prompt) -> np.ndarray:
         """Of the whole prompt in one call, `[T, V]`."""
