@@ -6,11 +6,14 @@ of tools/prose read and are judged on prose of documents apart from each other.
 """
 
 import io
+import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +56,7 @@ class Checkpoint(NamedTuple):
 
 def demo(source: Path, work: Path) -> Checkpoint:
     """The bundled model; half of the judged questions are facts."""
-    convert(source, work / "demo-bf16", dtype="bfloat16")
+    anew(work / "demo-bf16", partial(convert, source, dtype="bfloat16"))
     model, tokenizer = qwen35_mlx.load(work / "demo-bf16")
     questions = [s for s in held_out(num_each=10) if s.picture is None]
     of_facts = [s for s in questions if s.skill == "facts"]
@@ -118,6 +121,12 @@ def calibrated(
     """Ours without distillation, written to `folder`."""
     choice = fit(source, bits_per_weight=bits_per_weight, calibration=calibration, method="gptq")
     convert(source, folder, recipe=choice.recipe, method="gptq", calibration=calibration)
+
+
+def anew(folder: Path, make: Callable[[Path], Any]) -> None:
+    """Make a folder, without what an earlier run has left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    make(folder)
 
 
 def bits_of(folder: Path) -> float:
@@ -203,31 +212,45 @@ class Ours:
         kls, made = {}, 0.0
         for name, make in (("ours", calibrated), ("ours distilled", distilled)):
             folder = self.work / f"{name}-{bits_per_weight:.3f}"
-            make(self.source, bits_per_weight, self.calibration, self.ids, folder)
+            given = self.source, bits_per_weight, self.calibration, self.ids
+            anew(folder, partial(make, *given))
             made = bits_of(folder)
             kls[name] = round(self.judge(loaded(folder)), 6)
         self.made[made] = kls
         return made, kls
 
 
-def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, Path, float, str]]:
-    """Each rival at about `bits` and a half: its name, folder, KL, and how it was trained."""
-    for name, make in (("mlx_lm.convert", rivals.plain), ("dynamic_quant", rivals.dynamic)):
-        with redirect_stderr(io.StringIO()):
-            folder = make(bits)
-        yield name, folder, judge(loaded(folder)), ""
-        yield f"{name} + DWQ", folder, *rivals.dwq(folder, judge)
+def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, str, float, str]]:
+    """Each rival at about `bits` and a half: its name, folder in `work`, KL, how it was trained.
+
+    What an interrupted run measured in the same folder is not measured again.
+    """
+    file = rivals.work / f"rivals-{bits}.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    done = {row[0]: row for row in map(json.loads, lines)}
+    ways = [("mlx_lm.convert", rivals.plain), ("dynamic_quant", rivals.dynamic)]
     if bits in GPTQ_BITS:
-        with redirect_stderr(io.StringIO()):
-            folder = rivals.gptq(bits)
-        yield "gptq", folder, judge(loaded(folder)), ""
+        ways.append(("gptq", rivals.gptq))
+    for name, make in ways:
+        folder = rivals.work / f"{make.__name__}-{bits}"
+        if name not in done:
+            with redirect_stderr(io.StringIO()):
+                anew(folder, lambda _, make=make: make(bits))
+        for row_name in (name,) if make == rivals.gptq else (name, f"{name} + DWQ"):
+            if row_name not in done:
+                is_trained = row_name != name
+                kl, how = rivals.dwq(folder, judge) if is_trained else (judge(loaded(folder)), "")
+                done[row_name] = row_name, folder.name, kl, how
+                with file.open("a") as appended:
+                    appended.write(json.dumps(done[row_name]) + "\n")
+            yield done[row_name]
 
 
 def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
     """Print the table; returns bits per weight -> method -> KL."""
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
-    convert(checkpoint.source, work / "bf16", dtype="bfloat16")
+    anew(work / "bf16", partial(convert, checkpoint.source, dtype="bfloat16"))
     reference = loaded(work / "bf16")
     judge = Judge(reference, checkpoint.judged)
     rivals, ours = Rivals(checkpoint, reference, work), Ours(checkpoint, work, judge)
@@ -239,7 +262,7 @@ def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
     table: Table = {}
     for bits in all_bits:
         for name, folder, kl, detail in rows(rivals, judge, bits):
-            bits_per_weight = bits_of(folder)
+            bits_per_weight = bits_of(work / folder)
             made, own = ours.at(bits_per_weight)
             table.setdefault(f"{made:.3f}", dict(own))[name] = round(kl, 6)
             beside = ", ".join(f"{n} {k:.5f} ({k / kl:.2f} of it)" for n, k in own.items())

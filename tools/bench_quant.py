@@ -136,7 +136,11 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--no-demo", action="store_true", help="KL of the --checkpoint alone")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of mlx-lm's")
-    parser.add_argument("--work", type=Path, help="keep the converted folders here")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="keep folders and figures of rivals here; a later run goes on",
+    )
     args = parser.parse_args()
     mse, times = ({}, {}) if args.only_kl else mse_table(args.demo, args.group_size)
     tables = {}
