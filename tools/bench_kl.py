@@ -40,6 +40,8 @@ NUM_TEXTS, TEXT_TOKENS, NUM_QUESTIONS = 128, 256, 48
 # mlx-lm's GPTQ runs on mlx-lm's model, which is slow on a CPU.
 GPTQ_TEXTS = 32
 GROUP_SIZE, GPTQ_BITS = 64, (2, 4)
+# Learning rates of DWQ: how many at most, and how far apart those beyond RATES are.
+MAX_RATES, RATE_STEP = 5, 3
 # Another size of ours is made for a peer further away than this.
 EQUAL_BYTES = 0.005
 Table = dict[str, dict[str, float]]
@@ -182,18 +184,24 @@ class Rivals:
     def dwq(self, folder: Path, judge: Callable[[nn.Module], float]) -> tuple[float, str]:
         """The lowest KL on the judged texts: one epoch at each rate, all epochs at the best rate.
 
-        Chosen by what is judged, in the rival's favour.
+        Chosen by what is judged, in the rival's favour; while the best rate is the lowest or the
+        highest, the next one is tried.
         """
-        found = []
-        for rate in RATES:
-            model = loaded(folder)
+        found: dict[float, tuple[float, nn.Module, Iterator[int]]] = {}
+        rates = list(RATES)
+        while rates:
+            model, rate = loaded(folder), rates.pop()
             training = epochs(model, self.targets, self.ids, rate, NUM_EPOCHS)
-            epoch = next(training)
-            found.append((judge(model), rate, epoch, model, training))
-        _, rate, _, model, training = min(found, key=lambda f: f[0])
-        found += [(judge(model), rate, epoch, model, training) for epoch in training]
-        kl, rate, epoch, *_ = min(found, key=lambda f: f[0])
-        return kl, f"learning rate {rate:g}, epoch {epoch}"
+            next(training)
+            found[rate] = judge(model), model, training
+            best = min(found, key=lambda tried: found[tried][0])
+            if not rates and len(found) < MAX_RATES:
+                lower, higher = best / RATE_STEP, best * RATE_STEP
+                rates += [lower] if best == min(found) else [higher] if best == max(found) else []
+        kl, model, training = found[best]
+        later = [(judge(model), epoch) for epoch in training]
+        kl, epoch = min([(kl, 1), *later])
+        return kl, f"learning rate {best:.2g}, epoch {epoch}"
 
 
 class Ours:
