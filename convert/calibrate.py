@@ -41,6 +41,7 @@ def calibrate(
     ids: mx.array,
     *,
     hessians: bool = False,
+    keep_hessians: bool = True,
     measure: bool | None = None,
     progress: StepProgress = lambda done, total, step: None,
 ) -> Calibration:
@@ -48,24 +49,57 @@ def calibrate(
 
     Holds one layer of the source (12.9 GB of the 397B in bf16, and 4.3 GB more while its largest
     stack is assembled), its moments, and B * T * H activations; with `hessians`, I * I float32 for
-    each input, for each expert where that is less than 3 GB. `measure` (default: up to 3 B
-    parameters) adds the KL of each unit quantized alone, and holds the whole model.
+    each input, for each expert where that is less than 3 GB; without `keep_hessians`, of one layer,
+    for the errors alone. `measure` (default: up to 3 B parameters) adds the KL of each unit
+    quantized alone, and holds the whole model.
     """
     checkpoint = SourceCheckpoint(Path(source).expanduser())
     if measure is None:
         measure = checkpoint.num_parameters <= MEASURED_PARAMETERS
-    calibrator = _Calibrator(checkpoint, ids, hessians, progress)
+    calibrator = _Calibrator(checkpoint, ids, hessians, keep_hessians, progress)
     calibrator.collect_all(keep=measure)
     if measure:
         calibrator.measure_all()
     return calibrator.result
 
 
+@contextmanager
+def collecting(
+    root: nn.Module, prefix: str, num_experts: int, hessians: bool
+) -> Iterator[dict[str, Moments]]:
+    """Moments of all inputs within `root` while the block runs, by name of input."""
+    moments: dict[str, Moments] = {}
+    first: dict[str, str] = {}
+
+    def record(module: str, x: mx.array, args: tuple[Any, ...]) -> None:
+        name = input_name(prefix + module)
+        # Modules that share an input are called with the same rows: only the first counts.
+        if name is None or first.setdefault(name, module) != module:
+            return
+        experts = None
+        if args:
+            # For few tokens, one row is passed for all experts of its token.
+            x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
+        if name not in moments:
+            owners = 0 if experts is None else num_experts
+            moments[name] = Moments(x.shape[-1], owners, hessians)
+        moments[name].add(x.reshape(-1, x.shape[-1]), experts)
+
+    with watched(root, record):
+        yield moments
+
+
 class _Calibrator:
     def __init__(
-        self, checkpoint: SourceCheckpoint, ids: mx.array, hessians: bool, progress: StepProgress
+        self,
+        checkpoint: SourceCheckpoint,
+        ids: mx.array,
+        hessians: bool,
+        keep_hessians: bool,
+        progress: StepProgress,
     ):
-        self.checkpoint, self.ids, self.hessians = checkpoint, ids, hessians
+        self.checkpoint, self.ids = checkpoint, ids
+        self.hessians, self.keep_hessians = hessians, keep_hessians
         self.progress, self.model = progress, Layerwise(checkpoint)
         planned = checkpoint.plan
         digest = hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
@@ -99,37 +133,18 @@ class _Calibrator:
     @contextmanager
     def _collecting(self, root: nn.Module, prefix: str) -> Iterator[None]:
         """Moments of all inputs within `root` while the block runs, then the errors of settings."""
-        moments: dict[str, Moments] = {}
-        first: dict[str, str] = {}
-
-        def record(module: str, x: mx.array, args: tuple[Any, ...]) -> None:
-            name = input_name(prefix + module)
-            # Modules that share an input are called with the same rows: only the first counts.
-            if name is None or first.setdefault(name, module) != module:
-                return
-            experts = None
-            if args:
-                # For few tokens, one row is passed for all experts of its token.
-                x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
-            if name not in moments:
-                num_experts = 0 if experts is None else self.checkpoint.config.num_experts
-                moments[name] = Moments(x.shape[-1], num_experts, self.hessians)
-            moments[name].add(x.reshape(-1, x.shape[-1]), experts)
-
-        with watched(root, record):
+        num_experts, result = self.checkpoint.config.num_experts, self.result
+        with collecting(root, prefix, num_experts, self.hessians) as moments:
             yield
-        result = self.result
-        for name, moment in moments.items():
-            result.moments[name] = moment.means()
-            if (hessian := moment.hessians()) is not None:
-                result.hessians[name] = hessian
+        result.add(moments)
         for path, matrix in matrices(root).items():
             if (module := prefix + path) in self.checkpoint.quantizable:
                 second, hessian = result.of(module)
                 gain = self.gains[module] = 1.0 if hessian is None else feedback_gain(hessian)
                 errors = option_errors(matrix.weight, second)
                 result.errors[module] = {setting: gain * error for setting, error in errors.items()}
-        mx.eval(result.moments, result.hessians)
+        if not self.keep_hessians:
+            result.hessians.clear()
 
     def measure_all(self) -> None:
         """KL of each unit alone: round its weights, run from there to the logits, compare."""

@@ -20,8 +20,10 @@ from qwen35_mlx.quant.latent import Latent, Schedule, dequantized, train
 from qwen35_mlx.quant.packing import Quantized
 from qwen35_mlx.quant.statistics import Calibration
 
+from .calibrate import collecting
 from .distilled import KINDS, MIN_EXPERT_TOKENS, Distillation, PartReport
-from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices
+from .goals import TINY, divergence, goal, relative_error, router_loss
+from .layerwise import LAYER, TRUNK, Layerwise, SourceCheckpoint, matrices
 from .plan import Plan
 from .transform import MLX_DTYPES, quantize_rows
 
@@ -31,30 +33,24 @@ BATCH_TOKENS, EXPERT_BATCH = 1024, 256
 EXPERT_STEPS = 200
 # Of the whole model: passes over the text, and how far scales and biases move in a step.
 FINISH_EPOCHS, FINISH_RATE = 2, 0.002
-# Weight of the loss from the source's own activations, beside that from the quantized model's.
-SOURCE_WEIGHT = 0.25
-# Weight of the router's wrong choices beside the divergence of its probabilities.
-FLIP_PENALTY = 0.1
 ANY_BYTES = 2**62
-TINY = 1e-30
+EMBEDDING, HEAD = TRUNK + "embed_tokens", "language_model.lm_head"
 EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Quantized]
 
 
-def distill(
-    planned: Plan, calibration: Calibration, distillation: Distillation, folder: Path
-) -> list[PartReport]:
+def distill(planned: Plan, distillation: Distillation, folder: Path) -> list[PartReport]:
     """Write the quantized matrices of `planned`, trained, into `folder` for `Distilled`.
 
-    Starts from error feedback. A layer reads what the quantized layers before it give, and is
-    trained to give what the source's layer gives from the source's activations. Holds one layer of
-    the source, its quantized copy, the calibration, and 2 * N * H activations; routed experts are
-    trained one at a time. With `finish_tokens` the whole model is then trained on the divergence
-    of its logits.
+    A layer reads what the quantized layers before it give, starts from error feedback for these
+    inputs, and is trained to give what the source's layer gives from the source's activations.
+    Holds one layer of the source, its quantized copy, its Hessians, and 2 * N * H activations;
+    routed experts are trained one at a time. With `finish_tokens` the whole model is then trained
+    on the divergence of its logits.
     A second call goes on behind the last layer that was written, bit for bit.
     """
     (folder / "layers").mkdir(parents=True, exist_ok=True)
-    distiller = _Distiller(planned, calibration, distillation, folder)
+    distiller = _Distiller(planned, distillation, folder)
     seen = distiller.run_layers()
     if distillation.finish_tokens and not (folder / "finished").exists():
         distiller.finish(seen, distillation.finish_tokens)
@@ -64,10 +60,8 @@ def distill(
 
 
 class _Distiller:
-    def __init__(
-        self, planned: Plan, calibration: Calibration, distillation: Distillation, folder: Path
-    ):
-        self.calibration, self.folder = calibration, folder
+    def __init__(self, planned: Plan, distillation: Distillation, folder: Path):
+        self.folder = folder
         self.ids, self.schedule = distillation.ids, distillation.schedule
         self.progress = distillation.progress
         self.entries = {e.module: e for e in planned.text_entries if e.method == "gptq"}
@@ -85,7 +79,12 @@ class _Distiller:
         if not found:
             # Activations of the source, and of what is quantized so far.
             seen = mx.concatenate(self.model.embed(self.ids))
-            ends = self._ends(("embed_tokens",), "embedding", lambda root, parts: None)
+            ends = Model(self.model.ends.config)
+
+            def quantize(root: Any) -> Parts:
+                return self._start(self.model.ends, root, EMBEDDING)
+
+            self._trained(self.model.ends, ends, "", "embedding", quantize)
             self._save_streams(0, seen, ends.language_model.model.embed_tokens(self.ids))
             found = [0]
         streams: Any = mx.load(str(self._streams(found[-1])))
@@ -95,7 +94,11 @@ class _Distiller:
             self.done = index
             seen, own = self._layer(index, seen, own)
             self._save_streams(index + 1, seen, own)
-        self._ends(("lm_head",), "head", lambda root, parts: self._head(root, parts, seen, own))
+
+        def train_head(root: Any) -> Parts:
+            return self._head(root, seen, own)
+
+        self._trained(self.model.ends, Model(self.model.ends.config), "", "head", train_head)
         return seen
 
     def _streams(self, index: int) -> Path:
@@ -126,29 +129,23 @@ class _Distiller:
         seen_middle = self._run(attend, teacher, seen)
         seen_out = self._run(feed, teacher, seen_middle)
 
-        def train_parts(root: nn.Module, parts: Parts) -> None:
-            names = [name for name in parts if not name.startswith("mlp.")]
-            goal = _Goal(seen, own, seen_middle)
-            self._train("attention", teacher, root, parts, names, goal.loss(attend, self.batches))
+        def train_parts(root: DecoderLayer) -> Parts:
+            inner = "linear_attn." if teacher.is_linear else "self_attn."
+            parts = self._start(teacher, root, inner, lambda rows: attend(root, own[rows]))
+            loss = goal(attend, seen, own, seen_middle, self.batches)
+            self._train("attention", teacher, root, parts, list(parts), loss)
             middle = self._run(attend, root, own)
+            of_mlp = self._start(teacher, root, "mlp.", lambda rows: feed(root, middle[rows]))
             if self.model.config.is_moe:
-                self._experts(teacher, root, parts, seen_middle, middle, seen_out)
+                self._experts(teacher, root, of_mlp, seen_middle, middle, seen_out)
             else:
-                names = [name for name in parts if name.startswith("mlp.")]
-                goal = _Goal(seen_middle, middle, seen_out)
-                loss = goal.loss(feed, self.batches)
-                self._train("feed-forward", teacher, root, parts, names, loss)
+                loss = goal(feed, seen_middle, middle, seen_out, self.batches)
+                self._train("feed-forward", teacher, root, of_mlp, list(of_mlp), loss)
+            return parts | of_mlp
 
         prefix = LAYER.format(index)
         self._trained(teacher, student, prefix, f"layer-{index:03}", train_parts)
         return seen_out, self._run(feed, student, self._run(attend, student, own))
-
-    def _ends(
-        self, names: Iterable[str], file: str, train_parts: Callable[[Any, Parts], None]
-    ) -> Any:
-        """Embedding and head with these modules quantized and trained."""
-        student = Model(self.model.ends.config)
-        return self._trained(self.model.ends, student, "", file, train_parts, tuple(names))
 
     def _trained(
         self,
@@ -156,30 +153,46 @@ class _Distiller:
         student: Any,
         prefix: str,
         name: str,
-        train_parts: Callable[[Any, Parts], None],
-        endings: tuple[str, ...] = ("",),
-    ) -> Any:
-        """The student with the weights of the teacher, quantized and trained, or as stored."""
+        train_parts: Callable[[Any], Parts],
+    ) -> None:
+        """Give the student the weights of the teacher, quantized and trained, or as stored."""
         student.update(teacher.parameters())
         file = self.folder / "layers" / f"{name}.safetensors"
         if file.exists():
-            parts = {path.removeprefix(prefix): p for path, p in _read(file).items()}
-            self._put(student, parts)
-            return student
-        self.report, self.prefix, parts = PartReport(name), prefix, Parts()
+            self._put(student, {path.removeprefix(prefix): p for path, p in _read(file).items()})
+            return
+        self.report, self.prefix = PartReport(name), prefix
+        parts = train_parts(student)
+        self._save(self.folder / "layers", name, {prefix + path: p for path, p in parts.items()})
+
+    def _start(
+        self,
+        teacher: Any,
+        student: Any,
+        within: str,
+        run: Callable[[slice], mx.array] | None = None,
+    ) -> Parts:
+        """Quantize the matrices whose paths begin so, for their inputs in `run` of each batch."""
+        statistics = Calibration("", "", "", self.ids.size)
+        if run is not None:
+            parent, num_experts = within.rpartition(".")[0], self.model.config.num_experts
+            root, prefix = _module(student, parent), f"{self.prefix}{parent}."
+            with collecting(root, prefix, num_experts, hessians=True) as moments:
+                for rows in self.batches:
+                    mx.eval(run(rows))
+            statistics.add(moments)
+        parts = Parts()
         for path, module in matrices(teacher).items():
-            entry = self.entries.get(prefix + path)
-            if entry is not None and path.endswith(endings):
+            entry = self.entries.get(self.prefix + path)
+            if entry is not None and path.startswith(within):
                 rows = module.weight.astype(MLX_DTYPES[entry.dtype])
-                found = quantize_rows(rows.reshape(-1, rows.shape[-1]), entry, 0, self.calibration)
+                found = quantize_rows(rows.reshape(-1, rows.shape[-1]), entry, 0, statistics)
                 parts[path] = tuple(  # type: ignore[assignment]
                     part.reshape(*rows.shape[:-1], part.shape[-1]) for part in found
                 )
         # Experts come one at a time: until then the student shares the teacher's stacks.
         self._put(student, {n: p for n, p in parts.items() if not n.startswith(EXPERTS)})
-        train_parts(student, parts)
-        self._save(self.folder / "layers", name, {prefix + path: p for path, p in parts.items()})
-        return student
+        return parts
 
     def _save(self, folder: Path, name: str, parts: Parts) -> None:
         # The report first: where the weights are, it is too.
@@ -270,8 +283,8 @@ class _Distiller:
             student,
             parts,
             gate,
-            lambda root, i: self._router_loss(
-                root.mlp.gate(rows[self.batches[i]]), wanted[self.batches[i]]
+            lambda root, i: router_loss(
+                root.mlp.gate(rows[self.batches[i]]), wanted[self.batches[i]], self.per_token
             ),
         )
         hidden = rows.shape[-1]
@@ -302,14 +315,6 @@ class _Distiller:
 
         names = [name for name in parts if name.startswith("mlp.shared_expert")]
         self._train("shared expert", teacher, student, parts, names, with_shared)
-
-    def _router_loss(self, logits: mx.array, wanted: mx.array) -> mx.array:
-        """Divergence of probabilities, and by how much a wrong expert beats a right one."""
-        worst_right = -self.per_token
-        order = mx.stop_gradient(mx.argsort(wanted, axis=-1))
-        right = mx.take_along_axis(logits, order[..., worst_right:], axis=-1).min(axis=-1)
-        wrong = mx.take_along_axis(logits, order[..., :worst_right], axis=-1).max(axis=-1)
-        return divergence(wanted, logits) + FLIP_PENALTY * nn.relu(wrong - right).mean()
 
     def _routed(
         self,
@@ -377,16 +382,22 @@ class _Distiller:
         name = f"expert {number}"
         self._train(name, original, root, mine, list(mine), loss, num_batches, schedule)
 
-    def _head(self, root: Any, parts: Parts, seen: mx.array, own: mx.array) -> None:
-        """Train the head on the divergence of its logits."""
+    def _head(self, root: Any, seen: mx.array, own: mx.array) -> Parts:
+        """Train the head, if it is no embedding too, on the divergence of its logits."""
         ends = self.model.ends
+
+        def logits(root: Any, x: mx.array) -> mx.array:
+            return root.head(root.trunk(None, embeddings=x))
 
         def loss(root: Any, i: int) -> mx.array:
             rows = self.batches[i]
-            wanted = ends.head(ends.trunk(None, embeddings=seen[rows]))
-            return divergence(wanted, root.head(root.trunk(None, embeddings=own[rows])))
+            return divergence(logits(ends, seen[rows]), logits(root, own[rows]))
 
+        if self.model.config.tie_word_embeddings:
+            return {}
+        parts = self._start(ends, root, HEAD, lambda rows: logits(root, own[rows]))
         self._train("head", ends, root, parts, list(parts), loss)
+        return parts
 
     def finish(self, seen: mx.array, num_tokens: int) -> None:
         """Train all matrices at once on the divergence of the logits, with the model in memory."""
@@ -419,24 +430,6 @@ class _Distiller:
         folder.rename(self.folder / "finished")
 
 
-class _Goal:
-    """The loss of half a layer: from both streams it shall give what the source's half gives."""
-
-    def __init__(self, seen: mx.array, own: mx.array, out: mx.array):
-        self.seen, self.own, self.out = seen, own, out
-
-    def loss(
-        self, half: Callable[[Any, mx.array], mx.array], batches: list[slice]
-    ) -> Callable[[Any, int], mx.array]:
-        def of_batch(root: Any, i: int) -> mx.array:
-            rows = batches[i]
-            own, seen = half(root, self.own[rows]), half(root, self.seen[rows])
-            goal = self.out[rows]
-            return relative_error(own, goal) + SOURCE_WEIGHT * relative_error(seen, goal)
-
-        return of_batch
-
-
 class _Weights:
     """Matrices by their paths."""
 
@@ -458,21 +451,6 @@ class _Expert(_Weights):
 @dataclass
 class _Matrix:
     weight: mx.array
-
-
-def relative_error(out: mx.array, goal: mx.array) -> mx.array:
-    """Squared error of each token relative to its energy, on average; `[..., H]` both."""
-    lost = mx.square(out - goal).sum(axis=-1)
-    return (lost / mx.maximum(mx.square(goal).sum(axis=-1), TINY)).mean()
-
-
-def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
-    """Mean KL in nats from `wanted` to `logits`, `[..., choices]` both."""
-    p = wanted.astype(mx.float32)
-    p = p - mx.logsumexp(p, axis=-1, keepdims=True)
-    q = logits.astype(mx.float32)
-    q = q - mx.logsumexp(q, axis=-1, keepdims=True)
-    return (mx.exp(p) * (p - q)).sum(axis=-1).mean()
 
 
 def _read(file: Path) -> Parts:

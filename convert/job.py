@@ -106,11 +106,11 @@ def convert(
     with _locked(work, out, needed):
         open_job(work, out, settings, opened.fingerprints())
         distilled, reports = None, []
-        if distillation and calibration:
+        if distillation:
             # Here: it imports the model, which no other conversion needs.
             from .distill import distill
 
-            reports = distill(planned, calibration, distillation, work / DISTILLED)
+            reports = distill(planned, distillation, work / DISTILLED)
             distilled = Distilled(work / DISTILLED)
         journal = Journal(work / JOURNAL_FILE)
         try:
@@ -217,7 +217,10 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
             expected=planned.source.origin["source"],
             hint="leave it out, or calibrate this one",
         )
-    wants = any(entry.method == "gptq" for entry in planned.entries)
+    # A distillation collects its own.
+    wants = planned.settings["method"] != DISTILL and any(
+        entry.method == "gptq" for entry in planned.entries
+    )
     if wants and not (calibration and calibration.hessians):
         raise Qwen35Error(
             "method='gptq' needs a calibration with Hessians",

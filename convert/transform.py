@@ -114,7 +114,7 @@ def quantize_rows(
     bits, group_size, method = entry.bits, entry.group_size, entry.method
     assert bits and group_size and method
     if calibration is None or method == "minmax":
-        return quantize(rows, bits, group_size, method)
+        return quantize(rows, bits, group_size, "search" if method == "gptq" else method)
 
     def calibrated(rows: mx.array, moments: mx.array | None, hessian: mx.array | None) -> Quantized:
         if method == "gptq" and hessian is not None:

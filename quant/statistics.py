@@ -4,7 +4,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -121,6 +121,14 @@ class Calibration:
     def facts(self) -> dict[str, Any]:
         """What a converted folder says of the text."""
         return {"text": self.text, "num_tokens": self.num_tokens, "ngrams": self.ngrams}
+
+    def add(self, moments: Mapping[str, Moments]) -> None:
+        """Means of sums, by name of input."""
+        for name, moment in moments.items():
+            self.moments[name] = moment.means()
+            if (hessian := moment.hessians()) is not None:
+                self.hessians[name] = hessian
+        mx.eval(self.moments, self.hessians)
 
     def of(self, module: str, expert: int | None = None) -> tuple[mx.array | None, mx.array | None]:
         """Second moments and Hessian of a module's input; with `expert`, those of that expert."""

@@ -45,6 +45,13 @@ def measured(source):
     return calibrate(source, FEW_IDS, hessians=True, measure=True)
 
 
+def test_the_errors_of_error_feedback_need_no_hessians_afterwards(source, calibration):
+    found = calibrate(source, IDS, hessians=True, keep_hessians=False, measure=False)
+    assert not found.hessians and calibration.hessians
+    assert found.errors == calibration.errors
+    assert found.moments.keys() == calibration.moments.keys()
+
+
 def recorded_inputs(model, module_of):
     """What one module of the whole model is called with, by other means than the code's."""
     parent, name = module_of(model)

@@ -273,14 +273,14 @@ def test_a_report_is_printed_where_its_picture_cannot_be_written(tmp_path: Path)
     assert json.loads(result.stdout.splitlines()[-1])["num_tokens"] == 5
 
 
-@pytest.mark.parametrize("method", [None, "gptq"])
+@pytest.mark.parametrize("method", [None, "gptq", "distill"])
 def test_a_calibration_is_made_saved_told_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str | None
 ) -> None:
     steps: list[Any] = []
 
-    def calibrate(source: str, ids: Any, hessians: bool, progress: Any) -> str:
-        steps.append((source, ids.size, hessians))
+    def calibrate(source: str, ids: Any, hessians: bool, keep_hessians: bool, progress: Any) -> str:
+        steps.append((source, ids.size, hessians, keep_hessians))
         progress(0, 1, "layer 0")
         return "made"
 
@@ -292,8 +292,10 @@ def test_a_calibration_is_made_saved_told_and_used(
     text.write_text("What is the capital of France? " * 3)
     found = convert_commands.calibration_for(str(SOURCE), out, None, True, text, method)
     assert found == "made"
-    (source, num_tokens, hessians), saved = steps
-    assert source == str(SOURCE) and num_tokens > 10 and hessians == (method == "gptq")
+    (source, num_tokens, hessians, are_kept), saved = steps
+    assert source == str(SOURCE) and num_tokens > 10
+    # A distillation collects its own; the errors of settings are those of error feedback.
+    assert hessians == (method is not None) and are_kept == (method == "gptq")
     assert saved == ("made", tmp_path / "out.calibration.safetensors")
     # Without the option nothing is made.
     assert convert_commands.calibration_for(str(SOURCE), out, None) is None

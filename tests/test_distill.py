@@ -9,6 +9,7 @@ import pytest
 from checkpoints import VOCAB, write_checkpoint
 from test_mlx_lm import assert_equal_logits
 
+import qwen35_mlx
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert import distill as module
 from qwen35_mlx.convert.calibrate import calibrate
@@ -23,6 +24,7 @@ from qwen35_mlx.convert.distilled import (
 )
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.convert.fit import fit
+from qwen35_mlx.convert.layerwise import TRUNK
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error
 from qwen35_mlx.quant.latent import Schedule
 from qwen35_mlx.quant.statistics import unit_of
@@ -157,12 +159,48 @@ def test_a_later_fit_gives_bytes_to_what_training_helped_least(sources, experts_
 @pytest.mark.slow
 def test_experts_with_few_tokens_keep_what_error_feedback_gave_them(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MIN_EXPERT_TOKENS", IDS.size + 1)
-    source, calibration = sources[True]
-    options = dict(bits=3, group_size=32, method="gptq", calibration=calibration)
-    plain = weights(convert(source, tmp_path / "gptq", **options))
-    found = weights(distilled(sources, True, tmp_path / "out"))
-    names = [name for name in plain if "switch_mlp" in name]
-    assert names and all(mx.array_equal(plain[n], found[n]).item() for n in names)
+    found = []
+    for steps in (4, 12):
+        monkeypatch.setattr(module, "EXPERT_STEPS", steps)
+        found.append(weights(distilled(sources, True, tmp_path / str(steps))))
+    names = [name for name in found[0] if "switch_mlp" in name]
+    assert names and all(mx.array_equal(found[0][n], found[1][n]).item() for n in names)
+
+
+@pytest.mark.slow
+def test_error_feedback_is_for_the_inputs_that_the_quantized_layers_give(
+    sources, tmp_path, monkeypatch
+):
+    """Layer 1's, from a quantized layer 0: those of the converted model, not of the source."""
+    quantize_rows, moments = module.quantize_rows, {}
+
+    def kept(rows, entry, start, statistics):
+        moments[entry.module] = statistics.of(entry.module)
+        return quantize_rows(rows, entry, start, statistics)
+
+    monkeypatch.setattr(module, "quantize_rows", kept)
+    out = distilled(sources, False, tmp_path / "out", bits=2)
+    # One that is on the way of no other part of its layer.
+    name = f"{TRUNK}layers.1.self_attn.q_proj"
+    second, hessian = moments[name]
+    model, _ = qwen35_mlx.load(out)
+    layers = model.language_model.model
+    x = layers.layers[0](layers.embed_tokens(IDS), None, None, None)
+    x = np.array(layers.layers[1].input_layernorm(x)).reshape(IDS.size, -1)
+    np.testing.assert_allclose(second, (x**2).mean(axis=0), rtol=0.02, atol=1e-3)
+    np.testing.assert_allclose(hessian, x.T @ x / len(x), rtol=0.02, atol=0.02)
+    of_source, _ = sources[False][1].of(name)
+    assert np.abs(np.array(of_source) - np.array(second)).max() > 0.02
+
+
+@pytest.mark.slow
+def test_no_calibration_is_needed(sources, tmp_path):
+    source, _ = sources[True]
+    with_one = distilled(sources, True, tmp_path / "with")
+    without = distilled({True: (source, None)}, True, tmp_path / "without")
+    names = [name for name in weights(without) if name.startswith("language_model.")]
+    a, b = weights(with_one), weights(without)
+    assert names and all(mx.array_equal(a[name], b[name]).item() for name in names)
 
 
 @pytest.mark.slow
@@ -232,8 +270,6 @@ def test_a_distillation_goes_with_its_method(sources, tmp_path):
         convert(source, tmp_path / "out", method="distill", **options)
     with pytest.raises(Qwen35Error, match="a distillation is given"):
         convert(source, tmp_path / "out", method="gptq", distillation=Distillation(IDS), **options)
-    with pytest.raises(Qwen35Error, match="needs a calibration with Hessians"):
-        convert(source, tmp_path / "out", bits=3, method="distill", distillation=Distillation(IDS))
     assert not list(tmp_path.iterdir())
 
 

@@ -26,7 +26,7 @@ from checkpoints import write_checkpoint
 
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.config import read_config
-from qwen35_mlx.convert import convert, distill, plan
+from qwen35_mlx.convert import convert, distill
 from qwen35_mlx.convert.calibrate import calibrate
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.convert.shards import sha256
@@ -34,7 +34,6 @@ from qwen35_mlx.family import family_config
 from qwen35_mlx.model.loading import load_tokenizer
 from qwen35_mlx.quant import statistics
 from qwen35_mlx.quant.latent import Schedule
-from qwen35_mlx.quant.statistics import Calibration, input_name
 
 LENGTH, EXPERT_STEPS = 256, 4
 NUM_KILLS, MOST_DELAY_S = 25, 0.05
@@ -60,34 +59,12 @@ def parts_of(experts: int, model: str) -> dict[str, int]:
     return dict(attention=attention, router=experts * hidden, experts=routed, shared=shared)
 
 
-def synthetic_calibration(source: Path, experts: int) -> Calibration:
-    """As 512 experts have it: a Hessian for each expert's hidden units, one for all inputs."""
-    planned = plan(source, bits=3, method="gptq")
-    found = Calibration(planned.source.origin["source"], planned.layout, "", TOKENS)
-    rng = np.random.default_rng(0)
-    for entry in planned.text_entries:
-        name = input_name(entry.module)
-        if entry.method != "gptq" or name is None or name in found.moments:
-            continue
-        inputs = entry.shape[-1]
-        x = mx.array(rng.standard_normal((64, inputs)).astype(np.float32))
-        hessian = mx.eye(inputs) + x.T @ x / 64
-        found.moments[name] = mx.diag(hessian)
-        if len(entry.shape) == 3:
-            found.moments[name] = mx.broadcast_to(found.moments[name], (experts, inputs))
-            if 4 * 512 * inputs**2 <= statistics.MAX_HESSIAN_BYTES:
-                hessian = mx.contiguous(mx.broadcast_to(hessian, (experts, inputs, inputs)))
-        found.hessians[name] = hessian
-    mx.eval(found.moments, found.hessians)
-    return found
-
-
 def run_layer(source: Path, experts: int, tokens: int) -> dict[str, Any]:
     """Distil the layer in this process; seconds and MLX's peak bytes by part."""
     seconds: dict[str, float] = defaultdict(float)
     peaks: dict[str, int] = defaultdict(int)
-    known = synthetic_calibration(source, experts)
-    held = mx.get_active_memory()
+    # As of 512 experts: a Hessian for each expert's hidden units, one for all inputs.
+    statistics.MAX_HESSIAN_BYTES = statistics.MAX_HESSIAN_BYTES * experts // 512
 
     def metered(function: Any, part_of: Any) -> Any:
         def call(*given: Any, **options: Any) -> Any:
@@ -97,20 +74,22 @@ def run_layer(source: Path, experts: int, tokens: int) -> dict[str, Any]:
             mx.eval(result if result is not None else [])
             part = part_of(given)
             seconds[part] += time.perf_counter() - start
-            peaks[part] = max(peaks[part], mx.get_peak_memory() - held)
+            peaks[part] = max(peaks[part], mx.get_peak_memory())
             return result
 
         return call
 
     distill.EXPERT_STEPS, distill.MIN_EXPERT_TOKENS = EXPERT_STEPS, 1
-    distill.quantize_rows = metered(distill.quantize_rows, lambda given: "gptq")
+    distill._Distiller._start = metered(
+        distill._Distiller._start, lambda given: "Hessians and error feedback"
+    )
     distill._Distiller._train = metered(
         distill._Distiller._train,
         lambda given: "experts" if given[1].startswith("expert ") else given[1],
     )
     ids = mx.array(np.random.default_rng(1).integers(VOCAB, size=(tokens // LENGTH, LENGTH)))
     training = distill.Distillation(ids, schedule=Schedule(1, distill.RATE))
-    options: Any = dict(method="distill", calibration=known, distillation=training)
+    options: Any = dict(method="distill", distillation=training)
     start, read = time.perf_counter(), bytes_read()
     convert(source, source.parent / "out", bits=3, **options)
     whole = time.perf_counter() - start
@@ -119,7 +98,6 @@ def run_layer(source: Path, experts: int, tokens: int) -> dict[str, Any]:
         "bytes_read": bytes_read() - read,
         "seconds": {part: round(s, 2) for part, s in seconds.items()},
         "peak_bytes": dict(peaks),
-        "hessian_bytes": held,
     }
 
 
@@ -143,7 +121,7 @@ def layer(work: Path, model: str, experts: int, tokens: int) -> dict[str, Any]:
     print(f"a layer of {model} with {experts} experts, {tokens} tokens, {nbytes / 1e9:.2f} GB")
     for part, seconds in found["seconds"].items():
         peak = found["peak_bytes"].get(part, 0) / 1e9
-        print(f"  {part:26} {seconds:8.1f} s  peak {peak:6.2f} GB without the Hessians")
+        print(f"  {part:26} {seconds:8.1f} s  peak {peak:6.2f} GB")
     print(f"  resident {found['rss_bytes'] / 1e9:.2f} GB; read {found['bytes_read_ratio']} times")
     # What a trained weight takes: the peak less what is held beside, in float32 on a CPU.
     parts = parts_of(experts, model)
@@ -179,8 +157,9 @@ def computed(bytes_per_weight: float) -> dict[str, Any]:
         "experts": 2 * stacks + 2 * quantized + stacks / 3 * (4 + 2),
         "head": vocab * hidden * (bytes_per_weight + 4),
     }
-    of_hidden = 4 * experts * width**2
-    hessians = layers * (of_hidden + 4 * (3 * hidden**2 + 8192**2 + width**2))
+    # Of one part of a layer, held beside the source's and the quantized stacks.
+    hessians = 4 * (2 * hidden**2 + experts * width**2 + width**2)
+    peak["Hessians"] = 2 * stacks + 2 * quantized + hessians
     steps = TOKENS * 7 / 8 / distill.BATCH_TOKENS * distill.EPOCHS
     expert_steps = experts * distill.EXPERT_STEPS
     one = stacks / experts
@@ -203,16 +182,16 @@ def computed(bytes_per_weight: float) -> dict[str, Any]:
     print(f"  {STEP_BYTES} bytes moved a weight a step, {bytes_per_weight} held;")
     print("  launches of kernels, Python, the last pass over the whole model are left out")
     for name, nbytes in peak.items():
-        print(f"  peak while the {name} is trained: {nbytes / 1e9:6.1f} GB")
-    print(f"  beside: activations {streams / 1e9:.1f} GB, Hessians {hessians / 1e9:.1f} GB")
+        print(f"  peak, {name}: {nbytes / 1e9:6.1f} GB")
+    print(f"  beside: activations {streams / 1e9:.1f} GB")
     print("  hours: " + ", ".join(f"{name} {h:.1f}" for name, h in hours.items()))
     return {
-        "peak_bytes": max(peak.values()) + streams + hessians,
+        "peak_bytes": max(peak.values()) + streams,
         "hours": {name: round(h, 2) for name, h in hours.items()},
     }
 
 
-def run_small(source: Path, out: Path, calibration: Path) -> None:
+def run_small(source: Path, out: Path) -> None:
     """Distil a small model in this process; prints each step."""
     distill.BATCH_TOKENS, distill.MIN_EXPERT_TOKENS, distill.EXPERT_STEPS = 33, 16, 4
     ids = small_ids()
@@ -222,8 +201,8 @@ def run_small(source: Path, out: Path, calibration: Path) -> None:
         schedule=Schedule(1, distill.RATE),
         progress=lambda done, total, step: print(f"{done} {step}", flush=True),
     )
-    options: Any = dict(calibration=statistics.load(calibration), distillation=training)
-    convert(source, out, bits=3, group_size=32, method="distill", **options)
+    options: Any = dict(method="distill", distillation=training)
+    convert(source, out, bits=3, group_size=32, **options)
 
 
 def small_ids() -> mx.array:
@@ -233,13 +212,12 @@ def small_ids() -> mx.array:
 
 def kills(work: Path, number: int) -> dict[str, Any]:
     """Kill a distillation at steps spread over all of it; compare with the undisturbed one."""
-    source, saved = work / "small", work / "calibration.safetensors"
+    source = work / "small"
     write_checkpoint(source, moe=True, tokenizer=True)
-    statistics.save(calibrate(source, small_ids(), hessians=True, measure=False), saved)
     given = "from bench_distill import *; run_small(*(Path(p) for p in {}))"
-    steps = child(given.format([str(source), str(work / "whole"), str(saved)]))
+    steps = child(given.format([str(source), str(work / "whole")]))
     places, rng = {step: place for place, step in enumerate(steps)}, random.Random(5)
-    script = given.format([str(source), str(work / "killed"), str(saved)])
+    script = given.format([str(source), str(work / "killed")])
     command, others = [sys.executable, "-c", script], 0
     for place in sorted(rng.sample(range(len(steps) - 1), number)):
         with subprocess.Popen(

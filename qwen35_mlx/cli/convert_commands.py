@@ -362,7 +362,8 @@ def calibration_for(
         )
     ids = encode(Path(source), text or TEXT_FILE)
     with step_progress(f"Calibrating on {ids.size:,} tokens") as progress:
-        found = run(source, ids, hessians=method in ("gptq", "distill"), progress=progress)
+        known: Any = dict(hessians=method in ("gptq", "distill"), keep_hessians=method == "gptq")
+        found = run(source, ids, **known, progress=progress)
     save(found, file)
     note(f"calibration written to {file}")
     return found
