@@ -20,7 +20,7 @@ from test_tiers import small_model
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.kernels import tiers
-from qwen35_mlx.kernels.delta_step import kept_delta_step
+from qwen35_mlx.kernels.delta_step import DeltaInputs, kept_delta_step
 from qwen35_mlx.kernels.tiers import MLX, PORTABLE, Tiers
 from qwen35_mlx.model.cache import accept
 from qwen35_mlx.model.loading import load_model
@@ -146,7 +146,7 @@ def test_states_that_were_not_accepted_are_freed():
     mx.eval(inputs, list(parameters[:4]))
     gc.collect()
     before = mx.get_active_memory()
-    out, kept = kept_delta_step(*inputs, parameters)
+    out, kept = kept_delta_step(DeltaInputs(*inputs, parameters))
     states = kept._replace(num_accepted=3).states()
     mx.eval(out, kept.arrays, states)
     del out, kept
