@@ -116,7 +116,7 @@ def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn
     layer: nn.Module = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
     rows: tuple[int, ...] = (out_dims,)
     if num_experts:
-        layer = QuantizedSwitchLinear(in_dims, out_dims, num_experts, False, s.group_size, s.bits)
+        layer = QuantizedSwitchLinear(in_dims, out_dims, num_experts, s.group_size, s.bits)
         rows = (min(8, num_experts), out_dims)
     step = math.sqrt(12 / in_dims) / 2**s.bits
     words = (*rows, layer.weight.shape[-1])
