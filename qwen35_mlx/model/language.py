@@ -195,27 +195,12 @@ class Model(nn.Module):
         return self.head(self.trunk(ids, cache, embeddings=input_embeddings))
 
     def trunk(
-        self,
-        ids: mx.array | None,
-        cache: Sequence[Any] | None = None,
-        *,
-        embeddings: mx.array | None = None,
-        positions: mx.array | None = None,
-        rope_delta: RopeDelta = 0,
-        last_only: bool = False,
-        keep_states: bool = False,
+        self, ids: mx.array | None, cache: Sequence[Any] | None = None, **options: Any
     ) -> mx.array:
-        """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
+        """The hidden state after the final norm, `[B, T, H]`; options as of `Trunk`."""
         trunk = self.language_model.model
-        return (trunk if self.ring is None else partial(self.ring.trunk, trunk))(
-            ids,
-            cache,
-            embeddings=embeddings,
-            positions=positions,
-            rope_delta=rope_delta,
-            last_only=last_only,
-            keep_states=keep_states,
-        )
+        run = trunk if self.ring is None else partial(self.ring.trunk, trunk)
+        return run(ids, cache, **options)
 
     def embed(self, ids: Sequence[int], features: mx.array | None = None) -> mx.array:
         """Embeddings `[1, T, H]`; the tokens of pictures get the rows of features `[N, H]`.

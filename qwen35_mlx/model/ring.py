@@ -111,9 +111,9 @@ class Leader:
         trunk: Any,
         ids: mx.array | None,
         cache: Sequence[Any] | None,
-        embeddings: mx.array | None,
-        positions: mx.array | None,
-        rope_delta: Any,
+        embeddings: mx.array | None = None,
+        positions: mx.array | None = None,
+        rope_delta: Any = 0,
         **flags: bool,
     ) -> mx.array:
         """A pass of all processes; its hidden state is being computed."""
