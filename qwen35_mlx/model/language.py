@@ -177,21 +177,9 @@ class Model(nn.Module):
         ids: mx.array,
         cache: Sequence[Any] | None = None,
         *,
-        left_padding: Sequence[int] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """ids `[B, T]` -> logits `[B, T, vocab]`.
-
-        `left_padding`, pad tokens at the start of each row, is for calls without a cache; with
-        one, give it to `make_cache`.
-        """
-        if left_padding is not None:
-            if cache is not None:
-                raise Qwen35Error(
-                    "left_padding together with a cache",
-                    hint="make the cache with model.make_cache(left_padding=...)",
-                )
-            cache = self.make_cache(left_padding)
+        """ids `[B, T]` -> logits `[B, T, vocab]`."""
         return self.head(self.trunk(ids, cache, embeddings=input_embeddings))
 
     def trunk(
@@ -249,11 +237,11 @@ class Model(nn.Module):
         """The decoder layers, in order."""
         return self.language_model.model.layers
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
-        """An empty cache, one entry a layer; see `qwen35_mlx.cache`."""
-        entries = make_cache(self.config, left_padding)
+    def make_cache(self) -> list[CacheEntry]:
+        """An empty cache, one entry a layer; see `model.cache`."""
+        entries = make_cache(self.config)
         if self.ring is not None:
-            self.ring.hold(entries, left_padding)
+            self.ring.hold(entries)
         return entries
 
     def shard(self, group: mx.distributed.Group) -> None:
