@@ -8,12 +8,12 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.base import create_causal_mask
 
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.kernels import attention_heads
 from qwen35_mlx.memory import MAX_SCORES_BYTES
 from qwen35_mlx.model.attention import attend
-from qwen35_mlx.model.layer_cache import causal_mask
 from qwen35_mlx.model.rope import PartialRope, rope_periods
 
 DEFAULT = RopeConfig(theta=1e7, rotary_dim=16)
@@ -165,7 +165,8 @@ def heads(rows=1, num_heads=6, num_kv_heads=2, num_tokens=70, num_keys=200, dim=
 
 
 def padded(num_tokens, num_keys):
-    return causal_mask(num_tokens, num_keys - num_tokens, left_padding=mx.array([0, 90]))
+    offset, left_padding = num_keys - num_tokens, mx.array([0, 90])
+    return create_causal_mask(num_tokens, offset, left_padding=left_padding)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

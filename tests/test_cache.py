@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
 from everyday import everyday
+from padded import padded_cache
 
 from qwen35_mlx.convert import convert
-from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.cache import (
     ArraysCache,
-    BatchKVCache,
     KVCache,
     cached_tokens,
     restore,
@@ -89,8 +88,7 @@ def test_entries_follow_the_layers(model: Any) -> None:
 
 
 def test_a_batch_reads_each_row_as_if_alone(model: Any) -> None:
-    cache = model.make_cache([3, 0])
-    assert [type(entry) for entry in cache] == [ArraysCache, BatchKVCache] * 2
+    cache = padded_cache(model, [3, 0])
     pads, short, long, last = mx.split(IDS[:, :19], [3, 9, 18], axis=1)
     rows = mx.concatenate([mx.concatenate([pads, short], axis=1), long])
     together = [model(rows, cache=cache), model(mx.concatenate([last, last]), cache=cache)]
@@ -99,9 +97,3 @@ def test_a_batch_reads_each_row_as_if_alone(model: Any) -> None:
         for batch, part in zip(together, [ids, last], strict=True):
             single = model(part, cache=alone)
             np.testing.assert_allclose(batch[row, -1], single[0, -1], atol=2e-4)
-
-
-@pytest.mark.parametrize("padding", [[], [-1, 2]])
-def test_padding_that_is_refused(model: Any, padding: list[int]) -> None:
-    with pytest.raises(Qwen35Error, match="left_padding is not usable"):
-        model.make_cache(padding)

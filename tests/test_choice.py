@@ -1,6 +1,7 @@
 """Which tiers a model gets: stored verdicts in, operations and rows out."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_formats_are_those_of_most_weights_that_an_operation_reads(converted_dem
     assert formats["projection"] == formats["expert_down"] == Format("float32", 4, 64)
     for layer in model.layers:
         for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(layer.mlp.switch_mlp, name, QuantizedSwitchLinear(256, 64, 8, False, 32, 3))
+            setattr(layer.mlp.switch_mlp, name, QuantizedSwitchLinear(256, 64, 8, 32, 3))
     formats = choice.formats_of(model)
     assert formats["projection"].bits == 4
     assert formats["expert_gate_up"][1:] == (3, 32)
@@ -163,16 +164,24 @@ def test_verdicts_outlive_an_update_that_does_not_touch_the_kernels(
     assert verdicts.machine_key() == key
 
 
-def test_a_change_of_a_launch_or_of_generated_text_asks_for_new_verdicts(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_change_of_a_launch_or_of_a_kernel_asks_for_new_verdicts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    keys = {verdicts.machine_key()["kernels"]}
-    for i in range(len(verdicts.WRAPPERS)):
-        changed = (*verdicts.WRAPPERS[:i], "another", *verdicts.WRAPPERS[i + 1 :])
-        with monkeypatch.context() as patch:
-            patch.setattr(verdicts, "WRAPPERS", changed)
-            keys.add(verdicts.machine_key()["kernels"])
-    assert len(keys) == len(verdicts.WRAPPERS) + 1
+    source = Path(verdicts.__file__).parent
+    folder = shutil.copytree(source, tmp_path / "kernels")
+    monkeypatch.setattr(verdicts, "FOLDER", folder)
+    before, found = verdicts.machine_key(), set()
+    for file in [*folder.glob("*.py"), *folder.glob("*.metal")]:
+        verdicts._digest_of_sources.cache_clear()
+        text = file.read_bytes()
+        file.write_bytes(text + b" ")
+        if verdicts.machine_key() != before:
+            found.add(file.name)
+        file.write_bytes(text)
+    verdicts._digest_of_sources.cache_clear()
+    launching = {f.name for f in source.glob("*.py") if "= kernel(" in f.read_text()}
+    assert launching and found >= {f.name for f in source.glob("*.metal")} | launching
+    assert "verdicts.py" not in found and "naive.py" not in found
 
 
 def test_new_verdicts_stand_beside_the_old_ones() -> None:

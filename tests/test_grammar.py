@@ -72,7 +72,7 @@ def drawn(
     """Tokens by random logits, of which a grammar forbids some."""
     compiled = grammars.of(request, lambda: as_json)
     assert compiled is not None
-    matcher, draw, ids = compiled.matcher(), np.random.default_rng(seed), list[int]()
+    matcher, draw, ids = compiled.copy(), np.random.default_rng(seed), list[int]()
     while not matcher.is_finished:
         forbidden = matcher.forbidden()
         assert len(forbidden) == VOCAB and forbidden[2560:].all()
@@ -234,7 +234,7 @@ def test_rows_with_grammars_do_not_share_a_matcher(engine):
 def test_an_answer_may_be_json_or_a_call_where_both_are_asked_for(grammars, demo):
     asked = request(Grammar("json_schema", CITY), tools=TOOLS[2:])
     compiled = grammars.of(asked, lambda: False)
-    allowed = np.flatnonzero(~compiled.matcher().forbidden())
+    allowed = np.flatnonzero(~compiled.copy().forbidden())
     call = demo[1].get_added_vocab()["<tool_call>"]
     texts = {demo[1].decode([int(i)])[0] for i in allowed if i != call}
     assert call in allowed and texts == {"{"}
@@ -281,7 +281,7 @@ def test_calls_of_strict_tools_keep_their_schemas_where_the_model_may_call(
     """Text is free; so are calls of tools that are not strict."""
     options = {"strict_tools": ["get_weather"], "parallel_tool_calls": parallel}
     compiled = grammars.of(request(tools=STRICT_TOOLS, **options), lambda: False)
-    matcher = compiled.matcher()
+    matcher = compiled.copy()
     is_kept = is_kept and (parallel or text.count("<tool_call>") < 2)
     for token in demo[1].encode(text, add_special_tokens=False):
         if matcher.forbidden()[token]:
@@ -345,7 +345,7 @@ def test_drafts_inside_a_grammar_change_no_text(engine, demo, monkeypatch, seed,
 
 def test_masks_behind_drafts_are_those_of_a_matcher_that_took_them(grammars, demo):
     compiled = grammars.of(request(Grammar("json_schema", CITY)), lambda: False)
-    matcher, ids = compiled.matcher(), demo[1].encode('{"city": "Rome", "days": 3}')
+    matcher, ids = compiled.copy(), demo[1].encode('{"city": "Rome", "days": 3}')
     assert len(matcher.forbidden_behind([ids[1], ids[0]])) == 2
     masks = matcher.forbidden_behind([*ids[:5], demo[1].eos_token_id, 5])
     for token, mask in zip(ids[:5], masks[:5], strict=True):

@@ -48,7 +48,7 @@ def experts(num, hidden, width, bits, group_size, dtype, seed=0):
     for (in_dims, out_dims), key in zip(
         shapes, mx.random.split(mx.random.key(seed), 3), strict=True
     ):
-        layer = SwitchLinear(in_dims, out_dims, num, bias=False)
+        layer = SwitchLinear(in_dims, out_dims, num)
         weight = mx.random.normal((num, out_dims, in_dims), key=key) * in_dims**-0.5
         layer.weight = weight.astype(dtype)
         if bits:

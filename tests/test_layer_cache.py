@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
+from qwen35_mlx.kernels.decode_attention import unpacked
 from qwen35_mlx.model import cache as ours
 from qwen35_mlx.model.attention import attention_mask
 from qwen35_mlx.model.cache import cached_tokens, fork, kv_bytes, snapshot
@@ -46,7 +47,7 @@ class Both:
 
     def check(self) -> None:
         one, other = self.pair
-        for name in ("offset", "_idx", "left_padding", "lengths"):
+        for name in ("offset", "left_padding", "lengths"):
             assert_equal(getattr(one, name, None), getattr(other, name, None))
         assert (one.size(), one.empty(), one.is_trimmable()) == (
             other.size(), other.empty(), other.is_trimmable(),
@@ -72,108 +73,52 @@ def test_one_sequence_reads_trims_and_masks_as_in_mlx_lm() -> None:
         if tokens == 300:
             both.do("trim", 299)
             both.do("update_and_fetch", *new(1, 5))
-    both.do("make_mask", 3, return_array=True, window_size=None)
-    both.do("make_mask", 3, return_array=False, window_size=2)
     both.do("trim", 10**6)
 
 
-def test_a_batch_of_padded_rows_as_in_mlx_lm() -> None:
-    both = Both(ours.BatchKVCache([2, 0, 5]), theirs.BatchKVCache([2, 0, 5]))
-    for tokens in (6, 1, 260, 1):
-        both.do("update_and_fetch", *new(3, tokens))
-    both.do("trim", 2)
-    for row in range(3):
-        one, other = (cache.extract(row) for cache in both.pair)
-        assert_equal([one.keys, one.values, one.offset], [other.keys, other.values, other.offset])
-    both.do("filter", [0, 2])
-    both.do("update_and_fetch", *new(2, 1))
-    both.do("filter", mx.array([1]))
-    assert both.pair[0].left_padding.tolist() == [0]
-    both.do("update_and_fetch", *new(1, 1))
-
-
-def test_padding_may_be_announced_before_anything_is_read() -> None:
-    both = Both(ours.BatchKVCache([2, 0, 5]), theirs.BatchKVCache([2, 0, 5]))
-    both.do("prepare", left_padding=[1, 3, 0])
-    assert both.pair[0].left_padding.tolist() == [3, 3, 5]
-    assert both.pair[0].offset.tolist() == [-3, -3, -5]
-    both.do("update_and_fetch", *new(3, 6))
-    for cache in both.pair:
-        with pytest.raises(ValueError, match=r"(?i)left padding"):
-            cache.prepare(left_padding=[1, 1, 1])
-
-
-def test_padding_at_the_end_of_rows_moves_to_their_start() -> None:
-    both = Both(*(module.KVCache.merge([module.KVCache() for _ in range(2)])
-                  for module in (ours, theirs)))  # fmt: skip
-    both.do("prepare", lengths=[7, 4], right_padding=[0, 3])
-    both.do("update_and_fetch", *new(2, 7))
-    both.do("finalize")
-    assert both.pair[0].left_padding.tolist() == [0, 3]
-    more = new(2, 1)
-    for cache in both.pair:
-        cache.update_and_fetch(*more)
-        cache.finalize()
-    both.check()
-    # What lies under the padding nobody sees, and it differs.
-    for row in range(2):
-        one, other = (cache.extract(row) for cache in both.pair)
-        assert_equal([one.keys, one.values, one.offset], [other.keys, other.values, other.offset])
-
-
 @pytest.mark.parametrize("lengths", [(7, 3), (0, 4), (260, 0), (0, 0)])
-def test_sequences_become_a_batch_and_batches_one(lengths: tuple[int, int]) -> None:
-    singles = [kv_pair() for _ in lengths]
-    for both, length in zip(singles, lengths, strict=True):
+@pytest.mark.parametrize("bits", [None, (8, 4)])
+def test_sequences_become_a_batch_of_mlx_lm(
+    lengths: tuple[int, int], bits: tuple[int, int] | None
+) -> None:
+    singles, expected = [ours.KVCache(bits) for _ in lengths], []
+    for cache, length in zip(singles, lengths, strict=True):
+        other = theirs.KVCache()
         if length:
-            both.do("update_and_fetch", *new(1, length))
-    batch = Both(
-        *(sides[0].merge(list(sides)) for sides in zip(*(b.pair for b in singles), strict=True))
-    )
-    batch.check()
-    other = Both(ours.BatchKVCache([1]), theirs.BatchKVCache([1]))
-    other.do("update_and_fetch", *new(1, 5))
-    for left, right in zip(batch.pair, other.pair, strict=True):
-        left.extend(right)
-    # mlx-lm keeps room behind, which ours does not: only what is in use is compared.
-    batch.check()
-    batch.do("update_and_fetch", *new(3, 2))
-    batch.do("filter", [2, 0])
+            shape = 1, HEADS, length, 64
+            pair = [mx.array(rng.standard_normal(shape)) for _ in range(2)]
+            held = cache.update_and_fetch(*pair)
+            other.update_and_fetch(*map(unpacked, held))
+        expected.append(other)
+    batch, wanted = singles[0].merge(singles), theirs.KVCache.merge(expected)
+    assert type(batch) is theirs.BatchKVCache
+    assert_equal(batch.state, wanted.state)
+    # Of rows that went back into a batch beside new ones, the latter may be ours.
+    mixed = ours.KVCache.merge([expected[0], singles[1]])
+    assert_equal(mixed.state, wanted.state)
 
 
-def test_states_are_batched_as_in_mlx_lm() -> None:
+def test_states_become_a_batch_of_mlx_lm() -> None:
     def state(rows: int) -> mx.array:
         return mx.array(rng.standard_normal((rows, 3, 4)))
 
-    both = Both(ours.ArraysCache(2, [1, 0]), theirs.ArraysCache(2, [1, 0]))
+    both = Both(ours.ArraysCache(2), theirs.ArraysCache(2))
     both.check()
     for index in range(2):
-        both.do("__setitem__", index, state(2))
+        both.do("__setitem__", index, state(1))
     both.do("advance", 3)
-    both.do("finalize")
-    both.do("prepare", lengths=[3, 1])
-    both.do("advance", 2)
-    empty = [module.ArraysCache(2) for module in (ours, theirs)]
-    for cache, other in zip(both.pair, empty, strict=True):
-        cache.finalize()
-        cache.extend(other)
-    both.check()
-    assert both.pair[0][0].shape == (3, 3, 4)
-    both.do("filter", [2, 0])
-    both.do("prepare", lengths=[3, 1])
-    both.do("filter", mx.array([0]))
-    merged = Both(*(type(c).merge([type(c)(2), c.extract(0)]) for c in both.pair))
-    merged.check()
-    assert merged.pair[0].batch_size == 2
-    none = Both(
-        *(module.ArraysCache.merge([module.ArraysCache(2)] * 2) for module in (ours, theirs))
-    )
-    none.check()
+    for others in ([ours.ArraysCache(2)], [theirs.ArraysCache(2)], both.pair):
+        batch = ours.ArraysCache.merge([both.pair[0], *others])
+        wanted = theirs.ArraysCache.merge([both.pair[1], *others])
+        assert type(batch) is theirs.ArraysCache
+        assert_equal(batch.state, wanted.state)
+    none = ours.ArraysCache.merge([ours.ArraysCache(2)] * 2)
+    assert none.left_padding.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("kind", ["KVCache", "BatchKVCache", "ArraysCache"])
+@pytest.mark.parametrize("kind", ["KVCache", "ArraysCache"])
 def test_states_go_over_to_mlx_lm_and_back(kind: str) -> None:
-    argument = {"KVCache": [], "BatchKVCache": [[1, 0]], "ArraysCache": [2]}[kind]
+    argument = {"KVCache": [], "ArraysCache": [2]}[kind]
     cache = getattr(ours, kind)(*argument)
     if kind == "ArraysCache":
         cache[0], cache[1] = new(2, 1)
@@ -184,10 +129,8 @@ def test_states_go_over_to_mlx_lm_and_back(kind: str) -> None:
     both = Both(back, there)
     both.check()
     assert back.nbytes == cache.nbytes > 0
-    if kind != "ArraysCache":
+    if kind == "KVCache":
         both.do("update_and_fetch", *new(2, 1))
-    if kind == "BatchKVCache":
-        back.finalize()
 
 
 def test_a_long_answer_moves_its_keys_and_values_rarely() -> None:

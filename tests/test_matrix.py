@@ -21,7 +21,7 @@ def test_affine_weights_give_their_width_and_rows(bits, group_size):
     assert (found.bits, found.group_size, found.in_dims, found.out_dims) == (
         bits, group_size, 256, 24,
     )  # fmt: skip
-    stacked = SwitchLinear(256, 24, 5, bias=False).to_quantized(group_size, bits)
+    stacked = SwitchLinear(256, 24, 5).to_quantized(group_size, bits)
     assert matrix(stacked)[1:] == found[1:]
     assert matrix(stacked).out_dims == 24
 

@@ -31,7 +31,7 @@ def projections(num_experts, hidden, width, seed):
     for key, (rows, columns) in zip(
         keys, [(width, hidden), (width, hidden), (hidden, width)], strict=True
     ):
-        layer = SwitchLinear(columns, rows, num_experts, bias=False)
+        layer = SwitchLinear(columns, rows, num_experts)
         layer.weight = mx.random.normal((num_experts, rows, columns), key=key) * columns**-0.5
         layers.append(layer)
     return layers
@@ -111,20 +111,17 @@ def test_experts_keep_the_type_of_the_activations():
 
 
 @pytest.mark.parametrize("num_tokens", [2, SORT_FROM])
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "settings",
     [None, dict(bits=4, group_size=32), dict(bits=4, group_size=32, mode="mxfp4"),
      dict(bits=4, group_size=16, mode="nvfp4"), dict(bits=8, group_size=32, mode="mxfp8")],
 )  # fmt: skip
-def test_a_stack_of_experts_is_that_of_mlx_lm(settings, bias, num_tokens):
+def test_a_stack_of_experts_is_that_of_mlx_lm(settings, num_tokens):
     """Same names and arrays on disk, same numbers, quantized by either."""
-    ours, theirs = SwitchGLU(64, 32, 5), switch_layers.SwitchGLU(64, 32, 5, bias=bias)
+    ours, theirs = SwitchGLU(64, 32, 5), switch_layers.SwitchGLU(64, 32, 5)
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(theirs, name)
-        if bias:
-            layer.bias = mx.random.normal(layer.bias.shape)
-        own = SwitchLinear(*layer.weight.shape[:0:-1], 5, bias=bias)
+        own = SwitchLinear(*layer.weight.shape[:0:-1], 5)
         own.update(layer.parameters())
         if settings:
             layer, own = layer.to_quantized(**settings), own.to_quantized(**settings)

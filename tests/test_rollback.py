@@ -13,6 +13,7 @@ from checkpoints import write_checkpoint
 from everyday import everyday
 from metal.draw import Draw
 from mlx_lm.models.cache import make_prompt_cache
+from padded import padded_cache
 from rollback import CONTINUATIONS, differences, held, kept_pass, one_by_one
 from test_model import KINDS, config, random_model
 from test_tiers import small_model
@@ -20,7 +21,7 @@ from test_tiers import small_model
 from qwen35_mlx.convert import convert
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.kernels import tiers
-from qwen35_mlx.kernels.delta_step import kept_delta_step
+from qwen35_mlx.kernels.delta_step import DeltaInputs, kept_delta_step
 from qwen35_mlx.kernels.tiers import MLX, PORTABLE, Tiers
 from qwen35_mlx.model.cache import accept
 from qwen35_mlx.model.loading import load_model
@@ -146,7 +147,7 @@ def test_states_that_were_not_accepted_are_freed():
     mx.eval(inputs, list(parameters[:4]))
     gc.collect()
     before = mx.get_active_memory()
-    out, kept = kept_delta_step(*inputs, parameters)
+    out, kept = kept_delta_step(DeltaInputs(*inputs, parameters))
     states = kept._replace(num_accepted=3).states()
     mx.eval(out, kept.arrays, states)
     del out, kept
@@ -210,7 +211,7 @@ def test_a_pass_too_large_to_be_kept_is_refused(model_of, shape):
 
 def test_a_cache_that_cannot_take_tokens_back_is_refused(model_of):
     model, ids = model_of(False), mx.array([[1, 2]])
-    padded, none = model.make_cache(left_padding=[1]), None
+    padded, none = padded_cache(model, [1]), None
     theirs = make_prompt_cache(_WithoutOurCache(model))
     for cache in (padded, theirs, none):
         with pytest.raises(Qwen35Error, match="a cache that cannot take tokens back"):

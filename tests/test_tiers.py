@@ -4,12 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
+from padded import padded_cache
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.family import family_config
 from qwen35_mlx.kernels import tiers
-from qwen35_mlx.kernels.delta_step import DeltaParameters, delta_step
+from qwen35_mlx.kernels.delta_step import DeltaInputs, DeltaParameters, delta_step
 from qwen35_mlx.kernels.gated_delta_rule import is_fused
 from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 from qwen35_mlx.kernels.tiers import METAL, MLX, OPS, PORTABLE, Tiers, with_kernels
@@ -49,7 +50,7 @@ def small_model(num_value_heads=32, num_experts=0, seed=0):
 def logits(model, chosen, pieces, left_padding=None):
     """Of pieces one after the other over one cache."""
     tiers.use(model, chosen)
-    cache = model.make_cache(left_padding)
+    cache = padded_cache(model, left_padding) if left_padding else model.make_cache()
     result = [model(piece, cache) for piece in pieces]
     mx.eval(result)
     tiers.use(model, PORTABLE)
@@ -114,9 +115,9 @@ def test_a_slow_decay_in_bfloat16_is_not_rounded_to_one():
     state = mx.random.normal((1, heads, dim, dim))
     inputs = [x.astype(mx.bfloat16) for x in (qkv, z, b, a, mx.zeros((1, 3, channels)))]
     exact = [x.astype(mx.float32) for x in inputs]
-    _, _, want = delta_step(*exact, state, parameters, kernels=PORTABLE)
+    _, _, want = delta_step(DeltaInputs(*exact, state, parameters))
     small = DeltaParameters(*(x.astype(mx.bfloat16) for x in parameters[:4]), parameters.eps)
-    _, _, got = delta_step(*inputs, state, small, kernels=ON_MLX)
+    _, _, got = delta_step(DeltaInputs(*inputs, state, small), kernels=ON_MLX)
     error = mx.sqrt(mx.square(got - want).sum() / mx.square(want).sum()).item()
     assert error < 5e-3
 

@@ -92,7 +92,9 @@ class Script:
                 self.left: list[int] | None = None
                 self.drawn: dict[int, int] = {}
 
-            def __call__(self, logits: mx.array, place: int, drafts: Any = None) -> mx.array:
+            def __call__(
+                self, logits: mx.array, place: int, drafts: Any = None, forbidden: Any = None
+            ) -> mx.array:
                 if self.left is None:
                     self.left = script.answers.pop(0)
                     script.logits.append(np.array(logits[0]))

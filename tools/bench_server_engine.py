@@ -132,7 +132,7 @@ def random_answer(grammars: Grammars, schema: Any, seed: int, tokenizer: Any) ->
         Request(prompt="", grammar=Grammar("json_schema", schema)), lambda: False
     )
     assert compiled is not None
-    matcher, key = compiled.matcher(), mx.random.key(seed)
+    matcher, key = compiled.copy(), mx.random.key(seed)
     ids: list[int] = []
     while not matcher.is_finished:
         key, own = mx.random.split(key)

@@ -23,6 +23,7 @@ from qwen35_mlx.convert.plan import Plan
 from qwen35_mlx.convert.report import family_source
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.delta_step import (
+    DeltaInputs,
     DeltaParameters,
     Tape,
     delta_step_kernel,
@@ -175,12 +176,15 @@ def state_bytes_of_a_round(num_drafts: int = 4) -> dict[str, Any]:
     kernels = with_kernels(["delta_step"])
     with emulated() as log:
         metal.clear()
-        delta_step_kernel(*tokens(1), *states, parameters)
-        _, tape = kept_delta_step(*tokens(num_drafts + 1), *states, parameters, kernels)
+        delta_step_kernel(DeltaInputs(*tokens(1), *states, parameters))
+        _, tape = kept_delta_step(
+            DeltaInputs(*tokens(num_drafts + 1), *states, parameters), kernels
+        )
         assert isinstance(tape, Tape)
         for accepted in range(num_drafts + 2):
             tape = tape._replace(num_accepted=accepted)
-            kept_delta_step(*tokens(num_drafts + 1), *tape[:2], parameters, kernels, tape)
+            inputs = DeltaInputs(*tokens(num_drafts + 1), *tape[:2], parameters)
+            kept_delta_step(inputs, kernels, tape)
     metal.clear()
     (plain, _), (first, _), *rounds = map(state_traffic, log.launches)
     layers = config.layer_types.count(LINEAR) * config.linear_num_key_heads

@@ -4,8 +4,10 @@ from collections.abc import Callable, Generator
 from typing import NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from .prompt_cache import PromptCache
+from .requests import Top
 from .sampler import Sampler
 from .speculate import Drafter
 
@@ -64,8 +66,7 @@ class Decoding:
         drafts: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         logits = self.cache.model.head(hidden)[0]
-        mask = {} if forbidden is None else {"forbidden": forbidden}
-        tokens = self.sampler(logits, place, drafts, **mask)
+        tokens = self.sampler(logits, place, drafts, forbidden)
         mx.async_eval(tokens)
         return tokens, logits
 
@@ -144,3 +145,12 @@ def log_probabilities(logits: mx.array) -> mx.array:
     """`[1, V]` -> `[V]`, in float32."""
     row = logits[0].astype(mx.float32)
     return row - mx.logsumexp(row)
+
+
+def likeliest(row: np.ndarray, num_top: int) -> Top:
+    """The likeliest tokens by log probabilities `[V]`; of equal ones the lowest id first."""
+    if num_top == 0:
+        return ()
+    candidates = np.argpartition(-row, min(num_top, len(row) - 1))[:num_top]
+    order = sorted(candidates.tolist(), key=lambda i: (-row[i], i))
+    return [(i, float(row[i])) for i in order]

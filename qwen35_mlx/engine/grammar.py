@@ -31,11 +31,15 @@ class GrammarError(Qwen35Error):
 
 
 class Matcher:
-    """Follows one answer."""
+    """Follows one answer; of one that has followed none yet, each answer gets a copy."""
 
     def __init__(self, matcher: Any, vocab_size: int):
         self._matcher = matcher
         self._vocab_size = vocab_size
+
+    def copy(self) -> "Matcher":
+        """Another one at the same place."""
+        return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
     def forbidden(self) -> np.ndarray:
         """The mask `[V]` of tokens that must not come next; ends count as tokens."""
@@ -80,18 +84,6 @@ class Matcher:
             )
 
 
-class CompiledGrammar:
-    """A grammar that was found to be usable."""
-
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._first = matcher
-        self._vocab_size = vocab_size
-
-    def matcher(self) -> Matcher:
-        """A new one, for one answer."""
-        return Matcher(self._first.deep_copy(), self._vocab_size)
-
-
 class Grammars:
     """Compiles what requests ask for; the tokenizer's tables are made when first needed."""
 
@@ -102,7 +94,7 @@ class Grammars:
         self._tables: Any = None
         self._lock = Lock()
 
-    def of(self, request: Request, writes_json_calls: Callable[[], bool]) -> CompiledGrammar | None:
+    def of(self, request: Request, writes_json_calls: Callable[[], bool]) -> Matcher | None:
         """What the answer has to follow behind its thought; None if nothing.
 
         `writes_json_calls()`: whether the model writes calls as JSON.
@@ -142,7 +134,7 @@ class Grammars:
         if message := self._fault(text):
             raise GrammarError("the grammar is not usable", got=message[:500])
         ll, tables = self._ll()
-        return CompiledGrammar(ll.LLMatcher(tables, text, log_level=0), self._vocab_size)
+        return Matcher(ll.LLMatcher(tables, text, log_level=0), self._vocab_size)
 
     def _of_answer(self, grammar: Grammar) -> dict[str, Any]:
         kind, source = grammar.kind, grammar.source

@@ -5,7 +5,7 @@ No MLX here: any thread may prepare.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ContextFull, PromptError, Qwen35Error
@@ -13,7 +13,7 @@ from ..model.language import Model
 from ..prompt import check_ids, encode_prompt, encode_text, open_messages
 from ..sampling import SamplingParams
 from .answers import AnswerMemory
-from .grammar import CompiledGrammar, Grammars
+from .grammar import Grammars, Matcher
 from .prefix_store import MIN_POINT_TOKENS
 from .requests import Request
 from .sampler import MAX_SEED
@@ -42,12 +42,11 @@ class Prepared:
     thinking: bool = False
     # All that was said, for `AnswerMemory`; none of a raw prompt.
     key: bytes | None = None
-    grammar: CompiledGrammar | None = None
+    grammar: Matcher | None = None
     # Whether the template writes arguments of calls as JSON.
     typed_calls: bool = False
     thought_end: Sequence[int] = ()
     question: str = ""
-    stop: list[str] = field(default_factory=list)
 
 
 class Preparer:

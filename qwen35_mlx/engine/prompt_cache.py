@@ -204,17 +204,15 @@ class PromptCache:
             trunk, x = self.model.language_model.model, embeddings
             x = self.model.embed(piece) if x is None else x
             hidden, points = read_by_layer(trunk, x, entries, sweep, positions, delta, last_only)
-        elif shown:
+        else:
             hidden = self.model.trunk(
-                None,
+                None if shown else mx.array([piece]),
                 entries,
                 embeddings=embeddings,
                 positions=positions,
+                rope_delta=self._rope_delta,
                 last_only=last_only,
             )
-        else:
-            ids = mx.array([piece])
-            hidden = self.model.trunk(ids, entries, last_only=last_only, **self._behind_pictures())
         if self.mtp and self.feeds_mtp:
             self.mtp.read(hidden, piece, embeddings, positions, self._ids, self._rope_delta)
             hidden = hidden[:, -1:] if wants_last else hidden
@@ -231,10 +229,6 @@ class PromptCache:
                 self.mark_used(at)
         return hidden
 
-    def _behind_pictures(self) -> dict[str, Any]:
-        """What the trunk must know of them; text alone is read as if there were none."""
-        return {"rope_delta": self._rope_delta} if self._rope_delta else {}
-
     def step(self, tokens: mx.array) -> mx.array:
         """Read tokens `[T]` that need not be evaluated; `commit` follows for those that stay.
 
@@ -244,8 +238,8 @@ class PromptCache:
         entries = self.entries
         self._is_consistent = False
         # A pass of one token is as it would be if nothing could be taken back.
-        keeping: dict[str, Any] = {"keep_states": True} if len(tokens) > 1 else {}
-        hidden = self.model.trunk(tokens[None], entries, **keeping, **self._behind_pictures())
+        keep, delta = len(tokens) > 1, self._rope_delta
+        hidden = self.model.trunk(tokens[None], entries, keep_states=keep, rope_delta=delta)
         self._pass = hidden, len(self._ids)
         return hidden
 

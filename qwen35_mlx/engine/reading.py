@@ -7,13 +7,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..model.language import Model
-from .decode import log_probabilities
+from .decode import likeliest, log_probabilities
 from .piece_size import PieceSize
 from .prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from .prepare import Prepared
 from .prompt_cache import PromptCache, common_prefix
 from .requests import Progress, PromptLogprobs, Started, Top, Usage
-from .row import likeliest
 from .ticket import Ticket
 
 # How long a piece may take while others wait for it, and while nobody does.
@@ -129,21 +128,17 @@ class Scores:
         return PromptLogprobs(list(self._ids), self._logprobs, self._top)
 
 
-class Pieces:
+class Pieces(PieceSize):
     """Whose piece is next, and of how many tokens, so that nobody waits long for it to end."""
 
     def __init__(self) -> None:
-        self._size = PieceSize()
+        super().__init__()
         self._turn = 0
 
     def next_size(self, is_shared: bool) -> int:
         """Tokens that take about as long as a piece may."""
         seconds = SHARED_SECONDS if is_shared else ALONE_SECONDS
-        return self._size.next(seconds, FIRST_PIECE_TOKENS)
-
-    def record(self, num_tokens: int, seconds: float) -> None:
-        """What a piece took."""
-        self._size.record(num_tokens, seconds)
+        return self.next(seconds, FIRST_PIECE_TOKENS)
 
     def choose(
         self, readings: Sequence[Reading], store: PrefixStore, among: Sequence[Reading]

@@ -8,16 +8,16 @@ import mlx.core as mx
 import numpy as np
 
 from ..prompt import THINK_CLOSE
-from .decode import Decoding, Step, log_probabilities
+from .decode import Decoding, Step, likeliest, log_probabilities
 from .grammar import Matcher
 from .loops import LoopDetector
 from .output import OutputParser, Piece
 from .prepare import Prepared
 from .prompt_cache import PromptCache
-from .requests import Done, FinishReason, Token, Top, Usage
+from .reading import Reading
+from .requests import Done, FinishReason, Token, Top
 from .sampler import Sampler
 from .speculate import Drafter
-from .ticket import Ticket
 from .tool_calls import ToolCall
 
 
@@ -48,20 +48,18 @@ class Row:
 
     def __init__(
         self,
-        prepared: Prepared,
-        ticket: Ticket,
-        usage: Usage,
+        reading: Reading,
         cache: PromptCache,
         sampler: Sampler,
         vocabulary: Vocabulary,
         tokenizer: Any,
         index: int = 0,
-        owner: object = None,
     ):
-        """`owner`, that of the cache, lives as long as the row."""
+        """The answer `index` to what was read; `reading` owns the cache, and lives as long."""
+        prepared = reading.prepared
         request = prepared.request
-        self.prepared, self.ticket, self.usage, self.cache = prepared, ticket, usage, cache
-        self.sampler, self.index, self.owner = sampler, index, owner
+        self.prepared, self.ticket, self.usage = prepared, reading.ticket, reading.usage
+        self.cache, self.sampler, self.index, self._owner = cache, sampler, index, reading
         self.num_generated = self.num_thought_tokens = 0
         self.finish_reason: FinishReason | None = None
         # Tokens that come next whatever the model would say.
@@ -77,7 +75,7 @@ class Row:
         )
         self._ends, self._vocabulary = vocabulary.ends, vocabulary
         self._detector = LoopDetector(tokenizer, prepared.question) if request.stop_loops else None
-        self._grammar: Matcher | None = prepared.grammar.matcher() if prepared.grammar else None
+        self._grammar: Matcher | None = prepared.grammar.copy() if prepared.grammar else None
         # Behind a thought, as the template goes on.
         close = tokenizer.get_added_vocab().get(THINK_CLOSE)
         end = list(prepared.thought_end)
@@ -226,12 +224,3 @@ class Row:
                 self._texts[piece.kind].append(piece.text)
             elif piece.call.complete:
                 self._calls.append(piece.call)
-
-
-def likeliest(row: np.ndarray, num_top: int) -> Top:
-    """The likeliest tokens by log probabilities `[V]`; of equal ones the lowest id first."""
-    if num_top == 0:
-        return ()
-    candidates = np.argpartition(-row, min(num_top, len(row) - 1))[:num_top]
-    order = sorted(candidates.tolist(), key=lambda i: (-row[i], i))
-    return [(i, float(row[i])) for i in order]

@@ -90,8 +90,7 @@ class RowBatch:
             return self.rows[0].step(tokens)
         for row in self.rows:
             row.begin_pass()
-        delta = {"rope_delta": self._rope_delta} if not isinstance(self._rope_delta, int) else {}
-        hidden = self.model.trunk(tokens[:, None], self._entries, **delta)
+        hidden = self.model.trunk(tokens[:, None], self._entries, rope_delta=self._rope_delta)
         for place, row in enumerate(self.rows):
             row.end_pass(hidden[place : place + 1])
         return hidden

@@ -29,7 +29,6 @@ class Rows:
         self._rows: list[Row] = []
         self._batches: list[RowBatch] = []
         self._drafters: dict[tuple[int, str], Drafter] = {}
-        self._streams: list[mx.Stream] = []
         self._rows_a_stream = rows_a_stream(model)
 
     def __iter__(self) -> Iterator[Row]:

@@ -370,26 +370,10 @@ class Engine:
         rows = []
         for index, own in enumerate(caches):
             seed = None if request.seed is None else (request.seed + index) % 2**63
-            sampler = Sampler(
-                prepared.params,
-                counted,
-                seed,
-                () if banned is None else banned,
-                request.logit_bias,
-            )
-            row = Row(
-                prepared,
-                ticket,
-                reading.usage,
-                own,
-                sampler,
-                self._vocabulary,
-                self.tokenizer,
-                index,
-                owner=reading,
-            )
+            bans = () if banned is None else banned
+            sampler = Sampler(prepared.params, counted, seed, bans, request.logit_bias)
             own.owner = cache.owner
-            rows.append(row)
+            rows.append(Row(reading, own, sampler, self._vocabulary, self.tokenizer, index))
         self._readings.remove(reading)
         self._rows.add(rows)
         if prepared.max_tokens == 0:

@@ -17,7 +17,7 @@ from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
 from .attention_heads import output_gate, qk_norm, qk_norm_rope
 from .decode_attention import PACKED_BITS, PACKED_GROUP_SIZE, Packed, decode_attention
-from .delta_step import DeltaParameters, Tape, delta_step, kept_delta_step
+from .delta_step import DeltaInputs, DeltaParameters, Tape, delta_step, kept_delta_step
 from .expert_step import expert_down, expert_gate_up
 from .grouped_expert_matmul import expert_mlp
 from .matrix import MAX_ROWS
@@ -116,7 +116,7 @@ def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn
     layer: nn.Module = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
     rows: tuple[int, ...] = (out_dims,)
     if num_experts:
-        layer = QuantizedSwitchLinear(in_dims, out_dims, num_experts, False, s.group_size, s.bits)
+        layer = QuantizedSwitchLinear(in_dims, out_dims, num_experts, s.group_size, s.bits)
         rows = (min(8, num_experts), out_dims)
     step = math.sqrt(12 / in_dims) / 2**s.bits
     words = (*rows, layer.weight.shape[-1])
@@ -174,18 +174,20 @@ def _delta_step(m: Member, s: Setting) -> Case:
         EPS,
     )
     mask = mx.arange(T)[None] > 0 if s.padded else None
-    inputs = (z, b, a, conv_state, state, parameters, mask, None)
+    rest = (z, b, a, conv_state, state, parameters)
 
     def run(kernels: Tiers, qkv: mx.array) -> Arrays:
-        results = delta_step(qkv, *inputs, kernels)
+        inputs = DeltaInputs(qkv, *rest)
+        results = delta_step(inputs._replace(mask=mask), None, kernels)
         if not s.padded or T > MAX_ROWS:
             return results
         # Not to be timed: a pass of which the last token is taken back, and another behind it.
-        out, kept = kept_delta_step(qkv, z, b, a, conv_state, state, parameters, kernels)
+        out, kept = kept_delta_step(inputs, kernels)
         kept = kept._replace(num_accepted=T - 1)
         tape = kept if isinstance(kept, Tape) else None
         before = (tape.conv_state, tape.recurrent_state) if tape else kept.states()
-        again = delta_step(qkv, z, b, a, *before, parameters, kernels=kernels, tape=tape)
+        behind = inputs._replace(conv_state=before[0], recurrent_state=before[1])
+        again = delta_step(behind, None, kernels, tape)
         return [*results, out, *kept.states(), *again]
 
     return Case(

@@ -35,6 +35,19 @@ class DeltaParameters(NamedTuple):
     eps: float
 
 
+class DeltaInputs(NamedTuple):
+    """What the layer reads; mask `[B, T]` is False at padding, which leaves no trace."""
+
+    qkv: mx.array  # [B, T, C], a projection as the next three
+    z: mx.array  # [B, T, Hv * Dv]
+    b: mx.array  # [B, T, Hv]
+    a: mx.array
+    conv_state: mx.array  # [B, K - 1, C]
+    recurrent_state: mx.array  # [B, Hv, Dv, Dk], fp32
+    parameters: DeltaParameters
+    mask: mx.array | None = None
+
+
 class KeptStates(NamedTuple):
     """The states at every point of a pass whose last tokens may be taken back."""
 
@@ -78,8 +91,8 @@ class Tape(NamedTuple):
         num_value_heads, value_head_dim = self.recurrent_state.shape[1:3]
         # Nobody wants the output again.
         z = mx.zeros((*b.shape[:2], num_value_heads * value_head_dim), self.conv_state.dtype)
-        before = (self.conv_state, self.recurrent_state)
-        _, *states = delta_step_kernel(qkv, z, b, a, *before, self.parameters)
+        inputs = DeltaInputs(qkv, z, b, a, *self[:2], self.parameters)
+        _, *states = delta_step_kernel(inputs)
         return states[0], states[1]
 
     @property
@@ -89,30 +102,20 @@ class Tape(NamedTuple):
 
 
 def delta_step(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    recurrent_state: mx.array,
-    parameters: DeltaParameters,
-    mask: mx.array | None = None,
+    inputs: DeltaInputs,
     lengths: mx.array | None = None,
     kernels: Tiers = PORTABLE,
     tape: Tape | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Output `[B, T, Hv * Dv]` in z's type, new conv_state and recurrent_state.
 
-    qkv `[B, T, C]`, z `[B, T, Hv * Dv]`, b and a `[B, T, Hv]` are the projections; conv_state
-    `[B, K - 1, C]`, recurrent_state `[B, Hv, Dv, Dk]` fp32. mask `[B, T]` is False at padding,
-    which leaves no trace; lengths `[B]` are those of right-padded rows. Of many tokens, the delta
-    rule alone may run as a kernel. A tape, for the kernel alone, has tokens that come before.
+    lengths `[B]` are those of right-padded rows. Of many tokens, the delta rule alone may run as a
+    kernel. A tape, for the kernel alone, has tokens that come before.
     """
-    inputs = (qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
-    if _runs_kernel(qkv, recurrent_state, lengths, kernels):
-        return delta_step_kernel(*inputs, tape)
-    out, window, (recurrent_state,) = _delta_ops(*inputs, kernels)
-    num_tokens, keep = qkv.shape[1], conv_state.shape[1]
+    if _runs_kernel(inputs, lengths, kernels):
+        return delta_step_kernel(inputs, tape)
+    out, window, (recurrent_state,) = _delta_ops(inputs, kernels)
+    num_tokens, keep = inputs.qkv.shape[1], inputs.conv_state.shape[1]
     if lengths is None:
         # A copy: a view would keep the whole window of a long prefill alive.
         return out, mx.contiguous(window[:, num_tokens:]), recurrent_state
@@ -123,68 +126,46 @@ def delta_step(
 
 
 def kept_delta_step(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    recurrent_state: mx.array,
-    parameters: DeltaParameters,
-    kernels: Tiers = PORTABLE,
-    tape: Tape | None = None,
+    inputs: DeltaInputs, kernels: Tiers = PORTABLE, tape: Tape | None = None
 ) -> tuple[mx.array, KeptStates | Tape]:
     """Up to 8 tokens of which the last may be taken back: output, and what the states become."""
+    qkv, _, b, a, _, recurrent_state, parameters, _ = inputs
     num_tokens = qkv.shape[1]
-    if _runs_kernel(qkv, recurrent_state, None, kernels):
-        out, *states = delta_step_kernel(
-            *(qkv, z, b, a, conv_state, recurrent_state, parameters), tape=tape, keep=True
-        )
+    if _runs_kernel(inputs, None, kernels):
+        out, *states = delta_step_kernel(inputs, tape, keep=True)
         return out, Tape(states[0], states[1], qkv, b, a, parameters, num_tokens)
-    out, window, after = _delta_ops(
-        *(qkv, z, b, a, conv_state, recurrent_state, parameters), None, kernels, keep=True
-    )
+    out, window, after = _delta_ops(inputs, kernels, keep=True)
     return out, KeptStates(window, [recurrent_state, *after], num_tokens)
 
 
-def _runs_kernel(
-    qkv: mx.array, recurrent_state: mx.array, lengths: mx.array | None, kernels: Tiers
-) -> bool:
-    value_head_dim, key_head_dim = recurrent_state.shape[2:]
+def _runs_kernel(inputs: DeltaInputs, lengths: mx.array | None, kernels: Tiers) -> bool:
     return (
-        kernels.runs("delta_step", qkv.shape[1])
+        kernels.runs("delta_step", inputs.qkv.shape[1])
         and lengths is None
-        and key_head_dim in HEAD_DIMS
-        and value_head_dim in HEAD_DIMS
-        and qkv.dtype in FLOATS
+        # Dv and Dk.
+        and all(dim in HEAD_DIMS for dim in inputs.recurrent_state.shape[2:])
+        and inputs.qkv.dtype in FLOATS
     )
 
 
 def _delta_ops(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    recurrent_state: mx.array,
-    parameters: DeltaParameters,
-    mask: mx.array | None,
-    kernels: Tiers,
-    keep: bool = False,
+    inputs: DeltaInputs, kernels: Tiers, keep: bool = False
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Output, the convolution's window, and the last recurrent state or, to keep, each token's."""
+    qkv, z, b, a, conv_state, recurrent_state, parameters, mask = inputs
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
-    key_dim = (channels - num_value_heads * value_head_dim) // 2
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
     window = mx.concatenate([conv_state, qkv], axis=1)
     qkv = _convolve(window, num_tokens, parameters.conv_weight, kernels)
-    if kernels.on_mlx:
-        out, states = _delta_mlx(qkv, z, b, a, recurrent_state, parameters, mask, kernels, keep)
-        return out, window, states
-    qk, v = mx.split(qkv, [2 * key_dim], axis=-1)
-    q, k = mx.split(l2_norm(qk.reshape(batch, num_tokens, -1, key_head_dim)), 2, axis=2)
+    qk, v = mx.split(qkv, [channels - num_value_heads * value_head_dim], axis=-1)
+    qk = qk.reshape(batch, num_tokens, -1, key_head_dim)
     v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
+    if kernels.on_mlx:
+        out, states = _delta_mlx(qk, v, inputs, kernels, keep)
+        return out, window, states
+    q, k = mx.split(l2_norm(qk), 2, axis=2)
     g, beta = _gates(a, b, parameters, mask)
     rule = (q * key_head_dim**-0.5, k, v, g, beta, recurrent_state)
     if keep:
@@ -198,28 +179,18 @@ def _delta_ops(
 
 
 def _delta_mlx(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    state: mx.array,
-    parameters: DeltaParameters,
-    mask: mx.array | None,
-    kernels: Tiers,
-    keep: bool,
+    qk: mx.array, v: mx.array, inputs: DeltaInputs, kernels: Tiers, keep: bool
 ) -> tuple[mx.array, list[mx.array]]:
-    """Output and recurrent states as `_delta_ops` from the convolved qkv, in few dispatches.
+    """Output and recurrent states as `_delta_ops` from the convolved heads, in few dispatches.
 
-    qkv is fp32: MLX rounds the decay to the type of q, and in bf16 a slow one becomes one.
+    These are fp32: MLX rounds the decay to the type of q, and in bf16 a slow one becomes one.
     """
-    batch, num_tokens, channels = qkv.shape
-    num_value_heads, value_head_dim, key_head_dim = state.shape[1:]
-    qk, v = mx.split(qkv, [channels - num_value_heads * value_head_dim], axis=-1)
-    qk = qk.reshape(batch, num_tokens, -1, key_head_dim)
+    _, z, b, a, _, state, parameters, mask = inputs
+    num_tokens, num_value_heads, value_head_dim = v.shape[1:]
+    key_head_dim = qk.shape[-1]
     # Unit length, as l2_norm: eps is added to the mean of squares here, to their sum there.
     qk = mx.fast.rms_norm(qk, _unit(key_head_dim), L2_EPS / key_head_dim)
     q, k = mx.split(qk, 2, axis=2)
-    v = v.reshape(batch, num_tokens, num_value_heads, value_head_dim)
     runs_chunks = not keep and runs_chunk_kernel(q, k, v, kernels)
     if not runs_chunks and is_fused(q.shape[2], num_value_heads, key_head_dim, value_head_dim):
         decay, beta = _decay_and_beta(a, b, parameters.A_log, parameters.dt_bias)
@@ -316,22 +287,14 @@ def l2_norm(x: mx.array) -> mx.array:
 
 
 def delta_step_kernel(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    conv_state: mx.array,
-    recurrent_state: mx.array,
-    parameters: DeltaParameters,
-    mask: mx.array | None = None,
-    tape: Tape | None = None,
-    keep: bool = False,
+    inputs: DeltaInputs, tape: Tape | None = None, keep: bool = False
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The same for T up to 8, in one dispatch that reads and writes the state once.
 
     The accepted tokens of `tape`, whose states are those given, come before the new ones. With
     `keep`, the states returned are those before the new tokens.
     """
+    qkv, z, b, a, conv_state, recurrent_state, parameters, mask = inputs
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
     names = "qkv z b a conv_state state conv_weight A_log dt_bias norm_weight eps mask"

@@ -5,6 +5,7 @@ N rows of activations, H their width.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,18 +51,10 @@ def project(
             outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm, residual)
             return [y.reshape(*x.shape[:-1], -1) for y in outputs]
     x = x if norm is None else norm(x)
-    outputs = [module(x) for module in modules]
+    # Embeddings that are the head too.
+    layers: list[Any] = [getattr(module, "as_linear", module) for module in modules]
+    outputs = [layer(x) for layer in layers]
     return outputs if residual is None else [residual + y for y in outputs]
-
-
-def project_tied(x: mx.array, embedding: nn.Embedding, kernels: Tiers = PORTABLE) -> mx.array:
-    """`[..., H]` times the weights of an embedding that is the head too."""
-    rows = x.size // x.shape[-1]
-    weights = matrices((embedding,)) if kernels.runs("projection", rows) else None
-    if weights is None or x.dtype not in FLOATS:
-        return embedding.as_linear(x)
-    (logits,) = project_kernel(x.reshape(rows, -1), weights)
-    return logits.reshape(*x.shape[:-1], -1)
 
 
 def project_kernel(

@@ -22,34 +22,27 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 class SwitchLinear(nn.Module):
     """A matrix for each expert, `[E, out, in]`."""
 
-    def __init__(self, in_dims: int, out_dims: int, num_experts: int, bias: bool = False):
+    def __init__(self, in_dims: int, out_dims: int, num_experts: int):
         super().__init__()
         scale = in_dims**-0.5
         self.weight = mx.random.uniform(-scale, scale, (num_experts, out_dims, in_dims))
-        if bias:
-            self.bias = mx.zeros((num_experts, out_dims))
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """`[..., 1, in]` by the experts `[...]` -> `[..., 1, out]`."""
-        out = mx.gather_mm(
+        return mx.gather_mm(
             x,
             self["weight"].swapaxes(-1, -2),
             rhs_indices=indices,
             sorted_indices=sorted_indices,
         )
-        return out + self["bias"][indices][..., None, :] if "bias" in self else out
 
     def to_quantized(
         self, group_size: int = 64, bits: int = 4, mode: str = "affine", **unused: Any
     ) -> "QuantizedSwitchLinear":
         """The same matrices, quantized by MLX."""
         num_experts, out_dims, in_dims = self.weight.shape
-        quantized = QuantizedSwitchLinear(
-            in_dims, out_dims, num_experts, False, group_size, bits, mode
-        )
+        quantized = QuantizedSwitchLinear(in_dims, out_dims, num_experts, group_size, bits, mode)
         quantized.quantize(self.weight)
-        if "bias" in self:
-            quantized.bias = self.bias
         return quantized
 
 
@@ -61,7 +54,6 @@ class QuantizedSwitchLinear(nn.Module):
         in_dims: int,
         out_dims: int,
         num_experts: int,
-        bias: bool = False,
         group_size: int = 64,
         bits: int = 4,
         mode: str = "affine",
@@ -70,8 +62,6 @@ class QuantizedSwitchLinear(nn.Module):
         self.group_size, self.bits, self.mode = group_size, bits, mode
         # Lazy: nothing is computed where other weights are put in its place.
         self.quantize(mx.zeros((num_experts, out_dims, in_dims)))
-        if bias:
-            self.bias = mx.zeros((num_experts, out_dims))
 
     def quantize(self, weight: mx.array) -> None:
         """Hold `[E, out, in]`."""
@@ -84,7 +74,7 @@ class QuantizedSwitchLinear(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """As SwitchLinear."""
-        out = mx.gather_qmm(
+        return mx.gather_qmm(
             x,
             self["weight"],
             self["scales"],
@@ -96,7 +86,6 @@ class QuantizedSwitchLinear(nn.Module):
             mode=self.mode,
             sorted_indices=sorted_indices,
         )
-        return out + self["bias"][indices][..., None, :] if "bias" in self else out
 
 
 class SwitchGLU(nn.Module):

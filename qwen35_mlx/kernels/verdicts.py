@@ -6,11 +6,9 @@ tokens. It holds for a chip, an OS, an MLX and the text of the kernels.
 
 import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,43 +19,12 @@ from ..errors import Qwen35Error
 from ..family import Member
 from ..files import cache_home, write_json
 from ..machine import operating_system
-from . import (
-    attention_heads,
-    chunk_delta_rule,
-    decode_attention,
-    delta_step,
-    expert_step,
-    grouped_expert_matmul,
-    matrix,
-    projection,
-    router,
-)
 
 # A gain that small may be noise.
 MIN_SPEEDUP = 1.02
-# What decides, beside the `.metal` files, what is compiled and how it is launched.
-WRAPPERS: tuple[Any, ...] = (
-    attention_heads.qk_norm_rope_kernel,
-    attention_heads.output_gate_kernel,
-    chunk_delta_rule.chunk_delta_rule,
-    decode_attention.decode_attention_kernel,
-    decode_attention.row_class,
-    decode_attention.key_blocks,
-    delta_step.delta_step_kernel,
-    expert_step.expert_gate_up_kernel,
-    expert_step.ROUTED_GATE_UP,
-    expert_step.expert_down_kernel,
-    grouped_expert_matmul.grouped_expert_mlp,
-    grouped_expert_matmul.tiles,
-    grouped_expert_matmul._multiply,
-    matrix.CONVERT,
-    matrix.lanes_per_row,
-    matrix.rows_per_simdgroup,
-    matrix.token_class,
-    projection.project_kernel,
-    projection._signature,
-    router.route_kernel,
-)
+FOLDER = Path(__file__).parent
+# In the text of each module that launches kernels.
+LAUNCHES = b"\nfrom .metal import "
 
 
 class Format(NamedTuple):
@@ -133,20 +100,17 @@ def machine_key() -> dict[str, str]:
         "chip": str(mx.device_info().get("device_name", "?")),
         "os": operating_system(),
         "mlx": version("mlx"),
-        "kernels": _digest_of_sources(WRAPPERS),
+        "kernels": _digest_of_sources(FOLDER),
     }
 
 
 @functools.cache
-def _digest_of_sources(wrappers: tuple[Any, ...]) -> str:
-    """Of the `.metal` files and what launches them; a process has one text of them."""
+def _digest_of_sources(folder: Path) -> str:
+    """Of the `.metal` files and the modules that launch them; a process has one text of them."""
     digest = hashlib.sha256()
-    for file in sorted(files(__package__).iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".metal"):
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".metal" or (file.suffix == ".py" and LAUNCHES in file.read_bytes()):
             digest.update(file.name.encode() + file.read_bytes())
-    for wrapper in wrappers:
-        text = inspect.getsource(inspect.unwrap(wrapper)) if callable(wrapper) else repr(wrapper)
-        digest.update(text.encode())
     return digest.hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import MAX_SCORES_BYTES, query_block
 from .layer_cache import RowsKVCache
-from .rope import PartialRope, RopeDelta, shifted
+from .rope import PartialRope, Places, RopeDelta, shifted
 from .shard import joined
 
 
@@ -90,18 +90,12 @@ class Attention(nn.Module):
         self._num_kv_heads = config.num_key_value_heads
 
     def __call__(
-        self,
-        x: mx.array,
-        norm: nn.RMSNorm,
-        mask: Any,
-        cache: Any | None,
-        tables: tuple[mx.array, mx.array] | None = None,
-        rope_delta: RopeDelta = 0,
+        self, x: mx.array, norm: nn.RMSNorm, mask: Any, cache: Any | None, places: Places = None
     ) -> mx.array:
         """x `[B, T, hidden]`, to be normalised by `norm` -> x + attention.
 
-        mask as MLX's attention takes it: None, "causal" or an array. Positions are those of the
-        cache plus `rope_delta`, unless there are tables, cosines and sines `[B or 1, T, R / 2]`.
+        mask as MLX's attention takes it: None, "causal" or an array. `places` as from
+        `self.places`: tables are `[B or 1, T, R / 2]`.
         """
         batch, num_tokens, _ = x.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -110,12 +104,12 @@ class Attention(nn.Module):
         q_gate, k, v = project(x, projections, self.kernels, norm=norm)
         v = v.reshape(batch, num_tokens, self._num_kv_heads, -1).swapaxes(1, 2)
         weights = self.q_norm.weight, self.k_norm.weight
-        if tables is None:
-            q, k = qk_norm(q_gate, k, *weights, self.q_norm.eps)
-            offset = shifted(0 if cache is None else cache.offset, rope_delta)
-            q, k = self.rope(q, offset), self.rope(k, offset)
+        if isinstance(places, tuple):
+            q, k = qk_norm_rope(q_gate, k, *weights, *places, self.q_norm.eps, self.kernels)
         else:
-            q, k = qk_norm_rope(q_gate, k, *weights, *tables, self.q_norm.eps, self.kernels)
+            q, k = qk_norm(q_gate, k, *weights, self.q_norm.eps)
+            offset = shifted(0 if cache is None else cache.offset, places)
+            q, k = self.rope(q, offset), self.rope(k, offset)
         if isinstance(cache, RowsKVCache):
             out = self._attend_rows(q, k, v, cache)
         else:
@@ -141,36 +135,26 @@ class Attention(nn.Module):
             )
         return mx.concatenate(outputs)
 
-    def read(
-        self,
-        x: mx.array,
-        norm: nn.RMSNorm,
-        cache: Any,
-        tables: tuple[mx.array, mx.array] | None = None,
-        rope_delta: RopeDelta = 0,
-    ) -> None:
+    def read(self, x: mx.array, norm: nn.RMSNorm, cache: Any, places: Places) -> None:
         """The keys and values of x into the cache: the part of a call that later calls need."""
         k, v = project(x, (self.k_proj, self.v_proj), self.kernels, norm=norm)
         heads = (*x.shape[:2], self._num_kv_heads, -1)
         k = mx.fast.rms_norm(k.reshape(heads), self.k_norm.weight, self.k_norm.eps)
         k, v = k.swapaxes(1, 2), v.reshape(heads).swapaxes(1, 2)
-        if tables is None:
-            k = self.rope(k, shifted(cache.offset, rope_delta))
+        if isinstance(places, tuple):
+            k = rotate(k, *places)
         else:
-            k = rotate(k, *tables)
+            k = self.rope(k, shifted(cache.offset, places))
         cache.update_and_fetch(k, v)
 
-    def rope_tables(
+    def places(
         self, x: mx.array, cache: Any | None, positions: mx.array | None, rope_delta: RopeDelta
-    ) -> tuple[mx.array, mx.array] | None:
-        """Of tokens x, once for all layers; None where nothing needs them.
-
-        That is where positions are explicit, or the kernel wants them.
-        """
+    ) -> Places:
+        """Of tokens x, once for all layers: tables where positions are explicit or kernels run."""
         batch, num_tokens, _ = x.shape
         if positions is None:
             if not self.kernels.runs("qk_norm_rope", batch * num_tokens):
-                return None
+                return rope_delta
             offset = shifted(0 if cache is None else cache.offset, rope_delta)
             positions = mx.array(offset).reshape(-1, 1) + mx.arange(num_tokens)
         return self.rope.tables(positions)

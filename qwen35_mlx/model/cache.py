@@ -13,25 +13,16 @@ import mlx.core as mx
 from ..config import FULL, ModelConfig
 from ..errors import Qwen35Error
 from ..kernels.matrix import MAX_ROWS
-from .layer_cache import BatchKVCache, KVCache, RowsKVCache
-from .states_cache import ArraysCache
+from .layer_cache import ArraysCache, KVCache, RowsKVCache
 
-__all__ = ["ArraysCache", "BatchKVCache", "KVCache"]
-CacheEntry = KVCache | BatchKVCache | ArraysCache
+__all__ = ["ArraysCache", "KVCache"]
+CacheEntry = KVCache | ArraysCache
 
 
-def make_cache(config: ModelConfig, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
-    """An empty cache; `left_padding` gives each row's number of pad tokens at its start."""
-    if left_padding is None:
-        bits = config.kv_bits
-        return [KVCache(bits) if t == FULL else ArraysCache(size=2) for t in config.layer_types]
-    padding = [int(n) for n in left_padding]
-    if not padding or min(padding) < 0:
-        raise Qwen35Error("left_padding is not usable", got=padding, expected="numbers >= 0")
-    return [
-        BatchKVCache(padding) if t == FULL else ArraysCache(size=2, left_padding=padding)
-        for t in config.layer_types
-    ]
+def make_cache(config: ModelConfig) -> list[CacheEntry]:
+    """An empty cache."""
+    bits = config.kv_bits
+    return [KVCache(bits) if t == FULL else ArraysCache(size=2) for t in config.layer_types]
 
 
 def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> None:
@@ -43,11 +34,10 @@ def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> N
             expected=f"1 row of 1 to {MAX_ROWS} tokens",
         )
     for entry in cache or [None]:
-        is_padded = getattr(entry, "left_padding", None) is not None
-        if not isinstance(entry, KVCache | ArraysCache) or is_padded:
+        if not isinstance(entry, KVCache | ArraysCache):
             raise Qwen35Error(
                 "keep_states with a cache that cannot take tokens back",
-                got="no cache" if entry is None else f"{type(entry).__module__}'s or a batch's",
+                got="no cache" if entry is None else f"{type(entry).__module__}'s",
                 expected="one sequence in the cache of model.make_cache()",
             )
 
@@ -151,7 +141,7 @@ def join(rows: Sequence[Sequence[Any]]) -> list[Any]:
     Recurrent states are stacked, keys and values stay with their row.
     """
     joined: list[Any] = [
-        ArraysCache.merge(layer) if isinstance(layer[0], ArraysCache) else RowsKVCache(layer)
+        RowsKVCache(layer) if holds_keys(layer[0]) else ArraysCache.stacked(layer)
         for layer in zip(*rows, strict=True)
     ]
     if handle := _handle(rows[0]):

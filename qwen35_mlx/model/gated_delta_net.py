@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import ModelConfig
-from ..kernels.delta_step import DeltaParameters, Tape, delta_step, kept_delta_step
+from ..kernels.delta_step import DeltaInputs, DeltaParameters, Tape, delta_step, kept_delta_step
 from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from .shard import joined
@@ -77,18 +77,18 @@ class GatedDeltaNet(nn.Module):
             conv_state = mx.zeros((batch, *self._conv_state_shape), x.dtype)
         if recurrent_state is None:
             recurrent_state = mx.zeros((batch, *self._state_shape))
-        inputs = (qkv, z, b, a, conv_state, recurrent_state)
         parameters = DeltaParameters(
             self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight, self.norm.eps
         )
+        inputs = DeltaInputs(qkv, z, b, a, conv_state, recurrent_state, parameters, mask)
         if keep_states:
             assert cache is not None
-            out, pending = kept_delta_step(*inputs, parameters, self.kernels, tape)
+            out, pending = kept_delta_step(inputs, self.kernels, tape)
             cache.keep(pending)
             (out,) = mx.depends([out], pending.arrays)
         else:
             lengths = getattr(cache, "lengths", None)
-            out, *states = delta_step(*inputs, parameters, mask, lengths, self.kernels, tape)
+            out, *states = delta_step(inputs, lengths, self.kernels, tape)
             if cache is not None:
                 cache.cache = states
                 cache.advance(num_tokens)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import FULL, LINEAR, ModelConfig
 from ..errors import Qwen35Error
-from ..kernels.projection import project, project_tied
+from ..kernels.projection import project
 from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
@@ -23,7 +23,7 @@ from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
 from .mtp import MTP
 from .ring import Leader, leader
-from .rope import RopeDelta
+from .rope import Places, RopeDelta
 from .shard import Stages, shard
 from .vision import VisionTower
 
@@ -55,31 +55,24 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         mask: Any,
         cache: Any | None,
-        rope_tables: tuple[mx.array, mx.array] | None,
-        rope_delta: RopeDelta = 0,
+        places: Places,
         last_only: bool = False,
         keep_states: bool = False,
     ) -> mx.array:
         """`[B, T, H]` -> the same, or `[B, 1, H]` of the last token."""
-        x = self.attend(x, mask, cache, rope_tables, rope_delta, keep_states)
+        x = self.attend(x, mask, cache, places, keep_states)
         if last_only:
             x = x[:, -1:]
         return self.mlp(x, self.post_attention_layernorm)
 
     def attend(
-        self,
-        x: mx.array,
-        mask: Any,
-        cache: Any | None,
-        rope_tables: tuple[mx.array, mx.array] | None,
-        rope_delta: RopeDelta = 0,
-        keep_states: bool = False,
+        self, x: mx.array, mask: Any, cache: Any | None, places: Places, keep_states: bool = False
     ) -> mx.array:
         """The first half of the layer: x + attention of either kind."""
         norm = self.input_layernorm
         if self.is_linear:
             return self.linear_attn(x, norm, mask, cache, keep_states)
-        return self.self_attn(x, norm, mask, cache, rope_tables, rope_delta)
+        return self.self_attn(x, norm, mask, cache, places)
 
 
 class Trunk(nn.Module):
@@ -130,18 +123,18 @@ class Trunk(nn.Module):
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
         # Padding and causality are the same in every layer of a kind: one mask each.
         linear, full = self._first[LINEAR], self._first[FULL]
-        linear_mask = full_mask = tables = None
+        linear_mask = full_mask = places = None
         if linear is not None and entries[linear] is not None:
             linear_mask = entries[linear].make_mask(x.shape[1])
         if full is not None:
             full_mask = attention_mask(x.shape[1], entries[full])
             attention = self.layers[full].self_attn
-            tables = attention.rope_tables(x, entries[full], positions, rope_delta)
+            places = attention.places(x, entries[full], positions, rope_delta)
         ends_here = last_only and (not self.stages or self.stages.has_last_layer)
         for layer, entry in zip(self.layers, entries, strict=True):
             mask = linear_mask if layer.is_linear else full_mask
             only = ends_here and layer is self.layers[-1]
-            x = layer(x, mask, entry, tables, rope_delta, only, keep_states)
+            x = layer(x, mask, entry, places, only, keep_states)
         return self.norm(self.stages.leave(x, last_only) if self.stages else x)
 
 
@@ -184,45 +177,18 @@ class Model(nn.Module):
         ids: mx.array,
         cache: Sequence[Any] | None = None,
         *,
-        left_padding: Sequence[int] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """ids `[B, T]` -> logits `[B, T, vocab]`.
-
-        `left_padding`, pad tokens at the start of each row, is for calls without a cache; with
-        one, give it to `make_cache`.
-        """
-        if left_padding is not None:
-            if cache is not None:
-                raise Qwen35Error(
-                    "left_padding together with a cache",
-                    hint="make the cache with model.make_cache(left_padding=...)",
-                )
-            cache = self.make_cache(left_padding)
+        """ids `[B, T]` -> logits `[B, T, vocab]`."""
         return self.head(self.trunk(ids, cache, embeddings=input_embeddings))
 
     def trunk(
-        self,
-        ids: mx.array | None,
-        cache: Sequence[Any] | None = None,
-        *,
-        embeddings: mx.array | None = None,
-        positions: mx.array | None = None,
-        rope_delta: RopeDelta = 0,
-        last_only: bool = False,
-        keep_states: bool = False,
+        self, ids: mx.array | None, cache: Sequence[Any] | None = None, **options: Any
     ) -> mx.array:
-        """The hidden state after the final norm, `[B, T, H]`; see `Trunk`."""
+        """The hidden state after the final norm, `[B, T, H]`; options as of `Trunk`."""
         trunk = self.language_model.model
-        return (trunk if self.ring is None else partial(self.ring.trunk, trunk))(
-            ids,
-            cache,
-            embeddings=embeddings,
-            positions=positions,
-            rope_delta=rope_delta,
-            last_only=last_only,
-            keep_states=keep_states,
-        )
+        run = trunk if self.ring is None else partial(self.ring.trunk, trunk)
+        return run(ids, cache, **options)
 
     def embed(self, ids: Sequence[int], features: mx.array | None = None) -> mx.array:
         """Embeddings `[1, T, H]`; the tokens of pictures get the rows of features `[N, H]`.
@@ -246,9 +212,10 @@ class Model(nn.Module):
 
     def head(self, hidden: mx.array) -> mx.array:
         """`[..., H]` -> logits `[..., vocab]`."""
-        if self.config.tie_word_embeddings:
-            return project_tied(hidden, self.language_model.model.embed_tokens, self.kernels)
-        return project(hidden, (self.language_model.lm_head,), self.kernels)[0]
+        language = self.language_model
+        tied = self.config.tie_word_embeddings
+        head = language.model.embed_tokens if tied else language.lm_head
+        return project(hidden, (head,), self.kernels)[0]
 
     @property
     def kv_bits(self) -> tuple[int, int] | None:
@@ -270,11 +237,11 @@ class Model(nn.Module):
         """The decoder layers, in order."""
         return self.language_model.model.layers
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[CacheEntry]:
-        """An empty cache, one entry a layer; see `qwen35_mlx.cache`."""
-        entries = make_cache(self.config, left_padding)
+    def make_cache(self) -> list[CacheEntry]:
+        """An empty cache, one entry a layer; see `model.cache`."""
+        entries = make_cache(self.config)
         if self.ring is not None:
-            self.ring.hold(entries, left_padding)
+            self.ring.hold(entries)
         return entries
 
     def shard(self, group: mx.distributed.Group) -> None:

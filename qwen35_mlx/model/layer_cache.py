@@ -1,11 +1,12 @@
-"""The cache of a full-attention layer, in mlx-lm's protocol: keys and values.
+"""The caches of the layers, in mlx-lm's protocol: keys and values, or recurrent states.
 
-B batch, H key/value heads, S cached tokens, T new tokens, D head dim. mlx-lm's generators, its
-batches and its cache files find the names, attributes and states of its own classes here.
+B batch, H key/value heads, S cached tokens, T new tokens, D head dim. mlx-lm's generators and its
+cache files find the names, attributes and states of its own classes here; a batch of sequences is
+one of its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -18,6 +19,7 @@ from ..kernels.decode_attention import (
     packed,
     unpacked,
 )
+from ..kernels.delta_step import KeptStates, Tape
 from ..memory import kv_capacity
 
 # Of what is quantized, as `mx.quantize` gives them.
@@ -73,35 +75,12 @@ def written(buffer: Any, used: int, new: Any) -> Any:
     return buffer
 
 
-class KeysAndValues(LayerCache):
-    """Buffers `[B, H, room, D]` that grow; which part is in use, the subclasses know."""
-
-    keys: Any = None
-    values: Any = None
-
-    def _append(self, keys: Heads, values: Heads, start: int) -> tuple[Any, Any]:
-        """Write `[B, H, T, D]` behind the first `start` tokens; returns all up to there."""
-        self.keys = written(self.keys, start, keys)
-        self.values = written(self.values, start, values)
-        end = start + keys.shape[2]
-        return first_keys(self.keys, end), first_keys(self.values, end)
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def empty(self) -> bool:
-        """Whether nothing was ever read."""
-        return self.keys is None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of keys and values, with their room to grow."""
-        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
-
-
-class KVCache(KeysAndValues):
+class KVCache(LayerCache):
     """Keys and values of one sequence, or of rows of equal length; `bits` of each if quantized."""
 
+    # Buffers `[B, H, room, D]` that grow; the first `offset` tokens are in use.
+    keys: Any = None
+    values: Any = None
     bits: tuple[int, int] | None = None
 
     def __init__(self, bits: tuple[int, int] | None = None) -> None:
@@ -113,10 +92,16 @@ class KVCache(KeysAndValues):
         v: Heads = values
         if self.bits:
             k, v = packed(keys, self.bits[0]), packed(values, self.bits[1])
-        held = self._append(k, v, self.offset)
+        self._append(k, v)
         self.num_kept = keys.shape[2]
-        self.offset += self.num_kept
-        return held
+        return first_keys(self.keys, self.offset), first_keys(self.values, self.offset)
+
+    def _append(self, keys: Heads, values: Heads) -> None:
+        """Write `[B, H, T, D]` behind what is held."""
+        self.keys = written(self.keys, self.offset, keys)
+        self.values = written(self.values, self.offset, values)
+        self.offset += keys.shape[2]
+        self.num_kept = 0
 
     def rows(self, start: int, stop: int) -> dict[str, mx.array]:
         """Views of keys and values of these tokens, by name; of what is quantized, of its parts."""
@@ -131,9 +116,7 @@ class KVCache(KeysAndValues):
     def append_rows(self, rows: Mapping[str, mx.array]) -> None:
         """Append what `rows` gives, of a cache with the same bits."""
         k, v = (self._of_rows(rows, name, i) for i, name in enumerate(("keys", "values")))
-        self._append(k, v, self.offset)
-        self.offset += k.shape[2]
-        self.num_kept = 0
+        self._append(k, v)
 
     def _of_rows(self, rows: Mapping[str, mx.array], name: str, place: int) -> Heads:
         if self.bits is None:
@@ -178,12 +161,8 @@ class KVCache(KeysAndValues):
         self.num_kept = 0
         return num_tokens
 
-    def make_mask(
-        self, num_tokens: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | str | None:
+    def make_mask(self, num_tokens: int, **unused: Any) -> str | None:
         """What T new tokens may see, as MLX's attention takes it."""
-        if return_array or window_size is not None:
-            return causal_mask(num_tokens, self.offset, window_size=window_size)
         return None if num_tokens == 1 else "causal"
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
@@ -195,169 +174,29 @@ class KVCache(KeysAndValues):
 
         return Theirs.from_state(self.state).to_quantized(group_size, bits)
 
+    @staticmethod
+    def merge(caches: Sequence[Any]) -> Any:
+        """One batch of several sequences, for mlx-lm's generators: its own, padded at the start."""
+        from mlx_lm.models.cache import BatchKVCache
+        from mlx_lm.models.cache import KVCache as Theirs
+
+        states = ((unpacked(c.keys), unpacked(c.values), c.offset) for c in caches)
+        return BatchKVCache.merge([Theirs.from_state(state) for state in states])
+
+    def is_trimmable(self) -> bool:
+        return True
+
     def size(self) -> int:
         return self.offset
 
-    @staticmethod
-    def merge(caches: Sequence[Any]) -> "BatchKVCache":
-        """One batch of several sequences, padded at their start."""
-        longest = max(c.offset for c in caches)
-        batch = BatchKVCache([longest - c.offset for c in caches])
-        if longest:
-            batch.keys, batch.values = (
-                in_line([(unpacked(getattr(c, name)), 1, c.offset) for c in caches], longest)
-                for name in ("keys", "values")
-            )
-            batch.offset = batch.offset + longest
-            batch._idx = longest
-        return batch
-
-
-def in_line(parts: Sequence[tuple[mx.array | None, int, int]], end: int) -> mx.array:
-    """Stack buffers so that all end at `end`; parts: buffer, number of rows, tokens used."""
-    known = next(buffer for buffer, _, _ in parts if buffer is not None)
-    heads, dim, dtype = known.shape[1], known.shape[3], known.dtype
-    stacked = []
-    for buffer, rows, used in parts:
-        padding = mx.zeros((rows, heads, end - used, dim), dtype)
-        if buffer is not None and used:
-            padding = mx.concatenate([padding, buffer[..., :used, :]], axis=2)
-        stacked.append(padding)
-    return mx.concatenate(stacked)
-
-
-def causal_mask(
-    num_tokens: int,
-    offset: int,
-    *,
-    left_padding: mx.array | None = None,
-    window_size: int | None = None,
-    **unused: Any,
-) -> mx.array:
-    """True where a query may look: `[T, S + T]`, or `[B, 1, T, S + T]` with paddings `[B]`."""
-    keys = mx.arange(offset + num_tokens)
-    queries = mx.arange(offset, offset + num_tokens)[:, None]
-    mask = keys <= queries
-    if window_size is not None:
-        mask = mask & (queries < keys + window_size)
-    if left_padding is not None:
-        mask = mask & (keys >= left_padding.reshape(-1, 1, 1, 1))
-    return mask
-
-
-class BatchKVCache(KeysAndValues):
-    """Keys and values of rows of different lengths: padded at their start, ends in line.
-
-    `offset` `[B]` counts each row's own tokens, negative while only padding was read; `_idx` is
-    the common end in the buffers. Both, and `left_padding`, have mlx-lm's names.
-    """
-
-    _right_padding: mx.array | None = None
-
-    def __init__(self, left_padding: Iterable[int]) -> None:
-        padding = list(left_padding)
-        self.left_padding = mx.array(padding)
-        self.offset = mx.array([-n for n in padding])
-        self._idx = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append `[B, H, T, D]`; returns all keys and values, `[B, H, S + T, D]`."""
-        held = self._append(keys, values, self._idx)
-        self._idx += keys.shape[2]
-        self.offset = self.offset + keys.shape[2]
-        return held
-
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Announce padding at the start of the next tokens or, until `finalize`, at their end."""
-        if left_padding is not None:
-            if self.keys is not None:
-                raise ValueError("left padding needs a cache that has read nothing")
-            padding = mx.array(list(left_padding))
-            self.left_padding = self.left_padding + padding
-            self.offset = self.offset - padding
-        if right_padding is not None and max(right_padding) > 0:
-            self._right_padding = mx.array(list(right_padding))
-
-    def finalize(self) -> None:
-        """Turn the padding at the rows' ends into padding at their starts."""
-        if (padding := self._right_padding) is None:
-            return
-        self._right_padding = None
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = (self._rolled(a, padding) for a in (self.keys, self.values))
-        self.offset = self.offset - padding
-        self.left_padding = self.left_padding + padding
-
-    def _rolled(self, buffer: mx.array, shifts: mx.array) -> mx.array:
-        """Each row moved towards its end by its own shift; what falls off the end comes first."""
-        used = buffer[..., : self._idx, :]
-        sources = (mx.arange(self._idx) - shifts[:, None]) % self._idx
-        return mx.take_along_axis(used, sources[:, None, :, None], axis=2)
+    def empty(self) -> bool:
+        """Whether nothing was ever read."""
+        return self.keys is None
 
     @property
-    def state(self) -> tuple[Any, ...]:
-        return self.keys, self.values, self.offset, self.left_padding, self._idx
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.keys, self.values, self.offset, self.left_padding, self._idx = value
-
-    def trim(self, num_tokens: int) -> int:
-        """Forget the last tokens of every row; returns how many."""
-        num_tokens = min(self._idx, num_tokens)
-        self._idx -= num_tokens
-        self.offset = self.offset - num_tokens
-        return num_tokens
-
-    def make_mask(self, num_tokens: int, return_array: bool = False, **options: Any) -> mx.array:
-        """What T new tokens of each row may see, `[B, 1, T, S + T]`."""
-        return causal_mask(num_tokens, self._idx, left_padding=self.left_padding, **options)
-
-    def filter(self, rows: Any) -> None:
-        """Keep these rows only, and no more padding than they need."""
-        self.offset, self.left_padding = self.offset[rows], self.left_padding[rows]
-        spare = min(cast(list[int], self.left_padding.tolist()), default=0)
-        if self.keys is not None and self.values is not None:
-            self.keys = self.keys[rows][..., spare:, :]
-            self.values = self.values[rows][..., spare:, :]
-            self._idx -= spare
-            self.left_padding = self.left_padding - spare
-
-    def extend(self, other: "BatchKVCache") -> None:
-        """Append the rows of another batch."""
-        end = max(self._idx, other._idx)
-        if end:
-            self.keys, self.values = (
-                in_line([(getattr(c, name), c.offset.size, c._idx) for c in (self, other)], end)
-                for name in ("keys", "values")
-            )
-        padding = [c.left_padding + (end - c._idx) for c in (self, other)]
-        self.left_padding = mx.concatenate(padding)
-        self.offset = mx.concatenate([self.offset, other.offset])
-        self._idx = end
-
-    def extract(self, row: int) -> KVCache:
-        """One row as a cache of its own."""
-        cache = KVCache()
-        if self.keys is not None and self.values is not None:
-            start = int(cast(int, self.left_padding[row].item()))
-            cache.keys, cache.values = (
-                mx.contiguous(a[row : row + 1, :, start : self._idx])
-                for a in (self.keys, self.values)
-            )
-            cache.offset = self._idx - start
-        return cache
-
-    merge = KVCache.merge
-
-    def size(self) -> int:
-        return self._idx
+    def nbytes(self) -> int:
+        """Memory of keys and values, with their room to grow."""
+        return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
 
 
 class RowsKVCache(LayerCache):
@@ -381,3 +220,80 @@ class RowsKVCache(LayerCache):
     def make_mask(self, num_tokens: int, **unused: Any) -> None:
         """One token of each row sees all of its own."""
         assert num_tokens == 1
+
+
+class ArraysCache(LayerCache):
+    """The states of a recurrent layer: replaced at each step, never written in place."""
+
+    # A pass that can be taken back, in place of the states.
+    pending: Tape | KeptStates | None = None
+
+    def __init__(self, size: int) -> None:
+        self.cache = [None] * size
+
+    @property
+    def cache(self) -> list[Any]:
+        """The states. Whoever asks for them accepts what is left of the last pass."""
+        if self.pending is not None:
+            self.cache = list(self.pending.states())
+        return self._states
+
+    @cache.setter
+    def cache(self, states: list[Any]) -> None:
+        self._states, self.pending, self.num_kept = states, None, 0
+
+    def keep(self, pending: Tape | KeptStates) -> None:
+        """Count a pass that can be taken back as read."""
+        self._states = [None] * len(self._states)
+        self.pending, self.num_kept = pending, pending.num_accepted
+
+    def accept(self, num_tokens: int) -> None:
+        """Keep the first tokens of the last pass."""
+        assert self.pending is not None
+        self.pending, self.num_kept = self.pending._replace(num_accepted=num_tokens), 0
+
+    def __getitem__(self, index: int) -> Any:
+        return self.cache[index]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.cache[index] = value
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        # mlx-lm's batches have numbers of pads there.
+        return self.cache, None, None
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.cache = value[0]
+
+    @classmethod
+    def stacked(cls, caches: Sequence["ArraysCache"]) -> "ArraysCache":
+        """The states of several sequences that have read something, `[B, ...]`."""
+        batch = cls(len(caches[0].cache))
+        columns = zip(*(each.cache for each in caches), strict=True)
+        batch.cache = [mx.concatenate(list(states)) for states in columns]
+        return batch
+
+    def make_mask(self, num_tokens: int) -> None:
+        """Nothing is padded."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Only caches with padding count what was read."""
+
+    @staticmethod
+    def merge(caches: Sequence[Any]) -> Any:
+        """One batch of several sequences, for mlx-lm's generators: its own."""
+        from mlx_lm.models.cache import ArraysCache as Theirs
+
+        return Theirs.merge(caches)
+
+    def empty(self) -> bool:
+        """Whether nothing was ever read."""
+        return self.pending is None and self._states[0] is None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states, of all points that the last pass can be taken back to."""
+        arrays = self._states if self.pending is None else self.pending.arrays
+        return sum(a.nbytes for a in arrays if a is not None)

@@ -50,9 +50,9 @@ class MTP(nn.Module):
         """
         layer = self.layers[0]
         x = self._joined(hidden, embeddings)
-        tables = layer.self_attn.rope_tables(x, cache, positions, rope_delta)
+        places = layer.self_attn.places(x, cache, positions, rope_delta)
         mask = attention_mask(x.shape[1], cache)
-        return self.norm(layer(x, mask, cache, tables, rope_delta, last_only))
+        return self.norm(layer(x, mask, cache, places, last_only))
 
     def read(
         self,
@@ -66,8 +66,8 @@ class MTP(nn.Module):
         """Put keys and values into the cache and compute nothing else: for the text of a prompt."""
         layer = self.layers[0]
         x = self._joined(hidden, embeddings)
-        tables = layer.self_attn.rope_tables(x, cache, positions, rope_delta)
-        layer.self_attn.read(x, layer.input_layernorm, cache, tables, rope_delta)
+        places = layer.self_attn.places(x, cache, positions, rope_delta)
+        layer.self_attn.read(x, layer.input_layernorm, cache, places)
 
     def _joined(self, hidden: mx.array, embeddings: mx.array) -> mx.array:
         parts = [self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden)]

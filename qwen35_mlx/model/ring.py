@@ -100,20 +100,19 @@ class Leader:
         self._number += 1
         return self._number
 
-    def hold(self, entries: Sequence[Any], left_padding: Sequence[int] | None) -> None:
+    def hold(self, entries: Sequence[Any]) -> None:
         """Every process makes an empty cache."""
         handle = entries[0].handle = Handle(self)
-        padding = None if left_padding is None else [int(n) for n in left_padding]
-        self.tell("hold", number=handle.number, left_padding=padding)
+        self.tell("hold", number=handle.number)
 
     def trunk(
         self,
         trunk: Any,
         ids: mx.array | None,
         cache: Sequence[Any] | None,
-        embeddings: mx.array | None,
-        positions: mx.array | None,
-        rope_delta: Any,
+        embeddings: mx.array | None = None,
+        positions: mx.array | None = None,
+        rope_delta: Any = 0,
         **flags: bool,
     ) -> mx.array:
         """A pass of all processes; its hidden state is being computed."""
@@ -258,7 +257,7 @@ class Follower:
             case "kernels":
                 use(self._model, Tiers(**what))
             case "hold":
-                held[number] = caches.make_cache(self._model.config, what["left_padding"])
+                held[number] = caches.make_cache(self._model.config)
             case "trunk":
                 self._trunk(**what)
             case "accept":

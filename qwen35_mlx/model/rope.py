@@ -16,11 +16,13 @@ from ..config import RopeConfig
 
 # What is added to the number of tokens before a text token to get its position; one per row.
 RopeDelta = int | mx.array
+# Where new tokens are: cosines and sines, or what is added to the places in their cache.
+Places = tuple[mx.array, mx.array] | RopeDelta | None
 
 
-def shifted(offset: Any, delta: RopeDelta) -> Any:
+def shifted(offset: Any, delta: RopeDelta | None) -> Any:
     """offset + delta, without an operation where there is nothing to add."""
-    return offset if isinstance(delta, int) and delta == 0 else offset + delta
+    return offset if delta is None or (isinstance(delta, int) and delta == 0) else offset + delta
 
 
 def media_positions(ids: Sequence[int], start: int) -> tuple[np.ndarray, int]:

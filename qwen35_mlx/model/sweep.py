@@ -70,14 +70,14 @@ def read_by_layer(
     for done, (layer, entry) in enumerate(zip(trunk.layers, cache, strict=True), 1):
         is_last = last_only and layer is trunk.layers[-1]
         for i, (start, end) in enumerate(spans):
-            piece, tables = pieces[i], None
+            piece, places = pieces[i], None
             if layer.is_linear:
                 mask = entry.make_mask(end - start)
             else:
                 mask = attention_mask(end - start, entry)
                 at = None if positions is None else positions[..., start:end]
-                tables = layer.self_attn.rope_tables(piece, entry, at, rope_delta)
-            piece = layer.attend(piece, mask, entry, tables, rope_delta)
+                places = layer.self_attn.places(piece, entry, at, rope_delta)
+            piece = layer.attend(piece, mask, entry, places)
             pieces[i] = piece[:, -1:] if is_last else piece
             mx.eval(pieces[i], entry.state)
             if end in points:

@@ -8,7 +8,7 @@ from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
 from qwen35_mlx.kernels.decode_attention import Heads, Packed, decode_attention_kernel
-from qwen35_mlx.kernels.delta_step import delta_step_kernel
+from qwen35_mlx.kernels.delta_step import DeltaInputs, delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
 from qwen35_mlx.kernels.matrix import matrix
 from qwen35_mlx.kernels.projection import project_kernel
@@ -88,7 +88,7 @@ def cases(number: int) -> Iterator[Case]:
     arrays += [] if mask is None else [mask]
 
     def delta(*a: mx.array) -> Arrays:
-        return delta_step_kernel(*a[:6], parameters, *a[6:])
+        return delta_step_kernel(DeltaInputs(*a[:6], parameters, *a[6:]))
 
     yield "delta_step", delta, arrays
 
@@ -114,12 +114,12 @@ def different_tokens(number: int) -> tuple[int, int]:
     draw = Draw(number)
     num_tokens = 2 + number % 7
     *inputs, conv_state, state, parameters, mask = draw.delta(2, num_tokens)
-    out, *together = delta_step_kernel(*inputs, conv_state, state, parameters, mask)
+    out, *together = delta_step_kernel(DeltaInputs(*inputs, conv_state, state, parameters, mask))
     alone, count = [conv_state, state], 0
     for t in range(num_tokens):
         token = [a[:, t : t + 1] for a in inputs]
         token_mask = None if mask is None else mask[:, t : t + 1]
-        y, *alone = delta_step_kernel(*token, *alone, parameters, token_mask)
+        y, *alone = delta_step_kernel(DeltaInputs(*token, *alone, parameters, token_mask))
         count += bits(y) != bits(out[:, t : t + 1])
     count += any(bits(a) != bits(b) for a, b in zip(together, alone, strict=True))
     return count, num_tokens + 1

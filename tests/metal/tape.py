@@ -6,6 +6,7 @@ import mlx.core as mx
 from metal.draw import Draw
 
 from qwen35_mlx.kernels.delta_step import (
+    DeltaInputs,
     DeltaParameters,
     Tape,
     delta_step_kernel,
@@ -23,7 +24,8 @@ def one_by_one(tokens: Arrays, states: Arrays, parameters: DeltaParameters) -> l
     """Output and states of the kernel called for each token alone, of one token or more."""
     outputs = []
     for t in range(tokens[0].shape[1]):
-        out, *states = delta_step_kernel(*(a[:, t : t + 1] for a in tokens), *states, parameters)
+        token = [a[:, t : t + 1] for a in tokens]
+        out, *states = delta_step_kernel(DeltaInputs(*token, *states, parameters))
         outputs.append(out)
     return [mx.concatenate(outputs, axis=1), *states]
 
@@ -47,7 +49,7 @@ def rounds(draw: Draw, most_tokens: int, batch: int = 1) -> Pairs:
     want: Arrays = (conv_state, state)
     given, tape = want, None
     for _ in range(2):
-        out, made = kept_delta_step(*tokens, *given, parameters, KERNELS, tape)
+        out, made = kept_delta_step(DeltaInputs(*tokens, *given, parameters), KERNELS, tape)
         assert isinstance(made, Tape)
         yield out, one_by_one(tokens, want, parameters)[0]
         # What is written are the states before the tokens.
@@ -59,5 +61,5 @@ def rounds(draw: Draw, most_tokens: int, batch: int = 1) -> Pairs:
         tokens = list(draw.delta(batch, num_tokens())[:4])
     assert tape is not None
     yield from zip(tape.states(), want, strict=True)
-    results = delta_step_kernel(*tokens, *given, parameters, tape=tape)
+    results = delta_step_kernel(DeltaInputs(*tokens, *given, parameters), tape)
     yield from zip(results, one_by_one(tokens, want, parameters), strict=True)

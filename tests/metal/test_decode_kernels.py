@@ -14,7 +14,7 @@ from metal.emulator import emulated
 
 from qwen35_mlx.kernels import expert_step, metal, naive, projection
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
-from qwen35_mlx.kernels.delta_step import DeltaParameters, delta_step_kernel
+from qwen35_mlx.kernels.delta_step import DeltaInputs, DeltaParameters, delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
 from qwen35_mlx.kernels.matrix import matrix
 from qwen35_mlx.kernels.router import route_kernel
@@ -157,7 +157,7 @@ def test_delta_step(number, cases):
     num_tokens = 1 if number % 2 else draw.integer(2, 8)
     for _ in range(cases):
         arguments = draw.delta(draw.integer(1, 3), num_tokens)
-        out, conv_state, state = delta_step_kernel(*arguments)
+        out, conv_state, state = delta_step_kernel(DeltaInputs(*arguments))
         want_out, want_conv_state, want_state = naive.naive_delta_step(*arguments)
         assert out.dtype == conv_state.dtype == draw.dtype
         assert_close(out, want_out, TOLERANCE[draw.dtype])
@@ -274,15 +274,8 @@ def test_weights_and_states_are_read_once(log):
     parameters = DeltaParameters(
         draw.normal(384, 4, 1), *(draw.normal(n) for n in (4, 4, 32)), 1e-6
     )
-    delta_step_kernel(
-        draw.normal(2, 3, 384),
-        draw.normal(2, 3, 128),
-        draw.normal(2, 3, 4),
-        draw.normal(2, 3, 4),
-        draw.normal(2, 3, 384),
-        state,
-        parameters,
-    )
+    arrays = [draw.normal(2, 3, n) for n in (384, 128, 4, 4, 384)]
+    delta_step_kernel(DeltaInputs(*arrays, state, parameters))
     traffic = log.launches[-1].traffic
     assert traffic["state"].read_bytes == traffic["new_state"].written_bytes == state.nbytes
     assert traffic["new_conv_state"].written_bytes == 2 * 3 * 384 * draw.dtype.size

@@ -9,7 +9,7 @@ from metal.row_invariance import bits
 from metal.tape import KERNELS, accepted_only, one_by_one, rounds
 
 from qwen35_mlx.kernels import metal
-from qwen35_mlx.kernels.delta_step import delta_step_kernel, kept_delta_step
+from qwen35_mlx.kernels.delta_step import DeltaInputs, delta_step_kernel, kept_delta_step
 
 # A specialisation's most tokens of a pass.
 MOST_TOKENS = (1, 2, 8, 4, 8)
@@ -57,10 +57,10 @@ def assert_exact(number: int, num_cases: int) -> None:
 def test_a_pass_behind_a_tape_has_the_bits_of_single_tokens(log: Log):
     draw = Draw(2)
     *tokens, conv_state, state, parameters, _ = draw.delta(1, 3)
-    out, tape = kept_delta_step(*tokens, conv_state, state, parameters, KERNELS)
+    out, tape = kept_delta_step(DeltaInputs(*tokens, conv_state, state, parameters), KERNELS)
     states = accepted_only(tokens, (conv_state, state), parameters, 2)
     tape = tape._replace(num_accepted=2)
-    again = kept_delta_step(*tokens, *tape[:2], parameters, KERNELS, tape)
+    again = kept_delta_step(DeltaInputs(*tokens, *tape[:2], parameters), KERNELS, tape)
     got = [out, *tape[:2], again[0], *again[1][:2]]
     outputs = [one_by_one(tokens, s, parameters)[0] for s in ((conv_state, state), states)]
     want = [outputs[0], conv_state, state, outputs[1], *states]
@@ -96,11 +96,11 @@ def test_a_wrong_line_is_found(log: Log, monkeypatch: pytest.MonkeyPatch, old: s
 def test_the_states_of_a_round_are_read_and_written_once(log: Log):
     draw = Draw(0)
     *tokens, conv_state, state, parameters, _ = draw.delta(1, 5)
-    delta_step_kernel(*(a[:, :1] for a in tokens), conv_state, state, parameters)
-    _, tape = kept_delta_step(*tokens, conv_state, state, parameters, KERNELS)
+    delta_step_kernel(DeltaInputs(*(a[:, :1] for a in tokens), conv_state, state, parameters))
+    _, tape = kept_delta_step(DeltaInputs(*tokens, conv_state, state, parameters), KERNELS)
     for num_accepted in (0, 5):
         tape = tape._replace(num_accepted=num_accepted)
-        kept_delta_step(*tokens, *tape[:2], parameters, KERNELS, tape)
+        kept_delta_step(DeltaInputs(*tokens, *tape[:2], parameters), KERNELS, tape)
     plain, *rest = (launch.traffic for launch in log.launches)
     assert len(rest) == 3
     for traffic in rest:
