@@ -14,7 +14,7 @@ from .fields import Fields
 from .hidden_thoughts import hidden
 from .messages import strict_names
 from .replies import Reply, SentCall, Writer
-from .service import Service, service_of
+from .service import Service, begun
 
 MAX_STOPS = 64
 MIN_BUDGET = 1024
@@ -23,8 +23,7 @@ PING = sse({"type": "ping"}, "ping")
 
 async def messages(http: HttpRequest) -> Response:
     """Answer messages."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     call = _Messages(service, body)
     answer = await service.answer(call.request)
     return call.response(answer, call.is_stream)
@@ -32,8 +31,7 @@ async def messages(http: HttpRequest) -> Response:
 
 async def count_tokens(http: HttpRequest) -> Response:
     """The length of a prompt."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     service.check_model(body)
     num_tokens = await service.count(_request(service, body, max_tokens=1))
     return JSONResponse({"input_tokens": num_tokens})
@@ -77,9 +75,7 @@ def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
     given = body.record("thinking")
     if given is None:
         return options.Thinking(enabled=False)
-    kind = given.choice("type", ("enabled", "disabled", "adaptive", "between_tools"))
-    if kind is None:
-        raise given.missing("type")
+    kind = given.needed_choice("type", ("enabled", "disabled", "adaptive", "between_tools"))
     if kind == "disabled":
         return options.Thinking(enabled=False)
     budget = given.integer("budget_tokens", MIN_BUDGET)

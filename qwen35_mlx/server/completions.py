@@ -12,7 +12,7 @@ from .events import sse
 from .fields import Fields
 from .openai import DONE, FINISH, MAX_CHOICES, MAX_STOPS, usage_object
 from .replies import Writer, timings
-from .service import Service, service_of
+from .service import Service, begun
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -21,8 +21,7 @@ MAX_LOGPROBS = 5
 
 async def completions(http: HttpRequest) -> Response:
     """Continue texts."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     completion = _Completion(service, body)
     answer = await service.answer(*completion.requests)
     return completion.response(answer, completion.is_stream)

@@ -15,7 +15,7 @@ from .faults import ApiError
 from .fields import Fields
 from .messages import folded, read_functions
 from .replies import AnswerTokens, Reply, SentCall, Writer
-from .service import Service, service_of
+from .service import Service, begun
 
 MAX_STOPS = 64
 REASONS = {"loop": "length", "tool_calls": "stop"}
@@ -23,8 +23,7 @@ REASONS = {"loop": "length", "tool_calls": "stop"}
 
 async def chat(http: HttpRequest) -> Response:
     """Answer messages; none of them load the model."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     name = check_model(service, body)
     messages = reading.read_messages(body)
     if not messages:
@@ -38,8 +37,7 @@ async def chat(http: HttpRequest) -> Response:
 
 async def generate(http: HttpRequest) -> Response:
     """Continue a prompt, as a message or as it is."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     name = check_model(service, body)
     reading.unsupported(body, "suffix", "template", "context")
     prompt = body.text("prompt") or ""
@@ -153,7 +151,7 @@ class _Lines(Writer):
             elif piece.kind == "thought":
                 data += self._line("", piece.text, [])
             else:
-                more = {"logprobs": _logprobs(entries)} if entries else {}
+                more = {"logprobs": entries} if entries else {}
                 entries = []
                 data += self._line(piece.text, "", [], **more)
         if isinstance(event, Done):
@@ -181,18 +179,5 @@ class _Lines(Writer):
 
     def _object(self) -> dict[str, Any]:
         calls = [self._call(call, i) for i, call in enumerate(self._reply.calls)]
-        more = {"logprobs": _logprobs(self._entries)} if self._tokens else {}
+        more = {"logprobs": self._entries} if self._tokens else {}
         return self._value(self._reply.text, self._reply.thought, calls, **more, **self._last())
-
-
-def _logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Log probabilities as Ollama has them."""
-    return [
-        {
-            "token": entry["token"],
-            "logprob": entry["logprob"],
-            "bytes": entry["bytes"],
-            "top_logprobs": entry["top_logprobs"],
-        }
-        for entry in entries
-    ]

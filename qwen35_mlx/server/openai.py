@@ -14,7 +14,7 @@ from .faults import ApiError
 from .fields import Fields
 from .messages import strict_names
 from .replies import AnswerTokens, Reply, Writer, timings
-from .service import Service, service_of
+from .service import Service, begun
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -26,8 +26,7 @@ REFUSED = ("audio", "web_search_options")
 
 async def chat_completions(http: HttpRequest) -> Response:
     """Answer messages."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     chat = _Chat(service, body, _hint(http, body))
     answer = await service.answer(chat.request)
     return chat.response(answer, chat.is_stream)

@@ -108,7 +108,7 @@ def _parameters(model: Any) -> tuple[int, int]:
 
 
 class Service:
-    """State of a server; `call` begins what every handler does."""
+    """State of a server."""
 
     def __init__(self, engine: Any, settings: Settings, tokenizer: Any = None):
         self.engine = engine
@@ -234,3 +234,9 @@ def service_of(http: HttpRequest) -> Service:
     """The service of the application that a request came to."""
     service: Service = http.app.state.service
     return service
+
+
+async def begun(http: HttpRequest) -> tuple[Service, Fields]:
+    """How every handler of a request with a body begins: the service, and the JSON."""
+    service = service_of(http)
+    return service, await service.fields(http)
