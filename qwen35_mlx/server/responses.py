@@ -25,7 +25,7 @@ async def create_response(http: HttpRequest) -> Response:
     model = service.check_model(body)
     items = _items(service, body)
     request = _request(service, body, items)
-    writer = ResponseWriter(service, _template(body, model, request), items)
+    writer = ResponseWriter(service, request, _template(body, model, request), items)
     answer = await _submitted(service, body, request)
     return writer.response(answer, body.flag("stream"))
 
