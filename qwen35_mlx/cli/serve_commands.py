@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from . import completion, options
 from .chat_commands import bundled_demo, newest
 
@@ -55,7 +55,9 @@ def serve(
         name: Name of the model for clients. Default: its folder's name.
         queue: Requests that may wait; beyond them clients are sent away.
     """
-    need_server_extra()
+    with extra("server", "the server is not installed"):
+        from ..server.run import bind
+        from ..server.run import serve as run
     if host not in LOCAL_HOSTS and not api_key:
         raise Qwen35Error(
             "other machines would use this server without a key",
@@ -64,8 +66,6 @@ def serve(
         )
     adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
-    from ..server.run import bind
-    from ..server.run import serve as run
 
     # Before the model loads, which can take minutes.
     bound = bind(host, port)
@@ -166,7 +166,6 @@ def launch(
         arguments: Arguments for the client, after --. Default: none.
         url: Address of the server that runs.
     """
-    need_server_extra()
     from ..server.clients import LAUNCHES, command_of, environment_with, prepared
 
     if client not in LAUNCHES:
@@ -208,17 +207,3 @@ def running_server(url: str, api_key: str | None) -> "Endpoint":
             expected="a server of qwen35-mlx",
             hint="start one with qwen35-mlx serve, or name another with --url",
         ) from None
-
-
-def need_server_extra() -> None:
-    """Raise if what the server needs is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise Qwen35Error(
-            "the server is not installed",
-            got=f"no {' and no '.join(missing)}",
-            expected="the extra `server`",
-            hint="pip install 'qwen35-mlx[server]'",
-        )
