@@ -11,40 +11,12 @@ from . import options
 
 def bench(
     model: options.Model,
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Longest prompt in tokens; shorter ones of 512, 4096, 32768, … are measured too. "
-            "Default: 32768, or what the model can read if that is less.",
-        ),
-    ] = None,
-    runs: Annotated[
-        int, typer.Option(min=1, help="Runs at each length; the median of them counts.")
-    ] = 3,
-    vs_mlx_lm: Annotated[
-        bool,
-        typer.Option(
-            "--vs-mlx-lm",
-            help="Run mlx-lm on the same weights in turns. Default: this program alone.",
-        ),
-    ] = False,
-    recall: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LENGTHS",
-            help="Measure memory in place of speed: plant facts in texts of these lengths in "
-            "tokens, such as 4K,32K, ask for each, and print right answers by depth. Default: "
-            "speed.",
-        ),
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the speeds as a picture too. Default: none."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the JSON line alone. Default: a table before it.")
-    ] = False,
+    max_context: Annotated[int | None, typer.Option(min=1)] = None,
+    runs: Annotated[int, typer.Option(min=1)] = 3,
+    vs_mlx_lm: bool = False,
+    recall: Annotated[str | None, typer.Option(metavar="LENGTHS")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
     kernels: options.Kernels = "auto",
     experts_memory: options.ExpertsMemory = None,
 ) -> None:
@@ -53,6 +25,16 @@ def bench(
     At each length of the prompt: reading it (cold), reading a short message after it (warm), time
     to the first token, decoding, and memory; with an MTP layer, decoding with drafts. The last
     line is JSON to share and to compare.
+
+    Args:
+        max_context: Longest prompt in tokens; shorter ones of 512, 4096, 32768, … are measured too.
+            Default: 32768, or what the model can read if that is less.
+        runs: Runs at each length; the median of them counts.
+        vs_mlx_lm: Run mlx-lm on the same weights in turns. Default: this program alone.
+        recall: Measure memory in place of speed: plant facts in texts of these lengths in tokens,
+            such as 4K,32K, ask for each, and print right answers by depth. Default: speed.
+        png: Write the speeds as a picture too. Default: none.
+        as_json: Print the JSON line alone. Default: a table before it.
     """
     if recall is not None:
         bench_recall(model, recall, as_json, kernels, experts_memory)

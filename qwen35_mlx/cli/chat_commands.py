@@ -13,82 +13,22 @@ from . import completion, options
 def chat(
     ctx: typer.Context,
     model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=completion.models,
-            help="Converted folder, or hub id. Default: the model converted last on this machine, "
-            "else the bundled demo.",
-        ),
+        str | None, typer.Argument(metavar="MODEL", autocompletion=completion.models)
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Chat with the bundled demo model.")] = False,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="Ask this and exit; standard input is not read. Repeat the option for further "
-            "turns. Default: a conversation on a terminal, else all of standard input is one "
-            "prompt.",
-        ),
-    ] = None,
+    demo: bool = False,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p")] = None,
     image: options.Images = None,
     allow_url: options.AllowUrl = False,
     system: options.System = None,
-    session: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=completion.sessions,
-            help="Continue the session of this name, or start it, and save every turn. "
-            "Default: save nothing.",
-        ),
-    ] = None,
-    autosave: Annotated[
-        bool,
-        typer.Option(
-            "--autosave",
-            help="Save every conversation as a session named by date and time. Default: only "
-            "with --session or /save.",
-        ),
-    ] = False,
+    session: Annotated[str | None, typer.Option(autocompletion=completion.sessions)] = None,
+    autosave: bool = False,
     cache_limit: options.CacheLimit = 50.0,
     think: options.Thinking = None,
-    think_budget: Annotated[
-        int | None,
-        typer.Option(min=1, help="End a thought after this many tokens. Default: no limit."),
-    ] = None,
-    on_loop: Annotated[
-        Literal["stop", "penalize", "off"] | None,
-        typer.Option(
-            help="What to do with an answer that repeats itself without end. stop: end it. "
-            "penalize: make repeated tokens less likely. off: nothing. Default: stop; off with "
-            "--preset coding."
-        ),
-    ] = None,
-    snapshot_memory: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="Memory for prompt-cache snapshots, in GB. With more snapshots, less is read "
-            "again after an edit, a retry or an undo. Default: what weights and context leave, "
-            "at most 4 and at most a sixteenth of memory.",
-        ),
-    ] = None,
-    plain: Annotated[
-        bool,
-        typer.Option(
-            "--plain",
-            help="Print Markdown as source. Default: rendered on a terminal, source elsewhere.",
-        ),
-    ] = False,
-    preset: Annotated[
-        Literal["auto", "thinking", "coding", "instruct", "checkpoint"] | None,
-        typer.Option(
-            help="Sampling parameters. thinking, coding, instruct: as Qwen recommends. "
-            "auto: thinking or instruct, by mode. checkpoint: from generation_config.json. "
-            "Default: auto; checkpoint for the demo."
-        ),
-    ] = None,
+    think_budget: Annotated[int | None, typer.Option(min=1)] = None,
+    on_loop: Literal["stop", "penalize", "off"] | None = None,
+    snapshot_memory: Annotated[float | None, typer.Option(min=0)] = None,
+    plain: bool = False,
+    preset: Literal["auto", "thinking", "coding", "instruct", "checkpoint"] | None = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -111,6 +51,27 @@ def chat(
 
     /help in the chat lists its commands. Answers go to standard output, figures and remarks to
     standard error. Sampling options default to the preset.
+
+    Args:
+        model: Converted folder, or hub id. Default: the model converted last on this machine, else
+            the bundled demo.
+        demo: Chat with the bundled demo model.
+        prompt: Ask this and exit; standard input is not read. Repeat the option for further turns.
+            Default: a conversation on a terminal, else all of standard input is one prompt.
+        session: Continue the session of this name, or start it, and save every turn. Default: save
+            nothing.
+        autosave: Save every conversation as a session named by date and time. Default: only with
+            --session or /save.
+        think_budget: End a thought after this many tokens. Default: no limit.
+        on_loop: What to do with an answer that repeats itself without end. stop: end it. penalize:
+            make repeated tokens less likely. off: nothing. Default: stop; off with --preset coding.
+        snapshot_memory: Memory for prompt-cache snapshots, in GB. With more snapshots, less is read
+            again after an edit, a retry or an undo. Default: what weights and context leave, at
+            most 4 and at most a sixteenth of memory.
+        plain: Print Markdown as source. Default: rendered on a terminal, source elsewhere.
+        preset: Sampling parameters. thinking, coding, instruct: as Qwen recommends. auto: thinking
+            or instruct, by mode. checkpoint: from generation_config.json. Default: auto; checkpoint
+            for the demo.
     """
     # A closed stream is None.
     is_terminal = sys.stdin and sys.stdin.isatty()
@@ -167,25 +128,19 @@ def chat(
 
 def sessions(
     name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME",
-            autocompletion=completion.sessions,
-            help="Print the messages of this session. Default: list all sessions.",
-        ),
+        str | None, typer.Argument(metavar="NAME", autocompletion=completion.sessions)
     ] = None,
     remove: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.sessions,
-            help="Delete the session of this name. Repeat the option for several.",
-        ),
+        list[str] | None, typer.Option(metavar="NAME", autocompletion=completion.sessions)
     ] = None,
 ) -> None:
     """List saved conversations, print one, or delete some.
 
     `qwen35-mlx chat --session NAME` saves a conversation, and continues it.
+
+    Args:
+        name: Print the messages of this session. Default: list all sessions.
+        remove: Delete the session of this name. Repeat the option for several.
     """
     from ..chat.sessions import list_sessions, read_conversation, remove_session, session_file
     from .report import print_conversation, print_sessions

@@ -36,43 +36,25 @@ Host = dict[str, Any]
 
 
 def cluster(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="COMMAND", help="After --: chat, generate or serve with a MODEL."),
-    ],
-    hosts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Macs by name or address, this one first, with commas between them: TCP joins "
-            "them.",
-        ),
-    ] = None,
-    hostfile: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What `mlx.distributed_config` wrote, in place of --hosts: for Thunderbolt 5 with "
-            "--backend jaccl.",
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GBS",
-            help="Give each Mac whole layers by these shares, such as 192GB,96GB. Default: split "
-            "every layer; by memory where equal parts do not fit.",
-        ),
-    ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(min=1, max=65_000, help="First of their ports. Default: a free one."),
-    ] = None,
+    arguments: Annotated[list[str], typer.Argument(metavar="COMMAND")],
+    hosts: Annotated[str | None, typer.Option(metavar="NAMES")] = None,
+    hostfile: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+    split: Annotated[str | None, typer.Option(metavar="GBS")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65_000)] = None,
 ) -> None:
     """Run one model on several Macs, each of which holds a part.
 
     Every Mac needs remote login for this one's ssh key, and this Python, its packages and MODEL at
     the same path. Sessions and settings are those of this Mac.
+
+    Args:
+        arguments: After --: chat, generate or serve with a MODEL.
+        hosts: Macs by name or address, this one first, with commas between them: TCP joins them.
+        hostfile: What `mlx.distributed_config` wrote, in place of --hosts: for Thunderbolt 5 with
+            --backend jaccl.
+        split: Give each Mac whole layers by these shares, such as 192GB,96GB. Default: split every
+            layer; by memory where equal parts do not fit.
+        port: First of their ports. Default: a free one.
     """
     model, reads_input = model_of(arguments)
     found, backend = read_hosts(hosts, hostfile)

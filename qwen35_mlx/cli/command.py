@@ -1,11 +1,14 @@
 """What all commands share: options without effect are refused, mistakes have no traceback."""
 
+import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from copy import copy
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -80,6 +83,33 @@ RULES: dict[str, list[Rule]] = {
 NEEDS_SOURCE = ("--prefer", "--calibration", "--revision", "--png")
 RULES["plan"] += [((name,), ("SRC",)) for name in NEEDS_SOURCE]
 RULES["plan"] += [(("--fit", name), ("SRC",)) for name in ("--mac", "--dtype")]
+
+
+def described(docstring: str | None) -> tuple[str, dict[str, str]]:
+    """The text of a docstring before its list of names, and what the list says of each."""
+    text, *listed = re.split(r"\n\n(?:Args|Attributes):\n", inspect.cleandoc(docstring or ""))
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", "".join(listed), re.MULTILINE)
+    return text, {name: " ".join(help.split()) for name, help in entries}
+
+
+def documented(function: Any) -> Any:
+    """The function with the help of its parameters, from its docstring, where typer looks for it.
+
+    A parameter of type bool becomes a switch that turns it on.
+    """
+    function.__doc__, helps = described(function.__doc__)
+    signature = inspect.signature(function)
+    parameters = dict(signature.parameters)
+    for name, text in helps.items():
+        kind = parameters[name].annotation
+        info = typer.Option(f"--{name.replace('_', '-')}") if kind is bool else typer.Option()
+        if get_origin(kind) is Annotated:
+            kind, info = get_args(kind)
+        info = copy(info)
+        info.help = text
+        parameters[name] = parameters[name].replace(annotation=Annotated[kind, info])
+    function.__signature__ = signature.replace(parameters=list(parameters.values()))
+    return function
 
 
 class Command(TyperCommand):

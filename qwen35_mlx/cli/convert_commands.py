@@ -24,33 +24,12 @@ SETTINGS = {
 
 def convert(
     ctx: typer.Context,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of a Hugging Face checkpoint, or hub id such as Qwen/Qwen3.5-4B.",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="OUT",
-            help="Folder to create. Default: in the current folder, the name of SRC and the "
-            "settings, such as NAME-4bit.",
-        ),
-    ] = None,
+    source: Annotated[str, typer.Argument(metavar="SRC")],
+    out: Annotated[Path | None, typer.Argument(metavar="OUT")] = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
     dtype: options.Dtype = None,
-    method: Annotated[
-        Literal["minmax", "search", "gptq", "distill"] | None,
-        typer.Option(
-            help="How to choose scales. minmax: as MLX. search: least error, ten times slower. "
-            "gptq: error feedback; needs a calibration made with --method gptq. distill: then "
-            "trains layer after layer; hours for a large model. Default: minmax with --bits "
-            "alone, else search, or gptq if the calibration allows it."
-        ),
-    ] = None,
+    method: Literal["minmax", "search", "gptq", "distill"] | None = None,
     recipe: options.RecipeName = None,
     fit: options.Fit = None,
     bits_per_weight: options.BitsPerWeight = None,
@@ -59,39 +38,33 @@ def convert(
     kv_bits: options.KvBits = "auto",
     experts_layout: options.ExpertsLayout = "stacked",
     calibration: options.CalibrationFile = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate",
-            help="First run a text through SRC, a layer at a time, to learn which errors matter. "
-            "Writes the result to the file of --calibration, or to OUT.calibration.safetensors. "
-            "Default: no calibration.",
-        ),
-    ] = False,
+    calibrate: bool = False,
     calibration_text: options.CalibrationText = None,
     finish_tokens: options.FinishTokens = 0,
     revision: options.Revision = None,
-    keep_source: Annotated[
-        bool,
-        typer.Option(
-            "--keep-source",
-            help="Keep the downloaded files in OUT-source. Default: delete each after its "
-            "conversion.",
-        ),
-    ] = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Read OUT again and compare checksums, after the conversion, or alone if OUT "
-            "exists. Default: no check.",
-        ),
-    ] = False,
+    keep_source: bool = False,
+    verify: bool = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to quantized MLX weights.
 
     A model on the hub is downloaded a file at a time; each is deleted after its conversion. If a
     conversion is interrupted, the same command continues it.
+
+    Args:
+        source: Folder of a Hugging Face checkpoint, or hub id such as Qwen/Qwen3.5-4B.
+        out: Folder to create. Default: in the current folder, the name of SRC and the settings,
+            such as NAME-4bit.
+        method: How to choose scales. minmax: as MLX. search: least error, ten times slower. gptq:
+            error feedback; needs a calibration made with --method gptq. distill: then trains layer
+            after layer; hours for a large model. Default: minmax with --bits alone, else search, or
+            gptq if the calibration allows it.
+        calibrate: First run a text through SRC, a layer at a time, to learn which errors matter.
+            Writes the result to the file of --calibration, or to OUT.calibration.safetensors.
+            Default: no calibration.
+        keep_source: Keep the downloaded files in OUT-source. Default: delete each after its
+            conversion.
+        verify: Read OUT again and compare checksums, after the conversion, or alone if OUT exists.
+            Default: no check.
     """
     from ..convert import convert as run
     from ..convert import plan as make_plan
@@ -207,14 +180,7 @@ def refuse_other_settings(ctx: typer.Context, source: str, out: Path) -> None:
 
 def plan(
     ctx: typer.Context,
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder of a Hugging Face checkpoint, hub id, or a released model such as "
-            "Qwen3.5-27B, which needs no network. Default: show which models of the family fit.",
-        ),
-    ] = None,
+    source: Annotated[str | None, typer.Argument(metavar="SRC")] = None,
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
     dtype: options.Dtype = None,
@@ -226,30 +192,21 @@ def plan(
     kv_bits: options.KvBits = "auto",
     calibration: options.CalibrationFile = None,
     revision: options.Revision = None,
-    mac: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MAC",
-            help="Show this Mac alone: 256GB, M3 Ultra, or M3 Ultra 256GB. Default: this machine "
-            "without SRC, all Macs with SRC.",
-        ),
-    ] = None,
-    together: Annotated[
-        str,
-        typer.Option(
-            "--macs",
-            metavar="N",
-            help="How many such Macs run the model together, or which: 192GB,96GB.",
-        ),
-    ] = "1",
-    png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also draw the result as a PNG. Default: text alone."),
-    ] = None,
+    mac: Annotated[str | None, typer.Option(metavar="MAC")] = None,
+    together: Annotated[str, typer.Option("--macs", metavar="N")] = "1",
+    png: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
 ) -> None:
     """Show what convert would write, and which Macs run the result.
 
     Shows also the memory and disk that a conversion needs. Reads only the headers of the files.
+
+    Args:
+        source: Folder of a Hugging Face checkpoint, hub id, or a released model such as
+            Qwen3.5-27B, which needs no network. Default: show which models of the family fit.
+        mac: Show this Mac alone: 256GB, M3 Ultra, or M3 Ultra 256GB. Default: this machine without
+            SRC, all Macs with SRC.
+        together: How many such Macs run the model together, or which: 192GB,96GB.
+        png: Also draw the result as a PNG. Default: text alone.
     """
     from ..convert import plan as make_plan
     from ..convert import report

@@ -10,29 +10,24 @@ from . import completion
 
 def doctor(
     model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            autocompletion=completion.models,
-            help="Converted folder, or hub id, whose sizes and bits are measured too. Default: the "
-            "released models alone.",
-        ),
+        str | None, typer.Argument(metavar="[MODEL]", autocompletion=completion.models)
     ] = None,
-    bits: Annotated[
-        Literal[2, 3, 4, 5, 6, 8], typer.Option(help="Bits of each weight to measure.")
-    ] = 4,
-    group_size: Annotated[
-        Literal[32, 64, 128], typer.Option(help="Number of weights that share a scale.")
-    ] = 64,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the JSON report alone. Default: a page before it.")
-    ] = False,
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4,
+    group_size: Literal[32, 64, 128] = 64,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Check and time the Metal kernels on this machine.
 
     Stores which kernels are correct and faster than MLX's own, for each size and number of tokens;
     --kernels auto uses those. Prints the machine and the results; the last line is a JSON report
     for a bug report.
+
+    Args:
+        model: Converted folder, or hub id, whose sizes and bits are measured too. Default: the
+            released models alone.
+        bits: Bits of each weight to measure.
+        group_size: Number of weights that share a scale.
+        as_json: Print the JSON report alone. Default: a page before it.
     """
     from ..kernels.doctor import DEFAULT_FORMAT, run, store
     from .progress import step_progress

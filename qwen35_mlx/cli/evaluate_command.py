@@ -7,72 +7,44 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from . import options
 
 
 def evaluate(
     model: options.Model,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Tasks of lm-evaluation-harness, with commas between them, such as mmlu,gsm8k. "
-            "Default: the perplexity of a text.",
-        ),
-    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAMES")] = None,
     text: options.TextFile = None,
-    include_path: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with tasks of your own in YAML. It may name Python files, which are run. "
-            "Default: the harness's tasks alone.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first items of each task. Default: all.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        typer.Option(min=0, help="Examples in front of each item. Default: as the task says."),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Answers that are generated together.")
-    ] = 32,
-    chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--chat-template",
-            help="Put each prompt into the model's chat template. Default: as plain text.",
-        ),
-    ] = False,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR")] = None,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    chat_template: bool = False,
     think: options.Thinking = None,
-    window: Annotated[
-        int, typer.Option(min=2, help="Tokens of the text that the model sees at a time.")
-    ] = 2048,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tokens between two windows; fewer give each token more text before it. "
-            "Default: the window.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help="File for the results. Until it is written, answers are kept in FILE.partial, "
-            "and the same command continues after a stop.",
-        ),
-    ] = Path("evaluation.json"),
+    window: Annotated[int, typer.Option(min=2)] = 2048,
+    stride: Annotated[int | None, typer.Option(min=1)] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE")] = Path("evaluation.json"),
     adapter_path: options.AdapterPath = None,
     kernels: options.Kernels = "auto",
 ) -> None:
     """Measure what a model can, with tasks or on a text.
 
     What prompts have in common is read once. Writes the harness's JSON and prints its table.
+
+    Args:
+        tasks: Tasks of lm-evaluation-harness, with commas between them, such as mmlu,gsm8k.
+            Default: the perplexity of a text.
+        include_path: Folder with tasks of your own in YAML. It may name Python files, which are
+            run. Default: the harness's tasks alone.
+        limit: Only the first items of each task. Default: all.
+        num_fewshot: Examples in front of each item. Default: as the task says.
+        batch_size: Answers that are generated together.
+        chat_template: Put each prompt into the model's chat template. Default: as plain text.
+        window: Tokens of the text that the model sees at a time.
+        stride: Tokens between two windows; fewer give each token more text before it. Default: the
+            window.
+        out: File for the results. Until it is written, answers are kept in FILE.partial, and the
+            same command continues after a stop.
     """
     if out.exists():
         raise Qwen35Error(f"{out} exists already", hint="name another file with --out")
@@ -82,7 +54,8 @@ def evaluate(
     if tasks:
         # Their bars of progress, beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-        need_harness()
+        with extra("eval", "lm-evaluation-harness is not installed"):
+            from ..evaluation.harness import evaluate as run
     from ..convert.calibration_text import HELD_OUT_FILE, read_text
     from ..files import write_json
     from ..model.loading import load
@@ -111,8 +84,6 @@ def evaluate(
         }
         table = "\n".join(f"{key:20} {value}" for key, value in result.items())
     else:
-        from ..evaluation.harness import evaluate as run
-
         partial = out.with_name(f"{out.name}.partial")
         with step_progress("Evaluating") as progress:
             result, table = run(
@@ -134,16 +105,3 @@ def evaluate(
         partial.unlink(missing_ok=True)
     print(table)
     print(json.dumps({"out": str(out)}), flush=True)
-
-
-def need_harness() -> None:
-    """Raise if what runs the tasks is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise Qwen35Error(
-            "lm-evaluation-harness is not installed",
-            got="no lm_eval",
-            expected="the extra `eval`",
-            hint="pip install 'qwen35-mlx[eval]'",
-        )

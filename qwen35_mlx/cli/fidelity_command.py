@@ -19,47 +19,14 @@ MOST_OVERLAP = 0.1
 
 
 def fidelity(
-    reference: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder of the original, or a converted one.")
-    ],
-    quantized: Annotated[
-        list[Path],
-        typer.Argument(metavar="OUT", help="Converted folder to compare with it; or several."),
-    ],
+    reference: Annotated[Path, typer.Argument(metavar="SRC")],
+    quantized: Annotated[list[Path], typer.Argument(metavar="OUT")],
     text: options.TextFile = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens to run.")] = 8192,
-    mac: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MAC",
-            help="Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. "
-            "Default: this machine, else M3 Ultra 256GB.",
-        ),
-    ] = None,
-    tasks: Annotated[
-        bool,
-        typer.Option(
-            "--tasks",
-            help="Also let all models answer questions, SRC in memory too: how far the answers are "
-            "the same, how long thoughts are, whether tool calls and JSON are valid.",
-        ),
-    ] = False,
-    save: Annotated[
-        bool,
-        typer.Option(
-            "--save",
-            help="Write the figures to fidelity.json in each OUT, for its model card. "
-            "Default: print them alone.",
-        ),
-    ] = False,
-    png: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also draw a PNG: the errors of layers, or of several OUT KL over bytes and "
-            "tokens/s or tasks. Default: text alone.",
-        ),
-    ] = None,
+    tokens: Annotated[int, typer.Option(min=2)] = 8192,
+    mac: Annotated[str | None, typer.Option(metavar="MAC")] = None,
+    tasks: bool = False,
+    save: bool = False,
+    png: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     adapter_path: options.AdapterPath = None,
 ) -> None:
     """Compare quantized models with their original on a text.
@@ -68,6 +35,19 @@ def fidelity(
     is JSON. Holds one layer of each model in memory. A FILE of --text that ends in .jsonl has
     conversations. Says when a model was calibrated with the text. With an adapter all models get
     it, except where it was fused into the weights.
+
+    Args:
+        reference: Folder of the original, or a converted one.
+        quantized: Converted folder to compare with it; or several.
+        tokens: Maximum number of tokens to run.
+        mac: Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. Default:
+            this machine, else M3 Ultra 256GB.
+        tasks: Also let all models answer questions, SRC in memory too: how far the answers are the
+            same, how long thoughts are, whether tool calls and JSON are valid.
+        save: Write the figures to fidelity.json in each OUT, for its model card. Default: print
+            them alone.
+        png: Also draw a PNG: the errors of layers, or of several OUT KL over bytes and tokens/s or
+            tasks. Default: text alone.
     """
     from dataclasses import replace
 

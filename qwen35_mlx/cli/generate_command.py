@@ -25,57 +25,19 @@ if TYPE_CHECKING:
 def generate(
     ctx: typer.Context,
     model: options.Model,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="The prompt. Default: all of standard input."),
-    ] = None,
-    raw: Annotated[
-        bool,
-        typer.Option("--raw", help="Continue the prompt as it is, without the chat template."),
-    ] = False,
-    file: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH",
-            help="A text file, a PDF with text, a folder, or a pattern in quotes such as "
-            "'src/**/*.py', whose text comes before the prompt. Repeat the option for several. "
-            "Default: none.",
-        ),
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p")] = None,
+    raw: bool = False,
+    file: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
     image: options.Images = None,
     video: options.Videos = None,
     pdf: options.Pdfs = None,
-    pages: Annotated[
-        str | None,
-        typer.Option(help="Pages of each PDF, such as 1-3,7. Default: all."),
-    ] = None,
+    pages: str | None = None,
     allow_url: options.AllowUrl = False,
     system: options.System = None,
-    tools: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON file with a list of tools that the model may call, each as OpenAI's API "
-            "takes it. Default: no tools.",
-        ),
-    ] = None,
+    tools: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     think: options.Thinking = None,
-    show_thoughts: Annotated[
-        bool,
-        typer.Option(
-            "--show-thoughts",
-            help="Print the thought before the answer, between <think> and </think>. "
-            "Default: the answer alone.",
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print one JSON object: text, thought, tool_calls, finish_reason, counts of "
-            "tokens, drafts and pictures, and times. Default: the text, as it is generated.",
-        ),
-    ] = False,
+    show_thoughts: bool = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -84,13 +46,7 @@ def generate(
     presence_penalty: options.Presence = None,
     frequency_penalty: options.Frequency = None,
     repetition_penalty: options.Repetition = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="End the answer before this text. Repeat the option for several texts. "
-            "Default: none."
-        ),
-    ] = None,
+    stop: list[str] | None = None,
     seed: options.Seed = None,
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
@@ -107,6 +63,20 @@ def generate(
 
     Standard output gets the answer alone; calls of tools follow it, one line of JSON each.
     Sampling options default to the model's generation_config.json.
+
+    Args:
+        prompt: The prompt. Default: all of standard input.
+        raw: Continue the prompt as it is, without the chat template.
+        file: A text file, a PDF with text, a folder, or a pattern in quotes such as 'src/**/*.py',
+            whose text comes before the prompt. Repeat the option for several. Default: none.
+        pages: Pages of each PDF, such as 1-3,7. Default: all.
+        tools: JSON file with a list of tools that the model may call, each as OpenAI's API takes
+            it. Default: no tools.
+        show_thoughts: Print the thought before the answer, between <think> and </think>. Default:
+            the answer alone.
+        as_json: Print one JSON object: text, thought, tool_calls, finish_reason, counts of tokens,
+            drafts and pictures, and times. Default: the text, as it is generated.
+        stop: End the answer before this text. Repeat the option for several texts. Default: none.
     """
     text = read_prompts([] if prompt is None else [prompt])[0]
     sampling = options.sampling_options(ctx)

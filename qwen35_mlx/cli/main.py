@@ -11,7 +11,7 @@ from ..files import RING_VARIABLE
 from .bench_command import bench
 from .chat_commands import chat, sessions
 from .cluster_command import cluster, take_part
-from .command import Command
+from .command import Command, documented
 from .convert_commands import convert, plan
 from .doctor_command import doctor
 from .evaluate_command import evaluate
@@ -33,7 +33,7 @@ COMMANDS = (
     *(serve, launch, cluster, train, fuse, evaluate, bench, doctor),
 )
 for function in COMMANDS:
-    app.command(cls=Command)(function)
+    app.command(cls=Command)(documented(function))
 
 
 def version(show: bool) -> None:

@@ -10,66 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from . import completion, options
 from .chat_commands import bundled_demo, newest
 
 if TYPE_CHECKING:
     from ..server.clients import Endpoint
 
-KEY_VARIABLE = "QWEN35_MLX_API_KEY"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-
-Key = Annotated[
-    str | None,
-    typer.Option(
-        envvar=KEY_VARIABLE,
-        help="Key that clients have to send as Authorization: Bearer or x-api-key. Default: none.",
-    ),
-]
 
 
 def serve(
     model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=completion.models,
-            help="Converted folder, or hub id. Default: the model converted last on this machine, "
-            "else the bundled demo.",
-        ),
+        str | None, typer.Argument(metavar="MODEL", autocompletion=completion.models)
     ] = None,
-    demo: Annotated[bool, typer.Option("--demo", help="Serve the bundled demo model.")] = False,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
-    ] = 8080,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Address to listen on. Others than 127.0.0.1 let other machines in and need "
-            "--api-key."
-        ),
-    ] = "127.0.0.1",
-    api_key: Key = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Name by which clients may call this server, besides localhost and addresses. "
-            "Repeat the option for several. Default: none.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--model-name", help="Name of the model for clients. Default: its folder's name."
-        ),
-    ] = None,
-    max_context: options.MaxContext = None,
-    queue: Annotated[
-        int,
-        typer.Option(min=1, help="Requests that may wait; beyond them clients are sent away."),
-    ] = 64,
+    demo: bool = False,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8080,
+    host: str = "127.0.0.1",
+    api_key: options.Key = None,
+    allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME")] = None,
+    name: Annotated[str | None, typer.Option("--model-name")] = None,
+    max_context: options.RunContext = None,
+    queue: Annotated[int, typer.Option(min=1)] = 64,
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
     adapter_path: options.NamedAdapters = None,
@@ -81,8 +43,21 @@ def serve(
     """Serve a model to agents, programs and a browser.
 
     Speaks OpenAI's, Anthropic's and Ollama's APIs, and shows a chat at the root. Ctrl-C ends it.
+
+    Args:
+        model: Converted folder, or hub id. Default: the model converted last on this machine, else
+            the bundled demo.
+        demo: Serve the bundled demo model.
+        port: Port to listen on; 0 takes a free one.
+        host: Address to listen on. Others than 127.0.0.1 let other machines in and need --api-key.
+        allow_host: Name by which clients may call this server, besides localhost and addresses.
+            Repeat the option for several. Default: none.
+        name: Name of the model for clients. Default: its folder's name.
+        queue: Requests that may wait; beyond them clients are sent away.
     """
-    need_server_extra()
+    with extra("server", "the server is not installed"):
+        from ..server.run import bind
+        from ..server.run import serve as run
     if host not in LOCAL_HOSTS and not api_key:
         raise Qwen35Error(
             "other machines would use this server without a key",
@@ -91,8 +66,6 @@ def serve(
         )
     adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
-    from ..server.run import bind
-    from ..server.run import serve as run
 
     # Before the model loads, which can take minutes.
     bound = bind(host, port)
@@ -179,23 +152,20 @@ def named_adapters(given: list[str]) -> dict[str, str]:
 
 
 def launch(
-    client: Annotated[
-        str, typer.Argument(metavar="CLIENT", help="qwen-code, claude, opencode or codex.")
-    ],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="ARGS", help="Arguments for the client, after --. Default: none."),
-    ] = None,
-    url: Annotated[
-        str, typer.Option(help="Address of the server that runs.")
-    ] = "http://127.0.0.1:8080",
-    api_key: Key = None,
+    client: Annotated[str, typer.Argument(metavar="CLIENT")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS")] = None,
+    url: str = "http://127.0.0.1:8080",
+    api_key: options.Key = None,
 ) -> None:
     """Start an agent with its settings for the running server.
 
     The agent's own settings stay as they are: ours are in its environment and in a scratch folder.
+
+    Args:
+        client: qwen-code, claude, opencode or codex.
+        arguments: Arguments for the client, after --. Default: none.
+        url: Address of the server that runs.
     """
-    need_server_extra()
     from ..server.clients import LAUNCHES, command_of, environment_with, prepared
 
     if client not in LAUNCHES:
@@ -237,17 +207,3 @@ def running_server(url: str, api_key: str | None) -> "Endpoint":
             expected="a server of qwen35-mlx",
             hint="start one with qwen35-mlx serve, or name another with --url",
         ) from None
-
-
-def need_server_extra() -> None:
-    """Raise if what the server needs is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise Qwen35Error(
-            "the server is not installed",
-            got=f"no {' and no '.join(missing)}",
-            expected="the extra `server`",
-            hint="pip install 'qwen35-mlx[server]'",
-        )

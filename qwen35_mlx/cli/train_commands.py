@@ -11,74 +11,57 @@ from . import options
 
 def train(
     model: options.Model,
-    data: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with train.jsonl and, to validate, valid.jsonl. A line holds messages, a "
-            "prompt and a completion, or a text, as mlx-lm reads them.",
-        ),
-    ],
-    adapter_path: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder to write the adapter to.")
-    ] = Path("adapters"),
-    steps: Annotated[int, typer.Option(min=1, help="Number of steps, one batch each.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a batch.")] = 4,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of Adam.")] = 1e-4,
-    max_tokens: Annotated[
-        int, typer.Option(min=2, help="Cut examples that are longer than this.")
-    ] = 2048,
-    dora: Annotated[
-        bool,
-        typer.Option("--dora", help="Train DoRA, slower than LoRA and often better at a low rank."),
-    ] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the changes.")] = 8,
-    scale: Annotated[float, typer.Option(help="Factor on the changes.")] = 20.0,
-    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout before them.")] = 0.0,
-    num_layers: Annotated[
-        int | None, typer.Option(min=1, help="Change only the last layers. Default: all.")
-    ] = None,
-    experts: Annotated[
-        bool,
-        typer.Option(
-            "--experts",
-            help="Change the routed experts too, each by itself. Default: attention of both kinds "
-            "and the shared expert, or the dense feed-forward.",
-        ),
-    ] = False,
-    mask_prompt: Annotated[
-        bool,
-        typer.Option("--mask-prompt", help="Learn only the last answer. Default: all tokens."),
-    ] = False,
-    validate_every: Annotated[
-        int, typer.Option(min=1, help="Steps between validations; there is one before and after.")
-    ] = 200,
-    validation_batches: Annotated[
-        int, typer.Option(min=1, help="Most batches of valid.jsonl in a validation.")
-    ] = 25,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 100,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Continue from the last save in the adapter's folder, to the same result as "
-            "without a stop. Settings and data must be the same, but for --steps.",
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = 0,
-    png: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also draw the losses as a PNG. Default: text alone."),
-    ] = None,
+    data: Annotated[Path, typer.Option(metavar="DIR")],
+    adapter_path: Annotated[Path, typer.Option(metavar="DIR")] = Path("adapters"),
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-4,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 2048,
+    dora: bool = False,
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    scale: float = 20.0,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99)] = 0.0,
+    num_layers: Annotated[int | None, typer.Option(min=1)] = None,
+    experts: bool = False,
+    mask_prompt: bool = False,
+    validate_every: Annotated[int, typer.Option(min=1)] = 200,
+    validation_batches: Annotated[int, typer.Option(min=1)] = 25,
+    save_every: Annotated[int, typer.Option(min=1)] = 100,
+    resume: bool = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    png: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     revision: options.Revision = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Train also where the estimate does not fit in memory.")
-    ] = False,
+    force: bool = False,
 ) -> None:
     """Train an adapter for a converted model, with mlx-lm's trainer.
 
     The model's own weights, its MTP layer and its vision tower stay as they are. generate, chat,
     serve, evaluate and fidelity take the adapter with --adapter-path, and so does mlx-lm.
+
+    Args:
+        data: Folder with train.jsonl and, to validate, valid.jsonl. A line holds messages, a prompt
+            and a completion, or a text, as mlx-lm reads them.
+        adapter_path: Folder to write the adapter to.
+        steps: Number of steps, one batch each.
+        batch_size: Examples in a batch.
+        learning_rate: Learning rate of Adam.
+        max_tokens: Cut examples that are longer than this.
+        dora: Train DoRA, slower than LoRA and often better at a low rank.
+        rank: Rank of the changes.
+        scale: Factor on the changes.
+        dropout: Dropout before them.
+        num_layers: Change only the last layers. Default: all.
+        experts: Change the routed experts too, each by itself. Default: attention of both kinds and
+            the shared expert, or the dense feed-forward.
+        mask_prompt: Learn only the last answer. Default: all tokens.
+        validate_every: Steps between validations; there is one before and after.
+        validation_batches: Most batches of valid.jsonl in a validation.
+        save_every: Steps between saves.
+        resume: Continue from the last save in the adapter's folder, to the same result as without a
+            stop. Settings and data must be the same, but for --steps.
+        seed: Seed of weights and batches.
+        png: Also draw the losses as a PNG. Default: text alone.
+        force: Train also where the estimate does not fit in memory.
     """
     from ..checkpoint.adapter import DORA, LORA, WEIGHTS_FILE
     from ..training.estimate import open_for_training, read_weights, require_memory
@@ -204,17 +187,9 @@ def draw(history: list[Any], file: Path) -> None:
 
 def fuse(
     ctx: typer.Context,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC",
-            help="Folder or hub id of the checkpoint that the model was converted from.",
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
-    adapter_path: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the adapter, of train or mlx-lm.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SRC")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    adapter_path: Annotated[Path, typer.Option(metavar="DIR")],
     bits: options.Bits = None,
     group_size: options.GroupSize = 64,
     dtype: options.Dtype = None,
@@ -229,6 +204,11 @@ def fuse(
 
     The adapter is added in full precision before anything is quantized: added to weights of few
     bits, most of it would be rounded away. The MTP layer and the vision tower are kept.
+
+    Args:
+        source: Folder or hub id of the checkpoint that the model was converted from.
+        out: Folder to create.
+        adapter_path: Folder of the adapter, of train or mlx-lm.
     """
     from ..checkpoint.adapter import read_adapter
     from ..convert import convert as run

@@ -7,25 +7,24 @@ import typer
 
 
 def upload(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that convert wrote.")],
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
-    public: Annotated[
-        bool,
-        typer.Option("--public", help="Make a new repository public. Default: private."),
-    ] = False,
-    card: Annotated[
-        bool,
-        typer.Option("--card", help="Print the model card and send nothing. Default: send."),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Send without a question. Default: ask first.")
-    ] = False,
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME")],
+    public: bool = False,
+    card: bool = False,
+    yes: bool = False,
 ) -> None:
     """Send a converted model to the hub, with a model card.
 
     The card is made from the folder's files, which are checked first. A stopped upload continues
     with the same command: what the hub has with the same checksum is not sent again. `fidelity
     --save` adds its figures to the card.
+
+    Args:
+        out: Folder that convert wrote.
+        repo: Repository on the hub.
+        public: Make a new repository public. Default: private.
+        card: Print the model card and send nothing. Default: send.
+        yes: Send without a question. Default: ask first.
     """
     from ..convert import upload as sending
     from .progress import byte_progress

@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..engine.requests import Done, Grammar, Request, Started, Token
+from ..engine.requests import Grammar, Request, Started
 from . import options
 from .anthropic_messages import read_messages, read_tool_choice, read_tools
 from .events import sse
@@ -13,8 +13,8 @@ from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import hidden
 from .messages import strict_names
-from .replies import Reply, SentCall, Writer
-from .service import Service, service_of
+from .replies import Reply, ReplyWriter, SentCall
+from .service import Service, begun
 
 MAX_STOPS = 64
 MIN_BUDGET = 1024
@@ -23,8 +23,7 @@ PING = sse({"type": "ping"}, "ping")
 
 async def messages(http: HttpRequest) -> Response:
     """Answer messages."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     call = _Messages(service, body)
     answer = await service.answer(call.request)
     return call.response(answer, call.is_stream)
@@ -32,8 +31,7 @@ async def messages(http: HttpRequest) -> Response:
 
 async def count_tokens(http: HttpRequest) -> Response:
     """The length of a prompt."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     service.check_model(body)
     num_tokens = await service.count(_request(service, body, max_tokens=1))
     return JSONResponse({"input_tokens": num_tokens})
@@ -77,9 +75,7 @@ def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
     given = body.record("thinking")
     if given is None:
         return options.Thinking(enabled=False)
-    kind = given.choice("type", ("enabled", "disabled", "adaptive", "between_tools"))
-    if kind is None:
-        raise given.missing("type")
+    kind = given.needed_choice("type", ("enabled", "disabled", "adaptive", "between_tools"))
     if kind == "disabled":
         return options.Thinking(enabled=False)
     budget = given.integer("budget_tokens", MIN_BUDGET)
@@ -102,26 +98,25 @@ def _grammar(body: Fields) -> Grammar | None:
     return None
 
 
-class _Messages(Writer):
+class _Messages(ReplyWriter):
     """One request for a message, and the events or the object that answer it."""
 
     dialect = "anthropic"
 
     def __init__(self, service: Service, body: Fields):
-        super().__init__(service, "msg_", service.check_model(body))
-        max_tokens = body.integer("max_tokens", 1)
+        model, max_tokens = service.check_model(body), body.integer("max_tokens", 1)
         if max_tokens is None:
             raise body.missing("max_tokens")
-        self.request = _request(service, body, max_tokens)
+        request = _request(service, body, max_tokens)
+        super().__init__(service, "msg_", model, request, prefix="toolu_")
         self.is_stream = body.flag("stream") or False
         thinking = body.record("thinking")
         shown = thinking.choice("display", ("summarized", "omitted")) if thinking else None
         self._omits_thoughts = shown == "omitted"
-        self._reply = Reply(id_prefix="toolu_")
         # The blocks so far, the last of which may be open.
         self._blocks: list[dict[str, Any]] = []
         self._is_open = False
-        self._thought = ""
+        self._thoughts = ""
         self._has_started = False
 
     def keepalive(self) -> bytes:
@@ -158,7 +153,7 @@ class _Messages(Writer):
         }
 
     def _stop(self) -> dict[str, Any]:
-        reply = self._reply
+        (reply,) = self._replies
         reasons = {"length": "max_tokens", "loop": "max_tokens", "tool_calls": "tool_use"}
         reason: str = reasons.get(reply.finish_reason or "", "end_turn")
         if reply.finish_reason == "stop" and reply.stop_text is not None:
@@ -183,41 +178,34 @@ class _Messages(Writer):
 
     def _take(self, place: int, event: Any) -> bytes:
         """The stream's events for an event of the engine; `_blocks` has them together."""
-        if isinstance(event, Started):
-            return self._start() + PING
-        if not isinstance(event, Token | Done):
+        data = PING if isinstance(event, Started) else super()._take(place, event)
+        return self._start() + data if data else b""
+
+    def _thought(self, reply: Reply, text: str) -> bytes:
+        data = self._begun("thinking")
+        self._thoughts += text
+        return data if self._omits_thoughts else data + self._added("thinking", text)
+
+    def _text(self, reply: Reply, text: str, entries: list[dict[str, Any]]) -> bytes:
+        return self._begun("text") + self._added("text", text)
+
+    def _done(self, reply: Reply, entries: list[dict[str, Any]]) -> bytes:
+        return (b"" if self._blocks else self._begun("text")) + self._close()
+
+    def _begun(self, kind: str) -> bytes:
+        """A block to add to, opened if the last one is of another kind."""
+        if self._is_open and self._blocks[-1]["type"] == kind:
             return b""
-        data = self._start()
-        for piece, call in self._reply.add(event, self._service):
-            if call is not None:
-                data += self._close() + self._call(call)
-            elif piece.kind == "thought":
-                data += self._add("thinking", "thinking", piece.text)
-            else:
-                data += self._add("text", "text", piece.text)
-        if isinstance(event, Done):
-            if not self._blocks:
-                data += self._add("text", "text", "")
-            data += self._close()
-        return data
+        block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+        return self._close() + self._open(block)
 
-    def _add(self, kind: str, field: str, text: str) -> bytes:
-        """Text of a block, opened if the last one is of another kind."""
-        data = b""
-        if not self._is_open or self._blocks[-1]["type"] != kind:
-            data = self._close()
-            block = {"type": kind, field: ""} | ({"signature": ""} if kind == "thinking" else {})
-            data += self._open(block)
-        if kind == "thinking":
-            self._thought += text
-            if self._omits_thoughts:
-                return data
-        self._blocks[-1][field] += text
-        return data + self._delta({"type": f"{kind}_delta", field: text} if text else None)
+    def _added(self, kind: str, text: str) -> bytes:
+        self._blocks[-1][kind] += text
+        return self._delta({"type": f"{kind}_delta", kind: text})
 
-    def _call(self, call: SentCall) -> bytes:
+    def _call(self, reply: Reply, call: SentCall) -> bytes:
         block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-        data = self._open(block)
+        data = self._close() + self._open(block)
         data += self._delta({"type": "input_json_delta", "partial_json": call.arguments})
         self._blocks[-1]["input"] = call.call.arguments
         return data + self._close()
@@ -229,13 +217,9 @@ class _Messages(Writer):
         start = {"type": "content_block_start", "index": index, "content_block": block}
         return sse(start, "content_block_start")
 
-    def _delta(self, delta: dict[str, Any] | None) -> bytes:
-        if delta is None:
-            return b""
-        index = len(self._blocks) - 1
-        return sse(
-            {"type": "content_block_delta", "index": index, "delta": delta}, "content_block_delta"
-        )
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        kind, index = "content_block_delta", len(self._blocks) - 1
+        return sse({"type": kind, "index": index, "delta": delta}, kind)
 
     def _close(self) -> bytes:
         if not self._is_open:
@@ -244,8 +228,8 @@ class _Messages(Writer):
         self._is_open = False
         block = self._blocks[-1]
         if block["type"] == "thinking":
-            block["signature"] = hidden(self._thought)
+            block["signature"] = hidden(self._thoughts)
             data += self._delta({"type": "signature_delta", "signature": block["signature"]})
-            self._thought = ""
+            self._thoughts = ""
         stop = {"type": "content_block_stop", "index": len(self._blocks) - 1}
         return data + sse(stop, "content_block_stop")

@@ -6,7 +6,17 @@ from ..engine.requests import ToolName
 from .faults import ApiError
 from .fields import Fields
 from .hidden_thoughts import revealed
-from .messages import BILLING, Message, check_media, folded, function_tool, joined, picture
+from .messages import (
+    BILLING,
+    Message,
+    assistant_message,
+    check_media,
+    folded,
+    function_tool,
+    given_messages,
+    joined,
+    picture,
+)
 from .messages import tool_call as history_call
 
 # Paragraphs of their own, where a client did not say so by white space.
@@ -16,18 +26,12 @@ REMINDER = "<system-reminder>"
 
 def read_messages(body: Fields) -> list[Message]:
     """System and messages, folded."""
-    given = body.records("messages")
-    if given is None:
-        raise body.missing("messages")
-    if not given:
-        raise body.refuse("messages", "at least one message")
+    given = given_messages(body)
     messages: list[Message] = []
     if "system" in body:
         messages.append({"role": "system", "content": _system(body, "system")})
     for message in given:
-        role = message.choice("role", ("user", "assistant", "system"))
-        if role is None:
-            raise message.missing("role")
+        role = message.needed_choice("role", ("user", "assistant", "system"))
         if role == "system":
             messages.append({"role": "system", "content": _system(message, "content")})
         elif role == "user":
@@ -107,9 +111,7 @@ def _part(block: Fields, kind: str | None) -> dict[str, Any]:
 
 
 def _picture(block: Fields) -> dict[str, Any]:
-    source = block.record("source")
-    if source is None:
-        raise block.missing("source")
+    source = block.needed_record("source")
     kind = source.text("type")
     if kind == "base64":
         media_type = source.text("media_type") or "image/png"
@@ -147,16 +149,10 @@ def _assistant(message: Fields) -> Message:
         elif kind == "redacted_thinking":
             thoughts.append(revealed(block.text("data")))
         elif kind == "tool_use":
-            name = block.text("name")
-            if not name:
-                raise block.missing("name")
+            name = block.needed_text("name")
             calls.append(history_call(name, block.mapping("input"), block.text("id")))
-    answer: Message = {"role": "assistant", "content": joined(parts, BETWEEN)}
-    if thought := "\n".join(filter(None, thoughts)):
-        answer["reasoning_content"] = thought
-    if calls:
-        answer["tool_calls"] = calls
-    return answer
+    thought = "\n".join(filter(None, thoughts))
+    return assistant_message(joined(parts, BETWEEN), thought, calls)
 
 
 def read_tools(body: Fields) -> list[dict[str, Any]]:
@@ -179,18 +175,14 @@ def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[str | T
     if given is None:
         return "auto", True
     parallel = not given.flag("disable_parallel_tool_use")
-    kind = given.choice("type", ("auto", "any", "tool", "none"))
-    if kind is None:
-        raise given.missing("type")
+    kind = given.needed_choice("type", ("auto", "any", "tool", "none"))
     if kind in ("auto", "none"):
         return kind, parallel
     if not tools:
         raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
     if kind == "any":
         return "required", parallel
-    name = given.text("name")
-    if not name:
-        raise given.missing("name")
+    name = given.needed_text("name")
     if name not in [tool["function"]["name"] for tool in tools]:
         raise given.refuse("name", "the name of a tool")
     return ToolName(name), parallel

@@ -7,9 +7,11 @@ from .faults import ApiError
 from .fields import Fields
 from .messages import (
     Message,
+    assistant_message,
     call_id,
     check_media,
     folded,
+    given_messages,
     joined,
     picture,
     read_function,
@@ -25,18 +27,11 @@ TEXTS |= {"reasoning_text": "text", "refusal": "refusal"}
 
 def read_messages(body: Fields) -> list[Message]:
     """The messages, folded; see `messages.py`."""
-    given = body.records("messages")
-    if given is None:
-        raise body.missing("messages")
-    if not given:
-        raise body.refuse("messages", "at least one message")
-    return check_media(folded([_message(message) for message in given]))
+    return check_media(folded([_message(message) for message in given_messages(body)]))
 
 
 def _message(message: Fields) -> Message:
-    role = message.choice("role", ROLES)
-    if role is None:
-        raise message.missing("role")
+    role = message.needed_choice("role", ROLES)
     content = read_parts(message, sees=role in ("user", "tool"))
     if role in ("system", "developer"):
         return {"role": "system", "content": content}
@@ -46,16 +41,11 @@ def _message(message: Fields) -> Message:
         if "content" not in message:
             raise message.missing("content")
         return {"role": "user", "content": content}
-    answer: Message = {"role": "assistant", "content": content}
     thought = message.text("reasoning_content") or message.text("reasoning")
-    if thought:
-        answer["reasoning_content"] = thought
     calls = [_call(call) for call in message.records("tool_calls") or ()]
     if (old := message.record("function_call")) is not None:
-        calls.append(history_call(_name(old), old.raw("arguments"), call_id()))
-    if calls:
-        answer["tool_calls"] = calls
-    return answer
+        calls.append(history_call(old.needed_text("name"), old.raw("arguments"), call_id()))
+    return assistant_message(content, thought, calls)
 
 
 def read_parts(holder: Fields, field: str = "content", sees: bool = True) -> Any:
@@ -91,18 +81,11 @@ def _call(call: Fields) -> dict[str, Any]:
     kind = call.text("type") or "function"
     if kind == "custom":
         custom = call.record("custom") or call
-        return history_call(_name(custom), {"input": custom.text("input") or ""}, call.text("id"))
-    function = call.record("function")
-    if function is None:
-        raise call.missing("function")
-    return history_call(_name(function), function.raw("arguments"), call.text("id"))
-
-
-def _name(function: Fields) -> str:
-    name = function.text("name")
-    if not name:
-        raise function.missing("name")
-    return name
+        holder, arguments = custom, {"input": custom.text("input") or ""}
+    else:
+        holder = call.needed_record("function")
+        arguments = holder.raw("arguments")
+    return history_call(holder.needed_text("name"), arguments, call.text("id"))
 
 
 def read_tools(body: Fields) -> list[dict[str, Any]]:
@@ -151,7 +134,7 @@ def read_tool_choice(
 def _chosen(choice: Fields) -> str:
     """The name in a choice of either API of OpenAI."""
     inner = choice.record("function") or choice.record("custom") or choice
-    return _name(inner)
+    return inner.needed_text("name")
 
 
 def _without_tools(body: Fields, field: str) -> ApiError:

@@ -1,18 +1,17 @@
 """OpenAI's older /v1/completions: raw prompts, several at a time, and scores of their tokens."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..engine.requests import Done, PromptLogprobs, Request, Started, Token, Top, Usage
+from ..engine.requests import Done, PromptLogprobs, Request, Token, Top
 from . import options
 from .events import sse
 from .fields import Fields
 from .openai import DONE, FINISH, MAX_CHOICES, MAX_STOPS, usage_object
 from .replies import Writer, timings
-from .service import Service, service_of
+from .service import Service, begun, finite
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 1024
@@ -21,8 +20,7 @@ MAX_LOGPROBS = 5
 
 async def completions(http: HttpRequest) -> Response:
     """Continue texts."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     completion = _Completion(service, body)
     answer = await service.answer(*completion.requests)
     return completion.response(answer, completion.is_stream)
@@ -53,70 +51,43 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
 
 
-@dataclass
-class _Scores:
-    """What `logprobs` of a completion holds."""
-
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
-    text_offset: list[int] = field(default_factory=list)
-
-
 class _Text:
     """One choice: its text and scores so far, and how much of them was sent."""
 
     def __init__(self, service: Service, num_top: int | None):
-        self._service = service
-        self._num_top = num_top
+        self._service, self._num_top = service, num_top
         self.text, self.is_new = "", True
-        self.scores = _Scores()
-        self._num_chars_scored = 0
-        self._ends = set(getattr(service.tokenizer, "eos_token_ids", ()))
-        self._num_sent = 0
+        # Of each token: its text, its log probability, the likeliest tokens, and where it begins.
+        self._scores: list[tuple[str, float | None, dict[str, float] | None, int]] = []
+        self._num_chars_scored = self._num_sent = 0
         self.finish_reason: str | None = None
 
     def score(self, token: int, logprob: float | None, top: Top, is_first: bool = False) -> None:
         """Add the score of a token; the first one of a prompt has none."""
         if self._num_top is None:
             return
-        text = self._service.bytes_of(token).decode(errors="replace")
-        self.scores.tokens.append(text)
-        value = None if is_first else self._finite(logprob)
-        self.scores.token_logprobs.append(value)
-        tops = {self._service.bytes_of(t).decode(errors="replace"): self._finite(p) for t, p in top}
-        self.scores.top_logprobs.append(None if is_first or not self._num_top else tops)
-        self.scores.text_offset.append(self._num_chars_scored)
+        text, place = self._service.text_of(token), self._num_chars_scored
+        tops = {self._service.text_of(t): finite(p) for t, p in top}
+        scores = (None, None) if is_first else (finite(logprob), tops if self._num_top else None)
+        self._scores.append((text, *scores, place))
         self._num_chars_scored += len(text)
-
-    def is_end(self, token: int) -> bool:
-        """Whether a token ends the text, and is none of it."""
-        return token in self._ends
-
-    @staticmethod
-    def _finite(logprob: float | None) -> float:
-        return -9999.0 if logprob is None or not logprob > -9999.0 else float(logprob)
 
     def mean(self) -> float:
         """The mean log probability, by which the best of several is found."""
-        values = [p for p in self.scores.token_logprobs if p is not None]
-        return sum(values) / len(values) if values else -9999.0
+        values = [logprob for _, logprob, _, _ in self._scores if logprob is not None]
+        return sum(values) / len(values) if values else finite(None)
 
     def logprobs(self, since: int = 0) -> dict[str, Any] | None:
         """The scores as the API has them."""
         if self._num_top is None:
             return None
-        scores = self.scores
-        return {
-            "tokens": scores.tokens[since:],
-            "token_logprobs": scores.token_logprobs[since:],
-            "top_logprobs": scores.top_logprobs[since:] if self._num_top else None,
-            "text_offset": scores.text_offset[since:],
-        }
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        columns = {name: [row[i] for row in self._scores[since:]] for i, name in enumerate(names)}
+        return columns if self._num_top else columns | {"top_logprobs": None}
 
     def unsent(self) -> dict[str, Any] | None:
         """The scores that were not sent yet."""
-        since, self._num_sent = self._num_sent, len(self.scores.tokens)
+        since, self._num_sent = self._num_sent, len(self._scores)
         return self.logprobs(since)
 
 
@@ -142,7 +113,6 @@ class _Completion(Writer):
         # The best of several is found by its scores, whether they are asked for or not.
         num_top = 0 if self._num_top is None and self._best_of > self._n else self._num_top
         self._texts = [_Text(service, num_top) for _ in range(len(prompts) * self._best_of)]
-        self._usages = [Usage() for _ in prompts]
 
     def _read_logprobs(self, body: Fields) -> int | None:
         """A number; true is taken for 1, as chat completions have it."""
@@ -181,9 +151,6 @@ class _Completion(Writer):
         return b"".join(map(self._service.bytes_of, prompt or ())).decode(errors="replace")
 
     def _take(self, place: int, event: Any) -> bytes:
-        if isinstance(event, Started):
-            self._usages[place].prompt_tokens = event.prompt_tokens
-            self._usages[place].cached_tokens = event.cached_tokens
         if isinstance(event, PromptLogprobs):
             for text in self._texts[place * self._best_of : (place + 1) * self._best_of]:
                 for i, token in enumerate(event.tokens):
@@ -192,7 +159,7 @@ class _Completion(Writer):
             return b""
         index = place * self._best_of + event.index
         text = self._texts[index]
-        if isinstance(event, Token) and not text.is_end(event.token):
+        if isinstance(event, Token) and event.token not in self._service.ends:
             text.score(event.token, event.logprob, event.top)
         new = "".join(piece.text for piece in event.pieces)
         if self._echo and text.is_new:
@@ -201,25 +168,16 @@ class _Completion(Writer):
         text.text += new
         if isinstance(event, Done):
             text.finish_reason = FINISH.get(event.finish_reason, event.finish_reason)
-            self._usages[place] = event.usage
         elif not new:
             return b""
         choice = {"index": index, "text": new, "logprobs": text.unsent()}
         return self._chunk([choice | {"finish_reason": text.finish_reason}])
 
-    def _summed(self) -> Usage:
-        """The usage of all prompts together."""
-        total = Usage()
-        for usage in self._usages:
-            for name, value in vars(usage).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
-
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return sse(self._completion("text_completion", choices, **more))
 
     def _end(self) -> bytes:
-        usage = self._chunk([], usage=usage_object(self._summed())) if self._wants_usage else b""
+        usage = self._chunk([], usage=usage_object(self._usage)) if self._wants_usage else b""
         return usage + DONE
 
     def _object(self) -> dict[str, Any]:
@@ -237,6 +195,6 @@ class _Completion(Writer):
                         "finish_reason": text.finish_reason,
                     }
                 )
-        usage = self._summed()
+        usage = self._usage
         more = {"usage": usage_object(usage), "timings": timings(usage)}
         return self._completion("text_completion", choices, **more)

@@ -12,13 +12,12 @@ from .completions import read_prompts
 from .events import Answer, WholeAnswer
 from .fields import Fields
 from .ollama import check_model
-from .service import Service, service_of
+from .service import Service, begun
 
 
 async def embeddings(http: HttpRequest) -> Response:
     """A list of numbers for each text, or the bytes of them."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     model = service.check_model(body)
     is_base64 = body.choice("encoding_format", ("float", "base64")) == "base64"
     embedder = _Embedder(service, body, "input")
@@ -42,8 +41,7 @@ async def embeddings(http: HttpRequest) -> Response:
 
 async def embed(http: HttpRequest) -> Response:
     """Ollama's form, of one text or several; the older one has one text, as `prompt`."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     model, is_old = check_model(service, body), http.url.path.endswith("/embeddings")
     embedder = _Embedder(service, body, "prompt" if is_old else "input")
     answer = await service.answer(*embedder.requests)

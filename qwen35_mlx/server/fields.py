@@ -85,6 +85,24 @@ class Fields:
             raise self.refuse(field, " or ".join(options))
         return value
 
+    def needed_text(self, field: str) -> str:
+        """A string that is there, and not empty."""
+        if not (value := self.text(field)):
+            raise self.missing(field)
+        return value
+
+    def needed_choice(self, field: str, options: Collection[str]) -> str:
+        """One of the given strings, which has to be there."""
+        if (value := self.choice(field, options)) is None:
+            raise self.missing(field)
+        return value
+
+    def needed_record(self, field: str) -> "Fields":
+        """An object that has to be there."""
+        if (value := self.record(field)) is None:
+            raise self.missing(field)
+        return value
+
     def items(self, field: str) -> list[Any] | None:
         """A list."""
         value: list[Any] | None = self._of(field, list, "a list")

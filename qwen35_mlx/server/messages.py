@@ -33,6 +33,26 @@ def call_id(prefix: str = "call_") -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
+def given_messages(body: Fields) -> list[Fields]:
+    """The messages of a request, at least one."""
+    given = body.records("messages")
+    if given is None:
+        raise body.missing("messages")
+    if not given:
+        raise body.refuse("messages", "at least one message")
+    return given
+
+
+def assistant_message(content: Any, thought: str | None, calls: list[dict[str, Any]]) -> Message:
+    """What the model said, with the thought and the calls that there were."""
+    message: Message = {"role": "assistant", "content": content}
+    if thought:
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
 class CallMemory:
     """Calls that were sent, with their thoughts, by id."""
 

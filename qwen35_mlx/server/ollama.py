@@ -1,21 +1,22 @@
 """Ollama's /api/chat and /api/generate."""
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..engine.requests import Done, Request, Token
+from ..engine.requests import Request
 from . import ollama_messages as reading
 from . import options
 from .events import NDJSON, dumps
 from .faults import ApiError
 from .fields import Fields
 from .messages import folded, read_functions
-from .replies import AnswerTokens, Reply, SentCall, Writer
-from .service import Service, service_of
+from .replies import Reply, ReplyWriter, SentCall
+from .service import Service, begun
 
 MAX_STOPS = 64
 REASONS = {"loop": "length", "tool_calls": "stop"}
@@ -23,8 +24,7 @@ REASONS = {"loop": "length", "tool_calls": "stop"}
 
 async def chat(http: HttpRequest) -> Response:
     """Answer messages; none of them load the model."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     name = check_model(service, body)
     messages = reading.read_messages(body)
     if not messages:
@@ -38,8 +38,7 @@ async def chat(http: HttpRequest) -> Response:
 
 async def generate(http: HttpRequest) -> Response:
     """Continue a prompt, as a message or as it is."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     name = check_model(service, body)
     reading.unsupported(body, "suffix", "template", "context")
     prompt = body.text("prompt") or ""
@@ -102,30 +101,26 @@ async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
     return lines.response(answer, body.flag("stream") is not False)
 
 
-class _Lines(Writer):
+class _Lines(ReplyWriter):
     """The lines of an answer, or the one object."""
 
     dialect = "ollama"
     media_type = NDJSON
 
     def __init__(self, service: Service, name: str, request: Request, is_chat: bool):
-        super().__init__(service, "", name)
-        self.request = request
+        super().__init__(service, "", name, request)
         self._is_chat = is_chat
-        self._reply = Reply()
-        self._tokens = AnswerTokens(service) if request.logprobs is not None else None
-        self._entries: list[dict[str, Any]] = []
         self._began_s = time.perf_counter()
 
     def keepalive(self) -> bytes:
         """A line without text: NDJSON has no comments."""
-        return self._line("", "", [])
+        return self._line()
 
-    def _line(self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any) -> bytes:
-        return (dumps(self._value(text, thought, calls, **more)) + "\n").encode()
+    def _line(self, text: str = "", **more: Any) -> bytes:
+        return (dumps(self._value(text, **more)) + "\n").encode()
 
     def _value(
-        self, text: str, thought: str, calls: list[dict[str, Any]], **more: Any
+        self, text: str, thought: str = "", calls: Sequence[dict[str, Any]] = (), **more: Any
     ) -> dict[str, Any]:
         value: dict[str, Any] = {"model": self._model, "created_at": now()}
         thinking = {"thinking": thought} if thought else {}
@@ -141,32 +136,21 @@ class _Lines(Writer):
     def _failed(self, fault: ApiError) -> bytes:
         return (dumps(fault.body(self.dialect)) + "\n").encode()
 
-    def _take(self, place: int, event: Any) -> bytes:
-        if not isinstance(event, Token | Done):
-            return b""
-        data = b""
-        entries = self._tokens.add(event) if self._tokens else []
-        self._entries += entries
-        for piece, call in self._reply.add(event, self._service):
-            if call is not None:
-                data += self._line("", "", [self._call(call, len(self._reply.calls) - 1)])
-            elif piece.kind == "thought":
-                data += self._line("", piece.text, [])
-            else:
-                more = {"logprobs": _logprobs(entries)} if entries else {}
-                entries = []
-                data += self._line(piece.text, "", [], **more)
-        if isinstance(event, Done):
-            data += self._line("", "", [], **self._last())
-        return data
+    def _thought(self, reply: Reply, text: str) -> bytes:
+        return self._line(thought=text)
 
-    def _call(self, call: SentCall, index: int) -> dict[str, Any]:
-        function = {"index": index, "name": call.name, "arguments": call.call.arguments}
-        return {"id": call.id, "function": function}
+    def _text(self, reply: Reply, text: str, entries: list[dict[str, Any]]) -> bytes:
+        return self._line(text, **({"logprobs": entries} if entries else {}))
+
+    def _call(self, reply: Reply, call: SentCall) -> bytes:
+        return self._line(calls=[_call_object(reply.calls.index(call), call)])
+
+    def _done(self, reply: Reply, entries: list[dict[str, Any]]) -> bytes:
+        return self._line(**self._last())
 
     def _last(self) -> dict[str, Any]:
         """The last fields; times in nanoseconds."""
-        usage, reason = self._usage, self._reply.finish_reason or "stop"
+        usage, reason = self._usage, self._replies[0].finish_reason or "stop"
         return {
             "done": True,
             "done_reason": REASONS.get(reason, reason),
@@ -180,19 +164,12 @@ class _Lines(Writer):
         }
 
     def _object(self) -> dict[str, Any]:
-        calls = [self._call(call, i) for i, call in enumerate(self._reply.calls)]
-        more = {"logprobs": _logprobs(self._entries)} if self._tokens else {}
-        return self._value(self._reply.text, self._reply.thought, calls, **more, **self._last())
+        (reply,) = self._replies
+        calls = [_call_object(i, call) for i, call in enumerate(reply.calls)]
+        more = {"logprobs": reply.entries} if reply.tokens else {}
+        return self._value(reply.text, reply.thought, calls, **more, **self._last())
 
 
-def _logprobs(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Log probabilities as Ollama has them."""
-    return [
-        {
-            "token": entry["token"],
-            "logprob": entry["logprob"],
-            "bytes": entry["bytes"],
-            "top_logprobs": entry["top_logprobs"],
-        }
-        for entry in entries
-    ]
+def _call_object(index: int, call: SentCall) -> dict[str, Any]:
+    function = {"index": index, "name": call.name, "arguments": call.call.arguments}
+    return {"id": call.id, "function": function}

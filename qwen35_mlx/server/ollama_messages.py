@@ -7,7 +7,7 @@ from ..sampling import SamplingParams
 from . import options
 from .faults import ApiError
 from .fields import Fields
-from .messages import Message, call_id, check_media, folded, picture
+from .messages import Message, assistant_message, call_id, check_media, folded, picture
 from .messages import tool_call as history_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,18 +20,13 @@ def read_messages(body: Fields) -> list[Message]:
 
 
 def _message(message: Fields) -> Message:
-    role = message.choice("role", ROLES)
-    if role is None:
-        raise message.missing("role")
+    role = message.needed_choice("role", ROLES)
     role = "system" if role == "developer" else role
     text = message.text("content") or ""
     pictures = images(message)
     content: Any = [*pictures, {"type": "text", "text": text}] if pictures else text
-    read: Message = {"role": role, "content": content}
     if role != "assistant":
-        return read
-    if thought := message.text("thinking"):
-        read["reasoning_content"] = thought
+        return {"role": role, "content": content}
     calls = []
     for call in message.records("tool_calls") or ():
         function = call.record("function")
@@ -39,9 +34,7 @@ def _message(message: Fields) -> Message:
         if function is None or not name:
             raise call.missing("function.name")
         calls.append(history_call(name, function.raw("arguments"), call.text("id") or call_id()))
-    if calls:
-        read["tool_calls"] = calls
-    return read
+    return assistant_message(content, message.text("thinking"), calls)
 
 
 def images(holder: Fields) -> list[dict[str, Any]]:

@@ -1,20 +1,21 @@
 """OpenAI's /v1/chat/completions."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..engine.requests import Done, Progress, Request, Token, Usage
+from ..engine.requests import Progress, Request, Usage
 from . import options
 from .chat_messages import read_messages, read_tool_choice, read_tools
 from .events import sse
 from .faults import ApiError
 from .fields import Fields
 from .messages import strict_names
-from .replies import AnswerTokens, Reply, Writer, timings
-from .service import Service, service_of
+from .replies import Reply, ReplyWriter, SentCall, timings
+from .service import Service, begun
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
@@ -26,8 +27,7 @@ REFUSED = ("audio", "web_search_options")
 
 async def chat_completions(http: HttpRequest) -> Response:
     """Answer messages."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     chat = _Chat(service, body, _hint(http, body))
     answer = await service.answer(chat.request)
     return chat.response(answer, chat.is_stream)
@@ -120,33 +120,23 @@ def _continues(body: Fields, messages: list[Any]) -> bool:
     return wanted
 
 
-class _Chat(Writer):
+class _Chat(ReplyWriter):
     """One request for a chat completion, and the objects that answer it."""
 
     def __init__(self, service: Service, body: Fields, cache_hint: str | None):
-        super().__init__(service, "chatcmpl-", service.check_model(body))
-        self.request = chat_request(service, body, cache_hint)
+        model, request = service.check_model(body), chat_request(service, body, cache_hint)
+        super().__init__(service, "chatcmpl-", model, request)
         self.is_stream = body.flag("stream") or False
         self._wants_usage = options.includes_usage(body)
         # Clients of the oldest form want its answers.
         self._is_old = "functions" in body and "tools" not in body
-        self._replies = [Reply() for _ in range(self.request.n)]
-        self._entries: list[list[dict[str, Any]]] = [[] for _ in self._replies]
-        self._logprobs = (
-            [AnswerTokens(service) for _ in self._replies]
-            if self.request.logprobs is not None
-            else None
-        )
 
     def _sign_of_life(self) -> bytes:
-        return self._chunk([{"index": 0, "delta": {}, "finish_reason": None}])
+        return self._delta(self._replies[0], {})
 
     def _begin(self) -> bytes:
         delta = {"role": "assistant", "content": ""}
-        return b"".join(
-            self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
-            for index in range(self.request.n)
-        )
+        return b"".join(self._delta(reply, delta) for reply in self._replies)
 
     def _end(self) -> bytes:
         usage = self._usage
@@ -154,64 +144,53 @@ class _Chat(Writer):
             return DONE
         return self._chunk([], usage=usage_object(usage), timings=timings(usage)) + DONE
 
-    def _take(self, place: int, event: Any) -> bytes:
-        if isinstance(event, Progress):
-            return self._progress(event)
-        return self._deltas(event) if isinstance(event, Token | Done) else b""
-
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        for choice in choices:
-            choice.setdefault("logprobs", None)
         return sse(self._completion("chat.completion.chunk", choices, **more))
 
-    def _progress(self, event: Progress) -> bytes:
-        """llama.cpp's way to show how far the prompt has been read."""
+    def _delta(
+        self,
+        reply: Reply,
+        delta: dict[str, Any],
+        entries: Sequence[dict[str, Any]] = (),
+        finish: str | None = None,
+        **more: Any,
+    ) -> bytes:
+        """A chunk of one choice."""
+        choice = {"index": reply.index, "delta": delta, "finish_reason": finish}
+        choice["logprobs"] = {"content": entries, "refusal": None} if entries else None
+        return self._chunk([choice], **more)
+
+    def _take(self, place: int, event: Any) -> bytes:
+        if not isinstance(event, Progress):
+            return super()._take(place, event)
+        # llama.cpp's way to show how far the prompt has been read.
         progress = {
             "total": event.num_tokens,
             "cache": self._usage.cached_tokens,
             "processed": event.num_read,
             "time_ms": round((time.time() - self._created_s) * 1000),
         }
-        choices = [{"index": 0, "delta": {}, "finish_reason": None}]
-        return self._chunk(choices, prompt_progress=progress)
+        return self._delta(self._replies[0], {}, prompt_progress=progress)
 
-    def _deltas(self, event: Token | Done) -> bytes:
-        """The chunks of one event."""
-        reply = self._replies[event.index]
-        chunks = []
-        entries = self._logprobs[event.index].add(event) if self._logprobs else []
-        self._entries[event.index] += entries
-        for piece, call in reply.add(event, self._service):
-            deltas: list[dict[str, Any]]
-            if call is not None:
-                deltas = self._call_deltas(call, len(reply.calls) - 1)
-            elif piece.kind == "thought":
-                deltas = [{"reasoning_content": piece.text, "reasoning": piece.text}]
-            else:
-                deltas = [{"content": piece.text}]
-            for delta in deltas:
-                choice = {"index": event.index, "delta": delta, "finish_reason": None}
-                if entries and "content" in delta:
-                    choice["logprobs"] = {"content": entries, "refusal": None}
-                    entries = []
-                chunks.append(self._chunk([choice]))
-        if isinstance(event, Done):
-            finish = self._finish(reply)
-            last: dict[str, Any] = {"index": event.index, "delta": {}, "finish_reason": finish}
-            if entries:
-                last["logprobs"] = {"content": entries, "refusal": None}
-            more = {} if self._wants_usage else {"timings": timings(event.usage)}
-            chunks.append(self._chunk([last], **more))
-        return b"".join(chunks)
+    def _thought(self, reply: Reply, text: str) -> bytes:
+        return self._delta(reply, {"reasoning_content": text, "reasoning": text})
 
-    def _call_deltas(self, call: Any, index: int) -> list[dict[str, Any]]:
+    def _text(self, reply: Reply, text: str, entries: list[dict[str, Any]]) -> bytes:
+        return self._delta(reply, {"content": text}, entries)
+
+    def _call(self, reply: Reply, call: SentCall) -> bytes:
         """A call begins with its name, and its arguments follow."""
         if self._is_old:
-            return [{"function_call": {"name": call.name, "arguments": call.arguments}}]
-        function = {"name": call.name, "arguments": ""}
+            function = {"name": call.name, "arguments": call.arguments}
+            return self._delta(reply, {"function_call": function})
+        index, function = reply.calls.index(call), {"name": call.name, "arguments": ""}
         head = {"index": index, "id": call.id, "type": "function", "function": function}
         tail = {"index": index, "function": {"arguments": call.arguments}}
-        return [{"tool_calls": [head]}, {"tool_calls": [tail]}]
+        return b"".join(self._delta(reply, {"tool_calls": [part]}) for part in (head, tail))
+
+    def _done(self, reply: Reply, entries: list[dict[str, Any]]) -> bytes:
+        more = {} if self._wants_usage else {"timings": timings(self._usage)}
+        return self._delta(reply, {}, entries, self._finish(reply), **more)
 
     def _finish(self, reply: Reply) -> str:
         reason = reply.finish_reason or "stop"
@@ -220,18 +199,17 @@ class _Chat(Writer):
         return FINISH.get(reason, reason)
 
     def _object(self) -> dict[str, Any]:
-        choices = []
-        for index, (reply, entries) in enumerate(zip(self._replies, self._entries, strict=True)):
-            logprobs = {"content": entries, "refusal": None} if self._logprobs else None
-            choices.append(
-                {
-                    "index": index,
-                    "message": self._message(reply),
-                    "logprobs": logprobs,
-                    "finish_reason": self._finish(reply),
-                }
-            )
-        more = {"usage": usage_object(self._usage), "timings": timings(self._usage)}
+        choices = [
+            {
+                "index": reply.index,
+                "message": self._message(reply),
+                "logprobs": {"content": reply.entries, "refusal": None} if reply.tokens else None,
+                "finish_reason": self._finish(reply),
+            }
+            for reply in self._replies
+        ]
+        usage = self._usage
+        more = {"usage": usage_object(usage), "timings": timings(usage)}
         return self._completion("chat.completion", choices, **more)
 
     def _message(self, reply: Reply) -> dict[str, Any]:

@@ -141,9 +141,7 @@ def response_format(body: Fields, field: str = "response_format") -> Grammar | N
     given = body.record(field)
     if given is None:
         return None
-    kind = given.choice("type", ("text", "json_object", "json_schema"))
-    if kind is None:
-        raise given.missing("type")
+    kind = given.needed_choice("type", ("text", "json_object", "json_schema"))
     if kind == "text":
         return None
     if kind == "json_object":

@@ -29,6 +29,7 @@ LANGUAGES = frozenset(
     "objective-c perl php powershell py pycon python python3 r rb rs ruby rust scala scss sh "
     "shell sql swift tex toml ts tsx typescript xml yaml yml zig zsh".split()
 )
+Tokens = Sequence[Token]
 MATH = {r"\(": r"\)", r"\[": r"\]", "$$": "$$", "$": "$"}
 
 
@@ -123,84 +124,50 @@ def _math(state: StateInline, silent: bool) -> bool:
     return True
 
 
-def _render_code(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    token = tokens[index]
-    words = token.info.split(maxsplit=1)
-    language = words[0][:40] if words else ""
-    label = f' data-language="{escape(language)}"' if language else ""
-    # The line end that is added to unfinished code would split the line that goes on.
-    code = highlight(token.content.rstrip(), language)
-    return f"<pre{label}><code>{code}</code></pre>\n"
+class _Html(RendererHTML):
+    """The methods are named by the types of tokens that they render."""
+
+    def fence(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        words = tokens[idx].info.split(maxsplit=1)
+        language = words[0][:40] if words else ""
+        label = f' data-language="{escape(language)}"' if language else ""
+        # The line end that is added to unfinished code would split the line that goes on.
+        code = highlight(tokens[idx].content.rstrip(), language)
+        return f"<pre{label}><code>{code}</code></pre>\n"
+
+    code_block = fence
+
+    def math(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        return f'<span class="math">{escape(tokens[idx].content)}</span>'
+
+    def image(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        """Its name and address; loading it would tell its server what was asked."""
+        address = escape(str(tokens[idx].attrGet("src")))
+        name = escape(tokens[idx].content or "picture")
+        return f'<span class="picture" title="{address}">{name}</span>'
+
+    def link_open(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        tokens[idx].attrSet("rel", "noopener noreferrer nofollow")
+        tokens[idx].attrSet("target", "_blank")
+        return self.renderToken(tokens, idx, options, env)
+
+    def table_open(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        """A frame that scrolls, with the keyboard too."""
+        return '<div class="table" tabindex="0"><table>\n'
+
+    def table_close(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        return "</table></div>\n"
+
+    def td_open(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
+        """Alignment as a class; the page allows no style in HTML."""
+        align = str(tokens[idx].attrs.pop("style", "")).removeprefix("text-align:")
+        if align:
+            tokens[idx].attrSet("class", align)
+        return self.renderToken(tokens, idx, options, env)
+
+    th_open = td_open
 
 
-def _render_math(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    return f'<span class="math">{escape(tokens[index].content)}</span>'
-
-
-def _render_picture(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    """Its name and address; loading it would tell its server what was asked."""
-    token = tokens[index]
-    name = escape(token.content or "picture")
-    return f'<span class="picture" title="{escape(str(token.attrGet("src")))}">{name}</span>'
-
-
-def _render_link(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    token = tokens[index]
-    token.attrSet("rel", "noopener noreferrer nofollow")
-    token.attrSet("target", "_blank")
-    return renderer.renderToken(tokens, index, options, env)
-
-
-def _render_table(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    """A frame that scrolls, with the keyboard too."""
-    return '<div class="table" tabindex="0"><table>\n'
-
-
-def _render_table_end(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    return "</table></div>\n"
-
-
-def _render_cell(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    """Alignment as a class; the page allows no style in HTML."""
-    token = tokens[index]
-    align = str(token.attrs.pop("style", "")).removeprefix("text-align:")
-    if align:
-        token.attrSet("class", align)
-    return renderer.renderToken(tokens, index, options, env)
-
-
-def _make_markdown() -> MarkdownIt:
-    markdown = _Markdown("commonmark", {"html": False, "xhtmlOut": False})
-    markdown.enable(["table", "strikethrough"])
-    markdown.inline.ruler.before("escape", "math", _math)
-    rules = {
-        "fence": _render_code,
-        "code_block": _render_code,
-        "math": _render_math,
-        "image": _render_picture,
-        "link_open": _render_link,
-        "table_open": _render_table,
-        "table_close": _render_table_end,
-        "th_open": _render_cell,
-        "td_open": _render_cell,
-    }
-    for name, rule in rules.items():
-        markdown.add_render_rule(name, rule)
-    return markdown
-
-
-_MARKDOWN = _make_markdown()
+_MARKDOWN = _Markdown("commonmark", {"html": False, "xhtmlOut": False}, renderer_cls=_Html)
+_MARKDOWN.enable(["table", "strikethrough"])
+_MARKDOWN.inline.ruler.before("escape", "math", _math)

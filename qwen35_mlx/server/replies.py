@@ -1,6 +1,7 @@
 """What an answer is made of, collected from events for all APIs."""
 
 import secrets
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from ..engine.output import Piece
-from ..engine.requests import Done, Event, Started, Token, Usage
+from ..engine.requests import Done, Event, Request, Started, Token, Usage
 from ..engine.tool_calls import ToolCall
 from .events import EVENT_STREAM, Answer, StreamedAnswer, WholeAnswer, dumps, sse
 from .faults import ApiError, Dialect
@@ -37,19 +38,20 @@ class SentCall:
 class Reply:
     """One answer as far as it has come."""
 
+    index: int = 0
     id_prefix: str = "call_"
     text: str = ""
     thought: str = ""
     calls: list[SentCall] = field(default_factory=list)
     finish_reason: str | None = None
     stop_text: str | None = None
-    num_tokens: int = 0
+    # Log probabilities of its tokens, where they are asked for.
+    tokens: "AnswerTokens | None" = None
+    entries: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, event: Token | Done, service: Service) -> list[tuple[Piece, SentCall | None]]:
         """The pieces of an event, each call with its id; a call that was cut is left out."""
-        if isinstance(event, Token):
-            self.num_tokens += 1
-        else:
+        if isinstance(event, Done):
             self.finish_reason, self.stop_text = event.finish_reason, event.stop_text
         added: list[tuple[Piece, SentCall | None]] = []
         for piece in event.pieces:
@@ -78,7 +80,8 @@ class Writer:
     def __init__(self, service: Service, identity: str, model: str):
         self._service = service
         self._id, self._model = f"{identity}{secrets.token_hex(12)}", model
-        self._usage = Usage()
+        # By the places of the prompts.
+        self._usages: defaultdict[int, Usage] = defaultdict(Usage)
         self._created_s = 0.0
         self._num_keepalives = 0
 
@@ -118,17 +121,25 @@ class Writer:
 
     def _seen(self, place: int, event: Event) -> bytes:
         if isinstance(event, Started):
-            self._usage.prompt_tokens = event.prompt_tokens
-            self._usage.cached_tokens = event.cached_tokens
+            self._usages[place] = Usage(event.prompt_tokens, event.cached_tokens)
         elif isinstance(event, Done):
-            self._usage = event.usage
+            self._usages[place] = event.usage
         return self._take(place, event)
+
+    @property
+    def _usage(self) -> Usage:
+        """That of all prompts together."""
+        total = Usage()
+        for usage in self._usages.values():
+            for name, value in vars(usage).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
 
     def _begin(self) -> bytes:
         """Frames before all events."""
         return b""
 
-    def _take(self, place: int, event: Event) -> bytes:
+    def _take(self, place: int, event: Any) -> bytes:
         """The frames of an event, which is kept for `_object`."""
         raise NotImplementedError
 
@@ -157,19 +168,65 @@ class Writer:
         }
 
 
+class ReplyWriter(Writer):
+    """Answers of thoughts, text and calls to one request."""
+
+    def __init__(
+        self, service: Service, identity: str, model: str, request: Request, prefix: str = "call_"
+    ):
+        """prefix: what the ids of calls begin with."""
+        super().__init__(service, identity, model)
+        self.request = request
+        self._replies = [Reply(index, prefix) for index in range(request.n)]
+        if request.logprobs is not None:
+            for reply in self._replies:
+                reply.tokens = AnswerTokens(service)
+
+    def _take(self, place: int, event: Any) -> bytes:
+        if not isinstance(event, Token | Done):
+            return b""
+        reply, data = self._replies[event.index], b""
+        entries = reply.tokens.add(event) if reply.tokens else []
+        reply.entries += entries
+        for piece, call in reply.add(event, self._service):
+            if call is not None:
+                data += self._call(reply, call)
+            elif piece.kind == "thought":
+                data += self._thought(reply, piece.text)
+            else:
+                data += self._text(reply, piece.text, entries)
+                entries = []
+        return data + self._done(reply, entries) if isinstance(event, Done) else data
+
+    def _thought(self, reply: Reply, text: str) -> bytes:
+        """The frames of a piece of a thought."""
+        raise NotImplementedError
+
+    def _text(self, reply: Reply, text: str, entries: list[dict[str, Any]]) -> bytes:
+        """The frames of a piece of an answer, with the log probabilities of its tokens."""
+        raise NotImplementedError
+
+    def _call(self, reply: Reply, call: SentCall) -> bytes:
+        """The frames of a call, which `reply.calls` has already."""
+        raise NotImplementedError
+
+    def _done(self, reply: Reply, entries: list[dict[str, Any]]) -> bytes:
+        """The frames at the end of an answer; `entries` were not sent yet."""
+        raise NotImplementedError
+
+
 class AnswerTokens:
     """Log probabilities of the tokens of the answer alone, without the thought and its end."""
 
     def __init__(self, service: Service):
         self._service = service
         self._thought_end = service.id_of("</think>")
-        self._ends = set(getattr(service.tokenizer, "eos_token_ids", ()))
         self._pending: list[dict[str, Any]] = []
         self._has_begun = False
 
     def add(self, event: Token | Done) -> list[dict[str, Any]]:
         """The entries that are certain to belong to the answer now."""
-        if isinstance(event, Token) and event.token not in self._ends:
+        if isinstance(event, Token) and event.token not in self._service.ends:
             entry = self._service.token_entry(event.token, event.logprob, event.top)
             if event.token == self._thought_end:
                 self._pending.clear()

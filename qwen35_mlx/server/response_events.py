@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..engine.requests import Done, Token
+from ..engine.requests import Request
 from .events import sse
 from .faults import ApiError
 from .hidden_thoughts import hidden
-from .replies import AnswerTokens, Reply, SentCall, Writer
+from .replies import Reply, ReplyWriter, SentCall
 from .service import Service
 
 
@@ -41,23 +41,26 @@ SUMMARY = _Part(
 )
 
 
-class ResponseWriter(Writer):
+class ResponseWriter(ReplyWriter):
     """Builds a response."""
 
-    def __init__(self, service: Service, response: dict[str, Any], given: list[dict[str, Any]]):
-        super().__init__(service, "", "")
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        response: dict[str, Any],
+        given: list[dict[str, Any]],
+    ):
+        super().__init__(service, "", "", request)
         self._response = response
         self._given = given
-        self._reply = Reply()
-        self._tokens = AnswerTokens(service)
-        self._wants_logprobs = False
         wants_summary = response["reasoning"]["summary"] not in (None, "none")
-        self._thought = SUMMARY if wants_summary else THOUGHT
+        self._thought_part = SUMMARY if wants_summary else THOUGHT
         self._number = 0
         # The items so far, the last of which may be open.
         self._items: list[dict[str, Any]] = []
         self._open: _Part | None = None
-        self._text = ""
+        self._text_so_far = ""
         self._entries: list[dict[str, Any]] = []
 
     def _sign_of_life(self) -> bytes:
@@ -83,32 +86,20 @@ class ResponseWriter(Writer):
         response = self._object()
         return self._event(f"response.{response['status']}", response=response)
 
-    def _take(self, place: int, event: Any) -> bytes:
-        """The events for one of the engine's."""
-        if not isinstance(event, Token | Done):
-            return b""
-        if isinstance(event, Token) and event.logprob is not None:
-            self._wants_logprobs = True
-        entries = self._tokens.add(event) if self._wants_logprobs else []
-        data = b""
-        for piece, call in self._reply.add(event, self._service):
-            if call is not None:
-                data += self._close() + self._call(call)
-            elif piece.kind == "thought":
-                data += self._add(self._thought, piece.text)
-            else:
-                data += self._add(ANSWER, piece.text, entries)
-                entries = []
+    def _thought(self, reply: Reply, text: str) -> bytes:
+        return self._add(self._thought_part, text)
+
+    def _text(self, reply: Reply, text: str, entries: list[dict[str, Any]]) -> bytes:
+        return self._add(ANSWER, text, entries)
+
+    def _done(self, reply: Reply, entries: list[dict[str, Any]]) -> bytes:
         self._entries += entries
-        if isinstance(event, Done):
-            if not self._items:
-                data += self._add(ANSWER, "")
-            data += self._close(is_cut=event.finish_reason in ("length", "loop"))
-        return data
+        data = b"" if self._items else self._add(ANSWER, "")
+        return data + self._close(is_cut=reply.finish_reason in ("length", "loop"))
 
     def _begin_item(self, item: dict[str, Any]) -> bytes:
         self._items.append(item)
-        self._text, self._entries = "", []
+        self._text_so_far, self._entries = "", []
         index = len(self._items) - 1
         return self._event("response.output_item.added", output_index=index, item=item)
 
@@ -133,13 +124,13 @@ class ResponseWriter(Writer):
             data += self._event(f"response.{part.part_event}.added", **place)
         if not text:
             return data
-        self._text += text
+        self._text_so_far += text
         self._entries += entries
         more = {"logprobs": list(entries)} if part is ANSWER else {}
         place = self._place(**{part.index_name: 0}, delta=text, **more)
         return data + self._event(f"response.{part.text_event}.delta", **place)
 
-    def _call(self, call: SentCall) -> bytes:
+    def _call(self, reply: Reply, call: SentCall) -> bytes:
         item = {
             "id": f"fc_{secrets.token_hex(12)}",
             "type": "function_call",
@@ -148,7 +139,7 @@ class ResponseWriter(Writer):
             "arguments": "",
             "status": "in_progress",
         }
-        data = self._begin_item(item)
+        data = self._close() + self._begin_item(item)
         done = item | {"arguments": call.arguments, "status": "completed"}
         self._items[-1] = done
         data += self._event(
@@ -169,7 +160,7 @@ class ResponseWriter(Writer):
         if self._open is None:
             return b""
         part, self._open = self._open, None
-        text, whole = self._text, part.of(self._text, self._entries)
+        text, whole = self._text_so_far, part.of(self._text_so_far, self._entries)
         more = {"logprobs": self._entries} if part is ANSWER else {}
         place = self._place(**{part.index_name: 0})
         data = self._event(f"response.{part.text_event}.done", **place, text=text, **more)
@@ -183,7 +174,7 @@ class ResponseWriter(Writer):
     def _object(self) -> dict[str, Any]:
         """The response with what is known at the end; it is kept if that is wanted."""
         usage = self._usage
-        is_cut = self._reply.finish_reason in ("length", "loop")
+        is_cut = self._replies[0].finish_reason in ("length", "loop")
         self._response |= {
             "created_at": int(self._created_s),
             "status": "incomplete" if is_cut else "completed",

@@ -86,9 +86,7 @@ class _Reader:
             raise item.refuse("type", "message, reasoning, function_call or function_call_output")
 
     def _message(self, item: Fields) -> None:
-        role = item.choice("role", ROLES)
-        if role is None:
-            raise item.missing("role")
+        role = item.needed_choice("role", ROLES)
         content = _parts(item, "content")
         if role == "assistant":
             answer = self._answer(begins=bool(self._open and self._open["content"]))
@@ -99,9 +97,7 @@ class _Reader:
         self.messages.append({"role": role, "content": content})
 
     def _call(self, item: Fields, arguments: Any) -> None:
-        name = item.text("name")
-        if not name:
-            raise item.missing("name")
+        name = item.needed_text("name")
         call = history_call(name, arguments, item.text("call_id") or item.text("id"))
         self._answer().setdefault("tool_calls", []).append(call)
 

@@ -14,19 +14,18 @@ from .fields import Fields
 from .messages import read_functions, strict_names
 from .response_events import ResponseWriter
 from .response_items import found_item, read_input, read_messages
-from .service import Service, service_of
+from .service import Service, begun, service_of
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 
 
 async def create_response(http: HttpRequest) -> Response:
     """Answer input items."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     model = service.check_model(body)
     items = _items(service, body)
     request = _request(service, body, items)
-    writer = ResponseWriter(service, _template(body, model, request), items)
+    writer = ResponseWriter(service, request, _template(body, model, request), items)
     answer = await _submitted(service, body, request)
     return writer.response(answer, body.flag("stream"))
 
@@ -164,8 +163,7 @@ def _template(body: Fields, model: str, request: Request) -> dict[str, Any]:
 
 async def input_tokens(http: HttpRequest) -> Response:
     """The length of a prompt."""
-    service = service_of(http)
-    body = await service.fields(http)
+    service, body = await begun(http)
     service.check_model(body)
     request = _request(service, body, _items(service, body))
     num_tokens = await service.count(request)

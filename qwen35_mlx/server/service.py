@@ -108,7 +108,7 @@ def _parameters(model: Any) -> tuple[int, int]:
 
 
 class Service:
-    """State of a server; `call` begins what every handler does."""
+    """State of a server."""
 
     def __init__(self, engine: Any, settings: Settings, tokenizer: Any = None):
         self.engine = engine
@@ -119,6 +119,8 @@ class Service:
         # Of /v1/responses, by id: the response, and the items of its conversation before it.
         self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
         self._response_sizes: dict[str, int] = {}
+        # Tokens that end a text, and are none of it.
+        self.ends: frozenset[int] = frozenset(getattr(tokenizer, "eos_token_ids", ()))
         self._mailbox: Mailbox | None = None
         self.num_requests = 0
         self.is_stopping = False
@@ -211,14 +213,16 @@ class Service:
         return entry
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        data = self.bytes_of(token)
-        # JSON has no infinity; OpenAI writes this for what cannot come.
-        value = -9999.0 if logprob is None or not logprob > -9999.0 else float(logprob)
-        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+        data = list(self.bytes_of(token))
+        return {"token": self.text_of(token), "logprob": finite(logprob), "bytes": data}
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes of a token; those of half a character are half of one."""
         return token_bytes(self.tokenizer.backend_tokenizer.id_to_token(token))
+
+    def text_of(self, token: int) -> str:
+        """The text of a token; half a character is a replacement character."""
+        return self.bytes_of(token).decode(errors="replace")
 
     def id_of(self, text: str) -> int | None:
         """The id of an added token."""
@@ -230,7 +234,18 @@ class Service:
         self.workers.shutdown(wait=False, cancel_futures=True)
 
 
+def finite(logprob: float | None) -> float:
+    """JSON has no infinity; OpenAI writes this for what cannot come."""
+    return -9999.0 if logprob is None or not logprob > -9999.0 else float(logprob)
+
+
 def service_of(http: HttpRequest) -> Service:
     """The service of the application that a request came to."""
     service: Service = http.app.state.service
     return service
+
+
+async def begun(http: HttpRequest) -> tuple[Service, Fields]:
+    """How every handler of a request with a body begins: the service, and the JSON."""
+    service = service_of(http)
+    return service, await service.fields(http)

@@ -4,7 +4,7 @@ import pytest
 from server.fake_engine import call, thought
 from server.running import MODEL, data_lines
 
-from qwen35_mlx.engine.requests import Grammar, ToolName
+from qwen35_mlx.engine.requests import Grammar, Token, ToolName
 
 TOOL = {
     "type": "function",
@@ -71,6 +71,13 @@ def test_streamed_calls_begin_with_name_and_id_and_have_an_index(server):
     assert deltas[1]["function"]["arguments"] == '{"city":"Rome"}'
     assert len({d["id"] for d in deltas if "id" in d}) == 2
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_calls_that_end_with_the_same_token_have_indices_of_their_own(server):
+    both = (call("get_weather", city="Rome"), call("get_weather", city="Oslo"))
+    server.engine.say = [Token(both, 0, None, [], index=0)]
+    chunks = data_lines(server.chat(stream=True, tools=[TOOL]).text)[1:-2]
+    assert [c["choices"][0]["delta"]["tool_calls"][0]["index"] for c in chunks] == [0, 0, 1, 1]
 
 
 def test_whole_calls_have_text_of_json_and_no_content(server):
