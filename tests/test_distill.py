@@ -1,5 +1,6 @@
 """Layers trained one after another: what comes out, what a stop costs, and what is refused."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -33,13 +34,15 @@ SCHEDULE = Schedule(epochs=2, rate=0.04)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Folder and calibration of a dense model and of one with experts."""
-    found = {}
-    for moe in (False, True):
+    """Gives folder and calibration of a dense model, or of one with experts."""
+
+    @functools.cache
+    def source(moe):
         folder = tmp_path_factory.mktemp("distill") / ("moe" if moe else "dense")
         write_checkpoint(folder, moe=moe, vision=moe, mtp=True, tokenizer=True)
-        found[moe] = folder, calibrate(folder, IDS, hessians=True, measure=False)
-    return found
+        return folder, calibrate(folder, IDS, hessians=True, measure=False)
+
+    return source
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +54,7 @@ def small_batches(monkeypatch):
 
 
 def distilled(sources, moe, out, finish_tokens=0, bits=3, dtype=None, **distillation):
-    source, calibration = sources[moe]
+    source, calibration = sources(moe)
     return convert(
         source,
         out,
@@ -89,7 +92,7 @@ def experts_distilled(sources, tmp_path_factory):
 def test_the_output_has_the_layout_of_gptq_and_is_nearer_to_the_source(
     sources, experts_distilled, tmp_path
 ):
-    source, calibration = sources[True]
+    source, calibration = sources(True)
     options = dict(bits=3, group_size=32, method="gptq", calibration=calibration)
     plain = convert(source, tmp_path / "gptq", **options)
     before, after = weights(plain), weights(experts_distilled)
@@ -135,7 +138,7 @@ def test_the_report_has_each_layer_and_all_tokens_of_experts(experts_distilled):
 
 @pytest.mark.slow
 def test_a_later_fit_gives_bytes_to_what_training_helped_least(sources, experts_distilled):
-    source, calibration = sources[True]
+    source, calibration = sources(True)
     left = left_of(experts_distilled)
     experts = [name for name in left if "switch_mlp" in name]
     assert experts and all(0 < share <= 1 for share in left.values())
@@ -157,7 +160,7 @@ def test_a_later_fit_gives_bytes_to_what_training_helped_least(sources, experts_
 @pytest.mark.slow
 def test_experts_with_few_tokens_keep_what_error_feedback_gave_them(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MIN_EXPERT_TOKENS", IDS.size + 1)
-    source, calibration = sources[True]
+    source, calibration = sources(True)
     options = dict(bits=3, group_size=32, method="gptq", calibration=calibration)
     plain = weights(convert(source, tmp_path / "gptq", **options))
     found = weights(distilled(sources, True, tmp_path / "out"))
@@ -226,7 +229,7 @@ def test_other_settings_do_not_go_on_with_a_stopped_distillation(sources, tmp_pa
 
 
 def test_a_distillation_goes_with_its_method(sources, tmp_path):
-    source, calibration = sources[False]
+    source, calibration = sources(False)
     options = dict(bits=3, calibration=calibration)
     with pytest.raises(Qwen35Error, match="texts to train on"):
         convert(source, tmp_path / "out", method="distill", **options)
