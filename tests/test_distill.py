@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import replace
 
+import checkpoints
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -86,6 +87,37 @@ def experts_distilled(sources, tmp_path_factory):
         patch.setattr(module, "MIN_EXPERT_TOKENS", 16)
         patch.setattr(module, "EXPERT_STEPS", 4)
         return distilled(sources, True, tmp_path_factory.mktemp("out") / "moe", 264)
+
+
+def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LAYER_TYPES", checkpoints.LAYER_TYPES[:2])
+    write_checkpoint(tmp_path / "src", moe=True, tokenizer=True)
+    ids = IDS[:4, :11]
+    options = dict(bits=3, group_size=128)
+    options["calibration"] = calibrate(tmp_path / "src", ids, hessians=True, measure=False)
+    plain = convert(tmp_path / "src", tmp_path / "gptq", method="gptq", **options)
+    steps = []
+    options["distillation"] = Distillation(
+        ids, 33, Schedule(epochs=2, rate=0.04), progress=lambda *step: steps.append(step)
+    )
+    out = convert(tmp_path / "src", tmp_path / "out", method="distill", **options)
+    rows = json.loads((out / REPORT_FILE).read_text())
+    assert [row["name"] for row in rows] == "embedding head layer-000 layer-001 whole".split()
+    for row in rows[1:]:
+        assert all(0 < after <= before < 0.5 for before, after in row["losses"].values())
+    for row in rows[2:4]:
+        assert set(row["losses"]) == {"attention", "router", "experts", "shared expert"}
+        assert sum(row["expert_tokens"]) == 2 * ids.size
+        # Relative to what the experts give: 3 bits lose a tenth of it or more.
+        before, after = row["losses"]["experts"]
+        assert before > 0.1 and after < 0.7 * before
+        experts = {path for path in row["left"] if "switch_mlp" in path}
+        assert {row["left"][path] for path in experts} == {round(after / before, 4)}
+        assert len(experts) == 3 and len(row["left"]) > 8
+    assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
+    assert steps[-1] == (2, 2, "done") and {total for _, total, _ in steps} == {2}
+    kls = [fidelity(tmp_path / "src", f, ids).tokens.mean_kl for f in (plain, out)]
+    assert kls[1] < 0.8 * kls[0]
 
 
 @pytest.mark.slow
