@@ -1,9 +1,13 @@
 """The bundled demo, converted once a run; a model that says what it is told; consoles."""
 
+import os
+
+# Threads of numpy's BLAS spin while they wait, longer than the small matrices of tests take.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import functools
 import gc
 import io
-import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,8 +1,10 @@
 """Layers trained one after another: what comes out, what a stop costs, and what is refused."""
 
+import functools
 import json
 from dataclasses import replace
 
+import checkpoints
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,13 +37,15 @@ SCHEDULE = Schedule(epochs=2, rate=0.04)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """Folder and calibration of a dense model and of one with experts."""
-    found = {}
-    for moe in (False, True):
+    """Gives folder and calibration of a dense model, or of one with experts."""
+
+    @functools.cache
+    def source(moe):
         folder = tmp_path_factory.mktemp("distill") / ("moe" if moe else "dense")
         write_checkpoint(folder, moe=moe, vision=moe, mtp=True, tokenizer=True)
-        found[moe] = folder, calibrate(folder, IDS, hessians=True, measure=False)
-    return found
+        return folder, calibrate(folder, IDS, hessians=True, measure=False)
+
+    return source
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,7 @@ def small_batches(monkeypatch):
 
 
 def distilled(sources, moe, out, finish_tokens=0, bits=3, dtype=None, **distillation):
-    source, calibration = sources[moe]
+    source, calibration = sources(moe)
     return convert(
         source,
         out,
@@ -87,11 +91,42 @@ def experts_distilled(sources, tmp_path_factory):
         return distilled(sources, True, tmp_path_factory.mktemp("out") / "moe", 264)
 
 
+def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LAYER_TYPES", checkpoints.LAYER_TYPES[:2])
+    write_checkpoint(tmp_path / "src", moe=True, tokenizer=True)
+    ids = IDS[:4, :11]
+    options = dict(bits=3, group_size=128)
+    options["calibration"] = calibrate(tmp_path / "src", ids, hessians=True, measure=False)
+    plain = convert(tmp_path / "src", tmp_path / "gptq", method="gptq", **options)
+    steps = []
+    options["distillation"] = Distillation(
+        ids, 33, Schedule(epochs=2, rate=0.04), progress=lambda *step: steps.append(step)
+    )
+    out = convert(tmp_path / "src", tmp_path / "out", method="distill", **options)
+    rows = json.loads((out / REPORT_FILE).read_text())
+    assert [row["name"] for row in rows] == "embedding head layer-000 layer-001 whole".split()
+    for row in rows[1:]:
+        assert all(0 < after <= before < 0.5 for before, after in row["losses"].values())
+    for row in rows[2:4]:
+        assert set(row["losses"]) == {"attention", "router", "experts", "shared expert"}
+        assert sum(row["expert_tokens"]) == 2 * ids.size
+        # Relative to what the experts give: 3 bits lose a tenth of it or more.
+        before, after = row["losses"]["experts"]
+        assert before > 0.1 and after < 0.7 * before
+        experts = {path for path in row["left"] if "switch_mlp" in path}
+        assert {row["left"][path] for path in experts} == {round(after / before, 4)}
+        assert len(experts) == 3 and len(row["left"]) > 8
+    assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
+    assert steps[-1] == (2, 2, "done") and {total for _, total, _ in steps} == {2}
+    kls = [fidelity(tmp_path / "src", f, ids).tokens.mean_kl for f in (plain, out)]
+    assert kls[1] < 0.8 * kls[0]
+
+
 @pytest.mark.slow
 def test_the_output_has_the_layout_of_gptq_and_is_nearer_to_the_source(
     sources, experts_distilled, tmp_path
 ):
-    source, calibration = sources[True]
+    source, calibration = sources(True)
     options = dict(bits=3, group_size=32, method="gptq", calibration=calibration)
     plain = convert(source, tmp_path / "gptq", **options)
     before, after = weights(plain), weights(experts_distilled)
@@ -137,7 +172,7 @@ def test_the_report_has_each_layer_and_all_tokens_of_experts(experts_distilled):
 
 @pytest.mark.slow
 def test_a_later_fit_gives_bytes_to_what_training_helped_least(sources, experts_distilled):
-    source, calibration = sources[True]
+    source, calibration = sources(True)
     left = left_of(experts_distilled)
     experts = [name for name in left if "switch_mlp" in name]
     assert experts and all(0 < share <= 1 for share in left.values())
@@ -189,15 +224,15 @@ def test_error_feedback_is_for_the_inputs_that_the_quantized_layers_give(
     x = np.array(layers.layers[1].input_layernorm(x)).reshape(IDS.size, -1)
     np.testing.assert_allclose(second, (x**2).mean(axis=0), rtol=0.02, atol=1e-3)
     np.testing.assert_allclose(hessian, x.T @ x / len(x), rtol=0.02, atol=0.02)
-    of_source, _ = sources[False][1].of(name)
+    of_source, _ = sources(False)[1].of(name)
     assert np.abs(np.array(of_source) - np.array(second)).max() > 0.02
 
 
 @pytest.mark.slow
 def test_no_calibration_is_needed(sources, tmp_path):
-    source, _ = sources[True]
+    source, _ = sources(True)
     with_one = distilled(sources, True, tmp_path / "with")
-    without = distilled({True: (source, None)}, True, tmp_path / "without")
+    without = distilled(lambda moe: (source, None), True, tmp_path / "without")
     names = [name for name in weights(without) if name.startswith("language_model.")]
     a, b = weights(with_one), weights(without)
     assert names and all(mx.array_equal(a[name], b[name]).item() for name in names)
@@ -264,7 +299,7 @@ def test_other_settings_do_not_go_on_with_a_stopped_distillation(sources, tmp_pa
 
 
 def test_a_distillation_goes_with_its_method(sources, tmp_path):
-    source, calibration = sources[False]
+    source, calibration = sources(False)
     options = dict(bits=3, calibration=calibration)
     with pytest.raises(Qwen35Error, match="texts to train on"):
         convert(source, tmp_path / "out", method="distill", **options)

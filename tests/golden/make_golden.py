@@ -22,7 +22,6 @@ with a Hugging Face checkpoint in float32 and `golden.npz`:
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,6 @@ FAMILY: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel]]] = {
 }
 FLAT = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
-VISION = dict(
-    depth=1,
-    hidden_size=8,
-    intermediate_size=16,
-    num_heads=1,
-    patch_size=2,
-    num_position_embeddings=4,
-)
-
 # Of the folder `vision`: more rows than positions, and placeholders that the vocabulary has.
 TOWER = dict(
     depth=2,
@@ -85,6 +75,7 @@ TOWER = dict(
     patch_size=2,
     num_position_embeddings=25,
 )
+VISION = TOWER | dict(depth=1, hidden_size=8, intermediate_size=16, num_position_embeddings=4)
 VISION_IDS = dict(
     vision_start_token_id=48, vision_end_token_id=49, image_token_id=50, video_token_id=51
 )
@@ -177,12 +168,9 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
             vocab_size=43,
             hidden_size=24,
             num_hidden_layers=4,
-            num_attention_heads=4,
             num_key_value_heads=1,
             linear_num_key_heads=3,
             linear_num_value_heads=6,
-            linear_key_head_dim=8,
-            linear_value_head_dim=16,
             num_experts=5,
             num_experts_per_tok=2,
             moe_intermediate_size=16,
@@ -382,17 +370,14 @@ def gated_delta_rule_case(rng: np.random.Generator) -> dict[str, np.ndarray]:
     )
     inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
     state = 0.5 * rng.standard_normal((batch, hv, dv, dk)).astype(np.float32)
-    query, key, value, g, beta = (torch.from_numpy(array) for array in inputs.values())
+    q, k, v, g, beta = (torch.from_numpy(array) for array in inputs.values())
     result = inputs | {"initial_state": state}
-    forms: dict[str, Callable[..., Any]] = {
-        "recurrent": torch_recurrent_gated_delta_rule,
-        "chunk": torch_chunk_gated_delta_rule,
-    }
-    for name, form in forms.items():
+    forms = torch_recurrent_gated_delta_rule, torch_chunk_gated_delta_rule
+    for name, form in zip(("recurrent", "chunk"), forms, strict=True):
         out, final = form(
-            query,
-            key,
-            value,
+            q,
+            k,
+            v,
             g=g,
             beta=beta,
             initial_state=torch.from_numpy(state).transpose(2, 3).contiguous(),

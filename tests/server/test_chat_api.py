@@ -4,7 +4,8 @@ import pytest
 from server.fake_engine import call, thought
 from server.running import MODEL, data_lines
 
-from qwen35_mlx.engine.requests import Grammar, Token, ToolName
+from qwen35_mlx.engine.output import Piece
+from qwen35_mlx.engine.requests import Done, Grammar, Token, ToolName, Usage
 
 TOOL = {
     "type": "function",
@@ -255,6 +256,19 @@ def test_logprobs_are_those_of_the_answer_alone(server):
         for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
     ]
     assert "".join(entry["token"] for entry in entries) == "Paris."
+
+
+def test_a_token_that_ends_in_several_pieces_has_one_logprob_in_a_stream(server):
+    pieces = Piece("answer", "Pa"), Piece("answer", "ris")
+    token, end = Token(pieces, 7, -0.5, []), Done("stop", None, Usage(), pieces=pieces)
+    for event, expected in ((token, [-0.25, -0.5]), (end, [-0.25])):
+        server.engine.say = [Token((), 5, -0.25, []), event]
+        chunks = data_lines(server.chat(logprobs=True, stream=True).text)[:-1]
+        given = [chunk["choices"][0].get("logprobs") for chunk in chunks]
+        values = [entry["logprob"] for one in given if one for entry in one["content"]]
+        assert values == expected
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        assert "".join(delta.get("content") or "" for delta in deltas) == "Paris"
 
 
 def test_several_answers_are_choices_of_their_own(server):
