@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from checkpoints import VOCAB, write_checkpoint
 from everyday import everyday
-from padded import padded_cache
 
 from qwen35_mlx.convert import convert
 from qwen35_mlx.model.cache import (
@@ -88,7 +87,7 @@ def test_entries_follow_the_layers(model: Any) -> None:
 
 
 def test_a_batch_reads_each_row_as_if_alone(model: Any) -> None:
-    cache = padded_cache(model, [3, 0])
+    cache = model.make_cache([3, 0])
     pads, short, long, last = mx.split(IDS[:, :19], [3, 9, 18], axis=1)
     rows = mx.concatenate([mx.concatenate([pads, short], axis=1), long])
     together = [model(rows, cache=cache), model(mx.concatenate([last, last]), cache=cache)]

@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
-from padded import padded_cache
 
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.kernels.attention_heads import rotate
@@ -112,7 +111,7 @@ def test_left_padded_batch_then_decode(case: tuple[Model, dict[str, np.ndarray]]
     model, golden = case
     padding = golden["left_padding"].tolist()
     ids = mx.array(golden["batch_ids"])
-    cache = padded_cache(model, padding)
+    cache = model.make_cache(padding)
     logits = model(ids, cache=cache)
     rows = [row[pads:] for row, pads in zip(logits, padding, strict=True)]
     assert_same(mx.concatenate(rows), golden["batch_logits"])

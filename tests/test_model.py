@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from everyday import everyday
 from mlx.utils import tree_flatten, tree_map
-from padded import padded_cache
 
 from qwen35_mlx.config import FULL, LINEAR, ModelConfig
+from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.model.cache import ArraysCache, KVCache
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.rope import PartialRope
@@ -113,14 +113,16 @@ def test_left_padded_rows_equal_each_row_alone(model, lengths):
     batch = mx.concatenate(
         [mx.pad(r, [(0, 0), (p, 0)]) for r, p in zip(rows, padding, strict=True)]
     )
-    cache = padded_cache(model, padding)
+    cache = model.make_cache(left_padding=padding)
     logits = model(batch, cache)
+    without_cache = model(batch, left_padding=padding)
     following = tokens(len(lengths), 1, seed=99)
     decoded = model(following, cache)
     for i, row in enumerate(rows):
         alone_cache = model.make_cache()
         alone = model(row, alone_cache)
         assert difference(logits[i : i + 1, padding[i] :], alone) <= 1e-4
+        assert difference(without_cache[i : i + 1, padding[i] :], alone) <= 1e-4
         assert difference(decoded[i : i + 1], model(following[i : i + 1], alone_cache)) <= 1e-4
 
 
@@ -128,7 +130,7 @@ def test_a_pad_longer_than_the_first_piece_leaves_no_trace(model):
     """The first piece of a row is nothing but padding: conv and state must stay empty."""
     row = tokens(1, 6)
     batch = mx.concatenate([mx.pad(row, [(0, 0), (10, 0)]), tokens(1, 16, seed=1)])
-    cache = padded_cache(model, [10, 0])
+    cache = model.make_cache([10, 0])
     pieces = [model(batch[:, :7], cache), model(batch[:, 7:], cache)]
     logits = mx.concatenate(pieces, axis=1)[:1, 10:]
     assert difference(logits, model(row)) <= 1e-4
@@ -139,7 +141,7 @@ def test_rows_padded_on_the_right_keep_their_own_state():
     model = random_model(config(moe=True))
     short, long = tokens(1, 5), tokens(1, 9, seed=1)
     batch = mx.concatenate([mx.pad(short, [(0, 0), (0, 4)]), long])
-    cache = padded_cache(model, [0, 0])
+    cache = model.make_cache([0, 0])
     for entry in cache:
         entry.prepare(lengths=[5, 9], right_padding=[4, 0])
     model(batch, cache)
@@ -200,6 +202,18 @@ def test_no_token_sees_a_later_one(model):
 def test_cache_entries_follow_the_layers():
     model = Model(config(moe=True))
     assert [type(c) for c in model.make_cache()] == [ArraysCache, KVCache, ArraysCache]
+
+
+@pytest.mark.parametrize("padding", [[], [-1, 0]])
+def test_unusable_padding_is_refused(padding):
+    with pytest.raises(Qwen35Error, match="left_padding"):
+        Model(config(moe=False)).make_cache(padding)
+
+
+def test_padding_beside_a_cache_is_refused():
+    model = Model(config(moe=False))
+    with pytest.raises(Qwen35Error, match="left_padding"):
+        model(tokens(1, 2), model.make_cache(), left_padding=[0])
 
 
 def test_mlx_lm_quantizers_leave_gates_and_keep_the_router_at_8_bits():

@@ -13,7 +13,6 @@ from checkpoints import write_checkpoint
 from everyday import everyday
 from metal.draw import Draw
 from mlx_lm.models.cache import make_prompt_cache
-from padded import padded_cache
 from rollback import CONTINUATIONS, differences, held, kept_pass, one_by_one
 from test_model import KINDS, config, random_model
 from test_tiers import small_model
@@ -211,7 +210,7 @@ def test_a_pass_too_large_to_be_kept_is_refused(model_of, shape):
 
 def test_a_cache_that_cannot_take_tokens_back_is_refused(model_of):
     model, ids = model_of(False), mx.array([[1, 2]])
-    padded, none = padded_cache(model, [1]), None
+    padded, none = model.make_cache([1]), None
     theirs = make_prompt_cache(_WithoutOurCache(model))
     for cache in (padded, theirs, none):
         with pytest.raises(Qwen35Error, match="a cache that cannot take tokens back"):

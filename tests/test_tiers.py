@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
-from padded import padded_cache
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
@@ -50,7 +49,7 @@ def small_model(num_value_heads=32, num_experts=0, seed=0):
 def logits(model, chosen, pieces, left_padding=None):
     """Of pieces one after the other over one cache."""
     tiers.use(model, chosen)
-    cache = padded_cache(model, left_padding) if left_padding else model.make_cache()
+    cache = model.make_cache(left_padding) if left_padding else model.make_cache()
     result = [model(piece, cache) for piece in pieces]
     mx.eval(result)
     tiers.use(model, PORTABLE)

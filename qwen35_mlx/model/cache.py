@@ -25,6 +25,18 @@ def make_cache(config: ModelConfig) -> list[CacheEntry]:
     return [KVCache(bits) if t == FULL else ArraysCache(size=2) for t in config.layer_types]
 
 
+def padded_cache(config: ModelConfig, left_padding: Sequence[int]) -> list[Any]:
+    """An empty cache of mlx-lm's, of rows with so many pad tokens at their start."""
+    # Here: mlx-lm takes longer to import than all else.
+    from mlx_lm.models.cache import ArraysCache, BatchKVCache
+
+    padding = [int(n) for n in left_padding]
+    if not padding or min(padding) < 0:
+        raise Qwen35Error("left_padding is not usable", got=padding, expected="numbers >= 0")
+    kinds = config.layer_types
+    return [BatchKVCache(padding) if kind == FULL else ArraysCache(2, padding) for kind in kinds]
+
+
 def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> None:
     """Raise if a pass of this size over this cache cannot be taken back token by token."""
     if batch != 1 or not 1 <= num_tokens <= MAX_ROWS:

@@ -18,7 +18,7 @@ from ..kernels.tiers import PORTABLE, Tiers
 from ..memory import Allowance
 from ..sampling import SamplingParams
 from .attention import Attention, attention_mask
-from .cache import CacheEntry, check_keeping, make_cache
+from .cache import check_keeping, make_cache, padded_cache
 from .feed_forward import DenseMLP, SparseMoE
 from .gated_delta_net import GatedDeltaNet
 from .mtp import MTP
@@ -177,9 +177,21 @@ class Model(nn.Module):
         ids: mx.array,
         cache: Sequence[Any] | None = None,
         *,
+        left_padding: Sequence[int] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """ids `[B, T]` -> logits `[B, T, vocab]`."""
+        """ids `[B, T]` -> logits `[B, T, vocab]`.
+
+        `left_padding`, pad tokens at the start of each row, is for calls without a cache; with
+        one, give it to `make_cache`.
+        """
+        if left_padding is not None:
+            if cache is not None:
+                raise Qwen35Error(
+                    "left_padding together with a cache",
+                    hint="make the cache with model.make_cache(left_padding=...)",
+                )
+            cache = self.make_cache(left_padding)
         return self.head(self.trunk(ids, cache, embeddings=input_embeddings))
 
     def trunk(
@@ -237,8 +249,13 @@ class Model(nn.Module):
         """The decoder layers, in order."""
         return self.language_model.model.layers
 
-    def make_cache(self) -> list[CacheEntry]:
-        """An empty cache, one entry a layer; see `model.cache`."""
+    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[Any]:
+        """An empty cache, one entry a layer; see `model.cache`.
+
+        Of rows with `left_padding` pad tokens at their start: the one of mlx-lm's generators.
+        """
+        if left_padding is not None:
+            return padded_cache(self.config, left_padding)
         entries = make_cache(self.config)
         if self.ring is not None:
             self.ring.hold(entries)

@@ -21,7 +21,6 @@ torch = pytest.importorskip("torch", reason="the extra `live` is not installed")
 
 from golden import make_golden as golden  # noqa: E402
 from live.random_configs import RandomConfig, draw_config  # noqa: E402
-from padded import padded_cache  # noqa: E402
 from test_golden import MAX_DIFFERENCE, MAX_KL, PIECES, distances, run_in_pieces  # noqa: E402
 
 from qwen35_mlx.convert import convert  # noqa: E402
@@ -197,7 +196,7 @@ def test_prefill_in_pieces_then_decode(pair: Pair, piece: int) -> None:
 def test_left_padded_batch_then_decode(pair: Pair) -> None:
     """Against the reference's batch, and each row against the same row alone."""
     ids, padding, next_ids = pair.batch
-    cache = padded_cache(pair.ours, padding.tolist())
+    cache = pair.ours.make_cache(padding.tolist())
     logits = pair.ours(mx.array(ids), cache=cache)
     steps = [pair.ours(mx.array(column[:, None]), cache=cache) for column in next_ids.T]
     decoded = mx.concatenate(steps, axis=1)

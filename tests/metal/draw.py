@@ -11,12 +11,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from qwen35_mlx.kernels.decode_attention import Packed
 from qwen35_mlx.kernels.delta_step import HEAD_DIMS, DeltaParameters
 from qwen35_mlx.kernels.expert_step import Routing
 from qwen35_mlx.kernels.matrix import BITS, GROUP_SIZES
+from qwen35_mlx.kernels.switch import SwitchLinear
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 DENSE = (0, 32)

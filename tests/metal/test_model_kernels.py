@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from everyday import everyday
 from metal.emulator import Log, emulated
-from padded import padded_cache
 
 from qwen35_mlx.config import FULL, LINEAR
 from qwen35_mlx.errors import Qwen35Error
@@ -31,7 +30,7 @@ def model_of(converted_demo, converted_golden):
 
 def logits_with(model, kernels, prompt, pieces, left_padding=None):
     """Logits of the pieces that follow a prompt; the prompt is always read by plain MLX."""
-    cache = padded_cache(model, left_padding) if left_padding else model.make_cache()
+    cache = model.make_cache(left_padding) if left_padding else model.make_cache()
     tiers.use(model, PORTABLE)
     mx.eval(model(prompt, cache))
     tiers.use(model, with_kernels(kernels))
