@@ -83,14 +83,11 @@ class RowBatch:
         `commit` of each row follows.
         """
         with mx.stream(self.stream):
-            return self._step(tokens)
-
-    def _step(self, tokens: mx.array) -> mx.array:
-        if len(self.rows) == 1:
-            return self.rows[0].step(tokens)
-        for row in self.rows:
-            row.begin_pass()
-        hidden = self.model.trunk(tokens[:, None], self._entries, rope_delta=self._rope_delta)
-        for place, row in enumerate(self.rows):
-            row.end_pass(hidden[place : place + 1])
-        return hidden
+            if len(self.rows) == 1:
+                return self.rows[0].step(tokens)
+            for row in self.rows:
+                row.begin_pass()
+            hidden = self.model.trunk(tokens[:, None], self._entries, rope_delta=self._rope_delta)
+            for place, row in enumerate(self.rows):
+                row.end_pass(hidden[place : place + 1])
+            return hidden

@@ -15,18 +15,11 @@ from ..errors import CheckpointError
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.router import Routing
 from ..machine import GIB
+from .expert_files import STORED
 
 if TYPE_CHECKING:
     from .language import Model
 
-# As numpy has them; it has no bfloat16.
-NUMPY_TYPES = {
-    "U32": np.uint32,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "U8": np.uint8,
-}
 # Shorter pieces are copied out of mapped pages: a call for each would take longer.
 PIECE_BYTES = 4096
 # Mapped at a time.
@@ -163,9 +156,8 @@ def read_cut(tensor: SourceTensor, cut: Cut) -> mx.array:
         piece = held[:, at : at + (end - first) * inner]
         _fill(piece, tensor, tensor.shape[axis] * inner, first * inner)
         at += piece.shape[1]
-    values = held.view(NUMPY_TYPES[tensor.dtype]).reshape(cut.shape(tensor.shape))
-    array = mx.array(values)
-    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    stored, dtype = STORED[tensor.dtype]
+    return mx.array(held.view(stored).reshape(cut.shape(tensor.shape))).view(dtype)
 
 
 def _fill(pieces: np.ndarray, tensor: SourceTensor, pitch: int, first: int) -> None:

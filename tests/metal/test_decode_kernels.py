@@ -210,7 +210,7 @@ def test_qk_norm_rope(number, cases):
         positions = mx.array(draw.rng.integers(0, 262144, (tables, num_tokens)))
         angles = positions[..., None].astype(mx.float32) * frequencies
         q_out, k_out = qk_norm_rope_kernel(
-            q_gate, k, *weights, mx.cos(angles), mx.sin(angles), 1e-6
+            q_gate, k, *weights, mx.cos(angles), mx.sin(angles), eps=1e-6
         )
         heads = q_gate.reshape(batch, num_tokens, num_heads, 2, dim)[..., 0, :]
         kv_heads = k.reshape(batch, num_tokens, num_kv_heads, dim)
