@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import read_headers
 from ..checkpoint.resolver import resolve as resolve_tensors
@@ -26,6 +25,7 @@ from ..engine.decode import greedy
 from ..engine.prompt_cache import PromptCache
 from ..engine.speculate import AUTO, OFF, Drafter
 from ..errors import Qwen35Error
+from ..kernels.matrix import arrays_of
 from ..machine import GIB, bandwidth_gbps, describe
 from ..memory import decode_bytes
 from ..model.language import Model
@@ -229,7 +229,7 @@ def bytes_per_token(model: Model, context: int) -> int:
     whole = experts.num_experts / experts.num_slots if experts else 1.0
     sizes = (
         (name.rpartition(".")[0], array.nbytes * (whole if ".switch_mlp." in name else 1))
-        for name, array in dict(tree_flatten(model.parameters())).items()
+        for name, array in arrays_of(model.parameters()).items()
     )
     item_bytes = model.language_model.model.norm.weight.dtype.size
     return decode_bytes(model.config, sizes, context, item_bytes)

@@ -6,12 +6,11 @@ parity and for timing. B is 1; T tokens, H hidden, E experts, K experts per toke
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
@@ -27,7 +26,7 @@ from .decode_attention import (
 from .delta_step import DeltaInputs, DeltaParameters, Tape, delta_step, kept_delta_step
 from .expert_step import expert_down, expert_gate_up
 from .grouped_expert_matmul import expert_mlp
-from .matrix import MAX_ROWS
+from .matrix import MAX_ROWS, arrays_of
 from .projection import project
 from .router import Routing, route
 from .switch import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
@@ -147,8 +146,7 @@ def _mlp(m: Member, s: Setting, num_experts: int = 0) -> SwitchGLU:
 
 
 def _size(*modules: nn.Module) -> int:
-    flat: Any = tree_flatten([m.parameters() for m in modules])
-    return sum(array.nbytes for _, array in flat)
+    return sum(a.nbytes for a in arrays_of([m.parameters() for m in modules]).values())
 
 
 def _norm(m: Member, s: Setting) -> nn.RMSNorm:
