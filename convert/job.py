@@ -37,7 +37,7 @@ from .plan import DEFAULT_METHOD, DISTILL, STACKED, Plan, Recipe, plan
 from .shards import sha256
 from .source import Source, companion_name, read_rows
 from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
-from .transform import Known
+from .transform import NOTHING, Known
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ def convert(
     _check_copies(planned)
     tasks = cut(planned)
     companions = _companions(opened)
-    settings = _settings(planned, tasks, revision, calibration, adapter)
+    known = Known(calibration, adapter)
+    settings = _settings(planned, tasks, revision, known)
     settings |= {"distillation": distillation.settings} if distillation else {}
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
@@ -105,16 +106,15 @@ def convert(
         needed += source_disk_bytes(opened, tasks, keep_source)
     with _locked(work, out, needed):
         open_job(work, out, settings, opened.fingerprints())
-        distilled, reports = None, []
+        reports = []
         if distillation:
             # Here: it imports the model, which no other conversion needs.
             from .distill import distill
 
             reports = distill(planned, distillation, work / DISTILLED)
-            distilled = Distilled(work / DISTILLED)
+            known = known._replace(distilled=Distilled(work / DISTILLED))
         journal = Journal(work / JOURNAL_FILE)
         try:
-            known = Known(calibration, adapter, distilled)
             worker = Worker(planned, tasks, work, journal, fetcher, progress, known)
             checksums = worker.run()
         finally:
@@ -131,7 +131,7 @@ def convert(
             small.append(REPORT_FILE)
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
         # Last: a folder without config.json is nothing to any program.
-        write_json(work / "config.json", output_config(planned, checksums, adapter, calibration))
+        write_json(work / "config.json", output_config(planned, checksums, known))
         refuse_existing(out)
         if (work / FETCHED).exists():
             if keep_source:
@@ -309,11 +309,7 @@ def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
 
 
 def _settings(
-    planned: Plan,
-    tasks: list[Task],
-    revision: str | None,
-    calibration: Calibration | None,
-    adapter: Adapter | None,
+    planned: Plan, tasks: list[Task], revision: str | None, known: Known
 ) -> dict[str, Any]:
     """All that decides the bytes of the output, in words that fit into JSON."""
     rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
@@ -323,8 +319,8 @@ def _settings(
         **planned.source.origin,
         **({"revision": revision} if revision else {}),
         **planned.settings,
-        **({"calibration": calibration.digest} if calibration else {}),
-        **({"adapter": adapter.digest} if adapter else {}),
+        **({"calibration": known.calibration.digest} if known.calibration else {}),
+        **({"adapter": known.adapter.digest} if known.adapter else {}),
         "plan": hashlib.sha256(layout).hexdigest()[:16],
         "version": __version__,
         "mlx": version("mlx"),
@@ -333,10 +329,7 @@ def _settings(
 
 
 def output_config(
-    planned: Plan,
-    checksums: dict[str, str],
-    adapter: Adapter | None = None,
-    calibration: Calibration | None = None,
+    planned: Plan, checksums: dict[str, str], known: Known = NOTHING
 ) -> dict[str, Any]:
     """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
     config, model = copy.deepcopy(planned.source.config), planned.config
@@ -366,9 +359,9 @@ def output_config(
         **planned.source.origin,
         "settings": planned.settings,
         # fidelity leaves out an adapter that is in the weights.
-        **({"adapter": adapter.digest} if adapter else {}),
+        **({"adapter": known.adapter.digest} if known.adapter else {}),
         # fidelity tells a text that the calibration has read.
-        **({"calibration": calibration.facts} if calibration else {}),
+        **({"calibration": known.calibration.facts} if known.calibration else {}),
         "norms_shifted": True,
         "mtp_norms_shifted": True,
         "sha256": checksums,

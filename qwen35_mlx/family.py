@@ -3,6 +3,8 @@
 from typing import Any, NamedTuple
 
 OWNER = "Qwen"
+# Of the fields of a member.
+NOT_IN_CONFIG = ("name", "width", "tower", "rotary_dim")
 
 
 class Tower(NamedTuple):
@@ -22,23 +24,26 @@ SMALL, MIDDLE, LARGE = (
 
 
 class Member(NamedTuple):
-    """The shapes of one model; `width` is that of an expert, or of a dense feed-forward layer."""
+    """The shapes of one model, under their names in config.json but for three.
+
+    `width` is that of an expert, or of a dense feed-forward layer.
+    """
 
     name: str
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     width: int
     linear_num_value_heads: int
     tower: Tower = LARGE
-    tied: bool = False
+    tie_word_embeddings: bool = False
     num_experts: int = 0
-    per_token: int = 0
+    num_experts_per_tok: int = 0
     head_dim: int = 256
-    num_key_heads: int = 16
-    key_head_dim: int = 128
-    value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
     rotary_dim: int = 64
 
     @property
@@ -48,15 +53,15 @@ class Member(NamedTuple):
 
 
 FAMILY = (
-    Member("0.8B", 1024, 24, 8, 2, 3584, 16, SMALL, tied=True),
-    Member("2B", 2048, 24, 8, 2, 6144, 16, MIDDLE, tied=True),
-    Member("4B", 2560, 32, 16, 4, 9216, 32, MIDDLE, tied=True),
+    Member("0.8B", 1024, 24, 8, 2, 3584, 16, SMALL, tie_word_embeddings=True),
+    Member("2B", 2048, 24, 8, 2, 6144, 16, MIDDLE, tie_word_embeddings=True),
+    Member("4B", 2560, 32, 16, 4, 9216, 32, MIDDLE, tie_word_embeddings=True),
     # The width is not published where we could read it; this one makes 9 B parameters.
     Member("9B", 4096, 32, 16, 4, 12288, 32),
     Member("27B", 5120, 64, 24, 4, 17408, 48),
-    Member("35B-A3B", 2048, 40, 16, 2, 512, 32, num_experts=256, per_token=8),
-    Member("122B-A10B", 3072, 48, 32, 2, 1024, 64, num_experts=256, per_token=8),
-    Member("397B-A17B", 4096, 60, 32, 2, 1024, 64, num_experts=512, per_token=10),
+    Member("35B-A3B", 2048, 40, 16, 2, 512, 32, num_experts=256, num_experts_per_tok=8),
+    Member("122B-A10B", 3072, 48, 32, 2, 1024, 64, num_experts=256, num_experts_per_tok=8),
+    Member("397B-A17B", 4096, 60, 32, 2, 1024, 64, num_experts=512, num_experts_per_tok=10),
 )
 
 
@@ -72,38 +77,22 @@ def family_config(name: str) -> dict[str, Any]:
     assert member is not None, name
     text: dict[str, Any] = {
         "hidden_act": "silu",
-        "hidden_size": member.hidden_size,
-        "num_hidden_layers": member.num_layers,
         "full_attention_interval": 4,
-        "num_attention_heads": member.num_heads,
-        "num_key_value_heads": member.num_kv_heads,
-        "head_dim": member.head_dim,
-        "linear_num_key_heads": member.num_key_heads,
-        "linear_num_value_heads": member.linear_num_value_heads,
-        "linear_key_head_dim": member.key_head_dim,
-        "linear_value_head_dim": member.value_head_dim,
         "linear_conv_kernel_dim": 4,
         "vocab_size": 248_320,
         "max_position_embeddings": 262_144,
         "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": member.tied,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10_000_000,
             "partial_rotary_factor": member.rotary_dim / member.head_dim,
         },
     }
+    text |= {key: value for key, value in member._asdict().items() if key not in NOT_IN_CONFIG}
+    kind, widths = "qwen3_5", ["intermediate_size"]
     if member.num_experts:
-        kind = "qwen3_5_moe"
-        text |= {
-            "num_experts": member.num_experts,
-            "num_experts_per_tok": member.per_token,
-            "moe_intermediate_size": member.width,
-            "shared_expert_intermediate_size": member.width,
-        }
-    else:
-        kind = "qwen3_5"
-        text["intermediate_size"] = member.width
+        kind, widths = "qwen3_5_moe", ["moe_intermediate_size", "shared_expert_intermediate_size"]
+    text |= dict.fromkeys(widths, member.width)
     vision = {
         "hidden_size": member.tower.hidden_size,
         "depth": member.tower.depth,

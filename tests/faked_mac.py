@@ -11,7 +11,7 @@ from metal.emulator import emulated
 from qwen35_mlx.kernels import checks, choice, measure, metal
 from qwen35_mlx.kernels.checks import SMALL, Setting
 
-DENSE = SMALL._replace(name="dense", hidden_size=64, num_experts=0, per_token=0)
+DENSE = SMALL._replace(name="dense", hidden_size=64, num_experts=0, num_experts_per_tok=0)
 PREFILL_TOKENS = 40
 
 
@@ -33,7 +33,7 @@ def faked_mac(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> Ite
         return [Setting(mx.float32, num_tokens=PREFILL_TOKENS if check.is_prefill else 2)]
 
     def timed(cases: list[Any], tiers: Any, runs: int) -> float:
-        if cases[0].run.__name__ == "nothing":
+        if "judge" in cases[0].run.__qualname__:
             return 0.0
         return next((seconds.get(op, 10e-6) for op in tiers.kernel_rows), 30e-6)
 

@@ -21,6 +21,7 @@ from qwen35_mlx.convert.calibration_text import (
     sketch,
 )
 from qwen35_mlx.convert.job import output_config
+from qwen35_mlx.convert.transform import Known
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.model.loading import load_tokenizer
 from qwen35_mlx.quant.statistics import Calibration, load, save
@@ -190,7 +191,7 @@ def test_a_calibration_keeps_its_ngrams_and_gives_them_to_the_output(tmp_path):
     save(made, tmp_path / "c.safetensors")
     kept = load(tmp_path / "c.safetensors")
     assert (kept.ngrams, kept.digest) == (made.ngrams, made.digest)
-    config = output_config(plan(SOURCE, bits=4), {}, calibration=kept)
+    config = output_config(plan(SOURCE, bits=4), {}, Known(kept))
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert overlap(tmp_path, mx.arange(64)) == 1
     assert overlap(tmp_path, mx.arange(70, 140)) == 0

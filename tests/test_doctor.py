@@ -130,7 +130,7 @@ def test_a_kernel_that_did_not_run_has_not_matched(
     mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, "chunk_delta_rule")
-    monkeypatch.setattr(checks, "SMALL", SMALL._replace(value_head_dim=12))
+    monkeypatch.setattr(checks, "SMALL", SMALL._replace(linear_value_head_dim=12))
     report = examine()
     assert used(report) == set()
     assert report["kernels"][0]["problem"].startswith("the kernel did not run")

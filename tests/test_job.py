@@ -14,6 +14,7 @@ from checkpoints import assert_nothing_left, write_checkpoint, write_tokenizer
 
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.convert import convert, job, plan
+from qwen35_mlx.convert.transform import NOTHING, Known
 from qwen35_mlx.errors import Qwen35Error
 
 OUTPUT = "language_model.model."
@@ -362,12 +363,12 @@ def test_yarn_is_spelled_out_and_what_mlx_lm_would_truncate_is_named(caplog, tru
 def test_what_decides_the_bytes_of_an_output_is_kept_under_its_name(tmp_path):
     write_checkpoint(tmp_path / "src")
     planned = plan(tmp_path / "src", bits=3)
-    found = job._settings(planned, [], None, None, None)
+    found = job._settings(planned, [], None, NOTHING)
     assert found.keys() - planned.source.origin.keys() - planned.settings.keys() == {
         "plan", "version", "mlx", "device"
     }  # fmt: skip
     assert found["device"] == str(mx.default_device()) and len(found["plan"]) == 16
     calibration = SimpleNamespace(digest="d")
-    more = job._settings(planned, [], "v1", calibration, None)
+    more = job._settings(planned, [], "v1", Known(calibration))
     assert (more["revision"], more["calibration"]) == ("v1", "d")
-    assert more["plan"] == found["plan"] != job._settings(planned, [1], None, None, None)["plan"]
+    assert more["plan"] == found["plan"] != job._settings(planned, [1], None, NOTHING)["plan"]

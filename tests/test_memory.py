@@ -325,7 +325,7 @@ def test_a_long_answer_empties_the_pool_of_what_it_outgrew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lengths: list[int] = []
-    model = SimpleNamespace(trunk=lambda ids, entries, **_: ids)
+    model = SimpleNamespace(trunk=lambda ids, entries, **options: ids)
     cache = PromptCache(cast(Model, model), [7] * 1000, [])
     monkeypatch.setattr(mx, "clear_cache", lambda: lengths.append(len(cache.ids)))
     for _ in range(2100):

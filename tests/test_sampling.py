@@ -10,7 +10,7 @@ from dispatches import Graph, leaf
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from qwen35_mlx.engine import sampler as sampler_module
-from qwen35_mlx.engine.sampler import MAX_SEED, Sampler, draw, penalise, scalars, smallest
+from qwen35_mlx.engine.sampler import MAX_SEED, Masks, Sampler, draw, penalise, scalars, smallest
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.sampling import PRESETS, SamplingParams
 
@@ -45,7 +45,9 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, min_p: float) -
     params = SamplingParams(1.0, top_p=top_p, top_k=top_k, min_p=min_p)
     logits = np.random.default_rng(1).normal(scale=1.5, size=VOCAB).astype(np.float32)
     rows = mx.broadcast_to(mx.array(logits), (DRAWS, VOCAB))
-    counts = np.bincount(np.array(draw(rows, params, mx.random.key(3))), minlength=VOCAB)
+    counts = np.bincount(
+        np.array(draw(rows, params, mx.random.split(mx.random.key(3), DRAWS))), minlength=VOCAB
+    )
     expected = reference(logits.astype(np.float64), params)
     likely = expected * DRAWS > 5
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
@@ -57,7 +59,8 @@ def test_draws_follow_the_distribution(top_k: int, top_p: float, min_p: float) -
 
 def test_top_k_never_draws_the_next_one() -> None:
     logits = np.random.default_rng(2).normal(size=(3000, 250)).astype(np.float32)
-    drawn = np.array(draw(mx.array(logits), SamplingParams(1.0, top_k=5), mx.random.key(0)))
+    keys = mx.random.split(mx.random.key(0), len(logits))
+    drawn = np.array(draw(mx.array(logits), SamplingParams(1.0, top_k=5), keys))
     ranks = (logits > logits[np.arange(len(drawn)), drawn][:, None]).sum(axis=1)
     assert set(ranks) == {0, 1, 2, 3, 4}
 
@@ -77,7 +80,7 @@ def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
 
 
 def penalised(sampler: Sampler, logits: mx.array) -> mx.array:
-    return penalise(logits, scalars(sampler.params), *sampler._masks(logits.shape[-1]))
+    return penalise(logits, scalars(sampler.params), sampler._masks(logits.shape[-1]))
 
 
 def test_repetition_penalty_counts_prompt_and_answer_once_each() -> None:
@@ -197,9 +200,9 @@ def test_the_kept_tokens_are_those_of_a_full_sort(vocab: int, k: int, kind: str)
 def test_a_row_of_a_batch_is_drawn_as_it_is_alone(params: SamplingParams) -> None:
     logits = mx.random.normal((6, 1009), key=mx.random.key(1))
     keys = mx.random.split(mx.random.key(2), 6)
-    said = mx.arange(1009) % 3 == 0 if params.presence_penalty else None
-    together = draw(logits, params, keys, None, said).tolist()
-    alone = [draw(logits[i : i + 1], params, keys[i : i + 1], None, said) for i in range(6)]
+    said = Masks(in_answer=mx.arange(1009) % 3 == 0 if params.presence_penalty else None)
+    together = draw(logits, params, keys, said).tolist()
+    alone = [draw(logits[i : i + 1], params, keys[i : i + 1], said) for i in range(6)]
     assert together == [int(token.item()) for token in alone]
     assert len(set(together)) > 1
 

@@ -108,6 +108,13 @@ def _tower(name: str, shape: str, transform: Transform = Transform.KEEP) -> Row:
     )
 
 
+def _affine(
+    name: str, weight: str, bias: str, transform: Transform = Transform.KEEP
+) -> tuple[Row, Row]:
+    """Weight and bias of a module of the tower, by their shapes."""
+    return _tower(f"{name}.weight", weight, transform), _tower(f"{name}.bias", bias)
+
+
 PLAIN, DECAY, QUANTIZED, ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
 ADD_ONE = Transform.ADD_ONE
 # Qwen3-Next: one projection for all, the rows of each key head together.
@@ -166,27 +173,17 @@ TABLE: tuple[Row, ...] = (
     Row("lm_head.*", Role.DROPPED, when="tied"),
     # Of an MTP layer that is not as MTP_TABLE has it.
     Row("mtp.*", Role.CARRIED),
-    _tower("patch_embed.proj.weight", "Vh Vc Vt Vs Vs", Transform.CHANNELS_LAST),
-    _tower("patch_embed.proj.bias", "Vh"),
+    *_affine("patch_embed.proj", "Vh Vc Vt Vs Vs", "Vh", Transform.CHANNELS_LAST),
     _tower("pos_embed.weight", "Vp Vh"),
-    _tower("blocks.{block}.norm1.weight", "Vh"),
-    _tower("blocks.{block}.norm1.bias", "Vh"),
-    _tower("blocks.{block}.attn.qkv.weight", "3*Vh Vh"),
-    _tower("blocks.{block}.attn.qkv.bias", "3*Vh"),
-    _tower("blocks.{block}.attn.proj.weight", "Vh Vh"),
-    _tower("blocks.{block}.attn.proj.bias", "Vh"),
-    _tower("blocks.{block}.norm2.weight", "Vh"),
-    _tower("blocks.{block}.norm2.bias", "Vh"),
-    _tower("blocks.{block}.mlp.linear_fc1.weight", "Vf Vh"),
-    _tower("blocks.{block}.mlp.linear_fc1.bias", "Vf"),
-    _tower("blocks.{block}.mlp.linear_fc2.weight", "Vh Vf"),
-    _tower("blocks.{block}.mlp.linear_fc2.bias", "Vh"),
-    _tower("merger.norm.weight", "Vh"),
-    _tower("merger.norm.bias", "Vh"),
-    _tower("merger.linear_fc1.weight", "Vm Vm"),
-    _tower("merger.linear_fc1.bias", "Vm"),
-    _tower("merger.linear_fc2.weight", "H Vm"),
-    _tower("merger.linear_fc2.bias", "H"),
+    *_affine("blocks.{block}.norm1", "Vh", "Vh"),
+    *_affine("blocks.{block}.attn.qkv", "3*Vh Vh", "3*Vh"),
+    *_affine("blocks.{block}.attn.proj", "Vh Vh", "Vh"),
+    *_affine("blocks.{block}.norm2", "Vh", "Vh"),
+    *_affine("blocks.{block}.mlp.linear_fc1", "Vf Vh", "Vf"),
+    *_affine("blocks.{block}.mlp.linear_fc2", "Vh Vf", "Vh"),
+    *_affine("merger.norm", "Vh", "Vh"),
+    *_affine("merger.linear_fc1", "Vm Vm", "Vm"),
+    *_affine("merger.linear_fc2", "H Vm", "H"),
     # A tower that config.json does not describe cannot run; its tensors are kept as they are.
     Row("visual.patch_embed.proj.weight", Role.CARRIED, "", "blind",
         Transform.CHANNELS_LAST, output="vision_tower.patch_embed.proj.weight"),

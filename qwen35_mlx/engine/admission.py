@@ -1,10 +1,8 @@
 """Which requests fit the memory beside those that run."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from mlx.utils import tree_flatten
-
+from ..kernels.matrix import arrays_of
 from ..machine import describe
 from ..memory import count, kv_bytes, kv_capacity, state_bytes, sweep_bytes
 from ..model.language import Model
@@ -54,8 +52,8 @@ class Admission:
         """What the machine has left."""
         machine = describe()
         limit = machine.gpu_limit_bytes or machine.memory_bytes * SHARE_WITHOUT_GPU
-        parameters: Any = tree_flatten([model.parameters() for model in self._models])
-        weights = sum({id(array): array.nbytes for _, array in parameters}.values())
+        parameters = arrays_of([model.parameters() for model in self._models]).values()
+        weights = sum({id(array): array.nbytes for array in parameters}.values())
         context = min(self._config.context_length, 32_768)
         counted = count(self._config, weights, context, int(limit), self._item_bytes)
         spent = counted.total - counted.kv_cache - counted.states - counted.snapshots

@@ -1,11 +1,12 @@
 """The only loop that decodes: from the hidden state of a prompt to token ids."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..sampling import SamplingParams
 from .prompt_cache import PromptCache
 from .requests import Top
 from .sampler import Sampler
@@ -35,6 +36,17 @@ def decode(
     """
     if max_tokens:
         yield from Decoding(cache, hidden, sampler).steps(max_tokens, drafter)
+
+
+def greedy(
+    cache: PromptCache, ids: Sequence[int], max_tokens: int, drafter: Drafter | None = None
+) -> Generator[Step, None, None]:
+    """Read `ids`, and yield the likeliest tokens that follow; see `decode`."""
+    cache.feeds_mtp = drafter is not None and drafter.uses_mtp
+    hidden = cache.read(ids)
+    assert hidden is not None
+    sampler = Sampler(SamplingParams(), mx.array(list(ids)))
+    yield from decode(cache, hidden, sampler, max_tokens, drafter)
 
 
 class Decoding:

@@ -10,13 +10,12 @@ import mlx.core as mx
 
 from ..kernels.decode_attention import PACKED_BITS
 from ..kernels.matrix import MAX_ROWS
-from ..kernels.tiers import DECODE_OPERATIONS, PREFILL_OPERATIONS, Tiers
+from ..kernels.tiers import DECODE_OPERATIONS, Tiers
 from ..model.cache import accept
 from ..model.language import Model
 
-# What a dense model has no use for, and what drafts do not run.
+# What a dense model has no use for.
 OF_EXPERTS = ("router", "expert_gate_up", "expert_down")
-NOT_NEEDED = PREFILL_OPERATIONS
 
 
 def exact_rows(model: Model) -> int:
@@ -40,7 +39,7 @@ def kernel_rows(tiers: Tiers, is_moe: bool, kv_bits: tuple[int, int] | None = No
     if kv_bits not in (None, (PACKED_BITS, PACKED_BITS)):
         return 0
     other = "decode_attention" if kv_bits else "packed_attention"
-    skipped = (other, *NOT_NEEDED) if is_moe else (other, *NOT_NEEDED, *OF_EXPERTS)
+    skipped = (other,) if is_moe else (other, *OF_EXPERTS)
     return min(tiers.kernel_rows.get(op, 0) for op in DECODE_OPERATIONS if op not in skipped)
 
 

@@ -45,9 +45,10 @@ class FeatureStore:
             parts.append(features[mx.array(places)])
         return mx.concatenate(parts)
 
-    def trim(self) -> None:
-        """Drop features until the rest fits the budget; while a prompt is read, the last stay."""
-        self._drop(kept=0)
+    def trim(self, kept: int = 0) -> None:
+        """Drop features until the rest fits the budget, but for the last so many."""
+        while len(self._features) > kept and self.nbytes > self.max_bytes:
+            del self._features[next(iter(self._features))]
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +62,7 @@ class FeatureStore:
         # Behind the others: it was used last.
         self._features[digest] = features
         # A prompt is read in pieces: what the next one goes on with must still be there.
-        self._drop(kept=1)
+        self.trim(kept=1)
         return features
 
     def _encode(self, media: "Media") -> mx.array:
@@ -83,7 +84,3 @@ class FeatureStore:
         mx.eval(features)
         self.num_encoded += 1
         return features
-
-    def _drop(self, kept: int) -> None:
-        while len(self._features) > kept and self.nbytes > self.max_bytes:
-            del self._features[next(iter(self._features))]

@@ -1,11 +1,11 @@
 """One answer to one prompt, as text: the functions for scripts."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -121,15 +121,46 @@ def stream_generate(
     sampler = Sampler(params, counted, seed, banned_ids(model, tokenizer))
     read_before = list(cached_ids) or [UNKNOWN_ID] * already
     prompt_cache = PromptCache(model, read_before, cache)
-    drafter = draft
-    if not isinstance(drafter, Drafter):
-        drafter = Drafter(model, drafter, num_draft_tokens)
+    drafter = draft if isinstance(draft, Drafter) else Drafter(model, draft, num_draft_tokens)
     parser = OutputParser(tokenizer, stop=stops, split=False)
     limit = min(limit, room)
-    ends = tokenizer.eos_token_ids
-    return _responses(
-        prompt_cache, ids, sampler, drafter, limit, parser, ends, prefill_step_size, progress
-    )
+
+    def responses() -> Iterator[GenerationResponse]:
+        started = time.perf_counter()
+        prompt_cache.feeds_mtp = drafter.uses_mtp
+        hidden = prompt_cache.read(ids, step_size=prefill_step_size, progress=progress)
+        assert hidden is not None
+        prefill_seconds = 0.0
+        with closing(decode(prompt_cache, hidden, sampler, limit, drafter)) as steps:
+            for count, (token, logits, from_draft) in enumerate(steps, 1):
+                if count == 1:
+                    prefill_seconds = time.perf_counter() - started
+                    started = time.perf_counter()
+                is_end = token in tokenizer.eos_token_ids
+                pieces = [] if is_end else parser.feed(token)
+                finish = "stop" if is_end or parser.stopped else None
+                if count == limit:
+                    finish = finish or "length"
+                if finish:
+                    pieces += parser.finish()
+                seconds = time.perf_counter() - started
+                yield GenerationResponse(
+                    text="".join(piece.text for piece in pieces),
+                    token=token,
+                    logprobs=log_probabilities(logits),
+                    from_draft=from_draft,
+                    prompt_tokens=len(ids),
+                    prompt_tps=len(ids) / max(prefill_seconds, 1e-9),
+                    generation_tokens=count,
+                    # The first token comes out of the prefill.
+                    generation_tps=(count - 1) / seconds if count > 1 and seconds > 0 else 0.0,
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    finish_reason=finish,
+                )
+                if finish:
+                    return
+
+    return responses()
 
 
 def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence[Any]) -> None:
@@ -163,49 +194,3 @@ def check_stops(stop: Any) -> list[str]:
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     return [s for s in stops if s]
-
-
-def _responses(
-    cache: PromptCache,
-    ids: Sequence[int],
-    sampler: Sampler,
-    drafter: Drafter,
-    max_tokens: int,
-    parser: OutputParser,
-    end_tokens: Collection[int],
-    step_size: int | None,
-    progress: Progress | None,
-) -> Iterator[GenerationResponse]:
-    """`stream_generate` behind its checks."""
-    started = time.perf_counter()
-    cache.feeds_mtp = drafter.uses_mtp
-    hidden = cast(mx.array, cache.read(ids, step_size=step_size, progress=progress))
-    prefill_seconds = 0.0
-    with closing(decode(cache, hidden, sampler, max_tokens, drafter)) as steps:
-        for count, (token, logits, from_draft) in enumerate(steps, 1):
-            if count == 1:
-                prefill_seconds = time.perf_counter() - started
-                started = time.perf_counter()
-            is_end = token in end_tokens
-            pieces = [] if is_end else parser.feed(token)
-            finish = "stop" if is_end or parser.stopped else None
-            if count == max_tokens:
-                finish = finish or "length"
-            if finish:
-                pieces += parser.finish()
-            seconds = time.perf_counter() - started
-            yield GenerationResponse(
-                text="".join(piece.text for piece in pieces),
-                token=token,
-                logprobs=log_probabilities(logits),
-                from_draft=from_draft,
-                prompt_tokens=len(ids),
-                prompt_tps=len(ids) / max(prefill_seconds, 1e-9),
-                generation_tokens=count,
-                # The first token comes out of the prefill.
-                generation_tps=(count - 1) / seconds if count > 1 and seconds > 0 else 0.0,
-                peak_memory=mx.get_peak_memory() / 1e9,
-                finish_reason=finish,
-            )
-            if finish:
-                return

@@ -33,7 +33,7 @@ class Prepared:
     ids: list[int]
     params: SamplingParams
     # Tokens that may follow.
-    max_tokens: int
+    max_tokens: int = 0
     # Where the prompt is likely to be gone back to: other messages, other conversations.
     marks: frozenset[int] = frozenset()
     # Where the answer's own part of the prompt begins, which a later prompt may show otherwise.
@@ -70,7 +70,9 @@ class Preparer:
         self._check(request)
         prepared = self._encoded(request)
         check_ids(prepared.ids, self.config.vocab_size)
-        room = self._room(len(prepared.ids))
+        room = self.config.context_length - len(prepared.ids)
+        if room <= 0:
+            raise self._too_long(len(prepared.ids))
         wanted = room if request.max_tokens is None else request.max_tokens
         prepared.max_tokens = min(wanted, room)
         if request.prompt_logprobs is not None and min(prepared.ids) < 0:
@@ -117,12 +119,6 @@ class Preparer:
                     expected=f"{-MAX_BIAS:g} to {MAX_BIAS:g}",
                 )
 
-    def _room(self, num_tokens: int) -> int:
-        """How many tokens may follow a prompt of so many."""
-        if num_tokens < self.config.context_length:
-            return self.config.context_length - num_tokens
-        raise self._too_long(num_tokens)
-
     def _too_long(self, num_tokens: int) -> ContextFull:
         error = ContextFull(
             "the prompt is longer than the model's context",
@@ -142,10 +138,7 @@ class Preparer:
         if isinstance(prompt, str):
             self._check_size(len(prompt))
         ids = encode_prompt(self.tokenizer, prompt)
-        return Prepared(request, ids, self._params(request), 0, boundary=len(ids))
-
-    def _params(self, request: Request) -> SamplingParams:
-        return self.defaults if request.params is None else request.params
+        return Prepared(request, ids, request.params or self.defaults, boundary=len(ids))
 
     def _of_messages(self, request: Request) -> Prepared:
         if not request.messages:
@@ -172,8 +165,7 @@ class Preparer:
         return Prepared(
             request,
             ids,
-            self._params(request),
-            0,
+            request.params or self.defaults,
             marks=frozenset({*turns, boundary}),
             boundary=boundary,
             thinking=not request.continue_final and prompts.opens_thought(ids),

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from ..kernels.matrix import MAX_ROWS
+from ..kernels.matrix import MAX_ROWS, arrays_of
 from ..model.cache import join, part
 from ..model.language import Model
 from .exact_rows import runs_on_cpu
@@ -33,8 +32,7 @@ def rows_a_stream(model: Model) -> int:
     # Several processes of one model compute one pass after the other.
     if not runs_on_cpu() or getattr(model, "ring", None):
         return MAX_BATCH_ROWS
-    weights: Any = tree_flatten(model.parameters())
-    num_bytes = sum(array.nbytes for _, array in weights)
+    num_bytes = sum(array.nbytes for array in arrays_of(model.parameters()).values())
     return max(1, -(-PARALLEL_BYTES // num_bytes))
 
 
@@ -83,14 +81,11 @@ class RowBatch:
         `commit` of each row follows.
         """
         with mx.stream(self.stream):
-            return self._step(tokens)
-
-    def _step(self, tokens: mx.array) -> mx.array:
-        if len(self.rows) == 1:
-            return self.rows[0].step(tokens)
-        for row in self.rows:
-            row.begin_pass()
-        hidden = self.model.trunk(tokens[:, None], self._entries, rope_delta=self._rope_delta)
-        for place, row in enumerate(self.rows):
-            row.end_pass(hidden[place : place + 1])
-        return hidden
+            if len(self.rows) == 1:
+                return self.rows[0].step(tokens)
+            for row in self.rows:
+                row.begin_pass()
+            hidden = self.model.trunk(tokens[:, None], self._entries, rope_delta=self._rope_delta)
+            for place, row in enumerate(self.rows):
+                row.end_pass(hidden[place : place + 1])
+            return hidden

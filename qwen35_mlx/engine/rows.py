@@ -103,7 +103,10 @@ class Rows:
             mx.async_eval([logits for _, logits, _ in drawn_from])
             ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
         except Exception as error:
-            self._abandon(rows, error)
+            # What its rows have read is not known any more.
+            self._batches = []
+            for row in rows:
+                self._fail(row.ticket, error)
             return []
         for row, token in zip(rows, ids, strict=True):
             row.cache.commit(token)
@@ -142,12 +145,6 @@ class Rows:
             mx.async_eval(tokens)
             for i, row in enumerate(drawing):
                 row.decoding.token, row.decoding.logits = tokens[i], logits[i : i + 1]
-
-    def _abandon(self, rows: list[Row], error: Exception) -> None:
-        """A pass has failed: what its rows have read is not known any more."""
-        self._batches = []
-        for row in rows:
-            self._fail(row.ticket, error)
 
     def _groups(self, rows: list[Row]) -> list[list[Row]]:
         """The rows by batches: those with the same adapter, of about the same size."""

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -22,6 +22,19 @@ GREEDY_BELOW = 1e-5
 # Parameters by name, those that are in effect; arrays, so that no value is part of a kernel.
 Scalars = dict[str, mx.array]
 Mask = mx.array | None
+
+
+class Masks(NamedTuple):
+    """What changes logits besides the parameters, `[V]` or a row each `[T, V]`; None is nothing."""
+
+    in_text: Mask = None
+    # How often.
+    in_answer: Mask = None
+    is_banned: Mask = None
+    bias: Mask = None
+
+
+NO_MASKS = Masks()
 
 
 class Sampler:
@@ -80,10 +93,10 @@ class Sampler:
         """
         masks = self._masks(logits.shape[-1], drafts)
         if forbidden is not None:
-            masks = (*masks[:2], forbidden, masks[3])
+            masks = masks._replace(is_banned=forbidden)
         if self.params.temperature < GREEDY_BELOW:
-            return mx.argmax(penalise(logits, scalars(self.params), *masks), axis=-1)
-        return draw(logits, self.params, keys_at(self._key, place, len(logits)), *masks)
+            return mx.argmax(penalise(logits, scalars(self.params), masks), axis=-1)
+        return draw(logits, self.params, keys_at(self._key, place, len(logits)), masks)
 
     def accept(self, tokens: mx.array) -> None:
         """Count `tokens` `[N]`, drawn or forced, as part of the answer."""
@@ -92,11 +105,8 @@ class Sampler:
         if self._in_text is not None:
             self._in_text[tokens] = True
 
-    def _masks(self, vocab: int, drafts: mx.array | None = None) -> tuple[Mask, Mask, Mask, Mask]:
-        """In the text, how often in the answer, banned, biases; each if it changes something.
-
-        `[V]`, or `[T, V]` of T rows that count the drafts before them.
-        """
+    def _masks(self, vocab: int, drafts: mx.array | None = None) -> Masks:
+        """Those that change something; T rows count the drafts before them."""
         repetition = self.params.repetition_penalty != 1.0
         counts = self.params.presence_penalty != 0.0 or self.params.frequency_penalty != 0.0
         if repetition and self._in_text is None:
@@ -112,7 +122,7 @@ class Sampler:
         if self._bias and self._bias_row is None:
             self._bias_row = mx.zeros(vocab)
             self._bias_row[mx.array(list(self._bias))] = mx.array(list(self._bias.values()))
-        return (
+        return Masks(
             _with_drafts(self._in_text, drafts) if repetition else None,
             _with_drafts(self._in_answer, drafts) if counts else None,
             self._is_banned,
@@ -148,9 +158,10 @@ def draw_rows(
             tokens[i] = sampler(logits[i : i + 1], places[i], forbidden=forbidden[i])
     for rows in groups.values():
         first = samplers[rows[0]]
+        masks = Masks(is_banned=first._is_banned)
         chosen = logits if len(rows) == len(logits) else logits[mx.array(rows)]
         if first.params.temperature < GREEDY_BELOW:
-            drawn = mx.argmax(penalise(chosen, {}, is_banned=first._is_banned), axis=-1)
+            drawn = mx.argmax(penalise(chosen, {}, masks), axis=-1)
         else:
             keys = [keys_at(samplers[i]._key, places[i], 1) for i in rows]
             values = [scalars(samplers[i].params) for i in rows]
@@ -159,7 +170,7 @@ def draw_rows(
             }
             top_k = _top_k(first.params, logits.shape[-1])
             key_rows = mx.concatenate(keys)
-            drawn = _draw(chosen, key_rows, columns, top_k, None, None, first._is_banned, None)
+            drawn = _draw(chosen, key_rows, columns, top_k, *masks)
         for place, row in enumerate(rows):
             tokens[row] = drawn[place : place + 1]
     return cast(list[mx.array], tokens)
@@ -193,22 +204,13 @@ def keys_at(key: tuple[int, int], place: int, num_tokens: int) -> mx.array:
 
 
 def draw(
-    logits: mx.array,
-    params: SamplingParams,
-    key: mx.array,
-    in_text: Mask = None,
-    in_answer: Mask = None,
-    is_banned: Mask = None,
-    bias: Mask = None,
+    logits: mx.array, params: SamplingParams, keys: mx.array, masks: Masks = NO_MASKS
 ) -> mx.array:
     """Tokens `[B]` from logits `[B, V]` at a temperature above 0; a row depends on no other.
 
-    key: `[2]`, split for the rows, or `[B, 2]`, what a split made for them.
+    keys: `[B, 2]`, what a split made for the rows.
     """
-    if key.ndim == 1:
-        key = mx.random.split(key, logits.shape[0])
-    top_k = _top_k(params, logits.shape[-1])
-    return _draw(logits, key, scalars(params), top_k, in_text, in_answer, is_banned, bias)
+    return _draw(logits, keys, scalars(params), _top_k(params, logits.shape[-1]), *masks)
 
 
 def _top_k(params: SamplingParams, vocab: int) -> int:
@@ -224,18 +226,9 @@ def scalars(params: SamplingParams) -> Scalars:
     return {name: mx.array(v, mx.float32) for name, v in values.items() if v != off.get(name)}
 
 
-def penalise(
-    logits: mx.array,
-    values: Scalars,
-    in_text: Mask = None,
-    in_answer: Mask = None,
-    is_banned: Mask = None,
-    bias: Mask = None,
-) -> mx.array:
-    """logits `[B, V]` -> the same, float32 where something is on; banned ones are -inf.
-
-    `in_answer` counts.
-    """
+def penalise(logits: mx.array, values: Scalars, masks: Masks) -> mx.array:
+    """logits `[B, V]` -> the same, float32 where something is on; banned ones are -inf."""
+    in_text, in_answer, is_banned, bias = masks
     if in_text is not None:
         penalty, logits = values["repetition_penalty"], logits.astype(mx.float32)
         weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
@@ -255,17 +248,8 @@ def penalise(
 
 # A new trace for new shapes and other parameters that are on, not for other values of them.
 @mx.compile
-def _draw(
-    logits: mx.array,
-    keys: mx.array,
-    values: Scalars,
-    top_k: int,
-    in_text: Mask,
-    in_answer: Mask,
-    is_banned: Mask,
-    bias: Mask,
-) -> mx.array:
-    logits = penalise(logits, values, in_text, in_answer, is_banned, bias).astype(mx.float32)
+def _draw(logits: mx.array, keys: mx.array, values: Scalars, top_k: int, *masks: Mask) -> mx.array:
+    logits = penalise(logits, values, Masks(*masks)).astype(mx.float32)
     # Costs: an ascending stable sort puts the likeliest first, and of equal ones the lowest id.
     costs = -logits / values["temperature"]
     if not top_k and "top_p" not in values:

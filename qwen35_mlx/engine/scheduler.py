@@ -231,27 +231,29 @@ class Engine:
         mx.clear_streams()
 
     def _has_work(self) -> bool:
-        runs = self._rows or self._readings or self._queue or not self._inbox.empty()
-        return bool(runs or not self.store.is_saved)
+        return not (self._is_idle and self._inbox.empty() and self.store.is_saved)
+
+    @property
+    def _is_idle(self) -> bool:
+        return not (self._rows or self._readings or self._queue)
 
     def _save(self) -> None:
         """Write a piece of what was read, where nobody waits for it or the last one is old."""
         if self.store.is_saved:
             return
-        is_idle = not (self._rows or self._readings or self._queue)
-        if is_idle or time.perf_counter() - self._saved_at > SAVE_SECONDS:
+        if self._is_idle or time.perf_counter() - self._saved_at > SAVE_SECONDS:
             self.store.save_piece()
             self._saved_at = time.perf_counter()
 
     def _take_inbox(self) -> None:
         """Queue what was submitted; waits for it where there is nothing else to do."""
-        is_idle = not (self._rows or self._readings or self._queue) and self.store.is_saved
+        waits = self._is_idle and self.store.is_saved
         while True:
             try:
-                reading = self._inbox.get(block=is_idle and self._stopping is None)
+                reading = self._inbox.get(block=waits and self._stopping is None)
             except Empty:
                 return
-            is_idle = False
+            waits = False
             if reading is not None:
                 self._queue.append(reading)
 
@@ -260,7 +262,13 @@ class Engine:
             if reading in self._under_way:
                 # It ends by itself.
                 continue
-            self._end_reading(reading)
+            # What it has read stays.
+            self._readings = [r for r in self._readings if r is not reading]
+            self._queue = deque(r for r in self._queue if r is not reading)
+            if reading.cache is not None:
+                reading.cache.release()
+                self.store.save_later(reading.cache)
+                self.store.trim()
             for index in range(reading.prepared.request.n):
                 reading.ticket.send(Done("cancelled", None, reading.usage, index=index))
             self._forget(reading.ticket)
@@ -433,15 +441,6 @@ class Engine:
             self.store.drop(row.cache)
         ticket.send(Failed(error))
         self._forget(ticket)
-
-    def _end_reading(self, reading: Reading) -> None:
-        """Take a request out of the queue or of what is read; what it has read stays."""
-        self._readings = [r for r in self._readings if r is not reading]
-        self._queue = deque(r for r in self._queue if r is not reading)
-        if reading.cache is not None:
-            reading.cache.release()
-            self.store.save_later(reading.cache)
-            self.store.trim()
 
     def _forget(self, ticket: Ticket) -> None:
         with self._lock:

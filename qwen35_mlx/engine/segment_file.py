@@ -12,16 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..files import replacing
+from ..model.expert_files import STORED
 
 PIECE_BYTES = 32 * 2**20
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, (_, dtype) in STORED.items()}
 METADATA, CHECKSUM, CHECKSUM_BYTES = "__metadata__", "sha256", 32
 
 
@@ -72,7 +66,7 @@ def read_file(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     for name, entry in header.items():
         first, end = entry["data_offsets"]
         words = np.frombuffer(body[start + first : start + end], np.uint8)
-        arrays[name] = mx.array(words).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        arrays[name] = mx.array(words).view(STORED[entry["dtype"]][1]).reshape(entry["shape"])
     # A lazy array belongs to the thread that made it.
     mx.eval(arrays)
     return arrays, metadata

@@ -17,22 +17,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import read_headers
 from ..checkpoint.resolver import resolve as resolve_tensors
 from ..config import ModelConfig, read_config
-from ..engine.decode import decode
+from ..engine.decode import greedy
 from ..engine.prompt_cache import PromptCache
-from ..engine.sampler import Sampler
 from ..engine.speculate import AUTO, OFF, Drafter
 from ..errors import Qwen35Error
+from ..kernels.matrix import arrays_of
 from ..machine import GIB, bandwidth_gbps, describe
 from ..memory import decode_bytes
 from ..model.language import Model
 from ..progress import StepProgress
 from ..prompt import encode_messages
-from ..sampling import SamplingParams
 
 # Of the JSON; higher when a figure changes its meaning.
 FORMAT = 1
@@ -89,10 +87,7 @@ def our_conversation(model: Model) -> Conversation:
     cache = PromptCache(model)
 
     def turn(ids: list[int], num_tokens: int) -> Iterator[int]:
-        hidden = cache.read(ids)
-        assert hidden is not None
-        sampler = Sampler(SamplingParams(), mx.array(ids))
-        return (step.token for step in decode(cache, hidden, sampler, num_tokens))
+        return (step.token for step in greedy(cache, ids, num_tokens))
 
     return turn
 
@@ -213,12 +208,8 @@ def _answer(
 ) -> tuple[int, float]:
     """Tokens of a greedy answer behind its first one, and their seconds."""
     cache = PromptCache(model)
-    cache.feeds_mtp = drafter.uses_mtp
-    hidden = cache.read(ids)
-    assert hidden is not None
-    sampler = Sampler(SamplingParams(), mx.array(ids))
     times = []
-    with closing(decode(cache, hidden, sampler, MAX_ANSWER, drafter)) as steps:
+    with closing(greedy(cache, ids, MAX_ANSWER, drafter)) as steps:
         for step in steps:
             times.append(clock())
             if step.token in tokenizer.eos_token_ids:
@@ -238,7 +229,7 @@ def bytes_per_token(model: Model, context: int) -> int:
     whole = experts.num_experts / experts.num_slots if experts else 1.0
     sizes = (
         (name.rpartition(".")[0], array.nbytes * (whole if ".switch_mlp." in name else 1))
-        for name, array in dict(tree_flatten(model.parameters())).items()
+        for name, array in arrays_of(model.parameters()).items()
     )
     item_bytes = model.language_model.model.norm.weight.dtype.size
     return decode_bytes(model.config, sizes, context, item_bytes)

@@ -8,36 +8,19 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
-from ..engine.decode import decode
+from ..engine.decode import greedy
 from ..engine.prompt_cache import PromptCache, common_prefix
-from ..engine.sampler import Sampler
 from ..errors import Qwen35Error
 from ..model.language import Model
 from ..progress import StepProgress
 from ..prompt import encode_messages
-from ..sampling import SamplingParams
+from .behaviour import NAMES
 
 # Two for each fifth of the text.
 NUM_FACTS, NUM_DEPTHS = 10, 5
 MAX_ANSWER = 48
 # Of the template, the question and the answer.
 ROOM = 160
-PEOPLE = (
-    "Anna",
-    "Paul",
-    "Lena",
-    "Max",
-    "Nora",
-    "Hugo",
-    "Ida",
-    "Leo",
-    "Rosa",
-    "Emil",
-    "Vera",
-    "Tom",
-)
 DEEDS = (
     "walked along the river", "painted a door", "read a letter", "baked bread", "fed the birds",
     "waited for the train", "sang an old song", "cleaned the windows", "drew a map",
@@ -93,12 +76,12 @@ def measure(
 def _text(num_tokens: int, count: Callable[[str], int], seed: int) -> tuple[str, dict[str, str]]:
     """A text of about so many tokens, and the code word of each name in it, in their order."""
     generator = random.Random(seed)
-    names = generator.sample(PEOPLE, NUM_FACTS)
+    names = generator.sample(NAMES, NUM_FACTS)
     facts = {name: str(generator.randint(1000, 9999)) for name in names}
     sentences: list[str] = []
     left = num_tokens - sum(count(" " + FACT.format(*fact)) for fact in facts.items())
     while left > 0:
-        parts = (generator.choice(words) for words in (PEOPLE, DEEDS, TIMES))
+        parts = (generator.choice(words) for words in (NAMES, DEEDS, TIMES))
         sentences.append("{} {} {}.".format(*parts))
         left -= count(" " + sentences[-1])
     # From the end, so that the places of the others stay.
@@ -121,11 +104,8 @@ def _answers(model: Model, tokenizer: Any, text: str, questions: Sequence[str]) 
     answers = []
     for prompt in prompts:
         cache.rewind(shared)
-        hidden = cache.read(prompt[shared:])
-        assert hidden is not None
-        sampler = Sampler(SamplingParams(), mx.array(prompt))
         tokens = []
-        for step in decode(cache, hidden, sampler, MAX_ANSWER):
+        for step in greedy(cache, prompt[shared:], MAX_ANSWER):
             if step.token in tokenizer.eos_token_ids:
                 break
             tokens.append(step.token)

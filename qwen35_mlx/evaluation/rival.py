@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..errors import Qwen35Error
+from ..kernels.matrix import arrays_of
 from ..model.language import Model
 from .bench import Conversation
 
@@ -29,8 +29,8 @@ def mlx_lm_program(folder: Path, model: Model) -> Callable[[], Conversation]:
         ) from None
     theirs, _ = load_model(folder, lazy=True)
     with suppress(ValueError):
-        arrays = tree_flatten({"language_model": model.language_model.parameters()})
-        theirs.load_weights(list(dict(arrays).items()), strict=True)
+        arrays = arrays_of({"language_model": model.language_model.parameters()})
+        theirs.load_weights(list(arrays.items()), strict=True)
     mx.eval(theirs.parameters())
     return lambda: mlx_lm_conversation(theirs)
 

@@ -29,7 +29,7 @@ def qk_norm_rope(
     """
     num_rows = q_gate.shape[0] * q_gate.shape[1]
     if kernels.runs("qk_norm_rope", num_rows) and q_gate.dtype in FLOATS:
-        return qk_norm_rope_kernel(q_gate, k, q_weight, k_weight, cosines, sines, eps)
+        return qk_norm_rope_kernel(q_gate, k, q_weight, k_weight, cosines, sines, eps=eps)
     q, k = qk_norm(q_gate, k, q_weight, k_weight, eps)
     return rotate(q, cosines, sines), rotate(k, cosines, sines)
 
@@ -55,22 +55,15 @@ def rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
     return mx.concatenate([turned.astype(x.dtype), kept], axis=-1)
 
 
-def qk_norm_rope_kernel(
-    q_gate: mx.array,
-    k: mx.array,
-    q_weight: mx.array,
-    k_weight: mx.array,
-    cosines: mx.array,
-    sines: mx.array,
-    eps: float,
-) -> tuple[mx.array, mx.array]:
-    """The same in one dispatch."""
+def qk_norm_rope_kernel(*arrays: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """The same in one dispatch, of the arrays that `qk_norm_rope` takes."""
+    q_gate, k, q_weight, _, cosines, _ = arrays
     batch, num_tokens, _ = q_gate.shape
     dim = q_weight.size
     num_heads, num_kv_heads = q_gate.shape[-1] // (2 * dim), k.shape[-1] // dim
     names = "q_gate k q_weight k_weight cosines sines eps".split()
     q, k = kernel("qk_norm_rope", tuple(names), ("q_out", "k_out"))(
-        inputs=[q_gate, k, q_weight, k_weight, cosines, sines, eps],
+        inputs=[*arrays, eps],
         template=[
             ("T", q_gate.dtype),
             ("HQ", num_heads),

@@ -6,21 +6,27 @@ parity and for timing. B is 1; T tokens, H hidden, E experts, K experts per toke
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from ..family import Member
 from .attention_heads import output_gate, qk_norm, qk_norm_rope
-from .decode_attention import PACKED_BITS, PACKED_GROUP_SIZE, Packed, decode_attention
+from .decode_attention import (
+    PACKED_BITS,
+    PACKED_GROUP_SIZE,
+    Heads,
+    Packed,
+    decode_attention,
+    first_keys,
+)
 from .delta_step import DeltaInputs, DeltaParameters, Tape, delta_step, kept_delta_step
 from .expert_step import expert_down, expert_gate_up
 from .grouped_expert_matmul import expert_mlp
-from .matrix import MAX_ROWS
+from .matrix import MAX_ROWS, arrays_of
 from .projection import project
 from .router import Routing, route
 from .switch import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
@@ -42,17 +48,17 @@ EPS, TAPS = 1e-6, 4
 SMALL = Member(
     name="small",
     hidden_size=128,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     width=128,
     linear_num_value_heads=4,
     num_experts=8,
-    per_token=2,
+    num_experts_per_tok=2,
     head_dim=32,
-    num_key_heads=2,
-    key_head_dim=32,
-    value_head_dim=64,
+    linear_num_key_heads=2,
+    linear_key_head_dim=32,
+    linear_value_head_dim=64,
     rotary_dim=16,
 )
 
@@ -140,8 +146,7 @@ def _mlp(m: Member, s: Setting, num_experts: int = 0) -> SwitchGLU:
 
 
 def _size(*modules: nn.Module) -> int:
-    flat: Any = tree_flatten([m.parameters() for m in modules])
-    return sum(array.nbytes for _, array in flat)
+    return sum(a.nbytes for a in arrays_of([m.parameters() for m in modules]).values())
 
 
 def _norm(m: Member, s: Setting) -> nn.RMSNorm:
@@ -152,8 +157,8 @@ def _norm(m: Member, s: Setting) -> nn.RMSNorm:
 
 def _projection(m: Member, s: Setting) -> Case:
     x = s.normal(1, s.num_tokens, m.hidden_size)
-    value_dim = m.linear_num_value_heads * m.value_head_dim
-    outs = (2 * m.num_key_heads * m.key_head_dim + value_dim, value_dim)
+    value_dim = m.linear_num_value_heads * m.linear_value_head_dim
+    outs = (2 * m.linear_num_key_heads * m.linear_key_head_dim + value_dim, value_dim)
     modules = [_linear(m.hidden_size, out, s) for out in outs]
     plain = s._replace(bits=0)
     modules += [_linear(m.hidden_size, m.linear_num_value_heads, plain) for _ in range(2)]
@@ -162,8 +167,13 @@ def _projection(m: Member, s: Setting) -> Case:
 
 
 def _delta_step(m: Member, s: Setting) -> Case:
-    T, Hv, Dk, Dv = s.num_tokens, m.linear_num_value_heads, m.key_head_dim, m.value_head_dim
-    channels = 2 * m.num_key_heads * Dk + Hv * Dv
+    T, Hv, Dk, Dv = (
+        s.num_tokens,
+        m.linear_num_value_heads,
+        m.linear_key_head_dim,
+        m.linear_value_head_dim,
+    )
+    channels = 2 * m.linear_num_key_heads * Dk + Hv * Dv
     qkv, z, b, a = (s.normal(1, T, n) for n in (channels, Hv * Dv, Hv, Hv))
     conv_state, state = s.normal(1, TAPS - 1, channels), mx.random.normal((1, Hv, Dv, Dk))
     parameters = DeltaParameters(
@@ -200,7 +210,10 @@ def _delta_step(m: Member, s: Setting) -> Case:
 def _qk_norm_rope(m: Member, s: Setting) -> Case:
     """At the end of the context, where a GPU's sine of a large angle would show."""
     T, D, half = s.num_tokens, m.head_dim, m.rotary_dim // 2
-    q_gate, k = s.normal(1, T, m.num_heads * 2 * D), s.normal(1, T, m.num_kv_heads * D)
+    q_gate, k = (
+        s.normal(1, T, m.num_attention_heads * 2 * D),
+        s.normal(1, T, m.num_key_value_heads * D),
+    )
     q_weight, k_weight = s.normal(D), s.normal(D)
     periods = (1e7 ** (np.arange(half) / half)).astype(np.float32)
     positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
@@ -226,45 +239,37 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     return Case(run, q_gate, 2 * (q_gate.nbytes + k.nbytes))
 
 
-def _decode_attention(m: Member, s: Setting) -> Case:
+def _attention(m: Member, s: Setting, dim: int, held: Callable[[mx.array], Heads]) -> Case:
     """Keys and values are views of longer buffers, as in a cache."""
-    T, D = s.num_tokens, m.head_dim
-    q = s.normal(1, m.num_heads, T, D)
-    buffers = [s.normal(1, m.num_kv_heads, CACHED_TOKENS + 56, D) for _ in range(2)]
-    k, v = (buffer[:, :, :CACHED_TOKENS] for buffer in buffers)
-    mask = None if T == 1 else "causal"
+    q = s.normal(1, m.num_attention_heads, s.num_tokens, dim)
+    buffers = [held(s.normal(1, m.num_key_value_heads, CACHED_TOKENS + 56, dim)) for _ in range(2)]
+    k, v = (first_keys(buffer, CACHED_TOKENS) for buffer in buffers)
+    mask = None if s.num_tokens == 1 else "causal"
     return Case(
-        lambda kernels, q: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
+        lambda kernels, q: [decode_attention(q, k, v, dim**-0.5, mask, kernels)],
         q,
         k.nbytes + v.nbytes,
     )
 
 
+def _decode_attention(m: Member, s: Setting) -> Case:
+    return _attention(m, s, m.head_dim, lambda floats: floats)
+
+
 def _packed_attention(m: Member, s: Setting) -> Case:
-    """The same, in bytes."""
-    T, D = s.num_tokens, max(m.head_dim, PACKED_GROUP_SIZE)
-    q = s.normal(1, m.num_heads, T, D)
-    held = []
-    for _ in range(2):
-        floats = s.normal(1, m.num_kv_heads, CACHED_TOKENS + 56, D)
-        # The same codes in float32.
-        codes, *groups = mx.quantize(
-            floats.astype(s.rounded_to or s.dtype), PACKED_GROUP_SIZE, PACKED_BITS
-        )
-        parts = [a[:, :, :CACHED_TOKENS] for a in (codes, *map(s.cast, groups))]
-        held.append(Packed(parts, PACKED_BITS, PACKED_GROUP_SIZE))
-    k, v = held
-    mask = None if T == 1 else "causal"
-    return Case(
-        lambda kernels, q: [decode_attention(q, k, v, D**-0.5, mask, kernels)],
-        q,
-        sum(part.nbytes for part in (*k.parts, *v.parts)),
-    )
+    """In bytes; the same codes in float32."""
+
+    def pack(floats: mx.array) -> Packed:
+        floats = floats.astype(s.rounded_to or s.dtype)
+        codes, *groups = mx.quantize(floats, PACKED_GROUP_SIZE, PACKED_BITS)
+        return Packed([codes, *map(s.cast, groups)], PACKED_BITS, PACKED_GROUP_SIZE)
+
+    return _attention(m, s, max(m.head_dim, PACKED_GROUP_SIZE), pack)
 
 
 def _output_gate(m: Member, s: Setting) -> Case:
-    x = s.normal(1, m.num_heads, s.num_tokens, m.head_dim)
-    q_gate = s.normal(1, s.num_tokens, m.num_heads * 2 * m.head_dim)
+    x = s.normal(1, m.num_attention_heads, s.num_tokens, m.head_dim)
+    q_gate = s.normal(1, s.num_tokens, m.num_attention_heads * 2 * m.head_dim)
     return Case(lambda kernels, x: [output_gate(x, q_gate, kernels)], x, 3 * x.nbytes)
 
 
@@ -273,7 +278,7 @@ def _router(m: Member, s: Setting) -> Case:
     shared = mx.random.normal((s.num_tokens, 1))
 
     def run(kernels: Tiers, logits: mx.array) -> Arrays:
-        indices, scores, shared_scores = route(logits, shared, m.per_token, kernels)
+        indices, scores, shared_scores = route(logits, shared, m.num_experts_per_tok, kernels)
         # The order of the chosen is free.
         dense = mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)
         return [dense, shared_scores]
@@ -286,13 +291,13 @@ def _routed(m: Member, s: Setting, n: int) -> tuple[Routing | None, SwitchGLU | 
     if not m.num_experts:
         return None, None
     logits = mx.random.normal((s.num_tokens, n)) + mx.random.normal((n,))
-    routing = route(logits, mx.zeros((s.num_tokens, 1)), m.per_token)
+    routing = route(logits, mx.zeros((s.num_tokens, 1)), m.num_experts_per_tok)
     return routing, _mlp(m, s, n)
 
 
 def _num_held(m: Member, num_tokens: int) -> int:
     """Experts in the stacks of a decode case: enough to choose from, far fewer than all."""
-    return min(m.num_experts, 2 * m.per_token * num_tokens)
+    return min(m.num_experts, 2 * m.num_experts_per_tok * num_tokens)
 
 
 def _expert_gate_up(m: Member, s: Setting) -> Case:
@@ -302,7 +307,7 @@ def _expert_gate_up(m: Member, s: Setting) -> Case:
     num_bytes = _size(shared.gate_proj, shared.up_proj)
     if routed is not None:
         stacks = _size(routed.gate_proj, routed.up_proj)
-        num_bytes += stacks * s.num_tokens * m.per_token // held
+        num_bytes += stacks * s.num_tokens * m.num_experts_per_tok // held
     return Case(
         lambda kernels, x: expert_gate_up(x, shared, routing, routed, norm, kernels), x, num_bytes
     )
@@ -314,8 +319,8 @@ def _expert_down(m: Member, s: Setting) -> Case:
     shared, (routing, routed) = _mlp(m, s), _routed(m, s, held)
     num_bytes = _size(shared.down_proj)
     if routed is not None:
-        hidden.append(s.normal(s.num_tokens, m.per_token, m.width))
-        num_bytes += _size(routed.down_proj) * s.num_tokens * m.per_token // held
+        hidden.append(s.normal(s.num_tokens, m.num_experts_per_tok, m.width))
+        num_bytes += _size(routed.down_proj) * s.num_tokens * m.num_experts_per_tok // held
     return Case(
         lambda kernels, residual: [expert_down(hidden, residual, shared, routing, routed, kernels)],
         residual,

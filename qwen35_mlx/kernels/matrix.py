@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..checkpoint.quantization import BITS, GROUP_SIZES
 from .metal import Template
@@ -63,6 +64,11 @@ def matrix(module: nn.Module) -> Matrix | None:
         return None
     arrays = (weight, scales, module["biases"])
     return Matrix(arrays, bits, group_size, scales.shape[-1] * group_size)
+
+
+def arrays_of(tree: Any) -> dict[str, mx.array]:
+    """All arrays of a tree, such as the parameters of a module, by their paths."""
+    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
 
 
 def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..config import ModelConfig
 from ..errors import Qwen35Error
-from ..family import Member
+from ..family import NOT_IN_CONFIG, Member
 from ..files import cache_home, write_json
 from ..machine import operating_system
 
@@ -69,29 +69,15 @@ class Verdict(NamedTuple):
 
 def shape_of(member: Member) -> str:
     """All sizes of a member that its kernels see."""
-    unseen = "name", "num_layers", "tied", "tower"
+    unseen = "name", "num_hidden_layers", "tie_word_embeddings", "tower"
     return "-".join(str(size) for name, size in member._asdict().items() if name not in unseen)
 
 
 def member_of(config: ModelConfig) -> Member:
     """The sizes of any model."""
-    return Member(
-        name="model",
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        width=config.moe_intermediate_size if config.is_moe else config.intermediate_size,
-        linear_num_value_heads=config.linear_num_value_heads,
-        tied=config.tie_word_embeddings,
-        num_experts=config.num_experts,
-        per_token=config.num_experts_per_tok,
-        head_dim=config.head_dim,
-        num_key_heads=config.linear_num_key_heads,
-        key_head_dim=config.linear_key_head_dim,
-        value_head_dim=config.linear_value_head_dim,
-        rotary_dim=config.rope.rotary_dim,
-    )
+    width = config.moe_intermediate_size if config.is_moe else config.intermediate_size
+    shared = {key: getattr(config, key) for key in Member._fields if key not in NOT_IN_CONFIG}
+    return Member("model", width=width, rotary_dim=config.rope.rotary_dim, **shared)
 
 
 def machine_key() -> dict[str, str]:

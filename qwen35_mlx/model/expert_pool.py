@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import ITEM_BYTES
 from ..checkpoint.names import OF_EXPERTS
@@ -24,7 +23,7 @@ from ..checkpoint.resolver import Match, Part
 from ..config import ModelConfig
 from ..errors import MemoryRefused, Qwen35Error
 from ..kernels.grouped_expert_matmul import expert_mlp
-from ..kernels.matrix import MAX_ROWS
+from ..kernels.matrix import MAX_ROWS, arrays_of
 from ..kernels.switch import SORT_FROM, SwitchGLU
 from ..kernels.tiers import Tiers
 from ..machine import describe
@@ -279,7 +278,7 @@ class Experts:
 def stack_bytes(model: nn.Module) -> int:
     """Bytes of all experts of a model that holds them."""
     stacks = [layer.mlp.switch_mlp.parameters() for layer in model.layers]
-    return sum(array.nbytes for _, array in cast(Any, tree_flatten(stacks)))
+    return sum(array.nbytes for array in arrays_of(stacks).values())
 
 
 def slot_bytes(matches: Iterable[Match], on_cpu: bool) -> int:

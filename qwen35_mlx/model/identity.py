@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..checkpoint.names import OF_EXPERTS
+from ..kernels.matrix import arrays_of
 from .language import Model
 
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
@@ -19,11 +18,10 @@ def model_identity(model: Model) -> str:
 
     Kept while the model has the same arrays: it takes an operation or more for each of them.
     """
-    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     # Drafts change no text: the MTP layer may be there or not. Slots of experts always change.
     tensors = sorted(
         (name, array)
-        for name, array in named
+        for name, array in arrays_of(model.parameters()).items()
         if not name.startswith("mtp.") and not (model.experts and OF_EXPERTS in name)
     )
     changes = model.cache_key + (model.experts.digest if model.experts else "")

@@ -240,11 +240,6 @@ class Model(nn.Module):
         return " ".join(filter(None, [self.adapter_digest, self.config.cache_key]))
 
     @property
-    def num_mtp_layers(self) -> int:
-        """1 where the layer is loaded that drafts tokens."""
-        return self.config.num_mtp_layers
-
-    @property
     def layers(self) -> list[DecoderLayer]:
         """The decoder layers, in order."""
         return self.language_model.model.layers

@@ -2,31 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..checkpoint.headers import ITEM_BYTES, SourceTensor
 from ..checkpoint.pipeline import Pipeline, divide
 from ..checkpoint.sharding import Cut, Sharding
 from ..errors import CheckpointError
-from ..kernels.matrix import MAX_ROWS
+from ..kernels.matrix import MAX_ROWS, arrays_of
 from ..kernels.router import Routing
 from ..machine import GIB
+from .expert_files import STORED
 
 if TYPE_CHECKING:
     from .language import Model
 
-# As numpy has them; it has no bfloat16.
-NUMPY_TYPES = {
-    "U32": np.uint32,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "U8": np.uint8,
-}
 # Shorter pieces are copied out of mapped pages: a call for each would take longer.
 PIECE_BYTES = 4096
 # Mapped at a time.
@@ -101,8 +93,8 @@ def shard(
     `nbytes` of the parameters, `limits` and `by_layers` as `divide` takes them.
     """
     found = {n: m.group_size for n, m in model.named_modules() if hasattr(m, "group_size")}
-    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    nbytes = nbytes or {name: array.nbytes for name, array in parameters}
+    parameters = arrays_of(model.parameters())
+    nbytes = nbytes or {name: array.nbytes for name, array in parameters.items()}
     limits = limits or [2**20 * GIB] * group.size()
     sharding = divide(model.config, group.rank(), limits, nbytes, found, by_layers)
     if isinstance(sharding, Pipeline):
@@ -121,10 +113,10 @@ def _cut(
     model: "Model",
     group: mx.distributed.Group,
     sharding: Sharding,
-    parameters: Sequence[tuple[str, mx.array]],
+    parameters: Mapping[str, mx.array],
 ) -> None:
     """Keep a part of each layer."""
-    cuts = [(name, array, sharding.cut(name)) for name, array in parameters]
+    cuts = [(name, array, sharding.cut(name)) for name, array in parameters.items()]
     kept = [(name, taken(array, cut)) for name, array, cut in cuts if cut]
     model.load_weights(kept, strict=False)
     local, splits = sharding.local, sharding.splits
@@ -163,9 +155,8 @@ def read_cut(tensor: SourceTensor, cut: Cut) -> mx.array:
         piece = held[:, at : at + (end - first) * inner]
         _fill(piece, tensor, tensor.shape[axis] * inner, first * inner)
         at += piece.shape[1]
-    values = held.view(NUMPY_TYPES[tensor.dtype]).reshape(cut.shape(tensor.shape))
-    array = mx.array(values)
-    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+    stored, dtype = STORED[tensor.dtype]
+    return mx.array(held.view(stored).reshape(cut.shape(tensor.shape))).view(dtype)
 
 
 def _fill(pieces: np.ndarray, tensor: SourceTensor, pitch: int, first: int) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..errors import MemoryRefused
+from ..kernels.matrix import arrays_of
 from ..machine import describe
 from ..memory import PROGRAM_BYTES, layer_bytes
 from ..model.adapters import weight_shape
@@ -61,8 +61,8 @@ def open_for_training(name: str | Path, revision: str | None = None) -> tuple[Mo
     model, config, _ = open_model(folder, mtp=False)
     model.vision_tower = None
     tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
-    arrays: Any = tree_flatten(model.parameters())
-    return model, tokenizer, sum(array.nbytes for _, array in arrays)
+    num_bytes = sum(array.nbytes for array in arrays_of(model.parameters()).values())
+    return model, tokenizer, num_bytes
 
 
 def count(

@@ -18,11 +18,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ..checkpoint.adapter import LORA, Adapter, write_adapter
 from ..errors import CheckpointError, Qwen35Error, extra, first_line
 from ..files import replacing
+from ..kernels.matrix import arrays_of
 from ..kernels.tiers import PORTABLE, use
 from ..model.adapters import DEFAULT_KEYS, EXPERT_KEYS, add_new, changes_of
 from ..model.language import DecoderLayer, Model
@@ -200,7 +201,7 @@ class Training:
         """Write the adapter, and what `resume` needs."""
         adapter = Adapter(changes_of(self.model), self.adapter_settings)
         arrays = {f"adapter.{name}": array for name, array in adapter.arrays.items()}
-        arrays |= {f"optimizer.{n}": a for n, a in _flat(self.optimizer.state).items()}
+        arrays |= {f"optimizer.{n}": a for n, a in arrays_of(self.optimizer.state).items()}
         metadata = {
             "identity": json.dumps(self._identity()),
             "history": json.dumps([asdict(step) for step in self.history]),
@@ -290,10 +291,6 @@ def compiled_on_gpu() -> Iterator[None]:
     finally:
         if "MLX_DISABLE_COMPILE" not in os.environ:
             mx.enable_compile()
-
-
-def _flat(tree: Any) -> dict[str, mx.array]:
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(tree)))
 
 
 def require_trainer() -> None:

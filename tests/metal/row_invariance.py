@@ -62,7 +62,7 @@ def cases(number: int) -> Iterator[Case]:
     q_gate = draw.normal(rows, 1, heads * 2 * dim)
 
     def rope(q_gate: mx.array, k: mx.array, cosines: mx.array, sines: mx.array) -> Arrays:
-        return qk_norm_rope_kernel(q_gate, k, q_weight, k_weight, cosines, sines, 1e-6)
+        return qk_norm_rope_kernel(q_gate, k, q_weight, k_weight, cosines, sines, eps=1e-6)
 
     k = draw.normal(rows, 1, key_heads * dim)
     yield "qk_norm_rope", rope, [q_gate, k, mx.cos(angles), mx.sin(angles)]

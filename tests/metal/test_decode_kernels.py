@@ -7,12 +7,13 @@ numbers. Everyday one case of each kernel runs, the slow tests run 300.
 import itertools
 
 import mlx.core as mx
+import naive
 import numpy as np
 import pytest
 from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 from metal.emulator import emulated
 
-from qwen35_mlx.kernels import expert_step, metal, naive, projection
+from qwen35_mlx.kernels import expert_step, metal, projection
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
 from qwen35_mlx.kernels.delta_step import DeltaInputs, DeltaParameters, delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
@@ -210,7 +211,7 @@ def test_qk_norm_rope(number, cases):
         positions = mx.array(draw.rng.integers(0, 262144, (tables, num_tokens)))
         angles = positions[..., None].astype(mx.float32) * frequencies
         q_out, k_out = qk_norm_rope_kernel(
-            q_gate, k, *weights, mx.cos(angles), mx.sin(angles), 1e-6
+            q_gate, k, *weights, mx.cos(angles), mx.sin(angles), eps=1e-6
         )
         heads = q_gate.reshape(batch, num_tokens, num_heads, 2, dim)[..., 0, :]
         kv_heads = k.reshape(batch, num_tokens, num_kv_heads, dim)
