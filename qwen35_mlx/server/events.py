@@ -6,12 +6,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine.requests import Done, Event, Failed, Request
+from ..engine.ticket import Ticket
 from .faults import ApiError, Dialect, as_fault
 from .protocol import HALF_CLOSED
 
@@ -22,16 +23,6 @@ PROBE_SECONDS = 0.2
 # Prompts of one request that the engine has at a time.
 MAX_PROMPTS_AT_ONCE = 8
 EVENT_STREAM, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
-
-
-class Ticket(Protocol):
-    """What the server needs of an engine's ticket."""
-
-    def add_listener(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` for each event."""
-
-    def cancel(self) -> None:
-        """End the request."""
 
 
 class Mailbox:

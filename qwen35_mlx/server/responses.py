@@ -12,6 +12,7 @@ from .chat_messages import read_tool_choice
 from .faults import ApiError, TooLong, as_fault
 from .fields import Fields
 from .messages import read_functions, strict_names
+from .models import list_object
 from .response_events import ResponseWriter
 from .response_items import found_item, read_input, read_messages
 from .service import Service, begun, service_of
@@ -204,15 +205,7 @@ async def list_input_items(http: HttpRequest) -> Response:
     items = [_listed(item, i) for i, item in enumerate(given)]
     if http.query_params.get("order", "desc") != "asc":
         items.reverse()
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": items,
-            "first_id": items[0]["id"] if items else None,
-            "last_id": items[-1]["id"] if items else None,
-            "has_more": False,
-        }
-    )
+    return JSONResponse(list_object(items))
 
 
 def _listed(item: dict[str, Any], place: int) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from starlette.requests import Request as HttpRequest
 from .. import __version__
 from ..checkpoint.names import OF_EXPERTS
 from ..engine.requests import Request, Top
+from ..engine.ticket import Ticket
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
 from .body import read_json
-from .events import Answer, Mailbox, Ticket, dumps
+from .events import Answer, Mailbox, dumps
 from .faults import ApiError
 from .fields import Fields
 from .messages import CallMemory, restored
@@ -180,16 +181,15 @@ class Service:
 
     def check_model(self, body: Fields) -> str:
         """The name that the client uses for the model; it may leave it out."""
-        name = body.text("model")
-        if name and not self.knows(name):
-            raise ApiError(
-                404,
-                f"The model '{name[:200]}' does not exist; this server has "
-                f"'{self.settings.model_id}'",
-                param="model",
-                code="model_not_found",
-            )
-        return name or self.settings.model_id
+        return self.known_model(body.text("model") or self.settings.model_id)
+
+    def known_model(self, name: str) -> str:
+        """The name, if it is the model's."""
+        if not self.knows(name):
+            own = self.settings.model_id
+            message = f"The model '{name[:200]}' does not exist; this server has '{own}'"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
 
     def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
         """Keep a response with the items it was given; the oldest ones are forgotten."""
