@@ -111,6 +111,10 @@ class Fields:
         value = self.mapping(field)
         return None if value is None else Fields(value, self.name(field))
 
+    def part(self, field: str) -> "Fields":
+        """An object, or an empty one where there is none."""
+        return Fields(self.mapping(field) or {}, self.name(field))
+
     def mapping(self, field: str) -> dict[str, Any] | None:
         """An object, as it is."""
         return self._of(field, dict, "an object")
