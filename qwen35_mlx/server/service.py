@@ -22,7 +22,7 @@ from .body import read_json
 from .events import Answer, Mailbox, dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import CallMemory, restored
+from .messages import CallMemory
 
 # Tokenising and reading pictures; MLX has one thread of its own.
 NUM_WORKERS = 2
@@ -140,7 +140,7 @@ class Service:
         """Submit requests; mistakes in the first ones are raised."""
         for request in requests:
             if request.messages is not None:
-                request.messages = restored(list(map(dict, request.messages)), self.calls)
+                request.messages = self.calls.restored(request.messages)
         # Not before there is a loop.
         self._mailbox = self._mailbox or Mailbox()
         return await Answer(self._submit, requests, self._mailbox).start()
@@ -152,7 +152,7 @@ class Service:
     async def count(self, request: Request) -> int:
         """Tokens of a prompt."""
         if request.messages is not None:
-            request.messages = restored(list(map(dict, request.messages)), self.calls)
+            request.messages = self.calls.restored(request.messages)
         return int(await self.in_worker(self.engine.count_tokens, request))
 
     @property
