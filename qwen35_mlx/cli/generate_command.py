@@ -29,8 +29,8 @@ def generate(
     raw: bool = False,
     file: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
     image: options.Images = None,
-    video: options.Videos = None,
-    pdf: options.Pdfs = None,
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE")] = None,
+    pdf: Annotated[list[str] | None, typer.Option(metavar="FILE")] = None,
     pages: str | None = None,
     allow_url: options.AllowUrl = False,
     system: options.System = None,
@@ -69,6 +69,8 @@ def generate(
         raw: Continue the prompt as it is, without the chat template.
         file: A text file, a PDF with text, a folder, or a pattern in quotes such as 'src/**/*.py',
             whose text comes before the prompt. Repeat the option for several. Default: none.
+        video: A video that goes with the prompt, as --image. Default: none.
+        pdf: A PDF whose pages go with the prompt, as --image. Default: none.
         pages: Pages of each PDF, such as 1-3,7. Default: all.
         tools: JSON file with a list of tools that the model may call, each as OpenAI's API takes
             it. Default: no tools.

@@ -34,7 +34,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1)] = 64,
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
-    adapter_path: options.NamedAdapters = None,
+    adapter_path: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR")] = None,
     kernels: options.Kernels = "auto",
     kv_bits: options.KvBits = "auto",
     experts_memory: options.ExpertsMemory = None,
@@ -54,6 +54,8 @@ def serve(
             Repeat the option for several. Default: none.
         name: Name of the model for clients. Default: its folder's name.
         queue: Requests that may wait; beyond them clients are sent away.
+        adapter_path: An adapter that requests may name: the model MODEL:NAME, or the field
+            adapters. Repeat the option for several. Default: none.
     """
     with extra("server", "the server is not installed"):
         from ..server.run import bind
