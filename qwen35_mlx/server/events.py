@@ -235,7 +235,7 @@ class WholeAnswer(_Sender):
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response: Response = Json(await self._work)
+            response: Response = JSONResponse(await self._work)
         except ClientGone:
             raise
         except Exception as error:
@@ -245,13 +245,6 @@ class WholeAnswer(_Sender):
             await send({"type": "http.response.body", "body": bytes(response.body)})
         else:
             await response(scope, receive, send)
-
-
-class Json(JSONResponse):
-    """JSON whose texts may have anything that the model wrote."""
-
-    def render(self, content: Any) -> bytes:
-        return dumps(content).encode()
 
 
 def dumps(value: Any) -> str:
