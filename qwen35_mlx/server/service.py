@@ -15,13 +15,14 @@ from starlette.requests import Request as HttpRequest
 from .. import __version__
 from ..checkpoint.names import OF_EXPERTS
 from ..engine.requests import Request, Top
+from ..engine.ticket import Ticket
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
 from .body import read_json
-from .events import Answer, Mailbox, Ticket, dumps
+from .events import Answer, Mailbox, dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import CallMemory, restored
+from .messages import CallMemory
 
 # Tokenising and reading pictures; MLX has one thread of its own.
 NUM_WORKERS = 2
@@ -139,7 +140,7 @@ class Service:
         """Submit requests; mistakes in the first ones are raised."""
         for request in requests:
             if request.messages is not None:
-                request.messages = restored(list(map(dict, request.messages)), self.calls)
+                request.messages = self.calls.restored(request.messages)
         # Not before there is a loop.
         self._mailbox = self._mailbox or Mailbox()
         return await Answer(self._submit, requests, self._mailbox).start()
@@ -151,7 +152,7 @@ class Service:
     async def count(self, request: Request) -> int:
         """Tokens of a prompt."""
         if request.messages is not None:
-            request.messages = restored(list(map(dict, request.messages)), self.calls)
+            request.messages = self.calls.restored(request.messages)
         return int(await self.in_worker(self.engine.count_tokens, request))
 
     @property
@@ -180,16 +181,15 @@ class Service:
 
     def check_model(self, body: Fields) -> str:
         """The name that the client uses for the model; it may leave it out."""
-        name = body.text("model")
-        if name and not self.knows(name):
-            raise ApiError(
-                404,
-                f"The model '{name[:200]}' does not exist; this server has "
-                f"'{self.settings.model_id}'",
-                param="model",
-                code="model_not_found",
-            )
-        return name or self.settings.model_id
+        return self.known_model(body.text("model") or self.settings.model_id)
+
+    def known_model(self, name: str) -> str:
+        """The name, if it is the model's."""
+        if not self.knows(name):
+            own = self.settings.model_id
+            message = f"The model '{name[:200]}' does not exist; this server has '{own}'"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
 
     def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
         """Keep a response with the items it was given; the oldest ones are forgotten."""
