@@ -43,6 +43,7 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
     given = read_messages(body)
     thinking = _thinking(body, max_tokens)
     metadata = body.record("metadata")
+    body.items("stop_sequences")
     last = given[-1]
     return Request(
         messages=given,
