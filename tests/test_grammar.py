@@ -99,6 +99,33 @@ def test_every_answer_keeps_its_schema(grammars, demo, seed):
     assert is_valid(json.loads(text), schema), (text, schema)
 
 
+POINT = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "more", "takes_more"),
+    [
+        (POINT, {"z": 1}, False),
+        ({"$ref": "#/$defs/p", "$defs": {"p": POINT}}, {"z": 1}, False),
+        ({"anyOf": [POINT, {"type": "null"}]}, {"z": 1}, False),
+        ({**POINT, "additionalProperties": {"type": "integer"}}, {"z": 1}, True),
+        ({"allOf": [POINT, {"type": "object", "properties": {"y": {}}}]}, {"y": 1}, True),
+        ({**POINT, "anyOf": [{"properties": {"y": {"enum": [1]}}}]}, {"y": 1}, True),
+        ({**POINT, "required": ["x", "z"]}, {"z": 1}, True),
+        ({"type": "object"}, {"z": 1}, True),
+        ({"type": "object", "properties": {"x": {}, "properties": {}}}, {"properties": 1}, True),
+    ],
+)
+def test_an_object_gets_no_keys_that_its_schema_does_not_name(
+    grammars, demo, schema, more, takes_more
+):
+    """Or a model that should fill in a form goes on with keys of its own."""
+    compiled = grammars.of(request(Grammar("json_schema", schema)), lambda: False)
+    text = json.dumps({"x": 1, **more})
+    ids = demo[1]._tokenizer.encode(text, add_special_tokens=False)
+    assert (compiled.matcher()._matcher.validate_tokens(ids) == len(ids)) is takes_more
+
+
 def test_is_valid_notices_what_is_wrong():
     schema = random_schema(random.Random(1))
     assert not is_valid([], schema) and not is_valid({"other": 1}, schema)
@@ -165,6 +192,9 @@ def test_patterns_are_kept(grammars, demo, grammar, pattern):
         ({"type": "object", "properties": {"n": {"type": "integer", "minimum": 5, "maximum": 2}},
           "required": ["n"]}, r"\$.properties.n"),
         ({"$ref": "http://127.0.0.1:9/x"}, r"\$"),
+        ({"type": "object", "properties": {"n": 5}}, r"\$.properties.n"),
+        ({"type": "object", "properties": {"n": {}}, "required": 5}, r"\$"),
+        ({"type": "object", "properties": [5], "required": [[5]]}, r"\$"),
         ("text", "not usable"),
         ({"enum": ["x" * 300_000]}, "too long"),
         ({"const": float("nan")}, "not usable"),

@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
-from padded import padded_cache
 
 from qwen35_mlx import memory
 from qwen35_mlx.config import ModelConfig, VisionConfig
@@ -184,7 +183,7 @@ def qk_norm_rope_on_ops(*arguments: Any) -> tuple[mx.array, mx.array]:
 def test_each_row_of_a_batch_has_its_own_delta(model: Model) -> None:
     ids, deltas = mx.array([[3, 1, 4], [1, 5, 9]]), [-2, -7]
     padding = [1, 0]
-    cache = padded_cache(model, padding)
+    cache = model.make_cache(padding)
     model.trunk(mx.array([[0, 2, 7], [8, 2, 8]]), cache)
     together = model.trunk(ids, cache, rope_delta=mx.array(deltas))
     for row, (before, delta) in enumerate(zip([[2, 7], [8, 2, 8]], deltas, strict=True)):

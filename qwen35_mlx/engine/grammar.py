@@ -22,6 +22,9 @@ MAX_TRIED_PLACES = 500
 CHILDREN = ("properties", "patternProperties", "$defs", "definitions")
 CHILD_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 CHILD = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
+# They join schemas, so that the keys of an object may stand in several places.
+JOINS = {"allOf", "not", "if", "dependentSchemas", "patternProperties", "minProperties"}
+JOINS_OF_PROPERTIES = {"anyOf", "oneOf", "$ref"}
 
 
 class GrammarError(Qwen35Error):
@@ -231,15 +234,43 @@ class _Words:
 
 def _json_part(schema: Any) -> dict[str, Any]:
     """A schema as a part of a grammar; what it says of spaces itself does not count."""
-    if isinstance(schema, Mapping):
-        schema = {**schema, "x-guidance": JSON_OPTIONS}
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (ValueError, TypeError, RecursionError) as error:
         raise GrammarError("the JSON schema is not usable", got=error) from None
     if size > MAX_SOURCE_CHARACTERS:
         raise _too_long(size)
+    schema = schema if _is_joined(schema) else _closed(schema)
+    if isinstance(schema, Mapping):
+        schema = {**schema, "x-guidance": JSON_OPTIONS}
     return {"json_schema": schema}
+
+
+def _is_joined(schema: Any) -> bool:
+    """Whether the keys of an object may stand in several places of the schema."""
+    if not isinstance(schema, Mapping):
+        return False
+    joins = JOINS | JOINS_OF_PROPERTIES if "properties" in schema else JOINS
+    return not joins.isdisjoint(schema) or any(_is_joined(c) for _, c in _children(schema))
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without other keys than it names; models add keys without end."""
+    if not isinstance(schema, Mapping):
+        return schema
+    closed = dict(schema)
+    for key, value in schema.items():
+        if key in CHILDREN and isinstance(value, Mapping):
+            closed[key] = {name: _closed(child) for name, child in value.items()}
+        elif key in CHILD_LISTS and isinstance(value, list):
+            closed[key] = [_closed(child) for child in value]
+        elif key in CHILD:
+            closed[key] = _closed(value)
+    names, required = schema.get("properties"), schema.get("required", [])
+    are_objects = isinstance(names, Mapping) and isinstance(required, list)
+    if names and are_objects and all(name in list(names) for name in required):
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def _too_long(num_characters: int) -> GrammarError:

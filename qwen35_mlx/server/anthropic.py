@@ -42,6 +42,7 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
     choice, parallel = read_tool_choice(body, tools)
     given = read_messages(body)
     thinking = _thinking(body, max_tokens)
+    body.items("stop_sequences")
     last = given[-1]
     return Request(
         messages=given,

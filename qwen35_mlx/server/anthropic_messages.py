@@ -59,7 +59,11 @@ def _text(block: Fields) -> str:
 
 def _system(holder: Fields, field: str) -> Any:
     """The text of a system prompt, without the line that differs in each request."""
-    texts = [_text(block) for block in _blocks(holder, field)]
+    blocks = _blocks(holder, field)
+    for block in blocks:
+        if block.text("type") != "text":
+            raise block.refuse("type", "text", "unsupported_content")
+    texts = [_text(block) for block in blocks]
     kept = [text for text in texts if not text.startswith(BILLING)]
     return joined([{"type": "text", "text": text} for text in kept], BETWEEN)
 
@@ -71,6 +75,7 @@ def _user(message: Fields) -> list[Message]:
     for block in _blocks(message, "content"):
         kind = block.text("type")
         if kind == "tool_result":
+            block.needed_text("tool_use_id")
             if parts:
                 messages.append({"role": "user", "content": joined(parts, BETWEEN)})
                 parts = []
@@ -164,7 +169,7 @@ def read_tools(body: Fields) -> list[dict[str, Any]]:
     for tool in body.records("tools") or ():
         if (tool.text("type") or "custom") != "custom" or tool.flag("defer_loading"):
             continue
-        schema = tool.raw("input_schema")
+        schema = tool.needed_record("input_schema").values
         tools.append(function_tool(tool.text("name"), tool.text("description"), schema, tool))
     return tools
 

@@ -40,7 +40,7 @@ async def generate(http: HttpRequest) -> Response:
     """Continue a prompt, as a message or as it is."""
     service, body = await begun(http)
     name = check_model(service, body)
-    reading.unsupported(body, "suffix", "template", "context")
+    reading.unsupported(body, "suffix", "template")
     prompt = body.text("prompt") or ""
     pictures = reading.images(body)
     if not prompt and not pictures:
@@ -52,7 +52,7 @@ async def generate(http: HttpRequest) -> Response:
         request.prompt = prompt
     else:
         content: Any = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
-        messages = [{"role": "user", "content": content}]
+        messages = [*reading.read_context(body), {"role": "user", "content": content}]
         if system := body.text("system"):
             messages.insert(0, {"role": "system", "content": system})
         request.messages = folded(messages)
@@ -150,10 +150,15 @@ class _Lines(ReplyWriter):
 
     def _last(self) -> dict[str, Any]:
         """The last fields; times in nanoseconds."""
-        usage, reason = self._usage, self._replies[0].finish_reason or "stop"
+        usage, reply, messages = self._usage, self._replies[0], self.request.messages
+        reason = reply.finish_reason or "stop"
+        context = {}
+        if messages is not None and not self._is_chat:
+            context["context"] = reading.context_of(messages, reply.text)
         return {
             "done": True,
             "done_reason": REASONS.get(reason, reason),
+            **context,
             "total_duration": int((time.perf_counter() - self._began_s) * 1e9),
             "load_duration": int(usage.queue_seconds * 1e9),
             "prompt_eval_count": usage.prompt_tokens,

@@ -1,13 +1,24 @@
 """Messages, tools and options of Ollama's API in the form of `messages.py`."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.requests import Grammar
 from ..sampling import SamplingParams
 from . import options
+from .body import parse_object
+from .events import dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import Message, assistant_message, call_id, check_media, folded, picture
+from .messages import (
+    Message,
+    assistant_message,
+    call_id,
+    check_media,
+    folded,
+    picture,
+    plain_text,
+)
 from .messages import tool_call as history_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -35,6 +46,24 @@ def _message(message: Fields) -> Message:
             raise call.missing("function.name")
         calls.append(history_call(name, function.raw("arguments"), call.text("id") or call_id()))
     return assistant_message(content, message.text("thinking"), calls)
+
+
+def context_of(messages: Sequence[Mapping[str, Any]], answer: str) -> list[int]:
+    """A conversation as numbers, which clients send back as they are; pictures are left out."""
+    texts = [{"role": m["role"], "content": plain_text(m["content"])} for m in messages]
+    texts.append({"role": "assistant", "content": answer})
+    return list(dumps({"messages": texts}).encode())
+
+
+def read_context(body: Fields) -> list[Message]:
+    """The conversation that `context_of` wrote."""
+    given = body.items("context")
+    if not given:
+        return []
+    try:
+        return read_messages(Fields(parse_object(bytes(given))))
+    except (TypeError, ValueError, ApiError):
+        raise body.refuse("context", "the context of an answer of this server") from None
 
 
 def images(holder: Fields) -> list[dict[str, Any]]:

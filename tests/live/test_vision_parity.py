@@ -18,7 +18,6 @@ pytest.importorskip("torch", reason="the extra `live` is not installed")
 
 from live import vision_parity as parity
 from live.vision_parity import GATE, NUM_STEPS, PIECES, SEED, Pair, over_std
-from padded import padded_cache
 
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.model import rope, vision
@@ -76,7 +75,7 @@ def test_rows_of_a_padded_batch_with_pictures(pair: Pair) -> None:
     ]
     starts = [len(prompt.ids) - NUM_STEPS for prompt, _ in prompts]
     padding = [max(starts) - n for n in starts]
-    cache = padded_cache(model, padding)
+    cache = model.make_cache(padding)
     rows, positions, deltas = [], [], []
     for (prompt, _), start, pads in zip(prompts, starts, padding, strict=True):
         ids = [0] * pads + prompt.ids[:start]

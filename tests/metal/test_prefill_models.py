@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from everyday import everyday
 from metal.emulator import Log, emulated
-from padded import padded_cache
 
 import qwen35_mlx
 from qwen35_mlx.kernels import metal, tiers
@@ -67,7 +66,7 @@ def test_a_padded_batch_and_its_cache_carried_into_decode(
     logits: list[list[mx.array]] = []
     since = log.num_dispatches
     for model in models:
-        cache = padded_cache(model, padding)
+        cache = model.make_cache(padding)
         steps = [model(ids[:, :37], cache)]
         steps += [model(ids[:, t : t + 1], cache) for t in range(37, 40)]
         logits.append(steps)

@@ -200,7 +200,11 @@ def test_a_stop_sequence_is_named(server):
         {"tools": [{"input_schema": {}}]},
         {"temperature": 1.5},
         {"stop_sequences": [3]},
+        {"stop_sequences": "end"},
         {"system": 5},
+        {"system": [{"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}]},
+        {"tools": [{"name": "run"}]},
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]},
     ],
 )
 def test_bad_fields_are_refused_with_anthropics_object(server, fields):

@@ -77,6 +77,24 @@ def test_generate_takes_a_message_or_raw_text(server):
     assert server.engine.last.prompt == "2 + 2" and server.engine.last.messages is None
 
 
+def test_the_context_of_an_answer_continues_its_conversation(server):
+    first = {"model": MODEL, "prompt": "Où?", "system": "S", "think": True}
+    server.engine.say = [thought("Hm."), "À Paris"]
+    *_, last = lines(server.post("/api/generate", first))
+    assert all(isinstance(number, int) for number in last["context"])
+    again = {"model": MODEL, "prompt": "And then?", "context": last["context"], "stream": False}
+    assert len(server.post("/api/generate", again).json["context"]) > len(last["context"])
+    read = [(m["role"], m["content"]) for m in server.engine.last.messages]
+    assert read[:3] == [("system", "S"), ("user", "Où?"), ("assistant", "À Paris")]
+    assert read[3:] == [("user", "And then?")]
+
+
+@pytest.mark.parametrize("context", [[5], ["a"], [123, 256], [1.5], "a", list(b'{"messages":5}')])
+def test_a_context_of_others_is_refused(server, context):
+    answer = server.post("/api/generate", {"model": MODEL, "prompt": "a", "context": context})
+    assert answer.status == 400 and answer.json["error"].startswith("context: got")
+
+
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
 def test_an_empty_request_loads_the_model(server, path):
     answer = server.post(path, {"model": MODEL})
