@@ -65,7 +65,10 @@ def test_help_answers_at_once(record_property: Any) -> None:
     # A busy or slow machine takes several times as much for both.
     command = [sys.executable, "-c", "import argparse, asyncio, json, pathlib, typing"]
     bare = min(
-        seconds(subprocess.Popen(command, stdout=-1, stderr=-1, text=True)) for _ in range(3)
+        seconds(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        for _ in range(3)
     )
     record_property("CPU of --help", f"{ours:.2f} s (0.12 s at most on a quiet machine)")
     record_property("CPU of Python with a few modules", f"{bare:.2f} s")

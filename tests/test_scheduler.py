@@ -353,6 +353,17 @@ def _tight(call: Any) -> str:
     return json.dumps(call.arguments, separators=(",", ":"))
 
 
+def test_an_answer_ends_with_the_token_that_completes_a_stop_text(shared):
+    plain = Answer(shared.submit(ask(QUESTIONS[0], enable_thinking=False)))
+    stop = plain.text()[2:6]
+    request = ask(QUESTIONS[0], enable_thinking=False, stop=[stop])
+    stopped = Answer(shared.submit(request))
+    assert stopped.text() == plain.text()[:2]
+    assert (stopped.end.finish_reason, stopped.end.stop_text) == ("stop", stop)
+    assert stopped.tokens == plain.tokens[: len(stopped.tokens)]
+    assert len(stopped.tokens) < len(plain.tokens) - 1
+
+
 @pytest.mark.slow
 def test_a_stop_text_in_a_thought_does_not_end_the_answer(shared):
     plain = Answer(shared.submit(ask(QUESTIONS[0])))

@@ -34,9 +34,10 @@ def test_other_machines_need_a_key(run_cli, converted_demo):
     assert result.exit_code == 1 and "--api-key" in result.output
 
 
-def test_a_missing_extra_is_named_with_its_pip_line(run_cli, monkeypatch):
+@pytest.mark.parametrize("command", [("serve", "--demo"), ("launch", "claude")])
+def test_a_missing_extra_is_named_with_its_pip_line(run_cli, monkeypatch, command):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = run_cli("serve", "--demo")
+    result = run_cli(*command)
     assert result.exit_code == 1 and "pip install 'qwen35-mlx[server]'" in result.output
 
 
