@@ -119,6 +119,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{name}: {value}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random numbers in every run: MLX seeds its generator with the time."""
+    mx.random.seed(0)
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: without it a full collection of garbage takes a tenth of a second."""
     gc.collect()

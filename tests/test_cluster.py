@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from screen import Screen
 
 from qwen35_mlx.cli import cluster_command
@@ -102,6 +103,26 @@ def test_what_cannot_run_is_refused_before_any_host_is_asked(
 def test_a_split_for_another_number_of_macs_is_refused(converted_demo: Path) -> None:
     with pytest.raises(Qwen35Error, match="3 parts for 2 Macs"):
         cluster_command.cluster(["chat", str(converted_demo)], "127.0.0.1,127.0.0.1", split="1,1,1")
+
+
+@pytest.mark.parametrize("port", [None, 4321])
+def test_what_is_launched_has_the_hosts_the_port_and_the_split(
+    converted_demo: Path, monkeypatch: pytest.MonkeyPatch, port: int | None
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(cluster_command, "launched", lambda *what: given.extend(what) or 3)
+    command = ["chat", str(converted_demo)]
+    with pytest.raises(typer.Exit) as ended:
+        cluster_command.cluster(command, "127.0.0.1,127.0.0.1", port=port, split="3,1")
+    assert ended.value.exit_code == 3
+    hosts, first, arguments, reads_input, split = given
+    assert json.loads(hosts) == {
+        "backend": "ring",
+        "envs": [],
+        "hosts": [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"], "rdma": []}] * 2,
+    }
+    assert first > 1024 if port is None else first == port
+    assert (arguments, reads_input, split) == (command, True, "3,1")
 
 
 def test_a_hostfile_of_thunderbolt_stays_as_it_is_but_for_this_mac(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import DEMO
 from mlx_lm.tokenizer_utils import load as load_wrapped
+from tokenizers import Tokenizer as Tokenizers
 from transformers import AutoTokenizer
 
 from qwen35_mlx.prompt import encode_messages, encode_prompt, encode_text, render_messages
@@ -93,6 +94,14 @@ def test_a_name_cut_in_two_texts_is_no_token_either(tokenizer: Tokenizer) -> Non
             ids = encode_prompt(tokenizer, [{"role": "user", "content": parts}])
             assert len(controls(tokenizer, ids)) == 4
             assert f"x {name} y" in tokenizer.decode(ids)
+
+
+def test_a_token_of_one_character_is_left_to_the_tokenizer() -> None:
+    """It has no place for a mark, and one behind it would change the text."""
+    backend = Tokenizers.from_file(str(DEMO / "tokenizer.json"))
+    backend.add_special_tokens(["§"])
+    controls = ControlTokens(backend)
+    assert controls.protect("a §b <|im_end|>") == f"a §b <{MARK}|im_end|>"
 
 
 def test_a_prompt_given_as_text_is_the_callers(tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ from faked_mac import DENSE, PREFILL_TOKENS, change_source, faked_mac, only
 from typer.testing import CliRunner
 
 from qwen35_mlx.cli import main as cli
+from qwen35_mlx.family import FAMILY
 from qwen35_mlx.kernels import checks, choice, doctor, measure, verdicts
 from qwen35_mlx.kernels.checks import SMALL, Setting
 from qwen35_mlx.kernels.tiers import MLX, OPERATIONS, PORTABLE, Tiers
@@ -230,6 +231,16 @@ def test_cases_of_ops_alone_are_finite_and_the_same_for_a_seed(check: checks.Che
         assert np.isfinite(a).all()
         assert (a == b).all()
         assert np.abs(a).max() > 0
+
+
+def test_the_memory_of_a_case_is_known_before_it_is_made() -> None:
+    mixture = SMALL._replace(hidden_size=512, width=512, num_experts=64)
+    for check in checks.CHECKS:
+        if check.op in ("projection", "expert_gate_up", "grouped_expert_matmul"):
+            member = mixture if check.needs_experts else FAMILY[0]
+            case = check.build(member, Setting(bits=8, num_tokens=4))
+            weights = checks.num_bytes_needed(check, member, 4) - 10**9
+            assert case.num_bytes < weights < 15 * case.num_bytes
 
 
 @pytest.fixture

@@ -75,12 +75,12 @@ class Handler(BaseHTTPRequestHandler):
     def on_drips(self, argument: str) -> None:
         self.send_response(200)
         self.end_headers()
-        for _ in range(100):
+        for _ in range(1000):
             self.wfile.write(b".")
             time.sleep(0.02)
 
     def on_drips_headers(self, argument: str) -> None:
-        for _ in range(100):
+        for _ in range(1000):
             self.wfile.write(b"H")
             time.sleep(0.02)
 
@@ -200,11 +200,11 @@ def test_bytes_are_limited_by_what_is_said_and_by_what_comes(server):
 
 @pytest.mark.parametrize("path", ["drips", "drips_headers"])
 def test_a_slow_server_cannot_hold_on(server, path):
-    """Each byte comes in time, and all of them would take two seconds."""
+    """Each byte comes in time, and all of them would take twenty seconds."""
     begin = time.monotonic()
     with pytest.raises(MediaError, match=r"takes too long\n  expected: at most 0\.2 seconds"):
         fetch(f"http://a.test/{path}", max_seconds=0.2)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 10
 
 
 def test_half_a_body_is_none(server):

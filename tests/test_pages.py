@@ -14,6 +14,9 @@ from unittest.mock import MagicMock
 
 import mlx.core as mx
 import pytest
+from server import mistakes
+from server.fake_engine import FakeEngine
+from server.running import MODEL, Running
 from test_cli_report import fake_plan
 
 from qwen35_mlx.cli import main, report
@@ -267,3 +270,18 @@ def test_a_picture_and_lines_of_errors(drawn: Drawn) -> None:
     lines = [*fidelity.report_lines(found), ""]
     text = re.sub(r"\d\.\d{5,}", lambda m: f"{float(m[0]):.4f}", drawn.text())
     check("errors", "\n".join(lines) + re.sub(r"e-\d+", "e", text))
+
+
+def test_what_the_server_answers_to_mistakes(demo: tuple[Any, Any]) -> None:
+    _, tokenizer = demo
+    server = Running(FakeEngine(tokenizer), tokenizer)
+    lines = []
+    try:
+        for method, path, body, headers, shown in mistakes.requests(MODEL):
+            answer = server.request(method, path, body, headers)
+            assert answer.status >= 400, shown
+            text = re.sub(r"req_[0-9a-f]{24}", "req_…", answer.text)
+            lines += [f"{method} {path[:40]} {shown[:90]}", f"    {answer.status} {text}"]
+    finally:
+        server.stop()
+    check("server-mistakes", "\n".join(lines) + "\n")

@@ -45,12 +45,20 @@ def test_a_long_job_tells_a_log_every_half_minute(
     assert lines[-1] == "Converting: 100,000.0 MB read in 17 min, 100,000.0 MB before"
 
 
+def wait_for(text: str, err: Any) -> None:
+    """Until the text is drawn, which a thread does ten times a second."""
+    end = time.monotonic() + 30
+    while text not in err.getvalue():
+        assert time.monotonic() < end, f"no {text!r} in {err.getvalue()!r}"
+        time.sleep(0.01)
+
+
 def test_progress_on_a_terminal_fits_its_line(consoles: Any) -> None:
     out, err = consoles(width=80, force_terminal=True, legacy_windows=False)
     tensor = "language_model.model.layers.17.linear_attn.in_proj_qkv.weight"
     with progress.byte_progress("Converting [x]") as update:
         update(2 * 10**9, 7 * 10**9, tensor, "model-00003-of-00094.safetensors")
-        time.sleep(0.3)
+        wait_for("layers.17", err)
     lines = [ESCAPES.sub("", line) for line in re.split(r"[\r\n]", err.getvalue())]
     middle = next(line for line in lines if "layers.17" in line)
     assert middle.startswith("Converting [x] ━") and "2.0/7.0 GB" in middle
@@ -62,7 +70,7 @@ def test_progress_on_a_terminal_fits_its_line(consoles: Any) -> None:
 def test_a_failure_leaves_the_spinner_and_the_error_readable(consoles: Any) -> None:
     _, err = consoles(force_terminal=True, width=80)
     with pytest.raises(Qwen35Error), progress.spinner("Loading " + "[odd] name"):
-        time.sleep(0.2)
+        wait_for("Loading", err)
         raise Qwen35Error("no model")
     assert "Loading [odd] name" in ESCAPES.sub("", err.getvalue())
     # The cursor is shown again.
@@ -129,7 +137,7 @@ def test_a_bar_begins_where_an_earlier_run_ended_and_names_no_tensor_at_its_end(
     _, err = consoles(width=100, force_terminal=True, legacy_windows=False)
     with progress.byte_progress("Converting") as update:
         update(10**9, 4 * 10**9, "language_model.model.norm.weight", "model-1-of-2.safetensors")
-        time.sleep(0.15)
+        wait_for("norm.weight", err)
         update(4 * 10**9, 4 * 10**9, "model.b", "c.safetensors")
     lines = [line for line in drawn(err) if "Converting" in line]
     first = next(line for line in lines if "norm" in line)
@@ -153,9 +161,9 @@ def test_steps_are_counted_from_one(consoles: Any, is_terminal: bool) -> None:
     _, err = consoles(**(dict(width=80, force_terminal=True) if is_terminal else {}))
     with progress.step_progress("Checking") as update:
         update(0, 3, "router")
-        time.sleep(0.15 if is_terminal else 0)
+        wait_for("router", err)
         update(2, 3, "last")
-        time.sleep(0.15 if is_terminal else 0)
+        wait_for("last", err)
     text = "\n".join(drawn(err))
     assert "Checking: router (1/3)" in text and "Checking: last (3/3)" in text
     assert ("⠋" in text) == is_terminal

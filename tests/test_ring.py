@@ -198,7 +198,7 @@ def test_all_others_name_a_process_that_is_lost_and_end_in_time(
         assert stream
         assert stream.readline() == "ready\n"
         processes[victim].send_signal(sign)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         for rank, process in enumerate(processes):
             if rank != victim:
                 errors = process.communicate(timeout=end - time.monotonic())[1]
@@ -382,7 +382,7 @@ def test_messages_come_in_order_whatever_pieces_they_come_in(
     text = b"".join(json.dumps({"do": str(i)}).encode() + b"\n\n" for i in range(5))
     for start in range(0, len(text), 7):
         theirs.sendall(text[start : start + 7])
-    assert [reader.messages.get(timeout=5)["do"] for _ in range(5)] == list("01234")
+    assert [reader.messages.get(timeout=60)["do"] for _ in range(5)] == list("01234")
     reader.end()
     wait_for_threads("qwen35-mlx-link")
     ours.close()
@@ -392,7 +392,7 @@ def test_messages_come_in_order_whatever_pieces_they_come_in(
 def wait_for_threads(name: str) -> None:
     for thread in threading.enumerate():
         if thread.name == name:
-            thread.join(5)
+            thread.join(60)
 
 
 def test_what_is_forgotten_here_is_forgotten_by_all() -> None:

@@ -214,7 +214,7 @@ def test_a_dead_thread_is_noticed_and_started_again(own, monkeypatch):
         patch.setattr(Engine, "_go_on", die)
         answer = Answer(own.submit(ask("hi")))
         assert own._thread is not None
-        own._thread.join(10)
+        own._thread.join(60)
     assert isinstance(answer.end, Failed) and isinstance(answer.end.error, EngineStopped)
     assert not own.is_alive
     with pytest.raises(EngineStopped):
@@ -233,11 +233,16 @@ def test_a_cancelled_request_stops_within_a_piece_or_a_token(own, monkeypatch, w
     )
     request.stop_loops = False
     ticket = own.submit(request)
-    seen = []
-    for event in ticket.events():
+    seen: list[Any] = []
+
+    def take(event: Any) -> None:
         seen.append(event)
         if isinstance(event, Progress if while_reading else Token) and len(seen) > 3:
             ticket.cancel()
+
+    ticket.add_listener(take)
+    while not ticket.is_over:
+        threading.Event().wait(0.01)
     assert seen[-1].finish_reason == "cancelled"
     if while_reading:
         assert max(e.num_read for e in seen if isinstance(e, Progress)) < 1000
@@ -252,15 +257,19 @@ def test_a_short_question_does_not_wait_for_a_long_prompt(own, monkeypatch):
     request = Request(
         prompt=[5 + i % 2000 for i in range(450)], max_tokens=1, params=GREEDY, wants_progress=True
     )
-    long = own.submit(request)
-    begun = threading.Event()
-    long.add_listener(
-        lambda e: (order.append("piece"), begun.set()) if isinstance(e, Progress) else None
-    )
-    begun.wait(10)
-    short = own.submit(ask("hi", max_tokens=2))
-    short.add_listener(lambda e: order.append("token") if isinstance(e, Token) else None)
-    while not (long.is_over and short.is_over):
+    long, short = own.submit(request), []
+
+    def take(event: Any) -> None:
+        if isinstance(event, Progress):
+            order.append("piece")
+            if not short:
+                short.append(own.submit(ask("hi", max_tokens=2)))
+                short[0].add_listener(
+                    lambda e: order.append("token") if isinstance(e, Token) else None
+                )
+
+    long.add_listener(take)
+    while not (long.is_over and short[0].is_over):
         threading.Event().wait(0.01)
     at = order.index("token")
     assert order[at:].count("piece") > 3, "it came when the long prompt was nearly read"
@@ -342,6 +351,17 @@ def test_calls_that_come_back_without_thought_and_spaces_break_no_prefix(own):
 
 def _tight(call: Any) -> str:
     return json.dumps(call.arguments, separators=(",", ":"))
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_text(shared):
+    plain = Answer(shared.submit(ask(QUESTIONS[0], enable_thinking=False)))
+    stop = plain.text()[2:6]
+    request = ask(QUESTIONS[0], enable_thinking=False, stop=[stop])
+    stopped = Answer(shared.submit(request))
+    assert stopped.text() == plain.text()[:2]
+    assert (stopped.end.finish_reason, stopped.end.stop_text) == ("stop", stop)
+    assert stopped.tokens == plain.tokens[: len(stopped.tokens)]
+    assert len(stopped.tokens) < len(plain.tokens) - 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,6 +300,7 @@ def test_a_resumed_training_ends_like_one_that_was_never_stopped(tmp_path):
 
 
 def test_a_training_is_not_resumed_with_other_settings_or_a_damaged_state(tmp_path):
+    tmp_path = tmp_path / "runs" / "first"
     first = training(tmp_path, 1)
     assert first.run()[-1].step == 1
     # For whoever generates with it.
@@ -359,6 +361,32 @@ def test_training_that_does_not_fit_is_refused_with_the_numbers(monkeypatch):
     with pytest.raises(MemoryRefused, match="--batch-size"):
         require(less - 1)
     assert require(less - 1, force=True).total == less
+
+
+def test_train_says_what_it_does_and_does_it_once(run_cli, converted_demo, tmp_path):
+    data, out, png = write_data(tmp_path / "data", 2), tmp_path / "out", tmp_path / "loss.png"
+    options = ("--data", data, "--adapter-path", out, "--batch-size", "1", "--rank", "2")
+    options += ("--num-layers", "1", "--max-tokens", "20", "--validation-batches", "1")
+    made = run_cli("train", converted_demo, *options, "--steps", "1", "--png", png)
+    assert made.exit_code == 0, made.stderr
+    for line in (
+        r"\d+ examples of \d+ tokens, the longest 20; 2 to validate",
+        r"\d+ examples are longer than --max-tokens and were cut, 0 of them have nothing left",
+        r"memory: about \d+\.\d\d GB\n  .{42} +\d+\.\d{3} GB",
+        r"step 0: validation loss \d",
+        r"loss \d+\.\d{3}, \d+ tokens/s, 0\.\d\d GB, 0:00 left",
+    ):
+        assert re.search(line, made.stderr), (line, made.stderr)
+    assert re.fullmatch(
+        r"(validation loss \d+\.\d+ after step [01]\n){2}peak memory 0\.\d+ GB\n"
+        rf"adapter written to {re.escape(str(out))}\n",
+        made.stdout,
+    )
+    assert png.read_bytes().startswith(b"\x89PNG")
+    again = run_cli("train", converted_demo, *options, "--steps", "1")
+    assert again.exit_code == 1 and "--resume" in again.stderr
+    complete = run_cli("train", converted_demo, *options, "--steps", "1", "--resume")
+    assert complete.exit_code == 1 and "more --steps" in complete.stderr
 
 
 @pytest.mark.slow

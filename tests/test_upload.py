@@ -192,7 +192,15 @@ def test_the_licence_of_a_source_on_the_hub_is_kept(out, fake, monkeypatch):
     (out / "config.json").write_text(json.dumps(facts))
     monkeypatch.setattr(fake, "listing", lambda: {"id": REPO, "cardData": {"license": "mit"}})
     text = upload.prepare(out, "me/Tiny").card
-    assert 'license: "mit"' in text and f'base_model: "{REPO}"' in text
+    _, front, _ = text.split("---\n", 2)
+    assert {key: json.loads(value) for key, value in re.findall("(.+?): (.+)", front)} == {
+        "license": "mit",
+        "base_model": REPO,
+        "base_model_relation": "quantized",
+        "library_name": "mlx",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["mlx", "qwen35-mlx"],
+    }
     assert f"{REPO} at revision `abc`" in text
 
 

@@ -54,7 +54,7 @@ class Running:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         if self._thread.is_alive():
             faulthandler.dump_traceback()
             raise AssertionError("the server does not stop")
@@ -70,7 +70,7 @@ class Running:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> SimpleNamespace:
         """One request: status, headers, text, and the JSON if it is some."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         try:
             connection.request(method, path, data, headers or {})

@@ -39,7 +39,7 @@ def test_a_prompt_that_is_refused_ends_those_before_it(server):
     server.engine.say = [60.0]
     assert ask(server, ["one", "two " * 5000]).status == 400
     (ticket,) = server.engine.tickets
-    assert ticket.is_cancelled.wait(2)
+    assert ticket.is_cancelled.wait(30)
 
 
 def test_ids_are_prompts(server):

@@ -20,7 +20,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 
 def asked(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path)
     answer = connection.getresponse()
     got = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
@@ -66,7 +66,7 @@ def test_a_server_that_still_loads_ends_at_once():
     while not server.started:
         time.sleep(0.002)
     server.should_exit = True
-    thread.join(5)
+    thread.join(30)
     assert not thread.is_alive() and server.app is None
     loads.set()
     bound.close()
@@ -80,7 +80,7 @@ def test_neither_a_deaf_client_nor_a_stuck_engine_holds_the_end(start, tokenizer
     engine = FakeEngine(tokenizer)
     engine.say = ["word " * 2000] * 2000
     stuck = threading.Event()
-    monkeypatch.setattr(engine, "stop", lambda finish=False: stuck.wait(20))
+    monkeypatch.setattr(engine, "stop", lambda finish=False: stuck.wait(60))
     server = Running(engine, tokenizer)
     deaf = socket.create_connection(("127.0.0.1", server.port))
     server.send(deaf, "/v1/chat/completions", CHAT | {"stream": True})
@@ -88,7 +88,7 @@ def test_neither_a_deaf_client_nor_a_stuck_engine_holds_the_end(start, tokenizer
         time.sleep(0.005)
     began = time.monotonic()
     server.stop()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 18
     stuck.set()
     deaf.close()
 

@@ -1,5 +1,7 @@
 """Who may use the server: hosts, origins, keys, and how many at a time."""
 
+import time
+
 import pytest
 from server.fake_engine import FakeEngine
 from server.running import MODEL
@@ -110,9 +112,7 @@ def test_health_is_red_while_the_engine_is_dead_and_it_is_started_again(start, t
     engine.is_alive = False
     answer = server.get("/health")
     assert answer.status == 503 or engine.num_restarts
-    import time
-
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while not engine.num_restarts and time.monotonic() < end:
         time.sleep(0.01)
     assert engine.num_restarts == 1 and server.get("/health").json["status"] == "ok"

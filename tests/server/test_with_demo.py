@@ -43,15 +43,17 @@ def test_a_client_that_leaves_in_a_long_prompt_ends_its_work(live_server, stream
     sock = socket.create_connection(("127.0.0.1", live_server.port))
     sock.sendall(request)
     engine = live_server.engine
-    end = time.monotonic() + 20
+    generated = engine.stats()["generated_tokens"]
+    end = time.monotonic() + 60
     while not engine.stats()["running"] and time.monotonic() < end:
         time.sleep(0.01)
     assert engine.stats()["running"] == 1
     sock.close()
-    left = time.monotonic()
-    while engine.stats()["running"] and time.monotonic() < left + 20:
+    while engine.stats()["running"] and time.monotonic() < end:
         time.sleep(0.01)
-    assert engine.stats()["running"] == 0 and time.monotonic() - left < 10
+    assert engine.stats()["running"] == 0
+    # It did not come to the answer.
+    assert engine.stats()["generated_tokens"] == generated
 
 
 def test_broken_requests_are_all_answered(live_server):
