@@ -73,22 +73,21 @@ class Settings:
         files = [file for file in folder.glob("*.safetensors") if file.is_file()]
         card = folder / "config.json"
         num_parameters, bits = _parameters(model)
-        values: dict[str, Any] = {
-            "context_length": config.context_length,
-            "vocab_size": config.vocab_size,
-            "defaults": model.sampling_defaults,
-            "num_bytes": sum(file.stat().st_size for file in files),
-            "digest": hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else "",
-            "num_parameters": num_parameters,
-            "parameter_size": f"{num_parameters / 1e6:.1f}M"
-            if num_parameters < 1e9
-            else f"{num_parameters / 1e9:.1f}B",
-            "quantization": f"{bits}-bit" if bits else "",
-            "template": template,
-            "sees": getattr(tokenizer, "vision", None) is not None,
-            "json_calls": "<function=" not in template,
-        }
-        return cls(**(values | given))
+        unit, sign = (1e6, "M") if num_parameters < 1e9 else (1e9, "B")
+        return cls(
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            defaults=model.sampling_defaults,
+            num_bytes=sum(file.stat().st_size for file in files),
+            digest=hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else "",
+            num_parameters=num_parameters,
+            parameter_size=f"{num_parameters / unit:.1f}{sign}",
+            quantization=f"{bits}-bit" if bits else "",
+            template=template,
+            sees=getattr(tokenizer, "vision", None) is not None,
+            json_calls="<function=" not in template,
+            **given,
+        )
 
 
 def _parameters(model: Any) -> tuple[int, int]:
