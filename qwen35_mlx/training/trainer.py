@@ -101,13 +101,7 @@ class Training:
         use(self.model, PORTABLE)
         mx.random.seed(s.seed)
         self.modules = add_new(
-            self.model,
-            s.keys,
-            rank=s.rank,
-            scale=s.scale,
-            dropout=s.dropout,
-            kind=s.kind,
-            num_layers=num_layers,
+            self.model, s.keys, num_layers, s.rank, s.scale, dropout=s.dropout, kind=s.kind
         )
         for layer in self.model.layers:
             if not layer.is_linear:
