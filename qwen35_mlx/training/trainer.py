@@ -215,8 +215,7 @@ class Training:
             )
         try:
             arrays, metadata = cast(
-                tuple[dict[str, mx.array], dict[str, str]],
-                mx.load(str(file), return_metadata=True),
+                tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
             )
             identity = json.loads(metadata["identity"])
             history = [Step(**step) for step in json.loads(metadata["history"])]
