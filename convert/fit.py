@@ -35,13 +35,7 @@ from qwen35_mlx.quant.recipes import recipe as named_recipe
 from qwen35_mlx.quant.statistics import Calibration, Setting, typical_errors, unit_of
 
 from .hub import open_any
-from .mac_models import (
-    BANDWIDTH_LIMIT,
-    MACS,
-    activation_bytes,
-    bytes_per_token,
-    tokens_per_second,
-)
+from .mac_models import BANDWIDTH_LIMIT, MACS, activation_bytes, bytes_per_token, tokens_per_second
 from .plan import DEFAULT_METHOD, DISTILL, Entry, Plan, Recipe, plan
 from .shards import text_header_bytes
 from .source import Source

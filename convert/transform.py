@@ -61,11 +61,7 @@ def read_segment(segment: Segment) -> np.ndarray:
     return dequantize_fp8(rows, factors, segment.block[1])
 
 
-def transform(
-    task: Task,
-    rows: np.ndarray,
-    known: Known = NOTHING,
-) -> list[mx.array]:
+def transform(task: Task, rows: np.ndarray, known: Known = NOTHING) -> list[mx.array]:
     """The output rows of a task: the weight, or weight, scales and biases."""
     entry, segment, adapter = task.entry, task.segment, known.adapter
     if known.distilled and (

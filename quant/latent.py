@@ -20,8 +20,6 @@ BETAS = [0.9, 0.98]
 WARM_UP, LAST_RATE = 0.05, 0.1
 # Share of the steps after which all codes are settled; the rest is for scales and biases.
 SETTLED, POWER = 0.85, 1.5
-# One batch in so many is held out.
-HELD_SHARE = 32
 # Weights that are sorted, of each matrix at each step.
 SORTED = 2**20
 
@@ -129,7 +127,7 @@ def train(
     out; where training made their loss no smaller than that of the latents' parts, these stay.
     Deterministic for a seed.
     """
-    num_held = min(max(num_batches // HELD_SHARE, 1), num_batches)
+    num_held = min(max(num_batches // 8, 1), num_batches)
     held = range(num_batches - num_held, num_batches)
     at: Any = {
         name: latent.start if schedule.codes else latent.start | {"codes": latent.codes}

@@ -401,7 +401,7 @@ def test_experts_have_the_room_that_keys_and_values_in_few_bits_leave(
         monkeypatch.setattr(module, "sweep_bytes", lambda *_: 0)
     become_small(resident, config, context, monkeypatch)
     model, _ = load_model(converted_demo, context=context, kv_bits=kv_bits)
-    assert model.kv_bits == (8, 8)
+    assert model.config.kv_bits == (8, 8)
     assert model.experts.num_slots == 5
     assert caplog.text.count("YaRN") == 1
     with pytest.raises(MemoryRefused, match="with experts from disk: too little memory"):

@@ -212,9 +212,9 @@ def test_eight_bits_are_taken_where_sixteen_do_not_fit(
 
     monkeypatch.setattr(memory, "allow", strict)
     model, _ = load_model(converted_demo)
-    assert model.kv_bits == (8, 8) and "8 bits" in caplog.text
+    assert model.config.kv_bits == (8, 8) and "8 bits" in caplog.text
     assert model.mtp is None or model.config.num_mtp_layers
-    assert load_model(converted_demo, kv_bits="k8v4")[0].kv_bits == (8, 4)
+    assert load_model(converted_demo, kv_bits="k8v4")[0].config.kv_bits == (8, 4)
     with pytest.raises(MemoryRefused):
         load_model(converted_demo, kv_bits=16)
 

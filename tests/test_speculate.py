@@ -286,7 +286,7 @@ def interrupt(patch: pytest.MonkeyPatch, cache: PromptCache, where: str) -> None
         ids = type("Ids", (list,), {"append": append})(cache.ids)
         patch.setattr(cache, "_ids", ids)
     else:
-        patch.setattr(prompt_cache, "accept", accept)
+        patch.setattr(prompt_cache.caches, "accept", accept)
 
 
 @pytest.mark.parametrize("where", everyday(["commit", "accept"], 0))

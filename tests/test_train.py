@@ -47,7 +47,7 @@ def tiny_model(kind: str, moe: bool, adapter: str, seed: int = 0) -> Model:
     mx.random.seed(seed)
     model = Model(tiny_config(kind, moe))
     keys = DEFAULT_KEYS + (EXPERT_KEYS if adapter == LORA else ())
-    add_new(model, keys, rank=2, scale=2.0, dropout=0.0, kind=adapter, num_layers=2)
+    add_new(model, keys, num_layers=2, rank=2, scale=2.0, dropout=0.0, kind=adapter)
     changed = [
         (name, 0.1 * mx.random.normal(array.shape) if name.endswith("lora_b") else array)
         for name, array in tree_flatten(model.trainable_parameters())

@@ -106,7 +106,7 @@ class Interrupts:
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        step, commit, accept = PromptCache.step, PromptCache.commit, prompt_cache.accept
+        step, commit, accept = PromptCache.step, PromptCache.commit, prompt_cache.caches.accept
         in_step = False
 
         def stepping(cache: PromptCache, tokens: mx.array) -> mx.array:
@@ -137,7 +137,7 @@ class Interrupts:
         with (
             mock.patch.object(PromptCache, "step", stepping),
             mock.patch.object(PromptCache, "commit", committing),
-            mock.patch.object(prompt_cache, "accept", accepting),
+            mock.patch.object(prompt_cache.caches, "accept", accepting),
         ):
             yield
 

@@ -193,10 +193,22 @@ def gather_checked(
     tensors that the index does not list are left alone, or refused if `strict`; but a vision tower
     or an MTP layer in a file of its own is taken.
     """
-    tensors = _gather_main(where, present, index, headers, strict)
-    files = {tensor.file.name for tensor in tensors.values()}
+    if index is None:
+        tensors = gather(headers(_files_without_index(where, present, strict)))
+    else:
+        files = set(index.values())
+        if missing := sorted(files - set(present)):
+            raise CheckpointError(
+                f"{some(missing)} named in {INDEX_FILE} is not in the folder",
+                got=f"{len(missing)} missing of {len(files)} files",
+                expected="every file of the index",
+                hint="the download may not be complete",
+            )
+        tensors = gather(headers(sorted(files)))
+        _check_index(index, present, tensors, strict)
+    read = {tensor.file.name for tensor in tensors.values()}
     for pattern, belongs in SIDECARS.items():
-        beside = sorted(file for file in present if fnmatch(file, pattern) and file not in files)
+        beside = sorted(file for file in present if fnmatch(file, pattern) and file not in read)
         if not beside or any(map(belongs, tensors)):
             continue
         found = gather(headers(beside))
@@ -212,28 +224,8 @@ def is_sidecar(file: str) -> bool:
     return any(fnmatch(file, pattern) for pattern in SIDECARS)
 
 
-def _gather_main(
-    where: str | Path,
-    present: Collection[str],
-    index: Mapping[str, str] | None,
-    headers: Callable[[Iterable[str]], Iterable[list[SourceTensor]]],
-    strict: bool,
-) -> dict[str, SourceTensor]:
-    if index is not None:
-        _check_present(index.values(), present)
-        tensors = gather(headers(sorted(set(index.values()))))
-        _check_index(index, tensors, strict)
-        shards = {f for f in present if f.startswith("model") and not is_sidecar(f)}
-        stale = shards - set(index.values())
-        unlisted = sorted(tensors.keys() - index.keys()) or sorted(stale)
-        if unlisted and strict:
-            raise CheckpointError(
-                f"the folder holds weights that {INDEX_FILE} does not list",
-                got=some(unlisted),
-                expected="index and files that agree",
-                hint="remove the files of another download, or the index if it is out of date",
-            )
-        return tensors
+def _files_without_index(where: str | Path, present: Collection[str], strict: bool) -> list[str]:
+    """model.safetensors, else those of the model's name, else all."""
     if not present:
         raise CheckpointError(
             f"no weights in {where}",
@@ -244,25 +236,16 @@ def _gather_main(
     whole = "model.safetensors"
     others = sorted(file for file in present if not is_sidecar(file)) or sorted(present)
     named = [file for file in others if strict or file.startswith("model")]
-    return gather(headers([whole] if whole in present else named or others))
-
-
-def _check_present(wanted: Iterable[str], present: Iterable[str]) -> None:
-    """Every file of the index must be there."""
-    wanted = set(wanted)
-    if missing := sorted(wanted - set(present)):
-        raise CheckpointError(
-            f"{some(missing)} named in {INDEX_FILE} is not in the folder",
-            got=f"{len(missing)} missing of {len(wanted)} files",
-            expected="every file of the index",
-            hint="the download may not be complete",
-        )
+    return [whole] if whole in present else named or others
 
 
 def _check_index(
-    index: Mapping[str, str], tensors: Mapping[str, SourceTensor], strict: bool
+    index: Mapping[str, str],
+    present: Collection[str],
+    tensors: Mapping[str, SourceTensor],
+    strict: bool,
 ) -> None:
-    """Every tensor of the index must be there, and in its file if `strict`."""
+    """Every tensor of the index must be there; if `strict`, in its file, and no other ones."""
     wrong = sorted(
         name
         for name, file in index.items()
@@ -274,6 +257,15 @@ def _check_index(
             got=f"{some(wrong)}, not in {index[wrong[0]]}",
             expected="every tensor of the index in its file",
             hint="download or convert the folder again",
+        )
+    shards = {f for f in present if f.startswith("model") and not is_sidecar(f)}
+    unlisted = sorted(tensors.keys() - index.keys()) or sorted(shards - set(index.values()))
+    if unlisted and strict:
+        raise CheckpointError(
+            f"the folder holds weights that {INDEX_FILE} does not list",
+            got=some(unlisted),
+            expected="index and files that agree",
+            hint="remove the files of another download, or the index if it is out of date",
         )
 
 

@@ -11,29 +11,12 @@ from typing import Any
 
 from ..config import ModelConfig, VisionConfig
 from ..errors import CheckpointError
-from .formats import (
-    ACTIVATION_SCALE,
-    BUFFER,
-    SCALE,
-    Block,
-    fp8_block,
-    is_mlx_layout,
-    mtp_norms_are_shifted,
-)
+from . import formats, tensor_table
+from .formats import SCALE, Block
 from .headers import FLOATS, FP8, SourceTensor, some
 from .names import TOWER, TRUNK, bare, by_bare_name, fold, is_mtp, is_of_tower, natural, output_name
 from .quantization import MODES, Claims, Quantization, infer
-from .tensor_table import (
-    Role,
-    Row,
-    Transform,
-    filled,
-    model_sizes,
-    output_shape,
-    shape_of,
-    walk,
-    walk_mtp,
-)
+from .tensor_table import Role, Row, Transform, filled, output_shape
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +118,7 @@ def resolve(raw_config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) 
     Missing, unknown and misshapen tensors are collected and raised as one CheckpointError.
     """
     config = ModelConfig.from_hf(raw_config)
-    block, named = fp8_block(raw_config, tensors), by_bare_name(tensors)
+    block, named = formats.fp8_block(raw_config, tensors), by_bare_name(tensors)
     if any(map(is_of_tower, named)):
         if raw_config.get("vision_config") is None:
             log.warning("no vision_config in config.json: the vision tower is kept, but cannot run")
@@ -181,16 +164,20 @@ class _Resolver:
     copies: list[tuple[SourceTensor, SourceTensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.sizes = model_sizes(self.config)
-        self.is_mlx = is_mlx_layout(self.config, self.tensors)
+        self.sizes = tensor_table.model_sizes(self.config)
+        self.is_mlx = formats.is_mlx_layout(self.config, self.tensors)
         self.claims = Claims(self.raw_config)
 
     def run(self) -> Resolved:
-        ignored = [n for n in self.tensors if ACTIVATION_SCALE.search(n) or BUFFER.search(n)]
+        ignored = [
+            n
+            for n in self.tensors
+            if formats.ACTIVATION_SCALE.search(n) or formats.BUFFER.search(n)
+        ]
         self.used |= set(ignored)
         mtp = self._mtp()
         matches = []
-        for row, layer in walk(self.config):
+        for row, layer in tensor_table.walk(self.config):
             if is_mtp(row.source):
                 matches += mtp
             matches += self._match(row, layer, self.is_mlx)
@@ -213,9 +200,11 @@ class _Resolver:
         stored = {n: t for n, t in self.tensors.items() if is_mtp(n)}
         if not stored:
             return []
-        is_mlx = self.is_mlx and mtp_norms_are_shifted(self.raw_config, stored.values())
+        is_mlx = self.is_mlx and formats.mtp_norms_are_shifted(self.raw_config, stored.values())
         used, self.used = self.used, set(self.used)
-        matches = [m for row in walk_mtp(self.config) for m in self._match(row, 0, is_mlx)]
+        matches = [
+            m for row in tensor_table.walk_mtp(self.config) for m in self._match(row, 0, is_mlx)
+        ]
         self.problems |= {n: ("unknown", "") for n in stored if n not in self.used}
         if not self.problems:
             return matches
@@ -254,7 +243,7 @@ class _Resolver:
             return
         source, name = filled(row.source, layer), filled(row.output or row.source, layer)
         transform = Transform.KEEP if is_mlx else row.transform
-        shape = shape_of(row.shape, self.sizes)
+        shape = tensor_table.shape_of(row.shape, self.sizes)
         if row.transform is Transform.CHANNELS_LAST:
             transform = self._patch_transform(name, source, shape, transform)
         if transform is not row.transform:
@@ -318,7 +307,7 @@ class _Resolver:
         )
 
     def _ranges(self, groups: str, widths: str, parts: tuple[int, ...]) -> list[tuple[int, int]]:
-        *starts, width = accumulate(shape_of(widths, self.sizes), initial=0)
+        *starts, width = accumulate(tensor_table.shape_of(widths, self.sizes), initial=0)
         ends = [*starts[1:], width]
         return [
             (group * width + starts[part], group * width + ends[part])

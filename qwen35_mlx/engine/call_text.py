@@ -12,12 +12,7 @@ from .tool_calls import FUNCTION, ToolCall, read_json_calls, read_xml, tool_name
 from .tool_values import Schema
 
 THINK, THINK_END, CALL, CALL_END = "\ud800", "\ud801", "\ud802", "\ud803"
-TAGS = {
-    THINK: THINK_OPEN,
-    THINK_END: THINK_CLOSE,
-    CALL: "<tool_call>",
-    CALL_END: "</tool_call>",
-}
+TAGS = {THINK: THINK_OPEN, THINK_END: THINK_CLOSE, CALL: "<tool_call>", CALL_END: "</tool_call>"}
 FUNCTION_OPEN, FUNCTION_CLOSE, PARAMETER_OPEN = "<function=", "</function>", "<parameter="
 VALUE_CLOSE = "</parameter>"
 XML_END = re.compile(rf"{VALUE_CLOSE}\s*{FUNCTION_CLOSE}")

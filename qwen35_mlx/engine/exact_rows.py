@@ -44,7 +44,7 @@ def kernel_rows(tiers: Tiers, is_moe: bool, kv_bits: tuple[int, int] | None = No
 
 
 def _exact_rows_of(model: Model) -> int:
-    most = min(kernel_rows(model.kernels, model.config.is_moe, model.kv_bits), MAX_ROWS)
+    most = min(kernel_rows(model.kernels, model.config.is_moe, model.config.kv_bits), MAX_ROWS)
     # Tried, for some weights are read by no kernel, and then MLX multiplies.
     return next((rows for rows in (8, 4, 2) if rows <= most and rows_agree(model, rows)), 1)
 

@@ -14,14 +14,7 @@ from ..errors import PromptError, Qwen35Error
 from ..media.tokens import MediaToken
 from ..model.cache import cached_tokens
 from ..model.language import Model
-from ..prompt import (
-    Prompt,
-    banned_ids,
-    check_ids,
-    check_length,
-    encode_prompt,
-    without_media,
-)
+from ..prompt import Prompt, banned_ids, check_ids, check_length, encode_prompt, without_media
 from .decode import decode, log_probabilities
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache

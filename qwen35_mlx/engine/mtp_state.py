@@ -26,7 +26,7 @@ class MTPState:
 
     def __init__(self, model: Model, layer: MTP):
         self.model, self.layer = model, layer
-        self.cache = KVCache(model.kv_bits)
+        self.cache = KVCache(model.config.kv_bits)
         # `[1, M, H]`, of the last M tokens of the sequence; None where they are not known.
         self.hidden: mx.array | None = None
 

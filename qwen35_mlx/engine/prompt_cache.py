@@ -14,16 +14,8 @@ import mlx.core as mx
 from ..errors import Qwen35Error
 from ..media.tokens import MediaToken
 from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
-from ..model.cache import (
-    ArraysCache,
-    CacheEntry,
-    KVCache,
-    Snapshot,
-    accept,
-    fork,
-    restore,
-    snapshot,
-)
+from ..model import cache as caches
+from ..model.cache import CacheEntry, Snapshot
 from ..model.language import Model
 from ..model.rope import media_positions
 from ..model.sweep import Kept, Sweep, piece_ends, read_by_layer, sweep_ends
@@ -72,7 +64,7 @@ class PromptCache:
         self._ids = list(ids)
         self._piece_size = PieceSize()
         # The position of the next token less the number of tokens: behind pictures it is below 0.
-        self._rope_delta = rope_delta(self._ids)
+        self.rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
         # While its recurrent states are those of a batch: its end is no point to go back to.
@@ -94,18 +86,13 @@ class PromptCache:
     @property
     def can_go_back(self) -> bool:
         """Whether tokens of a pass can be taken back: not in caches of mlx-lm."""
-        own = all(isinstance(entry, KVCache | ArraysCache) for entry in self._entries)
+        own = all(isinstance(entry, caches.KVCache | caches.ArraysCache) for entry in self._entries)
         return own and isinstance(self.model, Model)
 
     @property
     def ids(self) -> Sequence[int]:
         """The token ids that were read; do not change them."""
         return self._ids
-
-    @property
-    def rope_delta(self) -> int:
-        """The position of the next token less the number of tokens."""
-        return self._rope_delta
 
     @property
     def in_use(self) -> bool:
@@ -189,7 +176,7 @@ class PromptCache:
     def _read_all(self, piece: list[int], last_only: bool, sweep: Sweep | None) -> mx.array:
         entries = self.entries
         self._is_consistent = False
-        start, delta = len(self._ids), self._rope_delta
+        start, delta = len(self._ids), self.rope_delta
         feeds_mtp = bool(self.mtp and self.feeds_mtp)
         wants_last, last_only = last_only, last_only and not feeds_mtp
         positions = embeddings = None
@@ -210,17 +197,17 @@ class PromptCache:
                 entries,
                 embeddings=embeddings,
                 positions=positions,
-                rope_delta=self._rope_delta,
+                rope_delta=self.rope_delta,
                 last_only=last_only,
             )
         if self.mtp and self.feeds_mtp:
-            self.mtp.read(hidden, piece, embeddings, positions, self._ids, self._rope_delta)
+            self.mtp.read(hidden, piece, embeddings, positions, self._ids, self.rope_delta)
             hidden = hidden[:, -1:] if wants_last else hidden
         elif self.mtp:
             self.mtp.hidden = None
         mx.eval(hidden, self._held())
         self._ids += piece
-        self._rope_delta = delta
+        self.rope_delta = delta
         self._is_consistent = True
         for num_tokens, kept in points.items():
             at = start + num_tokens
@@ -238,7 +225,7 @@ class PromptCache:
         entries = self.entries
         self._is_consistent = False
         # A pass of one token is as it would be if nothing could be taken back.
-        keep, delta = len(tokens) > 1, self._rope_delta
+        keep, delta = len(tokens) > 1, self.rope_delta
         hidden = self.model.trunk(tokens[None], entries, keep_states=keep, rope_delta=delta)
         self._pass = hidden, len(self._ids)
         return hidden
@@ -275,10 +262,10 @@ class PromptCache:
         if hidden.shape[1] > 1:
             # An interrupt may come when some layers have accepted them and others have not.
             self._is_consistent = False
-            accept(self._entries, num_committed)
+            caches.accept(self._entries, num_committed)
             self._is_consistent = True
         if self.mtp and self.feeds_mtp:
-            self.mtp.keep(hidden[:, :num_committed], self._ids, self._rope_delta)
+            self.mtp.keep(hidden[:, :num_committed], self._ids, self.rope_delta)
         elif self.mtp:
             self.mtp.hidden = None
 
@@ -289,7 +276,7 @@ class PromptCache:
         self._end_pass()
         if not self.mtp:
             return []
-        return self.mtp.draft(token, num_drafts, self._ids, self._rope_delta, draw)
+        return self.mtp.draft(token, num_drafts, self._ids, self.rope_delta, draw)
 
     def settle(self) -> None:
         """Evaluate the caches: a lazy array cannot be used by another thread."""
@@ -308,7 +295,7 @@ class PromptCache:
 
     def end(self) -> Snapshot:
         """The point behind all ids, which is not remembered."""
-        point = snapshot(self.all_entries, len(self._ids), self._rope_delta)
+        point = caches.snapshot(self.all_entries, len(self._ids), self.rope_delta)
         point.mtp_hidden = self.mtp.hidden if self.mtp else None
         return point
 
@@ -336,7 +323,7 @@ class PromptCache:
         self._pass = None
         if kept == 0:
             self._entries = self.model.make_cache()
-            self._rope_delta = 0
+            self.rope_delta = 0
             self.mtp = self.mtp and MTPState(self.model, self.mtp.layer)
         elif kept < len(self._ids) or not self._is_consistent:
             self._return_to(self.snapshots[kept])
@@ -349,8 +336,8 @@ class PromptCache:
 
     def _return_to(self, point: Snapshot) -> None:
         """Bring the layer caches to a point; the ids behind it are for the caller to drop."""
-        restore(self.all_entries, point)
-        self._rope_delta = point.rope_delta
+        caches.restore(self.all_entries, point)
+        self.rope_delta = point.rope_delta
         if self.mtp:
             self.mtp.hidden = point.mtp_hidden
 
@@ -360,11 +347,11 @@ class PromptCache:
             return PromptCache(self.model, features=self.features)
         # Without a snapshot there, it is the end.
         point = self.snapshots.get(num_tokens) or self.end()
-        forked = fork(self.all_entries, point)
+        forked = caches.fork(self.all_entries, point)
         num_layers = len(self._entries)
         copy = PromptCache(self.model, self._ids[:num_tokens], forked[:num_layers], self.features)
         if copy.mtp:
-            copy.mtp.cache, copy.mtp.hidden = cast(KVCache, forked[-1]), point.mtp_hidden
+            copy.mtp.cache, copy.mtp.hidden = cast(caches.KVCache, forked[-1]), point.mtp_hidden
         copy.snapshots = {n: s for n, s in self.snapshots.items() if n <= num_tokens}
         return copy
 

@@ -115,10 +115,7 @@ def measure(
 
 
 def measure_in_turns(
-    programs: Programs,
-    prompt: list[int],
-    num_runs: int,
-    clock: Clock = time.perf_counter,
+    programs: Programs, prompt: list[int], num_runs: int, clock: Clock = time.perf_counter
 ) -> dict[str, list[Run]]:
     """`num_runs` of each program, forwards, then backwards: who runs first must not matter."""
     runs: dict[str, list[Run]] = {name: [] for name in programs}

@@ -73,10 +73,7 @@ def qk_norm_rope_kernel(*arrays: mx.array, eps: float) -> tuple[mx.array, mx.arr
         ],
         grid=(32, num_heads + num_kv_heads, batch * num_tokens),
         threadgroup=(32, 1, 1),
-        output_shapes=[
-            (batch, num_heads, num_tokens, dim),
-            (batch, num_kv_heads, num_tokens, dim),
-        ],
+        output_shapes=[(batch, num_heads, num_tokens, dim), (batch, num_kv_heads, num_tokens, dim)],
         output_dtypes=[q_gate.dtype] * 2,
     )
     return q, k

@@ -200,11 +200,7 @@ def _delta_step(m: Member, s: Setting) -> Case:
         again = delta_step(behind, None, kernels, tape)
         return [*results, out, *kept.states(), *again]
 
-    return Case(
-        run,
-        qkv,
-        2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes,
-    )
+    return Case(run, qkv, 2 * state.nbytes + 2 * conv_state.nbytes + qkv.nbytes + 2 * z.nbytes)
 
 
 def _qk_norm_rope(m: Member, s: Setting) -> Case:

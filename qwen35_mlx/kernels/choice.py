@@ -23,9 +23,7 @@ def require(kernels: str) -> None:
     """Raise Qwen35Error for what is none of the choices, or cannot be had here."""
     if kernels not in KERNELS:
         raise Qwen35Error(
-            "no such choice of kernels",
-            got=repr(kernels),
-            expected=", ".join(map(repr, KERNELS)),
+            "no such choice of kernels", got=repr(kernels), expected=", ".join(map(repr, KERNELS))
         )
     if kernels == METAL and (problem := unavailable()):
         raise Qwen35Error(

@@ -12,21 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .matrix import (
-    CONVERT,
     FLOATS,
+    SIMDGROUPS,
     Matrix,
     lanes_per_row,
     matrices,
     names,
     rows_per_simdgroup,
-    token_class,
+    template,
 )
-from .metal import Template, kernel
+from .metal import kernel
 from .router import Routing
 from .switch import swiglu
 from .tiers import PORTABLE, Tiers
-
-SIMDGROUPS = 2
 
 
 def expert_gate_up(
@@ -136,7 +134,8 @@ def expert_gate_up_kernel(
     )(
         inputs=[*inputs, *(a for w in weights.values() for a in w.arrays)],
         template=[
-            *_template(weights, num_tokens, lanes, num_pairs // num_tokens),
+            *template(weights, num_tokens, lanes),
+            ("K", num_pairs // num_tokens),
             ("ROWS", rows),
             ("ROUTED_ROWS", routed_rows),
             ("NORM", norm is not None),
@@ -185,7 +184,8 @@ def expert_down_kernel(
         ],
         template=[
             ("T", residual.dtype),
-            *_template(weights, num_tokens, lanes, per_token),
+            *template(weights, num_tokens, lanes),
+            ("K", per_token),
             ("ROWS", rows),
         ],
         grid=(blocks * SIMDGROUPS * 32, 1, 1),
@@ -194,10 +194,3 @@ def expert_down_kernel(
         output_dtypes=[residual.dtype],
     )
     return y
-
-
-def _template(weights: dict[str, Matrix], num_tokens: int, lanes: int, per_token: int) -> Template:
-    """Template arguments that both kernels have."""
-    template = [t for prefix, w in weights.items() for t in w.template(prefix)]
-    template += [("TOKENS", token_class(num_tokens)), ("LANES", lanes), ("K", per_token)]
-    return [*template, ("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]

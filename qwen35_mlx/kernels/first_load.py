@@ -2,15 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
-from ..config import ModelConfig
 from ..errors import Qwen35Error
 from . import checks, choice, measure, verdicts
-from .checks import Check, Setting
+from .checks import Setting
 from .tiers import Tiers
-from .verdicts import Format, Verdict
+from .verdicts import Verdict
 
 # What is not measured by then is measured at the next load.
 LIMIT_S = 5.0
@@ -22,57 +21,33 @@ def tiers_of(model: Any) -> Tiers:
 
     Prefill is left to the doctor: on what MLX has until that found it slower.
     """
-    formats = choice.formats_of(model)
-    known = verdicts.read()
-    missing = list(_missing(model.config, formats, known))
-    if missing:
-        start = time.monotonic()
-        found = _measure(model.config, missing, start)
-        known += found
-        chosen = choice.measured(known, model.config, formats)
-        _tell(found, chosen, time.monotonic() - start)
-        return chosen
-    return choice.measured(known, model.config, formats)
-
-
-def _missing(
-    config: ModelConfig, formats: dict[str, Format], known: list[Verdict]
-) -> Iterator[tuple[Check, Setting]]:
-    """Single tokens first: they are what most time goes to."""
-    shape = verdicts.shape_of(verdicts.member_of(config))
-    by_key = {v.key: v for v in known}
-    for i, num_tokens in enumerate(choice.TOKENS):
-        for check in checks.CHECKS:
-            if check.is_prefill or (check.needs_experts and not config.is_moe):
-                continue
-            form = formats[check.op]
-            # Slower for fewer tokens is enough to know.
-            before = [by_key.get((check.op, shape, *form, n)) for n in choice.TOKENS[:i]]
-            if any(v is not None and not v.is_faster for v in before):
-                continue
-            if (check.op, shape, *form, num_tokens) not in by_key:
-                yield check, Setting.of(form, num_tokens)
-
-
-def _measure(
-    config: ModelConfig, missing: list[tuple[Check, Setting]], start: float
-) -> list[Verdict]:
-    """As many as the time allows, stored."""
+    formats, config = choice.formats_of(model), model.config
     member = verdicts.member_of(config)
+    known = {v.key: v for v in verdicts.read()}
     found: list[Verdict] = []
-    refused: set[str] = set()
-    for check, setting in missing:
+    start = time.monotonic()
+    # Single tokens first: they are what most time goes to.
+    for num_tokens, check in product(choice.TOKENS, checks.CHECKS):
+        if check.is_prefill or (check.needs_experts and not config.is_moe):
+            continue
+        about = check.op, verdicts.shape_of(member), *formats[check.op]
+        # Slower for fewer tokens is enough to know.
+        fewer = [known[*about, n] for n in choice.TOKENS if (*about, n) in known and n < num_tokens]
+        if (*about, num_tokens) in known or not all(v.is_faster for v in fewer):
+            continue
         if time.monotonic() - start > LIMIT_S:
             break
-        if check.op not in refused:
-            found.append(measure.judge(check, member, setting, ROUNDS))
-            if not found[-1].is_faster:
-                refused.add(check.op)
-    try:
-        verdicts.write(found)
-    except Qwen35Error as error:
-        sys.stderr.write(f"{error}\n")
-    return found
+        setting = Setting.of(formats[check.op], num_tokens)
+        found.append(measure.judge(check, member, setting, ROUNDS))
+        known[*about, num_tokens] = found[-1]
+    chosen = choice.measured(known.values(), config, formats)
+    if found:
+        try:
+            verdicts.write(found)
+        except Qwen35Error as error:
+            sys.stderr.write(f"{error}\n")
+        _tell(found, chosen, time.monotonic() - start)
+    return chosen
 
 
 def _tell(found: list[Verdict], chosen: Tiers, taken_s: float) -> None:

@@ -18,11 +18,7 @@ TILE_COLUMNS = 128
 
 
 def expert_mlp(
-    x: mx.array,
-    indices: mx.array,
-    scores: mx.array,
-    experts: SwitchGLU,
-    kernels: Tiers = PORTABLE,
+    x: mx.array, indices: mx.array, scores: mx.array, experts: SwitchGLU, kernels: Tiers = PORTABLE
 ) -> mx.array:
     """Weighted sum of SwiGLU experts, `[N, H]` in x's type.
 
@@ -62,12 +58,7 @@ def num_matrix_macs(counts: list[int], in_dims: int, out_dims: int) -> int:
 
 
 def grouped_expert_mlp(
-    x: mx.array,
-    indices: mx.array,
-    scores: mx.array,
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
+    x: mx.array, indices: mx.array, scores: mx.array, gate: Matrix, up: Matrix, down: Matrix
 ) -> mx.array:
     """The same for many tokens, in two dispatches and what sorts the rows."""
     num_tokens, per_token = indices.shape

@@ -1,7 +1,7 @@
 """How kernels see the weight of a linear layer: dense, or affine quantized in MLX's layout."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -17,6 +17,8 @@ MAX_ROWS = 8
 # True: kernels convert integers to floats. False: they set bits of a mantissa, which takes fewer
 # issue slots and gives the same numbers. To be changed if a Mac measures otherwise.
 CONVERT = False
+# Of a threadgroup.
+SIMDGROUPS = 2
 # Columns that one lane takes at a time; MLX passes smaller arrays than this in another way.
 CHUNK, MIN_ELEMENTS = 32, 8
 
@@ -75,6 +77,13 @@ def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
     """All of them, or None if one of them is for no kernel."""
     found = [m for m in map(matrix, modules) if m is not None]
     return found if len(found) == len(modules) else None
+
+
+def template(weights: Mapping[str, Matrix], num_tokens: int, lanes: int) -> Template:
+    """What kernels of matrices are compiled for, by the prefixes of the matrices' names."""
+    found = [t for prefix, w in weights.items() for t in w.template(prefix)]
+    found += [("TOKENS", token_class(num_tokens)), ("LANES", lanes)]
+    return [*found, ("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]
 
 
 def token_class(num_tokens: int) -> int:

@@ -11,19 +11,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .matrix import (
-    CONVERT,
     FLOATS,
+    SIMDGROUPS,
     Matrix,
     lanes_per_row,
     matrices,
     names,
     rows_per_simdgroup,
-    token_class,
+    template,
 )
 from .metal import kernel
 from .tiers import PORTABLE, Tiers
 
-SIMDGROUPS = 2
 # With fewer rows of weights, simdgroups of few rows each, so that more of them run.
 FEW_ROWS = 2048
 
@@ -73,10 +72,7 @@ def project_kernel(
     out_dims = [w.out_dims for w in weights]
     rows = 2 if sum(out_dims) < FEW_ROWS else rows_per_simdgroup(num_rows)
     per_group = SIMDGROUPS * rows * (32 // lanes)
-    template = [t for i, w in enumerate(weights) for t in w.template(f"m{i}")]
-    template += [("ROWS", rows), ("TOKENS", token_class(num_rows)), ("LANES", lanes)]
-    template += [("NORM", norm is not None), ("RESIDUAL", residual is not None)]
-    template += [("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]
+    named = {f"m{i}": w for i, w in enumerate(weights)}
     num_groups = sum(-(-out // per_group) for out in out_dims)
     inputs, outputs, generated = _signature(len(weights))
     activations = [x, *([] if norm is None else [norm.weight])]
@@ -90,7 +86,12 @@ def project_kernel(
             x if residual is None else residual,
             *(a for w in weights for a in w.arrays),
         ],
-        template=template,
+        template=[
+            *template(named, num_rows, lanes),
+            ("ROWS", rows),
+            ("NORM", norm is not None),
+            ("RESIDUAL", residual is not None),
+        ],
         grid=(num_groups * SIMDGROUPS * 32, 1, 1),
         threadgroup=(SIMDGROUPS * 32, 1, 1),
         output_shapes=[(num_rows, out) for out in out_dims],

@@ -127,8 +127,7 @@ def write(found: Iterable[Verdict]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(
-            target,
-            {"machine": machine_key(), "verdicts": [v._asdict() for v in merged.values()]},
+            target, {"machine": machine_key(), "verdicts": [v._asdict() for v in merged.values()]}
         )
     except OSError as error:
         raise Qwen35Error(

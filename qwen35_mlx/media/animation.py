@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MediaError
-from .pictures import check_pixels, flattened
+from .pictures import check_pixels, flattened, too_large
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,11 +28,8 @@ class Animation:
         num_frames = getattr(self.image, "n_frames", 1)
         width, height = self.image.size
         if num_frames * width * height > MAX_PIXELS:
-            raise MediaError(
-                f"{name} is too large to open",
-                got=f"{num_frames} frames of {width}x{height}",
-                expected=f"at most {MAX_PIXELS // (width * height)} frames",
-            )
+            got = f"{num_frames} frames of {width}x{height}"
+            raise too_large(name, got, f"at most {MAX_PIXELS // (width * height)} frames")
         durations = []
         for index in range(num_frames):
             self.image.seek(index)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MediaError, extra
+from .pictures import too_large
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,11 +111,8 @@ class VideoFile:
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > MAX_FRAME_PIXELS:
-            raise MediaError(
-                f"{self.name} is too large to open",
-                got=f"frames of {width}x{height}",
-                expected=f"at most {MAX_FRAME_PIXELS / 1e6:.0f} million pixels",
-            )
+            expected = f"at most {MAX_FRAME_PIXELS / 1e6:.0f} million pixels"
+            raise too_large(self.name, f"frames of {width}x{height}", expected)
 
     def _upright(self, frame: Any) -> "Image":
         """RGB, turned as a player would: counterclockwise by the angle that the file names."""

@@ -157,16 +157,18 @@ def picture_of(
     return Picture(name, image.size, np.array(resized), settings)
 
 
+def too_large(name: str, got: str | None, expected: str, hint: str = "") -> MediaError:
+    """The refusal of what memory may not hold."""
+    return MediaError(f"{name} is too large to open", got=got, expected=expected, hint=hint)
+
+
 def check_pixels(size: tuple[int, int], name: str) -> None:
     """Refuse what is too large to decode, before it is decoded."""
     width, height = size
     if width * height > MAX_PIXELS:
-        raise MediaError(
-            f"{name} is too large to open",
-            got=f"{width}x{height}, {width * height / 1e6:.0f} million pixels",
-            expected=f"at most {MAX_PIXELS / 1e6:.0f} million",
-            hint="make it smaller first",
-        )
+        got = f"{width}x{height}, {width * height / 1e6:.0f} million pixels"
+        expected = f"at most {MAX_PIXELS / 1e6:.0f} million"
+        raise too_large(name, got, expected, "make it smaller first")
 
 
 def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
@@ -246,7 +248,7 @@ def refusals(name: str) -> Iterator[None]:
         raise MediaError(f"{name} does not fit into memory") from None
     except Image.DecompressionBombError:
         limit = f"at most {MAX_PIXELS / 1e6:.0f} million pixels"
-        raise MediaError(f"{name} is too large to open", expected=limit) from None
+        raise too_large(name, None, limit) from None
     except Exception as error:
         raise MediaError(f"{name} is damaged or incomplete", got=first_line(error)) from None
 

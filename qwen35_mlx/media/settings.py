@@ -20,11 +20,8 @@ CAP_PIXELS_PER_FRAME: int | None = None
 
 PICTURE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 # Newer checkpoints keep both in one file, under these keys.
-NESTED_FILE, NESTED_PICTURE, NESTED_VIDEO = (
-    "processor_config.json",
-    "image_processor",
-    "video_processor",
-)
+NESTED_FILE, NESTED_PICTURE = "processor_config.json", "image_processor"
+NESTED_VIDEO = "video_processor"
 PICTURE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_TYPES = ("Qwen3VLVideoProcessor",)
 # Keys that would change the pixels, and the values under which they do not; 3 is bicubic.

@@ -13,17 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from ..errors import MediaError
+from . import pictures
 from . import settings as constants
 from .patches import pixel_digest, video_patches, video_size
-from .pictures import (
-    check_pixels,
-    checked_path,
-    data_url_bytes,
-    flattened,
-    image_of,
-    kind,
-    refusals,
-)
 from .settings import VisionSettings
 from .tokens import Span
 
@@ -134,9 +126,9 @@ def open_video(
             hint="give single frames as pictures",
         )
     if isinstance(source, str) and source.startswith("data:"):
-        source = data_url_bytes(source)
+        source = pictures.data_url_bytes(source)
     if isinstance(source, str | os.PathLike):
-        path = checked_path(source)
+        path = pictures.checked_path(source)
         with path.open("rb") as file:
             return _from_file(file, path.name, settings)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -149,21 +141,21 @@ def open_video(
             got=type(source).__name__,
             expected="a path, bytes, a data: URL or a list of frames",
         )
-    with refusals(name):
+    with pictures.refusals(name):
         return _sampled(FrameList(source, fps, name), name, settings)
 
 
 def _from_file(file: Any, name: str, settings: VisionSettings) -> Video:
     head = file.read(64)
     file.seek(0)
-    with refusals(name):
+    with pictures.refusals(name):
         if head.startswith((b"GIF8", b"\x89PNG")) or head[8:12] == b"WEBP":
             from .animation import Animation
 
             return _sampled(Animation(file, name), name, settings)
         from .containers import VideoFile
 
-        with VideoFile(file, name, kind(head)) as clip:
+        with VideoFile(file, name, pictures.kind(head)) as clip:
             return _sampled(clip, name, settings)
 
 
@@ -250,9 +242,9 @@ class FrameList:
         """As RGB; all must be equally large."""
         size = None
         for index in indices:
-            image = image_of(self.frames[index], f"frame {index} of {self.name}")
-            check_pixels(image.size, self.name)
-            image = flattened(image, self.name)
+            image = pictures.image_of(self.frames[index], f"frame {index} of {self.name}")
+            pictures.check_pixels(image.size, self.name)
+            image = pictures.flattened(image, self.name)
             if size not in (None, image.size):
                 raise MediaError(
                     f"the frames of {self.name} differ in size", got=[size, image.size]

@@ -184,18 +184,11 @@ def wrap(base: nn.Module, change: Change, dropout: float = 0.0, kind: str = LORA
 
 
 def add_new(
-    model: Model,
-    keys: Collection[str],
-    *,
-    rank: int,
-    scale: float,
-    dropout: float,
-    kind: str,
-    num_layers: int,
+    model: Model, keys: Collection[str], num_layers: int, rank: int, scale: float, **kind: Any
 ) -> list[str]:
     """Freeze the model and put new changes, which change nothing yet, into its last layers.
 
-    Returns the names of the changed modules.
+    `kind` as in `wrap`. Returns the names of the changed modules.
     """
     model.freeze()
     num_all, names = len(model.layers), []
@@ -212,7 +205,7 @@ def add_new(
             bound = in_dims**-0.5
             change = Change(mx.random.uniform(-bound, bound, shapes[0]), mx.zeros(shapes[1]), scale)
             names.append(f"{LAYER}{index}.{key}")
-            replace_module(model, names[-1], wrap(base, change, dropout, kind))
+            replace_module(model, names[-1], wrap(base, change, **kind))
     return names
 
 

@@ -109,9 +109,7 @@ def snapshot(cache: Sequence[Any], num_tokens: int, rope_delta: int = 0) -> Snap
     The recurrent arrays are replaced, never written in place, so keeping a reference is a copy.
     """
     point = Snapshot(
-        num_tokens,
-        tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache),
-        rope_delta,
+        num_tokens, tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache), rope_delta
     )
     if handle := _handle(cache):
         point.handle = handle.make("snapshot", num_tokens=num_tokens)

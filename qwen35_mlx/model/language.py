@@ -230,11 +230,6 @@ class Model(nn.Module):
         return project(hidden, (head,), self.kernels)[0]
 
     @property
-    def kv_bits(self) -> tuple[int, int] | None:
-        """Of keys and values in its caches; None where they have the activations' type."""
-        return self.config.kv_bits
-
-    @property
     def cache_key(self) -> str:
         """What decides on the numbers in a cache besides the model's own weights."""
         return " ".join(filter(None, [self.adapter_digest, self.config.cache_key]))

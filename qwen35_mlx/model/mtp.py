@@ -48,8 +48,7 @@ class MTP(nn.Module):
         what this gave for the token before. embeddings: of tokens t + 1. Positions and
         `rope_delta` as in `Trunk`. `last_only` gives `[B, 1, H]`; the cache gets all tokens.
         """
-        layer = self.layers[0]
-        x = self._joined(hidden, embeddings)
+        layer, x = self.layers[0], self._joined(hidden, embeddings)
         places = layer.self_attn.places(x, cache, positions, rope_delta)
         mask = attention_mask(x.shape[1], cache)
         return self.norm(layer(x, mask, cache, places, last_only))
@@ -64,8 +63,7 @@ class MTP(nn.Module):
         rope_delta: RopeDelta = 0,
     ) -> None:
         """Put keys and values into the cache and compute nothing else: for the text of a prompt."""
-        layer = self.layers[0]
-        x = self._joined(hidden, embeddings)
+        layer, x = self.layers[0], self._joined(hidden, embeddings)
         places = layer.self_attn.places(x, cache, positions, rope_delta)
         layer.self_attn.read(x, layer.input_layernorm, cache, places)
 

@@ -103,11 +103,7 @@ def num_trained(model: Model, settings: TrainSettings) -> int:
 
 
 def require_memory(
-    model: Model,
-    weight_bytes: int,
-    settings: TrainSettings,
-    num_tokens: int,
-    force: bool = False,
+    model: Model, weight_bytes: int, settings: TrainSettings, num_tokens: int, force: bool = False
 ) -> TrainingBytes:
     """What training takes: with all activations kept, which is faster, where they fit.
 

@@ -101,13 +101,7 @@ class Training:
         use(self.model, PORTABLE)
         mx.random.seed(s.seed)
         self.modules = add_new(
-            self.model,
-            s.keys,
-            rank=s.rank,
-            scale=s.scale,
-            dropout=s.dropout,
-            kind=s.kind,
-            num_layers=num_layers,
+            self.model, s.keys, num_layers, s.rank, s.scale, dropout=s.dropout, kind=s.kind
         )
         for layer in self.model.layers:
             if not layer.is_linear:
@@ -221,8 +215,7 @@ class Training:
             )
         try:
             arrays, metadata = cast(
-                tuple[dict[str, mx.array], dict[str, str]],
-                mx.load(str(file), return_metadata=True),
+                tuple[dict[str, mx.array], dict[str, str]], mx.load(str(file), return_metadata=True)
             )
             identity = json.loads(metadata["identity"])
             history = [Step(**step) for step in json.loads(metadata["history"])]

@@ -13,7 +13,7 @@ import pytest
 from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 from metal.emulator import emulated
 
-from qwen35_mlx.kernels import expert_step, metal, projection
+from qwen35_mlx.kernels import metal, projection
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
 from qwen35_mlx.kernels.delta_step import DeltaInputs, DeltaParameters, delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel
@@ -50,7 +50,7 @@ def test_projection(number, cases, monkeypatch):
     draw = Draw(number)
     # Both numbers of rows in a simdgroup, and both ways to make a float.
     monkeypatch.setattr(projection, "FEW_ROWS", 1 if number % 5 < 3 else 1000)
-    monkeypatch.setattr(projection, "CONVERT", number % 7 == 3)
+    monkeypatch.setattr("qwen35_mlx.kernels.matrix.CONVERT", number % 7 == 3)
     forms = draw.formats(1 + number % 4)
     for case in range(cases):
         width = draw.width(forms, chunk_range(number))
@@ -74,7 +74,7 @@ def test_projection(number, cases, monkeypatch):
 
 @deal(20, 15, everyday=2)
 def test_expert_gate_up(number, cases, monkeypatch):
-    monkeypatch.setattr(expert_step, "CONVERT", number % 7 == 3)
+    monkeypatch.setattr("qwen35_mlx.kernels.matrix.CONVERT", number % 7 == 3)
     draw = Draw(number)
     forms = draw.formats(4)
     for _ in range(cases):
@@ -113,7 +113,7 @@ def test_expert_gate_up(number, cases, monkeypatch):
 
 @deal(20, 15, everyday=2)
 def test_expert_down(number, cases, monkeypatch):
-    monkeypatch.setattr(expert_step, "CONVERT", number % 7 == 3)
+    monkeypatch.setattr("qwen35_mlx.kernels.matrix.CONVERT", number % 7 == 3)
     draw = Draw(number)
     forms = draw.formats(2)
     for _ in range(cases):
