@@ -337,6 +337,7 @@ def test_memory_is_bounded_by_a_slice(tmp_path, monkeypatch):
     assert mx.get_peak_memory() - before_bytes < 8 * 2**18
 
 
+@pytest.mark.slow
 def test_mlx_lm_loads_the_output_and_holds_our_weights(tmp_path, moe):
     import mlx_lm
     from mlx.utils import tree_flatten

@@ -218,7 +218,7 @@ def test_messages_lose_the_paths_in_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "check", everyday([(c,) for c in checks.CHECKS], *range(0, 11, 2)), ids=lambda c: c.op
+    "check", everyday([(c,) for c in checks.CHECKS], 0, 4, 10), ids=lambda c: c.op
 )
 def test_cases_of_ops_alone_are_finite_and_the_same_for_a_seed(check: checks.Check) -> None:
     outputs = []

@@ -124,6 +124,7 @@ def planned() -> Plan:
     return plan(family_source("Qwen3.5-397B-A17B"), bits=4)
 
 
+@pytest.mark.slow
 def test_experts_of_the_largest_model_that_fit_a_mac_are_counted(planned: Plan) -> None:
     (mac,) = find_macs("M4 Max 128GB")
     found = from_disk(planned, mac, 8192)

@@ -123,7 +123,7 @@ def test_mlx_folders_load_under_any_unambiguous_prefix(
     np.testing.assert_array_equal(logits(other), expected[kind])
 
 
-@pytest.mark.parametrize("each", [False, True], ids=["fused", "each"])
+@pytest.mark.parametrize("each", everyday([False, True], 1), ids=["fused", "each"])
 def test_quantized_folders_in_the_layout_of_hugging_face_load_and_convert(
     tmp_path: Path, packed: Path, expected: Any, each: bool
 ) -> None:

@@ -97,6 +97,7 @@ def test_decode_after_a_prefill(case: tuple[Model, dict[str, np.ndarray]]) -> No
     assert_same(logits[prompt - 1 :], decoded)
 
 
+@pytest.mark.slow
 def test_greedy_text(case: tuple[Model, dict[str, np.ndarray]]) -> None:
     model, golden = case
     prompt, expected = np.split(golden["ids"], [int(golden["num_prompt_tokens"])])

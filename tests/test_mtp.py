@@ -78,6 +78,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("mtp"))
 
 
+@pytest.mark.slow
 def test_drafts_of_the_demo_are_what_it_says(demo: tuple[Model, Any]) -> None:
     """Norms shifted once, halves of fc in order, states after the final norm: else it is near 0."""
     model, tokenizer = demo

@@ -103,7 +103,7 @@ def test_what_mlx_lm_quantizes_has_its_logits_here(
     assert expected.std() > 0.3
 
 
-@pytest.mark.parametrize("mode", everyday(MODES, 0, 1))
+@pytest.mark.parametrize("mode", everyday(MODES, 0))
 def test_a_qwen3_next_folder_of_mlx_lm_is_split_without_quantizing_it_again(
     tmp_path: Path, sources: Path, mode: str
 ) -> None:
@@ -119,6 +119,7 @@ def test_a_qwen3_next_folder_of_mlx_lm_is_split_without_quantizing_it_again(
     assert "language_model.model.layers.0.linear_attn.in_proj_qkv.scales" in names
 
 
+@pytest.mark.slow
 def test_a_plain_qwen3_next_folder_of_mlx_lm_is_quantized_by_convert(
     tmp_path: Path, sources: Path
 ) -> None:

@@ -149,7 +149,7 @@ def test_rounding_of_scales_and_biases_is_inside_the_search():
     assert ours < 1.1 * errors(w, exact, 8, 64).sum()
 
 
-@pytest.mark.parametrize("bits", everyday(BITS, 1))
+@pytest.mark.parametrize("bits", everyday(BITS))
 def test_rows_searched_apart_equal_the_whole(bits, monkeypatch):
     w = weights((5, 3, 128)).astype(mx.bfloat16)
     importance = importances(128)

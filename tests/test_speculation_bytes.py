@@ -32,6 +32,7 @@ def test_each_draft_adds_experts_that_no_token_before_it_took(planned: Plan):
         assert other.state == one.state
 
 
+@pytest.mark.slow
 def test_a_round_moves_the_states_as_often_as_a_plain_step(planned: Plan):
     counted = bench.state_bytes_of_a_round(num_drafts=1)
     assert counted["state_bytes_over_plain"] == 1

@@ -47,6 +47,7 @@ def test_ollama_gets_them_in_its_forms(live_server: Running, expected: np.ndarra
     assert np.array_equal(np.array(old["embedding"], dtype=np.float32), expected[1])
 
 
+@pytest.mark.slow
 def test_what_is_read_for_an_embedding_pushes_no_conversation_out(live_server: Running) -> None:
     store = live_server.engine.store
     before = store.num_snapshots, len(store.caches)

@@ -1,11 +1,14 @@
 """Histories that clients send again come out as the prompt that was read before."""
 
+import copy
 import json
 
+import pytest
 from server.fake_engine import call, thought
 from server.running import MODEL
 
 from qwen35_mlx.server.hidden_thoughts import hidden, revealed
+from qwen35_mlx.server.messages import folded
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 
@@ -162,3 +165,66 @@ def test_an_answer_without_a_question_gets_an_empty_one(server):
     said = {"role": "assistant", "content": "Hello."}
     assert server.chat(messages=[said]).status == 200
     assert server.engine.last.messages == [{"role": "user", "content": ""}, said]
+
+
+PICTURE = {"type": "image", "image": "data:image/png;base64,AAAA"}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def said(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def reminder(words):
+    return f"<system-reminder>\n{words}\n</system-reminder>"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        # At the beginning: one text, whatever parts it came in.
+        (
+            [system([text("Be "), text("brief.")]), system("  "), system("No lists."), user("Hi")],
+            [system("Be brief.\n\nNo lists."), user("Hi")],
+        ),
+        # Behind a question: a part of it.
+        (
+            [user([text("Look."), PICTURE]), system([text("Be kind.")])],
+            [user([text("Look."), PICTURE, text(f"\n\n{reminder('Be kind.')}")])],
+        ),
+        ([user("Hi"), system("Be kind.")], [user(f"Hi\n\n{reminder('Be kind.')}")]),
+        ([user(""), system("Be kind.")], [user(reminder("Be kind."))]),
+        ([user("Hi"), system("\n")], [user("Hi")]),
+        # Behind an answer: a part of the next question, or a question of its own.
+        (
+            [user("a"), said("b"), system("Stop."), user([PICTURE])],
+            [user("a"), said("b"), user([text(f"{reminder('Stop.')}\n\n"), PICTURE])],
+        ),
+        (
+            [user("a"), said("b"), system("Stop."), user("c")],
+            [user("a"), said("b"), user(f"{reminder('Stop.')}\n\nc")],
+        ),
+        (
+            [user("a"), said("b"), system("Stop.")],
+            [user("a"), said("b"), user(reminder("Stop."))],
+        ),
+        # Nobody asks: the last instruction does.
+        ([system("Be brief."), system("Say hi.")], [system("Be brief."), user("Say hi.")]),
+        ([said("Hi")], [user(""), said("Hi")]),
+    ],
+)
+def test_instructions_in_the_middle_are_reminders_in_what_the_user_says(given, expected):
+    before = copy.deepcopy(given)
+    assert folded(given) == expected
+    assert given == before
