@@ -221,7 +221,9 @@ def test_inputs_are_kept_of_as_many_texts_as_are_measured(source, monkeypatch):
     monkeypatch.setattr(module, "MEASURED_TOKENS", 2 * IDS.shape[1] + 1)
     seen = []
     checkpoint = SourceCheckpoint(source)
-    calibrator = module._Calibrator(checkpoint, IDS[:3], False, lambda *step: seen.append(step))
+    calibrator = module._Calibrator(
+        checkpoint, IDS[:3], False, True, lambda *step: seen.append(step)
+    )
     calibrator.collect_all(keep=True)
     assert seen == [(i, 4, f"layer {i}") for i in range(4)]
     assert len(calibrator.layers) == 4
@@ -233,7 +235,7 @@ def test_inputs_are_kept_of_as_many_texts_as_are_measured(source, monkeypatch):
             np.testing.assert_allclose(ours, expected, atol=1e-4)
         if index < 4:
             hidden = run_layer(calibrator.layers[index], hidden)
-    again = module._Calibrator(checkpoint, IDS[:1], False, lambda *step: None)
+    again = module._Calibrator(checkpoint, IDS[:1], False, True, lambda *step: None)
     again.collect_all(keep=False)
     assert again.layers == [] and len(again.inputs) == 1
 
