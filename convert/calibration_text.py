@@ -101,26 +101,30 @@ def sketch(ids: mx.array) -> str:
 
 
 def overlap(folder: Path, ids: mx.array) -> float | None:
-    """The share of the text's n-grams that a converted folder's calibration read.
+    """The share of the text's n-grams that a folder's calibration or distillation has read.
 
     None if the folder does not say. An n-gram that is there several times counts once: what the
     chat template writes around each message is no overlap.
     """
-    calibration = (read_config(folder).get("qwen35_mlx") or {}).get("calibration") or {}
-    if not calibration.get("ngrams"):
-        return None
-    try:
-        known = np.frombuffer(base64.b64decode(calibration["ngrams"]), "<u4")
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} does not tell its calibration text",
-            got=error,
-            expected="base64 in qwen35_mlx.calibration.ngrams of config.json",
-        ) from None
-    found = _hashes(ids)
-    # Of a longer text only hashes up to the highest that was kept are known.
-    found = found[found <= known.max()] if len(known) == NUM_KEPT else found
-    return float(np.isin(found, known).mean()) if len(found) else 0.0
+    facts = read_config(folder).get("qwen35_mlx") or {}
+    read = {name: (facts.get(name) or {}).get("ngrams") for name in ("calibration", "distillation")}
+    shares = []
+    for name, ngrams in read.items():
+        if not ngrams:
+            continue
+        try:
+            known = np.frombuffer(base64.b64decode(ngrams), "<u4")
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder} does not tell its text of {name}",
+                got=error,
+                expected=f"base64 in qwen35_mlx.{name}.ngrams of config.json",
+            ) from None
+        found = _hashes(ids)
+        # Of a longer text only hashes up to the highest that was kept are known.
+        found = found[found <= known.max()] if len(known) == NUM_KEPT else found
+        shares.append(float(np.isin(found, known).mean()) if len(found) else 0.0)
+    return max(shares, default=None)
 
 
 def _hashes(ids: mx.array) -> np.ndarray:

@@ -4,7 +4,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from qwen35_mlx.checkpoint.headers import SourceTensor, read_headers
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.latent import Schedule
 
+from .calibration_text import sketch
 from .source import read_rows
 
 # An expert that sees fewer tokens keeps what error feedback gave it.
@@ -58,15 +59,24 @@ class Distillation:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the result, in words that fit into JSON."""
-        digest = hashlib.sha256(np.array(self.ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
         settings = asdict(self.schedule) | {"finish_tokens": self.finish_tokens}
-        return settings | {"text": digest, "length": self.ids.shape[1]}
+        return settings | {"text": self._digest, "length": self.ids.shape[1]}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a converted folder says of the text."""
+        return {"text": self._digest, "num_tokens": self.ids.size, "ngrams": sketch(self.ids)}
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(np.array(self.ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
 
 
 class Distilled:
-    """What `distill` wrote: rows of quantized matrices, read on demand."""
+    """What `distill` wrote: rows of quantized matrices, read on demand; facts of its text."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, facts: Mapping[str, Any]):
+        self.facts = facts
         finished = folder / "finished"
         self.tensors: dict[str, SourceTensor] = read_headers(
             finished if finished.exists() else folder / "layers"

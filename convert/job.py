@@ -112,7 +112,8 @@ def convert(
             from .distill import distill
 
             reports = distill(planned, distillation, work / DISTILLED)
-            known = known._replace(distilled=Distilled(work / DISTILLED))
+            distilled = Distilled(work / DISTILLED, distillation.facts)
+            known = known._replace(distilled=distilled)
         journal = Journal(work / JOURNAL_FILE)
         try:
             worker = Worker(planned, tasks, work, journal, fetcher, progress, known)
@@ -360,8 +361,9 @@ def output_config(
         "settings": planned.settings,
         # fidelity leaves out an adapter that is in the weights.
         **({"adapter": known.adapter.digest} if known.adapter else {}),
-        # fidelity tells a text that the calibration has read.
+        # fidelity tells a text that one of them has read.
         **({"calibration": known.calibration.facts} if known.calibration else {}),
+        **({"distillation": known.distilled.facts} if known.distilled else {}),
         "norms_shifted": True,
         "mtp_norms_shifted": True,
         "sha256": checksums,

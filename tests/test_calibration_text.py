@@ -175,6 +175,18 @@ def test_the_share_of_a_text_that_a_calibration_has_read_is_found(tmp_path):
     assert overlap(folder, mx.array(read[:9])) == 0
 
 
+def test_the_text_of_a_distillation_has_been_read_too(tmp_path):
+    calibration, distillation, other = (np.arange(n, n + 500) for n in (0, 1000, 2000))
+    facts = {
+        name: {"ngrams": sketch(mx.array(ids))}
+        for name, ids in (("calibration", calibration), ("distillation", distillation))
+    }
+    for known, shares in ((facts, (1, 1, 0)), ({"distillation": facts["distillation"]}, (0, 1, 0))):
+        (tmp_path / "config.json").write_text(json.dumps({"qwen35_mlx": known}))
+        texts = (mx.array(ids) for ids in (calibration, distillation, other))
+        assert tuple(overlap(tmp_path, ids) for ids in texts) == shares
+
+
 def test_folders_that_do_not_tell_their_text_are_not_judged(tmp_path):
     ids = mx.arange(64)
     assert overlap(SOURCE, ids) is None
@@ -182,7 +194,7 @@ def test_folders_that_do_not_tell_their_text_are_not_judged(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"qwen35_mlx": facts}))
         assert overlap(tmp_path, ids) is None
     (tmp_path / "config.json").write_text('{"qwen35_mlx": {"calibration": {"ngrams": "abc"}}}')
-    with pytest.raises(CheckpointError, match="does not tell its calibration text"):
+    with pytest.raises(CheckpointError, match="does not tell its text of calibration"):
         overlap(tmp_path, ids)
 
 

@@ -15,6 +15,7 @@ import qwen35_mlx
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert import distill as module
 from qwen35_mlx.convert.calibrate import calibrate
+from qwen35_mlx.convert.calibration_text import overlap
 from qwen35_mlx.convert.distill import GLU
 from qwen35_mlx.convert.distilled import (
     MIN_EXPERT_TOKENS,
@@ -233,6 +234,7 @@ def test_no_calibration_is_needed(sources, tmp_path):
     source, _ = sources(True)
     with_one = distilled(sources, True, tmp_path / "with")
     without = distilled(lambda moe: (source, None), True, tmp_path / "without")
+    assert overlap(without, IDS) == 1
     names = [name for name in weights(without) if name.startswith("language_model.")]
     a, b = weights(with_one), weights(without)
     assert names and all(mx.array_equal(a[name], b[name]).item() for name in names)
@@ -296,6 +298,18 @@ def test_other_settings_do_not_go_on_with_a_stopped_distillation(sources, tmp_pa
         distilled(sources, False, tmp_path / "out", progress=stop)
     with pytest.raises(Qwen35Error, match="other settings"):
         distilled(sources, False, tmp_path / "out", finish_tokens=33)
+
+
+@pytest.mark.slow
+def test_the_command_needs_no_calibration(sources, tmp_path, run_cli):
+    source, out = sources(False)[0], tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % (VOCAB - 1)}" for i in range(300)))
+    options = ("--bits", 3, "--group-size", 32, "--method", "distill", "--calibration-text", text)
+    result = run_cli("convert", source, out, *options)
+    assert result.exit_code == 0, result.output
+    assert "loss before and after training" in result.output
+    assert not list(tmp_path.glob("*.calibration.safetensors"))
 
 
 def test_a_distillation_goes_with_its_method(sources, tmp_path):

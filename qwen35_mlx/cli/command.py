@@ -38,7 +38,6 @@ RULES: dict[str, list[Rule]] = {
         *QUANTIZATION,
         *((("--dtype", name), BITS) for name in ("--method", "--calibration", "--calibrate")),
         (("--method minmax", "--calibration"), BUDGETS),
-        (("--calibration-text",), ("--calibrate",)),
         (("--context",), ("--fit",)),
         (("--kv-bits",), ("--fit",)),
     ],

@@ -55,9 +55,9 @@ def convert(
         out: Folder to create. Default: in the current folder, the name of SRC and the settings,
             such as NAME-4bit.
         method: How to choose scales. minmax: as MLX. search: least error, ten times slower. gptq:
-            error feedback; needs a calibration made with --method gptq. distill: then trains layer
-            after layer; hours for a large model. Default: minmax with --bits alone, else search, or
-            gptq if the calibration allows it.
+            error feedback; needs a calibration made with --method gptq. distill: error feedback,
+            then trained layer after layer, without a calibration; hours for a large model. Default:
+            minmax with --bits alone, else search, or gptq if the calibration allows it.
         experts_layout: Where the matrices of an expert lie. stacked: in the stacks of all experts,
             as mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once.
         calibrate: First run a text through SRC, a layer at a time, to learn which errors matter.
@@ -86,6 +86,8 @@ def convert(
 
     if finish_tokens and method != "distill":
         ctx.fail("--finish-tokens needs --method distill.")
+    if calibration_text and not calibrate and method != "distill":
+        ctx.fail("--calibration-text needs --calibrate or --method distill.")
     if keep_source and not is_hub_id(source):
         ctx.fail("--keep-source needs a hub id.")
     if out is None:
@@ -118,10 +120,11 @@ def convert(
             )
         if distillation:
             print_lines(distillation_lines(folder))
-            # A file of its own: the other is what this conversion was made with.
-            file = calibration_file(out.with_name(f"{out.name}.distilled"))
-            save(replace(found, left=left_of(folder)), file)
-            note(f"{file} knows what training left: a next --fit puts bytes where it helped least")
+            if found is not None:
+                # A file of its own: the other is what this conversion was made with.
+                file = calibration_file(out.with_name(f"{out.name}.distilled"))
+                save(replace(found, left=left_of(folder)), file)
+                note(f"{file} knows what training left: a next --fit uses it")
         print_converted(plan, folder)
         remember(folder)
     if verify:
