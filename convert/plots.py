@@ -6,20 +6,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.errors import Qwen35Error, extra
 from qwen35_mlx.files import write_file
 
 
 @contextmanager
 def picture(file: Path, inches: tuple[float, float]) -> Iterator[tuple[Any, Any, Any]]:
     """A figure with its left and right axes, written as a PNG after the block."""
-    try:
+    with extra("plot", "a picture needs matplotlib"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        raise Qwen35Error(
-            "a picture needs matplotlib", hint="pip install 'qwen35-mlx[plot]'"
-        ) from None
     figure = Figure(figsize=inches, layout="constrained")
     yield figure, *figure.subplots(1, 2)
     png = BytesIO()

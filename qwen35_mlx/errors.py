@@ -1,5 +1,8 @@
 """Errors a user can act on: what is wrong, what was found, what was expected, and a hint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Qwen35Error(ValueError):
     """A mistake in the input; the CLI prints it without a traceback."""
@@ -45,6 +48,16 @@ class SessionError(Qwen35Error):
 
 class MediaError(Qwen35Error):
     """A picture, a video or a document cannot be used: unknown, damaged, too large."""
+
+
+@contextmanager
+def extra(name: str, needs: str, refusal: type[Qwen35Error] = Qwen35Error) -> Iterator[None]:
+    """Imports in this block are those of an extra; where it is missing, how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        hint = f"pip install 'qwen35-mlx[{name}]'"
+        raise refusal(needs, got=error, expected=f"the extra `{name}`", hint=hint) from None
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,26 +75,18 @@ def describe() -> Machine:
         # 0 or absent: nobody raised it, and the recommendation is the limit.
         raised = int(sysctl("iogpu.wired_limit_mb") or 0)
         limit = raised * MIB or int(info.get("max_recommended_working_set_size", 0)) or None
+    versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
+    versions["mlx"] = version("mlx")
+    with suppress(PackageNotFoundError):
+        versions["mlx-lm"] = version("mlx-lm")
     return Machine(
         chip=str(info.get("device_name") or platform.machine()),
         os=operating_system(),
         memory_bytes=int(info.get("memory_size", 0)) or memory_bytes(),
         gpu_limit_bytes=limit,
         disk_free_bytes=shutil.disk_usage(Path.home()).free,
-        versions={
-            "python": platform.python_version(),
-            "qwen35-mlx": __version__,
-            "mlx": version("mlx"),
-            **_version_if_installed("mlx-lm"),
-        },
+        versions=versions,
     )
-
-
-def _version_if_installed(package: str) -> dict[str, str]:
-    try:
-        return {package: version(package)}
-    except PackageNotFoundError:
-        return {}
 
 
 def bandwidth_gbps(chip: str, memory_gib: float | None = None) -> float | None:

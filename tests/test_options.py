@@ -208,7 +208,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     from qwen35_mlx import convert
     from qwen35_mlx import files as files_module
     from qwen35_mlx.checkpoint import adapter
-    from qwen35_mlx.cli import cluster_command, evaluate_command, serve_commands, train_commands
+    from qwen35_mlx.cli import cluster_command, serve_commands, train_commands
     from qwen35_mlx.cli import fidelity_command as comparing
     from qwen35_mlx.cli import report as cli_report
     from qwen35_mlx.convert import (
@@ -295,7 +295,6 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(upload, "upload", "url")
     monkeypatch.setattr(typer, "confirm", Fake(calls, "confirm"))
     fake(scoring, "perplexity", {"nll_nats_per_token": 1.0, "num_tokens": 1})
-    fake(evaluate_command, "need_harness")
     harness = SimpleNamespace(evaluate=Fake(calls, "evaluate", ({}, "table")))
     monkeypatch.setitem(sys.modules, "qwen35_mlx.evaluation.harness", harness)
     fake(adapters, "with_adapter")
@@ -343,15 +342,13 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(attachments.Attachments, "add_texts")
     fake(server_run, "bind", SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8080)))
     fake(server_run, "serve", lambda make, bound, on_ready: (make(), on_ready()))
-    fake(serve_commands, "newest", "newest")
-    fake(serve_commands, "bundled_demo", "demo")
     fake(serve_commands, "running_server", clients.Endpoint("http://h", "m", 1, None))
     fake(cluster_command, "model_of", ("model", False))
     fake(cluster_command, "read_hosts", ([{}, {}], "ring"))
     fake(cluster_command, "check")
     fake(cluster_command, "launched", 0)
     fake(clients, "command_of", ["true"])
-    fake(clients, "environment_with", {})
+    fake(clients, "prepared", {})
     monkeypatch.setattr(os, "execve", lambda *_: None)
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])

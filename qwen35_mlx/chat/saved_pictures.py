@@ -100,6 +100,9 @@ class SavedMedia:
 
     def read(self, known: Any, kind: str) -> "Media":
         """The picture or video of a reference."""
+        from ..media.pictures import Picture
+        from ..media.video import Video
+
         try:
             digest, name = str(known["digest"]), str(known["name"])
             width, height = map(int, known["original_size"])
@@ -108,23 +111,9 @@ class SavedMedia:
                 raise ValueError(digest[:80])
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise self._damaged(f"the reference to a picture: {error}") from None
-        if digest not in self._known:
-            self._known[digest] = self._open(digest, kind, name, (width, height), seconds)
-        return self._known[digest]
-
-    def _open(
-        self,
-        digest: str,
-        kind: str,
-        name: str,
-        original_size: tuple[int, int],
-        seconds: tuple[float, ...],
-    ) -> "Media":
-        from ..media.pictures import Picture
-        from ..media.video import Video
-
-        settings = self._settings
-        if settings is None:
+        if digest in self._known:
+            return self._known[digest]
+        if self._settings is None:
             raise SessionError(
                 f"the session {self._session.stem} has pictures, and this model reads none",
                 got=self._why_none or None,
@@ -135,15 +124,16 @@ class SavedMedia:
             if kind == VIDEO:
                 arrays = cast(dict[str, mx.array], mx.load(str(file)))
                 frames = np.array(arrays[FRAMES])
-                media: Media = Video(name, original_size, frames, seconds, settings)
+                media: Media = Video(name, (width, height), frames, seconds, self._settings)
             else:
-                media = Picture(name, original_size, _pixels(file), settings)
+                media = Picture(name, (width, height), _pixels(file), self._settings)
             found = media.digest.hex()
         # Whatever a damaged file leads to.
         except Exception as error:
             raise self._damaged(f"{file.name}: {error}") from None
         if found != digest:
             raise self._damaged(f"{file.name} holds another picture, or is of another model")
+        self._known[digest] = media
         return media
 
     def _damaged(self, got: str) -> SessionError:

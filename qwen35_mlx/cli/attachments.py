@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import Qwen35Error
 from ..memory import kv_bytes
@@ -176,20 +176,10 @@ def _document_text(path: Path) -> str:
     return read_text(path)
 
 
-def attach_images(view: "ChatView", rest: str) -> None:
-    """Attach pictures, list what is attached, or drop it."""
-    _attach(view, rest, "image")
-
-
-def attach_videos(view: "ChatView", rest: str) -> None:
-    """Attach videos."""
-    _attach(view, rest, "video")
-
-
 def attach_pdf(view: "ChatView", rest: str) -> None:
     """Attach the pages of a PDF, or some of them."""
     match = None if find_file(rest) else WITH_PAGES.fullmatch(rest)
-    _attach(view, match[1] if match else rest, "pdf", match[2] if match else None)
+    attach(view, match[1] if match else rest, "pdf", match[2] if match else None)
 
 
 def paste(view: "ChatView", rest: str) -> None:
@@ -197,7 +187,10 @@ def paste(view: "ChatView", rest: str) -> None:
     view.attached.add(clipboard(), view.ask)
 
 
-def _attach(view: "ChatView", rest: str, kind: str, pages: str | None = None) -> None:
+def attach(
+    view: "ChatView", rest: str, kind: Literal["image", "video", "pdf"], pages: str | None = None
+) -> None:
+    """Attach files of a kind, list what is attached, or drop it."""
     attached = view.attached
     if rest == "clear":
         attached.media = []

@@ -93,10 +93,7 @@ def chat(
         if session is not None:
             # A name that cannot be: said before the model loads.
             session_file(session)
-        name = newest() if model is None and not demo else model
-        is_demo = name is None
-        if name is None:
-            name = bundled_demo()
+        name, is_demo = chosen_model(model, demo)
         with spinner(f"Loading {name}"):
             loaded, tokenizer = load(name, **options.load_options(ctx))
     conversation = Chat(
@@ -155,16 +152,20 @@ def sessions(
         print_sessions(list_sessions())
 
 
+def chosen_model(model: str | None, demo: bool, hints: bool = True) -> tuple[str, bool]:
+    """The model that is named, the one converted last or the demo; and whether it is the demo."""
+    name = newest() if model is None and not demo else model
+    return (bundled_demo(hints), True) if name is None else (name, False)
+
+
 def newest() -> str | None:
     """The folder converted last on this machine, with a note; None if there is none."""
     from .local_models import newest_conversion
     from .terminal import note
 
-    folder = newest_conversion()
-    if folder is None:
-        return None
-    note(f"This is {folder}, the newest model converted here; --demo takes the bundled demo.")
-    return str(folder)
+    if folder := newest_conversion():
+        note(f"This is {folder}, the newest model converted here; --demo takes the bundled demo.")
+    return str(folder) if folder else None
 
 
 def bundled_demo(hints: bool = True) -> str:

@@ -36,11 +36,11 @@ def convert(
     prefer: options.Prefer = None,
     context: options.Context = None,
     kv_bits: options.KvBits = "auto",
-    experts_layout: options.ExpertsLayout = "stacked",
+    experts_layout: Literal["stacked", "disk"] = "stacked",
     calibration: options.CalibrationFile = None,
     calibrate: bool = False,
-    calibration_text: options.CalibrationText = None,
-    finish_tokens: options.FinishTokens = 0,
+    calibration_text: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+    finish_tokens: Annotated[int, typer.Option(min=0)] = 0,
     revision: options.Revision = None,
     keep_source: bool = False,
     verify: bool = False,
@@ -58,9 +58,15 @@ def convert(
             error feedback; needs a calibration made with --method gptq. distill: then trains layer
             after layer; hours for a large model. Default: minmax with --bits alone, else search, or
             gptq if the calibration allows it.
+        experts_layout: Where the matrices of an expert lie. stacked: in the stacks of all experts,
+            as mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once.
         calibrate: First run a text through SRC, a layer at a time, to learn which errors matter.
             Writes the result to the file of --calibration, or to OUT.calibration.safetensors.
             Default: no calibration.
+        calibration_text: Text for --calibrate and --method distill: plain, or .jsonl with lines of
+            conversations as for training. Default: a text that comes with the program.
+        finish_tokens: With --method distill: then train all layers at once on so many tokens of the
+            text, which holds the whole model in memory. Default: no such training.
         keep_source: Keep the downloaded files in OUT-source. Default: delete each after its
             conversion.
         verify: Read OUT again and compare checksums, after the conversion, or alone if OUT exists.

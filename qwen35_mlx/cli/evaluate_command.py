@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from . import options
 
 
@@ -54,7 +54,8 @@ def evaluate(
     if tasks:
         # Their bars of progress, beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-        need_harness()
+        with extra("eval", "lm-evaluation-harness is not installed"):
+            from ..evaluation.harness import evaluate as run
     from ..convert.calibration_text import HELD_OUT_FILE, read_text
     from ..files import write_json
     from ..model.loading import load
@@ -83,8 +84,6 @@ def evaluate(
         }
         table = "\n".join(f"{key:20} {value}" for key, value in result.items())
     else:
-        from ..evaluation.harness import evaluate as run
-
         partial = out.with_name(f"{out.name}.partial")
         with step_progress("Evaluating") as progress:
             result, table = run(
@@ -106,16 +105,3 @@ def evaluate(
         partial.unlink(missing_ok=True)
     print(table)
     print(json.dumps({"out": str(out)}), flush=True)
-
-
-def need_harness() -> None:
-    """Raise if what runs the tasks is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise Qwen35Error(
-            "lm-evaluation-harness is not installed",
-            got="no lm_eval",
-            expected="the extra `eval`",
-            hint="pip install 'qwen35-mlx[eval]'",
-        )

@@ -18,7 +18,7 @@ from .chat_commands import read_prompts
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from ..chat.conversation import Chat, TurnStats
+    from ..chat.conversation import Chat
     from ..engine.output import Piece
 
 
@@ -29,8 +29,8 @@ def generate(
     raw: bool = False,
     file: Annotated[list[str] | None, typer.Option(metavar="PATH")] = None,
     image: options.Images = None,
-    video: options.Videos = None,
-    pdf: options.Pdfs = None,
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE")] = None,
+    pdf: Annotated[list[str] | None, typer.Option(metavar="FILE")] = None,
     pages: str | None = None,
     allow_url: options.AllowUrl = False,
     system: options.System = None,
@@ -69,6 +69,8 @@ def generate(
         raw: Continue the prompt as it is, without the chat template.
         file: A text file, a PDF with text, a folder, or a pattern in quotes such as 'src/**/*.py',
             whose text comes before the prompt. Repeat the option for several. Default: none.
+        video: A video that goes with the prompt, as --image. Default: none.
+        pdf: A PDF whose pages go with the prompt, as --image. Default: none.
         pages: Pages of each PDF, such as 1-3,7. Default: all.
         tools: JSON file with a list of tools that the model may call, each as OpenAI's API takes
             it. Default: no tools.
@@ -136,8 +138,7 @@ def generate(
             parts = list(pieces)
             status.stop()
             total_s = time.perf_counter() - started
-            found = answer_as_json(parts, chat.stats, total_s) | drafts_as_json(chat)
-            print(json.dumps(found | attached.counts()))
+            print(json.dumps(answer_as_json(parts, chat, total_s) | attached.counts()))
             return
         with held_warnings():
             print_answer(pieces, show_thoughts, status)
@@ -205,8 +206,9 @@ def call_as_json(call: Any) -> dict[str, Any]:
     return {"name": call.name, "arguments": call.arguments, **cut}
 
 
-def answer_as_json(parts: Sequence["Piece"], stats: "TurnStats", total_s: float) -> dict[str, Any]:
-    """The object that --json prints; times in seconds and tokens per second."""
+def answer_as_json(parts: Sequence["Piece"], chat: "Chat", total_s: float) -> dict[str, Any]:
+    """What --json prints; times in seconds and tokens per second, shares of drafts by depth."""
+    stats, drafts = chat.stats, chat.drafter.stats
     texts = {
         kind: "".join(piece.text for piece in parts if piece.kind == kind)
         for kind in ("answer", "thought")
@@ -224,16 +226,9 @@ def answer_as_json(parts: Sequence["Piece"], stats: "TurnStats", total_s: float)
         "prefill_tps": stats.prefill_tps,
         "decode_tps": stats.decode_tps,
         "total_s": total_s,
-    }
-
-
-def drafts_as_json(chat: "Chat") -> dict[str, Any]:
-    """The part of the object of --json that is about drafts; shares are by depth."""
-    found = chat.drafter.stats
-    return {
-        "draft_tokens": chat.stats.draft_tokens,
-        "tokens_per_pass": found.tokens_per_pass,
-        "draft_acceptance": found.summary,
+        "draft_tokens": stats.draft_tokens,
+        "tokens_per_pass": drafts.tokens_per_pass,
+        "draft_acceptance": drafts.summary,
     }
 
 

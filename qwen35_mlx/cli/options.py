@@ -23,17 +23,9 @@ Attributes:
     Force: Load a model that does not fit in memory. Default: refuse it, with the numbers.
     ExpertsMemory: Keep experts in this much memory, such as 80GB, and read others from disk when a
         token needs them. Default: all experts; if they do not fit, as many as do.
-    ExpertsLayout: Where the matrices of an expert lie. stacked: in the stacks of all experts, as
-        mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once.
     AdapterPath: Folder of an adapter, of `qwen35-mlx train` or mlx-lm. Default: no adapter.
-    NamedAdapters: An adapter that requests may name: the model MODEL:NAME, or the field adapters.
-        Repeat the option for several. Default: none.
     CalibrationFile: Calibration data from an earlier --calibrate.
     TextFile: Text to run. Default: a text that comes with the program.
-    CalibrationText: Text for --calibrate and --method distill: plain, or .jsonl with lines of
-        conversations as for training. Default: a text that comes with the program.
-    FinishTokens: With --method distill: then train all layers at once on so many tokens of the
-        text, which holds the whole model in memory. Default: no such training.
     Thinking: Whether to think before the answer. Default: as the model's chat template says.
     System: System prompt. Default: none.
     MaxTokens: Maximum length of an answer, thought included. Default: 32768.
@@ -59,8 +51,6 @@ Attributes:
     NumDraftTokens: Guess this number of tokens. Default: what is fastest.
     Images: A picture that goes with the first prompt; - is standard input. Repeat the option for
         several. Default: none.
-    Videos: A video that goes with the prompt, as --image. Default: none.
-    Pdfs: A PDF whose pages go with the prompt, as --image. Default: none.
     AllowUrl: Fetch pictures, videos and PDFs that are named by an http or https URL.
 """
 
@@ -87,13 +77,9 @@ RunContext = Annotated[int | None, typer.Option(min=1)]
 KvBits = Annotated[Literal["auto", "16", "8", "k8v4"], typer.Option()]
 Force = Annotated[bool, typer.Option("--force")]
 ExpertsMemory = Annotated[str | None, typer.Option(metavar="MEMORY")]
-ExpertsLayout = Annotated[Literal["stacked", "disk"], typer.Option()]
 AdapterPath = Annotated[Path | None, typer.Option(metavar="DIR")]
-NamedAdapters = Annotated[list[str] | None, typer.Option("--adapter-path", metavar="NAME=DIR")]
 CalibrationFile = Annotated[Path | None, typer.Option("--calibration", metavar="FILE")]
 TextFile = Annotated[Path | None, typer.Option("--text", metavar="FILE")]
-CalibrationText = Annotated[Path | None, typer.Option(metavar="FILE")]
-FinishTokens = Annotated[int, typer.Option(min=0)]
 Thinking = Annotated[bool | None, typer.Option("--think/--no-think")]
 System = Annotated[str | None, typer.Option()]
 MaxTokens = Annotated[int | None, typer.Option(min=1)]
@@ -112,8 +98,6 @@ Kernels = Annotated[Literal["auto", "ops", "mlx", "metal"], typer.Option()]
 Draft = Annotated[Literal["auto", "off", "mtp", "lookup"], typer.Option()]
 NumDraftTokens = Annotated[int | None, typer.Option(min=1, max=7)]
 Images = Annotated[list[str] | None, typer.Option("--image", metavar="FILE")]
-Videos = Annotated[list[str] | None, typer.Option("--video", metavar="FILE")]
-Pdfs = Annotated[list[str] | None, typer.Option("--pdf", metavar="FILE")]
 AllowUrl = Annotated[bool, typer.Option("--allow-url")]
 for name, text in described(__doc__)[1].items():
     get_args(globals()[name])[1].help = text

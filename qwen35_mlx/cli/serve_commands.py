@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from . import completion, options
-from .chat_commands import bundled_demo, newest
+from .chat_commands import chosen_model
 
 if TYPE_CHECKING:
     from ..server.clients import Endpoint
@@ -34,7 +34,7 @@ def serve(
     queue: Annotated[int, typer.Option(min=1)] = 64,
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
-    adapter_path: options.NamedAdapters = None,
+    adapter_path: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR")] = None,
     kernels: options.Kernels = "auto",
     kv_bits: options.KvBits = "auto",
     experts_memory: options.ExpertsMemory = None,
@@ -54,8 +54,12 @@ def serve(
             Repeat the option for several. Default: none.
         name: Name of the model for clients. Default: its folder's name.
         queue: Requests that may wait; beyond them clients are sent away.
+        adapter_path: An adapter that requests may name: the model MODEL:NAME, or the field
+            adapters. Repeat the option for several. Default: none.
     """
-    need_server_extra()
+    with extra("server", "the server is not installed"):
+        from ..server.run import bind
+        from ..server.run import serve as run
     if host not in LOCAL_HOSTS and not api_key:
         raise Qwen35Error(
             "other machines would use this server without a key",
@@ -64,17 +68,14 @@ def serve(
         )
     adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
-    from ..server.run import bind
-    from ..server.run import serve as run
 
     # Before the model loads, which can take minutes.
     bound = bind(host, port)
     from .progress import spinner
     from .terminal import note
 
-    source = newest() if model is None and not demo else model
-    folder = source if source is not None else bundled_demo(hints=False)
-    name = name or ("demo" if source is None else None)
+    folder, is_demo = chosen_model(model, demo, hints=False)
+    name = name or ("demo" if is_demo else None)
     url = shown_url(host, bound.getsockname()[1])
     loading = spinner(f"Loading {folder}")
     made: list[Any] = []
@@ -166,8 +167,7 @@ def launch(
         arguments: Arguments for the client, after --. Default: none.
         url: Address of the server that runs.
     """
-    need_server_extra()
-    from ..server.clients import LAUNCHES, command_of, environment_with, prepared
+    from ..server.clients import LAUNCHES, command_of, prepared
 
     if client not in LAUNCHES:
         raise Qwen35Error("unknown client", got=client, expected=", ".join(LAUNCHES))
@@ -176,8 +176,7 @@ def launch(
     command = command_of(prepared_launch, arguments or [], path)
     # Kept while the client runs, which replaces this process.
     folder = Path(tempfile.mkdtemp(prefix="qwen35-mlx-"))
-    environment = environment_with(prepared(prepared_launch, folder))
-    os.execve(command[0], command, environment)
+    os.execve(command[0], command, os.environ | prepared(prepared_launch, folder))
 
 
 def running_server(url: str, api_key: str | None) -> "Endpoint":
@@ -208,17 +207,3 @@ def running_server(url: str, api_key: str | None) -> "Endpoint":
             expected="a server of qwen35-mlx",
             hint="start one with qwen35-mlx serve, or name another with --url",
         ) from None
-
-
-def need_server_extra() -> None:
-    """Raise if what the server needs is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise Qwen35Error(
-            "the server is not installed",
-            got=f"no {' and no '.join(missing)}",
-            expected="the extra `server`",
-            hint="pip install 'qwen35-mlx[server]'",
-        )

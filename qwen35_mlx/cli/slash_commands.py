@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..engine.speculate import AUTO as AUTO_DRAFT
@@ -11,7 +12,7 @@ from ..engine.speculate import MODES, OFF
 from ..errors import Qwen35Error
 from ..sampling import AUTO, CHECKPOINT, PRESETS, SamplingParams
 from . import terminal
-from .attachments import attach_files, attach_images, attach_pdf, attach_videos, paste
+from .attachments import attach, attach_files, attach_pdf, paste
 from .line_input import LineReader
 from .typed_paths import split_media, typed_path
 
@@ -235,9 +236,9 @@ COMMANDS = {
         "PATH...", "send texts, PDFs, folders, patterns with the next message", attach_files
     ),
     "/image": SlashCommand(
-        "PATH...|clear", "send pictures with it; alone: list them", attach_images
+        "PATH...|clear", "send pictures with it; alone: list them", partial(attach, kind="image")
     ),
-    "/video": SlashCommand("PATH...", "send videos with it", attach_videos),
+    "/video": SlashCommand("PATH...", "send videos with it", partial(attach, kind="video")),
     "/pdf": SlashCommand("PATH [PAGES]", "send pages of a PDF with it, such as 1-3,7", attach_pdf),
     "/paste": SlashCommand("", "send the picture in the clipboard with it", paste),
     "/system": SlashCommand("[TEXT]", "show or set the system prompt", set_system),

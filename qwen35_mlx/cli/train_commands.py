@@ -10,6 +10,7 @@ from . import options
 
 
 def train(
+    ctx: typer.Context,
     model: options.Model,
     data: Annotated[Path, typer.Option(metavar="DIR")],
     adapter_path: Annotated[Path, typer.Option(metavar="DIR")] = Path("adapters"),
@@ -77,20 +78,9 @@ def train(
             f"{adapter_path} has an adapter already",
             hint="name another folder, or continue its training with --resume",
         )
-    settings = TrainSettings(
-        num_steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        max_tokens=max_tokens,
-        kind=DORA if dora else LORA,
-        rank=rank,
-        scale=scale,
-        dropout=dropout,
-        num_layers=num_layers,
-        experts=experts,
-        mask_prompt=mask_prompt,
-        seed=seed,
-    )
+    names = TrainSettings.__dataclass_fields__
+    given = {name: value for name, value in ctx.params.items() if name in names}
+    settings = TrainSettings(num_steps=steps, kind=DORA if dora else LORA, **given)
     with spinner(f"Opening {model}"):
         opened, tokenizer, weight_bytes = open_for_training(model, revision)
         reading: Any = dict(tokenizer=tokenizer, max_tokens=max_tokens, mask_prompt=mask_prompt)

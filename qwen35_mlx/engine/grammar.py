@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Qwen35Error
+from ..errors import Qwen35Error, extra
 from ..text.detokenizer import token_bytes
 from .call_grammar import JSON_OPTIONS, call_grammar
 from .requests import Grammar, Request, ToolName
@@ -208,14 +208,9 @@ class Grammars:
 
     def _ll(self) -> tuple[Any, Any]:
         """The library, and its tables of the tokenizer."""
-        try:
+        needs = "schemas, grammars and required tools need llguidance"
+        with extra("server", needs, GrammarError):
             import llguidance
-        except ImportError:
-            raise GrammarError(
-                "schemas, grammars and required tools need llguidance",
-                got="it is not installed",
-                hint='pip install "qwen35-mlx[server]"',
-            ) from None
         with self._lock:
             if self._tables is None:
                 words = llguidance.TokenizerWrapper(_Words(self._tokenizer, self._vocab_size))

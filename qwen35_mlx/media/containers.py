@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MediaError
+from ..errors import MediaError, extra
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,13 +23,8 @@ class VideoFile:
     """Reads the packets once for the times of all frames, then decodes; holds the kept frames."""
 
     def __init__(self, file: Any, name: str, kind: str):
-        try:
+        with extra("video", f"{name}: reading videos takes one more package", MediaError):
             import av
-        except ImportError:
-            raise MediaError(
-                f"{name}: reading videos takes one more package",
-                hint="pip install 'qwen35-mlx[video]'",
-            ) from None
         self.av, self.file, self.name, self.kind = av, file, name, kind
         self.container = self._open()
         try:

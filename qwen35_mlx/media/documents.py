@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from ..errors import MediaError, first_line
+from ..errors import MediaError, extra, first_line
 from .pictures import Picture, checked_path, kind, picture_of
 from .settings import VisionSettings
 
@@ -51,12 +51,8 @@ def pdf_text(source: Source, name: str = "document") -> str:
 @contextmanager
 def _opened(source: Source, name: str) -> Iterator[tuple[Any, str]]:
     """The document at a path or in bytes, and its name."""
-    try:
+    with extra("pdf", "reading a PDF takes one more package", MediaError):
         import pypdfium2
-    except ImportError:
-        raise MediaError(
-            "reading a PDF takes one more package", hint="pip install 'qwen35-mlx[pdf]'"
-        ) from None
     if isinstance(source, str | os.PathLike):
         path = checked_path(source)
         name, source = path.name, path.read_bytes()

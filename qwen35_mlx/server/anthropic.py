@@ -42,7 +42,6 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
     choice, parallel = read_tool_choice(body, tools)
     given = read_messages(body)
     thinking = _thinking(body, max_tokens)
-    metadata = body.record("metadata")
     body.items("stop_sequences")
     last = given[-1]
     return Request(
@@ -59,7 +58,7 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
         max_tokens=max_tokens,
         stop=body.texts("stop_sequences", MAX_STOPS),
         grammar=_grammar(body),
-        cache_hint=metadata.text("user_id") if metadata is not None else None,
+        cache_hint=body.part("metadata").text("user_id"),
     )
 
 
@@ -71,8 +70,7 @@ def _sampling(service: Service, body: Fields) -> Any:
 
 def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
     """Without a word of it Anthropic's models do not think."""
-    config = body.record("output_config")
-    effort = config.choice("effort", options.EFFORTS) if config is not None else None
+    effort = body.part("output_config").choice("effort", options.EFFORTS)
     given = body.record("thinking")
     if given is None:
         return options.Thinking(enabled=False)
@@ -92,11 +90,8 @@ def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
 
 def _grammar(body: Fields) -> Grammar | None:
     """The schema of an answer, in either of the places where clients put it."""
-    config = body.record("output_config")
-    for holder, field in ((config, "format"), (body, "output_format")):
-        if holder is not None and (grammar := options.response_format(holder, field)):
-            return grammar
-    return None
+    inner = options.response_format(body.part("output_config"), "format")
+    return inner or options.response_format(body, "output_format")
 
 
 class _Messages(ReplyWriter):
@@ -111,8 +106,7 @@ class _Messages(ReplyWriter):
         request = _request(service, body, max_tokens)
         super().__init__(service, "msg_", model, request, prefix="toolu_")
         self.is_stream = body.flag("stream") or False
-        thinking = body.record("thinking")
-        shown = thinking.choice("display", ("summarized", "omitted")) if thinking else None
+        shown = body.part("thinking").choice("display", ("summarized", "omitted"))
         self._omits_thoughts = shown == "omitted"
         # The blocks so far, the last of which may be open.
         self._blocks: list[dict[str, Any]] = []

@@ -64,12 +64,8 @@ def routes() -> list[BaseRoute]:
 
 def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
     """The application before an engine; `app.state.service` is what its handlers share."""
-    guard = Middleware(
-        Guard,
-        api_key=settings.api_key,
-        hosts=settings.hosts,
-        max_requests=settings.max_requests,
-    )
+    given = (settings.api_key, settings.hosts, settings.max_requests)
+    guard = Middleware(Guard, *given)
     app = Starlette(
         routes=[*routes(), *page_routes(ollama_models.root)],
         middleware=[guard],
@@ -88,14 +84,9 @@ async def _no_route(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = http.url.path[:200], http.method[:40]
     known = {
-        404: f"there is no {path} on this server",
-        405: f"{path} does not take {method}",
+        404: ("not_found", f"there is no {path} on this server"),
+        405: ("method_not_allowed", f"{path} does not take {method}"),
     }
-    message = known.get(error.status_code, str(error.detail))
-    fault = ApiError(
-        error.status_code,
-        message,
-        code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code),
-        headers=error.headers,
-    )
+    code, message = known.get(error.status_code, (None, str(error.detail)))
+    fault = ApiError(error.status_code, message, code=code, headers=error.headers)
     return fault.response(dialect_of(http.scope))

@@ -1,7 +1,6 @@
 """Settings with which each client talks to this server: printed, and given to those we start."""
 
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -206,11 +205,6 @@ def shown_url(host: str, port: int) -> str:
     """The address for clients on this machine."""
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     return f"http://[{name}]:{port}" if ":" in name and name[0] != "[" else f"http://{name}:{port}"
-
-
-def environment_with(more: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment and more."""
-    return {**os.environ, **more}
 
 
 def _json(value: object) -> str:

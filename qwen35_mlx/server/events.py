@@ -6,12 +6,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ..engine.requests import Done, Event, Failed, Request
+from ..engine.ticket import Ticket
 from .faults import ApiError, Dialect, as_fault
 from .protocol import HALF_CLOSED
 
@@ -22,16 +23,6 @@ PROBE_SECONDS = 0.2
 # Prompts of one request that the engine has at a time.
 MAX_PROMPTS_AT_ONCE = 8
 EVENT_STREAM, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
-
-
-class Ticket(Protocol):
-    """What the server needs of an engine's ticket."""
-
-    def add_listener(self, listener: Callable[[Event], None]) -> None:
-        """Call `listener` for each event."""
-
-    def cancel(self) -> None:
-        """End the request."""
 
 
 class Mailbox:
@@ -244,7 +235,7 @@ class WholeAnswer(_Sender):
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response: Response = Json(await self._work)
+            response: Response = JSONResponse(await self._work)
         except ClientGone:
             raise
         except Exception as error:
@@ -254,13 +245,6 @@ class WholeAnswer(_Sender):
             await send({"type": "http.response.body", "body": bytes(response.body)})
         else:
             await response(scope, receive, send)
-
-
-class Json(JSONResponse):
-    """JSON whose texts may have anything that the model wrote."""
-
-    def render(self, content: Any) -> bytes:
-        return dumps(content).encode()
 
 
 def dumps(value: Any) -> str:

@@ -20,14 +20,7 @@ OPENAI_TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
+ANTHROPIC_TYPES = OPENAI_TYPES | {413: "request_too_large", 503: "overloaded_error"}
 RETRY_AFTER_S = 2
 
 
@@ -67,14 +60,8 @@ class ApiError(Exception):
         # What OpenAI itself sends for these two.
         if self.code in ("model_not_found", "invalid_api_key"):
             kind = "invalid_request_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        facts = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": facts}
 
     def response(self, dialect: Dialect) -> JSONResponse:
         """The whole answer."""
@@ -122,24 +109,14 @@ def as_fault(error: BaseException) -> ApiError:
     """What a client is told of an error; only what is not its own mistake is a 5xx."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, EngineBusy):
-        return ApiError(
-            429,
-            _one_line(error),
-            code="rate_limit_exceeded",
-            headers={"retry-after": str(RETRY_AFTER_S)},
-        )
-    if isinstance(error, EngineStopped):
-        return ApiError(503, _one_line(error), headers={"retry-after": str(RETRY_AFTER_S)})
-    num_tokens = getattr(error, "num_tokens", None)
-    context_length = getattr(error, "context_length", None)
-    if isinstance(error, ContextFull) and num_tokens and context_length:
-        return TooLong(num_tokens, context_length)
+    text = "; ".join(line.strip() for line in str(error).splitlines())
+    if isinstance(error, EngineBusy | EngineStopped):
+        is_busy, headers = isinstance(error, EngineBusy), {"retry-after": str(RETRY_AFTER_S)}
+        status, code = (429, "rate_limit_exceeded") if is_busy else (503, None)
+        return ApiError(status, text, code=code, headers=headers)
+    if isinstance(error, ContextFull) and error.num_tokens and error.context_length:
+        return TooLong(error.num_tokens, error.context_length)
     if isinstance(error, Qwen35Error):
-        return ApiError(400, _one_line(error), code="invalid_value")
+        return ApiError(400, text, code="invalid_value")
     logger.error("a request failed", exc_info=error)
     return ApiError(500, f"the server failed at this request: {type(error).__name__}")
-
-
-def _one_line(error: BaseException) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines())

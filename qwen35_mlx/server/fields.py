@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from .faults import ApiError
 
 MAX_INT = 2**63 - 1
+T = TypeVar("T")
 
 
 class Fields:
@@ -38,7 +39,7 @@ class Fields:
         """The value as it is; None if absent."""
         return self.values.get(field)
 
-    def _of(self, field: str, kind: type, name: str) -> Any:
+    def _of(self, field: str, kind: type[T], name: str) -> T | None:
         value = self.values.get(field)
         if value is not None and not isinstance(value, kind):
             raise self.refuse(field, name, "invalid_type")
@@ -46,13 +47,11 @@ class Fields:
 
     def text(self, field: str) -> str | None:
         """A string."""
-        value: str | None = self._of(field, str, "a string")
-        return value
+        return self._of(field, str, "a string")
 
     def flag(self, field: str) -> bool | None:
         """true or false."""
-        value: bool | None = self._of(field, bool, "true or false")
-        return value
+        return self._of(field, bool, "true or false")
 
     def integer(self, field: str, low: int = -MAX_INT - 1, high: int = MAX_INT) -> int | None:
         """A whole number, bounds included; 5.0 is one."""
@@ -105,18 +104,20 @@ class Fields:
 
     def items(self, field: str) -> list[Any] | None:
         """A list."""
-        value: list[Any] | None = self._of(field, list, "a list")
-        return value
+        return self._of(field, list, "a list")
 
     def record(self, field: str) -> "Fields | None":
         """An object."""
         value = self.mapping(field)
         return None if value is None else Fields(value, self.name(field))
 
+    def part(self, field: str) -> "Fields":
+        """An object, or an empty one where there is none."""
+        return Fields(self.mapping(field) or {}, self.name(field))
+
     def mapping(self, field: str) -> dict[str, Any] | None:
         """An object, as it is."""
-        value: dict[str, Any] | None = self._of(field, dict, "an object")
-        return value
+        return self._of(field, dict, "an object")
 
     def records(self, field: str, values: list[Any] | None = None) -> list["Fields"] | None:
         """A list of objects; `values` stand in for the field's own."""

@@ -14,7 +14,7 @@ import json
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.tool_calls import ToolCall, as_message
@@ -69,35 +69,25 @@ class CallMemory:
             while len(self._calls) > MAX_CALLS_KEPT:
                 self._calls.popitem(last=False)
 
-    def as_written(self, name: str, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The call as the model wrote it, if the client's is the same."""
-        call, _ = self._calls.get(name, (None, ""))
+    def restored(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+        """The messages with each call, and its thought if none was given, as the model wrote it."""
+        changed = []
+        for message in map(dict, messages):
+            if calls := message.get("tool_calls"):
+                written, thoughts = zip(*map(self._as_written, calls), strict=True)
+                message["tool_calls"] = list(written)
+                if thoughts[0] and not message.get("reasoning_content"):
+                    message["reasoning_content"] = thoughts[0]
+            changed.append(message)
+        return changed
+
+    def _as_written(self, given: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """The call as the model wrote it, if the client's is the same; and the thought before."""
+        call, thought = self._calls.get(str(given.get("id")), (None, ""))
         function = given["function"]
-        same = call and call.name == function["name"] and call.arguments == function["arguments"]
-        return as_message(call, typed=self._typed) if call and same else None
-
-    def thought_of(self, name: str) -> str:
-        """What the model thought before the call."""
-        return self._calls.get(name, (None, ""))[1]
-
-
-def restored(messages: list[Message], memory: CallMemory) -> list[Message]:
-    """The messages with each call, and its thought if none was given, as the model wrote it."""
-    changed = []
-    for message in messages:
-        calls = message.get("tool_calls")
-        if calls:
-            message = {**message, "tool_calls": [_restored(call, memory) for call in calls]}
-            if not message.get("reasoning_content"):
-                thought = memory.thought_of(str(calls[0].get("id")))
-                message |= {"reasoning_content": thought} if thought else {}
-        changed.append(message)
-    return changed
-
-
-def _restored(call: Mapping[str, Any], memory: CallMemory) -> Mapping[str, Any]:
-    name = str(call.get("id"))
-    return memory.as_written(name, call) or {"type": "function", "function": call["function"]}
+        if call and call.name == function["name"] and call.arguments == function["arguments"]:
+            return as_message(call, typed=self._typed), thought
+        return {"type": "function", "function": function}, thought
 
 
 def tool_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]:

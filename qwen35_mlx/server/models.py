@@ -7,7 +7,6 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from .faults import ApiError
 from .service import Service, service_of
 
 OWNER = "qwen35-mlx"
@@ -52,28 +51,20 @@ async def list_models(http: HttpRequest) -> Response:
     """/v1/models: the one there is, alone and with each of its adapters."""
     service = service_of(http)
     models = [model_object(service, name) for name in service.model_names]
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": models,
-            "has_more": False,
-            "first_id": models[0]["id"],
-            "last_id": models[-1]["id"],
-        }
-    )
+    return JSONResponse(list_object(models))
+
+
+def list_object(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """All items as a page of OpenAI's and Anthropic's lists."""
+    first_id, last_id = (items[place]["id"] if items else None for place in (0, -1))
+    page = {"object": "list", "data": items, "has_more": False}
+    return page | {"first_id": first_id, "last_id": last_id}
 
 
 async def get_model(http: HttpRequest) -> Response:
     """/v1/models/ID, whose id may have slashes."""
     service = service_of(http)
-    name = http.path_params["name"]
-    if not service.knows(name):
-        raise ApiError(
-            404,
-            f"The model '{name[:200]}' does not exist",
-            param="model",
-            code="model_not_found",
-        )
+    name = service.known_model(http.path_params["name"])
     return JSONResponse(model_object(service, name))
 
 

@@ -81,7 +81,7 @@ def now() -> str:
 
 
 def _request(service: Service, body: Fields) -> Request:
-    given = reading.read_options(body)
+    given = body.part("options")
     thinking = reading.read_thinking(body)
     return Request(
         adapter=service.adapter(body),

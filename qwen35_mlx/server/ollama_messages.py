@@ -79,11 +79,6 @@ def images(holder: Fields) -> list[dict[str, Any]]:
     return found
 
 
-def read_options(body: Fields) -> Fields:
-    """`options`, which hold all of sampling."""
-    return body.record("options") or Fields({}, "options")
-
-
 def sampling(given: Fields, defaults: SamplingParams) -> SamplingParams:
     """As OpenAI's, but 0 switches a penalty of repetition off."""
     if given.raw("repeat_penalty") == 0:

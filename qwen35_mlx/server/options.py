@@ -78,11 +78,8 @@ def seed(body: Fields) -> int | None:
 
 def logit_bias(body: Fields, vocab_size: int) -> dict[int, float]:
     """Token ids with what is added to their logits."""
-    biases = {}
-    given = body.record("logit_bias")
-    if given is None:
-        return {}
-    for key in body.mapping("logit_bias") or {}:
+    biases, given = {}, body.part("logit_bias")
+    for key in given.values:
         if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
             raise ApiError(
                 400,
@@ -109,10 +106,8 @@ def thinking(body: Fields) -> Thinking:
     effort = body.choice("reasoning_effort", EFFORTS)
     if effort is not None:
         wanted = of_effort(effort)
-    template = body.record("chat_template_kwargs")
-    for holder in (template, body):
-        enabled = holder.flag("enable_thinking") if holder is not None else None
-        if enabled is not None:
+    for holder in (body.part("chat_template_kwargs"), body):
+        if (enabled := holder.flag("enable_thinking")) is not None:
             wanted.enabled = enabled
     for name in ("thinking_token_budget", "thinking_budget"):
         budget = body.integer(name, 0)
@@ -129,9 +124,7 @@ def of_effort(effort: str) -> Thinking:
 
 def template_options(body: Fields) -> dict[str, Any]:
     """Variables for the chat template."""
-    given = body.record("chat_template_kwargs")
-    if given is None:
-        return {}
+    given = body.part("chat_template_kwargs")
     values = {name: given.flag(name) for name in TEMPLATE_OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -178,5 +171,4 @@ def _structured(given: Fields, prefix: str) -> Grammar | None:
 
 def includes_usage(body: Fields) -> bool:
     """Whether a stream ends with the usage."""
-    given = body.record("stream_options")
-    return given is not None and given.flag("include_usage") is True
+    return body.part("stream_options").flag("include_usage") is True

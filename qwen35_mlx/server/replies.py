@@ -28,11 +28,6 @@ class SentCall:
     arguments: str
     call: ToolCall
 
-    @classmethod
-    def of(cls, call: ToolCall, prefix: str) -> "SentCall":
-        """A call under a new id."""
-        return cls(call_id(prefix), call.name, dumps(call.arguments), call)
-
 
 @dataclass
 class Reply:
@@ -55,12 +50,13 @@ class Reply:
             self.finish_reason, self.stop_text = event.finish_reason, event.stop_text
         added: list[tuple[Piece, SentCall | None]] = []
         for piece in event.pieces:
-            if piece.call is not None:
-                if not piece.call.complete or not piece.call.name:
+            if (call := piece.call) is not None:
+                if not call.complete or not call.name:
                     continue
-                sent = SentCall.of(piece.call, self.id_prefix)
+                identity = call_id(self.id_prefix)
+                sent = SentCall(identity, call.name, dumps(call.arguments), call)
                 self.calls.append(sent)
-                service.calls.keep(sent.id, piece.call, self.thought)
+                service.calls.keep(sent.id, call, self.thought)
                 added.append((piece, sent))
             elif piece.text:
                 if piece.kind == "thought":

@@ -12,6 +12,7 @@ from .chat_messages import read_tool_choice
 from .faults import ApiError, TooLong, as_fault
 from .fields import Fields
 from .messages import read_functions, strict_names
+from .models import list_object
 from .response_events import ResponseWriter
 from .response_items import found_item, read_input, read_messages
 from .service import Service, begun, service_of
@@ -84,7 +85,6 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
     body.choice("truncation", ("auto", "disabled"))
     choice, tools = read_tool_choice(body, read_functions(body))
     thinking = _thinking(body)
-    text = body.record("text")
     num_top = body.integer("top_logprobs", 0, 20)
     included = body.items("include") or []
     wants_logprobs = INCLUDE_LOGPROBS in included or bool(num_top)
@@ -101,7 +101,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         seed=options.seed(body),
         max_tokens=options.max_tokens(body, "max_output_tokens"),
         stop=body.texts("stop", 4),
-        grammar=options.response_format(text, "format") if text is not None else None,
+        grammar=options.response_format(body.part("text"), "format"),
         logprobs=(num_top or 0) if wants_logprobs else None,
         cache_hint=body.text("prompt_cache_key"),
         adapter=service.adapter(body),
@@ -109,19 +109,16 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
 
 
 def _thinking(body: Fields) -> options.Thinking:
-    given = body.record("reasoning")
-    effort = given.choice("effort", options.EFFORTS) if given is not None else None
+    effort = body.part("reasoning").choice("effort", options.EFFORTS)
     return options.of_effort(effort) if effort is not None else options.thinking(body)
 
 
 def _template(body: Fields, model: str, request: Request) -> dict[str, Any]:
     """What a response repeats of its request."""
-    reasoning = body.record("reasoning")
-    text = body.record("text")
+    reasoning = body.part("reasoning")
     kept = {"format": {"type": "text"}, "verbosity": "medium"}
-    if text is not None:
-        given = {name: text.raw(name) for name in kept}
-        kept |= {name: value for name, value in given.items() if value is not None}
+    given = {name: body.part("text").raw(name) for name in kept}
+    kept |= {name: value for name, value in given.items() if value is not None}
     params = request.params
     assert params is not None
     return {
@@ -141,10 +138,7 @@ def _template(body: Fields, model: str, request: Request) -> dict[str, Any]:
         "parallel_tool_calls": request.parallel_tool_calls,
         "previous_response_id": body.text("previous_response_id"),
         "prompt_cache_key": body.text("prompt_cache_key"),
-        "reasoning": {
-            "effort": reasoning.text("effort") if reasoning is not None else None,
-            "summary": reasoning.text("summary") if reasoning is not None else None,
-        },
+        "reasoning": {name: reasoning.text(name) for name in ("effort", "summary")},
         "safety_identifier": body.text("safety_identifier"),
         "service_tier": "default",
         "store": body.flag("store") is not False,
@@ -204,15 +198,7 @@ async def list_input_items(http: HttpRequest) -> Response:
     items = [_listed(item, i) for i, item in enumerate(given)]
     if http.query_params.get("order", "desc") != "asc":
         items.reverse()
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": items,
-            "first_id": items[0]["id"] if items else None,
-            "last_id": items[-1]["id"] if items else None,
-            "has_more": False,
-        }
-    )
+    return JSONResponse(list_object(items))
 
 
 def _listed(item: dict[str, Any], place: int) -> dict[str, Any]:

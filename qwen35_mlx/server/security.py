@@ -33,7 +33,6 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        *,
         api_key: str | None = None,
         hosts: Collection[str] = (),
         max_requests: int = 256,
@@ -138,13 +137,8 @@ class Guard:
 
     def _is_known(self, name: str) -> bool:
         """An address cannot be rebound; a name can, unless it is one of ours."""
-        if name in self._hosts or name.endswith(".localhost"):
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        is_own = name in self._hosts or name.endswith(".localhost")
+        return is_own or _address(name) is not None
 
     def _is_known_origin(self, origin: str, host: str | None) -> bool:
         """Our own page's, one on this machine's, or a program's."""
@@ -159,10 +153,15 @@ class Guard:
             return False
         if name in self._hosts or name.endswith(".localhost") or parts.netloc == host:
             return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
+        address = _address(name)
+        return address is not None and address.is_loopback
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None
 
 
 def _is_open(scope: Scope) -> bool:

@@ -15,13 +15,14 @@ from starlette.requests import Request as HttpRequest
 from .. import __version__
 from ..checkpoint.names import OF_EXPERTS
 from ..engine.requests import Request, Top
+from ..engine.ticket import Ticket
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
 from .body import read_json
-from .events import Answer, Mailbox, Ticket, dumps
+from .events import Answer, Mailbox, dumps
 from .faults import ApiError
 from .fields import Fields
-from .messages import CallMemory, restored
+from .messages import CallMemory
 
 # Tokenising and reading pictures; MLX has one thread of its own.
 NUM_WORKERS = 2
@@ -72,22 +73,21 @@ class Settings:
         files = [file for file in folder.glob("*.safetensors") if file.is_file()]
         card = folder / "config.json"
         num_parameters, bits = _parameters(model)
-        values: dict[str, Any] = {
-            "context_length": config.context_length,
-            "vocab_size": config.vocab_size,
-            "defaults": model.sampling_defaults,
-            "num_bytes": sum(file.stat().st_size for file in files),
-            "digest": hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else "",
-            "num_parameters": num_parameters,
-            "parameter_size": f"{num_parameters / 1e6:.1f}M"
-            if num_parameters < 1e9
-            else f"{num_parameters / 1e9:.1f}B",
-            "quantization": f"{bits}-bit" if bits else "",
-            "template": template,
-            "sees": getattr(tokenizer, "vision", None) is not None,
-            "json_calls": "<function=" not in template,
-        }
-        return cls(**(values | given))
+        unit, sign = (1e6, "M") if num_parameters < 1e9 else (1e9, "B")
+        return cls(
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            defaults=model.sampling_defaults,
+            num_bytes=sum(file.stat().st_size for file in files),
+            digest=hashlib.sha256(card.read_bytes()).hexdigest() if card.is_file() else "",
+            num_parameters=num_parameters,
+            parameter_size=f"{num_parameters / unit:.1f}{sign}",
+            quantization=f"{bits}-bit" if bits else "",
+            template=template,
+            sees=getattr(tokenizer, "vision", None) is not None,
+            json_calls="<function=" not in template,
+            **given,
+        )
 
 
 def _parameters(model: Any) -> tuple[int, int]:
@@ -139,7 +139,7 @@ class Service:
         """Submit requests; mistakes in the first ones are raised."""
         for request in requests:
             if request.messages is not None:
-                request.messages = restored(list(map(dict, request.messages)), self.calls)
+                request.messages = self.calls.restored(request.messages)
         # Not before there is a loop.
         self._mailbox = self._mailbox or Mailbox()
         return await Answer(self._submit, requests, self._mailbox).start()
@@ -151,7 +151,7 @@ class Service:
     async def count(self, request: Request) -> int:
         """Tokens of a prompt."""
         if request.messages is not None:
-            request.messages = restored(list(map(dict, request.messages)), self.calls)
+            request.messages = self.calls.restored(request.messages)
         return int(await self.in_worker(self.engine.count_tokens, request))
 
     @property
@@ -180,16 +180,15 @@ class Service:
 
     def check_model(self, body: Fields) -> str:
         """The name that the client uses for the model; it may leave it out."""
-        name = body.text("model")
-        if name and not self.knows(name):
-            raise ApiError(
-                404,
-                f"The model '{name[:200]}' does not exist; this server has "
-                f"'{self.settings.model_id}'",
-                param="model",
-                code="model_not_found",
-            )
-        return name or self.settings.model_id
+        return self.known_model(body.text("model") or self.settings.model_id)
+
+    def known_model(self, name: str) -> str:
+        """The name, if it is the model's."""
+        if not self.knows(name):
+            own = self.settings.model_id
+            message = f"The model '{name[:200]}' does not exist; this server has '{own}'"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return name
 
     def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
         """Keep a response with the items it was given; the oldest ones are forgotten."""

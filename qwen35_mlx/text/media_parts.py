@@ -52,7 +52,7 @@ def media_of(messages: Iterable[Any]) -> "list[Media]":
 
 def is_media(part: Any) -> bool:
     """Whether a part of a message's content shows something, opened or not."""
-    return isinstance(part, Mapping) and _form(part) is not None
+    return isinstance(part, Mapping) and _form(part) != ("", "")
 
 
 def source_parts(
@@ -85,26 +85,16 @@ def opened(
     for i, message in enumerate(changed):
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list | tuple) and any(map(is_media, content)):
-            parts = open_parts(content, settings, why_none=why_none, allow_url=allow_url)
+            parts = [
+                _opened(part, settings, why_none, allow_url) if is_media(part) else part
+                for part in content
+            ]
             changed[i] = {**message, "content": parts}
     return changed if any(a is not b for a, b in zip(changed, messages, strict=True)) else messages
 
 
-def open_parts(
-    parts: Iterable[Any],
-    settings: "VisionSettings | None",
-    *,
-    why_none: str = "",
-    allow_url: bool = False,
-) -> list[Any]:
-    """The parts of one message, as `{"type": "image", "image": Picture}` where they show one."""
-    return [_opened(p, settings, why_none, allow_url) if is_media(p) else p for p in parts]
-
-
 def _opened(part: Part, settings: "VisionSettings | None", why_none: str, allow_url: bool) -> Part:
-    form = _form(part)
-    assert form is not None
-    kind, key = FORMS[form]
+    kind, key = _form(part)
     if settings is None:
         raise PromptError(
             "this model reads no pictures and no videos",
@@ -155,19 +145,15 @@ def _fetched(source: Any, key: str, kind: str, allow_url: bool) -> Any:
     return source
 
 
-def _form(part: Mapping[str, Any]) -> str | None:
-    """The type of a part that shows something; without a type, the key that says so."""
+def _form(part: Mapping[str, Any]) -> tuple[str, str]:
+    """What a part shows, by its type or else by the key that says so, and the key of its source."""
     kind = part.get("type")
     if isinstance(kind, str) and kind in FORMS:
-        return kind
+        return FORMS[kind]
     # As templates do: what has such a key shows it, whatever its type says.
-    return next((key for key in FORMS if key in part), None)
+    return next((form for key, form in FORMS.items() if key in part), ("", ""))
 
 
 def for_template(part: Any) -> Any:
     """What a template may see of a part: that there is a picture, and nothing of it."""
-    if not is_media(part):
-        return part
-    form = _form(part)
-    assert form is not None
-    return {"type": FORMS[form][0]}
+    return {"type": _form(part)[0]} if is_media(part) else part

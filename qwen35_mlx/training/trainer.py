@@ -21,7 +21,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..checkpoint.adapter import LORA, Adapter, write_adapter
-from ..errors import CheckpointError, Qwen35Error, first_line
+from ..errors import CheckpointError, Qwen35Error, extra, first_line
 from ..files import replacing
 from ..kernels.tiers import PORTABLE, use
 from ..model.adapters import DEFAULT_KEYS, EXPERT_KEYS, add_new, changes_of
@@ -298,12 +298,5 @@ def _flat(tree: Any) -> dict[str, mx.array]:
 
 def require_trainer() -> None:
     """Raise Qwen35Error where mlx-lm, whose loop over steps this is, is not installed."""
-    try:
+    with extra("train", "training needs mlx-lm"):
         import mlx_lm.tuner.trainer  # noqa: F401
-    except ImportError as error:
-        raise Qwen35Error(
-            "training needs mlx-lm",
-            got=error,
-            expected="its trainer",
-            hint="pip install 'qwen35-mlx[train]'",
-        ) from None

@@ -35,9 +35,15 @@ def test_other_machines_need_a_key(run_cli, converted_demo):
 
 
 def test_a_missing_extra_is_named_with_its_pip_line(run_cli, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "qwen35_mlx.server.run", None)
     result = run_cli("serve", "--demo")
     assert result.exit_code == 1 and "pip install 'qwen35-mlx[server]'" in result.output
+
+
+def test_an_agent_is_started_without_what_the_server_needs(run_cli, monkeypatch):
+    for name in ("starlette", "uvicorn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install" not in run_cli("launch", "codex", "--url", "http://127.0.0.1:1").output
 
 
 def test_an_unknown_host_is_an_error():
