@@ -433,6 +433,8 @@ def test_log_probabilities_are_those_of_the_model(shared, demo):
         ({"logit_bias": {99999: 1.0}}, "logit_bias"),
         ({"logit_bias": {"x": 1.0}}, "logit_bias"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias"),
+        ({"logit_bias": {1: 100.5}}, "logit_bias"),
+        ({"logit_bias": {1: True}}, "logit_bias"),
         ({"n": 0}, "n is"),
         ({"seed": 2**64}, "seed"),
         ({"stop": [3]}, "stop"),
@@ -445,6 +447,14 @@ def test_log_probabilities_are_those_of_the_model(shared, demo):
 def test_mistakes_are_refused_before_they_are_queued(shared, options, words):
     with pytest.raises(Qwen35Error, match=words):
         shared.submit(replace(ask("hi"), **options))
+
+
+def test_the_least_bias_keeps_a_token_out(shared):
+    options = {"enable_thinking": False, "max_tokens": 2}
+    plain = Answer(shared.submit(ask(QUESTIONS[0], **options)))
+    bias = {plain.tokens[0]: -100}
+    biased = Answer(shared.submit(ask(QUESTIONS[0], logit_bias=bias, **options)))
+    assert plain.tokens[0] not in biased.tokens
 
 
 def test_a_prompt_that_is_too_long_says_by_how_much(shared):

@@ -242,8 +242,10 @@ def test_a_prompt_that_is_too_long_has_the_text_that_agents_match(server):
     assert "However, your messages resulted in " in error["message"]
 
 
-def test_logprobs_are_those_of_the_answer_alone(server):
-    server.engine.say = [thought("long thought"), "Paris", "."]
+def test_logprobs_are_those_of_the_answer_alone(server, tokenizer):
+    # Between the two: no text of the answer.
+    (line,) = tokenizer.encode("\n\n", add_special_tokens=False)
+    server.engine.say = [thought("long thought"), Token((), line, -0.5, []), "Paris", "."]
     choice = server.chat(logprobs=True, top_logprobs=1).json["choices"][0]
     content = choice["logprobs"]["content"]
     assert "".join(entry["token"] for entry in content) == "Paris."

@@ -152,6 +152,18 @@ def test_a_head_that_drips_ends_with_408(server, monkeypatch):
         assert parsed(read_all(sock))[0] == 408
 
 
+def test_the_next_head_of_a_connection_has_its_time_too(server, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.1)
+    with connect(server) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        first = b""
+        while not first.endswith(b"}"):
+            first += sock.recv(65536)
+        assert parsed(first)[0] == 200
+        sock.sendall(b"GET /health HT")
+        assert parsed(read_all(sock))[0] == 408
+
+
 def test_a_client_that_says_no_more_gets_its_answer(server):
     """`printf … | nc`: the client's side is closed while it waits."""
     server.engine.say = [0.3, "Paris."]

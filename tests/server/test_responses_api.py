@@ -106,6 +106,29 @@ def test_items_of_a_history_become_messages(server):
     assert len(server.engine.last.tools) == 1
 
 
+def test_thoughts_and_calls_of_other_programs_are_read(server):
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "first"}]},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "then"}]},
+        {"type": "message", "role": "assistant", "content": "Hello."},
+        {"type": "custom_tool_call", "name": "patch", "call_id": "c1", "input": "*** Begin"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": "done"},
+        {"type": "local_shell_call", "call_id": "c2", "action": {"command": ["ls"]}},
+        {"type": "local_shell_call_output", "call_id": "c2", "output": "a b"},
+    ]
+    assert ask(server, items).status == 200
+    read = server.engine.last.messages
+    assert [m["role"] for m in read] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert (read[1]["reasoning_content"], read[1]["content"]) == ("first\nthen", "Hello.")
+    calls = [m["tool_calls"][0]["function"] for m in (read[1], read[3])]
+    assert [(c["name"], c["arguments"]) for c in calls] == [
+        ("patch", {"input": "*** Begin"}),
+        ("local_shell", {"command": ["ls"]}),
+    ]
+    assert [read[2]["content"], read[4]["content"]] == ["done", "a b"]
+
+
 def test_a_response_is_kept_continued_listed_and_deleted(server):
     first = ask(server, "one").json["id"]
     assert ask(server, "two", previous_response_id=first).status == 200
