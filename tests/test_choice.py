@@ -182,7 +182,7 @@ def test_a_change_of_a_launch_or_of_a_kernel_asks_for_new_verdicts(
     verdicts._digest_of_sources.cache_clear()
     launching = {f.name for f in source.glob("*.py") if "= kernel(" in f.read_text()}
     assert launching and found >= {f.name for f in source.glob("*.metal")} | launching
-    assert "verdicts.py" not in found
+    assert "verdicts.py" not in found and "naive.py" not in found
 
 
 def test_new_verdicts_stand_beside_the_old_ones() -> None:

@@ -6,11 +6,11 @@ import pytest
 from everyday import everyday
 from metal import errors
 from metal.emulator import Log, emulated
-from naive import naive_gated_delta_rule
 
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.chunk_delta_rule import chunk_delta_rule, is_eligible
 from qwen35_mlx.kernels.gated_delta_rule import gated_delta_rule
+from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 from qwen35_mlx.kernels.tiers import with_kernels
 
 CASES_EACH = 14

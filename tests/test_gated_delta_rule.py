@@ -4,13 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
-from naive import naive_gated_delta_rule
 
 from qwen35_mlx.kernels.gated_delta_rule import (
     _unit_lower_inverse,
     chunk_gated_delta_rule,
     gated_delta_rule,
 )
+from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 
 # B, Hk, Hv, Dk, Dv: Hk != Hv and Dk != Dv hide no transposed state.
 SHAPES = [(1, 2, 6, 16, 32), (2, 3, 3, 32, 8), (3, 1, 4, 8, 64)]

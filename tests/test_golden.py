@@ -12,12 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
-from naive import naive_gated_delta_rule
 
 from qwen35_mlx.config import RopeConfig
 from qwen35_mlx.kernels.attention_heads import rotate
 from qwen35_mlx.kernels.delta_step import l2_norm
 from qwen35_mlx.kernels.gated_delta_rule import chunk_gated_delta_rule, gated_delta_rule
+from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.model.rope import PartialRope

@@ -8,7 +8,6 @@ import pytest
 from everyday import everyday
 from metal import errors
 from metal.emulator import Log, emulated
-from naive import naive_expert_mlp
 
 from qwen35_mlx.kernels import metal
 from qwen35_mlx.kernels.grouped_expert_matmul import (
@@ -19,6 +18,7 @@ from qwen35_mlx.kernels.grouped_expert_matmul import (
     num_matrix_macs,
     tiles,
 )
+from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
 from qwen35_mlx.kernels.switch import SwitchGLU, SwitchLinear
 from qwen35_mlx.kernels.tiers import with_kernels

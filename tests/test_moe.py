@@ -6,10 +6,10 @@ import mlx_lm.models.switch_layers as switch_layers
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from naive import naive_expert_mlp
 
 from qwen35_mlx.kernels import router
 from qwen35_mlx.kernels.grouped_expert_matmul import SORT_FROM, expert_mlp
+from qwen35_mlx.kernels.naive import naive_expert_mlp
 from qwen35_mlx.kernels.router import route
 from qwen35_mlx.kernels.switch import SwitchGLU, SwitchLinear
 from qwen35_mlx.kernels.tiers import OPS, with_kernels

@@ -4,7 +4,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from everyday import everyday
-from naive import naive_gated_delta_rule
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
@@ -12,6 +11,7 @@ from qwen35_mlx.family import family_config
 from qwen35_mlx.kernels import tiers
 from qwen35_mlx.kernels.delta_step import DeltaInputs, DeltaParameters, delta_step
 from qwen35_mlx.kernels.gated_delta_rule import is_fused
+from qwen35_mlx.kernels.naive import naive_gated_delta_rule
 from qwen35_mlx.kernels.tiers import METAL, MLX, OPS, PORTABLE, Tiers, with_kernels
 from qwen35_mlx.model.language import Model
 

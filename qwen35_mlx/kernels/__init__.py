@@ -1,10 +1,10 @@
-"""The hot operations, each on plain MLX and as a Metal kernel.
+"""The hot operations, each on plain MLX, as a Metal kernel, and as the truth in fp32.
 
 `<op>.py` holds the operation, whose argument `kernels` says which run as kernels, and beside it
 `<op>_kernel`, which launches `<op>.metal`. Begin with attention_heads.py. Kernels for one to eight
 tokens keep their sums in registers; prefill has its own. What is the same for all: metal.py builds
-kernels, matrix.py tells them of weights, common.metal stands before each of them, tests/naive.py
-is what they are held against, checks.py and choice.py decide on a Mac which of them run.
+kernels, matrix.py tells them of weights, common.metal stands before each of them, naive.py is what
+they are held against, checks.py and choice.py decide on a Mac which of them run.
 """
 
 import os

@@ -26,7 +26,7 @@ def is_eligible(q: mx.array, k: mx.array, v: mx.array) -> bool:
 def chunk_delta_rule(
     q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Output `[B, T, Hv, Dv]` and new state in fp32; shapes as in `gated_delta_rule`.
+    """Output `[B, T, Hv, Dv]` and new state in fp32; shapes as in `naive_gated_delta_rule`.
 
     The first kernel prepares all chunks in parallel, the second goes through them with the state
     in registers. Between them lie 18.9 KB a chunk and value head.

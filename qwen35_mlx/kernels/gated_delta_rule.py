@@ -22,11 +22,7 @@ def gated_delta_rule(
     state: mx.array | None = None,
     kernels: Tiers = PORTABLE,
 ) -> tuple[mx.array, mx.array]:
-    """Output `[B, T, Hv, Dv]` and new state (arXiv 2412.06464, eq. 10), fp32 inside.
-
-    q and k `[B, T, Hk, Dk]`, normalised, q scaled; v `[B, T, Hv, Dv]`; log decay g and beta
-    `[B, T, Hv]`. Value head h reads key head h // (Hv / Hk).
-    """
+    """Output `[B, T, Hv, Dv]` and new state; shapes as in `naive_gated_delta_rule`, fp32 inside."""
     batch, num_tokens, _, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
     if state is None:

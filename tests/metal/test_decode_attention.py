@@ -8,7 +8,6 @@ from metal.emulator import emulated
 from metal.row_invariance import bits, different_queries
 from metal.test_decode_kernels import TOLERANCE, assert_close, deal
 from mlx_lm.models.cache import QuantizedKVCache
-from naive import naive_attention
 
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.family import family_config
@@ -22,6 +21,7 @@ from qwen35_mlx.kernels.decode_attention import (
     row_class,
     unpacked,
 )
+from qwen35_mlx.kernels.naive import naive_attention
 from qwen35_mlx.kernels.tiers import PORTABLE, with_kernels
 from qwen35_mlx.model.attention import Attention, attention_mask
 from qwen35_mlx.model.layer_cache import KVCache

@@ -7,13 +7,12 @@ numbers. Everyday one case of each kernel runs, the slow tests run 300.
 import itertools
 
 import mlx.core as mx
-import naive
 import numpy as np
 import pytest
 from metal.draw import HEADS, NUM_EXPERTS, Draw, chunk_range
 from metal.emulator import emulated
 
-from qwen35_mlx.kernels import metal, projection
+from qwen35_mlx.kernels import metal, naive, projection
 from qwen35_mlx.kernels.attention_heads import output_gate_kernel, qk_norm_rope_kernel
 from qwen35_mlx.kernels.delta_step import DeltaInputs, DeltaParameters, delta_step_kernel
 from qwen35_mlx.kernels.expert_step import Routing, expert_down_kernel, expert_gate_up_kernel

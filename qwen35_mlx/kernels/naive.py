@@ -5,7 +5,7 @@ B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, E experts, K experts 
 
 import mlx.core as mx
 
-from qwen35_mlx.kernels.delta_step import DeltaParameters
+from .delta_step import DeltaParameters
 
 
 def naive_gated_delta_rule(
