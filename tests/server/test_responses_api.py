@@ -61,6 +61,12 @@ def test_events_are_numbered_and_complete(server):
     assert events[12]["text"] == "Hello" and events[12]["item_id"] == events[8]["item"]["id"]
     assert events[0]["response"]["status"] == "in_progress"
     assert len(events[-1]["response"]["output"]) == 3
+    # Each event names the item that it belongs to, by place and by id.
+    output = events[-1]["response"]["output"]
+    for place, first, last in ((0, 2, 7), (1, 8, 14), (2, 15, 18)):
+        assert {e["output_index"] for e in events[first : last + 1]} == {place}
+        assert {e["item_id"] for e in events[first + 1 : last]} == {output[place]["id"]}
+        assert events[last]["item"] == output[place]
 
 
 def test_a_summary_is_streamed_where_it_is_asked_for(server):
