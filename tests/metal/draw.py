@@ -61,11 +61,7 @@ class Draw:
 
     def linear(self, out: int, width: int, form: tuple[int, int], experts: int = 0):
         """A layer and its dense weight in fp32."""
-        layer = (
-            SwitchLinear(width, out, experts, bias=False)
-            if experts
-            else nn.Linear(width, out, bias=False)
-        )
+        layer = SwitchLinear(width, out, experts) if experts else nn.Linear(width, out, bias=False)
         weight = self.normal(*layer.weight.shape, dtype=self.weight_dtype, scale=width**-0.5)
         bits, group_size = form
         layer.weight = weight
