@@ -85,6 +85,7 @@ def difference(a: mx.array, b: mx.array) -> float:
     return float(mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, kind", everyday([("moe", LORA), ("dense", DORA), ("dense", LORA), ("moe", DORA)], 1)
 )

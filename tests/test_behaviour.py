@@ -134,6 +134,7 @@ def test_values_are_of_their_schemas(value, schema, fits):
     assert behaviour._follows(value, schema) == fits
 
 
+@pytest.mark.slow
 def test_answers_are_the_greedy_ones_with_thoughts_and_calls_apart(demo):
     model, tokenizer = demo
     weather = behaviour._tool("get_weather", "Weather in a city", {"city": {"type": "string"}})

@@ -297,6 +297,7 @@ def test_a_context_beyond_the_model_is_refused_before_it_is_loaded(
     assert result.exit_code == 1 and "does not fit the model" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", everyday([((),), (("--vs-mlx-lm",),), (("--png", "x.png"),), (("--json",),)], 1)
 )

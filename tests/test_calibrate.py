@@ -41,6 +41,7 @@ def calibration(source):
     return calibrate(source, IDS, hessians=True, measure=False)
 
 
+@pytest.mark.slow
 def test_the_errors_of_error_feedback_need_no_hessians_afterwards(source, calibration):
     found = calibrate(source, IDS, hessians=True, keep_hessians=False, measure=False)
     assert not found.hessians and calibration.hessians

@@ -214,6 +214,7 @@ def test_a_calibration_keeps_its_ngrams_and_gives_them_to_the_output(tmp_path):
     assert older.digest != made.digest
 
 
+@pytest.mark.slow
 def test_fidelity_says_that_the_model_was_calibrated_with_its_text(
     tmp_path, converted_demo, monkeypatch
 ):

@@ -360,6 +360,7 @@ def test_a_file_that_is_no_text_goes_with_no_message(
     assert "error: x cannot be read as text" in err and reason in err
 
 
+@pytest.mark.slow
 def test_folders_and_patterns_of_files_are_counted_before_they_are_sent(
     talk: Any, tmp_path: Path
 ) -> None:

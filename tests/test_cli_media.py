@@ -298,6 +298,7 @@ def generate(folder: Path, run_cli: Any, converted_demo: Path) -> Callable[..., 
     )
 
 
+@pytest.mark.slow
 def test_generate_answers_about_a_file_and_counts_it(generate: Any) -> None:
     found = json.loads(generate("--image", "star.png", "-p", SEEN, "--json").stdout)
     assert found["text"] == "A red star."

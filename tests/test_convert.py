@@ -144,6 +144,7 @@ def test_output_dtype_is_the_chosen_one_or_that_of_the_source(tmp_path, stored_d
             assert_same(load(out), expected_output(tensors, **settings))
 
 
+@pytest.mark.slow
 def test_fused_and_separate_experts_give_the_same_file(tmp_path):
     for form in ("fused", "each"):
         write_checkpoint(tmp_path / form, moe=True, experts=form)
@@ -240,6 +241,7 @@ def test_norms_are_shifted_once_when_the_conv_is_in_another_shard(tmp_path):
 
 
 # The smaller is less than a row of many tensors; the patch embedding always has to stay whole.
+@pytest.mark.slow
 @pytest.mark.parametrize("slice_bytes", everyday([1900, 200], 0))
 def test_the_vision_tower_is_carried_in_source_precision(tmp_path, monkeypatch, moe, slice_bytes):
     source, tensors = moe

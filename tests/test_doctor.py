@@ -55,6 +55,7 @@ def test_there_is_a_check_of_every_kernel() -> None:
     assert [check.op for check in checks.CHECKS] == list(OPERATIONS)
 
 
+@pytest.mark.slow
 def test_right_kernels_are_timed_for_every_size_and_stored(mac: None) -> None:
     steps: list[tuple[int, int, str]] = []
     report = doctor.run(lambda *step: steps.append(step), [FLOAT])

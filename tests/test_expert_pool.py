@@ -208,6 +208,7 @@ def test_a_prompt_longer_than_a_sweep_has_the_same_bits(
     assert mx.array_equal(conversation(model), expected).item()
 
 
+@pytest.mark.slow
 def test_a_point_of_a_sweep_that_was_interrupted_is_forgotten(
     pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_point_of_a_sweep_that_was_interrupted_is_forgotten(
     assert cache.rewind(70) == 0
 
 
+@pytest.mark.slow
 def test_reading_that_is_stopped_ends_between_two_layers(
     pooled: Any, disk_layout: Path, resident: Any
 ) -> None:

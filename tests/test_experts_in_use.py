@@ -83,6 +83,7 @@ def test_a_request_that_is_cancelled_ends_between_two_layers(
     assert len(layers) == 1
 
 
+@pytest.mark.slow
 def test_a_short_question_is_answered_between_the_layers_of_a_long_prompt(
     pooled: Any, disk_layout: Path, demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def test_one_layer_is_read_at_a_time(folders, monkeypatch):
     assert names and all(name.startswith("language_model.model.layers.2.") for name in names)
 
 
+@pytest.mark.slow
 def test_more_bits_are_nearer_in_every_figure(folders):
     coarse, fine = (fidelity(folders / "src", folders / f"q{bits}", IDS) for bits in (3, 6))
     same = fidelity(folders / "src", folders / "bf16", IDS)

@@ -151,6 +151,7 @@ def test_measured_kls_move_bits_to_where_they_count(tmp_path):
         fit(tmp_path / "src", bits_per_weight=4.0, calibration=other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moe", everyday([False, True], 0), ids=["dense", "moe"])
 @pytest.mark.parametrize(
     "way", everyday([dict(recipe="q3"), dict(recipe="q2"), dict(bits_per_weight=3.9)], 0)

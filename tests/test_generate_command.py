@@ -83,6 +83,7 @@ def test_stop_ends_the_answer_and_leaves_thoughts_alone(generate: Any) -> None:
     assert stopped.stdout == raw.partition(raw[3])[0] + "\n"
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_standard_output(generate: Any, answer: Any, demo: Any) -> None:
     thought, _, text = answer(ASKED).partition("\n</think>\n\n")
     result = generate("-p", SUM, "--json", *GREEDY)

@@ -270,6 +270,7 @@ def test_an_answer_may_be_json_or_a_call_where_both_are_asked_for(grammars, demo
     assert call in allowed and texts == {"{"}
 
 
+@pytest.mark.slow
 def test_a_required_call_follows_the_thought(engine):
     said = Said(engine, tools=TOOLS[:1], tool_choice="required", think_budget=6)
     assert said.finish_reason == "tool_calls" and said.thought and not said.text

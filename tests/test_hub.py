@@ -149,6 +149,7 @@ def test_bytes_that_stay_wrong_are_an_error_and_the_next_run_goes_on(tmp_path, s
     assert listing(out) == listing(local)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_gone_is_an_error_and_the_next_run_goes_on(
     tmp_path, source, fake, monkeypatch
 ):

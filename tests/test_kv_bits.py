@@ -80,6 +80,7 @@ def test_nothing_as_large_as_the_cache_is_made_for_a_token() -> None:
     assert mx.get_peak_memory() - before <= 2 * scores < k.nbytes / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_bits", KINDS)
 def test_logits_hardly_change(demo: tuple[Any, Any], kv_bits: str) -> None:
     model, _ = demo

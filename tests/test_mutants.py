@@ -276,6 +276,7 @@ def test_the_rate_leaves_out_what_could_not_be_run(capsys: pytest.CaptureFixture
     assert '"seed": 3' in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_tree_is_what_runs_and_what_is_changed(tmp_path: Path) -> None:
     place = mutants.Workplace(tmp_path / "0", mutants.EVERYDAY)
     place.check()

@@ -186,6 +186,7 @@ def test_what_a_model_needs_on_macs() -> None:
     check("macs", "\n".join(lines) + "\n")
 
 
+@pytest.mark.slow
 def test_what_a_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     few = [member for member in FAMILY if member.name in ("9B", "35B-A3B")]
     monkeypatch.setattr(page, "FAMILY", few)

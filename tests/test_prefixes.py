@@ -206,6 +206,7 @@ def test_common_prefix(length: int) -> None:
         assert common_prefix(text, [*text[:at], -1, *text[at + 1 :]]) == at
 
 
+@pytest.mark.slow
 def test_reading_ahead_stops_between_two_pieces(model: Any) -> None:
     store = PrefixStore(model)
     text = ids(300)

@@ -208,6 +208,7 @@ def test_what_a_killed_writer_left_is_replaced_where_the_new_reading_has_other_b
     assert sum(now[name] != data for name, data in left.items()) == 1
 
 
+@pytest.mark.slow
 def test_a_cache_that_goes_elsewhere_meanwhile_is_not_mixed(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_full_disk_loses_nothing_that_was_there(
     assert loaded is not None and held(loaded) == held(cache)
 
 
+@pytest.mark.slow
 def test_what_was_of_no_use_for_the_longest_time_goes_first(model: Any, tmp_path: Path) -> None:
     texts = [[*IDS[:100], number, *IDS[100:150]] for number in range(4)]
     disk = Segments(tmp_path, model)

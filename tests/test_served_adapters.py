@@ -55,6 +55,7 @@ def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_of_several_adapters_are_answered_as_by_models_of_their_own(
     engine, demo, converted_demo, tmp_path
 ):

@@ -94,6 +94,7 @@ def test_a_stop_saves_what_a_client_left_in_the_midst_of_its_prompt(
     assert again.cached_tokens == 3 * 64 < again.prompt_tokens
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_harms_no_answer(
     start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

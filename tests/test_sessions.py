@@ -283,6 +283,7 @@ def test_unicode_that_cannot_be_written_loses_nothing(demo: Any) -> None:
     assert resumed.load("one") is None and resumed.messages == chat.messages[:2]
 
 
+@pytest.mark.slow
 def test_what_was_read_of_a_stopped_prompt_is_not_read_again_after_a_restart(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def ask(chat: Chat, text: str) -> str:
     return "".join(piece.text for piece in chat.send(text))
 
 
+@pytest.mark.slow
 def test_what_one_thread_leaves_another_can_use(converted_demo: Path, tmp_path: Path) -> None:
     questions = ["Who are you?", "What is the capital of France?", "And of Italy?"]
     chat = in_another_thread(lambda: Chat(*qwen35_mlx.load(converted_demo), **GREEDY))
@@ -82,6 +83,7 @@ def test_what_an_abandoned_answer_leaves_is_evaluated(demo: Any, copied: bool) -
     mx.eval([entry.state for entry in cache.entries])
 
 
+@pytest.mark.slow
 def test_mlx_runs_in_the_callers_thread_and_the_one_in_the_background(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_lazy_array_of_another_thread_is_refused(demo: Any) -> None:
         mx.eval(hidden)
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_while_it_reads_ahead_is_not_aborted(converted_demo: Path) -> None:
     program = f"""
 import mlx.core as mx

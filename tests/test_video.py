@@ -172,6 +172,7 @@ def test_frames_of_different_size_are_refused():
         open_video([*numbered(3), *numbered(3, 96, 64)], SMALL, fps=2)
 
 
+@pytest.mark.slow
 def test_only_the_kept_frames_are_held():
     frames = [Image.fromarray(f) for f in numbered(60, 400, 400)]
     data = animated(frames, 100)
