@@ -28,6 +28,7 @@ from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.config import read_config
 from qwen35_mlx.convert import convert, distill
 from qwen35_mlx.convert.calibrate import calibrate
+from qwen35_mlx.convert.distilled import EPOCHS, RATE, REPORT_FILE, Distillation
 from qwen35_mlx.convert.fidelity import fidelity
 from qwen35_mlx.convert.shards import sha256
 from qwen35_mlx.family import family_config
@@ -88,7 +89,7 @@ def run_layer(source: Path, experts: int, tokens: int) -> dict[str, Any]:
         lambda given: "experts" if given[1].startswith("expert ") else given[1],
     )
     ids = mx.array(np.random.default_rng(1).integers(VOCAB, size=(tokens // LENGTH, LENGTH)))
-    training = distill.Distillation(ids, schedule=Schedule(1, distill.RATE))
+    training = Distillation(ids, schedule=Schedule(1, RATE))
     options: Any = dict(method="distill", distillation=training)
     start, read = time.perf_counter(), bytes_read()
     convert(source, source.parent / "out", bits=3, **options)
@@ -160,7 +161,7 @@ def computed(bytes_per_weight: float) -> dict[str, Any]:
     # Of one part of a layer, held beside the source's and the quantized stacks.
     hessians = 4 * (2 * hidden**2 + experts * width**2 + width**2)
     peak["Hessians"] = 2 * stacks + 2 * quantized + hessians
-    steps = TOKENS * 7 / 8 / distill.BATCH_TOKENS * distill.EPOCHS
+    steps = TOKENS * 7 / 8 / distill.BATCH_TOKENS * EPOCHS
     expert_steps = experts * distill.EXPERT_STEPS
     one = stacks / experts
     # Forward 2 and backward 4 a weight and token; attention from both streams.
@@ -177,7 +178,7 @@ def computed(bytes_per_weight: float) -> dict[str, Any]:
     }
     streams = 10 * 2 * TOKENS * hidden
     print(f"\ncomputed, not measured: {MODEL}, {layers} layers of {experts} experts, bf16,")
-    print(f"  {TOKENS:,} tokens, {distill.EPOCHS} epochs, {distill.EXPERT_STEPS} steps an expert;")
+    print(f"  {TOKENS:,} tokens, {EPOCHS} epochs, {distill.EXPERT_STEPS} steps an expert;")
     print(f"  {TFLOPS} TFLOP/s at {TFLOPS_SHARE:.0%}, {GBPS} GB/s at {GBPS_SHARE:.0%},")
     print(f"  {STEP_BYTES} bytes moved a weight a step, {bytes_per_weight} held;")
     print("  launches of kernels, Python, the last pass over the whole model are left out")
@@ -195,10 +196,10 @@ def run_small(source: Path, out: Path) -> None:
     """Distil a small model in this process; prints each step."""
     distill.BATCH_TOKENS, distill.MIN_EXPERT_TOKENS, distill.EXPERT_STEPS = 33, 16, 4
     ids = small_ids()
-    training = distill.Distillation(
+    training = Distillation(
         ids,
         finish_tokens=66,
-        schedule=Schedule(1, distill.RATE),
+        schedule=Schedule(1, RATE),
         progress=lambda done, total, step: print(f"{done} {step}", flush=True),
     )
     options: Any = dict(method="distill", distillation=training)
@@ -271,7 +272,7 @@ def router(work: Path) -> dict[str, Any]:
             "mean_kl_nats": round(report["mean_kl_nats"], 5),
         }
         print(f"  {name:8} {found[name]}")
-    rows = json.loads((work / "distill" / distill.REPORT_FILE).read_text())
+    rows = json.loads((work / "distill" / REPORT_FILE).read_text())
     found["expert_tokens"] = [row["expert_tokens"] for row in rows if row["expert_tokens"]]
     return found
 
