@@ -25,7 +25,7 @@ MIN_EXPERT_TOKENS = 128
 # Share of experts that may see fewer before a longer text is advised.
 FEW_SHARE = 0.05
 # Passes over the text for each part of a layer, and how far weights move in a step.
-EPOCHS, RATE = 8, 0.04
+EPOCHS, RATE = 16, 0.04
 REPORT_FILE = "distillation.json"
 # Of each weight: dequantized, its code, the gradients of both, and whether it is settled.
 FINISH_BYTES = 24

@@ -4,6 +4,8 @@ import itertools
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -387,6 +389,30 @@ def test_messages_come_in_order_whatever_pieces_they_come_in(
     wait_for_threads("qwen35-mlx-link")
     ours.close()
     theirs.close()
+
+
+TOLD_FIRST = """
+import socket, time
+from qwen35_mlx.model.link import Link
+
+server = socket.create_server(("127.0.0.1", 0))
+theirs = socket.create_connection(server.getsockname())
+link = Link({0: server.accept()[0]})
+
+def close(last):
+    # Whom it tells ends at once, and this process is slow.
+    theirs.close()
+    time.sleep(1)
+
+link._close = close
+link.fail("the first mistake")
+"""
+
+
+def test_the_end_of_those_who_were_told_of_a_mistake_is_not_another_one() -> None:
+    run = subprocess.run([sys.executable, "-c", TOLD_FIRST], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.split() == "error: the first mistake".split()
 
 
 def wait_for_threads(name: str) -> None:

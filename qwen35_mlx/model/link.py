@@ -35,6 +35,7 @@ class Link:
         """`sockets`: of rank 0 one to each other rank, of the others the one to rank 0."""
         self.messages: SimpleQueue[Message] = SimpleQueue()
         self._sockets, self._lock, self._is_ending = sockets, threading.Lock(), False
+        self._failing = threading.Lock()
         self._terminal = _terminal_settings()
         for each in sockets.values():
             each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -119,7 +120,9 @@ class Link:
         self.fail(str(Qwen35Error(what, hint=hint)))
 
     def fail(self, text: str) -> NoReturn:
-        """End all processes with this error."""
+        """End all processes with this error, of several the first."""
+        # Never released: whom this one tells ends, which is no error of its own.
+        self._failing.acquire()
         self._close({"do": "lost", "text": text})
         if self._terminal is not None:
             _set_terminal(self._terminal)
