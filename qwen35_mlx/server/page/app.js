@@ -278,13 +278,19 @@ function scrollDown() {
   if (follows) scroller.scrollTop = scroller.scrollHeight;
 }
 
+// When a person last did something: text that becomes shorter scrolls up as well.
+const PERSON_MS = 1000;
+let touchedAt = -PERSON_MS;
+for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"])
+  addEventListener(kind, () => (touchedAt = performance.now()), { capture: true, passive: true });
+
 let lastTop = 0;
 scroller.onscroll = () => {
   // Text that has just come puts the end far away, too; only going up ends the following. Near the
   // end too: a wheel goes up in small steps.
   const left = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
   if (left < 2) follows = true;
-  else if (scroller.scrollTop < lastTop) follows = false;
+  else if (scroller.scrollTop < lastTop) follows &&= performance.now() - touchedAt > PERSON_MS;
   else if (left < 48) follows = true;
   lastTop = scroller.scrollTop;
   find("latest").hidden = follows;
