@@ -11,6 +11,8 @@ from .packing import Quantized, joined, pack
 from .search import CHUNK_WEIGHTS, fit, inverse, nearest
 
 DAMPING = 0.01
+# Where a triangular matrix is no longer inverted by halves.
+SMALL_INVERSE = 256
 
 
 def gptq(
@@ -71,8 +73,20 @@ def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
             got=f"damping={damping}",
             hint="damp more: 0.01 or 0.1",
         ) from None
-    upper = np.linalg.inv(lower)[::-1, ::-1]
+    upper = _inverse_of_lower(lower)[::-1, ::-1]
     return mx.array(np.triu(upper).astype(np.float32))
+
+
+def _inverse_of_lower(lower: np.ndarray) -> np.ndarray:
+    """By halves, of a lower triangular matrix: a general inverse takes several times as long."""
+    half = len(lower) // 2
+    if half < SMALL_INVERSE:
+        return np.linalg.inv(lower)
+    first, last = _inverse_of_lower(lower[:half, :half]), _inverse_of_lower(lower[half:, half:])
+    result = np.zeros_like(lower)
+    result[:half, :half], result[half:, half:] = first, last
+    result[half:, :half] = -(last @ lower[half:, :half]) @ first
+    return result
 
 
 def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:

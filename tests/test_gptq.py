@@ -7,7 +7,7 @@ from everyday import everyday
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant import dequantize, quantize
-from qwen35_mlx.quant.gptq import feedback_gain
+from qwen35_mlx.quant.gptq import feedback_gain, inverse_factor
 
 INPUTS, ROWS = 128, 48
 
@@ -159,3 +159,14 @@ def test_the_gain_of_a_stack_is_the_mean_and_that_of_silent_inputs_is_none():
     assert gains[0] < 0.8 < gains[1]
     assert feedback_gain(mx.stack([hessian, mx.eye(INPUTS)])) == pytest.approx(sum(gains) / 2)
     assert feedback_gain(mx.zeros((8, 8))) == 1
+
+
+@pytest.mark.parametrize("inputs", [3, 511, 512, 1029])
+def test_the_inverse_factor_of_a_large_hessian_is_that_of_a_general_inverse(inputs):
+    x = np.random.default_rng(inputs).normal(size=(2 * inputs, inputs))
+    hessian = mx.array((x.T @ x / len(x)).astype(np.float32))
+    factor = np.array(inverse_factor(hessian, inputs, 0.01))
+    damped = np.array(hessian).astype(np.float64)
+    damped += 0.01 * np.trace(damped) / inputs * np.eye(inputs)
+    assert (factor == np.triu(factor)).all() and (np.diag(factor) > 0).all()
+    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(inputs), atol=2e-5)
