@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+import mlx.core as mx
 from test_imports import MODULES
 from test_pages import check
 
 # Decided by the MLX that is installed.
 OF_MLX = {"qwen35_mlx.kernels.metal.OPTIONS"}
-SIMPLE = (bool, int, float, complex, str, bytes, type(None), range, Enum)
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), range, Enum, mx.Dtype)
 
 
 def spelled(value: Any) -> str | None:
@@ -32,6 +33,8 @@ def spelled(value: Any) -> str | None:
         parts = [spelled(v) for v in value]
         if isinstance(value, (set, frozenset)):
             parts = sorted(map(str, parts))
+    elif isinstance(value, type):
+        return value.__qualname__
     elif isinstance(value, SIMPLE):
         return str(value) if isinstance(value, Enum) else repr(value)
     else:
