@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 
 import mlx.core as mx
 import pytest
-from server import mistakes
+from server import answers, mistakes
 from server.fake_engine import FakeEngine
 from server.running import MODEL, Running
 from test_cli_report import fake_plan
@@ -343,3 +343,36 @@ def test_what_the_server_answers_to_mistakes(demo: tuple[Any, Any]) -> None:
     finally:
         server.stop()
     check("server-mistakes", "\n".join(lines) + "\n")
+
+
+# What differs in each run, and with the version: ids, dates and speeds, what zlib makes.
+CHANGING = [
+    (r"qwen35-mlx-[\w.]+", "qwen35-mlx-…"),
+    (r'"q35\.[^"]*"', '"q35.…"'),
+    (r"\b([a-z]+_)[0-9a-z_]*[0-9a-f]{24}\b", r"\1…"),
+    (r"chatcmpl-[0-9a-f]{24}|cmpl-[0-9a-f]{24}", "cmpl-…"),
+    (r'("[a-z_]*(?:created|_at|_ms|_second|_duration|time_ms)": ?)("[^"]*"|[\d.e+-]+)', r"\1…"),
+]
+
+
+def test_what_the_server_answers(demo: tuple[Any, Any]) -> None:
+    engine = FakeEngine(demo[1])
+    settings = dict(
+        adapters=["one"], num_bytes=123, digest="abc", num_parameters=7, parameter_size="7.0M",
+        quantization="4-bit", template="T", sees=True,
+    )  # fmt: skip
+    server = Running(engine, demo[1], **settings)
+    lines = []
+    try:
+        for path in answers.SHOWN:
+            lines += ["", f"GET {path}", server.get(path).text]
+        for path, body, say in answers.ASKED:
+            engine.say = say
+            engine.finish = "tool_calls" if say in (answers.CALLS, answers.CALLS[2:3]) else "stop"
+            lines += ["", f"POST {path} {body}", server.post(path, body).text]
+    finally:
+        server.stop()
+    text = "\n".join(lines) + "\n"
+    for pattern, shown in CHANGING:
+        text = re.sub(pattern, shown, text)
+    check("server-answers", text)
