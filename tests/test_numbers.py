@@ -49,8 +49,9 @@ def assigned(module: str) -> Iterator[str]:
     for node in ast.parse(MODULES[module].read_text("utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
-            if isinstance(target, ast.Name) and target.id.isupper():
-                yield target.id
+            for name in getattr(target, "elts", [target]):
+                if isinstance(name, ast.Name) and name.id.isupper():
+                    yield name.id
 
 
 def defaults(function: Any) -> dict[str, Any]:

@@ -218,20 +218,26 @@ def test_what_a_fit_spends(memory_gib: int) -> None:
 
 def counted(config: ModelConfig, context: int, gib: int | None, item_bytes: int) -> str:
     limit = gib and gib * 2**30
+    sizes = {"vision_tower.a": 10**6, "mtp.a": 10**7, "a": 10**8, "model.embed_tokens": 10**9}
+    if config.is_moe:
+        sizes["layers.0.mlp.switch_mlp.up_proj"] = 10**10
     found = memory.count(config, 10**9, context, limit, item_bytes)
-    sweep = memory.sweep_bytes(config, context, item_bytes) if config.is_moe else 0
     layers = [memory.layer_bytes(config, k, 3, 100, item_bytes) for k in (LINEAR, FULL)]
-    return " ".join(map(str, (gib, *found, sweep, *layers)))
+    read = memory.decode_bytes(config, sizes.items(), context, item_bytes)
+    if config.is_moe:
+        layers.append(memory.sweep_bytes(config, context, item_bytes))
+        layers.append(memory.room_for_experts(config, 10**9, context, item_bytes, 10**11))
+    return " ".join(map(str, (gib, *found, read, *layers)))
 
 
 def test_bytes_that_running_takes() -> None:
     """Each term of each formula: the bounds that test_memory.py measures are 1.5 times as wide."""
-    lines = [f"GiB {' '.join(MemoryCount._fields)} sweep layers"]
+    lines = [f"GiB {' '.join(MemoryCount._fields)} read layers sweep room"]
     for member in FAMILY:
         given = family_config(member.full_name)
         config = ModelConfig.from_hf(given)
         sees = VisionConfig.from_hf(given, config.hidden_size)
-        for kv_bits, item_bytes, num_mtp, vision in ((None, 2, 1, sees), ((8, 4), 4, 0, None)):
+        for kv_bits, item_bytes, num_mtp, vision in ((None, 2, 0, sees), ((8, 4), 4, 1, None)):
             lines.append(f"{member.name} {kv_bits} {item_bytes}")
             changed = replace(config, kv_bits=kv_bits, num_mtp_layers=num_mtp, vision=vision)
             for context, gib in ((1, 1), (1000, 8), (32_768, 96), (262_144, None)):
