@@ -107,7 +107,7 @@ def fetched_bytes(tasks: Sequence[Task], file_bytes: Mapping[str, int]) -> int:
 def peak_bytes(plan: Plan, tasks: Sequence[Task]) -> int:
     """Peak resident memory of a conversion: the program, its lists, and a task in each thread."""
     listed = LISTED_BYTES * (len(tasks) + len(plan.source.tensors))
-    return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, tasks), default=0)
+    return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, tasks))
 
 
 def _held_bytes(task: Task) -> int:

@@ -45,8 +45,9 @@ KV_BITS: dict[str, tuple[int, int] | None] = {"16": None, "8": (8, 8), "k8v4": (
 KV_GROUP_SIZE = 64
 # Tokens by which buffers of keys and values grow at least.
 KV_STEP = 256
-# With experts from disk: tokens that go through a layer together, and bytes of what comes out.
-MAX_SWEEP_TOKENS, SWEEP_BYTES = 32_768, 3 * 10**9
+# Tokens that go through a layer together where its experts are read from disk: of the 397B, what
+# comes out takes 2.7 GB.
+SWEEP_TOKENS = 32_768
 # What else is allocated ahead, seen in models of many layers.
 AHEAD = 1.15
 CHUNK_SIZE = 64  # Of `chunk_gated_delta_rule`.
@@ -237,13 +238,15 @@ def _most_scores_bytes(
 
 def _prefill_bytes(config: ModelConfig, context: int, scores: int, item_bytes: int) -> int:
     """The peak of any prefill step on the way to `context` tokens."""
-    step, attention = min(PREFILL_STEP_SIZE, context), [0]
-    if LINEAR in config.layer_types:
-        attention.append(_linear_layer_bytes(config, step, item_bytes))
-    if FULL in config.layer_types:
-        attention.append(_full_layer_bytes(config, step, context, scores, item_bytes))
+    step = min(PREFILL_STEP_SIZE, context)
+    attention = {
+        LINEAR: _linear_layer_bytes(config, step, item_bytes),
+        FULL: _full_layer_bytes(config, step, context, scores, item_bytes),
+    }
     # MLX allocates ahead of what it computes: the halves of a layer overlap.
-    peak = max(attention) + _feed_forward_bytes(config, step, item_bytes)
+    peak = max(attention[kind] for kind in config.layer_types) + _feed_forward_bytes(
+        config, step, item_bytes
+    )
     # But not ahead of blocks of queries, which are evaluated one by one.
     is_whole = scores == scores_bytes(config, step, context, item_bytes)
     return int(AHEAD * peak) if is_whole else peak
@@ -315,18 +318,11 @@ def _feed_forward_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
     return step * (per_token + 6 * hidden) * item_bytes
 
 
-def sweep_tokens(config: ModelConfig) -> int:
-    """Tokens that go through a layer together where its experts are read from disk."""
-    per_token = 2 * config.num_experts_per_tok * config.hidden_size
-    steps = min(MAX_SWEEP_TOKENS, SWEEP_BYTES // per_token) // PREFILL_STEP_SIZE
-    return max(steps, 1) * PREFILL_STEP_SIZE
-
-
 def sweep_bytes(config: ModelConfig, context: int | None = None, item_bytes: int = 2) -> int:
     """What reading a prompt layer by layer holds: the layer's input, and what its experts make."""
     context = context or min(config.context_length, DEFAULT_CONTEXT)
     per_token = (config.num_experts_per_tok + 6) * config.hidden_size * item_bytes
-    return min(sweep_tokens(config), context) * per_token
+    return min(SWEEP_TOKENS, context) * per_token
 
 
 def room_for_experts(

@@ -28,6 +28,16 @@ class Prose:
         return "It was a sentence of running text. " * 2
 
 
+class Words:
+    """A tokenizer of a text, each of whose words is a token."""
+
+    def __init__(self, text: str):
+        self.words = text.split(" ")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.words[i] for i in ids)
+
+
 def first_alarm(ids: Sequence[int], tokenizer: Any = None, question: str = "") -> int | None:
     detector = LoopDetector(tokenizer or Prose(), question)
     return next((at for at, token in enumerate(ids) if detector.feed(token)), None)
@@ -49,6 +59,35 @@ def test_a_loop_is_found(period: int, seed: int) -> None:
     assert at is not None
     earliest = len(before) + repeated - 1
     assert earliest <= at <= earliest + 2 * period + 20
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "limit"),
+    [
+        ("and then it went on.", "", MAX_PROSE_TOKENS),
+        ("and then it went on.", "on went it then AND", MAX_TEXT_TOKENS),
+        ("and then it went on.", "and then it went", MAX_PROSE_TOKENS),
+        ("and then it went on.", "Say it 1000 times, or 300.", 5 * 1100),
+        ("Go on.", "", MAX_TEXT_TOKENS),
+        # Four times at least.
+        ("and then it went on " * 50, "", 3 * 251),
+        ("and then it went on " * 50, "A thousand times!", MAX_DATA_TOKENS),
+    ],
+)
+def test_the_alarm_comes_at_the_first_token_that_is_too_much(
+    text: str, question: str, limit: int
+) -> None:
+    tokenizer = Words(text)
+    period = len(tokenizer.words)
+    if period > 10:
+        tokenizer.words[-1] = "."
+    tokenizer.words *= 2
+    ids = [*range(period)] * (12_800 // period)
+    assert first_alarm(ids, tokenizer, question) == period + limit - 1
+    # Another passage counts anew.
+    cut = ids[: period + limit - 1]
+    ids = [*cut, *(token + period for token in ids)]
+    assert first_alarm(ids, tokenizer, question) == len(cut) + period + limit - 1
 
 
 def test_a_loop_with_a_changing_number_is_none() -> None:
@@ -126,6 +165,11 @@ PARAGRAPH = "It was the best of times, it was the worst of times. " * 3
         ("I don't know. ", MAX_PROSE_TOKENS),
         (PARAGRAPH, MAX_PROSE_TOKENS),
         (f"{PARAGRAPH}\n\n", MAX_PROSE_TOKENS),
+        (f"{PARAGRAPH}\n", MAX_PROSE_TOKENS),
+        ("Go on now. ", MAX_PROSE_TOKENS),
+        ("Go on. ", MAX_TEXT_TOKENS),
+        ("one, two, three four. ", MAX_PROSE_TOKENS),
+        ("one, two, three. ", MAX_TEXT_TOKENS),
         ("我以后不再迟到。", MAX_PROSE_TOKENS),
         ("it goes on and on and on and ", MAX_PROSE_TOKENS),
         ("Wait, let me check.\n\nNo, that is wrong.\n\n", MAX_SENTENCE_LINES_TOKENS),

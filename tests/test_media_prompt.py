@@ -23,6 +23,7 @@ from qwen35_mlx.prompt import (
     encode_messages,
     encode_prompt,
     media_ids,
+    open_messages,
     without_media,
 )
 from qwen35_mlx.sampling import SamplingParams
@@ -133,6 +134,9 @@ def test_a_url_in_a_message_opens_no_local_file_and_fetches_nothing(
     }
     with pytest.raises(PromptError, match=r"on the web|a data: URL"):
         encode_messages(demo[1], [{"role": "user", "content": [given]}], **PROMPT)
+    # Nor where the server asks, which cannot be told to.
+    with pytest.raises(PromptError, match=r"on the web|a data: URL"):
+        open_messages(demo[1], [{"role": "user", "content": [given]}])
 
 
 def test_web_addresses_are_fetched_where_the_local_user_allowed_it(

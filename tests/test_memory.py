@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 import qwen35_mlx
 from qwen35_mlx import machine, memory
-from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.config import ModelConfig, VisionConfig
 from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error
@@ -169,9 +169,30 @@ def test_so_many_queries_at_a_time_as_their_scores_allow(member: Any) -> None:
 
 
 def test_the_overhead_adds_up_in_words() -> None:
-    counted = memory.count(FLAGSHIP, 7, 32_768)
-    assert sum(counted.overhead_lines().values()) == counted.overhead == counted.total - 7
-    assert any("scores" in line and "576" in line for line in counted.overhead_lines())
+    hf = family_config("Qwen3.5-397B-A17B")
+    for vision in (None, VisionConfig.from_hf(hf, FLAGSHIP.hidden_size)):
+        counted = memory.count(replace(FLAGSHIP, vision=vision), 7, 32_768)
+        lines = counted.overhead_lines()
+        assert sum(lines.values()) == counted.overhead == counted.total - 7
+        assert any("scores" in line and "576" in line for line in lines)
+        assert any("picture" in line for line in lines) is (vision is not None)
+
+
+def test_the_longest_context_is_that_to_the_last_byte() -> None:
+    steps = [0, 256, *range(1024, 262_144, 1024), 262_144]
+    for place in (1, 2, 3, 99, -2, -1):
+        total = memory.count(FLAGSHIP, 10**11, steps[place]).total
+        assert memory.longest_context(FLAGSHIP, 10**11, total) == steps[place]
+        assert memory.longest_context(FLAGSHIP, 10**11, total - 1) == steps[place - 1]
+    # Of a model that reads no more than this.
+    short = replace(FLAGSHIP, max_position_embeddings=100)
+    assert memory.longest_context(short, 0, 10**12) == 100
+
+
+def test_layers_without_attention_have_no_scores() -> None:
+    linear = replace(FLAGSHIP, layer_types=("linear_attention",))
+    assert memory.count(linear, 0, 4096).scores == 0
+    assert memory.count(linear, 0, 4096).kv_cache == 0
 
 
 @pytest.fixture
@@ -268,8 +289,13 @@ def test_keys_and_values_of_8_bits_where_16_do_not_fit(mac: Any, caplog: Any) ->
 @pytest.mark.parametrize("context", [0, 4 * 262_144 + 1])
 def test_a_context_that_the_model_cannot_read_is_refused(mac: Any, context: int) -> None:
     mac(512 * GIB)
-    with pytest.raises(Qwen35Error, match="context does not fit the model"):
+    with pytest.raises(Qwen35Error, match=r"(?s)does not fit the model.*262,144, or with YaRN 1,0"):
         memory.allow(FLAGSHIP, 10**9, context=context)
+    stretched = FLAGSHIP.stretched_to(4 * 262_144)
+    with pytest.raises(Qwen35Error, match=r"expected: 1 to 1,048,576$"):
+        memory.allow(stretched, 10**9, context=context)
+    memory.check_context(FLAGSHIP, 1)
+    memory.check_context(FLAGSHIP, 4 * 262_144)
 
 
 def test_without_metal_the_weights_have_to_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+import mlx.core as mx
 from test_imports import MODULES
 from test_pages import check
 
 # Decided by the MLX that is installed.
 OF_MLX = {"qwen35_mlx.kernels.metal.OPTIONS"}
-SIMPLE = (bool, int, float, complex, str, bytes, type(None), range, Enum)
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), range, Enum, mx.Dtype)
 
 
 def spelled(value: Any) -> str | None:
@@ -32,6 +33,8 @@ def spelled(value: Any) -> str | None:
         parts = [spelled(v) for v in value]
         if isinstance(value, (set, frozenset)):
             parts = sorted(map(str, parts))
+    elif isinstance(value, type):
+        return value.__qualname__
     elif isinstance(value, SIMPLE):
         return str(value) if isinstance(value, Enum) else repr(value)
     else:
@@ -46,8 +49,9 @@ def assigned(module: str) -> Iterator[str]:
     for node in ast.parse(MODULES[module].read_text("utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
-            if isinstance(target, ast.Name) and target.id.isupper():
-                yield target.id
+            for name in getattr(target, "elts", [target]):
+                if isinstance(name, ast.Name) and name.id.isupper():
+                    yield name.id
 
 
 def defaults(function: Any) -> dict[str, Any]:

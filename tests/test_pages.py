@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -14,18 +15,20 @@ from unittest.mock import MagicMock
 
 import mlx.core as mx
 import pytest
-from server import mistakes
+from server import answers, mistakes
 from server.fake_engine import FakeEngine
 from server.running import MODEL, Running
 from test_cli_report import fake_plan
 
+from qwen35_mlx import memory
 from qwen35_mlx.cli import main, report
+from qwen35_mlx.config import FULL, LINEAR, ModelConfig, VisionConfig
 from qwen35_mlx.convert import fidelity, plan, plots
 from qwen35_mlx.convert import report as page
 from qwen35_mlx.convert.fit import FitResult, MacBudget, budget_lines
-from qwen35_mlx.convert.mac_models import find_macs
+from qwen35_mlx.convert.mac_models import Mac, find_macs
 from qwen35_mlx.convert.report import family_source
-from qwen35_mlx.family import FAMILY
+from qwen35_mlx.family import FAMILY, family_config
 from qwen35_mlx.memory import MemoryCount
 from qwen35_mlx.quant.divergence import Divergence
 
@@ -213,6 +216,35 @@ def test_what_a_fit_spends(memory_gib: int) -> None:
     check(f"fit-{memory_gib}", "\n".join(lines) + "\n")
 
 
+def counted(config: ModelConfig, context: int, gib: int | None, item_bytes: int) -> str:
+    limit = gib and gib * 2**30
+    sizes = {"vision_tower.a": 10**6, "mtp.a": 10**7, "a": 10**8, "model.embed_tokens": 10**9}
+    if config.is_moe:
+        sizes["layers.0.mlp.switch_mlp.up_proj"] = 10**10
+    found = memory.count(config, 10**9, context, limit, item_bytes)
+    layers = [memory.layer_bytes(config, k, 3, 100, item_bytes) for k in (LINEAR, FULL)]
+    read = memory.decode_bytes(config, sizes.items(), context, item_bytes)
+    if config.is_moe:
+        layers.append(memory.sweep_bytes(config, context, item_bytes))
+        layers.append(memory.room_for_experts(config, 10**9, context, item_bytes, 10**11))
+    return " ".join(map(str, (gib, *found, read, *layers)))
+
+
+def test_bytes_that_running_takes() -> None:
+    """Each term of each formula: the bounds that test_memory.py measures are 1.5 times as wide."""
+    lines = [f"GiB {' '.join(MemoryCount._fields)} read layers sweep room"]
+    for member in FAMILY:
+        given = family_config(member.full_name)
+        config = ModelConfig.from_hf(given)
+        sees = VisionConfig.from_hf(given, config.hidden_size)
+        for kv_bits, item_bytes, num_mtp, vision in ((None, 2, 0, sees), ((8, 4), 4, 1, None)):
+            lines.append(f"{member.name} {kv_bits} {item_bytes}")
+            changed = replace(config, kv_bits=kv_bits, num_mtp_layers=num_mtp, vision=vision)
+            for context, gib in ((1, 1), (1000, 8), (32_768, 96), (262_144, None)):
+                lines.append(counted(changed, context, gib, item_bytes))
+    check("memory", "\n".join(lines) + "\n")
+
+
 class Drawn:
     """In place of a picture: what is drawn on it, a line each."""
 
@@ -273,6 +305,37 @@ def test_a_picture_and_lines_of_errors(drawn: Drawn) -> None:
     check("errors", "\n".join(lines) + re.sub(r"e-\d+", "e", text))
 
 
+ANSWERS = dict(
+    same_tokens=0.5, identical_answers=0.25, valid_tool_calls=1.0, valid_json=0.875,
+    thought_tokens=1234.5, thought_ratio=None, cut_thoughts=0.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["answers", "speeds", "neither"])
+def test_a_comparison(drawn: Drawn, kind: str) -> None:
+    p = mx.array([[0.0, 1.0, 2.0], [2.0, 0.0, 0.0]])
+    reports = []
+    for bits in (6.5, 4.5):
+        tokens = Divergence()
+        tokens.add(p, p * (bits / 8), mx.array([2, 0]))
+        sides: list[Any] = [
+            SimpleNamespace(
+                bits_per_weight=bits, nbytes=int(bits * 10**9), decode_bytes=(10**9 * bits).__add__,
+                config=ModelConfig.from_hf(family_config("Qwen3.5-27B")),
+            )
+            for bits in (16.0, bits)
+        ]  # fmt: skip
+        reports.append(fidelity.Report(*sides, (fidelity.LayerError(0, "", 1, 1, 0.5),), tokens))
+    mac = Mac("M3 Ultra", 96, 0 if kind == "neither" else 819)
+    tasks = [ANSWERS, ANSWERS | dict(thought_ratio=1.25), ANSWERS | dict(cut_thoughts=0.125)]
+    given: dict[str, Any] = dict(tasks=tasks) if kind == "answers" else dict(overlaps=[0.5, None])
+    found = fidelity.Comparison(["six", "four"], reports, mac, **given)
+    found.plot(Path("kl.png"))
+    lines = [*found.lines(), *(found.task_lines() if kind == "answers" else map(str, found.rows()))]
+    text = re.sub(r"\d\.\d{5,}", lambda m: f"{float(m[0]):.4f}", "\n".join([*lines, drawn.text()]))
+    check(f"comparison-{kind}", text)
+
+
 def test_what_the_server_answers_to_mistakes(demo: tuple[Any, Any]) -> None:
     _, tokenizer = demo
     server = Running(FakeEngine(tokenizer), tokenizer)
@@ -286,3 +349,36 @@ def test_what_the_server_answers_to_mistakes(demo: tuple[Any, Any]) -> None:
     finally:
         server.stop()
     check("server-mistakes", "\n".join(lines) + "\n")
+
+
+# What differs in each run, and with the version: ids, dates and speeds, what zlib makes.
+CHANGING = [
+    (r"qwen35-mlx-[\w.]+", "qwen35-mlx-…"),
+    (r'"q35\.[^"]*"', '"q35.…"'),
+    (r"\b([a-z]+_)[0-9a-z_]*[0-9a-f]{24}\b", r"\1…"),
+    (r"chatcmpl-[0-9a-f]{24}|cmpl-[0-9a-f]{24}", "cmpl-…"),
+    (r'("[a-z_]*(?:created|_at|_ms|_second|_duration|time_ms)": ?)("[^"]*"|[\d.e+-]+)', r"\1…"),
+]
+
+
+def test_what_the_server_answers(demo: tuple[Any, Any]) -> None:
+    engine = FakeEngine(demo[1])
+    settings = dict(
+        adapters=["one"], num_bytes=123, digest="abc", num_parameters=7, parameter_size="7.0M",
+        quantization="4-bit", template="T", sees=True,
+    )  # fmt: skip
+    server = Running(engine, demo[1], **settings)
+    lines = []
+    try:
+        for path in answers.SHOWN:
+            lines += ["", f"GET {path}", server.get(path).text]
+        for path, body, say in answers.ASKED:
+            engine.say = say
+            engine.finish = "tool_calls" if say in (answers.CALLS, answers.CALLS[2:3]) else "stop"
+            lines += ["", f"POST {path} {body}", server.post(path, body).text]
+    finally:
+        server.stop()
+    text = "\n".join(lines) + "\n"
+    for pattern, shown in CHANGING:
+        text = re.sub(pattern, shown, text)
+    check("server-answers", text)

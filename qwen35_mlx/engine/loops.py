@@ -41,37 +41,24 @@ class LoopDetector:
         self._ids: list[int] = []
         # Where the last tokens stood before: the distance is the length of a passage.
         self._last: dict[tuple[int, ...], int] = {}
-        self._period = self._repeated = 0
-        # For the passage that repeats now.
-        self._limit: int | None = None
+        self._period = self._repeated = self._limit = 0
 
     def feed(self, token: int) -> bool:
         """Whether the text is in a loop now."""
         ids = self._ids
         ids.append(token)
         at = len(ids) - 1
+        gram = tuple(ids[-GRAM:])
         if self._period and token == ids[at - self._period]:
             self._repeated += 1
         else:
-            self._period, self._repeated, self._limit = 0, 0, None
-        gram = tuple(ids[-GRAM:])
-        if not self._period and (before := self._last.get(gram)) is not None:
-            self._period = at - before
-            self._repeated = self._matching(self._period)
+            # As many tokens as a gram has came before, or nothing repeats.
+            self._period, self._repeated = at - self._last.get(gram, at), GRAM
         self._last[gram] = at
-        if self._repeated < max(MAX_PROSE_TOKENS, (MIN_REPEATS - 1) * self._period):
-            return False
-        if self._limit is None:
+        least = max(MAX_PROSE_TOKENS, (MIN_REPEATS - 1) * self._period)
+        if self._repeated == least:
             self._limit = self._limit_of(ids[-2 * self._period :])
-        return self._repeated >= self._limit
-
-    def _matching(self, period: int) -> int:
-        """How many of the last tokens equal those one period before."""
-        ids, count = self._ids, 0
-        most = min(period, len(ids) - period)
-        while count < most and ids[-1 - count] == ids[-1 - count - period]:
-            count += 1
-        return count
+        return self._repeated >= max(least, self._limit)
 
     def _limit_of(self, ids: list[int]) -> int:
         """How many tokens a passage may repeat, given twice."""

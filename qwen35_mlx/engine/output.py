@@ -203,14 +203,12 @@ class OutputParser:
             call.finish()
         if call.end is None:
             return False
-        before, self._buffer = call.text[: call.end], call.text[call.end :]
-        self._call = None
+        self._call, self._buffer = None, call.text
         if call.is_talk:
             # It was no call: text, whatever tags are in it.
-            before = written(before)
-            self._buffer = before + self._buffer
-            self._num_plain = len(before)
+            self._num_plain = call.end
         else:
+            self._buffer = call.text[call.end :]
             pieces += [Piece("tool_call", "", call) for call in call.calls]
             self._begin()
             self._is_after_call, self._is_blank = True, False

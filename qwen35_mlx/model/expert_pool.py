@@ -27,7 +27,7 @@ from ..kernels.matrix import MAX_ROWS, arrays_of
 from ..kernels.switch import SORT_FROM, SwitchGLU
 from ..kernels.tiers import Tiers
 from ..machine import describe
-from ..memory import PREFILL_STEP_SIZE, sweep_tokens
+from ..memory import PREFILL_STEP_SIZE, SWEEP_TOKENS
 from .expert_files import ExpertFile, ExpertReader, Slots
 from .feed_forward import SparseMoE
 
@@ -212,7 +212,7 @@ class Experts:
                 hint="a shorter --context, or fewer bits: qwen35-mlx plan SRC shows what fits",
             )
         self.nbytes = self.num_slots * each
-        self.sweep_tokens = sweep_tokens(config)
+        self.sweep_tokens = SWEEP_TOKENS
         self.stats = ReadStats()
         self._readers: list[ExpertReader] = []
 

@@ -162,7 +162,7 @@ def read_cut(tensor: SourceTensor, cut: Cut) -> mx.array:
 def _fill(pieces: np.ndarray, tensor: SourceTensor, pitch: int, first: int) -> None:
     """Pieces `[N, bytes]` that lie `pitch` bytes apart, from `first` on."""
     start, (number, length) = tensor.offset + first, pieces.shape
-    if length >= PIECE_BYTES or number == 1:
+    if length >= PIECE_BYTES:
         with tensor.file.open("rb", buffering=0) as file:
             for row in range(number):
                 file.seek(start + row * pitch)

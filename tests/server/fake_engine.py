@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 from qwen35_mlx.engine.output import Piece
@@ -134,4 +135,5 @@ class FakeEngine:
             for token in ids[:-1]:
                 yield Token((), token, scores, top, index=index)
             yield Token((piece,), ids[-1], scores, top, index=index)
-        yield Done(self.finish, self.stop_text, usage, index=index)
+        # Counting goes on, in another thread.
+        yield Done(self.finish, self.stop_text, copy(usage), index=index)

@@ -1,5 +1,6 @@
 """Who may use the server: hosts, origins, keys, and how many at a time."""
 
+import asyncio
 import time
 
 import pytest
@@ -7,6 +8,7 @@ from server.fake_engine import FakeEngine
 from server.running import MODEL
 
 from qwen35_mlx.engine.requests import EngineBusy
+from qwen35_mlx.server.security import Guard
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,36 @@ def test_more_requests_than_allowed_are_429(start, tokenizer):
     assert server.get("/health").status == 200
 
 
-def test_an_error_of_ours_is_500_and_tells_no_secret(server):
+def test_an_error_of_ours_is_500_and_tells_no_secret(server, caplog):
     server.engine.refusal = RuntimeError("the secret")
     answer = server.chat()
     assert answer.status == 500 and "secret" not in answer.text
     assert answer.json["error"]["type"] == "server_error"
+    # The log of the server does.
+    (record,) = (r for r in caplog.records if r.levelname == "ERROR")
+    assert "a request failed" in record.message and record.exc_info[1] is server.engine.refusal
+
+
+def test_an_application_that_fails_in_its_answer_begins_no_second_one():
+    """The answer that has begun is cut, so that a client does not take it for whole."""
+    sent = []
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/begun":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("gone")
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(app, max_requests=1)
+    scope = {"type": "http", "method": "GET", "headers": []}
+    with pytest.raises(RuntimeError, match="gone"):
+        asyncio.run(guard({**scope, "path": "/begun"}, None, send))
+    assert [message["status"] for message in sent] == [200]
+    # Nor does it count as one that still runs.
+    asyncio.run(guard({**scope, "path": "/other"}, None, send))
+    assert [message.get("status") for message in sent[1:]] == [500, None]
 
 
 def test_health_is_red_while_the_engine_is_dead_and_it_is_started_again(start, tokenizer):
