@@ -17,6 +17,8 @@ from qwen35_mlx.errors import CheckpointError, PromptError, Qwen35Error
 from qwen35_mlx.model.loading import load_tokenizer, read_generation_config
 from qwen35_mlx.training.examples import encode_example, read_examples
 
+from .source import check_folder
+
 # What models are calibrated with, and what they are compared on; neither has text of the other.
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 HELD_OUT_FILE = Path(__file__).parent / "held_out.txt"
@@ -46,8 +48,7 @@ def encode(
     through the chat template, if there is one. An incomplete last row is left out.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise Qwen35Error(f"no checkpoint at {folder}", expected="a folder on this machine")
+    check_folder(folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
     if isinstance(text, Path) and text.suffix == ".jsonl":

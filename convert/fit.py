@@ -91,12 +91,7 @@ def fit(
         raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
     source = open_any(source)
     base = plan(source, recipe=_narrow, dtype=dtype, method=method)
-    if calibration is not None and calibration.layout != base.layout:
-        raise Qwen35Error(
-            "the calibration is of another model",
-            got=calibration.source,
-            expected=base.source.origin["source"],
-        )
+    base.refuse_other(calibration)
     text = base.text_entries
     container = text_header_bytes(base)
     if bits_per_weight is not None:
@@ -113,13 +108,9 @@ def fit(
     losses = predicted(units, calibration)
     if calibration and method == DISTILL:
         # Bytes go where training helped least.
-        left = {
-            unit: sum(calibration.left.get(e.module, 1.0) for e in members) / len(members)
-            for unit, members in units.items()
-        }
-        losses = {
-            unit: {s: kl * left[unit] for s, kl in row.items()} for unit, row in losses.items()
-        }
+        for unit, members in units.items():
+            left = sum(calibration.left.get(e.module, 1.0) for e in members) / len(members)
+            losses[unit] = {setting: kl * left for setting, kl in losses[unit].items()}
     tables = {
         unit: [
             Option(*setting, sum(_nbytes(e, setting) for e in members), error)

@@ -299,7 +299,7 @@ class Fetcher:
             if not path.exists():
                 self._download(file)
             self.state = f"checking {file.name}"
-            if (got := self._checksum(file, path)) == file.checksum:
+            if (got := checksum(path, file.in_lfs, self._check)) == file.checksum:
                 return
             log.warning("%s has the wrong bytes: fetching it again", file.name)
             path.unlink()
@@ -326,8 +326,7 @@ class Fetcher:
             def update(self, n: float | None = 1) -> None:
                 self.came += n or 0
                 fetcher.state = f"fetching {self.came / 1e9:.2f} of {file.nbytes / 1e9:.2f} GB"
-                if fetcher._stopped:
-                    raise Stopped
+                fetcher._check()
 
         get = partial(
             hf_hub_download, source.repo, file.name, revision=source.commit,
@@ -335,12 +334,9 @@ class Fetcher:
         )  # fmt: skip
         retry(source.repo, get, WAITS_S, lambda: self._stopped)
 
-    def _checksum(self, file: HubFile, path: Path) -> str:
-        def stop() -> None:
-            if self._stopped:
-                raise Stopped
-
-        return checksum(path, file.in_lfs, stop)
+    def _check(self) -> None:
+        if self._stopped:
+            raise Stopped
 
 
 def checksum(path: Path, in_lfs: bool, check: Callable[[], None] = lambda: None) -> str:

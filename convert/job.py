@@ -33,7 +33,7 @@ from qwen35_mlx.quant.statistics import Calibration
 from .distilled import REPORT_FILE, Distillation, Distilled, finish_bytes
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
-from .plan import DEFAULT_METHOD, DISTILL, STACKED, Plan, Recipe, plan
+from .plan import DISTILL, Plan, plan
 from .shards import sha256
 from .source import Source, companion_name, read_rows
 from .tasks import SLICE_BYTES, Task, cut, fetched_bytes
@@ -57,19 +57,14 @@ def convert(
     out: str | Path,
     *,
     revision: str | None = None,
-    recipe: Recipe | None = None,
-    bits: int | None = None,
-    group_size: int = 64,
-    dtype: str | None = None,
-    method: str = DEFAULT_METHOD,
     calibration: Calibration | None = None,
     distillation: Distillation | None = None,
     adapter: Adapter | None = None,
-    experts_layout: str = STACKED,
     keep_source: bool = False,
     progress: ByteProgress | None = None,
+    **settings: Any,
 ) -> Path:
-    """Convert `source`, a folder or a hub id, into the new folder `out`; settings as in `plan`,
+    """Convert `source`, a folder or a hub id, into the new folder `out`; `settings` as in `plan`,
     and what `calibrate` found out about the same source. An adapter is added to the weights before
     they are quantized. Method "distill" needs a calibration with Hessians and a distillation.
 
@@ -81,15 +76,7 @@ def convert(
     refuse_existing(out)
     work = work_folder(out)
     opened = open_any(source, _started_revision(work, source, revision), work / FETCHED)
-    planned = plan(
-        opened,
-        recipe=recipe,
-        bits=bits,
-        group_size=group_size,
-        dtype=dtype,
-        method=method,
-        experts_layout=experts_layout,
-    )
+    planned = plan(opened, **settings)
     _check_calibration(planned, calibration)
     _check_distillation(planned, distillation, adapter)
     _check_adapter(planned, adapter)
@@ -97,15 +84,15 @@ def convert(
     tasks = cut(planned)
     companions = _companions(opened)
     known = Known(calibration, adapter)
-    settings = _settings(planned, tasks, revision, known)
-    settings |= {"distillation": distillation.settings} if distillation else {}
+    decided = _settings(planned, tasks, revision, known)
+    decided |= {"distillation": distillation.settings} if distillation else {}
     needed = planned.output_bytes + sum(path.stat().st_size for path in companions) + SPARE_BYTES
     fetcher = None
     if isinstance(opened, HubSource):
         fetcher = Fetcher(opened, keep_source)
         needed += source_disk_bytes(opened, tasks, keep_source)
     with _locked(work, out, needed):
-        open_job(work, out, settings, opened.fingerprints())
+        open_job(work, out, decided, opened.fingerprints())
         reports = []
         if distillation:
             # Here: it imports the model, which no other conversion needs.
@@ -211,13 +198,7 @@ def _started_revision(work: Path, source: str | Path, revision: str | None) -> s
 
 def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
     """It must be of this model; and error feedback cannot do without."""
-    if calibration is not None and calibration.layout != planned.layout:
-        raise Qwen35Error(
-            "the calibration is of another model",
-            got=calibration.source,
-            expected=planned.source.origin["source"],
-            hint="leave it out, or calibrate this one",
-        )
+    planned.refuse_other(calibration)
     # A distillation collects its own.
     wants = planned.settings["method"] != DISTILL and any(
         entry.method == "gptq" for entry in planned.entries

@@ -1,6 +1,5 @@
 """Macs by name, the bound that their bandwidth sets on decoding a plan, and experts from disk."""
 
-import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from qwen35_mlx.checkpoint.names import OF_EXPERTS, TOWER, is_mtp
 from qwen35_mlx.checkpoint.pipeline import Pipeline, divide
 from qwen35_mlx.checkpoint.sharding import Sharding
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, parse_memory, sysctl
+from qwen35_mlx.machine import GIB, bandwidth_gbps, default_limit_bytes, describe, parse_memory
 from qwen35_mlx.memory import MemoryCount, count, decode_bytes, room_for_experts
 
 from .plan import Entry, Plan
@@ -44,19 +43,15 @@ def _mac(chip: str, memory_gib: float) -> Mac:
     return Mac(chip, memory_gib, bandwidth_gbps(chip, memory_gib) or 0)
 
 
-MACS = (
-    _mac("M2 Max", 96),
-    _mac("M3 Max", 96),
-    _mac("M3 Ultra", 96),
-    _mac("M1 Ultra", 128),
-    _mac("M2 Ultra", 128),
-    _mac("M3 Max", 128),
-    _mac("M4 Max", 128),
-    _mac("M5 Max", 128),
-    _mac("M2 Ultra", 192),
-    _mac("M3 Ultra", 256),
-    _mac("M3 Ultra", 512),
-)
+# Chips by memory in GiB.
+CHIPS = {
+    96: ("M2 Max", "M3 Max", "M3 Ultra"),
+    128: ("M1 Ultra", "M2 Ultra", "M3 Max", "M4 Max", "M5 Max"),
+    192: ("M2 Ultra",),
+    256: ("M3 Ultra",),
+    512: ("M3 Ultra",),
+}
+MACS = tuple(_mac(chip, memory) for memory, chips in CHIPS.items() for chip in chips)
 # Assumed of experts from disk: 10^9 bytes a second of the SSD in a Mac of this kind, the part of
 # the memory's bandwidth that decoding reaches, and seconds that a layer waits for its router.
 SSD_GBPS, EFFICIENCY, ROUTER_S = 7.4, 0.46, 0.000_25
@@ -68,13 +63,10 @@ BANDWIDTH_LIMIT = "bandwidth limit, tok/s"
 
 def this_mac() -> Mac | None:
     """This machine, with bandwidth 0 for a chip not in the table; None where it is no Mac."""
-    if platform.system() != "Darwin" or platform.machine() != "arm64":
+    machine = describe()
+    if machine.gpu_limit_bytes is None:
         return None
-    brand, memory = (sysctl(key) for key in ("machdep.cpu.brand_string", "hw.memsize"))
-    if not memory.isdigit():
-        return None
-    chip, memory_gib = brand.removeprefix("Apple "), int(memory) // GIB
-    return _mac(chip, memory_gib)
+    return _mac(machine.chip.removeprefix("Apple "), machine.memory_bytes // GIB)
 
 
 def find_macs(text: str) -> list[Mac]:

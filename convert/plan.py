@@ -16,6 +16,7 @@ from qwen35_mlx.checkpoint.tensor_table import Role, Transform
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
+from qwen35_mlx.quant.statistics import Calibration
 
 from .hub import open_any
 from .source import Source
@@ -211,6 +212,16 @@ class Plan:
         """Digest of the text model's names and shapes; the same for every fine-tuned copy."""
         text = sorted((entry.module, entry.shape) for entry in self.text_entries)
         return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
+
+    def refuse_other(self, calibration: Calibration | None) -> None:
+        """Raise for the calibration of another model."""
+        if calibration is not None and calibration.layout != self.layout:
+            raise Qwen35Error(
+                "the calibration is of another model",
+                got=calibration.source,
+                expected=self.source.origin["source"],
+                hint="leave it out, or calibrate this one",
+            )
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwen35_mlx.checkpoint.headers import PREFIX_BYTES, SourceTensor, read_headers
+from qwen35_mlx.checkpoint.headers import SourceTensor, raw_header, read_headers
 from qwen35_mlx.checkpoint.resolver import Resolved, resolve
 from qwen35_mlx.config import read_config
 from qwen35_mlx.errors import CheckpointError
@@ -114,9 +114,5 @@ def as_mlx(rows: np.ndarray, dtype: str) -> mx.array:
 
 def _fingerprint(file: Path) -> str:
     """Length, time of change and header: all but the weights themselves."""
-    stat = file.stat()
-    with file.open("rb") as stream:
-        prefix = stream.read(PREFIX_BYTES)
-        header = prefix + stream.read(int.from_bytes(prefix, "little"))
-    digest = hashlib.sha256(header).hexdigest()[:16]
+    stat, digest = file.stat(), hashlib.sha256(raw_header(file)).hexdigest()[:16]
     return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}, header {digest}"

@@ -13,7 +13,7 @@ class Tower(NamedTuple):
     hidden_size: int
     depth: int
     num_heads: int
-    width: int
+    intermediate_size: int
 
 
 SMALL, MIDDLE, LARGE = (
@@ -94,10 +94,7 @@ def family_config(name: str) -> dict[str, Any]:
         kind, widths = "qwen3_5_moe", ["moe_intermediate_size", "shared_expert_intermediate_size"]
     text |= dict.fromkeys(widths, member.width)
     vision = {
-        "hidden_size": member.tower.hidden_size,
-        "depth": member.tower.depth,
-        "num_heads": member.tower.num_heads,
-        "intermediate_size": member.tower.width,
+        **member.tower._asdict(),
         "out_hidden_size": member.hidden_size,
         "hidden_act": "gelu_pytorch_tanh",
         "in_channels": 3,

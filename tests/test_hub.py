@@ -370,10 +370,10 @@ def test_the_fetcher_tells_how_far_it_is_and_stops_amid_a_file(monkeypatch, tmp_
 def test_a_file_that_is_checked_is_left_when_the_work_is_over(tmp_path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 5)
     fetcher = hub.Fetcher(SimpleNamespace(folder=tmp_path))
-    in_lfs, in_git = (hub.HubFile("a", 5, "", kind) for kind in (True, False))
     path = tmp_path / "a"
-    assert fetcher._checksum(in_lfs, path) == hashlib.sha256(b"xxxxx").hexdigest()
-    assert fetcher._checksum(in_git, path) == hashlib.sha1(b"blob 5\0xxxxx").hexdigest()
+    assert hub.checksum(path, True, fetcher._check) == hashlib.sha256(b"xxxxx").hexdigest()
+    in_git = hashlib.sha1(b"blob 5\0xxxxx").hexdigest()
+    assert hub.checksum(path, False, fetcher._check) == in_git
     fetcher.release("a")
     assert not path.exists()
     path.write_bytes(b"x" * 5)
@@ -382,7 +382,7 @@ def test_a_file_that_is_checked_is_left_when_the_work_is_over(tmp_path) -> None:
     assert path.exists()
     fetcher.stop()
     with pytest.raises(hub.Stopped):
-        fetcher._checksum(in_lfs, path)
+        hub.checksum(path, True, fetcher._check)
 
 
 def test_a_source_that_is_kept_needs_disk_for_all_of_it(tmp_path, source, fake) -> None:

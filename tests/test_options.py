@@ -478,14 +478,15 @@ def test_an_empty_value_is_refused(arguments: list[str]) -> None:
 
 
 def test_the_choices_are_those_of_the_quantizer() -> None:
-    hints = get_type_hints(convert_commands.convert)
+    hints = get_type_hints(options.Quantization)
     assert get_args(get_args(hints["bits"])[0]) == BITS
     assert get_args(hints["group_size"]) == GROUP_SIZES
 
 
 def test_the_choices_of_drafts_are_those_of_the_engine() -> None:
-    assert get_args(get_args(options.Draft)[0]) == MODES
-    numbers = get_args(options.NumDraftTokens)[1]
+    assert get_args(get_type_hints(options.Generation)["draft"]) == MODES
+    hints = get_type_hints(options.Generation, include_extras=True)
+    numbers = get_args(hints["num_draft_tokens"])[1]
     assert (numbers.min, numbers.max) == (1, MAX_DRAFTS)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 import re
 import shutil
 import subprocess
@@ -26,7 +25,7 @@ from qwen35_mlx.convert.report import family_source
 from qwen35_mlx.convert.tasks import cut, peak_bytes
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.family import FAMILY
-from qwen35_mlx.machine import GIB, default_limit_bytes, raised_limit_bytes
+from qwen35_mlx.machine import GIB, default_limit_bytes, describe, raised_limit_bytes
 from qwen35_mlx.quant.recipes import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,15 +284,14 @@ def test_macs_are_found_by_memory_chip_or_both() -> None:
      ("Apple M2 Ultra", 192, 800), ("Apple M9", 64, 0)],
 )  # fmt: skip
 def test_this_mac_is_known_by_chip_and_memory(monkeypatch, brand, memory_gib, gbps) -> None:
-    answers = {"machdep.cpu.brand_string": brand, "hw.memsize": str(memory_gib * GIB)}
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(
-        subprocess, "check_output", lambda command, **_: answers[command[-1]] + "\n"
-    )
-    assert mac_models.this_mac() == Mac(brand.removeprefix("Apple "), memory_gib, gbps)
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    assert mac_models.this_mac() is None
+    here = describe()._replace(chip=brand, memory_bytes=memory_gib * GIB)
+    for limit, expected in (
+        (3 * GIB, Mac(brand.removeprefix("Apple "), memory_gib, gbps)),
+        (None, None),
+    ):
+        machine = here._replace(gpu_limit_bytes=limit)
+        monkeypatch.setattr(mac_models, "describe", lambda machine=machine: machine)
+        assert mac_models.this_mac() == expected
 
 
 @pytest.mark.slow

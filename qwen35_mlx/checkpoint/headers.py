@@ -55,14 +55,18 @@ class SourceTensor:
 
 def read_header(file: Path) -> list[SourceTensor]:
     """Tensors of one safetensors file, in file order."""
+    raw = raw_header(file)[PREFIX_BYTES:]
+    return parse_header(file, raw, file.stat().st_size)
+
+
+def raw_header(file: Path) -> bytes:
+    """All bytes of a safetensors file before those of its tensors."""
     try:
-        file_bytes = file.stat().st_size
         with file.open("rb") as stream:
-            header_bytes = header_length(file, stream.read(PREFIX_BYTES), file_bytes)
-            raw = stream.read(header_bytes)
+            prefix = stream.read(PREFIX_BYTES)
+            return prefix + stream.read(header_length(file, prefix, file.stat().st_size))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read", got=error) from error
-    return parse_header(file, raw, file_bytes)
 
 
 def header_length(file: Path, prefix: bytes, file_bytes: int) -> int:

@@ -11,7 +11,6 @@ from . import completion, options
 
 
 def chat(
-    ctx: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", autocompletion=completion.models)
     ] = None,
@@ -29,23 +28,8 @@ def chat(
     snapshot_memory: Annotated[float | None, typer.Option(min=0)] = None,
     plain: bool = False,
     preset: Literal["auto", "thinking", "coding", "instruct", "checkpoint"] | None = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    presence_penalty: options.Presence = None,
-    frequency_penalty: options.Frequency = None,
-    repetition_penalty: options.Repetition = None,
-    seed: options.Seed = None,
-    draft: options.Draft = "auto",
-    num_draft_tokens: options.NumDraftTokens = None,
-    kernels: options.Kernels = "auto",
-    adapter_path: options.AdapterPath = None,
-    context: options.RunContext = None,
-    kv_bits: options.KvBits = "auto",
-    experts_memory: options.ExpertsMemory = None,
-    force: options.Force = False,
+    *,
+    generation: options.Generation,
 ) -> None:
     """Chat with a model in the terminal.
 
@@ -76,7 +60,7 @@ def chat(
     # A closed stream is None.
     is_terminal = sys.stdin and sys.stdin.isatty()
     prompts = [] if is_terminal and not prompt else read_prompts(prompt or [])
-    sampling = options.sampling_options(ctx)
+    drawn = generation.of_chat()
     from .line_input import can_edit, silent_keys
     from .media_input import check_sources
     from .progress import spinner
@@ -95,21 +79,18 @@ def chat(
             session_file(session)
         name, is_demo = chosen_model(model, demo)
         with spinner(f"Loading {name}"):
-            loaded, tokenizer = load(name, **options.load_options(ctx))
+            loaded, tokenizer = load(name, **generation.of_load())
     conversation = Chat(
         loaded,
         tokenizer,
         system=system,
         enable_thinking=think,
         think_budget=think_budget,
-        max_tokens=max_tokens,
         # The demo is too small for the penalty that the family's presets have.
         preset=preset or ("checkpoint" if is_demo else "auto"),
-        sampling={"seed": seed, **sampling},
         on_loop=on_loop,
-        draft=draft,
-        num_draft_tokens=num_draft_tokens,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
+        **drawn,
     )
     view = ChatView(
         conversation,

@@ -158,7 +158,7 @@ def show_facts() -> None:
 
 def _digest(folder: Path) -> str:
     """Of config.json, the tokenizer, and the headers and sizes of the weights."""
-    from ..checkpoint.headers import PREFIX_BYTES, header_length, weight_files
+    from ..checkpoint.headers import raw_header, weight_files
 
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json"):
@@ -166,10 +166,7 @@ def _digest(folder: Path) -> str:
             digest.update((folder / name).read_bytes())
     for name in weight_files(folder):
         size = (folder / name).stat().st_size
-        with (folder / name).open("rb") as file:
-            prefix = file.read(PREFIX_BYTES)
-            header = file.read(header_length(folder / name, prefix, size))
-        digest.update(f"{name} {size}\n".encode() + header)
+        digest.update(f"{name} {size}\n".encode() + raw_header(folder / name))
     return digest.hexdigest()
 
 

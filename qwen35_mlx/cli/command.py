@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import fields, is_dataclass
+from functools import wraps
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -94,11 +96,20 @@ def described(docstring: str | None) -> tuple[str, dict[str, str]]:
 def documented(function: Any) -> Any:
     """The function with the help of its parameters, from its docstring, where typer looks for it.
 
-    A parameter of type bool becomes a switch that turns it on.
+    A parameter of type bool becomes a switch that turns it on, and a dataclass all of its fields.
     """
     function.__doc__, helps = described(function.__doc__)
     signature = inspect.signature(function)
-    parameters = dict(signature.parameters)
+    parameters: dict[str, inspect.Parameter] = {}
+    groups: dict[str, Any] = {}
+    for name, parameter in signature.parameters.items():
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            parameters |= inspect.signature(group).parameters
+            helps |= described(group.__doc__)[1]
+        else:
+            parameters[name] = parameter
     for name, text in helps.items():
         kind = parameters[name].annotation
         info = typer.Option(f"--{name.replace('_', '-')}") if kind is bool else typer.Option()
@@ -107,8 +118,15 @@ def documented(function: Any) -> Any:
         info = copy(info)
         info.help = text
         parameters[name] = parameters[name].replace(annotation=Annotated[kind, info])
-    function.__signature__ = signature.replace(parameters=list(parameters.values()))
-    return function
+
+    @wraps(function)
+    def run(**given: Any) -> Any:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        return function(**given)
+
+    run.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
+    return run
 
 
 class Command(TyperCommand):

@@ -25,16 +25,9 @@ SETTINGS = {
 def convert(
     ctx: typer.Context,
     source: Annotated[str, typer.Argument(metavar="SRC")],
+    quantization: options.Quantization,
     out: Annotated[Path | None, typer.Argument(metavar="OUT")] = None,
-    bits: options.Bits = None,
-    group_size: options.GroupSize = 64,
-    dtype: options.Dtype = None,
     method: Literal["minmax", "search", "gptq", "distill"] | None = None,
-    recipe: options.RecipeName = None,
-    fit: options.Fit = None,
-    bits_per_weight: options.BitsPerWeight = None,
-    prefer: options.Prefer = None,
-    context: options.Context = None,
     kv_bits: options.KvBits = "auto",
     experts_layout: Literal["stacked", "disk"] = "stacked",
     calibration: options.CalibrationFile = None,
@@ -189,15 +182,8 @@ def refuse_other_settings(ctx: typer.Context, source: str, out: Path) -> None:
 
 def plan(
     ctx: typer.Context,
+    quantization: options.Quantization,
     source: Annotated[str | None, typer.Argument(metavar="SRC")] = None,
-    bits: options.Bits = None,
-    group_size: options.GroupSize = 64,
-    dtype: options.Dtype = None,
-    recipe: options.RecipeName = None,
-    fit: options.Fit = None,
-    bits_per_weight: options.BitsPerWeight = None,
-    prefer: options.Prefer = None,
-    context: options.Context = None,
     kv_bits: options.KvBits = "auto",
     calibration: options.CalibrationFile = None,
     revision: options.Revision = None,
@@ -244,11 +230,11 @@ def plan(
     page = report.conversion_lines(planned)
     page += ["", *report.picture_lines(planned)]
     if different:
-        page += ["", *report.unequal_lines(planned, different, context, kv_bits)]
+        page += ["", *report.unequal_lines(planned, different, quantization.context, kv_bits)]
     else:
-        page += ["", *report.mac_lines(planned, macs, context, kv_bits, num_macs)]
+        page += ["", *report.mac_lines(planned, macs, quantization.context, kv_bits, num_macs)]
     if num_macs == 1:
-        page += report.disk_lines(report.with_kv(planned, kv_bits)[0], macs, context)
+        page += report.disk_lines(report.with_kv(planned, kv_bits)[0], macs, quantization.context)
     print_lines(page)
     if png:
         limits = [m.gpu_limit_bytes for m in different] or [report.UNBOUNDED] * num_macs

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 def generate(
-    ctx: typer.Context,
     model: options.Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p")] = None,
     raw: bool = False,
@@ -38,26 +37,11 @@ def generate(
     think: options.Thinking = None,
     show_thoughts: bool = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    presence_penalty: options.Presence = None,
-    frequency_penalty: options.Frequency = None,
-    repetition_penalty: options.Repetition = None,
     stop: list[str] | None = None,
-    seed: options.Seed = None,
     cache_dir: options.CacheDir = None,
     cache_limit: options.CacheLimit = 50.0,
-    draft: options.Draft = "auto",
-    num_draft_tokens: options.NumDraftTokens = None,
-    kernels: options.Kernels = "auto",
-    adapter_path: options.AdapterPath = None,
-    context: options.RunContext = None,
-    kv_bits: options.KvBits = "auto",
-    experts_memory: options.ExpertsMemory = None,
-    force: options.Force = False,
+    *,
+    generation: options.Generation,
 ) -> None:
     """Print one answer to a prompt, for scripts.
 
@@ -81,7 +65,7 @@ def generate(
         stop: End the answer before this text. Repeat the option for several texts. Default: none.
     """
     text = read_prompts([] if prompt is None else [prompt])[0]
-    sampling = options.sampling_options(ctx)
+    drawn = generation.of_chat()
     schemas = read_tools(tools) if tools else []
     given = {"image": image, "video": video, "pdf": pdf}
     media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
@@ -98,21 +82,18 @@ def generate(
     from .terminal import held_warnings, note
 
     with spinner(f"Loading {model}"):
-        loaded, tokenizer = load(model, **options.load_options(ctx))
+        loaded, tokenizer = load(model, **generation.of_load())
     chat = Chat(
         loaded,
         tokenizer,
         system=system,
         tools=schemas,
         enable_thinking=think,
-        max_tokens=max_tokens,
-        sampling={"seed": seed, **sampling},
         stop=stop or (),
         on_loop="off",
-        draft=draft,
-        num_draft_tokens=num_draft_tokens,
         # There is no second turn, unless of another call.
         store=PrefixStore(loaded, None if cache_dir else 0),
+        **drawn,
     )
     attached = Attachments(chat, allow_url)
     if media:

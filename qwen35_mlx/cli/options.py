@@ -3,18 +3,6 @@
 Attributes:
     Model: Converted folder, or hub id.
     Revision: Branch, tag or commit of a model on the hub. Default: main.
-    Bits: Bits of each weight. Default: 4; unquantized if --dtype is given alone.
-    GroupSize: Number of weights that share a scale.
-    Dtype: Type of scales, norms and all that is not quantized. Alone: quantize nothing. Default:
-        the type in SRC.
-    RecipeName: Mixed bits by kind of tensor: q8, q6, q5, q4, q3 or q2.
-    Fit: Choose the bits of each tensor so that the model fits a Mac with this memory, such as
-        192GB.
-    BitsPerWeight: Choose the bits of each tensor to average this many per weight, scales included.
-    Prefer: With --fit or --bits-per-weight. quality: the lowest error. speed: fewer bytes read per
-        token, for more error. Default: quality.
-    Context: Context length in tokens that must also fit in memory. Default: 32768, or the model's
-        context length if that is less.
     RunContext: Maximum tokens of prompt and answers together. Their memory is counted before the
         weights are read. More than the model was trained for, up to 4 times as many, are reached by
         YaRN; shorter texts are then read less well. Default: all that fits, 32768 at least.
@@ -28,16 +16,6 @@ Attributes:
     TextFile: Text to run. Default: a text that comes with the program.
     Thinking: Whether to think before the answer. Default: as the model's chat template says.
     System: System prompt. Default: none.
-    MaxTokens: Maximum length of an answer, thought included. Default: 32768.
-    Temperature: Randomness of sampling. 0 takes the most likely token; then --seed, --top-p,
-        --top-k and --min-p change nothing.
-    TopP: Sample from the likeliest tokens that reach this probability. 1: off.
-    TopK: Sample from this number of likeliest tokens. 0: off.
-    MinP: Leave out tokens less likely than this fraction of the likeliest one. 0: off.
-    Presence: Subtract this from the logits of tokens in the answer so far. 0: off.
-    Frequency: Subtract this from the logits of a token for each time it is in the answer. 0: off.
-    Repetition: Divide the logits of tokens in the text so far by this. 1: off.
-    Seed: Seed of the random numbers: the same seed, the same answer. Default: a new one.
     CacheDir: Folder that keeps what was read: the same beginning of a prompt is not read again,
         after a restart or Ctrl-C neither. Default: none.
     CacheLimit: Most GB on disk of what was read, so that it need not be read again; what was of no
@@ -45,15 +23,12 @@ Attributes:
     Key: Key that clients have to send as Authorization: Bearer or x-api-key. Default: none.
     Kernels: What to compute with. ops: portable operations. mlx: MLX's own for the GPU. metal: the
         kernels of this package. auto: the fastest that is right on this machine.
-    Draft: Guess further tokens, to read several in one pass; the text stays the same. mtp: by the
-        model's MTP layer. lookup: by what followed the same tokens before. auto: both, as far as it
-        is faster. off: do not.
-    NumDraftTokens: Guess this number of tokens. Default: what is fastest.
     Images: A picture that goes with the first prompt; - is standard input. Repeat the option for
         several. Default: none.
     AllowUrl: Fetch pictures, videos and PDFs that are named by an http or https URL.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -65,14 +40,6 @@ from .command import described
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=completion.models)]
 Revision = Annotated[str | None, typer.Option()]
-Bits = Annotated[Literal[2, 3, 4, 5, 6, 8] | None, typer.Option()]
-GroupSize = Annotated[Literal[32, 64, 128], typer.Option()]
-Dtype = Annotated[Literal["bfloat16", "float16", "float32"] | None, typer.Option()]
-RecipeName = Annotated[str | None, typer.Option("--recipe", autocompletion=completion.recipes)]
-Fit = Annotated[str | None, typer.Option(metavar="MEMORY")]
-BitsPerWeight = Annotated[float | None, typer.Option(min=0, max=32)]
-Prefer = Annotated[Literal["quality", "speed"] | None, typer.Option()]
-Context = Annotated[int | None, typer.Option(min=1)]
 RunContext = Annotated[int | None, typer.Option(min=1)]
 KvBits = Annotated[Literal["auto", "16", "8", "k8v4"], typer.Option()]
 Force = Annotated[bool, typer.Option("--force")]
@@ -82,21 +49,10 @@ CalibrationFile = Annotated[Path | None, typer.Option("--calibration", metavar="
 TextFile = Annotated[Path | None, typer.Option("--text", metavar="FILE")]
 Thinking = Annotated[bool | None, typer.Option("--think/--no-think")]
 System = Annotated[str | None, typer.Option()]
-MaxTokens = Annotated[int | None, typer.Option(min=1)]
-Temperature = Annotated[float | None, typer.Option()]
-TopP = Annotated[float | None, typer.Option()]
-TopK = Annotated[int | None, typer.Option()]
-MinP = Annotated[float | None, typer.Option()]
-Presence = Annotated[float | None, typer.Option()]
-Frequency = Annotated[float | None, typer.Option()]
-Repetition = Annotated[float | None, typer.Option()]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1)]
 CacheDir = Annotated[Path | None, typer.Option(metavar="DIR")]
 CacheLimit = Annotated[float, typer.Option(min=0)]
 Key = Annotated[str | None, typer.Option(envvar="QWEN35_MLX_API_KEY")]
 Kernels = Annotated[Literal["auto", "ops", "mlx", "metal"], typer.Option()]
-Draft = Annotated[Literal["auto", "off", "mtp", "lookup"], typer.Option()]
-NumDraftTokens = Annotated[int | None, typer.Option(min=1, max=7)]
 Images = Annotated[list[str] | None, typer.Option("--image", metavar="FILE")]
 AllowUrl = Annotated[bool, typer.Option("--allow-url")]
 for name, text in described(__doc__)[1].items():
@@ -105,21 +61,92 @@ for name, text in described(__doc__)[1].items():
 LOADS_MTP = {"off": False, "mtp": True, "lookup": False}
 
 
-def load_options(ctx: typer.Context) -> dict[str, Any]:
-    """Options of a command as `load` takes them."""
-    names = ("kernels", "context", "force", "kv_bits", "experts_memory")
-    asked = {name: ctx.params[name] for name in names}
-    mtp = LOADS_MTP.get(ctx.params["draft"])
-    return {**asked, "mtp": mtp, "adapter": ctx.params["adapter_path"]}
+@dataclass
+class Quantization:
+    """How many bits the weights of a conversion get.
+
+    Attributes:
+        bits: Bits of each weight. Default: 4; unquantized if --dtype is given alone.
+        group_size: Number of weights that share a scale.
+        dtype: Type of scales, norms and all that is not quantized. Alone: quantize nothing.
+            Default: the type in SRC.
+        recipe: Mixed bits by kind of tensor: q8, q6, q5, q4, q3 or q2.
+        fit: Choose the bits of each tensor so that the model fits a Mac with this memory, such as
+            192GB.
+        bits_per_weight: Choose the bits of each tensor to average this many per weight, scales
+            included.
+        prefer: With --fit or --bits-per-weight. quality: the lowest error. speed: fewer bytes read
+            per token, for more error. Default: quality.
+        context: Context length in tokens that must also fit in memory. Default: 32768, or the
+            model's context length if that is less.
+    """
+
+    bits: Literal[2, 3, 4, 5, 6, 8] | None = None
+    group_size: Literal[32, 64, 128] = 64
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    recipe: Annotated[str | None, typer.Option(autocompletion=completion.recipes)] = None
+    fit: Annotated[str | None, typer.Option(metavar="MEMORY")] = None
+    bits_per_weight: Annotated[float | None, typer.Option(min=0, max=32)] = None
+    prefer: Literal["quality", "speed"] | None = None
+    context: Annotated[int | None, typer.Option(min=1)] = None
 
 
-def sampling_options(ctx: typer.Context) -> dict[str, Any]:
-    """The sampling options of a command, checked before a model is loaded."""
-    from ..sampling import SamplingParams
+@dataclass
+class Generation:
+    """How a model is loaded, and how its answers are drawn.
 
-    sampling = {name: ctx.params[name] for name in SamplingParams.__dataclass_fields__}
-    try:
-        SamplingParams().updated(**sampling)
-    except Qwen35Error as error:
-        raise typer.BadParameter(str(error)) from None
-    return sampling
+    Attributes:
+        max_tokens: Maximum length of an answer, thought included. Default: 32768.
+        temperature: Randomness of sampling. 0 takes the most likely token; then --seed, --top-p,
+            --top-k and --min-p change nothing.
+        top_p: Sample from the likeliest tokens that reach this probability. 1: off.
+        top_k: Sample from this number of likeliest tokens. 0: off.
+        min_p: Leave out tokens less likely than this fraction of the likeliest one. 0: off.
+        presence_penalty: Subtract this from the logits of tokens in the answer so far. 0: off.
+        frequency_penalty: Subtract this from the logits of a token for each time it is in the
+            answer. 0: off.
+        repetition_penalty: Divide the logits of tokens in the text so far by this. 1: off.
+        seed: Seed of the random numbers: the same seed, the same answer. Default: a new one.
+        draft: Guess further tokens, to read several in one pass; the text stays the same. mtp: by
+            the model's MTP layer. lookup: by what followed the same tokens before. auto: both, as
+            far as it is faster. off: do not.
+        num_draft_tokens: Guess this number of tokens. Default: what is fastest.
+    """
+
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1)] = None
+    draft: Literal["auto", "off", "mtp", "lookup"] = "auto"
+    num_draft_tokens: Annotated[int | None, typer.Option(min=1, max=7)] = None
+    kernels: Kernels = "auto"
+    adapter_path: AdapterPath = None
+    context: RunContext = None
+    kv_bits: KvBits = "auto"
+    experts_memory: ExpertsMemory = None
+    force: Force = False
+
+    def of_load(self) -> dict[str, Any]:
+        """What `load` takes."""
+        names = ("kernels", "context", "force", "kv_bits", "experts_memory")
+        asked = {name: getattr(self, name) for name in names}
+        return {**asked, "mtp": LOADS_MTP.get(self.draft), "adapter": self.adapter_path}
+
+    def of_chat(self) -> dict[str, Any]:
+        """What `Chat` takes, checked before a model is loaded."""
+        from ..sampling import SamplingParams
+
+        names = SamplingParams.__dataclass_fields__
+        sampling = {name: getattr(self, name) for name in names}
+        try:
+            SamplingParams().updated(**sampling)
+        except Qwen35Error as error:
+            raise typer.BadParameter(str(error)) from None
+        drafts = {"draft": self.draft, "num_draft_tokens": self.num_draft_tokens}
+        sampling["seed"] = self.seed
+        return {"max_tokens": self.max_tokens, "sampling": sampling, **drafts}

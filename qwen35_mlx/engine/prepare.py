@@ -92,11 +92,11 @@ class Preparer:
         ):
             value = getattr(request, name)
             if value is not None and not (_is_whole(value) and low <= value <= high):
-                most = "more" if high == math.inf else f"up to {high}"
+                most = "or more" if high == math.inf else f"to {high}"
                 raise Qwen35Error(
                     f"{name} is not usable",
                     got=repr(value)[:80],
-                    expected=f"a whole number, {low} or {most}",
+                    expected=f"a whole number, {low} {most}",
                 )
         if request.draft not in MODES:
             raise Qwen35Error(

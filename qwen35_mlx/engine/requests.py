@@ -73,8 +73,6 @@ class Request:
     prompt_logprobs: int | None = None
     # Where drafts come from while no other request runs, as in stream_generate.
     draft: str = "auto"
-    # Requests with the same hint belong to one conversation.
-    cache_hint: str | None = None
     # By which of the engine's adapters; none if empty.
     adapter: str = ""
     # Whether `Progress` events are wanted.

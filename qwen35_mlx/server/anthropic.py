@@ -51,14 +51,12 @@ def _request(service: Service, body: Fields, max_tokens: int) -> Request:
         tool_choice=choice,
         parallel_tool_calls=parallel,
         strict_tools=strict_names(body),
-        enable_thinking=thinking.enabled,
-        think_budget=thinking.budget,
+        **vars(thinking),
         continue_final=last["role"] == "assistant" and not last.get("tool_calls"),
         params=_sampling(service, body),
         max_tokens=max_tokens,
         stop=body.texts("stop_sequences", MAX_STOPS),
         grammar=_grammar(body),
-        cache_hint=body.part("metadata").text("user_id"),
     )
 
 
@@ -73,10 +71,10 @@ def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
     effort = body.part("output_config").choice("effort", options.EFFORTS)
     given = body.record("thinking")
     if given is None:
-        return options.Thinking(enabled=False)
+        return options.Thinking(enable_thinking=False)
     kind = given.needed_choice("type", ("enabled", "disabled", "adaptive", "between_tools"))
     if kind == "disabled":
-        return options.Thinking(enabled=False)
+        return options.Thinking(enable_thinking=False)
     budget = given.integer("budget_tokens", MIN_BUDGET)
     if kind == "enabled":
         if budget is None:
@@ -84,8 +82,8 @@ def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
         if "max_tokens" in body and budget >= max_tokens:
             raise given.refuse("budget_tokens", f"less than max_tokens, which is {max_tokens}")
     elif effort is not None:
-        budget = options.of_effort(effort).budget
-    return options.Thinking(enabled=True, budget=budget)
+        budget = options.of_effort(effort).think_budget
+    return options.Thinking(enable_thinking=True, think_budget=budget)
 
 
 def _grammar(body: Fields) -> Grammar | None:

@@ -139,7 +139,6 @@ class _Completion(Writer):
             grammar=options.response_format(body) or options.structured_outputs(body),
             logprobs=0 if ranks and self._num_top is None else self._num_top,
             prompt_logprobs=self._num_top if self._echo else None,
-            cache_hint=body.text("prompt_cache_key"),
             adapter=self._service.adapter(body),
         )
 

@@ -63,7 +63,8 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(field, "a whole number", "invalid_type")
         if not low <= value <= high:
-            raise self.refuse(field, _bounds(low, high))
+            is_open = high == MAX_INT and value < low
+            raise self.refuse(field, f"{low} or more" if is_open else f"{low} to {high}")
         return value
 
     def number(self, field: str, low: float = -math.inf, high: float = math.inf) -> float | None:
@@ -146,12 +147,6 @@ class Fields:
         if len(values) > most:
             raise self.refuse(field, f"at most {most} strings")
         return [v for v in values if v]
-
-
-def _bounds(low: int, high: int) -> str:
-    if high == MAX_INT:
-        return f"{low} or more"
-    return f"{low} to {high}"
 
 
 def _shown(value: Any) -> str:

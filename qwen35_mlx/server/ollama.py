@@ -85,8 +85,7 @@ def _request(service: Service, body: Fields) -> Request:
     thinking = reading.read_thinking(body)
     return Request(
         adapter=service.adapter(body),
-        enable_thinking=thinking.enabled,
-        think_budget=thinking.budget,
+        **vars(thinking),
         params=reading.sampling(given, service.settings.defaults),
         seed=options.seed(given),
         max_tokens=reading.max_tokens(given),

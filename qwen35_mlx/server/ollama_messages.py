@@ -110,7 +110,7 @@ def read_thinking(body: Fields) -> options.Thinking:
     if value is None:
         return options.Thinking()
     if isinstance(value, bool):
-        return options.Thinking(enabled=value)
+        return options.Thinking(enable_thinking=value)
     if isinstance(value, str) and value in options.EFFORTS:
         return options.of_effort(value)
     raise body.refuse("think", "true, false, low, medium or high")

@@ -28,16 +28,9 @@ REFUSED = ("audio", "web_search_options")
 async def chat_completions(http: HttpRequest) -> Response:
     """Answer messages."""
     service, body = await begun(http)
-    chat = _Chat(service, body, _hint(http, body))
+    chat = _Chat(service, body)
     answer = await service.answer(chat.request)
     return chat.response(answer, chat.is_stream)
-
-
-def _hint(http: HttpRequest, body: Fields) -> str | None:
-    """What tells the conversations of a client apart."""
-    names = ("x-session-id", "x-session-affinity", "session_id", "session-id")
-    from_headers = (http.headers.get(name) for name in names)
-    return body.text("prompt_cache_key") or next(filter(None, from_headers), None)
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -60,7 +53,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Request:
+def chat_request(service: Service, body: Fields) -> Request:
     """The engine's request for a body of chat completions."""
     _refuse_other_media(body)
     messages = read_messages(body)
@@ -78,8 +71,7 @@ def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Requ
         tool_choice=choice,
         parallel_tool_calls=parallel is not False,
         strict_tools=strict_names(body),
-        enable_thinking=thinking.enabled,
-        think_budget=thinking.budget,
+        **vars(thinking),
         template=options.template_options(body),
         continue_final=_continues(body, messages),
         params=options.sampling(body, service.settings.defaults),
@@ -92,7 +84,6 @@ def chat_request(service: Service, body: Fields, cache_hint: str | None) -> Requ
         stop=stops,
         grammar=options.response_format(body) or options.structured_outputs(body),
         logprobs=(num_top or 0) if wants_logprobs else None,
-        cache_hint=cache_hint,
         adapter=service.adapter(body),
         wants_progress=body.flag("return_progress") or False,
     )
@@ -123,8 +114,8 @@ def _continues(body: Fields, messages: list[Any]) -> bool:
 class _Chat(ReplyWriter):
     """One request for a chat completion, and the objects that answer it."""
 
-    def __init__(self, service: Service, body: Fields, cache_hint: str | None):
-        model, request = service.check_model(body), chat_request(service, body, cache_hint)
+    def __init__(self, service: Service, body: Fields):
+        model, request = service.check_model(body), chat_request(service, body)
         super().__init__(service, "chatcmpl-", model, request)
         self.is_stream = body.flag("stream") or False
         self._wants_usage = options.includes_usage(body)

@@ -30,8 +30,8 @@ TINY_TOP_P = 1e-6
 class Thinking:
     """Whether to think, and for how many tokens; None leaves it to the template."""
 
-    enabled: bool | None = None
-    budget: int | None = None
+    enable_thinking: bool | None = None
+    think_budget: int | None = None
 
 
 def sampling(body: Fields, defaults: SamplingParams) -> SamplingParams:
@@ -108,7 +108,7 @@ def thinking(body: Fields) -> Thinking:
         wanted = of_effort(effort)
     for holder in (body.part("chat_template_kwargs"), body):
         if (enabled := holder.flag("enable_thinking")) is not None:
-            wanted.enabled = enabled
+            wanted.enable_thinking = enabled
     for name in ("thinking_token_budget", "thinking_budget"):
         budget = body.integer(name, 0)
         if budget is not None:
@@ -119,7 +119,7 @@ def thinking(body: Fields) -> Thinking:
 def of_effort(effort: str) -> Thinking:
     """A level of effort as a number of tokens."""
     budget = EFFORTS[effort]
-    return Thinking(enabled=budget != 0, budget=budget or None)
+    return Thinking(enable_thinking=budget != 0, think_budget=budget or None)
 
 
 def template_options(body: Fields) -> dict[str, Any]:

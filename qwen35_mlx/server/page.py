@@ -81,18 +81,11 @@ async def _render(request: Request) -> Response:
     """`{text}` -> `{html, tail, tail_line}`; see `render.Rendered`."""
     # A page of another origin cannot send JSON without asking first.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        return _error(415, "expected Content-Type: application/json")
-    try:
-        text = parse_object(await read_body(request, MAX_BODY_BYTES)).get("text")
-    except ApiError as fault:
-        return _error(fault.status, fault.message)
+        raise ApiError(415, "expected Content-Type: application/json")
+    text = parse_object(await read_body(request, MAX_BODY_BYTES)).get("text")
     if not isinstance(text, str):
-        return _error(400, 'expected an object {"text": "..."}')
+        raise ApiError(400, 'expected an object {"text": "..."}')
     if len(text) > MAX_CHARS:
-        return _error(413, f"text has {len(text)} characters; at most {MAX_CHARS} are rendered")
+        raise ApiError(413, f"text has {len(text)} characters; at most {MAX_CHARS} are rendered")
     rendered = await run_in_threadpool(render, text)
     return JSONResponse(rendered._asdict(), headers=HEADERS)
-
-
-def _error(status: int, message: str) -> Response:
-    return JSONResponse(ApiError(status, message).body("openai"), status, headers=HEADERS)

@@ -94,8 +94,7 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         tool_choice=choice,
         parallel_tool_calls=body.flag("parallel_tool_calls") is not False,
         strict_tools=strict_names(body),
-        enable_thinking=thinking.enabled,
-        think_budget=thinking.budget,
+        **vars(thinking),
         template=options.template_options(body),
         params=options.sampling(body, service.settings.defaults),
         seed=options.seed(body),
@@ -103,7 +102,6 @@ def _request(service: Service, body: Fields, items: list[dict[str, Any]]) -> Req
         stop=body.texts("stop", 4),
         grammar=options.response_format(body.part("text"), "format"),
         logprobs=(num_top or 0) if wants_logprobs else None,
-        cache_hint=body.text("prompt_cache_key"),
         adapter=service.adapter(body),
     )
 

@@ -130,7 +130,7 @@ def test_fields_reach_the_engine(server):
     assert request.logprobs == 2 and request.tool_choice == ToolName("get_weather")
     assert not request.parallel_tool_calls and request.wants_progress
     assert request.grammar == Grammar("json_schema", schema)
-    assert request.enable_thinking and request.think_budget == 2048 and request.cache_hint == "k"
+    assert request.enable_thinking and request.think_budget == 2048
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
+from qwen35_mlx.server.app import _fault
+from qwen35_mlx.server.faults import ApiError
 from qwen35_mlx.server.page import MAX_BODY_BYTES, page_routes
 from qwen35_mlx.server.render import (
     LANGUAGES,
@@ -213,7 +215,7 @@ def test_chosen_code_takes_no_unbounded_time(language, unit):
 
 @pytest.fixture(scope="module")
 def client():
-    return TestClient(Starlette(routes=page_routes()))
+    return TestClient(Starlette(routes=page_routes(), exception_handlers={ApiError: _fault}))
 
 
 def test_render_answers_blocks_and_the_tail(client):
