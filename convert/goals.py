@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 # Weight of the loss from the source's own activations, beside that from the quantized model's.
-SOURCE_WEIGHT = 0.25
+SOURCE_WEIGHT = 0.06
 # Weight of the router's wrong choices beside the divergence of its probabilities.
 FLIP_PENALTY = 0.1
 TINY = 1e-30
