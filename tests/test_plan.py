@@ -251,6 +251,25 @@ def test_a_group_size_that_does_not_divide_names_the_weights_and_the_sizes_that_
     assert plan(tmp_path / "src", dtype="bfloat16").settings["bits"] is None
 
 
+def test_the_mtp_layer_has_groups_that_divide_its_rows(tmp_path):
+    write_checkpoint(tmp_path / "src", moe=True, mtp=True)
+    path = tmp_path / "src" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= dict(moe_intermediate_size=96, shared_expert_intermediate_size=96)
+    path.write_text(json.dumps(config))
+    narrow_experts(tmp_path / "src" / "model.safetensors")
+    groups = {"down_proj": 32}
+    planned = plan(
+        tmp_path / "src",
+        recipe=lambda m: (6, 128 if m.startswith("mtp") else groups.get(m.rpartition(".")[2], 64)),
+    )
+    found = {e.module: (e.bits, e.group_size) for e in planned.entries if e.bits}
+    narrow = {name: kind for name, kind in found.items() if "mtp" in name and "down_proj" in name}
+    assert len(narrow) == 2 and set(narrow.values()) == {(4, 32)}
+    assert found["mtp.layers.0.mlp.shared_expert.up_proj"] == (4, 128)
+    assert found["language_model.model.layers.0.mlp.shared_expert.down_proj"] == (6, 32)
+
+
 def narrow_experts(path: Path) -> None:
     """Rewrite the header alone, for experts 96 wide; the data no longer mean anything."""
     raw = path.read_bytes()
