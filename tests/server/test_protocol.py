@@ -122,7 +122,7 @@ def test_a_body_that_drips_is_read_for_five_minutes(connect: Any) -> None:
 
 
 def test_a_whole_request_has_all_the_time_it_needs(connect: Any) -> None:
-    clock, wire, made = connect()
+    clock, _, made = connect()
     made.data_received(HEAD + b"123456789")
     clock.wait(10_000)
     assert not made.is_closing and not clock.timers
@@ -137,7 +137,7 @@ def answer(made: Protocol) -> None:
 
 
 def test_a_connection_waits_for_its_next_request_and_times_its_head(connect: Any) -> None:
-    clock, wire, made = connect()
+    clock, _, made = connect()
     made.data_received(HEAD[:5])
     made.data_received(HEAD[5:] + b"123456789")
     answer(made)
