@@ -11,6 +11,7 @@ from checkpoints import Tensors, safetensors_bytes, write_checkpoint
 from test_fp8 import rewrite, write_both
 
 from qwen35_mlx.checkpoint.headers import FP8, read_header
+from qwen35_mlx.checkpoint.tensor_table import Transform
 from qwen35_mlx.convert import plan, tasks
 from qwen35_mlx.convert.tasks import Task, cut, fetched_bytes, peak_bytes, uses
 
@@ -60,6 +61,21 @@ def test_tasks_write_every_byte_of_the_output_once(tmp_path, monkeypatch):
             ends.append(end)
         assert ends[-1] == tensor.nbytes
     assert not written
+
+
+def test_a_task_reads_a_slice_but_whole_rows_and_kernels(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "src", moe=True)
+    planned = plan(tmp_path / "src")
+    for slice_bytes in (1, 2 * 128 * 7 + 1, 2**25):
+        monkeypatch.setattr(tasks, "SLICE_BYTES", slice_bytes)
+        for entry in [e for e in planned.entries if len(e.segments) == 1]:
+            (segment,), found = entry.segments, list(tasks.entry_tasks(entry, 3))
+            # A row of a kernel is a column of what is written.
+            is_kernel = entry.transform is Transform.CHANNELS_LAST
+            most = entry.num_rows if is_kernel else max(slice_bytes // segment.tensor.row_bytes, 1)
+            rows = [task.num_rows for task in found]
+            assert rows[:-1] == [most] * (len(rows) - 1) and 0 < rows[-1] <= most
+            assert sum(rows) == entry.num_rows and {task.shard for task in found} == {3}
 
 
 def test_a_task_waits_for_the_last_of_its_files_and_reads_a_quarter_of_fp8(tmp_path, monkeypatch):
