@@ -20,11 +20,12 @@ from qwen35_mlx.convert import plan
 from qwen35_mlx.convert.mac_models import MACS, find_macs, running, share, tokens_per_second
 from qwen35_mlx.convert.report import UNBOUNDED, family_source, mac_lines, unequal_lines
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.kernels.router import Routing
 from qwen35_mlx.model import attention, feed_forward, gated_delta_net
 from qwen35_mlx.model import shard as shard_module
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import open_model
-from qwen35_mlx.model.shard import PIECE_BYTES, joined, read_cut, shard, taken
+from qwen35_mlx.model.shard import PIECE_BYTES, OwnExperts, joined, read_cut, shard, taken
 
 
 def config(moe: bool = False, **changes: Any) -> ModelConfig:
@@ -166,6 +167,19 @@ def test_a_few_rows_of_many_processes_are_summed_in_one_order(
     assert mx.array_equal(joined(partial, residual, group), expected)
     assert calls == [how]
     assert joined(partial, residual, None) is partial
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_experts_of_other_processes_count_nothing(dtype: mx.Dtype) -> None:
+    indices = mx.array([[[0, 2, 3, 5]], [[3, 4, 1, 2]]], mx.uint32)
+    scores = mx.array([[[1, 2, 3, 4]], [[5, 6, 7, 8]]], dtype)
+    routing = Routing(indices, scores, mx.ones((2, 1, 1), dtype))
+    own = OwnExperts((2, 4), adds_shared=False)(routing)
+    assert (own.indices.dtype, own.scores.dtype) == (mx.uint32, dtype)
+    assert own.indices.tolist() == [[[0, 0, 1, 0]], [[1, 0, 0, 0]]]
+    assert own.scores.tolist() == [[[0, 2, 3, 0]], [[5, 0, 0, 8]]]
+    assert own.shared_scores.tolist() == [[[0]], [[0]]]
+    assert OwnExperts(None, adds_shared=True)(routing) == routing
 
 
 def test_a_part_has_the_memory_of_a_part() -> None:
