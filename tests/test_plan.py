@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -63,6 +64,9 @@ def test_bits_per_weight_count_scales_and_biases_but_nothing_carried(tmp_path):
     assert bare.bits_per_weight == 8 * bare.output_bytes / bare.num_parameters
     assert laden.bits_per_weight == bare.bits_per_weight
     assert laden.num_parameters > bare.num_parameters
+    assert bare.loaded_bytes == bare.text_bytes == bare.output_bytes == laden.text_bytes
+    assert laden.mtp_bytes > bare.mtp_bytes == bare.tower_bytes == 0
+    assert laden.loaded_bytes == laden.text_bytes + laden.mtp_bytes + laden.tower_bytes
     # 4 bits and two 16-bit numbers for each group of 64, and a few tensors left whole.
     quantized = [entry for entry in bare.entries if entry.bits]
     assert all(8 * e.output_bytes == 4.5 * e.num_parameters for e in quantized)
@@ -82,6 +86,8 @@ def test_the_layout_tells_models_apart_by_names_and_shapes_of_the_text_model(tmp
     layouts = [plan(tmp_path / name).layout for name in ("bare", "laden", "small", "untied")]
     assert layouts[0] == layouts[1] == plan(tmp_path / "bare", bits=8).layout
     assert len(set(layouts)) == 3
+    # Statistics on disk have it.
+    assert all(re.fullmatch("[0-9a-f]{16}", layout) for layout in layouts)
 
 
 def test_defaults_are_4_bits_and_dtype_alone_means_unquantized(tmp_path):
