@@ -93,7 +93,15 @@ def test_a_measured_kl_is_that_of_the_model_with_one_unit_quantized(
     monkeypatch.setattr(checkpoints, "LAYER_TYPES", checkpoints.LAYER_TYPES[:num_layers])
     source, layer = tmp_path / "src", num_layers // 2
     write_checkpoint(source, moe=True, num_shards=2, vision=True, mtp=True, tokenizer=True)
-    measured = calibrate(source, FEW_IDS, hessians=True, measure=True)
+    steps = []
+    measured = calibrate(
+        source, FEW_IDS, hessians=True, measure=True, progress=lambda *step: steps.append(step)
+    )
+    # Layers, then units, each of them at each number of bits.
+    units = [(done, total) for done, total, step in steps if " at " in step]
+    assert {total for _, total in units} == {len(measured.kls)}
+    assert [*dict.fromkeys(done for done, _ in units)] == [*range(len(measured.kls))]
+    assert {step for _, _, step in steps} >= {f"{unit} at 3 bits" for unit in measured.kls}
     folder = convert(source, tmp_path / "bf16", dtype="bfloat16")
     model, _ = qwen35_mlx.load(folder)
     before = model(FEW_IDS)

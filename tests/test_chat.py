@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +290,24 @@ def test_a_template_without_thoughts_works(demo: Any, scripted: Callable[..., An
     chat = Chat(scripted([*ids, tokenizer.eos_token_id]), tokenizer, enable_thinking=False)
     assert list(chat.send("Ready?"))
     assert chat.messages[1] == {"role": "assistant", "content": "Yes."}
+
+
+@pytest.mark.parametrize(("asked_before", "num_written"), [(0, 0), (2, 2), (9, 4)])
+def test_writing_in_the_background_stops_between_two_pieces(
+    asked_before: int, num_written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, written = iter([False] * asked_before), list[int]()
+
+    def write_cache(chat: Chat) -> Iterator[None]:
+        try:
+            for piece in range(4):
+                written.append(piece)
+                yield None
+        finally:
+            written.append(-1)
+
+    monkeypatch.setattr(Chat, "write_cache", write_cache)
+    monkeypatch.setattr(Chat, "read_ahead", lambda chat, should_stop: None)
+    Chat._work_ahead(object.__new__(Chat), lambda: next(said, True))
+    # And it closes what it wrote to, if it has begun.
+    assert written == [*range(num_written)] + [-1] * (num_written > 0)

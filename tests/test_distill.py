@@ -117,6 +117,8 @@ def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
         experts = {path for path in row["left"] if "switch_mlp" in path}
         assert {row["left"][path] for path in experts} == {round(after / before, 4)}
         assert len(experts) == 3 and len(row["left"]) > 8
+    # Of all modules together nothing is said of each.
+    assert rows[-1]["left"] == {}
     assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
     assert steps[-1] == (2, 2, "done") and {total for _, total, _ in steps} == {2}
     kls = [fidelity(tmp_path / "src", f, ids).tokens.mean_kl for f in (plain, out)]

@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -63,6 +64,9 @@ def test_bits_per_weight_count_scales_and_biases_but_nothing_carried(tmp_path):
     assert bare.bits_per_weight == 8 * bare.output_bytes / bare.num_parameters
     assert laden.bits_per_weight == bare.bits_per_weight
     assert laden.num_parameters > bare.num_parameters
+    assert bare.loaded_bytes == bare.text_bytes == bare.output_bytes == laden.text_bytes
+    assert laden.mtp_bytes > bare.mtp_bytes == bare.tower_bytes == 0
+    assert laden.loaded_bytes == laden.text_bytes + laden.mtp_bytes + laden.tower_bytes
     # 4 bits and two 16-bit numbers for each group of 64, and a few tensors left whole.
     quantized = [entry for entry in bare.entries if entry.bits]
     assert all(8 * e.output_bytes == 4.5 * e.num_parameters for e in quantized)
@@ -82,6 +86,8 @@ def test_the_layout_tells_models_apart_by_names_and_shapes_of_the_text_model(tmp
     layouts = [plan(tmp_path / name).layout for name in ("bare", "laden", "small", "untied")]
     assert layouts[0] == layouts[1] == plan(tmp_path / "bare", bits=8).layout
     assert len(set(layouts)) == 3
+    # Statistics on disk have it.
+    assert all(re.fullmatch("[0-9a-f]{16}", layout) for layout in layouts)
 
 
 def test_defaults_are_4_bits_and_dtype_alone_means_unquantized(tmp_path):
@@ -249,6 +255,25 @@ def test_a_group_size_that_does_not_divide_names_the_weights_and_the_sizes_that_
     assert "  expected: group_size 32" in lines
     assert plan(tmp_path / "src", group_size=32).settings["bits"] == 4
     assert plan(tmp_path / "src", dtype="bfloat16").settings["bits"] is None
+
+
+def test_the_mtp_layer_has_groups_that_divide_its_rows(tmp_path):
+    write_checkpoint(tmp_path / "src", moe=True, mtp=True)
+    path = tmp_path / "src" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"] |= dict(moe_intermediate_size=96, shared_expert_intermediate_size=96)
+    path.write_text(json.dumps(config))
+    narrow_experts(tmp_path / "src" / "model.safetensors")
+    groups = {"down_proj": 32}
+    planned = plan(
+        tmp_path / "src",
+        recipe=lambda m: (6, 128 if m.startswith("mtp") else groups.get(m.rpartition(".")[2], 64)),
+    )
+    found = {e.module: (e.bits, e.group_size) for e in planned.entries if e.bits}
+    narrow = {name: kind for name, kind in found.items() if "mtp" in name and "down_proj" in name}
+    assert len(narrow) == 2 and set(narrow.values()) == {(4, 32)}
+    assert found["mtp.layers.0.mlp.shared_expert.up_proj"] == (4, 128)
+    assert found["language_model.model.layers.0.mlp.shared_expert.down_proj"] == (6, 32)
 
 
 def narrow_experts(path: Path) -> None:

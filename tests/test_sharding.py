@@ -20,10 +20,12 @@ from qwen35_mlx.convert import plan
 from qwen35_mlx.convert.mac_models import MACS, find_macs, running, share, tokens_per_second
 from qwen35_mlx.convert.report import UNBOUNDED, family_source, mac_lines, unequal_lines
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
+from qwen35_mlx.kernels.router import Routing
 from qwen35_mlx.model import attention, feed_forward, gated_delta_net
+from qwen35_mlx.model import shard as shard_module
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import open_model
-from qwen35_mlx.model.shard import PIECE_BYTES, read_cut, shard, taken
+from qwen35_mlx.model.shard import PIECE_BYTES, OwnExperts, joined, read_cut, shard, taken
 
 
 def config(moe: bool = False, **changes: Any) -> ModelConfig:
@@ -131,6 +133,55 @@ def test_the_parts_of_a_layer_add_up_to_the_layer(
         assert mx.abs(total - wanted[place]).max().item() < 1e-4, place
 
 
+@pytest.mark.parametrize(
+    ("size", "shape", "how"),
+    [
+        (3, (1, 8, 16), "gathered"),
+        (3, (8, 1, 16), "gathered"),
+        # Many rows, or two processes, whose order of a sum makes no difference.
+        (3, (1, 9, 4), "summed"),
+        (3, (3, 3, 4), "summed"),
+        (2, (1, 1, 16), "summed"),
+    ],
+)
+def test_a_few_rows_of_many_processes_are_summed_in_one_order(
+    size: int, shape: tuple[int, ...], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    group: Any = SimpleNamespace(size=lambda: size)
+
+    def gather(x: mx.array, group: Any) -> mx.array:
+        calls.append("gathered")
+        assert x.shape == (1, *shape)
+        return mx.concatenate([x * rank for rank in range(size)])
+
+    def add(x: mx.array, group: Any) -> mx.array:
+        calls.append("summed")
+        return x * sum(range(size))
+
+    monkeypatch.setattr(mx.distributed, "all_gather", gather)
+    monkeypatch.setattr(mx.distributed, "all_sum", add)
+    partial = mx.arange(math.prod(shape)).reshape(shape)
+    residual = mx.full(shape, 1000)
+    expected = residual + partial * sum(range(size))
+    assert mx.array_equal(joined(partial, residual, group), expected)
+    assert calls == [how]
+    assert joined(partial, residual, None) is partial
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_experts_of_other_processes_count_nothing(dtype: mx.Dtype) -> None:
+    indices = mx.array([[[0, 2, 3, 5]], [[3, 4, 1, 2]]], mx.uint32)
+    scores = mx.array([[[1, 2, 3, 4]], [[5, 6, 7, 8]]], dtype)
+    routing = Routing(indices, scores, mx.ones((2, 1, 1), dtype))
+    own = OwnExperts((2, 4), adds_shared=False)(routing)
+    assert (own.indices.dtype, own.scores.dtype) == (mx.uint32, dtype)
+    assert own.indices.tolist() == [[[0, 0, 1, 0]], [[1, 0, 0, 0]]]
+    assert own.scores.tolist() == [[[0, 2, 3, 0]], [[5, 0, 0, 8]]]
+    assert own.shared_scores.tolist() == [[[0]], [[0]]]
+    assert OwnExperts(None, adds_shared=True)(routing) == routing
+
+
 def test_a_part_has_the_memory_of_a_part() -> None:
     whole = model_of(config())
     num_bytes = sum(a.nbytes for _, a in tree_flatten(whole.layers[1].parameters()))
@@ -141,17 +192,20 @@ def test_a_part_has_the_memory_of_a_part() -> None:
     assert "embed_tokens" not in part.language_model.model
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
-def test_slices_of_a_file_are_those_of_the_array(dtype: mx.Dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8])
+def test_slices_of_a_file_are_those_of_the_array(
+    dtype: mx.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = 2 * PIECE_BYTES
     shapes = {"columns": (6, 8), "wide": (3, long), "stack": (2, 4, 8), "vector": (8,)}
     arrays = {
-        name: (mx.random.uniform(shape=shape) * 1000).astype(dtype)
-        for name, shape in shapes.items()
+        name: (mx.random.uniform(shape=shape) * 250).astype(dtype) for name, shape in shapes.items()
     }
     mx.save_safetensors(str(tmp_path / "a.safetensors"), arrays)
     tensors = {tensor.name: tensor for tensor in read_header(tmp_path / "a.safetensors")}
     cuts = [Cut(-1, 4, ((1, 2),)), Cut(0, 2, ((1, 2),)), Cut(-1, 8, ((0, 1), (4, 8)))]
+    # Of 6 short rows, 4 at a time.
+    monkeypatch.setattr(shard_module, "MAPPED_BYTES", 4 * 8 * dtype.size + 1)
     for name, array in arrays.items():
         for cut in [c for c in cuts if array.shape[0] % 2 == 0 or c.axis]:
             found = read_cut(tensors[name], cut)

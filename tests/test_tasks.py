@@ -11,8 +11,9 @@ from checkpoints import Tensors, safetensors_bytes, write_checkpoint
 from test_fp8 import rewrite, write_both
 
 from qwen35_mlx.checkpoint.headers import FP8, read_header
+from qwen35_mlx.checkpoint.tensor_table import Transform
 from qwen35_mlx.convert import plan, tasks
-from qwen35_mlx.convert.tasks import cut, fetched_bytes, uses
+from qwen35_mlx.convert.tasks import Task, cut, fetched_bytes, peak_bytes, uses
 
 
 def reading(*names: str) -> list[Any]:
@@ -62,6 +63,21 @@ def test_tasks_write_every_byte_of_the_output_once(tmp_path, monkeypatch):
     assert not written
 
 
+def test_a_task_reads_a_slice_but_whole_rows_and_kernels(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "src", moe=True)
+    planned = plan(tmp_path / "src")
+    for slice_bytes in (1, 2 * 128 * 7 + 1, 2**25):
+        monkeypatch.setattr(tasks, "SLICE_BYTES", slice_bytes)
+        for entry in [e for e in planned.entries if len(e.segments) == 1]:
+            (segment,), found = entry.segments, list(tasks.entry_tasks(entry, 3))
+            # A row of a kernel is a column of what is written.
+            is_kernel = entry.transform is Transform.CHANNELS_LAST
+            most = entry.num_rows if is_kernel else max(slice_bytes // segment.tensor.row_bytes, 1)
+            rows = [task.num_rows for task in found]
+            assert rows[:-1] == [most] * (len(rows) - 1) and 0 < rows[-1] <= most
+            assert sum(rows) == entry.num_rows and {task.shard for task in found} == {3}
+
+
 def test_a_task_waits_for_the_last_of_its_files_and_reads_a_quarter_of_fp8(tmp_path, monkeypatch):
     fp8, _ = write_both(tmp_path, (48, 40), experts="each")
     scales: Tensors = {}
@@ -88,3 +104,44 @@ def test_a_task_waits_for_the_last_of_its_files_and_reads_a_quarter_of_fp8(tmp_p
     sizes = {t.segment.nbytes for t in found if t.segment.tensor.dtype == FP8}
     # In float32 a slice has four times the bytes.
     assert max(sizes) == 40 * 128 // 4
+
+
+def held_by(planned: Any, name: str) -> tuple[int, Task]:
+    """What the plan counts for each of two threads that convert this module, and the task."""
+    task = next(task for task in cut(planned) if name in task.entry.module)
+    counted = peak_bytes(planned, [task]) - tasks.PROGRAM_BYTES
+    held, rest = divmod(counted - tasks.LISTED_BYTES * (1 + len(planned.source.tensors)), 2)
+    assert rest == 0
+    return held, task
+
+
+def test_memory_is_counted_for_each_copy_of_what_is_converted(tmp_path):
+    write_checkpoint(tmp_path / "src")
+    searched = lambda module: (4, 64, "search")  # noqa: E731
+    # Rows of 128 numbers in 2 bytes become 64 bytes of 4 bits, and a scale and a bias of each 64.
+    packed = 64 + 2 * 2 * 2
+    for settings, copies in (
+        (dict(dtype="bfloat16"), 2 * 2 * 128),
+        # The cast, and the check for numbers out of range.
+        (dict(dtype="float32"), (2 * 2 + 4 + 3) * 128),
+        (dict(bits=4), 2 * 2 * 128 + packed),
+        (dict(bits=4, dtype="float16"), (2 * 2 + 2 + 3) * 128 + packed),
+        (dict(recipe=searched), 2 * 2 * 128 + 2 * packed),
+    ):
+        held, task = held_by(plan(tmp_path / "src", **settings), "layers.0.mlp.up_proj")
+        search = tasks.SEARCH_BYTES if task.entry.method == "search" else 0
+        assert held == task.num_rows * copies + search
+    # The most of any task.
+    planned = plan(tmp_path / "src")
+    found = cut(planned)
+    listed = tasks.LISTED_BYTES * (len(found) + len(planned.source.tensors))
+    most = max(held_by(planned, task.entry.module)[0] for task in found)
+    assert peak_bytes(planned, found) == tasks.PROGRAM_BYTES + listed + 2 * most
+
+
+def test_memory_is_counted_for_what_fp8_becomes(tmp_path):
+    fp8, _ = write_both(tmp_path, (48, 40), experts="each")
+    held, task = held_by(plan(fp8, bits=4), "shared_expert.up_proj")
+    # The bytes, float32 in numpy and in MLX, bfloat16; and what is written.
+    assert task.segment.scale and task.entry.dtype == "BF16"
+    assert held == task.num_rows * 128 * (1 + 4 + 4 + 2) + task.output_bytes

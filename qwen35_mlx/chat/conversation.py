@@ -273,9 +273,9 @@ class Chat:
     def _work_ahead(self, should_stop: Callable[[], bool]) -> None:
         self.read_ahead(should_stop)
         with closing(self.write_cache()) as pieces:
-            for _ in pieces if not should_stop() else ():
-                if should_stop():
-                    return
+            # Behind the last piece there is False.
+            while not should_stop() and next(pieces, False) is None:
+                pass
 
     def write_cache(self, *, every_point: bool = False) -> Generator[None]:
         """Append what was read to `disk`, where there is one, in pieces of up to 32 MiB.

@@ -89,10 +89,10 @@ class Protocol(H11Protocol):
             self._is_in_head = False
             self._set_timer(min(left_s, LINGER_SECONDS if answered else BODY_PIECE_SECONDS))
             return
-        was_body, self._body_since = self._body_since > 0, 0.0
+        self._body_since = 0.0
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             # A head is timed from its first byte.
-            if not self._is_in_head or was_body:
+            if not self._is_in_head:
                 self._set_timer(HEAD_SECONDS)
             self._is_in_head = True
         else:

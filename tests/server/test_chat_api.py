@@ -1,11 +1,13 @@
 """/v1/chat/completions: its fields, its objects, its stream."""
 
+from types import SimpleNamespace
+
 import pytest
 from server.fake_engine import call, thought
 from server.running import MODEL, data_lines
 
 from qwen35_mlx.engine.output import Piece
-from qwen35_mlx.engine.requests import Done, Grammar, Token, ToolName, Usage
+from qwen35_mlx.engine.requests import Done, Grammar, Progress, Token, ToolName, Usage
 
 TOOL = {
     "type": "function",
@@ -285,3 +287,16 @@ def test_a_failure_in_a_stream_is_an_event(server):
     events = data_lines(server.chat(stream=True).text)
     assert events[-1]["error"]["type"] == "server_error" and "[DONE]" not in events
     assert server.chat().status == 500
+
+
+def test_progress_says_how_long_the_prompt_has_been_read(server, monkeypatch):
+    clock = SimpleNamespace(time=lambda: 2e9)
+    monkeypatch.setattr("qwen35_mlx.server.openai.time", clock)
+    server.engine.say = [Progress(3, 7), "A"]
+    server.engine.cached_tokens = 2
+    answer = server.chat(stream=True, return_progress=True)
+    (chunk,) = (c for c in data_lines(answer.text) if "prompt_progress" in c)
+    time_ms = chunk["prompt_progress"].pop("time_ms")
+    assert chunk["prompt_progress"] == {"total": 7, "cache": 2, "processed": 3}
+    assert 0 <= (2e9 - chunk["created"]) * 1000 - time_ms <= 1000
+    assert server.engine.last.wants_progress

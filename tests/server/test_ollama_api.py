@@ -3,13 +3,14 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from server.conftest import DEMO
 from server.fake_engine import call, thought
 from server.running import MODEL
 
 from qwen35_mlx.engine.requests import Grammar
-from qwen35_mlx.server.service import Settings
+from qwen35_mlx.server.service import Settings, _parameters
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 
@@ -166,3 +167,12 @@ def test_parameters_are_counted_as_they_were_before_packing(demo, converted_demo
     assert settings.num_parameters == num_parameters
     assert settings.parameter_size == f"{num_parameters / 1e6:.1f}M"
     assert settings.quantization == "4-bit" and len(settings.digest) == 64
+
+
+def test_bits_are_those_of_most_weights_and_none_without_packed_ones():
+    """Of shapes that say nothing: packed words hold several numbers."""
+    parts = {bits: nn.Linear(64, 2 * bits, bias=False) for bits in (4, 8)}
+    packed = {bits: nn.QuantizedLinear.from_linear(p, 32, bits) for bits, p in parts.items()}
+    assert _parameters(nn.Linear(3, 4)) == (16, 0)
+    model = nn.Sequential(nn.Linear(64, 100), *packed.values())
+    assert _parameters(model) == (64 * 100 + 100 + 64 * (8 + 16), 8)

@@ -46,6 +46,66 @@ def test_an_agent_is_started_without_what_the_server_needs(run_cli, monkeypatch)
     assert "pip install" not in run_cli("launch", "codex", "--url", "http://127.0.0.1:1").output
 
 
+def test_serve_tells_the_address_and_the_settings_that_were_asked_for(
+    run_cli, monkeypatch, demo, converted_demo, tmp_path
+):
+    """Up to the loop of events, which runs in other tests."""
+    loaded, served, adapters = [], [], []
+
+    def load(folder, **options):
+        loaded.append((folder, options))
+        return demo
+
+    def with_adapter(model, path):
+        adapters.append(path)
+        return model
+
+    def run(make, bound, is_ready):
+        try:
+            app = make()
+            served.append((app.state.service, bound.getsockname()))
+            is_ready()
+        finally:
+            app.state.service.engine.stop()
+            bound.close()
+
+    monkeypatch.setattr("qwen35_mlx.model.loading.load", load)
+    monkeypatch.setattr("qwen35_mlx.server.run.serve", run)
+    monkeypatch.setattr("qwen35_mlx.checkpoint.adapter.read_adapter", lambda path: path)
+    monkeypatch.setattr("qwen35_mlx.model.adapters.with_adapter", with_adapter)
+    options = (
+        *("--port", 0, "--api-key", "k", "--allow-host", "my.box", "--queue", 3, "--max-context"),
+        *(500, "--cache-dir", tmp_path / "cache", "--force", "--kv-bits", "8", "--kernels", "ops"),
+        *("--experts-memory", "2GB", "--adapter-path", f"one={tmp_path}", "--cache-limit", 2),
+    )
+    result = run_cli("serve", converted_demo, *options)
+    assert result.exit_code == 0, result.output
+    given = dict(kernels="ops", context=500, force=True, kv_bits="8", experts_memory="2GB")
+    assert loaded == [(str(converted_demo), given)]
+    (service, (host, port)), settings = served[0], served[0][0].settings
+    assert host == "127.0.0.1" and f"http://127.0.0.1:{port}" in result.stdout
+    name = converted_demo.resolve().name
+    assert service.model_names == [name, f"{name}:one"]
+    assert (settings.api_key, settings.hosts) == ("k", ["my.box"])
+    assert settings.aliases == [str(converted_demo)]
+    engine = service.engine
+    assert adapters == [str(tmp_path)] and set(engine.models) == {"", "one"}
+    assert engine.limits.max_queued == 3 and engine.store.disk.max_bytes == 2e9
+    assert f"serving {name}, :one, {settings.context_length:,} tokens" in result.output
+    assert "ANTHROPIC_AUTH_TOKEN=k" in result.output
+    named = run_cli("serve", converted_demo, "--port", 0, "--model-name", "x")
+    assert named.exit_code == 0 and "serving x, " in named.output
+    assert served[1][0].settings.hosts == []
+    assert served[1][0].knows(str(converted_demo))
+
+
+@pytest.mark.parametrize("given", ["one", "=a", "a b=c", "latest=a", "one=b"])
+def test_an_adapter_without_a_name_of_its_own_is_refused(run_cli, converted_demo, given):
+    options = ("--adapter-path", "one=a", "--adapter-path", given)
+    result = run_cli("serve", converted_demo, *options)
+    assert result.exit_code == 1 and "expected: NAME=DIR" in result.output
+
+
 def test_an_unknown_host_is_an_error():
     with pytest.raises(Qwen35Error, match="unknown host"):
         bind("no such host.invalid", 0)

@@ -1,0 +1,37 @@
+"""The counters of the engine, which the server shows as metrics."""
+
+from typing import Any
+
+from qwen35_mlx.engine.requests import Request, Token
+from qwen35_mlx.engine.scheduler import Engine
+from qwen35_mlx.sampling import SamplingParams
+from qwen35_mlx.server.models import GAUGES
+
+
+def request(ids: list[int], **options: Any) -> Request:
+    given = dict(params=SamplingParams(), ignore_eos=True, stop_loops=False)
+    return Request(prompt=ids, **given | options)  # type: ignore[arg-type]
+
+
+def test_what_two_requests_took_is_counted(demo: Any) -> None:
+    model, tokenizer = demo
+    engine = Engine(model, tokenizer)
+    assert engine.stats() == dict(running=0, queued=0, rows=0, cached_points=0, cache_bytes=0)
+    ids, seen = [*range(10, 42)], []
+    for _, event in engine.answer([request(ids, max_tokens=2, n=2), request(ids, max_tokens=3)]):
+        if isinstance(event, Token):
+            seen.append(engine.stats())
+    # Of three rows two end earlier.
+    assert max(s["rows"] for s in seen) == 3 and seen[-1]["rows"] <= 1
+    assert max(s["running"] for s in seen) == 2 and max(s["queued"] for s in seen) <= 1
+    found = engine.stats()
+    assert (found["prompt_tokens"], found["generated_tokens"]) == (64, 7)
+    assert found["prefilled_tokens"] == 64 - found["cached_tokens"]
+    assert found["finished_length"] == 3 and found["draft_tokens"] == 0
+    assert 2 <= found["decode_steps"] <= 6
+    assert found["decode_seconds"] > 0 and found["prefill_seconds"] > 0
+    assert (found["running"], found["queued"], found["rows"]) == (0, 0, 0)
+    assert found["cached_points"] == engine.store.num_snapshots > 0
+    assert found["cache_bytes"] == engine.store.nbytes > 0
+    # What does not only grow is a gauge.
+    assert {"running", "queued", "rows", "cached_points", "cache_bytes"} <= set(GAUGES)
