@@ -51,10 +51,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
 }
 # The same of the vision tower. Position embeddings and windows of other families of models.
-VISION_SIZES = tuple(
-    """depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size
-    spatial_merge_size num_position_embeddings out_hidden_size""".split()
-)
 VISION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "deepstack_visual_indexes": ([], None),
@@ -129,9 +125,10 @@ class VisionConfig:
         if kind != "axial":
             raise unsupported("vision_config.rope_parameters.rope_type", kind, "'axial'")
         theta = Reader(rope, "vision_config.rope_parameters.").number("rope_theta", VISION_THETA)
-        sizes: dict[str, Any] = {key: get.positive(key) for key in VISION_SIZES}
+        keys = {field.name for field in fields(cls)} - {"rope_theta"}
+        sizes: dict[str, Any] = {key: get.positive(key) for key in sorted(keys)}
         result = cls(**sizes, rope_theta=theta)
-        report_unknown(vision, {*VISION_SIZES, *VISION_NEUTRAL, *VISION_INERT}, "vision_config.")
+        report_unknown(vision, keys | VISION_NEUTRAL.keys() | VISION_INERT, "vision_config.")
         if result.hidden_size % (4 * result.num_heads):
             raise ConfigError(
                 "vision_config.num_heads does not fit hidden_size",
