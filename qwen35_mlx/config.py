@@ -1,6 +1,5 @@
 """ModelConfig: what a Qwen3.5 config.json must say, and a refusal of anything else."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from .config_keys import Reader, refuse_unsupported, report_unknown, unsupported
 from .errors import ConfigError
+from .files import read_object
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -338,17 +338,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
         )
     return read_object(folder / "config.json")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Parse a file that holds a JSON object; anything else is a ConfigError."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)
-    return parsed
 
 
 def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:

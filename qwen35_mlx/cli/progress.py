@@ -32,10 +32,10 @@ def spinner(text: str) -> Status:
 class Pace:
     """How fast work goes on, and whether it is time for another line of a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int | None = None) -> None:
         self.started = self._logged = time.perf_counter()
         # Where this run began: an earlier one says nothing about its speed.
-        self.first: int | None = None
+        self.first = first
 
     def rate(self, done: int) -> float:
         """Of what this run has done, a second."""
@@ -157,7 +157,7 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
 
 
 def _token_lines() -> Callable[[int, int], None]:
-    pace = Pace()
+    pace = Pace(first=0)
 
     def update(done: int, total: int) -> None:
         tps = pace.rate(done)
@@ -185,7 +185,7 @@ def token_progress() -> Iterator[Callable[[int, int], None]]:
         console=terminal.err,
         transient=True,
     )
-    pace, task = Pace(), bar.add_task("", total=1, tps=0)
+    pace, task = Pace(first=0), bar.add_task("", total=1, tps=0)
 
     def update(done: int, total: int) -> None:
         if total < MIN_BAR_TOKENS:
