@@ -157,7 +157,7 @@ class Engine:
         atexit.unregister(self.stop)
 
     def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
-        """Answer in the caller's thread: places of requests and their events. A failure is raised."""
+        """Answer in the caller's thread: places of requests, and events; raises what fails."""
         events: list[tuple[int, Event]] = []
 
         def take(place: int, event: Event) -> None:
