@@ -23,6 +23,8 @@ from .source import check_folder
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 HELD_OUT_FILE = Path(__file__).parent / "held_out.txt"
 TEXT_TOKENS = 512
+# Ends the name of a file with conversations.
+CONVERSATIONS = ".jsonl"
 # Tokens in a row that two texts rarely share by chance.
 NGRAM_TOKENS = 13
 # n-grams of a calibration text that a model's config.json keeps: 5 kB.
@@ -51,9 +53,8 @@ def encode(
     check_folder(folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config, read_generation_config(folder))
-    if isinstance(text, Path) and text.suffix == ".jsonl":
-        examples = read_examples(text, tokenizer, max_tokens=sys.maxsize).examples
-        ids = [i for example in examples for i in example.ids.tolist()]
+    if isinstance(text, Path) and text.suffix == CONVERSATIONS:
+        ids = conversation_ids(tokenizer, text)
     else:
         text = read_text(text) if isinstance(text, Path) else text
         ids = []
@@ -77,6 +78,12 @@ def encode(
     length = min(length, len(ids))
     num_rows = len(ids) // length
     return mx.array(ids[: num_rows * length]).reshape(num_rows, length)
+
+
+def conversation_ids(tokenizer: Any, file: Path) -> list[int]:
+    """Token ids of all conversations of a .jsonl file, one after the other."""
+    examples = read_examples(file, tokenizer, max_tokens=sys.maxsize).examples
+    return [i for example in examples for i in example.ids.tolist()]
 
 
 def _passage(tokenizer: Any, passage: str) -> list[int]:

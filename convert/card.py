@@ -8,8 +8,9 @@ from typing import Any
 
 from qwen35_mlx.checkpoint.headers import read_headers
 from qwen35_mlx.checkpoint.resolver import Match, resolve
-from qwen35_mlx.config import ModelConfig, read_config, read_object
+from qwen35_mlx.config import ModelConfig, read_config
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.files import read_object
 from qwen35_mlx.machine import GIB, default_limit_bytes
 from qwen35_mlx.memory import DEFAULT_CONTEXT, count
 

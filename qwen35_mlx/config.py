@@ -1,6 +1,5 @@
 """ModelConfig: what a Qwen3.5 config.json must say, and a refusal of anything else."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from .config_keys import Reader, refuse_unsupported, report_unknown, unsupported
 from .errors import ConfigError
+from .files import read_object
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -51,10 +51,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
 }
 # The same of the vision tower. Position embeddings and windows of other families of models.
-VISION_SIZES = tuple(
-    """depth hidden_size intermediate_size num_heads in_channels patch_size temporal_patch_size
-    spatial_merge_size num_position_embeddings out_hidden_size""".split()
-)
 VISION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "deepstack_visual_indexes": ([], None),
@@ -129,9 +125,10 @@ class VisionConfig:
         if kind != "axial":
             raise unsupported("vision_config.rope_parameters.rope_type", kind, "'axial'")
         theta = Reader(rope, "vision_config.rope_parameters.").number("rope_theta", VISION_THETA)
-        sizes: dict[str, Any] = {key: get.positive(key) for key in VISION_SIZES}
+        keys = {field.name for field in fields(cls)} - {"rope_theta"}
+        sizes: dict[str, Any] = {key: get.positive(key) for key in sorted(keys)}
         result = cls(**sizes, rope_theta=theta)
-        report_unknown(vision, {*VISION_SIZES, *VISION_NEUTRAL, *VISION_INERT}, "vision_config.")
+        report_unknown(vision, keys | VISION_NEUTRAL.keys() | VISION_INERT, "vision_config.")
         if result.hidden_size % (4 * result.num_heads):
             raise ConfigError(
                 "vision_config.num_heads does not fit hidden_size",
@@ -341,17 +338,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
         )
     return read_object(folder / "config.json")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Parse a file that holds a JSON object; anything else is a ConfigError."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)
-    return parsed
 
 
 def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from .errors import Qwen35Error
+from .errors import ConfigError, Qwen35Error
 
 # UTF-32 first: its mark in little-endian order begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
@@ -67,6 +68,17 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
             f"{name} cannot be read as text", got=error, expected=f"text in {marked}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a file that holds a JSON object; anything else is a ConfigError."""
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)
+    return parsed
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from everyday import everyday
 
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation.scoring import Pair, perplexity, score
+from qwen35_mlx.training.examples import encode_example
 
 RNG = np.random.default_rng(0)
 SHARED = RNG.integers(2500, size=30).tolist()
@@ -128,3 +129,17 @@ def test_results_without_a_folder_are_refused_before_anything_is_read(
     result = run_cli("evaluate", tmp_path / "none", "--out", tmp_path / "new" / "results.json")
     assert result.exit_code == 1
     assert "no folder for results.json" in result.stderr
+
+
+def test_conversations_of_a_jsonl_file_are_measured_as_they_are_trained(
+    run_cli: Any, demo: Any, converted_demo: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "talk.jsonl", tmp_path / "out.json"
+    record = {"prompt": "Who are you?", "completion": "A small model."}
+    file.write_text(f"{json.dumps(record)}\n" * 2)
+    result = run_cli("evaluate", converted_demo, "--text", file, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    ids = [int(i) for i in encode_example(demo[1], record).ids] * 2
+    found, expected = json.loads(out.read_text()), perplexity(demo[0], ids)
+    assert found["num_tokens"] == len(ids) - 1
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen35_mlx.cli.local_models import SOURCE
-from qwen35_mlx.config import read_object
 from qwen35_mlx.engine.output import Piece
 from qwen35_mlx.engine.requests import Request
 from qwen35_mlx.engine.tool_calls import ToolCall
+from qwen35_mlx.files import read_object
 from qwen35_mlx.prompt import encode_messages
 from qwen35_mlx.server import clients
 from qwen35_mlx.server.app import make_app

@@ -13,9 +13,8 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..config import read_object
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import replacing, write_json
+from ..files import read_object, replacing, write_json
 from .names import bare, output_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"

@@ -36,70 +36,46 @@ def bench(
         png: Write the speeds as a picture too. Default: none.
         as_json: Print the JSON line alone. Default: a table before it.
     """
-    if recall is not None:
-        bench_recall(model, recall, as_json, kernels, experts_memory)
-        return
     from ..evaluation import bench as measuring
+    from ..evaluation import recall as recalling
     from ..model import loading
     from ..model.hub import resolve
     from .progress import spinner, step_progress
+    from .report import draw_bench, print_bench, print_recall
 
+    lengths = recalling.lengths_of(recall) if recall else []
+    needed = None if max_context is None else max_context + measuring.ROOM
     folder = resolve(model)
     with spinner(f"Loading {model}"):
-        needed = None if max_context is None else max_context + measuring.ROOM
         loaded, tokenizer = loading.load(
-            folder, kernels=kernels, context=needed, experts_memory=experts_memory
+            folder,
+            kernels=kernels,
+            context=max(lengths) if lengths else needed,
+            experts_memory=experts_memory,
         )
         programs = {measuring.OURS: lambda: measuring.our_conversation(loaded)}
         if vs_mlx_lm:
             from ..evaluation.rival import mlx_lm_program
 
             programs[measuring.MLX_LM] = mlx_lm_program(folder, loaded)
-    sizes = measuring.contexts(loaded.config, max_context)
-    with step_progress("Measuring") as progress:
-        rows = measuring.bench(loaded, programs, sizes, runs, progress)
-    with spinner("Measuring drafts"):
-        drafts = measuring.drafting(loaded, tokenizer, runs)
-    result = measuring.label(folder, model) | {
-        "kernels": kernels,
-        "median_of": runs,
-        "contexts": rows,
-        "drafts": drafts,
-        "experts": loaded.experts and loaded.experts.figures(),
-    }
-    from .report import draw_bench, print_bench
-
-    if png:
-        draw_bench(result, png)
-    if not as_json:
-        print_bench(result)
-    print(json.dumps(result), flush=True)
-
-
-def bench_recall(
-    model: str, lengths: str, as_json: bool, kernels: str, experts_memory: str | None
-) -> None:
-    """Print right/asked by depth and length, and a line of JSON."""
-    from ..evaluation import bench as measuring
-    from ..evaluation import recall as measuring_recall
-    from ..model import loading
-    from ..model.hub import resolve
-    from .progress import spinner, step_progress
-
-    sizes = measuring_recall.lengths_of(lengths)
-    folder = resolve(model)
-    with spinner(f"Loading {model}"):
-        loaded, tokenizer = loading.load(
-            folder, kernels=kernels, context=max(sizes), experts_memory=experts_memory
-        )
-    with step_progress("Asking") as progress:
-        found = measuring_recall.measure(loaded, tokenizer, sizes, progress)
-    if not as_json:
-        print("depth     " + "".join(f"{row.num_tokens:>10,}" for row in found))
-        for depth in range(num := measuring_recall.NUM_DEPTHS):
-            cells = "".join(f"{f'{row.right[depth]}/{row.asked[depth]}':>10}" for row in found)
-            print(f"{f'{100 * depth // num}-{100 * (depth + 1) // num} %':10}{cells}")
-        cells = "".join(f"{f'{sum(row.right)}/{sum(row.asked)}':>10}" for row in found)
-        print(f"{'all':10}{cells}")
-    result = measuring.label(folder, model) | {"recall": [row._asdict() for row in found]}
+    result = measuring.label(folder, model)
+    if lengths:
+        with step_progress("Asking") as progress:
+            found = recalling.measure(loaded, tokenizer, lengths, progress)
+        result |= {"recall": [row._asdict() for row in found]}
+        if not as_json:
+            print_recall(found)
+    else:
+        sizes = measuring.contexts(loaded.config, max_context)
+        with step_progress("Measuring") as progress:
+            rows = measuring.bench(loaded, programs, sizes, runs, progress)
+        with spinner("Measuring drafts"):
+            drafts = measuring.drafting(loaded, tokenizer, runs)
+        experts = loaded.experts and loaded.experts.figures()
+        result |= {"kernels": kernels, "median_of": runs, "contexts": rows}
+        result |= {"drafts": drafts, "experts": experts}
+        if png:
+            draw_bench(result, png)
+        if not as_json:
+            print_bench(result)
     print(json.dumps(result), flush=True)

@@ -65,16 +65,13 @@ def convert(
         verify: Read OUT again and compare checksums, after the conversion, or alone if OUT exists.
             Default: no check.
     """
-    from ..convert import convert as run
-    from ..convert import plan as make_plan
     from ..convert import verify as read_again
     from ..convert.distilled import distillation_lines, left_of
     from ..convert.hub import is_hub_id
     from ..convert.job import refuse_existing
-    from ..convert.report import conversion_lines
     from ..quant.statistics import save
     from .progress import byte_progress, step_progress
-    from .report import print_converted, print_lines
+    from .report import print_lines
     from .terminal import note
 
     if finish_tokens and method != "distill":
@@ -92,25 +89,12 @@ def convert(
         # Before a calibration, which may take hours.
         refuse_existing(out)
         found = calibration_for(source, out, calibration, calibrate, calibration_text, method)
-        settings, spent = quality_settings(ctx, source, found)
-        print_lines(spent)
-        plan = make_plan(source, revision=revision, **settings)
-        for line in conversion_lines(plan, keep_source):
-            note(line)
         distillation = distillation_for(source, calibration_text, finish_tokens, method)
-        steps = step_progress("Distilling")
-        bytes_read = byte_progress(f"Converting {plan.source.origin['source']}")
-        with steps as on_step, bytes_read as progress:
-            folder = run(
-                source,
-                out,
-                revision=revision,
-                keep_source=keep_source,
-                progress=progress,
-                calibration=found,
-                distillation=distillation and replace(distillation, progress=on_step),
-                **settings,
-            )
+        with step_progress("Distilling") as on_step:
+            if distillation:
+                distillation = replace(distillation, progress=on_step)
+            given: Any = dict(distillation=distillation, keep_source=keep_source)
+            folder = convert_as_asked(ctx, source, out, "Converting {}", calibration=found, **given)
         if distillation:
             print_lines(distillation_lines(folder))
             if found is not None:
@@ -118,12 +102,34 @@ def convert(
                 file = calibration_file(out.with_name(f"{out.name}.distilled"))
                 save(replace(found, left=left_of(folder)), file)
                 note(f"{file} knows what training left: a next --fit uses it")
-        print_converted(plan, folder)
-        remember(folder)
     if verify:
         with byte_progress(f"Verifying {out.name}") as progress:
             num_bytes = read_again(out, progress)
         print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
+
+
+def convert_as_asked(
+    ctx: typer.Context, source: str, out: Path, title: str, calibration: Any = None, **given: Any
+) -> Path:
+    """Convert by the options of a command, and say what becomes of it; `given` as in `convert`."""
+    from ..convert import convert as run
+    from ..convert import plan as make_plan
+    from ..convert.report import conversion_lines
+    from .progress import byte_progress
+    from .report import print_converted, print_lines
+    from .terminal import note
+
+    settings, spent = quality_settings(ctx, source, calibration)
+    print_lines(spent)
+    given["revision"] = ctx.params["revision"]
+    plan = make_plan(source, revision=given["revision"], **settings)
+    for line in conversion_lines(plan, given.get("keep_source", False)):
+        note(line)
+    with byte_progress(title.format(plan.source.origin["source"])) as progress:
+        folder = run(source, out, calibration=calibration, progress=progress, **given, **settings)
+    print_converted(plan, folder)
+    remember(folder)
+    return folder
 
 
 def default_out(source: str, given: Mapping[str, Any]) -> Path:

@@ -56,19 +56,29 @@ def evaluate(
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         with extra("eval", "lm-evaluation-harness is not installed"):
             from ..evaluation.harness import evaluate as run
-    from ..convert.calibration_text import HELD_OUT_FILE, read_text
+    from ..convert.calibration_text import (
+        CONVERSATIONS,
+        HELD_OUT_FILE,
+        conversation_ids,
+        read_text,
+    )
     from ..files import write_json
     from ..model.loading import load
     from .progress import spinner, step_progress
 
-    given = "" if tasks else read_text(text or HELD_OUT_FILE)
+    file = text or HELD_OUT_FILE
+    given = "" if tasks else read_text(file)
     with spinner(f"Loading {model}"):
         loaded, tokenizer = load(model, kernels=kernels, mtp=False, adapter=adapter_path)
     result: dict[str, Any]
     if tasks is None:
         from ..evaluation.scoring import perplexity
 
-        ids = tokenizer.encode(given, add_special_tokens=False)
+        if file.suffix == CONVERSATIONS:
+            ids = conversation_ids(tokenizer, file)
+            given = tokenizer.decode(ids)
+        else:
+            ids = tokenizer.encode(given, add_special_tokens=False)
         with step_progress("Reading the text") as progress:
             result = perplexity(
                 loaded,
@@ -78,10 +88,7 @@ def evaluate(
                 progress=lambda done, total: progress(done, total, f"window {done + 1:,}"),
             )
         bits = result["nll_nats_per_token"] * result["num_tokens"] / 0.6931471805599453
-        result |= {
-            "text": (text or HELD_OUT_FILE).name,
-            "bits_per_byte": bits / len(given.encode()),
-        }
+        result |= {"text": file.name, "bits_per_byte": bits / len(given.encode())}
         table = "\n".join(f"{key:20} {value}" for key, value in result.items())
     else:
         partial = out.with_name(f"{out.name}.partial")

@@ -29,28 +29,43 @@ def spinner(text: str) -> Status:
     return terminal.err.status(Text(text), spinner="dots")
 
 
+class Pace:
+    """How fast work goes on, and whether it is time for another line of a log."""
+
+    def __init__(self, first: int | None = None) -> None:
+        self.started = self._logged = time.perf_counter()
+        # Where this run began: an earlier one says nothing about its speed.
+        self.first = first
+
+    def rate(self, done: int) -> float:
+        """Of what this run has done, a second."""
+        self.first = done if self.first is None else self.first
+        return (done - self.first) / max(time.perf_counter() - self.started, 1e-9)
+
+    def is_due(self, at_once: bool = False) -> bool:
+        """Whether the last line was long ago; true counts as a line."""
+        due = at_once or time.perf_counter() - self._logged >= LOG_SECONDS
+        self._logged = time.perf_counter() if due else self._logged
+        return due
+
+
 @contextmanager
 def step_progress(title: str) -> Iterator[StepProgress]:
     """A spinner with the current step until the last is done; lines where stderr is no terminal."""
-    started = logged = time.perf_counter()
-    first: int | None = None
-    last = -1
+    pace, last = Pace(), -1
 
     def line(done: int, total: int, what: str) -> str:
-        nonlocal first
-        # An earlier run may have done the first steps.
-        first = done if first is None else first
-        per_step = (time.perf_counter() - started) / max(done - first, 1)
-        left = per_step * (total - done) if done > first else 0
+        rate = pace.rate(done)
+        left = (total - done) / rate if rate else 0
         # Seconds are no news.
         rest = f", {duration(left)} left" if left > LOG_SECONDS else ""
         return f"{title}: {what} ({min(done + 1, total)}/{total}{rest})"
 
     def log(done: int, total: int, what: str) -> None:
-        nonlocal logged, last
-        text, now = line(done, total, what), time.perf_counter()
-        if done != last or now - logged >= LOG_SECONDS:
-            logged, last = now, done
+        nonlocal last
+        text = line(done, total, what)
+        if pace.is_due(at_once=done != last):
+            last = done
             terminal.note(text)
 
     if not terminal.can_draw(terminal.err):
@@ -73,20 +88,13 @@ def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
 
 @contextmanager
 def _byte_lines(title: str) -> Iterator[ByteProgress]:
-    started = logged = time.perf_counter()
+    pace, last_bytes = Pace(), 0
     terminal.note(f"{title} …")
-    # An earlier run may have read the first bytes: they say nothing about the speed of this one.
-    first_bytes: int | None = None
-    last_bytes = 0
 
     def update(done: int, total: int, tensor: str, file: str) -> None:
-        nonlocal logged, first_bytes, last_bytes
-        first_bytes = done if first_bytes is None else first_bytes
-        last_bytes = done
-        now = time.perf_counter()
-        if now - logged >= LOG_SECONDS and done < total:
-            logged = now
-            speed = (done - first_bytes) / (now - started)
+        nonlocal last_bytes
+        last_bytes, speed = done, pace.rate(done)
+        if done < total and pace.is_due():
             left = f", {duration((total - done) / speed)} left" if speed else ""
             terminal.note(
                 f"{title}: {done / 1e9:,.2f} of {total / 1e9:,.2f} GB, {100 * done // total} %, "
@@ -94,10 +102,10 @@ def _byte_lines(title: str) -> Iterator[ByteProgress]:
             )
 
     yield update
-    seconds = time.perf_counter() - started
-    read_bytes = last_bytes - (first_bytes or 0)
+    seconds, first_bytes = time.perf_counter() - pace.started, pace.first or 0
     before = f", {first_bytes / 1e6:,.1f} MB before" if first_bytes else ""
-    terminal.note(f"{title}: {read_bytes / 1e6:,.1f} MB read in {duration(seconds)}{before}")
+    megabytes = (last_bytes - first_bytes) / 1e6
+    terminal.note(f"{title}: {megabytes:,.1f} MB read in {duration(seconds)}{before}")
 
 
 def duration(seconds: float) -> str:
@@ -149,14 +157,11 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
 
 
 def _token_lines() -> Callable[[int, int], None]:
-    started = logged = time.perf_counter()
+    pace = Pace(first=0)
 
     def update(done: int, total: int) -> None:
-        nonlocal logged
-        now = time.perf_counter()
-        if now - logged >= LOG_SECONDS and 0 < done < total:
-            logged = now
-            tps = done / (now - started)
+        tps = pace.rate(done)
+        if 0 < done < total and pace.is_due():
             terminal.note(
                 f"reading the prompt: {done:,} of {total:,} tokens, {tps:,.0f} tok/s, "
                 f"{duration((total - done) / tps)} left"
@@ -180,15 +185,13 @@ def token_progress() -> Iterator[Callable[[int, int], None]]:
         console=terminal.err,
         transient=True,
     )
-    started = time.perf_counter()
-    task = bar.add_task("", total=1, tps=0)
+    pace, task = Pace(first=0), bar.add_task("", total=1, tps=0)
 
     def update(done: int, total: int) -> None:
         if total < MIN_BAR_TOKENS:
             return
         bar.start()
-        tps = done / max(time.perf_counter() - started, 1e-9)
-        bar.update(task, completed=done, total=total, tps=tps)
+        bar.update(task, completed=done, total=total, tps=pace.rate(done))
         if done == total:
             bar.stop()
 

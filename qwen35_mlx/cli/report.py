@@ -12,6 +12,7 @@ from . import terminal
 if TYPE_CHECKING:
     from ..chat.sessions import SessionInfo
     from ..convert import Plan
+    from ..evaluation.recall import Recall
 
 
 def print_lines(lines: Iterable[str]) -> None:
@@ -164,6 +165,15 @@ def _bandwidth(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _gb(figures: dict[str, float]) -> str:
     return f"{figures['peak_memory_bytes'] / 1e9:,.2f}"
+
+
+def print_recall(found: Sequence["Recall"]) -> None:
+    """Right answers over those that were asked for, by depth and by length of the text."""
+    print("depth     " + "".join(f"{row.num_tokens:>10,}" for row in found))
+    for depth in range(num := len(found[0].asked)):
+        cells = "".join(f"{f'{row.right[depth]}/{row.asked[depth]}':>10}" for row in found)
+        print(f"{f'{100 * depth // num}-{100 * (depth + 1) // num} %':10}{cells}")
+    print(f"{'all':10}" + "".join(f"{f'{sum(r.right)}/{sum(r.asked)}':>10}" for r in found))
 
 
 def draw_bench(result: dict[str, Any], file: Path) -> None:

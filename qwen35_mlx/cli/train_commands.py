@@ -194,23 +194,9 @@ def fuse(
         adapter_path: Folder of the adapter, of train or mlx-lm.
     """
     from ..checkpoint.adapter import read_adapter
-    from ..convert import convert as run
-    from ..convert import plan as make_plan
     from ..convert.job import refuse_existing
-    from ..convert.report import conversion_lines
-    from .convert_commands import quality_settings, remember
-    from .progress import byte_progress
-    from .report import print_converted, print_lines
-    from .terminal import note
+    from .convert_commands import convert_as_asked
 
     refuse_existing(out)
     adapter = read_adapter(adapter_path)
-    settings, spent = quality_settings(ctx, source, None)
-    print_lines(spent)
-    plan = make_plan(source, revision=revision, **settings)
-    for line in conversion_lines(plan, False):
-        note(line)
-    with byte_progress(f"Fusing {plan.source.origin['source']} and the adapter") as progress:
-        folder = run(source, out, revision=revision, adapter=adapter, progress=progress, **settings)
-    print_converted(plan, folder)
-    remember(folder)
+    convert_as_asked(ctx, source, out, "Fusing {} and the adapter", adapter=adapter)

@@ -14,7 +14,7 @@ from ..prompt import Prompt, check_ids, check_length, encode_prompt
 from .decode import embedding
 from .generate import DEFAULT_MAX_TOKENS, check_count, check_stops
 from .prompt_cache import PromptCache, common_prefix
-from .requests import Done, Failed, Grammar, Request, Token
+from .requests import Done, Grammar, Request, Token
 from .scheduler import Engine, Limits
 
 
@@ -70,8 +70,6 @@ def batch_generate(
         for each in prepared:
             each.marks |= {common_prefix(min(ids), max(ids))}
     for place, event in engine.answer(prepared):
-        if isinstance(event, Failed):
-            raise event.error
         if isinstance(event, Token | Done):
             texts[place] += "".join(piece.text for piece in event.pieces)
         if isinstance(event, Done):

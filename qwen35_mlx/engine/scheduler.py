@@ -157,7 +157,7 @@ class Engine:
         atexit.unregister(self.stop)
 
     def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
-        """Answer requests in the caller's thread; yields the place of each and its events."""
+        """Answer in the caller's thread: places of requests, and events; raises what fails."""
         events: list[tuple[int, Event]] = []
 
         def take(place: int, event: Event) -> None:
@@ -177,7 +177,10 @@ class Engine:
                 elif self._rows:
                     self._step()
                 self._save()
-                yield from events
+                for place, event in events:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    yield place, event
                 events.clear()
         finally:
             self._thread, self._stopping = None, "not started"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.requests import Done, Failed, Request, Token
+from ..engine.requests import Done, Request, Token
 from ..engine.scheduler import Engine, Limits
 from ..engine.tool_calls import ToolCall
 from ..engine.tool_values import Schema
@@ -166,8 +166,6 @@ def answers(
     engine = Engine(model, tokenizer, limits=Limits(BATCH_SIZE, max_queued=len(requests) + 1))
     found, num_done = [Answer() for _ in asked], 0
     for place, event in engine.answer(requests):
-        if isinstance(event, Failed):
-            raise event.error
         answer = found[place]
         if isinstance(event, Token):
             answer.tokens.append(event.token)

@@ -18,7 +18,7 @@ from ..errors import MediaError, first_line
 from .heic import is_heic, read_heic
 from .patches import picture_patches, picture_size, pixel_digest
 from .settings import VisionSettings
-from .tokens import Span
+from .tokens import Shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +36,7 @@ SIXTEEN_BIT = "I;16"
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class Picture(Shown):
     """A picture as the model sees it; equal to another one with the same pixels and settings."""
 
     name: str
@@ -59,17 +59,6 @@ class Picture:
         height, width = (side // self.settings.patch_size for side in self.pixels.shape[:2])
         return 1, height, width
 
-    @property
-    def num_tokens(self) -> int:
-        """Placeholders in a prompt."""
-        return self.grid[1] * self.grid[2] // self.settings.merge_size**2
-
-    @cached_property
-    def spans(self) -> tuple[Span, ...]:
-        """One span."""
-        _, height, width = (side // self.settings.merge_size for side in self.grid)
-        return (Span(self, 0, height, width),)
-
     def patches(self) -> np.ndarray:
         """float32 [h*w, 3*p*p]: one temporal slice; the official patches hold it twice."""
         return picture_patches(self.pixels, self.settings)
@@ -78,12 +67,6 @@ class Picture:
         """Name, size and tokens."""
         width, height = self.original_size
         return f"{self.name}, {width}x{height}, {self.num_tokens:,} tokens"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Picture) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
 
 
 def open_picture(source: Source, settings: VisionSettings, name: str = "picture") -> Picture:

@@ -1,6 +1,5 @@
 """VisionSettings: how a checkpoint wants its pictures and videos prepared."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import read_text
+from ..files import read_object
 
 # transformers 4.57 replaced the template's <|vision_start|>…<|vision_end|> around a video by the
 # frame groups; since 5.10 the pair stays around all groups, two tokens more. Nobody has said with
@@ -125,12 +124,7 @@ class _Values:
     @classmethod
     def of(cls, file: Path) -> "_Values | None":
         """Those of a file, or None where there is no such file."""
-        if not file.is_file():
-            return None
-        try:
-            return cls(json.loads(read_text(file)), str(file))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{file} cannot be read", got=error, expected="JSON") from None
+        return cls(read_object(file), str(file)) if file.is_file() else None
 
     def inside(self, key: str) -> "_Values | None":
         """Those under a key, or None where there is no such key."""

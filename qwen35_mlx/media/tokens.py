@@ -1,6 +1,7 @@
-"""Span and MediaToken: placeholders in a prompt that compare by the picture behind them."""
+"""Shown, Span and MediaToken: placeholders in a prompt that compare by the picture behind them."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -8,10 +9,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .pictures import Picture
-    from .video import Video
+    from .settings import VisionSettings
 
 KEY_BITS = 62
+
+
+class Shown:
+    """What pictures and videos have in common: equal to others that show the same."""
+
+    settings: "VisionSettings"
+
+    @property
+    def digest(self) -> bytes:
+        """sha256 of what is shown, and of what the patches depend on."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frame groups, rows and columns of patches."""
+        raise NotImplementedError
+
+    @property
+    def num_tokens(self) -> int:
+        """Placeholders in a prompt; the text of a video's times comes on top."""
+        return math.prod(self.grid) // self.settings.merge_size**2
+
+    @cached_property
+    def spans(self) -> tuple["Span", ...]:
+        """One for each frame group."""
+        groups, *sides = self.grid
+        height, width = (side // self.settings.merge_size for side in sides)
+        return tuple(Span(self, group, height, width) for group in range(groups))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +55,7 @@ class Span:
     `index` is the frame group, 0 for a picture; `height` and `width` count tokens.
     """
 
-    media: "Picture | Video"
+    media: Any
     index: int
     height: int
     width: int

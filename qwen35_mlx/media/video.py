@@ -17,7 +17,7 @@ from . import pictures
 from . import settings as constants
 from .patches import pixel_digest, video_patches, video_size
 from .settings import VisionSettings
-from .tokens import Span
+from .tokens import Shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,7 @@ MIN_FRAMES = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Video:
+class Video(Shown):
     """A video as the model sees it; equal to another one with the same frames and times."""
 
     name: str
@@ -57,18 +57,6 @@ class Video:
         return math.ceil(num_frames / self.settings.temporal_patch_size), height, width
 
     @property
-    def num_tokens(self) -> int:
-        """Placeholders in a prompt; the text of the times comes on top."""
-        return math.prod(self.grid) // self.settings.merge_size**2
-
-    @cached_property
-    def spans(self) -> tuple[Span, ...]:
-        """One for each frame group."""
-        groups, *sides = self.grid
-        height, width = (side // self.settings.merge_size for side in sides)
-        return tuple(Span(self, group, height, width) for group in range(groups))
-
-    @property
     def timestamps(self) -> tuple[float, ...]:
         """Seconds of each frame group: the mean of its first and its last frame."""
         size = self.settings.temporal_patch_size
@@ -91,12 +79,6 @@ class Video:
             f"{self.name}, {width}x{height}, {self.seconds[-1]:.1f} s, "
             f"{len(self.frames)} frames, {self.num_tokens:,} tokens"
         )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Video) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
 
 
 class Clip(Protocol):

@@ -19,8 +19,9 @@ from ..checkpoint.resolver import Match, Part, Resolved, refuse_other_head
 from ..checkpoint.resolver import resolve as resolve_tensors
 from ..checkpoint.sharding import Cut, Sharding
 from ..checkpoint.tensor_table import Transform
-from ..config import read_config, read_object
+from ..config import read_config
 from ..errors import CheckpointError, ConfigError, MemoryRefused, Qwen35Error, first_line
+from ..files import read_object
 from ..kernels import choice, tiers
 from ..kernels.switch import SwitchGLU
 from ..machine import parse_memory

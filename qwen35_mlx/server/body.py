@@ -6,7 +6,7 @@ import math
 from concurrent.futures import Executor
 from typing import Any, NoReturn
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from .faults import ApiError
 
@@ -32,19 +32,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         raise ApiError(415, f"content-encoding: got {encoding[:40]}, expected none")
     if stated_length(request.headers.get("content-length")) > max_bytes:
         raise too_large(max_bytes)
-    parts: list[bytes] = []
-    num_bytes = 0
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the body of the request ended early")
-        part = message.get("body", b"")
-        num_bytes += len(part)
-        if num_bytes > max_bytes:
-            raise too_large(max_bytes)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    data = bytearray()
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > max_bytes:
+                raise too_large(max_bytes)
+    except ClientDisconnect:
+        raise ApiError(400, "the body of the request ended early") from None
+    return bytes(data)
 
 
 def stated_length(header: str | None) -> int:

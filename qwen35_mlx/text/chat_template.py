@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import read_object
+from ..files import read_object
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
-from ..config import read_object
 from ..errors import CheckpointError
+from ..files import read_object
 from . import chat_template
 from .detokenizer import StreamingDetokenizer
 

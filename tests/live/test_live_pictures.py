@@ -15,9 +15,9 @@ from shown import shape, some_shapes, with_videos  # noqa: E402
 from transformers import AutoTokenizer, Qwen3_5MoeForConditionalGeneration  # noqa: E402
 
 import qwen35_mlx  # noqa: E402
-from qwen35_mlx.config import read_object  # noqa: E402
 from qwen35_mlx.convert import convert  # noqa: E402
 from qwen35_mlx.engine.prompt_cache import PromptCache  # noqa: E402
+from qwen35_mlx.files import read_object  # noqa: E402
 from qwen35_mlx.media import settings as media_settings  # noqa: E402
 from qwen35_mlx.media.tokens import MediaToken  # noqa: E402
 from qwen35_mlx.model.rope import media_positions  # noqa: E402
