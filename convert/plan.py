@@ -241,7 +241,6 @@ class Plan:
     def table(self) -> tuple[PlanRow, ...]:
         """The plan with layers folded to `*`, in the order of the output; dropped tensors last."""
         rows: dict[PlanRow, PlanRow] = {}
-        kind = PlanRow("", (), "", "")
         mtp = [entry for entry in self.entries if is_mtp(entry.module)]
         largest = max(mtp, key=lambda entry: entry.num_parameters, default=None)
         for entry in self.entries:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from qwen35_mlx.engine.requests import Request, Token
+import pytest
+
+from qwen35_mlx.engine.requests import Failed, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.sampling import SamplingParams
 from qwen35_mlx.server.models import GAUGES
@@ -35,3 +37,17 @@ def test_what_two_requests_took_is_counted(demo: Any) -> None:
     assert found["cache_bytes"] == engine.store.nbytes > 0
     # What does not only grow is a gauge.
     assert {"running", "queued", "rows", "cached_points", "cache_bytes"} <= set(GAUGES)
+
+
+def test_a_request_that_fails_is_counted_and_leaves_nothing(
+    demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ValueError("gone")
+
+    engine = Engine(*demo)
+    monkeypatch.setattr(engine, "_begin", fail)
+    events = [event for _, event in engine.answer([request([5, 6]), request([7])])]
+    failed = [str(event.error) for event in events if isinstance(event, Failed)]
+    assert failed == ["gone", "gone"] and engine.stats()["failed"] == 2
+    assert engine.stats()["running"] == engine.stats()["cached_points"] == 0

@@ -370,12 +370,12 @@ def test_what_the_server_answers(demo: tuple[Any, Any]) -> None:
     server = Running(engine, demo[1], **settings)
     lines = []
     try:
-        for path in answers.SHOWN:
-            lines += ["", f"GET {path}", server.get(path).text]
         for path, body, say in answers.ASKED:
             engine.say = say
             engine.finish = "tool_calls" if say in (answers.CALLS, answers.CALLS[2:3]) else "stop"
             lines += ["", f"POST {path} {body}", server.post(path, body).text]
+        for path in answers.SHOWN:
+            lines += ["", f"GET {path}", server.get(path).text]
     finally:
         server.stop()
     text = "\n".join(lines) + "\n"

@@ -170,6 +170,11 @@ def test_the_table_folds_layers_and_sums_up_what_is_carried(tmp_path):
     assert rows[f"{LAYER}linear_attn.A_log"].count == 2
     assert (rows["mtp.*"].shape, rows["mtp.*"].bits) == ((), 4)
     assert rows["mtp.*"].nbytes == planned.mtp_bytes > 0
+    coarse = rows_of(tmp_path / "src", bits=3, group_size=32)
+    assert (coarse["mtp.*"].bits, coarse["mtp.*"].group_size) == (4, 32)
+    assert coarse["mtp.*"].source_dtype == coarse["mtp.*"].dtype == "BF16"
+    assert coarse[f"{LAYER}mlp.gate"].bits == 8
+    assert coarse[f"{LAYER}linear_attn.A_log"].bits is None
     assert sum(row.nbytes for row in rows.values()) == planned.output_bytes
     assert sum(row.num_parameters for row in rows.values()) == planned.num_parameters
 

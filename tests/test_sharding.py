@@ -107,6 +107,12 @@ def part_of(whole: Model, rank: int, size: int) -> Model:
             (4, True, {"num_experts": 4}),
             (4, False, {"linear_num_key_heads": 4}),
             # Nothing but whole experts can be split.
+            (
+                4,
+                True,
+                dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 30)
+                | {"num_experts": 4},
+            ),
             (4, True, {"num_experts": 4, "moe_intermediate_size": 30}),
             (4, True, {"num_experts": 4, "shared_expert_intermediate_size": 30}),
         ],
@@ -167,6 +173,18 @@ def test_a_few_rows_of_many_processes_are_summed_in_one_order(
     assert mx.array_equal(joined(partial, residual, group), expected)
     assert calls == [how]
     assert joined(partial, residual, None) is partial
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_not_of_the_layers_stays_with_rank_0(rank: int) -> None:
+    model = model_of(config())
+    model.mtp = model.vision_tower = nn.Linear(1, 1)
+    group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: 2)
+    found = shard(model, group)
+    assert isinstance(found, Sharding) and (found.rank, found.local) == (rank, model.config)
+    assert (model.mtp is None) == (model.vision_tower is None) == (rank > 0)
+    assert ("lm_head" in model.language_model) == (rank == 0)
+    assert ("embed_tokens" in model.language_model.model) == (rank == 0)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])

@@ -228,3 +228,29 @@ def test_instructions_in_the_middle_are_reminders_in_what_the_user_says(given, e
     before = copy.deepcopy(given)
     assert folded(given) == expected
     assert given == before
+
+
+def test_a_count_is_of_the_calls_as_they_were_written(server, monkeypatch):
+    server.engine.say = [call("run", a=1)]
+    sent = server.chat(tools=[TOOL]).json["choices"][0]["message"]
+    counted = []
+    monkeypatch.setattr(
+        server.engine, "count_tokens", lambda request: counted.append(request.messages) or 5
+    )
+    use = {"type": "tool_use", "id": sent["tool_calls"][0]["id"], "name": "run", "input": {"a": 1}}
+    result = {"type": "tool_result", "tool_use_id": use["id"], "content": "7"}
+    body = {
+        "model": MODEL,
+        "max_tokens": 9,
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result]},
+        ],
+    }
+    assert server.post("/v1/messages/count_tokens", body).json == {"input_tokens": 5}
+    assert server.post("/v1/messages", body).status == 200
+    assert counted == [server.engine.last.messages]
+    # The model wrote a text, the client gives the number.
+    (written,) = counted[0][1]["tool_calls"]
+    assert written["function"]["arguments"] == {"a": "1"}

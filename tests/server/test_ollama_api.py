@@ -1,6 +1,7 @@
 """Ollama's API: lines, options, the model's card."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,6 +168,11 @@ def test_parameters_are_counted_as_they_were_before_packing(demo, converted_demo
     assert settings.num_parameters == num_parameters
     assert settings.parameter_size == f"{num_parameters / 1e6:.1f}M"
     assert settings.quantization == "4-bit" and len(settings.digest) == 64
+    files = converted_demo.glob("*.safetensors")
+    assert settings.num_bytes == sum(file.stat().st_size for file in files) > 10**6
+    # The demo sees, and its template writes calls in XML.
+    assert settings.sees and not settings.json_calls
+    assert settings.template == tokenizer.chat_template
 
 
 def test_bits_are_those_of_most_weights_and_none_without_packed_ones():
@@ -176,3 +182,7 @@ def test_bits_are_those_of_most_weights_and_none_without_packed_ones():
     assert _parameters(nn.Linear(3, 4)) == (16, 0)
     model = nn.Sequential(nn.Linear(64, 100), *packed.values())
     assert _parameters(model) == (64 * 100 + 100 + 64 * (8 + 16), 8)
+    # Of 8 experts 2 are in memory.
+    model.switch_mlp = nn.Sequential(nn.Linear(3, 2), packed[8])
+    model.experts = SimpleNamespace(num_experts=8, num_slots=2)
+    assert _parameters(model) == (64 * 100 + 100 + 64 * (8 + 16) + 4 * (8 + 64 * 16), 8)
