@@ -9,12 +9,14 @@ from typer.testing import CliRunner
 
 import qwen35_mlx
 from qwen35_mlx.cli import main as cli
+from qwen35_mlx.cli.fidelity_command import runnable
 from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.convert.fidelity import Comparison
 from qwen35_mlx.convert.mac_models import Mac
 from qwen35_mlx.engine.tool_calls import ToolCall
 from qwen35_mlx.evaluation import behaviour
 from qwen35_mlx.evaluation.behaviour import Answer, Question, answers, figures, questions
+from qwen35_mlx.files import locked
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 TIMER = behaviour._tool("set_timer", "Start a timer", {"minutes": {"type": "integer"}})
@@ -173,6 +175,16 @@ def test_an_original_that_does_not_fit_is_refused_with_its_bytes(monkeypatch):
     result = CliRunner().invoke(cli.app, ["fidelity", str(SOURCE), str(SOURCE), "--tasks"])
     assert (result.exit_code, result.stdout) == (1, "")
     assert "0.008 GB of weights" in result.stderr and "at most 0.005 GB" in result.stderr
+
+
+def test_a_reference_of_a_killed_process_goes_and_one_in_use_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("QWEN35_MLX_CACHE", str(tmp_path))
+    left, used = tmp_path / "reference-left", tmp_path / "reference-used"
+    for folder in (left / "model", used / "model"):
+        folder.mkdir(parents=True)
+    with locked(used), runnable(SOURCE) as converted:
+        assert not left.exists() and (converted / "config.json").exists()
+    assert list(tmp_path.iterdir()) == [used]
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """The command fidelity: quantized models beside their original, on a text and in answers."""
 
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -130,14 +131,18 @@ def runnable(folder: Path) -> Iterator[Path]:
     """The folder; of a Hugging Face checkpoint a conversion to bfloat16, within the block."""
     from ..convert import convert
     from ..convert.layerwise import SourceCheckpoint, open_checkpoint
-    from ..files import cache_home
+    from ..files import cache_home, locked
 
     if not isinstance(open_checkpoint(folder), SourceCheckpoint):
         yield folder
         return
     home = cache_home()
     home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="reference-", dir=home) as parent:
+    # What a process that was killed left behind.
+    for left in home.glob("reference-*"):
+        with suppress(OSError), locked(left, wait=False):
+            shutil.rmtree(left)
+    with TemporaryDirectory(prefix="reference-", dir=home) as parent, locked(Path(parent)):
         yield convert(folder, Path(parent) / "model", dtype="bfloat16")
 
 
