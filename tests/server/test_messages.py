@@ -290,3 +290,9 @@ def test_the_oldest_call_is_forgotten_and_a_given_thought_stays(monkeypatch):
     # A call that the client changed is taken as it is.
     (changed,) = memory.restored([sent[2] | {"tool_calls": [tool_call("run", {"n": 2}, "c")]}])
     assert changed["tool_calls"][0]["function"]["arguments"] == {"n": 2}
+
+
+def test_an_empty_instruction_in_the_middle_is_left_out_alone():
+    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    empty = {"role": "system", "content": " \n"}
+    assert folded([asked, empty, said, empty, asked]) == [asked, said, asked]
