@@ -202,3 +202,28 @@ def test_smaller_keys_and_values_are_taken_where_nothing_else_fits(monkeypatch):
     budgets.clear()
     with pytest.raises(MemoryRefused):
         fit_mac(DEMO, 2 * GIB, context=10_000, kv_bits="16")
+
+
+@pytest.mark.parametrize(
+    ("points", "error", "kl"),
+    [
+        # On a line of slope 2, and 1.5.
+        ([(0.001, 1e-6), (0.01, 1e-4)], 0.1, 1e-2),
+        ([(0.001, 1e-6), (0.01, 1e-4)], 1e-4, 1e-8),
+        ([(0.01, 1e-3), (0.0001, 1e-6), (0.001, 0.7)], 0.1, 10**-1.5),
+        # No steeper, and no flatter than half.
+        ([(0.001, 1e-6), (0.01, 1e-2)], 0.1, 1.0),
+        ([(0.001, 1e-6), (0.01, 1e-2)], 1e-4, 1e-8),
+        ([(0.001, 1e-3), (0.01, 1e-4)], 0.1, 1e-4 * 10**0.5),
+        # One point, or two of about the same error, are no line.
+        ([(0.01, 1e-4)], 0.1, 1e-3),
+        ([(0.01, 1e-4), (0.01005, 9e-4)], 0.1, 9e-4 * 0.1 / 0.01005),
+    ],
+)
+def test_a_measured_kl_is_carried_to_other_errors(
+    points: list[tuple[float, float]], error: float, kl: float
+) -> None:
+    settings = [(bits, 64) for bits in range(2, 2 + len(points))]
+    row = {setting: point[0] for setting, point in zip(settings, points, strict=True)}
+    measured = {setting: point[1] for setting, point in zip(settings, points, strict=True)}
+    assert fitting._carried(error, row, measured | {(9, 9): 1.0}) == pytest.approx(kl)

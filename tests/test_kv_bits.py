@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +13,15 @@ from everyday import everyday
 from rollback import bits, differences, step
 
 from qwen35_mlx import memory
+from qwen35_mlx.config import ModelConfig
+from qwen35_mlx.engine.admission import Admission
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.exact_rows import kernel_rows
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.row_batch import RowBatch
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error
+from qwen35_mlx.family import family_config
 from qwen35_mlx.kernels.decode_attention import (
     Packed,
     first_keys,
@@ -239,3 +243,20 @@ def test_drafts_need_the_kernel_that_reads_the_cache() -> None:
 def test_packed_heads_have_the_shape_of_floats() -> None:
     x = packed(floats(1, 2, 5, 64), 4)
     assert isinstance(x, Packed) and x.shape == (1, 2, 5, 64) == unpacked(x).shape
+
+
+@pytest.mark.parametrize("kv_bits", [None, (8, 4)])
+def test_a_request_is_admitted_to_the_last_byte(kv_bits: tuple[int, int] | None) -> None:
+    config = replace(ModelConfig.from_hf(family_config("Qwen3.5-27B")), kv_bits=kv_bits)
+    one, other = (
+        SimpleNamespace(ids=[1] * num_ids, max_tokens=max_tokens, request=SimpleNamespace(n=n))
+        for num_ids, max_tokens, n in ((100, 50, 2), (700, 10**6, 1))
+    )
+    # Room for all that may come, up to a bound; one of them runs already.
+    tokens = (memory.kv_capacity(150), memory.kv_capacity(150), memory.kv_capacity(700 + 16_384))
+    needed = sum(memory.kv_bytes(config, n) + 2 * memory.state_bytes(config) for n in tokens)
+    model: Any = SimpleNamespace(config=config)
+    for num_bytes, fits in ((needed, True), (needed - 1, False)):
+        store: Any = None
+        admission = Admission(model, store, num_bytes)
+        assert admission.fits(one, [other]) is fits  # type: ignore[arg-type]

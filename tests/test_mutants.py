@@ -179,6 +179,8 @@ def test_tests_that_run_a_statement_come_before_those_of_its_module(tmp_path: Pa
     reach = mutants.Reach({"tests": tests | {f"{mutants.TESTS_OF_ALL}::x": whole}}, tmp_path)
     constant = Site("qwen35_mlx/a.py", Mutant("constant", 1, 0, 1, "x"), "", "")
     assert reach.tests_of(constant)[0] == {f"{mutants.TESTS_OF_ALL}::x"}
+    default = Site("qwen35_mlx/a.py", Mutant("default value", 4, 0, 1, "x"), "", "")
+    assert reach.tests_of(default)[0] > {f"{mutants.TESTS_OF_ALL}::x"}
     assert (mutants.ROOT / mutants.TESTS_OF_ALL).exists()
 
 

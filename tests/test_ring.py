@@ -371,6 +371,9 @@ def test_a_message_is_sent_whole_where_ctrl_c_comes_in_between() -> None:
         signal.raise_signal(signal.SIGINT)
         order.append("the rest of the block")
     assert order
+    # Of the next one it is told at once.
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_messages_come_in_order_whatever_pieces_they_come_in(

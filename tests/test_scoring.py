@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from everyday import everyday
 
+from qwen35_mlx.engine import reading
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation.scoring import Pair, perplexity, score
 from qwen35_mlx.training.examples import encode_example
@@ -143,3 +145,22 @@ def test_conversations_of_a_jsonl_file_are_measured_as_they_are_trained(
     found, expected = json.loads(out.read_text()), perplexity(demo[0], ids)
     assert found["num_tokens"] == len(ids) - 1
     assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+
+
+def test_a_prompt_is_scored_in_pieces_to_its_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "SCORED_TOKENS", 2)
+    ids = [3, 1, 4, 1, 0, 2, 4]
+    prepared: Any = SimpleNamespace(ids=ids, request=SimpleNamespace(prompt_logprobs=1))
+    # The hidden states are the logits.
+    logits = mx.array(RNG.standard_normal((1, len(ids), 5)), mx.float32)
+    model, scores = SimpleNamespace(head=lambda hidden: hidden), reading.Scores(prepared)
+    for start, stop in ((0, 5), (5, 7)):
+        scores.add(model, logits[:, start:stop])  # type: ignore[arg-type]
+    event = scores.event()
+    expected = np.array(logits - mx.logsumexp(logits, -1, keepdims=True))[0]
+    assert event.logprobs[0] is None and len(event.logprobs) == len(event.top) == len(ids)
+    for place in range(1, len(ids)):
+        row = expected[place - 1]
+        assert event.logprobs[place] == pytest.approx(row[ids[place]], abs=1e-5)
+        ((token, logprob),) = event.top[place]
+        assert token == row.argmax() and logprob == pytest.approx(row.max(), abs=1e-5)

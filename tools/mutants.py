@@ -190,14 +190,14 @@ class Reach:
     def tests_of(self, site: Site) -> list[set[str]]:
         """The tests that run the statement, and then the others of its module.
 
-        What runs at an import, mostly constants, has tests that look at all modules first.
+        What runs at an import, mostly constants, and default values have tests that look at all
+        modules first.
         """
         source = (self.root / site.file).read_text("utf-8")
         lines = lines_in_function(source, site.mutant.line)
-        if lines is None:
-            first = {name for name in self.seconds if _file_of(name) == TESTS_OF_ALL}
-        else:
-            first = set().union(*(self.by_line[site.file, line] for line in lines))
+        first = set().union(*(self.by_line[site.file, line] for line in lines or ()))
+        if lines is None or site.mutant.kind == "default value":
+            first |= {name for name in self.seconds if _file_of(name) == TESTS_OF_ALL}
         importers = self.imported_by[site.file]
         others = {name for name in self.seconds if _file_of(name) in importers}
         return [first, (self.by_file[site.file] | others | self.starting) - first]

@@ -7,8 +7,9 @@ import pytest
 from server.fake_engine import call, thought
 from server.running import MODEL
 
+from qwen35_mlx.server import messages as messages_module
 from qwen35_mlx.server.hidden_thoughts import hidden, revealed
-from qwen35_mlx.server.messages import folded
+from qwen35_mlx.server.messages import CallMemory, folded, tool_call
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 
@@ -254,3 +255,44 @@ def test_a_count_is_of_the_calls_as_they_were_written(server, monkeypatch):
     # The model wrote a text, the client gives the number.
     (written,) = counted[0][1]["tool_calls"]
     assert written["function"]["arguments"] == {"a": "1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ({"a": 1}, {"a": 1}),
+        (" ", {}),
+        (None, {}),
+        ("{'a'", {"arguments": "{'a'"}),
+        ("[1]", {"arguments": [1]}),
+        ("[" * 100_000, {"arguments": "[" * 100_000}),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_arguments_of_a_call_are_an_object(given, arguments):
+    function = {"name": "run", "arguments": arguments}
+    assert tool_call("run", given, "1") == {"id": "1", "type": "function", "function": function}
+
+
+def test_the_oldest_call_is_forgotten_and_a_given_thought_stays(monkeypatch):
+    monkeypatch.setattr(messages_module, "MAX_CALLS_KEPT", 2)
+    memory = CallMemory()
+    for name in "abc":
+        memory.keep(name, call("run", n=1).call, f"thought {name}")
+    calls = {name: tool_call("run", {"n": 1}, name) for name in "abc"}
+    sent = [{"role": "assistant", "content": "", "tool_calls": [calls[name]]} for name in "abc"]
+    sent.append(sent[2] | {"reasoning_content": "mine"})
+    found = memory.restored(sent)
+    assert [m.get("reasoning_content") for m in found] == [None, "thought b", "thought c", "mine"]
+    read = [m["tool_calls"][0]["function"]["arguments"]["n"] for m in found]
+    assert read == [1, "1", "1", "1"]
+    # A call that the client changed is taken as it is.
+    (changed,) = memory.restored([sent[2] | {"tool_calls": [tool_call("run", {"n": 2}, "c")]}])
+    assert changed["tool_calls"][0]["function"]["arguments"] == {"n": 2}
+
+
+def test_an_empty_instruction_in_the_middle_is_left_out_alone():
+    asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    empty = {"role": "system", "content": " \n"}
+    assert folded([asked, empty, said, empty, asked]) == [asked, said, asked]
