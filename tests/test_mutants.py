@@ -262,17 +262,43 @@ def test_a_mutant_is_killed_survives_or_cannot_be_run(
 ) -> None:
     """Without a copy of the tree: what pytest would return is given."""
     site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"), "a", "b")
-    place: Any = SimpleNamespace(run=lambda *_: code)
+    place: Any = SimpleNamespace(run=lambda *_: code, marker=mutants.ALL)
     reach: Any = SimpleNamespace(tests_of=lambda site: [], seconds={})
     (result,) = mutants.run_all([site], reach, [place])
     assert result.outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("with_mutant", "without", "outcome"),
+    [(1, 0, "slow"), (1, 1, "survived"), (None, 0, "survived"), (0, 0, "survived")],
+)
+def test_a_slow_test_has_to_pass_without_the_mutant_it_notices(
+    tmp_path: Path, with_mutant: int | None, without: int, outcome: str
+) -> None:
+    place = mutants.Workplace.__new__(mutants.Workplace)
+    place.root, place.marker, place.slow_codes = tmp_path, mutants.EVERYDAY, {}
+    file = tmp_path / "a.py"
+    file.write_text("x = 1\n")
+    place.run = lambda *_: 0  # type: ignore[method-assign]
+
+    def pytest_ends_with(arguments: tuple[str, ...], limit: float, marker: str) -> int | None:
+        assert arguments == ("-x", "tests/test_a.py") and marker == mutants.SLOW
+        return without if file.read_text() == "x = 1\n" else with_mutant
+
+    place.pytest = pytest_ends_with  # type: ignore[method-assign, assignment]
+    reach: Any = SimpleNamespace(
+        tests_of=lambda site: [], seconds={}, imported_by={"a.py": {"tests/test_a.py"}}
+    )
+    (mutant, *_) = mutants.find_mutants("x = 1\n")
+    (result,) = mutants.run_all([Site("a.py", mutant, "", "")], reach, [place])
+    assert result.outcome == outcome and file.read_text() == "x = 1\n"
+
+
 def test_the_rate_leaves_out_what_could_not_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     site = Site("qwen35_mlx/config.py", Mutant("constant", 1, 0, 1, "x"), "a", "b")
-    outcomes = ["killed"] * 2 + ["timeout", "survived", "not run"]
+    outcomes = ["killed"] * 2 + ["slow", "timeout", "survived", "not run"]
     rate = mutants.report([Result(site, o, 1.0) for o in outcomes], seed=3, seconds=5.0)
-    assert rate == 3 / 4
+    assert rate == 4 / 5
     out = capsys.readouterr().out
     assert "survived: qwen35_mlx/config.py:1 (constant)" in out
     assert '"seed": 3' in out.splitlines()[-1]

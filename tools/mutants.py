@@ -1,8 +1,9 @@
 """Changes one line of the product at a time and reports which changes no test notices.
 
 The tests run once with a record of the lines they run. Each mutant is then applied in a copy of the
-tree: first the tests that run its statement, then the others that run or import its module. See
-mutators.py for what is changed. The last line is JSON. Exit code 1: fewer than 90 % were noticed.
+tree: first the tests that run its statement, then the others that run or import its module, then
+the slow tests of its module. See mutators.py for what is changed. The last line is JSON. Exit code
+1: fewer than 90 % were noticed.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ from count_lines import ROOT, code_lines, product_files
 from mutators import Mutant, changes_code, find_mutants
 
 MIN_KILL_RATE = 0.9
-EVERYDAY, ALL = "not slow and not live", "not live"
+EVERYDAY, SLOW, ALL = "not slow and not live", "slow and not live", "not live"
 # Start of pytest, and a machine that does something else meanwhile.
 EXTRA_SECONDS, SLOWDOWN = 30, 5
+# For the slow tests of a module, which are not recorded; what takes longer has noticed nothing.
+SLOW_SECONDS = 900
 # Looks at every module without naming it in an import.
 TESTS_OF_ALL = "tests/test_numbers.py"
 # A mutant may ask for any amount of disk and memory.
@@ -68,7 +71,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Result:
-    """`outcome` is killed, timeout, survived or not run."""
+    """`outcome` is killed, slow (killed by a slow test), timeout, survived or not run."""
 
     site: Site
     outcome: str
@@ -215,6 +218,8 @@ class Workplace:
 
     def __init__(self, folder: Path, marker: str):
         self.root, self.home, self.marker = folder / "tree", folder / "home", marker
+        # What slow tests give where there is no mutant, by their files.
+        self.slow_codes: dict[tuple[str, ...], int | None] = {}
         self.root.mkdir(parents=True)
         for source in [ROOT / name for name in FOLDERS] + [
             f for f in ROOT.iterdir() if f.is_file()
@@ -259,12 +264,14 @@ class Workplace:
             if not Path(file).is_relative_to(self.root):
                 raise RuntimeError(f"the copy is not what runs: {file}")
 
-    def pytest(self, arguments: Sequence[str], timeout: float | None = None) -> int | None:
+    def pytest(
+        self, arguments: Sequence[str], timeout: float | None = None, marker: str = ""
+    ) -> int | None:
         """The exit code of pytest, or None past the time limit."""
         scratch = self.home / "pytest"
         command = ["sh", "-c", LIMITED, "sh", sys.executable, "-m", "pytest"]
         command += ["-q", "-p", "no:cacheprovider", "-p", "mutant_tests"]
-        command += [f"--basetemp={scratch}", "-m", self.marker, *arguments]
+        command += [f"--basetemp={scratch}", "-m", marker or self.marker, *arguments]
         process = subprocess.Popen(
             command,
             cwd=self.root,
@@ -293,11 +300,9 @@ class Workplace:
 
     def run(self, site: Site, tests: Sequence[set[str]], seconds: dict[str, float]) -> int | None:
         """The exit code of the first of the sets of tests that notices the mutant."""
-        file, chosen = self.root / site.file, self.home / "chosen.json"
-        source = file.read_text("utf-8")
+        chosen = self.home / "chosen.json"
         code: int | None = NO_TESTS_RAN
-        try:
-            self._write(file, site.mutant.apply(source))
+        with self._changed(site):
             for names in filter(None, tests):
                 chosen.write_text(json.dumps(sorted(names)), "utf-8")
                 of_file: dict[str, float] = defaultdict(float)
@@ -308,7 +313,30 @@ class Workplace:
                 code = self.pytest(["-x", f"--chosen={chosen}", *quick_first], limit)
                 if code != 0:
                     break
-            return code
+        return code
+
+    def slow_tests_notice(self, site: Site, files: Iterable[str]) -> bool:
+        """Whether the slow tests in these files fail with the mutant, and do not without."""
+        chosen = tuple(sorted(files))
+        arguments = ("-x", *chosen)
+        if not chosen:
+            return False
+        with self._changed(site):
+            code = self.pytest(arguments, SLOW_SECONDS, SLOW)
+        if code in (None, 0, NO_TESTS_RAN):
+            return False
+        if chosen not in self.slow_codes:
+            self.slow_codes[chosen] = self.pytest(arguments, SLOW_SECONDS, SLOW)
+        return self.slow_codes[chosen] == 0
+
+    @contextlib.contextmanager
+    def _changed(self, site: Site) -> Iterator[None]:
+        """The mutant is in the copy for this long."""
+        file = self.root / site.file
+        source = file.read_text("utf-8")
+        try:
+            self._write(file, site.mutant.apply(source))
+            yield
         finally:
             self._write(file, source)
 
@@ -374,7 +402,11 @@ def run_all(sites: Sequence[Site], reach: Reach, places: Sequence[Workplace]) ->
             start = time.monotonic()
             code = place.run(site, reach.tests_of(site), reach.seconds)
             outcomes = {None: "timeout", 0: "survived", NO_TESTS_RAN: "not run"}
-            result = Result(site, outcomes.get(code, "killed"), time.monotonic() - start)
+            outcome = outcomes.get(code, "killed")
+            if outcome == "survived" and place.marker == EVERYDAY:
+                noticed = place.slow_tests_notice(site, reach.imported_by[site.file])
+                outcome = "slow" if noticed else outcome
+            result = Result(site, outcome, time.monotonic() - start)
             results.append(result)
             print(
                 f"{len(results):4} {result.outcome:<9}{result.seconds:6.1f} s  {site}", flush=True
@@ -392,12 +424,12 @@ def report(results: Sequence[Result], seed: int, seconds: float) -> float:
     """Print what survived and the rate of mutants noticed, which is returned."""
     number = {
         outcome: sum(r.outcome == outcome for r in results)
-        for outcome in ("killed", "timeout", "survived", "not run")
+        for outcome in ("killed", "slow", "timeout", "survived", "not run")
     }
     for result in results:
         if result.outcome in ("survived", "not run"):
             print(f"\n{result.outcome}: {result.site.describe()}")
-    noticed = number["killed"] + number["timeout"]
+    noticed = number["killed"] + number["slow"] + number["timeout"]
     rate = noticed / max(noticed + number["survived"], 1)
     print(f"\n{noticed} of {noticed + number['survived']} noticed ({rate:.0%}),", end=" ")
     print(f"{number['not run']} could not be run")
@@ -405,6 +437,7 @@ def report(results: Sequence[Result], seed: int, seconds: float) -> float:
         "seed": seed,
         "count": len(results),
         "killed": number["killed"],
+        "killed_by_slow_tests": number["slow"],
         "timeout": number["timeout"],
         "survived": number["survived"],
         "not_run": number["not run"],
@@ -422,7 +455,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="copies that run side by side")
     parser.add_argument("--only", nargs="+", default=[], help="files or folders of the product")
-    parser.add_argument("--all", action="store_true", help="run the slow tests too")
+    parser.add_argument("--all", action="store_true", help="record the slow tests too: takes long")
     parser.add_argument("--record", type=Path, help="keep what the tests run in a file")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     arguments = parser.parse_args()
