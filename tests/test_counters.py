@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qwen35_mlx.engine.requests import Failed, Request, Token
+from qwen35_mlx.engine.requests import Done, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.sampling import SamplingParams
 from qwen35_mlx.server.models import GAUGES
@@ -19,10 +19,13 @@ def test_what_two_requests_took_is_counted(demo: Any) -> None:
     model, tokenizer = demo
     engine = Engine(model, tokenizer)
     assert engine.stats() == dict(running=0, queued=0, rows=0, cached_points=0, cache_bytes=0)
-    ids, seen = [*range(10, 42)], []
+    ids, seen, waited = [*range(10, 42)], [], []
     for _, event in engine.answer([request(ids, max_tokens=2, n=2), request(ids, max_tokens=3)]):
         if isinstance(event, Token):
             seen.append(engine.stats())
+        if isinstance(event, Done):
+            waited.append(event.usage.queue_seconds)
+    assert waited and min(waited) > 0
     # Of three rows two end earlier.
     assert max(s["rows"] for s in seen) == 3 and seen[-1]["rows"] <= 1
     assert max(s["running"] for s in seen) == 2 and max(s["queued"] for s in seen) <= 1
@@ -47,7 +50,8 @@ def test_a_request_that_fails_is_counted_and_leaves_nothing(
 
     engine = Engine(*demo)
     monkeypatch.setattr(engine, "_begin", fail)
-    events = [event for _, event in engine.answer([request([5, 6]), request([7])])]
-    failed = [str(event.error) for event in events if isinstance(event, Failed)]
-    assert failed == ["gone", "gone"] and engine.stats()["failed"] == 2
+    for number, ids in enumerate(([5, 6], [7]), 1):
+        with pytest.raises(ValueError, match="gone"):
+            list(engine.answer([request(ids)]))
+        assert engine.stats()["failed"] == number
     assert engine.stats()["running"] == engine.stats()["cached_points"] == 0

@@ -227,3 +227,12 @@ def test_a_measured_kl_is_carried_to_other_errors(
     row = {setting: point[0] for setting, point in zip(settings, points, strict=True)}
     measured = {setting: point[1] for setting, point in zip(settings, points, strict=True)}
     assert fitting._carried(error, row, measured | {(9, 9): 1.0}) == pytest.approx(kl)
+
+
+def test_without_a_calibration_the_whole_at_4_bits_has_a_published_kl() -> None:
+    units: dict[str, list[fitting.Entry]] = {}
+    for entry in plan(DEMO).text_entries:
+        if entry.bits:
+            units.setdefault(fitting.unit_of(entry.module), []).append(entry)
+    found = fitting.predicted(units, None)
+    assert math.fsum(row[4, 64] for row in found.values()) == pytest.approx(fitting.KL_AT_4_BITS)

@@ -154,3 +154,17 @@ def test_what_does_not_help_on_other_batches_is_not_kept():
     found = train({"w": latent}, loss, 8, Schedule(epochs=4, rate=0.1))
     assert found.after == found.before
     assert equal(found.parts["w"], latent.parts)
+
+
+def test_each_step_is_told_with_how_many_there_are():
+    w, told = random(4, 64), []
+    latent = Latent(quantize(w, bits=3, group_size=32), w)
+    train(
+        {"w": latent},
+        lambda weights, batch: mx.square(weights["w"] - w).mean(),
+        4,
+        Schedule(epochs=2, rate=0.02),
+        lambda step, total, loss: told.append((step, total)),
+    )
+    # A batch of the four is held out.
+    assert told == [(step, 6) for step in range(1, 7)]

@@ -11,6 +11,7 @@ from qwen35_mlx import Chat
 from qwen35_mlx.engine.tool_calls import calls_of
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.prompt import encode_messages, render_messages
+from qwen35_mlx.text.messages import for_template
 
 MULTIPLY = {
     "type": "function",
@@ -171,3 +172,11 @@ def test_an_answer_that_spells_the_tag_of_a_thought_is_no_thought_in_the_next_pr
     assert "".join(piece.text for piece in chat.send("How?")) == "Split at </think>!"
     # With text there, Qwen's template does not look for a thought in the content.
     assert chat.messages[1]["reasoning_content"] == ""
+
+
+def test_a_call_without_a_function_keeps_its_other_keys_beside_one() -> None:
+    call = {"id": "a", "type": "function", "name": "f", "arguments": '{"x": 1}'}
+    (message,) = for_template([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    function = {"name": "f", "arguments": {"x": 1}}
+    assert message["tool_calls"] == [{"id": "a", "type": "function", "function": function}]
+    assert message["content"] == ""

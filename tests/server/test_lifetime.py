@@ -102,3 +102,17 @@ def test_launch_says_that_the_model_still_loads(tokenizer):
     running.wait_until_ready()
     assert running_server(running.url, None).model == MODEL
     running.stop()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(256, 10**6, run.WANTED_FILES), (256, 512, 512), (10**6, 10**6, None), (256, -1, "all")],
+)
+def test_as_many_files_are_allowed_as_connections_want(monkeypatch, soft, hard, raised):
+    limits = []
+    monkeypatch.setattr(run.resource, "RLIM_INFINITY", -1)
+    monkeypatch.setattr(run.resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(run.resource, "setrlimit", lambda *given: limits.append(given))
+    run.allow_many_files()
+    wanted = run.WANTED_FILES if raised == "all" else raised
+    assert limits == ([(run.resource.RLIMIT_NOFILE, (wanted, hard))] if wanted else [])

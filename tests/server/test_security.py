@@ -62,6 +62,7 @@ def test_foreign_pages_are_refused(server, origin, status):
     if status == 200:
         assert "POST" in preflight.headers["access-control-allow-methods"]
         assert preflight.headers["access-control-allow-headers"] == "authorization"
+        assert preflight.headers["access-control-max-age"] == "600"
 
 
 def test_a_given_name_is_known(start):
