@@ -82,3 +82,18 @@ def test_the_cache_of_a_drive_is_emptied_where_it_can_be(
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: calls.append("fsync"))
     files.flush(3)
     assert calls == {None: ["fsync"], True: [51], False: [51, "fsync"]}[works]
+
+
+def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, steps = tmp_path / "a.json", []
+
+    def fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append(("folder" if is_folder else "file", file.exists()))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)
+    write_file(file, b"{}")
+    assert steps == [("file", False), ("folder", True)]

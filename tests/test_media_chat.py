@@ -2,6 +2,7 @@
 
 import copy
 import json
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from shown import ASK, fresh_logits, noise, png, shape, some_shapes, user, with_videos
 
 from qwen35_mlx import Chat
-from qwen35_mlx.chat.saved_pictures import pictures_folder
+from qwen35_mlx.chat.saved_pictures import pictures_folder, remove_media
 from qwen35_mlx.chat.sessions import (
     cache_folder,
     list_sessions,
@@ -209,6 +210,18 @@ def test_pictures_that_no_one_names_any_more_are_removed(demo: Any) -> None:
     (folder / "other.txt").write_text("not ours")
     remove_session("s")
     assert [f.name for f in folder.iterdir()] == ["other.txt"]
+
+
+def test_pictures_of_a_session_are_for_its_owner_alone(demo: Any) -> None:
+    chat = new_chat(demo, max_tokens=1)
+    said(chat.send(ASK, images=[RED]))
+    chat.save("s")
+    folder = pictures_folder(session_file("s"))
+    (file,) = folder.iterdir()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, file)] == [0o700, 0o600]
+    remove_media(folder)
+    assert not folder.exists()
+    remove_media(folder)
 
 
 def test_a_session_reads_no_file_but_its_own_pictures(demo: Any, tmp_path: Path) -> None:
