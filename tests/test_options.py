@@ -353,7 +353,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(measuring, "contexts", [1])
     fake(measuring, "bench", [])
     fake(measuring, "drafting")
-    fake(recall, "measure", [])
+    fake(recall, "measure", [recall.Recall(1, (1,), (1,))])
     fake(measuring, "label", {})
     fake(rival, "mlx_lm_program")
     fake(cli_report, "draw_bench")
