@@ -97,3 +97,12 @@ def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(
     monkeypatch.delattr(files.fcntl, "F_FULLFSYNC", raising=False)
     write_file(file, b"{}")
     assert steps == [("file", False), ("folder", True)]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="a system without /dev/fd")
+def test_a_written_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", b"1")
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        write_file(tmp_path / "a", b"2")
+    assert len(os.listdir("/dev/fd")) == before

@@ -38,6 +38,8 @@ CHAT_FIELDS: list[dict[str, Any]] = [
     {"min_p": 2},
     {"top_logprobs": 21, "logprobs": True},
     {"top_logprobs": 2},
+    {"continue_final_message": True},
+    {"add_generation_prompt": False},
     {"tools": "all"},
     {"tools": [5]},
     {"tools": [{"type": "function"}]},

@@ -38,7 +38,8 @@ def test_the_socket_answers_while_the_model_loads(tokenizer):
         assert status == 503 and b"loading" in body and int(headers["retry-after"]) > 0
     loads.set()
     running.wait_until_ready()
-    assert asked(running.port, "/health")[0] == 200
+    status, headers, _ = asked(running.port, "/health")
+    assert status == 200 and "server" not in headers
     running.stop()
 
 
