@@ -192,14 +192,11 @@ class PromptCache:
             x = self.model.embed(piece) if x is None else x
             hidden, points = read_by_layer(trunk, x, entries, sweep, positions, delta, last_only)
         else:
-            hidden = self.model.trunk(
-                None if shown else mx.array([piece]),
-                entries,
-                embeddings=embeddings,
-                positions=positions,
-                rope_delta=self.rope_delta,
-                last_only=last_only,
-            )
+            given: dict[str, Any] = {"rope_delta": self.rope_delta} if self.rope_delta else {}
+            if shown:
+                given |= {"embeddings": embeddings, "positions": positions}
+            ids = None if shown else mx.array([piece])
+            hidden = self.model.trunk(ids, entries, last_only=last_only, **given)
         if self.mtp and self.feeds_mtp:
             self.mtp.read(hidden, piece, embeddings, positions, self._ids, self.rope_delta)
             hidden = hidden[:, -1:] if wants_last else hidden
@@ -225,8 +222,10 @@ class PromptCache:
         entries = self.entries
         self._is_consistent = False
         # A pass of one token is as it would be if nothing could be taken back.
-        keep, delta = len(tokens) > 1, self.rope_delta
-        hidden = self.model.trunk(tokens[None], entries, keep_states=keep, rope_delta=delta)
+        given: dict[str, Any] = {"keep_states": True} if len(tokens) > 1 else {}
+        if self.rope_delta:
+            given["rope_delta"] = self.rope_delta
+        hidden = self.model.trunk(tokens[None], entries, **given)
         self._pass = hidden, len(self._ids)
         return hidden
 
