@@ -16,7 +16,7 @@ from qwen35_mlx.files import replacing
 from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.router import Routing, route
 from qwen35_mlx.model.language import DecoderLayer, Model
-from qwen35_mlx.quant.latent import Latent, Schedule, dequantized, train
+from qwen35_mlx.quant.latent import Latent, Loss, Schedule, dequantized, train
 from qwen35_mlx.quant.packing import Quantized
 from qwen35_mlx.quant.statistics import Calibration
 
@@ -132,15 +132,15 @@ class _Distiller:
         def train_parts(root: DecoderLayer) -> Parts:
             inner = "linear_attn." if teacher.is_linear else "self_attn."
             parts = self._start(teacher, root, inner, lambda rows: attend(root, own[rows]))
-            loss = goal(attend, seen, own, seen_middle, self.batches)
-            self._train("attention", teacher, root, parts, list(parts), loss)
+            losses = [goal(attend, x, seen_middle, self.batches) for x in (own, seen)]
+            self._train("attention", teacher, root, parts, list(parts), *losses)
             middle = self._run(attend, root, own)
             of_mlp = self._start(teacher, root, "mlp.", lambda rows: feed(root, middle[rows]))
             if self.model.config.is_moe:
                 self._experts(teacher, root, of_mlp, seen_middle, middle, seen_out)
             else:
-                loss = goal(feed, seen_middle, middle, seen_out, self.batches)
-                self._train("feed-forward", teacher, root, of_mlp, list(of_mlp), loss)
+                losses = [goal(feed, x, seen_out, self.batches) for x in (middle, seen_middle)]
+                self._train("feed-forward", teacher, root, of_mlp, list(of_mlp), *losses)
             return parts | of_mlp
 
         prefix = LAYER.format(index)
@@ -228,24 +228,30 @@ class _Distiller:
         student: Any,
         parts: Parts,
         names: Iterable[str],
-        loss: Callable[[Any, int], mx.array],
+        *losses: Callable[[Any, int], mx.array],
         num_batches: int = 0,
         schedule: Schedule | None = None,
     ) -> None:
-        """Train the matrices of these names, from the teacher's; in `parts` and in `student`."""
+        """Train the matrices of these names, from the teacher's; in `parts` and in `student`.
+
+        A second loss is that from the source's own activations.
+        """
         modules = {name: _module(student, name) for name in names}
         if not modules:
             return
         latents = {n: Latent(parts[n], _module(teacher, n).weight) for n in modules}
 
-        def of_batch(weights: Mapping[str, mx.array], batch: int) -> mx.array:
-            for name, weight in weights.items():
-                modules[name].weight = weight
-            return loss(student, batch)
+        def with_weights(loss: Callable[[Any, int], mx.array]) -> Loss:
+            def of_batch(weights: Mapping[str, mx.array], batch: int) -> mx.array:
+                for name, weight in weights.items():
+                    modules[name].weight = weight
+                return loss(student, batch)
+
+            return of_batch
 
         trained = train(
             latents,
-            of_batch,
+            [with_weights(loss) for loss in losses],
             num_batches or len(self.batches),
             schedule or self.schedule,
             lambda step, total, value: self.progress(
@@ -380,7 +386,9 @@ class _Distiller:
         epochs = max(round(EXPERT_STEPS / num_batches), self.schedule.epochs)
         schedule = replace(self.schedule, epochs=epochs)
         name = f"expert {number}"
-        self._train(name, original, root, mine, list(mine), loss, num_batches, schedule)
+        self._train(
+            name, original, root, mine, list(mine), loss, num_batches=num_batches, schedule=schedule
+        )
 
     def _head(self, root: Any, seen: mx.array, own: mx.array) -> Parts:
         """Train the head, if it is no embedding too, on the divergence of its logits."""
@@ -421,7 +429,10 @@ class _Distiller:
         num_batches = min(max(num_batches, 1), len(self.batches))
         teacher = _Weights({path: _module(student, path).weight for path in parts})
         schedule = replace(self.schedule, epochs=FINISH_EPOCHS, rate=FINISH_RATE, codes=False)
-        self._train("all", teacher, student, parts, list(parts), loss, num_batches, schedule)
+        names = list(parts)
+        self._train(
+            "all", teacher, student, parts, names, loss, num_batches=num_batches, schedule=schedule
+        )
         # Of the layers alone: this is of all modules together.
         self.report.left = {}
         folder = self.folder / "finishing"

@@ -8,8 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-# Weight of the loss from the source's own activations, beside that from the quantized model's.
-SOURCE_WEIGHT = 0.06
 # Weight of the router's wrong choices beside the divergence of its probabilities.
 FLIP_PENALTY = 0.1
 TINY = 1e-30
@@ -17,22 +15,12 @@ TINY = 1e-30
 
 def goal(
     half: Callable[[Any, mx.array], mx.array],
-    seen: mx.array,
-    own: mx.array,
+    x: mx.array,
     out: mx.array,
     batches: Sequence[slice],
 ) -> Callable[[Any, int], mx.array]:
-    """The loss of half a layer: from both activations `[B, T, H]` it shall give `out`.
-
-    `seen` are those of the source, `own` those of the quantized model so far.
-    """
-
-    def of_batch(root: Any, i: int) -> mx.array:
-        rows = batches[i]
-        of_own, of_seen = (relative_error(half(root, x[rows]), out[rows]) for x in (own, seen))
-        return of_own + SOURCE_WEIGHT * of_seen
-
-    return of_batch
+    """The loss of half a layer: from activations `x` `[B, T, H]` it shall give `out`."""
+    return lambda root, i: relative_error(half(root, x[batches[i]]), out[batches[i]])
 
 
 def relative_error(out: mx.array, wanted: mx.array) -> mx.array:

@@ -3,7 +3,7 @@
 # K groups a row, G weights a group.
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,13 @@ BETAS = [0.9, 0.98]
 WARM_UP, LAST_RATE = 0.05, 0.1
 # Share of the steps after which all codes are settled; the rest is for scales and biases.
 SETTLED, POWER = 0.85, 1.5
+# Every so many steps take the second loss.
+SECOND_EVERY = 16
 # Weights that are sorted, of each matrix at each step.
 SORTED = 2**20
 
 Parameters = dict[str, mx.array]
+Loss = Callable[[Mapping[str, mx.array], int], mx.array]
 
 
 class Latent:
@@ -115,16 +118,17 @@ class Trained:
 
 def train(
     latents: Mapping[str, Latent],
-    loss: Callable[[dict[str, mx.array], int], mx.array],
+    losses: Sequence[Loss],
     num_batches: int,
     schedule: Schedule,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
 ) -> Trained:
-    """Minimise the mean of `loss(weights by name, batch)` over batches, on codes in the end.
+    """Minimise the mean of `losses[0](weights by name, batch)` over batches, on codes in the end.
 
     More and more weights are rounded, those near a code first, and the others make up for it: as
     error feedback does within a matrix, but by the loss. Adam. An eighth of the batches is held
     out; where training made their loss no smaller than that of the latents' parts, these stay.
+    If there is a second loss, every SECOND_EVERY-th step goes down its gradient instead.
     Deterministic for a seed.
     """
     num_held = min(max(num_batches // 8, 1), num_batches)
@@ -134,20 +138,24 @@ def train(
         for name, latent in latents.items()
     }
 
-    def of_batch(at: dict[str, Parameters], batch: int) -> mx.array:
-        return loss({name: latents[name].weight(at[name]) for name in latents}, batch)
+    def gradient_of(loss: Loss) -> Callable[..., Any]:
+        def of_batch(at: dict[str, Parameters], batch: int) -> mx.array:
+            return loss({name: latents[name].weight(at[name]) for name in latents}, batch)
+
+        return mx.value_and_grad(of_batch)
 
     def judged(parts: Mapping[str, Quantized]) -> float:
         weights = {n: dequantized(p, latents[n].shape) for n, p in parts.items()}
         mx.eval(weights)
-        return sum(float(loss(weights, batch)) for batch in held) / num_held
+        return sum(float(losses[0](weights, batch)) for batch in held) / num_held
 
     order = list(_order(held.start or num_batches, schedule))
     optimizer = optim.Adam(_rates(schedule.rate, len(order)), betas=BETAS, bias_correction=True)
     optimizer.init(at)
-    gradient = mx.value_and_grad(of_batch)
+    gradients = [gradient_of(loss) for loss in losses]
     settled = {n: mx.full(at[n]["codes"].shape, not schedule.codes) for n in latents}
     for step, batch in enumerate(order, 1):
+        gradient = gradients[-1 if step % SECOND_EVERY == 0 else 0]
         value, found = gradient(at, batch)
         share = 1 - max(1 - step / (SETTLED * len(order)), 0) ** POWER
         for name in latents:

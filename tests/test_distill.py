@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import checkpoints
 import mlx.core as mx
@@ -248,12 +249,12 @@ def test_a_layer_holds_one_copy_of_its_experts_and_runs_few_tokens_at_once(
 ):
     train, run, parts, tokens = module._Distiller._train, module.expert_mlp, [], []
 
-    def watched(self, part, teacher, student, *rest):
+    def watched(self, part, teacher, student, *rest, **named):
         if part in ("attention", "router", "shared expert"):
             parts.append(part)
             pairs = ((root.mlp.switch_mlp[n].weight for root in (teacher, student)) for n in GLU)
             assert all(a is b for a, b in pairs)
-        train(self, part, teacher, student, *rest)
+        train(self, part, teacher, student, *rest, **named)
 
     def counted(x, *rest):
         tokens.append(len(x))
@@ -264,6 +265,27 @@ def test_a_layer_holds_one_copy_of_its_experts_and_runs_few_tokens_at_once(
     distilled(sources, True, tmp_path / "out")
     assert set(parts) == {"attention", "router", "shared expert"}
     assert tokens and max(tokens) <= 33
+
+
+@pytest.mark.slow
+def test_halves_of_layers_are_trained_from_the_quantized_stream_and_from_the_sources(
+    sources, tmp_path, monkeypatch
+):
+    made, goal = [], module.goal
+
+    def noted(half, x, out, batches):
+        made.append((x, out))
+        return goal(half, x, out, batches)
+
+    monkeypatch.setattr(module, "goal", noted)
+    distilled(sources, False, tmp_path / "out")
+    own, seen = made[::2], made[1::2]
+    assert len(own) == 8
+    for (x, out), (source_x, same) in zip(own, seen, strict=True):
+        assert out is same and not mx.array_equal(x, source_x).item()
+    # What the source's half gives is what its next half reads.
+    for (_, out), (source_x, _) in pairwise(seen):
+        assert source_x is out
 
 
 class Stop(Exception):

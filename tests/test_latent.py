@@ -121,7 +121,7 @@ def problem(seed=0):
 @pytest.mark.parametrize("seed", everyday([0, 5], 1))
 def test_training_reduces_a_held_out_loss_below_that_of_error_feedback(seed):
     latent, loss = problem(seed)
-    found = train({"w": latent}, loss, 8, Schedule(epochs=40, rate=0.04))
+    found = train({"w": latent}, [loss], 8, Schedule(epochs=40, rate=0.04))
     assert found.after < 0.92 * found.before
     weight = dequantize(*found.parts["w"], 3, 32)
     assert float(loss({"w": weight}, 7)) == pytest.approx(found.after, rel=1e-4)
@@ -129,7 +129,7 @@ def test_training_reduces_a_held_out_loss_below_that_of_error_feedback(seed):
 
 def test_scales_and_biases_alone_leave_codes_as_they_are():
     latent, loss = problem()
-    found = train({"w": latent}, loss, 8, Schedule(epochs=10, rate=0.02, codes=False))
+    found = train({"w": latent}, [loss], 8, Schedule(epochs=10, rate=0.02, codes=False))
     assert found.after < 0.99 * found.before
     assert mx.array_equal(found.parts["w"][0], latent.parts[0]).item()
 
@@ -138,7 +138,7 @@ def test_scales_and_biases_alone_leave_codes_as_they_are():
 def test_training_twice_gives_the_same_bits():
     latent, loss = problem()
     schedule = Schedule(epochs=8, rate=0.04)
-    first, second = (train({"w": latent}, loss, 8, schedule) for _ in range(2))
+    first, second = (train({"w": latent}, [loss], 8, schedule) for _ in range(2))
     assert equal(first.parts["w"], second.parts["w"]) and first.after == second.after
 
 
@@ -151,9 +151,25 @@ def test_what_does_not_help_on_other_batches_is_not_kept():
         sign = -1 if batch == 7 else 1
         return mx.square(sign * away - (weights["w"] - start)).mean()
 
-    found = train({"w": latent}, loss, 8, Schedule(epochs=4, rate=0.1))
+    found = train({"w": latent}, [loss], 8, Schedule(epochs=4, rate=0.1))
     assert found.after == found.before
     assert equal(found.parts["w"], latent.parts)
+
+
+def test_every_sixteenth_step_takes_the_second_loss_and_the_first_one_judges():
+    latent, loss = problem()
+    order = []
+
+    def noted(name, batch, weights):
+        order.append((name, batch))
+        return loss(weights, batch)
+
+    losses = [lambda weights, batch, name=name: noted(name, batch, weights) for name in "ab"]
+    train({"w": latent}, losses, 8, Schedule(epochs=5, rate=0.04))
+    # The last batch is held out; it is judged before and after.
+    assert [name for name, _ in order[:35]] == (["a"] * 15 + ["b"]) * 2 + ["a"] * 3
+    assert all(batch < 7 for _, batch in order[:35])
+    assert order[35:] == [("a", 7)] * 2
 
 
 def test_each_step_is_told_with_how_many_there_are():
@@ -161,7 +177,7 @@ def test_each_step_is_told_with_how_many_there_are():
     latent = Latent(quantize(w, bits=3, group_size=32), w)
     train(
         {"w": latent},
-        lambda weights, batch: mx.square(weights["w"] - w).mean(),
+        [lambda weights, batch: mx.square(weights["w"] - w).mean()],
         4,
         Schedule(epochs=2, rate=0.02),
         lambda step, total, loss: told.append((step, total)),
