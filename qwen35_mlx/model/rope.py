@@ -97,7 +97,7 @@ class PartialRope:
         self._axes = mx.array(frequency_axes(rope.rotary_dim // 2, rope.mrope_section))
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Rotate x `[B, H, T, D]` at positions offset, offset + 1, …; one offset, or one per row."""
+        """Rotate x `[B, H, T, D]` at positions offset, offset + 1, …; an offset or one per row."""
         if self._factor != 1.0:
             rotated, kept = mx.split(x, [self._rotary_dim], axis=-1)
             x = mx.concatenate([rotated * self._factor, kept], axis=-1)
