@@ -19,13 +19,13 @@ LINEAR, FULL = "linear_attention", "full_attention"
 LINEAR_HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 MAX_LAYERS = 1024
-# Of the released models, and of those that say nothing.
+# The released models have it; the default where config.json has none.
 MROPE_SECTION = (11, 11, 10)
 TRAINED_LENGTH = "original_max_position_embeddings"
-# YaRN makes of it at most this many times as many tokens, as the released models were tried.
+# The largest factor of YaRN that the released models were tried with.
 MAX_STRETCH = 4
 
-# Keys of whole numbers above zero, in every model and in those of one kind.
+# Keys with whole numbers above zero: of every model, of dense models, of MoE models.
 SIZES = tuple(
     """vocab_size hidden_size num_attention_heads num_key_value_heads head_dim linear_num_key_heads
     linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
@@ -50,7 +50,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mamba_ssm_dtype": ("float32", None),
     "rope_scaling": (None,),
 }
-# The same of the vision tower. Position embeddings and windows of other families of models.
+# The same for the vision tower: features of other models with the same keys.
 VISION_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu_pytorch_tanh",),
     "deepstack_visual_indexes": ([], None),
@@ -89,7 +89,7 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    # Frequencies of time, row and column, interleaved; they differ at the tokens of pictures alone.
+    # Frequencies for time, row and column, interleaved; they differ only at picture tokens.
     mrope_section: tuple[int, int, int] = MROPE_SECTION
 
 
@@ -191,9 +191,9 @@ class ModelConfig:
     vision: VisionConfig | None = None
     # Layers that predict further tokens; 0 where the checkpoint has none or none is loaded.
     num_mtp_layers: int = 0
-    # What this machine's memory, or whoever loads the model, leaves of the context.
+    # A limit on the context: by this machine's memory, or by the caller of `load`.
     context_limit: int | None = None
-    # Of keys and of values in the cache; None is the activations' type.
+    # Bits of keys and of values in the cache; None: the type of the activations.
     kv_bits: tuple[int, int] | None = None
 
     @property
@@ -217,13 +217,13 @@ class ModelConfig:
 
     @property
     def stretched_length(self) -> int:
-        """Most tokens that may be asked for: with YaRN, where the checkpoint has none."""
+        """The longest context that may be asked for: with YaRN, if the checkpoint has none."""
         if self.rope.factor is not None:
             return self.context_length
         return MAX_STRETCH * self.max_position_embeddings
 
     def stretched_to(self, context: int | None) -> "ModelConfig":
-        """With YaRN as far as `context` asks for more tokens than were trained; else unchanged.
+        """Add YaRN if `context` is longer than the trained length; otherwise return self.
 
         The factor is the same for texts of any length, rounded up to hundredths.
         """
@@ -243,7 +243,7 @@ class ModelConfig:
 
     @property
     def cache_key(self) -> str:
-        """What decides on the numbers in a cache besides weights; empty if nothing is special."""
+        """What changes the numbers in a cache besides the weights; empty by default."""
         parts = [f"kv_bits={self.kv_bits}"] if self.kv_bits else []
         return " ".join(parts + ([repr(self.rope)] if self.rope.factor else []))
 
@@ -285,7 +285,7 @@ class ModelConfig:
         refuse_unsupported(text, NEUTRAL)
         get = Reader(text)
         layer_types = _layer_types(text, get.positive("num_hidden_layers", MAX_LAYERS))
-        # In transformers the outer one decides, whatever stands in text_config.
+        # As in transformers: the outer key takes precedence over text_config.
         tying = Reader(config if "tie_word_embeddings" in config else text)
         keys = SIZES + (MOE_SIZES if is_moe else DENSE_SIZES)
         sizes: dict[str, Any] = {key: get.positive(key) for key in keys}
@@ -341,7 +341,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def next_as_moe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a Qwen3-Next model in the words of `qwen3_5_moe_text`; else unchanged."""
+    """A Qwen3-Next config with the keys of `qwen3_5_moe_text`; any other one unchanged."""
     text = dict(config)
     if text.get("model_type") != NEXT_TYPE:
         return text
@@ -388,7 +388,7 @@ def _rope(text: Mapping[str, Any], head_dim: int) -> RopeConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise unsupported("rope_type", kind, "'default' or 'yarn'")
-    # Beside rope_parameters one counts less than inside, the other more, as in the reference.
+    # As in the reference: outside of rope_parameters the first key is a fallback, the second wins.
     less = {"partial_rotary_factor": text.get("partial_rotary_factor")}
     more = {key: text[key] for key in (TRAINED_LENGTH,) if key in text}
     get = Reader(less | rope | more, "rope_parameters.")

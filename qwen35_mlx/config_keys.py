@@ -20,7 +20,7 @@ class Reader:
         self.text, self.prefix = text, prefix
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Without a default the key is required; with one, null and 0 stand for it."""
+        """A number above zero; required without a default, else null and 0 mean the default."""
         value = self.text.get(key)
         if default is not None and (value is None or value == 0):
             return default
@@ -56,7 +56,7 @@ class Reader:
 
 
 def unsupported(key: str, value: object, expected: str) -> ConfigError:
-    """The error to raise for a value that says something else."""
+    """The error for a value that this project does not implement."""
     return ConfigError(f"{key}={value!r} is not supported", got=repr(value), expected=expected)
 
 
@@ -71,7 +71,7 @@ def refuse_unsupported(
 
 
 def report_unknown(text: Mapping[str, Any], known: set[str], prefix: str = "") -> None:
-    """Warn of keys that nobody reads."""
+    """Warn about keys that no code reads."""
     unknown = sorted(prefix + key for key in text if key not in known)
     if unknown:
         log.warning("config keys without a known meaning are not used: %s", ", ".join(unknown))

@@ -37,7 +37,7 @@ class PromptError(Qwen35Error):
 class ContextFull(PromptError):
     """The conversation has no room for another answer; nothing of it is lost."""
 
-    # Where they are known.
+    # 0 where they are not known.
     num_tokens = 0
     context_length = 0
 
@@ -52,7 +52,7 @@ class MediaError(Qwen35Error):
 
 @contextmanager
 def extra(name: str, needs: str, refusal: type[Qwen35Error] = Qwen35Error) -> Iterator[None]:
-    """Imports in this block are those of an extra; where it is missing, how to install it."""
+    """For imports of an extra's packages; if one is missing, raise how to install it."""
     try:
         yield
     except ImportError as error:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 OWNER = "Qwen"
-# Of the fields of a member.
+# Fields of a Member that are no keys of config.json.
 NOT_IN_CONFIG = ("name", "width", "tower", "rotary_dim")
 
 
@@ -24,9 +24,9 @@ SMALL, MIDDLE, LARGE = (
 
 
 class Member(NamedTuple):
-    """The shapes of one model, under their names in config.json but for three.
+    """The shapes of one model; most fields have the name of their key in config.json.
 
-    `width` is that of an expert, or of a dense feed-forward layer.
+    `width`: of one expert, or of a dense feed-forward layer.
     """
 
     name: str
@@ -56,7 +56,7 @@ FAMILY = (
     Member("0.8B", 1024, 24, 8, 2, 3584, 16, SMALL, tie_word_embeddings=True),
     Member("2B", 2048, 24, 8, 2, 6144, 16, MIDDLE, tie_word_embeddings=True),
     Member("4B", 2560, 32, 16, 4, 9216, 32, MIDDLE, tie_word_embeddings=True),
-    # The width is not published where we could read it; this one makes 9 B parameters.
+    # We found no published width; this one gives 9 billion parameters.
     Member("9B", 4096, 32, 16, 4, 12288, 32),
     Member("27B", 5120, 64, 24, 4, 17408, 48),
     Member("35B-A3B", 2048, 40, 16, 2, 512, 32, num_experts=256, num_experts_per_tok=8),
@@ -72,7 +72,7 @@ def find_member(name: str) -> Member | None:
 
 
 def family_config(name: str) -> dict[str, Any]:
-    """The part of a member's config.json that sizes follow from."""
+    """The keys of a member's config.json that determine all sizes."""
     member = find_member(name)
     assert member is not None, name
     text: dict[str, Any] = {

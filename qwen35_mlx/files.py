@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked against other processes, text in, user folders."""
+"""Files: atomic writes, locks between processes, decoding of text, folders of the user."""
 
 import codecs
 import errno
@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ConfigError, Qwen35Error
 
-# UTF-32 first: its mark in little-endian order begins with that of UTF-16.
+# UTF-32 before UTF-16: the little-endian mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -21,24 +21,24 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# The scratch folder of `qwen35-mlx cluster`; set, this process is one of several of a model.
+# The scratch folder of `qwen35-mlx cluster`; set in each of the processes that share a model.
 RING_VARIABLE = "QWEN35_MLX_RING"
-# Of its --split.
+# The value of its option --split.
 SPLIT_VARIABLE = "QWEN35_MLX_SPLIT"
 
 
 def cache_home() -> Path:
-    """Folder of what can be made again; the environment variable QWEN35_MLX_CACHE overrides it."""
+    """Folder for files that can be made again; the variable QWEN35_MLX_CACHE overrides it."""
     return _user_folder("QWEN35_MLX_CACHE", "Library/Caches", "XDG_CACHE_HOME", ".cache")
 
 
 def data_home() -> Path:
-    """Folder of what the user made and cannot be made again."""
+    """Folder for the user's own data, which cannot be made again."""
     return _user_folder("", "Library/Application Support", "XDG_DATA_HOME", ".local/share")
 
 
 def session_home() -> Path:
-    """Folder of conversations with a name; the variable QWEN35_MLX_SESSIONS overrides it."""
+    """Folder for saved sessions; the variable QWEN35_MLX_SESSIONS overrides it."""
     chosen = os.environ.get("QWEN35_MLX_SESSIONS")
     return Path(os.path.expanduser(chosen)) if chosen else data_home() / "sessions"
 
@@ -52,7 +52,7 @@ def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) ->
 
 
 def read_text(file: Path) -> str:
-    """A text file in UTF-8, or in the encoding that its byte order mark names, without the mark."""
+    """Read a text file: UTF-8, or the encoding that its byte order mark names."""
     return decode_text(file.read_bytes(), str(file))
 
 
@@ -85,11 +85,11 @@ def read_object(path: Path) -> dict[str, Any]:
 def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary name to write to; on success it becomes `file`, flushed to the disk.
 
-    On an error the temporary file is removed and `file` stays as it was. One writer at a time:
-    what a killed one left is written over. The temporary name keeps the suffix of `file`,
-    because MLX chooses a format by it.
+    On an error the temporary file is removed and `file` stays as it was. Only one process may
+    write at a time; the temporary file of a killed one is overwritten. The temporary name keeps
+    the suffix of `file`, because MLX chooses the format by it.
     """
-    # Through a link, and never over a folder or a device, which root could replace.
+    # Follows links. Refuses folders and devices: root could replace /dev/null.
     file = Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(file))
@@ -118,7 +118,7 @@ def write_json(file: Path, value: object) -> None:
     try:
         data = json.dumps(value, indent=2, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        # The name of a file may be no Unicode.
+        # File names may hold surrogates, which UTF-8 cannot encode.
         data = json.dumps(value, indent=2).encode()
     write_file(file, data + b"\n")
 
@@ -127,7 +127,7 @@ def flush(descriptor: int) -> None:
     """fsync, and on macOS the drive's own cache too."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        # Network drives do not know it.
+        # Network drives do not support it.
         with suppress(OSError):
             fcntl.fcntl(descriptor, full)
             return
@@ -135,7 +135,7 @@ def flush(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in `folder` last, where the file system can."""
+    """Flush the names in `folder` to the disk, where the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -146,7 +146,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on `path`: an existing folder, or a lock file, made if need be.
+    """Hold a lock on `path`: an existing folder, or a lock file, which is created if needed.
 
     Raises BlockingIOError if another process holds it and `wait` is false. The lock ends with
     the process, whatever ends it.
@@ -159,7 +159,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         except BlockingIOError:
             raise
         except OSError:
-            # Some network drives know no locks; two writers are rarer than such drives.
+            # Some network drives have no locks; they are more common than two writers.
             pass
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What this machine is: chip, memory, the GPU's share of it, versions. Nothing personal."""
+"""This machine: chip, memory, the GPU's memory limit, versions. Nothing personal."""
 
 import fcntl
 import os
@@ -17,10 +17,10 @@ from . import __version__
 from .errors import Qwen35Error
 
 MIB, GIB = 2**20, 2**30
-# What macOS and other programs need, a share and no less than this: else it swaps, or stops.
+# Memory for macOS and other programs: a share, at least this much. With less, the Mac swaps.
 SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
 
-# Bandwidth of a chip's memory, 10^9 bytes a second; of two variants the slower one.
+# Memory bandwidth in 10^9 bytes per second; of chips with two variants, the slower one.
 CHIP_GBPS = {
     "M1": 68,
     "M1 Pro": 200,
@@ -41,7 +41,7 @@ CHIP_GBPS = {
     "M5 Pro": 307,
     "M5 Max": 460,
 }
-# The faster variant, known by a size of memory that the other does not have, in GiB.
+# The faster variants, by memory in GiB: sizes that the slower variant does not have.
 FASTER_GBPS = {
     (chip, memory): gbps
     for chip, gbps in {"M3 Max": 400, "M4 Max": 546, "M5 Max": 614}.items()
@@ -72,7 +72,7 @@ def describe() -> Machine:
     info = mx.device_info()
     limit = None
     if mx.metal.is_available():
-        # 0 or absent: nobody raised it, and the recommendation is the limit.
+        # 0 or absent: the limit was not raised, and the recommended size is the limit.
         raised = int(sysctl("iogpu.wired_limit_mb") or 0)
         limit = raised * MIB or int(info.get("max_recommended_working_set_size", 0)) or None
     versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
@@ -90,14 +90,17 @@ def describe() -> Machine:
 
 
 def bandwidth_gbps(chip: str, memory_gib: float | None = None) -> float | None:
-    """10^9 bytes a second that the memory of a Mac with this chip delivers; None if unknown."""
+    """Memory bandwidth of a Mac with this chip, in 10^9 bytes per second; None if unknown."""
     chip = chip.removeprefix("Apple ")
     faster = None if memory_gib is None else FASTER_GBPS.get((chip, round(memory_gib)))
     return faster or CHIP_GBPS.get(chip)
 
 
 def disk_gbps(file: Path, num_pieces: int = 64, piece_bytes: int = 2**22) -> float:
-    """10^9 bytes a second of reading pieces all over a file; on macOS past the page cache."""
+    """Measured read speed of pieces all over a file, in 10^9 bytes per second.
+
+    On macOS it bypasses the page cache.
+    """
     descriptor = os.open(file, os.O_RDONLY)
     try:
         if option := getattr(fcntl, "F_NOCACHE", None):
@@ -112,7 +115,7 @@ def disk_gbps(file: Path, num_pieces: int = 64, piece_bytes: int = 2**22) -> flo
 
 
 def operating_system() -> str:
-    """Such as macOS 15.5 or Linux 6.8."""
+    """Name and version, such as macOS 15.5 or Linux 6.8."""
     if release := platform.mac_ver()[0]:
         return f"macOS {release}"
     return f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
@@ -132,12 +135,12 @@ def parse_memory(text: str) -> int:
 
 
 def default_limit_bytes(memory_bytes: int) -> int:
-    """What macOS lets the GPU wire: about three quarters, two thirds of 36 GB and less."""
+    """The default GPU limit of macOS: three quarters of memory, two thirds up to 36 GB."""
     return memory_bytes * 2 // 3 if memory_bytes <= 36 * GIB else memory_bytes * 3 // 4
 
 
 def raised_limit_bytes(memory_bytes: int) -> int:
-    """What `iogpu.wired_limit_mb` may be raised to with enough left for the system."""
+    """The highest GPU limit that leaves enough memory for the system."""
     left = memory_bytes - max(SYSTEM_BYTES, int(memory_bytes * SYSTEM_SHARE))
     return max(left, default_limit_bytes(memory_bytes))
 
@@ -148,9 +151,9 @@ def wired_limit_mb(needed_bytes: int) -> int:
 
 
 def raise_limit_command(machine: Machine, needed_bytes: int | None = None) -> str | None:
-    """The line that gives the GPU `needed_bytes`, or all that is sane, until the next start.
+    """The shell command that raises the GPU limit to `needed_bytes`, or as far as is safe.
 
-    None if it has as much, or should not get it.
+    None if the limit is high enough, or if `needed_bytes` would leave the system too little.
     """
     most = raised_limit_bytes(machine.memory_bytes) // MIB
     wanted = most if needed_bytes is None else -(-needed_bytes // MIB)
@@ -162,7 +165,7 @@ def raise_limit_command(machine: Machine, needed_bytes: int | None = None) -> st
 
 
 def sysctl(name: str) -> str:
-    """A value of the kernel's; empty where there is none."""
+    """A kernel setting; empty if it does not exist."""
     try:
         return subprocess.check_output(
             ["sysctl", "-n", name], stderr=subprocess.DEVNULL, text=True, timeout=10
@@ -172,7 +175,7 @@ def sysctl(name: str) -> str:
 
 
 def summary(machine: Machine) -> dict[str, Any]:
-    """For a report: whole gigabytes, no names of users, hosts or folders."""
+    """The machine for a report: rounded sizes, no names of users, hosts or folders."""
     gb = {
         "memory_gb": machine.memory_bytes,
         "gpu_limit_gb": machine.gpu_limit_bytes,

@@ -1,4 +1,4 @@
-"""Bytes that running a model takes, counted before they are allocated; MLX's limits, set at load.
+"""Memory of a running model, counted before it is allocated; MLX's limits, set at load.
 
 Formulas are upper bounds of what MLX's allocator shows; tests compare them with real steps. Units:
 T tokens of a prefill step, S tokens of context, Hq/Hkv query/key-value heads of width D, Hk/Hv key
@@ -16,45 +16,45 @@ from .machine import GIB, Machine, describe, raise_limit_command
 
 log = logging.getLogger(__name__)
 
-# What a machine has to hold unless a context is asked for.
+# The context length that has to fit unless another one is asked for.
 DEFAULT_CONTEXT = 32_768
-# Tokens of a prompt that are read at once.
+# Prompt tokens in one prefill step.
 PREFILL_STEP_SIZE = 2048
 QUERY_MULTIPLE = 32
-# Attention scores that are there at once: at most these, and at most a share of the GPU's memory.
-# 64 queries of the 397B have as much at 262,144 tokens, as many as a tile of MLX's matmul.
+# Upper bounds of the attention scores in memory: absolute, and as a share of the GPU's memory.
+# It is enough for 64 queries of the 397B at 262,144 tokens: one tile of MLX's matmul.
 MAX_SCORES_BYTES, SCORES_SHARE = 1_250_000_000, 1 / 8
-# The vision tower's widest activations: scores of a block of queries, rows of a feed-forward.
+# Bound of the vision tower's widest activations: scores of a query block, rows of a feed-forward.
 VISION_CHUNK_BYTES = 32_000_000
-# Of 4096 x 4096 pixels, the most that the released models' preprocessing leaves of a picture.
+# Patches of 4096 x 4096 pixels, the largest picture after the released models' preprocessing.
 MAX_PATCHES = 65_536
 # Features of recent pictures: 35 of 1,764 tokens in the largest model.
 MAX_FEATURES_BYTES, FEATURES_SHARE = 512_000_000, 1 / 32
-# The end of the system prompt, of the last question, of the last answer, and one that is written.
+# Ends of the system prompt, the last question and the last answer, and one in the making.
 MIN_SNAPSHOTS = 4
-# A point of the 397B takes 0.19 GB; more than 4 GB of points are rarely gone back to.
+# A snapshot of the 397B takes 0.19 GB; more than 4 GB of snapshots are rarely of use.
 MAX_SNAPSHOT_BYTES, SNAPSHOT_SHARE = 4 * 10**9, 1 / 16
-# Logits and sampling, MLX's pool of freed buffers, and the program; an estimate.
+# Logits, sampling and the program, an estimate; and MLX's pool of freed buffers.
 PROGRAM_BYTES, POOL_BYTES = GIB, GIB // 2
-# Decoded tokens after which the pool is emptied: keys and values that were outgrown fit nothing.
+# Decoded tokens after which the pool is emptied: no later buffer fits into the outgrown ones.
 POOL_TOKENS = 1024
-# What `--kv-bits` names: bits of keys and of values. auto: 16, or 8 where 16 do not fit.
+# Values of `--kv-bits`: bits of keys and of values. auto: 16, or 8 where 16 do not fit.
 AUTO = "auto"
 KV_BITS: dict[str, tuple[int, int] | None] = {"16": None, "8": (8, 8), "k8v4": (8, 4)}
-# Of quantized keys and values, along a head.
+# Group size of quantized keys and values, along a head.
 KV_GROUP_SIZE = 64
-# Tokens by which buffers of keys and values grow at least.
+# Buffers of keys and values grow by a multiple of so many tokens.
 KV_STEP = 256
-# Tokens that go through a layer together where its experts are read from disk: of the 397B, what
-# comes out takes 2.7 GB.
+# Tokens that go through a layer together where its experts are read from disk: their output in the
+# 397B takes 2.7 GB.
 SWEEP_TOKENS = 32_768
-# What else is allocated ahead, seen in models of many layers.
+# Factor for what MLX allocates ahead, measured in models of many layers.
 AHEAD = 1.15
-CHUNK_SIZE = 64  # Of `chunk_gated_delta_rule`.
+CHUNK_SIZE = 64  # of `chunk_gated_delta_rule`
 
 
 class MemoryCount(NamedTuple):
-    """Bytes in use with `context` tokens read, by what they are for."""
+    """Bytes in use with `context` tokens in the cache, by purpose."""
 
     context: int
     query_block: int
@@ -62,26 +62,26 @@ class MemoryCount(NamedTuple):
     kv_cache: int
     states: int
     snapshots: int
-    # The most of any prefill step, and all else that a step holds at its peak.
+    # The attention scores of the largest prefill step, and its other activations.
     scores: int
     activations: int
     program: int
-    # What the tower takes for the largest picture beyond a prefill step: they take turns.
+    # What the vision tower needs beyond a prefill step, for the largest picture; they take turns.
     pictures: int
     features: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All bytes."""
         return self.weights + self.overhead
 
     @property
     def overhead(self) -> int:
-        """All but the weights."""
+        """All bytes except the weights."""
         return sum(self[3:])
 
     def overhead_lines(self) -> dict[str, int]:
-        """What the overhead is for, in words."""
+        """The overhead by purpose, for people."""
         lines = {
             f"KV cache of {self.context:,} tokens": self.kv_cache,
             "recurrent states": self.states,
@@ -103,9 +103,9 @@ def count(
     limit_bytes: int | None = None,
     item_bytes: int = 2,
 ) -> MemoryCount:
-    """What running takes on a machine whose GPU may use `limit_bytes`.
+    """Count the bytes of a running model whose GPU may use `limit_bytes`.
 
-    `item_bytes`: of activations, keys and values; 2 in bfloat16.
+    `item_bytes`: bytes of one activation, key or value; 2 in bfloat16.
     """
     state, budget = state_bytes(config, item_bytes), scores_budget(limit_bytes)
     capacity = kv_capacity(context)
@@ -117,7 +117,7 @@ def count(
         query_block=query_block(config.num_attention_heads, context, budget, item_bytes),
         weights=weight_bytes,
         kv_cache=kv_bytes(config, capacity, item_bytes) + mtp_cache,
-        # The next ones are made while the last are still there.
+        # The next states are computed while the previous ones are still in memory.
         states=2 * state,
         snapshots=MIN_SNAPSHOTS * state,
         scores=scores,
@@ -134,7 +134,7 @@ def tower_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
         return 0
     num_patches = min(MAX_PATCHES, context * tower.spatial_merge_size**2)
     pixels = tower.in_channels * tower.patch_size**2
-    # Patches in float32, as they come and for MLX; then what a block makes of them.
+    # Patches in float32, in numpy and in MLX; then the activations of a block.
     per_patch = 8 * pixels + 12 * item_bytes * tower.hidden_size
     widest = 3 * min(
         VISION_CHUNK_BYTES,
@@ -144,7 +144,7 @@ def tower_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
 
 
 def features_budget(config: ModelConfig, limit_bytes: int | None) -> int:
-    """What features of recent pictures may take where the GPU may use `limit_bytes`."""
+    """Bytes for the features of recent pictures if the GPU may use `limit_bytes`."""
     if config.vision is None:
         return 0
     if limit_bytes is None:
@@ -153,21 +153,21 @@ def features_budget(config: ModelConfig, limit_bytes: int | None) -> int:
 
 
 def kv_capacity(num_tokens: int) -> int:
-    """Tokens that a buffer of keys and values has room for: an eighth more than it holds.
+    """Capacity of a buffer of keys and values, in tokens: an eighth more than it holds.
 
-    Geometric growth keeps the number of buffers logarithmic; a freed buffer fits no later one.
+    Geometric growth keeps the number of buffers logarithmic: no freed buffer fits a later one.
     """
     return -(-(num_tokens + num_tokens // 8) // KV_STEP) * KV_STEP
 
 
 def kv_bytes(config: ModelConfig, context: int, item_bytes: int = 2) -> int:
-    """Keys and values of `context` tokens in all full-attention layers, as decoding reads them."""
+    """Bytes of the keys and values of `context` tokens in all full-attention layers."""
     layers = config.layer_types.count(FULL)
     return layers * _layer_kv_bytes(config, context, item_bytes)
 
 
 def _layer_kv_bytes(config: ModelConfig, context: int, item_bytes: int) -> int:
-    """Quantized, each group has a scale and a bias of the activations' type."""
+    """Of one layer. Each quantized group has a scale and a bias of the activations' type."""
     width = config.num_key_value_heads * config.head_dim
     if config.kv_bits is None:
         return 2 * width * context * item_bytes
@@ -176,7 +176,7 @@ def _layer_kv_bytes(config: ModelConfig, context: int, item_bytes: int) -> int:
 
 
 def state_bytes(config: ModelConfig, item_bytes: int = 2) -> int:
-    """Recurrent state in float32 and convolution state of one sequence; a snapshot's size too."""
+    """Recurrent states (float32) and convolution states of one sequence; also of a snapshot."""
     layers = config.layer_types.count(LINEAR)
     convolution = (config.linear_conv_kernel_dim - 1) * config.conv_dim * item_bytes
     return layers * (_layer_state_bytes(config) + convolution)
@@ -187,7 +187,7 @@ def _layer_state_bytes(config: ModelConfig) -> int:
 
 
 def read_share(config: ModelConfig, module: str) -> float:
-    """The part of a module's bytes that one token reads that is decoded without drafts."""
+    """The share of a module's bytes that decoding one token reads, without drafts."""
     if module.startswith(("vision_tower.", "mtp.")):
         return 0.0
     if ".switch_mlp." in module:
@@ -199,7 +199,10 @@ def read_share(config: ModelConfig, module: str) -> float:
 def decode_bytes(
     config: ModelConfig, sizes: Iterable[tuple[str, float]], context: int, item_bytes: int = 2
 ) -> int:
-    """What decoding a token reads behind so many: of `sizes`, by module, and of the caches."""
+    """Bytes that decoding one token after `context` others reads: weights, caches and states.
+
+    `sizes`: bytes by module.
+    """
     weights = sum(int(nbytes * read_share(config, module)) for module, nbytes in sizes)
     return weights + kv_bytes(config, context, item_bytes) + 2 * state_bytes(config, item_bytes)
 
@@ -215,7 +218,7 @@ def scores_bytes(config: ModelConfig, step_size: int, context: int, item_bytes: 
 
 
 def scores_budget(limit_bytes: int | None) -> int:
-    """What scores may take at once where the GPU may use `limit_bytes`."""
+    """Bytes for attention scores if the GPU may use `limit_bytes`."""
     if limit_bytes is None:
         return MAX_SCORES_BYTES
     return min(MAX_SCORES_BYTES, int(limit_bytes * SCORES_SHARE))
@@ -230,7 +233,7 @@ def query_block(num_heads: int, num_keys: int, budget_bytes: int, item_bytes: in
 def _most_scores_bytes(
     config: ModelConfig, context: int, budget_bytes: int, item_bytes: int
 ) -> int:
-    """Of any prefill step on the way to `context` tokens."""
+    """Attention scores of the largest prefill step on the way to `context` tokens."""
     whole = scores_bytes(config, PREFILL_STEP_SIZE, context, item_bytes)
     fewest = scores_bytes(config, QUERY_MULTIPLE, context, item_bytes)
     return max(min(whole, budget_bytes), fewest)
@@ -247,7 +250,7 @@ def _prefill_bytes(config: ModelConfig, context: int, scores: int, item_bytes: i
     peak = max(attention[kind] for kind in config.layer_types) + _feed_forward_bytes(
         config, step, item_bytes
     )
-    # But not ahead of blocks of queries, which are evaluated one by one.
+    # It does not allocate ahead of query blocks, which are evaluated one by one.
     is_whole = scores == scores_bytes(config, step, context, item_bytes)
     return int(AHEAD * peak) if is_whole else peak
 
@@ -265,7 +268,7 @@ def layer_bytes(
     return attention + _feed_forward_bytes(config, step, item_bytes)
 
 
-# The factors below were measured as numbers a token that are alive at the peak.
+# The factors below were measured: numbers per token that are in memory at the peak.
 
 
 def _full_layer_bytes(
@@ -284,7 +287,7 @@ def _full_layer_bytes(
 
 
 def chunk_rule_bytes(config: ModelConfig, step: int) -> int:
-    """The delta rule in chunks on plain ops, the most that any of its kernels takes; fp32."""
+    """Bytes of the chunked delta rule in fp32 on plain ops; its kernels take no more."""
     heads = config.linear_num_value_heads
     per_token = (
         9 * heads * CHUNK_SIZE
@@ -297,7 +300,7 @@ def chunk_rule_bytes(config: ModelConfig, step: int) -> int:
 
 
 def _linear_layer_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
-    """The delta rule, q, k and v for it in fp32, z, and what the convolution reads."""
+    """The delta rule, its q, k and v in fp32, z, and the input of the convolution."""
     per_token = config.conv_dim + config.value_dim + 3 * config.hidden_size
     return chunk_rule_bytes(config, step) + step * (
         config.conv_dim * 4 + 8 * config.linear_num_value_heads + per_token * item_bytes
@@ -305,7 +308,7 @@ def _linear_layer_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
 
 
 def _feed_forward_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
-    """Dense, or K copies of each token on their way through the experts."""
+    """A dense layer, or a copy of each token for each of its experts."""
     hidden = config.hidden_size
     if config.is_moe:
         per_token = (
@@ -319,7 +322,7 @@ def _feed_forward_bytes(config: ModelConfig, step: int, item_bytes: int) -> int:
 
 
 def sweep_bytes(config: ModelConfig, context: int | None = None, item_bytes: int = 2) -> int:
-    """What reading a prompt layer by layer holds: the layer's input, and what its experts make."""
+    """Bytes of a layer-by-layer prefill: the layer's input and the output of its experts."""
     context = context or min(config.context_length, DEFAULT_CONTEXT)
     per_token = (config.num_experts_per_tok + 6) * config.hidden_size * item_bytes
     return min(SWEEP_TOKENS, context) * per_token
@@ -332,9 +335,9 @@ def room_for_experts(
     item_bytes: int = 2,
     limit_bytes: int | None = None,
 ) -> int:
-    """What experts may take beside all other weights, a context and a prompt's activations.
+    """Bytes left for experts after all other weights, a context and the activations of a prompt.
 
-    On this machine, or where the GPU may use `limit_bytes`.
+    The limit is that of this machine, or `limit_bytes`.
     """
     machine = describe()
     limit = limit_bytes or machine.gpu_limit_bytes or machine.memory_bytes
@@ -344,7 +347,7 @@ def room_for_experts(
 
 
 def check_context(config: ModelConfig, context: int) -> None:
-    """Refuse more than the model can read."""
+    """Refuse a context that is longer than the model supports."""
     if not 1 <= context <= config.stretched_length:
         longest = config.context_length
         by_yarn = f", or with YaRN {n:,}" if (n := config.stretched_length) > longest else ""
@@ -356,7 +359,7 @@ def check_context(config: ModelConfig, context: int) -> None:
 
 
 def kv_choices(config: ModelConfig, kv_bits: str | int = AUTO) -> list[ModelConfig]:
-    """The model with keys and values in these bits; the first that fits is taken."""
+    """The config once for each choice of bits of keys and values, the preferred one first."""
     names = ["16", "8"] if kv_bits == AUTO else [str(kv_bits)]
     if not set(names) <= set(KV_BITS):
         expected = ", ".join((AUTO, *KV_BITS))
@@ -386,15 +389,15 @@ def longest_context(
 
 @dataclass(frozen=True)
 class Allowance:
-    """What a model on this machine may use; the defaults are for one that `load` did not make."""
+    """Limits for a model on this machine; the defaults are for one that `load` did not make."""
 
-    # Tokens of a prompt and its answer; None is all that the model can read.
+    # Tokens of a prompt and its answer; None: the model's context length.
     context: int | None = None
     snapshot_bytes: int = MAX_SNAPSHOT_BYTES
     # MLX's pool of freed buffers.
     pool_bytes: int = POOL_BYTES
     scores_bytes: int = MAX_SCORES_BYTES
-    # Features of pictures that are kept.
+    # Features of recent pictures.
     features_bytes: int = MAX_FEATURES_BYTES
 
 
@@ -406,10 +409,10 @@ def allow(
     force: bool = False,
     item_bytes: int = 2,
 ) -> Allowance:
-    """What a model may use on this machine; one that does not fit is refused unless forced.
+    """Limits for a model on this machine; raises MemoryRefused if it does not fit, unless forced.
 
-    Counted is `context`, or up to 32,768 tokens. Without Metal no GPU has a limit: the memory of
-    the machine has to hold the weights, and `context` if it is given.
+    It has to fit with `context`, or with up to 32,768 tokens. Without Metal there is no GPU limit:
+    the machine's memory has to hold the weights, and `context` if it is given.
     """
     if context is not None:
         check_context(config, context)
@@ -428,7 +431,7 @@ def allow(
     spare = max(limit - needed.total, 0)
     snapshots = max(min(most, needed.snapshots + spare), needed.snapshots)
     left = max(spare - (snapshots - needed.snapshots), 0)
-    # A step takes its buffers from what the step before freed: more is of no use.
+    # A prefill step reuses the buffers that the previous step freed; a larger pool is of no use.
     pool = POOL_BYTES + min(left, needed.scores + needed.activations)
     features = features_budget(config, limit)
     return Allowance(longest, snapshots, pool, scores_budget(limit), features)
@@ -437,7 +440,7 @@ def allow(
 def allow_with_kv(
     choices: Sequence[ModelConfig], weight_bytes: int, **settings: Any
 ) -> tuple[ModelConfig, Allowance]:
-    """The first of `kv_choices` that fits, and what it may use; refuses as `allow` does."""
+    """The first of `kv_choices` that fits, with its limits; raises as `allow` does."""
     first, *others = choices
     try:
         return first, allow(first, weight_bytes, **settings)
@@ -480,7 +483,7 @@ _wired = False
 def wire(allowance: Allowance) -> None:
     """Have MLX keep the weights in the GPU's memory and bound its pool of freed buffers.
 
-    For Metal alone. The wired limit is set once a process: a change walks over every buffer.
+    Only with Metal. The wired limit is set once per process: a change walks over every buffer.
     """
     import mlx.core as mx
 

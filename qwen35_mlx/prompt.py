@@ -24,21 +24,21 @@ PLACEHOLDER = re.compile("|".join(map(re.escape, (IMAGE_PAD, VIDEO_PAD))))
 WRAPPED_VIDEO = re.compile(
     f"({re.escape(VISION_START)})?{re.escape(VIDEO_PAD)}({re.escape(VISION_END)})?"
 )
-# A thought in front of an answer, as servers give it that do not take them apart; the prompt may
-# have opened it.
+# A thought in front of an answer, from servers that do not separate the two; the prompt may have
+# opened it.
 INLINE_THOUGHT = re.compile(
     r"\s*<think>(.*?)</think>|((?:(?!<think>).)*?)\n</think>\n\n", re.DOTALL
 )
 
 
 class PromptText(str):
-    """A rendered prompt; `spans` stand at the placeholders that the template wrote, in order."""
+    """A rendered prompt; `spans` are the pictures of its placeholders, in order."""
 
     spans: tuple[Span, ...] = ()
 
     @classmethod
     def of(cls, text: str, spans: Sequence[Span]) -> "PromptText":
-        """A text and what stands at its placeholders."""
+        """A text and the pictures of its placeholders."""
         prompt = cls(text)
         prompt.spans = tuple(spans)
         return prompt
@@ -61,9 +61,9 @@ def encode_prompt(
     videos: Sequence[Any] | None = None,
     allow_url: bool = False,
 ) -> list[int]:
-    """Token ids of a raw text, of ids as they are, or of messages through the chat template.
+    """Token ids of a raw text, of ids, or of messages through the chat template.
 
-    Pictures and videos make a message of a text, and come before the text of the last one.
+    With pictures or videos, a text becomes a message. They come before the last message's text.
     """
     if parts := source_parts(images, videos):
         prompt = _with_parts(prompt, parts)
@@ -85,7 +85,7 @@ def encode_prompt(
 
 
 def _with_parts(prompt: Any, parts: list[Any]) -> list[Any]:
-    """Messages of which the last one of the user begins with `parts`."""
+    """The messages, with `parts` at the beginning of the user's last one."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     for i in range(len(messages) - 1, -1, -1):
         if isinstance(messages[i], Mapping) and messages[i].get("role") == "user":
@@ -105,7 +105,7 @@ def _text_part(text: Any) -> dict[str, Any]:
 
 
 def _token_ids(prompt: Any) -> list[int]:
-    """Whole numbers out of a list or an array; the placeholders of pictures stay what they are."""
+    """Integers from a list or an array; placeholders of pictures stay MediaTokens."""
     try:
         if isinstance(prompt, bytes | bytearray):
             raise TypeError
@@ -122,7 +122,7 @@ def _token_ids(prompt: Any) -> list[int]:
 def encode_messages(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
     """The chat template's rendering of `messages` as token ids; options as in `render_messages`.
 
-    Where a picture or a video stands, the ids are `MediaToken`s, which know it.
+    The ids of a picture or video are `MediaToken`s, which refer to it.
     """
     return encode_text(tokenizer, render_messages(tokenizer, messages, **options))
 
@@ -138,9 +138,8 @@ def render_messages(
 ) -> PromptText:
     """The chat template's rendering of `messages` as text, for `encode_text`.
 
-    enable_thinking None leaves it to the template, which differs between the models. Names of
-    control tokens in messages and tools are marked, so that they stay text. `allow_url` lets
-    pictures be fetched from the web.
+    enable_thinking: None leaves it to the template; the models differ. Names of control tokens in
+    messages and tools are marked, so that they stay text. `allow_url`: fetch pictures from the web.
     """
     if enable_thinking is not None:
         template["enable_thinking"] = enable_thinking
@@ -168,7 +167,7 @@ def render_messages(
                 **template,
             )
         )
-    # A template is a program and fails in its own ways.
+    # A template is a program and may raise anything.
     except Exception as error:
         raise PromptError("the chat template refuses these messages", got=error) from None
     return _with_media(tokenizer, text, media) if media else PromptText(text)
@@ -177,16 +176,16 @@ def render_messages(
 def open_messages(
     tokenizer: Any, messages: Sequence[Any], *, allow_url: bool = False
 ) -> Sequence[Any]:
-    """The messages with the sources of their pictures and videos opened, as this model wants them.
+    """The messages with their pictures and videos opened, prepared for this model.
 
-    Paths and data: URLs are opened, web addresses only with `allow_url`.
+    Sources are paths and data: URLs, and web addresses with `allow_url`.
     """
     settings, why_none = vision_settings(tokenizer)
     return opened(messages, settings, why_none=why_none, allow_url=allow_url)
 
 
 def vision_settings(tokenizer: Any) -> "tuple[VisionSettings | None, str]":
-    """How a model wants its pictures, or why it reads none; `load` has set both."""
+    """The model's picture settings, or the reason why it reads no pictures; `load` sets both."""
     tokenizer = _unwrapped(tokenizer)
     return getattr(tokenizer, "vision", None), getattr(tokenizer, "no_vision", "")
 
@@ -222,7 +221,7 @@ def _with_media(tokenizer: Any, text: str, media: "Sequence[Media]") -> PromptTe
 
 
 def _plain(value: Any) -> Any:
-    """What a template may see: JSON's types and nothing with methods of its own."""
+    """The value in JSON's types: a template must not call methods of other objects."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -235,7 +234,7 @@ def _plain(value: Any) -> Any:
 
 
 def _message(message: Any, has_thoughts: bool) -> Any:
-    """A message of JSON's types; its thought is apart if the template takes it so."""
+    """A message in JSON's types, with a separate thought if the template supports that."""
     plain = _plain(message)
     if not isinstance(message, Mapping) or plain.get("role") != "assistant" or not has_thoughts:
         return plain
@@ -245,7 +244,7 @@ def _message(message: Any, has_thoughts: bool) -> Any:
     if given is not None:
         plain["reasoning_content"] = given
     elif isinstance(content, str) and THINK_CLOSE in content:
-        # Here, not in the template: that looks for tags, and those in a text are marked.
+        # The template cannot do this: it looks for tags, and tags in a text are marked.
         if not (thought := INLINE_THOUGHT.match(content)):
             return plain
         plain["reasoning_content"] = (thought[1] or thought[2] or "").strip("\n")
@@ -286,20 +285,20 @@ def _unmatched(ids: Sequence[int], placeholders: set[int], spans: Sequence[Span]
 
 
 def media_ids(tokenizer: Any) -> dict[str, int]:
-    """Ids of the tokens around and in place of pictures, by name; those that there are."""
+    """Ids of the tokens around pictures and of their placeholders, by name, if they exist."""
     backend = getattr(_unwrapped(tokenizer), "backend_tokenizer", None)
     found = {} if backend is None else {name: backend.token_to_id(name) for name in VISION_TOKENS}
     return {name: i for name, i in found.items() if i is not None}
 
 
 def banned_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that a model which sees must not write: they are for pictures, and mean nothing."""
+    """Tokens that a model with a vision tower must not generate: placeholders of pictures."""
     has_tower = getattr(model, "vision_tower", None) is not None
     return list(media_ids(tokenizer).values()) if has_tower else []
 
 
 def without_media(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """The ids as a tokenizer knows them: the placeholder's own in place of each `MediaToken`."""
+    """The ids with each `MediaToken` replaced by the id of its placeholder token."""
     if min(ids, default=0) >= 0:
         return list(ids)
     from .media.video import Video
@@ -327,13 +326,13 @@ def _encoded(encoder: Any, text: str) -> list[int]:
 
 
 def _controls(tokenizer: Any) -> ControlTokens | None:
-    """The control tokens of our tokenizer or of transformers'; None of what has no such core."""
+    """The control tokens of our tokenizer or transformers'; None without a `tokenizers` backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return None if backend is None else control_tokens(backend)
 
 
 def _unwrapped(tokenizer: Any) -> Any:
-    """Without mlx-lm's wrapper, which would decide on thinking for the template."""
+    """The tokenizer inside mlx-lm's wrapper, which would override enable_thinking."""
     inner = getattr(tokenizer, "_tokenizer", None)
     return inner if hasattr(inner, "apply_chat_template") else tokenizer
 
@@ -355,7 +354,7 @@ def check_length(
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Ids outside the embedding would read memory that is not there."""
+    """Refuse ids outside of the embedding, which would read invalid memory."""
     if min(ids) < 0 or max(ids) >= vocab_size:
         known = range(vocab_size)
         wrong = [i for i in ids if i not in known and not isinstance(i, MediaToken)]

@@ -1,4 +1,4 @@
-"""Sampling parameters: what they may be, the presets, and a checkpoint's own."""
+"""Sampling parameters: their ranges, the presets, and the defaults of a checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -65,13 +65,13 @@ class SamplingParams:
             ) from None
 
 
-# What the authors of Qwen3.5 recommend for each kind of work.
+# Recommended by the authors of Qwen3.5.
 PRESETS = {
     "thinking": SamplingParams(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=1.5),
     "coding": SamplingParams(temperature=0.6, top_p=0.95, top_k=20),
     "instruct": SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
 }
-# Besides their names: as the mode asks, and as generation_config.json says.
+# Two more names: by whether the model thinks, and from generation_config.json.
 AUTO, CHECKPOINT = "auto", "checkpoint"
 
 

@@ -1,4 +1,4 @@
-"""One answer of a conversation: its pieces, the budget of its thought, loops, and its figures."""
+"""One answer of a conversation: its pieces, thinking budget, loop detection and statistics."""
 
 import math
 import time
@@ -31,7 +31,7 @@ def answer(
     parser: OutputParser,
     limit: int,
 ) -> Generator[Piece, None, None]:
-    """The pieces of an answer of at most `limit` tokens; fills in `chat.stats` as they come."""
+    """Yield the pieces of an answer of at most `limit` tokens; update `chat.stats` meanwhile."""
     stats, action = chat.stats, chat.loop_action
     detector = LoopDetector(chat.tokenizer, question)
     num_prompt = len(cache.ids)

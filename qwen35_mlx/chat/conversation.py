@@ -1,4 +1,4 @@
-"""A conversation: messages, thoughts apart from answers, tools, and nothing read twice."""
+"""Chat: a conversation with thoughts, tools and pictures that prefills no token twice."""
 
 import os
 import time
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     from ..text.media_parts import Media
 
 LOOP_ACTIONS = ("stop", "penalize", "off")
-# Short, so that whoever presses Enter does not wait for a piece to end.
+# Short: a new message has to wait until a step ends.
 READ_AHEAD_STEP_SIZE = 64
 
 
 @dataclass
 class Chat:
-    """Turns with one model; an answer has at most `max_tokens` (32,768 if None).
+    """A conversation with one model; an answer has at most `max_tokens` (32,768 if None).
 
     tools: JSON schemas as OpenAI's API takes them. think_budget: tokens after which a thought is
     closed. preset: "thinking", "coding", "instruct", "auto" (by mode) or "checkpoint" (its
     generation_config.json); `sampling` overrides it, as in stream_generate. on_loop: "stop" an
     answer that repeats itself, "penalize", or "off"; None is "off" in the coding preset, else
-    "stop". `stop` strings end an answer. Chats that share a `store` read a common beginning once.
+    "stop". `stop` strings end an answer. Chats that share a `store` prefill a common prefix once.
     Pictures and videos are paths, bytes, data: URLs, Pillow images, arrays or, of videos, lists of
     frames; `allow_url` also fetches web addresses. In `messages` they are parts as in OpenAI's API.
     draft and num_draft_tokens: as in stream_generate.
@@ -86,16 +86,16 @@ class Chat:
         self.prefixes = self.store or PrefixStore(self.model)
         self.set_draft(self.draft, self.num_draft_tokens)
         self._cache: PromptCache | None = None
-        # The iterator of the last turn, which the next one closes.
+        # The iterator of the last turn; the next turn closes it.
         self._turn: Callable[[], Generator[Piece, None, None] | None] = lambda: None
         self._read_ahead_tokens = 0
-        # Where what was read is saved.
+        # The saved cache of the session.
         self.disk: Segments | None = None
-        # Where the last answer begins, which the next prompt shows without its thought.
+        # Where the last answer begins; the next prompt will contain it without its thought.
         self._answer_start = 0
-        # Whether the cache has a part of a prompt that was stopped while it was read.
+        # Whether the cache holds a part of a prompt whose prefill was stopped.
         self._is_interrupted = False
-        # The message that `undo` took back, for `send` to say it again.
+        # The message that `undo` removed; `send` reuses its pictures.
         self._undone: Message = {}
 
     def send(
@@ -106,12 +106,12 @@ class Chat:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
     ) -> Generator[Piece, None, None]:
-        """Say `text` and yield thought, answer and tool calls as they come.
+        """Send `text`; yield thought, answer and tool calls as they are generated.
 
-        Pictures and videos come before the text; they are opened here, so that what cannot be
-        read changes nothing. Closing the iterator early, or an interrupt, keeps what was said so
-        far; if the prompt is refused, or stopped while it is read, the message is taken back.
-        A text that was just undone has its pictures again, unless others are given.
+        Pictures and videos come before the text. They are opened at once, so an unreadable one
+        changes nothing. Closing the iterator early, or an interrupt, keeps the answer so far. If
+        the prompt is refused, or its prefill is stopped, the message is removed. A text that was
+        just undone gets its pictures again, unless others are given.
         """
         message = self._user_message(text, source_parts(images, videos))
         undone = self._undone
@@ -120,7 +120,7 @@ class Chat:
         return self._start(lambda: [*self.messages, message], progress)
 
     def regenerate(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
-        """Answer the last message again; the old answer is gone once the new one begins."""
+        """Answer the last message again; the old answer is dropped when the new one begins."""
         return self._start(lambda: self.messages[: self._last_turn() + 1], progress)
 
     def edit(
@@ -131,9 +131,10 @@ class Chat:
         images: Sequence[Any] | None = None,
         videos: Sequence[Any] | None = None,
     ) -> Generator[Piece, None, None]:
-        """Say `text` in place of the last message; that is gone once the answer begins.
+        """Replace the last message by `text` and answer it.
 
-        Its pictures stay unless others are given, its videos too.
+        The old message is dropped when the answer begins. Its pictures and videos stay unless
+        others are given.
         """
         given = {"image": images, "video": videos}
         # Opened now, as in `send`.
@@ -150,7 +151,7 @@ class Chat:
         return self._start(edited, progress)
 
     def undo(self) -> str:
-        """Take the last message and all behind it back; returns its text."""
+        """Remove the last message of the user and all after it; return its text."""
         self._close_turn()
         last = self._last_turn()
         self._undone = self.messages[last]
@@ -159,7 +160,7 @@ class Chat:
         return text_of(self._undone["content"])
 
     def last_message(self) -> str:
-        """What the user said last."""
+        """The text of the user's last message."""
         return text_of(self.messages[self._last_turn()]["content"])
 
     def last_media(self) -> "list[Media]":
@@ -168,7 +169,7 @@ class Chat:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """The calls that wait for `answer_tools`."""
+        """The tool calls of the last answer, for `answer_tools`."""
         return calls_of(self.messages[-1], self.tools) if self.messages else []
 
     def answer_tools(
@@ -193,33 +194,33 @@ class Chat:
         return self._start(answered, progress)
 
     def restart(self, system: str | None = None) -> None:
-        """A new conversation; what was read of this one stays in the store while there is room."""
+        """Start a new conversation; this one's cache stays in the store while there is room."""
         self._leave()
         self.messages = []
         self.set_system(system)
         self.stats = TurnStats()
 
     def set_system(self, system: str | None) -> None:
-        """Another system prompt for the same conversation, which is then read anew."""
+        """Change the system prompt; the conversation is then prefilled again."""
         self._close_turn()
         behind = self.messages[1:] if self.system else self.messages
         self.system = system
         self.messages = [*([{"role": "system", "content": system}] if system else []), *behind]
 
     def set_draft(self, mode: str, num_draft_tokens: int | None = None) -> None:
-        """Where drafts come from, and how many, as in stream_generate; they change no text."""
+        """Set the source and number of drafts, as in stream_generate; they change no text."""
         self.drafter = Drafter(self.model, mode, num_draft_tokens)
         self.draft, self.num_draft_tokens = mode, num_draft_tokens
 
     def set_on_loop(self, action: str | None) -> None:
-        """What to do about an answer that repeats itself; None leaves it to the preset."""
+        """Set what to do with an answer that repeats itself; None leaves it to the preset."""
         if action is not None and action not in LOOP_ACTIONS:
             raise Qwen35Error("unknown on_loop", got=action, expected=", ".join(LOOP_ACTIONS))
         self.on_loop = action
 
     @property
     def loop_action(self) -> str:
-        """`on_loop`, or what the preset has: code repeats itself rightly."""
+        """`on_loop`, or the default of the preset: correct code often repeats itself."""
         return self.on_loop or ("off" if self.preset == "coding" else "stop")
 
     def thinks(self) -> bool:
@@ -227,11 +228,11 @@ class Chat:
         return self._prompts.thinks()
 
     def num_context_tokens(self) -> int:
-        """How long the next prompt is without its message."""
+        """Length of the next prompt, without its message."""
         return len(self._prompts.before_message(self.messages))
 
     def drop_oldest(self) -> int:
-        """Forget turns, oldest first, until half of the context is free; returns how many."""
+        """Drop turns, oldest first, until half of the context is free; return their number."""
         dropped, half = 0, self.model.config.context_length // 2
         while (turns := self._turns()) and not (dropped and self.num_context_tokens() <= half):
             first, following = [*turns, len(self.messages)][:2]
@@ -247,7 +248,7 @@ class Chat:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
             return
-        # The same prompt may come again.
+        # The interrupted prompt may be sent again.
         if self._is_interrupted:
             return
         ids = self._prompts.before_message(self.messages)
@@ -273,14 +274,14 @@ class Chat:
     def _work_ahead(self, should_stop: Callable[[], bool]) -> None:
         self.read_ahead(should_stop)
         with closing(self.write_cache()) as pieces:
-            # Behind the last piece there is False.
+            # `next` gives False after the last piece.
             while not should_stop() and next(pieces, False) is None:
                 pass
 
     def write_cache(self, *, every_point: bool = False) -> Generator[None]:
-        """Append what was read to `disk`, where there is one, in pieces of up to 32 MiB.
+        """Append the cache to `disk`, if there is one, in pieces of up to 32 MiB.
 
-        With a point to go on from where the next prompt does, or with all that there are.
+        It includes the snapshot that the next prompt continues from, or all snapshots.
         """
         cache = self._cache
         if self.disk is not None and cache is not None:
@@ -290,13 +291,13 @@ class Chat:
                 yield from self.disk.write(cache, point)
 
     def stop_reading_ahead(self, *, wait_for_end: bool = False) -> None:
-        """End the reading in the background, at once or when it is done."""
+        """Stop reading ahead, at once or when it is complete."""
         self.prefixes.background.stop(wait_for_end=wait_for_end)
 
     def save(self, session: str | os.PathLike[str], *, with_cache: bool = True) -> Path:
-        """Store the messages under a name, or at a path, and append what was read.
+        """Save the messages under a name, or at a path, and append the cache; return the file.
 
-        Without the cache it is quick; that then follows in the background. Returns the file.
+        Without the cache it is quick; `start_reading_ahead` then writes it in the background.
         """
         from .sessions import save_conversation
 
@@ -315,7 +316,7 @@ class Chat:
         return file
 
     def load(self, session: str | os.PathLike[str]) -> str | None:
-        """Go on with a saved conversation, without a prefill; returns a warning if it needs one."""
+        """Continue a saved conversation without a prefill; return a warning if it needs one."""
         from .sessions import load_conversation, session_file
 
         conversation, warning = load_conversation(session, self.model, self.tokenizer)
@@ -342,7 +343,7 @@ class Chat:
         return self.disk
 
     def _take(self, ids: Sequence[int]) -> PromptCache:
-        """The cache that holds the longest prefix of `ids`, as this chat's own."""
+        """Take the cache with the longest prefix of `ids`; it then belongs to this chat."""
         cache = self._cache = self.prefixes.take(ids, self._cache, self, self.disk)
         cache.feeds_mtp = self.drafter.uses_mtp
         self._answer_start = 0
@@ -365,7 +366,7 @@ class Chat:
         self.prefixes.trim()
 
     def _keep_branch(self) -> None:
-        """Leave what was read to the store: another turn begins before its end."""
+        """Leave the cache to the store: the next turn begins before its end."""
         self._is_interrupted = False
         if self._cache is not None:
             self._cache.release()
@@ -374,25 +375,25 @@ class Chat:
     def _start(
         self, messages: Callable[[], list[Message]], progress: Progress | None
     ) -> Generator[Piece, None, None]:
-        """The iterator of a turn; nothing happens before its first piece is asked for."""
+        """The iterator of a turn; nothing happens until its first piece is requested."""
         turn = self._reply(messages, progress, lambda: turn)
         return turn
 
     def _close_turn(self) -> None:
-        """Stop what still reads or answers: the iterator of an earlier turn, and reading ahead."""
+        """Close the iterator of an earlier turn, and stop reading ahead."""
         if turn := self._turn():
             turn.close()
         self._turn = lambda: None
         self.prefixes.background.stop()
 
     def sampling_params(self, thinking: bool | None = None) -> SamplingParams:
-        """What the next answer is drawn with; whether it thinks is for the template if None."""
+        """Sampling parameters of the next answer; thinking: None leaves it to the template."""
         thinking = self.thinks() if thinking is None else thinking
         params = preset_params(self.preset, thinking, self.model.sampling_defaults)
         return params.updated(**{k: v for k, v in self.sampling.items() if k != "seed"})
 
     def _turns(self) -> list[int]:
-        """Where in the messages the user speaks."""
+        """Indices of the user's messages."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"]
 
     def _last_turn(self) -> int:
@@ -406,11 +407,11 @@ class Chat:
         progress: Progress | None,
         turn: Callable[[], Generator[Piece, None, None]],
     ) -> Generator[Piece, None, None]:
-        """Read `next_messages()`, which become the conversation, and yield the answer to them."""
+        """Make `next_messages()` the conversation, prefill it, and yield the answer."""
         started = time.perf_counter()
         self._close_turn()
         self._turn = weakref.ref(turn())
-        # Or the iterator would hold itself, and an abandoned one would not end.
+        # Otherwise the iterator would refer to itself, and an abandoned one would never be closed.
         del turn
         messages = self._opened(next_messages())
         most = LONG_ANSWER_TOKENS if self.max_tokens is None else self.max_tokens
@@ -441,7 +442,7 @@ class Chat:
             hidden = cast(mx.array, cache.read(prompt[num_kept:], marks=marks, progress=progress))
             self._is_interrupted, self._answer_start = False, boundary
         finally:
-            # Of use to every turn and to other conversations, if only as a reserve.
+            # Every turn and other conversations can continue from it.
             cache.mark_used(system_end)
             self.prefixes.trim()
         stats.prefill_tps = stats.prefilled_tokens / max(time.perf_counter() - started, 1e-9)
@@ -462,7 +463,7 @@ class Chat:
                     yield piece
         finally:
             message: Message = {"role": "assistant", "content": "".join(texts["answer"]).strip()}
-            # Without it, templates look for the thought in an answer that names the tag.
+            # Without this key, templates look for a thought in an answer that contains the tag.
             if texts["thought"] or THINK_CLOSE in message["content"]:
                 message["reasoning_content"] = "".join(texts["thought"]).strip()
             if calls:

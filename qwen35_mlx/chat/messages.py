@@ -1,4 +1,4 @@
-"""Messages of a conversation: of the user with pictures, and of tools with their results."""
+"""Messages of the user, with pictures, and of tools."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ Message = dict[str, Any]
 
 
 def user_message(text: str, media: Sequence[Part] = ()) -> Message:
-    """What the user says; pictures and videos come before the text."""
+    """A message of the user; pictures and videos come before the text."""
     content = [*media, {"type": "text", "text": text}] if media else text
     return {"role": "user", "content": content}
 
 
 def tool_message(result: Any) -> Message:
-    """A result: text, or parts of which one is a picture, as they are; all else as JSON."""
+    """The message for a tool's result: text and parts with a picture as given, all else as JSON."""
     is_parts = (
         isinstance(result, list | tuple)
         and all(isinstance(part, Mapping) for part in result)

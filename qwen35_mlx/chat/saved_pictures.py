@@ -1,7 +1,7 @@
-"""Pictures and videos of a saved conversation: files beside it, named by what they show.
+"""Pictures and videos of a saved conversation: files beside it, named by their digest.
 
-A message on disk names them by digest; what a file says of itself is checked against it, so that
-no session brings another picture, or any other file of the disk, into a conversation.
+A message on disk refers to them by digest, and every file is checked against it. So no session can
+bring another picture, or any other file of the disk, into a conversation.
 """
 
 import re
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 SUFFIXES = {IMAGE: ".png", VIDEO: ".safetensors"}
 SAVED_NAME = re.compile(rf"[0-9a-f]{{64}}({'|'.join(map(re.escape, SUFFIXES.values()))})")
-# In a video's file, its only tensor.
+# The only tensor in a video's file.
 FRAMES = "frames"
-# Speed counts: a turn ends with saving. The files are a sixth larger than with the default.
+# Fast, because every turn saves. The files are a sixth larger than at the default level.
 PNG_LEVEL = 1
 
 
 def pictures_folder(session: Path) -> Path:
-    """Where the pictures of a session's JSON file are."""
+    """The folder of a session's pictures."""
     return session.with_suffix(".pictures")
 
 
 def reference(media: "Media") -> dict[str, Any]:
-    """What a session says of a picture or a video, besides its pixels."""
+    """What the JSON file stores of a picture or video: digest, name, size, times of frames."""
     from ..media.video import Video
 
     known: dict[str, Any] = {
@@ -49,12 +49,12 @@ def reference(media: "Media") -> dict[str, Any]:
 
 
 def packed(messages: Sequence[Message]) -> list[Message]:
-    """Messages for JSON: references in place of pictures and videos."""
+    """Messages for JSON: each picture and video replaced by its reference."""
     return [_replaced(m, lambda part: reference(part[part["type"]])) for m in messages]
 
 
 def write_media(folder: Path, media: Iterable["Media"]) -> None:
-    """Write what is not there yet, each whole or not at all."""
+    """Write the files that do not exist yet, each whole or not at all."""
     from ..media.video import Video
 
     for one in media:
@@ -74,7 +74,7 @@ def write_media(folder: Path, media: Iterable["Media"]) -> None:
 
 
 def remove_media(folder: Path, kept: Iterable["Media"] = ()) -> None:
-    """Delete the files of all pictures but those that are kept, and the folder if it is empty."""
+    """Delete all picture files except those in `kept`, and the folder if it is then empty."""
     names = {one.digest.hex() for one in kept}
     if folder.is_dir():
         for file in folder.iterdir():
@@ -92,7 +92,7 @@ class SavedMedia:
         self._known: dict[str, Media] = {}
 
     def unpacked(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as they were; only references written by `packed` become pictures."""
+        """The messages with the references of `packed` replaced by pictures."""
         return [
             _replaced(m, lambda part: self.read(part.get(part["type"]), part["type"]))
             for m in messages
@@ -128,7 +128,7 @@ class SavedMedia:
             else:
                 media = Picture(name, (width, height), _pixels(file), self._settings)
             found = media.digest.hex()
-        # Whatever a damaged file leads to.
+        # A damaged file may raise anything.
         except Exception as error:
             raise self._damaged(f"{file.name}: {error}") from None
         if found != digest:

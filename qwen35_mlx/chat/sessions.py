@@ -1,7 +1,7 @@
-"""Conversations on disk: what was said as JSON, pictures beside it, what was read as segments.
+"""Saved sessions: messages as JSON, pictures and the prompt cache beside it.
 
-The first is the conversation, and replaced as a whole. The last only save reading it again, and
-are found by the ids of the prompt, so that they may be older.
+The JSON file is the conversation and is replaced as a whole. The cache only avoids a prefill; it is
+found by the ids of the prompt, so it may be older than the messages.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from .saved_pictures import SavedMedia, packed, pictures_folder, remove_media, w
 # A name, or the path of a file.
 Session = str | os.PathLike[str]
 FORMAT = 1
-# Of conversations with pictures, which programs that read only the first would misunderstand.
+# For conversations with pictures, which programs for the first format would misread.
 PICTURES_FORMAT = 2
 
 
 def session_file(session: Session) -> Path:
-    """The JSON file of a session; a text without a slash is a name."""
+    """The JSON file of a session; a string without a slash is a name."""
     text = os.fspath(session)
     if not isinstance(session, str) or os.sep in text:
         path = Path(os.path.expanduser(text))
@@ -49,12 +49,12 @@ def session_file(session: Session) -> Path:
 
 
 def cache_folder(file: Path) -> Path:
-    """The segments of what was read, beside a session's JSON file."""
+    """The folder of a session's prompt cache."""
     return file.with_suffix(".cache")
 
 
 def save_conversation(session: Session, conversation: Mapping[str, Any], model: Model) -> Path:
-    """Write what was said, whole or not at all, and its pictures."""
+    """Write the messages, whole or not at all, and their pictures."""
     file = session_file(session)
     shown = media_of(conversation["messages"])
     version = PICTURES_FORMAT if shown else FORMAT
@@ -64,7 +64,7 @@ def save_conversation(session: Session, conversation: Mapping[str, Any], model: 
     sealed = {"sha256": _digest_of(content), **content}
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # First: nothing names a picture that is not there.
+        # Before the messages, so that no saved message refers to a missing picture.
         write_media(pictures_folder(file), shown)
         with replacing(file, 0o600) as temporary:
             text = json.dumps(sealed, ensure_ascii=False, indent=1)
@@ -82,17 +82,17 @@ def save_conversation(session: Session, conversation: Mapping[str, Any], model: 
 def load_conversation(
     session: Session, model: Model, tokenizer: Any = None
 ) -> tuple[dict[str, Any], str | None]:
-    """The conversation, and a warning where it has to be read again.
+    """The conversation, and a warning if it has to be prefilled again.
 
-    Raises SessionError if there is no such session, what was said is damaged, or the model does
-    not read its pictures.
+    Raises SessionError if the session does not exist, is damaged, or has pictures that the model
+    does not read.
     """
     file = session_file(session)
     content = read_conversation(file)
     media = SavedMedia(file, *vision_settings(tokenizer))
     content["messages"] = media.unpacked(content["messages"])
     if model.ring is not None:
-        # Each Mac has a part of it in memory, and this one alone has files.
+        # Each Mac holds a part of the cache, and only this one writes files.
         return content, "several Macs store no cache of a session; it is read again"
     if content["model"] != model_identity(model):
         return content, "the session is of another model, or of several Macs; it is read again"
@@ -102,12 +102,12 @@ def load_conversation(
 
 
 def _old_cache(file: Path) -> Path:
-    """Earlier versions wrote what was read into one file."""
+    """The cache file of earlier versions."""
     return file.with_suffix(".safetensors")
 
 
 def read_conversation(file: Path) -> dict[str, Any]:
-    """What was said, checked."""
+    """The content of a session's JSON file, checked."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         checksum = content.pop("sha256")
@@ -148,7 +148,7 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def hold(session: Session) -> Iterator[Path]:
-    """Hold a session: a second chat that wants it is refused."""
+    """Lock a session; raises SessionError if another chat has it open."""
     file = session_file(session)
     held = ExitStack()
     try:
@@ -166,7 +166,7 @@ def hold(session: Session) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """A line of the list of sessions."""
+    """One entry of the list of sessions."""
 
     name: str
     saved: float
@@ -178,7 +178,7 @@ class SessionInfo:
 
 
 def list_sessions() -> list[SessionInfo]:
-    """Every session with a name, the last saved first."""
+    """Every session in the session folder, the last saved first."""
     home = session_home()
     found = []
     for file in home.glob("[!.]*.json") if home.is_dir() else ():
@@ -212,19 +212,19 @@ def remove_session(session: Session) -> None:
 
 
 def trim_caches(max_bytes: float) -> None:
-    """Delete what the sessions saved longest ago have read until the rest fits; words stay."""
+    """Delete caches of the sessions saved longest ago until the rest fits; messages stay."""
     files = [file for file in session_home().glob("[!.]*.json") if cache_folder(file).is_dir()]
     num_bytes = {file: _bytes_of(cache_folder(file)) for file in files}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         if sum(num_bytes.values()) <= max_bytes:
             return
-        # One that is open keeps its own.
+        # An open session keeps its cache.
         with suppress(SessionError), hold(file):
             shutil.rmtree(cache_folder(file), ignore_errors=True)
             del num_bytes[file]
 
 
 def _bytes_of(path: Path) -> int:
-    """Of a file, or of the files of a folder."""
+    """Size of a file, or of all files in a folder."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())

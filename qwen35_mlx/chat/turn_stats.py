@@ -1,11 +1,11 @@
-"""What a turn of a conversation cost."""
+"""Statistics of one turn of a conversation."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class TurnStats:
-    """What the last turn cost; `prefilled_tokens` leaves out what the cache already held."""
+    """Statistics of one turn; `prefilled_tokens` excludes tokens that were in the cache."""
 
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
@@ -13,14 +13,14 @@ class TurnStats:
     generation_tokens: int = 0
     decode_tps: float = 0.0
     peak_memory_gb: float = 0.0
-    # "stop", "length", "loop", or None if it was stopped from outside
+    # "stop", "length", "loop", or None if the caller stopped it.
     finish_reason: str | None = None
     thought_tokens: int = 0
-    # Read while nobody waited, before the turn began.
+    # Prefilled in the background before the turn began.
     read_ahead_tokens: int = 0
-    # How often a loop was answered with a higher presence penalty.
+    # How often a loop raised the presence penalty.
     loops: int = 0
-    # Tokens of the answer that were drafted, and cost no pass of their own.
+    # Accepted drafts: tokens of the answer without a pass of their own.
     draft_tokens: int = 0
     # Pictures and videos that went through the vision tower.
     pictures_encoded: int = 0

@@ -1,1 +1,1 @@
-"""What a model folder holds: headers, names, formats, and which tensor is which parameter."""
+"""The files of a model folder: headers, names, formats, and which tensor is which parameter."""

@@ -1,6 +1,6 @@
-"""An adapter in a folder, as mlx-lm writes and reads it: low-rank changes of matrices.
+"""An adapter in mlx-lm's files: low-rank changes of matrices.
 
-E experts, r rank. A change is `scale * b @ a`, in the layout that the file has: see `Change`.
+E experts, r rank. A change is `scale * b @ a`; `Change` has the layouts.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ PARTS = ("lora_a", "lora_b", "m")
 
 @dataclass(frozen=True)
 class Change:
-    """What changes one matrix `[out, in]`, or a stack of them.
+    """The change of one matrix `[out, in]`, or of a stack `[E, out, in]`.
 
-    lora_a `[in, r]`, lora_b `[r, out]`; of a stack `[E, r, in]` and `[E, out, r]`. magnitudes
-    `[out]` are the norms that DoRA gives the rows of the changed matrix.
+    lora_a `[in, r]`, lora_b `[r, out]`; for a stack `[E, r, in]` and `[E, out, r]`. magnitudes
+    `[out]`: the norms of the rows of the changed matrix, for DoRA.
     """
 
     lora_a: mx.array
@@ -37,14 +37,14 @@ class Change:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes."""
+        """Shape of the changed weight."""
         a, b = self.lora_a.shape, self.lora_b.shape
         return (b[1], a[0]) if len(a) == 2 else (*b[:2], a[2])
 
     def of_rows(self, rows: mx.array, start: int) -> mx.array:
-        """Changed rows in fp32; `rows` `[N, in]` are those of the matrix from `start` on.
+        """The changed rows in fp32; `rows` `[N, in]` are rows of the matrix from `start` on.
 
-        The rows of a stack are those of all its experts, one after the other.
+        A stack counts the rows of all its experts, one after the other.
         """
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
         stop = start + rows.shape[0]
@@ -67,20 +67,20 @@ class Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Changes by the names of the modules that they belong to, as converted folders have them."""
+    """Changes by module, under the names of converted folders."""
 
     changes: Mapping[str, Change]
-    # adapter_config.json, with all that other programs wrote into it.
+    # adapter_config.json, with the keys of other programs.
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Of all arrays."""
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """By their names in the file."""
+        """All arrays by their names in the file."""
         found: dict[str, mx.array] = {}
         for module, change in self.changes.items():
             found |= {f"{module}.lora_a": change.lora_a, f"{module}.lora_b": change.lora_b}
@@ -90,16 +90,16 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that decides what the adapter computes."""
+        """SHA-256 of everything that changes what the adapter computes."""
         digest = hashlib.sha256(repr(sorted({c.scale for c in self.changes.values()})).encode())
         for name, array in sorted(self.arrays.items()):
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-            # As bytes, for numpy has no bfloat16.
+            # As bytes, because numpy has no bfloat16.
             digest.update(np.array(mx.contiguous(array).reshape(-1).view(mx.uint8)).data)
         return digest.hexdigest()
 
     def part(self, prefix: str) -> "Adapter":
-        """Changes of the modules whose names begin with `prefix`, under the rest of the names."""
+        """Changes of the modules whose names begin with `prefix`, which is removed."""
         found = {
             name.removeprefix(prefix): change
             for name, change in self.changes.items()
@@ -152,7 +152,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
 
 def _changes(arrays: Mapping[str, mx.array], scale: float, kind: str) -> dict[str, Change]:
-    """The arrays of a file by module; every one of them must belong to a change."""
+    """The changes in the arrays of a file; every array must belong to one."""
     modules: dict[str, dict[str, mx.array]] = {}
     wanted = PARTS if kind == DORA else PARTS[:2]
     unknown = []
@@ -174,7 +174,7 @@ def _changes(arrays: Mapping[str, mx.array], scale: float, kind: str) -> dict[st
     changes = {}
     for name, parts in modules.items():
         a, b, m = parts["lora_a"], parts["lora_b"], parts.get("m")
-        # Stacks have the experts first, and the rank between them and the inputs.
+        # Stacks have the dims experts, rank, inputs.
         fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
         fits |= a.ndim == b.ndim == 3 and (a.shape[0], a.shape[1]) == (b.shape[0], b.shape[2])
         if not fits or (m is not None and (a.ndim != 2 or m.shape != (b.shape[1],))):

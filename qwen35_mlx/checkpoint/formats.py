@@ -1,4 +1,4 @@
-"""What wrote the weights of a folder: their layout, FP8 blocks, and formats that are not read."""
+"""Formats of weights: layout of MLX or Hugging Face, FP8 blocks, and formats that are not read."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 Block = tuple[int, int]
 
 SCALE = "_scale_inv"  # ends the name of the scales of an FP8 tensor
-# Ends of tensor names -> formats that only their own programs read. The first that fits counts.
+# Ends of tensor names -> formats that are not read. The first match counts.
 FOREIGN = {
     (".qweight", ".qzeros", ".g_idx"): "GPTQ or AWQ",
     (".absmax", ".quant_map", ".SCB", ".quant_state.bitsandbytes__nf4"): "bitsandbytes",
@@ -25,7 +25,7 @@ FOREIGN = {
     ("_blocks", ".weight_scale_2", ".weight_global_scale"): "FP4",
     ("_scale",): "scales of whole tensors or channels",
 }
-# Scales of activations and of the KV cache: FP8 weights are complete without them.
+# Scales of activations and of the KV cache; FP8 weights do not need them.
 ACTIVATION_SCALE = re.compile(r"([._](activation|input|output)|\.(q|k|v|kv))_scale$")
 # Computed from config.json, not learned.
 BUFFER = re.compile(r"\.rotary(_pos)?_emb\.inv_freq$")
@@ -49,7 +49,7 @@ def refuse_foreign(config: Mapping[str, Any], names: Iterable[str]) -> None:
 def fp8_block(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) -> Block | None:
     """Rows and columns that share a scale in an FP8 checkpoint; None if it is not FP8.
 
-    Tensors decide. A quantization block over plain weights is left over, and reported.
+    The tensors decide. A quantization block in config.json without quantized tensors is reported.
     """
     refuse_foreign(config, tensors)
     settings = quantization_block(config)
@@ -91,7 +91,7 @@ def _fp8_error(what: str, scale: SourceTensor) -> CheckpointError:
 def is_mlx_layout(config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> bool:
     """Whether MLX wrote the tensors, given by bare names: taps before channels, norms shifted.
 
-    The convolutions decide, over all files, as in mlx-lm: torch has `[C, 1, K]`, MLX `[C, K, 1]`.
+    The convolutions of all files decide, as in mlx-lm: torch has `[C, 1, K]`, MLX `[C, K, 1]`.
     """
     shapes = [
         tensor.shape
@@ -105,16 +105,17 @@ def is_mlx_layout(config: ModelConfig, tensors: Mapping[str, SourceTensor]) -> b
 
 
 def is_named_by_mlx(names: Iterable[str]) -> bool:
-    """Whether some names are of MLX programs alone; a model may have none of them."""
+    """Whether some names are used by MLX programs only; an MLX model may have none of them."""
     starts = ("language_model.model.", "language_model.lm_head.", "vision_tower.")
     return any(name.startswith(starts) or ".switch_mlp." in name for name in names)
 
 
 def mtp_norms_are_shifted(config: Mapping[str, Any], tensors: Iterable[SourceTensor]) -> bool:
-    """Whether the norms of an MTP layer that lies in a folder of MLX are multiplied by as stored.
+    """Whether the norms of an MTP layer in an MLX folder already have the 1 added.
 
-    Not if its file was not written by MLX: a copy out of a checkpoint of Hugging Face. Nor if this
-    project converted it before it knew the layer, with "norms_shifted" for the trunk alone.
+    They have not if the file was not written by MLX: it was copied from a Hugging Face checkpoint.
+    They have not either if an early version of this project converted it, which shifted only the
+    norms of the trunk.
     """
     stored = list(tensors)
     names = (tensor.name for tensor in stored)

@@ -16,7 +16,7 @@ from .names import is_mtp, is_of_tower
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
-# Some releases keep these parts in files of their own, and list them in no index.
+# Some releases keep these parts in separate files that the index does not list.
 SIDECARS = {"*vision*.safetensors": is_of_tower, "*mtp*.safetensors": is_mtp}
 HEADER_LIMIT_BYTES = 100_000_000
 PREFIX_BYTES = 8
@@ -26,14 +26,14 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-# What a weight that is not quantized may be stored as.
+# Types of unquantized weights.
 FLOATS = ("F32", "F16", "BF16")
 FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """Where a tensor lies; its rows are all dims but the last, and a vector is one row."""
+    """Where a tensor is stored. All dims except the last count as rows; a vector is one row."""
 
     name: str
     dtype: str
@@ -41,7 +41,7 @@ class SourceTensor:
     file: Path
     offset: int
     nbytes: int
-    # What the metadata of its file say.
+    # Whether the metadata of its file say that MLX wrote it.
     by_mlx: bool = False
 
     @property
@@ -60,7 +60,7 @@ def read_header(file: Path) -> list[SourceTensor]:
 
 
 def raw_header(file: Path) -> bytes:
-    """All bytes of a safetensors file before those of its tensors."""
+    """The bytes of a safetensors file before its tensors."""
     try:
         with file.open("rb") as stream:
             prefix = stream.read(PREFIX_BYTES)
@@ -70,7 +70,7 @@ def raw_header(file: Path) -> bytes:
 
 
 def header_length(file: Path, prefix: bytes, file_bytes: int) -> int:
-    """Bytes of the JSON that follows the first 8 bytes of `file`."""
+    """Length of the JSON after the first 8 bytes of `file`."""
     header_bytes = int.from_bytes(prefix, "little")
     if len(prefix) < PREFIX_BYTES or header_bytes > file_bytes - PREFIX_BYTES:
         raise CheckpointError(
@@ -122,7 +122,7 @@ def parse_header(file: Path, raw: bytes, file_bytes: int) -> list[SourceTensor]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object in which no key comes twice."""
+    """For json.loads: refuse an object with a repeated key."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -131,7 +131,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def gather(headers: Iterable[Iterable[SourceTensor]]) -> dict[str, SourceTensor]:
-    """The tensors of all files by name; none may be in two of them."""
+    """The tensors of all files by name; no tensor may be in two files."""
     tensors: dict[str, SourceTensor] = {}
     for tensor in chain.from_iterable(headers):
         if tensor.name in tensors:
@@ -145,7 +145,7 @@ def gather(headers: Iterable[Iterable[SourceTensor]]) -> dict[str, SourceTensor]
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor name to file name; no file outside of the folder."""
+    """Tensor name to file name; refuses files outside of the folder."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
@@ -168,7 +168,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files in a folder; a link must lead somewhere."""
-    # Not the ._* that macOS puts beside files on drives of other systems; pathlib finds them.
+    # Without the ._* files that macOS makes on foreign drives; pathlib's glob finds them.
     found = (path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     return sorted(path.name for path in found if path.is_file())
 
@@ -193,9 +193,9 @@ def gather_checked(
 ) -> dict[str, SourceTensor]:
     """All tensors by name: of the files of the index, else of model.safetensors, else of all.
 
-    `present` are the weight files that are there, `headers` reads those of some of them. Files and
-    tensors that the index does not list are left alone, or refused if `strict`; but a vision tower
-    or an MTP layer in a file of its own is taken.
+    `present`: the existing weight files; `headers` reads the headers of files. Files and tensors
+    that the index does not list are ignored, or refused if `strict`, except for a vision tower or
+    an MTP layer in a separate file, which is taken.
     """
     if index is None:
         tensors = gather(headers(_files_without_index(where, present, strict)))
@@ -224,12 +224,12 @@ def gather_checked(
 
 
 def is_sidecar(file: str) -> bool:
-    """Whether a file of this name may hold a part of a model, outside of the folder's index."""
+    """Whether a file of this name may hold a part of the model that the index does not list."""
     return any(fnmatch(file, pattern) for pattern in SIDECARS)
 
 
 def _files_without_index(where: str | Path, present: Collection[str], strict: bool) -> list[str]:
-    """model.safetensors, else those of the model's name, else all."""
+    """model.safetensors, else all files named model*, else all files."""
     if not present:
         raise CheckpointError(
             f"no weights in {where}",
@@ -249,7 +249,7 @@ def _check_index(
     tensors: Mapping[str, SourceTensor],
     strict: bool,
 ) -> None:
-    """Every tensor of the index must be there; if `strict`, in its file, and no other ones."""
+    """Every tensor of the index must exist; if `strict`, in its file, and there are no others."""
     wrong = sorted(
         name
         for name, file in index.items()
@@ -274,13 +274,13 @@ def _check_index(
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first three names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _tensor(file: Path, name: str, entry: Any, data_start: int, by_mlx: bool) -> SourceTensor:
-    # Control characters would reach the terminal; halves of surrogates fit into no file.
+    # Control characters would reach the terminal; lone surrogates cannot be written to a file.
     if not name.isprintable():
         raise _damaged(file, "the name of a tensor", ascii(name), "printable characters")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():

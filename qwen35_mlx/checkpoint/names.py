@@ -1,4 +1,4 @@
-"""Tensor names without the prefixes that different programs put before them."""
+"""Tensor names, without the prefixes of different programs."""
 
 import re
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from ..errors import CheckpointError
 
 T = TypeVar("T")
 
-# First components that name no part of the model, in any number and order.
+# Leading components without a meaning, in any number and order.
 PREFIXES = ("model", "language_model", "module", "base_model")
-# Components that torch.compile and FSDP put anywhere.
+# Components that torch.compile and FSDP insert anywhere.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TRUNK = ("embed_tokens", "layers", "norm")
-# In the name of each stack of experts.
+# Part of the name of each stack of experts.
 OF_EXPERTS = ".switch_mlp."
-# The vision tower as MLX programs name it, and as Hugging Face does.
+# The prefixes of the vision tower in MLX programs and in Hugging Face.
 TOWER = "vision_tower."
 TOWERS = (TOWER, "visual.")
 ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
@@ -25,7 +25,7 @@ ROOTS = (*TRUNK, "lm_head", "visual", "vision_tower", "mtp")
 
 @lru_cache(2**16)
 def bare(name: str) -> str:
-    """`model.language_model.layers.0.x` -> `layers.0.x`; a name of no known part as it is."""
+    """`model.language_model.layers.0.x` -> `layers.0.x`; an unknown name stays as it is."""
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     parts = list(dropwhile(lambda part: part in PREFIXES, parts))
     return ".".join(parts) if parts and parts[0] in ROOTS else name
@@ -37,12 +37,12 @@ def is_of_tower(name: str) -> bool:
 
 
 def is_mtp(name: str) -> bool:
-    """Whether a tensor belongs to the MTP layer, which predicts several tokens."""
+    """Whether a tensor belongs to the MTP layer."""
     return bare(name).startswith("mtp.")
 
 
 def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The same tensors under their bare names; two names for one tensor are refused."""
+    """The tensors under their bare names; refuses two tensors with the same one."""
     names: dict[str, str] = {}
     for name in tensors:
         other = names.setdefault(bare(name), name)
@@ -56,7 +56,7 @@ def by_bare_name(tensors: Mapping[str, T]) -> dict[str, T]:
 
 
 def output_name(short: str) -> str:
-    """The name that mlx-lm and mlx-vlm know for a bare name."""
+    """The name in mlx-lm and mlx-vlm for a bare name."""
     root = short.partition(".")[0]
     if root in TRUNK:
         return f"language_model.model.{short}"

@@ -1,7 +1,7 @@
-"""Which layers a process has where several of them run one model, and whether to split by layers.
+"""Pipeline split: whole layers for each process of one model, and when to prefer it.
 
-A split of every layer is faster, as all processes compute a token together. A split by layers
-needs no equal parts: a process has as many layers as its memory has room for.
+A split of every layer is faster, because all processes compute a token together. A split by whole
+layers needs no equal parts: each process has as many layers as fit its memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,33 +17,33 @@ from .sharding import LAYERS, NORM, Cut, Sharding
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Whole layers for process `rank`; rank 0 has also all that is no layer."""
+    """Whole layers for process `rank`; rank 0 also has everything that is not in a layer."""
 
     config: ModelConfig
     rank: int
-    # Where the layers of each process end.
+    # The end of each process's layers.
     ends: tuple[int, ...]
 
     @property
     def layers(self) -> tuple[int, int]:
-        """Of this process: the first, and the end."""
+        """The first layer of this process, and the end of its layers."""
         return (0, *self.ends)[self.rank], self.ends[self.rank]
 
     @property
     def local(self) -> ModelConfig:
-        """Of this part."""
+        """The config of this part."""
         first, end = self.layers
         kinds = self.config.layer_types[first:end]
         return replace(self.config, layer_types=kinds, num_hidden_layers=end - first)
 
     @property
     def note(self) -> str:
-        """What people are told."""
+        """The split in words, for the user."""
         counts = (str(end - first) for first, end in pairwise((0, *self.ends)))
         return "the Macs have whole layers, one after the other: " + " + ".join(counts)
 
     def cut(self, name: str) -> Cut | None:
-        """Nothing is cut; see `Sharding`."""
+        """None: parameters are whole; see `Sharding`."""
         return None
 
     def holds(self, name: str) -> bool:
@@ -62,7 +62,7 @@ class Pipeline:
 
 
 def number_of_layer(name: str) -> int | None:
-    """Of a parameter by its name on disk; None where it is of no layer."""
+    """The layer of a parameter, by its name on disk; None if it is in no layer."""
     return int(name.removeprefix(LAYERS).partition(".")[0]) if name.startswith(LAYERS) else None
 
 
@@ -74,11 +74,11 @@ def divide(
     group_sizes: Mapping[str, int],
     by_layers: bool = False,
 ) -> Sharding | Pipeline:
-    """The part of process `rank`; the same decision on each of them.
+    """The part of process `rank`; every process comes to the same decision.
 
-    `limits`: bytes that each may use, or its share of the layers with `by_layers`. `nbytes`: of
-    all parameters by their names. Every layer is split, unless it cannot be, or that needs more
-    memory than some process has and whole layers need less.
+    `limits`: bytes that each process may use, or its share of the layers with `by_layers`.
+    `nbytes`: bytes of all parameters by name. Every layer is split, unless that is impossible, or
+    it does not fit some process and whole layers need less.
     """
     size = len(limits)
     rooms = list(limits) if by_layers else [_room(config, r, n) for r, n in enumerate(limits)]
@@ -101,7 +101,7 @@ def divide(
 
 
 def _room(config: ModelConfig, rank: int, limit_bytes: int) -> int:
-    """What weights, keys, values and states of a context may take."""
+    """Bytes for the weights, keys, values and states of one process."""
     context = min(config.context_length, DEFAULT_CONTEXT)
     c = count(config, 0, context, limit_bytes)
     pictures = c.pictures + c.features if rank == 0 else 0
@@ -109,13 +109,13 @@ def _room(config: ModelConfig, rank: int, limit_bytes: int) -> int:
 
 
 def _sequence_bytes(config: ModelConfig) -> int:
-    """Keys, values and states of a context."""
+    """Bytes of the keys, values and states of a context."""
     context = kv_capacity(min(config.context_length, DEFAULT_CONTEXT))
     return kv_bytes(config, context) + (2 + MIN_SNAPSHOTS) * state_bytes(config)
 
 
 def _part_bytes(part: Sharding, nbytes: Mapping[str, int]) -> float:
-    """Of the weights and the sequence that one process has."""
+    """Bytes of one process's part of the weights and of a sequence."""
     total = float(_sequence_bytes(part.local))
     for name, number in nbytes.items():
         if part.holds(name):
@@ -127,7 +127,7 @@ def _part_bytes(part: Sharding, nbytes: Mapping[str, int]) -> float:
 def _ends(
     config: ModelConfig, rooms: Sequence[int], nbytes: Mapping[str, int]
 ) -> tuple[float, tuple[int, ...]]:
-    """Where each process's layers end, so that the fullest is the least full; and how full."""
+    """The share of the fullest memory, at its minimum, and the ends of each process's layers."""
     size, num_layers = len(rooms), config.num_hidden_layers
     if size > num_layers:
         raise Qwen35Error(
@@ -144,7 +144,7 @@ def _ends(
         else:
             layers[layer] += number
     sums = [0, *accumulate(layers)]
-    # By the end of a process's layers: how full the fullest is until there, and all ends.
+    # Dynamic programming: end of a process's layers -> share of the fullest so far, and all ends.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for rank, room in enumerate(rooms):
         held = others if rank == 0 else 0
@@ -160,7 +160,7 @@ def _ends(
 
 
 def read_split(text: str, size: int) -> list[int]:
-    """Shares of the layers, such as `192GB,96GB`, one for each of so many processes."""
+    """Parse shares of the layers, such as `192GB,96GB`, one for each of `size` processes."""
     shares = [parse_memory(each) for each in text.split(",")]
     if len(shares) != size:
         raise Qwen35Error(

@@ -1,4 +1,4 @@
-"""Bits, group sizes and modes of quantized weights, and which of them a checkpoint has."""
+"""Bits, group sizes and modes of quantized weights; those of a checkpoint, from its shapes."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,10 +10,10 @@ from .names import bare
 
 log = logging.getLogger(__name__)
 
-# What this project writes, and has kernels for.
+# The settings that this project writes, and has kernels for.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-# Mode -> the bits and group sizes that MLX has for it; it divides by zero with others.
+# Mode -> bits and group sizes of MLX; with other group sizes MLX may divide by zero.
 MODES = {
     "affine": ((1, *BITS), GROUP_SIZES),
     "mxfp4": ((4,), (32,)),
@@ -30,7 +30,7 @@ class Quantization(NamedTuple):
     mode: str = "affine"
 
     def as_config(self) -> dict[str, Any]:
-        """An entry of config.json; mlx-lm takes one without a mode for affine."""
+        """An entry of config.json; without a mode, mlx-lm assumes affine."""
         entry: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
         return entry if self.mode == "affine" else entry | {"mode": self.mode}
 
@@ -38,12 +38,12 @@ class Quantization(NamedTuple):
 def infer(
     in_dims: int, weight: SourceTensor, scales: SourceTensor, biases: SourceTensor | None
 ) -> Quantization | None:
-    """The one quantization of a matrix of `in_dims` columns that has these shapes and types."""
+    """The only quantization of a matrix with `in_dims` columns that fits shapes and types."""
     packed_bits, num_groups = 32 * weight.shape[-1], scales.shape[-1]
     if not num_groups or packed_bits % in_dims or in_dims % num_groups:
         return None
     bits, group_size = packed_bits // in_dims, in_dims // num_groups
-    # Affine scales are floats and have biases; those of the other modes are bytes and have none.
+    # Affine scales are floats, with biases; scales of the other modes are bytes, without biases.
     affine = scales.dtype in FLOATS and biases is not None
     microscaled = scales.dtype == "U8" and biases is None
     for mode, (all_bits, group_sizes) in MODES.items():
@@ -54,7 +54,7 @@ def infer(
 
 
 def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The block of config.json about quantization, of whatever program; empty without one."""
+    """The quantization block of config.json, of any program; empty without one."""
     text = config.get("text_config")
     levels = [config, text if isinstance(text, Mapping) else {}]
     found = [level.get(key) for level in levels for key in ("quantization", "quantization_config")]
@@ -62,18 +62,18 @@ def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class Claims:
-    """What config.json says of quantized modules. Files decide; differences are collected."""
+    """What config.json says about quantized modules. Files decide; differences are collected."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.block = quantization_block(config)
         self.default = self._claim(self.block)
-        # Some programs leave out the first components of the names.
+        # Some programs leave out leading components of the names.
         self.entries = {bare(key): value for key, value in self.block.items()}
         self.num_quantized = 0
         self.differences: list[str] = []
 
     def compare(self, names: Sequence[str], found: Quantization) -> None:
-        """Note it if config.json says something else of a module, which may have several names."""
+        """Record a difference of config.json and files; a module may have several names."""
         self.num_quantized += 1
         entry = next((self.entries[name] for name in names if name in self.entries), None)
         claim = self._claim(entry) if isinstance(entry, Mapping) else self.default
@@ -85,7 +85,7 @@ class Claims:
             self.differences.append(f"{names[0]} ({says}; the files: {found.as_config()})")
 
     def _claim(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Null stands for a default."""
+        """The stated settings of an entry; null means a default."""
         claim = {k: entry[k] for k in Quantization._fields if entry.get(k) is not None}
         mode = claim.get("mode", "affine")
         if not isinstance(mode, str) or mode not in MODES:
@@ -97,7 +97,7 @@ class Claims:
         return claim
 
     def warn(self) -> None:
-        """Say where the files were followed and not config.json."""
+        """Warn where the files were followed instead of config.json."""
         if self.num_quantized and not self.default:
             log.warning("config.json does not say how the weights are quantized: taken from them")
         if self.differences:
@@ -109,7 +109,7 @@ class Claims:
 
 
 def common_quantization(found: Iterable[Quantization], config: Mapping[str, Any]) -> Quantization:
-    """The default of a quantization block: that of `config` if it is usable, else the commonest."""
+    """The default of a quantization block: that of `config` if it occurs, else the commonest."""
     block = quantization_block(config)
     stated = block.get("bits"), block.get("group_size"), block.get("mode", "affine")
     all_found = list(found)

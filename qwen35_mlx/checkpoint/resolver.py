@@ -1,4 +1,4 @@
-"""Match the tensors of a checkpoint, whoever wrote it, to the parameters of the model."""
+"""Match the tensors of a checkpoint, from any program, to the parameters of the model."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ MAX_PROBLEM_LINES = 20
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `start_row` to `stop_row` of one source tensor; FP8 has scales, one for each `block`."""
+    """Rows `start_row` to `stop_row` of one source tensor; FP8 has a scale for each `block`."""
 
     tensor: SourceTensor
     start_row: int
@@ -39,13 +39,13 @@ class Segment:
 
     @property
     def files(self) -> frozenset[Path]:
-        """Where its bytes lie."""
+        """The files of its bytes."""
         return frozenset(t.file for t in (self.tensor, self.scale) if t)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the output: row segments of the source, one after the other."""
+    """An output tensor: row segments of the source, concatenated."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,9 +54,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Match:
-    """A parameter of the model, `shape` as if it were not quantized.
+    """A parameter of the model; `shape` is that of the unquantized weight.
 
-    Its parts are one tensor, or weight, scales and biases if the source is quantized by MLX.
+    It has one part, or weight, scales and biases if MLX quantized the source.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Resolved:
-    """All tensors of a checkpoint in layer order, and what wrote them."""
+    """All parameters of a checkpoint in layer order, and whether MLX wrote it."""
 
     config: ModelConfig
     matches: list[Match]
-    # Heads beside tied embeddings, each with the part of the embedding that it must equal.
+    # Heads that are stored although they are tied, each with the embedding that it must equal.
     copies: list[tuple[SourceTensor, SourceTensor]]
     is_mlx: bool
 
     @property
     def quantizations(self) -> dict[str, Quantization]:
-        """Of each module that the source holds quantized."""
+        """Quantization of each module that is quantized in the source."""
         return {m.module: m.quantization for m in self.matches if m.quantization}
 
     @property
@@ -102,13 +102,13 @@ class Resolved:
 
     @property
     def tower_matches(self) -> list[Match]:
-        """The parameters of the vision tower, where config.json describes one that is there."""
+        """The parameters of the vision tower, if it exists and config.json describes it."""
         has_tower = self.config.vision is not None
         return [match for match in self.matches if has_tower and match.name.startswith(TOWER)]
 
     @property
     def is_converted(self) -> bool:
-        """Whether the model runs from these files as they are."""
+        """Whether the model can run from these files without a conversion."""
         return self.is_mlx or any(match.quantization for match in self.text_matches)
 
 
@@ -129,7 +129,7 @@ def resolve(raw_config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) 
 
 
 def refuse_other_head(head: SourceTensor, embedding: SourceTensor) -> CheckpointError:
-    """A head may be left out only if it is the embedding: where they differ, both count."""
+    """The error for a tied head that differs from the embedding, so it cannot be left out."""
     return CheckpointError(
         f"tensor {head.name} is not the embedding, to which config.json ties it",
         got=f"a head of its own, {head.dtype} {list(head.shape)}",
@@ -140,13 +140,13 @@ def refuse_other_head(head: SourceTensor, embedding: SourceTensor) -> Checkpoint
 
 
 def precision(tensor: SourceTensor) -> str:
-    """The dtype a tensor is read as: FP8 becomes bfloat16, which holds each of its numbers."""
+    """The dtype that a tensor is read as; FP8 becomes bfloat16, which is exact."""
     return "BF16" if tensor.dtype == FP8 else tensor.dtype
 
 
 @dataclass
 class _Stored:
-    """One matrix or vector of the source: its tensors by their ends, and how it is quantized."""
+    """A matrix or vector of the source: tensors by the ends of their names, and quantization."""
 
     tensors: dict[str, SourceTensor]
     quantization: Quantization | None = None
@@ -159,7 +159,7 @@ class _Resolver:
     tensors: Mapping[str, SourceTensor]
     block: Block | None
     used: set[str] = field(default_factory=set)
-    # Name to kind and detail: one tensor may feed two outputs, but is reported once.
+    # Name -> kind and detail. A tensor that is used for two outputs is reported once.
     problems: dict[str, tuple[str, str]] = field(default_factory=dict)
     copies: list[tuple[SourceTensor, SourceTensor]] = field(default_factory=list)
 
@@ -182,7 +182,7 @@ class _Resolver:
                 matches += mtp
             matches += self._match(row, layer, self.is_mlx)
         self.problems |= {n: ("unknown", "") for n in self.tensors if n not in self.used}
-        # The tower may be there as torch and as MLX names it.
+        # The tower may be stored under torch's and under MLX's names.
         counts = Counter(match.name for match in matches)
         self.problems |= {name: ("twice", "") for name, count in counts.items() if count > 1}
         if self.problems:
@@ -196,7 +196,7 @@ class _Resolver:
         return Resolved(config, matches, self.copies, self.is_mlx)
 
     def _mtp(self) -> list[Match]:
-        """The MTP layer; nothing if there is none, or none that can be used, which is said."""
+        """The MTP layer; empty if there is none, or, with a warning, if it cannot be used."""
         stored = {n: t for n, t in self.tensors.items() if is_mtp(n)}
         if not stored:
             return []
@@ -217,7 +217,7 @@ class _Resolver:
         return []
 
     def _with_full_names(self) -> dict[str, tuple[str, str]]:
-        """The problems by names as this checkpoint has them, or would have them."""
+        """The problems by full names, with the prefixes of this checkpoint."""
         prefixes: dict[str, str] = {}
         for short, tensor in self.tensors.items():
             if tensor.name.endswith(short):
@@ -254,7 +254,7 @@ class _Resolver:
             num_rows = sum(stop - start for start, stop in ranges)
             kept = (*shape[:-2], num_rows // math.prod(shape[:-2]), shape[-1])
         each = [filled(row.each, layer, e) for e in range(shape[0])] if row.each else []
-        # MLX's own form, each expert by itself, or as the table has it.
+        # Three forms: MLX's, one tensor per expert, or that of the table.
         is_fused, is_apart = self._has(source), any(map(self._has, each))
         if name != source and (self._has(name) or (is_mlx and not is_fused and not is_apart)):
             found, ranges = [self._take(name, kept)], [(0, math.prod(kept[:-1]))]
@@ -270,7 +270,7 @@ class _Resolver:
     def _patch_transform(
         self, name: str, source: str, shape: tuple[int, ...], usual: Transform
     ) -> Transform:
-        """The tower may come from another program than the text: its own shape decides."""
+        """The tower may be from another program than the text model: its own shape decides."""
         tensor = self.tensors.get(name) or self.tensors.get(source)
         last = output_shape(Transform.CHANNELS_LAST, shape)
         if tensor is None or shape == last or tensor.shape not in (shape, last):
@@ -316,7 +316,7 @@ class _Resolver:
         ]
 
     def _agree(self, stored: Sequence[_Stored]) -> bool:
-        """Experts that are stored one by one must be of one type."""
+        """Whether experts that are stored one by one have the same type."""
 
         def kind(one: _Stored) -> str:
             dtypes = " ".join(map(precision, one.tensors.values()))
@@ -335,12 +335,12 @@ class _Resolver:
         return Segment(tensor, start, stop, self.tensors[bare(tensor.name) + SCALE], self.block)
 
     def _carried(self, row: Row) -> Iterator[Match]:
-        """Tensors whose names the config does not fix: whatever is there, each only once."""
+        """Tensors whose names do not follow from the config: all that exist, each once."""
         stem = row.source.rstrip("*")
         names = [n for n in self.tensors if n == row.source or (n != stem and n.startswith(stem))]
         for name in sorted(set(names) - self.used, key=natural):
             if name in self.used:
-                # The scale of the tensor before.
+                # It is the scale of the previous tensor.
                 continue
             tensor = self.tensors[name]
             if row.role is Role.DROPPED:
@@ -365,9 +365,9 @@ class _Resolver:
         return name in self.tensors or f"{name.removesuffix('.weight')}.weight" in self.tensors
 
     def _take(self, name: str, shape: tuple[int, ...] | None = None) -> _Stored | None:
-        """The tensors of that name if they are there, of that shape; else a problem.
+        """The tensors of that name and shape; None, with a problem recorded, if they do not exist.
 
-        Without a shape any will do.
+        Without a shape any shape is accepted.
         """
         if name not in self.tensors and self._has(name):
             name += ".weight"
@@ -381,7 +381,7 @@ class _Resolver:
         if shape is not None and tensor.shape != shape:
             self._complain(name, "shape", list(tensor.shape), list(shape))
         elif tensor.dtype == FP8 and self.block and tensor.shape[1:] and not name.endswith(SCALE):
-            # One scale for each block, those at the edges partial.
+            # One scale per block; blocks at the edges are partial.
             *leading, rows, columns = tensor.shape
             blocks = (*leading, -(-rows // self.block[0]), -(-columns // self.block[1]))
             return _Stored({"weight": tensor}) if self._take(name + SCALE, blocks) else None
@@ -392,7 +392,7 @@ class _Resolver:
         return None
 
     def _take_packed(self, name: str, shape: tuple[int, ...]) -> _Stored | None:
-        """Weight, scales and biases of a matrix that MLX quantized; shapes say how."""
+        """Weight, scales and biases of a matrix that MLX quantized; bits follow from the shapes."""
         stem, weight = name.removesuffix(".weight"), self.tensors[name]
         found = {"weight": weight}
         for end in ("scales", "biases"):
@@ -423,7 +423,7 @@ class _Resolver:
 
 
 def _problem_lines(problems: Mapping[str, tuple[str, str]]) -> list[str]:
-    """A line for each kind of problem, each with its line break before it."""
+    """One line per kind of problem, each with a line break before it."""
     folded: dict[tuple[str, str, str], list[str]] = {}
     for name, (kind, detail) in problems.items():
         folded.setdefault((kind, detail, fold(name)), []).append(name)
@@ -432,7 +432,7 @@ def _problem_lines(problems: Mapping[str, tuple[str, str]]) -> list[str]:
         shown = names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"
         line = f"\n    {kind:8} {shown}{detail and ': '}{detail}"
         kinds.setdefault(kind, []).append(line)
-    # Some of each kind: names that are unknown explain those that are missing.
+    # Some of each kind, because unknown names often explain missing ones.
     mixed = [line for line in chain.from_iterable(zip_longest(*kinds.values())) if line]
     lines = sorted(mixed[:MAX_PROBLEM_LINES])
     if len(mixed) > MAX_PROBLEM_LINES:

@@ -1,7 +1,7 @@
-"""Which part of each tensor a process holds where several of them run one model together.
+"""Tensor split: the part of each tensor that a process holds if several run one model.
 
-Layers are split by heads and by the widths of feed-forward parts. Embeddings, head, vision tower
-and MTP layer are whole on rank 0, which alone needs them: it sends the others hidden states.
+Layers are split by heads and by feed-forward widths. Embeddings, head, vision tower and MTP layer
+are whole on rank 0; the other ranks get hidden states from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ Range = tuple[int, int]
 
 
 class Cut(NamedTuple):
-    """Ranges of an axis that has `total` places; scales and packed words have fewer."""
+    """Ranges of an axis with `total` places; arrays of scales and packed words have fewer."""
 
     axis: int
     total: int
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
         return [(a * length // self.total, b * length // self.total) for a, b in self.ranges]
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """What is left of an array of this shape."""
+        """The shape of the part of an array with this shape."""
         kept = list(shape)
         kept[self.axis] = sum(b - a for a, b in self.places(shape))
         return tuple(kept)
@@ -40,19 +40,19 @@ class Cut(NamedTuple):
 class Sharding:
     """The part of process `rank` of `size`.
 
-    `group_sizes`: of quantized modules, by their names; a split inside of a group is none. What
-    cannot be split is whole on every rank, and `splits` lacks it. Raises if that is everything.
+    `group_sizes`: group sizes of quantized modules by name; no group may be split. What cannot be
+    split is whole on every rank, and is not in `splits`. Raises if nothing can be split.
     """
 
     config: ModelConfig
     rank: int
     size: int
     group_sizes: Mapping[str, int]
-    # attention, linear, mlp, experts (by width), whole experts, shared expert.
+    # Some of: attention, linear, mlp, experts (by width), whole experts, shared expert.
     splits: set[str] = field(default_factory=set)
-    # Of this part: numbers of heads and widths.
+    # The config of this part, with its numbers of heads and its widths.
     local: ModelConfig = field(init=False)
-    # The experts of this part, where they are split as a whole.
+    # The experts of this part, if whole experts are distributed.
     experts: Range | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Sharding:
             )
 
     def cut(self, name: str) -> Cut | None:
-        """Of a parameter by its name on disk; None: it is whole."""
+        """The cut of a parameter, by its name on disk; None if it is whole."""
         if not name.startswith(LAYERS):
             return None
         inner = name.removeprefix(LAYERS).partition(".")[2]
@@ -96,7 +96,7 @@ class Sharding:
 
     @property
     def note(self) -> str:
-        """What people are told: what is large and whole on every rank; empty where nothing is."""
+        """Large parts that are whole on every rank, for the user; empty if there are none."""
         c, kinds = self.config, list[str]()
         if FULL in c.layer_types and "attention" not in self.splits:
             kinds.append(f"attention ({c.num_attention_heads} heads)")
@@ -112,16 +112,16 @@ class Sharding:
         self.local = replace(self.local, **sizes)
 
     def _part(self, count: int) -> Range | None:
-        """This rank's part of so many things, all parts of one size."""
+        """This rank's part of `count` items; None if they cannot be divided equally."""
         part = count // self.size
         return None if not part or count % self.size else (self.rank * part, (self.rank + 1) * part)
 
     def _width(self, width: int, parent: str) -> Range | None:
-        """This rank's part of a feed-forward width, in whole groups."""
+        """This rank's part of a feed-forward width, in whole quantization groups."""
         return self._in_groups(self._part(width), 1, f"{parent}.down_proj")
 
     def _in_groups(self, part: Range | None, item: int, module: str) -> Range | None:
-        """The part, if its columns of so many items each are whole groups of that module."""
+        """The part, if its columns (`item` for each place) are whole groups of the module."""
         sizes = [
             g for n, g in self.group_sizes.items() if n.startswith(LAYERS) and n.endswith(module)
         ]
@@ -170,7 +170,7 @@ class Sharding:
             linear_num_key_heads=keys[1] - keys[0],
             linear_num_value_heads=values[1] - values[0],
         )
-        # Channels are those of q, of k, of v.
+        # The channels of q, then k, then v.
         dim_k, dim_v = c.linear_key_head_dim, c.linear_value_head_dim
         parts = [(0, keys, dim_k), (heads[0] * dim_k, keys, dim_k)]
         parts.append((2 * heads[0] * dim_k, values, dim_v))
@@ -193,7 +193,7 @@ class Sharding:
                 self.cuts[f"mlp.switch_mlp.{name}"] = Cut(0, c.num_experts, (part,))
         else:
             return
-        # Where it is not split, rank 0 alone counts it.
+        # If it is not split, only rank 0 adds its output.
         if width := self._width(c.shared_expert_intermediate_size, "shared_expert"):
             self._add("shared expert", shared_expert_intermediate_size=width[1] - width[0])
             self._cut_mlp("mlp.shared_expert", c.shared_expert_intermediate_size, width)

@@ -1,4 +1,4 @@
-"""One table from Hugging Face tensor names to MLX names, both without their prefixes."""
+"""The table of all tensors: Hugging Face names to MLX names, both without prefixes."""
 
 # H hidden, F feed-forward width; Hq/Hkv heads of attention, of dim D; Hk/Hv key/value heads of
 # linear attention, of dims Dk/Dv, R of the latter to one of the former, C channels of the
@@ -17,18 +17,18 @@ from .names import TRUNK
 
 
 class Role(Enum):
-    """What may become of a tensor: who is cast, who is quantized."""
+    """What happens to a tensor: cast, quantized, copied or dropped."""
 
     PLAIN = auto()  # cast to the chosen dtype
-    DECAY = auto()  # as PLAIN, but float32 stays float32: exp(A_log) is taken
+    DECAY = auto()  # as PLAIN, but float32 stays float32: exp(A_log) needs it
     QUANTIZED = auto()
-    ROUTER = auto()  # quantized at 8 bits: fewer flip the choice of experts
-    CARRIED = auto()  # not part of the text model: bytes and precision of the source
+    ROUTER = auto()  # quantized at 8 bits: fewer would change the choice of experts
+    CARRIED = auto()  # copied, not part of the text model
     DROPPED = auto()
 
 
 class Transform(Enum):
-    """The one change of values or layout between source and output."""
+    """The change of values or layout between source and output."""
 
     KEEP = auto()
     ADD_ONE = auto()  # HF multiplies by 1 + w, MLX by w
@@ -38,13 +38,13 @@ class Transform(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor of the source, what happens to it, its shape there, who has it, where it goes.
+    """A source tensor, its role and shape, the models that have it, and its output.
 
     Names are bare; `{layer}`, `{block}` (of the tower) and `{expert}` are filled in, and a final
-    `*` stands for any rest, of any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`.
-    `output` is named if it is another than `source`, `each` if every expert may be stored by
-    itself. `split` = (groups, widths): the rows are groups of parts, and the output is some `parts`
-    of all.
+    `*` matches any rest, of any shape. `shape` is in terms of `model_sizes`, `when` of `_facts`.
+    `output`: the name there, if it differs from `source`. `each`: the name of one expert's tensor,
+    if experts may be stored one by one. `split` = (groups, widths): the rows are groups of parts
+    with these widths, and the output consists of the parts with the indices `parts`.
     """
 
     source: str
@@ -59,7 +59,7 @@ class Row:
 
 
 def model_sizes(c: ModelConfig) -> dict[str, int]:
-    """The numbers that shapes in the table are made of."""
+    """The sizes that the shapes of the table refer to."""
     sizes = {
         "vocab": c.vocab_size,
         "H": c.hidden_size,
@@ -92,7 +92,7 @@ def model_sizes(c: ModelConfig) -> dict[str, int]:
 
 
 def _facts(config: ModelConfig, layer_type: str) -> set[str]:
-    """What `when` of a row may ask for."""
+    """The conditions that `when` of a row may name."""
     return {
         "linear" if layer_type == LINEAR else "full",
         "vision" if config.vision else "blind",
@@ -117,7 +117,7 @@ def _affine(
 
 PLAIN, DECAY, QUANTIZED, ROUTER = Role.PLAIN, Role.DECAY, Role.QUANTIZED, Role.ROUTER
 ADD_ONE = Transform.ADD_ONE
-# Qwen3-Next: one projection for all, the rows of each key head together.
+# Qwen3-Next has one fused projection, with the rows of each key head together.
 QKVZ, BA = ("Hk", "Dk Dk R*Dv R*Dv"), ("Hk", "R R")
 # [E, 2I, H] with the gate first.
 GATE_UP = ("E", "I I")
@@ -171,7 +171,7 @@ TABLE: tuple[Row, ...] = (
     Row("norm.weight", PLAIN, "H", transform=ADD_ONE),
     Row("lm_head.weight", QUANTIZED, "vocab H", "untied"),
     Row("lm_head.*", Role.DROPPED, when="tied"),
-    # Of an MTP layer that is not as MTP_TABLE has it.
+    # Tensors of an MTP layer that does not match MTP_TABLE.
     Row("mtp.*", Role.CARRIED),
     *_affine("patch_embed.proj", "Vh Vc Vt Vs Vs", "Vh", Transform.CHANNELS_LAST),
     _tower("pos_embed.weight", "Vp Vh"),
@@ -198,11 +198,11 @@ def _in_mtp(row: Row) -> Row:
     return replace(row, source=source, output=output, each=each)
 
 
-# Multi-token prediction: one layer with full attention between norms of its own.
+# Multi-token prediction: one full-attention layer between its own norms.
 MTP_TABLE: tuple[Row, ...] = (
     Row("mtp.pre_fc_norm_embedding.weight", PLAIN, "H", transform=ADD_ONE),
     Row("mtp.pre_fc_norm_hidden.weight", PLAIN, "H", transform=ADD_ONE),
-    # Few weights that everything goes through: the router's 8 bits.
+    # 8 bits, as the router: it is small, and every token goes through it.
     Row("mtp.fc.weight", ROUTER, "H 2*H"),
     *(
         _in_mtp(row)
@@ -214,13 +214,13 @@ MTP_TABLE: tuple[Row, ...] = (
 
 
 def walk_mtp(config: ModelConfig) -> Iterator[Row]:
-    """The rows of the MTP layer that goes with a model; its number is 0."""
+    """The rows of a model's MTP layer; its layer number is 0."""
     facts = _facts(config, FULL)
     yield from (row for row in MTP_TABLE if set(row.when.split()) <= facts)
 
 
 def walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
-    """The rows that a model has, with the number of the layer or block, in order of the output."""
+    """The rows of a model, each with the number of its layer or block, in output order."""
     depth = config.vision.depth if config.vision else 0
     for (per_layer, per_block), group in groupby(
         TABLE, lambda row: ("{layer}" in row.source, "{block}" in row.source)
@@ -233,12 +233,12 @@ def walk(config: ModelConfig) -> Iterator[tuple[Row, int]]:
 
 
 def filled(name: str, number: int, expert: int = 0) -> str:
-    """A name of the table in one layer, or one block of the tower."""
+    """A name of the table for one layer, block or expert."""
     return name.format(layer=f"layers.{number}.", block=number, expert=expert)
 
 
 def shape_of(text: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """`E 2*I H`: each a sum of products of sizes and numbers."""
+    """Evaluate a shape such as `E 2*I H`: each dim is a sum of products of sizes and numbers."""
 
     def product(term: str) -> int:
         return math.prod(int(f) if f.isdigit() else sizes[f] for f in term.split("*"))
@@ -254,10 +254,7 @@ def output_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of text model, MTP layer and tower as Hugging Face names it, with its shape.
-
-    Experts are fused.
-    """
+    """Hugging Face names and shapes of all tensors, of MTP layer and tower too; experts fused."""
     sizes = model_sizes(config)
     found = {}
     for row, layer in chain(walk(config), ((row, 0) for row in walk_mtp(config))):

@@ -1,1 +1,1 @@
-"""From token ids to token ids: prompt cache, decoding, sampling, output."""
+"""From prompt ids to output: prompt cache, decoding, sampling, parsing, scheduling."""

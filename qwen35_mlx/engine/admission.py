@@ -1,4 +1,4 @@
-"""Which requests fit the memory beside those that run."""
+"""Decides which requests fit into memory beside the running ones."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,14 +9,14 @@ from ..model.language import Model
 from .prefix_store import PrefixStore
 from .prepare import Prepared
 
-# Of what an answer may have, this much is counted: clients ask for 64,000 and seldom take a tenth.
+# At most so many tokens of an answer are counted: clients ask for 64,000 and seldom use a tenth.
 COUNTED_TOKENS = 16_384
-# Of an unknown machine's memory.
+# Share of the memory to use on a machine without Metal.
 SHARE_WITHOUT_GPU = 0.5
 
 
 class Admission:
-    """Counts keys, values and states of requests by their prompts and what they may answer."""
+    """Counts keys, values and states of requests, from their prompts and maximum lengths."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Admission:
         memory_bytes: float | None = None,
         others: Iterable[Model] = (),
     ):
-        """`memory_bytes` None: what the machine has left beside weights, a prefill and points.
+        """`memory_bytes` None: what the machine has left after weights, a prefill and snapshots.
 
         `others`: the model with adapters, which shares its weights.
         """
@@ -43,13 +43,13 @@ class Admission:
         return needed <= self.memory_bytes
 
     def _bytes_of(self, prepared: Prepared) -> int:
-        """Of one answer."""
+        """Bytes of one answer."""
         tokens = len(prepared.ids) + min(prepared.max_tokens, COUNTED_TOKENS)
         cache = kv_bytes(self._config, kv_capacity(tokens), self._item_bytes)
         return cache + 2 * state_bytes(self._config, self._item_bytes)
 
     def _left(self) -> float:
-        """What the machine has left."""
+        """Bytes that the machine has left for answers."""
         machine = describe()
         limit = machine.gpu_limit_bytes or machine.memory_bytes * SHARE_WITHOUT_GPU
         parameters = arrays_of([model.parameters() for model in self._models]).values()

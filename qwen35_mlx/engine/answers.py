@@ -1,7 +1,7 @@
-"""What the model wrote in its answers, for clients that send them back changed.
+"""Memory of the model's own answers, for clients that send them back changed.
 
-Many clients drop thoughts or write the arguments of calls in another way. Then the next prompt
-would differ from what was read, and everything behind would be read again.
+Many clients drop thoughts or rewrite the arguments of calls. Then the next prompt would differ from
+the cached one, and everything after the difference would be prefilled again.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class AnswerMemory:
-    """Thoughts and calls of recent answers, found by all that was said up to them.
+    """Thoughts and calls of recent answers, by a hash of the conversation up to them.
 
-    So no conversation gets a thought of another one. For use from several threads.
+    So no conversation gets the thought of another one. Thread-safe.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,9 @@ class AnswerMemory:
         self._lock = Lock()
 
     def restored(self, messages: Sequence[Any], adapter: str = "") -> tuple[list[Any], bytes]:
-        """The messages with answers as the model wrote them, and the key of what follows them.
+        """The messages with answers as the model wrote them, and the key for the next answer.
 
-        What was written with another adapter is not known here.
+        Answers of other adapters are not found.
         """
         key, restored = adapter.encode(), list[Any]()
         for message in messages:
@@ -50,7 +50,7 @@ class AnswerMemory:
     def remember(
         self, key: bytes, content: str, thought: str, calls: Sequence[ToolCall], typed: bool
     ) -> None:
-        """An answer to the messages that `key` stands for; `typed` as in `as_message`."""
+        """Store the answer to the messages of `key`; `typed` as in `as_message`."""
         sent = [as_message(call, typed=True) for call in calls]
         answer = {"role": "assistant", "content": content, "tool_calls": sent}
         written = [as_message(call, typed=typed)["function"]["arguments"] for call in calls]
@@ -72,14 +72,14 @@ def _as_written(message: Message, thought: str, written: Sequence[dict[str, Any]
 
 
 def _key(before: bytes, message: Any) -> bytes:
-    """Of a message behind others, whatever its thought is and however its calls are written."""
+    """The key of a message after others; it ignores the thought and the spelling of calls."""
     if not isinstance(message, Mapping):
         said: Any = repr(message)
     else:
         content = message.get("content")
         if isinstance(content, list | tuple):
             parts = [_shown(part) for part in content]
-            # A text in parts is the same text.
+            # Text parts are equal to one text.
             is_text = all(isinstance(part, str) for part in parts)
             content = "".join(parts) if is_text else parts
         try:
@@ -93,7 +93,7 @@ def _key(before: bytes, message: Any) -> bytes:
 
 
 def _shown(part: Any) -> Any:
-    """A part's text, or a picture by what it shows."""
+    """A part's text, or the digest of its picture."""
     if not isinstance(part, Mapping):
         return [part]
     if isinstance(part.get("text"), str):

@@ -1,4 +1,4 @@
-"""One thread in the background: MLX never frees what it sets up for a thread."""
+"""One background thread for all chats, because MLX never frees its memory of a thread."""
 
 import atexit
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from threading import Event, Lock, Thread
 
 import mlx.core as mx
 
-# Gets a function that says whether to stop.
+# A job gets a function that tells it whether to stop.
 Job = Callable[[Callable[[], bool]], None]
 
 _jobs: SimpleQueue[tuple[Job, Callable[[], bool], Future[None]] | None] = SimpleQueue()
@@ -24,22 +24,22 @@ class BackgroundJob:
         self._running: Future[None] | None = None
 
     def start(self, job: Job) -> None:
-        """Run `job(should_stop)`; a job of this owner that runs is stopped first."""
+        """Run `job(should_stop)`, after stopping this owner's running job."""
         self.stop()
-        # A new event: the old job keeps the one that stops it.
+        # A new event, because the old job keeps its own.
         self._stopping = stopping = Event()
         self._running = Future()
         _start_thread()
         _jobs.put((job, lambda: stopping.is_set() or _at_exit.is_set(), self._running))
 
     def stop(self, *, wait_for_end: bool = False) -> None:
-        """Return when no job runs; raises what went wrong in it."""
+        """Stop the job and wait until it has ended; raises the error of the job."""
         running, self._running = self._running, None
         if running is None:
             return
         if not wait_for_end:
             self._stopping.set()
-            # One that has not begun.
+            # It has not started.
             if running.cancel():
                 return
         running.result()
@@ -63,14 +63,14 @@ def _work() -> None:
                 result.set_result(None)
             except BaseException as error:
                 result.set_exception(error)
-        # Or a forgotten chat would live until the next job.
+        # Otherwise a forgotten chat stays in memory until the next job.
         del item, job, should_stop, result
-    # MLX ends a thread's streams late; a process that exits before that is aborted.
+    # MLX frees a thread's streams late, and aborts a process that exits before that.
     mx.clear_streams()
 
 
 def _end() -> None:
-    """A thread that still computes at exit would abort the process."""
+    """End the thread: a computation at exit would abort the process."""
     _at_exit.set()
     _jobs.put(None)
     if _thread is not None:

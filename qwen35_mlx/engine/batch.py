@@ -1,4 +1,4 @@
-"""Many prompts in one call: the answers to all of them, or their embeddings.
+"""Many prompts in one call: all answers, or all embeddings.
 
 N prompts, H hidden size.
 """
@@ -33,14 +33,13 @@ def batch_generate(
     answered: Callable[[int, str], None] = lambda index, text: None,
     **sampling: Any,
 ) -> list[str]:
-    """The answer to each prompt, as `generate` gives it; the lengths may differ.
+    """The answer to each prompt, as `generate` gives it; prompts may have any lengths.
 
-    A prompt is a text, token ids or messages. Up to `batch_size` answers are decoded together, a
-    token each in a pass over the weights. `shares_prefix` reads what all prompts begin with once;
-    it rounds elsewhere, which can decide between tokens that are equally likely. `schema`, a JSON
-    schema, makes every answer JSON that follows it, without a thought.
-    `answered(place, text)` is called as soon as an answer is complete. Other options as in
-    `stream_generate`.
+    A prompt is a text, token ids or messages. Up to `batch_size` answers are decoded together, one
+    token of each per pass. `shares_prefix` prefills the common beginning of all prompts once; this
+    changes rounding, which can decide between equally likely tokens. `schema`, a JSON schema,
+    makes every answer JSON that is valid for it, without a thought. `answered(place, text)` is
+    called when an answer is complete. Other options as in `stream_generate`.
     """
     if isinstance(prompts, str):
         raise Qwen35Error("prompts are not usable", got="one text", expected="a list of prompts")
@@ -66,7 +65,7 @@ def batch_generate(
     prepared = [engine.prepare(request) for request in requests]
     if shares_prefix and prepared:
         ids = [each.ids[:-1] for each in prepared]
-        # What the first and the last in order have in common, all have.
+        # The common prefix of the smallest and the largest is that of all.
         for each in prepared:
             each.marks |= {common_prefix(min(ids), max(ids))}
     for place, event in engine.answer(prepared):
@@ -78,10 +77,10 @@ def batch_generate(
 
 
 def embed(model: Model, tokenizer: Any, prompts: Sequence[Prompt]) -> mx.array:
-    """An embedding `[N, H]` of each prompt: the hidden state of its last token, of length 1.
+    """Embeddings `[N, H]` of the prompts: hidden states of their last tokens, scaled to length 1.
 
-    The state is that after the final norm, in float32. Qwen3.5 is not trained for embeddings:
-    similar texts are near each other, but a model made for it is better at search.
+    They are taken after the final norm, in float32. Qwen3.5 is not trained for embeddings: similar
+    texts have similar ones, but an embedding model is better at search.
     """
     rows = []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""The grammar of tool calls, as a model of Qwen's writes them, with arguments by their schemas."""
+"""A Lark grammar for tool calls in Qwen's format, with arguments by their JSON schemas."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from .tool_values import Schema, kinds_of
 
-# Spaces as models write them, and nowhere else: an endless row of them would be valid.
+# Only the spaces that models write: with flexible whitespace an endless run of it would be valid.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 VALUE_END = "\n</parameter>\n"
 
@@ -20,11 +20,11 @@ def call_grammar(
     strict: Collection[str],
     is_talk: bool = False,
 ) -> str:
-    """Lark of one call, or of several if `parallel`, of these tools.
+    """A Lark grammar for one call of these tools, or several if `parallel`.
 
-    added: added tokens by text; tags that are tokens have to come as such. as_json: arguments as a
-    JSON object, else a tag for each. strict: names of tools whose arguments keep their schemas.
-    is_talk: whether text may stand before the call, between calls, and alone.
+    added: added tokens by text; tags that are tokens must be generated as such. as_json: arguments
+    are a JSON object, else each has a tag. strict: names of tools whose arguments must be valid for
+    their schemas. is_talk: whether text may come before calls, between them, and instead of them.
     """
     start, end = (
         f"<[{added[tag]}]>" if tag in added else _text(tag)
@@ -88,7 +88,7 @@ def _tag_rules(tools: Sequence[Schema], strict: Collection[str]) -> list[str]:
 
 
 def _value(schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """A value and the tag behind it: of texts anything up to the tag, of all else JSON."""
+    """A value and its end tag: any text up to the tag for strings, JSON for other types."""
     choices = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(choices, list) and choices:
         texts = [c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in choices]
@@ -108,7 +108,7 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _text(text: str) -> str:
-    """A literal."""
+    """A Lark literal."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -1,7 +1,7 @@
-"""Where a tool call ends in text that still grows; every character is looked at once.
+"""Finds the end of a tool call in streamed text; looks at every character once.
 
-A marker token is one unpaired surrogate in the text: no decoded text holds one, so tags that are
-spelled by other tokens are text.
+A tag token is represented by an unpaired surrogate, which decoded text never contains. So a tag
+that other tokens spell is plain text.
 """
 
 import re
@@ -18,26 +18,26 @@ VALUE_CLOSE = "</parameter>"
 XML_END = re.compile(rf"{VALUE_CLOSE}\s*{FUNCTION_CLOSE}")
 JSON_MARK = re.compile(rf"[{{}}\[\]\"'{CALL_END}]")
 QUOTE_END = {quote: re.compile(rf"[{quote}\\]") for quote in "\"'"}
-# Another call begins, and not only its tag is named.
+# The start of another call (a tag alone may be a mention), or an end tag.
 NEW_CALL = re.compile(rf"{CALL}(?=\s*(?:{FUNCTION_OPEN}|\{{))|{CALL_END}")
-# Where a call whose end never came ended most likely.
+# The most likely end of a call that was not closed.
 BROKEN_END = re.compile(rf"(?:{FUNCTION_CLOSE}|{VALUE_CLOSE}|[}}\]])\s*{CALL_END}")
 SPACE = re.compile(r"\s*")
 
 
 def written(text: str) -> str:
-    """The text with markers as the model wrote them."""
+    """The text with its markers replaced by the tags."""
     for marker, tag in TAGS.items():
         text = text.replace(marker, tag)
     return text
 
 
 class CallText:
-    """One or more calls at the start of a text that still comes; then `end` is where they end.
+    """One or more calls at the start of a streamed text; `end` is set to where they end.
 
-    before: the space and the tag in front of them. tagged: behind `<tool_call>`, else at a bare
-    `<function=NAME>`. in_line: there is text before it in its line. in_thought: then a call
-    counts only if nothing but calls follows, and it must be of a known tool.
+    before: the space and the tag in front of them. tagged: after `<tool_call>`, else at a bare
+    `<function=NAME>`. in_line: there is text before it in its line. in_thought: a call then counts
+    only if nothing but calls follows, and the tool is known.
     """
 
     def __init__(
@@ -49,21 +49,21 @@ class CallText:
         self.is_talk = False
         self._tools = tools
         self._tagged, self._in_line, self._in_thought = tagged, in_line, in_thought
-        # Text that was looked at, in parts: to add to one long text would copy it each time.
+        # Text that was processed, in parts: appending to one long string would copy it each time.
         self._parts, self._num_before = [before], len(before)
         self._text, self._at = "", 0
-        # Where in all of the text the call that is being read begins.
+        # Start of the current call, in the whole text.
         self._body = len(before)
         self._quote, self._depth = "", 0
         self._step = self._between
 
     @property
     def text(self) -> str:
-        """All of it, `before` included."""
+        """The whole text, with `before`."""
         return "".join([*self._parts, self._text])
 
     def read(self, text: str) -> None:
-        """Take more text; sets `end` once it is known."""
+        """Append text; sets `end` when it is known."""
         searched = len(self._text)
         self._text += text
         if self._in_thought and (at := self._text.find(THINK_END, searched)) >= 0:
@@ -79,20 +79,20 @@ class CallText:
         return None
 
     def finish(self) -> None:
-        """Take the end of all text: calls of which only the last tag is missing are whole."""
+        """Handle the end of the text: calls that lack only the last tag are complete."""
         if self.end is not None or (self._step == self._between and self.calls and not self._text):
             self.end = len(self.text) if self.end is None else self.end
             return
         text = self.text
         broken = BROKEN_END.search(text, self._body)
         if broken and not self._in_thought and self._step in (self._value, self._json):
-            # A value that goes on to the end of all text lacks its own end.
+            # The value has no end: cut it at the most likely one.
             self._spoil(text[: broken.end() - 1], broken.end())
         else:
             self._spoil(text, len(text))
 
     def _between(self) -> None:
-        """Before a call, or behind one."""
+        """State: before a call, or after one."""
         text = self._text
         while True:
             space = SPACE.match(text, self._at)
@@ -121,7 +121,7 @@ class CallText:
             self._break(self._at, is_talk=is_mention)
 
     def _name(self) -> None:
-        """In the tag of a function, or behind it before its first parameter."""
+        """State: in the tag of a function, or before its first parameter."""
         if not (function := FUNCTION.match(self._text, self._at)):
             name = self._text[self._at + len(FUNCTION_OPEN) :]
             if "\n" in name or name[:1] == ">":
@@ -138,7 +138,7 @@ class CallText:
             self._break(at, is_talk=not self._tagged)
 
     def _value(self) -> None:
-        """Among the parameters: they end where a value and the function do."""
+        """State: in the parameters, which end where a value and the function end."""
         text = self._text
         if end := XML_END.search(text, self._at):
             self._take_xml(end.end())
@@ -148,7 +148,7 @@ class CallText:
         self._at = last if may_end else max(self._at, len(text) - len(VALUE_CLOSE) + 1)
 
     def _json(self) -> None:
-        """In an object or a list, in JSON or Python's spelling."""
+        """State: in an object or a list, in JSON or Python's spelling."""
         while True:
             pattern = QUOTE_END[self._quote] if self._quote else JSON_MARK
             if not (mark := pattern.search(self._text, self._at)):
@@ -169,7 +169,7 @@ class CallText:
         self._take(read_json_calls(written(body), self._tools), body.find(CALL_END))
 
     def _skip(self) -> None:
-        """In a call that cannot be understood."""
+        """State: in a call that cannot be parsed."""
         close = self._text.find(CALL_END, self._at)
         self._at = len(self._text) if close < 0 else close
         if close >= 0:
@@ -183,8 +183,8 @@ class CallText:
         self._take([] if crossed >= 0 else [read_xml(written(body), self._tools)], crossed)
 
     def _take(self, calls: list[ToolCall], broken_at: int) -> None:
-        """Count `calls` as read, if they are whole; else the call broke there in its text."""
-        # In a thought, a call of a function that is not there is talk.
+        """Add `calls` if they are complete; otherwise the call is broken, from `broken_at` on."""
+        # In a thought, a call of an unknown function is text.
         known = tool_names(self._tools) if self._in_thought else [call.name for call in calls]
         if not calls or not all(call.complete and call.name in known for call in calls):
             start = self._body - self._num_before
@@ -196,10 +196,10 @@ class CallText:
             self.end = self._num_before + self._at
 
     def _break(self, at: int, is_talk: bool = False) -> None:
-        """This is no call that can be run: talk, or to be skipped up to its tag."""
+        """This is not a valid call: treat it as text, or skip it up to its end tag."""
         if self._in_thought or is_talk:
             return self._talk(at)
-        # All before belongs to the call, looked at or not.
+        # The whole text before belongs to the call.
         whole = self.text
         self._parts, self._num_before = [], 0
         self._text, self._at = whole, len(whole) - len(self._text) + at
@@ -211,7 +211,7 @@ class CallText:
         self.calls = []
 
     def _spoil(self, text: str, end: int) -> None:
-        """Give a call of which `text` is all, as far as it can be understood."""
+        """Add an incomplete call with everything that can be parsed from `text`."""
         self.end = end
         if self.calls and not self._in_thought:
             self.calls = [self.calls[0]._replace(complete=False)]
@@ -221,7 +221,7 @@ class CallText:
 
 
 def _crossed(text: str) -> int:
-    """Where a call without an end of its own was closed, if another one begins behind; else -1."""
+    """The end tag that closed a call without its own end, if another call follows; else -1."""
     depth, closed = 1, -1
     for mark in NEW_CALL.finditer(text):
         if mark[0] == CALL and closed >= 0:

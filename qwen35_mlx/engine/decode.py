@@ -1,4 +1,4 @@
-"""The only loop that decodes: from the hidden state of a prompt to token ids."""
+"""The only decode loop: from the hidden state of a prompt to token ids."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, cast
@@ -14,7 +14,7 @@ from .speculate import Drafter
 
 
 class Step(NamedTuple):
-    """A drawn token, and the logits `[1, V]` it was drawn from."""
+    """A sampled token, and the logits `[1, V]` that it was sampled from."""
 
     token: int
     logits: mx.array
@@ -28,11 +28,11 @@ def decode(
     max_tokens: int,
     drafter: Drafter | None = None,
 ) -> Generator[Step, None, None]:
-    """Yield up to `max_tokens` tokens that follow `hidden` `[1, 1, H]`, the last one read.
+    """Yield up to `max_tokens` tokens after `hidden` `[1, 1, H]`, that of the last cached token.
 
-    At every yield `cache` has read the token, except the last of `max_tokens`. Without drafts the
-    graph of step N + 1 is built and started before token N is read, so the device never waits for
-    Python. With drafts several tokens are read in one pass; the tokens are the same.
+    At every yield `cache` holds the token, except the last of `max_tokens`. Without drafts the
+    graph of step N + 1 is built and started before the host reads token N, so the device never
+    waits for Python. With drafts one pass reads several tokens; the tokens are the same.
     """
     if max_tokens:
         yield from Decoding(cache, hidden, sampler).steps(max_tokens, drafter)
@@ -41,7 +41,7 @@ def decode(
 def greedy(
     cache: PromptCache, ids: Sequence[int], max_tokens: int, drafter: Drafter | None = None
 ) -> Generator[Step, None, None]:
-    """Read `ids`, and yield the likeliest tokens that follow; see `decode`."""
+    """Prefill `ids` and yield greedy tokens; see `decode`."""
     cache.feeds_mtp = drafter is not None and drafter.uses_mtp
     hidden = cache.read(ids)
     assert hidden is not None
@@ -50,7 +50,7 @@ def greedy(
 
 
 class Decoding:
-    """A text that is being decoded: its next token is drawn and not read yet."""
+    """A sequence that is being decoded: its next token is sampled, but not in the cache yet."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class Decoding:
         forbidden: mx.array | None = None,
         forbidden_behind: Callable[[mx.array], mx.array | None] | None = None,
     ):
-        """Draw the token behind `hidden` `[1, 1, H]`, none that a mask `[V]` forbids.
+        """Sample the token after `hidden` `[1, 1, H]`, without those in the mask `forbidden` `[V]`.
 
-        Later, `forbidden_behind` gives a mask `[T, V]` for tokens `[T]`, the last ones drafts.
+        For later tokens `[T]`, all but the first drafts, `forbidden_behind` gives a mask `[T, V]`.
         """
         self.cache = cache
         self.sampler = sampler
         self._forbidden_behind = forbidden_behind
-        # The token `[1]` and the logits `[1, V]` it was drawn from.
+        # The token `[1]` and the logits `[1, V]` that it was sampled from.
         self.token, self.logits = self._draw(hidden, len(cache.ids), forbidden)
 
     def _draw(
@@ -83,17 +83,17 @@ class Decoding:
         return tokens, logits
 
     def _read(self, tokens: mx.array, drafts: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """Read tokens `[T]`, the last ones `drafts`, and draw what follows each."""
+        """Run a pass over tokens `[T]`, the last ones `drafts`; sample the successor of each."""
         place, hidden = len(self.cache.ids) + 1, self.cache.step(tokens)
         forbidden = None
         if self._forbidden_behind:
-            # It runs while the host finds out what may follow.
+            # Start it: the device computes while the host makes the mask.
             mx.async_eval(hidden)
             forbidden = self._forbidden_behind(tokens)
         return self._draw(hidden, place, forbidden, drafts)
 
     def steps(self, max_tokens: int, drafter: Drafter | None = None) -> Generator[Step, None, None]:
-        """See `decode`; once closed, another call goes on where this one ended."""
+        """See `decode`; after it is closed, another call continues."""
         cache, sampler = self.cache, self.sampler
         if drafter:
             drafter.begin()
@@ -101,8 +101,7 @@ class Decoding:
             left = max_tokens
             while left:
                 if left > 1:
-                    # Not before it is certain that a token follows: a discarded one is not
-                    # penalised.
+                    # Only if another token follows: the last one is not counted.
                     sampler.accept(self.token)
                 drafts = drafter.propose(cache, self.token, sampler, left - 2) if drafter else None
                 if drafts is None:
@@ -117,7 +116,7 @@ class Decoding:
                     left -= 1
                     yield Step(token_id, row)
                     continue
-                # One pass over the token and its drafts; row r says what follows r drafts.
+                # One pass over the token and its drafts; row r is the successor of r drafts.
                 read = mx.concatenate([self.token, drafts])
                 rows, row_logits = self._read(read, drafts)
                 read_ids, drawn_ids = (cast(list[int], ids.tolist()) for ids in (read, rows))
@@ -135,11 +134,11 @@ class Decoding:
                     self.token, self.logits = rows[i : i + 1], row_logits[i : i + 1]
                     yield Step(read_ids[i], row, from_draft=i > 0)
                     if sampler.params is not params or not cache.has_pass:
-                        # Whoever reads the answer changed them, or looked at the cache, which
-                        # ended the pass: what comes later is read again.
+                        # The caller changed the parameters, or accessed the cache, which ends the
+                        # pass: the other accepted drafts are dropped and read again.
                         break
         except RuntimeError as error:
-            # Of MLX, in the middle of a pass that other processes may take part in.
+            # MLX failed in a pass in which other processes may take part.
             if ring := getattr(cache.model, "ring", None):
                 ring.fail(error)
             raise
@@ -148,7 +147,7 @@ class Decoding:
 
 
 def embedding(hidden: mx.array) -> mx.array:
-    """The hidden state `[1, 1, H]` of a prompt's last token -> `[H]` of length 1, in float32."""
+    """The hidden state `[1, 1, H]` of a prompt's last token -> `[H]` with length 1, in float32."""
     row = hidden[0, 0].astype(mx.float32)
     return row / mx.linalg.norm(row)
 
@@ -160,7 +159,7 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def likeliest(row: np.ndarray, num_top: int) -> Top:
-    """The likeliest tokens by log probabilities `[V]`; of equal ones the lowest id first."""
+    """The likeliest tokens by log probabilities `[V]`; ties are sorted by id."""
     if num_top == 0:
         return ()
     candidates = np.argpartition(-row, min(num_top, len(row) - 1))[:num_top]

@@ -1,7 +1,7 @@
-"""How many tokens one pass may read so that each has the bits of a pass of its own.
+"""How many tokens a pass may read so that each has the same bits as in a pass of its own.
 
-On the CPU the portable operations give them. On a GPU MLX's own products and attention choose
-their order of sums by the number of rows; the kernels of this package do not.
+On the CPU this holds for the portable operations. On a GPU, MLX's matmul and attention sum in an
+order that depends on the number of rows; the kernels of this package do not.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ from ..kernels.tiers import DECODE_OPERATIONS, Tiers
 from ..model.cache import accept
 from ..model.language import Model
 
-# What a dense model has no use for.
+# Operations that a dense model does not have.
 OF_EXPERTS = ("router", "expert_gate_up", "expert_down")
 
 
 def exact_rows(model: Model) -> int:
-    """From 1, where drafts would change the text, to 8."""
+    """The number of tokens: from 1, where drafts would change the text, to 8."""
     if runs_on_cpu():
         return MAX_ROWS
     known: int | None = getattr(model, "_exact_rows", None)
     if known is None:
-        # Depends on the weights and the kernels alone, as the kernels themselves.
+        # Stored, because it depends only on the weights and the kernels.
         known = model._exact_rows = _exact_rows_of(model)
     return known
 
@@ -35,7 +35,7 @@ def runs_on_cpu() -> bool:
 
 
 def kernel_rows(tiers: Tiers, is_moe: bool, kv_bits: tuple[int, int] | None = None) -> int:
-    """Most rows for which every operation of a decoding pass is a kernel of this package."""
+    """The number of rows up to which all operations of a decode pass are our kernels."""
     if kv_bits not in (None, (PACKED_BITS, PACKED_BITS)):
         return 0
     other = "decode_attention" if kv_bits else "packed_attention"
@@ -45,12 +45,12 @@ def kernel_rows(tiers: Tiers, is_moe: bool, kv_bits: tuple[int, int] | None = No
 
 def _exact_rows_of(model: Model) -> int:
     most = min(kernel_rows(model.kernels, model.config.is_moe, model.config.kv_bits), MAX_ROWS)
-    # Tried, for some weights are read by no kernel, and then MLX multiplies.
+    # Tested, because some weights have a form that no kernel reads; MLX then multiplies.
     return next((rows for rows in (8, 4, 2) if rows <= most and rows_agree(model, rows)), 1)
 
 
 def rows_agree(model: Model, num_rows: int) -> bool:
-    """Whether a pass of so many tokens gives the logits and states of passes of one token."""
+    """Whether a pass of `num_rows` tokens gives the logits and states of single passes."""
     ids = [(7 * i + 3) % model.config.vocab_size for i in range(num_rows)]
     single, together = model.make_cache(), model.make_cache()
     logits = [model.head(model.trunk(mx.array([[i]]), single)) for i in ids]

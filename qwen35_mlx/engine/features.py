@@ -1,4 +1,4 @@
-"""Features of recent pictures and videos, so that none is encoded twice.
+"""A cache of features of recent pictures and videos, so that none is encoded twice.
 
 H hidden size of the text model.
 """
@@ -19,23 +19,20 @@ if TYPE_CHECKING:
 
 
 class FeatureStore:
-    """What the vision tower made of pictures, by digest; the least recently used go first.
-
-    Not for use from several threads, as the prefix store that it belongs to.
-    """
+    """Features of pictures by digest, with LRU eviction. Not thread-safe."""
 
     def __init__(self, model: Model, max_bytes: int | None = None):
-        """`max_bytes` None: what `load` found to be left for features."""
+        """`max_bytes` None: the model's allowance for features."""
         if max_bytes is None:
             max_bytes = getattr(model, "allowance", Allowance()).features_bytes
         self.model = model
         self.max_bytes = max_bytes
-        # How often the tower ran.
+        # Number of runs of the tower.
         self.num_encoded = 0
         self._features: dict[bytes, mx.array] = {}
 
     def rows(self, tokens: Sequence[MediaToken]) -> mx.array:
-        """The feature of each token, `[N, H]`."""
+        """The features `[N, H]` of picture tokens."""
         parts = []
         for digest, of_one in groupby(tokens, key=lambda token: token.span.media.digest):
             group = list(of_one)
@@ -46,22 +43,22 @@ class FeatureStore:
         return mx.concatenate(parts)
 
     def trim(self, kept: int = 0) -> None:
-        """Drop features until the rest fits the budget, but for the last so many."""
+        """Drop features until the rest fits the budget, but keep the last `kept`."""
         while len(self._features) > kept and self.nbytes > self.max_bytes:
             del self._features[next(iter(self._features))]
 
     @property
     def nbytes(self) -> int:
-        """Memory of all that are kept."""
+        """Memory of all features."""
         return sum(features.nbytes for features in self._features.values())
 
     def _features_of(self, media: "Media", digest: bytes) -> mx.array:
         features = self._features.pop(digest, None)
         if features is None:
             features = self._encode(media)
-        # Behind the others: it was used last.
+        # At the end, as the most recently used.
         self._features[digest] = features
-        # A prompt is read in pieces: what the next one goes on with must still be there.
+        # Keep it: the next piece of the prompt may continue this picture.
         self.trim(kept=1)
         return features
 

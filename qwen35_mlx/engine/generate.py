@@ -1,4 +1,4 @@
-"""One answer to one prompt, as text: the functions for scripts."""
+"""generate and stream_generate: one answer to one prompt, for scripts."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
 from .speculate import AUTO, Drafter
 
-# For scripts, where nobody stops an endless thought; a person in a chat can, and gets more.
+# For scripts, where nobody stops an endless thought; and for chats, where the user can.
 DEFAULT_MAX_TOKENS = 1_024
 LONG_ANSWER_TOKENS = 32_768
 # Layer caches of callers that have read pictures.
@@ -30,9 +30,9 @@ _with_pictures: WeakSet[Any] = WeakSet()
 
 @dataclass
 class GenerationResponse:
-    """One token of an answer and what it took, under mlx-lm's names."""
+    """One token of an answer, with statistics under mlx-lm's names."""
 
-    # What became final with this token; it may be empty, or end an earlier token's.
+    # The text that became final with this token; it may be empty, or complete earlier tokens.
     text: str
     token: int
     # Log probabilities of the whole vocabulary, not evaluated.
@@ -42,9 +42,9 @@ class GenerationResponse:
     prompt_tps: float
     generation_tokens: int
     generation_tps: float
-    # In GB of 10**9 bytes.
+    # In GB (10**9 bytes).
     peak_memory: float
-    # "stop" or "length" with the last one.
+    # "stop" or "length" for the last token.
     finish_reason: str | None = None
 
 
@@ -76,21 +76,21 @@ def stream_generate(
     num_draft_tokens: int | None = None,
     **sampling: Any,
 ) -> Iterator[GenerationResponse]:
-    """Yield a response per token, with mlx-lm's fields; text may lag where it is not final yet.
+    """Yield a response per token, with mlx-lm's fields; text may lag until it is final.
 
-    prompt: plain text, token ids, or messages for the chat template (`enable_thinking` goes to
-    it). `images` are paths, bytes, data: URLs, Pillow images or arrays, `videos` paths, bytes or
-    lists of frames; they come before the text of the user's last message, and a plain text with
-    them is such a message. `allow_url` also fetches web addresses. `cache` holds what was read
-    before the prompt's ids; `cached_ids`, if given, makes the repetition penalty count that too,
-    and must be given, whole, where either has pictures. `stop` strings end the answer and are not
+    prompt: plain text, token ids, or messages for the chat template, which gets `enable_thinking`.
+    images: paths, bytes, data: URLs, Pillow images or arrays. videos: paths, bytes or lists of
+    frames. Both come before the text of the user's last message; a plain text with them becomes a
+    message. `allow_url` also fetches web addresses. cache: layer caches with the tokens before the
+    prompt. cached_ids: the ids of these tokens; the repetition penalty then counts them, and they
+    are required if the cache or the prompt has pictures. `stop` strings end the answer and are not
     part of it. `sampling` overrides `model.sampling_defaults`: temperature, top_p, top_k, min_p,
-    presence_penalty, frequency_penalty, repetition_penalty. `draft`: where several tokens a pass
-    come from, "mtp", "lookup" (of what the text already had), "auto" (both, as far as it is faster)
-    or "off"; the text is the same. `num_draft_tokens` fixes how many. A `Drafter` in place of it
-    keeps what it learned from call to call, and counts. `progress(read, total)` follows the
-    prefill. The answer also ends at `max_tokens` (1,024 if None) and where the context is full.
-    Errors in the arguments are raised by the call, before anything is read.
+    presence_penalty, frequency_penalty, repetition_penalty. draft: the source of drafts, "mtp",
+    "lookup" (earlier text), "auto" (both, as far as it is faster) or "off"; the text is the same.
+    A `Drafter` keeps its measurements from call to call. num_draft_tokens: a fixed number of
+    drafts. `progress(read, total)` is called during the prefill. The answer also ends at
+    `max_tokens` (1,024 if None) and where the context is full. Errors in the arguments are raised
+    by the call itself, before the first token.
     """
     ids = encode_prompt(
         tokenizer,
@@ -145,7 +145,7 @@ def stream_generate(
                     prompt_tokens=len(ids),
                     prompt_tps=len(ids) / max(prefill_seconds, 1e-9),
                     generation_tokens=count,
-                    # The first token comes out of the prefill.
+                    # The first token is a result of the prefill.
                     generation_tps=(count - 1) / seconds if count > 1 and seconds > 0 else 0.0,
                     peak_memory=mx.get_peak_memory() / 1e9,
                     finish_reason=finish,
@@ -157,7 +157,7 @@ def stream_generate(
 
 
 def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence[Any]) -> None:
-    """Behind pictures a token's position is not its place: only their ids tell what it is."""
+    """Require `cached_ids` with pictures: positions after them follow only from the ids."""
     already = cached_tokens(cache)
     shows = any(isinstance(i, MediaToken) for part in (ids, cached_ids) for i in part)
     if (shows or any(entry in _with_pictures for entry in cache)) and len(cached_ids) != already:
@@ -172,7 +172,7 @@ def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence
 
 
 def check_count(name: str, value: Any) -> int:
-    """A number of tokens, from whatever type of whole number."""
+    """A number of tokens as int; raises Qwen35Error if it is not a whole number above 0."""
     if not isinstance(value, Integral) or value < 1:
         raise Qwen35Error(
             f"{name} is not usable", got=repr(value), expected="a whole number, 1 or more"
@@ -181,7 +181,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_stops(stop: Any) -> list[str]:
-    """Texts that end an answer, from none, one or several."""
+    """Stop strings as a list, from None, a text or several."""
     is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
     stops: list[Any] = [] if stop is None else [*stop] if is_list else [stop]
     if not all(isinstance(s, str) for s in stops):

@@ -1,6 +1,6 @@
-"""Grammars that an answer has to follow, on llguidance: JSON schemas, patterns, calls of tools.
+"""Constrained decoding on llguidance: JSON schemas, regular expressions, Lark, tool calls.
 
-A matcher says which tokens may come next. Everything here is numpy and runs in any thread.
+A matcher gives the mask of allowed next tokens. Everything here is numpy and runs in any thread.
 """
 
 import json
@@ -17,44 +17,44 @@ from .requests import Grammar, Request, ToolName
 from .tool_calls import tool_names
 
 MAX_SOURCE_CHARACTERS = 256 * 1024
-# Whether a place in a schema is at fault is tried for so many of them.
+# Maximum number of places in a schema that are tried to find an error.
 MAX_TRIED_PLACES = 500
 CHILDREN = ("properties", "patternProperties", "$defs", "definitions")
 CHILD_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 CHILD = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
-# They join schemas, so that the keys of an object may stand in several places.
+# Keywords that combine schemas, so that the keys of one object may be in several places.
 JOINS = {"allOf", "not", "if", "dependentSchemas", "patternProperties", "minProperties"}
 JOINS_OF_PROPERTIES = {"anyOf", "oneOf", "$ref"}
 
 
 class GrammarError(Qwen35Error):
-    """A grammar or a schema cannot be used; `path` is where in the schema."""
+    """A grammar or schema cannot be used; `path` is the place in the schema."""
 
     path = ""
 
 
 class Matcher:
-    """Follows one answer; of one that has followed none yet, each answer gets a copy."""
+    """The state of a grammar in one answer; every answer gets a copy of a fresh one."""
 
     def __init__(self, matcher: Any, vocab_size: int):
         self._matcher = matcher
         self._vocab_size = vocab_size
 
     def copy(self) -> "Matcher":
-        """Another one at the same place."""
+        """A copy with the same state."""
         return Matcher(self._matcher.deep_copy(), self._vocab_size)
 
     def forbidden(self) -> np.ndarray:
-        """The mask `[V]` of tokens that must not come next; ends count as tokens."""
+        """The mask `[V]` of tokens that must not come next, end tokens included."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
         return allowed == 0
 
     def forbidden_behind(self, tokens: Sequence[int]) -> np.ndarray:
-        """Masks `[T, V]` behind each of T tokens that may come next; nothing is accepted.
+        """Masks `[T, V]` after each of T possible next tokens; the state does not change.
 
-        Behind a token that cannot come, or is the last one, no mask matters.
+        After an invalid token, or the last one of the grammar, the mask is empty.
         """
         masks = np.zeros((len(tokens), self._vocab_size), dtype=bool)
         num_accepted = 0
@@ -69,13 +69,13 @@ class Matcher:
         return masks
 
     def accept(self, token: int) -> None:
-        """The next token."""
+        """Advance by the next token."""
         self._matcher.consume_token(token)
         self._check()
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more can come."""
+        """Whether the grammar allows no further token."""
         return bool(self._matcher.is_stopped())
 
     def _check(self) -> None:
@@ -88,17 +88,17 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles what requests ask for; the tokenizer's tables are made when first needed."""
+    """Compiles the grammars of requests; the tokenizer's tables are made when first needed."""
 
     def __init__(self, tokenizer: Any, vocab_size: int):
-        """vocab_size: the width of the logits, which may be more than the tokenizer knows."""
+        """vocab_size: the width of the logits, which may exceed the tokenizer's vocabulary."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._tables: Any = None
         self._lock = Lock()
 
     def of(self, request: Request, writes_json_calls: Callable[[], bool]) -> Matcher | None:
-        """What the answer has to follow behind its thought; None if nothing.
+        """The grammar of the answer after its thought; None if the request has none.
 
         `writes_json_calls()`: whether the model writes calls as JSON.
         """
@@ -118,7 +118,7 @@ class Grammars:
             parts.append(self._of_answer(request.grammar))
         if must_call or may_call:
             tools = _chosen(request.tools, choice)
-            # Beside text of any kind a call that is not strict is free too.
+            # If any text is allowed, calls of tools that are not strict are free too.
             is_talk = not must_call and request.grammar is None
             lark = call_grammar(
                 tools,
@@ -178,12 +178,12 @@ class Grammars:
         return part
 
     def _fault(self, text: str) -> str:
-        """What is wrong with a grammar; empty if nothing."""
+        """The error of a grammar; empty if it is valid."""
         ll, tables = self._ll()
         return str(ll.LLMatcher.validate_grammar(text, tables))
 
     def _path_of_fault(self, schema: Any) -> str:
-        """The innermost place of a schema that is at fault by itself."""
+        """The innermost place of a schema that is invalid by itself."""
         shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
         path, left = "$", MAX_TRIED_PLACES
         while True:
@@ -199,7 +199,7 @@ class Grammars:
                 return path
 
     def _ll(self) -> tuple[Any, Any]:
-        """The library, and its tables of the tokenizer."""
+        """The library, and its tables for the tokenizer."""
         needs = "schemas, grammars and required tools need llguidance"
         with extra("server", needs, GrammarError):
             import llguidance
@@ -213,7 +213,7 @@ class Grammars:
 
 
 class _Words:
-    """A tokenizer as llguidance reads it. Added tokens are special: no text spells them."""
+    """A tokenizer for llguidance. Added tokens are special: text cannot spell them."""
 
     bos_token_id = None
 
@@ -233,7 +233,7 @@ class _Words:
 
 
 def _json_part(schema: Any) -> dict[str, Any]:
-    """A schema as a part of a grammar; what it says of spaces itself does not count."""
+    """A schema as a part of a grammar, with our own whitespace options."""
     try:
         size = len(json.dumps(schema, allow_nan=False))
     except (ValueError, TypeError, RecursionError) as error:
@@ -247,7 +247,7 @@ def _json_part(schema: Any) -> dict[str, Any]:
 
 
 def _is_joined(schema: Any) -> bool:
-    """Whether the keys of an object may stand in several places of the schema."""
+    """Whether the keys of one object may be in several places of the schema."""
     if not isinstance(schema, Mapping):
         return False
     joins = JOINS | JOINS_OF_PROPERTIES if "properties" in schema else JOINS
@@ -255,7 +255,7 @@ def _is_joined(schema: Any) -> bool:
 
 
 def _closed(schema: Any) -> Any:
-    """The schema without other keys than it names; models add keys without end."""
+    """The schema with additional keys forbidden, because models add keys without end."""
     if not isinstance(schema, Mapping):
         return schema
     closed = dict(schema)
@@ -282,7 +282,7 @@ def _too_long(num_characters: int) -> GrammarError:
 
 
 def _children(schema: Any) -> list[tuple[str, Any]]:
-    """The schemas in a schema, by their place."""
+    """The sub-schemas of a schema, with their places."""
     if not isinstance(schema, Mapping):
         return []
     found: list[tuple[str, Any]] = []
@@ -296,7 +296,7 @@ def _children(schema: Any) -> list[tuple[str, Any]]:
 
 
 def _chosen(tools: Sequence[Any], choice: Any) -> Sequence[Any]:
-    """The tools of which one has to be called."""
+    """The tools that may be called for a `tool_choice`."""
     if not tools:
         raise GrammarError("a tool has to be called, and there are no tools")
     if not isinstance(choice, ToolName):

@@ -1,22 +1,22 @@
-"""A detector of answers that repeat themselves without end."""
+"""Detects answers that repeat themselves without end."""
 
 import re
 from typing import Any
 
 MIN_REPEATS = 4
 GRAM = 8
-# Tokens that repeat what came before, word for word, until it is a loop. What is wanted ends by
-# itself: few ask for more than 300 equal lines, or for a matrix of more than 64 x 64.
+# Number of exactly repeated tokens that make a loop. Wanted repetition ends by itself: few users
+# ask for more than 300 equal lines, or for a matrix of more than 64 x 64.
 MAX_PROSE_TOKENS = 512
 MAX_SENTENCE_LINES_TOKENS = 2_048
 MAX_TEXT_TOKENS = 8_192
 MAX_DATA_TOKENS = 12_288
-# Of lines this long, in characters, a person does not ask for hundreds.
+# Users do not ask for hundreds of lines of this length, in characters.
 PARAGRAPH_LINE = 120
 NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?!\w|[.,]\d)|\b1000\b")
 NUMBER_WORDS = {"hundred": 100, "thousand": 1000}
 WORD = re.compile(r"[^\W\d_]+")
-# Of writing without spaces, a character is a word.
+# In scripts without spaces, each character counts as a word.
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 SENTENCE_ENDS = ".!?\u2026\u3002\uff01\uff1f"
 SENTENCE_END = re.compile(f"[{SENTENCE_ENDS}]")
@@ -25,12 +25,12 @@ NOT_PROSE = re.compile(r"[\[\]{}<>|=\\/_#\t]")
 
 
 class LoopDetector:
-    """Watches the tail of a sequence of tokens; constant time a token.
+    """Watches the end of a sequence of tokens, in constant time per token.
 
-    A loop is a passage that came `MIN_REPEATS` times in a row, word for word, and goes on for
-    more tokens than such a passage may: the fewest for running text, more for lines and single
-    words, the most for numbers, tables and runs of characters. A passage may also come as often
-    as a number in `question` says, and one made of its words counts as lines do.
+    A loop is a passage that was repeated exactly, at least `MIN_REPEATS` times in a row, for more
+    tokens than its kind may: few for running text, more for lines and single words, most for
+    numbers, tables and runs of characters. A passage may also repeat as often as a number in
+    `question` says; a passage made of the question's words counts as lines.
     """
 
     def __init__(self, tokenizer: Any, question: str = "") -> None:
@@ -39,12 +39,12 @@ class LoopDetector:
         numbers = {NUMBER_WORDS.get(word, 0) for word in self._words_wanted}
         self._most_wanted = max(numbers.union(map(int, NUMBER.findall(question))), default=0)
         self._ids: list[int] = []
-        # Where the last tokens stood before: the distance is the length of a passage.
+        # Last position of each gram; the distance to it is the length of a passage.
         self._last: dict[tuple[int, ...], int] = {}
         self._period = self._repeated = self._limit = 0
 
     def feed(self, token: int) -> bool:
-        """Whether the text is in a loop now."""
+        """Add a token; returns whether the text is in a loop."""
         ids = self._ids
         ids.append(token)
         at = len(ids) - 1
@@ -52,7 +52,7 @@ class LoopDetector:
         if self._period and token == ids[at - self._period]:
             self._repeated += 1
         else:
-            # As many tokens as a gram has came before, or nothing repeats.
+            # The whole gram occurred before, or the period is 0 and nothing repeats.
             self._period, self._repeated = at - self._last.get(gram, at), GRAM
         self._last[gram] = at
         least = max(MAX_PROSE_TOKENS, (MIN_REPEATS - 1) * self._period)
@@ -61,10 +61,10 @@ class LoopDetector:
         return self._repeated >= max(least, self._limit)
 
     def _limit_of(self, ids: list[int]) -> int:
-        """How many tokens a passage may repeat, given twice."""
+        """How many tokens a passage may repeat; `ids` has the passage twice."""
         text = self._tokenizer.decode(ids)
         limit = passage_limit(text)
-        # The ends may be cut.
+        # The first and last word may be cut.
         words = _words(text.partition(" ")[2].rpartition(" ")[0])
         if words and words <= self._words_wanted:
             limit = max(limit, MAX_TEXT_TOKENS)
@@ -76,19 +76,19 @@ def passage_limit(text: str) -> int:
     words = WORD.findall(text)
     num_cjk = len(CJK.findall(text))
     if not any(len(word) > 1 for word in words) or not (num_cjk or re.search(r"\s", text)):
-        # A row of signs alone is a rule, and not data.
+        # A row of punctuation is a separator line, not data.
         return MAX_DATA_TOKENS if re.search(r"[\w\n]", text) else MAX_TEXT_TOKENS
     num_words = num_cjk or len(words)
     is_prose = (
         sum(map(str.isalpha, text)) >= 0.75 * len(re.sub(r"\s", "", text))
         and not NOT_PROSE.search(text)
         and len(COMMA.findall(text)) <= num_words // 2
-        # Three words of a sentence, or five without a stop, given twice.
+        # Three words of a sentence, or five without a full stop; the text has them twice.
         and num_words >= (6 if SENTENCE_END.search(text) else 10)
     )
     if not is_prose:
         return MAX_TEXT_TOKENS
-    # The ends may be cut.
+    # The first and last line may be cut.
     lines = [line.strip() for line in text.split("\n")[1:-1] if line.strip()]
     if "\n" not in text or min(map(len, lines), default=0) >= PARAGRAPH_LINE:
         return MAX_PROSE_TOKENS

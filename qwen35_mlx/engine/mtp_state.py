@@ -1,6 +1,6 @@
-"""What the MTP layer has read of one sequence, and the drafts it makes from there.
+"""The MTP layer's cache of one sequence, and its drafts.
 
-H hidden size, M tokens that wait to be read.
+H hidden size, M pending tokens, which the layer has not read.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,22 +12,22 @@ from ..model.cache import KVCache
 from ..model.language import Model
 from ..model.mtp import MTP
 
-# The rows that a decode kernel takes; more are read without waiting for the next draft.
+# Rows of a decode kernel; more pending tokens are read without waiting for the next draft.
 MAX_WAITING = 8
 
 
 class MTPState:
-    """The layer's cache, and the states of the last tokens that it has not read.
+    """The layer's cache, and the hidden states of pending tokens.
 
-    It reads a token's state together with the token behind it, so the last one always waits. What
-    it has read decides which drafts are made, never what the text is: where a part is missing,
-    drafts are worse for a while.
+    The layer reads a token's state together with the next token, so the last one is always
+    pending. What it has read changes only the drafts, never the text: after a gap, drafts are worse
+    for a while.
     """
 
     def __init__(self, model: Model, layer: MTP):
         self.model, self.layer = model, layer
         self.cache = KVCache(model.config.kv_bits)
-        # `[1, M, H]`, of the last M tokens of the sequence; None where they are not known.
+        # `[1, M, H]`, of the last M tokens of the sequence; None if they are not known.
         self.hidden: mx.array | None = None
 
     def read(
@@ -39,11 +39,11 @@ class MTPState:
         ids: Sequence[int],
         rope_delta: int,
     ) -> None:
-        """Read the states `[1, T, H]` of `piece`, which follows `ids`, but for the last one.
+        """Read the states `[1, T, H]` of `piece`, which follows `ids`, except the last one.
 
-        embeddings `[1, T, H]` and positions `[3, 1, T]` of the piece where it has pictures.
+        embeddings `[1, T, H]` and positions `[3, 1, T]` of the piece, if it has pictures.
         """
-        # In a picture a token has no position of its own place: it is left out.
+        # The position of a picture token does not follow from its index: it is left out.
         waiting = None if ids and isinstance(ids[-1], MediaToken) else self.hidden
         num_waiting = 0 if waiting is None else waiting.shape[1]
         first = len(ids) - num_waiting
@@ -73,7 +73,7 @@ class MTPState:
         self.layer.read(states, embedded, self.cache, positions=positions, rope_delta=delta)
 
     def keep(self, hidden: mx.array, ids: Sequence[int], rope_delta: int) -> None:
-        """The states `[1, T, H]` of the last T of `ids`, just read, wait too."""
+        """Add the states `[1, T, H]` of the last T of `ids` as pending."""
         if self.hidden is not None:
             hidden = mx.concatenate([self.hidden, hidden], axis=1)
         self.hidden = hidden
@@ -91,9 +91,9 @@ class MTPState:
         rope_delta: int,
         draw: Callable[[mx.array, int], mx.array],
     ) -> list[mx.array]:
-        """Tokens `[1]` that may follow `token` `[1]`, the one after `ids`; not evaluated.
+        """Drafts, lazy tokens `[1]`, after `token` `[1]`, which follows `ids`.
 
-        `draw(logits [1, V], place)` chooses the one at this place of the sequence.
+        `draw(logits [1, V], place)` samples the token at this place of the sequence.
         """
         if self.hidden is None or (ids and isinstance(ids[-1], MediaToken)):
             return []
@@ -114,7 +114,7 @@ class MTPState:
             kept += num_waiting
             self.hidden = None
         finally:
-            # The drafts' own entries go: those of what is accepted are made of the trunk's states.
-            # After an interrupt all go, and what waits is read again.
+            # Drop the entries of drafts: those of accepted tokens come from the trunk's states.
+            # After an interrupt drop all new entries; the pending tokens are read again.
             self.cache.trim(self.cache.offset - kept)
         return drafts

@@ -1,4 +1,4 @@
-"""Generated tokens, split while they come into thought, answer and tool calls."""
+"""Splits generated tokens, while they stream, into thought, answer and tool calls."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ ORPHAN = re.compile(rf"\s*{CALL_END}")
 
 
 class Piece(NamedTuple):
-    """A bit of streamed text, of the thought or of the answer, or a whole tool call."""
+    """A piece of streamed text, of the thought or the answer, or a whole tool call."""
 
     kind: Literal["thought", "answer", "tool_call"]
     text: str
@@ -21,16 +21,16 @@ class Piece(NamedTuple):
 
 
 class OutputParser:
-    """Turns token ids into pieces; a character is shown once nothing else can claim it.
+    """Turns token ids into pieces; text that may belong to a tag, call or stop is held back.
 
-    stop: strings of which the first ends the text; with `split` they count in the answer alone,
-    not in thoughts and calls. thinking: whether the prompt has opened a thought. tools: without
-    them a call is text. split: False gives all text as answer, tags included.
+    stop: strings that end the text; with `split` only in the answer, not in thoughts and calls.
+    thinking: whether the prompt has opened a thought. tools: without them a call is text. split:
+    False gives all text as answer, with tags.
 
-    Tags are added tokens; the same characters spelled by other tokens are text, unless the
-    tokenizer has no such token. A call opens with `<tool_call>`, or with `<function=NAME>` of a
-    known tool at the start of a line. In a thought it counts if the thought never closes and no
-    text follows. The line ends around tags belong to neither side.
+    Tags are added tokens; the same characters from other tokens are text, unless the tokenizer has
+    no such token. A call starts with `<tool_call>`, or with `<function=NAME>` of a known tool at
+    the start of a line. In a thought it counts if the thought never closes and no text follows.
+    Line breaks around tags are dropped.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class OutputParser:
         tools: Sequence[Schema] = (),
         split: bool = True,
     ):
-        # Whether what follows is thought, as far as that is certain.
+        # Whether the text so far ends in a thought.
         self.in_thought = thinking and split
         # The stop string that has ended the text.
         self.stop_text: str | None = None
@@ -55,16 +55,16 @@ class OutputParser:
         self._spelled = {tag: marker for tag, marker in tags.items() if tag not in added}
         self._openings = tuple(f"{FUNCTION_OPEN}{name}>" for name in tool_names(self._tools))
         self._bare = re.compile("|".join(map(re.escape, self._openings)))
-        # What is not shown yet; of it, what is text whatever tags are in it.
+        # Text that is not emitted yet; and how much of it is plain text, even if it has tags.
         self._buffer = ""
         self._num_plain = 0
-        # The beginning of a tag that is spelled, where the tokenizer has no token for it.
+        # An incomplete tag, if the tokenizer has no token for it.
         self._cut_tag = ""
         self._call: CallText | None = None
         self._at_line_start = True
-        # Nothing was shown yet behind a tag, or behind a call.
+        # Whether nothing was emitted yet after a tag, or after a call.
         self._is_opening, self._is_after_call = split, False
-        # The answer may still open a thought.
+        # Whether the answer is empty so far, and may still open a thought.
         self._is_blank = split
 
     @property
@@ -73,25 +73,25 @@ class OutputParser:
         return self.stop_text is not None
 
     def feed(self, token: int) -> list[Piece]:
-        """The pieces that are certain after `token`."""
+        """Add a token; returns the pieces that are final."""
         if marker := self._markers.get(token):
             return self._read(self._finished_text() + marker)
         self._detokenizer.add_token(token)
         return self._read(self._detokenizer.last_segment)
 
     def insert(self, tokens: Iterable[int]) -> list[Piece]:
-        """As `feed`, for tokens that the model did not write; they complete no character of it."""
+        """As `feed`, for tokens that the model did not generate."""
         pieces = self._read(self._finished_text())
         for token in tokens:
             pieces += self.feed(token)
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back, now that nothing follows; a call that is cut is not complete."""
+        """End the text: returns what was held back; an unfinished call is not complete."""
         return self._read(self._finished_text(), is_end=True)
 
     def _finished_text(self) -> str:
-        """The last text of the detokenizer, without half a character."""
+        """The rest of the detokenizer's text, without an incomplete character."""
         self._detokenizer.finalize()
         return str(self._detokenizer.last_segment).rstrip("\ufffd")
 
@@ -113,7 +113,7 @@ class OutputParser:
         return pieces
 
     def _read_text(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Show text up to the next tag; False if there is none."""
+        """Emit text up to the next tag; False if there is none."""
         if self._is_after_call and (tag_end := ORPHAN.match(self._buffer)):
             self._buffer = self._buffer[tag_end.end() :]
             return True
@@ -132,7 +132,7 @@ class OutputParser:
         if self.in_thought or tag == THINK:
             shown = shown.rstrip("\n")
         elif tag or held or not is_end:
-            # A call that may follow claims the space before it, a thought the line ends.
+            # Hold back space, which belongs to a call that may follow, or line breaks to a thought.
             shown = shown.rstrip() if self._tools else shown
             shown = shown.rstrip("\n") if self._is_blank else shown
         in_line = text.rpartition("\n")[2].strip() or ("\n" not in text and not self._at_line_start)
@@ -162,7 +162,7 @@ class OutputParser:
         return bool(tag)
 
     def _next_tag(self) -> tuple[str, int]:
-        """What ends the text in the buffer, and where; nothing at its end if there is none."""
+        """The next tag in the buffer and its position; an empty tag at the end if there is none."""
         buffer, start = self._buffer, self._num_plain
         places = {}
         if self.in_thought:
@@ -181,22 +181,22 @@ class OutputParser:
         return tag, at
 
     def _num_held_by_bare_call(self, text: str, is_end: bool) -> int:
-        """How much of the end of `text` may begin a call without a tag."""
+        """How many characters at the end of `text` may begin a call without a tag."""
         start = text.rfind("\n") + 1
         line = text[start:]
         if not line or start < self._num_plain or not (start or self._at_line_start):
             return 0
         may_open = any(opening.startswith(line) for opening in self._openings)
-        # At the end it is text, unless enough of it is there.
+        # At the end of the text it is a call only if it is long enough.
         return len(line) if may_open and (not is_end or line.startswith(FUNCTION_OPEN)) else 0
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Where the stop string begins that is complete first, however the text came, and it."""
+        """Start of the stop string that is complete first, and the string."""
         found = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
         return min(found)[1:] if found else None
 
     def _read_call(self, call: CallText, pieces: list[Piece], is_end: bool) -> bool:
-        """Read on in a call; False if more is needed."""
+        """Continue reading a call; False if more text is needed."""
         call.read(self._buffer)
         self._buffer = ""
         if is_end:
@@ -205,7 +205,7 @@ class OutputParser:
             return False
         self._call, self._buffer = None, call.text
         if call.is_talk:
-            # It was no call: text, whatever tags are in it.
+            # It was no call: all of it is text, even if it has tags.
             self._num_plain = call.end
         else:
             self._buffer = call.text[call.end :]
@@ -215,13 +215,13 @@ class OutputParser:
         return True
 
     def _begin(self) -> None:
-        """Another part of the text begins."""
+        """Start the next part of the text."""
         self._is_opening = self._at_line_start = True
         self._is_blank = not self.in_thought
         self._num_plain = 0
 
     def _show(self, text: str, pieces: list[Piece]) -> None:
-        """Show text but for the space behind a tag."""
+        """Emit text, without the space after a tag."""
         if text:
             self._at_line_start = text.endswith("\n")
         if self._is_after_call:

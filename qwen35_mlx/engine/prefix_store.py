@@ -1,6 +1,6 @@
 """The prompt caches of all conversations with one model; the longest matching prefix is reused.
 
-Ids decide, never text: what differs in one id is read again. Ids of pictures name the picture.
+Prefixes are compared by token ids, never by text. The ids of a picture identify the picture.
 """
 
 import itertools
@@ -18,23 +18,23 @@ from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 from .segments import Segments
 
 log = logging.getLogger(__name__)
-# Fewer are read again sooner than a recurrent state is kept for them.
+# Shorter prefixes are prefilled again: a recurrent state for them is not worth its memory.
 MIN_POINT_TOKENS = 32
-# Conversations that nobody continues at the moment; the oldest ones are dropped.
+# Maximum number of caches without an owner; the oldest ones are dropped.
 MAX_IDLE_CACHES = 64
 
 
 class PrefixStore:
-    """Prompt caches, of which the least recently used snapshots are dropped first.
+    """Prompt caches with a memory budget; old snapshots are dropped first.
 
-    `memory_bytes` bounds the snapshots of all caches, and keys and values of those not in use.
-    Not for use from several threads; `background` is stopped before anything else is done.
+    `memory_bytes` bounds the snapshots of all caches, and the keys and values of those not in use.
+    Not thread-safe; `background` has to be stopped before anything else is done.
     """
 
     def __init__(
         self, model: Model, memory_bytes: float | None = None, disk: Segments | None = None
     ):
-        """`memory_bytes` None: what `load` found to be left for snapshots."""
+        """`memory_bytes` None: the model's allowance for snapshots."""
         if memory_bytes is None:
             memory_bytes = getattr(model, "allowance", Allowance()).snapshot_bytes
         self.model = model
@@ -42,7 +42,7 @@ class PrefixStore:
         self.caches: list[PromptCache] = []
         self.features = FeatureStore(model)
         self.background = BackgroundJob()
-        # What is read and written there in the engine's thread.
+        # Saved caches, read and written in the engine's thread.
         self.disk = disk
         self._unsaved: deque[PromptCache] = deque()
         self._writing: Generator[None] | None = None
@@ -55,21 +55,21 @@ class PrefixStore:
         disk: Segments | None = None,
         model: Model | None = None,
     ) -> PromptCache:
-        """A cache that holds the longest prefix of `ids` that any of them can give, or the disk.
+        """A cache with the longest prefix of `ids` that any cache or the disk has.
 
-        `current`, the caller's own, is changed in place; if another one holds more, `current` is
-        released to the store. The caches of others stay as they are. `model`, if it is not the
-        store's own, is that with an adapter: caches that another one has read are not taken.
+        `current`, the caller's own cache, is changed in place; if another one has more, `current`
+        is released to the store. Caches of other owners do not change. `model`: if it is not the
+        store's own, it is the model with an adapter, which uses only its own caches.
         """
         model = model or self.model
-        # The caller's own comes first among equals: it costs no copy.
+        # The caller's own cache is preferred among equals, because it needs no copy.
         candidates = [
             current or PromptCache(model, features=self.features),
             *(c for c in self.caches if c is not current and c.model is model),
         ]
         best = max(candidates, key=lambda c: c.reusable_tokens(ids))
         num_tokens = best.reusable_tokens(ids)
-        # Its files are of one model, not of that with an adapter.
+        # Saved caches are only for the model without an adapter.
         if (disk := disk or self.disk) and disk.model is model:
             at_least = num_tokens + (MIN_POINT_TOKENS if num_tokens else 1)
             if saved := disk.read(ids, at_least, self.features):
@@ -79,14 +79,14 @@ class PrefixStore:
         else:
             if current is not None:
                 current.release()
-            # Behind where an answer begins there is that answer alone: not worth a copy.
+            # Only the last answer comes after its start: dropping it is cheaper than a copy.
             is_branch = num_tokens < best.last_point and num_tokens != best.answer_start
             if best.in_use or is_branch:
                 best.mark_used(num_tokens)
                 best = best.fork(num_tokens)
             else:
                 best.rewind(num_tokens)
-        # One that comes from a file has a store of its own until now.
+        # A cache from the disk has its own feature store so far.
         best.features = self.features
         if owner is not None:
             best.owner = weakref.ref(owner)
@@ -94,7 +94,7 @@ class PrefixStore:
         return best
 
     def save_later(self, cache: PromptCache) -> None:
-        """Write a cache to the disk, where there is one, by later calls of `save_piece`."""
+        """Queue a cache for `save_piece`, if there is a disk."""
         if self.disk is not None and cache.model is self.disk.model:
             self._unsaved = deque([*(c for c in self._unsaved if c is not cache), cache])
 
@@ -104,32 +104,32 @@ class PrefixStore:
         return self._writing is None and not self._unsaved
 
     def save_piece(self) -> None:
-        """Write up to 32 MiB of what waits; an error is logged, and its cache is not written."""
+        """Write up to 32 MiB of the queued caches; an error is logged and skips its cache."""
         try:
             if self._writing is None:
                 self._writing = self._save(self._unsaved.popleft())
             next(self._writing)
         except StopIteration:
             self._writing = None
-        # Answers go on, whatever it is.
+        # Answers must continue after any error.
         except Exception as error:
             self._writing = None
             log.warning("%s", error)
 
     def _save(self, cache: PromptCache) -> Generator[None]:
-        """The beginning that conversations share, where the last answer begins, and the end."""
+        """Save three points: the first snapshot, the start of the last answer, and the end."""
         points = {min(cache.snapshots, default=0), cache.answer_start or 0, cache.last_point}
         for num_tokens in sorted(points):
             if self.disk is not None:
                 yield from self.disk.write(cache, num_tokens)
 
     def drop(self, cache: PromptCache | None) -> None:
-        """Forget a cache."""
+        """Remove a cache."""
         self.caches = [c for c in self.caches if c is not cache]
 
     @property
     def nbytes(self) -> int:
-        """What the budget counts."""
+        """Bytes that count against the budget."""
         points = {id(s): s.nbytes for c in self.caches for s in c.snapshots.values()}
         return sum(points.values()) + sum(
             kv_bytes(c.all_entries) for c in self.caches if not c.in_use
@@ -137,14 +137,14 @@ class PrefixStore:
 
     @property
     def num_snapshots(self) -> int:
-        """How many points there are to continue from."""
+        """Number of distinct snapshots."""
         return len({id(s) for c in self.caches for s in c.snapshots.values()})
 
     def trim(self) -> None:
-        """Drop idle caches of few tokens, and snapshots until the rest fits the budget.
+        """Drop idle caches with few tokens, and snapshots until the rest fits the budget.
 
-        Of the half that was not used for the longest time, that one without which the least has
-        to be read again for what comes behind it: so points are dense near the end of a text.
+        Among the least recently used half, it drops the snapshot whose loss costs the least extra
+        prefill in relation to the tokens after it. So snapshots are dense near the end of a text.
         """
         idle = [c for c in self.caches if not c.in_use]
         worth = [c for c in idle if len(c.ids) >= MIN_POINT_TOKENS]
@@ -157,7 +157,7 @@ class PrefixStore:
             points.sort(key=lambda point: point[0])
             unused = points[: -(-len(points) // 2)]
             _, num_tokens, cache = min(unused, key=lambda point: _gap(point[2], point[1]))
-            # Forks share their snapshots: dropped here, it is dropped there too.
+            # Forks share snapshots, so it is dropped in all of them.
             old = cache.snapshots[num_tokens]
             for other in self.caches:
                 if other.snapshots.get(num_tokens) is old:
@@ -166,16 +166,16 @@ class PrefixStore:
 
 
 def _gap(cache: PromptCache, num_tokens: int) -> float:
-    """What would lie between two points without the one at `num_tokens`, over what follows it."""
+    """The gap in tokens without the snapshot at `num_tokens`, divided by the tokens after it."""
     points = [0, *sorted(cache.snapshots), len(cache.ids)]
     place = points.index(num_tokens, 1)
     return (points[place + 1] - points[place - 1]) / max(points[-1] - num_tokens, 1)
 
 
 def snapshot_marks(start: int, end: int) -> list[int]:
-    """Where a prefill from `start` to `end` takes snapshots besides the turns' boundaries.
+    """Positions of snapshots in a prefill from `start` to `end`, besides the turns' boundaries.
 
-    Twice as far from the end each time: an edit reads at most twice as much as follows it.
+    Distances from the end double: so an edit prefills at most twice the tokens after it.
     """
     distances = (PREFILL_STEP_SIZE << n for n in itertools.count())
     return sorted(itertools.takewhile(lambda n: n > start, (end - d for d in distances)))

@@ -1,6 +1,6 @@
-"""From a request to what the engine runs: ids, points to remember, and all that can be refused.
+"""Checks a request and prepares it for the engine: token ids, snapshot marks, grammar.
 
-No MLX here: any thread may prepare.
+It uses no MLX, so it runs in any thread.
 """
 
 import math
@@ -32,15 +32,15 @@ class Prepared:
     request: Request
     ids: list[int]
     params: SamplingParams
-    # Tokens that may follow.
+    # Maximum length of the answer.
     max_tokens: int = 0
-    # Where the prompt is likely to be gone back to: other messages, other conversations.
+    # Lengths at which a later prompt probably branches off: take snapshots there.
     marks: frozenset[int] = frozenset()
-    # Where the answer's own part of the prompt begins, which a later prompt may show otherwise.
+    # Length of the prompt without the start of the answer, which later prompts render differently.
     boundary: int = 0
-    # Whether the prompt ends in a thought.
+    # Whether the prompt ends in an open thought.
     thinking: bool = False
-    # All that was said, for `AnswerMemory`; none of a raw prompt.
+    # Key of the conversation for `AnswerMemory`; None for a raw prompt.
     key: bytes | None = None
     grammar: Matcher | None = None
     # Whether the template writes arguments of calls as JSON.
@@ -50,7 +50,7 @@ class Prepared:
 
 
 class Preparer:
-    """Prepares requests for one model; it remembers answers to restore what clients drop."""
+    """Prepares requests for one model; restores what clients dropped from earlier answers."""
 
     def __init__(self, model: Model, tokenizer: Any):
         self.config = model.config
@@ -62,7 +62,7 @@ class Preparer:
         self._typed_calls: bool | None = None
 
     def count(self, request: Request) -> int:
-        """How many tokens the prompt has."""
+        """Number of tokens of the prompt."""
         return len(self._encoded(request).ids)
 
     def prepare(self, request: Request) -> Prepared:
@@ -181,7 +181,7 @@ class Preparer:
         return self._typed_calls
 
     def _check_size(self, num_characters: int) -> None:
-        """Refuse what cannot fit before it is encoded, which takes a second a megabyte."""
+        """Refuse a text that cannot fit before it is encoded, which takes a second per megabyte."""
         context = self.config.context_length
         if num_characters <= 16 * context:
             return

@@ -1,7 +1,7 @@
-"""One sequence: its token ids, the caches of all layers, and the points it can go back to.
+"""One sequence: its token ids, the caches of all layers, and its snapshots.
 
-The recurrent state of a linear layer cannot be trimmed, so a sequence goes back only to points
-where a snapshot was made.
+The recurrent state of a linear layer cannot be trimmed, so a sequence can only be rewound to a
+point with a snapshot.
 """
 
 import itertools
@@ -23,9 +23,9 @@ from .features import FeatureStore
 from .mtp_state import MTPState
 from .piece_size import PieceSize
 
-# Whoever stops a long prompt waits for a piece to end, and may lose it.
+# Stopping a long prefill waits for the end of a piece.
 PIECE_SECONDS = 15.0
-# Tokens that a caller's own cache holds and whose ids are not given.
+# Stands for tokens in a caller's own cache whose ids are not given.
 UNKNOWN_ID = -1
 # Tokens read so far, tokens to read.
 Progress = Callable[[int, int], None]
@@ -33,11 +33,11 @@ _clock = itertools.count(1)
 
 
 class PromptCache:
-    """Token ids and the layer caches that have read exactly these ids.
+    """Token ids, and the layer caches that have read exactly these ids.
 
-    No other code writes to either. Whenever a caller can look, both agree, or the cache knows
-    that they do not (an interrupt in the middle of a step) and goes back to a snapshot.
-    Ids of pictures are `MediaToken`s, each of them its own: another picture has other ids.
+    No other code writes to either. Between calls they agree; after an interrupt in the middle of a
+    step the cache knows that they do not, and goes back to a snapshot. Ids of pictures are
+    `MediaToken`s, which differ between pictures.
     """
 
     def __init__(
@@ -47,51 +47,51 @@ class PromptCache:
         entries: list[Any] | None = None,
         features: FeatureStore | None = None,
     ):
-        """`entries` are layer caches that have read `ids`; empty ones if None."""
+        """`entries`: layer caches that have read `ids`; None: empty ones."""
         self.model = model
         self.features = features or FeatureStore(model)
         self._entries: list[CacheEntry] = model.make_cache() if entries is None else entries
-        # Where the model has an MTP layer: what that has read of the same tokens.
+        # The MTP layer's cache for the same tokens, if the model has that layer.
         layer = getattr(model, "mtp", None)
         self.mtp = None if layer is None else MTPState(model, layer)
-        # Whether the layer reads along: what it misses makes drafts worse, and changes no text.
+        # Whether the MTP layer reads the same tokens. Tokens that it misses only make drafts worse.
         self.feeds_mtp = False
         self.snapshots: dict[int, Snapshot] = {}
-        # Who may continue this sequence; a weak reference, so that a forgotten chat holds nothing.
+        # The owner, who may continue this sequence; a weak reference, so forgotten chats are freed.
         self.owner: Callable[[], object] | None = None
-        # Where the last answer begins, as far as later prompts show it otherwise.
+        # Where the last answer begins, which later prompts render differently.
         self.answer_start: int | None = None
         self._ids = list(ids)
         self._piece_size = PieceSize()
-        # The position of the next token less the number of tokens: behind pictures it is below 0.
+        # The position of the next token minus the number of tokens; negative after pictures.
         self.rope_delta = rope_delta(self._ids)
         # False while layers may have read different numbers of tokens.
         self._is_consistent = True
-        # While its recurrent states are those of a batch: its end is no point to go back to.
+        # True while a batch holds its recurrent states: then its end is no point to go back to.
         self.in_batch = False
-        # The hidden state `[1, T, H]` of the last `step`, and how many ids there were before it.
+        # The hidden state `[1, T, H]` of the last `step`, and the number of ids before it.
         self._pass: tuple[mx.array, int] | None = None
 
     @property
     def entries(self) -> list[CacheEntry]:
-        """The caches of the layers, which have read `ids`."""
+        """The caches of the layers, which hold `ids`."""
         self._end_pass()
         return self._entries
 
     @property
     def all_entries(self) -> list[CacheEntry]:
-        """`entries`, and the cache of the MTP layer where the model has one."""
+        """`entries`, and the cache of the MTP layer if the model has one."""
         return [*self.entries, self.mtp.cache] if self.mtp else self.entries
 
     @property
     def can_go_back(self) -> bool:
-        """Whether tokens of a pass can be taken back: not in caches of mlx-lm."""
+        """Whether tokens of a pass can be rewound; not in caches of mlx-lm."""
         own = all(isinstance(entry, caches.KVCache | caches.ArraysCache) for entry in self._entries)
         return own and isinstance(self.model, Model)
 
     @property
     def ids(self) -> Sequence[int]:
-        """The token ids that were read; do not change them."""
+        """The token ids in the cache; do not change them."""
         return self._ids
 
     @property
@@ -109,12 +109,12 @@ class PromptCache:
         should_stop: Callable[[], bool] | None = None,
         every: Callable[[Model, mx.array], None] | None = None,
     ) -> mx.array | None:
-        """Append `ids`, in pieces; take a snapshot when the length reaches a mark.
+        """Append `ids` in pieces; take a snapshot when the length reaches a mark.
 
-        A piece has at most `step_size` tokens, no more than 2,048, and no more than are read in
-        15 seconds; with experts from disk many pieces go through a layer together. Returns the
-        hidden state `[1, 1, H]` of the last token, or None if `should_stop()` was true before a
-        piece, or between two layers. `every` gets the hidden states `[1, T, H]` of each piece.
+        A piece has at most `step_size` tokens, at most 2,048, and takes at most about 15 seconds;
+        with experts from disk many pieces go through a layer together. Returns the hidden state
+        `[1, 1, H]` of the last token, or None if `should_stop()` was true before a piece or between
+        two layers. `every` gets the hidden states `[1, T, H]` of each piece.
         """
         start, end, marks = len(self._ids), len(self._ids) + len(ids), set(marks)
         cuts = sorted({m for m in marks if start < m <= end} | {end})
@@ -149,7 +149,7 @@ class PromptCache:
                 if progress:
                     progress(len(self._ids) - start, len(ids))
                 if len(piece) >= PREFILL_STEP_SIZE:
-                    # Its buffers are of a size that the next piece does not have.
+                    # Free its buffers: the next piece needs other sizes.
                     mx.clear_cache()
             if cut in marks:
                 self.snapshot()
@@ -165,7 +165,7 @@ class PromptCache:
         try:
             return self._read_all(piece, last_only, sweep)
         except BaseException:
-            # What the pieces before it have read stays.
+            # Rewind to the end of the previous piece.
             self._is_consistent = False
             self._return_to(before)
             del self._ids[before.num_tokens :]
@@ -181,7 +181,7 @@ class PromptCache:
         wants_last, last_only = last_only, last_only and not feeds_mtp
         positions = embeddings = None
         if shown := [token for token in piece if isinstance(token, MediaToken)]:
-            # A piece may end inside a picture: positions count on from where that begins.
+            # If a piece ends inside a picture, the next one continues from the picture's position.
             numbers, following = media_positions(piece, start + delta)
             positions = mx.array(numbers)[:, None]
             delta = following - start - len(piece)
@@ -214,14 +214,13 @@ class PromptCache:
         return hidden
 
     def step(self, tokens: mx.array) -> mx.array:
-        """Read tokens `[T]` that need not be evaluated; `commit` follows for those that stay.
+        """Run a pass over lazy tokens `[T]`; call `commit` for each token that is kept.
 
-        Of several, these may be the first ones; at least one stays. Returns the hidden state
-        `[1, T, H]`, not evaluated.
+        Kept tokens are the first ones, at least one. Returns the lazy hidden state `[1, T, H]`.
         """
         entries = self.entries
         self._is_consistent = False
-        # A pass of one token is as it would be if nothing could be taken back.
+        # A pass of one token is never rewound.
         given: dict[str, Any] = {"keep_states": True} if len(tokens) > 1 else {}
         if self.rope_delta:
             given["rope_delta"] = self.rope_delta
@@ -230,18 +229,18 @@ class PromptCache:
         return hidden
 
     def begin_pass(self) -> None:
-        """Another object reads a token into the layer caches: until `commit` they do not agree."""
+        """Prepare for a batch's pass; ids and layer caches agree again after `commit`."""
         self._end_pass()
         self._is_consistent = False
 
     def end_pass(self, hidden: mx.array) -> None:
-        """That pass gave the hidden state `[1, 1, H]`; `commit` follows."""
+        """Store the hidden state `[1, 1, H]` of the batch's pass; `commit` follows."""
         self._pass = hidden, len(self._ids)
 
     def commit(self, token: int) -> None:
-        """The id of the next token that stays of those that the last `step` has read."""
+        """Keep the next token of the last `step`; `token` is its id."""
         assert self._pass
-        # One act, between two of which an interrupt may come.
+        # An interrupt may come between two commits, not within one.
         self._ids.append(token)
         self._is_consistent = True
         if len(self._ids) % POOL_TOKENS == 0:
@@ -249,17 +248,17 @@ class PromptCache:
 
     @property
     def has_pass(self) -> bool:
-        """Whether tokens of the last step may still be committed: nobody looked since then."""
+        """Whether tokens of the last step may still be committed: the cache was not accessed."""
         return self._pass is not None
 
     def _end_pass(self) -> None:
-        """Forget the tokens of the last step that do not stay."""
+        """End the last step: drop its tokens that were not committed."""
         if not self._pass or not self._is_consistent:
             return
         (hidden, start), self._pass = self._pass, None
         num_committed = len(self._ids) - start
         if hidden.shape[1] > 1:
-            # An interrupt may come when some layers have accepted them and others have not.
+            # An interrupt may come after some layers have accepted them.
             self._is_consistent = False
             caches.accept(self._entries, num_committed)
             self._is_consistent = True
@@ -271,14 +270,14 @@ class PromptCache:
     def drafts(
         self, token: mx.array, num_drafts: int, draw: Callable[[mx.array, int], mx.array]
     ) -> list[mx.array]:
-        """What the MTP layer expects behind `token`, the next one to read; see MTPState."""
+        """Drafts of the MTP layer after `token`, the next one to read; see MTPState."""
         self._end_pass()
         if not self.mtp:
             return []
         return self.mtp.draft(token, num_drafts, self._ids, self.rope_delta, draw)
 
     def settle(self) -> None:
-        """Evaluate the caches: a lazy array cannot be used by another thread."""
+        """Evaluate the caches, because another thread cannot use lazy arrays."""
         mx.eval(self._held())
 
     def _held(self) -> list[Any]:
@@ -286,39 +285,39 @@ class PromptCache:
         return [*states, self.mtp.hidden] if self.mtp else states
 
     def snapshot(self) -> Snapshot:
-        """Remember this point. It costs the recurrent state; keys and values cost an offset."""
+        """Take a snapshot here; it keeps the recurrent states, and only an offset of keys."""
         point = self.snapshots.get(len(self._ids)) or self.end()
         self.snapshots[point.num_tokens] = point
         self.mark_used(point.num_tokens)
         return point
 
     def end(self) -> Snapshot:
-        """The point behind all ids, which is not remembered."""
+        """A snapshot of the end, which is not stored."""
         point = caches.snapshot(self.all_entries, len(self._ids), self.rope_delta)
         point.mtp_hidden = self.mtp.hidden if self.mtp else None
         return point
 
     def mark_used(self, num_tokens: int) -> None:
-        """Count the snapshot at `num_tokens`, if there is one, as used now."""
+        """Mark the snapshot at `num_tokens`, if there is one, as used now."""
         if point := self.snapshots.get(num_tokens):
             point.last_used = next(_clock)
 
     def reusable_tokens(self, ids: Sequence[int]) -> int:
-        """The length of the longest prefix of `ids` that this cache can go back to."""
+        """Length of the longest prefix of `ids` that this cache can be rewound to."""
         return self._point_before(common_prefix(self._ids, ids))
 
     @property
     def last_point(self) -> int:
-        """The largest number of tokens that this cache can go back to."""
+        """The largest number of tokens that this cache can be rewound to."""
         return self._point_before(len(self._ids))
 
     def rewind(self, num_tokens: int) -> int:
-        """Go back to the last point at or before `num_tokens`; returns how many are left."""
+        """Go back to the last point at or before `num_tokens`; returns the tokens left."""
         if num_tokens < 0:
             raise Qwen35Error("cannot rewind", got=num_tokens, expected="0 tokens or more")
         self._end_pass()
         kept = self._point_before(num_tokens)
-        # What was read and never committed goes too.
+        # Drops tokens that were read and never committed.
         self._pass = None
         if kept == 0:
             self._entries = self.model.make_cache()
@@ -329,19 +328,19 @@ class PromptCache:
         self.mark_used(kept)
         self._ids = self._ids[:kept]
         self.snapshots = {n: point for n, point in self.snapshots.items() if n <= kept}
-        # A batch that was abandoned never gives its states back.
+        # An abandoned batch never gives the states back.
         self._is_consistent, self.in_batch = True, False
         return kept
 
     def _return_to(self, point: Snapshot) -> None:
-        """Bring the layer caches to a point; the ids behind it are for the caller to drop."""
+        """Rewind the layer caches to a point; the caller drops the ids after it."""
         caches.restore(self.all_entries, point)
         self.rope_delta = point.rope_delta
         if self.mtp:
             self.mtp.hidden = point.mtp_hidden
 
     def fork(self, num_tokens: int) -> "PromptCache":
-        """A second cache that holds the first `num_tokens`, one of this one's points."""
+        """A second cache with the first `num_tokens`, which must be a point of this one."""
         if num_tokens == 0:
             return PromptCache(self.model, features=self.features)
         # Without a snapshot there, it is the end.
@@ -355,7 +354,7 @@ class PromptCache:
         return copy
 
     def release(self) -> None:
-        """End the owner's use; the end stays as a point that another owner may continue."""
+        """End the owner's use; the end becomes a snapshot for other owners."""
         if self._is_consistent and self._ids:
             self.snapshot()
         self.owner = None
@@ -368,7 +367,7 @@ class PromptCache:
 
 
 class SweepStopped(Exception):
-    """What was read by some of the layers alone is forgotten."""
+    """Stops a sweep; tokens that only some layers have read are dropped."""
 
 
 def _of_layers(
@@ -378,7 +377,7 @@ def _of_layers(
     total: int,
     should_stop: Callable[[], bool] | None,
 ) -> Callable[[float], None]:
-    """Shows the share of layers that these tokens went through as a share of the tokens."""
+    """A callback that reports finished layers as a share of the tokens; raises SweepStopped."""
 
     def on_layer(share: float) -> None:
         if share < 1 and should_stop and should_stop():
@@ -390,14 +389,14 @@ def _of_layers(
 
 
 def rope_delta(ids: Iterable[int]) -> int:
-    """The position of the token behind `ids` less their number."""
+    """The position of the token after `ids` minus their number."""
     shown = [token for token in ids if isinstance(token, MediaToken)]
     return media_positions(shown, 0)[1] - len(shown)
 
 
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many ids, or characters, are equal at the beginning of two sequences."""
-    # Slices compare at the speed of C; a conversation has a hundred thousand ids.
+    """Length of the common prefix of two sequences."""
+    # By bisection, because slices compare at the speed of C; there may be 100,000 ids.
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

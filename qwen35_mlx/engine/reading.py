@@ -1,4 +1,4 @@
-"""The prompts that are being read: whose piece comes next, and how long it is."""
+"""Prompts that are being prefilled by the engine, and the choice of the next piece."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,38 +15,38 @@ from .prompt_cache import PromptCache, common_prefix
 from .requests import Progress, PromptLogprobs, Started, Top, Usage
 from .ticket import Ticket
 
-# How long a piece may take while others wait for it, and while nobody does.
+# Target time of a piece if other requests wait, and if none does.
 SHARED_SECONDS, ALONE_SECONDS = 0.4, 1.0
 FIRST_PIECE_TOKENS = 256
-# Logits of so many places of a prompt at a time.
+# Positions of a prompt whose logits are computed at a time.
 SCORED_TOKENS = 64
 
 
 class Reading:
-    """A request whose prompt is being read, or waits for it."""
+    """A request whose prompt is being prefilled, or waits for it."""
 
     def __init__(self, prepared: Prepared, ticket: Ticket, model: Model):
         self.prepared, self.ticket, self.model = prepared, ticket, model
         self.usage = Usage(prompt_tokens=len(prepared.ids))
         self.cache: PromptCache | None = None
         self.submitted = time.perf_counter()
-        # Since it left the queue.
+        # Tokens prefilled since it left the queue.
         self.num_read = 0
         self._marks: set[int] = set()
         self._scores = Scores(prepared) if prepared.request.prompt_logprobs is not None else None
 
     @property
     def position(self) -> int:
-        """How many tokens of the prompt were read."""
+        """Number of tokens of the prompt in the cache."""
         return 0 if self.cache is None else len(self.cache.ids)
 
     def start(self, store: PrefixStore) -> None:
-        """Take the longest prefix that the store has."""
+        """Take the cache with the longest prefix from the store."""
         ids, usage = self.prepared.ids, self.usage
         if self._scores is None and not self.prepared.request.embeds:
             self.cache = store.take(ids[:-1], owner=self, model=self.model)
         else:
-            # Every place is needed; or nothing goes on from here.
+            # Log probabilities need every token; an embedding has no continuation.
             self.cache = PromptCache(self.model, features=store.features)
         kept = usage.cached_tokens = len(self.cache.ids)
         usage.queue_seconds = time.perf_counter() - self.submitted
@@ -59,15 +59,15 @@ class Reading:
 
     @property
     def num_left(self) -> int:
-        """How many tokens are to be read."""
+        """Number of tokens that are left to prefill."""
         return len(self.prepared.ids) - self.position
 
     def read_piece(
         self, num_tokens: int, feeds_mtp: bool, meanwhile: Callable[[], None] | None = None
     ) -> mx.array | None:
-        """Read up to so many tokens; the hidden state `[1, 1, H]` if they are the last ones.
+        """Prefill up to `num_tokens`; returns the hidden state `[1, 1, H]` at the prompt's end.
 
-        With experts from disk `meanwhile` is called between two layers.
+        With experts from disk, `meanwhile` is called between layers.
         """
         cache, ids = self.cache, self.prepared.ids
         assert cache is not None
@@ -103,7 +103,7 @@ class Reading:
 
 
 class Scores:
-    """Log probabilities of a prompt's tokens, while it is read."""
+    """Log probabilities of a prompt's tokens, collected during the prefill."""
 
     def __init__(self, prepared: Prepared):
         self._ids = prepared.ids
@@ -112,11 +112,11 @@ class Scores:
         self._top: list[Top] = [()]
 
     def add(self, model: Model, hidden: mx.array) -> None:
-        """The hidden states `[1, T, H]` of the next tokens."""
+        """Add the hidden states `[1, T, H]` of the next tokens."""
         for start in range(0, hidden.shape[1], SCORED_TOKENS):
             logits = model.head(hidden[:, start : start + SCORED_TOKENS])[0]
             for row in logits:
-                # What the last token is followed by is no part of the prompt.
+                # The successor of the last token is not a part of the prompt.
                 if (place := len(self._logprobs)) == len(self._ids):
                     return
                 logprobs = np.array(log_probabilities(row[None]))
@@ -124,29 +124,29 @@ class Scores:
                 self._top.append(likeliest(logprobs, self._num_top))
 
     def event(self) -> PromptLogprobs:
-        """All of them."""
+        """The event with all of them."""
         return PromptLogprobs(list(self._ids), self._logprobs, self._top)
 
 
 class Pieces(PieceSize):
-    """Whose piece is next, and of how many tokens, so that nobody waits long for it to end."""
+    """Chooses the next prompt and the size of its piece, so that no request waits long."""
 
     def __init__(self) -> None:
         super().__init__()
         self._turn = 0
 
     def next_size(self, is_shared: bool) -> int:
-        """Tokens that take about as long as a piece may."""
+        """Size of a piece that takes about the target time."""
         seconds = SHARED_SECONDS if is_shared else ALONE_SECONDS
         return self.next(seconds, FIRST_PIECE_TOKENS)
 
     def choose(
         self, readings: Sequence[Reading], store: PrefixStore, among: Sequence[Reading]
     ) -> Reading | None:
-        """The next one: in turns the oldest, and the one that has read the least so far.
+        """The next one: alternately the oldest, and the one with the fewest prefilled tokens.
 
-        So a short prompt passes a long one, and a long one never starves. One that begins as
-        another that is being read waits for what they share. None if all of `among` do.
+        So a short prompt overtakes a long one, and a long one never starves. A prompt that shares
+        a prefix with one in progress waits for it. None if all of `among` wait.
         """
         ready = [r for r in among if not any(_shares(r, other, store) for other in readings)]
         if not ready:
@@ -158,7 +158,7 @@ class Pieces(PieceSize):
 
 
 def _shares(reading: Reading, other: Reading, store: PrefixStore) -> bool:
-    """Whether `other` is about to reach a point that `reading` can begin at."""
+    """Whether `other` will soon have a snapshot from which `reading` can start."""
     if reading.cache is not None or other.cache is None or other is reading:
         return False
     if other.model is not reading.model:

@@ -1,4 +1,4 @@
-"""What a server asks of the engine, and the events that answer it; plain data without MLX."""
+"""Requests to the engine, and the events that answer them; plain data without MLX."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ from .output import Piece
 from .tool_values import Schema
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "loop"]
-# Log probabilities of one place: token ids, the likeliest first.
+# Token ids and log probabilities at one position, the likeliest first.
 Top = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class ToolName:
-    """A `tool_choice` that names the tool to call."""
+    """A `tool_choice` that names a tool, which must be called."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer has to be. `source`: the schema, the regular expression or the Lark text."""
+    """A constraint on the answer. `source`: the schema, the regular expression or the Lark text."""
 
     kind: Literal["json_object", "json_schema", "regex", "lark"]
     source: Any = None
@@ -33,47 +33,47 @@ class Grammar:
 
 @dataclass
 class Request:
-    """One prompt and how to answer it; `messages` go through the chat template, `prompt` does not.
+    """One prompt and its options; `messages` go through the chat template, `prompt` does not.
 
-    Messages are OpenAI's, pictures data: URLs or opened pictures. None of `params` and `max_tokens`
-    is what the checkpoint recommends, and the rest of the context.
+    Messages are OpenAI's; pictures are data: URLs or opened pictures. `params` None: the
+    checkpoint's defaults. `max_tokens` None: the rest of the context.
     """
 
     messages: Sequence[Mapping[str, Any]] | None = None
     prompt: str | Sequence[int] | None = None
     tools: Sequence[Schema] = ()
-    # "auto", "none", "required", or a tool's name.
+    # "auto", "none", "required", or a ToolName.
     tool_choice: str | ToolName = "auto"
     parallel_tool_calls: bool = True
-    # Tools whose calls keep their schemas, whether the model has to call or may.
+    # Tools whose arguments must be valid for their schemas.
     strict_tools: Collection[str] = ()
     enable_thinking: bool | None = None
     # Tokens after which a thought is closed.
     think_budget: int | None = None
     # Further variables of the chat template.
     template: Mapping[str, Any] = field(default_factory=dict)
-    # Whether the answer goes on with the last message, which is the assistant's.
+    # Whether the answer continues the last message, which is the assistant's.
     continue_final: bool = False
     params: SamplingParams | None = None
     # Added to the logits of tokens.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    # Answers to the same prompt, drawn with `seed`, `seed + 1`, ...
+    # Number of answers to the prompt, sampled with `seed`, `seed + 1`, ...
     n: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     stop: Sequence[str] = ()
-    # Whether a text that repeats itself without end is ended.
+    # Whether to end an answer that repeats itself without end.
     stop_loops: bool = True
     grammar: Grammar | None = None
-    # How many of the likeliest tokens come with each token's log probability; None: no such.
+    # Number of likeliest tokens to return with each token's log probability; None: return none.
     logprobs: int | None = None
     # The same for the tokens of the prompt, in one event `PromptLogprobs`.
     prompt_logprobs: int | None = None
-    # Where drafts come from while no other request runs, as in stream_generate.
+    # Source of drafts while no other request runs, as in stream_generate.
     draft: str = "auto"
-    # By which of the engine's adapters; none if empty.
+    # Name of one of the engine's adapters; empty: none.
     adapter: str = ""
     # Whether `Progress` events are wanted.
     wants_progress: bool = False
@@ -83,14 +83,14 @@ class Request:
 
 @dataclass
 class Usage:
-    """What a request took; tokens of all its answers."""
+    """Token counts and times of a request, with all its answers."""
 
     prompt_tokens: int = 0
-    # Of the prompt, what was read for an earlier request.
+    # Tokens of the prompt that were in the cache.
     cached_tokens: int = 0
     generated_tokens: int = 0
     thought_tokens: int = 0
-    # Of the generated ones, those that cost no pass of their own.
+    # Generated tokens that were accepted drafts.
     draft_tokens: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -107,7 +107,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Tokens of the prompt read so far, those of the cache included, and all of them."""
+    """Prefilled tokens of the prompt, with those from the cache, and all of them."""
 
     num_read: int
     num_tokens: int
@@ -115,7 +115,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Of each token of the prompt; nothing is known of the first one."""
+    """Log probabilities of the prompt's tokens; None for the first one."""
 
     tokens: list[int]
     logprobs: list[float | None]
@@ -124,14 +124,14 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """That of the prompt, `[H]` of length 1, in float32."""
+    """The embedding of the prompt, `[H]` with length 1, in float32."""
 
     values: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token and the text that became final with it; `index` counts the n answers."""
+    """A token and the text that became final with it; `index` is that of the answer."""
 
     pieces: Sequence[Piece]
     token: int
@@ -143,7 +143,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of an answer; `pieces` are what was held back. `usage` is final with the last one."""
+    """The end of an answer, with text that was held back; the last one has the final `usage`."""
 
     finish_reason: FinishReason
     # The stop string that ended it.

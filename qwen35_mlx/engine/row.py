@@ -1,4 +1,4 @@
-"""One answer while it is decoded: what its tokens mean, and when it ends."""
+"""One answer of a request while it is decoded: parsing, constraints, and its end."""
 
 import time
 from collections.abc import Collection, Generator, Sequence
@@ -22,10 +22,10 @@ from .tool_calls import ToolCall
 
 
 class Vocabulary:
-    """Ids that mean something to every row of an engine."""
+    """End tokens and banned tokens, for all rows of an engine."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, banned: Sequence[int]):
-        """banned: ids that are never drawn, besides those that the tokenizer does not know."""
+        """banned: ids that are never sampled, besides those unknown to the tokenizer."""
         self.ends: Collection[int] = frozenset(tokenizer.eos_token_ids)
         forbidden = np.zeros(vocab_size, dtype=bool)
         forbidden[[i for i in banned if i < vocab_size]] = True
@@ -33,18 +33,18 @@ class Vocabulary:
         with_ends = forbidden.copy()
         with_ends[[i for i in self.ends if i < vocab_size]] = True
         self.forbidden = forbidden
-        # None where nothing is: a mask costs an operation a token.
+        # None if nothing is banned, because a mask costs an operation per token.
         self._banned = mx.array(forbidden) if forbidden.any() else None
         self.banned_and_ends = mx.array(with_ends)
 
     def banned(self, prepared: Prepared) -> mx.array | None:
-        """The mask `[V]` of what an answer never has; before a grammar no end either."""
+        """The mask `[V]` of banned tokens; with a grammar or `ignore_eos`, of end tokens too."""
         has_end = prepared.grammar is None and not prepared.request.ignore_eos
         return self._banned if has_end else self.banned_and_ends
 
 
 class Row:
-    """An answer of a request; `cache` has read all of its tokens but the last one drawn."""
+    """An answer of a request; `cache` holds all of its tokens except the last one sampled."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Row:
         tokenizer: Any,
         index: int = 0,
     ):
-        """The answer `index` to what was read; `reading` owns the cache, and lives as long."""
+        """The answer `index` to the prompt of `reading`, which owns the cache."""
         prepared = reading.prepared
         request = prepared.request
         self.prepared, self.ticket, self.usage = prepared, reading.ticket, reading.usage
         self.cache, self.sampler, self.index, self._owner = cache, sampler, index, reading
         self.num_generated = self.num_thought_tokens = 0
         self.finish_reason: FinishReason | None = None
-        # Tokens that come next whatever the model would say.
+        # Tokens that come next, whatever the model predicts.
         self.forced: Sequence[int] = ()
         tools = () if request.tool_choice == "none" else request.tools
         is_chat = request.messages is not None
@@ -76,13 +76,13 @@ class Row:
         self._ends, self._vocabulary = vocabulary.ends, vocabulary
         self._detector = LoopDetector(tokenizer, prepared.question) if request.stop_loops else None
         self._grammar: Matcher | None = prepared.grammar.copy() if prepared.grammar else None
-        # Behind a thought, as the template goes on.
+        # The template's tokens after the end of a thought.
         close = tokenizer.get_added_vocab().get(THINK_CLOSE)
         end = list(prepared.thought_end)
         self._gap = end[end.index(close) + 1 :] if close in end else []
         self._texts: dict[str, list[str]] = {"thought": [], "answer": []}
         self._calls: list[ToolCall] = []
-        # Where its tokens come from; none while the prompt is read.
+        # Set when the prompt is prefilled.
         self.decoding: Decoding
         self.num_drafted = 0
         self._steps: Generator[Step, None, None] | None = None
@@ -90,29 +90,29 @@ class Row:
 
     @property
     def token(self) -> mx.array:
-        """The token `[1]` that is drawn and not read yet."""
+        """The token `[1]` that is sampled, but not in the cache yet."""
         return self.decoding.token
 
     @property
     def goes_on(self) -> bool:
-        """Whether another token is to be drawn."""
+        """Whether another token has to be sampled."""
         return self.finish_reason is None and not self.forced
 
     @property
     def left(self) -> int:
-        """How many tokens may still come."""
+        """Number of tokens left up to the maximum length."""
         return self.prepared.max_tokens - self.num_generated
 
     @property
     def can_draft(self) -> bool:
-        """Whether tokens may be drawn before those in front of them are known to the host."""
+        """Whether drafts are possible: no constraint depends on tokens unknown to the host."""
         if self.num_generated < self.prepared.request.min_tokens:
             return False
-        # What is drawn behind the end of a thought is drawn again: the template's tokens follow.
+        # In a thought: the template's tokens follow its end, so later tokens are sampled again.
         return self._grammar is None or not self.parser.in_thought or bool(self._gap)
 
     def forbidden(self) -> mx.array | None:
-        """The mask `[V]` of tokens that must not come next; None: what is banned for all."""
+        """The mask `[V]` of tokens that must not come next; None: only the banned ones."""
         request, vocabulary = self.prepared.request, self._vocabulary
         if self._grammar is not None and not self.parser.in_thought:
             return mx.array(self._grammar.forbidden() | vocabulary.forbidden)
@@ -121,32 +121,32 @@ class Row:
         return vocabulary.banned_and_ends if is_early else None
 
     def _forbidden_behind(self, tokens: mx.array) -> mx.array | None:
-        """Masks `[T, V]` of what must not follow tokens `[T]`, of which only the first is sure."""
+        """Masks `[T, V]` of what must not follow each of tokens `[T]`, all but the first drafts."""
         if self._grammar is None or self.parser.in_thought:
             return None
         masks = self._grammar.forbidden_behind(cast(list[int], tokens.tolist()))
         return mx.array(masks | self._vocabulary.forbidden)
 
     def begin(self, hidden: mx.array) -> None:
-        """Draw the token behind `hidden` `[1, 1, H]`."""
+        """Sample the token after `hidden` `[1, 1, H]`."""
         behind = self._forbidden_behind if self._grammar else None
         self.decoding = Decoding(self.cache, hidden, self.sampler, self.forbidden(), behind)
 
     def speculative_step(self, drafter: Drafter) -> Step:
-        """The next token of a row that is alone, which may have been drafted."""
+        """The next token of a row that runs alone, with drafts."""
         if self._steps is None:
             self.cache.feeds_mtp = drafter.uses_mtp
             self._steps = self.decoding.steps(self.left, drafter)
         return next(self._steps)
 
     def pause(self) -> None:
-        """End single steps; others, or later ones, go on from here."""
+        """End the loop of single steps; batches, or a new loop, continue from here."""
         if self._steps is not None:
             self._steps.close()
             self._steps = None
 
     def take(self, token: int, logits: mx.array, from_draft: bool = False) -> None:
-        """A token that was read, and the logits `[1, V]` there; sends what it means."""
+        """Process a token and the logits `[1, V]` that it was sampled from; send its event."""
         request, parser, usage = self.prepared.request, self.parser, self.usage
         now = time.perf_counter()
         self.num_generated += 1
@@ -190,7 +190,7 @@ class Row:
             self.forced, self.finish_reason = (), "length"
 
     def read_forced(self) -> None:
-        """Read the tokens that have to come, and draw what follows them."""
+        """Append the forced tokens, and sample the next one."""
         tokens, self.forced = list(self.forced), ()
         self.pause()
         hidden = self.cache.read(tokens)
@@ -206,7 +206,7 @@ class Row:
         self.begin(hidden)
 
     def end(self, reason: FinishReason) -> Done:
-        """The last event, with what was held back."""
+        """The last event, with the text that was held back."""
         pieces = self.parser.finish() if reason != "cancelled" else []
         self._keep(pieces)
         if reason == "stop" and self._calls:

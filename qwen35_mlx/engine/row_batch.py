@@ -1,8 +1,8 @@
-"""Sequences that are decoded together, a token each in one pass.
+"""Sequences that are decoded together, one token each per pass.
 
-B rows. Recurrent states are stacked, which takes no padding, since every row reads one token. Keys
-and values stay with their row: each is attended alone, so a row has the bits it has alone, and a
-row that comes or goes copies no other one's.
+B rows. Recurrent states are stacked, without padding, since every row reads one token. Keys and
+values stay with their row, and attention runs row by row. So a row has the same bits as alone, and
+rows join and leave without copying the keys and values of others.
 """
 
 import itertools
@@ -20,16 +20,16 @@ from .prompt_cache import PromptCache
 
 T = TypeVar("T")
 
-# More would lose the bits of a row alone, and the kernels for few rows.
+# With more, rows would not be bit-equal to single rows, and kernels for few rows would not run.
 MAX_BATCH_ROWS = MAX_ROWS
-# Of weights that all rows of a batch read: with fewer, building its graph takes longer than
-# computing beside another one saves.
+# Bytes of weights that a batch reads, rows together: with fewer, building the graph of a second
+# batch takes longer than computing both in parallel saves.
 PARALLEL_BYTES = 64 * 2**20
 
 
 def rows_a_stream(model: Model) -> int:
-    """From how many rows on a batch of its own pays: on a CPU each core computes one at a time."""
-    # Several processes of one model compute one pass after the other.
+    """Minimum rows of a batch with its own stream; on a CPU, streams run in parallel on cores."""
+    # Processes that share a model compute one pass after the other.
     if not runs_on_cpu() or getattr(model, "ring", None):
         return MAX_BATCH_ROWS
     num_bytes = sum(array.nbytes for array in arrays_of(model.parameters()).values())
@@ -37,7 +37,7 @@ def rows_a_stream(model: Model) -> int:
 
 
 def groups(rows: Sequence[T], rows_a_stream: int) -> list[list[T]]:
-    """The rows by batches of about the same size, each for a stream of its own."""
+    """Split rows into batches of about the same size, one per stream."""
     streams = min(os.cpu_count() or 1, len(rows) // rows_a_stream)
     number = max(-(-len(rows) // MAX_BATCH_ROWS), streams)
     cuts = [len(rows) * i // number for i in range(number + 1)] if number else []
@@ -45,17 +45,17 @@ def groups(rows: Sequence[T], rows_a_stream: int) -> list[list[T]]:
 
 
 class RowBatch:
-    """Up to 8 prompt caches; while they are here, their recurrent states are in the batch's."""
+    """Up to 8 prompt caches, whose recurrent states are stacked while they are in the batch."""
 
     def __init__(self, model: Model, stream: mx.Stream):
-        """`stream`: of this thread."""
+        """`stream`: must belong to this thread."""
         self.model, self.stream = model, stream
         self.rows: list[PromptCache] = []
         self._entries: list[Any] = []
         self._rope_delta: Any = 0
 
     def put(self, rows: Sequence[PromptCache]) -> None:
-        """Take in rows that are in no batch; this one is empty."""
+        """Add rows that are in no batch to this empty one."""
         assert not self.rows
         self.rows = list(rows)
         if len(rows) < 2:
@@ -67,7 +67,7 @@ class RowBatch:
         self._rope_delta = mx.array(deltas) if any(deltas) else 0
 
     def clear(self) -> None:
-        """Give all rows back their states."""
+        """Remove all rows and give them their states back."""
         if len(self.rows) > 1:
             part(self._entries, [row.entries for row in self.rows])
             for row in self.rows:
@@ -76,9 +76,9 @@ class RowBatch:
         self.rows, self._entries = [], []
 
     def step(self, tokens: mx.array) -> mx.array:
-        """Read a token `[B]` of each row -> the hidden state `[B, 1, H]`, not evaluated.
+        """Append a token `[B]` to each row -> the lazy hidden state `[B, 1, H]`.
 
-        `commit` of each row follows.
+        Then `commit` has to be called for each row.
         """
         with mx.stream(self.stream):
             if len(self.rows) == 1:

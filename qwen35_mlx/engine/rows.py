@@ -1,4 +1,4 @@
-"""The answers that are being decoded: in batches, or one alone with drafts."""
+"""All answers that are being decoded: in batches, or a single one with drafts."""
 
 import itertools
 import logging
@@ -16,12 +16,12 @@ from .speculate import OFF, Drafter
 from .ticket import Ticket
 
 log = logging.getLogger(__name__)
-# Streams of each thread: MLX never frees one.
+# Streams of each thread; they are reused, because MLX never frees one.
 _of_thread = threading.local()
 
 
 class Rows:
-    """Rows that join and leave between two steps; what goes wrong in one fails its request."""
+    """Rows that join and leave between steps; an error in one fails its request."""
 
     def __init__(self, model: Model, fail: Callable[[Ticket, Exception], None]):
         """`fail(ticket, error)` removes all rows of a request."""
@@ -38,11 +38,11 @@ class Rows:
         return len(self._rows)
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Rows whose first token is drawn before the next step."""
+        """Add rows; their first token must be sampled before the next step."""
         self._rows += rows
 
     def remove(self, rows: Sequence[Row]) -> None:
-        """These rows leave; their caches hold all that they have read."""
+        """Remove rows; their caches then hold their states."""
         for row in rows:
             row.pause()
             self._rows.remove(row)
@@ -51,24 +51,24 @@ class Rows:
                     batch.clear()
 
     def drafter(self, model: Model, mode: str) -> Drafter:
-        """For rows that are alone; it remembers what drafts of this kind brought."""
+        """The drafter for single rows of a model; it keeps its measurements."""
         key = id(model), mode
         if key not in self._drafters:
             self._drafters[key] = Drafter(model, mode)
         return self._drafters[key]
 
     def step(self) -> list[Row]:
-        """A token of each row; returns those that have one and have not failed."""
+        """Decode one token of each row; returns the rows that have not failed."""
         rows = list(self._rows)
         if len(rows) == 1 and rows[0].can_draft and rows[0].prepared.request.draft != OFF:
             return self._step_alone(rows[0])
         return self._step_together(rows)
 
     def read_forced(self) -> None:
-        """Read what rows are forced to say."""
+        """Append the forced tokens of rows."""
         forced = [row for row in self._rows if row.forced]
         if forced:
-            # Their states are in a batch.
+            # Take their states out of the batches.
             self._arrange([])
         for row in forced:
             try:
@@ -99,11 +99,11 @@ class Rows:
                 with mx.stream(batch.stream):
                     logits = batch.model.head(hidden)[:, 0]
                 drawn_from.append((members, logits, batch.stream))
-            # At once: MLX waits for most of one before it starts another.
+            # In one call: in several, MLX nearly finishes one before it starts the next.
             mx.async_eval([logits for _, logits, _ in drawn_from])
             ids = cast(list[int], mx.concatenate([row.token for row in rows]).tolist())
         except Exception as error:
-            # What its rows have read is not known any more.
+            # The state of its rows is unknown.
             self._batches = []
             for row in rows:
                 self._fail(row.ticket, error)
@@ -111,7 +111,7 @@ class Rows:
         for row, token in zip(rows, ids, strict=True):
             row.cache.commit(token)
         for row, token in zip(rows, ids, strict=True):
-            # Another answer of its request may have failed.
+            # It was removed if another answer of its request has failed.
             if row not in self._rows:
                 continue
             try:
@@ -123,7 +123,7 @@ class Rows:
         return [row for row in rows if row in self._rows]
 
     def _draw(self, rows: list[Row], logits: mx.array, stream: mx.Stream) -> None:
-        """The next token of each row that goes on, from logits `[B, V]`."""
+        """Sample the next token of each unfinished row, from logits `[B, V]`."""
         chosen, forbidden = [], []
         for i, row in enumerate(rows):
             if not row.goes_on or row not in self._rows:
@@ -147,7 +147,7 @@ class Rows:
                 row.decoding.token, row.decoding.logits = tokens[i], logits[i : i + 1]
 
     def _groups(self, rows: list[Row]) -> list[list[Row]]:
-        """The rows by batches: those with the same adapter, of about the same size."""
+        """Split rows into batches by adapter, of about the same size."""
 
         def model_of(row: Row) -> int:
             return id(row.cache.model)
@@ -156,7 +156,7 @@ class Rows:
         return [group for _, some in of_models for group in groups([*some], self._rows_a_stream)]
 
     def _arrange(self, rows: list[Row]) -> None:
-        """Bring these rows, and no others, into batches; states move where rows came or went."""
+        """Arrange exactly these rows in batches; only changed batches move their states."""
         wanted = [[row.cache for row in group] for group in self._groups(rows)]
         held = self._batches
         kept = [i for i in range(min(len(held), len(wanted))) if held[i].rows == wanted[i]]
@@ -171,13 +171,13 @@ class Rows:
                 self._batches.append(held[i])
                 continue
             for cache in group:
-                # The MTP layer reads no batch.
+                # The MTP layer does not support batches.
                 cache.feeds_mtp = False
             self._batches.append(RowBatch(group[0].model, self._stream(i)))
             self._batches[-1].put(group)
 
     def _stream(self, number: int) -> mx.Stream:
-        """That of a batch; the first one's is the thread's own."""
+        """The stream of a batch; the first batch uses the thread's default stream."""
         device = mx.default_device()
         if not hasattr(_of_thread, "streams"):
             _of_thread.streams = [mx.default_stream(device)]

@@ -1,6 +1,6 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p, in that order.
 
-The order is that of transformers; biases of single tokens come behind the penalties.
+The order is that of transformers; biases of single tokens are added after the penalties.
 """
 
 import math
@@ -19,16 +19,16 @@ MAX_SEED = 2**63 - 1
 KEYS_A_BLOCK = 64
 # Dividing logits by less than this would overflow float32.
 GREEDY_BELOW = 1e-5
-# Parameters by name, those that are in effect; arrays, so that no value is part of a kernel.
+# Active parameters by name; as arrays, so that compiled kernels do not depend on the values.
 Scalars = dict[str, mx.array]
 Mask = mx.array | None
 
 
 class Masks(NamedTuple):
-    """What changes logits besides the parameters, `[V]` or a row each `[T, V]`; None is nothing."""
+    """Masks and counts for the logits, `[V]` or one row each `[T, V]`; None: no effect."""
 
     in_text: Mask = None
-    # How often.
+    # Number of occurrences.
     in_answer: Mask = None
     is_banned: Mask = None
     bias: Mask = None
@@ -38,10 +38,10 @@ NO_MASKS = Masks()
 
 
 class Sampler:
-    """Draws tokens by noise that depends on the seed and a token's place in the sequence alone.
+    """Samples tokens with noise that depends only on the seed and the position in the sequence.
 
-    So a text is the same however many tokens are drawn at once. What the penalties need is kept
-    on the device.
+    So the text does not depend on how many tokens are sampled at once. Counts for the penalties
+    stay on the device.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Sampler:
     ):
         """prompt: ids `[T]`; the repetition penalty counts them, the other penalties do not.
 
-        Tokens of `banned`, ids or a mask `[V]`, are never drawn. `bias` is added to logits.
+        Tokens of `banned`, ids or a mask `[V]`, are never sampled. `bias` is added to logits.
         """
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed <= MAX_SEED):
             raise Qwen35Error("seed is not usable", got=repr(seed), expected=f"0 to {MAX_SEED}")
         self.params = params
         key = mx.random.key(secrets.randbits(63) if seed is None else int(seed))
-        # Split once: the keys of neighbouring seeds must not meet at neighbouring places.
+        # Split once, so that neighbouring seeds do not share keys at neighbouring positions.
         first, second = cast(list[int], mx.random.split(key, 1)[0].tolist())
         self._key = first, second
         self._prompt = prompt
@@ -74,7 +74,7 @@ class Sampler:
         self._answered: mx.array | None = None
 
     def penalise_repeats(self, penalty: float, answered: Sequence[int]) -> None:
-        """From now on with this presence penalty; `answered` are the ids said so far."""
+        """Set the presence penalty from here on; `answered`: the ids of the answer so far."""
         self.params = self.params.updated(presence_penalty=penalty)
         self._answered = mx.array(list(answered), dtype=mx.int32)
         self._in_answer = None
@@ -86,10 +86,10 @@ class Sampler:
         drafts: mx.array | None = None,
         forbidden: mx.array | None = None,
     ) -> mx.array:
-        """logits `[T, V]` -> tokens `[T]` for places `place`, `place + 1`, … of the sequence.
+        """logits `[T, V]` -> lazy tokens `[T]` at positions `place`, `place + 1`, ….
 
-        Row r is drawn as if the first r of `drafts` `[T - 1]` were accepted. A mask `[V]` of what
-        is `forbidden` replaces that of what is banned. Nothing is evaluated here.
+        Row r is sampled as if the first r of `drafts` `[T - 1]` were accepted. The mask `forbidden`
+        `[V]` replaces the mask of banned tokens.
         """
         masks = self._masks(logits.shape[-1], drafts)
         if forbidden is not None:
@@ -99,14 +99,14 @@ class Sampler:
         return draw(logits, self.params, keys_at(self._key, place, len(logits)), masks)
 
     def accept(self, tokens: mx.array) -> None:
-        """Count `tokens` `[N]`, drawn or forced, as part of the answer."""
+        """Count `tokens` `[N]`, sampled or forced, as part of the answer."""
         if self._in_answer is not None:
             self._in_answer = self._in_answer.at[tokens].add(1)
         if self._in_text is not None:
             self._in_text[tokens] = True
 
     def _masks(self, vocab: int, drafts: mx.array | None = None) -> Masks:
-        """Those that change something; T rows count the drafts before them."""
+        """The active masks; each of T rows counts the drafts before it."""
         repetition = self.params.repetition_penalty != 1.0
         counts = self.params.presence_penalty != 0.0 or self.params.frequency_penalty != 0.0
         if repetition and self._in_text is None:
@@ -131,7 +131,7 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but what is banned for all changes the logits."""
+        """Whether only the mask of banned tokens changes the logits."""
         params = self.params
         no_counts = params.presence_penalty == 0.0 and params.frequency_penalty == 0.0
         return not self._bias and not self._banned and no_counts and params.repetition_penalty == 1
@@ -143,9 +143,9 @@ def draw_rows(
     places: Sequence[int],
     forbidden: Sequence[mx.array | None],
 ) -> list[mx.array]:
-    """A token `[1]` for each row of logits `[B, V]`, the same as by the row's sampler alone.
+    """A token `[1]` for each row of logits `[B, V]`, the same as from the row's sampler alone.
 
-    Rows that nothing but their mask of banned ids changes are drawn together.
+    Rows without penalties, biases or constraints are sampled together.
     """
     tokens: list[mx.array | None] = [None] * len(samplers)
     groups: dict[tuple[Any, ...], list[int]] = {}
@@ -182,7 +182,7 @@ def _with_drafts(seen: Mask, drafts: mx.array | None) -> Mask:
         return seen
     rows = [seen]
     for token in drafts:
-        # A copy: an update in place would reach the rows before it.
+        # A copy, because an update in place would change the rows before it.
         is_count = seen.dtype != mx.bool_
         counted = rows[-1][token[None]] + 1 if is_count else mx.array(True)
         rows.append(mx.put_along_axis(rows[-1], token[None], counted, axis=0))
@@ -191,12 +191,12 @@ def _with_drafts(seen: Mask, drafts: mx.array | None) -> Mask:
 
 @lru_cache(maxsize=8)
 def _block(key: tuple[int, int], number: int) -> mx.array:
-    """Keys `[64, 2]`: random bits, made at once to save the device an operation a token."""
+    """A block of keys `[64, 2]`, made at once to save an operation per token."""
     return mx.random.split(mx.array([key[0], (key[1] + number) % 2**32], mx.uint32), KEYS_A_BLOCK)
 
 
 def keys_at(key: tuple[int, int], place: int, num_tokens: int) -> mx.array:
-    """Keys `[N, 2]` for N places of a sequence; a place has the same one in every call."""
+    """Keys `[N, 2]` for N positions of a sequence; a position always has the same key."""
     first, start = divmod(place, KEYS_A_BLOCK)
     end = start + num_tokens
     blocks = [_block(key, first + i) for i in range(-(-end // KEYS_A_BLOCK))]
@@ -206,9 +206,9 @@ def keys_at(key: tuple[int, int], place: int, num_tokens: int) -> mx.array:
 def draw(
     logits: mx.array, params: SamplingParams, keys: mx.array, masks: Masks = NO_MASKS
 ) -> mx.array:
-    """Tokens `[B]` from logits `[B, V]` at a temperature above 0; a row depends on no other.
+    """Sample tokens `[B]` from logits `[B, V]` at a temperature above 0; rows are independent.
 
-    keys: `[B, 2]`, what a split made for the rows.
+    keys: `[B, 2]`, from a split.
     """
     return _draw(logits, keys, scalars(params), _top_k(params, logits.shape[-1]), *masks)
 
@@ -219,7 +219,7 @@ def _top_k(params: SamplingParams, vocab: int) -> int:
 
 @lru_cache(maxsize=64)
 def scalars(params: SamplingParams) -> Scalars:
-    """The parameters that change something; top_k decides shapes and is not among them."""
+    """The active parameters; without top_k, which determines shapes."""
     off = {"top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0}
     off["frequency_penalty"] = 0.0
     values = {name: getattr(params, name) for name in ("temperature", *off)}
@@ -227,7 +227,7 @@ def scalars(params: SamplingParams) -> Scalars:
 
 
 def penalise(logits: mx.array, values: Scalars, masks: Masks) -> mx.array:
-    """logits `[B, V]` -> the same, float32 where something is on; banned ones are -inf."""
+    """Apply penalties, bias and bans to logits `[B, V]`; float32 if any of them is active."""
     in_text, in_answer, is_banned, bias = masks
     if in_text is not None:
         penalty, logits = values["repetition_penalty"], logits.astype(mx.float32)
@@ -246,34 +246,34 @@ def penalise(logits: mx.array, values: Scalars, masks: Masks) -> mx.array:
     return logits
 
 
-# A new trace for new shapes and other parameters that are on, not for other values of them.
+# Retraced for new shapes and other active parameters, not for other values.
 @mx.compile
 def _draw(logits: mx.array, keys: mx.array, values: Scalars, top_k: int, *masks: Mask) -> mx.array:
     logits = penalise(logits, values, Masks(*masks)).astype(mx.float32)
-    # Costs: an ascending stable sort puts the likeliest first, and of equal ones the lowest id.
+    # Costs, because an ascending stable sort puts the likeliest first, and ties by id.
     costs = -logits / values["temperature"]
     if not top_k and "top_p" not in values:
         return _draw_unsorted(costs, keys, values)
     costs, ids = smallest(costs, top_k)
-    # Relative to the likeliest.
+    # Probabilities relative to the likeliest token.
     weights = mx.exp(costs[:, :1] - costs)
     covered = mx.cumsum(weights, axis=-1)
     reached = covered
     if "top_p" in values:
-        # The token that crosses top_p still belongs.
+        # The token that crosses top_p is kept.
         reached = mx.where(covered - weights < values["top_p"] * covered[:, -1:], covered, 0.0)
     if "min_p" in values:
         reached = mx.where(weights >= values["min_p"], reached, 0.0)
-    # What is kept is a prefix; no token after it is drawn, because uniform is less than 1.
+    # Kept tokens are a prefix; none after it is sampled, because uniform is less than 1.
     total = reached.max(axis=-1, keepdims=True)
-    # A key that a split made is random bits, and this one is used for nothing else.
+    # A key from a split is random bits, and this one has no other use.
     uniform = (keys[:, :1] >> 8).astype(mx.float32) * 2**-24
     choice = (covered <= uniform * total).sum(axis=-1, keepdims=True)
     return ids(choice)[:, 0]
 
 
 def _draw_unsorted(costs: mx.array, keys: mx.array, values: Scalars) -> mx.array:
-    """Without top-k and top-p: by Gumbel noise."""
+    """Sample without top-k and top-p, by Gumbel noise."""
     if "min_p" in values:
         most = costs.min(axis=-1, keepdims=True) - mx.log(values["min_p"])
         costs = mx.where(costs <= most, costs, mx.inf)
@@ -282,13 +282,13 @@ def _draw_unsorted(costs: mx.array, keys: mx.array, values: Scalars) -> mx.array
 
 
 def smallest(costs: mx.array, k: int) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
-    """The k smallest costs `[B, k]` of `[B, V]` in order, and their ids by place; all for k = 0.
+    """The k smallest costs `[B, k]` of `[B, V]` in order, and a function from places to ids.
 
-    Equal costs are in the order of their ids, as in a stable sort. The vocabulary is not sorted:
-    the k smallest are in the k blocks with the smallest minima.
+    k = 0: all. Ties are in the order of ids, as in a stable sort. The vocabulary is not sorted: the
+    k smallest costs are in the k blocks with the smallest minima.
     """
     rows, vocab = costs.shape
-    # As many blocks as candidates: MLX's Metal sort takes about 4,096 numbers in one dispatch.
+    # About as many blocks as candidates: MLX's Metal sort takes about 4,096 numbers per dispatch.
     width = 2 ** round(math.log2(vocab / max(k, 1)) / 2)
     num_blocks = -(-vocab // width)
     if k == 0 or num_blocks <= k:
@@ -299,7 +299,7 @@ def smallest(costs: mx.array, k: int) -> tuple[mx.array, Callable[[mx.array], mx
     if padding := num_blocks * width - vocab:
         costs = mx.pad(costs, [(0, 0), (0, padding)], constant_values=mx.inf)
     blocks = costs.reshape(rows, num_blocks, width)
-    # In the order of their ids again, so that candidates are too.
+    # Sorted by id again, so that the candidates are too.
     chosen = mx.sort(mx.argsort(blocks.min(axis=-1), axis=-1)[:, :k], axis=-1)
     costs = mx.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, k * width)
     order = mx.argsort(costs, axis=-1)[:, :k]

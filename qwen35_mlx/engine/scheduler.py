@@ -1,7 +1,7 @@
-"""The engine of a server: one thread that owns MLX and answers many requests at a time.
+"""Engine: one thread that owns MLX and answers many requests at a time.
 
-Prompts are read one after another, in pieces; between two pieces all answers go on for as long as
-the piece took, a token of each in one pass. One that is alone decodes with drafts.
+Prompts are prefilled in pieces. Between two pieces all answers are decoded together, one token each
+per pass, for as long as the piece took. A single answer is decoded with drafts.
 """
 
 import atexit
@@ -44,18 +44,18 @@ from .ticket import Ticket
 
 log = logging.getLogger(__name__)
 
-# While requests run, what was read is written now and then: a killed server keeps it.
+# Interval of saving while requests run, so that a killed server keeps its caches.
 SAVE_SECONDS = 1.0
 
 
 @dataclass
 class Limits:
-    """What an engine takes on at once."""
+    """Limits of an engine."""
 
-    # Answers that are read or written, and requests that wait beyond them.
+    # Answers in progress, and further requests that may wait.
     max_running: int = 16
     max_queued: int = 64
-    # Keys, values and states of what runs; None: what the machine has left.
+    # Bytes for keys, values and states of running requests; None: what the machine has left.
     memory_bytes: float | None = None
 
 
@@ -71,7 +71,7 @@ class Engine:
         limits: Limits | None = None,
         adapters: Mapping[str, Model] | None = None,
     ):
-        """`adapters`: the model with each of them, by their names; see `with_adapter`."""
+        """`adapters`: name -> the model with this adapter; see `with_adapter`."""
         self.model, self.tokenizer = model, tokenizer
         self.models = {"": model, **(adapters or {})}
         self.store = store or PrefixStore(model)
@@ -88,12 +88,12 @@ class Engine:
         self._reset()
 
     def _reset(self) -> None:
-        """Nothing runs."""
+        """Set the state of an engine without requests."""
         self._queue: deque[Reading] = deque()
         self._readings: list[Reading] = []
         self._rows = Rows(self.model, self._fail)
         self._pieces = Pieces()
-        # Whose prompts are between two layers, and since when they are not lent to others.
+        # Readings in the middle of a piece, and the start of the current layer.
         self._under_way: list[Reading] = []
         self._layer_started = 0.0
         self._saved_at = time.perf_counter()
@@ -107,7 +107,7 @@ class Engine:
             self._stopping = None
             self._thread = Thread(target=self._run, name="qwen35-mlx-engine", daemon=True)
             self._thread.start()
-        # A thread that still computes at exit would abort the process.
+        # A computation at exit would abort the process.
         atexit.register(self.stop)
 
     restart = start
@@ -118,18 +118,18 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     def prepare(self, request: Request) -> Prepared:
-        """All checks of a request, and its ids; raises Qwen35Error. Nothing of MLX is used."""
+        """Check a request and encode its prompt; raises Qwen35Error. Uses no MLX."""
         if request.adapter not in self.models:
             names = ", ".join(filter(None, self.models)) or "none"
             raise Qwen35Error("no such adapter", got=repr(request.adapter)[:80], expected=names)
         return self._preparer.prepare(request)
 
     def count_tokens(self, request: Request) -> int:
-        """How long the prompt is."""
+        """Number of tokens of the prompt."""
         return self._preparer.count(request)
 
     def submit(self, request: Request | Prepared) -> Ticket:
-        """Queue a request; a mistake in it is raised here, as are EngineBusy and EngineStopped."""
+        """Queue a request; raises errors of the request, EngineBusy and EngineStopped."""
         prepared = request if isinstance(request, Prepared) else self.prepare(request)
         ticket = Ticket(prepared.request.n, self._wake)
         reading = Reading(prepared, ticket, self.models[prepared.request.adapter])
@@ -144,7 +144,7 @@ class Engine:
         return ticket
 
     def stop(self, finish: bool = False) -> None:
-        """End the thread, after what was taken on if `finish`; else that is cancelled."""
+        """End the thread; running requests are completed if `finish`, otherwise cancelled."""
         with self._lock:
             thread = self._thread
             self._stopping = "it finishes what it was asked" if finish else "it was stopped"
@@ -157,7 +157,7 @@ class Engine:
         atexit.unregister(self.stop)
 
     def answer(self, requests: Iterable[Request | Prepared]) -> Iterator[tuple[int, Event]]:
-        """Answer in the caller's thread: places of requests, and events; raises what fails."""
+        """Answer in the caller's thread; yields indices of requests with events, raises errors."""
         events: list[tuple[int, Event]] = []
 
         def take(place: int, event: Event) -> None:
@@ -171,7 +171,7 @@ class Engine:
             while self._has_work():
                 self._take_inbox()
                 self._admit()
-                # Nobody waits for a first token: the more answers go on together, the better.
+                # All prompts first: no client waits for a first token, and full batches are fast.
                 if self._readings:
                     self._read_piece(self._readings)
                 elif self._rows:
@@ -188,7 +188,7 @@ class Engine:
             self._reset()
 
     def stats(self) -> dict[str, float]:
-        """Counters since the first start, and what runs now."""
+        """Counters since the start, and the numbers of running and queued requests."""
         counts = dict(self._counts)
         with self._lock:
             started = self._num_started()
@@ -230,7 +230,7 @@ class Engine:
         for ticket in tickets:
             ticket.send(Failed(reason))
         self._reset()
-        # MLX ends a thread's streams late; a process that exits before that is aborted.
+        # MLX frees a thread's streams late, and aborts a process that exits before that.
         mx.clear_streams()
 
     def _has_work(self) -> bool:
@@ -241,7 +241,7 @@ class Engine:
         return not (self._rows or self._readings or self._queue)
 
     def _save(self) -> None:
-        """Write a piece of what was read, where nobody waits for it or the last one is old."""
+        """Write a piece of the unsaved caches if the engine is idle, or the last write is old."""
         if self.store.is_saved:
             return
         if self._is_idle or time.perf_counter() - self._saved_at > SAVE_SECONDS:
@@ -249,7 +249,7 @@ class Engine:
             self._saved_at = time.perf_counter()
 
     def _take_inbox(self) -> None:
-        """Queue what was submitted; waits for it where there is nothing else to do."""
+        """Queue submitted requests; waits for one if there is nothing else to do."""
         waits = self._is_idle and self.store.is_saved
         while True:
             try:
@@ -263,9 +263,9 @@ class Engine:
     def _drop_cancelled(self) -> None:
         for reading in [r for r in [*self._queue, *self._readings] if r.ticket.cancelled]:
             if reading in self._under_way:
-                # It ends by itself.
+                # It stops by itself.
                 continue
-            # What it has read stays.
+            # Its cache stays in the store.
             self._readings = [r for r in self._readings if r is not reading]
             self._queue = deque(r for r in self._queue if r is not reading)
             if reading.cache is not None:
@@ -278,7 +278,7 @@ class Engine:
         self._leave([(row, "cancelled") for row in self._rows if row.ticket.cancelled])
 
     def _admit(self) -> None:
-        """Start what may run; a request that has to wait lets no later one pass."""
+        """Start queued requests in order; one that has to wait also holds up later ones."""
         while self._queue:
             reading = self._queue[0]
             num_rows = len(self._rows) + sum(r.prepared.request.n for r in self._readings)
@@ -292,16 +292,16 @@ class Engine:
             self._readings.append(self._queue.popleft())
 
     def _go_on(self) -> None:
-        """A piece of a prompt, and tokens of all answers for as long as it took."""
+        """Read a piece of a prompt, then decode all answers for as long as it took."""
         self._layer_started = time.perf_counter()
         if self._readings:
             self._read_piece(self._readings, self._between_layers)
         self._decode_for(time.perf_counter() - self._layer_started)
 
     def _between_layers(self) -> None:
-        """A long prompt reads experts from disk: after each layer all others go on.
+        """Serve other requests between the layers of a prompt that reads experts from disk.
 
-        Short prompts are read whole; between their layers answers alone go on.
+        Short prompts are prefilled whole; between their layers only answers continue.
         """
         now = time.perf_counter()
         seconds, self._layer_started = now - self._layer_started, now
@@ -316,7 +316,7 @@ class Engine:
         self._layer_started = time.perf_counter()
 
     def _decode_for(self, seconds: float) -> None:
-        """A token of all answers, and more for so long where prompts wait."""
+        """Decode a token of all answers, and more for `seconds` while prompts wait."""
         end = time.perf_counter() + seconds
         while self._rows:
             self._step()
@@ -358,7 +358,7 @@ class Engine:
             self._under_way.remove(reading)
 
     def _begin(self, reading: Reading, hidden: mx.array) -> None:
-        """The prompt is read: its answers begin."""
+        """Start the answers to a prefilled prompt."""
         prepared, ticket = reading.prepared, reading.ticket
         request, cache = prepared.request, reading.cache
         assert cache is not None
@@ -394,7 +394,7 @@ class Engine:
             row.begin(hidden)
 
     def _step(self) -> None:
-        """A token of each answer, or of one that is alone several."""
+        """Decode one token of each answer, or several of a single answer."""
         started = time.perf_counter()
         rows = self._rows.step()
         ended = [(row, row.finish_reason) for row in rows if row.finish_reason is not None]
@@ -405,7 +405,7 @@ class Engine:
         self._counts["decode_steps"] += 1
 
     def _leave(self, ended: list[tuple[Row, FinishReason]]) -> None:
-        """End rows: their caches go to the store, their answers into memory."""
+        """End rows: release their caches to the store, and remember their answers."""
         if not ended:
             return
         self._rows.remove([row for row, _ in ended])
@@ -414,7 +414,7 @@ class Engine:
             row.cache.release()
             self.store.save_later(row.cache)
             end = row.end(reason)
-            # Before it is sent: the next request may come at once.
+            # Before the event is sent, because the next request may come at once.
             if prepared.key is not None:
                 content, thought, calls = row.answer()
                 self._preparer.answers.remember(
@@ -428,13 +428,13 @@ class Engine:
         self.store.trim()
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
-        """One request ends with an error; the others go on."""
+        """End one request with an error; the others continue."""
         if isinstance(error, RuntimeError) and self.model.ring is not None:
-            # Of MLX, in the middle of a pass that other processes take part in.
+            # MLX failed in a pass in which other processes take part.
             self.model.ring.fail(error)
         log.warning("a request failed: %r", error, exc_info=error)
         self._counts["failed"] += 1
-        # What they have read may be what failed: it is of no use to others.
+        # Drop its caches: they may be the reason of the error.
         for reading in [r for r in self._readings if r.ticket is ticket]:
             self._readings.remove(reading)
             self.store.drop(reading.cache)

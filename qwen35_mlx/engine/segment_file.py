@@ -1,6 +1,6 @@
-"""A safetensors file with a checksum, written in pieces between which the caller may do more.
+"""A safetensors file with a checksum, written in pieces, so that other work can run in between.
 
-Its last tensor is the SHA-256 of all bytes before it, header included.
+Its last tensor is the SHA-256 of all bytes before it, with the header.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ METADATA, CHECKSUM, CHECKSUM_BYTES = "__metadata__", "sha256", 32
 def write_file(
     file: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]
 ) -> Generator[None, None, int]:
-    """Write a file, whole or not at all; yields after every 32 MiB. Returns its bytes."""
+    """Write a file, whole or not at all; yields after every 32 MiB. Returns its size."""
     header: dict[str, object] = {METADATA: dict(metadata)}
     end = 0
     for name, array in arrays.items():
@@ -35,7 +35,7 @@ def write_file(
     with replacing(file, 0o600) as temporary, temporary.open("wb") as out:
         out.write(head)
         for array in arrays.values():
-            # As bytes, for numpy has no bfloat16.
+            # As bytes, because numpy has no bfloat16.
             words = mx.contiguous(array).reshape(-1).view(mx.uint8)
             data = np.array(words, copy=False).data
             out.write(data)
@@ -67,6 +67,6 @@ def read_file(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         first, end = entry["data_offsets"]
         words = np.frombuffer(body[start + first : start + end], np.uint8)
         arrays[name] = mx.array(words).view(STORED[entry["dtype"]][1]).reshape(entry["shape"])
-    # A lazy array belongs to the thread that made it.
+    # Another thread cannot use a lazy array.
     mx.eval(arrays)
     return arrays, metadata

@@ -1,8 +1,8 @@
-"""What a model has read, in files of a folder to which is only appended.
+"""Saved prompt caches: an append-only folder of segments and points.
 
-A segment holds keys and values of some tokens of a sequence, a point the recurrent states behind
-a segment. A segment is named after all ids up to its end: equal beginnings are one file, the ids
-of a prompt find what was read of it, and no file says which ids these are.
+A segment file holds keys and values of some tokens of a sequence; a point file holds the recurrent
+states at the end of a segment. Names are hashes of all ids up to the end: so equal prefixes are one
+file, a prompt finds its segments by its ids, and no file contains the ids.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from .mtp_state import MAX_WAITING
 from .prompt_cache import PromptCache, common_prefix
 from .segment_file import PIECE_BYTES, read_file, write_file
 
-# Goes into every name: files of another format are not found.
+# A part of every name, so that files of other formats are not found.
 FORMAT = 1
 NAME_CHARS = 24
 FILE_NAME = re.compile(
@@ -40,7 +40,7 @@ MIN_SEGMENT_TOKENS = 16
 
 
 class Segment(NamedTuple):
-    """Some tokens of a sequence, behind those of its parent."""
+    """Some tokens of a sequence, after those of its parent."""
 
     parent: str
     name: str
@@ -48,7 +48,7 @@ class Segment(NamedTuple):
     stop: int
 
     def file_name(self, kind: str) -> str:
-        """Of its keys and values, or of the states behind them."""
+        """The file of its keys and values ("keys"), or of the states at its end ("states")."""
         return f"{self.parent}-{self.name}-{self.start}-{self.stop}.{kind}.safetensors"
 
 
@@ -56,22 +56,22 @@ Chain = tuple[Segment, ...]
 
 
 class Segments:
-    """The files of a folder that one model can use; the least recently used go first.
+    """The files of one model in a folder, with LRU eviction.
 
-    One writer at a time. What is damaged is dropped, noted in `problems`, and read again by the
-    model, as is all behind it.
+    One writer at a time. Damaged files are deleted with all files after them and noted in
+    `problems`; the model prefills these tokens again.
     """
 
     def __init__(self, folder: Path, model: Model, max_bytes: float | None = None):
-        """`max_bytes` bounds the folder, but for the sequence that was written last."""
+        """`max_bytes`: bound of the folder, except for the sequence that was written last."""
         self.folder, self.model = folder, model
         self.max_bytes = float("inf") if max_bytes is None else max_bytes
         self.problems: list[str] = []
         known = [FORMAT, model_identity(model), model.config.rope]
         self._root = _name("", repr(known).encode())
-        # By the name of their parent, and their own.
+        # Segments by the name of their parent, and their own.
         self._children: dict[str, dict[str, Segment]] = defaultdict(dict)
-        # By file name: bytes, and when they were last of use.
+        # Size and time of last use, by file name.
         self._bytes: dict[str, int] = {}
         self._used: dict[str, float] = {}
         self._cleared = False
@@ -91,13 +91,13 @@ class Segments:
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(self._bytes.values())
 
     def read(
         self, ids: Sequence[int], at_least: int = 1, features: FeatureStore | None = None
     ) -> PromptCache | None:
-        """What was read of `ids`, up to the last point; None if that has fewer tokens."""
+        """The cache of the longest saved prefix of `ids`; None if it has fewer than `at_least`."""
         words = _words(ids)
         while True:
             points = [path for path in self._paths(words) if self._has_point(path[-1])]
@@ -111,7 +111,7 @@ class Segments:
     def _load(
         self, path: Chain, ids: Sequence[int], features: FeatureStore | None
     ) -> PromptCache | None:
-        """The cache at the end of a path; None if a file was damaged, and is gone now."""
+        """The cache at the end of a path; None if a file was damaged, and is deleted now."""
         end = path[-1]
         cache = PromptCache(self.model, ids[: end.stop], features=features)
         kind, segment = "states", end
@@ -122,7 +122,7 @@ class Segments:
                 self._append(cache, *self._read(segment, kind))
             kind, segment = "states", end
             point = _point(cache, states, int(known["mtp_tokens"]))
-        # Whatever a damaged file leads to: nothing of it is used.
+        # A damaged file may raise any of these; nothing of it is used.
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             self.problems.append(first_line(error))
             if kind == "states":
@@ -156,16 +156,16 @@ class Segments:
             known = held.offset - int(metadata["mtp_start"])
             if known >= 0:
                 held.append_rows({name: a[..., known:, :] for name, a in rows.items()})
-        # The bytes of the file are of no use from here on.
+        # Evaluate, so that the bytes of the file can be freed.
         cache.settle()
 
     def write(self, cache: PromptCache, num_tokens: int) -> Generator[None]:
-        """Append what is not there yet of the first tokens of a cache, one of its points.
+        """Append the missing segments of the first `num_tokens` of a cache, which must be a point.
 
-        Yields after every 32 MiB; whoever stops there loses a segment at most. Ends early once
-        the cache holds something else.
+        Yields after every 32 MiB; stopping there loses at most one segment. Ends early if the cache
+        changes.
         """
-        # Of a model on several Macs the others have parts of the cache: it is read again.
+        # With several Macs, the others have parts of the cache: it cannot be saved.
         if not 0 < num_tokens <= cache.last_point or getattr(self.model, "ring", None):
             return
         point = cache.snapshots.get(num_tokens) or cache.end()
@@ -174,7 +174,7 @@ class Segments:
         try:
             self._clear()
             yield from self._write(cache, point)
-        # MLX raises RuntimeError where it has no memory.
+        # MLX raises RuntimeError if it has no memory.
         except (OSError, RuntimeError) as error:
             raise SessionError(
                 "what was read cannot be saved",
@@ -187,21 +187,21 @@ class Segments:
         ids = list(cache.ids[: point.num_tokens])
         words = _words(ids)
         path = max(self._paths(words), key=lambda path: path[-1].stop, default=())
-        # Asked for once: whoever looks at them ends a pass that may be under way later.
+        # Accessed once: a later access would end a pass in progress.
         entries, mtp = list(enumerate(cache.entries)), cache.mtp and cache.mtp.cache
         kvs = {f"layers.{n}": entry for n, entry in entries if isinstance(entry, KVCache)}
-        # The MTP layer has read so many tokens fewer.
+        # The MTP layer has read fewer tokens, by this number.
         mtp_lag = point.num_tokens - cast(int, point.entries[-1]) if mtp else 0
 
         def rows(start: int, stop: int) -> tuple[dict[str, mx.array], dict[str, str]]:
             places = {name: (kv, start, stop) for name, kv in kvs.items()}
             metadata = {}
             if mtp and stop > mtp_lag:
-                # How many tokens wait for it differs from time to time.
+                # Its number of pending tokens varies, so leave room for them.
                 first = max(0, start - mtp_lag - MAX_WAITING)
                 places["mtp"] = mtp, first, stop - mtp_lag
                 metadata["mtp_start"] = str(first)
-            # Whoever goes on with the cache would have to copy all of it while views are alive.
+            # Copies, because the next append would copy the whole cache while views are alive.
             copies = {
                 f"{name}.{part}": mx.contiguous(array)
                 for name, (kv, *place) in places.items()
@@ -210,8 +210,8 @@ class Segments:
             mx.eval(copies)
             return copies, metadata
 
-        # A killed writer leaves segments without a point. The same tokens, read again in other
-        # pieces, may differ in their last bits: then what it left is not of this reading.
+        # A killed writer leaves segments without a point. If the tokens were prefilled again in
+        # other pieces, their last bits may differ: then these segments are replaced.
         for number, segment in enumerate(path):
             if not self._is_used(segment):
                 yield
@@ -220,7 +220,7 @@ class Segments:
                     path = path[:number]
                     break
         while (start := path[-1].stop if path else 0) < len(ids):
-            # Between two pieces another request may have gone on with it from an earlier point.
+            # Between two pieces another request may have continued it from an earlier point.
             if common_prefix(cache.ids, ids) < len(ids):
                 return
             token_bytes = sum(a.nbytes for kv in kvs.values() for a in kv.rows(0, 1).values())
@@ -249,7 +249,7 @@ class Segments:
     def _holds(
         self, segment: Segment, rows: Mapping[str, mx.array], metadata: Mapping[str, str]
     ) -> bool:
-        """Whether the file of a segment has these rows, to the last bit."""
+        """Whether the file of a segment has exactly these rows."""
         try:
             arrays, known = self._read(segment, "keys")
         except (ValueError, LookupError, OSError):
@@ -265,11 +265,11 @@ class Segments:
         )
 
     def _is_used(self, segment: Segment) -> bool:
-        """Whether there is a point at its end or behind it."""
+        """Whether there is a point at its end or after it."""
         return any(map(self._has_point, self._behind(segment)))
 
     def _behind(self, segment: Segment) -> list[Segment]:
-        """A segment and all that go on from it."""
+        """A segment and all its descendants."""
         behind = [segment]
         for each in behind:
             behind += self._children.get(each.name, {}).values()
@@ -287,7 +287,7 @@ class Segments:
         self._bytes[name], self._used[name] = num_bytes, time.time()
 
     def _clear(self) -> None:
-        """Before the first write: make the folder, and remove what killed writers left."""
+        """Before the first write: make the folder, and delete temporary files of killed writers."""
         if not self._cleared:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for leftover in self.folder.glob(".*.partial.safetensors"):
@@ -295,9 +295,9 @@ class Segments:
             self._cleared = True
 
     def _thin(self, path: Chain) -> None:
-        """Keep points of which, from the end, each second one is twice as far; and those of forks.
+        """Delete points so that distances from the end double; keep points of forks.
 
-        So going back by some tokens reads no more than that number again.
+        So going back by n tokens prefills at most about n tokens more.
         """
         points = [segment for segment in path if self._has_point(segment)]
         *_, newer = points
@@ -309,7 +309,7 @@ class Segments:
                 newer = segment
 
     def trim(self) -> None:
-        """Remove the ends that were of no use for the longest time, until the rest fits."""
+        """Delete the least recently used ends of sequences until the rest fits."""
         while self.nbytes > self.max_bytes:
             segments = {
                 s.name: s for children in self._children.values() for s in children.values()
@@ -318,7 +318,7 @@ class Segments:
             ends.sort(key=lambda s: self._used.get(s.file_name("keys"), 0.0))
             if len(ends) < 2:
                 return
-            # What no point is behind goes with it.
+            # Also delete its ancestors without a point or other descendants.
             end: Segment | None = ends[0]
             while end and not self._children.get(end.name):
                 self._remove(end)
@@ -327,7 +327,7 @@ class Segments:
                     break
 
     def _paths(self, words: np.ndarray) -> Iterator[Chain]:
-        """Every chain of segments from the beginning of these ids."""
+        """Yield every chain of segments that is a prefix of these ids."""
         paths: list[Chain] = [()]
         while paths:
             path = paths.pop()
@@ -349,7 +349,7 @@ class Segments:
             os.utime(self.folder / name)
 
     def _remove(self, segment: Segment) -> None:
-        """Remove a segment with all behind it, from the end on."""
+        """Delete a segment with all its descendants, the last ones first."""
         for each in reversed(self._behind(segment)):
             self._unlink(each.file_name("states"))
             self._unlink(each.file_name("keys"))
@@ -364,7 +364,7 @@ class Segments:
 
 @contextmanager
 def open_folder(folder: Path, model: Model, max_bytes: float) -> Iterator[Segments]:
-    """The segments of a folder that is made if need be, locked against other processes."""
+    """The segments of a folder, which is created if needed and locked against other processes."""
     if getattr(model, "ring", None):
         raise SessionError(
             "what several Macs have read is not saved",
@@ -386,7 +386,7 @@ def open_folder(folder: Path, model: Model, max_bytes: float) -> Iterator[Segmen
 
 
 def _point(cache: PromptCache, states: Mapping[str, mx.array], mtp_tokens: int) -> Snapshot:
-    """The end of a cache whose keys and values are there."""
+    """The snapshot at the end of a cache whose keys and values are loaded."""
     kept: list[int | tuple[mx.array, ...]] = []
     for layer, entry in enumerate(cache.entries):
         if isinstance(entry, ArraysCache):
@@ -397,7 +397,7 @@ def _point(cache: PromptCache, states: Mapping[str, mx.array], mtp_tokens: int) 
             if entry.offset != len(cache.ids):
                 raise ValueError("keys and values of another number of tokens")
     if cache.mtp:
-        # Without all that it has read, the layer begins anew.
+        # If a part of its cache is missing, the MTP layer starts over.
         kept.append(mtp_tokens if cache.mtp.cache.offset >= mtp_tokens else 0)
     point = Snapshot(len(cache.ids), tuple(kept), cache.rope_delta)
     point.mtp_hidden = states.get("mtp.hidden")
@@ -409,7 +409,7 @@ def _of(arrays: Mapping[str, mx.array], prefix: str) -> dict[str, mx.array]:
 
 
 def _words(ids: Sequence[int]) -> np.ndarray:
-    # Of pictures they have more than 32 bits.
+    # Ids of pictures have more than 32 bits.
     return np.array(ids, dtype="<i8")
 
 

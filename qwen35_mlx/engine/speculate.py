@@ -1,7 +1,7 @@
-"""Drafts of the next tokens: from the MTP layer, or from where the text stood before.
+"""Drafts for speculative decoding: from the MTP layer, or from earlier text (lookup).
 
-A draft that is not what the sampler draws is read in vain and changes nothing. So the number of
-drafts is a matter of speed alone: it follows what was accepted and how long passes took.
+A draft that differs from the sampled token is rejected and changes nothing. So the number of drafts
+affects only the speed: it follows the acceptance and the measured times of passes.
 """
 
 import itertools
@@ -25,27 +25,27 @@ from .sampler import Sampler
 
 AUTO, OFF, MTP, LOOKUP = "auto", "off", "mtp", "lookup"
 MODES = (AUTO, OFF, MTP, LOOKUP)
-# A pass has one row for the token that is certain.
+# One row of a pass is for the certain token.
 MAX_DRAFTS = MAX_ROWS - 1
-# Fewer tokens repeat by chance.
+# Shorter matches are often accidental.
 MATCHED_TOKENS = 4
-# A copy goes on near where it was; what is farther away has no advantage over the latest place.
+# A copy usually continues near its last place; beyond this distance the latest match is preferred.
 COPY_WINDOW = 512
-# A copy that goes on is worth the longest passes.
+# Drafts of a new copy; and fully accepted passes after which a copy gets the maximum.
 FIRST_LOOKUP_DRAFTS, HITS_TO_TRUST = 4, 2
-# Where drafting does not pay, how many passes until it is tried again; twice as many each time.
+# If drafting does not pay, passes until it is tried again; doubled each time.
 PAUSE_PASSES = 64
 LONGEST_PAUSE = 512
-# Passes that are remembered of each size, and how many decide. Their median counts: one may have
-# compiled, and where the host was late, a pass seems longer and the next one shorter.
+# Times that are kept for each size of a pass, and the minimum for a decision. The median counts,
+# because a pass may include a compilation, or seem longer when the host was late.
 REMEMBERED_PASSES, ENOUGH_PASSES = 6, 3
-# A longer context makes passes slower: then all sizes are timed again.
+# A longer context makes passes slower, so all sizes are timed again after so many.
 PASSES_TO_FORGET = 512
-# The share of accepted drafts is taken to be this at first; of a new one in the running share.
+# Initial estimate of the acceptance, and the weight of a new observation.
 FIRST_SHARE, NEW_SHARE = 0.8, 0.1
-# Another draft is tried where it is accepted this often.
+# Minimum chance of acceptance to try one more draft.
 MIN_CHANCE = 0.3
-# Below it after so many drafts, the layer's weights are not what they should be.
+# If the acceptance is below this after so many drafts, the layer's weights are wrong.
 HOPELESS_SHARE, HOPELESS_AFTER = 0.05, 64
 HOPELESS = (
     "the drafts of this model's MTP layer are hardly ever right; its weights may be damaged, or of "
@@ -63,10 +63,10 @@ log = logging.getLogger(__name__)
 
 
 class Drafter:
-    """Proposes drafts for one text after another; remembers what they brought."""
+    """Proposes drafts, and adapts their number to acceptance and times."""
 
     def __init__(self, model: Model, mode: str = AUTO, num_draft_tokens: int | None = None):
-        """`num_draft_tokens`: always so many; None lets acceptance and time decide."""
+        """`num_draft_tokens`: a fixed number; None: chosen by acceptance and time."""
         if mode not in MODES:
             raise Qwen35Error("unknown kind of drafts", got=mode, expected=", ".join(MODES))
         if num_draft_tokens is not None and not 1 <= num_draft_tokens <= MAX_DRAFTS:
@@ -83,10 +83,10 @@ class Drafter:
                 hint="use lookup, or load a model that has mtp.* tensors with mtp=True, which is "
                 "--draft mtp",
             )
-        # Drafts that a pass can take; none where it would change the text.
+        # Maximum drafts of a pass; 0 if a pass with drafts would change the text.
         self.max_drafts = 0 if mode == OFF else MAX_DRAFTS
         if self.max_drafts and isinstance(model, Model):
-            # Twice the tokens read 1.75 times the experts, for 1.85 tokens that stay.
+            # With experts from disk, two tokens read 1.75 times the experts, for 1.85 kept tokens.
             self.max_drafts = 0 if model.experts else min(self.max_drafts, exact_rows(model) - 1)
             if not self.max_drafts and mode != AUTO:
                 log.warning(FROM_DISK if model.experts else NOT_EXACT)
@@ -95,31 +95,31 @@ class Drafter:
         self.num_draft_tokens = num_draft_tokens
         self.stats = DraftStats()
         self.clock = time.perf_counter
-        # Of the draft at each depth, given that those before it were accepted.
+        # Acceptance of the draft at each depth, given that those before it were accepted.
         self._acceptance = [FIRST_SHARE] * MAX_DRAFTS
-        # Of the last passes with so many drafts of the MTP layer; 0 are plain ones.
+        # Seconds of the last passes, by their number of MTP drafts; 0: plain passes.
         self._seconds = self._untimed()
         self._num_passes = 0
         self._kind, self._pause, self._hits = "", {MTP: 0, LOOKUP: 0}, 0
         self._next_pause = dict.fromkeys(self._pause, PAUSE_PASSES)
-        # Tokens and seconds of the last passes with drafts from the text.
+        # Tokens and seconds of the last passes with lookup drafts.
         self._looked_up: deque[tuple[int, float]] = deque(maxlen=REMEMBERED_PASSES)
         self._ids: Sequence[int] = ()
         self._text, self._num_known = np.zeros(0, dtype=np.int64), 0
-        # Where in the text the last copy would go on.
+        # Position in the text at which the last copy would continue.
         self._copy_end: int | None = None
         self.begin()
 
     def begin(self) -> None:
-        """Decoding begins: the device has nothing to do."""
-        # Whether a plain pass was started before the host knew the token that it reads.
+        """Start timing; the device is idle."""
+        # Whether a plain pass was started before the host knew its token.
         self._is_ahead = False
         self._lap_start = self.clock()
 
     def propose(
         self, cache: PromptCache, token: mx.array, sampler: Sampler, most: int
     ) -> mx.array | None:
-        """Up to `most` drafts `[K]` of what follows `token` `[1]`, drawn and not read; or None."""
+        """Up to `most` drafts `[K]` after `token` `[1]`, the next one to read; or None."""
         self._kind = ""
         most = min(most, self.max_drafts)
         if most < 1 or not cache.can_go_back:
@@ -137,7 +137,7 @@ class Drafter:
         return mx.concatenate(drafts).astype(token.dtype)
 
     def record(self, num_drafts: int = 0, num_accepted: int = 0) -> None:
-        """A pass is done, and so many of its drafts were right."""
+        """Record a pass and its number of accepted drafts."""
         seconds, was_hopeless = self._lap(), self.is_hopeless
         self._num_passes += 1
         self._pause = {kind: max(0, left - 1) for kind, left in self._pause.items()}
@@ -155,30 +155,30 @@ class Drafter:
                 known = self._acceptance[depth]
                 self._acceptance[depth] = known + NEW_SHARE * ((depth < num_accepted) - known)
         else:
-            # The first plain pass has only started: its token was known before.
+            # The first plain pass has only been started, so it has no time yet.
             if self._is_ahead:
                 self._seconds[0].append(seconds)
             self._is_ahead = True
         if self.is_hopeless and not was_hopeless:
             log.warning(HOPELESS)
-            # Whoever asks for a number of drafts gets them.
+            # A fixed number of drafts is kept.
             self.uses_mtp = self.num_draft_tokens is not None
         if self._num_passes % PASSES_TO_FORGET == 0:
             self._seconds = self._untimed()
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the MTP layer is hardly ever right: its weights are wrong."""
+        """Whether almost no MTP draft is accepted, so its weights must be wrong."""
         drafted, accepted = self.stats.first_drafts
         return drafted >= HOPELESS_AFTER and accepted < HOPELESS_SHARE * drafted
 
     def _lap(self) -> float:
-        """Seconds since the last time."""
+        """Seconds since the last call."""
         start, self._lap_start = self._lap_start, self.clock()
         return self._lap_start - start
 
     def _wait_for(self, token: mx.array) -> int:
-        """The id of `token`; the plain pass that gives it ends with that."""
+        """The id of `token`; waits for the plain pass that computes it, and times that pass."""
         token_id = int(cast(int, token.item()))
         if self._is_ahead:
             self._seconds[0].append(self._lap())
@@ -186,9 +186,9 @@ class Drafter:
         return token_id
 
     def _look_up(self, ids: Sequence[int], token: mx.array, most: int) -> list[int]:
-        """What followed a place where the text had the same four tokens.
+        """The tokens that followed an earlier place with the same last four tokens.
 
-        That is the nearest one to where the last copy ended, or else the latest.
+        Of several places, the nearest one to the end of the last copy, or else the latest.
         """
         if len(ids) <= MATCHED_TOKENS or self._pause[LOOKUP]:
             return []
@@ -196,8 +196,8 @@ class Drafter:
             MAX_DRAFTS if self._hits >= HITS_TO_TRUST else FIRST_LOOKUP_DRAFTS
         )
         text = self._as_array(ids)
-        # The three that are known come first: whoever asks for the fourth waits for a pass. These
-        # are the places of the third with two more behind it.
+        # Match the three known tokens first, because reading the fourth waits for a pass. `places`
+        # are those of the third one, with at least two tokens after it.
         *others, last = text[1 - MATCHED_TOKENS :]
         places = np.flatnonzero(text[MATCHED_TOKENS - 2 : -2] == last) + MATCHED_TOKENS - 2
         for distance, wanted in enumerate(reversed(others), 1):
@@ -211,11 +211,11 @@ class Drafter:
         start, number = self._nearest(places) + 2, min(number, most)
         self._copy_end = start
         found = [*text[start : start + number].tolist(), token_id]
-        # Where the copy reaches the end of the text, the text goes round.
+        # If the copy reaches the end of the text, it repeats.
         period = len(text) + 1 - start
         while len(found) < number:
             found.append(found[-period])
-        # A picture is no draft, nor is what comes behind it.
+        # Placeholders of pictures, and tokens after them, are no drafts.
         return list(itertools.takewhile(lambda i: i >= 0, found[:number]))
 
     def _nearest(self, places: np.ndarray) -> int:
@@ -226,8 +226,8 @@ class Drafter:
         return int(places[-1])
 
     def _as_array(self, ids: Sequence[int]) -> np.ndarray:
-        """The ids, of which only the new ones are copied where a text goes on."""
-        # A cache appends to its list, and takes another one when it goes back.
+        """The ids as an array; only new ones are copied if the text continues."""
+        # A cache appends to its list, and makes a new one when it is rewound.
         known = self._num_known if ids is self._ids else 0
         if not known:
             self._copy_end = None
@@ -240,12 +240,12 @@ class Drafter:
         return self._text[: len(ids)]
 
     def _best_number(self) -> int:
-        """How many drafts of the MTP layer give the most tokens a second; 0 where none pays."""
+        """The number of MTP drafts with the most tokens per second; 0 if none pays."""
         if self.num_draft_tokens is not None:
             return self.num_draft_tokens
         if self._pause[MTP] or not (rates := self._rates()):
             return 0
-        # The next number is not timed yet: worth a try while the one before is the best.
+        # The next number is not timed yet; try it while the number before it is the best.
         number, best = len(rates), max(range(len(rates)), key=rates.__getitem__)
         may_pay = best == number - 1 and math.prod(self._acceptance[:number]) > MIN_CHANCE
         if number == 1 or (may_pay and number <= self.max_drafts):
@@ -254,20 +254,20 @@ class Drafter:
         return best
 
     def _judge(self, kind: str, pays: bool) -> None:
-        """Drafts were tried: they go on, or pause."""
+        """After a trial: continue to draft, or pause."""
         if pays:
             self._next_pause[kind] = PAUSE_PASSES
             return
         self._pause[kind] = self._next_pause[kind]
         self._next_pause[kind] = min(2 * self._pause[kind], LONGEST_PAUSE)
-        # Other text, other drafts: after the pause nothing is held against them.
+        # Forget the measurements, because text after the pause is different.
         if kind == LOOKUP:
             self._looked_up.clear()
         else:
             self._acceptance, self._seconds = [FIRST_SHARE] * MAX_DRAFTS, self._untimed()
 
     def _rates(self) -> list[float]:
-        """Tokens a second with 0, 1, … drafts of the MTP layer, as far as that was timed."""
+        """Tokens per second with 0, 1, … MTP drafts, for the numbers that are timed."""
         rates, expected, chance = list[float](), 1.0, 1.0
         for passes, share in zip(self._seconds, [*self._acceptance, 0.0], strict=True):
             if len(passes) < ENOUGH_PASSES:
@@ -278,7 +278,7 @@ class Drafter:
         return rates
 
     def _lookup_pays(self) -> bool:
-        """Whether its last passes gave more tokens a second than others would."""
+        """Whether the last lookup passes had more tokens per second than others would."""
         rates = self._rates()
         if not rates:
             return True
@@ -291,7 +291,7 @@ class Drafter:
 
 
 class DraftStats:
-    """Counts of one chat or call: passes, and drafts by depth."""
+    """Statistics of a drafter: passes, and drafts by depth."""
 
     def __init__(self) -> None:
         self.num_passes = 0
@@ -300,7 +300,7 @@ class DraftStats:
         self.accepted: dict[str, list[int]] = {}
 
     def count(self, kind: str, num_drafts: int, num_accepted: int) -> None:
-        """One pass and what came of it."""
+        """Count one pass."""
         self.num_passes += 1
         self.num_tokens += 1 + num_accepted
         if kind:
@@ -312,20 +312,20 @@ class DraftStats:
 
     @property
     def first_drafts(self) -> tuple[int, int]:
-        """Of the MTP layer: drafted, accepted."""
+        """First drafts of the MTP layer: drafted and accepted."""
         return self.drafted.get(MTP, [0])[0], self.accepted.get(MTP, [0])[0]
 
     @property
     def summary(self) -> dict[str, list[float]]:
-        """`acceptance` of each kind that was used, rounded."""
+        """Rounded `acceptance` of each kind of drafts that was used."""
         return {kind: [round(share, 4) for share in self.acceptance(kind)] for kind in self.drafted}
 
     @property
     def tokens_per_pass(self) -> float:
-        """1.0 where nothing was drafted."""
+        """Mean number of tokens per pass; 1.0 without drafts."""
         return self.num_tokens / self.num_passes if self.num_passes else 1.0
 
     def acceptance(self, kind: str) -> list[float]:
-        """By depth, given that the drafts before were accepted; as far as any were made."""
+        """Acceptance by depth, given that the drafts before were accepted."""
         pairs = zip(self.drafted.get(kind, []), self.accepted.get(kind, []), strict=True)
         return [accepted / drafted for drafted, accepted in pairs if drafted]

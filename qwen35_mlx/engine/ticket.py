@@ -1,4 +1,4 @@
-"""A request on its way through the engine, as its sender sees it."""
+"""Ticket: the sender's handle of a request in the engine."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ Listener = Callable[[Event], None]
 
 
 class Ticket:
-    """Events of one request, for one iterator or for listeners; any thread may hold it."""
+    """Events of one request, for one iterator or for listeners; thread-safe."""
 
     def __init__(self, num_answers: int, wake: Callable[[], None]):
-        """`wake` has the engine look at its tickets."""
+        """`wake`: makes the engine check its tickets."""
         self.cancelled = False
         self._wake = wake
         self._left = num_answers
@@ -40,7 +40,7 @@ class Ticket:
     def add_listener(self, listener: Listener) -> None:
         """Call `listener` for each event, earlier ones first, from the engine's thread.
 
-        What it raises cancels the request.
+        An exception in it cancels the request.
         """
         with self._changed:
             self._listeners.append(listener)
@@ -48,12 +48,12 @@ class Ticket:
                 listener(self._events.popleft())
 
     def cancel(self) -> None:
-        """End the request within a piece of the prompt or a token; `Done` comes all the same."""
+        """End the request after the current piece or token; the event `Done` still comes."""
         self.cancelled = True
         self._wake()
 
     def send(self, event: Event) -> None:
-        """Pass an event on; nothing follows the last one."""
+        """Send an event to the receivers; events after the last one are dropped."""
         with self._changed:
             if self.is_over:
                 return
@@ -67,6 +67,6 @@ class Ticket:
                 try:
                     listener(event)
                 except Exception:
-                    # Its loop is closed: nobody listens any more.
+                    # Its event loop is closed.
                     self.cancelled = True
             self._changed.notify_all()

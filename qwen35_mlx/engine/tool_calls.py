@@ -1,4 +1,4 @@
-"""Tool calls: read from the text of a call, typed by the tools' schemas, put into messages.
+"""Tool calls: parsed from text, typed by the tools' schemas, put into messages.
 
 Qwen3.5 and Qwen3-Coder write XML, Qwen3-Next and models after Hermes write JSON:
 
@@ -23,20 +23,20 @@ TOOL_FORM = '{"type": "function", "function": {"name": …, "parameters": {…}}
 FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 FUNCTION_END = re.compile(r"\s*</function>\s*")
 PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>")
-# A value ends where a tag follows its end: it may hold the end's text itself.
+# A value ends at an end tag before another tag; the value itself may contain the text of one.
 VALUE_END = re.compile(r"</parameter>\s*(?=<parameter=|</function>)")
-# The end of a value, and what has to follow it is cut.
+# The end of a value after which the text is cut.
 CUT_VALUE_END = re.compile(r"\n?</parameter>\s*(?:<[a-z/]*)?\Z")
 
 
 class ToolCall(NamedTuple):
-    """A function that the model wants called."""
+    """A call of a function by the model."""
 
     name: str
     arguments: dict[str, Any]
-    # Texts of the parameters as the model wrote them; none if it wrote JSON.
+    # Parameters as the model wrote them; empty if it wrote JSON.
     raw_arguments: dict[str, str]
-    # False if the call was cut or cannot be understood: not to be run.
+    # False if the call was cut or cannot be parsed: do not run it.
     complete: bool = True
 
 
@@ -44,7 +44,7 @@ UNREADABLE = ToolCall("", {}, {}, complete=False)
 
 
 def check_tools(tools: Sequence[Any], where: str = "") -> None:
-    """Refuse what is no tool, has no name or another's, or has parameters without a schema."""
+    """Refuse tools that are no objects, have no name or a repeated one, or an invalid schema."""
     names = set()
     for i, tool in enumerate(tools, 1):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
@@ -66,12 +66,12 @@ def check_tools(tools: Sequence[Any], where: str = "") -> None:
 
 
 def tool_names(tools: Sequence[Schema]) -> list[str]:
-    """Names of the tools, with or without the outer {"function": …} of their schemas."""
+    """Names of the tools, with or without the outer {"function": …}."""
     return [name for tool in tools if (name := str(_function(tool).get("name") or ""))]
 
 
 def read_xml(text: str, tools: Sequence[Schema]) -> ToolCall:
-    """The call that `text` is; incomplete, as far as it goes, if it is not all of a call."""
+    """Parse a call; `complete` is False if the text is not a whole call."""
     if not (function := FUNCTION.match(text)):
         return UNREADABLE
     raw, at = {}, function.end()
@@ -88,7 +88,7 @@ def read_xml(text: str, tools: Sequence[Schema]) -> ToolCall:
 
 
 def read_json_calls(text: str, tools: Sequence[Schema]) -> list[ToolCall]:
-    """The calls in a JSON object or a list of them, in JSON or Python's spelling; none if bad."""
+    """The calls in an object or a list, in JSON or Python's spelling; empty if invalid."""
     try:
         value = read_literal(text)
         return [_json_call(v, tools) for v in (value if isinstance(value, list) else [value])]
@@ -97,7 +97,7 @@ def read_json_calls(text: str, tools: Sequence[Schema]) -> list[ToolCall]:
 
 
 def _json_call(value: Any, tools: Sequence[Schema]) -> ToolCall:
-    """A call of {"name", "arguments"}; ValueError or AttributeError if it is none."""
+    """A call from {"name", "arguments"}; raises ValueError or AttributeError if it is invalid."""
     value = value.get("function", value)
     arguments = value["arguments"] if "arguments" in value else value.get("parameters", "none")
     if isinstance(arguments, str):
@@ -112,7 +112,7 @@ def _json_call(value: Any, tools: Sequence[Schema]) -> ToolCall:
 def _typed(
     name: str, arguments: Mapping[str, Any], tools: Sequence[Schema], is_json: bool = False
 ) -> dict[str, Any]:
-    """Arguments of which texts have the type of the tool's schema; JSON has types of its own."""
+    """The arguments, with texts converted to the types of the schema; JSON has its own types."""
     schemas = {str(f.get("name")): f.get("parameters") for f in map(_function, tools)}
     schema = schemas.get(name)
     schema = schema if isinstance(schema, Mapping) else {}
@@ -126,7 +126,7 @@ def _typed(
 
 
 def calls_of(message: Mapping[str, Any], tools: Sequence[Schema]) -> list[ToolCall]:
-    """The tool calls of an assistant's message, of `as_message` or as OpenAI's API has them."""
+    """The tool calls of an assistant's message, from `as_message` or in OpenAI's form."""
     return [
         ToolCall(
             name,
@@ -138,10 +138,10 @@ def calls_of(message: Mapping[str, Any], tools: Sequence[Schema]) -> list[ToolCa
 
 
 def as_message(call: ToolCall, *, typed: bool = False) -> dict[str, Any]:
-    """A call as chat templates take it, to be rendered as the model wrote it.
+    """A call for chat templates, so that it is rendered as the model wrote it.
 
-    typed: for templates that render the arguments as JSON. The others print each value, so what
-    was written in XML goes in as text.
+    typed: for templates that render the arguments as JSON. Others print each value, so arguments
+    in XML are passed as text.
     """
     arguments = {**call.arguments, **({} if typed else call.raw_arguments)}
     return {"type": "function", "function": {"name": call.name, "arguments": arguments}}

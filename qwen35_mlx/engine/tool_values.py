@@ -1,4 +1,4 @@
-"""A parameter's text as the JSON type of its schema; text where it does not fit."""
+"""Values of parameters: text to the JSON type of a schema, or text if it does not fit."""
 
 import ast
 import json
@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 Schema = Mapping[str, Any]
-# Templates in Python print these so, and the model has read them.
+# Python's constants: chat templates print them, and the model copies the form.
 CONSTANTS = {"True": True, "False": False, "None": None}
 MAX_LITERAL_CHARS = 100_000
 MAX_DEPTH = 64
-# Constants of JSON outside of quotes.
+# JSON's constants outside of quotes.
 JSON_WORD = re.compile(
     r""""[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*'|\b(true|false|null)\b""", re.DOTALL
 )
@@ -21,7 +21,7 @@ PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
 def coerce(raw: str, schema: Schema, root: Schema) -> Any:
-    """A parameter's text as the type that its JSON schema asks for; text where it does not fit."""
+    """Convert a parameter's text to the type of its JSON schema; text if it does not fit."""
     kinds = kinds_of(schema, root)
     text = raw.strip()
     try:
@@ -43,12 +43,12 @@ def coerce(raw: str, schema: Schema, root: Schema) -> Any:
         "array": isinstance(value, list),
         "object": isinstance(value, dict),
     }
-    # Without a type it is an array or an object, or text.
+    # Without a type: an array, an object, or text.
     return value if any(fits.get(kind, False) for kind in kinds or ("array", "object")) else raw
 
 
 def read_literal(text: str) -> Any:
-    """JSON, or Python's spelling of it, or a mix with commas at the end; ValueError if neither."""
+    """Parse JSON, Python's spelling of it, or a mix; raises ValueError."""
     try:
         return read_json(text)
     except ValueError:
@@ -57,7 +57,7 @@ def read_literal(text: str) -> Any:
     python = JSON_WORD.sub(lambda m: PYTHON_WORDS[m[1]] if m[1] else m[0], text)
     try:
         with warnings.catch_warnings():
-            # Of unknown escapes in strings.
+            # Warnings about unknown escapes in strings.
             warnings.simplefilter("ignore")
             value = ast.literal_eval(python.strip())
     except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
@@ -66,7 +66,7 @@ def read_literal(text: str) -> Any:
 
 
 def read_json(text: str) -> Any:
-    """JSON values of a text, line ends in strings allowed; ValueError for all else."""
+    """Parse JSON, also with line breaks in strings; raises ValueError."""
     try:
         return _json_value(json.loads(text, strict=False))
     except RecursionError:
@@ -74,7 +74,7 @@ def read_json(text: str) -> Any:
 
 
 def _json_value(value: Any, depth: int = 0) -> Any:
-    """The value if JSON can hold it, tuples as lists."""
+    """The value in JSON's types, with tuples as lists; raises ValueError."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, list | tuple):
@@ -84,7 +84,7 @@ def _json_value(value: Any, depth: int = 0) -> Any:
             raise ValueError("keys of objects are text")
         return {_json_value(k): _json_value(v, depth + 1) for k, v in value.items()}
     if isinstance(value, str):
-        # Half of a surrogate pair could not be sent on.
+        # Lone surrogates could not be encoded.
         value.encode()
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("not a finite number")
@@ -94,7 +94,7 @@ def _json_value(value: Any, depth: int = 0) -> Any:
 
 
 def kinds_of(schema: Any, root: Schema, depth: int = 0) -> set[str]:
-    """The JSON types that a schema allows; empty if it says nothing of types."""
+    """The JSON types that a schema allows; empty if it has no type."""
     if depth > 8 or not isinstance(schema, Mapping):
         return set()
     if match := re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref", ""))):

@@ -1,4 +1,4 @@
-"""Prompts of the turns of a conversation, and the points behind which later ones differ."""
+"""Prompts of the turns of a conversation, and the points after which later prompts differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from .tool_calls import as_message
 from .tool_values import Schema
 
 Message = Mapping[str, Any]
-# As templates close a thought.
+# How templates close a thought.
 THOUGHT_END = f"\n{THINK_CLOSE}\n\n"
 
 
 @dataclass(frozen=True)
 class TurnPrompts:
-    """What the chat template makes of messages, with these tools and in this mode."""
+    """Renders messages through the chat template, with these tools and options."""
 
     tokenizer: Any
     tools: Sequence[Schema] = ()
@@ -40,17 +40,17 @@ class TurnPrompts:
         )
 
     def next_prompt(self, messages: Sequence[Message]) -> tuple[list[int], int, int]:
-        """Ids of the next prompt, and how many come before its message and before the answer.
+        """Ids of the next prompt, and their numbers before its last message and before the answer.
 
-        These are the points behind which later prompts differ: another message, and an answer
-        that the template shows without its thought.
+        These are the points after which later prompts differ: by another message, or by an answer
+        that the template renders without its thought.
         """
         text, history = self.render(messages, True), self.render(messages, False)
         prompt = encode_text(self.tokenizer, text)
         if not prompt:
             raise PromptError("the prompt is empty", expected="at least one token")
         other = self.render([*messages[:-1], _user("\0")], False)
-        # Encoded from the end, which is short; what comes before melts with none of it.
+        # Only the short end is encoded; no token crosses its start.
         message = encode_text(self.tokenizer, text.part(common_prefix(text, other)))
         start = max(0, len(prompt) - len(message))
         opening = encode_text(self.tokenizer, text.part(len(history)))
@@ -60,17 +60,17 @@ class TurnPrompts:
         return prompt, start, min(boundary, len(prompt) - 1)
 
     def system_end(self, messages: Sequence[Message]) -> int:
-        """How many ids conversations with this system prompt and these tools share; 0 if none."""
+        """Number of ids for system prompt and tools, which conversations share; 0 if none."""
         system = [m for m in messages[:1] if m["role"] == "system"]
         return len(self.before_message(system)) if system or self.tools else 0
 
     def before_message(self, messages: Sequence[Message]) -> list[int]:
-        """What every next prompt behind `messages` begins with, whatever its message says."""
+        """The ids with which every next prompt after `messages` begins."""
         one, other = (self.render([*messages, _user(text)], False) for text in ("a", "1"))
         return encode_text(self.tokenizer, one.part(0, common_prefix(one, other)))
 
     def renders_json_arguments(self) -> bool:
-        """Whether the template renders the arguments of a call as JSON, not value by value."""
+        """Whether the template renders the arguments of a call as JSON, not one by one."""
         call = as_message(ToolCall("probe", {"key": "a-probe"}, {}))
         answer = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}
         try:
@@ -83,7 +83,7 @@ class TurnPrompts:
         return self.opens_thought(encode_text(self.tokenizer, self.render([_user("a")], True)))
 
     def opens_thought(self, prompt: Sequence[int]) -> bool:
-        """Whether the template has opened one at the end of a prompt."""
+        """Whether the template has opened a thought at the end of a prompt."""
         return bool(self.tokenizer.decode(prompt[-4:]).rstrip().endswith(THINK_OPEN))
 
 

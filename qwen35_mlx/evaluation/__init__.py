@@ -1,1 +1,1 @@
-"""What a model is worth: its speed on this machine, and what it can."""
+"""Evaluation of a model: its speed on this machine, and its quality."""

@@ -1,4 +1,4 @@
-"""What a user notices of quantization: a model's answers beside those of its reference."""
+"""Compares the answers of a quantized model with those of its reference."""
 
 import json
 import random
@@ -16,9 +16,9 @@ from ..progress import StepProgress
 from ..sampling import SamplingParams
 
 NUM_EACH = 16
-# Tokens of an answer that are compared, and the most that are written: a thought may take long.
+# Compared tokens of an answer, and maximum lengths of answers without and with a thought.
 COMPARED_TOKENS, MAX_TOKENS, MAX_THOUGHT_TOKENS = 200, 400, 2048
-# Rows of one call whose bits do not depend on each other.
+# Rows of one call that do not change each other's bits.
 BATCH_SIZE = 8
 FENCE = re.compile(r"\s*(?:```(?:json)?\n)?(.*?)(?:\n```)?\s*", re.DOTALL)
 TYPES: dict[str, Any] = {"string": str, "integer": int, "number": int | float, "array": list}
@@ -30,7 +30,7 @@ NAMES = "Anna Paul Lena Max Nora Hugo Ida Leo Rosa Emil Vera Tom".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 ITEMS = "apples pears lamps books chairs cups pencils stamps".split()
 CURRENCIES = "dollars euros pounds yen francs".split()
-# What a place in a wording may be filled with, by its name.
+# Values for the placeholders of the questions, by name.
 VALUES: dict[str, Sequence[Any]] = {
     "a": range(12, 99), "b": range(12, 99), "c": range(2, 10),
     "age": range(3, 99), "amount": range(5, 500), "city": CITIES, "count": range(2, 60),
@@ -57,7 +57,7 @@ SUMS = (
     "A train needs {c} hours for {a} km. How far does it go in {b} hours?",
     "Sort these from small to big: {a} {b} {price} {count}",
 )
-# Name, description, parameters and wordings of each tool.
+# Name, description, parameters and question of each tool.
 TOOLS: tuple[tuple[str, str, dict[str, Schema], str], ...] = (
     ("get_weather", "Weather in a city", {"city": TEXT}, "What is the weather in {city}?"),
     ("get_time", "Time in a city", {"city": TEXT}, "What time is it in {city}?"),
@@ -75,7 +75,7 @@ TOOLS: tuple[tuple[str, str, dict[str, Schema], str], ...] = (
      "Plan a meeting with {name} and {other} on {day} at {hour}."),
     ("set_light", "Switch a light", {"room": TEXT, "on": YES_OR_NO}, "Turn on the kitchen light."),
 )  # fmt: skip
-# A sentence and the schema of what is in it.
+# A sentence and the JSON schema of its facts.
 RECORDS: tuple[tuple[str, dict[str, Schema]], ...] = (
     ("{name} is {age} years old and lives in {city}.", {"name": TEXT, "age": WHOLE, "city": TEXT}),
     ("{name} bought {count} {item} for {price} dollars.",
@@ -93,7 +93,7 @@ RECORDS: tuple[tuple[str, dict[str, Schema]], ...] = (
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what is expected of the answer: a thought, a call of a tool, or JSON."""
+    """A prompt, and what the answer should have: a thought, a tool call, or JSON."""
 
     text: str
     thinks: bool = False
@@ -103,7 +103,7 @@ class Question:
 
 @dataclass
 class Answer:
-    """What a model wrote; `tokens` end with -1 where the model ended the answer itself."""
+    """A model's answer; `tokens` ends with -1 if the model ended it itself."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -112,7 +112,7 @@ class Answer:
 
 
 def questions(num_each: int = NUM_EACH, seed: int = 0) -> list[Question]:
-    """So many questions of each kind; the same for the same seed."""
+    """`num_each` questions of each kind; the same for the same seed."""
     rng = random.Random(seed)
     found = []
     for number in range(num_each):
@@ -184,9 +184,9 @@ def answers(
 def figures(
     asked: Sequence[Question], reference: Sequence[Answer], own: Sequence[Answer]
 ) -> dict[str, Any]:
-    """What a model's answers have in common with the reference's, and whether they can be used.
+    """How far a model's answers agree with the reference's, and how many of them are valid.
 
-    Shares are of 1; `thought_ratio` is None where the reference does not think.
+    Shares are from 0 to 1; `thought_ratio` is None if the reference does not think.
     """
     shared = [_shared(a.tokens, b.tokens) for a, b in zip(reference, own, strict=True)]
     thoughts = [
@@ -209,7 +209,7 @@ def figures(
 
 
 def _shared(reference: Sequence[int], own: Sequence[int]) -> float:
-    """The share of the longer text, as far as it is compared, before the first difference."""
+    """The share of the longer answer, up to the compared length, before the first difference."""
     a, b = reference[:COMPARED_TOKENS], own[:COMPARED_TOKENS]
     longest = max(len(a), len(b))
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
@@ -217,7 +217,7 @@ def _shared(reference: Sequence[int], own: Sequence[int]) -> float:
 
 
 def _is_call(answer: Answer, tools: Sequence[Schema]) -> bool:
-    """Whether there are calls, and all of them are of these tools and follow their schemas."""
+    """Whether there are calls, all to these tools and valid for their schemas."""
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
     return bool(answer.calls) and all(
         call.complete and call.name in schemas and _follows(call.arguments, schemas[call.name])
@@ -234,7 +234,7 @@ def _is_json(text: str, schema: Schema) -> bool:
 
 
 def _follows(value: Any, schema: Schema) -> bool:
-    """Whether a value is as a schema of ours says; objects have all properties and no others."""
+    """Whether a value is valid for one of the schemas here; objects need exactly all properties."""
     if "enum" in schema:
         return value in schema["enum"]
     kind = schema["type"]

@@ -1,9 +1,9 @@
-"""Speed of a model on this machine at several contexts, in figures to compare and to share.
+"""Speed of a model on this machine at several contexts.
 
-One run at a context of N tokens is a conversation of two turns. Cold: a prompt of N tokens is read
-into an empty cache, and an answer is decoded. Warm: a short message follows, of which only its own
-tokens are read. Nothing is drafted there: behind random ids nothing can be guessed. Drafts are
-measured in answers to a few questions.
+One run at a context of N tokens is a conversation of two turns. Cold: a prompt of N tokens is
+prefilled into an empty cache, and an answer is decoded. Warm: a short message follows, and only its
+tokens are prefilled. Both use random ids and no drafts, which need real text. Drafts are measured
+separately, on answers to a few questions.
 """
 
 import math
@@ -32,13 +32,13 @@ from ..model.language import Model
 from ..progress import StepProgress
 from ..prompt import encode_messages
 
-# Of the JSON; higher when a figure changes its meaning.
+# Version of the JSON; increased when a figure changes its meaning.
 FORMAT = 1
 FIRST_CONTEXT, CONTEXT_FACTOR, DEFAULT_CONTEXT = 512, 8, 32_768
-# Tokens of the answer, and of the message after it.
+# Tokens of the answer, and of the next message.
 NEW_TOKENS, WARM_TOKENS = 64, 64
 ROOM = NEW_TOKENS + WARM_TOKENS
-# Of text, of code, and of what repeats its prompt; at most so many tokens of each answer.
+# Prose, code, and text that repeats its prompt; and the maximum length of each answer.
 QUESTIONS = (
     "Explain in a few paragraphs why the sky is blue.",
     "Write a Python function that merges two sorted lists, with a docstring and three tests.",
@@ -47,16 +47,16 @@ QUESTIONS = (
 MAX_ANSWER = 128
 SPEEDS = ("prefill_tps", "warm_prefill_tps", "decode_tps")
 
-# Reads ids after all that it has read, and yields that many tokens; ours does not read the last.
+# Appends ids to its context, and yields that many tokens; ours does not read the last one.
 Conversation = Callable[[list[int], int], Iterator[int]]
-# An empty one, by the name of the program.
+# Makers of empty conversations, by the name of the program.
 Programs = Mapping[str, Callable[[], Conversation]]
 Clock = Callable[[], float]
 OURS, MLX_LM = "qwen35_mlx", "mlx_lm"
 
 
 class Run(NamedTuple):
-    """Seconds of one run, and its peak of memory with the weights."""
+    """Times of one run, and its peak memory with the weights."""
 
     ttft_s: float
     decode_s: float
@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 def contexts(config: ModelConfig, longest: int | None = None) -> list[int]:
-    """512, 4,096, 32,768 and so on tokens of a prompt, and `longest` itself."""
+    """Prompt lengths 512, 4,096, 32,768 and so on, and `longest` itself."""
     most = config.context_length - ROOM
     if longest is None:
         longest = min(most, DEFAULT_CONTEXT)
@@ -83,7 +83,7 @@ def contexts(config: ModelConfig, longest: int | None = None) -> list[int]:
 
 
 def our_conversation(model: Model) -> Conversation:
-    """Greedy, by the cache and the loop of chat and scripts."""
+    """A greedy conversation, with the cache and the decode loop of this package."""
     cache = PromptCache(model)
 
     def turn(ids: list[int], num_tokens: int) -> Iterator[int]:
@@ -99,7 +99,7 @@ def measure(
     num_warm: int,
     clock: Clock = time.perf_counter,
 ) -> Run:
-    """One run; the first token of an answer belongs to the time of reading."""
+    """One run; the time to the first token counts as prefill."""
     mx.reset_peak_memory()
     started = clock()
     tokens, times = [], []
@@ -117,7 +117,7 @@ def measure(
 def measure_in_turns(
     programs: Programs, prompt: list[int], num_runs: int, clock: Clock = time.perf_counter
 ) -> dict[str, list[Run]]:
-    """`num_runs` of each program, forwards, then backwards: who runs first must not matter."""
+    """`num_runs` of each program, in alternating order, because the first one has an advantage."""
     runs: dict[str, list[Run]] = {name: [] for name in programs}
     for i in range(num_runs):
         for name, make in list(programs.items())[:: 1 if i % 2 == 0 else -1]:
@@ -127,7 +127,7 @@ def measure_in_turns(
 
 
 def medians(runs: Sequence[Run], context: int) -> dict[str, float]:
-    """Speeds from the median of each time, and the highest peak."""
+    """Speeds from the medians of the times, and the highest peak of memory."""
     seconds = [max(statistics.median(column), 1e-9) for column in list(zip(*runs, strict=True))[:3]]
     ttft_s, decode_s, warm_ttft_s = seconds
     return {
@@ -148,11 +148,11 @@ def bench(
     progress: StepProgress = lambda done, total, what: None,
     clock: Clock = time.perf_counter,
 ) -> list[dict[str, Any]]:
-    """One row a context: our figures, and those of another program as ratios and by its name."""
+    """One row per context: our figures, another program's under its name, and ratios to them."""
     limit = bandwidth_limit()
     ids = prompt_ids(sizes[-1], model.config.vocab_size)
     for make in programs.values():
-        # Kernels are compiled and weights touched outside of what is measured.
+        # Warm up: compile kernels and touch the weights before anything is measured.
         measure(make(), ids[:WARM_TOKENS], 2, 1)
     rows = []
     for i, size in enumerate(sizes):
@@ -174,12 +174,12 @@ def bench(
 def drafting(
     model: Model, tokenizer: Any, num_runs: int = 3, clock: Clock = time.perf_counter
 ) -> dict[str, Any] | None:
-    """Decoding with drafts beside without, in turns; None where no MTP layer is loaded."""
+    """Decoding speed with and without drafts, in alternating runs; None without an MTP layer."""
     if getattr(model, "mtp", None) is None:
         return None
     drafters = {mode: Drafter(model, mode) for mode in (OFF, AUTO)}
     seconds, num_tokens = dict.fromkeys(drafters, 0.0), 0
-    # In the first run kernels are compiled, and passes of every size are timed.
+    # The first run is not counted: it compiles kernels and times passes of every size.
     for run in range(num_runs + 1):
         for question in QUESTIONS:
             messages = [{"role": "user", "content": question}]
@@ -203,7 +203,7 @@ def drafting(
 def _answer(
     model: Model, tokenizer: Any, ids: list[int], drafter: Drafter, clock: Clock
 ) -> tuple[int, float]:
-    """Tokens of a greedy answer behind its first one, and their seconds."""
+    """Number of tokens of a greedy answer after its first one, and their seconds."""
     cache = PromptCache(model)
     times = []
     with closing(greedy(cache, ids, MAX_ANSWER, drafter)) as steps:
@@ -220,9 +220,9 @@ def prompt_ids(num_tokens: int, vocab_size: int) -> list[int]:
 
 
 def bytes_per_token(model: Model, context: int) -> int:
-    """What decoding one token has to read: weights, chosen experts alone, caches and states."""
+    """Bytes that decoding one token reads: weights (of experts only the chosen), caches, states."""
     experts = model.experts
-    # A stack of slots is a part of all experts.
+    # With experts on disk, the arrays hold only some of them.
     whole = experts.num_experts / experts.num_slots if experts else 1.0
     sizes = (
         (name.rpartition(".")[0], array.nbytes * (whole if ".switch_mlp." in name else 1))
@@ -233,7 +233,7 @@ def bytes_per_token(model: Model, context: int) -> int:
 
 
 def bandwidth_limit() -> float | None:
-    """10^9 bytes a second that this machine's memory delivers, if its chip is known."""
+    """Memory bandwidth of this machine in 10^9 bytes per second, if its chip is known."""
     machine = describe()
     if machine.gpu_limit_bytes is None:
         return None
@@ -241,7 +241,7 @@ def bandwidth_limit() -> float | None:
 
 
 def label(folder: Path, model: str) -> dict[str, Any]:
-    """Where, with what and on which model; nothing personal, so of a path the last name alone."""
+    """Machine, versions and model of a bench; nothing personal: only the last name of a path."""
     machine = describe()
     found = resolve_tensors(read_config(folder), read_headers(folder))
     stored = {
@@ -270,7 +270,7 @@ def label(folder: Path, model: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this package runs from; None for an installed one."""
+    """The git commit of the checkout that this package runs from; None if it is installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""The model in lm-evaluation-harness: its tasks, answered from our caches, and kept over a stop."""
+"""A model for lm-evaluation-harness: shared prompts are prefilled once, answers are resumable."""
 
 import hashlib
 import json
@@ -26,17 +26,17 @@ from ..prompt import THINK_CLOSE, THINK_OPEN
 from ..sampling import SamplingParams
 from .scoring import Pair, Score, score
 
-# What the harness takes where a task says nothing.
+# The harness's default where a task says nothing.
 MAX_NEW_TOKENS = 256
-# Of this machine and not of the model.
+# Results that describe this machine, not the model.
 PRIVATE = ("pretty_env_info", "git_hash", "upper_git_hash", "transformers_version")
 
 
 class Journal:
-    """Answers in a file of JSON lines, which a later run finds by their questions."""
+    """Answers in a file of JSON lines; a later run finds them by their questions."""
 
     def __init__(self, file: Path | None, identity: str):
-        """`identity`: all besides a question that decides its answer."""
+        """`identity`: everything besides the question that determines an answer."""
         self._file, self._identity = file, identity
         self._answers: dict[str, Any] = {}
         if file is None or not file.exists():
@@ -45,7 +45,7 @@ class Journal:
             try:
                 key, answer = json.loads(line)
                 self._answers[key] = answer
-            # The last line of a run that was killed.
+            # An incomplete last line of a killed run.
             except (ValueError, TypeError):
                 continue
 
@@ -59,7 +59,7 @@ class Journal:
         self._answers[key] = answer
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as stream:
-                # The newline first: it ends a line that was cut.
+                # The newline comes first: it ends an incomplete line.
                 stream.write("\n" + json.dumps([key, answer]))
 
     def _key(self, question: Sequence[Any]) -> str:
@@ -68,7 +68,7 @@ class Journal:
 
 
 class HarnessModel(TemplateLM):
-    """A loaded model as the harness asks it."""
+    """A loaded model behind the harness's interface."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
         self.batch_size = batch_size
         self._template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._progress = progress
-        # Tokens of prompts and continuations that were read, and what they would be without forks.
+        # Tokens that were prefilled, and their number without shared prefixes.
         self.num_read = self.num_asked = 0
         self._done = 0
 
@@ -95,23 +95,23 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text without a context."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def max_length(self) -> int:
-        """Of a context and its continuation."""
+        """Maximum length of a context and its continuation."""
         return self.model.config.context_length
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """A name for the harness's cache of requests."""
         return "qwen35-mlx"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **unused: Any
     ) -> list[int]:
-        """Ids of a text; names of control tokens in it become these."""
+        """Ids of a text; names of control tokens in it become control tokens."""
         return list(self.tokenizer.encode(string, add_special_tokens=False))
 
     def apply_chat_template(
@@ -132,7 +132,7 @@ class HarnessModel(TemplateLM):
         results: list[Any] = [None] * len(requests)
         pairs, places = [], []
         for place, (_, context, continuation) in enumerate(requests):
-            # As the harness has it, what does not fit is cut off at the left.
+            # As usual for the harness, a context that is too long is cut at the left.
             cut = max(len(context) + len(continuation) - self.max_length, 0)
             pair = Pair(context[min(cut, len(context) - 1) :], continuation)
             results[place] = self.journal.get("score", *pair)
@@ -171,7 +171,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers to prompts; a thought is no part of them."""
+        """The answers to prompts, without thoughts."""
         answers: list[Any] = [self.journal.get("answer", *r.args) for r in requests]
         by_settings = defaultdict(list)
         for place, request in enumerate(requests):
@@ -188,7 +188,7 @@ class HarnessModel(TemplateLM):
         stops = given.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         texts = [requests[place].args[0] for place in places]
-        # Stops are for the answer: within a thought they would end it.
+        # Stop strings are for the answer only: inside a thought they would end it.
         thinks = any(text.rstrip().endswith(THINK_OPEN) for text in texts)
         sampled = given.get("do_sample") and given.get("temperature") != 0
         names = ("temperature", "top_p", "top_k", "min_p") if sampled else ()
@@ -198,7 +198,7 @@ class HarnessModel(TemplateLM):
             for stop in stops:
                 text = text.partition(stop)[0] if stop else text
             answers[places[i]] = text
-            # What is drawn at random is drawn again by another run.
+            # Sampled answers are not kept: each run samples again.
             if not sampled:
                 self.journal.add(text, "answer", *requests[places[i]].args)
             self._report(len(answers), "answers")
@@ -217,7 +217,7 @@ class HarnessModel(TemplateLM):
 
 
 def _manager(names: list[str], include_path: Path | None) -> TaskManager:
-    """The tasks of a folder alone where they are enough: the harness has 14,000 of its own."""
+    """The tasks of the folder if they suffice: indexing the harness's own 14,000 takes long."""
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(own.all_tasks):
@@ -240,9 +240,9 @@ def evaluate(
     enable_thinking: bool | None = None,
     progress: StepProgress = lambda done, total, what: None,
 ) -> tuple[dict[str, Any], str]:
-    """The harness's results for its tasks or those of a folder, and its table of them.
+    """The harness's results for its own tasks or those of a folder, and a table of them.
 
-    With a `journal` a run that was stopped goes on where it was.
+    With a `journal` a stopped run continues where it was.
     """
     identity = f"{model_identity(model)} {enable_thinking}"
     lm = HarnessModel(
@@ -265,7 +265,7 @@ def evaluate(
             apply_chat_template=chat_template,
             log_samples=False,
         )
-    # Unknown names, data that cannot be fetched, wrong files of tasks.
+    # Unknown names, data that cannot be fetched, invalid task files.
     except (KeyError, ValueError, OSError, ImportError) as error:
         raise Qwen35Error(
             "the tasks cannot be run",
@@ -276,7 +276,7 @@ def evaluate(
     found = {key: value for key, value in results.items() if key not in PRIVATE}
     found["config"] |= {"model": name, "chat_template": chat_template}
     found["prompt_tokens_read"], found["prompt_tokens_asked"] = lm.num_read, lm.num_asked
-    # Settings of tasks may hold functions.
+    # Task settings may hold functions.
     found = json.loads(json.dumps(found, default=handle_non_serializable))
     table = str(make_table(found))
     return found, table + ("\n" + str(make_table(found, "groups")) if found.get("groups") else "")

@@ -1,6 +1,6 @@
-"""What a model still knows of a long text: facts planted at every depth, and a question for each.
+"""Recall from a long text: facts are planted at every depth, and a question asks for each.
 
-The text is read once; each question goes on from its end.
+The text is prefilled once; each question continues from its end.
 """
 
 import random
@@ -16,10 +16,10 @@ from ..progress import StepProgress
 from ..prompt import encode_messages
 from .behaviour import NAMES
 
-# Two for each fifth of the text.
+# Two facts for each fifth of the text.
 NUM_FACTS, NUM_DEPTHS = 10, 5
 MAX_ANSWER = 48
-# Of the template, the question and the answer.
+# Tokens for the template, the question and the answer.
 ROOM = 160
 DEEDS = (
     "walked along the river", "painted a door", "read a letter", "baked bread", "fed the birds",
@@ -30,7 +30,7 @@ FACT, QUESTION = "The code word of {} is {}.", "What is the code word of {}?"
 
 
 class Recall(NamedTuple):
-    """Right answers at one length, by depth from the beginning of the text to its end."""
+    """Numbers of right answers and of questions at one length, by depth in the text."""
 
     num_tokens: int
     right: tuple[int, ...]
@@ -38,7 +38,7 @@ class Recall(NamedTuple):
 
 
 def lengths_of(text: str) -> list[int]:
-    """Lengths such as 4K,32K in tokens; K is 1,024."""
+    """Parse lengths in tokens such as 4K,32K; K is 1,024."""
     found = [re.fullmatch(r"(\d{1,9})(K?)", part.strip().upper()) for part in text.split(",")]
     lengths = [int(m[1]) * (1024 if m[2] else 1) for m in found if m]
     if len(lengths) < len(found) or min(lengths) <= 2 * ROOM:
@@ -50,7 +50,7 @@ def lengths_of(text: str) -> list[int]:
 def measure(
     model: Model, tokenizer: Any, lengths: Sequence[int], progress: StepProgress | None = None
 ) -> list[Recall]:
-    """Right answers at each length."""
+    """Measure the recall at each length."""
     for length in lengths:
         if length > model.config.context_length:
             raise Qwen35Error(
@@ -74,7 +74,7 @@ def measure(
 
 
 def _text(num_tokens: int, count: Callable[[str], int], seed: int) -> tuple[str, dict[str, str]]:
-    """A text of about so many tokens, and the code word of each name in it, in their order."""
+    """A text of about `num_tokens`, and the code word of each name in it, in text order."""
     generator = random.Random(seed)
     names = generator.sample(NAMES, NUM_FACTS)
     facts = {name: str(generator.randint(1000, 9999)) for name in names}
@@ -84,7 +84,7 @@ def _text(num_tokens: int, count: Callable[[str], int], seed: int) -> tuple[str,
         parts = (generator.choice(words) for words in (NAMES, DEEDS, TIMES))
         sentences.append("{} {} {}.".format(*parts))
         left -= count(" " + sentences[-1])
-    # From the end, so that the places of the others stay.
+    # From the end, so that the places of the other facts do not move.
     for number, fact in reversed(list(enumerate(facts.items()))):
         place = round((number + 0.5) / NUM_FACTS * len(sentences))
         sentences.insert(place, FACT.format(*fact))

@@ -1,4 +1,4 @@
-"""mlx-lm on the same folder, for comparison; it is no dependency."""
+"""mlx-lm on the same folder, for comparison; it is not a dependency."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,10 +14,9 @@ from .bench import Conversation
 
 
 def mlx_lm_program(folder: Path, model: Model) -> Callable[[], Conversation]:
-    """Greedy conversations by mlx-lm's own model and generator.
+    """Greedy conversations with mlx-lm's own model and generator.
 
-    It gets the arrays of `model`, so that a second copy takes no memory; its own where it wants
-    others.
+    It shares the arrays of `model`, so no second copy takes memory, unless it needs other ones.
     """
     try:
         from mlx_lm.utils import load_model
@@ -36,7 +35,7 @@ def mlx_lm_program(folder: Path, model: Model) -> Callable[[], Conversation]:
 
 
 def mlx_lm_conversation(model: Any) -> Conversation:
-    """One with an empty cache of mlx-lm's."""
+    """A conversation with an empty cache of mlx-lm."""
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -45,7 +44,7 @@ def mlx_lm_conversation(model: Any) -> Conversation:
     def turn(ids: list[int], num_tokens: int) -> Iterator[int]:
         steps = generate_step(mx.array(ids), model, max_tokens=num_tokens, prompt_cache=cache)
         yield from (int(token) for token, _ in steps)
-        # It goes on to read the last token: not in the time of what follows.
+        # It still evaluates the last token; wait, so that this is not measured with the next turn.
         mx.eval([entry.state for entry in cache])
 
     return turn

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, and perplexity; what prompts share is read once.
+"""Log-likelihoods of continuations, and perplexity; shared prefixes are prefilled once.
 
 T tokens, V vocabulary.
 """
@@ -15,26 +15,26 @@ from ..engine.prompt_cache import PromptCache, common_prefix
 from ..errors import Qwen35Error
 from ..model.language import Model
 
-# Logits of so many places at a time.
+# Positions whose logits are computed at a time.
 SCORED_TOKENS = 64
 
 
 class Pair(NamedTuple):
-    """Token ids to score, and those before them: at least one each."""
+    """Token ids to score, and the ids before them; at least one each."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    """The log probability of a continuation, in nats, and whether greedy decoding gives it."""
+    """Log probability of a continuation in nats, and whether greedy decoding gives it."""
 
     log_likelihood: float
     is_greedy: bool
 
 
 class _Passage:
-    """Tokens that are read in one go, for all pairs that need the same ones."""
+    """One sequence of tokens, for all pairs that need the same one."""
 
     def __init__(self, ids: Sequence[int], pairs: Sequence[Pair]):
         self.ids, self.pairs = ids, pairs
@@ -45,14 +45,14 @@ class _Passage:
         self._greedy = [True] * len(pairs)
 
     def add(self, model: Model, hidden: mx.array) -> None:
-        """Score what follows the next tokens; hidden `[1, T, H]`."""
+        """Score the successors of the next T tokens; hidden `[1, T, H]`."""
         for start in range(0, hidden.shape[1], SCORED_TOKENS):
             part = hidden[:, start : start + SCORED_TOKENS]
             logits = model.head(part)[0].astype(mx.float32)
             normalizers, likeliest = mx.logsumexp(logits, axis=-1), mx.argmax(logits, axis=-1)
             mx.eval(logits, normalizers, likeliest)
             for i, (context, continuation) in enumerate(self.pairs):
-                # Of the continuation, what these tokens are followed by.
+                # The part of the continuation that follows these tokens.
                 begin = self._place + 1 - len(context)
                 skipped = max(-begin, 0)
                 targets = mx.array(list(continuation[begin + skipped : begin + part.shape[1]]))
@@ -65,7 +65,7 @@ class _Passage:
             self._place += part.shape[1]
 
     def scores(self) -> list[Score]:
-        """One for each pair."""
+        """One score per pair."""
         return [Score(*both) for both in zip(self._sums, self._greedy, strict=True)]
 
 
@@ -74,11 +74,11 @@ def score(
     pairs: Sequence[Pair],
     scored: Callable[[int, Score], None] = lambda place, found: None,
 ) -> tuple[list[Score], int]:
-    """A score for each pair, and how many tokens were read for them.
+    """A score for each pair, and the number of tokens that were prefilled.
 
-    Pairs are sorted by their tokens, so that what follows goes back to where it branches off: n
-    choices read their prompt once, and prompts read once what they begin with in common.
-    `scored(place, score)` is called as soon as a score is there.
+    Pairs are sorted by their tokens, and each continues from its longest common prefix with the one
+    before: n choices prefill their prompt once, and prompts share their common beginning.
+    `scored(place, score)` is called for each score at once.
     """
     for pair in pairs:
         if not pair.context or not pair.continuation:
@@ -93,7 +93,7 @@ def score(
     for number, (some, passage) in enumerate(zip(places, passages, strict=True)):
         kept = cache.rewind(starts[number])
         num_read += len(passage.ids) - kept
-        # Where later passages branch off before the first branch that is read behind them.
+        # Snapshots where later passages branch off, up to the first one that branches off earlier.
         marks, bound = [], len(passage.ids) + 1
         for start in starts[number + 1 :]:
             if start < bound:
@@ -111,7 +111,7 @@ def score(
 
 
 def _branches(passages: Sequence[_Passage]) -> list[int]:
-    """How many tokens each passage shares with the one before it, as far as none is scored."""
+    """Number of tokens that each passage shares with the one before, only unscored ones."""
     shared = [
         min(common_prefix(before.ids, passage.ids), passage.first)
         for before, passage in pairwise(passages)
@@ -127,10 +127,10 @@ def perplexity(
     stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Perplexity of a text: each token but the first is scored once, in a window of so many tokens.
+    """Perplexity of a text: every token except the first is scored once, in a window.
 
-    Windows begin `stride` tokens after each other, so that those behind the first window have
-    `window - stride` tokens before them or more; a stride of the window is the fastest.
+    Windows begin `stride` tokens after each other, so tokens after the first window have at least
+    `window - stride` tokens before them. A stride equal to the window is the fastest.
     """
     stride = window if stride is None else stride
     if not 1 <= stride <= window or not 2 <= window <= model.config.context_length:
@@ -144,12 +144,12 @@ def perplexity(
     pairs, end = list[Pair](), 1
     while end < len(ids):
         stop = min(len(ids), end + (window - 1 if end == 1 else stride))
-        # A stride of the window leaves one token to begin with.
+        # With a stride equal to the window, one token of context remains.
         start = max(0, min(stop - window, end - 1))
         pairs.append(Pair(ids[start:end], ids[end:stop]))
         end = stop
     total = 0.0
-    # One by one: windows share nothing that could be kept.
+    # One by one, because windows share no prefix.
     for done, pair in enumerate(pairs):
         progress(done, len(pairs))
         scores, _ = score(model, [pair])

@@ -1,1 +1,1 @@
-"""Pictures, videos and documents: from files to patches; knows no model."""
+"""Pictures, videos and documents, from files to patches; independent of any model."""

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("GIF", "PNG", "WEBP")
-# Browsers show a frame that asks for less than 20 ms for 100 ms.
+# Browsers show frames with a duration below 20 ms for 100 ms.
 MIN_MS, USUAL_MS = 20, 100
-# All its frames must be decoded to see one; a minute at 1080p and 30 fps has 3.7e9.
+# To see one frame, all before it are decoded; a minute at 1080p and 30 fps has 3.7e9 pixels.
 MAX_PIXELS = 2**32
 
 
 class Animation:
-    """Decodes every frame twice, once for the times, and holds one."""
+    """Decodes every frame twice, first for the times; holds one frame."""
 
     def __init__(self, file: Any, name: str):
         from PIL import Image
@@ -33,7 +33,7 @@ class Animation:
         durations = []
         for index in range(num_frames):
             self.image.seek(index)
-            # WebP says it with the pixels.
+            # WebP has the duration only after decoding.
             self.image.load()
             milliseconds = self.image.info.get("duration", USUAL_MS)
             durations.append(milliseconds if milliseconds >= MIN_MS else USUAL_MS)
@@ -41,7 +41,7 @@ class Animation:
         self.fps = 1000 / durations[0] if len(set(durations)) == 1 else None
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
-        """Frames on white."""
+        """Yield the frames, on a white background."""
         for index in indices:
             self.image.seek(index)
             yield flattened(self.image.copy(), self.name)

@@ -1,4 +1,4 @@
-"""Video files through PyAV: counted by packets, picked by time, turned the right way."""
+"""Video files through PyAV: frames are counted by packets, selected by time, and rotated."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,19 +9,19 @@ from .pictures import too_large
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Playlists and the like are left out: they make FFmpeg open other files and addresses.
+# Without playlists and similar formats, which make FFmpeg open other files and addresses.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 FORMATS_READ = "MP4, MOV, MKV, WebM, AVI, MPEG, FLV, Ogg, WMV, or an animated GIF, PNG or WebP"
 # 8K is 7680x4320; a decoder holds several frames.
 MAX_FRAME_PIXELS = 2**25
 MAX_PACKETS = 2**20
 NUM_THREADS = 4
-# Less of what the header promises is a download that broke off.
+# A file with a smaller share of the frames in its header is an incomplete download.
 MIN_COMPLETE = 0.9
 
 
 class VideoFile:
-    """Reads the packets once for the times of all frames, then decodes; holds the kept frames."""
+    """Reads all packets for the times of the frames, then decodes the file."""
 
     def __init__(self, file: Any, name: str, kind: str):
         with extra("video", f"{name}: reading videos takes one more package", MediaError):
@@ -35,7 +35,7 @@ class VideoFile:
             raise
 
     def _open(self) -> Any:
-        """The file is handed over open: FFmpeg sees no name, and may open nothing else."""
+        """FFmpeg gets the open file without a name, and may not open anything else."""
         self.file.seek(0)
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
         try:
@@ -57,10 +57,10 @@ class VideoFile:
         stream = self.container.streams.video[0]
         self._check_size(stream.codec_context.width, stream.codec_context.height)
         stamps: list[int] = []
-        # AVI numbers the frames in the order of decoding.
+        # AVI numbers its frames in decoding order.
         self.has_times = self.container.format.name != "avi"
         for packet in self.container.demux(stream):
-            # The last packet is empty: it flushes a decoder.
+            # The last packet is empty: it flushes the decoder.
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None or packet.is_discard:
                 continue
@@ -81,14 +81,14 @@ class VideoFile:
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         """Decode up to the last wanted frame."""
-        # Without times of showing, the frames are counted as they come out of the decoder.
+        # Without presentation times, frames are counted in decoder output order.
         wanted = [self.stamps[index] if self.has_times else index for index in indices]
         place, shown = 0, None
         for number, frame in enumerate(self._frames()):
             moment = frame.pts if self.has_times else number
             if moment is None:
                 continue
-            # What the decoder leaves out is still covered by the frame before.
+            # Where the decoder skips a frame, the previous one is still shown.
             while place < len(wanted) and shown is not None and wanted[place] < moment:
                 yield self._upright(shown)
                 place += 1
@@ -115,7 +115,7 @@ class VideoFile:
             raise too_large(self.name, f"frames of {width}x{height}", expected)
 
     def _upright(self, frame: Any) -> "Image":
-        """RGB, turned as a player would: counterclockwise by the angle that the file names."""
+        """RGB, rotated counterclockwise by the angle in the file, as players do."""
         import numpy as np
         from PIL import Image
 

@@ -1,4 +1,4 @@
-"""PDF: each page as a picture, or the text of all, through pypdfium2."""
+"""PDF files through pypdfium2: pages as pictures, or their text."""
 
 import io
 import math
@@ -25,15 +25,15 @@ def open_pdf(
     pages: Iterable[int] | None = None,
     name: str = "document",
 ) -> list[Picture]:
-    """The pages with these numbers, counted from 1; all if there are at most MAX_PAGES."""
+    """The pages with these numbers, counted from 1; default: all, at most MAX_PAGES."""
     with _opened(source, name) as (document, name):
-        # So that what was typed into fields is drawn too.
+        # Also draws the content of form fields.
         document.init_forms()
         return [_render(document, n, settings, name) for n in _chosen(len(document), pages, name)]
 
 
 def pdf_text(source: Source, name: str = "document") -> str:
-    """The text of all pages, an empty line between them; raises MediaError if there is none."""
+    """The text of all pages, separated by empty lines; raises MediaError if there is none."""
     with _opened(source, name) as (document, name):
         pages = [page.get_textpage().get_text_bounded().strip() for page in document]
     text = "\n\n".join(page for page in pages if page).replace("\r\n", "\n")
@@ -44,7 +44,7 @@ def pdf_text(source: Source, name: str = "document") -> str:
             expected="pages with text",
             hint="/pdf in a chat, and generate --pdf, send pages as pictures",
         )
-    # What a PDF has in place of a hyphen at the end of a line.
+    # PDFium gives U+FFFE for a hyphen at the end of a line.
     return text.replace("\ufffe", "-").replace("\0", "")
 
 
@@ -97,7 +97,7 @@ def _render(document: Any, number: int, settings: VisionSettings, name: str) -> 
     width, height = page.get_size()
     if not (width > 0 and height > 0):
         raise MediaError(f"page {number} of {name} is empty", got=f"{width}x{height} points")
-    # More pixels than the model takes would be thrown away again.
+    # More pixels than the model's maximum would be scaled down again.
     most = math.sqrt(settings.max_pixels / (width * height))
     image = page.render(scale=min(DOTS_PER_INCH / POINTS_PER_INCH, most)).to_pil()
     page.close()

@@ -1,7 +1,7 @@
 """Fetch a picture from the web: public addresses only, checked at every redirect, with limits.
 
-Content never causes a fetch; only the local user does. The names are resolved here, the
-addresses checked, and the connection goes to a checked address: a second look-up could give
+Only the local user causes a fetch, never the content of a message. The host is resolved and its
+addresses are checked here, and the connection uses a checked address: a second look-up could give
 another one.
 """
 
@@ -25,15 +25,15 @@ MAX_BYTES, MAX_SECONDS, MAX_REDIRECTS = 2**27, 30.0, 5
 CHUNK_BYTES = 2**16
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
-# IPv6 networks without IPv4 hold the IPv4 internet in the last four bytes of such addresses.
+# IPv6-only networks map IPv4 addresses to the last four bytes of these addresses.
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# All others are local, reserved or for groups; these two lead to IPv4 addresses in disguise.
+# All other IPv6 addresses are local, reserved or multicast. The tunnels lead to IPv4 addresses.
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 TUNNELS = tuple(ipaddress.IPv6Network(n) for n in ("2002::/16", "2001::/32"))
 
 
 def fetch(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
-    """The body behind an http or https address; proxies of the environment are not used."""
+    """The body of an http or https address; ignores proxies of the environment."""
     deadline = time.monotonic() + max_seconds
     for _ in range(MAX_REDIRECTS + 1):
         parts = _split(url)
@@ -57,7 +57,7 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address lies on the open internet, whatever it is wrapped in."""
+    """Whether an address is on the public internet; also of mapped and translated ones."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -76,7 +76,7 @@ def is_public(address: Address) -> bool:
 
 
 def resolve(host: str, port: int) -> list[Target]:
-    """Where a host can be reached; one address that is not public refuses the host."""
+    """The addresses of a host; raises if any of them is not public."""
     targets: list[Target] = []
     for family, _, _, _, where in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         address = ipaddress.ip_address(where[0])
@@ -107,12 +107,12 @@ def _split(url: str) -> SplitResult:
 def _request(
     parts: SplitResult, url: str, max_bytes: int, deadline: float
 ) -> tuple[bytes, str | None]:
-    """One request: the body, or where it redirects to."""
+    """One request: the body, or the address of a redirect."""
     host = parts.hostname or ""
     port = parts.port or PORTS[parts.scheme]
-    # A list, because the socket is replaced by the encrypted one.
+    # A list, because the encrypted socket replaces the first one.
     sockets = [_connect(resolve(host, port), deadline)]
-    # A server can send one byte at a time; every single wait would be short.
+    # A timeout per read does not help: a server can send one byte at a time.
     watchdog = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [sockets])
     watchdog.daemon = True
     watchdog.start()
@@ -128,7 +128,7 @@ def _request(
         path = quote(parts.path or "/", safe="%/:=&~+!$,;'@()*")
         query = quote(parts.query, safe="%/:=&?~+!$,;'@()*")
         headers = {"Accept-Encoding": "identity", "User-Agent": "qwen35-mlx"}
-        # The port belongs to the name only where it is unusual.
+        # Host as in the URL: with a port only if the URL has one.
         headers["Host"] = parts.netloc.encode("idna").decode()
         connection.request("GET", path + (f"?{query}" if query else ""), headers=headers)
         with closing(connection.getresponse()) as response:
@@ -140,7 +140,7 @@ def _request(
                 )
             body = _body(response, url, max_bytes)
         if time.monotonic() >= deadline:
-            # What was cut off by the watchdog looks like an end.
+            # A connection that the watchdog ended looks like a complete body.
             raise TimeoutError
         return body, None
     finally:
@@ -164,14 +164,14 @@ def _connect(targets: list[Target], deadline: float) -> socket.socket:
 
 
 def _hang_up(sockets: list[socket.socket]) -> None:
-    # An error: the connection has ended by itself.
+    # OSError: the connection is closed already.
     with suppress(OSError):
-        # Of the plain class: that of an encrypted socket would first change its state.
+        # The method of the plain class: SSLSocket's would first change the socket's state.
         socket.socket.shutdown(sockets[0], socket.SHUT_RDWR)
 
 
 def tls_context() -> ssl.SSLContext:
-    """Certificates are checked against those of the system."""
+    """A context that checks certificates against those of the system."""
     return ssl.create_default_context()
 
 

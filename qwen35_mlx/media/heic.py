@@ -1,4 +1,4 @@
-"""HEIC, the photos of an iPhone: through pi-heif, or on a Mac through its own `sips`."""
+"""HEIC, the format of iPhone photos: through pi-heif, or on a Mac through `sips`."""
 
 import io
 import subprocess
@@ -17,7 +17,7 @@ SIPS_SECONDS = 60
 
 
 def is_heic(head: bytes) -> bool:
-    """By the first bytes of a file; AVIF, which Pillow reads, is built alike."""
+    """Whether a file with these first bytes is HEIC; AVIF is similar, and Pillow reads it."""
     if head[4:8] != b"ftyp":
         return False
     brands = [head[8:12], *(head[i : i + 4] for i in range(16, len(head) - 3, 4))]
@@ -25,7 +25,7 @@ def is_heic(head: bytes) -> bool:
 
 
 def read_heic(data: bytes, name: str) -> "Image":
-    """Decode the main picture; it comes turned the right way."""
+    """Decode the primary picture, rotated as its metadata say."""
     from PIL import Image
 
     try:
@@ -41,7 +41,7 @@ def read_heic(data: bytes, name: str) -> "Image":
 
     heif = pi_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=True)
     check_pixels(heif.size, name)
-    # libheif has turned it already; the EXIF that says so again is left behind.
+    # libheif has rotated it; without its EXIF it is not rotated again.
     return Image.frombytes(heif.mode, heif.size, heif.data, "raw", heif.mode, heif.stride)
 
 

@@ -1,4 +1,4 @@
-"""From uint8 pixels to patches: sizes, normalisation, merge-block order."""
+"""uint8 pixels to patches: sizes, normalisation, merge-block order."""
 
 # H, W pixels; h, w patches; p patch_size; m merge_size; C channels; t frame groups of T frames
 
@@ -14,13 +14,13 @@ MAX_RATIO = 200
 
 
 def picture_size(height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
-    """Height and width to resize a picture to: whole tokens, the area within the limits."""
+    """Height and width to resize a picture to: a whole number of tokens, within the limits."""
     check_ratio(height, width)
     return _fit(height, width, 1, 1, settings.factor, settings.min_pixels, settings.max_pixels)
 
 
 def check_ratio(height: int, width: int) -> None:
-    """Refuse strips; the official preprocessing refuses the same ones."""
+    """Refuse very narrow pictures, the same ones as the official preprocessing."""
     if min(height, width) < 1:
         raise MediaError("there is nothing to see", got=f"{width}x{height} pixels")
     if max(height, width) / min(height, width) > MAX_RATIO:
@@ -34,7 +34,7 @@ def check_ratio(height: int, width: int) -> None:
 def video_size(
     height: int, width: int, num_frames: int, settings: VisionSettings, max_pixels: int
 ) -> tuple[int, int]:
-    """Height and width to resize each frame to: the area of all frames within the limits."""
+    """Height and width to resize each frame to: the total area of all frames within the limits."""
     assert settings.video_min_pixels is not None
     factor, pair = settings.factor, settings.temporal_patch_size
     if height < factor or width < factor:
@@ -50,7 +50,7 @@ def video_size(
 def _fit(
     height: int, width: int, frames: int, even_frames: int, factor: int, least: int, most: int
 ) -> tuple[int, int]:
-    """Python's round: halves go to the even neighbour, as in the official preprocessing."""
+    """Python's `round` rounds halves to even, as the official preprocessing does."""
     fitted_h, fitted_w = round(height / factor) * factor, round(width / factor) * factor
     area = even_frames * fitted_h * fitted_w
     if area > most:
@@ -66,7 +66,7 @@ def _fit(
 
 def picture_patches(pixels: np.ndarray, settings: VisionSettings) -> np.ndarray:
     """uint8 [H, W, 3] to float32 [h*w, 3*p*p]; the official patches hold each slice twice."""
-    # float64 up to here, float32 from here: the order that the bits depend on.
+    # float64, then float32: the order of the official code, for equal bits.
     levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = (np.array(v, np.float32)[:, None] for v in (settings.mean, settings.std))
     return _patches(pixels[None], 1, (levels - mean) / std, settings)
@@ -74,14 +74,14 @@ def picture_patches(pixels: np.ndarray, settings: VisionSettings) -> np.ndarray:
 
 def video_patches(frames: np.ndarray, settings: VisionSettings) -> np.ndarray:
     """uint8 [t*T, H, W, 3] to float32 [t*h*w, 3*T*p*p]."""
-    # The official videos are scaled and normalised in one step: other last bits than pictures.
+    # Official code scales and normalises videos in one step, so last bits differ from pictures.
     levels = np.arange(256, dtype=np.float32)
     mean, std = (np.array(v, np.float32)[:, None] * 255 for v in (settings.mean, settings.std))
     return _patches(frames, settings.temporal_patch_size, (levels - mean) / std, settings)
 
 
 def _patches(frames: np.ndarray, T: int, table: np.ndarray, settings: VisionSettings) -> np.ndarray:
-    """Merge-block order; `table` [C, 256] says what each level of each channel becomes."""
+    """Patches in merge-block order; `table` [C, 256] has the value of each level per channel."""
     p, m = settings.patch_size, settings.merge_size
     num_frames, height, width, channels = frames.shape
     t, h, w = num_frames // T, height // p, width // p
@@ -95,7 +95,7 @@ def _patches(frames: np.ndarray, T: int, table: np.ndarray, settings: VisionSett
 
 
 def pixel_digest(pixels: np.ndarray, settings: VisionSettings, extra: str = "") -> bytes:
-    """sha256 of resized pixels, their shape and all else that the patches depend on."""
+    """sha256 of resized pixels, their shape and everything else that the patches depend on."""
     patch = (settings.patch_size, settings.temporal_patch_size, settings.merge_size)
     header = f"{pixels.shape} {patch} {settings.mean} {settings.std} {extra}\n"
     hasher = hashlib.sha256(header.encode())

@@ -1,4 +1,4 @@
-"""Picture: a file, bytes or an array, resized as the official preprocessing does, to the bit."""
+"""Picture: a file, bytes or an array, resized bit-equal to the official preprocessing."""
 
 import base64
 import binascii
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Image | np.ndarray | Picture"
 
-# Pillow reads some forty more; few of them are tested, and EPS starts another program.
+# Pillow has about forty more formats; few of them are well tested, and EPS starts a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMATS_READ = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF or HEIC"
-# 8192x8192: Pillow holds 4 bytes a pixel, and turning or flattening makes a copy.
+# 8192x8192: Pillow takes 4 bytes per pixel, and rotating or flattening makes a copy.
 MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**29
 STRIP_ROWS = 512
@@ -37,7 +37,7 @@ SIXTEEN_BIT = "I;16"
 
 @dataclass(frozen=True, eq=False)
 class Picture(Shown):
-    """A picture as the model sees it; equal to another one with the same pixels and settings."""
+    """A picture, resized for the model; equal to one with the same pixels and settings."""
 
     name: str
     original_size: tuple[int, int]  # width, height
@@ -45,7 +45,7 @@ class Picture(Shown):
     settings: VisionSettings
 
     def __post_init__(self) -> None:
-        # The digest stands for the pixels for good.
+        # The digest identifies the pixels, so they must not change.
         self.pixels.setflags(write=False)
 
     @cached_property
@@ -72,7 +72,7 @@ class Picture(Shown):
 def open_picture(source: Source, settings: VisionSettings, name: str = "picture") -> Picture:
     """Open a path, bytes, a data: URL, a Pillow image or an array of uint8 [H, W] or [H, W, C].
 
-    `name` is what to call a picture that comes from no file. An animation gives its first frame.
+    `name`: for pictures that are not files. Of an animation it takes the first frame.
     """
     if isinstance(source, Picture):
         return source
@@ -90,7 +90,7 @@ def open_picture(source: Source, settings: VisionSettings, name: str = "picture"
 
 
 def checked_path(source: str | os.PathLike[str]) -> Path:
-    """A regular file of a size that can be meant; nothing else is opened."""
+    """The path of a readable regular file that is not empty; raises MediaError otherwise."""
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
         raise MediaError(
@@ -114,14 +114,14 @@ def checked_path(source: str | os.PathLike[str]) -> Path:
 
 
 def data_url_bytes(url: str) -> bytes:
-    """What a base64 data: URL holds."""
+    """The content of a base64 data: URL."""
     header, comma, data = url.partition(",")
     if not comma or not header.endswith(";base64"):
         raise MediaError(
             "the data: URL cannot be read", got=header[:60], expected="data:image/png;base64,…"
         )
     try:
-        # Some writers break the lines.
+        # Some writers insert line breaks.
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise MediaError("the data: URL cannot be read", got=error, expected="base64") from None
@@ -141,12 +141,12 @@ def picture_of(
 
 
 def too_large(name: str, got: str | None, expected: str, hint: str = "") -> MediaError:
-    """The refusal of what memory may not hold."""
+    """The error for a file that may not fit into memory."""
     return MediaError(f"{name} is too large to open", got=got, expected=expected, hint=hint)
 
 
 def check_pixels(size: tuple[int, int], name: str) -> None:
-    """Refuse what is too large to decode, before it is decoded."""
+    """Refuse a picture that is too large, before it is decoded."""
     width, height = size
     if width * height > MAX_PIXELS:
         got = f"{width}x{height}, {width * height / 1e6:.0f} million pixels"
@@ -155,9 +155,9 @@ def check_pixels(size: tuple[int, int], name: str) -> None:
 
 
 def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
-    """RGB as it is meant to be seen: turned by its EXIF, transparency on white.
+    """The image in RGB, rotated by its EXIF, transparency on white.
 
-    With `is_ours` the image itself may be turned, which saves a copy.
+    `is_ours`: the image may be changed in place, which saves a copy.
     """
     from PIL import Image, ImageOps
 
@@ -166,7 +166,7 @@ def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
     else:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(SIXTEEN_BIT):
-        # Pillow would clip: all above 255 became white.
+        # Pillow would clip all values above 255 to white.
         levels = np.asarray(image)
         scaled = np.empty(levels.shape, np.uint8)
         for top in range(0, image.height, STRIP_ROWS):
@@ -182,7 +182,7 @@ def flattened(image: "Image", name: str, *, is_ours: bool = False) -> "Image":
         )
     if image.has_transparency_data:
         flat = Image.new("RGB", image.size)
-        # In strips, here and above: whole, it would take three copies.
+        # In strips, because a whole image would take three copies.
         for top in range(0, image.height, STRIP_ROWS):
             box = (0, top, image.width, min(top + STRIP_ROWS, image.height))
             strip = image.crop(box).convert("RGBA")
@@ -217,12 +217,12 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
 
 @contextmanager
 def refusals(name: str) -> Iterator[None]:
-    """Everything that a damaged file makes Pillow raise becomes one refusal."""
+    """Turn everything that Pillow raises for a damaged file into a MediaError."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
-            # Odd metadata, and a size that is refused with a number of our own.
+            # Warnings about odd metadata, and about sizes, which have a limit here.
             warnings.simplefilter("ignore")
             yield
     except MediaError as error:
@@ -260,7 +260,7 @@ def image_of(source: object, name: str) -> "Image":
     return Image.fromarray(np.ascontiguousarray(source))
 
 
-# First bytes of what people try to open, and what to call it.
+# First bytes of files that people try to open, and their names.
 KINDS = (
     (b"%PDF", "a PDF"),
     (b"\x1aE\xdf\xa3", "a video (Matroska, WebM)"),
@@ -284,7 +284,7 @@ RIFF_KINDS = {b"AVI ": "a video (AVI)", b"WEBP": "a picture (WebP)", b"WAVE": "s
 
 
 def kind(head: bytes) -> str:
-    """What a file seems to be, by its first bytes."""
+    """The kind of a file by its first bytes, in words."""
     if head[4:8] == b"ftyp":
         is_picture = is_heic(head) or head[8:12] in (b"avif", b"avis")
         return "a picture (AVIF, HEIC)" if is_picture else "a video (MP4, MOV)"

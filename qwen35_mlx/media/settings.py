@@ -1,4 +1,4 @@
-"""VisionSettings: how a checkpoint wants its pictures and videos prepared."""
+"""VisionSettings: a checkpoint's preprocessing of pictures and videos."""
 
 import math
 from collections.abc import Mapping
@@ -10,20 +10,20 @@ from ..errors import ConfigError
 from ..files import read_object
 
 # transformers 4.57 replaced the template's <|vision_start|>…<|vision_end|> around a video by the
-# frame groups; since 5.10 the pair stays around all groups, two tokens more. Nobody has said with
-# which the checkpoints were trained; their configs name 4.57.
+# frame groups; since 5.10 the pair stays around all groups, two tokens more. It is not published
+# which of them the checkpoints were trained with; their configs name 4.57.
 KEEPS_OUTER_PAIR = False
 # At most this many pixels in a frame, however short the clip; None leaves the budget of the whole
 # clip as the only limit, which is the default of transformers 5.24.
 CAP_PIXELS_PER_FRAME: int | None = None
 
 PICTURE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
-# Newer checkpoints keep both in one file, under these keys.
+# Newer checkpoints have both in one file, under these keys.
 NESTED_FILE, NESTED_PICTURE = "processor_config.json", "image_processor"
 NESTED_VIDEO = "video_processor"
 PICTURE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_TYPES = ("Qwen3VLVideoProcessor",)
-# Keys that would change the pixels, and the values under which they do not; 3 is bicubic.
+# Keys that would change the pixels, and the supported values; 3 is bicubic.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_resize": (True, None),
     "do_rescale": (True, None),
@@ -36,15 +36,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_frames": (None,),
     "cap_pixels_per_frame": (False, None),
 }
-# A patch of 64 and a picture of a billion pixels are far beyond any release.
+# Far more than in any released model.
 MAX_PATCH, MAX_PIXELS = 64, 2**30
 
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """The limits are areas in pixels: of a picture, and of all frames of a video together.
+    """Preprocessing; limits are areas in pixels, of a picture or of all frames of a video together.
 
-    The limits of a video are None where the checkpoint says nothing of videos.
+    The limits of a video are None if the checkpoint has no settings for videos.
     """
 
     patch_size: int
@@ -66,19 +66,19 @@ class VisionSettings:
         return self.patch_size * self.merge_size
 
     def with_tokens(self, max_tokens: int) -> "VisionSettings":
-        """The same with at most `max_tokens` for a picture, and never more than before.
+        """The settings with at most `max_tokens` for a picture, if that is less than before.
 
-        Narrow strips may still take more: a side has one token at least.
+        Very narrow pictures may take more, because each side has at least one token.
         """
         if max_tokens < 1:
             raise ConfigError("a picture needs room for tokens", got=max_tokens, expected=">= 1")
         limit = min(self.max_pixels, max_tokens * self.factor**2)
-        # Small pictures are rounded up to whole tokens: half the limit leaves room for that.
+        # Small pictures are rounded up to whole tokens; half of the limit leaves room for that.
         return replace(self, max_pixels=limit, min_pixels=min(self.min_pixels, limit // 2))
 
 
 def read_settings(folder: str | Path) -> VisionSettings | None:
-    """The settings in a checkpoint's folder, or None if it has none for pictures."""
+    """The settings of a checkpoint's folder, or None if it has none for pictures."""
     folder = Path(folder)
     nested = _Values.of(folder / NESTED_FILE)
     picture = (nested and nested.inside(NESTED_PICTURE)) or _Values.of(folder / PICTURE_FILE)
@@ -112,7 +112,7 @@ def read_settings(folder: str | Path) -> VisionSettings | None:
 
 
 class _Values:
-    """The keys of one processor's configuration; each is checked when it is read."""
+    """The configuration of one processor; each key is checked when it is read."""
 
     def __init__(self, values: object, name: str):
         if not isinstance(values, Mapping):
@@ -123,16 +123,16 @@ class _Values:
 
     @classmethod
     def of(cls, file: Path) -> "_Values | None":
-        """Those of a file, or None where there is no such file."""
+        """The values in a file, or None if it does not exist."""
         return cls(read_object(file), str(file)) if file.is_file() else None
 
     def inside(self, key: str) -> "_Values | None":
-        """Those under a key, or None where there is no such key."""
+        """The values under a key, or None if it does not exist."""
         value = self.values.get(key)
         return None if value is None else _Values(value, f"{self.name}: {key}")
 
     def check(self, type_key: str, types: tuple[str, ...]) -> None:
-        """Refuse what would prepare other pixels."""
+        """Refuse settings that would give other pixels."""
         for key, allowed in (NEUTRAL | {type_key: (*types, None)}).items():
             value = self.values.get(key)
             if value not in allowed:
@@ -142,7 +142,7 @@ class _Values:
             raise self._error("rescale_factor", scale, 1 / 255)
 
     def areas(self) -> tuple[int, int]:
-        """Least and most pixels; `min_pixels` and `max_pixels` at the top go before `size`."""
+        """Minimum and maximum of pixels; `min_pixels` and `max_pixels` override `size`."""
         size = self.inside("size")
         values = dict(size.values) if size else {}
         for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
@@ -163,7 +163,7 @@ class _Values:
         )
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """A whole number in a range; required where there is no default."""
+        """A whole number in a range; required without a default."""
         value = self.values.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             wanted = f"a whole number from {low} to {high}" if low < high else low

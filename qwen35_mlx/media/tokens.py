@@ -1,4 +1,4 @@
-"""Shown, Span and MediaToken: placeholders in a prompt that compare by the picture behind them."""
+"""Shown, Span and MediaToken: placeholders in a prompt, equal if their pictures are equal."""
 
 import hashlib
 import math
@@ -15,13 +15,13 @@ KEY_BITS = 62
 
 
 class Shown:
-    """What pictures and videos have in common: equal to others that show the same."""
+    """Base class of pictures and videos; two are equal if they show the same."""
 
     settings: "VisionSettings"
 
     @property
     def digest(self) -> bytes:
-        """sha256 of what is shown, and of what the patches depend on."""
+        """sha256 of the pixels, and of what the patches depend on."""
         raise NotImplementedError
 
     @property
@@ -31,7 +31,7 @@ class Shown:
 
     @property
     def num_tokens(self) -> int:
-        """Placeholders in a prompt; the text of a video's times comes on top."""
+        """Number of placeholders in a prompt, without the text of a video's timestamps."""
         return math.prod(self.grid) // self.settings.merge_size**2
 
     @cached_property
@@ -50,9 +50,9 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """A picture, or one frame group of a video: what attention and positions treat as one.
+    """A picture, or one frame group of a video: a unit for attention and positions.
 
-    `index` is the frame group, 0 for a picture; `height` and `width` count tokens.
+    `index`: the frame group, 0 for a picture; `height` and `width` are in tokens.
     """
 
     media: Any
@@ -79,8 +79,8 @@ class Span:
 class MediaToken(int):
     """One placeholder in a sequence of token ids.
 
-    The value lies below -1 and has 62 bits of the digest, the grid, the frame group and the
-    index: equal pictures give equal ids, all others differ. `index` counts row by row.
+    The value is below -1, with 62 bits of a hash of digest, grid, frame group and index: equal
+    pictures have equal ids, others differ. `index` counts row by row.
     """
 
     span: Span

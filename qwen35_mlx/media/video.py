@@ -1,4 +1,4 @@
-"""Video: a few frames a second of a file, a list or an animation, and when each was seen."""
+"""Video: frames sampled from a file, a list or an animation, with their times."""
 
 # n kept frames; t frame groups
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Sequence[Image | np.ndarray] | Video"
 
-# What the official preprocessing assumes of frames without a rate.
+# The official preprocessing assumes this rate if none is given.
 UNKNOWN_FPS = 24.0
 MAX_SECONDS = 4 * 3600
 MIN_FRAMES = 2
@@ -32,7 +32,7 @@ MIN_FRAMES = 2
 
 @dataclass(frozen=True, eq=False)
 class Video(Shown):
-    """A video as the model sees it; equal to another one with the same frames and times."""
+    """A video, sampled and resized for the model; equal to one with the same frames and times."""
 
     name: str
     original_size: tuple[int, int]  # width, height
@@ -41,7 +41,7 @@ class Video(Shown):
     settings: VisionSettings
 
     def __post_init__(self) -> None:
-        # The digest stands for the frames for good.
+        # The digest identifies the frames, so they must not change.
         self.frames.setflags(write=False)
 
     @cached_property
@@ -58,7 +58,7 @@ class Video(Shown):
 
     @property
     def timestamps(self) -> tuple[float, ...]:
-        """Seconds of each frame group: the mean of its first and its last frame."""
+        """Time of each frame group in seconds: the mean of its first and last frame."""
         size = self.settings.temporal_patch_size
         last = len(self.seconds) - 1
         return tuple(
@@ -67,7 +67,7 @@ class Video(Shown):
         )
 
     def patches(self) -> np.ndarray:
-        """float32 [t*h*w, 3*2*p*p]; a group that is not full repeats the last frame."""
+        """float32 [t*h*w, 3*2*p*p]; an incomplete group repeats the last frame."""
         missing = -len(self.frames) % self.settings.temporal_patch_size
         frames = np.concatenate([self.frames, *[self.frames[-1:]] * missing])
         return video_patches(frames, self.settings)
@@ -88,7 +88,7 @@ class Clip(Protocol):
     fps: float | None  # None: not constant
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
-        """The wanted frames as RGB; holds one at a time. An index may come several times."""
+        """Yield the frames as RGB, one in memory at a time. An index may occur several times."""
         ...
 
 
@@ -97,7 +97,7 @@ def open_video(
 ) -> Video:
     """Open a path, bytes, a data: URL, or a list of frames with their rate `fps`.
 
-    An animated GIF, PNG or WebP is a video too. Holds the kept frames and one more.
+    An animated GIF, PNG or WebP is a video too. Holds the sampled frames and one more.
     """
     if isinstance(source, Video):
         return source
@@ -142,7 +142,7 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Video:
 
 
 def _sampled(clip: Clip, name: str, settings: VisionSettings) -> Video:
-    """Keep the frames that the settings ask for, resized."""
+    """Sample and resize the frames according to the settings."""
     from PIL import Image
 
     indices, seconds = sample(clip.times, clip.fps, settings)
@@ -167,7 +167,7 @@ def _sampled(clip: Clip, name: str, settings: VisionSettings) -> Video:
 
 
 def frame_budget(num_frames: int, settings: VisionSettings) -> int:
-    """Most pixels of all frames together."""
+    """Maximum number of pixels of all frames together."""
     assert settings.video_max_pixels is not None and settings.video_min_pixels is not None
     cap = constants.CAP_PIXELS_PER_FRAME
     if cap is None:
@@ -179,10 +179,10 @@ def frame_budget(num_frames: int, settings: VisionSettings) -> int:
 def sample(
     times: Sequence[float], fps: float | None, settings: VisionSettings
 ) -> tuple[list[int], list[float]]:
-    """Which frames to keep, and their seconds.
+    """Indices of the frames to keep, and their times in seconds.
 
-    At a constant rate by index, as the official preprocessing does; else by time: the frame
-    that is on the screen at that moment.
+    With a constant rate they are chosen by index, as the official preprocessing does; otherwise by
+    time: the frame that a player would show at that moment.
     """
     total = len(times)
     if total < MIN_FRAMES:
@@ -196,13 +196,13 @@ def sample(
             hint="cut out the part that matters",
         )
     steps = np.asarray(times) - times[0]
-    # Within half a frame: times are rounded, to 1/1000 s in Matroska.
+    # A tolerance of half a frame, because times are rounded, in Matroska to 1/1000 s.
     if fps and (np.abs(steps - np.arange(total) / fps) <= 0.5 / fps).all():
         wanted = max(int(total / fps * settings.fps), settings.min_frames)
         wanted = min(wanted, settings.max_frames, total)
         indices = np.linspace(0, total - 1, wanted).round().astype(int).tolist()
         return indices, [index / fps for index in indices]
-    # A frame may stay for long: it can be kept several times.
+    # A frame may be shown for long, and then be kept several times.
     wanted = min(max(int(span * settings.fps), settings.min_frames), settings.max_frames)
     moments = np.linspace(0.0, span, wanted)
     indices = (np.searchsorted(steps, moments, side="right") - 1).tolist()
@@ -221,7 +221,7 @@ class FrameList:
         self.times: Sequence[float] = [index / rate for index in range(len(frames))]
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
-        """As RGB; all must be equally large."""
+        """Yield the frames as RGB; all must have the same size."""
         size = None
         for index in indices:
             image = pictures.image_of(self.frames[index], f"frame {index} of {self.name}")

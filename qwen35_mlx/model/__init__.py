@@ -1,1 +1,1 @@
-"""What is computed: the language model, its caches, and reading it from a folder."""
+"""The language model, its caches, and loading it from a folder."""

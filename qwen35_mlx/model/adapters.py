@@ -1,7 +1,6 @@
-"""Adapters on a model: LoRA and DoRA beside plain, quantized and stacked matrices.
+"""Adapters on a model: LoRA and DoRA for plain, quantized and stacked matrices.
 
-E experts, r rank. Names of parameters are those of mlx-lm. The matrices themselves stay as they
-are, so that a model keeps its bits.
+E experts, r rank. Parameters have mlx-lm's names. The matrices of the model do not change.
 """
 
 import copy
@@ -20,7 +19,7 @@ from .ring import no_adapter
 
 MATRIX, STACK = (nn.Linear, nn.QuantizedLinear), (SwitchLinear, QuantizedSwitchLinear)
 LAYER = "language_model.model.layers."
-# What a new adapter changes, by the names within a layer; and the routed experts on request.
+# Matrices of a layer that a new adapter changes; and the routed experts, on request.
 DEFAULT_KEYS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
@@ -45,17 +44,17 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self._added(x)
 
     def _added(self, x: mx.array) -> mx.array:
-        # In the type of x, or training would keep a copy of x in float32.
+        # In the type of x: otherwise training keeps a float32 copy of x.
         a, b = self["lora_a"].astype(x.dtype), self["lora_b"].astype(x.dtype)
         return self.scale * ((self.dropout(x) @ a) @ b)
 
     def change(self) -> Change:
-        """What an adapter's file holds of it."""
+        """The change, for an adapter's file."""
         return Change(self.lora_a, self.lora_b, self.scale)
 
 
 class DoRALinear(LoRALinear):
-    """The same, each row of the changed matrix scaled to the norm `m` (arXiv 2402.09353)."""
+    """LoRA with each row of the changed matrix scaled to the norm `m` (arXiv 2402.09353)."""
 
     def __init__(self, linear: nn.Module, change: Change, dropout: float = 0.0):
         super().__init__(linear, change, dropout)
@@ -73,7 +72,7 @@ class DoRALinear(LoRALinear):
         return factors * (out - bias + self._added(x)) + bias
 
     def fix(self) -> None:
-        """Compute the norms once: nothing is trained any more."""
+        """Compute the norms once, for inference."""
         self._fixed_norms = self._norms()
         mx.eval(self._fixed_norms)
 
@@ -82,7 +81,7 @@ class DoRALinear(LoRALinear):
         return mx.linalg.norm(dense_weight(self.linear).astype(mx.float32) + delta, axis=1)
 
     def change(self) -> Change:
-        """What an adapter's file holds of it."""
+        """The change, for an adapter's file."""
         return Change(self.lora_a, self.lora_b, self.scale, self.m)
 
 
@@ -92,7 +91,7 @@ class LoRASwitchLinear(LoRALinear):
     def __call__(  # type: ignore[override]
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
     ) -> mx.array:
-        """`[..., 1, in]` by the experts `[...]` -> `[..., 1, out]`."""
+        """x `[..., 1, in]`, expert indices `[...]` -> `[..., 1, out]`."""
         low_rank = self.dropout(x)
         for name in ("lora_a", "lora_b"):
             low_rank = mx.gather_mm(
@@ -106,9 +105,9 @@ class LoRASwitchLinear(LoRALinear):
 
 
 def attach(module: nn.Module, adapter: Adapter) -> None:
-    """Put the changes beside the matrices of a module that they are named after.
+    """Wrap the matrices of a module that the adapter changes.
 
-    Raises CheckpointError where one fits no matrix: an adapter belongs to one model.
+    Raises CheckpointError if a change does not fit any matrix.
     """
     matrices = {name: found for name, found in module.named_modules() if name in adapter.changes}
     problems = []
@@ -132,9 +131,9 @@ def attach(module: nn.Module, adapter: Adapter) -> None:
 
 
 def attach_to_model(model: Model, adapter: Adapter) -> None:
-    """Give a model its one adapter, before any cache is made with it."""
+    """Attach an adapter to a model that has none, before any cache is made with it."""
     if model.adapter_digest:
-        # A cache in memory knows only its model.
+        # A cache in memory is valid for one model and adapter.
         raise Qwen35Error(
             "the model has an adapter", expected="one adapter a model", hint="load the model again"
         )
@@ -148,15 +147,15 @@ def attach_to_model(model: Model, adapter: Adapter) -> None:
             hint="fuse it: qwen35-mlx fuse",
         )
     attach(model, adapter)
-    # Its matrices run without kernels.
+    # Changed matrices run without kernels.
     model._exact_rows = None
     model.adapter_digest = adapter.digest
 
 
 def with_adapter(model: Model, adapter: Adapter) -> Model:
-    """The model with another adapter, beside itself: the two share all weights of the model.
+    """A second model with an adapter; both share all weights of the first.
 
-    What either computes needs a cache of its own.
+    Each needs its own caches.
     """
     twin = _twin(model)
     attach_to_model(twin, adapter)
@@ -166,7 +165,7 @@ def with_adapter(model: Model, adapter: Adapter) -> Model:
 
 
 def _twin(part: Any) -> Any:
-    """Modules that hold the same arrays."""
+    """A copy of the modules that shares their arrays."""
     if isinstance(part, nn.Module):
         twin = copy.copy(part)
         for name, value in part.items():
@@ -176,7 +175,7 @@ def _twin(part: Any) -> Any:
 
 
 def wrap(base: nn.Module, change: Change, dropout: float = 0.0, kind: str = LORA) -> LoRALinear:
-    """A matrix with a change beside it."""
+    """The matrix wrapped with a change."""
     if isinstance(base, STACK):
         return LoRASwitchLinear(base, change, dropout)
     is_dora = kind == DORA or change.magnitudes is not None
@@ -186,9 +185,9 @@ def wrap(base: nn.Module, change: Change, dropout: float = 0.0, kind: str = LORA
 def add_new(
     model: Model, keys: Collection[str], num_layers: int, rank: int, scale: float, **kind: Any
 ) -> list[str]:
-    """Freeze the model and put new changes, which change nothing yet, into its last layers.
+    """Freeze the model and add new changes, zero at first, to its last layers.
 
-    `kind` as in `wrap`. Returns the names of the changed modules.
+    `kind` as in `wrap`. Returns the names of the wrapped modules.
     """
     model.freeze()
     num_all, names = len(model.layers), []
@@ -219,7 +218,7 @@ def changes_of(module: nn.Module) -> dict[str, Change]:
 
 
 def weight_shape(base: nn.Module) -> tuple[int, ...]:
-    """Of the matrix or stack, as if it were not quantized and had no change beside it."""
+    """Shape of the unquantized matrix or stack, without its change."""
     base = base.linear if isinstance(base, LoRALinear) else base
     weight = base["weight"]
     if "scales" not in base:
@@ -242,7 +241,7 @@ def dense_weight(linear: nn.Module) -> mx.array:
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place of the one at `path`."""
+    """Replace the module at `path`."""
     parent: Any = root
     *parents, last = path.split(".")
     for part in parents:

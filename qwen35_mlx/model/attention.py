@@ -1,4 +1,4 @@
-"""Gated full attention, its scores within a bound of bytes.
+"""Gated full attention, with a bound on the memory of the scores.
 
 B batch, T tokens, S cached tokens, H/Hk query/key heads, D head dim, R rotated dims.
 """
@@ -26,10 +26,10 @@ from .shard import joined
 
 
 def attention_mask(num_tokens: int, cache: Any | None) -> Any:
-    """What new tokens may see, as MLX's attention takes it: None, "causal" or an array."""
+    """The mask for new tokens, for MLX's attention: None, "causal" or an array."""
     if cache is None:
         return None if num_tokens == 1 else "causal"
-    # All three by name: mlx-lm's own caches have no defaults for them.
+    # All arguments are given: mlx-lm's own caches have no defaults.
     return cache.make_mask(num_tokens, return_array=False, window_size=None)
 
 
@@ -42,9 +42,9 @@ def attend(
     max_scores_bytes: int,
     kernels: Tiers = PORTABLE,
 ) -> mx.array:
-    """Attention for so many queries at a time that their scores fit the bytes.
+    """Attention in blocks of queries, so that the scores fit into `max_scores_bytes`.
 
-    The same numbers as at once: no sum runs over queries.
+    The result is exact: no sum runs over queries.
     """
     num_tokens, num_keys = q.shape[2], k.shape[2]
     item_bytes = 4 if isinstance(k, Packed) else q.itemsize
@@ -54,12 +54,12 @@ def attend(
     outputs = []
     for start in range(0, num_tokens, block):
         end = min(start + block, num_tokens)
-        # "causal" takes the last query to see the last key.
+        # "causal" assumes that the last query sees the last key.
         seen = num_keys - num_tokens + end if isinstance(mask, str) else num_keys
         rows = mask[..., start:end, :] if isinstance(mask, mx.array) else mask
         keys, values = first_keys(k, seen), first_keys(v, seen)
         outputs.append(portable_attention(q[:, :, start:end], keys, values, scale, rows))
-        # Or MLX makes the scores of all blocks at once.
+        # Otherwise MLX computes the scores of all blocks at once.
         mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=2)
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
     kernels: Tiers = PORTABLE
     max_scores_bytes: int = MAX_SCORES_BYTES
-    # Of the processes that have the other heads.
+    # The processes that share the layer, each with some heads.
     group: mx.distributed.Group | None = None
 
     def __init__(self, config: ModelConfig):
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.rope = PartialRope(config.rope)
 
     def set_heads(self, config: ModelConfig) -> None:
-        """The numbers that are not seen in the weights."""
+        """Set what does not follow from the shapes of the weights."""
         self._num_kv_heads = config.num_key_value_heads
 
     def __call__(
@@ -94,8 +94,8 @@ class Attention(nn.Module):
     ) -> mx.array:
         """x `[B, T, hidden]`, to be normalised by `norm` -> x + attention.
 
-        mask as MLX's attention takes it: None, "causal" or an array. `places` as from
-        `self.places`: tables are `[B or 1, T, R / 2]`.
+        mask: as from `attention_mask`. places: as from `self.places`; tables are
+        `[B or 1, T, R / 2]`.
         """
         batch, num_tokens, _ = x.shape
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -116,7 +116,7 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.update_and_fetch(k, v)
                 if hasattr(cache, "group_size"):
-                    # mlx-lm's quantized cache, of its option kv_bits.
+                    # mlx-lm's quantized cache, from its option kv_bits.
                     k, v = (Packed(parts, cache.bits, cache.group_size) for parts in (k, v))
             out = attend(q, k, v, self._scale, mask, self.max_scores_bytes, self.kernels)
         out = output_gate(out, q_gate, self.kernels)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return joined(out, x, self.group)
 
     def _attend_rows(self, q: mx.array, k: mx.array, v: mx.array, cache: RowsKVCache) -> mx.array:
-        """One token of each row over its own keys and values, `[B, H, 1, D]`."""
+        """One token per row over the row's own keys and values -> `[B, H, 1, D]`."""
         outputs = []
         for i, row in enumerate(cache.rows):
             at = slice(i, i + 1)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return mx.concatenate(outputs)
 
     def read(self, x: mx.array, norm: nn.RMSNorm, cache: Any, places: Places) -> None:
-        """The keys and values of x into the cache: the part of a call that later calls need."""
+        """Append the keys and values of x to the cache, without computing the attention."""
         k, v = project(x, (self.k_proj, self.v_proj), self.kernels, norm=norm)
         heads = (*x.shape[:2], self._num_kv_heads, -1)
         k = mx.fast.rms_norm(k.reshape(heads), self.k_norm.weight, self.k_norm.eps)
@@ -150,7 +150,10 @@ class Attention(nn.Module):
     def places(
         self, x: mx.array, cache: Any | None, positions: mx.array | None, rope_delta: RopeDelta
     ) -> Places:
-        """Of tokens x, once for all layers: tables where positions are explicit or kernels run."""
+        """Rotary positions of tokens x, for all layers.
+
+        Tables if positions are explicit or a kernel needs them, else the offset to add.
+        """
         batch, num_tokens, _ = x.shape
         if positions is None:
             if not self.kernels.runs("qk_norm_rope", batch * num_tokens):

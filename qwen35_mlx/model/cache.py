@@ -1,7 +1,7 @@
-"""The cache of one sequence or batch: one entry a layer, and cheap snapshots.
+"""The cache of a sequence or batch: one entry per layer, and cheap snapshots.
 
-Full attention layers hold keys and values, linear ones `[conv_state, recurrent_state]`, of
-shapes `[B, kernel - 1, channels]` and `[B, Hv, Dv, Dk]`. mlx-lm's own entries serve as well.
+Full attention layers have keys and values, linear ones `[conv_state, recurrent_state]`, of shapes
+`[B, kernel - 1, channels]` and `[B, Hv, Dv, Dk]`. mlx-lm's own entries work too.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def make_cache(config: ModelConfig) -> list[CacheEntry]:
 
 
 def padded_cache(config: ModelConfig, left_padding: Sequence[int]) -> list[Any]:
-    """An empty cache of mlx-lm's, of rows with so many pad tokens at their start."""
-    # Here: mlx-lm takes longer to import than all else.
+    """An empty cache of mlx-lm, for rows with `left_padding` pad tokens at their start."""
+    # Imported here because it takes long.
     from mlx_lm.models.cache import ArraysCache, BatchKVCache
 
     padding = [int(n) for n in left_padding]
@@ -38,7 +38,7 @@ def padded_cache(config: ModelConfig, left_padding: Sequence[int]) -> list[Any]:
 
 
 def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> None:
-    """Raise if a pass of this size over this cache cannot be taken back token by token."""
+    """Raise if a pass of this size over this cache could not be rewound token by token."""
     if batch != 1 or not 1 <= num_tokens <= MAX_ROWS:
         raise Qwen35Error(
             "keep_states is for a few tokens of one sequence",
@@ -55,10 +55,10 @@ def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> N
 
 
 def accept(cache: Sequence[Any], num_tokens: int) -> None:
-    """Of the last pass, read with `keep_states`, keep the first tokens, from none to all.
+    """Keep the first tokens, from none to all, of the last pass, which had `keep_states`.
 
-    The cache is then, bit by bit, as if these alone had been read one by one. A cache whose states
-    somebody looked at since then has accepted all.
+    The cache is then bit-equal to one that has read only these, one by one. Accessing the states
+    of the cache after the pass accepts all tokens.
     """
     kept = {getattr(entry, "num_kept", 0) for entry in cache}
     if len(kept) != 1 or 0 in kept:
@@ -77,36 +77,36 @@ def accept(cache: Sequence[Any], num_tokens: int) -> None:
 
 
 def holds_keys(entry: Any) -> bool:
-    """Whether this is the cache of a full attention layer, of ours or of mlx-lm's."""
+    """Whether this is the cache of a full attention layer, ours or mlx-lm's."""
     return hasattr(entry, "keys")
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """A point to come back to: KV entries as an offset, recurrent ones by reference."""
+    """A state to go back to: KV entries as an offset, recurrent ones by reference."""
 
     num_tokens: int
     entries: tuple[int | tuple[mx.array, ...], ...]
-    # The position of the next token less `num_tokens`.
+    # The position of the next token minus `num_tokens`.
     rope_delta: int = 0
-    # The last tokens' states that the MTP layer has not read; see MTPState.
+    # Hidden states of the last tokens, which the MTP layer has not read; see MTPState.
     mtp_hidden: mx.array | None = None
-    # The tick at which it was last of use; see PrefixStore.
+    # The tick of its last use; see PrefixStore.
     last_used: int = 0
-    # Where other processes have a part of it; see `model.ring`.
+    # With several processes: its number in all of them; see `model.ring`.
     handle: Any = None
 
     @property
     def nbytes(self) -> int:
-        """What it keeps alive besides keys and values: 192 MB in the 397B model."""
+        """Memory that it keeps alive, without keys and values: 192 MB in the 397B model."""
         arrays = (a for kept in self.entries if not isinstance(kept, int) for a in kept)
         return sum(a.nbytes for a in arrays if a is not None)
 
 
 def snapshot(cache: Sequence[Any], num_tokens: int, rope_delta: int = 0) -> Snapshot:
-    """Remember an unbatched cache that has read `num_tokens`; copies nothing.
+    """A snapshot of an unbatched cache that has read `num_tokens`; copies nothing.
 
-    The recurrent arrays are replaced, never written in place, so keeping a reference is a copy.
+    Recurrent arrays are replaced, never written in place, so a reference is enough.
     """
     point = Snapshot(
         num_tokens, tuple(c.offset if holds_keys(c) else tuple(c.cache) for c in cache), rope_delta
@@ -117,7 +117,7 @@ def snapshot(cache: Sequence[Any], num_tokens: int, rope_delta: int = 0) -> Snap
 
 
 def restore(cache: Sequence[Any], point: Snapshot) -> None:
-    """Bring the cache of which `point` was taken back to it; later tokens are forgotten."""
+    """Rewind a cache to its snapshot `point`; later tokens are dropped."""
     if handle := _handle(cache):
         handle.tell("restore", point=point.handle.number)
     for entry, kept in zip(cache, point.entries, strict=True):
@@ -128,7 +128,7 @@ def restore(cache: Sequence[Any], point: Snapshot) -> None:
 
 
 def fork(cache: Sequence[Any], point: Snapshot) -> list[CacheEntry]:
-    """A second cache at `point`; the first may go on or be dropped."""
+    """A second cache at `point`; the first stays usable."""
     forked: list[Any] = []
     for entry, kept in zip(cache, point.entries, strict=True):
         if isinstance(kept, int):
@@ -146,9 +146,9 @@ def fork(cache: Sequence[Any], point: Snapshot) -> list[CacheEntry]:
 
 
 def join(rows: Sequence[Sequence[Any]]) -> list[Any]:
-    """Caches of single sequences as rows of one, which reads one token of each in a pass.
+    """Join caches of single sequences as rows of one cache, for passes of one token per row.
 
-    Recurrent states are stacked, keys and values stay with their row.
+    Recurrent states are stacked; keys and values stay with their row.
     """
     joined: list[Any] = [
         RowsKVCache(layer) if holds_keys(layer[0]) else ArraysCache.stacked(layer)
@@ -160,29 +160,29 @@ def join(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def part(joined: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
-    """Give the caches that were joined their states back."""
+    """Write the states of a joined cache back to the caches of its rows."""
     if handle := _handle(joined):
         handle.tell("part", rows=[row[0].handle.number for row in rows])
     for place, row in enumerate(rows):
         for mine, theirs in zip(joined, row, strict=True):
             if isinstance(theirs, ArraysCache):
-                # Copies: a view would keep the states of all rows alive.
+                # A copy, because a view would keep the states of all rows alive.
                 states = (mx.contiguous(a[place : place + 1]) for a in mine.cache)
                 theirs.cache = list(states)
 
 
 def _handle(cache: Sequence[Any]) -> Any:
-    """What tells other processes of this cache; None where there are none."""
+    """The handle by which other processes follow this cache; None in a single process."""
     return getattr(cache[0], "handle", None) if cache else None
 
 
 def kv_bytes(cache: Sequence[Any]) -> int:
-    """Memory of keys and values, with the room they have to grow."""
+    """Memory of keys and values, with their unused capacity."""
     arrays = (a for c in cache if holds_keys(c) for a in (c.keys, c.values))
     return sum(a.nbytes for a in arrays if a is not None)
 
 
 def cached_tokens(cache: Sequence[Any]) -> int:
-    """How many tokens an unbatched cache has read; 0 where no layer counts them."""
+    """Number of tokens that an unbatched cache has read; 0 if no layer counts them."""
     offsets = (c.offset for c in cache if holds_keys(c))
     return max((n for n in offsets if isinstance(n, int)), default=0)

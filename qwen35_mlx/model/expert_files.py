@@ -1,4 +1,4 @@
-"""Experts in a model's files: the ranges that an expert's matrices take, and reading them."""
+"""Experts in a model's files: the byte ranges of an expert's matrices, and reading them."""
 
 import fcntl
 import os
@@ -16,10 +16,10 @@ import numpy as np
 from ..checkpoint.resolver import Part
 from ..errors import CheckpointError
 
-# A few threads for good; they use no MLX. The queue of a Mac's SSD is full with them.
+# Threads that stay; they use no MLX. So many requests fill the queue of a Mac's SSD.
 READERS = 8
 SAMPLED_BYTES = 64
-# How numpy sees what a file holds, and how MLX sees the same bytes.
+# Type in a file -> the type for numpy, and the type of the same bytes for MLX.
 STORED = {
     "U8": (np.uint8, mx.uint8),
     "U32": (np.uint32, mx.uint32),
@@ -31,12 +31,12 @@ STORED = {
 
 @cache
 def readers() -> ThreadPoolExecutor:
-    """The threads that read."""
+    """The threads that read files."""
     return ThreadPoolExecutor(READERS, "expert-reader")
 
 
 class ExpertFile:
-    """An open file that must stay as it is."""
+    """An open file; raises CheckpointError if it changes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -51,7 +51,7 @@ class ExpertFile:
             os.close(self._descriptor)
 
     def bypass_cache(self) -> None:
-        """Leave the page cache to others, on macOS: what is read stays in the pool."""
+        """Bypass the page cache (macOS only), because the pool keeps what is read."""
         if option := getattr(fcntl, "F_NOCACHE", None):
             fcntl.fcntl(self._descriptor, option, 1)
 
@@ -88,7 +88,7 @@ class ExpertFile:
 
 
 class Slots:
-    """Memory of one array of some experts, `[S, ...]`, and where each expert's part of it lies.
+    """Memory of one array for some experts, `[S, ...]`, and the byte ranges of each expert.
 
     On the CPU floats are float32, as everywhere in the model.
     """
@@ -99,7 +99,7 @@ class Slots:
         self.is_cast = on_cpu and stored in ("BF16", "F16")
         held = np.float32 if self.is_cast else self._stored
         shape = (num_slots, *part.shape[1:])
-        # numpy knows no bfloat16: the memory holds numbers as wide, and MLX is told what they are.
+        # numpy has no bfloat16: it sees integers of the same width, and MLX a view of them.
         self._memory = mx.zeros(shape, getattr(mx, np.dtype(held).name))
         self.array = self._memory if self.is_cast else self._memory.view(kind)
         self.nbytes = int(np.prod(part.shape[1:])) * np.dtype(self._stored).itemsize
@@ -108,7 +108,7 @@ class Slots:
 
     @cached_property
     def _view(self) -> np.ndarray:
-        """The same memory, to be written; allocated now at the latest."""
+        """A writable numpy view of the memory."""
         mx.eval(self._memory, self.array)
         return np.array(self._memory, copy=False)
 
@@ -127,12 +127,12 @@ class Slots:
         return found
 
     def buffer(self, slot: int) -> np.ndarray:
-        """What the bytes of an expert are read into."""
+        """The buffer into which the bytes of an expert are read."""
         row = self._view[slot]
         return np.empty(row.shape, self._stored) if self.is_cast else row
 
     def finish(self, slot: int, read: np.ndarray) -> None:
-        """Bring what was read to its slot, where it is not there yet."""
+        """Cast a read expert into its slot, if the buffer is not the slot itself."""
         if self.is_cast and self._stored is np.uint16:
             # bfloat16 is the upper half of float32.
             np.left_shift(read, 16, out=self._view[slot].view(np.uint32), dtype=np.uint32)
@@ -162,7 +162,7 @@ class ExpertReader:
         return bytes(data)
 
     def read(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Fill slots with experts, `(expert, slot)` each; returns when all of them are there."""
+        """Read experts into slots, given as pairs `(expert, slot)`; returns when all are read."""
         filled, jobs = [], []
         for expert, slot in pairs:
             arrays = [slots.buffer(slot) for slots in self._slots]
@@ -182,7 +182,7 @@ class ExpertReader:
     def _ranges(
         self, expert: int, views: Sequence[memoryview]
     ) -> list[tuple[Path, int, list[memoryview]]]:
-        """File, offset and buffers of each read; what lies side by side is one."""
+        """File, offset and buffers of each read; adjacent ranges are one read."""
         places = []
         for slots, view in zip(self._slots, views, strict=True):
             for file, offset, length in slots.ranges(expert):
@@ -200,7 +200,7 @@ class ExpertReader:
 
 
 def run_all(jobs: Sequence[partial[None]]) -> None:
-    """Run the jobs in the threads; an error comes when none of them runs any more."""
+    """Run the jobs in the threads; raises an error only after all of them have ended."""
     futures: list[Future[None]] = [readers().submit(job) for job in jobs]
     try:
         for future in futures:

@@ -1,4 +1,4 @@
-"""Experts from disk: each layer keeps some in memory, and reads others from the files when chosen.
+"""Experts from disk: each layer keeps some in memory, and reads others when a token needs them.
 
 N tokens, K experts per token, S slots of a layer, E experts, H hidden.
 """
@@ -31,13 +31,13 @@ from ..memory import PREFILL_STEP_SIZE, SWEEP_TOKENS
 from .expert_files import ExpertFile, ExpertReader, Slots
 from .feed_forward import SparseMoE
 
-# Of each layer, for what tells a model from another.
+# Experts per layer whose bytes go into the model's digest.
 DIGESTED_EXPERTS = 8
 
 
 @dataclass
 class ReadStats:
-    """What was asked of the pools of all layers: distinct experts of each call."""
+    """Counters of all layers; a call counts each of its experts once."""
 
     hits: int = 0
     misses: int = 0
@@ -46,29 +46,29 @@ class ReadStats:
 
     @property
     def hit_rate(self) -> float:
-        """Of the experts that were asked for, those in memory."""
+        """The share of requested experts that were in memory."""
         return self.hits / max(self.hits + self.misses, 1)
 
     @property
     def gbps(self) -> float:
-        """10^9 bytes a second while something was read."""
+        """Read speed in 10^9 bytes per second."""
         return self.num_bytes / 1e9 / self.seconds if self.seconds else 0.0
 
 
 class ExpertPool:
-    """The experts of one layer: S of them in slots, the least recently used go first."""
+    """The experts of one layer: S of them in slots, with LRU replacement."""
 
     def __init__(self, reader: ExpertReader, num_slots: int, stats: ReadStats):
         self._reader, self._stats = reader, stats
         self._num_slots = num_slots
-        # Experts in memory, the least recently used first, and slots without one.
+        # Experts in memory, the least recently used first; and empty slots.
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._empty = list(range(num_slots))
-        # What may still have to be computed from the slots as they are.
+        # An array that may still have to be computed from the current slots.
         self._uses: mx.array | None = None
 
     def place(self, indices: mx.array) -> mx.array | None:
-        """Slots `[N, K]` of the experts `[N, K]`, all read; None if there are too few slots."""
+        """Read the experts `[N, K]`; returns their slots `[N, K]`, None if there are too few."""
         chosen = np.array(indices)
         needed = np.unique(chosen).tolist()
         if len(needed) > self._num_slots:
@@ -80,9 +80,9 @@ class ExpertPool:
     def mlp(
         self, x: mx.array, indices: mx.array, scores: mx.array, experts: SwitchGLU, kernels: Tiers
     ) -> mx.array:
-        """As `expert_mlp`: experts that are here are computed while others are read.
+        """As `expert_mlp`; computes the experts in memory while it reads others.
 
-        Each expert is read at most once, whatever N is.
+        Each expert is read at most once, for any N.
         """
         num_tokens, per_token = indices.shape
         chosen = np.array(indices).ravel()
@@ -101,7 +101,7 @@ class ExpertPool:
                 free = self._victims(busy)
                 half = (self._num_slots + 1) // 2
                 if len(free) < min(len(todo), half):
-                    # The slots of what is being computed are needed as well.
+                    # The slots that are in use are needed too: wait for them.
                     mx.eval(parts[-1])
                     free = self._victims(set())
                 if len(todo) > len(free):
@@ -109,7 +109,7 @@ class ExpertPool:
                 batch, todo = todo[: len(free)], todo[len(free) :]
                 self._read(batch, free)
             pairs = np.flatnonzero(np.isin(chosen, batch))
-            # As many rows as decide between two ways to multiply: that of the whole call.
+            # Enough rows to take the same of the two matmul paths as the whole call.
             rows = np.resize(pairs, max(len(pairs), min(len(chosen), SORT_FROM)))
             at, slots = mx.array(rows), self._slots_of(chosen[rows][:, None])
             part = expert_mlp(x[at // per_token], slots, flat_scores[at], experts, kernels)
@@ -119,7 +119,7 @@ class ExpertPool:
             busy = {self._slots[expert] for expert in batch}
         summed = []
         for start in range(0, num_tokens, PREFILL_STEP_SIZE):
-            # Pairs are in order within a part: each has those of these tokens side by side.
+            # Pairs are sorted within a part, so these tokens' pairs are contiguous.
             ends = [start * per_token, (start + PREFILL_STEP_SIZE) * per_token]
             cuts = [np.searchsorted(pairs, ends).tolist() for pairs in places]
             out = mx.concatenate([part[a:b] for part, (a, b) in zip(parts, cuts, strict=True)])
@@ -132,13 +132,13 @@ class ExpertPool:
         return mx.concatenate(summed)
 
     def is_used_by(self, out: mx.array) -> None:
-        """`out` is computed from the slots, at some time: before then they must not change."""
+        """Do not change the slots until `out`, which is computed from them, is evaluated."""
         self._settle()
-        # Another thread may have to wait for it, and could not begin it.
+        # Start it here: another thread that waits for it could not start it.
         mx.async_eval(out)
         self._uses = out
         if out.shape[0] > MAX_ROWS:
-            # Too large to be kept.
+            # Too large to keep a reference.
             self._settle()
 
     def _settle(self) -> None:
@@ -147,7 +147,7 @@ class ExpertPool:
             self._uses = None
 
     def _touch(self, experts: Sequence[int]) -> list[int]:
-        """Count these as used, in their order; those that are missing."""
+        """Mark experts as used, in their order; return the missing ones."""
         missing = []
         for expert in experts:
             if expert in self._slots:
@@ -158,18 +158,18 @@ class ExpertPool:
         return missing
 
     def _victims(self, busy: set[int]) -> list[int]:
-        """Slots that may be filled, the best ones first."""
+        """Slots that may be filled: empty ones, then the least recently used."""
         return [*self._empty, *(slot for slot in self._slots.values() if slot not in busy)]
 
     def _read(self, experts: Sequence[int], slots: Sequence[int]) -> None:
-        """Read these experts into the first of the slots."""
+        """Read the experts into the first of the slots."""
         if not experts:
             return
         self._settle()
         slots = slots[: len(experts)]
         lost = set(slots)
         self._slots = OrderedDict((e, s) for e, s in self._slots.items() if s not in lost)
-        # Until all are read: an error or an interrupt leaves no half of an expert.
+        # Empty until all are read: an error or interrupt must not leave a partial expert.
         self._empty = [*lost, *(slot for slot in self._empty if slot not in lost)]
         started = time.perf_counter()
         pairs = list(zip(experts, slots, strict=True))
@@ -181,7 +181,7 @@ class ExpertPool:
         self._stats.num_bytes += len(experts) * self._reader.expert_bytes
 
     def _slots_of(self, experts: np.ndarray) -> mx.array:
-        # A prompt has hundreds of thousands of them.
+        # Vectorised, because a prompt has hundreds of thousands of pairs.
         table = np.zeros(max(self._slots) + 1, np.uint32)
         table[[*self._slots]] = [*self._slots.values()]
         return mx.array(table[experts])
@@ -191,7 +191,7 @@ class Experts:
     """The pools of all layers of a model."""
 
     def __init__(self, config: ModelConfig, matches: Iterable[Match], memory_bytes: int):
-        """`matches` are the stacks of experts, of which `memory_bytes` may be in memory."""
+        """`matches`: the stacks of experts; `memory_bytes`: for experts in memory."""
         if not config.is_moe:
             raise Qwen35Error(
                 "memory for experts of a model without experts",
@@ -224,13 +224,13 @@ class Experts:
 
     @cached_property
     def digest(self) -> str:
-        """Of a few bytes of some experts of each layer, as they are in the files."""
+        """SHA-256 of a few bytes of some experts of each layer, from the files."""
         experts = range(0, self.num_experts, -(-self.num_experts // DIGESTED_EXPERTS))
         samples = (reader.sample(expert) for reader in self._readers for expert in experts)
         return hashlib.sha256(b"".join(samples)).hexdigest()
 
     def figures(self) -> dict[str, float]:
-        """For benches and the counters of a server."""
+        """Counters for benches and the server's metrics."""
         stats = self.stats
         return {
             "experts": self.num_experts,
@@ -245,11 +245,11 @@ class Experts:
 
     @property
     def holds_all(self) -> bool:
-        """Whether there is a slot for every expert."""
+        """Whether every expert has a slot."""
         return self.num_slots == self.num_experts
 
     def attach(self, model: Any) -> dict[str, mx.array]:
-        """Give each layer its slots; returns their arrays by the names of parameters."""
+        """Give each layer its pool; returns the arrays of the slots by parameter name."""
         files: dict[Path, ExpertFile] = {}
         arrays: dict[str, mx.array] = {}
         for i, layer in enumerate(model.layers):
@@ -269,14 +269,14 @@ class Experts:
             self._readers.append(reader)
             layer.mlp.pool = ExpertPool(reader, self.num_slots, self.stats)
         if self.nbytes > describe().memory_bytes / 2:
-            # The page cache could only hold what is in the pool.
+            # The page cache could hold little else than the pool does.
             for opened in files.values():
                 opened.bypass_cache()
         return arrays
 
 
 def stack_bytes(model: nn.Module) -> int:
-    """Bytes of all experts of a model that holds them."""
+    """Bytes of all routed experts of a model."""
     stacks = [layer.mlp.switch_mlp.parameters() for layer in model.layers]
     return sum(array.nbytes for array in arrays_of(stacks).values())
 
@@ -295,6 +295,6 @@ def part_bytes(part: Part, on_cpu: bool = False) -> int:
 
 
 def by_last_use(chosen: np.ndarray) -> list[int]:
-    """The experts in it, those of the last tokens last: they are the likeliest to be used next."""
+    """The distinct experts in order of their last use: late ones are likely to be used next."""
     experts, last = np.unique(chosen[::-1], return_index=True)
     return experts[np.argsort(-last)].tolist()

@@ -1,4 +1,4 @@
-"""Feed-forward layers: the dense SwiGLU, and router + routed experts + shared expert.
+"""Feed-forward layers: dense SwiGLU, and mixture of experts with a shared expert.
 
 B batch, T tokens, N = B * T, K experts per token, E experts, H hidden, I expert width.
 """
@@ -26,7 +26,7 @@ class DenseMLP(nn.Module):
     """`x + down(silu(gate(norm(x))) * up(norm(x)))`."""
 
     kernels: Tiers = PORTABLE
-    # Of the processes that have the rest of the width.
+    # The processes that share the layer, each with a part of the width.
     group: mx.distributed.Group | None = None
 
     def __init__(self, hidden_size: int, intermediate_size: int):
@@ -45,8 +45,7 @@ class DenseMLP(nn.Module):
 
 
 class Routed(NamedTuple):
-    """Rows `[N, H]` before the experts: as they came, normalised where that was done, and where
-    they go."""
+    """Rows `[N, H]` with their residual and routing, and a norm that is still to be applied."""
 
     residual: mx.array
     rows: mx.array
@@ -58,16 +57,16 @@ class SparseMoE(nn.Module):
     """Top-k of E experts by router probability, and a shared expert that always runs."""
 
     kernels: Tiers = PORTABLE
-    # Where `switch_mlp` holds some of the experts only, and the others are read from disk.
+    # Set if `switch_mlp` holds only some experts and the others are read from disk.
     pool: "ExpertPool | None" = None
-    # Of the processes that have other experts, or the rest of their width.
+    # The processes that share the layer, each with some experts or a part of their width.
     group: mx.distributed.Group | None = None
     own_experts: OwnExperts | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self._num_experts_per_tok = config.num_experts_per_tok
-        # On disk the router is called gate, as the format of mlx-lm has it.
+        # The router's name on disk is gate, as in mlx-lm's format.
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.switch_mlp = SwitchGLU(
             config.hidden_size, config.moe_intermediate_size, config.num_experts
@@ -84,7 +83,7 @@ class SparseMoE(nn.Module):
         if self.pool:
             slots = self.pool.place(routing.indices)
             if slots is None:
-                # Rows are invariant: one after the other they need fewer slots.
+                # One row at a time needs fewer slots, and gives the same bits.
                 rows = [self(row, norm) for row in found.residual[:, None, None]]
                 return mx.concatenate(rows).reshape(x.shape)
             routing = routing._replace(indices=slots)
@@ -95,9 +94,9 @@ class SparseMoE(nn.Module):
         return joined(out, x.reshape(out.shape), self.group).reshape(x.shape)
 
     def read(self, pieces: Sequence[mx.array], norm: nn.RMSNorm) -> list[mx.array]:
-        """The same for consecutive pieces of a prompt: each expert is read from disk once.
+        """`__call__` for consecutive pieces of a prompt, which reads each expert from disk once.
 
-        Many rows are brought together by expert, which the two steps for few rows do not do.
+        Rows are grouped by expert, which the two steps for few rows do not do.
         """
         long = [piece for piece in pieces if not self._in_steps(piece)]
         if not long:
@@ -130,9 +129,9 @@ class SparseMoE(nn.Module):
 
     def _route(self, x: mx.array, norm: nn.RMSNorm) -> Routed:
         rows = x.reshape(-1, x.shape[-1])
-        # Of several processes' parts, the residual is added to their sum.
+        # With several processes, the residual is added after the sum over them.
         residual = rows if self.group is None else mx.zeros_like(rows)
-        # Two kernels do the norm as they read x; else it is done once for all that follows.
+        # Two kernels include the norm; otherwise it is computed once for both.
         in_kernels = all(
             self.kernels.runs(op, len(rows)) for op in ("expert_gate_up", "projection")
         )

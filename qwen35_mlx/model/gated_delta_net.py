@@ -1,4 +1,4 @@
-"""Linear attention: projections, and what is between them in `kernels/delta_step.py`.
+"""Linear attention: the projections; `kernels/delta_step.py` has the part between them.
 
 B batch, T tokens.
 """
@@ -19,7 +19,7 @@ class GatedDeltaNet(nn.Module):
     """One linear attention layer (arXiv 2412.06464) with a fixed-size state."""
 
     kernels: Tiers = PORTABLE
-    # Of the processes that have the other heads.
+    # The processes that share the layer, each with some heads.
     group: mx.distributed.Group | None = None
 
     def __init__(self, config: ModelConfig):
@@ -41,7 +41,7 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
 
     def set_heads(self, config: ModelConfig) -> None:
-        """The shapes of an empty state."""
+        """Set the shapes of an empty state."""
         self._conv_state_shape = (config.linear_conv_kernel_dim - 1, config.conv_dim)
         self._state_shape = (
             config.linear_num_value_heads,
@@ -59,14 +59,14 @@ class GatedDeltaNet(nn.Module):
     ) -> mx.array:
         """x `[B, T, hidden]`, to be normalised by `norm` -> x + the layer's output.
 
-        mask `[B, T]` is False at padding, which leaves no trace. With `keep_states` the cache can
-        still take back tokens of this pass; see `model.cache.accept`.
+        mask `[B, T]` is False at padding, which does not change the state. With `keep_states`,
+        `model.cache.accept` can drop the last tokens of this pass.
         """
         batch, num_tokens, _ = x.shape
         projections = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         qkv, z, b, a = project(x, projections, self.kernels, norm=norm)
         pending = getattr(cache, "pending", None)
-        # Only the kernel reads a tape before its own tokens; else the cache does it now.
+        # Only the kernel can replay a tape before its own tokens; otherwise the cache does it here.
         runs_kernel = mask is None and self.kernels.runs("delta_step", num_tokens)
         tape = pending if isinstance(pending, Tape) and runs_kernel else None
         states: list[Any] = (
@@ -92,7 +92,7 @@ class GatedDeltaNet(nn.Module):
             if cache is not None:
                 cache.cache = states
                 cache.advance(num_tokens)
-                # Without this the states wait for the end of the step, with every layer's inputs.
+                # Otherwise states and inputs of all layers stay in memory until the step ends.
                 (out,) = mx.depends([out], states)
         residual = x if self.group is None else None
         (out,) = project(out, (self.out_proj,), self.kernels, residual=residual)

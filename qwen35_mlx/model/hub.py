@@ -1,4 +1,4 @@
-"""A model folder by its path or hub id; what does not run is refused before weights are fetched."""
+"""Find a model by path or hub id; unsupported models are refused before weights are downloaded."""
 
 import re
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from ..checkpoint.headers import INDEX_FILE, SIDECARS, is_sidecar, read_index, w
 from ..config import ModelConfig, read_config
 from ..errors import CheckpointError
 
-# Not *.py: nothing that comes with a checkpoint is run.
+# Without *.py: no code of a checkpoint is ever run.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
-# With them come parts of the model that lie outside of the index.
+# And parts of the model that the index does not list.
 ALWAYS = (*SMALL_FILES, *SIDECARS)
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; anything shaped like `owner/name` from the hub or its cache."""
+    """The folder at a path, or of a hub id `owner/name`, downloaded or from the hub's cache."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -36,7 +36,7 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         refuse_foreign(config, index)
         if not is_named_by_mlx(index) and not any(n.endswith(".scales") for n in index):
             raise not_converted(name)
-        # The names of files are plain, and no pattern.
+        # Escaped, because the names are no patterns.
         return _download(name, revision, (*ALWAYS, *map(escape, sorted({*index.values()}))))
     folder = _download(name, revision, (*ALWAYS, "model*.safetensors"))
     if not all(map(is_sidecar, weight_files(folder))):
@@ -45,7 +45,7 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 
 def not_converted(origin: str | Path) -> CheckpointError:
-    """The refusal of a checkpoint that `convert` takes."""
+    """The error for a checkpoint that has to be converted first."""
     return CheckpointError(
         f"{origin} holds a checkpoint that is not converted",
         got="weights as Hugging Face has them",
@@ -59,7 +59,7 @@ def _download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    # Whatever goes wrong between here and the hub has its own class.
+    # Network and hub errors have many classes.
     except Exception as error:
         raise CheckpointError(
             f"cannot get {name} from the hub",

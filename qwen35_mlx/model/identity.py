@@ -1,4 +1,4 @@
-"""A digest of a model's weights, by which what it has read is known on disk."""
+"""A digest of a model's weights, which identifies its caches on disk."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 8
 
 
 def model_identity(model: Model) -> str:
-    """A digest of the model's names, shapes, types and of a few numbers of each tensor.
+    """A digest of the names, shapes, types and a few numbers of each tensor.
 
-    Kept while the model has the same arrays: it takes an operation or more for each of them.
+    It is stored on the model while its arrays are the same, because it takes operations on each.
     """
-    # Drafts change no text: the MTP layer may be there or not. Slots of experts always change.
+    # Without the MTP layer, which changes no text, and without experts' slots, which change.
     tensors = sorted(
         (name, array)
         for name, array in arrays_of(model.parameters()).items()
@@ -33,12 +33,12 @@ def model_identity(model: Model) -> str:
 
 
 def _digest_of_weights(tensors: Sequence[tuple[str, mx.array]], changes: str) -> str:
-    # Samples could miss what one adapter has and another has not.
+    # The adapter's own digest, because samples could miss the difference of two adapters.
     digest = hashlib.sha256(changes.encode())
     samples = []
     for name, array in tensors:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        # By rows: a stack of experts has more elements than an index of MLX can count.
+        # By rows, because a stack of experts has more elements than MLX's 32-bit indices.
         rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
         step = max(1, rows.shape[0] // SAMPLED_ROWS)
         samples.append(rows[::step][:SAMPLED_ROWS, :SAMPLED_COLUMNS].reshape(-1).view(mx.uint8))

@@ -1,4 +1,4 @@
-"""The model: ids and features of pictures -> layers -> norm (the trunk) -> logits (the head).
+"""The model: token ids and picture features -> layers -> norm (the trunk) -> logits (the head).
 
 B batch, T tokens, H hidden size. Module names are the tensor names on disk.
 """
@@ -68,7 +68,7 @@ class DecoderLayer(nn.Module):
     def attend(
         self, x: mx.array, mask: Any, cache: Any | None, places: Places, keep_states: bool = False
     ) -> mx.array:
-        """The first half of the layer: x + attention of either kind."""
+        """The first half of the layer: x + attention."""
         norm = self.input_layernorm
         if self.is_linear:
             return self.linear_attn(x, norm, mask, cache, keep_states)
@@ -78,7 +78,7 @@ class DecoderLayer(nn.Module):
 class Trunk(nn.Module):
     """Token ids or embeddings to the hidden state after the final norm."""
 
-    # Where other processes have the layers before and behind these.
+    # Set if other processes have the other layers.
     stages: Stages | None = None
 
     def __init__(self, config: ModelConfig):
@@ -93,7 +93,7 @@ class Trunk(nn.Module):
         self._first = {k: kinds.index(k) if k in kinds else None for k in (LINEAR, FULL)}
 
     def keep_layers(self, first: int, end: int, stages: Stages) -> None:
-        """The others are in other processes."""
+        """Keep these layers; other processes have the others."""
         self.layers, self.stages = self.layers[first:end], stages
         self._find_first()
 
@@ -110,18 +110,17 @@ class Trunk(nn.Module):
     ) -> mx.array:
         """ids `[B, T]` or embeddings `[B, T, H]` -> `[B, T, H]`.
 
-        Positions `[B, T]` or `[3, B, T]`; where they are None, the tokens that the cache has read
-        are counted, and `rope_delta`, one number or `[B]`, is added.
-        `last_only` gives `[B, 1, H]`, without the last layer's feed-forward of the other tokens.
-        After up to 8 tokens of one sequence with `keep_states`, `cache.accept` may take back the
-        last of them.
+        positions `[B, T]` or `[3, B, T]`; None: they follow the tokens in the cache, plus
+        `rope_delta`, one number or `[B]`. `last_only` gives `[B, 1, H]` and skips the last layer's
+        feed-forward for the other tokens. After a pass with `keep_states`, of up to 8 tokens of one
+        sequence, `cache.accept` may drop the last of them.
         """
         x = self.embed_tokens(ids) if embeddings is None else embeddings
         if keep_states:
             check_keeping(cache, *x.shape[:2])
         x = self.stages.enter(x) if self.stages else x
         entries: Sequence[Any] = cache if cache is not None else [None] * len(self.layers)
-        # Padding and causality are the same in every layer of a kind: one mask each.
+        # One mask for all layers of a kind.
         linear, full = self._first[LINEAR], self._first[FULL]
         linear_mask = full_mask = places = None
         if linear is not None and entries[linear] is not None:
@@ -139,7 +138,7 @@ class Trunk(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Trunk and head under the names they have on disk."""
+    """Trunk and head, under their names on disk."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -149,17 +148,17 @@ class LanguageModel(nn.Module):
 
 
 class Model(nn.Module):
-    """A Qwen3.5 model that mlx-lm's generators, caches and quantizers accept.
+    """A Qwen3.5 model; mlx-lm's generators, caches and quantizers accept it.
 
-    `vision_tower` and `mtp` are None where the checkpoint has none, or none is loaded.
+    `vision_tower` and `mtp` are None if the checkpoint has none, or none is loaded.
     """
 
     kernels: Tiers = PORTABLE
-    # Of the adapter that was loaded with the model.
+    # Digest of the attached adapter.
     adapter_digest: str = ""
-    # Where experts are read from disk: their pools.
+    # Set if experts are read from disk.
     experts: "Experts | None" = None
-    # Of rank 0, where other processes have parts of the layers.
+    # Set on rank 0 if other processes have parts of the model.
     ring: Leader | None = None
 
     def __init__(self, config: ModelConfig):
@@ -182,8 +181,8 @@ class Model(nn.Module):
     ) -> mx.array:
         """ids `[B, T]` -> logits `[B, T, vocab]`.
 
-        `left_padding`, pad tokens at the start of each row, is for calls without a cache; with
-        one, give it to `make_cache`.
+        `left_padding`: pad tokens at the start of each row, for calls without a cache; otherwise
+        give it to `make_cache`.
         """
         if left_padding is not None:
             if cache is not None:
@@ -197,15 +196,15 @@ class Model(nn.Module):
     def trunk(
         self, ids: mx.array | None, cache: Sequence[Any] | None = None, **options: Any
     ) -> mx.array:
-        """The hidden state after the final norm, `[B, T, H]`; options as of `Trunk`."""
+        """The hidden state after the final norm, `[B, T, H]`; options as in `Trunk`."""
         trunk = self.language_model.model
         run = trunk if self.ring is None else partial(self.ring.trunk, trunk)
         return run(ids, cache, **options)
 
     def embed(self, ids: Sequence[int], features: mx.array | None = None) -> mx.array:
-        """Embeddings `[1, T, H]`; the tokens of pictures get the rows of features `[N, H]`.
+        """Embeddings `[1, T, H]`; picture tokens get the rows of features `[N, H]`, in order.
 
-        A token of a picture has an id below -1; there must be as many as rows, in their order.
+        Picture tokens have ids below -1; their number must be N.
         """
         numbers = np.array([int(i) for i in ids], dtype=np.int64)
         places = np.flatnonzero(numbers < -1)
@@ -231,7 +230,7 @@ class Model(nn.Module):
 
     @property
     def cache_key(self) -> str:
-        """What decides on the numbers in a cache besides the model's own weights."""
+        """What changes the numbers in a cache, besides the model's own weights."""
         return " ".join(filter(None, [self.adapter_digest, self.config.cache_key]))
 
     @property
@@ -240,9 +239,9 @@ class Model(nn.Module):
         return self.language_model.model.layers
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[Any]:
-        """An empty cache, one entry a layer; see `model.cache`.
+        """An empty cache, one entry per layer; see `model.cache`.
 
-        Of rows with `left_padding` pad tokens at their start: the one of mlx-lm's generators.
+        With `left_padding`, pad tokens at the start of each row, it is mlx-lm's batch cache.
         """
         if left_padding is not None:
             return padded_cache(self.config, left_padding)
@@ -252,9 +251,9 @@ class Model(nn.Module):
         return entries
 
     def shard(self, group: mx.distributed.Group) -> None:
-        """Keep this process's part; rank 0 goes on as ever, the others call `model.ring.follow`.
+        """Keep this process's part. Rank 0 is then used as usual; others call `model.ring.follow`.
 
-        `load` under `qwen35-mlx cluster` reads no more than the part.
+        Under `qwen35-mlx cluster`, `load` reads only the part.
         """
         shard(self, group)
         if group.rank() == 0:
@@ -262,7 +261,7 @@ class Model(nn.Module):
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
-        """Which modules mlx-lm's quantizers may touch, and the router's 8 bits."""
+        """The modules that mlx-lm's quantizers may change; the router gets 8 bits."""
 
         def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
             if path.startswith("vision_tower.") or path.endswith(("in_proj_a", "in_proj_b")):

@@ -1,8 +1,8 @@
 """The caches of the layers, in mlx-lm's protocol: keys and values, or recurrent states.
 
-B batch, H key/value heads, S cached tokens, T new tokens, D head dim. mlx-lm's generators and its
-cache files find the names, attributes and states of its own classes here; a batch of sequences is
-one of its own.
+B batch, H key/value heads, S cached tokens, T new tokens, D head dim. Names, attributes and states
+are those of mlx-lm's classes, so its generators and cache files work with these. A batch for its
+generators is one of its own classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,18 @@ from ..kernels.decode_attention import (
 from ..kernels.delta_step import KeptStates, Tape
 from ..memory import kv_capacity
 
-# Of what is quantized, as `mx.quantize` gives them.
+# Arrays of a quantized tensor, as from `mx.quantize`.
 PARTS = ("weight", "scales", "biases")
 
 
 class LayerCache:
-    """What the caches of all layers have in common."""
+    """Base class of the caches of all layers."""
 
     # Everything that has to be evaluated, moved or stored; set it to restore the cache.
     state: Any
-    # Tokens of the last pass that `accept` may take back.
+    # Tokens of the last pass that `accept` may drop.
     num_kept = 0
-    # Of the first layer's, where other processes have a part of the cache; see `model.ring`.
+    # In the first layer's cache, if other processes have a part of it; see `model.ring`.
     handle: Any = None
 
     @classmethod
@@ -44,11 +44,11 @@ class LayerCache:
         return cache
 
     def is_trimmable(self) -> bool:
-        """Whether `trim` can forget the last tokens."""
+        """Whether `trim` can drop the last tokens."""
         return False
 
     def size(self) -> int:
-        """How many tokens are held; 0 where that is not known."""
+        """Number of cached tokens; 0 if it is not known."""
         return 0
 
 
@@ -65,7 +65,7 @@ def grown(buffer: mx.array | None, used: int, new: mx.array) -> mx.array:
 
 
 def written(buffer: Any, used: int, new: Any) -> Any:
-    """`buffer`, grown where it has no room, with `new` behind its first `used` tokens."""
+    """`buffer`, grown if it is full, with `new` after its first `used` tokens."""
     if isinstance(new, Packed):
         buffers = [None] * len(new.parts) if buffer is None else buffer.parts
         pairs = zip(buffers, new.parts, strict=True)
@@ -76,7 +76,7 @@ def written(buffer: Any, used: int, new: Any) -> Any:
 
 
 class KVCache(LayerCache):
-    """Keys and values of one sequence, or of rows of equal length; `bits` of each if quantized."""
+    """Keys and values of one sequence, or of rows of equal length; `bits` if they are quantized."""
 
     # Buffers `[B, H, room, D]` that grow; the first `offset` tokens are in use.
     keys: Any = None
@@ -97,14 +97,14 @@ class KVCache(LayerCache):
         return first_keys(self.keys, self.offset), first_keys(self.values, self.offset)
 
     def _append(self, keys: Heads, values: Heads) -> None:
-        """Write `[B, H, T, D]` behind what is held."""
+        """Append `[B, H, T, D]`."""
         self.keys = written(self.keys, self.offset, keys)
         self.values = written(self.values, self.offset, values)
         self.offset += keys.shape[2]
         self.num_kept = 0
 
     def rows(self, start: int, stop: int) -> dict[str, mx.array]:
-        """Views of keys and values of these tokens, by name; of what is quantized, of its parts."""
+        """Views of the keys and values of these tokens by name, or of their quantized arrays."""
         arrays: dict[str, mx.array] = {}
         for name, heads in (("keys", self.keys), ("values", self.values)):
             if isinstance(heads, Packed):
@@ -114,7 +114,7 @@ class KVCache(LayerCache):
         return {name: array[..., start:stop, :] for name, array in arrays.items()}
 
     def append_rows(self, rows: Mapping[str, mx.array]) -> None:
-        """Append what `rows` gives, of a cache with the same bits."""
+        """Append rows from `rows` of a cache with the same bits."""
         k, v = (self._of_rows(rows, name, i) for i, name in enumerate(("keys", "values")))
         self._append(k, v)
 
@@ -125,13 +125,13 @@ class KVCache(LayerCache):
         return Packed(parts, self.bits[place], PACKED_GROUP_SIZE)
 
     def fork(self, num_tokens: int) -> "KVCache":
-        """A cache of the first tokens; of the two, the one that goes on first copies them."""
+        """A cache of the first tokens, which shares memory until one of the two appends."""
         other = KVCache(self.bits)
         if num_tokens:
-            # Few tokens are copied: they would keep the memory of all.
+            # Copy a small part: a shared one would keep the whole buffer alive.
             shares = 2 * num_tokens >= self.keys.shape[2]
             other.keys, other.values = (
-                # Another object of the same memory: one object would be written to by both.
+                # A new array object for the same memory: MLX copies it when one of them is written.
                 each(heads, lambda a: a.astype(a.dtype))
                 if shares
                 else written(None, 0, first_keys(heads, num_tokens))
@@ -155,28 +155,28 @@ class KVCache(LayerCache):
             self.bits = self.keys.bits, self.values.bits
 
     def trim(self, num_tokens: int) -> int:
-        """Forget the last tokens; returns how many."""
+        """Drop the last tokens; returns their number."""
         num_tokens = min(self.offset, num_tokens)
         self.offset -= num_tokens
         self.num_kept = 0
         return num_tokens
 
     def make_mask(self, num_tokens: int, **unused: Any) -> str | None:
-        """What T new tokens may see, as MLX's attention takes it."""
+        """The mask for T new tokens, for MLX's attention."""
         return None if num_tokens == 1 else "causal"
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
-        """For mlx-lm's option kv_bits: its own cache that quantizes what it holds."""
+        """For mlx-lm's option kv_bits: its own quantized cache."""
         if self.bits:
             return self
-        # Never reached from this program; whoever calls it has mlx-lm.
+        # Only mlx-lm calls this, so it is installed.
         from mlx_lm.models.cache import KVCache as Theirs
 
         return Theirs.from_state(self.state).to_quantized(group_size, bits)
 
     @staticmethod
     def merge(caches: Sequence[Any]) -> Any:
-        """One batch of several sequences, for mlx-lm's generators: its own, padded at the start."""
+        """A batch of sequences for mlx-lm's generators: its own class, padded at the start."""
         from mlx_lm.models.cache import BatchKVCache
         from mlx_lm.models.cache import KVCache as Theirs
 
@@ -190,19 +190,19 @@ class KVCache(LayerCache):
         return self.offset
 
     def empty(self) -> bool:
-        """Whether nothing was ever read."""
+        """Whether the cache was never written."""
         return self.keys is None
 
     @property
     def nbytes(self) -> int:
-        """Memory of keys and values, with their room to grow."""
+        """Memory of keys and values, with their unused capacity."""
         return sum(a.nbytes for a in (self.keys, self.values) if a is not None)
 
 
 class RowsKVCache(LayerCache):
-    """Sequences with keys and values of their own, of which a pass reads one token each.
+    """Keys and values of several sequences, for passes of one token each.
 
-    Attention takes the rows one by one; nothing is padded or copied.
+    Attention runs row by row; nothing is padded or copied.
     """
 
     def __init__(self, rows: Sequence[KVCache]) -> None:
@@ -210,7 +210,7 @@ class RowsKVCache(LayerCache):
 
     @property
     def offset(self) -> mx.array:
-        """How many tokens each row has read, `[B]`."""
+        """Number of tokens in each row, `[B]`."""
         return mx.array([row.offset for row in self.rows])
 
     @property
@@ -218,14 +218,14 @@ class RowsKVCache(LayerCache):
         return [row.state for row in self.rows]
 
     def make_mask(self, num_tokens: int, **unused: Any) -> None:
-        """One token of each row sees all of its own."""
+        """None: the token of each row sees its whole row."""
         assert num_tokens == 1
 
 
 class ArraysCache(LayerCache):
-    """The states of a recurrent layer: replaced at each step, never written in place."""
+    """The states of a recurrent layer; they are replaced, never written in place."""
 
-    # A pass that can be taken back, in place of the states.
+    # A pass that can be rewound, instead of the states.
     pending: Tape | KeptStates | None = None
 
     def __init__(self, size: int) -> None:
@@ -233,7 +233,7 @@ class ArraysCache(LayerCache):
 
     @property
     def cache(self) -> list[Any]:
-        """The states. Whoever asks for them accepts what is left of the last pass."""
+        """The states. Reading them accepts the last pass as far as it was kept."""
         if self.pending is not None:
             self.cache = list(self.pending.states())
         return self._states
@@ -243,7 +243,7 @@ class ArraysCache(LayerCache):
         self._states, self.pending, self.num_kept = states, None, 0
 
     def keep(self, pending: Tape | KeptStates) -> None:
-        """Count a pass that can be taken back as read."""
+        """Store a pass that can be rewound, as read."""
         self._states = [None] * len(self._states)
         self.pending, self.num_kept = pending, pending.num_accepted
 
@@ -260,7 +260,7 @@ class ArraysCache(LayerCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        # mlx-lm's batches have numbers of pads there.
+        # mlx-lm's batches have padding and lengths in the other places.
         return self.cache, None, None
 
     @state.setter
@@ -269,31 +269,31 @@ class ArraysCache(LayerCache):
 
     @classmethod
     def stacked(cls, caches: Sequence["ArraysCache"]) -> "ArraysCache":
-        """The states of several sequences that have read something, `[B, ...]`."""
+        """The stacked states `[B, ...]` of several sequences, none of them empty."""
         batch = cls(len(caches[0].cache))
         columns = zip(*(each.cache for each in caches), strict=True)
         batch.cache = [mx.concatenate(list(states)) for states in columns]
         return batch
 
     def make_mask(self, num_tokens: int) -> None:
-        """Nothing is padded."""
+        """None: there is no padding."""
 
     def advance(self, num_tokens: int) -> None:
-        """Only caches with padding count what was read."""
+        """Nothing to do: only caches with padding count tokens."""
 
     @staticmethod
     def merge(caches: Sequence[Any]) -> Any:
-        """One batch of several sequences, for mlx-lm's generators: its own."""
+        """A batch of sequences for mlx-lm's generators: its own class."""
         from mlx_lm.models.cache import ArraysCache as Theirs
 
         return Theirs.merge(caches)
 
     def empty(self) -> bool:
-        """Whether nothing was ever read."""
+        """Whether the cache was never written."""
         return self.pending is None and self._states[0] is None
 
     @property
     def nbytes(self) -> int:
-        """Memory of the states, of all points that the last pass can be taken back to."""
+        """Memory of the states, or of everything needed to rewind the last pass."""
         arrays = self._states if self.pending is None else self.pending.arrays
         return sum(a.nbytes for a in arrays if a is not None)

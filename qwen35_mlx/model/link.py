@@ -1,4 +1,4 @@
-"""Connections between the processes of one model: commands one way, signs of life both ways."""
+"""Connections between the processes of one model: commands from rank 0, heartbeats both ways."""
 
 import json
 import os
@@ -26,13 +26,13 @@ Message = dict[str, Any]
 
 
 class Link:
-    """Sends lines of JSON to the other processes; ends this one where another one is lost.
+    """Sends lines of JSON to the other processes; ends this process if another one is lost.
 
-    A process that waits for a lost one inside of MLX cannot be woken: it prints why, and exits.
+    A process that waits inside MLX for a lost one cannot be woken, so it prints why and exits.
     """
 
     def __init__(self, sockets: Mapping[int, socket.socket]):
-        """`sockets`: of rank 0 one to each other rank, of the others the one to rank 0."""
+        """`sockets`: on rank 0 one per other rank, on other ranks the one to rank 0."""
         self.messages: SimpleQueue[Message] = SimpleQueue()
         self._sockets, self._lock, self._is_ending = sockets, threading.Lock(), False
         self._failing = threading.Lock()
@@ -43,16 +43,16 @@ class Link:
         threading.Thread(target=self._watch, name="qwen35-mlx-link", daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """To all processes that this one is connected with."""
+        """Send a message to all connected processes."""
         line = json.dumps(message).encode() + b"\n"
         with uninterrupted(), self._lock:
             for each in self._sockets.values():
                 each.sendall(line)
 
     def end(self) -> None:
-        """From here on a connection that closes is no loss; rank 0 tells the others to end."""
+        """End the others; from here on, a closed connection is no error."""
         for rank, each in self._sockets.items():
-            # What failed here may have failed for that reason, and the thread may not know yet.
+            # A lost process may be the reason for the end, and the thread may not know it yet.
             with suppress(OSError):
                 if select([each], [], [], 0)[0] and not each.recv(1, socket.MSG_PEEK):
                     self._lose(f"process {rank} of the model has ended")
@@ -60,10 +60,10 @@ class Link:
         self._close({"do": "end"})
 
     def _close(self, last: Message) -> None:
-        """Send a last message, and read what is on its way: else that would not arrive."""
+        """Send a last message, then read pending data: unread data would reset the connection."""
         end, left = time.monotonic() + CLOSE_S, list(self._sockets.values())
         for each in left:
-            # One of them may be what is lost.
+            # One of them may belong to the lost process.
             with suppress(OSError):
                 each.sendall(json.dumps(last).encode() + b"\n")
                 each.shutdown(socket.SHUT_WR)
@@ -111,7 +111,7 @@ class Link:
             with suppress(OSError):
                 for each in self._sockets.values():
                     each.shutdown(socket.SHUT_WR)
-            # Unless it ends itself: rank 0 may have failed while this one waits for it.
+            # Normally it has ended by then; but rank 0 may have failed while this one waits for it.
             time.sleep(END_S)
             os._exit(1)
 
@@ -120,8 +120,8 @@ class Link:
         self.fail(str(Qwen35Error(what, hint=hint)))
 
     def fail(self, text: str) -> NoReturn:
-        """End all processes with this error, of several the first."""
-        # Never released: whom this one tells ends, which is no error of its own.
+        """End all processes with this error; of several errors the first counts."""
+        # Never released: the others end because of this error, and must not report another one.
         self._failing.acquire()
         self._close({"do": "lost", "text": text})
         if self._terminal is not None:
@@ -134,7 +134,7 @@ class Link:
 
 
 def connect(group: mx.distributed.Group) -> Link:
-    """Rank 0 with all others; who does not know what rank 0 sent over the group is refused."""
+    """Connect rank 0 with all others; they prove who they are by a secret sent over the group."""
     rank, size, host = group.rank(), group.size(), _host_of_rank_0()
     if rank == 0:
         with socket.create_server((host, 0), backlog=size) as server:
@@ -148,7 +148,7 @@ def connect(group: mx.distributed.Group) -> Link:
 
 
 def _told(numbers: list[int], group: mx.distributed.Group) -> list[int]:
-    """The numbers of rank 0; the others give zeros."""
+    """Broadcast the numbers of rank 0; the other ranks give zeros."""
     told: Any = mx.distributed.all_sum(mx.array(numbers, dtype=mx.int32), group=group).tolist()
     return list(told)
 
@@ -180,7 +180,7 @@ def _accepted(server: socket.socket, number: int, secret: bytes) -> dict[int, so
 
 
 def _host_of_rank_0() -> str:
-    """Its address, as `mlx.launch` has told MLX."""
+    """The address of rank 0, from the settings of `mlx.launch`."""
     if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
         return coordinator.rpartition(":")[0]
     with open(os.environ["MLX_HOSTFILE"], encoding="utf-8") as file:
@@ -189,7 +189,7 @@ def _host_of_rank_0() -> str:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C comes after the block: half of what is in it would leave the processes apart."""
+    """Delay Ctrl-C until the end of the block: half of it would bring the processes out of step."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -204,7 +204,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def _terminal_settings() -> Any:
-    """Those of standard input, which a chat changes; None where it is no terminal."""
+    """The settings of the terminal, which a chat changes; None if stdin is no terminal."""
     import termios
 
     with suppress(ValueError, OSError, AttributeError, termios.error):

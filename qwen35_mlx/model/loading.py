@@ -1,4 +1,4 @@
-"""Read a folder that MLX runs into the modules: every name and shape checked, nothing dropped."""
+"""Load a converted folder into the modules: every name and shape is checked, nothing is dropped."""
 
 import logging
 import os
@@ -38,9 +38,9 @@ from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
 
-# Qwen3.5 ends a turn with the first and a document with the second; both stop an answer.
+# Qwen3.5 ends a turn with the first and a document with the second; both end an answer.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# Arrays by name of each file that is open; they are read when they are used.
+# Lazy arrays of each open file, by name.
 Shards = dict[Path, dict[str, mx.array]]
 
 
@@ -56,9 +56,9 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """Build the model in `folder` and load its weights; also returns the parsed config.json.
 
-    On the CPU everything is float32, whatever the files hold: other types are many times
-    slower there. Raises ConfigError, CheckpointError or, before any weight is read, MemoryRefused;
-    see `load` for the settings. Of several processes in a `group` each reads its part.
+    On the CPU everything becomes float32, because other types are many times slower there. Raises
+    ConfigError, CheckpointError or, before any weight is read, MemoryRefused; see `load` for the
+    settings. Each process of a `group` reads its part.
     """
     model, raw_config, num_bytes = open_model(Path(folder), mtp, context, experts_memory, group)
     if adapter is not None:
@@ -68,7 +68,7 @@ def load_model(
     item_bytes = model.language_model.model.norm.weight.dtype.size
     if model.experts:
         num_bytes += sweep_bytes(model.config, context, item_bytes)
-    # Until here nothing but headers is read: MLX loads when it evaluates.
+    # Only headers have been read so far: MLX reads weights when it evaluates them.
     try:
         model.config, model.allowance = allow_with_kv(
             kv_choices(model.config, kv_bits),
@@ -85,7 +85,7 @@ def load_model(
             if not loaded[0].experts:
                 log.warning("no memory is left for the MTP layer: nothing drafts tokens")
             return loaded
-        # Experts from disk are whole ones, of one process.
+        # Experts from disk need whole experts in one process.
         if mtp or experts_memory is not None or not model.config.is_moe or group is not None:
             raise
         resident = num_bytes - stack_bytes(model)
@@ -104,7 +104,7 @@ def load_model(
         )
         return loaded
     is_first = group is None or not group.rank()
-    # Not before, or each try would say so.
+    # Only now, because each try of the loop above would print it.
     trained = model.config.max_position_embeddings
     if is_first and context is not None and context > trained:
         log.warning(
@@ -130,18 +130,18 @@ def open_model(
     experts_memory: int | None = None,
     group: mx.distributed.Group | None = None,
 ) -> tuple[Model, dict[str, Any], int]:
-    """The model in `folder` with weights that are not read yet, config.json, bytes of weights.
+    """The model in `folder` with unread weights, its config.json, and the bytes of its weights.
 
-    A `context` that is longer than the trained one stretches it by YaRN. With `experts_memory`,
-    bytes, only so much of the experts is in memory, and the MTP layer is left out: a pass of
-    several tokens reads more experts than it saves passes.
+    A `context` that is longer than the trained one is reached by YaRN. With `experts_memory`, in
+    bytes, only so much of the experts is in memory, and the MTP layer is left out: drafts would
+    need more reads of experts than they save.
     """
     raw_config = read_config(folder)
     headers = read_headers(folder)
     found = resolve_tensors(raw_config, headers)
     check_copies(found)
     if not found.is_converted:
-        # What `convert` would refuse is not sent there.
+        # Do not send the user to `convert` with a folder that it would refuse.
         read_headers(folder, strict=True)
         raise not_converted(folder)
     matches, config = found.text_matches, found.config.stretched_to(context)
@@ -173,7 +173,7 @@ def open_model(
     quantize_modules(model, found.quantizations)
     sharding = None
     if group is not None:
-        # The same on every rank, though rank 0 alone has the tower and what drafts.
+        # The same on every rank, although only rank 0 has the tower and the MTP layer.
         drafting = found.mtp_matches if loads_mtp(found, None) else []
         held = [*found.text_matches, *found.tower_matches, *drafting]
         nbytes = {part.name: part_bytes(part) for match in held for part in match.parts}
@@ -194,7 +194,7 @@ def open_model(
 def loads_mtp(found: Resolved, wanted: bool | None) -> bool:
     """Whether to load the MTP layer.
 
-    Unquantized beside a quantized trunk it is large, 13 GB in the 397B: then only on request.
+    An unquantized one in a quantized model is large, 13 GB in the 397B: only on request.
     """
     if not found.mtp_matches:
         if wanted:
@@ -205,7 +205,7 @@ def loads_mtp(found: Resolved, wanted: bool | None) -> bool:
 
 
 def check_copies(found: Resolved) -> None:
-    """Heads beside tied embeddings must be copies of them."""
+    """Refuse a stored head that is tied but differs from the embedding."""
     for head, embedding in found.copies:
         shards: Shards = {}
         if not mx.array_equal(_stored(head, shards), _stored(embedding, shards)).item():
@@ -215,9 +215,9 @@ def check_copies(found: Resolved) -> None:
 def read_parameters(
     matches: Iterable[Match], sharding: Sharding | Pipeline | None = None
 ) -> dict[str, mx.array]:
-    """Arrays by their names in the model; they are read when they are used.
+    """Lazy arrays by their names in the model; on the CPU floats become float32.
 
-    On the CPU floats become float32. Of a sharded model the part of this process, read here.
+    With a split, the part of this process, which is read here.
     """
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     shards: Shards = {}
@@ -231,18 +231,18 @@ def read_parameters(
             if on_cpu and mx.issubdtype(array.dtype, mx.floating):
                 array = array.astype(mx.float32)
             if sharding:
-                # One after the other: a cast holds two copies.
+                # One by one, because a cast holds two copies.
                 mx.eval(array)
             arrays[sharding.name_here(part.name) if sharding else part.name] = array
     return arrays
 
 
 def _assemble(part: Part, transform: Transform, shards: Shards, cut: Cut | None) -> mx.array:
-    """The rows of a part, transformed, and of these what a process has."""
+    """The rows of a part, cut for this process, and transformed."""
     first, *others = part.segments
     if not others and first.stop_row - first.start_row == first.tensor.num_rows:
         if cut:
-            # No transform of these moves the axis of the cut.
+            # The transforms do not move the axis of the cut.
             array, cut = read_cut(first.tensor, cut), None
         else:
             array = _stored(first.tensor, shards)
@@ -260,7 +260,7 @@ def _assemble(part: Part, transform: Transform, shards: Shards, cut: Cut | None)
 
 
 def _stored(tensor: SourceTensor, shards: Shards) -> mx.array:
-    """A tensor of a file, not read yet; `shards` are the files that are open."""
+    """A lazy tensor of a file; `shards`: the open files."""
     if tensor.file not in shards:
         try:
             shard = mx.load(str(tensor.file))
@@ -276,9 +276,9 @@ def _stored(tensor: SourceTensor, shards: Shards) -> mx.array:
 def quantize_modules(
     model: nn.Module, quantizations: Mapping[str, Quantization], prefix: str = ""
 ) -> None:
-    """Swap in a quantized module wherever the files hold scales.
+    """Replace each module that is quantized in the files by its quantized class.
 
-    `prefix` is the name on disk of `model`, up to and with its dot, if it is a part of one.
+    `prefix`: the name of `model` on disk, with its dot, if it is a part of a model.
     """
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -302,23 +302,23 @@ def load(
 ) -> tuple[Model, Any]:
     """Model and tokenizer of a converted folder or hub id, as `mlx_lm.load` returns them.
 
-    `kernels`: "ops" runs portable MLX operations, "mlx" what MLX has for the GPU, "metal" the
-    kernels of this package. "auto" is ops without Metal, else mlx and those kernels that were
-    found right and faster: what was never measured for such a model is, within seconds.
-    `context`: most tokens of a prompt and its answer. Weights and a context of this length, or of
-    32,768 tokens, must fit the GPU's memory: MemoryRefused says what would; `force` skips that.
-    More than the model was trained for, up to four times as many, stretches it by YaRN.
-    `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves out one
-    that does not fit, or is unquantized beside quantized weights.
+    `kernels`: "ops" runs portable MLX operations, "mlx" MLX's own kernels for the GPU, "metal" the
+    kernels of this package. "auto" is ops without Metal, else mlx, and those kernels that are
+    correct and faster on this machine; what is not known yet is measured, within seconds.
+    `context`: maximum tokens of a prompt and its answer. Weights and a context of this length, or
+    of 32,768 tokens, must fit the GPU's memory, or MemoryRefused is raised with the numbers;
+    `force` skips the check. A context of up to four times the trained length is reached by YaRN.
+    `mtp`: whether to load the MTP layer, which drafts tokens, as `model.mtp`. None leaves it out
+    if it does not fit, or is unquantized in a quantized model.
     `adapter`: a folder with an adapter, of `qwen35-mlx train` or mlx-lm; the matrices that it
     changes run without kernels.
-    `kv_bits`: 16, 8 or "k8v4" bits for keys and values in caches; "auto" is 16, or 8 where 16 do
-    not fit.
+    `kv_bits`: 16, 8 or "k8v4" bits for keys and values in caches; "auto" is 16, or 8 if 16 do not
+    fit.
     `experts_memory`: bytes, or a text such as "80GB", for experts; others are read from disk when
-    a token needs them. None keeps all, or where that does not fit as many as do.
+    a token needs them. None keeps all experts, or as many as fit.
 
-    The model carries the checkpoint's sampling defaults as `model.sampling_defaults`; the
-    tokenizer knows every token that ends a turn as `tokenizer.eos_token_ids`.
+    `model.sampling_defaults` has the checkpoint's sampling parameters, `tokenizer.eos_token_ids`
+    every token that ends a turn.
     """
     choice.require(kernels)
     ring = leader() if in_ring() else None
@@ -355,13 +355,13 @@ def load(
 def load_part(
     path: str, revision: str | None, context: int | None, force: bool, kv_bits: str | int
 ) -> Model:
-    """What a rank above 0 has of the model that rank 0 loads."""
+    """The part of a rank above 0 of the model that rank 0 loads."""
     folder = resolve(path, revision)
     return load_model(folder, context, force, False, kv_bits=kv_bits, group=group())[0]
 
 
 def vision_settings(folder: Path, model: Model) -> tuple[VisionSettings | None, str]:
-    """How the model wants its pictures, or why it reads none: text works in any case."""
+    """The model's picture settings, or the reason why it reads none; text works in any case."""
     if model.vision_tower is None:
         return None, "the model's folder has no vision tower"
     try:
@@ -372,12 +372,12 @@ def vision_settings(folder: Path, model: Model) -> tuple[VisionSettings | None, 
 
 
 def choose(kernels: str, model: Model) -> tiers.Tiers:
-    """The tiers of a loaded model for one of auto, ops, mlx and metal."""
+    """The tiers of a loaded model; `kernels` is auto, ops, mlx or metal."""
     if kernels != choice.AUTO:
         return choice.named(kernels)
     if choice.unavailable():
         return tiers.PORTABLE
-    # Imported here: no other machine needs it.
+    # Imported here because only machines with Metal need it.
     from ..kernels import first_load
 
     return first_load.tiers_of(model)
@@ -386,7 +386,7 @@ def choose(kernels: str, model: Model) -> tiers.Tiers:
 def load_tokenizer(
     folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> Tokenizer:
-    """The folder's tokenizer, with every end-of-turn token in it."""
+    """The folder's tokenizer, with all tokens that end a turn."""
     ends: set[int] = set()
     for source in (config, config.get("text_config") or {}, generation):
         value = source.get("eos_token_id")
@@ -395,7 +395,7 @@ def load_tokenizer(
         tokenizer = read_tokenizer(folder, config, ends)
     except CheckpointError:
         raise
-    # tokenizers raises bare Exception, and damaged files lead to anything.
+    # `tokenizers` raises bare Exception, and damaged files may raise anything.
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read",
@@ -410,6 +410,6 @@ def load_tokenizer(
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """`generation_config.json` as a dict; empty when there is none."""
+    """`generation_config.json` as a dict; empty if there is none."""
     path = folder / "generation_config.json"
     return read_object(path) if path.exists() else {}

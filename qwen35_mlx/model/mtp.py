@@ -1,4 +1,4 @@
-"""Multi-token prediction: a layer that reads the trunk's state and the next token, and drafts on.
+"""Multi-token prediction: a layer that drafts from the trunk's hidden state and the next token.
 
 B batch, T tokens, H hidden size. Module names are the tensor names on disk.
 """
@@ -15,10 +15,10 @@ from .rope import RopeDelta
 
 
 class MTP(nn.Module):
-    """One decoder layer with full attention and a cache of its own, between norms.
+    """One full-attention decoder layer with its own cache, between norms.
 
-    Entry t of the cache belongs to token t, whose state goes in together with the embedding of
-    token t + 1; positions are those of token t.
+    Entry t of the cache belongs to token t. Its input is the hidden state of token t and the
+    embedding of token t + 1; its position is that of token t.
     """
 
     kernels: Tiers = PORTABLE
@@ -42,10 +42,10 @@ class MTP(nn.Module):
         rope_delta: RopeDelta = 0,
         last_only: bool = False,
     ) -> mx.array:
-        """`[B, T, H]` twice -> `[B, T, H]`, of which `model.head` makes the logits of token t + 2.
+        """`[B, T, H]` twice -> `[B, T, H]`; `model.head` turns it into the logits of tokens t + 2.
 
-        hidden: what the trunk gives for tokens t, after its final norm; to draft a further token,
-        what this gave for the token before. embeddings: of tokens t + 1. Positions and
+        hidden: the trunk's output for tokens t, after its final norm; for a further draft, the
+        output of this layer for the token before. embeddings: of tokens t + 1. Positions and
         `rope_delta` as in `Trunk`. `last_only` gives `[B, 1, H]`; the cache gets all tokens.
         """
         layer, x = self.layers[0], self._joined(hidden, embeddings)
@@ -62,7 +62,7 @@ class MTP(nn.Module):
         positions: mx.array | None = None,
         rope_delta: RopeDelta = 0,
     ) -> None:
-        """Put keys and values into the cache and compute nothing else: for the text of a prompt."""
+        """Append keys and values to the cache and compute nothing else, for a prompt's tokens."""
         layer, x = self.layers[0], self._joined(hidden, embeddings)
         places = layer.self_attn.places(x, cache, positions, rope_delta)
         layer.self_attn.read(x, layer.input_layernorm, cache, places)

@@ -1,8 +1,8 @@
-"""One model in several processes: rank 0 is used as ever, the others follow what it computes.
+"""One model in several processes: rank 0 is used like a whole model, the others follow it.
 
-Rank 0 alone has ids, embeddings, head, drafts and pictures. It announces each pass through the
-layers and each change of a cache over its `Link`, and sends the embeddings by the first of the
-collectives. Every process keeps its own part of each cache, under the same number.
+Only rank 0 has ids, embeddings, head, drafts and pictures. It announces each pass through the
+layers and each change of a cache over its `Link`, and sends the embeddings with the first
+collective operation. Every process has its own part of each cache, under the same number.
 """
 
 import atexit
@@ -30,15 +30,15 @@ from ..memory import POOL_TOKENS, PREFILL_STEP_SIZE
 from . import cache as caches
 from .link import connect, uninterrupted
 
-# Within which the link tells of a process that has ended.
+# Time within which the link notices that a process has ended.
 WORD_S = 2.0
-# Messages that tell the speed of the link: 8 KB, a token's in bfloat16.
+# Messages that measure the latency: 8 KB each, as of a token in bfloat16.
 NUM_MEASURED, MEASURED_NUMBERS = 21, 2048
 NOT_QUANTIZED = (16, 16)
 
 
 def in_ring() -> bool:
-    """Whether this process is one of several of one model."""
+    """Whether this process is one of several that share a model."""
     return bool(os.environ.get(RING_VARIABLE))
 
 
@@ -57,13 +57,13 @@ def group() -> mx.distributed.Group:
 
 
 def no_adapter(got: object) -> Qwen35Error:
-    """The refusal of changes that rank 0 alone would have."""
+    """The error for an adapter, which only rank 0 would have."""
     hint = "qwen35-mlx fuse makes a model of both"
     return Qwen35Error("an adapter does not run on several Macs", got=got, hint=hint)
 
 
 class Handle:
-    """The number of a cache or of a snapshot that every process has; with it they are dropped."""
+    """The number of a cache or snapshot in every process; they drop it when this is deleted."""
 
     def __init__(self, leader: "Leader"):
         self.leader, self.number = leader, leader.next_number()
@@ -72,18 +72,18 @@ class Handle:
         self.leader.dropped.append(self.number)
 
     def tell(self, do: str, **what: Any) -> None:
-        """A command about this cache."""
+        """Send a command about this cache."""
         self.leader.tell(do, cache=self.number, **what)
 
     def make(self, do: str, **what: Any) -> "Handle":
-        """A command that makes something else of this cache."""
+        """Send a command that makes something new from this cache."""
         made = Handle(self.leader)
         self.tell(do, number=made.number, **what)
         return made
 
 
 class Leader:
-    """Rank 0: announces what the others are to do."""
+    """Rank 0: sends the commands for the others."""
 
     def __init__(self) -> None:
         self.group, self.dropped = group(), deque[int]()
@@ -91,17 +91,17 @@ class Leader:
         atexit.register(self._link.end)
 
     def tell(self, do: str, **what: Any) -> None:
-        """A command for all others, and what they may forget before it."""
+        """Send a command to all others, with the numbers that they may drop."""
         dropped = [self.dropped.popleft() for _ in range(len(self.dropped))]
         self._link.send({"do": do, "dropped": dropped, **what})
 
     def next_number(self) -> int:
-        """One that nothing else has."""
+        """A new number."""
         self._number += 1
         return self._number
 
     def hold(self, entries: Sequence[Any]) -> None:
-        """Every process makes an empty cache."""
+        """Make an empty cache in every process."""
         handle = entries[0].handle = Handle(self)
         self.tell("hold", number=handle.number)
 
@@ -115,14 +115,14 @@ class Leader:
         rope_delta: Any = 0,
         **flags: bool,
     ) -> mx.array:
-        """A pass of all processes; its hidden state is being computed."""
+        """Run a pass in all processes; the evaluation of its hidden state has started."""
         handle = None if cache is None else getattr(cache[0], "handle", None)
         if cache is not None and handle is None:
             raise Qwen35Error(
                 "a model on several Macs has not made this cache", expected="model.make_cache()"
             )
         x = trunk.embed_tokens(ids) if embeddings is None else embeddings
-        # What was announced is computed, or the others would wait for ever.
+        # An announced pass must be computed, or the others wait forever.
         with uninterrupted(), self.all_or_none():
             self.tell(
                 "trunk",
@@ -140,51 +140,51 @@ class Leader:
                 None, cache, embeddings=x, positions=positions, rope_delta=rope_delta, **flags
             )
             if x.shape[1] > MAX_ROWS:
-                # Where memory may be short; who reads a prompt waits for it anyway.
+                # Saves memory, and a prefill waits for the result anyway.
                 mx.eval(hidden)
             mx.async_eval(hidden)
         return hidden
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
-        """What fails in the block ends all processes: their messages would not match any more."""
+        """End all processes if the block fails: their messages would be out of step."""
         try:
             yield
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: Exception) -> NoReturn:
-        """End all processes: this one has failed in the middle of a pass."""
+        """End all processes, because this one has failed in the middle of a pass."""
         wait_for_word(error)
         self._link.fail(f"process 0 of the model has failed: {error}")
 
     def load(self, path: str, options: dict[str, Any]) -> None:
-        """All others load their parts."""
+        """Let all others load their parts."""
         if self._has_model:
             raise Qwen35Error("several Macs run one model", got=path, expected="no second one")
         self._has_model = True
         self.tell("load", path=path, options=options)
 
     def latency_us(self) -> float:
-        """Of a message as each layer sends two of."""
+        """The latency of one message; each layer sends two."""
         self.tell("measure")
         return measure_latency_us(self.group)
 
 
 @once
 def leader() -> Leader:
-    """That of this process, rank 0."""
+    """The leader of this process, which is rank 0."""
     return Leader()
 
 
 def wait_for_word(error: Exception) -> None:
-    """MLX may know of a lost process before the link does, which says which and ends this one."""
+    """Wait for the link, which names a lost process; MLX may fail before the link notices."""
     if isinstance(error, RuntimeError):
         time.sleep(WORD_S)
 
 
 def measure_latency_us(group: mx.distributed.Group) -> float:
-    """The median of sums over all processes."""
+    """The median time of a sum over all processes."""
     seconds = []
     for _ in range(NUM_MEASURED):
         start = time.perf_counter()
@@ -195,7 +195,7 @@ def measure_latency_us(group: mx.distributed.Group) -> float:
 
 @once
 def limits() -> tuple[list[int], bool]:
-    """Bytes that each process may use; or its share of the layers, and True, as people set it."""
+    """Bytes that each process may use, and False; or the user's shares of the layers, and True."""
     if split := os.environ.get(SPLIT_VARIABLE):
         return read_split(split, group().size()), True
     machine = describe()
@@ -205,7 +205,7 @@ def limits() -> tuple[list[int], bool]:
 
 
 def agreed(config: ModelConfig) -> ModelConfig:
-    """With the context, and the bits of keys and values, that all processes have room for."""
+    """The config with the context and the bits of keys and values that fit all processes."""
     own = [config.context_limit or config.context_length, *(config.kv_bits or NOT_QUANTIZED)]
     context, *bits = cast(list[int], mx.distributed.all_min(mx.array(own), group=group()).tolist())
     limit = context if context < config.context_length else config.context_limit
@@ -214,12 +214,11 @@ def agreed(config: ModelConfig) -> ModelConfig:
 
 
 def follow(model: Any = None, load: Callable[..., Any] | None = None) -> None:
-    """What the ranks above 0 do until rank 0 ends.
+    """The main loop of ranks above 0, until rank 0 ends.
 
-    With their part of a model, or with `load(path, **options)`, which gives that of what rank 0
-    loads.
+    `model`: their part of a model; or `load(path, **options)`, which loads it when rank 0 does.
     """
-    # It goes to all processes of a terminal; rank 0 decides.
+    # A terminal sends it to all processes; rank 0 decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = connect(group())
     follower = Follower(model, load)
@@ -244,7 +243,7 @@ class Follower:
         self._num_passes = 0
 
     def take(self, do: str, dropped: Sequence[int], **what: Any) -> None:
-        """One command of rank 0."""
+        """Execute one command of rank 0."""
         for number in dropped:
             self._held.pop(number, None)
         held, number = self._held, what.pop("number", 0)
@@ -287,7 +286,7 @@ class Follower:
     ) -> None:
         entries = None if cache is None else self._held[cache]
         trunk, own = self._model.language_model.model, caches.cached_tokens(entries or [])
-        # Some of the layers may be none that counts.
+        # In a pipeline, this process may have no layer that counts tokens.
         if own != num_read and (trunk.stages is None or (own and num_read)):
             raise Qwen35Error(
                 "a cache was changed in one process alone", got=own, expected=f"{num_read} tokens"

@@ -1,8 +1,9 @@
 """Rotary positions: partial RoPE (default, YaRN), and the three positions of picture tokens.
 
-B batch, T tokens, H heads, D head dim, R rotated dims. Text has one position for all three axes:
-time, row, column. A picture of h x w tokens has one position in time, rows and columns count from
-it, and what follows goes on max(h, w) further: from there on position and number of tokens differ.
+B batch, T tokens, H heads, D head dim, R rotated dims. A text token has one position for the three
+axes time, row and column. A picture of h x w tokens has one position in time, and rows and columns
+count from it. The next token's position is max(h, w) higher, so after a picture the position of a
+token differs from its index.
 """
 
 import math
@@ -14,9 +15,9 @@ import numpy as np
 
 from ..config import RopeConfig
 
-# What is added to the number of tokens before a text token to get its position; one per row.
+# Position of a text token minus its index; one number, or one per row.
 RopeDelta = int | mx.array
-# Where new tokens are: cosines and sines, or what is added to the places in their cache.
+# Positions of new tokens: tables of cosines and sines, or a delta to add to the cache's offset.
 Places = tuple[mx.array, mx.array] | RopeDelta | None
 
 
@@ -28,9 +29,9 @@ def shifted(offset: Any, delta: RopeDelta | None) -> Any:
 def media_positions(ids: Sequence[int], start: int) -> tuple[np.ndarray, int]:
     """Positions `[3, T]` of the tokens of a piece, and where the next piece starts.
 
-    `start` is the position of its first token, or of the first token of the picture in which the
-    piece before ended: so long as a picture is not read to its end, nothing moves on. Tokens of
-    pictures have a `span` (one picture, or one frame group of a video) and an `index` in it.
+    `start`: the position of the first token; if the previous piece ended inside a picture, the
+    position of that picture. Tokens of pictures have a `span` (one picture, or one frame group of a
+    video) and an `index` in it.
     """
     positions = np.empty((3, len(ids)), dtype=np.int32)
     for i, token in enumerate(ids):
@@ -47,9 +48,9 @@ def media_positions(ids: Sequence[int], start: int) -> tuple[np.ndarray, int]:
 
 
 def frequency_axes(num_frequencies: int, section: tuple[int, int, int]) -> np.ndarray:
-    """Which of time 0, row 1 and column 2 each frequency turns with.
+    """The axis of each frequency: 0 time, 1 row, 2 column.
 
-    Interleaved: 0 1 2 0 1 2 …, rows and columns as many as their sections, the rest time.
+    Interleaved: 0 1 2 0 1 2 …, until the sections of row and column are used up; the rest is time.
     """
     axes = np.zeros(num_frequencies, dtype=np.int32)
     for axis in (1, 2):
@@ -60,7 +61,7 @@ def frequency_axes(num_frequencies: int, section: tuple[int, int, int]) -> np.nd
 def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
     """Positions per radian `[R / 2]` (inverse frequencies inverted) and the YaRN attention factor.
 
-    Source: arXiv 2309.00071, section 3.2; in float32 steps as the reference does them.
+    Source: arXiv 2309.00071, section 3.2; with the reference's steps in float32.
     """
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / rope.rotary_dim
     # float64: numpy's float32 power is off in the last digit, 0.01 rad at the end of the context.
@@ -80,27 +81,27 @@ def rope_periods(rope: RopeConfig) -> tuple[np.ndarray, float]:
     span = (high - low) or 0.001
     dims = np.arange(rope.rotary_dim // 2, dtype=np.float32)
     kept = 1 - np.clip((dims - low) / np.float32(span), 0, 1)
-    # In the reference's order of operations: the last digits count at large positions.
+    # The reference's order of operations, because last digits matter at large positions.
     frequencies = 1 / (np.float32(rope.factor) * periods) * (1 - kept) + 1 / periods * kept
     return (1 / frequencies).astype(np.float32), rope.attention_factor or 1.0
 
 
 class PartialRope:
-    """Rotates the first R dims of each head, halves against each other."""
+    """Rotates the first R dims of each head; dim i is paired with dim i + R / 2."""
 
     def __init__(self, rope: RopeConfig):
         periods, self._factor = rope_periods(rope)
-        # Underscored: derived from the config, so no parameter to load.
+        # Underscored, so that MLX does not take it for a parameter.
         self._periods = mx.array(periods)
         self._rotary_dim = rope.rotary_dim
         self._axes = mx.array(frequency_axes(rope.rotary_dim // 2, rope.mrope_section))
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """`[B, H, T, D]` at positions offset, offset + 1, …; offset an int or one per row."""
+        """Rotate x `[B, H, T, D]` at positions offset, offset + 1, …; an offset or one per row."""
         if self._factor != 1.0:
             rotated, kept = mx.split(x, [self._rotary_dim], axis=-1)
             x = mx.concatenate([rotated * self._factor, kept], axis=-1)
-        # Periods are given, not theta: the GPU's fast exp2 loses digits at large positions.
+        # Periods instead of theta: the GPU's fast exp2 loses digits at large positions.
         return mx.fast.rope(
             x,
             self._rotary_dim,
@@ -114,7 +115,7 @@ class PartialRope:
     def tables(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         """Cosines and sines `[B, T, R / 2]` of positions `[B, T]` or `[3, B, T]`, in fp32.
 
-        Scaled by YaRN. Three positions are those in time, of the row and of the column.
+        Scaled by YaRN's attention factor. `[3, B, T]` are the positions in time, row and column.
         """
         if positions.ndim == 3:
             # [B, T, R / 2]: each frequency takes the position of its axis.

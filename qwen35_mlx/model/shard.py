@@ -1,4 +1,4 @@
-"""A model's part of one process: its slices read from disk, its sums over all processes."""
+"""One process's part of a model: its slices of the weights, and sums over all processes."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -19,16 +19,16 @@ from .expert_files import STORED
 if TYPE_CHECKING:
     from .language import Model
 
-# Shorter pieces are copied out of mapped pages: a call for each would take longer.
+# Shorter pieces are copied from mapped pages, because a read call for each would take longer.
 PIECE_BYTES = 4096
-# Mapped at a time.
+# Bytes mapped at a time.
 MAPPED_BYTES = 8 * 2**20
 
 
 def joined(partial: mx.array, residual: mx.array, group: mx.distributed.Group | None) -> mx.array:
-    """`residual` + the sum of all processes' `partial`, which has the residual if there is one.
+    """`residual` + the sum of `partial` over all processes; without a group, `partial` has both.
 
-    The sum of a few rows has a fixed order, so that a row has the bits of that row alone.
+    A sum of few rows has a fixed order, so that each row has the same bits as alone.
     """
     if group is None:
         return partial
@@ -38,7 +38,7 @@ def joined(partial: mx.array, residual: mx.array, group: mx.distributed.Group | 
 
 
 class OwnExperts:
-    """The routing of a process that has some experts whole: the others' count nothing."""
+    """Restricts a routing to this process's experts: scores of the others become 0."""
 
     def __init__(self, experts: tuple[int, int] | None, adds_shared: bool):
         self.experts, self.adds_shared = experts, adds_shared
@@ -54,19 +54,19 @@ class OwnExperts:
 
 
 class Stages:
-    """Hidden states on their way through the processes, of which each has some of the layers."""
+    """Passes hidden states through the processes if each has some of the layers."""
 
     def __init__(self, group: mx.distributed.Group):
         self._group, self._rank, self._size = group, group.rank(), group.size()
         self.has_last_layer = self._rank == self._size - 1
 
     def enter(self, x: mx.array) -> mx.array:
-        """The embeddings on rank 0, else what the process before makes of them, of their type."""
+        """The embeddings on rank 0, else the hidden states from the previous process."""
         self._dtype = x.dtype
         return self._received(x, self._rank - 1) if self._rank else x
 
     def leave(self, x: mx.array, last_only: bool) -> mx.array:
-        """Send on what the layers here have made; on rank 0 what the last process makes of it."""
+        """Send the hidden states to the next process; rank 0 returns those of the last process."""
         x = x.astype(self._dtype)
         mx.async_eval(mx.distributed.send(x, (self._rank + 1) % self._size, group=self._group))
         if self._rank:
@@ -76,7 +76,7 @@ class Stages:
     def _received(self, like: mx.array, source: int) -> mx.array:
         x = mx.distributed.recv_like(like, source, group=self._group)
         if like.shape[1] > MAX_ROWS:
-            # A GPU that waits for seconds gives up.
+            # macOS ends GPU commands that wait for seconds.
             mx.eval(x)
         return x
 
@@ -88,9 +88,9 @@ def shard(
     limits: Sequence[int] | None = None,
     by_layers: bool = False,
 ) -> Sharding | Pipeline:
-    """Keep the part of this process, in place; what is not evaluated yet is not evaluated.
+    """Reduce a model to the part of this process, in place; lazy arrays stay lazy.
 
-    `nbytes` of the parameters, `limits` and `by_layers` as `divide` takes them.
+    `nbytes`, `limits` and `by_layers` as in `divide`.
     """
     found = {n: m.group_size for n, m in model.named_modules() if hasattr(m, "group_size")}
     parameters = arrays_of(model.parameters())
@@ -136,7 +136,7 @@ def _cut(
 
 
 def taken(array: mx.array, cut: Cut) -> mx.array:
-    """The cut's ranges of an array, one after the other."""
+    """The cut's ranges of an array, concatenated."""
     axis = cut.axis % array.ndim
     before = (slice(None),) * axis
     parts = [array[(*before, slice(a, b))] for a, b in cut.places(array.shape)]
@@ -144,7 +144,7 @@ def taken(array: mx.array, cut: Cut) -> mx.array:
 
 
 def read_cut(tensor: SourceTensor, cut: Cut) -> mx.array:
-    """The cut's ranges of a tensor in a file; nothing else of it is held, and little else read."""
+    """The cut's ranges of a tensor in a file, concatenated; reads little else of it."""
     axis = cut.axis % len(tensor.shape)
     places, item = cut.places(tensor.shape), ITEM_BYTES[tensor.dtype]
     # [outer, axis, inner] in bytes.
@@ -160,7 +160,7 @@ def read_cut(tensor: SourceTensor, cut: Cut) -> mx.array:
 
 
 def _fill(pieces: np.ndarray, tensor: SourceTensor, pitch: int, first: int) -> None:
-    """Pieces `[N, bytes]` that lie `pitch` bytes apart, from `first` on."""
+    """Read pieces `[N, bytes]` that are `pitch` bytes apart in the file, from `first` on."""
     start, (number, length) = tensor.offset + first, pieces.shape
     if length >= PIECE_BYTES:
         with tensor.file.open("rb", buffering=0) as file:
@@ -190,5 +190,5 @@ def _shorter(tensor: SourceTensor) -> CheckpointError:
 
 
 def copy_mapped(target: np.ndarray, mapped: np.ndarray) -> None:
-    """Out of mapped pages."""
+    """Copy from mapped pages."""
     target[:] = mapped

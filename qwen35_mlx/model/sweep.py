@@ -1,4 +1,4 @@
-"""A prompt through the model layer by layer, so that each expert is read from disk once a layer.
+"""Prefill layer by layer, so that each layer reads each expert from disk only once.
 
 T tokens, H hidden.
 """
@@ -15,15 +15,15 @@ from .feed_forward import SparseMoE
 from .language import Trunk
 from .rope import RopeDelta
 
-# What `Snapshot` keeps of each layer.
+# The entries of a `Snapshot`.
 Kept = list[int | tuple[mx.array, ...]]
 
 
 class Sweep(NamedTuple):
-    """Tokens that go through a layer together: pieces that end at `ends`, the last at the end.
+    """Tokens that go through a layer together, in pieces that end at `ends`.
 
-    `marks` are those ends where the cache has to be remembered; `on_layer` gets the share of the
-    layers that are done.
+    `marks`: the ends at which to keep the state of the cache. `on_layer` is called with the share
+    of layers that are done.
     """
 
     ends: Sequence[int]
@@ -32,7 +32,7 @@ class Sweep(NamedTuple):
 
 
 def piece_ends(start: int, cuts: Iterable[int], step_size: int) -> list[int]:
-    """Where pieces of up to so many tokens end that also end at each of the cuts."""
+    """The ends of pieces of up to `step_size` tokens; every cut is an end too."""
     ends: list[int] = []
     for cut in cuts:
         ends += [*range(start + step_size, cut, step_size), *([cut] if cut > start else [])]
@@ -41,7 +41,7 @@ def piece_ends(start: int, cuts: Iterable[int], step_size: int) -> list[int]:
 
 
 def sweep_ends(start: int, ends: Sequence[int], most: int) -> list[int]:
-    """Of the ends of pieces those where as many pieces end as have up to `most` tokens."""
+    """The ends of sweeps: groups of whole pieces with up to `most` tokens."""
     found = []
     for before, end in pairwise([start, *ends]):
         if end - start > most and before > start:
@@ -59,10 +59,9 @@ def read_by_layer(
     rope_delta: RopeDelta = 0,
     last_only: bool = False,
 ) -> tuple[mx.array, dict[int, Kept]]:
-    """Embeddings `[1, T, H]` of new tokens -> hidden states, as the trunk gives them; see there.
+    """Embeddings `[1, T, H]` of new tokens -> hidden states as of `Trunk`; cache states at marks.
 
-    All numbers are those of the pieces one after the other. Also what the cache of each layer was
-    at the marks.
+    The result is bit-equal to reading the pieces one after the other.
     """
     spans = list(pairwise([0, *sweep.ends]))
     pieces = [x[:, start:end] for start, end in spans]

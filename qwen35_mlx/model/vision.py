@@ -1,8 +1,8 @@
-"""The vision tower: patches of a picture or video to features, one for each token of the text.
+"""The vision tower: patches of a picture or video to features, one per placeholder token.
 
 F frame groups (1 for a picture), P patches of a group, N = F * P, h x w their grid, p side of a
-patch, V hidden size, D head dim, H hidden size of the text model. The patches of a block that is
-merged follow each other: (h / m, w / m, m, m).
+patch, V hidden size, D head dim, H hidden size of the text model. Patches that are merged are
+adjacent: the order is (h / m, w / m, m, m).
 """
 
 from functools import partial
@@ -16,9 +16,9 @@ from ..errors import Qwen35Error
 from ..memory import VISION_CHUNK_BYTES
 from .attention import attend
 
-# The reference's, in every size; config.json does not say it.
+# Of the reference, for every size; it is not in config.json.
 NORM_EPS = 1e-6
-# MLX's attention makes no scores of these on the GPU, however many queries there are.
+# Head dims for which MLX's attention on the GPU is fused, for any number of queries.
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 
 
@@ -36,8 +36,7 @@ class VisionTower(nn.Module):
     def __call__(self, patches: mx.array, grid: tuple[int, int, int]) -> mx.array:
         """Patches `[N, C * p * p]` of a picture, `[N, C * T * p * p]` of a video -> `[N / m^2, H]`.
 
-        `grid` is (F, h, w). The T frames of a group are the frames of a video that count as one; a
-        picture stands for T equal ones.
+        `grid` is (F, h, w). A group has T frames of a video; a picture counts as T equal frames.
         """
         num_groups, height, width = grid
         merge = self.config.spatial_merge_size
@@ -49,18 +48,18 @@ class VisionTower(nn.Module):
             )
         x = self.patch_embed(patches).reshape(num_groups, height * width, -1)
         x = (x + self._positions(height, width)).astype(self.patch_embed.proj.weight.dtype)
-        # Or MLX holds what they are made of beside the first block.
+        # Otherwise MLX holds the inputs of x until the first block ends.
         mx.eval(x)
         angles = rotary_angles(height, width, self.config)
         tables = mx.cos(angles), mx.sin(angles)
         for block in self.blocks:
             x = block(x, tables)
-            # MLX would begin with the next blocks: this bounds the memory, and lets Ctrl-C in.
+            # Block by block: this bounds the memory, and Ctrl-C works.
             mx.eval(x)
         return self.merger(x.reshape(len(patches), -1))
 
     def _positions(self, height: int, width: int) -> mx.array:
-        """The square of embeddings, stretched bilinearly to the grid, `[P, V]` fp32."""
+        """The square of embeddings, interpolated bilinearly to the grid, `[P, V]` fp32."""
         taps, weights = interpolation(height, width, self.config)
         return sum(
             self.pos_embed(mx.array(tap)).astype(mx.float32) * mx.array(weight)[:, None]
@@ -69,7 +68,7 @@ class VisionTower(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its size: a product with each patch."""
+    """A convolution with stride = kernel size, computed as a matrix product."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -79,7 +78,7 @@ class PatchEmbed(nn.Module):
 
     def __call__(self, patches: mx.array) -> mx.array:
         """`[N, C * p * p]` or `[N, C * T * p * p]` -> `[N, V]` in float32."""
-        # Pixels are finer than bfloat16, and so is the sum of two weights.
+        # float32: bfloat16 would round pixels, and the sum of weights below.
         weight = self.proj.weight.astype(mx.float32).transpose(0, 4, 1, 2, 3)
         if patches.shape[1] * weight.shape[2] == weight[0].size:
             # All frames of a picture are equal: one product with the sum of their weights.
@@ -107,7 +106,7 @@ class VisionBlock(nn.Module):
     def __call__(self, x: mx.array, tables: tuple[mx.array, mx.array]) -> mx.array:
         """`[F, P, V]` -> the same."""
         x = x + self.attn(self.norm1(x), tables)
-        # As many rows at a time as keep the wide activations small.
+        # In chunks of rows, to bound the wide activations.
         rows = x.reshape(-1, x.shape[-1])
         chunk = max(1, VISION_CHUNK_BYTES // (self.mlp.width * x.itemsize))
         if len(rows) <= chunk:
@@ -121,7 +120,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Every patch sees every patch of its own picture, or of its own frame group."""
+    """Attention between all patches of a picture, or of a frame group."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -140,7 +139,7 @@ class VisionAttention(nn.Module):
         if makes_no_scores(self._head_dim):
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
-            # Or every block of queries would copy the values.
+            # Otherwise every block of queries copies the values.
             v = mx.contiguous(v)
             out = attend(q, k, v, scale, None, VISION_CHUNK_BYTES)
         return self.proj(out.swapaxes(1, 2).reshape(num_groups, num_patches, width))
@@ -152,7 +151,7 @@ def makes_no_scores(head_dim: int) -> bool:
 
 
 def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
-    """`[..., P, D]` by cosines and sines `[P, D / 2]`, halves against each other."""
+    """Rotate x `[..., P, D]` by cosines and sines `[P, D / 2]`; dim i pairs with i + D / 2."""
     first, second = mx.split(x, 2, axis=-1)
     return mx.concatenate(_rotated_halves(first, second, cosines, sines), axis=-1)
 
@@ -161,7 +160,7 @@ def rotated(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
 def _rotated_halves(
     first: mx.array, second: mx.array, cosines: mx.array, sines: mx.array
 ) -> list[mx.array]:
-    """In float32, of which none is kept."""
+    """Rotate in float32, without keeping float32 copies."""
     a, b = first.astype(mx.float32), second.astype(mx.float32)
     turned = a * cosines - b * sines, b * cosines + a * sines
     return [half.astype(first.dtype) for half in turned]
@@ -182,7 +181,7 @@ class VisionMLP(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """Joins m x m neighbours into the feature of a token; its GELU is the exact one."""
+    """Merges m x m neighbouring patches into the feature of one token; with the exact GELU."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -198,15 +197,15 @@ class PatchMerger(nn.Module):
 
 
 def interpolation(height: int, width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the square of embeddings `[4, P]` and their weights `[4, P]`, fp32, for a grid.
+    """Four rows of the embedding square per patch `[4, P]` and their weights `[4, P]`, fp32.
 
-    The corners of the square lie on those of the grid.
+    The corners of the square are aligned with those of the grid.
     """
 
     def axis(num_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         last = config.grid_size - 1
         at = np.arange(num_cells, dtype=np.float32) * np.float32(last / max(num_cells - 1, 1))
-        # Rounding may carry the last one beyond the square.
+        # Rounding may move the last one out of the square.
         low = np.minimum(np.floor(at).astype(np.int32), last)
         return low, np.minimum(low + 1, last), at - low
 
@@ -223,7 +222,7 @@ def interpolation(height: int, width: int, config: VisionConfig) -> tuple[np.nda
 
 
 def rotary_angles(height: int, width: int, config: VisionConfig) -> mx.array:
-    """Angles `[P, D / 2]` in fp32: half of the frequencies by the row, half by the column."""
+    """Angles `[P, D / 2]` in fp32: one half of the frequencies for the row, one for the column."""
     order = block_order(height, width, config.spatial_merge_size)
     exponents = np.arange(0, config.head_dim // 2, 2) / (config.head_dim // 2)
     frequencies = (1 / config.rope_theta**exponents).astype(np.float32)
@@ -233,6 +232,6 @@ def rotary_angles(height: int, width: int, config: VisionConfig) -> mx.array:
 
 
 def block_order(height: int, width: int, merge: int) -> np.ndarray:
-    """Places in the grid, counted row by row, in the order of the patches."""
+    """Row-major indices of the grid, in the order of the patches."""
     places = np.arange(height * width).reshape(height // merge, merge, width // merge, merge)
     return places.swapaxes(1, 2).reshape(-1)

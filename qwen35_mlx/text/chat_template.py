@@ -1,4 +1,4 @@
-"""Chat templates: found in a model's folder, compiled in a sandbox, rendered."""
+"""Chat templates: read from a model's folder, compiled in a sandbox, rendered."""
 
 import json
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
 
 
 def _named(value: Any) -> dict[str, str]:
-    """Templates by name, of a text, of a mapping, or of a list of `{"name", "template"}`."""
+    """Templates by name from a text, a mapping, or a list of `{"name", "template"}`."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -50,9 +50,9 @@ def _named(value: Any) -> dict[str, str]:
 
 
 def render(template: str, messages: list[Any], **variables: Any) -> str:
-    """What the template makes of the messages; raises whatever the template raises.
+    """Render the messages; raises whatever the template raises.
 
-    OpenAI's API writes null for what is not there, which templates print or fail on.
+    Keys with null are left out: OpenAI's API sends them, and templates print them or fail.
     """
     given = [
         {key: value for key, value in message.items() if value is not None}
@@ -65,14 +65,14 @@ def render(template: str, messages: list[Any], **variables: Any) -> str:
 
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> "Template":
-    # Here: programs that render nothing start without it.
+    # Imported here: programs that render nothing start faster.
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what a model is trained on; here it means nothing."""
+        """`{% generation %}` marks the text that a model is trained on; it is ignored here."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -83,7 +83,7 @@ def _compiled(template: str) -> "Template":
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    # The settings and names that templates are written for.
+    # The settings and names that templates expect.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )

@@ -1,9 +1,9 @@
-"""Text from users, files and tools stays text: it never becomes the tokens that rule a chat.
+"""Control tokens: text of users, files and tools never becomes one of them.
 
-`<|im_end|>`, `<think>`, `<tool_call>` and their like end a turn, open a thought or call a tool. In
-a prompt only the template may write them. `protect` puts a mark into their names wherever a
-message holds them, before the template is rendered; `encode` encodes what is marked as any other
-text, and the rest as the tokenizer does.
+`<|im_end|>`, `<think>`, `<tool_call>` and others end a turn, open a thought or call a tool. In a
+prompt only the template may write them. `protect` puts a mark into their names wherever a message
+contains them, before the template is rendered. `encode` encodes marked names as plain text, and the
+rest as the tokenizer does.
 """
 
 import re
@@ -14,11 +14,11 @@ from unicodedata import normalize
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-# A noncharacter: for use inside a program, so no text has it. A text that does gets it doubled.
+# A Unicode noncharacter, which normal text does not contain. If a text does, it is doubled.
 MARK = "\ufdd0"
 # The shape of control tokens that are not declared special, like <think> and <tool_call>.
 TAG = re.compile(r"<\S+>|\[\S+\]")
-# Every message begins with it, and no token reaches across.
+# Every message begins with it, and no token crosses its start.
 TURN = "<|im_start|>"
 MAX_CACHED_PIECES = 1024
 
@@ -30,7 +30,7 @@ class ControlTokens:
         from tokenizers import Tokenizer as Backend
 
         self._backend = backend
-        # The same vocabulary without a single added token.
+        # The same vocabulary without any added token.
         self._plain = Backend(backend.model)
         self._plain.normalizer = backend.normalizer
         self._plain.pre_tokenizer = backend.pre_tokenizer
@@ -43,23 +43,23 @@ class ControlTokens:
         rests: dict[str, list[str]] = {}
         for token in tokens:
             rests.setdefault(token.content[0], []).append(re.escape(token.content[1:]))
-        # By first character: that is looked for fast.
+        # By first character, for a fast search.
         starts = (f"{re.escape(first)}(?={'|'.join(ends)})" for first, ends in rests.items())
         self._start = re.compile("|".join(starts) or r"(?!)")
         self._beginnings = {t.content[:n] for t in tokens for n in range(1, len(t.content))}
         self._longest = max(map(len, self._beginnings), default=0)
         cuts = [t for t in tokens if t.content == TURN and not (t.lstrip or t.single_word)]
         self._cut = re.compile(f"(?={re.escape(TURN)})" if cuts else r"(?!)")
-        # Of a conversation only the last messages are new.
+        # In a conversation only the last messages are new.
         self._piece_ids = lru_cache(MAX_CACHED_PIECES)(self._encode_piece)
 
     def protect(self, value: Any) -> Any:
         """A copy of messages, tools or any other JSON value with marks in all its texts."""
         if isinstance(value, str):
-            # Some signs become ASCII when they are normalized, as the Kelvin sign does.
+            # Normalization turns some characters into ASCII, such as the Kelvin sign.
             text = normalize("NFC", value) if self._normalized else value
             text = self._start.sub(rf"\g<0>{MARK}", text.replace(MARK, MARK * 2))
-            # Templates put texts together: a name may begin in this one and end in the next.
+            # Templates concatenate texts: a name may begin in this one and end in the next.
             lengths = range(1, min(self._longest, len(text)) + 1)
             for at in [len(text) - n for n in lengths if text[-n:] in self._beginnings]:
                 text = text[: at + 1] + MARK + text[at + 1 :]
@@ -71,7 +71,7 @@ class ControlTokens:
         return value
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text that was rendered from protected messages, or of a part of it."""
+        """Token ids of a text that was rendered from protected messages, or of a part of it."""
         ids: list[int] = []
         for piece in self._cut.split(text):
             ids += self._piece_ids(piece)
@@ -81,7 +81,7 @@ class ControlTokens:
         encoding = self._backend.encode(piece, add_special_tokens=False)
         if MARK not in piece:
             return encoding.ids
-        # Marked names are not found: what is found was written by the template.
+        # A marked name is no added token: each one found here was written by the template.
         found = zip(encoding.ids, encoding.offsets, strict=True)
         ids: list[int] = []
         start = 0
@@ -92,7 +92,7 @@ class ControlTokens:
         return ids + self._encode_marked(piece[start:])
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Text without any added token but those that are marked."""
+        """Encode text whose only names of added tokens are marked."""
         encoder = self._plain if MARK in text.replace(MARK * 2, "") else self._backend
         text = re.sub(f"{MARK}({MARK}?)", r"\1", text)
         return encoder.encode(text, add_special_tokens=False).ids
@@ -105,5 +105,5 @@ def control_tokens(backend: "Backend") -> ControlTokens:
 
 @lru_cache(maxsize=8)
 def _control_tokens(backend: "Backend", vocab_size: int) -> ControlTokens:
-    # Asked for by size: tokens may be added later.
+    # `vocab_size` is a part of the key because tokens may be added later.
     return ControlTokens(backend)

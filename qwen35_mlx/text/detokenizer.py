@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive: only whole characters, each as soon as it is complete."""
+"""Streaming detokenizer: emits each character as soon as it is complete."""
 
 import codecs
 from collections.abc import Callable
@@ -20,22 +20,21 @@ def byte_of_character() -> dict[str, int]:
 
 
 def token_bytes(token: str | None) -> bytes:
-    """The bytes of a token as the vocabulary spells it; none of an id that it does not have."""
+    """The bytes of a token of the vocabulary; empty for None, an id that does not exist."""
     if token is None:
         return b""
     known = byte_of_character()
     try:
         return bytes([known[character] for character in token])
     except KeyError:
-        # An added token with, for example, a space: the decoder takes its text as it is.
+        # An added token with a space, for example: its text is used directly.
         return token.encode()
 
 
 class StreamingDetokenizer:
-    """Text of tokens that are added one at a time.
+    """Decodes tokens that are added one at a time.
 
-    The segments together are the decoded text of all tokens. Bytes that are no character are left
-    out, in the middle as well as at the end.
+    All segments together are the decoded text. Bytes that form no character are left out.
     """
 
     def __init__(self, token_of: Callable[[int], str | None]):
@@ -43,20 +42,20 @@ class StreamingDetokenizer:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start over."""
         self.tokens: list[int] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         self._parts: list[str] = []
         self._num_read = 0
 
     def add_token(self, token: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self.tokens.append(token)
         if part := self._decoder.decode(token_bytes(self._token_of(token))):
             self._parts.append(part)
 
     def finalize(self) -> None:
-        """No token follows: an incomplete character stays out."""
+        """End the text; an incomplete character is left out."""
         self._decoder.reset()
 
     @property
@@ -66,7 +65,7 @@ class StreamingDetokenizer:
 
     @property
     def last_segment(self) -> str:
-        """The text that was added since this was last asked for."""
+        """The text since the last access."""
         segment = "".join(self._parts[self._num_read :])
         self._num_read = len(self._parts)
         return segment

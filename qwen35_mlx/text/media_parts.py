@@ -1,7 +1,7 @@
-"""Pictures and videos in messages: found in the forms of OpenAI and Hugging Face, and opened.
+"""Pictures and videos in messages of OpenAI's and Hugging Face's form: found and opened.
 
-A source is opened once, where a message comes in. From then on the message holds a `Picture` or a
-`Video`, so that a file which changes later changes nothing that was said.
+A source is opened once, when the message comes in. From then on the message holds a `Picture` or a
+`Video`, so a later change of the file does not change the conversation.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     Media = Picture | Video
 
 Part = dict[str, Any]
-# What a part of each type shows, and the key of its source. Those of a URL open no local file:
-# they come from clients of servers, too.
+# Type of a part -> kind of media, and the key of its source. URLs open no local file: clients of a
+# server send them too.
 IMAGE, VIDEO = "image", "video"
 FORMS = {
     "image": (IMAGE, "image"),
@@ -31,7 +31,7 @@ WEB = ("http://", "https://")
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content, with its parts put together; pictures have none."""
+    """The text of a message's content: its text parts, concatenated."""
     if not isinstance(content, list | tuple):
         return content if isinstance(content, str) else ""
     texts = (part.get("text") for part in content if isinstance(part, Mapping))
@@ -51,17 +51,17 @@ def media_of(messages: Iterable[Any]) -> "list[Media]":
 
 
 def is_media(part: Any) -> bool:
-    """Whether a part of a message's content shows something, opened or not."""
+    """Whether a part of a message's content is a picture or video, opened or not."""
     return isinstance(part, Mapping) and _form(part) != ("", "")
 
 
 def source_parts(
     images: Sequence[Any] | None = None, videos: Sequence[Any] | None = None
 ) -> list[Part]:
-    """Parts, not opened yet, of what a caller gives beside a text."""
+    """Unopened parts for the pictures and videos that a caller gives with a text."""
     parts: list[Part] = []
     for kind, sources in ((IMAGE, images), (VIDEO, videos)):
-        # A path is a sequence too, and so is an array.
+        # Strings and arrays are sequences too.
         if not isinstance(sources, list | tuple | None):
             raise PromptError(
                 f"{kind}s is not usable", got=repr(sources)[:80], expected=f"a list of {kind}s"
@@ -79,7 +79,7 @@ def opened(
 ) -> Sequence[Any]:
     """The messages with each source opened; the same object if there is nothing to open.
 
-    Without settings a picture is refused, and `why_none` says why there are none.
+    Without settings every picture is refused, with the reason `why_none`.
     """
     changed = list(messages)
     for i, message in enumerate(changed):
@@ -119,7 +119,7 @@ def _opened(part: Part, settings: "VisionSettings | None", why_none: str, allow_
 
 
 def _fetched(source: Any, key: str, kind: str, allow_url: bool) -> Any:
-    """A source that may be opened; a web address is fetched if that was allowed."""
+    """The source, checked; a web address is fetched if `allow_url`, else refused."""
     if isinstance(source, Mapping):
         source = source.get("url")
     if source is None:
@@ -146,14 +146,14 @@ def _fetched(source: Any, key: str, kind: str, allow_url: bool) -> Any:
 
 
 def _form(part: Mapping[str, Any]) -> tuple[str, str]:
-    """What a part shows, by its type or else by the key that says so, and the key of its source."""
+    """Kind and source key of a part, by its type, or else by its keys; empty if it is no media."""
     kind = part.get("type")
     if isinstance(kind, str) and kind in FORMS:
         return FORMS[kind]
-    # As templates do: what has such a key shows it, whatever its type says.
+    # As templates do: a part with such a key is media, whatever its type is.
     return next((form for key, form in FORMS.items() if key in part), ("", ""))
 
 
 def for_template(part: Any) -> Any:
-    """What a template may see of a part: that there is a picture, and nothing of it."""
+    """A part as a template may see it: the type of a picture, without its content."""
     return {"type": _form(part)[0]} if is_media(part) else part

@@ -1,4 +1,4 @@
-"""Tool calls in messages: OpenAI's form and that of chat templates, which want a mapping."""
+"""Tool calls in messages: from OpenAI's form, with JSON text, to that of chat templates."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -41,10 +41,9 @@ def _unusable(what: str, got: object, expected: str) -> PromptError:
 
 
 def for_template(messages: Sequence[Any]) -> list[Any]:
-    """The messages as templates take them.
+    """The messages in the form that templates take.
 
-    Each call's arguments are a mapping, no content is an empty one, and of a picture there is only
-    that it is there.
+    Arguments of calls are mappings, missing content is empty, pictures are parts with a type only.
     """
     return [_for_template(m) if isinstance(m, Mapping) else m for m in messages]
 

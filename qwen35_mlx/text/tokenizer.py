@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Token = str | AddedToken
 NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# How texts are cut into words: that of Qwen3.5 keeps combining marks with their letters.
+# Patterns that split text into words; Qwen3.5's keeps combining marks with their letters.
 CONTRACTION, SPACES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = {
     "Qwen3_5Tokenizer": rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
@@ -26,18 +26,18 @@ WORDS = {
     "Qwen2Tokenizer": rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}",
 }
-# Which of them transformers takes for a model, and for which it does whatever the folder says.
+# The class that transformers uses for a model type, and types for which it ignores the folder's.
 CLASS_OF = {"qwen3_next": "Qwen2Tokenizer"}
 DEFAULT_CLASS = "Qwen3_5Tokenizer"
 IGNORES_FOLDER = ("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text")
-# What the two classes call end, padding and unknown where the folder does not say.
+# The default of eos, pad and unk token in both classes.
 DEFAULT_TOKEN = "<|endoftext|>"
 
 
 class Tokenizer:
     """Text to token ids and back, and messages to a prompt.
 
-    `vision` says how the model wants its pictures, `no_vision` why it reads none; `load` sets them.
+    `vision`: the model's picture settings; `no_vision`: why it reads none. `load` sets both.
     """
 
     vision: "VisionSettings | None" = None
@@ -51,7 +51,7 @@ class Tokenizer:
         templates: Mapping[str, str],
         eos_token_ids: Iterable[int] = (),
     ):
-        """named: special tokens by their use, as `eos_token`; extra: those without a use."""
+        """named: special tokens by their use, such as `eos_token`; extra: all other ones."""
         self.backend_tokenizer = backend
         self.special_tokens_map = dict(named)
         self.extra_special_tokens = list(extra)
@@ -61,7 +61,7 @@ class Tokenizer:
             self.eos_token_ids.add(eos)
 
     def __getattr__(self, name: str) -> Any:
-        # Programs written for mlx-lm's wrapper look for the tokenizer inside of it.
+        # Programs written for mlx-lm's wrapper look for the tokenizer inside it.
         if name == "_tokenizer":
             return self
         if name.removesuffix("_id") in NAMED:
@@ -70,11 +70,11 @@ class Tokenizer:
         raise AttributeError(f"{type(self).__name__} has no attribute {name}")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; names of added tokens in the text become these tokens."""
+        """Token ids; names of added tokens in the text become those tokens."""
         return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """Text of token ids, of which unknown ones and those of pictures are left out."""
+        """Text of token ids; unknown ids and those of pictures are left out."""
         ids = getattr(ids, "tolist", lambda: ids)()
         ids = [i for i in ([ids] if isinstance(ids, int) else ids) if i >= 0]
         return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -95,18 +95,18 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens without those added."""
+        """The number of tokens, without added ones."""
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token, or those of several; of an unknown one, that of `unk_token`."""
+        """The id of a token, or ids of several; an unknown token has that of `unk_token`."""
         return self._id(tokens) if isinstance(tokens, str) else [self._id(t) for t in tokens]
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """A token as the vocabulary spells it, or several; None of an id that there is not."""
+        """A token of the vocabulary, or several; None for an unknown id."""
         name = self.backend_tokenizer.id_to_token
         return name(ids) if isinstance(ids, int) else [name(int(i)) for i in ids]
 
@@ -119,7 +119,7 @@ class Tokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """Every special token that has a name or a mention in the folder's files."""
+        """Every special token that the folder's files name."""
         return list(dict.fromkeys([*self.special_tokens_map.values(), *self.extra_special_tokens]))
 
     @property
@@ -128,7 +128,7 @@ class Tokenizer:
         return self.convert_tokens_to_ids(self.all_special_tokens)
 
     def add_eos_token(self, token: str | int) -> None:
-        """Let another token, or the id of one, end an answer."""
+        """Add a token, or the id of one, that ends an answer."""
         known = str(token).isdecimal()
         found = int(token) if known else self.backend_tokenizer.token_to_id(str(token))
         if found is None:
@@ -180,8 +180,8 @@ def read_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a folder, built as transformers builds it.
 
-    Its two classes take of tokenizer.json the vocabulary and the merges, and define themselves how
-    text is normalized, cut and decoded. Raises CheckpointError, or what the damage leads to.
+    Its two classes use the vocabulary and the merges of tokenizer.json, and define normalization,
+    splitting and decoding themselves. Raises CheckpointError; damaged files may raise others.
     """
     path = folder / "tokenizer_config.json"
     config = read_object(path) if path.exists() else {}
@@ -211,7 +211,7 @@ def read_tokenizer(
     added, found, extra = _special_tokens(folder, config, in_file)
     if words:
         found = dict.fromkeys(("eos_token", "unk_token", "pad_token"), DEFAULT_TOKEN) | found
-    # In this order: what is not in the vocabulary gets the next free ids.
+    # The order matters: tokens that are not in the vocabulary get the next free ids.
     ordered = [(use, found.get(use)) for use in (*NAMED, *found)]
     named = {use: token for use, token in ordered if token is not None}
     _add(backend, added, list(named.values()), extra)
@@ -226,7 +226,7 @@ def read_tokenizer(
 
 
 def _class_name(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> str:
-    """Which class transformers reads the folder with."""
+    """The class that transformers uses for the folder."""
     model_type = model_config.get("model_type")
     declared = config.get("tokenizer_class") or model_config.get("tokenizer_class")
     if not declared or model_type in IGNORES_FOLDER:
@@ -235,7 +235,7 @@ def _class_name(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> s
 
 
 def _byte_level(loaded: Backend, words: str, add_prefix_space: bool) -> Backend:
-    """The vocabulary of `loaded` without its added tokens, and all else as the class has it."""
+    """A backend with the vocabulary of `loaded`, without added tokens, and the class's pipeline."""
     model = loaded.model
     if not isinstance(model, BPE):
         model = BPE(loaded.get_vocab(with_added_tokens=False), [])
@@ -258,9 +258,9 @@ def _byte_level(loaded: Backend, words: str, add_prefix_space: bool) -> Backend:
 def _special_tokens(
     folder: Path, config: Mapping[str, Any], in_file: Mapping[int, AddedToken]
 ) -> tuple[dict[int, AddedToken], dict[str, Any], list[Token]]:
-    """Added tokens by id, special ones by use, and special ones without a use.
+    """Added tokens by id, special tokens by use, and special tokens without a use.
 
-    tokenizer_config.json has them all where it lists added tokens; otherwise they are in files of
+    tokenizer_config.json has all of them if it lists added tokens. Otherwise they are in files of
     older programs and in tokenizer.json.
     """
     config = dict(config)
@@ -295,13 +295,13 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _is_token(key: str, value: Any) -> bool:
-    """Whether a key that transformers has no use for names a special token of the model's own."""
+    """Whether a key that is unknown to transformers names a special token of the model."""
     is_added_token = isinstance(value, dict) and value.get("__type") == "AddedToken"
     return key.endswith("_token") and (isinstance(value, str) or is_added_token)
 
 
 def _token(value: Any) -> Token:
-    """A token as text or with its flags; without a type it comes from a list of special ones."""
+    """A token as text or with its flags; without `__type` it is from a list of special tokens."""
     if isinstance(value, str):
         return value
     flags = {k: v for k, v in value.items() if k not in ("__type", "special")}
@@ -311,7 +311,7 @@ def _token(value: Any) -> Token:
 def _add(
     backend: Backend, added: Mapping[int, AddedToken], named: list[Token], extra: list[Token]
 ) -> None:
-    """Add what is missing, by id and then as named; ids that are not in order are not kept."""
+    """Add the missing tokens, first by id, then the named ones; gaps between ids are not kept."""
     tokens: list[Token] = [token for _, token in sorted(added.items())]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {str(token) for token in tokens}
@@ -329,7 +329,10 @@ def _add(
 
 
 def _add_ends(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Without a tokenizer.json, tokenizer_config.json may ask for tokens around every text."""
+    """Add bos and eos around every text where tokenizer_config.json asks for them.
+
+    Only without a tokenizer.json, which has its own post-processor.
+    """
     before, after = (
         named.get(f"{end}_token") if config.get(f"add_{end}_token") else None
         for end in ("bos", "eos")

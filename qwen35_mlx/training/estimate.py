@@ -1,4 +1,4 @@
-"""Bytes that training an adapter takes, and a model opened for it.
+"""Memory that training an adapter needs, and opening a model for it.
 
 B examples a batch, T tokens of each, N = B * T.
 """
@@ -18,16 +18,16 @@ from ..model.language import Model
 from ..model.loading import load_tokenizer, open_model, read_generation_config
 from .trainer import LOSS_ROWS, TrainSettings
 
-# Of each number of an adapter in fp32: itself, its gradient, two moments, and the next of three.
+# fp32 copies of each adapter parameter: itself, its gradient, two moments, and three new values.
 COPIES = 7
-# Logits in fp32, their softmax, gradient, and one on the way.
+# fp32 copies of the logits: themselves, their softmax, their gradient, and a temporary.
 LOGITS_COPIES = 4
-# What a layer's gradients hold beyond a forward pass, and what it keeps for them; measured.
+# Memory of a layer's backward pass, and of activations kept for it, in forward passes; measured.
 BACKWARD, KEPT = 2.8, 1.4
 
 
 class TrainingBytes(NamedTuple):
-    """What training takes at its peak, by what it is for."""
+    """Peak memory of training, by purpose."""
 
     weights: int
     adapter: int
@@ -38,11 +38,11 @@ class TrainingBytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All bytes."""
         return sum(self[:5])
 
     def lines(self) -> dict[str, int]:
-        """In words."""
+        """The bytes by purpose, for people."""
         kept = "one layer's at a time" if self.checkpointing else "all layers'"
         return {
             "weights": self.weights,
@@ -55,7 +55,7 @@ class TrainingBytes(NamedTuple):
 def open_for_training(name: str | Path, revision: str | None = None) -> tuple[Model, Any, int]:
     """The text model of a folder or hub id, its tokenizer, and the bytes of its weights.
 
-    Nothing is read of the weights yet; the MTP layer and the tower are left out.
+    The weights are not read yet. The MTP layer and the vision tower are left out.
     """
     folder = resolve(name, revision)
     model, config, _ = open_model(folder, mtp=False)
@@ -68,7 +68,7 @@ def open_for_training(name: str | Path, revision: str | None = None) -> tuple[Mo
 def count(
     model: Model, weight_bytes: int, settings: TrainSettings, num_tokens: int, checkpointing: bool
 ) -> TrainingBytes:
-    """At the peak of a step whose longest example has so many tokens."""
+    """Peak memory of a step whose longest example has `num_tokens`."""
     config, batch = model.config, settings.batch_size
     item_bytes = model.language_model.model.norm.weight.dtype.size
     layers = [
@@ -91,7 +91,7 @@ def count(
 
 
 def num_trained(model: Model, settings: TrainSettings) -> int:
-    """Numbers of the adapter, but for the magnitudes of DoRA."""
+    """Number of parameters of the adapter, without the magnitudes of DoRA."""
     num_layers = len(model.layers) if settings.num_layers is None else settings.num_layers
     total = 0
     for layer in model.layers[len(model.layers) - num_layers :]:
@@ -105,9 +105,9 @@ def num_trained(model: Model, settings: TrainSettings) -> int:
 def require_memory(
     model: Model, weight_bytes: int, settings: TrainSettings, num_tokens: int, force: bool = False
 ) -> TrainingBytes:
-    """What training takes: with all activations kept, which is faster, where they fit.
+    """Memory of training: all activations are kept if they fit, which is faster.
 
-    Raises MemoryRefused, unless forced, where not even one layer's do.
+    Raises MemoryRefused, unless forced, if it does not fit with checkpointing either.
     """
     machine = describe()
     limit = machine.gpu_limit_bytes or machine.memory_bytes
@@ -126,5 +126,5 @@ def require_memory(
 
 
 def read_weights(model: Model) -> None:
-    """Read what `open_for_training` left to be read."""
+    """Read the weights of a model from `open_for_training`."""
     mx.eval(model.parameters())

@@ -1,4 +1,4 @@
-"""What an adapter is trained on: lines of JSON to token ids, and batches of them.
+"""Training data of an adapter: lines of JSON to token ids, and batches of them.
 
 B batch, T tokens.
 """
@@ -19,9 +19,9 @@ from ..files import read_text
 from ..prompt import encode_messages, encode_prompt
 
 TRAIN_FILE, VALID_FILE = "train.jsonl", "valid.jsonl"
-# Batches are as long as a multiple of this: fewer lengths, fewer compilations.
+# Batch lengths are multiples of this: fewer lengths need fewer compilations.
 LENGTH_MULTIPLE = 32
-# Fields of a message, their types and the types in words.
+# Fields of a message, their types, and the types in words.
 FIELDS: dict[str, tuple[Any, str]] = {
     "role": (str, "text"),
     "content": (str | list | None, "text, a list of parts, or null"),
@@ -33,7 +33,7 @@ FORMS = '{"messages": […]}, {"prompt": …, "completion": …} or {"text": …
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and the first one that is to be learned."""
+    """Token ids, and the index of the first one to learn."""
 
     ids: np.ndarray
     first_target: int
@@ -41,18 +41,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a file, and what was done to them."""
+    """The examples of a file, and how many were cut or dropped."""
 
     examples: Sequence[Example]
-    # Of the file's bytes.
+    # SHA-256 of the file's text.
     digest: str = ""
-    # Longer than allowed; of these, those without a token to learn in what is left are dropped.
+    # Examples that were too long; dropped are those that have no token to learn after the cut.
     num_cut: int = 0
     num_dropped: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Of all examples."""
+        """Tokens of all examples."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
@@ -66,7 +66,7 @@ def read_examples(
 ) -> Examples:
     """Read a file of JSON lines, each a conversation, a prompt with its completion, or a text.
 
-    `mask_prompt`: only the last answer is learned; else everything but the first token.
+    `mask_prompt`: only the last answer is learned; otherwise every token except the first.
     """
     text = read_text(file)
     found, num_cut, num_dropped = [], 0, 0
@@ -76,7 +76,7 @@ def read_examples(
         try:
             example = encode_example(tokenizer, json.loads(line), mask_prompt)
         except (ValueError, RecursionError) as error:
-            # Of one line of many: the first line of the reason, and where it is.
+            # Our own errors have several lines; of others, the first line is enough.
             reason = str(error) if isinstance(error, Qwen35Error) else first_line(error)
             raise Qwen35Error(
                 f"line {number} of {file} is no example", got=reason, expected=FORMS
@@ -97,7 +97,7 @@ def read_examples(
 
 
 def encode_example(tokenizer: Any, record: Any, mask_prompt: bool = False) -> Example:
-    """One example; raises PromptError for what is none."""
+    """One example; raises PromptError if `record` is not usable."""
     if not isinstance(record, Mapping):
         raise PromptError("not a JSON object", got=type(record).__name__)
     if "text" in record and "messages" not in record:
@@ -127,7 +127,7 @@ def encode_example(tokenizer: Any, record: Any, mask_prompt: bool = False) -> Ex
 
 
 def _check_fields(messages: Any, tools: Any) -> None:
-    """Raise PromptError with the name of the first field that is not what templates take."""
+    """Raise PromptError with the name of the first field that templates cannot take."""
     if not isinstance(messages, list) or not messages:
         raise PromptError("messages are no list", got=repr(messages)[:60])
     _check("tools", tools, list | None, "a list of tools, or null")
@@ -160,10 +160,10 @@ def _example(ids: Sequence[int], first_target: int) -> Example:
 def batches(
     examples: Sequence[Example], batch_size: int, seed: int | None = None, start: int = 0
 ) -> Iterator[tuple[mx.array, mx.array]]:
-    """Ids `[B, T]` and, of each row, the first token to learn and its length `[B, 2]`.
+    """Yield ids `[B, T]` and spans `[B, 2]`: the first token to learn, and the length of each row.
 
-    Examples of similar length come together. With a seed without end, each epoch in an order of
-    its own, from batch `start` on; without one, each batch once.
+    Examples of similar length share a batch. With a seed the batches never end, start at batch
+    `start`, and every epoch has its own order; without a seed, each batch comes once.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -177,7 +177,7 @@ def batches(
 
 
 def padded_length(num_tokens: int) -> int:
-    """Of a batch whose longest example has so many tokens; the last one is no input."""
+    """Length of a batch whose longest example has `num_tokens`; the last token is no input."""
     return 1 + LENGTH_MULTIPLE * -(-(num_tokens - 1) // LENGTH_MULTIPLE)
 
 

@@ -1,4 +1,4 @@
-"""Trains an adapter: mlx-lm's loop over steps, with a loss, a memory bound and resumption of ours.
+"""Trains an adapter: mlx-lm's training loop, with our loss, memory bound and resumption.
 
 B batch, T tokens, H hidden size.
 """
@@ -30,14 +30,14 @@ from ..model.language import DecoderLayer, Model
 from .examples import Example, Examples, batches
 
 STATE_FILE = "training_state.safetensors"
-# Rows of logits that the loss makes at once: with 248,320 tokens they take an eighth of a GB.
+# Rows of logits that the loss computes at once; with 248,320 tokens they take an eighth of a GB.
 LOSS_ROWS = 128
 ANY_BYTES = 2**62
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What decides the result; the same settings and data give the same adapter."""
+    """All settings that change the result; the same settings and data give the same adapter."""
 
     num_steps: int = 1000
     batch_size: int = 4
@@ -48,9 +48,9 @@ class TrainSettings:
     rank: int = 8
     scale: float = 20.0
     dropout: float = 0.0
-    # The last ones; None is all.
+    # Number of last layers to change; None: all.
     num_layers: int | None = None
-    # Whether the routed experts are changed too.
+    # Whether to change the routed experts too.
     experts: bool = False
     mask_prompt: bool = False
     seed: int = 0
@@ -63,20 +63,20 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """One step, as it is reported."""
+    """The report of one step."""
 
     step: int
     loss: float
     tokens_per_s: float
     peak_bytes: int
     seconds_left: float
-    # Of the validation examples, after this step.
+    # On the validation examples, after this step.
     validation_loss: float | None = None
 
 
 @dataclass
 class Training:
-    """An adapter being trained on a model; `run` does it, and may be done again after a stop."""
+    """The training of an adapter; `run` does it, and may be called again after a stop."""
 
     model: Model
     settings: TrainSettings
@@ -86,7 +86,7 @@ class Training:
     validate_every: int = 200
     validation_batches: int = 25
     save_every: int = 100
-    # Whether a layer's activations are computed again for its gradients, and not kept.
+    # Whether a layer's activations are computed again for its gradients instead of kept.
     checkpointing: bool = True
     report: Callable[[Step], None] = lambda step: None
     history: list[Step] = field(default_factory=list)
@@ -105,14 +105,14 @@ class Training:
         )
         for layer in self.model.layers:
             if not layer.is_linear:
-                # Blocks of queries are evaluated one by one, which no gradient allows.
+                # Query blocks are evaluated one by one, which gradients do not allow.
                 layer.self_attn.max_scores_bytes = ANY_BYTES
             if self.checkpointing:
                 layer.__class__ = CheckpointedLayer
         self.optimizer = optim.Adam(learning_rate=s.learning_rate)
         self.optimizer.init(self.model.trainable_parameters())
         parameters = {"rank": s.rank, "scale": s.scale, "dropout": s.dropout, "keys": [*s.keys]}
-        # What mlx-lm reads.
+        # The keys that mlx-lm reads.
         self.adapter_settings = {
             "fine_tune_type": s.kind,
             "num_layers": num_layers,
@@ -125,7 +125,7 @@ class Training:
         return self.history[-1].step if self.history else 0
 
     def run(self) -> list[Step]:
-        """Train to the last step, and write the adapter; the steps, with those before a stop."""
+        """Train to the last step and write the adapter; return the steps, with earlier runs'."""
         from mlx_lm.tuner.trainer import TrainingArgs, train
 
         start, total = self.step, self.settings.num_steps
@@ -152,7 +152,7 @@ class Training:
                 iters=total - start,
                 steps_per_report=1,
                 steps_per_save=total + 1,
-                # It writes the last weights without care for a stop; `save` does.
+                # Its own saving is not safe against a stop; `save` is.
                 adapter_file=str(Path(unused) / "adapters.safetensors"),
             )
             train(
@@ -176,13 +176,13 @@ class Training:
         self.report(step)
 
     def validation_loss(self) -> float | None:
-        """The mean over the tokens of the first batches; None without examples."""
+        """The mean loss over the tokens of the first batches; None without examples."""
         if self.valid is None:
             return None
         self.model.eval()
         total, num_tokens = 0.0, 0
         limit = self.validation_batches * self.settings.batch_size
-        # The same ones every time, of all lengths.
+        # Always the same examples, of all lengths.
         examples: list[Example] = list(self.valid.examples[:limit])
         for batch in batches(examples, self.settings.batch_size):
             loss, count = loss_of_batch(self.model, *batch)
@@ -200,14 +200,14 @@ class Training:
             "identity": json.dumps(self._identity()),
             "history": json.dumps([asdict(step) for step in self.history]),
         }
-        # First: it holds the adapter too, so the two need not agree after a stop.
+        # The state first: it holds the adapter too, so after a stop the two files need not agree.
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / STATE_FILE) as temporary:
             mx.save_safetensors(str(temporary), arrays, metadata)
         write_adapter(self.folder, adapter)
 
     def resume(self) -> None:
-        """Go on where the training that was saved in the folder stopped."""
+        """Continue the training that was saved in the folder."""
         file = self.folder / STATE_FILE
         if not file.is_file():
             raise CheckpointError(
@@ -236,13 +236,13 @@ class Training:
         self.history = history
 
     def _identity(self) -> dict[str, Any]:
-        """All that must stay for a resumed training to give the same result, but its length."""
+        """Everything that must not change for a resumed training, except the number of steps."""
         settings = asdict(replace(self.settings, num_steps=0))
         return {**settings, "data": self.train.digest}
 
 
 class CheckpointedLayer(DecoderLayer):
-    """A layer that keeps its input alone, and is run again for its gradients."""
+    """A layer that keeps only its input, and runs again for its gradients."""
 
     def __call__(self, x: mx.array, *args: Any) -> mx.array:
         """As DecoderLayer."""
@@ -250,9 +250,9 @@ class CheckpointedLayer(DecoderLayer):
 
 
 def loss_of_batch(model: Model, ids: mx.array, spans: mx.array) -> tuple[mx.array, mx.array]:
-    """Mean cross entropy over the tokens to learn, and their number; arguments as `batches` gives.
+    """Mean cross entropy over the tokens to learn, and their number; arguments as from `batches`.
 
-    Logits are made LOSS_ROWS at a time, also for the gradients.
+    Only LOSS_ROWS rows of logits are in memory at a time, also for the gradients.
     """
     targets = ids[:, 1:].reshape(-1)
     places = mx.arange(1, ids.shape[1])
@@ -261,7 +261,7 @@ def loss_of_batch(model: Model, ids: mx.array, spans: mx.array) -> tuple[mx.arra
 
     def part(rows: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
         logits = model.head(rows).astype(mx.float32)
-        # To a checkpoint all arguments have gradients, and MLX knows none of indices.
+        # mx.checkpoint differentiates by all arguments, and MLX has no gradient of indices.
         losses = nn.losses.cross_entropy(logits, mx.stop_gradient(targets))
         return (losses * mask).sum()
 
@@ -274,7 +274,7 @@ def loss_of_batch(model: Model, ids: mx.array, spans: mx.array) -> tuple[mx.arra
 
 @contextmanager
 def compiled_on_gpu() -> Iterator[None]:
-    """On a CPU MLX would call a C++ compiler, which takes longer than many steps."""
+    """Disable mx.compile on a CPU, where the C++ compiler takes longer than many steps."""
     if mx.metal.is_available():
         yield
         return
@@ -287,6 +287,6 @@ def compiled_on_gpu() -> Iterator[None]:
 
 
 def require_trainer() -> None:
-    """Raise Qwen35Error where mlx-lm, whose loop over steps this is, is not installed."""
+    """Raise Qwen35Error if mlx-lm, whose training loop is used, is not installed."""
     with extra("train", "training needs mlx-lm"):
         import mlx_lm.tuner.trainer  # noqa: F401
