@@ -106,7 +106,7 @@ class CallText:
                     self.end = self._num_before + self._at
                     return
                 self._tagged = False
-            elif rest[:1] == CALL and (self._in_thought or not self.calls):
+            elif rest[:1] == CALL:
                 self._at += 1
                 self._tagged = True
             else:
