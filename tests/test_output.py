@@ -264,6 +264,17 @@ def test_a_call_in_a_thought_that_closes_is_talk(call: str) -> None:
     assert (got[0], run_calls(got[2])) == (text, ONE)
 
 
+@pytest.mark.parametrize("call", [CALL, JSON, XML, f"{CALL}\n{JSON}", CALL[:-13], JSON[:-12]])
+def test_a_call_in_a_thought_that_no_answer_follows_is_one(call: str) -> None:
+    for end in ("</think>", "\n</think>", "\n</think>\n\n"):
+        thought, answer, calls = parse(f"{TALK}\n{call}{end}", thinking=True, tools=[TOOL])
+        assert (thought, answer) == (TALK, "") and run_calls(calls) == ONE * call.count("lookup")
+    other = f"{TALK}\n{CALL.replace('lookup', 'other')}"
+    for said in (other, f"{TALK}\n{CALL[:60]}", f"{CALL} No."):
+        got = parse(f"{said}\n</think>\n\n", thinking=True, tools=[TOOL])
+        assert got == (said, "", [])
+
+
 def test_a_thought_that_goes_on_behind_a_call_has_talked() -> None:
     text = f"{TALK}\n{CALL}\nIt is not time for it yet"
     assert parse(text, thinking=True, tools=[TOOL]) == (text, "", [])

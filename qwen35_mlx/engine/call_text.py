@@ -37,7 +37,8 @@ class CallText:
 
     before: the space and the tag in front of them. tagged: behind `<tool_call>`, else at a bare
     `<function=NAME>`. in_line: there is text before it in its line. in_thought: then a call
-    counts only if nothing but calls follows, and it must be of a known tool.
+    counts only if nothing but calls and the end of the thought follows, and it must be of a known
+    tool.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class CallText:
         # Text that was looked at, in parts: to add to one long text would copy it each time.
         self._parts, self._num_before = [before], len(before)
         self._text, self._at = "", 0
+        # The end of the thought, and what follows it.
+        self._behind = ""
         # Where in all of the text the call that is being read begins.
         self._body = len(before)
         self._quote, self._depth = "", 0
@@ -60,14 +63,13 @@ class CallText:
     @property
     def text(self) -> str:
         """All of it, `before` included."""
-        return "".join([*self._parts, self._text])
+        return "".join([*self._parts, self._text, self._behind])
 
     def read(self, text: str) -> None:
         """Take more text; sets `end` once it is known."""
-        searched = len(self._text)
-        self._text += text
-        if self._in_thought and (at := self._text.find(THINK_END, searched)) >= 0:
-            return self._talk(at)
+        closes = self._in_thought and (self._behind or THINK_END in text)
+        at = 0 if self._behind else text.find(THINK_END) if closes else len(text)
+        self._text, self._behind = self._text + text[:at], self._behind + text[at:]
         last = None
         while self.end is None and self._step != last:
             last = self._step
@@ -76,11 +78,17 @@ class CallText:
         self._parts.append(self._text[:num_done])
         self._num_before += num_done
         self._text, self._at = self._text[num_done:], self._at - num_done
-        return None
+        if closes and self.end is None and (not self._is_whole or self._behind[1:].strip()):
+            self._talk(len(self._text))
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all that was read is calls, complete but for their last tag."""
+        return self._step == self._between and bool(self.calls) and not self._text
 
     def finish(self) -> None:
         """Take the end of all text: calls of which only the last tag is missing are whole."""
-        if self.end is not None or (self._step == self._between and self.calls and not self._text):
+        if self.end is not None or self._is_whole:
             self.end = len(self.text) if self.end is None else self.end
             return
         text = self.text
