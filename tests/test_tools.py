@@ -200,6 +200,19 @@ def test_schemas_with_references_and_enums() -> None:
     assert coerce("3", {"$ref": "#/$defs/none"}, root) == "3"
     assert coerce("2", {"enum": [1, 2]}, {}) == 2
     assert coerce("2", {"enum": ["1", "2"]}, {}) == "2"
+    assert coerce("2", {"const": 2}, {}) == 2 and coerce("2", {"const": "2"}, {}) == "2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "value"),
+    [
+        ("int", "3", 3), ("float", "0.5", 0.5), ("bool", "True", True), ("list", "['x']", ["x"]),
+        ("dict", "{'a': None}", {"a": None}), ("str", "3", "3"),
+        (["int", "NoneType"], "None", None),
+    ],
+)  # fmt: skip
+def test_types_may_have_the_names_of_python(kind: Any, raw: str, value: Any) -> None:
+    assert coerce(raw, {"type": kind}, {}) == value
 
 
 def test_schemas_that_say_little_or_nonsense() -> None:
