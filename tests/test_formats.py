@@ -291,6 +291,7 @@ SOURCES: dict[str, tuple[Any, Any, list[str]]] = {
     "plain": (None, None, []),
     "leftover bitsandbytes": (None, {"quant_method": "bitsandbytes", "load_in_4bit": True}, []),
     "leftover fp8": (None, FP8_CONFIG | {"weight_block_size": None}, []),
+    "leftover mode": (None, {"quant_method": "x", "mode": "static"}, []),
     "leftover gptq": (None, {"quant_method": "gptq", "bits": 4, "group_size": 128}, []),
     "leftover awq": (None, {"quant_method": "awq", "bits": 4}, []),
     "leftover compressed": (None, {"quant_method": "compressed-tensors", "format": "x"}, []),
@@ -298,6 +299,7 @@ SOURCES: dict[str, tuple[Any, Any, list[str]]] = {
     "no object": (None, "?", []),
     "buffer": (lambda t: t.update({f"{HF}rotary_emb.inv_freq": BLOCKS}), None, []),
     "blocks": (fp8(BLOCKS), FP8_CONFIG, []),
+    "blocks of the usual size": (fp8(BLOCKS), {"quant_method": "fp8"}, []),
     "gptq": (gptq, {"quant_method": "gptq"}, ["gptq", "qweight", "bf16 checkpoint"]),
     "gptq without a block": (gptq, None, ["GPTQ or AWQ", "qweight", "bf16 checkpoint"]),
     "bitsandbytes": (bnb, {"quant_method": "bitsandbytes"}, ["bitsandbytes", "absmax"]),
@@ -308,6 +310,8 @@ SOURCES: dict[str, tuple[Any, Any, list[str]]] = {
                  ["modelopt", "weight_scale"]),
     "powers of two": (fp8(("F8_E8M0", np.ones((2, 1), np.uint8))), FP8_CONFIG, ["UE8M0"]),
     "no block size": (fp8(BLOCKS), None, ["without a size of blocks"]),
+    "null for blocks": (fp8(BLOCKS), FP8_CONFIG | {"weight_block_size": None},
+                        ["without a size of blocks"]),
     "missing": (lambda t: t.pop(f"{HF}norm.weight"), None, [f"missing  {HF}norm.weight"]),
     "own head": (None, None, ["lm_head.weight is not the embedding"]),
     "stale": (None, None, ["does not list", "model-old.safetensors"]),
@@ -354,6 +358,7 @@ def test_scales_of_activations_are_left_out_with_a_note(
         attention = Q_PROJ.removesuffix(".q_proj")
         held[f"{Q_PROJ}.activation_scale"] = held[f"{Q_PROJ}.input_scale"] = one
         held[f"{attention}.k_scale"] = held[f"{attention}.v_scale"] = one
+        held[f"{Q_PROJ}.activation_scale_inv"] = held[f"{attention}.prob_scale"] = one
 
     for name, change in (("fp8", fp8(BLOCKS)), ("scaled", scaled)):
         config = {"quantization_config": FP8_CONFIG}

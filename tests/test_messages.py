@@ -56,6 +56,19 @@ def test_arguments_in_every_form(demo: Any, arguments: Any, values: dict[str, An
     flat = {"role": "assistant", "tool_calls": [{"name": "mul", "arguments": given}]}
     assert text == render_messages(demo[1], [USER, flat], add_generation_prompt=False)
     assert message == assistant(arguments)
+    old = {"role": "assistant", "function_call": {"name": "mul", "arguments": arguments}}
+    assert text == render_messages(demo[1], [USER, old], add_generation_prompt=False)
+    assert calls_of(old, [MULTIPLY]) == [call]
+
+
+def test_other_names_of_roles(demo: Any) -> None:
+    def shown(system: str, tool: str) -> str:
+        messages = [{"role": system, "content": "Be brief."}, USER, assistant("{}")]
+        messages.append({"role": tool, "name": "mul", "content": "54"})
+        return str(render_messages(demo[1], messages, add_generation_prompt=True))
+
+    assert shown("developer", "function") == shown("system", "tool")
+    assert "Be brief." in shown("developer", "function")
 
 
 @pytest.mark.parametrize(

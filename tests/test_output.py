@@ -111,7 +111,10 @@ def test_text_is_shown_as_soon_as_nothing_can_claim_it() -> None:
 
 def test_the_text_around_calls_loses_its_line_ends() -> None:
     text = f"Let me look:\n\n{CALL}\n{CALL}\n\n Done.\n"
-    assert parse(text, tools=[TOOL])[1] == "Let me look:Done.\n"
+    assert parse(text, tools=[TOOL])[1] == "Let me look:\n\nDone.\n"
+    for call in (CALL, JSON, f"\n{XML}\n"):
+        assert parse(f"I look.{call}OK", tools=[TOOL])[1] == "I look.\n\nOK"
+        assert parse(f"hm</think>\n\n{call}OK", thinking=True, tools=[TOOL])[1] == "OK"
 
 
 def test_without_tools_a_call_is_text() -> None:
@@ -153,10 +156,35 @@ def before_stop(text: str, stops: list[str]) -> str:
 def test_stop_strings_count_in_the_answer_and_not_in_thoughts_and_calls() -> None:
     text = f"a END\n</think>\n\nb\n{CALL.replace('Oslo', 'END')}\nc END d"
     thought, answer, calls = parse(text, thinking=True, tools=[TOOL], stop=["END"])
-    assert (thought, answer) == ("a END", "bc ")
+    assert (thought, answer) == ("a END", "b\n\nc ")
     assert run_calls(calls) == [("lookup", {"city": "END"})]
     assert parse("<think>x END y", split=False, stop=["END"])[1] == "<think>x "
     assert parse("<think>x", split=False, stop=["</think>", "<think>"])[1] == ""
+
+
+@pytest.mark.parametrize("stop", ["\n", "\n\n", "\n\nb"])
+def test_the_line_ends_behind_a_thought_or_a_call_are_no_stop_string(stop: str) -> None:
+    text = "a\n</think>\n\nb"
+    assert parse(f"{text}\n\nb", thinking=True, stop=[stop]) == ("a", "b", [])
+    assert parse("\n\nb\n\nb", stop=[stop])[1] == "b"
+    for call in (CALL, JSON, XML):
+        assert parse(f"{call}\n\nb\n\nb", tools=[TOOL], stop=[stop])[1] == "b"
+
+
+def test_a_call_without_a_tag_in_a_block_of_code_is_text() -> None:
+    for fence in ("```", "~~~xml", "  ```xml"):
+        text = f"So it looks:\n\n{fence}\n{XML}\n{fence.strip('xml ')}\nSee?"
+        assert parse(text, tools=[TOOL]) == ("", text, [])
+        assert parse(f"{fence}\n<function=loo", tools=[TOOL])[1] == f"{fence}\n<function=loo"
+        assert parse(f"{text}\n{CALL}", tools=[TOOL])[1] == text
+        # Behind it, or in text that only names the fence, it is one.
+        for before in (text, f"Of {fence} and", f"x\n</think>\n\n{text}"):
+            thinking = "</think>" in before
+            calls = parse(f"{before}\n{XML}", tools=[TOOL], thinking=thinking)[2]
+            assert run_calls(calls) == ONE
+    # A fence of a thought is none of the answer.
+    text = f"Or\n```\nx\n</think>\n\n{XML}"
+    assert run_calls(parse(text, tools=[TOOL], thinking=True)[2]) == ONE
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -234,6 +262,17 @@ def test_a_call_in_a_thought_that_closes_is_talk(call: str) -> None:
         assert got == ((text + end).rstrip("\n"), "42.", [])
     got = parse(f"{text}\n</think>\n\n{CALL}", thinking=True, tools=[TOOL])
     assert (got[0], run_calls(got[2])) == (text, ONE)
+
+
+@pytest.mark.parametrize("call", [CALL, JSON, XML, f"{CALL}\n{JSON}", CALL[:-13], JSON[:-12]])
+def test_a_call_in_a_thought_that_no_answer_follows_is_one(call: str) -> None:
+    for end in ("</think>", "\n</think>", "\n</think>\n\n"):
+        thought, answer, calls = parse(f"{TALK}\n{call}{end}", thinking=True, tools=[TOOL])
+        assert (thought, answer) == (TALK, "") and run_calls(calls) == ONE * call.count("lookup")
+    other = f"{TALK}\n{CALL.replace('lookup', 'other')}"
+    for said in (other, f"{TALK}\n{CALL[:60]}", f"{CALL} No."):
+        got = parse(f"{said}\n</think>\n\n", thinking=True, tools=[TOOL])
+        assert got == (said, "", [])
 
 
 def test_a_thought_that_goes_on_behind_a_call_has_talked() -> None:

@@ -78,7 +78,8 @@ def whole(text: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
     for match in re.finditer(call, text, re.DOTALL):
         found = re.findall(value, match[2], re.DOTALL)
         calls.append((match[1], {k: v.removeprefix("\n").removesuffix("\n") for k, v in found}))
-    return re.sub(call, "", text, flags=re.DOTALL), calls
+    texts = re.sub(rf"(?:{call})+", "\0", text, flags=re.DOTALL).split("\0")
+    return "\n\n".join(filter(None, texts)), calls
 
 
 @pytest.mark.slow
@@ -199,6 +200,19 @@ def test_schemas_with_references_and_enums() -> None:
     assert coerce("3", {"$ref": "#/$defs/none"}, root) == "3"
     assert coerce("2", {"enum": [1, 2]}, {}) == 2
     assert coerce("2", {"enum": ["1", "2"]}, {}) == "2"
+    assert coerce("2", {"const": 2}, {}) == 2 and coerce("2", {"const": "2"}, {}) == "2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "value"),
+    [
+        ("int", "3", 3), ("float", "0.5", 0.5), ("bool", "True", True), ("list", "['x']", ["x"]),
+        ("dict", "{'a': None}", {"a": None}), ("str", "3", "3"),
+        (["int", "NoneType"], "None", None),
+    ],
+)  # fmt: skip
+def test_types_may_have_the_names_of_python(kind: Any, raw: str, value: Any) -> None:
+    assert coerce(raw, {"type": kind}, {}) == value
 
 
 def test_schemas_that_say_little_or_nonsense() -> None:
@@ -277,7 +291,7 @@ def test_calls_in_json(text: str, calls: list[Any]) -> None:
     if text.endswith("</tool_call>"):
         # Whatever it was, it ended there.
         shown, found = parse(f"Now:\n{text}\n{render('do', {'count': '1'})}\nDone")
-        assert shown == "Now:Done"
+        assert shown == "Now:\n\nDone"
         assert [(c.name, c.arguments) for c in found if c.complete] == [
             *calls,
             ("do", {"count": 1}),
@@ -296,6 +310,17 @@ def test_a_call_without_its_end_does_not_swallow_the_next(broken: str) -> None:
     shown, found = parse(f"{broken}\n{render('do', {'text': 'b'})}")
     assert [(c.arguments, c.complete) for c in found][1:] == [({"text": "b"}, True)]
     assert shown == "" and not found[0].complete
+
+
+@pytest.mark.parametrize("first", [render("do", {"text": "a"}), call_json('{"text": "a"}')])
+@pytest.mark.parametrize("second", [render("do", {"text": "a"}), call_json('{"text": "a"}')])
+def test_a_whole_call_whose_last_tag_is_missing_counts_before_the_next(
+    first: str, second: str
+) -> None:
+    for between in ("\n", ""):
+        untagged = first.removesuffix("</tool_call>").rstrip("\n") + between
+        assert called(untagged + second) == DO * 2
+        assert called(untagged * 2 + second.removesuffix("</tool_call>")) == DO * 3
 
 
 @pytest.mark.parametrize(

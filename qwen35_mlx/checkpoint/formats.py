@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 Block = tuple[int, int]
 
 SCALE = "_scale_inv"  # ends the name of the scales of an FP8 tensor
+# Of FP8 where config.json does not say it, as in the reference; the scales must have that shape.
+FP8_BLOCK = [128, 128]
 # Ends of tensor names -> formats that are not read. The first match counts.
 FOREIGN = {
     (".qweight", ".qzeros", ".g_idx"): "GPTQ or AWQ",
@@ -26,7 +28,7 @@ FOREIGN = {
     ("_scale",): "scales of whole tensors or channels",
 }
 # Scales of activations and of the KV cache; FP8 weights do not need them.
-ACTIVATION_SCALE = re.compile(r"([._](activation|input|output)|\.(q|k|v|kv))_scale$")
+ACTIVATION_SCALE = re.compile(r"([._](activation|input|output)|\.(q|k|v|kv|prob))_scale(_inv)?$")
 # Computed from config.json, not learned.
 BUFFER = re.compile(r"\.rotary(_pos)?_emb\.inv_freq$")
 BF16_HINT = "convert from the bf16 checkpoint of the same model"
@@ -53,7 +55,8 @@ def fp8_block(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) ->
     """
     refuse_foreign(config, tensors)
     settings = quantization_block(config)
-    scales = [tensor for name, tensor in tensors.items() if name.endswith(SCALE)]
+    weights = (name for name in tensors if not ACTIVATION_SCALE.search(name))
+    scales = [tensors[name] for name in weights if name.endswith(SCALE)]
     if not scales and not any(tensor.dtype == FP8 for tensor in tensors.values()):
         if settings and not any(name.endswith(".scales") for name in tensors):
             log.warning(
@@ -67,7 +70,8 @@ def fp8_block(config: Mapping[str, Any], tensors: Mapping[str, SourceTensor]) ->
             raise _fp8_error("scales that are powers of two (UE8M0)", scale)
         if scale.shape in ((), (1,)):
             raise _fp8_error("one scale for a whole tensor", scale)
-    block = settings.get("weight_block_size")
+    block = FP8_BLOCK if settings.get("quant_method") == "fp8" else None
+    block = settings.get("weight_block_size", block)
     pair = block if isinstance(block, list) and len(block) == 2 else [0, 0]
     if not all(type(n) is int and n > 0 for n in pair):
         raise CheckpointError(

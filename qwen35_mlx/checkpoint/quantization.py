@@ -66,7 +66,6 @@ class Claims:
 
     def __init__(self, config: Mapping[str, Any]):
         self.block = quantization_block(config)
-        self.default = self._claim(self.block)
         # Some programs leave out leading components of the names.
         self.entries = {bare(key): value for key, value in self.block.items()}
         self.num_quantized = 0
@@ -76,7 +75,7 @@ class Claims:
         """Record a difference of config.json and files; a module may have several names."""
         self.num_quantized += 1
         entry = next((self.entries[name] for name in names if name in self.entries), None)
-        claim = self._claim(entry) if isinstance(entry, Mapping) else self.default
+        claim = self._claim(entry if isinstance(entry, Mapping) else self.block)
         if entry is False:
             claim = {"quantized": False}
         wrong = {key: value for key, value in claim.items() if value != getattr(found, key, None)}
@@ -98,7 +97,7 @@ class Claims:
 
     def warn(self) -> None:
         """Warn where the files were followed instead of config.json."""
-        if self.num_quantized and not self.default:
+        if self.num_quantized and not self._claim(self.block):
             log.warning("config.json does not say how the weights are quantized: taken from them")
         if self.differences:
             log.warning(

@@ -37,7 +37,7 @@ class CallText:
 
     before: the space and the tag in front of them. tagged: after `<tool_call>`, else at a bare
     `<function=NAME>`. in_line: there is text before it in its line. in_thought: a call then counts
-    only if nothing but calls follows, and the tool is known.
+    only if nothing but calls and the end of the thought follows, and the tool is known.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class CallText:
         # Text that was processed, in parts: appending to one long string would copy it each time.
         self._parts, self._num_before = [before], len(before)
         self._text, self._at = "", 0
+        # The end of the thought, and what follows it.
+        self._behind = ""
         # Start of the current call, in the whole text.
         self._body = len(before)
         self._quote, self._depth = "", 0
@@ -60,14 +62,13 @@ class CallText:
     @property
     def text(self) -> str:
         """The whole text, with `before`."""
-        return "".join([*self._parts, self._text])
+        return "".join([*self._parts, self._text, self._behind])
 
     def read(self, text: str) -> None:
         """Append text; sets `end` when it is known."""
-        searched = len(self._text)
-        self._text += text
-        if self._in_thought and (at := self._text.find(THINK_END, searched)) >= 0:
-            return self._talk(at)
+        closes = self._in_thought and (self._behind or THINK_END in text)
+        at = 0 if self._behind else text.find(THINK_END) if closes else len(text)
+        self._text, self._behind = self._text + text[:at], self._behind + text[at:]
         last = None
         while self.end is None and self._step != last:
             last = self._step
@@ -76,11 +77,17 @@ class CallText:
         self._parts.append(self._text[:num_done])
         self._num_before += num_done
         self._text, self._at = self._text[num_done:], self._at - num_done
-        return None
+        if closes and self.end is None and (not self._is_whole or self._behind[1:].strip()):
+            self._talk(len(self._text))
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all that was read is calls, complete but for their last tag."""
+        return self._step == self._between and bool(self.calls) and not self._text
 
     def finish(self) -> None:
         """Handle the end of the text: calls that lack only the last tag are complete."""
-        if self.end is not None or (self._step == self._between and self.calls and not self._text):
+        if self.end is not None or self._is_whole:
             self.end = len(self.text) if self.end is None else self.end
             return
         text = self.text
@@ -106,7 +113,7 @@ class CallText:
                     self.end = self._num_before + self._at
                     return
                 self._tagged = False
-            elif rest[:1] == CALL and (self._in_thought or not self.calls):
+            elif rest[:1] == CALL:
                 self._at += 1
                 self._tagged = True
             else:

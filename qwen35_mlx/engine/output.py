@@ -10,6 +10,7 @@ from .tool_values import Schema
 
 __all__ = ["OutputParser", "Piece", "ToolCall", "held_back"]
 ORPHAN = re.compile(rf"\s*{CALL_END}")
+FENCE = re.compile(r"^ {0,3}(?:```|~~~)", re.MULTILINE)
 
 
 class Piece(NamedTuple):
@@ -29,8 +30,8 @@ class OutputParser:
 
     Tags are added tokens; the same characters from other tokens are text, unless the tokenizer has
     no such token. A call starts with `<tool_call>`, or with `<function=NAME>` of a known tool at
-    the start of a line. In a thought it counts if the thought never closes and no text follows.
-    Line breaks around tags are dropped.
+    the start of a line outside of a code block. In a thought it counts if no text follows. Line
+    breaks around tags are dropped; an empty line replaces calls between texts.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class OutputParser:
         self._is_opening, self._is_after_call = split, False
         # Whether the answer is empty so far, and may still open a thought.
         self._is_blank = split
+        self._has_answered = False
+        # What was emitted of this part of the text.
+        self._shown: list[str] = []
 
     @property
     def stopped(self) -> bool:
@@ -122,9 +126,10 @@ class OutputParser:
         behind = self._buffer[at:]
         held = 0 if tag else self._num_held_by_bare_call(text, is_end)
         if not self.in_thought and self._stops:
-            if found := self._first_stop(text):
+            gap = len(text) - len(self._without_gap(text))
+            if found := self._first_stop(text[gap:]):
                 start, self.stop_text = found
-                self._show(text[:start], pieces)
+                self._show(text[: gap + start], pieces)
                 self._buffer = ""
                 return False
             held = max(held, 0 if tag or is_end else held_back(text, self._stops))
@@ -173,7 +178,8 @@ class OutputParser:
             places[CALL] = buffer.find(CALL, start)
         for bare in self._bare.finditer(buffer, start) if self._openings else ():
             at = bare.start()
-            if buffer[at - 1] == "\n" if at else self._at_line_start:
+            begins_line = buffer[at - 1] == "\n" if at else self._at_line_start
+            if begins_line and not self._is_in_code(buffer[:at]):
                 places[FUNCTION_OPEN] = at
                 break
         found = [(at, tag) for tag, at in places.items() if at >= 0]
@@ -187,8 +193,13 @@ class OutputParser:
         if not line or start < self._num_plain or not (start or self._at_line_start):
             return 0
         may_open = any(opening.startswith(line) for opening in self._openings)
+        may_open = may_open and not self._is_in_code(text[:start])
         # At the end of the text it is a call only if it is long enough.
         return len(line) if may_open and (not is_end or line.startswith(FUNCTION_OPEN)) else 0
+
+    def _is_in_code(self, text: str) -> bool:
+        """Whether a code block is open after `text`, which follows what was emitted."""
+        return len(FENCE.findall("".join([*self._shown, text]))) % 2 == 1
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
         """Start of the stop string that is complete first, and the string."""
@@ -219,18 +230,23 @@ class OutputParser:
         self._is_opening = self._at_line_start = True
         self._is_blank = not self.in_thought
         self._num_plain = 0
+        self._shown = []
+
+    def _without_gap(self, text: str) -> str:
+        """Without the space behind a tag."""
+        return text.lstrip() if self._is_after_call else text.lstrip("\n" * self._is_opening)
 
     def _show(self, text: str, pieces: list[Piece]) -> None:
         """Emit text, without the space after a tag."""
         if text:
             self._at_line_start = text.endswith("\n")
-        if self._is_after_call:
-            text = text.lstrip()
-        elif self._is_opening:
-            text = text.lstrip("\n")
-        if text:
+            self._shown.append(text)
+        if text := self._without_gap(text):
+            if self._is_after_call and self._has_answered:
+                text = f"\n\n{text}"
             self._is_opening = self._is_after_call = False
             self._is_blank = self._is_blank and not text.strip()
+            self._has_answered = self._has_answered or not self.in_thought
             pieces.append(Piece("thought" if self.in_thought else "answer", text))
 
 

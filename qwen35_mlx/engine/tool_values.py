@@ -17,6 +17,11 @@ MAX_DEPTH = 64
 JSON_WORD = re.compile(
     r""""[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*'|\b(true|false|null)\b""", re.DOTALL
 )
+# Python's names of the types, which many schemas hold in place of JSON's.
+PYTHON_TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array",
+    "dict": "object", "NoneType": "null",
+}  # fmt: skip
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
@@ -100,13 +105,14 @@ def kinds_of(schema: Any, root: Schema, depth: int = 0) -> set[str]:
     if match := re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(schema.get("$ref", ""))):
         return kinds_of(_mapping(root.get(match[1])).get(match[2]), root, depth + 1)
     kinds = schema.get("type")
-    found = {k for k in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(k, str)}
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    found = {PYTHON_TYPES.get(kind, kind) for kind in kinds if isinstance(kind, str)}
     for key in ("anyOf", "oneOf", "allOf"):
         for part in schema.get(key) or ():
             found |= kinds_of(part, root, depth + 1)
-    if not found and "enum" in schema:
-        names = {bool: "boolean", int: "integer", float: "number", type(None): "null"}
-        found = {names.get(type(choice), "string") for choice in schema["enum"] or ()}
+    if not found and ("enum" in schema or "const" in schema):
+        choices = schema["enum"] or () if "enum" in schema else [schema["const"]]
+        found = {PYTHON_TYPES.get(type(choice).__name__, "string") for choice in choices}
     return found | {"null"} if found and schema.get("nullable") is True else found
 
 

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 DEFAULT, TOOL_USE = "default", "tool_use"
-TEMPLATE_FILE, LEGACY_FILE = "chat_template.jinja", "chat_template.json"
+TEMPLATE_FILE = "chat_template.jinja"
+LEGACY_FILES = ("chat_template.json", "processor_config.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The chat templates of a folder by name; empty where it has none.
 
-    As in transformers, files come before tokenizer_config.json. The chat_template.json that older
-    processors wrote comes last.
+    As in transformers, files come before tokenizer_config.json. What older processors wrote comes
+    last. A template that is the only one is the default, whatever its name.
     """
     files = {}
     if (folder / TEMPLATE_FILE).exists():
@@ -31,14 +32,18 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
     if DEFAULT in files:
         return files
     templates = _named(tokenizer_config.get("chat_template"))
-    if not templates and (folder / LEGACY_FILE).exists():
-        templates = _named(read_object(folder / LEGACY_FILE).get("chat_template"))
-    return templates | files
+    for file in (folder / name for name in LEGACY_FILES):
+        if not templates and file.exists():
+            templates = _named(read_object(file).get("chat_template"))
+    templates |= files
+    if len(templates) == 1:
+        templates = {DEFAULT: next(iter(templates.values()))}
+    return templates
 
 
 def _named(value: Any) -> dict[str, str]:
     """Templates by name from a text, a mapping, or a list of `{"name", "template"}`."""
-    if value is None:
+    if not value:
         return {}
     if isinstance(value, str):
         return {DEFAULT: value}

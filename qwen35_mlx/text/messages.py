@@ -11,6 +11,9 @@ from . import media_parts
 def tool_calls(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
     """Name and arguments of each call, and whether the arguments were given as JSON text."""
     calls = message.get("tool_calls") or ()
+    if not calls and (call := message.get("function_call")):
+        # OpenAI's older form of one call.
+        calls = [{"function": call}]
     if not isinstance(calls, list | tuple):
         raise _unusable("the tool calls of a message are", calls, "a list of calls")
     return [_tool_call(call) for call in calls]
@@ -40,6 +43,10 @@ def _unusable(what: str, got: object, expected: str) -> PromptError:
     return PromptError(f"{what} not usable", got=repr(got)[:200], expected=expected)
 
 
+# Other names of roles that OpenAI's API has.
+ROLES = {"developer": "system", "function": "tool"}
+
+
 def for_template(messages: Sequence[Any]) -> list[Any]:
     """The messages in the form that templates take.
 
@@ -50,18 +57,19 @@ def for_template(messages: Sequence[Any]) -> list[Any]:
 
 def _for_template(message: Mapping[str, Any]) -> Mapping[str, Any]:
     changed: dict[str, Any] = {}
+    if isinstance(role := message.get("role"), str) and role in ROLES:
+        changed["role"] = ROLES[role]
     if message.get("content", "") is None:
         changed["content"] = ""
     elif isinstance(content := message.get("content"), list | tuple):
         changed["content"] = [media_parts.for_template(part) for part in content]
-    if message.get("tool_calls"):
+    if calls := tool_calls(message):
+        given = message.get("tool_calls") or [{}]
         changed["tool_calls"] = [
             {
                 **{key: value for key, value in call.items() if key not in ("name", "arguments")},
                 "function": {"name": name, "arguments": arguments},
             }
-            for call, (name, arguments, _) in zip(
-                message["tool_calls"], tool_calls(message), strict=True
-            )
+            for call, (name, arguments, _) in zip(given, calls, strict=True)
         ]
     return {**message, **changed} if changed else message
