@@ -3,8 +3,8 @@
 # B texts, T tokens, H hidden, N = B * T, E experts, K experts per token.
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ from qwen35_mlx.quant.latent import Latent, Loss, Schedule, dequantized, train
 from qwen35_mlx.quant.packing import Quantized
 from qwen35_mlx.quant.statistics import Calibration
 
+from . import activations
+from .activations import Activations
 from .calibrate import collecting
 from .distilled import KINDS, MIN_EXPERT_TOKENS, Distillation, PartReport
 from .goals import TINY, divergence, goal, relative_error, router_loss
 from .layerwise import LAYER, TRUNK, Layerwise, SourceCheckpoint, matrices
+from .modules import EXPERTS, Expert, Parts, Weights, module_at, read_parts
 from .plan import Plan
 from .transform import MLX_DTYPES, quantize_rows
 
@@ -34,9 +37,9 @@ EXPERT_STEPS = 200
 # Of the whole model: passes over the text, and how far scales and biases move in a step.
 FINISH_EPOCHS, FINISH_RATE = 2, 0.002
 ANY_BYTES = 2**62
+# Activations of a text that a layer's training holds, and the bytes of each number at most.
+HELD, DTYPE_BYTES = 9, 4
 EMBEDDING, HEAD = TRUNK + "embed_tokens", "language_model.lm_head"
-EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
-Parts = dict[str, Quantized]
 
 
 def distill(planned: Plan, distillation: Distillation, folder: Path) -> list[PartReport]:
@@ -44,9 +47,9 @@ def distill(planned: Plan, distillation: Distillation, folder: Path) -> list[Par
 
     A layer reads what the quantized layers before it give, starts from error feedback for these
     inputs, and is trained to give what the source's layer gives from the source's activations.
-    Holds one layer of the source, its quantized copy, its Hessians, and 2 * N * H activations;
-    routed experts are trained one at a time. With `finish_tokens` the whole model is then trained
-    on the divergence of its logits.
+    Holds one layer of the source, its quantized copy, its Hessians, and HELD times N * H
+    activations, or has these on disk; routed experts are trained one at a time. With
+    `finish_tokens` the whole model is then trained on the divergence of its logits.
     A second call goes on behind the last layer that was written, bit for bit.
     """
     (folder / "layers").mkdir(parents=True, exist_ok=True)
@@ -72,24 +75,30 @@ class _Distiller:
         self.batches = [slice(i, i + at_once) for i in range(0, len(self.ids), at_once)]
         self.report, self.prefix = PartReport(""), ""
         self.done = 0
+        held = HELD * self.ids.size * self.model.config.hidden_size * DTYPE_BYTES
+        self.spill = folder if held > distillation.activations_bytes else None
 
-    def run_layers(self) -> mx.array:
+    def run_layers(self) -> Activations:
         """Train layer after layer, then the head; returns the source's last activations."""
         found = [i for i in range(self.num_layers + 1) if self._streams(i).exists()]
         if not found:
-            # Activations of the source, and of what is quantized so far.
-            seen = mx.concatenate(self.model.embed(self.ids))
             ends = Model(self.model.ends.config)
 
             def quantize(root: Any) -> Parts:
                 return self._start(self.model.ends, root, EMBEDDING)
 
             self._trained(self.model.ends, ends, "", "embedding", quantize)
-            self._save_streams(0, seen, ends.language_model.model.embed_tokens(self.ids))
+            # Activations of the source, and of what is quantized so far.
+            streams = (
+                self._joined(
+                    root.language_model.model.embed_tokens(self.ids[b]) for b in self.batches
+                )
+                for root in (self.model.ends, ends)
+            )
+            self._save_streams(0, *streams)
             found = [0]
-        streams: Any = mx.load(str(self._streams(found[-1])))
-        seen, own = streams["seen"], streams["own"]
-        mx.eval(seen, own)
+        loaded = activations.load(self._streams(found[-1]), self.spill is not None)
+        seen, own = loaded["seen"], loaded["own"]
         for index in range(found[-1], self.num_layers):
             self.done = index
             seen, own = self._layer(index, seen, own)
@@ -104,13 +113,14 @@ class _Distiller:
     def _streams(self, index: int) -> Path:
         return self.folder / f"streams-{index:03}.safetensors"
 
-    def _save_streams(self, index: int, seen: mx.array, own: mx.array) -> None:
-        with replacing(self._streams(index)) as temporary:
-            mx.save_safetensors(str(temporary), {"seen": seen, "own": own})
+    def _save_streams(self, index: int, seen: Activations, own: Activations) -> None:
+        activations.save(self._streams(index), {"seen": seen, "own": own}, self.batches)
         if index:
             self._streams(index - 1).unlink()
 
-    def _layer(self, index: int, seen: mx.array, own: mx.array) -> tuple[mx.array, mx.array]:
+    def _layer(
+        self, index: int, seen: Activations, own: Activations
+    ) -> tuple[Activations, Activations]:
         """Train a layer; activations `[B, T, H]` behind it, of the source's and of the trained."""
         teacher, student = (
             self.model.layer(index),
@@ -159,7 +169,9 @@ class _Distiller:
         student.update(teacher.parameters())
         file = self.folder / "layers" / f"{name}.safetensors"
         if file.exists():
-            self._put(student, {path.removeprefix(prefix): p for path, p in _read(file).items()})
+            self._put(
+                student, {path.removeprefix(prefix): p for path, p in read_parts(file).items()}
+            )
             return
         self.report, self.prefix = PartReport(name), prefix
         parts = train_parts(student)
@@ -176,7 +188,7 @@ class _Distiller:
         statistics = Calibration("", "", "", self.ids.size)
         if run is not None:
             parent, num_experts = within.rpartition(".")[0], self.model.config.num_experts
-            root, prefix = _module(student, parent), f"{self.prefix}{parent}."
+            root, prefix = module_at(student, parent), f"{self.prefix}{parent}."
             with collecting(root, prefix, num_experts, hessians=True) as moments:
                 for rows in self.batches:
                     mx.eval(run(rows))
@@ -209,17 +221,18 @@ class _Distiller:
     def _put(self, root: Any, parts: Parts) -> None:
         """Dequantized, as the converted model will have them."""
         for path, found in parts.items():
-            module = _module(root, path)
+            module = module_at(root, path)
             weight = dequantized(found, module.weight.shape)
             module.weight = weight.astype(module.weight.dtype)
             mx.eval(module.weight)
 
-    def _run(self, half: Callable[[Any, mx.array], mx.array], layer: Any, x: mx.array) -> mx.array:
-        outs = []
-        for rows in self.batches:
-            outs.append(half(layer, x[rows]))
-            mx.eval(outs[-1])
-        return mx.concatenate(outs)
+    def _joined(self, parts: Iterable[mx.array]) -> Activations:
+        return Activations.joined(parts, self.spill)
+
+    def _run(
+        self, half: Callable[[Any, mx.array], mx.array], layer: Any, x: Activations
+    ) -> Activations:
+        return self._joined(half(layer, x[rows]) for rows in self.batches)
 
     def _train(
         self,
@@ -236,10 +249,10 @@ class _Distiller:
 
         A second loss is that from the source's own activations.
         """
-        modules = {name: _module(student, name) for name in names}
+        modules = {name: module_at(student, name) for name in names}
         if not modules:
             return
-        latents = {n: Latent(parts[n], _module(teacher, n).weight) for n in modules}
+        latents = {n: Latent(parts[n], module_at(teacher, n).weight) for n in modules}
 
         def with_weights(loss: Callable[[Any, int], mx.array]) -> Loss:
             def of_batch(weights: Mapping[str, mx.array], batch: int) -> mx.array:
@@ -271,17 +284,17 @@ class _Distiller:
         teacher: Any,
         student: Any,
         parts: Parts,
-        seen: mx.array,
-        own: mx.array,
-        goal: mx.array,
+        seen: Activations,
+        own: Activations,
+        goal: Activations,
     ) -> None:
         """Train router, routed experts, then the shared one; activations amid the layer."""
-        seen_rows, rows = (
-            teacher.post_attention_layernorm(seen),
-            student.post_attention_layernorm(own),
-        )
-        wanted = teacher.mlp.gate(seen_rows)
-        mx.eval(seen_rows, rows, wanted)
+
+        def norm(layer: DecoderLayer, x: mx.array) -> mx.array:
+            return layer.post_attention_layernorm(x)
+
+        seen_rows, rows = self._run(norm, teacher, seen), self._run(norm, student, own)
+        wanted = self._run(lambda layer, x: layer.mlp.gate(x), teacher, seen_rows)
         gate = [name for name in parts if name == "mlp.gate"]
         self._train(
             "router",
@@ -293,25 +306,25 @@ class _Distiller:
                 root.mlp.gate(rows[self.batches[i]]), wanted[self.batches[i]], self.per_token
             ),
         )
-        hidden = rows.shape[-1]
-        flat, seen_flat = rows.reshape(-1, hidden), seen_rows.reshape(-1, hidden)
-        mlp = student.mlp
-        routing = route(mlp.gate(flat), mlp.shared_expert_gate(flat), self.per_token)
-        mx.eval(routing)
-        chosen = route(
-            wanted.reshape(flat.shape[0], -1), routing.shared_scores, self.per_token
-        ).indices
-        missed = (chosen[..., None] != routing.indices[:, None]).all(axis=-1)
-        self.report.flips = round(float(missed.mean()), 6)
-        self._routed(teacher, student, parts, seen_flat, flat, routing)
-        outs = []
-        # Not all at once: a token takes a row for each of its experts.
-        for start in range(0, len(flat), BATCH_TOKENS):
-            x, indices, scores, _ = (a[start : start + BATCH_TOKENS] for a in (flat, *routing))
-            outs.append(expert_mlp(x, indices, scores, mlp.switch_mlp))
-            mx.eval(outs[-1])
-        fixed = own + mx.concatenate(outs).reshape(own.shape)
-        mx.eval(fixed)
+        mlp, found, missed = student.mlp, [], 0.0
+        for batch in self.batches:
+            x, of_teacher = (flat(each[batch]) for each in (rows, wanted))
+            found.append(route(mlp.gate(x), mlp.shared_expert_gate(x), self.per_token))
+            chosen = route(of_teacher, found[-1].shared_scores, self.per_token).indices
+            miss = (chosen[..., None] != found[-1].indices[:, None]).all(axis=-1)
+            mx.eval(found[-1], miss)
+            missed += float(miss.sum()) / self.ids.size / self.per_token
+        self.report.flips = round(missed, 6)
+        routing = Routing(*(mx.concatenate(list(each)) for each in zip(*found, strict=True)))
+        self._routed(teacher, student, parts, seen_rows, rows, routing)
+
+        def with_routed() -> Iterator[mx.array]:
+            for batch, (indices, scores, _) in zip(self.batches, found, strict=True):
+                x = own[batch]
+                out = expert_mlp(flat(rows[batch]), indices, scores, mlp.switch_mlp)
+                yield x + out.reshape(x.shape)
+
+        fixed = self._joined(with_routed())
 
         def with_shared(root: Any, i: int) -> mx.array:
             x, shared = rows[self.batches[i]], root.mlp.shared_expert
@@ -327,11 +340,11 @@ class _Distiller:
         teacher: Any,
         student: Any,
         parts: Parts,
-        seen: mx.array,
-        own: mx.array,
+        seen: Activations,
+        own: Activations,
         routing: Routing,
     ) -> None:
-        """Train each expert on the tokens `[N, H]` that go to it."""
+        """Train each expert on the tokens that go to it."""
         names = [name for name in parts if name.startswith(EXPERTS)]
         indices = np.array(routing.indices)
         num_experts = self.model.config.num_experts
@@ -344,7 +357,7 @@ class _Distiller:
             if len(at) >= MIN_EXPERT_TOKENS and names:
                 tokens = mx.array(at)
                 weight = mx.square(routing.scores[tokens, mx.array(slot)])[:, None]
-                inputs = seen[tokens], own[tokens]
+                inputs = seen.tokens(at), own.tokens(at)
                 self._one_expert(teacher.mlp.switch_mlp, expert, mine, *inputs, weight)
                 losses = self.report.losses.pop(f"expert {expert}")
                 before, after = before + losses[0], after + losses[1]
@@ -357,7 +370,7 @@ class _Distiller:
             parts[name] = words, scales, biases
             self._put(student, {name: parts[name]})
             # Needed no more, and half of the layer.
-            _module(teacher, name).weight = _module(student, name).weight
+            module_at(teacher, name).weight = module_at(student, name).weight
         self.report.losses["experts"] = before / num_experts, after / num_experts
         share = round(after / before, 4) if before else 1.0
         self.report.left |= {self.prefix + name: share for name in names}
@@ -371,7 +384,7 @@ class _Distiller:
         x: mx.array,
         weight: mx.array,
     ) -> None:
-        original, root = _Expert(experts, number), _Expert(experts, number)
+        original, root = Expert(experts, number), Expert(experts, number)
         goal = original(seen)
         mx.eval(x, goal, weight)
         num_batches = -(-len(x) // EXPERT_BATCH)
@@ -390,7 +403,7 @@ class _Distiller:
             name, original, root, mine, list(mine), loss, num_batches=num_batches, schedule=schedule
         )
 
-    def _head(self, root: Any, seen: mx.array, own: mx.array) -> Parts:
+    def _head(self, root: Any, seen: Activations, own: Activations) -> Parts:
         """Train the head, if it is no embedding too, on the divergence of its logits."""
         ends = self.model.ends
 
@@ -407,7 +420,7 @@ class _Distiller:
         self._train("head", ends, root, parts, list(parts), loss)
         return parts
 
-    def finish(self, seen: mx.array, num_tokens: int) -> None:
+    def finish(self, seen: Activations, num_tokens: int) -> None:
         """Train all matrices at once on the divergence of the logits, with the model in memory."""
         self.report, self.prefix, self.done = PartReport("whole"), "", self.num_layers - 1
         ends = self.model.ends
@@ -418,7 +431,7 @@ class _Distiller:
             _let_gradients_pass(layer)
         parts = Parts()
         for file in sorted((self.folder / "layers").glob("*.safetensors")):
-            parts |= _read(file)
+            parts |= read_parts(file)
 
         def loss(root: Any, i: int) -> mx.array:
             rows = self.batches[i]
@@ -427,7 +440,7 @@ class _Distiller:
 
         num_batches = -(-num_tokens // BATCH_TOKENS)
         num_batches = min(max(num_batches, 1), len(self.batches))
-        teacher = _Weights({path: _module(student, path).weight for path in parts})
+        teacher = Weights({path: module_at(student, path).weight for path in parts})
         schedule = replace(self.schedule, epochs=FINISH_EPOCHS, rate=FINISH_RATE, codes=False)
         names = list(parts)
         self._train(
@@ -441,45 +454,12 @@ class _Distiller:
         folder.rename(self.folder / "finished")
 
 
-class _Weights:
-    """Matrices by their paths."""
-
-    def __init__(self, weights: Mapping[str, mx.array]):
-        self.matrices = {path: _Matrix(weight) for path, weight in weights.items()}
-
-
-class _Expert(_Weights):
-    """One expert of a stack: `[N, H]` -> the same."""
-
-    def __init__(self, experts: Any, number: int):
-        super().__init__({EXPERTS + name: experts[name].weight[number] for name in GLU})
-
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, up, down = (self.matrices[EXPERTS + name].weight for name in GLU)
-        return (nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-@dataclass
-class _Matrix:
-    weight: mx.array
-
-
-def _read(file: Path) -> Parts:
-    stored: Any = mx.load(str(file))
-    modules = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
-    parts: Any = {m: tuple(stored[f"{m}.{kind}"] for kind in KINDS) for m in sorted(modules)}
-    return parts
+def flat(x: mx.array) -> mx.array:
+    """`[B, T, H]` -> `[N, H]`."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _let_gradients_pass(layer: DecoderLayer) -> None:
     if not layer.is_linear:
         # Blocks of queries are evaluated one by one, which no gradient allows.
         layer.self_attn.max_scores_bytes = ANY_BYTES
-
-
-def _module(root: Any, path: str) -> Any:
-    if isinstance(root, _Weights):
-        return root.matrices[path]
-    for name in path.split("."):
-        root = root[int(name)] if name.isdigit() else root[name]
-    return root

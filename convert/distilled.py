@@ -54,6 +54,8 @@ class Distillation:
     # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
     finish_tokens: int = 0
     schedule: Schedule = field(default_factory=lambda: Schedule(EPOCHS, RATE))
+    # Memory for activations between layers; if they need more, they are on disk.
+    activations_bytes: int = 2**62
     progress: StepProgress = field(default=lambda done, total, step: None, repr=False)
 
     @property

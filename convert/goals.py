@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .activations import Activations
+
 # Weight of the router's wrong choices beside the divergence of its probabilities.
 FLIP_PENALTY = 0.1
 TINY = 1e-30
@@ -15,8 +17,8 @@ TINY = 1e-30
 
 def goal(
     half: Callable[[Any, mx.array], mx.array],
-    x: mx.array,
-    out: mx.array,
+    x: Activations,
+    out: Activations,
     batches: Sequence[slice],
 ) -> Callable[[Any, int], mx.array]:
     """The loss of half a layer: from activations `x` `[B, T, H]` it shall give `out`."""

@@ -36,6 +36,7 @@ CONVERT = PLAN | {
     "--calibrate": [],
     "--calibration-text": ["{text}", "--calibrate"],
     "--finish-tokens": ["64", "--method", "distill", "--calibrate"],
+    "--activations-memory": ["1GB", "--method", "distill"],
     "--keep-source": [],
     "--verify": [],
 }

@@ -34,6 +34,7 @@ def convert(
     calibrate: bool = False,
     calibration_text: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     finish_tokens: Annotated[int, typer.Option(min=0)] = 0,
+    activations_memory: Annotated[str | None, typer.Option(metavar="MEMORY")] = None,
     revision: options.Revision = None,
     keep_source: bool = False,
     verify: bool = False,
@@ -60,6 +61,8 @@ def convert(
             conversations as for training. Default: a text that comes with the program.
         finish_tokens: With --method distill: then train all layers at once on so many tokens of the
             text, which holds the whole model in memory. Default: no such training.
+        activations_memory: With --method distill: memory for the activations between two layers,
+            such as 8GB. If they need more, they are kept on disk. Default: a quarter of all memory.
         keep_source: Keep the downloaded files in OUT-source. Default: delete each after its
             conversion.
         verify: Read OUT again and compare checksums, after the conversion, or alone if OUT exists.
@@ -74,8 +77,9 @@ def convert(
     from .report import print_lines
     from .terminal import note
 
-    if finish_tokens and method != "distill":
-        ctx.fail("--finish-tokens needs --method distill.")
+    if method != "distill" and (finish_tokens or activations_memory):
+        name = "--finish-tokens" if finish_tokens else "--activations-memory"
+        ctx.fail(f"{name} needs --method distill.")
     if calibration_text and not calibrate and method != "distill":
         ctx.fail("--calibration-text needs --calibrate or --method distill.")
     if keep_source and not is_hub_id(source):
@@ -89,7 +93,9 @@ def convert(
         # Before a calibration, which may take hours.
         refuse_existing(out)
         found = calibration_for(source, out, calibration, calibrate, calibration_text, method)
-        distillation = distillation_for(source, calibration_text, finish_tokens, method)
+        distillation = distillation_for(
+            source, calibration_text, finish_tokens, activations_memory, method
+        )
         with step_progress("Distilling") as on_step:
             if distillation:
                 distillation = replace(distillation, progress=on_step)
@@ -332,14 +338,19 @@ def calibration_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.calibration.safetensors")
 
 
-def distillation_for(source: str, text: Path | None, finish_tokens: int, method: str | None) -> Any:
+def distillation_for(
+    source: str, text: Path | None, finish_tokens: int, memory: str | None, method: str | None
+) -> Any:
     """What --method distill trains on; None with another method."""
     if method != "distill":
         return None
     from ..convert.calibration_text import TEXT_FILE, encode
     from ..convert.distilled import Distillation
+    from ..machine import memory_bytes, parse_memory
 
-    return Distillation(encode(Path(source), text or TEXT_FILE), finish_tokens)
+    budget = memory_bytes() // 4 if memory is None else parse_memory(memory)
+    ids = encode(Path(source), text or TEXT_FILE)
+    return Distillation(ids, finish_tokens, activations_bytes=budget)
 
 
 def remember(folder: Path) -> None:
