@@ -49,10 +49,10 @@ def evaluate(
     if out.exists():
         raise Qwen35Error(f"{out} exists already", hint="name another file with --out")
     if not out.parent.is_dir():
-        # Now, and not after hours.
+        # Now, not after hours.
         raise Qwen35Error(f"no folder for {out.name}", got=out.parent, hint="make it, or --out")
     if tasks:
-        # Their bars of progress, beside ours.
+        # No progress bars of the harness beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         with extra("eval", "lm-evaluation-harness is not installed"):
             from ..evaluation.harness import evaluate as run

@@ -69,7 +69,7 @@ def serve(
     adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
 
-    # Before the model loads, which can take minutes.
+    # Before the model loads, because that can take minutes.
     bound = bind(host, port)
     from .progress import spinner
     from .terminal import note
@@ -81,7 +81,7 @@ def serve(
     made: list[Any] = []
 
     def make() -> Any:
-        """The application with an engine that runs."""
+        """The application with a running engine."""
         from ..checkpoint.adapter import read_adapter
         from ..engine.prefix_store import PrefixStore
         from ..engine.scheduler import Engine, Limits
@@ -138,7 +138,7 @@ def serve(
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:
-    """Folders of adapters by their names."""
+    """Folders of adapters by name."""
     adapters: dict[str, str] = {}
     for pair in given:
         name, equals, folder = pair.partition("=")
@@ -174,13 +174,13 @@ def launch(
     prepared_launch = LAUNCHES[client](running_server(url.rstrip("/"), api_key))
     path = shutil.which(prepared_launch.program)
     command = command_of(prepared_launch, arguments or [], path)
-    # Kept while the client runs, which replaces this process.
+    # It stays while the client runs, which replaces this process.
     folder = Path(tempfile.mkdtemp(prefix="qwen35-mlx-"))
     os.execve(command[0], command, os.environ | prepared(prepared_launch, folder))
 
 
 def running_server(url: str, api_key: str | None) -> "Endpoint":
-    """The server at an address, asked for its model."""
+    """The running server at an address, with its model."""
     import json
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen

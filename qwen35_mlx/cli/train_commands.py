@@ -1,4 +1,4 @@
-"""The commands that make adapters and fuse them: train, fuse."""
+"""The commands train and fuse, for adapters."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -140,13 +140,13 @@ def train(
             f"adapter written to {adapter_path}",
         ]
     )
-    # Last: where no file can be written, the adapter is there all the same.
+    # Last, because the adapter is written even if this file cannot be.
     if png:
         draw(history, png)
 
 
 def step_text(step: Any) -> str:
-    """Loss, speed, memory and time left, for the line of progress."""
+    """Loss, speed, memory and time left, for the progress line."""
     minutes, seconds = divmod(round(step.seconds_left), 60)
     left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{seconds:02}"
     return (
@@ -156,7 +156,7 @@ def step_text(step: Any) -> str:
 
 
 def draw(history: list[Any], file: Path) -> None:
-    """The losses and the speed over the steps as a PNG."""
+    """Draw losses and speed over the steps as a PNG."""
     from ..convert.plots import picture
 
     steps = [step for step in history if step.step]
