@@ -47,11 +47,11 @@ def chat(
         autosave: Save every conversation as a session named by date and time. Default: only with
             --session or /save.
         think_budget: End a thought after this many tokens. Default: no limit.
-        on_loop: What to do with an answer that repeats itself without end. stop: end it. penalize:
-            make repeated tokens less likely. off: nothing. Default: stop; off with --preset coding.
-        snapshot_memory: Memory for prompt-cache snapshots, in GB. With more snapshots, less is read
-            again after an edit, a retry or an undo. Default: what weights and context leave, at
-            most 4 and at most a sixteenth of memory.
+        on_loop: What to do if an answer repeats itself without end. stop: end it. penalize: make
+            repeated tokens less likely. off: nothing. Default: stop; off with --preset coding.
+        snapshot_memory: Memory for snapshots of the prompt cache, in GB. With more snapshots, less
+            text is read again after an edit, a retry or an undo. Default: what weights and context
+            leave, at most 4 and at most a sixteenth of memory.
         plain: Print Markdown as source. Default: rendered on a terminal, source elsewhere.
         preset: Sampling parameters. thinking, coding, instruct: as Qwen recommends. auto: thinking
             or instruct, by mode. checkpoint: from generation_config.json. Default: auto; checkpoint

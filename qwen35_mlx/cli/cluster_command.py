@@ -49,12 +49,12 @@ def cluster(
 
     Args:
         arguments: After --: chat, generate or serve with a MODEL.
-        hosts: Macs by name or address, this one first, with commas between them: TCP joins them.
-        hostfile: What `mlx.distributed_config` wrote, in place of --hosts: for Thunderbolt 5 with
-            --backend jaccl.
+        hosts: Names or addresses of the Macs, this one first, with commas; connected by TCP.
+        hostfile: File of `mlx.distributed_config`, in place of --hosts; for Thunderbolt 5 run it
+            with --backend jaccl.
         split: Give each Mac whole layers by these shares, such as 192GB,96GB. Default: split every
             layer; by memory where equal parts do not fit.
-        port: First of their ports. Default: a free one.
+        port: First port that the Macs use. Default: a free one.
     """
     model, reads_input = model_of(arguments)
     found, backend = read_hosts(hosts, hostfile)

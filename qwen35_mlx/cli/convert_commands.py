@@ -51,15 +51,16 @@ def convert(
             error feedback; needs a calibration made with --method gptq. distill: error feedback,
             then trained layer after layer, without a calibration; hours for a large model. Default:
             minmax with --bits alone, else search, or gptq if the calibration allows it.
-        experts_layout: Where the matrices of an expert lie. stacked: in the stacks of all experts,
-            as mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once.
-        calibrate: First run a text through SRC, a layer at a time, to learn which errors matter.
+        experts_layout: Order of the experts' weights in the files. stacked: one array per matrix
+            for all experts, which mlx-lm reads too. disk: the matrices of each expert side by side,
+            which --experts-memory reads faster.
+        calibrate: First run a text through SRC, a layer at a time, to measure which errors matter.
             Writes the result to the file of --calibration, or to OUT.calibration.safetensors.
             Default: no calibration.
         calibration_text: Text for --calibrate and --method distill: plain, or .jsonl with lines of
             conversations as for training. Default: a text that comes with the program.
-        finish_tokens: With --method distill: then train all layers at once on so many tokens of the
-            text, which holds the whole model in memory. Default: no such training.
+        finish_tokens: With --method distill: afterwards train all layers together on this many
+            tokens of the text, with the whole model in memory. Default: no such training.
         keep_source: Keep the downloaded files in OUT-source. Default: delete each after its
             conversion.
         verify: Read OUT again and compare checksums, after the conversion, or alone if OUT exists.
@@ -199,14 +200,14 @@ def plan(
 ) -> None:
     """Show what convert would write, and which Macs run the result.
 
-    Shows also the memory and disk that a conversion needs. Reads only the headers of the files.
+    Also shows the memory and disk that a conversion needs. Reads only the headers of the files.
 
     Args:
         source: Folder of a Hugging Face checkpoint, hub id, or a released model such as
             Qwen3.5-27B, which needs no network. Default: show which models of the family fit.
         mac: Show this Mac alone: 256GB, M3 Ultra, or M3 Ultra 256GB. Default: this machine without
             SRC, all Macs with SRC.
-        together: How many such Macs run the model together, or which: 192GB,96GB.
+        together: Number of such Macs that run the model together, or their memory: 192GB,96GB.
         png: Also draw the result as a PNG. Default: text alone.
     """
     from ..convert import plan as make_plan

@@ -32,23 +32,23 @@ def fidelity(
 ) -> None:
     """Compare quantized models with their original on a text.
 
-    Prints KL, top-1 agreement, perplexity, and for one OUT the error of each layer; the last line
-    is JSON. Holds one layer of each model in memory. A FILE of --text that ends in .jsonl has
-    conversations. Says when a model was calibrated with the text. With an adapter all models get
-    it, except where it was fused into the weights.
+    Prints KL divergence, top-1 agreement, perplexity and, for a single OUT, the error of each
+    layer; the last line is JSON. Holds one layer of each model in memory. A FILE of --text that
+    ends in .jsonl holds conversations. Warns if a model was calibrated with the text. An adapter
+    is applied to all models except those into which it was fused.
 
     Args:
         reference: Folder of the original, or a converted one.
-        quantized: Converted folder to compare with it; or several.
+        quantized: Converted folder to compare with SRC; or several.
         tokens: Maximum number of tokens to run.
-        mac: Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. Default:
-            this machine, else M3 Ultra 256GB.
-        tasks: Also let all models answer questions, SRC in memory too: how far the answers are the
-            same, how long thoughts are, whether tool calls and JSON are valid.
+        mac: Mac whose memory and bandwidth the table is computed for, such as M3 Ultra 256GB.
+            Default: this machine, else M3 Ultra 256GB.
+        tasks: Also let all models answer questions, which loads the whole SRC too: compares the
+            answers, the length of thoughts, and whether tool calls and JSON are valid.
         save: Write the figures to fidelity.json in each OUT, for its model card. Default: print
             them alone.
-        png: Also draw a PNG: the errors of layers, or of several OUT KL over bytes and tokens/s or
-            tasks. Default: text alone.
+        png: Also draw a PNG: the error of each layer; for several OUT, KL over bytes and tokens/s,
+            or the tasks. Default: text alone.
     """
     from dataclasses import replace
 

@@ -49,11 +49,11 @@ def serve(
             the bundled demo.
         demo: Serve the bundled demo model.
         port: Port to listen on; 0 takes a free one.
-        host: Address to listen on. Others than 127.0.0.1 let other machines in and need --api-key.
+        host: Address to listen on. Any but 127.0.0.1 admits other machines and needs --api-key.
         allow_host: Name by which clients may call this server, besides localhost and addresses.
             Repeat the option for several. Default: none.
         name: Name of the model for clients. Default: its folder's name.
-        queue: Requests that may wait; beyond them clients are sent away.
+        queue: Maximum number of waiting requests; further ones get error 429.
         adapter_path: An adapter that requests may name: the model MODEL:NAME, or the field
             adapters. Repeat the option for several. Default: none.
     """
@@ -160,12 +160,12 @@ def launch(
 ) -> None:
     """Start an agent with its settings for the running server.
 
-    The agent's own settings stay as they are: ours are in its environment and in a scratch folder.
+    The agent's own settings stay as they are: these go into its environment and a scratch folder.
 
     Args:
         client: qwen-code, claude, opencode or codex.
         arguments: Arguments for the client, after --. Default: none.
-        url: Address of the server that runs.
+        url: Address of the running server.
     """
     from ..server.clients import LAUNCHES, command_of, prepared
 
