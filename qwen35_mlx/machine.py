@@ -60,6 +60,11 @@ class Machine(NamedTuple):
     versions: dict[str, str]
 
     @property
+    def limit_bytes(self) -> int:
+        """What MLX may use: the GPU's limit, or all memory without Metal."""
+        return self.gpu_limit_bytes or self.memory_bytes
+
+    @property
     def gbps(self) -> float:
         """Bandwidth of its memory in 10^9 bytes a second; 0 for an unknown chip."""
         return bandwidth_gbps(self.chip, round(self.memory_bytes / GIB)) or 0

@@ -339,8 +339,7 @@ def room_for_experts(
 
     The limit is that of this machine, or `limit_bytes`.
     """
-    machine = describe()
-    limit = limit_bytes or machine.gpu_limit_bytes or machine.memory_bytes
+    limit = limit_bytes or describe().limit_bytes
     context = context or min(config.context_length, DEFAULT_CONTEXT)
     needed = count(config, resident_bytes, context, limit, item_bytes)
     return limit - needed.total - sweep_bytes(config, context, item_bytes)
@@ -418,7 +417,7 @@ def allow(
         check_context(config, context)
     machine = describe()
     has_gpu = machine.gpu_limit_bytes is not None
-    limit = machine.gpu_limit_bytes or machine.memory_bytes
+    limit = machine.limit_bytes
     wanted = context or (min(config.context_length, DEFAULT_CONTEXT) if has_gpu else 0)
     needed = count(config, weight_bytes, wanted, limit, item_bytes)
     if (needed.total if wanted else weight_bytes) > limit and not force:

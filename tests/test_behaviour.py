@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +16,7 @@ from qwen35_mlx.engine.tool_calls import ToolCall
 from qwen35_mlx.evaluation import behaviour
 from qwen35_mlx.evaluation.behaviour import Answer, Question, answers, figures, questions
 from qwen35_mlx.files import locked
+from qwen35_mlx.machine import Machine
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 TIMER = behaviour._tool("set_timer", "Start a timer", {"minutes": {"type": "integer"}})
@@ -169,7 +169,7 @@ def test_the_table_of_answers_fits_a_terminal(monkeypatch):
 
 
 def test_an_original_that_does_not_fit_is_refused_with_its_bytes(monkeypatch):
-    small = SimpleNamespace(gpu_limit_bytes=5_000_000, memory_bytes=9_000_000, chip="", os="")
+    small = Machine("", "", 9_000_000, 5_000_000, 0, {})
     monkeypatch.setattr("qwen35_mlx.memory.describe", lambda: small)
     monkeypatch.setattr("qwen35_mlx.machine.describe", lambda: small)
     result = CliRunner().invoke(cli.app, ["fidelity", str(SOURCE), str(SOURCE), "--tasks"])

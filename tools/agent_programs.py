@@ -1,8 +1,8 @@
-"""Agents of npm, headless, each in one turn with a tool, before a model that follows a script.
+"""Runs agents from npm without a terminal, each for one turn with a tool, on a scripted model.
 
-The demo's context is too short for their prompts, which have 20,000 tokens, and it does not follow
-them. So the engine here calls the first tool that runs a command, and answers when it has a result;
-all the rest, from the socket to the chat template, is the server's own.
+The agents' prompts have 20,000 tokens, too many for the demo model's context, and the demo does not
+follow them. So a scripted engine calls the first tool that runs a command, and answers when it has
+a result. All else, from the socket to the chat template, is the real server.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from qwen35_mlx.text.tokenizer import read_tokenizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-# Where `make test-agents` puts them; packages of one system have their program in other places.
+# Where `make test-agents` installs them; packages for a single system have other program folders.
 MODULES = ROOT / ".venv" / "agents" / "node_modules"
 PROGRAM_FOLDERS = (
     ".bin",
@@ -42,7 +42,7 @@ CONTEXT_LENGTH = 131_072
 WORD = "pomegranate"
 COMMAND = f"echo {WORD}"
 SECONDS = 120
-# The tools that run a command, by the names of their parameter.
+# The names of tools that run a command, with their arguments.
 SHELLS = {
     "run_shell_command": {"command": COMMAND, "is_background": False, "description": "say it"},
     "Bash": {"command": COMMAND, "description": "say it"},
@@ -51,7 +51,7 @@ SHELLS = {
     "shell_command": {"command": COMMAND},
     "exec_command": {"cmd": COMMAND},
 }
-# What makes each agent answer one prompt and end.
+# The arguments that make each agent answer one prompt and exit.
 HEADLESS = {
     "qwen-code": ["--approval-mode", "yolo", "-o", "json", "PROMPT"],
     "claude": ["-p", "PROMPT", "--allowedTools", "Bash", "--output-format", "json"],
@@ -67,12 +67,12 @@ PROMPT = f"Run `{COMMAND}` and tell me what it prints."
 
 
 def scripted_engine(tokenizer: Any) -> Any:
-    """An engine that calls a shell once and then tells its result."""
+    """An engine that calls a shell once and then reports its result."""
     from server.fake_engine import FakeEngine, FakeTicket
 
     class Scripted(FakeEngine):
         def submit(self, request: Request) -> FakeTicket:
-            # The template of the model has to take what the agent sent.
+            # Fails if the model's chat template does not accept the request.
             encode_messages(
                 tokenizer,
                 list(request.messages or ()),
@@ -91,7 +91,7 @@ def scripted_engine(tokenizer: Any) -> Any:
 
 
 def script(request: Request) -> tuple[list[Any], str]:
-    """What is said: a call where there is a shell and no result yet."""
+    """The events of an answer: a call if there is a shell and no result yet, else a text."""
     messages = list(request.messages or ())
     results = [m for m in messages if m["role"] == "tool"]
     names = [tool["function"]["name"] for tool in request.tools]
@@ -111,7 +111,7 @@ def search_path() -> str:
 
 
 def run_all() -> dict[str, str]:
-    """Each agent that is installed, with what is wrong with it; nothing is good."""
+    """Each installed agent with its problem; an empty text if there is none."""
     tokenizer = read_tokenizer(SOURCE, read_object(SOURCE / "config.json"))
     engine = scripted_engine(tokenizer)
     settings = Settings("demo", CONTEXT_LENGTH, vocab_size=2560)
@@ -135,7 +135,7 @@ def run_all() -> dict[str, str]:
 
 
 def run_one(name: str, launch: clients.Launch, engine: Any) -> str:
-    """What is wrong with a turn of one agent."""
+    """Run a turn of one agent; returns its problem, or an empty text."""
     engine.tickets.clear()
     arguments = [PROMPT if word == "PROMPT" else word for word in HEADLESS[name]]
     if name == "codex":
@@ -174,7 +174,7 @@ def run_one(name: str, launch: clients.Launch, engine: Any) -> str:
 
 
 def main() -> None:
-    """Run them and say how it went; exit 1 if one is wrong, or none is there."""
+    """Run all agents and print the results; exit 1 if one fails or none is installed."""
     problems = run_all() or {"agents": "none is installed"}
     for name, problem in problems.items():
         print(f"{name}: {problem or 'ok'}")

@@ -1,8 +1,8 @@
-"""Turns of each agent, in short copies of the shapes that they send; counts what is read.
+"""Replays turns in the form in which each agent sends them, and counts the tokens that are read.
 
-The answers are the model's own. Ours gets each agent's own API. mlx-lm's server has chat
-completions alone, so it gets the same turns as a translating proxy would send them: system messages
-at the front, because it fails on others.
+The answers come from the model. This package's server gets each agent's own API. mlx-lm's server
+has only chat completions, so it gets the same turns as a translating proxy would send them, with
+system messages at the front, because it fails on others.
 """
 
 import json
@@ -34,7 +34,7 @@ REMINDER = "The folder has these files: main.py, notes.md, picture.png. Today is
 
 
 def question(turn: int) -> str:
-    """What the user, or a tool, says in a turn."""
+    """The text of the user, or of a tool, in a turn."""
     return f"Step {turn}: " + "look at the next part of the file and go on. " * 2
 
 
@@ -54,11 +54,11 @@ class Agent:
         return {"messages": self.messages, "tools": TOOLS, "max_tokens": ANSWER_TOKENS}
 
     def plain(self, turn: int) -> dict[str, Any]:
-        """The same for a server that has chat completions alone."""
+        """The same request for a server that has only chat completions."""
         return self.body(turn)
 
     def message(self, answer: dict[str, Any]) -> Message:
-        """What the agent keeps of an answer."""
+        """The message that the agent keeps of an answer."""
         return kept(answer["choices"][0]["message"])
 
     def usage(self, answer: dict[str, Any]) -> tuple[int, int]:
@@ -66,7 +66,7 @@ class Agent:
         return chat_usage(answer)
 
     def go_on(self, message: Message, turn: int) -> None:
-        """Take an answer, and say what follows."""
+        """Add an answer and the next question or tool results."""
         self.messages.append(message)
         if calls := message.get("tool_calls"):
             for call in calls:
@@ -77,7 +77,7 @@ class Agent:
 
 
 class QwenCode(Agent):
-    """Contents are lists of parts; arguments are written anew; thoughts come back."""
+    """Sends contents as lists of parts, rewrites arguments, and sends thoughts back."""
 
     def body(self, turn: int) -> dict[str, Any]:
         messages = []
@@ -97,7 +97,7 @@ class QwenCode(Agent):
 
 
 class Claude(Agent):
-    """A billing line that changes, a system message behind the question, marks that move."""
+    """Sends a changing billing line, a system message after the question, moving cache marks."""
 
     path = "/v1/messages"
 
@@ -159,7 +159,7 @@ class Claude(Agent):
 
 
 class OpenCode(Agent):
-    """A request for a title beside each first turn."""
+    """Also sends a request for a title with each first turn."""
 
     def side_request(self) -> dict[str, Any]:
         """The request for a title."""
@@ -171,7 +171,7 @@ class OpenCode(Agent):
 
 
 class Codex(Agent):
-    """Items instead of messages, instructions as messages of the developer."""
+    """Sends items instead of messages, and instructions as messages of the developer."""
 
     path = "/v1/responses"
 
@@ -244,7 +244,7 @@ def chat_usage(answer: dict[str, Any]) -> tuple[int, int]:
 
 
 def _rewritten(call: Message) -> Message:
-    """A call whose arguments have gone through JSON."""
+    """A call whose arguments were parsed and serialized again."""
     function = call["function"]
     try:
         arguments = json.dumps(json.loads(function["arguments"]), separators=(",", ":"))

@@ -1,8 +1,8 @@
-"""Prefill and decode speed of a 4-bit MoE checkpoint of about 300 MB, ours beside mlx-lm's.
+"""Prefill and decode speed of a 4-bit MoE checkpoint of about 300 MB, compared with mlx-lm.
 
-Random weights at real proportions are converted once into a temporary folder, and that one
-folder is run by mlx-lm as it loads it, by mlx-lm forced to float32, and by ours, in turns.
-Ends with one JSON line; every ratio above 1 means ours is faster.
+Random weights at real proportions are converted once into a temporary folder. That folder is run
+in turns by mlx-lm as it loads it, by mlx-lm forced to float32, and by this package. Ends with one
+JSON line; a ratio above 1 means that this package is faster.
 """
 
 import argparse
@@ -76,12 +76,12 @@ def main() -> None:
     prompt = prompt_ids(args.prompt_tokens, CONFIG["text_config"]["vocab_size"])
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     for program in programs.values():
-        # One short run each: compile, touch the weights.
+        # One short run each compiles the kernels and touches the weights.
         measure(program(), prompt[:8], 2, 1)
     for i in range(args.rounds):
-        # Forwards, then backwards: who runs first in a round must not matter.
+        # Alternate the order, so that being first in a round does not matter.
         for name, program in list(programs.items())[:: 1 if i % 2 == 0 else -1]:
-            # mlx-lm's default is an order of magnitude slower here: twice is enough.
+            # mlx-lm's default is an order of magnitude slower here, so two rounds are enough.
             if name != "default" or i < 2:
                 run = measure(program(), prompt, args.new_tokens, 1)
                 decode_tps = (args.new_tokens - 1) / run.decode_s

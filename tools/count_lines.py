@@ -1,7 +1,6 @@
-"""Prints the lines of code of the product, by package and in all.
+"""Prints the lines of code of the product, by package and in total.
 
-A line counts once if it holds code: blank lines, comments and docstrings do not. The demo's files
-are data and do not count.
+Blank lines, comments and docstrings do not count, nor do the demo's files, which are data.
 """
 
 import ast

@@ -1,8 +1,8 @@
 """mlx-lm's DWQ on this package's model: its `dwq_quantize` with its loss and optimiser, unchanged.
 
-mlx-lm's own model of the family trains at 5 to 7 tokens a second on a CPU, as it takes the delta
-rule token by token; this package's takes chunks, and computes the same numbers from the same file.
-All that is not frozen is trained, in float32, as mlx-lm does: scales, biases and norms.
+mlx-lm's own model of the family trains at 5 to 7 tokens per second on a CPU, because it computes
+the delta rule token by token. This package's model computes it in chunks and gets the same numbers
+from the same file. As in mlx-lm, scales, biases and norms are trained, in float32.
 """
 
 import io
@@ -21,7 +21,7 @@ from qwen35_mlx.kernels.switch import QuantizedSwitchLinear
 from qwen35_mlx.kernels.tiers import PORTABLE, use
 from qwen35_mlx.training.trainer import ANY_BYTES, compiled_on_gpu
 
-# Around what fits 128 short texts; mlx-lm's default, 1e-6, is for 2048 long ones.
+# Learning rates that suit 128 short texts; mlx-lm's default, 1e-6, is for 2048 long ones.
 RATES = (1e-4, 3e-4, 1e-3)
 NUM_EPOCHS, BATCH_SIZE = 4, 4
 
@@ -55,9 +55,10 @@ DEQUANTIZED = {
 
 
 def differentiable(model: Any) -> Any:
-    """The model in float32, in place, on operations that have gradients.
+    """Change the model in place to float32 and to operations that have gradients.
 
-    On a CPU a matrix dequantized and multiplied takes a 30th of MLX's quantized product.
+    On a CPU, dequantizing and multiplying a matrix takes a 30th of the time of MLX's quantized
+    product.
     """
     use(model, PORTABLE)
     model.set_dtype(mx.float32)

@@ -1,9 +1,9 @@
-"""Open damaged pictures and videos, each in a process with limits; the last line is JSON.
+"""Opens damaged pictures and videos, each in a process with limits; the last line is JSON.
 
 Usage: python tools/fuzz_media.py [number of files] [seed]
 
-A file is opened or refused with a MediaError. Another exception, a crash, more than 5 seconds of
-a processor, a wait of 30 seconds and more than 1 GB of memory are failures.
+A file must open or be refused with a MediaError. Failures are: another exception, a crash, more
+than 5 seconds of CPU time, a wait of 30 seconds, and more than 1 GB of memory.
 """
 
 import json
@@ -40,18 +40,18 @@ from qwen35_mlx.media.pictures import open_picture  # noqa: E402
 from qwen35_mlx.media.video import open_video  # noqa: E402
 
 MAX_CPU_SECONDS, MAX_WAIT_SECONDS, MAX_BYTES = 5, 30, 2**30
-# For the machine's sake, where the system enforces it; what counts is what was really used.
+# Protects the machine where the system enforces it; failures count the memory really used.
 MAX_ADDRESS_BYTES = 2**33
-# Lengths, counts and sizes that programs have stumbled over.
+# Lengths, counts and sizes at which parsers often fail.
 NUMBERS = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 HEADER_BYTES = 256
-# Exit codes of a process that did its work.
+# Exit codes of a process that finished: opened, or refused.
 YES, NO = 0, 3
 KINDS = "flipped header number cut joined moved garbage".split()
 
 
 def make_seeds(folder: Path) -> None:
-    """Sound files to start from."""
+    """Write the valid files to start from."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
@@ -89,7 +89,7 @@ def make_seeds(folder: Path) -> None:
 
 
 def damaged(seeds: dict[str, bytes], rng: random.Random) -> tuple[str, bytes]:
-    """A name that says what was done, and the data."""
+    """A name that tells the damage, and the data."""
     name, kind = rng.choice(list(seeds)), rng.choice(KINDS)
     data = bytearray(seeds[name])
     if kind == "flipped":
@@ -121,13 +121,13 @@ def damaged(seeds: dict[str, bytes], rng: random.Random) -> tuple[str, bytes]:
     else:
         data[rng.randint(0, 40) :] = rng.randbytes(rng.randint(0, 5000))
     if data.startswith(b"\x89PNG") and rng.random() < 0.8:
-        # Else Pillow would look no further than the checksum.
+        # Without this, Pillow would stop at the wrong checksum.
         repair_png(data)
     return f"{name} {kind}", bytes(data)
 
 
 def repair_png(data: bytearray) -> None:
-    """Write the right checksum behind each chunk."""
+    """Write the right checksum after each chunk."""
     place = 8
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -139,7 +139,7 @@ def repair_png(data: bytearray) -> None:
 
 
 def open_any(name: str, data: bytes) -> bool:
-    """Open it as a picture and as a video, and ask for all that a model would; did one open?"""
+    """Open it as a picture and as a video, read all that a model would; whether one opened."""
     is_open = False
     for opener in (open_picture, open_video):
         try:
@@ -154,7 +154,7 @@ def open_any(name: str, data: bytes) -> bool:
 
 
 def outcome(job: Callable[[], object]) -> bool | str:
-    """Run it in a process of its own: what it says, or what went wrong."""
+    """Run it in a process of its own; returns its result, or a text on what failed."""
     with tempfile.TemporaryFile() as messages:
         process = os.fork()
         if process == 0:
@@ -176,7 +176,7 @@ def outcome(job: Callable[[], object]) -> bool | str:
 
 
 def child(job: Callable[[], object], messages: int) -> None:
-    """Never returns."""
+    """Run the job under limits and exit with its result; never returns."""
     os.dup2(messages, 1)
     os.dup2(messages, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

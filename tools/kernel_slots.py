@@ -1,12 +1,13 @@
-"""Issue slots that the inner loops of the matrix kernels spend on a weight, counted from LLVM IR.
+"""Issue slots per weight in the inner loops of the matrix kernels, counted from LLVM IR.
 
-The very source of a kernel is compiled by clang (-O2, loops of constant length unrolled, no
-vectorization) and run in the emulator, each basic block adding what its instructions cost. Two
-runs, one over twice the columns, are subtracted, so that only the loop over the columns is left.
-The same is done with the source of MLX's `qmv_fast` and `qmv_wide`, from the headers in its wheel.
+The source of a kernel is compiled by clang (-O2, loops of constant length unrolled, no
+vectorization) and run in the emulator, where each basic block adds the cost of its instructions.
+Two runs, one over twice the columns, are subtracted, so that only the loop over the columns is
+left. The same is done with the source of MLX's `qmv_fast` and `qmv_wide`, from the headers in its
+wheel.
 
 COSTS is a model: it has the throughput of Apple GPUs as others have measured it
-(github.com/philipturner/metal-benchmarks, M1 and M2), and no Mac has confirmed the sums.
+(github.com/philipturner/metal-benchmarks, M1 and M2). The sums were not measured on a Mac.
 """
 
 import functools
@@ -30,9 +31,9 @@ from qwen35_mlx.kernels.projection import FEW_ROWS, project_kernel
 from qwen35_mlx.kernels.router import Routing
 
 TOKENS = (1, 2, 4, 8)
-# Slots of 32 bits; what takes 64 bits costs twice as much.
+# Slots for 32 bits; instructions on 64 bits cost twice as much.
 COSTS = {
-    # Names of registers and of halves of them, and constants of an instruction.
+    # These only rename registers, or halves of them, or make constants of an instruction.
     **dict.fromkeys("phi bitcast zext trunc freeze ret unreachable ptrtoint inttoptr".split(), 0),
     **dict.fromkeys("extractelement insertelement shufflevector alloca".split(), 0),
     **dict.fromkeys("fadd fsub fmul fneg fcmp fpext fptrunc add sub and or xor sext".split(), 1),
@@ -46,7 +47,7 @@ CALLS = {
     **dict.fromkeys("llvm.minnum llvm.maxnum llvm.abs".split(), 1),
     **dict.fromkeys("llvm.fshl llvm.fshr".split(), 4),
 }
-# simd_sum, exp and the like: never in a loop over columns.
+# For simd_sum, exp and the like, which are never in a loop over columns.
 OTHER_CALL = 16
 
 UNROLLED = ["-fPIC", "-O2", "-fno-stack-protector", "-fno-vectorize", "-fno-slp-vectorize"]
@@ -64,7 +65,7 @@ BITS_OF = {"float": 32, "half": 16, "bfloat": 16, "double": 64, "ptr": 64}
 
 
 def lanes_and_bits(text: str) -> tuple[int, int]:
-    """Of the first type in the text."""
+    """Number of lanes, and bits of each, of the first type in the text."""
     found = TYPE.search(text)
     if not found:
         return 1, 32
@@ -74,7 +75,7 @@ def lanes_and_bits(text: str) -> tuple[int, int]:
 
 
 def cost(op: str, rest: str) -> float:
-    """Slots of one instruction; one that is not in the tables raises."""
+    """Slots of one instruction; raises KeyError if it is not in the tables."""
     lanes, bits = lanes_and_bits(rest)
     if op == "load":
         return lanes * bits / 32
@@ -88,14 +89,14 @@ def cost(op: str, rest: str) -> float:
     if op == "br":
         return 1 if rest.lstrip().startswith("i1") else 0
     if op == "getelementptr":
-        # With constant indices it is the offset of a load.
+        # With constant indices it becomes the offset of a load.
         return 1 if re.search(r"i\d+ %", rest) else 0
     wide = 2 if bits == 64 and op in ("add", "sub", "and", "or", "xor", "mul", "shl") else 1
     return COSTS[op] * lanes * wide
 
 
 def block_costs(function: list[str]) -> dict[int, float]:
-    """Of each line of a function; a product that only a sum uses is fused with it."""
+    """Slots by line of a function; a product that only a sum uses is fused with it."""
     found = {i: m for i, line in enumerate(function) if (m := INSTRUCTION.match(line))}
     uses = Counter(name for m in found.values() for name in re.findall(r"%[\w.\"-]+", m["rest"]))
     products = {
@@ -113,7 +114,7 @@ def block_costs(function: list[str]) -> dict[int, float]:
 
 
 def count_slots(ir: str) -> str:
-    """The same module, each basic block adding its slots to the emulator's counter, times 32."""
+    """The module with code in each basic block that adds 32 times its slots to the counter."""
     out: list[str] = []
     function: list[str] = []
     serial = 0
@@ -144,19 +145,19 @@ def count_slots(ir: str) -> str:
 
 
 class CountedKernel(EmulatedKernel):
-    """An emulated kernel without checks of memory, whose floating-point counter has slots."""
+    """An emulated kernel that counts slots in place of float operations, without memory checks."""
 
     def _library(self, signature: Signature):
         return load(compiler.compiled(signature, UNROLLED, count_slots))
 
     def _run(self, *arguments):
-        # Nobody watches what is written.
+        # Skip the check of what is written.
         return super()._run(*arguments[:-1], True)
 
 
 @functools.cache
 def quantized(out: int, width: int, bits: int, group_size: int, experts: int = 0) -> Matrix:
-    """A matrix or a stack of them, bf16 scales."""
+    """A matrix, or a stack of them, with bf16 scales."""
     layer = nn.QuantizedLinear(width, out, False, group_size, bits)
     layer.set_dtype(mx.bfloat16)
     if experts:
@@ -173,7 +174,7 @@ def ones(*shape: int) -> mx.array:
 
 
 def per_weight(run, rows: int, width: int) -> float:
-    """Slots of `run(width)` over `rows` rows of weights, of the loop over the columns alone."""
+    """Slots per weight of `run(width)` over `rows` rows, in the loop over the columns alone."""
     with emulated(CountedKernel) as log:
         metal.clear()
         run(width), run(2 * width)
@@ -183,7 +184,7 @@ def per_weight(run, rows: int, width: int) -> float:
 
 
 def ours(bits: int, num_tokens: int, *, norm: bool = False, group_size: int = 64) -> float:
-    """`projection` of one matrix, of x or of the RMS norm of x."""
+    """Slots of `projection` with one matrix, of x or of the RMS norm of x."""
     rows, width = FEW_ROWS, 1024
 
     def run(columns: int) -> None:
@@ -195,7 +196,7 @@ def ours(bits: int, num_tokens: int, *, norm: bool = False, group_size: int = 64
 
 
 def ours_experts(bits: int, group_size: int = 64) -> dict[str, float]:
-    """One routed expert of one token, of both expert kernels."""
+    """Slots of both expert kernels for one token with one routed expert."""
     rows, width = 16, 2048
     routing = Routing(mx.zeros((1, 1), mx.uint32), mx.ones((1, 1)), mx.ones((1, 1)))
 
@@ -226,7 +227,7 @@ HEADERS = "".join(
 
 
 def mlx_kernel(name: str, bits: int, vectors: int, group_size: int = 64) -> float:
-    """`qmv_fast` for each of the vectors, or `qmv_wide` for all of them."""
+    """Slots of `qmv_fast` run once per vector, or of `qmv_wide` for all vectors at once."""
     rows, width = 64, 2048
     wide = name == "qmv_wide"
     call = (QMV_WIDE if wide else QMV).format(place=PLACE)
@@ -259,7 +260,7 @@ def mlx_kernel(name: str, bits: int, vectors: int, group_size: int = 64) -> floa
 
 @functools.cache
 def mlx(bits: int, num_tokens: int) -> float:
-    """The cheaper of what MLX runs: `qmv` for each row or, from M3 on, `qmv_wide` in tiles.
+    """The cheaper of MLX's two: `qmv` for each row or, from M3 on, `qmv_wide` in tiles.
 
     A tile has up to five rows, and reads and unpacks all weights.
     """
@@ -272,9 +273,9 @@ def mlx(bits: int, num_tokens: int) -> float:
 
 
 def slots_per_weight(*, norm: bool = False) -> dict[str, dict[str, list[float]]]:
-    """bits -> rows of activations -> [ours, MLX's], of all rows together, bf16, groups of 64.
+    """bits -> rows of activations -> [ours, MLX's], for all rows together, bf16, groups of 64.
 
-    With `norm` ours does the RMS norm before the matrix too, for which MLX has another dispatch.
+    With `norm` ours includes the RMS norm before the matrix, for which MLX has another dispatch.
     """
     return {
         str(bits): {
@@ -285,7 +286,7 @@ def slots_per_weight(*, norm: bool = False) -> dict[str, dict[str, list[float]]]
 
 
 def print_slots(table: dict[str, dict[str, list[float]]]) -> None:
-    """Ours, MLX's and their ratio."""
+    """Print ours, MLX's and their ratio."""
     print(f"{'bits':>4}" + "".join(f"{f'slots, T = {t}':>24}" for t in TOKENS))
     for bits, row in table.items():
         cells = (f"{a:6.2f} / {b:5.2f} = {a / b:.2f}" for a, b in row.values())

@@ -1,4 +1,4 @@
-"""Where and with what a bench ran: the part that all of their JSON lines share."""
+"""The label in all JSON lines of benches: machine, versions and commit."""
 
 import platform
 import subprocess
@@ -9,7 +9,7 @@ import mlx.core as mx
 
 
 def label() -> dict[str, str]:
-    """Machine, system, device, versions and commit; empty where this is no repository."""
+    """Machine, system, device, versions and commit, which is empty outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {

@@ -36,7 +36,7 @@ BLOCK_BYTES = 2**26
 
 
 def write_large_model(out: Path, layout: str) -> Path:
-    """The demo with larger layers and random weights, in 4 bits."""
+    """Write the demo with larger layers and random weights, in 4 bits."""
     raw = read_config(DEMO)
     raw["text_config"] |= SIZES
     raw["vision_config"]["out_hidden_size"] = SIZES["hidden_size"]
@@ -69,7 +69,7 @@ def write_large_model(out: Path, layout: str) -> Path:
 
 
 def _drawn(tensor: OutputTensor, num_bytes: int, draw: Any, block: np.ndarray) -> memoryview:
-    """Bytes of a piece of a tensor: codes, scales for them, norms around 1, small weights."""
+    """Random bytes for a piece of a tensor: codes, their scales, norms around 1, small weights."""
     if tensor.dtype == "U32":
         start = int(draw.integers(BLOCK_BYTES))
         return memoryview(block[start : start + num_bytes])

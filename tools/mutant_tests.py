@@ -1,4 +1,4 @@
-"""A plugin of pytest for mutants.py: records the lines that tests run, and runs chosen tests."""
+"""The pytest plugin of mutants.py: records the lines that tests run, and runs chosen tests."""
 
 import json
 import os
@@ -14,32 +14,32 @@ from typing import Any
 import pytest
 
 ROOT = Path.cwd()
-# Where modules of the product are imported from; two of the folders are links.
+# Folders that modules of the product are imported from; two of them are links.
 FOLDERS = tuple(f"{ROOT}/{name}/" for name in ("qwen35_mlx", "convert", "quant"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options of both."""
+    """Add the options --record and --chosen."""
     parser.addoption("--record", help="write what each test runs and takes into this file")
     parser.addoption("--chosen", help="run the tests that this file names, and no others")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to record if asked to."""
+    """Start recording with --record."""
     if file := config.getoption("record"):
         config.pluginmanager.register(Recorder(Path(file)), "mutant recorder")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the chosen tests."""
+    """Keep only the tests of --chosen."""
     if file := config.getoption("chosen"):
         chosen = set(json.loads(Path(file).read_text("utf-8")))
         items[:] = [item for item in items if item.nodeid in chosen]
 
 
 class Recorder:
-    """The lines of the product that each test runs; those of a fixture count for all its users."""
+    """Records the product lines that each test runs; a fixture's lines count for all its users."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -53,7 +53,7 @@ class Recorder:
         threading.settrace(self.trace)
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Of sys.settrace: called at each call of a function."""
+        """The function for sys.settrace, called at each call of a function."""
         name = frame.f_code.co_filename
         if name not in self.paths:
             real = os.path.realpath(name) if name.startswith(FOLDERS) else ""

@@ -1,9 +1,9 @@
-"""Changes one line of the product at a time and reports which changes no test notices.
+"""Changes one line of the product at a time and reports the changes that no test notices.
 
-The tests run once with a record of the lines they run. Each mutant is then applied in a copy of the
-tree: first the tests that run its statement, then the others that run or import its module, then
-the slow tests of its module. See mutators.py for what is changed. The last line is JSON. Exit code
-1: fewer than 90 % were noticed.
+First all tests run once and the lines that each runs are recorded. Each mutant is then applied in a
+copy of the tree, and tests run on it in this order: those that run its statement, the others that
+run or import its module, the slow tests of its module. mutators.py says what is changed. The last
+line is JSON. Exit code 1: fewer than 90 % were noticed.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from mutators import Mutant, changes_code, find_mutants
 
 MIN_KILL_RATE = 0.9
 EVERYDAY, SLOW, ALL = "not slow and not live", "slow and not live", "not live"
-# Start of pytest, and a machine that does something else meanwhile.
+# Limits of time: the start of pytest, and a factor for a busy machine.
 EXTRA_SECONDS, SLOWDOWN = 30, 5
-# For the slow tests of a module, which are not recorded; what takes longer has noticed nothing.
+# For the slow tests of a module, which are not recorded; a longer run counts as not noticed.
 SLOW_SECONDS = 900
-# Looks at every module without naming it in an import.
+# These tests check every module without importing it by name.
 TESTS_OF_ALL = "tests/test_numbers.py"
-# A mutant may ask for any amount of disk and memory.
+# Limits, because a mutant may ask for any amount of disk and memory.
 MAX_FILE_BYTES = 4 * 10**9
 MAX_MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
 LIMITED = (
@@ -54,7 +54,7 @@ NO_BYTECODE = shutil.ignore_patterns("__pycache__")
 
 @dataclass(frozen=True)
 class Site:
-    """A mutant and the file it belongs to, relative to the root; the line before and after."""
+    """A mutant, its file relative to the root, and the line before and after."""
 
     file: str
     mutant: Mutant
@@ -82,7 +82,7 @@ class Result:
 
 
 def choose(files: Sequence[Path], count: int, seed: int) -> list[Site]:
-    """Random mutants; every line of code that can be changed is as likely as any other."""
+    """Random mutants; all lines of code that can be changed are equally likely."""
     rng = random.Random(seed)
     sources = {file: file.read_text("utf-8") for file in files}
     by_line: dict[tuple[Path, int], list[Mutant]] = defaultdict(list)
@@ -130,8 +130,10 @@ def imports(source: str, package: str = "") -> set[tuple[str, str]]:
 
 
 def test_files_of_modules(root: Path) -> dict[str, set[str]]:
-    """The test files that import each product file, by path; names that `__init__` passes on count
-    for the module they come from."""
+    """The test files that import each product file, by path.
+
+    A name that `__init__` exports counts for the module that defines it.
+    """
     files = {module_name(f.relative_to(root).as_posix()): f for f in product_files(root, ".py")}
     passed_on = {
         (package, name): module
@@ -151,8 +153,10 @@ def test_files_of_modules(root: Path) -> dict[str, set[str]]:
 
 
 def lines_in_function(source: str, line: int) -> range | None:
-    """The lines of the statement at `line`, or of the function whose default value it is; None for
-    what runs at an import."""
+    """The lines of the statement at `line`, or of the function whose default value it is.
+
+    None for statements that run at an import.
+    """
     found, in_function = None, False
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.stmt) or not node.lineno <= line <= (node.end_lineno or 0):
@@ -169,7 +173,7 @@ def lines_in_function(source: str, line: int) -> range | None:
 
 
 class Reach:
-    """Which tests run which lines, from what mutant_tests.py has recorded."""
+    """The tests that run each line, from the record of mutant_tests.py."""
 
     def __init__(self, record: dict[str, Any], root: Path = ROOT):
         self.root = root
@@ -182,7 +186,7 @@ class Reach:
                 self.by_file[file].add(name)
                 for line in lines:
                     self.by_line[file, line].add(name)
-        # They start the program, where no line is recorded.
+        # These tests start the program as a process, whose lines are not recorded.
         starters = {
             file.relative_to(root).as_posix()
             for file in (root / "tests").rglob("test_*.py")
@@ -193,8 +197,8 @@ class Reach:
     def tests_of(self, site: Site) -> list[set[str]]:
         """The tests that run the statement, and then the others of its module.
 
-        What runs at an import, mostly constants, and default values have tests that look at all
-        modules first.
+        For statements that run at an import, mostly constants, and for default values, the tests
+        that check all modules come first.
         """
         source = (self.root / site.file).read_text("utf-8")
         lines = lines_in_function(source, site.mutant.line)
@@ -214,11 +218,11 @@ def _file_of(test: str) -> str:
 
 
 class Workplace:
-    """A copy of the tree, with a home folder of its own for what tests and mutants write."""
+    """A copy of the tree, with its own home folder for files of tests and mutants."""
 
     def __init__(self, folder: Path, marker: str):
         self.root, self.home, self.marker = folder / "tree", folder / "home", marker
-        # What slow tests give where there is no mutant, by their files.
+        # Exit codes of slow tests without a mutant, by their files.
         self.slow_codes: dict[tuple[str, ...], int | None] = {}
         self.root.mkdir(parents=True)
         for source in [ROOT / name for name in FOLDERS] + [
@@ -238,10 +242,10 @@ class Workplace:
             "EMULATOR_CACHE": str(folder.parent / "emulator"),
             "PYTHONHASHSEED": "0",
             "OPENBLAS_NUM_THREADS": "1",
-            # A compiler would be started for each fused operation, and again for a mutant of it.
+            # Else a compiler would run for each fused operation, and again for a mutant of it.
             "MLX_DISABLE_COMPILE": "1",
         }
-        # Set-up of the compiler, which takes it 16 s.
+        # Keep the compiler's own cache, which takes 16 s to build.
         self.environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
         for name in (
             *("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "HF_HOME"),
@@ -250,7 +254,7 @@ class Workplace:
             self.environment.pop(name, None)
 
     def check(self) -> None:
-        """Fails if Python does not take both folders of the product from the copy."""
+        """Raise if Python does not import both folders of the product from the copy."""
         code = "import qwen35_mlx.convert as c, qwen35_mlx as q; print(q.__file__, c.__file__)"
         process = subprocess.run(
             [sys.executable, "-c", code],
@@ -267,7 +271,7 @@ class Workplace:
     def pytest(
         self, arguments: Sequence[str], timeout: float | None = None, marker: str = ""
     ) -> int | None:
-        """The exit code of pytest, or None past the time limit."""
+        """Run pytest; returns its exit code, or None after the time limit."""
         scratch = self.home / "pytest"
         command = ["sh", "-c", LIMITED, "sh", sys.executable, "-m", "pytest"]
         command += ["-q", "-p", "no:cacheprovider", "-p", "mutant_tests"]
@@ -286,12 +290,12 @@ class Workplace:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            # Also what the tests have started and a mutant has left behind.
+            # Also ends processes that tests started and a mutant left behind.
             _kill_group(process)
             shutil.rmtree(scratch, ignore_errors=True)
 
     def record(self, files: Sequence[str]) -> dict[str, Any]:
-        """What each test of the files runs and takes, and the names of those that fail."""
+        """The lines and seconds of each test in the files, and the names of those that fail."""
         file = self.home / "record.json"
         code = self.pytest(["--continue-on-collection-errors", f"--record={file}", *files])
         if code not in (0, 1, NO_TESTS_RAN):
@@ -299,7 +303,7 @@ class Workplace:
         return json.loads(file.read_text("utf-8"))  # type: ignore[no-any-return]
 
     def run(self, site: Site, tests: Sequence[set[str]], seconds: dict[str, float]) -> int | None:
-        """The exit code of the first of the sets of tests that notices the mutant."""
+        """The exit code of the first set of tests that notices the mutant."""
         chosen = self.home / "chosen.json"
         code: int | None = NO_TESTS_RAN
         with self._changed(site):
@@ -316,7 +320,7 @@ class Workplace:
         return code
 
     def slow_tests_notice(self, site: Site, files: Iterable[str]) -> bool:
-        """Whether the slow tests in these files fail with the mutant, and do not without."""
+        """Whether the slow tests in these files fail with the mutant and pass without it."""
         chosen = tuple(sorted(files))
         arguments = ("-x", *chosen)
         if not chosen:
@@ -331,7 +335,7 @@ class Workplace:
 
     @contextlib.contextmanager
     def _changed(self, site: Site) -> Iterator[None]:
-        """The mutant is in the copy for this long."""
+        """Apply the mutant to the copy inside the `with` block."""
         file = self.root / site.file
         source = file.read_text("utf-8")
         try:
@@ -343,7 +347,7 @@ class Workplace:
     @staticmethod
     def _write(file: Path, source: str) -> None:
         file.write_text(source, "utf-8")
-        # Python compares times in whole seconds, so old bytecode could be taken for the new.
+        # Python compares times in whole seconds, so it could use old bytecode for the new source.
         for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
             compiled.unlink()
 
@@ -358,7 +362,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def record(places: Sequence[Workplace]) -> dict[str, Any]:
-    """What the tests run where there is no mutant: every copy runs its share of the files."""
+    """Record the tests without a mutant; every copy runs its share of the files."""
     paths = (f.relative_to(ROOT).as_posix() for f in (ROOT / "tests").rglob("test_*.py"))
     files = sorted(path for path in paths if not path.startswith("tests/live/"))
     shares = [files[i :: len(places)] for i in range(len(places))]
@@ -370,7 +374,7 @@ def record(places: Sequence[Workplace]) -> dict[str, Any]:
 
 
 def known_record(file: Path | None) -> dict[str, Any] | None:
-    """What the file holds, if it was recorded on these sources."""
+    """The record in the file, if it was made with these sources."""
     if file is None or not file.exists():
         return None
     found: dict[str, Any] = json.loads(file.read_text("utf-8"))
@@ -378,7 +382,7 @@ def known_record(file: Path | None) -> dict[str, Any] | None:
 
 
 def tree_digest() -> str:
-    """Of the product and the tests."""
+    """Digest of the product and the tests."""
     digest = hashlib.sha256()
     for file in [*product_files(ROOT, ""), *sorted((ROOT / "tests").rglob("*.*"))]:
         if file.is_file() and "__pycache__" not in file.parts:
@@ -421,7 +425,7 @@ def run_all(sites: Sequence[Site], reach: Reach, places: Sequence[Workplace]) ->
 
 
 def report(results: Sequence[Result], seed: int, seconds: float) -> float:
-    """Print what survived and the rate of mutants noticed, which is returned."""
+    """Print the mutants that survived and the share noticed, which is returned."""
     number = {
         outcome: sum(r.outcome == outcome for r in results)
         for outcome in ("killed", "slow", "timeout", "survived", "not run")

@@ -1,7 +1,7 @@
 """Finds the places where one line of a Python source can be changed so that a test should notice.
 
-A mutation replaces a stretch of one line. Docstrings, annotations, decorators, assertions, texts of
-errors and help, f-strings and `if TYPE_CHECKING` are left alone: no test has to notice those.
+A mutation replaces a part of one line. Docstrings, annotations, decorators, assertions, texts of
+errors and help, f-strings and `if TYPE_CHECKING` are not changed, because no test has to notice it.
 """
 
 import ast
@@ -39,25 +39,16 @@ ARITHMETIC: dict[type[ast.operator], tuple[str, str]] = {
     ast.BitAnd: ("&", "|"),
     ast.BitXor: ("^", "|"),
 }
-# Their order does not matter, so swapped arguments give the same result.
+# Functions whose result is the same with swapped arguments.
 SYMMETRIC = {"max", "min", "maximum", "minimum", "gcd", "lcm", "logaddexp", "add", "multiply"}
-# Texts for people, and `strict` of zip, which is an assertion.
+# Arguments that are texts for people, and `strict` of zip, which is an assertion.
 IGNORED_KEYWORDS = {"help", "hint", "metavar", "rich_help_panel", "epilog", "title", "strict"}
-SIMPLE_STATEMENTS = (
-    ast.Expr,
-    ast.Assign,
-    ast.AugAssign,
-    ast.AnnAssign,
-    ast.Return,
-    ast.Raise,
-    ast.Delete,
-)
 ATOMS = (ast.Name, ast.Constant, ast.Attribute, ast.Call, ast.Subscript)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed line; `start` and `end` count bytes of the line, as ast does."""
+    """One changed line; `start` and `end` are byte offsets in the line, as in ast."""
 
     kind: str
     line: int
@@ -79,7 +70,7 @@ class Mutant:
 
 
 def changes_code(old: str, new: str) -> bool:
-    """Whether the new source compiles, and to other code."""
+    """Whether the new source compiles to other code."""
     try:
         changed = compile(new, "mutant", "exec")
     except SyntaxError:
@@ -93,7 +84,7 @@ def _compiled(source: str) -> tuple[object, ...]:
 
 
 def _instructions(code: CodeType) -> tuple[object, ...]:
-    """All that a code object does; its line numbers are left out. 1 and True are told apart."""
+    """All parts of a code object but its line numbers; 1 and True differ."""
     constants = tuple(
         _instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts
     )
@@ -101,7 +92,7 @@ def _instructions(code: CodeType) -> tuple[object, ...]:
 
 
 def find_mutants(source: str) -> list[Mutant]:
-    """Every mutant of a source, in the order of lines."""
+    """All mutants of a source, in the order of lines."""
     finder = _Finder(source)
     finder.visit(ast.parse(source))
     return sorted(finder.found, key=lambda m: (m.line, m.start, m.end, m.kind, m.replacement))
@@ -182,7 +173,7 @@ class _Finder(ast.NodeVisitor):
         pass
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        # Python 3.11 gives wrong columns for what is inside.
+        # Python 3.11 gives wrong columns for the nodes inside.
         pass
 
     def visit_Raise(self, node: ast.Raise) -> None:

@@ -1,4 +1,4 @@
-"""Random JSON schemas of bounded answers, and whether a value keeps one."""
+"""Random JSON schemas of bounded answers, and a check whether a value is valid."""
 
 import json
 import random
@@ -14,7 +14,7 @@ FORMATS = {
 
 
 def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
-    """A schema of which every answer ends."""
+    """A schema whose values all have a bounded length."""
     kinds = ["integer", "number", "string", "boolean", "null", "enum", "const"]
     if depth < 3:
         kinds += ["object", "object", "array", "anyOf"] * 2
@@ -86,11 +86,11 @@ _MAKERS = {
 
 
 def is_valid(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether the value keeps a schema of `random_schema`."""
+    """Whether the value is valid by a schema of `random_schema`."""
     if "anyOf" in schema:
         return any(is_valid(value, one) for one in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        # As text: True is not 1.
+        # Compared as text, because True == 1.
         choices = schema["enum"] if "enum" in schema else [schema["const"]]
         return json.dumps(value) in map(json.dumps, choices)
     kind = schema["type"]

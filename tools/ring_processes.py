@@ -1,4 +1,4 @@
-"""Starts several processes of one model on this machine, joined by MLX's ring."""
+"""Starts several processes of one model on this machine, connected by MLX's ring."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# All run the code that is given; rank 0 then runs its `main`, which the others follow.
+# All processes run the given code; rank 0 then runs its `main`, and the others follow it.
 PROGRAM = """
 import sys
 from qwen35_mlx.cli.cluster_command import take_part
@@ -23,10 +23,10 @@ take_part(names["main"])
 def ring(
     number: int, code: str, folder: Path, arguments: tuple[str, ...] = (), split: str = ""
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """`number` processes that run `code`, in which `sys.argv[2:]` are `arguments`.
+    """Start `number` processes that run `code`, in which `sys.argv[2:]` are `arguments`.
 
-    With `split` each has some layers. What each of them prints is captured. None is left behind.
-    `folder` gets the file of addresses.
+    With `split` each process has some of the layers. Their output is captured, and all are ended
+    afterwards. The file of addresses is written to `folder`.
     """
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(number)]
@@ -61,7 +61,7 @@ def ring(
 def outputs_of_ring(
     number: int, code: str, folder: Path, *arguments: str, timeout_s: float = 300, split: str = ""
 ) -> list[str]:
-    """What each rank prints; raises if any process fails."""
+    """The output of each rank; raises if a process fails."""
     with ring(number, code, folder, arguments, split) as processes:
         outputs = [process.communicate(timeout=timeout_s) for process in processes]
         for process, (_, errors) in zip(processes, outputs, strict=True):

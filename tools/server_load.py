@@ -1,7 +1,8 @@
-"""Mixed load on a server: sound requests, clients that leave, and requests that nobody should send.
+"""Mixed load on a server: valid requests, clients that disconnect, and invalid requests.
 
-A sound request has to be answered; a broken one has to get an answer below 500, or the end of its
-connection, within the time limit. The server has to live, and its memory and files to stay flat.
+A valid request must be answered. An invalid one must get a status below 500, or its connection must
+be closed, within the time limit. The server must keep running, and its memory and number of open
+files must not grow.
 """
 
 import json
@@ -55,7 +56,7 @@ RAW = (
 
 @dataclass
 class Tally:
-    """What happened."""
+    """Counts of events, and the failures."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -70,7 +71,7 @@ class Tally:
 
 
 def sound_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """A request that has to be answered."""
+    """A valid request: path and body."""
     text = rng.choice(QUESTIONS)
     messages = [{"role": "user", "content": text}]
     most = rng.choice((1, 8, 40))
@@ -100,8 +101,8 @@ def sound_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def broken_request(rng: random.Random) -> bytes:
-    """The bytes of a request with something wrong."""
-    # Rare: the server waits ten seconds for the rest of some of them.
+    """The bytes of an invalid request."""
+    # These are rare, because the server waits ten seconds for the rest of some of them.
     if rng.random() < 0.04:
         return rng.choice(RAW)
     path, body = sound_request(rng)
@@ -113,7 +114,7 @@ def broken_request(rng: random.Random) -> bytes:
             message,
             {"role": rng.choice(("user", "tool", "x")), "content": message},
         ]
-    # What is not refused has to end soon.
+    # A request that is not refused must end soon.
     for name in ("max_tokens", "max_output_tokens"):
         if not isinstance(body.get(name), str | list | dict) and (body.get(name) or 0) > 8:
             body[name] = 4
@@ -127,13 +128,13 @@ def broken_request(rng: random.Random) -> bytes:
 
 
 def request_bytes(path: str, data: bytes) -> bytes:
-    """A whole request."""
+    """A whole HTTP request."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def answer_to(port: int, request: bytes, seconds: float = ANSWER_SECONDS) -> bytes:
-    """All that comes back; raises TimeoutError."""
+    """Send a request and return all bytes of the answer; raises TimeoutError."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as sock:
         parts = []
         try:
@@ -148,7 +149,7 @@ def answer_to(port: int, request: bytes, seconds: float = ANSWER_SECONDS) -> byt
 
 
 def ask_soundly(server: ServerProcess, rng: random.Random, tally: Tally) -> None:
-    """A request whose answer has to be whole."""
+    """Send a valid request, whose answer must be complete."""
     path, body = sound_request(rng)
     data = json.dumps({"model": server.model, **body}).encode()
     answer = answer_to(server.port, request_bytes(path, data))
@@ -160,7 +161,7 @@ def ask_soundly(server: ServerProcess, rng: random.Random, tally: Tally) -> None
 
 
 def ask_brokenly(server: ServerProcess, rng: random.Random, tally: Tally) -> None:
-    """A request that has to be refused, or answered if it happens to be sound."""
+    """Send an invalid request, which must be refused, or answered if it happens to be valid."""
     request = broken_request(rng)
     try:
         answer = answer_to(server.port, request)
@@ -172,7 +173,7 @@ def ask_brokenly(server: ServerProcess, rng: random.Random, tally: Tally) -> Non
 
 
 def leave_early(server: ServerProcess, rng: random.Random, tally: Tally) -> None:
-    """A client that is gone before its answer ends."""
+    """Send a request and disconnect before its answer ends."""
     path, body = sound_request(rng)
     body |= {"max_tokens": 2000, "stream": rng.random() < 0.5, "model": server.model}
     request = request_bytes(path, json.dumps(body).encode())
@@ -185,7 +186,7 @@ def leave_early(server: ServerProcess, rng: random.Random, tally: Tally) -> None
 
 
 def fuzz(server: ServerProcess, num_requests: int, seed: int = 0) -> Tally:
-    """So many broken requests, several at a time."""
+    """Send this number of invalid requests, several at a time."""
     tally = Tally()
     _in_threads(
         lambda rng: ask_brokenly(server, rng, tally),
@@ -197,7 +198,7 @@ def fuzz(server: ServerProcess, num_requests: int, seed: int = 0) -> Tally:
 
 @dataclass
 class SoakResult:
-    """Growth is that of the last part over what a warm server has."""
+    """Result of a soak; growth compares its last third with the first third after warm-up."""
 
     minutes: float
     crashes: int
@@ -207,7 +208,7 @@ class SoakResult:
 
 
 def soak(server: ServerProcess, minutes: float, seed: int = 1) -> SoakResult:
-    """Mixed load for a time."""
+    """Run mixed load for some minutes."""
     tally = Tally()
     began = time.monotonic()
     end = began + minutes * 60
@@ -246,7 +247,7 @@ def soak(server: ServerProcess, minutes: float, seed: int = 1) -> SoakResult:
 
 
 def _growth(values: list[int], third: int) -> float:
-    """How much the last third is above the first one; sorted, because load differs."""
+    """Growth from the median of the first third to that of the last; the load varies."""
     if not values or not values[0]:
         return 0.0
     first, last = sorted(values[:third])[third // 2], sorted(values[-third:])[third // 2]

@@ -1,4 +1,4 @@
-"""A server as a process of its own: ours, or mlx-lm's; and single requests to it."""
+"""A server of this package or of mlx-lm as a process, and single requests to it."""
 
 import contextlib
 import http.client
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Also on a machine that does much else.
+# Long enough for a busy machine.
 START_SECONDS, ANSWER_SECONDS = 300, 600
 
 
 class ServerProcess:
-    """A running server; `post` and `get` are one connection each."""
+    """A running server; each request opens a connection."""
 
     def __init__(self, process: subprocess.Popen[str], port: int):
         self.process, self.port = process, port
@@ -26,13 +26,13 @@ class ServerProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process runs."""
         return self.process.poll() is None
 
     def request(
         self, method: str, path: str, data: bytes | None = None, timeout_s: float = ANSWER_SECONDS
     ) -> tuple[int, bytes]:
-        """Status and body."""
+        """Send a request; returns status and body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
             connection.request(method, path, data, {"content-type": "application/json"})
@@ -42,7 +42,7 @@ class ServerProcess:
             connection.close()
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON of a request that is not streamed; raises if it was refused."""
+        """Post a request and return the JSON of its answer; raises if it was refused."""
         status, data = self.request("POST", path, json.dumps(body).encode())
         if status != 200:
             raise RuntimeError(f"{path}: {status} {data[:300]!r}")
@@ -57,26 +57,26 @@ class ServerProcess:
         return int(shown.stdout or 0) * 1024
 
     def cpu_seconds(self) -> float:
-        """Time of all its threads on the CPU: fair where other programs run beside it."""
+        """CPU time of all its threads, which other programs on the machine do not change."""
         file = Path(f"/proc/{self.process.pid}/stat")
         if file.is_file():
-            # Behind the name, which may have spaces.
+            # The fields after the name, which may have spaces.
             user, system = file.read_text().rpartition(")")[2].split()[11:13]
             return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-        # Elsewhere `ps` shows hundredths.
+        # On other systems `ps` shows hundredths of a second.
         command = ["ps", "-o", "time=", "-p", str(self.process.pid)]
         shown = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         minutes, _, seconds = shown.rpartition(":")
         return float(seconds) + 60 * int(minutes or 0)
 
     def num_files(self) -> int:
-        """Open files and sockets, where the system tells."""
+        """Number of open files and sockets; 0 if the system does not show them."""
         folder = Path(f"/proc/{self.process.pid}/fd")
         return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that is not in use now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -110,7 +110,7 @@ def running(command: list[str], port: int, ready_path: str) -> Iterator[ServerPr
 
 
 def ours(folder: Path, *options: str) -> contextlib.AbstractContextManager[ServerProcess]:
-    """`qwen35-mlx serve`."""
+    """Run `qwen35-mlx serve`."""
     port = free_port()
     command = [
         *(sys.executable, "-c", "from qwen35_mlx.cli.main import main; main()", "serve"),
@@ -120,7 +120,7 @@ def ours(folder: Path, *options: str) -> contextlib.AbstractContextManager[Serve
 
 
 def mlx_lms(folder: Path) -> contextlib.AbstractContextManager[ServerProcess]:
-    """`mlx_lm.server`."""
+    """Run `mlx_lm.server`."""
     port = free_port()
     command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder)]
     return running([*command, "--port", str(port)], port, "/v1/models")

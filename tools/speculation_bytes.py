@@ -1,8 +1,9 @@
 """Bytes that a round of drafting moves at the shapes of the largest model, from plans of convert.
 
-A round of K drafts makes K drafts and reads K + 1 tokens in one pass. Weights are read once, those
-of experts for every distinct expert, the states of linear layers read and written once. Traffic
-of the state is counted in the emulator, from the source of the kernel. Ends with one JSON line.
+A round makes K drafts and reads K + 1 tokens in one pass. It reads all weights once, those of
+experts once for each distinct expert, and reads and writes the states of linear layers once. The
+traffic of the state is counted in the emulator, from the source of the kernel. Ends with one JSON
+line.
 """
 
 import json
@@ -36,18 +37,18 @@ MODEL = "Qwen3.5-397B-A17B"
 BITS_PER_WEIGHT = (3.5, 4.5)
 NUM_DRAFTS = (0, 1, 2, 3, 4)
 CONTEXT = 4096
-# Distinct experts of T tokens, 10 of 512 each, where consecutive tokens share a quarter of theirs:
-# measured for two tokens, extended from there.
+# Distinct experts of T tokens, 10 of 512 each, if consecutive tokens share a quarter of theirs:
+# measured for two tokens, extrapolated for more.
 OVERLAPPING = (10, 17.5, 24.1, 30.2, 35.9)
 
 
 class Round(NamedTuple):
-    """Bytes of one round, by what they are of."""
+    """Bytes of one round, by kind."""
 
     num_drafts: int
     weights: int
     experts: int  # in the model of overlapping experts
-    uniform_experts: int  # every token's drawn on its own
+    uniform_experts: int  # drawn by each token independently
     state: int
     tape: int
     keys_and_values: int
@@ -61,18 +62,18 @@ class Round(NamedTuple):
 
     @property
     def uniform_total(self) -> int:
-        """With experts drawn by each token on its own."""
+        """With experts drawn by each token independently."""
         return self.total - self.experts + self.uniform_experts
 
 
 def uniform_experts(config: ModelConfig, num_tokens: int) -> float:
-    """Distinct experts that tokens take on average, each of them drawing on its own."""
+    """Average number of distinct experts of tokens that draw theirs independently."""
     share = config.num_experts_per_tok / config.num_experts
     return config.num_experts * (1 - (1 - share) ** num_tokens)
 
 
 def round_of(plan: Plan, num_drafts: int, context: int = CONTEXT) -> Round:
-    """The bytes of a round; without drafts, those of a plain step."""
+    """The bytes of a round; with no drafts, of a plain step."""
     config, num_tokens = plan.config, num_drafts + 1
     item_bytes = activation_bytes(plan)
     weights, an_expert = 0.0, 0.0
@@ -83,7 +84,7 @@ def round_of(plan: Plan, num_drafts: int, context: int = CONTEXT) -> Round:
             weights += entry.output_bytes * read_share(config, entry.module) * num_tokens
         else:
             weights += entry.output_bytes
-    # Of the round before: its projections, from which the kernel replays what was accepted.
+    # Projections of the round before, from which the kernel replays the accepted tokens.
     per_token = (config.conv_dim + 2 * config.linear_num_value_heads) * item_bytes
     tape = per_token * config.layer_types.count(LINEAR) * num_tokens if num_drafts else 0
     return Round(
@@ -99,7 +100,7 @@ def round_of(plan: Plan, num_drafts: int, context: int = CONTEXT) -> Round:
 
 
 def draft_bytes(plan: Plan) -> int:
-    """Of one draft: the MTP layer with the experts that one token takes, and the head."""
+    """Bytes of one draft: the MTP layer with the experts of one token, and the head."""
     config = plan.config
     layer = 0.0
     for entry in plan.entries:
@@ -143,9 +144,9 @@ def round_bytes() -> dict[str, list[dict[str, float]]]:
 
 
 def state_traffic(launch: Launch) -> tuple[int, int]:
-    """Bytes of recurrent and convolution states that a launch moves, and of the tape."""
+    """Bytes that a launch moves: of recurrent and convolution states, and of the tape."""
     traffic = launch.traffic
-    # Heads of a group read the same channels of q and k: from a cache, all but the first.
+    # Heads of a group read the same channels of q and k; all but the first read them from a cache.
     states = traffic["state"].read_bytes + traffic["conv_state"].unique_read_bytes
     states += sum(traffic[n].written_bytes for n in ("new_state", "new_conv_state"))
     tape = sum(traffic[n].unique_read_bytes for n in ("tape_qkv", "tape_b", "tape_a"))

@@ -1,9 +1,9 @@
-"""Tokens that rounds of drafts give, against the exact probabilities: chi-square tests.
+"""Chi-square tests of the tokens that rounds of drafts give against the exact probabilities.
 
 A round is as in `engine/decode.py`: a draft is drawn from other logits with the noise of its
-place, it stays if the sampler draws the same from the true ones, and what stands behind it is
-drawn in the same pass; where it does not stay, in the next pass and with the same noise. With
-penalties each row of a pass counts the drafts before it.
+position, and is accepted if the sampler draws the same token from the true logits. The token after
+an accepted draft is drawn in the same pass; after a rejected one it is drawn in the next pass, with
+the same noise. With penalties, each row of a pass counts the drafts before it.
 """
 
 import math
@@ -18,7 +18,7 @@ from qwen35_mlx.engine.speculate import MAX_DRAFTS
 from qwen35_mlx.sampling import SamplingParams
 
 VOCAB, NUM_DRAWS = 48, 20_000
-# Fewer expected draws than this are counted together.
+# Tokens with fewer expected draws than this are counted together.
 MIN_EXPECTED = 8
 SETTINGS = (
     SamplingParams(temperature=1.0),
@@ -37,7 +37,7 @@ SETTINGS = (
 
 
 class Found(NamedTuple):
-    """Of one setting: draws, the chi-square statistic, its degrees of freedom and p."""
+    """Result for one setting: draws, the chi-square statistic, its degrees of freedom and p."""
 
     num_draws: int
     statistic: float
@@ -48,7 +48,7 @@ class Found(NamedTuple):
 def probabilities(
     logits: np.ndarray, params: SamplingParams, text: Sequence[int] = (), said: Sequence[int] = ()
 ) -> np.ndarray:
-    """Of every token `[V]`, in float64 and by the definitions alone."""
+    """Probability of every token `[V]`, computed in float64 from the definitions."""
     x = logits.astype(np.float64).copy()
     for token in {*text, *said}:
         x[token] *= params.repetition_penalty ** (-1 if x[token] > 0 else 1)
@@ -70,7 +70,7 @@ def probabilities(
 def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
     """Statistic and degrees of freedom; rare tokens count as one.
 
-    It is infinite where a token was drawn that cannot be.
+    The statistic is infinite if a token was drawn whose probability is 0.
     """
     if counts[expected == 0].any():
         return math.inf, 1
@@ -82,7 +82,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
 
 
 def chance_of(statistic: float, freedom: int) -> float:
-    """How often chance alone gives as much."""
+    """The p-value: the probability of at least this statistic."""
     import torch
 
     if not math.isfinite(statistic):
@@ -92,19 +92,19 @@ def chance_of(statistic: float, freedom: int) -> float:
 
 
 def pairs_of_rounds(params: SamplingParams, seed: int) -> Found:
-    """Two tokens a round, where nothing depends on more than the token before."""
+    """Two tokens per round, if nothing depends on more than the token before."""
     rng = np.random.default_rng(seed)
     num_rounds = NUM_DRAWS // 2
     true, behind, drafted = (
         mx.array(rng.normal(0, 2, shape), mx.float32)
         for shape in ((1, VOCAB), (VOCAB, VOCAB), (1, VOCAB))
     )
-    # A good drafter: close to the truth, and not equal.
+    # A good drafter is close to the model, and not equal.
     drafted = true + 0.5 * drafted
     sampler = Sampler(params, mx.array([0]), seed)
 
     def draw(first: mx.array, second: mx.array) -> mx.array:
-        """Of all rounds at once `[R, 2]`; the places of round r are 2r and 2r + 1."""
+        """Tokens of all rounds at once `[R, 2]`; the positions of round r are 2r and 2r + 1."""
         rows = [mx.broadcast_to(row, (num_rounds, VOCAB))[:, None] for row in (first, second)]
         logits = mx.concatenate(rows, axis=1).reshape(-1, VOCAB)
         return sampler(logits, 0).reshape(-1, 2)
@@ -117,7 +117,7 @@ def pairs_of_rounds(params: SamplingParams, seed: int) -> Found:
     first, second = np.array(tokens).T
     exact = probabilities(np.array(true[0]), params)
     found = [chi_square(np.bincount(first, minlength=VOCAB), num_rounds * exact)]
-    # What follows an accepted draft and what follows another one have one distribution.
+    # The token after an accepted draft and the one after a rejected draft have one distribution.
     for is_accepted in (True, False):
         rows = np.array(stays) == is_accepted
         for token in np.unique(first[rows]):
@@ -128,14 +128,14 @@ def pairs_of_rounds(params: SamplingParams, seed: int) -> Found:
 
 
 def rows_of_passes(params: SamplingParams, seed: int) -> Found:
-    """All rows of passes with drafts, each of which changes the penalties behind it."""
+    """All rows of passes with drafts, each of which changes the penalties of later rows."""
     rng = np.random.default_rng(seed)
     num_rows = MAX_DRAFTS + 1
     logits = rng.normal(0, 2, (num_rows, VOCAB)).astype(np.float32)
     text = rng.integers(0, VOCAB, 10).tolist()
     drafts = rng.integers(0, VOCAB, MAX_DRAFTS).tolist()
     sampler = Sampler(params, mx.array(text), seed)
-    # A row is drawn at each of these places; those of other rows come between.
+    # A row is drawn at each of these positions; those of other rows come between.
     passes = [
         sampler(mx.array(logits), len(text) + num_rows * i, mx.array(drafts))
         for i in range(NUM_DRAWS // num_rows)
@@ -155,7 +155,7 @@ def _together(num_draws: int, found: Sequence[tuple[float, int]]) -> Found:
 
 
 def chi_squares(seed: int = 0) -> list[Found]:
-    """Print a line for each setting; what was found."""
+    """Print a line for each setting; returns the results."""
     rows = []
     print("\nTokens of rounds against exact probabilities: draws, chi-square, freedom, p")
     for index, params in enumerate(SETTINGS):

@@ -1,10 +1,10 @@
-"""Seeded conversations with and without drafts, cut everywhere: text and caches, bit by bit.
+"""Compares text and caches, bit by bit, of seeded conversations with and without drafts.
 
 python tools/speculation_exact.py [--conversations 500] [--first 0]
 
 Half of them are chats with the demo, the others texts of random checkpoints of every kind and
-number of bits. A drafted conversation goes first; where an interrupt cut it, the plain one is cut
-at the same token. The last line is JSON.
+number of bits. The conversation with drafts runs first; where it is interrupted, the plain one is
+interrupted at the same token. The last line is JSON.
 """
 
 import argparse
@@ -52,12 +52,12 @@ QUESTIONS = (
     "What is the capital of France?", "Repeat: the quick brown fox and the lazy dog",
     "What is 47 + 85?", "Repeat: one two one two one two one two", LOOPING,
 )  # fmt: skip
-# What a conversation shows after each of its steps; the last is the caches' bits.
+# The figures of a conversation after each of its steps; the last is the caches' bits.
 State = tuple[Any, ...]
 
 
 class OftenWrong(Drafter):
-    """Of the drafts from the text and of the MTP layer, about a third is replaced."""
+    """A drafter that replaces about a third of its drafts by wrong ones."""
 
     def propose(self, cache: PromptCache, *arguments: Any) -> mx.array | None:
         drafts = super().propose(cache, *arguments)
@@ -81,11 +81,11 @@ def sampling_of(rng: random.Random) -> dict[str, float]:
 
 
 class Interrupts:
-    """Ctrl-C inside of a pass, once `at` tokens of a turn were said.
+    """Ctrl-C inside a pass, after `at` tokens of a turn.
 
-    `where`: "before" a pass or "after" its graph is built; at a later token of a round in
-    "commit"; with half of the layers told what stays in "accept". A plain pass has no such
-    places: there it comes before a pass, or behind it, which leaves the same.
+    `where`: "before" a pass; "after" its graph is built; "commit": at a later token of a round;
+    "accept": when half of the layers have been told how many drafts were accepted. A plain pass has
+    neither of the last two: there it comes before or after a pass, which leaves the same state.
     """
 
     def __init__(self, num_said: Callable[[], int], at: int, where: str):
@@ -94,7 +94,7 @@ class Interrupts:
 
     @property
     def for_plain(self) -> "tuple[int, str] | None":
-        """At which token and where it comes for who drafts nothing."""
+        """The token and the place of the same interrupt without drafts."""
         if self.came_at is None:
             return None
         return self.came_at, {"commit": "before", "accept": "after"}.get(self.where, self.where)
@@ -143,7 +143,7 @@ class Interrupts:
 
 
 class Script:
-    """What happens in one conversation with the demo; the same with drafts and without."""
+    """The steps of one conversation with the demo, the same with drafts and without."""
 
     def __init__(self, number: int):
         rng = random.Random(number)
@@ -157,14 +157,14 @@ class Script:
             "on_loop": rng.choice(["off", "stop", "penalize"]),
             "stop": rng.choice([(), (), ("is",), ("a", "."), (" ",)]),
         }
-        # The demo repeats itself behind one of the questions, if nothing keeps it from that.
+        # The demo repeats itself after one of the questions if nothing prevents it.
         self.repeats = number % 9 == 3
         if self.repeats:
             loop = {"sampling": {"temperature": 0.0}, "max_tokens": 20, "enable_thinking": False}
             self.options |= loop | {"stop": (), "on_loop": rng.choice(["stop", "penalize"])}
         kinds = ["say", "say", "picture", "regenerate", "edit", "undo", "ahead", "reload"]
         self.turns = ["picture" if number % 5 == 0 else "say", *rng.choices(kinds, k=2)]
-        # What cuts each turn from outside: nobody, whoever reads, or Ctrl-C.
+        # What stops each turn: nothing, the reader of the stream, or Ctrl-C.
         self.cuts = [rng.choice(["", "", "close", "before", "after", "commit", "accept"])
                      for _ in self.turns]  # fmt: skip
         self.cut_at = [rng.randint(1, 8) for _ in self.turns]
@@ -172,7 +172,7 @@ class Script:
     def run(
         self, demo: tuple[Any, Any], kind: str, cuts: list[Any], folder: Path
     ) -> Iterator[State]:
-        """Play it; `cuts` get the places where Ctrl-C came, or say where it has to come."""
+        """Run it; `cuts` receives the places of Ctrl-C, or gives them."""
         rng = random.Random(self.rng_seed)
         chat = Chat(*demo, draft=OFF, **self.options)
         drafter = self._drafter(demo[0], kind)
@@ -211,7 +211,7 @@ class Script:
         interrupt = None
         if cut not in ("", "close"):
             at, where = (cuts.pop(0) or (1 << 30, cut)) if plain else (at, cut)
-            # Of this turn: until it begins, the figures are those of the last one.
+            # Until this turn begins, the figures are those of the last one.
             interrupt = Interrupts(
                 lambda: chat.stats.generation_tokens if chat.stats is not stats else 0, at, where
             )
@@ -229,7 +229,7 @@ class Script:
         assert cache is not None
         end = "Ctrl-C" if interrupt and interrupt.came_at is not None else chat.stats.finish_reason
         texts = {kind: "".join(parts) for kind, parts in said.items()}
-        # After an interrupt layers may differ: what counts is where the cache goes back to.
+        # After an interrupt layers may differ; the state to which the cache rewinds may not.
         cache.rewind(len(cache.ids))
         return (
             texts, end, chat.stats.generation_tokens, chat.stats.loops, chat.messages[-1],
@@ -238,9 +238,10 @@ class Script:
 
 
 def random_text(model: Model, number: int, kind: str, said: list[list[int]]) -> Iterator[State]:
-    """Texts of a random model: answers that are cut, tokens forced in between, and a way back.
+    """Texts of a random model, with stopped answers, forced tokens and rewinds.
 
-    `said` gets what each answer says with `OFF`; a drafter that knows it errs every third time.
+    `said` receives the tokens of each answer without drafts; later a drafter that knows them errs
+    every third time.
     """
     rng = random.Random(number)
     settings = sampling_of(rng)
@@ -275,7 +276,7 @@ def random_text(model: Model, number: int, kind: str, said: list[list[int]]) -> 
 
 
 def knowing(model: Model, said: Sequence[int], start: int, number: int) -> Drafter:
-    """A drafter that knows what comes and is wrong about every third token."""
+    """A drafter that knows the answer and is wrong about every third token."""
     drafter = Drafter(model, LOOKUP, number)
 
     def look_up(ids: Sequence[int], token: mx.array, most: int) -> list[int]:
@@ -289,7 +290,7 @@ def knowing(model: Model, said: Sequence[int], start: int, number: int) -> Draft
 
 @functools.cache
 def random_model(home: Path, moe: bool, bits: int | None) -> Model:
-    """One that writes its own MTP layer too."""
+    """A model of random weights, with an MTP layer."""
     out = home / f"{moe}-{bits}"
     write_checkpoint(out / "src", moe=moe, mtp=True)
     form: dict[str, Any] = {"bits": bits, "group_size": 32} if bits else {"dtype": "float32"}
@@ -299,7 +300,7 @@ def random_model(home: Path, moe: bool, bits: int | None) -> Model:
 def differences(
     ours: Iterator[State], plain: Callable[[], Iterator[State]], ends: Counter[str]
 ) -> list[str]:
-    """What differs in a conversation; `ends` counts what ended its answers."""
+    """The differences in a conversation; `ends` counts the reasons why answers ended."""
     drafted = list(ours)
     found = []
     for turn, (a, b) in enumerate(zip_longest(drafted, plain(), fillvalue=())):
@@ -315,12 +316,12 @@ def differences(
 
 
 def compare(home: Path, first: int, count: int) -> dict[str, Any]:
-    """Run conversations; figures of all of them."""
+    """Run conversations; returns the figures of all."""
     demo = qwen35_mlx.load(convert(SOURCE, home / "demo", bits=4))
     ends: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     wrong = {}
-    # Short answers repeat themselves soon enough.
+    # Lower limits, so that loops are found in short answers.
     with (
         mock.patch.multiple(loops, GRAM=2, MIN_REPEATS=2, MAX_PROSE_TOKENS=3),
         mock.patch.object(loops.LoopDetector, "_limit_of", lambda self, ids: 3),
@@ -359,7 +360,7 @@ def compare(home: Path, first: int, count: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print what differs, then one JSON line; fail where anything does."""
+    """Print the differences, then one JSON line; exit 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--conversations", type=int, default=500)
     parser.add_argument("--first", type=int, default=0, help="number of the first, its seed")

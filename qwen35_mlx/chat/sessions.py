@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SessionError
+from ..errors import SessionError, first_line
 from ..files import locked, replacing, session_home
 from ..model.identity import model_identity
 from ..model.language import Model
@@ -187,8 +187,8 @@ def list_sessions() -> list[SessionInfo]:
         try:
             content = read_conversation(file)
         except SessionError as error:
-            problem = str(error).partition("\n")[0]
-            found.append(SessionInfo(file.stem, file.stat().st_mtime, 0, num_bytes, "", problem))
+            saved, problem = file.stat().st_mtime, first_line(error)
+            found.append(SessionInfo(file.stem, saved, 0, num_bytes, "", problem))
             continue
         asked = [text_of(m["content"]) for m in content["messages"] if m["role"] == "user"]
         first = " ".join(asked[0].split()) if asked else ""

@@ -1,4 +1,4 @@
-"""What goes with the next message: text files, pictures, videos and pages of PDFs."""
+"""Attachments of the next message: text files, pictures, videos and pages of PDFs."""
 
 import os
 import re
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
     from .chat_view import ChatView
 
 MAX_FILE_BYTES = 20 * 10**6
-# Fewer are read in no time, and say little about speed.
+# Shorter texts take no time, and are no measure of speed.
 FEW_TOKENS = 500
 WITH_PAGES = re.compile(r"(.+?)\s+(\d[\d, -]*)", re.DOTALL)
 
 
 class Attachments:
-    """Texts, pictures and videos of a message; `ask` puts a question where somebody answers."""
+    """Texts, pictures and videos of a message; `ask` asks the user, if there is one."""
 
     def __init__(self, chat: "Chat", allow_url: bool = False):
         self.texts: list[str] = []
         self.media: list[Any] = []
-        # The most tokens of a picture; None leaves it to the model.
+        # Maximum tokens of a picture; None: the model's limit.
         self.image_tokens: int | None = None
         self._chat, self._allow_url = chat, allow_url
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all attachments."""
         self.texts, self.media = [], []
 
     def options(self) -> dict[str, Any]:
-        """What `Chat.send` gets beside the text."""
+        """The options for `Chat.send`."""
         videos = [each for each in self.media if is_video(each)]
         images = [each for each in self.media if not is_video(each)]
         return ({"images": images} if images else {}) | ({"videos": videos} if videos else {})
 
     def counts(self) -> dict[str, int]:
-        """Pictures, videos, and tokens of both."""
+        """Numbers of pictures and videos, and of their tokens."""
         videos = sum(map(is_video, self.media))
         pictures = len(self.media) - videos
         return {"pictures": pictures, "videos": videos, "media_tokens": num_tokens(self.media)}
@@ -65,7 +65,7 @@ class Attachments:
         ask: Callable[[str], str] | None = None,
         pages: str | None = None,
     ) -> None:
-        """Open all sources, each a kind and a path or picture; if one fails, none is attached."""
+        """Open all sources, pairs of a kind and a path or picture; if one fails, attach none."""
         settings = picture_settings(self._chat.tokenizer, self.image_tokens)
         opened: list[Any] = []
         with spinner("opening …"):
@@ -84,7 +84,7 @@ class Attachments:
             terminal.note(line)
 
     def add_texts(self, texts: Mapping[str, str]) -> None:
-        """Put texts before the next message, with a note of what they take."""
+        """Put texts before the next message, and print their number of tokens."""
         tokenizer, config = self._chat.tokenizer, self._chat.model.config
         counts = {
             name: len(tokenizer.encode(text, add_special_tokens=False))
@@ -113,7 +113,7 @@ class Attachments:
             terminal.note(" · ".join(facts))
 
     def add_named(self, text: str, ask: Callable[[str], str] | None) -> str:
-        """Attach the files that a message names; returns the rest of it."""
+        """Attach the files that a message names; returns the rest of the message."""
         rest, found, missing = split_media(text)
         if missing:
             raise Qwen35Error(
@@ -135,9 +135,9 @@ def attach_files(view: "ChatView", rest: str) -> None:
 
 
 def read_documents(typed: str) -> dict[str, str]:
-    """Texts by name of the files, folders and patterns that a line names; PDFs too.
+    """Texts by name, from the files, folders and patterns in a line; also of PDFs.
 
-    A file that is named must be a text. Of folders and patterns, other files are left out.
+    A file that is named must be a text. In folders and patterns, other files are skipped.
     """
     named, found = typed_documents(typed)
     texts: dict[Path, str] = {}
@@ -164,7 +164,7 @@ def read_documents(typed: str) -> dict[str, str]:
 def _document_text(path: Path) -> str:
     from ..files import read_text
 
-    # A device or a pipe may have no end.
+    # Devices and pipes may never end.
     if not path.is_file():
         raise Qwen35Error(f"{path} is no file", expected="a text file")
     if path.stat().st_size > MAX_FILE_BYTES:

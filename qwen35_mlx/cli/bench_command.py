@@ -29,11 +29,11 @@ def bench(
     Args:
         max_context: Longest prompt in tokens; shorter ones of 512, 4096, 32768, … are measured too.
             Default: 32768, or what the model can read if that is less.
-        runs: Runs at each length; the median of them counts.
-        vs_mlx_lm: Run mlx-lm on the same weights in turns. Default: this program alone.
-        recall: Measure memory in place of speed: plant facts in texts of these lengths in tokens,
+        runs: Number of runs at each length; the result is their median.
+        vs_mlx_lm: Also run mlx-lm on the same weights, in turns. Default: this program alone.
+        recall: Measure recall in place of speed: put facts into texts of these lengths in tokens,
             such as 4K,32K, ask for each, and print right answers by depth. Default: speed.
-        png: Write the speeds as a picture too. Default: none.
+        png: Also draw the speeds as a PNG. Default: text alone.
         as_json: Print the JSON line alone. Default: a table before it.
     """
     from ..evaluation import bench as measuring

@@ -47,11 +47,11 @@ def chat(
         autosave: Save every conversation as a session named by date and time. Default: only with
             --session or /save.
         think_budget: End a thought after this many tokens. Default: no limit.
-        on_loop: What to do with an answer that repeats itself without end. stop: end it. penalize:
-            make repeated tokens less likely. off: nothing. Default: stop; off with --preset coding.
-        snapshot_memory: Memory for prompt-cache snapshots, in GB. With more snapshots, less is read
-            again after an edit, a retry or an undo. Default: what weights and context leave, at
-            most 4 and at most a sixteenth of memory.
+        on_loop: What to do if an answer repeats itself without end. stop: end it. penalize: make
+            repeated tokens less likely. off: nothing. Default: stop; off with --preset coding.
+        snapshot_memory: Memory for snapshots of the prompt cache, in GB. With more snapshots, less
+            text is read again after an edit, a retry or an undo. Default: what weights and context
+            leave, at most 4 and at most a sixteenth of memory.
         plain: Print Markdown as source. Default: rendered on a terminal, source elsewhere.
         preset: Sampling parameters. thinking, coding, instruct: as Qwen recommends. auto: thinking
             or instruct, by mode. checkpoint: from generation_config.json. Default: auto; checkpoint
@@ -68,14 +68,14 @@ def chat(
     check_sources(image or (), allow_url)
     with silent_keys(raw=can_edit()):
         with spinner("Starting"):
-            # Seconds, for all of MLX.
+            # Imported here: MLX takes seconds.
             from ..chat.conversation import Chat
             from ..chat.sessions import session_file
             from ..engine.prefix_store import PrefixStore
             from ..model.loading import load
             from .chat_view import ChatView
         if session is not None:
-            # A name that cannot be: said before the model loads.
+            # Raises for an invalid name before the model loads.
             session_file(session)
         name, is_demo = chosen_model(model, demo)
         with spinner(f"Loading {name}"):
@@ -86,7 +86,7 @@ def chat(
         system=system,
         enable_thinking=think,
         think_budget=think_budget,
-        # The demo is too small for the penalty that the family's presets have.
+        # The demo is too small for the presence penalty of the presets.
         preset=preset or ("checkpoint" if is_demo else "auto"),
         on_loop=on_loop,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
@@ -134,7 +134,7 @@ def sessions(
 
 
 def chosen_model(model: str | None, demo: bool, hints: bool = True) -> tuple[str, bool]:
-    """The model that is named, the one converted last or the demo; and whether it is the demo."""
+    """The named model, else the one converted last, else the demo; and whether it is the demo."""
     name = newest() if model is None and not demo else model
     return (bundled_demo(hints), True) if name is None else (name, False)
 
@@ -150,7 +150,7 @@ def newest() -> str | None:
 
 
 def bundled_demo(hints: bool = True) -> str:
-    """The folder of the converted demo, made on the first call; `hints`: what to say to it."""
+    """The folder of the converted demo, made on the first call; `hints`: print questions."""
     from ..convert import convert as run
     from .local_models import SOURCE, converted_demo
     from .progress import byte_progress

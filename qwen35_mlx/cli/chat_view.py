@@ -1,4 +1,4 @@
-"""The conversation in the terminal: reads messages, draws the turns, keeps the session."""
+"""The conversation in the terminal: reads messages, prints the turns, saves the session."""
 
 import tempfile
 import time
@@ -27,10 +27,10 @@ HINT = "/help lists commands, /exit or Ctrl-D leaves; Ctrl-C stops an answer and
 
 
 class ChatView:
-    """A chat on the terminal, with a line of figures after each turn.
+    """A chat on the terminal, with a line of statistics after each turn.
 
-    What one turn or one command raises is printed, and the chat goes on. If the view itself has to
-    end, a conversation that is not saved is written to a temporary file.
+    An error of a turn or a command is printed, and the chat continues. If the view itself fails, an
+    unsaved conversation is written to a temporary file.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class ChatView:
         self.is_open = True
         self.reader: Reader = LineReader()
         self.attached = Attachments(chat, allow_url)
-        # Puts a question to the user; None where nobody answers.
+        # Asks the user; None if there is no user.
         self.ask: Callable[[str], str] | None = None
-        # What was refused as it names a file that is not there; sent as it is when it comes again.
+        # A message that was refused because it names a missing file; if repeated, it is sent as is.
         self._refused = ""
-        # What the next line begins with, and whether it replaces the last message.
+        # Initial text of the next line, and whether that line replaces the last message.
         self.draft, self.is_edit = "", False
         self.hide_thoughts = False
         # The name under which every turn is saved, locked against other chats.
@@ -59,7 +59,7 @@ class ChatView:
         self._lock = ExitStack()
 
     def run(self, prompts: Sequence[str] = (), session: str | None = None) -> None:
-        """Ask the prompts in turn, or talk until the user leaves; continues `session`."""
+        """Send the prompts, or chat until the user leaves; continues `session`."""
         with self._lock:
             if session:
                 self._continue(session)
@@ -91,7 +91,7 @@ class ChatView:
         num_failures = 0
         with silent_keys(raw=True) if is_editor else nullcontext():
             while self.is_open:
-                # Not inside of the handler: that may be interrupted too.
+                # Two try blocks, because an exception handler may be interrupted too.
                 try:
                     text = self._read()
                     num_failures = 0
@@ -99,7 +99,7 @@ class ChatView:
                     continue
                 except Exception as error:
                     num_failures += 1
-                    # Nothing can be typed any more.
+                    # The input is broken.
                     if num_failures > 1:
                         raise
                     terminal.print_error(error)
@@ -110,7 +110,7 @@ class ChatView:
                     continue
 
     def _read(self) -> str:
-        """A message or a command; at the end of input an empty one, and the chat is closed."""
+        """Read a message or a command; at the end of input, close the chat and return ''."""
         terminal.out.print()
         self._guard(self.chat.start_reading_ahead)
         draft, self.draft = self.draft, ""
@@ -130,14 +130,14 @@ class ChatView:
         return ""
 
     def _handle(self, text: str) -> None:
-        """Do what a line asks for; no error of it ends the chat."""
+        """Run a command or send a message; no error ends the chat."""
         try:
             if text.startswith("/") and not is_dropped(text):
                 run_command(self, text)
             elif text.strip():
                 self.say(text.strip())
         except BrokenPipeError:
-            # Nobody reads the answers any more.
+            # The reader of stdout is gone.
             raise
         except KeyboardInterrupt:
             terminal.note("stopped")
@@ -146,21 +146,21 @@ class ChatView:
             terminal.print_error(error)
 
     def _guard(self, action: Callable[[], object]) -> None:
-        """Do something that the chat can go on without."""
+        """Run an optional action; print its error."""
         try:
             action()
         except Exception as error:
             terminal.print_error(error)
 
     def say(self, text: str) -> None:
-        """Attach the files that a message names, and send it, or put it in place of the last."""
+        """Attach the files that a message names, and send it, or replace the last message."""
         try:
             message = text if text == self._refused else self.attached.add_named(text, self.ask)
         except Qwen35Error:
             self.draft = self._refused = text
             raise
         self._refused = ""
-        # Of a file alone nothing is asked yet.
+        # Only files: wait for the question.
         if not message:
             return
         is_edit, self.is_edit = self.is_edit, False
@@ -175,14 +175,14 @@ class ChatView:
             self._send(send, message)
 
     def _send(self, send: Callable[..., Generator["Piece", None, None]], text: str) -> None:
-        """One turn with all that is attached."""
+        """One turn, with all attachments."""
         options = self.attached.options()
         message = "\n\n".join([*self.attached.texts, text])
         self.turn(partial(send, **options) if options else send, message)
         self.attached.clear()
 
     def _make_room(self) -> bool:
-        """Ask what may be dropped; returns whether to try again."""
+        """Ask what to drop; returns whether to try again."""
         question = "Drop the (o)ldest turns, (s)tart over, or (k)eep all and change the message? "
         answer = self._ask_user(question)
         if answer == "o":
@@ -192,7 +192,7 @@ class ChatView:
         return answer in ("o", "s")
 
     def _ask_user(self, question: str) -> str:
-        """The first letter of the answer; nothing after Ctrl-C or at the end of the input."""
+        """The first letter of the answer; empty after Ctrl-C or at the end of input."""
         try:
             return self.reader.ask(question).strip().lower()[:1]
         except (EOFError, KeyboardInterrupt):
@@ -222,7 +222,7 @@ class ChatView:
         self.save_turn()
 
     def _show_text(self, kind: str, pieces: Iterator["Piece"]) -> None:
-        """A thought, or an answer as Markdown; whatever ends it, its last line is ended."""
+        """Print a thought, or an answer as Markdown; always ends the last line."""
         out = terminal.out
         style = "dim italic" if kind == "thought" else None
         if kind == "answer" and self._markdown and terminal.can_draw(out):
@@ -243,7 +243,7 @@ class ChatView:
             end()
 
     def _fold(self, pieces: Iterator["Piece"]) -> None:
-        """A thought as one line."""
+        """Print a thought as one line."""
         started = time.perf_counter()
         with spinner("thinking …"):
             for _ in pieces:
@@ -259,7 +259,7 @@ class ChatView:
             terminal.note(f"{piece.call.name}({arguments}){cut}".translate(terminal.CONTROL))
 
     def show_figures(self) -> None:
-        """Speed and size of the last turn, and a warning before the context is full."""
+        """Print statistics of the last turn, and a warning if the context is almost full."""
         stats, length = self.chat.stats, self.chat.model.config.context_length
         gigabytes = stats.peak_memory_gb
         memory = f"{gigabytes:,.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.0f} MB"
@@ -284,7 +284,7 @@ class ChatView:
             )
 
     def start_over(self) -> None:
-        """A new conversation, not saved; a session keeps the old one."""
+        """Start a new, unsaved conversation; a session keeps the old one."""
         if self.session:
             self.chat.save(self.session)
             terminal.note(
@@ -301,7 +301,7 @@ class ChatView:
         return self.chat.save(name)
 
     def save_turn(self) -> None:
-        """Save the messages of a session; what was read follows in the background."""
+        """Save the messages of a session; its cache is written in the background."""
         from ..chat.sessions import session_file, trim_caches
 
         if self._autosave and not self.session:
@@ -320,7 +320,7 @@ class ChatView:
 
         exists = session_file(name).exists()
         if must_exist or exists:
-            # Before anything of this conversation is let go.
+            # Raises before this conversation is given up.
             read_conversation(session_file(name))
         if self.session:
             self.chat.save(self.session)
@@ -335,7 +335,7 @@ class ChatView:
             terminal.note(f"session {name}: {turns}, goes on after: {last}")
 
     def _continue(self, session: str) -> None:
-        """Take up a session; options of the command line override what it holds."""
+        """Continue a session; options of the command line override its settings."""
         chat = self.chat
         system, thinking, budget = chat.system, chat.enable_thinking, chat.think_budget
         self.load(session, must_exist=False)
@@ -344,7 +344,7 @@ class ChatView:
         chat.think_budget = budget or chat.think_budget
 
     def _hold(self, name: str) -> None:
-        """Let no other chat write this session."""
+        """Lock a session against other chats."""
         from ..chat.sessions import hold
 
         lock = ExitStack()

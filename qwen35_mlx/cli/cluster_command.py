@@ -24,7 +24,7 @@ from ..files import RING_VARIABLE, SPLIT_VARIABLE
 
 RUNS = ("chat", "generate", "serve")
 LOCAL, SSH_TIMEOUT_S = "127.0.0.1", 10
-# By its entry point: the script may lie outside of PATH.
+# By its entry point, because the script may be outside of PATH.
 LAUNCH = (
     "from importlib.metadata import entry_points as e;"
     "next(iter(e(group='console_scripts', name='mlx.launch'))).load()()"
@@ -49,12 +49,12 @@ def cluster(
 
     Args:
         arguments: After --: chat, generate or serve with a MODEL.
-        hosts: Macs by name or address, this one first, with commas between them: TCP joins them.
-        hostfile: What `mlx.distributed_config` wrote, in place of --hosts: for Thunderbolt 5 with
-            --backend jaccl.
+        hosts: Names or addresses of the Macs, this one first, with commas; connected by TCP.
+        hostfile: File of `mlx.distributed_config`, in place of --hosts; for Thunderbolt 5 run it
+            with --backend jaccl.
         split: Give each Mac whole layers by these shares, such as 192GB,96GB. Default: split every
             layer; by memory where equal parts do not fit.
-        port: First of their ports. Default: a free one.
+        port: First port that the Macs use. Default: a free one.
     """
     model, reads_input = model_of(arguments)
     found, backend = read_hosts(hosts, hostfile)
@@ -69,13 +69,13 @@ def cluster(
 def launched(
     hosts: str, port: int, arguments: Sequence[str], reads_input: bool, split: str | None
 ) -> int:
-    """Run a command under `mlx.launch` to its end; the exit code of rank 0."""
+    """Run a command under `mlx.launch`; returns the exit code of rank 0."""
     with tempfile.TemporaryDirectory(prefix="qwen35-mlx-") as scratch:
         folder = Path(scratch)
         file, status = folder / "hosts.json", folder / "status"
         file.write_text(hosts)
         if sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
-            # Its own name: macOS cannot wait for /dev/tty.
+            # The terminal's own name, because macOS cannot poll /dev/tty.
             (folder / "terminal").write_text(os.ttyname(sys.stdin.fileno()))
         elif sys.stdin and reads_input:
             (folder / "input").write_bytes(sys.stdin.buffer.read())
@@ -83,19 +83,19 @@ def launched(
         options += ["--env", f"{RING_VARIABLE}={scratch}"]
         options += ["--env", f"{SPLIT_VARIABLE}={split}", "--"] if split else ["--"]
         command = [sys.executable, "-c", LAUNCH, *options, sys.executable, "-c", RUN, *arguments]
-        # Ctrl-C is for rank 0, and so is what is typed: the pipe stays open and empty.
+        # Ctrl-C and typed text are for rank 0: the pipe stays open and empty.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             with subprocess.Popen(command, stdin=subprocess.PIPE) as launch:
                 launch.wait()
         finally:
             signal.signal(signal.SIGINT, before)
-        # Without it rank 0 has not come to its end.
+        # No status file: rank 0 did not end normally.
         return int(status.read_text()) if status.exists() else 1
 
 
 def take_part(run: Callable[[], object]) -> None:
-    """Run the program on rank 0, connected with the others, which follow it until it ends."""
+    """Run the program on rank 0; on other ranks, follow rank 0 until it ends."""
     folder = Path(os.environ[RING_VARIABLE])
     from .command import user_errors
 
@@ -113,7 +113,7 @@ def take_part(run: Callable[[], object]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     terminal, given = folder / "terminal", folder / "input"
     if terminal.exists():
-        # This process has the terminal; mlx.launch would pass on lines alone.
+        # Use the terminal directly, because mlx.launch passes only lines.
         opened = os.open(terminal.read_text(), os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(opened, stream)
@@ -135,7 +135,7 @@ def take_part(run: Callable[[], object]) -> None:
 
 
 def facts_of(model: str) -> dict[str, Any]:
-    """What has to be the same on every host, and what Thunderbolt says."""
+    """Facts that must be equal on all hosts, and the state of RDMA over Thunderbolt."""
     from importlib.metadata import version
 
     from .. import __version__
@@ -157,7 +157,7 @@ def show_facts() -> None:
 
 
 def _digest(folder: Path) -> str:
-    """Of config.json, the tokenizer, and the headers and sizes of the weights."""
+    """SHA-256 of config.json, the tokenizer, and the headers and sizes of the weights."""
     from ..checkpoint.headers import raw_header, weight_files
 
     digest = hashlib.sha256()
@@ -221,9 +221,9 @@ def read_hosts(names: str | None, file: Path | None) -> tuple[list[Host], str]:
             hint=f"this one is {socket.gethostname()}",
         )
     if hosts[0]["ips"][0].startswith("127.") and not hosts[1]["ips"][0].startswith("127."):
-        # Its own name may lead a host to itself alone.
+        # A host may resolve its own name to a loopback address.
         hosts[0]["ips"] = [_address_towards(hosts[1]["ips"][0])]
-    # What mlx.launch starts without ssh.
+    # mlx.launch starts this address without ssh.
     hosts[0]["ssh"] = LOCAL
     return hosts, str(backend)
 
@@ -240,7 +240,7 @@ def _address(name: str) -> str:
 
 
 def _address_towards(address: str) -> str:
-    """This machine's, as that one sees it; nothing is sent."""
+    """This machine's address on the route to another one; sends nothing."""
     with socket.socket(type=socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return str(probe.getsockname()[0])
@@ -256,7 +256,7 @@ def _is_here(address: str) -> bool:
 
 
 def check(hosts: Sequence[Host], backend: str, model: str) -> None:
-    """Raise with all that is missing or different on any host."""
+    """Raise Qwen35Error with everything that is missing or different on a host."""
     own = facts_of(model)
     with ThreadPoolExecutor(len(hosts)) as pool:
         answers = list(pool.map(lambda host: _ask(host["ssh"], model), hosts[1:]))
@@ -285,7 +285,7 @@ def check(hosts: Sequence[Host], backend: str, model: str) -> None:
 
 
 def _ask(host: str, model: str) -> dict[str, Any] | str:
-    """The facts of a host, or why there are none."""
+    """The facts of a host, or the reason why they are unknown."""
     if host == LOCAL:
         return facts_of(model)
     remote = shlex.join([sys.executable, "-c", SHOW_FACTS, model])
@@ -313,7 +313,7 @@ def _ask(host: str, model: str) -> dict[str, Any] | str:
 
 
 def _free_port(number: int) -> int:
-    """The first of so many that nothing on this machine uses."""
+    """The first of `number` consecutive free ports."""
     for first in PORTS:
         try:
             for port in range(first, first + number):

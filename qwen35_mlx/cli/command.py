@@ -1,4 +1,4 @@
-"""What all commands share: options without effect are refused, mistakes have no traceback."""
+"""The base of all commands: refuses options without effect, reports errors without a traceback."""
 
 import inspect
 import logging
@@ -87,16 +87,16 @@ RULES["plan"] += [(("--fit", name), ("SRC",)) for name in ("--mac", "--dtype")]
 
 
 def described(docstring: str | None) -> tuple[str, dict[str, str]]:
-    """The text of a docstring before its list of names, and what the list says of each."""
+    """The text of a docstring before its list of names, and the entries of the list."""
     text, *listed = re.split(r"\n\n(?:Args|Attributes):\n", inspect.cleandoc(docstring or ""))
     entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", "".join(listed), re.MULTILINE)
     return text, {name: " ".join(help.split()) for name, help in entries}
 
 
 def documented(function: Any) -> Any:
-    """The function with the help of its parameters, from its docstring, where typer looks for it.
+    """The function with the help of its parameters, taken from its docstring, for typer.
 
-    A parameter of type bool becomes a switch that turns it on, and a dataclass all of its fields.
+    A parameter of type bool becomes a switch, and a dataclass becomes one option per field.
     """
     function.__doc__, helps = described(function.__doc__)
     signature = inspect.signature(function)
@@ -143,14 +143,14 @@ class Command(TyperCommand):
                     if parameter.metavar in PATHS and each is not None:
                         check_path(os.fspath(each))
             result = super().invoke(ctx)
-            # A full disk shows here, while its error can still be reported.
+            # Flush here, so that a full disk is reported as an error.
             if sys.stdout:
                 sys.stdout.flush()
             return result
 
 
 class Remarks(logging.Handler):
-    """Shows what the package logs."""
+    """Prints the package's log messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from .terminal import warn
@@ -161,7 +161,7 @@ class Remarks(logging.Handler):
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Warnings of the package are remarks of the command."""
+    """Print warnings of the package during the block."""
     handler, log = Remarks(logging.WARNING), logging.getLogger(__package__.partition(".")[0])
     log.addHandler(handler)
     try:
@@ -176,9 +176,9 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):
-        # The reader of a pipe went away: typer exits without a message.
+        # For a broken pipe, typer exits without a message.
         raise
-    # MLX raises RuntimeError where memory is short.
+    # MLX raises RuntimeError if memory is short.
     except (Qwen35Error, OSError, RuntimeError, MemoryError, UnicodeError) as error:
         from .terminal import print_error
 
@@ -190,7 +190,7 @@ def user_errors() -> Iterator[None]:
 
 
 def given_options(ctx: Any) -> set[str]:
-    """Names of the options and arguments of this call, a choice also with its value."""
+    """Names of the options and arguments of this call, also with their values."""
     given = set()
     for parameter in ctx.command.params:
         value = ctx.params.get(parameter.name)
@@ -204,7 +204,7 @@ def given_options(ctx: Any) -> set[str]:
 
 
 def as_list(value: Any) -> list[Any]:
-    """The values of a repeatable option, or the one of another."""
+    """The values of an option as a list."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 

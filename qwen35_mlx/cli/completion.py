@@ -1,4 +1,4 @@
-"""What the shell completes behind commands and options; nothing here imports MLX."""
+"""Shell completion of values; imports no MLX."""
 
 import os
 import shlex
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def models(ctx: Any, args: list[str], incomplete: str) -> list[str]:
-    """Folders that this user converted; where none matches, the shell completes files."""
+    """Folders that this user converted; if none matches, the shell completes files."""
     from ..files import cache_home
     from .local_models import recorded
 
@@ -23,10 +23,10 @@ def sessions(ctx: Any, args: list[str], incomplete: str) -> list[str]:
 
 
 def recipes(ctx: Any, args: list[str], incomplete: str) -> list[str]:
-    """Names of mixed bits."""
+    """Names of recipes."""
     return [name for name in "q8 q6 q5 q4 q3 q2".split() if name.startswith(incomplete)]
 
 
 def _is_plain(word: str) -> bool:
-    # Typer's scripts insert words as they are.
+    # Typer's scripts insert words without quoting.
     return shlex.quote(word) == word

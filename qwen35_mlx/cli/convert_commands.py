@@ -1,4 +1,4 @@
-"""The commands that make conversions: convert, plan."""
+"""The commands convert and plan."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from ..errors import Qwen35Error
 from . import options
 from .command import BITS, given_options
 
-# Options that decide the bytes of the output.
+# Options that change the output.
 SETTINGS = {
     *BITS,
     *"--group-size --dtype --method --prefer --context --kv-bits --experts-layout".split(),
@@ -52,15 +52,16 @@ def convert(
             error feedback; needs a calibration made with --method gptq. distill: error feedback,
             then trained layer after layer, without a calibration; hours for a large model. Default:
             minmax with --bits alone, else search, or gptq if the calibration allows it.
-        experts_layout: Where the matrices of an expert lie. stacked: in the stacks of all experts,
-            as mlx-lm reads them. disk: side by side, so that --experts-memory reads them at once.
-        calibrate: First run a text through SRC, a layer at a time, to learn which errors matter.
+        experts_layout: Order of the experts' weights in the files. stacked: one array per matrix
+            for all experts, which mlx-lm reads too. disk: the matrices of each expert side by side,
+            which --experts-memory reads faster.
+        calibrate: First run a text through SRC, a layer at a time, to measure which errors matter.
             Writes the result to the file of --calibration, or to OUT.calibration.safetensors.
             Default: no calibration.
         calibration_text: Text for --calibrate and --method distill: plain, or .jsonl with lines of
             conversations as for training. Default: a text that comes with the program.
-        finish_tokens: With --method distill: then train all layers at once on so many tokens of the
-            text, which holds the whole model in memory. Default: no such training.
+        finish_tokens: With --method distill: afterwards train all layers together on this many
+            tokens of the text, with the whole model in memory. Default: no such training.
         activations_memory: With --method distill: memory for the activations between two layers,
             such as 8GB. If they need more, they are kept on disk. Default: a quarter of all memory.
         keep_source: Keep the downloaded files in OUT-source. Default: delete each after its
@@ -90,7 +91,7 @@ def convert(
     if verify and out.exists():
         refuse_other_settings(ctx, source, out)
     else:
-        # Before a calibration, which may take hours.
+        # Before a calibration, because that may take hours.
         refuse_existing(out)
         found = calibration_for(source, out, calibration, calibrate, calibration_text, method)
         distillation = distillation_for(
@@ -104,7 +105,7 @@ def convert(
         if distillation:
             print_lines(distillation_lines(folder))
             if found is not None:
-                # A file of its own: the other is what this conversion was made with.
+                # A separate file: the other one belongs to this conversion.
                 file = calibration_file(out.with_name(f"{out.name}.distilled"))
                 save(replace(found, left=left_of(folder)), file)
                 note(f"{file} knows what training left: a next --fit uses it")
@@ -117,7 +118,7 @@ def convert(
 def convert_as_asked(
     ctx: typer.Context, source: str, out: Path, title: str, calibration: Any = None, **given: Any
 ) -> Path:
-    """Convert by the options of a command, and say what becomes of it; `given` as in `convert`."""
+    """Convert by the options of a command, and print the result; `given` as in `convert`."""
     from ..convert import convert as run
     from ..convert import plan as make_plan
     from ..convert.report import conversion_lines
@@ -139,7 +140,7 @@ def convert_as_asked(
 
 
 def default_out(source: str, given: Mapping[str, Any]) -> Path:
-    """A name for the output: that of the source, and the settings in words."""
+    """A name for the output: the source's, and the settings."""
     from ..convert.hub import is_hub_id
     from ..machine import GIB, parse_memory
 
@@ -164,7 +165,7 @@ def default_out(source: str, given: Mapping[str, Any]) -> Path:
 
 
 def refuse_other_settings(ctx: typer.Context, source: str, out: Path) -> None:
-    """Raise if this call's source and settings would not make what is in the folder `out`."""
+    """Raise if the folder `out` was made from another source or with other settings."""
     from ..convert import plan as make_plan
     from ..convert.hub import is_hub_id
     from ..convert.source import Source
@@ -205,14 +206,14 @@ def plan(
 ) -> None:
     """Show what convert would write, and which Macs run the result.
 
-    Shows also the memory and disk that a conversion needs. Reads only the headers of the files.
+    Also shows the memory and disk that a conversion needs. Reads only the headers of the files.
 
     Args:
         source: Folder of a Hugging Face checkpoint, hub id, or a released model such as
             Qwen3.5-27B, which needs no network. Default: show which models of the family fit.
         mac: Show this Mac alone: 256GB, M3 Ultra, or M3 Ultra 256GB. Default: this machine without
             SRC, all Macs with SRC.
-        together: How many such Macs run the model together, or which: 192GB,96GB.
+        together: Number of such Macs that run the model together, or their memory: 192GB,96GB.
         png: Also draw the result as a PNG. Default: text alone.
     """
     from ..convert import plan as make_plan
@@ -223,7 +224,7 @@ def plan(
 
     macs = find_macs(mac) if mac else [*filter(None, [this_mac()]), *MACS]
     num_macs = int(together) if together.isdecimal() else 0
-    # Of Macs with the same memory the slowest.
+    # The slowest of the Macs with this memory.
     names = [] if num_macs else together.split(",")
     different = [min(find_macs(name), key=attrgetter("gbps")) for name in names]
     if different and (mac or source is None or len(different) < 2):
@@ -254,7 +255,7 @@ def plan(
 
 
 def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
-    """The page of `plan` without SRC: for --fit, --mac or this machine."""
+    """The output of `plan` without SRC: for --fit, --mac or this machine."""
     from ..convert.mac_models import this_mac
     from ..convert.report import family_lines, fitting_lines
     from ..machine import memory_bytes, parse_memory
@@ -281,7 +282,7 @@ def plan_of_family(ctx: typer.Context, macs: list[Any]) -> list[str]:
 def quality_settings(
     ctx: typer.Context, source: Any, found: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Settings of plan and convert, and lines on what a budget is spent on."""
+    """Settings of plan and convert, and lines about how a budget is used."""
     from ..convert.fit import quality_settings as decide
 
     given = ctx.params
@@ -308,7 +309,7 @@ def calibration_for(
     text: Path | None = None,
     method: str | None = None,
 ) -> Any:
-    """What --calibration names, made first with --calibrate; None without either."""
+    """The calibration of --calibration, or a new one with --calibrate; None without either."""
     from ..quant.statistics import load, save
 
     if not calibrate:
@@ -334,14 +335,14 @@ def calibration_for(
 
 
 def calibration_file(out: Path) -> Path:
-    """Where the calibration of a conversion goes unless --calibration says."""
+    """The default file for the calibration of a conversion."""
     return out.with_name(f"{out.name}.calibration.safetensors")
 
 
 def distillation_for(
     source: str, text: Path | None, finish_tokens: int, memory: str | None, method: str | None
 ) -> Any:
-    """What --method distill trains on; None with another method."""
+    """The settings of --method distill; None with another method."""
     if method != "distill":
         return None
     from ..convert.calibration_text import TEXT_FILE, encode

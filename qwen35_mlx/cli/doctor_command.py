@@ -1,4 +1,4 @@
-"""The command doctor: whether the Metal kernels are right and fast on this machine."""
+"""The command doctor: checks and times the Metal kernels on this machine."""
 
 import json
 from typing import Annotated, Literal
@@ -45,5 +45,5 @@ def doctor(
     if not as_json:
         print_doctor(report)
     print(json.dumps(report), flush=True)
-    # Last: if the result cannot be stored, the report is printed all the same.
+    # Last, so that the report is printed even if it cannot be stored.
     store(report)

@@ -29,7 +29,7 @@ def evaluate(
 ) -> None:
     """Measure what a model can, with tasks or on a text.
 
-    What prompts have in common is read once. Writes the harness's JSON and prints its table.
+    Reads the common beginning of prompts once. Writes the harness's JSON and prints its table.
 
     Args:
         tasks: Tasks of lm-evaluation-harness, with commas between them, such as mmlu,gsm8k.
@@ -38,21 +38,21 @@ def evaluate(
             run. Default: the harness's tasks alone.
         limit: Only the first items of each task. Default: all.
         num_fewshot: Examples in front of each item. Default: as the task says.
-        batch_size: Answers that are generated together.
+        batch_size: Number of answers that are generated together.
         chat_template: Put each prompt into the model's chat template. Default: as plain text.
-        window: Tokens of the text that the model sees at a time.
-        stride: Tokens between two windows; fewer give each token more text before it. Default: the
-            window.
+        window: Length in tokens of the parts of the text that the model reads.
+        stride: Tokens between the starts of two windows; with fewer, each token has more text
+            before it. Default: the window.
         out: File for the results. Until it is written, answers are kept in FILE.partial, and the
             same command continues after a stop.
     """
     if out.exists():
         raise Qwen35Error(f"{out} exists already", hint="name another file with --out")
     if not out.parent.is_dir():
-        # Now, and not after hours.
+        # Now, not after hours.
         raise Qwen35Error(f"no folder for {out.name}", got=out.parent, hint="make it, or --out")
     if tasks:
-        # Their bars of progress, beside ours.
+        # No progress bars of the harness beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         with extra("eval", "lm-evaluation-harness is not installed"):
             from ..evaluation.harness import evaluate as run

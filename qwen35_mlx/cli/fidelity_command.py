@@ -1,4 +1,4 @@
-"""The command fidelity: quantized models beside their original, on a text and in answers."""
+"""The command fidelity: compares quantized models with their original, on a text and in answers."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ import typer
 from ..errors import MemoryRefused
 from . import options
 
-# Of a question and its answer.
+# Context length of a question and its answer.
 TASKS_CONTEXT = 4096
-# Texts with tool calls share 4 % by the chat template's words for tools.
+# Unrelated texts with tool calls share 4 %, because of the chat template's text.
 MOST_OVERLAP = 0.1
 
 
@@ -32,23 +32,23 @@ def fidelity(
 ) -> None:
     """Compare quantized models with their original on a text.
 
-    Prints KL, top-1 agreement, perplexity, and for one OUT the error of each layer; the last line
-    is JSON. Holds one layer of each model in memory. A FILE of --text that ends in .jsonl has
-    conversations. Says when a model was calibrated with the text. With an adapter all models get
-    it, except where it was fused into the weights.
+    Prints KL divergence, top-1 agreement, perplexity and, for a single OUT, the error of each
+    layer; the last line is JSON. Holds one layer of each model in memory. A FILE of --text that
+    ends in .jsonl holds conversations. Warns if a model was calibrated with the text. An adapter
+    is applied to all models except those into which it was fused.
 
     Args:
         reference: Folder of the original, or a converted one.
-        quantized: Converted folder to compare with it; or several.
+        quantized: Converted folder to compare with SRC; or several.
         tokens: Maximum number of tokens to run.
-        mac: Mac whose memory and bandwidth the table counts with, such as M3 Ultra 256GB. Default:
-            this machine, else M3 Ultra 256GB.
-        tasks: Also let all models answer questions, SRC in memory too: how far the answers are the
-            same, how long thoughts are, whether tool calls and JSON are valid.
+        mac: Mac whose memory and bandwidth the table is computed for, such as M3 Ultra 256GB.
+            Default: this machine, else M3 Ultra 256GB.
+        tasks: Also let all models answer questions, which loads the whole SRC too: compares the
+            answers, the length of thoughts, and whether tool calls and JSON are valid.
         save: Write the figures to fidelity.json in each OUT, for its model card. Default: print
             them alone.
-        png: Also draw a PNG: the errors of layers, or of several OUT KL over bytes and tokens/s or
-            tasks. Default: text alone.
+        png: Also draw a PNG: the error of each layer; for several OUT, KL over bytes and tokens/s,
+            or the tasks. Default: text alone.
     """
     from dataclasses import replace
 
@@ -74,7 +74,7 @@ def fidelity(
     file = text or HELD_OUT_FILE
     ids = encode(reference, file, most=tokens)
     if tasks:
-        # Before a comparison that may take hours.
+        # Before the comparison, because that may take hours.
         check_memory(reference)
     with step_progress(f"Comparing on {ids.size:,} tokens") as progress:
         reports = compare(folders[0], folders[1:], ids, progress)
@@ -101,23 +101,23 @@ def fidelity(
             write_json(folder / FIDELITY_FILE, facts | row | {"mac": target.name})
     result = {"outputs": rows} if len(reports) > 1 else rows[0] | reports[0].as_dict()
     print(json.dumps(facts | {"mac": target.name} | result), flush=True)
-    # Last: where no file can be written, the report is printed all the same.
+    # Last, so that the report is printed even if the file cannot be written.
     if png:
         comparison.plot(png) if tasks or len(reports) > 1 else plot(reports[0], png)
 
 
 def check_memory(reference: Path) -> None:
-    """Raise if the original cannot be in memory as a whole."""
+    """Raise MemoryRefused if the whole original does not fit in memory."""
     from ..convert.layerwise import open_checkpoint
     from ..machine import describe
     from ..memory import allow
 
-    checkpoint, machine = open_checkpoint(reference), describe()
+    checkpoint = open_checkpoint(reference)
     context = min(TASKS_CONTEXT, checkpoint.config.context_length)
     try:
         allow(checkpoint.config, checkpoint.nbytes, context=context)
     except MemoryRefused:
-        limit = machine.gpu_limit_bytes or machine.memory_bytes
+        limit = describe().limit_bytes
         raise MemoryRefused(
             "with --tasks the original writes answers, and it does not fit the memory",
             got=f"{checkpoint.nbytes / 1e9:,.3f} GB of weights in {reference}",
@@ -128,7 +128,7 @@ def check_memory(reference: Path) -> None:
 
 @contextmanager
 def runnable(folder: Path) -> Iterator[Path]:
-    """The folder; of a Hugging Face checkpoint a conversion to bfloat16, within the block."""
+    """The folder, or for a Hugging Face checkpoint, a temporary conversion to bfloat16."""
     from ..convert import convert
     from ..convert.layerwise import SourceCheckpoint, open_checkpoint
     from ..files import cache_home, locked
@@ -138,7 +138,7 @@ def runnable(folder: Path) -> Iterator[Path]:
         return
     home = cache_home()
     home.mkdir(parents=True, exist_ok=True)
-    # What a process that was killed left behind.
+    # Remove leftovers of killed processes.
     for left in home.glob("reference-*"):
         with suppress(OSError), locked(left, wait=False):
             shutil.rmtree(left)
@@ -147,7 +147,7 @@ def runnable(folder: Path) -> Iterator[Path]:
 
 
 def answer_tasks(folders: list[Path], adapter_path: Path | None) -> list[dict[str, Any]]:
-    """The figures of the answers of each model, the first one's own among them."""
+    """The figures of the answers of each model, also of the first one compared with itself."""
     from ..checkpoint.adapter import read_adapter
     from ..convert.fidelity import fused_with
     from ..evaluation import behaviour

@@ -91,7 +91,7 @@ def generate(
         enable_thinking=think,
         stop=stop or (),
         on_loop="off",
-        # There is no second turn, unless of another call.
+        # No snapshots: there is no second turn, unless they are saved for another call.
         store=PrefixStore(loaded, None if cache_dir else 0),
         **drawn,
     )
@@ -106,7 +106,7 @@ def generate(
             from ..engine.segments import open_folder
 
             chat.disk = held.enter_context(open_folder(cache_dir, loaded, cache_limit * 1e9))
-            # After Ctrl-C too.
+            # Also after Ctrl-C.
             held.callback(lambda: list(chat.write_cache(every_point=True)))
         status, progress = held.enter_context(token_progress_then("thinking …"))
         started = time.perf_counter()
@@ -128,7 +128,7 @@ def generate(
 
 
 def continue_text(chat: Any, text: str) -> Generator["Piece", None, None]:
-    """The text that follows `text`, without a template; fills `chat.stats`."""
+    """Continue `text` without a template; updates `chat.stats`."""
     from ..engine.generate import LONG_ANSWER_TOKENS, stream_generate
     from ..engine.output import Piece
 
@@ -163,7 +163,7 @@ def print_answer(
     kind = ""
 
     def write(text: str) -> None:
-        # A terminal would obey control characters; a file gets the text as it is.
+        # Control characters are removed only for a terminal, which would obey them.
         print(text.translate(CONTROL) if is_terminal else text, end="", flush=True)
 
     with closing(pieces):
@@ -182,13 +182,13 @@ def print_answer(
 
 
 def call_as_json(call: Any) -> dict[str, Any]:
-    """A tool call; a call that was cut says so."""
+    """A tool call as JSON; an incomplete one has `complete: false`."""
     cut = {} if call.complete else {"complete": False}
     return {"name": call.name, "arguments": call.arguments, **cut}
 
 
 def answer_as_json(parts: Sequence["Piece"], chat: "Chat", total_s: float) -> dict[str, Any]:
-    """What --json prints; times in seconds and tokens per second, shares of drafts by depth."""
+    """The object for --json; times in seconds, speeds in tokens per second, drafts by depth."""
     stats, drafts = chat.stats, chat.drafter.stats
     texts = {
         kind: "".join(piece.text for piece in parts if piece.kind == kind)

@@ -1,4 +1,4 @@
-"""What a person types: several lines, history and completion on a terminal; lines elsewhere."""
+"""Reads messages: an editor with history and completion on a terminal, plain lines elsewhere."""
 
 import os
 import re
@@ -11,15 +11,15 @@ from typing import Any
 
 PROMPT = "> "
 TAKE_FILES = ("/file", "/image", "/video", "/pdf")
-# Whole words, and the one being typed: after an open quote, or with escaped characters.
+# Complete words, and the one being typed: after an open quote, or with escaped characters.
 LAST_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\\'"])*?('[^']*|"[^"]*|(?:\\.|[^\s\\'"])*)$""")
 
 
 class LineReader:
-    """A message is a line; EOFError at the end, KeyboardInterrupt for Ctrl-C."""
+    """Reads a message per line; raises EOFError at the end, KeyboardInterrupt for Ctrl-C."""
 
     def read(self, default: str = "") -> str:
-        """The next line; there is nothing to edit."""
+        """The next line; `default` is not supported."""
         return input(PROMPT)
 
     def ask(self, question: str) -> str:
@@ -28,10 +28,10 @@ class LineReader:
 
 
 class EditingReader:
-    """prompt_toolkit: Enter sends, Alt-Enter, Ctrl-J or a backslash at the end go on below."""
+    """An editor with prompt_toolkit: Enter sends; Alt-Enter, Ctrl-J or a final \\ add a line."""
 
     def __init__(self, commands: Mapping[str, Iterable[str]], history: Path):
-        """commands: what to complete, and what after each."""
+        """commands: names to complete, each with the words that may follow it."""
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import Completer, Completion, PathCompleter
         from prompt_toolkit.document import Document
@@ -40,7 +40,7 @@ class EditingReader:
         from prompt_toolkit.key_binding import KeyBindings
 
         class Commands(Completer):
-            """Commands, their words, and files behind those that take files."""
+            """Completes commands, their words, and files for commands that take files."""
 
             def get_completions(self, document: Document, complete_event: Any) -> Iterable[Any]:
                 text = document.text_before_cursor
@@ -57,7 +57,7 @@ class EditingReader:
                         yield Completion(word, start_position=-len(typed))
 
             def _files(self, word: str, complete_event: Any) -> Iterable[Any]:
-                """As a shell wants them: in quotes if so begun, else with backslashes."""
+                """Paths in a shell's form: in quotes if a quote is open, else with backslashes."""
                 is_quoted = word[:1] in ("'", '"')
                 path = word[1:] if is_quoted else re.sub(r"\\(.)", r"\1", word)
                 files = PathCompleter(expanduser=True)
@@ -102,11 +102,11 @@ class EditingReader:
         self._answers: Any = PromptSession(history=InMemoryHistory())
 
     def read(self, default: str = "") -> str:
-        """A message; it may have several lines."""
+        """A message, which may have several lines."""
         return str(self._session.prompt(default=default))
 
     def ask(self, question: str) -> str:
-        """A line that is not remembered."""
+        """A line that does not go into the history."""
         return str(self._answers.prompt(question))
 
 
@@ -114,21 +114,21 @@ Reader = LineReader | EditingReader
 
 
 def open_reader(commands: Mapping[str, Iterable[str]], history: Path) -> Reader:
-    """An editor where a person sits at a terminal that can do it."""
+    """An editor on a terminal that supports it, else a reader of lines."""
     return EditingReader(commands, history) if can_edit() else LineReader()
 
 
 def can_edit() -> bool:
-    """Whether a person sits at a terminal that can do more than lines."""
+    """Whether stdin and stdout are a terminal that supports an editor."""
     streams = (sys.stdin, sys.stdout)
     return all(s and s.isatty() for s in streams) and os.environ.get("TERM") != "dumb"
 
 
 @contextmanager
 def silent_keys(raw: bool = False) -> Iterator[None]:
-    """What is typed meanwhile is kept for the next message, not shown amid the answer.
+    """Keep keys for the next message during the block, without showing them in the answer.
 
-    raw: keys stay as the editor wants them, Enter not turned into a new line.
+    raw: keep them as the editor needs them, without changing Enter to a line break.
     """
     try:
         fd = sys.stdin.fileno()

@@ -1,4 +1,4 @@
-"""The demo checkpoint in the package, its converted copy, and the models this user converted."""
+"""The bundled demo, its converted copy, and the record of models that this user converted."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from ..errors import Qwen35Error
 from ..files import cache_home, locked, write_json
 
 SOURCE = Path(__file__).parent.parent / "demo"
-# The record of conversions keeps no more than these.
+# Maximum number of recorded conversions.
 MOST_RECORDED = 50
 
 
 def converted_demo(convert: Callable[[Path, Path], object]) -> Path:
-    """The converted demo; `convert(source, out)` makes it once for every state of its files."""
+    """The converted demo; `convert(source, out)` makes it once per version of its files."""
     digest = hashlib.sha256(__version__.encode())
     for file in sorted(f for f in SOURCE.iterdir() if f.is_file() and f.name[0] != "."):
         digest.update(file.name.encode() + file.read_bytes())
     folder = cache_home() / f"demo-4bit-{digest.hexdigest()[:12]}"
-    # A conversion appears whole or not at all, so nobody waits for a lock once it is there.
+    # A conversion appears whole or not at all, so no lock is needed once it exists.
     if not (folder / "config.json").exists():
         with _lock(folder.parent):
             if not (folder / "config.json").exists():
@@ -34,7 +34,7 @@ def converted_demo(convert: Callable[[Path, Path], object]) -> Path:
 
 
 def record_conversion(folder: Path) -> None:
-    """Remember a converted folder as the newest; raises Qwen35Error if it cannot."""
+    """Record a converted folder as the newest; raises Qwen35Error if that fails."""
     home = cache_home()
     with _lock(home):
         path = str(folder.resolve())
@@ -43,13 +43,13 @@ def record_conversion(folder: Path) -> None:
 
 
 def newest_conversion() -> Path | None:
-    """The folder converted last that is still whole, or None."""
+    """The folder converted last that is still complete, or None."""
     folders = (Path(path) for path in reversed(recorded(cache_home())))
     return next((folder for folder in folders if _is_whole(folder)), None)
 
 
 def recorded(home: Path) -> list[str]:
-    """Converted folders, oldest first; a record that cannot be read is as good as none."""
+    """Recorded folders, oldest first; an unreadable record counts as empty."""
     try:
         folders = json.loads((home / "converted.json").read_text())
     except (OSError, ValueError):
@@ -58,7 +58,7 @@ def recorded(home: Path) -> list[str]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the configuration, a tokenizer and every shard of the index are there."""
+    """Whether a folder has its configuration, a tokenizer and every shard of the index."""
     index = folder / INDEX_FILE
     try:
         read_config(folder)
@@ -71,7 +71,7 @@ def _is_whole(folder: Path) -> bool:
 
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
-    """One process at a time in this block; the others wait."""
+    """Lock the block against other processes, which wait."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         held = ExitStack()

@@ -1,4 +1,4 @@
-"""The command line: parses, prints, and leaves the work to the package."""
+"""The command line program: all commands, and its entry point."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def root(
 def main() -> None:
     """Entry point of the qwen35-mlx command."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that is not UTF-8 shows ? for a character that it does not have.
+        # Terminals that are not UTF-8 show ? for unknown characters.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     if os.environ.get(RING_VARIABLE):

@@ -1,4 +1,4 @@
-"""Markdown drawn while it streams: a finished block once, of the last one only its changes."""
+"""Streams Markdown to a terminal: finished blocks are drawn once, the last one is updated."""
 
 import math
 import re
@@ -10,16 +10,16 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Heading, Markdown
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-# Padding to the terminal's width, which would wrap when it gets narrower.
+# Padding to the terminal's width; it would wrap if the terminal gets narrower.
 PADDING = re.compile(r"(?:\x1b\[[0-9;]*m| )*$")
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 MIN_SECONDS = 0.04
-# Drawing takes at most a fifth of the time, however long a block gets.
+# Wait so many times the last drawing time: drawing takes at most a fifth of all time.
 REST_FACTOR = 4
 
 
 class _LeftHeading(Heading):
-    """Where the text is; rich would centre it."""
+    """A heading on the left; rich would centre it."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.text.justify = "left"
@@ -40,7 +40,7 @@ class _Line:
 
 
 class MarkdownStream:
-    """Draws on a terminal; the cursor stays behind the last character."""
+    """Draws on a terminal; the cursor stays after the last character."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -50,7 +50,7 @@ class MarkdownStream:
         self._next_draw = 0.0
 
     def feed(self, text: str) -> None:
-        """Draw what `text` adds, unless something was drawn a moment ago."""
+        """Add text and draw it, unless the last drawing was a moment ago."""
         self._source += text
         if time.monotonic() >= self._next_draw:
             started = time.monotonic()
@@ -59,7 +59,7 @@ class MarkdownStream:
             self._next_draw = ended + max(MIN_SECONDS, REST_FACTOR * (ended - started))
 
     def finish(self) -> None:
-        """Draw what is left, and end the line."""
+        """Draw the rest, and end the line."""
         self._draw_all()
         self._source = ""
         if self._has_blocks or self._drawn:
@@ -67,7 +67,7 @@ class MarkdownStream:
         self._drawn, self._has_blocks = [], False
 
     def _draw_all(self) -> None:
-        """Finish the blocks that have ended, and draw what there is of the next."""
+        """Draw the finished blocks, and the beginning of the next one."""
         while end := block_end(self._source):
             self._draw(self._source[:end])
             self._source = self._source[end:].lstrip("\n")
@@ -76,7 +76,7 @@ class MarkdownStream:
         self._draw(self._source)
 
     def _draw(self, source: str) -> None:
-        """Bring the block on the screen from the lines drawn so far to `source`."""
+        """Update the current block on the screen to `source`."""
         lines = self._render(source)
         if not lines or lines == self._drawn:
             return
@@ -88,11 +88,11 @@ class MarkdownStream:
         self._drawn = lines
 
     def _change(self, drawn: list[_Line], lines: list[_Line]) -> str:
-        """What turns `drawn`, with the cursor at its end, into `lines`."""
+        """The output that changes `drawn`, with the cursor at its end, to `lines`."""
         pairs = zip(drawn, lines, strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(drawn), len(lines)))
         if len(lines) < len(drawn):
-            # The last line is drawn again, so that the cursor ends behind it.
+            # Draw the last line again, so that the cursor ends after it.
             same = min(same, len(lines) - 1)
         if same == len(drawn):
             return "\n" + _joined(lines[same:])
@@ -101,16 +101,16 @@ class MarkdownStream:
             return _joined(lines[same:])[len(last) :]
         width, height = self._console.width, self._console.height
         up = sum(line.rows(width) for line in drawn[same:]) - 1
-        # What has left the screen stays as it is.
+        # Lines that have scrolled off the screen cannot be changed.
         while up > height - 1 and same < len(drawn) - 1:
             up -= drawn[same].rows(width)
             same += 1
-        # Never all of the screen at once: tmux would put it into its history.
+        # Never clear the whole screen at once: tmux would put it into its history.
         back = f"\r\x1b[{up}A\x1b[K\x1b[1B\x1b[J\x1b[1A" if up else "\r\x1b[K"
         return back + _joined(lines[same:])
 
     def _render(self, source: str) -> list[_Line]:
-        """The block as lines of text with escapes, none of them wider than the terminal."""
+        """The block as lines with escape sequences, none wider than the terminal."""
         with self._console.capture() as capture:
             markdown = _Markdown(hard_breaks(source), code_theme="ansi_dark", hyperlinks=False)
             self._console.print(markdown, soft_wrap=False)
@@ -126,7 +126,7 @@ class MarkdownStream:
         return lines
 
     def _write(self, text: str) -> None:
-        # One write for each change: nothing half drawn is ever shown.
+        # One write per change, so that no partial state is visible.
         self._console.file.write(text)
         self._console.file.flush()
 
@@ -136,13 +136,13 @@ def _joined(lines: list[_Line]) -> str:
 
 
 def _goes_on(old: str, new: str) -> bool:
-    """Whether a line only got longer, by what cannot melt with its last character."""
+    """Whether a line only got longer, by characters that do not combine with its last one."""
     added = new[len(old) :]
     return new.startswith(old) and "\x1b" not in old and added[:1].isascii()
 
 
 def block_end(source: str) -> int:
-    """Where the first block ends for good, whatever follows; 0 if it does not yet."""
+    """The end of the first block, if later text cannot change it; 0 if it is not finished."""
     fence, is_own_block, at, blank = "", False, 0, False
     for line in source.splitlines(keepends=True):
         match = FENCE.match(line)
@@ -171,7 +171,7 @@ def block_end(source: str) -> int:
 
 
 def hard_breaks(source: str) -> str:
-    """Line ends as they were written; Markdown would join the lines of a paragraph."""
+    """Keep line breaks; Markdown would join the lines of a paragraph."""
     fence, lines = "", []
     for line in source.split("\n"):
         match = FENCE.match(line.lstrip())

@@ -1,4 +1,4 @@
-"""Pictures, videos and PDFs from where a user has them: files, standard input, URLs, clipboard."""
+"""Pictures, videos and PDFs from files, standard input, URLs and the clipboard."""
 
 import sys
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from ..errors import Qwen35Error
 from . import terminal
 from .typed_paths import find_file, media_kind
 
-# To read more takes minutes.
+# More tokens take minutes to prefill.
 MANY_TOKENS = 50_000
 MAX_PAGES = 10_000
-# More pages are told in one line.
+# More items are summarised in one line.
 MAX_LINES = 8
 
 
 def picture_settings(tokenizer: Any, image_tokens: int | None = None) -> Any:
-    """How the model wants its pictures, of at most `image_tokens` each; refuses a blind model."""
+    """The model's picture settings, with at most `image_tokens` each; raises if it reads none."""
     from ..prompt import vision_settings
 
     settings, why_none = vision_settings(tokenizer)
@@ -26,7 +26,7 @@ def picture_settings(tokenizer: Any, image_tokens: int | None = None) -> Any:
 
 
 def check_sources(sources: Sequence[str], allow_url: bool) -> None:
-    """Refuse, before a model is loaded, what could not be opened behind it."""
+    """Refuse sources that cannot be opened, before a model is loaded."""
     for source in sources:
         if is_url(source):
             _check_url(source, allow_url)
@@ -41,7 +41,7 @@ def open_media(
     name = "clipboard"
     if isinstance(source, str):
         source, name = _opened(source, allow_url)
-    # Here, as Pillow takes a while.
+    # Imported here, because Pillow takes a while.
     if kind == "pdf":
         from ..media.documents import open_pdf
 
@@ -65,13 +65,13 @@ def page_numbers(text: str | None) -> list[int] | None:
         if not (first.isdecimal() and (last.isdecimal() if dash else True)):
             raise Qwen35Error("not pages", got=repr(text), expected="numbers such as 1-3,7")
         pages = range(int(first), int(last or first) + 1)
-        # As many as no document has; a list of them takes memory.
+        # Bounded, because a list of more takes memory, and no document has as many.
         numbers += pages[:MAX_PAGES]
     return numbers
 
 
 def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
-    """A path, or the bytes of what has none; and what to call those."""
+    """A path, or bytes and their name."""
     if source == "-":
         # A closed stream is None.
         data = sys.stdin.buffer.read() if sys.stdin else b""
@@ -92,12 +92,12 @@ def _check_url(source: str, allow_url: bool) -> None:
 
 
 def is_url(source: str) -> bool:
-    """Whether a source would have to be fetched."""
+    """Whether a source is a web address."""
     return source.lower().startswith(("http://", "https://"))
 
 
 def clipboard() -> list[tuple[str, Any]]:
-    """The picture in the clipboard, or copied files; each with its kind."""
+    """The picture or the copied files in the clipboard, each with its kind."""
     from PIL import ImageGrab
 
     try:
@@ -116,17 +116,17 @@ def clipboard() -> list[tuple[str, Any]]:
 
 
 def is_video(media: Any) -> bool:
-    """Whether it has frames."""
+    """Whether it is a video."""
     return hasattr(media, "frames")
 
 
 def num_tokens(media: Sequence[Any]) -> int:
-    """Tokens of all."""
+    """Tokens of all media."""
     return sum(each.num_tokens for each in media)
 
 
 def described(media: Sequence[Any], num_known: int = 0) -> list[str]:
-    """A line for each but the first `num_known`; of many, how many and their tokens."""
+    """A line for each except the first `num_known`; many are summarised."""
     counts, lines = {"picture": 0, "video": 0}, []
     for each in media:
         noun = "video" if is_video(each) else "picture"

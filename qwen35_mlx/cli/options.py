@@ -4,25 +4,26 @@ Attributes:
     Model: Converted folder, or hub id.
     Revision: Branch, tag or commit of a model on the hub. Default: main.
     RunContext: Maximum tokens of prompt and answers together. Their memory is counted before the
-        weights are read. More than the model was trained for, up to 4 times as many, are reached by
-        YaRN; shorter texts are then read less well. Default: all that fits, 32768 at least.
-    KvBits: Bits of keys and values, the part of memory that grows with the text. k8v4: 8 for keys,
-        4 for values; less exact. auto: 16, or 8 where 16 do not fit.
+        weights are read. Up to 4 times as many as the model was trained for are possible with YaRN,
+        which makes answers to short texts less good. Default: all that fits, 32768 at least.
+    KvBits: Bits of keys and values, whose memory grows with the text. k8v4: 8 for keys, 4 for
+        values; less exact. auto: 16, or 8 if 16 do not fit.
     Force: Load a model that does not fit in memory. Default: refuse it, with the numbers.
-    ExpertsMemory: Keep experts in this much memory, such as 80GB, and read others from disk when a
-        token needs them. Default: all experts; if they do not fit, as many as do.
+    ExpertsMemory: Keep experts in this much memory, such as 80GB, and read the others from disk
+        when a token needs them. Default: all experts; if they do not fit, as many as do.
     AdapterPath: Folder of an adapter, of `qwen35-mlx train` or mlx-lm. Default: no adapter.
     CalibrationFile: Calibration data from an earlier --calibrate.
     TextFile: Text to run. Default: a text that comes with the program.
     Thinking: Whether to think before the answer. Default: as the model's chat template says.
     System: System prompt. Default: none.
-    CacheDir: Folder that keeps what was read: the same beginning of a prompt is not read again,
-        after a restart or Ctrl-C neither. Default: none.
-    CacheLimit: Most GB on disk of what was read, so that it need not be read again; what was of no
-        use for the longest time goes first.
+    CacheDir: Folder for the prompt cache: a prompt that begins like an earlier one is read only
+        from where they differ, also after a restart or Ctrl-C. Default: none.
+    CacheLimit: Maximum size of the prompt cache on disk, in GB. The part that was used longest ago
+        is deleted first.
     Key: Key that clients have to send as Authorization: Bearer or x-api-key. Default: none.
-    Kernels: What to compute with. ops: portable operations. mlx: MLX's own for the GPU. metal: the
-        kernels of this package. auto: the fastest that is right on this machine.
+    Kernels: Kernels that compute the model. ops: portable operations of MLX. mlx: MLX's own kernels
+        for the GPU. metal: the kernels of this package. auto: the fastest that are correct on this
+        machine.
     Images: A picture that goes with the first prompt; - is standard input. Repeat the option for
         several. Default: none.
     AllowUrl: Fetch pictures, videos and PDFs that are named by an http or https URL.
@@ -97,8 +98,8 @@ class Generation:
 
     Attributes:
         max_tokens: Maximum length of an answer, thought included. Default: 32768.
-        temperature: Randomness of sampling. 0 takes the most likely token; then --seed, --top-p,
-            --top-k and --min-p change nothing.
+        temperature: Randomness of sampling. 0 takes the most likely token; --seed, --top-p, --top-k
+            and --min-p then change nothing.
         top_p: Sample from the likeliest tokens that reach this probability. 1: off.
         top_k: Sample from this number of likeliest tokens. 0: off.
         min_p: Leave out tokens less likely than this fraction of the likeliest one. 0: off.
@@ -107,10 +108,10 @@ class Generation:
             answer. 0: off.
         repetition_penalty: Divide the logits of tokens in the text so far by this. 1: off.
         seed: Seed of the random numbers: the same seed, the same answer. Default: a new one.
-        draft: Guess further tokens, to read several in one pass; the text stays the same. mtp: by
-            the model's MTP layer. lookup: by what followed the same tokens before. auto: both, as
-            far as it is faster. off: do not.
-        num_draft_tokens: Guess this number of tokens. Default: what is fastest.
+        draft: Speculative decoding: draft tokens and check several in one pass; the text stays the
+            same. mtp: drafts of the model's MTP layer. lookup: what followed the same tokens
+            earlier in the text. auto: both, where that is faster. off: no drafts.
+        num_draft_tokens: Number of tokens to draft at a time. Default: by acceptance and speed.
     """
 
     max_tokens: Annotated[int | None, typer.Option(min=1)] = None

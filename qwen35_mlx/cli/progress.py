@@ -20,30 +20,30 @@ from ..progress import ByteProgress, StepProgress
 from . import terminal
 
 LOG_SECONDS = 30.0
-# Shorter prompts are read before a bar would be seen.
+# Shorter prompts are prefilled before a bar would be visible.
 MIN_BAR_TOKENS = 512
 
 
 def spinner(text: str) -> Status:
-    """A spinner, gone after the block."""
+    """A spinner, which disappears after the block."""
     return terminal.err.status(Text(text), spinner="dots")
 
 
 class Pace:
-    """How fast work goes on, and whether it is time for another line of a log."""
+    """Speed of work, and whether the next line of a log is due."""
 
     def __init__(self, first: int | None = None) -> None:
         self.started = self._logged = time.perf_counter()
-        # Where this run began: an earlier one says nothing about its speed.
+        # Work done before this run, which does not count for the speed.
         self.first = first
 
     def rate(self, done: int) -> float:
-        """Of what this run has done, a second."""
+        """Work per second of this run."""
         self.first = done if self.first is None else self.first
         return (done - self.first) / max(time.perf_counter() - self.started, 1e-9)
 
     def is_due(self, at_once: bool = False) -> bool:
-        """Whether the last line was long ago; true counts as a line."""
+        """Whether the next line is due; if so, it counts as printed."""
         due = at_once or time.perf_counter() - self._logged >= LOG_SECONDS
         self._logged = time.perf_counter() if due else self._logged
         return due
@@ -51,13 +51,13 @@ class Pace:
 
 @contextmanager
 def step_progress(title: str) -> Iterator[StepProgress]:
-    """A spinner with the current step until the last is done; lines where stderr is no terminal."""
+    """A spinner with the current step; lines if stderr is not a terminal."""
     pace, last = Pace(), -1
 
     def line(done: int, total: int, what: str) -> str:
         rate = pace.rate(done)
         left = (total - done) / rate if rate else 0
-        # Seconds are no news.
+        # A few seconds are not worth showing.
         rest = f", {duration(left)} left" if left > LOG_SECONDS else ""
         return f"{title}: {what} ({min(done + 1, total)}/{total}{rest})"
 
@@ -82,7 +82,7 @@ def step_progress(title: str) -> Iterator[StepProgress]:
 
 
 def byte_progress(title: str) -> AbstractContextManager[ByteProgress]:
-    """A bar with speed, time left, file and tensor; a line now and then for a log."""
+    """A bar with speed, time left, file and tensor; lines if stderr is not a terminal."""
     return _byte_bar(title) if terminal.can_draw(terminal.err) else _byte_lines(title)
 
 
@@ -124,7 +124,7 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
-        # The rest of the line; the end of a tensor's name says most.
+        # The rest of the line; of a tensor's name the end is the most useful.
         TextColumn(
             "{task.fields[file]} {task.fields[tensor]}",
             style="dim",
@@ -133,7 +133,7 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
         ),
         console=terminal.err,
         expand=True,
-        # Shards differ in speed: the last minute says most about the time left.
+        # Shards differ in speed, so the last minute is the best estimate.
         speed_estimate_period=60,
     )
     task = None
@@ -143,7 +143,7 @@ def _byte_bar(title: str) -> Iterator[ByteProgress]:
             nonlocal task
             name = tensor.removeprefix("language_model.").removeprefix("model.")
             if task is None:
-                # Not before: other work may draw its own progress first.
+                # Started here, because other work may draw its own progress first.
                 bar.start()
                 task = bar.add_task(title, total=total, completed=done, tensor="", file="")
             file = file.removesuffix(".safetensors").removeprefix("model-")
@@ -172,7 +172,7 @@ def _token_lines() -> Callable[[int, int], None]:
 
 @contextmanager
 def token_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar while a long prompt is read, gone before the answer; a line now and then for a log."""
+    """A bar while a long prompt is prefilled; lines if stderr is not a terminal."""
     if not terminal.can_draw(terminal.err):
         yield _token_lines()
         return
@@ -203,7 +203,7 @@ def token_progress() -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def token_progress_then(text: str) -> Iterator[tuple[Status, Callable[[int, int], None]]]:
-    """A bar while a long prompt is read, and a spinner once it is."""
+    """A bar while a long prompt is prefilled, then a spinner."""
     status = spinner(text)
     with token_progress() as update:
 

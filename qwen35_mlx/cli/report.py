@@ -1,4 +1,4 @@
-"""Results on stdout: plans, conversions, the doctor's report, sessions."""
+"""Prints results on stdout: plans, conversions, benches, the doctor's report, sessions."""
 
 import shlex
 import time
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Lines that are laid out already."""
+    """Print formatted lines."""
     for line in lines:
         terminal.out.print(line, markup=False)
 
 
 def print_plan(plan: "Plan") -> None:
-    """The tensors folded over layers, and the totals; a narrow terminal gets fewer columns."""
+    """Print the tensors, folded over layers, and totals; fewer columns on a narrow terminal."""
     from ..convert.report import aligned
 
     rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
@@ -46,7 +46,7 @@ def print_plan(plan: "Plan") -> None:
 
 
 def print_converted(plan: "Plan", folder: Path) -> None:
-    """The size of a converted model, and the command that runs it."""
+    """Print the size of a converted model, and the command that runs it."""
     terminal.out.print(_totals(plan))
     terminal.out.print(f"written to {folder}", markup=False)
     terminal.note(f"next: qwen35-mlx chat {shlex.quote(str(folder))}")
@@ -62,7 +62,7 @@ def _totals(plan: "Plan") -> str:
 
 
 def print_sessions(infos: Sequence["SessionInfo"]) -> None:
-    """One line a session, the last saved first."""
+    """Print one line per session, the last saved first."""
     if not infos:
         terminal.note("no sessions yet; qwen35-mlx chat --session NAME makes one")
         return
@@ -82,13 +82,13 @@ def print_sessions(infos: Sequence["SessionInfo"]) -> None:
 
 
 def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
-    """Every message with its role, thoughts included."""
+    """Print every message with its role, also thoughts."""
     out = terminal.out
     for message in messages:
         out.print(f"[{message['role']}]", style="bold", markup=False)
         if thought := message.get("reasoning_content"):
             out.print(thought.translate(terminal.CONTROL), style="dim italic", markup=False)
-        # On disk a picture is its name and its size.
+        # In the file, a picture is a reference with its name and size.
         for part in media_parts(message["content"]):
             name, (width, height) = part[part["type"]]["name"], part[part["type"]]["original_size"]
             line = f"({part['type']}: {name}, {width}x{height})"
@@ -98,7 +98,7 @@ def print_conversation(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def print_bench(result: dict[str, Any]) -> None:
-    """One line a context, a second one for mlx-lm and a third for our speeds over its."""
+    """Print one line per context, a second one for mlx-lm, and a third with the ratios."""
     from ..convert.report import aligned
 
     head = ("context", "", "prefill", "ttft", "warm", "ttft", "decode", "GB/s", "limit", "peak GB")
@@ -168,7 +168,7 @@ def _gb(figures: dict[str, float]) -> str:
 
 
 def print_recall(found: Sequence["Recall"]) -> None:
-    """Right answers over those that were asked for, by depth and by length of the text."""
+    """Print right answers of all questions, by depth and by length of the text."""
     print("depth     " + "".join(f"{row.num_tokens:>10,}" for row in found))
     for depth in range(num := len(found[0].asked)):
         cells = "".join(f"{f'{row.right[depth]}/{row.asked[depth]}':>10}" for row in found)
@@ -177,7 +177,7 @@ def print_recall(found: Sequence["Recall"]) -> None:
 
 
 def draw_bench(result: dict[str, Any], file: Path) -> None:
-    """Prefill and decode over the context as a PNG."""
+    """Draw prefill and decode speed over the context as a PNG."""
     from ..convert.plots import picture
 
     rows = result["contexts"]
@@ -203,7 +203,7 @@ def draw_bench(result: dict[str, Any], file: Path) -> None:
 
 
 def print_doctor(report: dict[str, Any]) -> None:
-    """Machine and kernels for a person to read."""
+    """Print machine and kernels for people."""
     machine, kernels = report["machine"], report["kernels"]
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     lines = [
@@ -228,7 +228,7 @@ def print_doctor(report: dict[str, Any]) -> None:
 
 
 def _doctor_lines(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What was found of one operation: a line for each size, or what is wrong with its kernel."""
+    """The results of one operation: a line per size, or the problem of its kernel."""
     problems = dict.fromkeys(row["problem"] for row in rows if row["problem"])
     if len(problems) == 1 and all(row["problem"] for row in rows):
         return [f"{op}: not used: {next(iter(problems))}"]

@@ -49,11 +49,11 @@ def serve(
             the bundled demo.
         demo: Serve the bundled demo model.
         port: Port to listen on; 0 takes a free one.
-        host: Address to listen on. Others than 127.0.0.1 let other machines in and need --api-key.
+        host: Address to listen on. Any but 127.0.0.1 admits other machines and needs --api-key.
         allow_host: Name by which clients may call this server, besides localhost and addresses.
             Repeat the option for several. Default: none.
         name: Name of the model for clients. Default: its folder's name.
-        queue: Requests that may wait; beyond them clients are sent away.
+        queue: Maximum number of waiting requests; further ones get error 429.
         adapter_path: An adapter that requests may name: the model MODEL:NAME, or the field
             adapters. Repeat the option for several. Default: none.
     """
@@ -69,7 +69,7 @@ def serve(
     adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
 
-    # Before the model loads, which can take minutes.
+    # Before the model loads, because that can take minutes.
     bound = bind(host, port)
     from .progress import spinner
     from .terminal import note
@@ -81,7 +81,7 @@ def serve(
     made: list[Any] = []
 
     def make() -> Any:
-        """The application with an engine that runs."""
+        """The application with a running engine."""
         from ..checkpoint.adapter import read_adapter
         from ..engine.prefix_store import PrefixStore
         from ..engine.scheduler import Engine, Limits
@@ -138,7 +138,7 @@ def serve(
 
 
 def named_adapters(given: list[str]) -> dict[str, str]:
-    """Folders of adapters by their names."""
+    """Folders of adapters by name."""
     adapters: dict[str, str] = {}
     for pair in given:
         name, equals, folder = pair.partition("=")
@@ -160,12 +160,12 @@ def launch(
 ) -> None:
     """Start an agent with its settings for the running server.
 
-    The agent's own settings stay as they are: ours are in its environment and in a scratch folder.
+    The agent's own settings stay as they are: these go into its environment and a scratch folder.
 
     Args:
         client: qwen-code, claude, opencode or codex.
         arguments: Arguments for the client, after --. Default: none.
-        url: Address of the server that runs.
+        url: Address of the running server.
     """
     from ..server.clients import LAUNCHES, command_of, prepared
 
@@ -174,13 +174,13 @@ def launch(
     prepared_launch = LAUNCHES[client](running_server(url.rstrip("/"), api_key))
     path = shutil.which(prepared_launch.program)
     command = command_of(prepared_launch, arguments or [], path)
-    # Kept while the client runs, which replaces this process.
+    # It stays while the client runs, which replaces this process.
     folder = Path(tempfile.mkdtemp(prefix="qwen35-mlx-"))
     os.execve(command[0], command, os.environ | prepared(prepared_launch, folder))
 
 
 def running_server(url: str, api_key: str | None) -> "Endpoint":
-    """The server at an address, asked for its model."""
+    """The running server at an address, with its model."""
     import json
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen

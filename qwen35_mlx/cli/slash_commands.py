@@ -1,4 +1,4 @@
-"""The commands of a chat: their names, arguments and help in one table, and what they do."""
+"""The slash commands of a chat: a table with names, arguments and help, and their functions."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ KEYS = "Enter sends; Alt-Enter, Ctrl-J or \\ at the end of a line: a new line"
 
 
 class SlashCommand(NamedTuple):
-    """A command; `words` are what completion offers behind it."""
+    """A command; `words`: completions after it."""
 
     arguments: str
     help: str
@@ -35,12 +35,12 @@ class SlashCommand(NamedTuple):
 
 
 def is_dropped(line: str) -> bool:
-    """Whether a line that begins with a slash begins with a path of something to look at."""
+    """Whether a line that begins with a slash is the path of a picture, video or PDF."""
     return line.split()[0] not in COMMANDS and any(split_media(line)[1:])
 
 
 def run_command(view: "ChatView", line: str) -> None:
-    """Run one line that begins with a slash."""
+    """Run a line that begins with a slash."""
     match = re.fullmatch(r"(/\S*)\s*(.*?)\s*", line, re.DOTALL)
     assert match
     name, rest = match[1].replace("/quit", "/exit"), match[2]
@@ -108,7 +108,7 @@ def trim(view: "ChatView", rest: str) -> None:
 
 
 def set_thinking(view: "ChatView", rest: str) -> None:
-    """Whether to think, to show it, and for how long."""
+    """Set whether to think, to show thoughts, and the budget."""
     word, number = (*rest.split(None, 1), "", "")[:2]
     if word in ("on", "off", "hide"):
         view.hide_thoughts = word == "hide"
@@ -121,7 +121,7 @@ def set_thinking(view: "ChatView", rest: str) -> None:
 
 
 def set_option(view: "ChatView", rest: str) -> None:
-    """Change sampling, preset, longest answer, what a loop leads to or drafts."""
+    """Change sampling, preset, maximum length, loop detection or drafts."""
     name, value = (*rest.split(None, 1), "", "")[:2]
     name = name.replace("-", "_")
     if name not in OPTIONS:
@@ -172,7 +172,7 @@ def show_stats(view: "ChatView", rest: str) -> None:
 
 
 def draft_figures(view: "ChatView") -> str:
-    """Tokens a pass of this chat, and which share of the drafts was right by depth."""
+    """Tokens per pass of this chat, and acceptance of drafts by depth."""
     stats = view.chat.drafter.stats
     shares = [
         f"{kind} {' '.join(f'{share:.0%}' for share in stats.acceptance(kind))} right"
@@ -200,7 +200,7 @@ def load(view: "ChatView", rest: str) -> None:
 
 
 def settings(view: "ChatView") -> str:
-    """Thinking and sampling in a line."""
+    """All settings in one line."""
     chat = view.chat
     params = ", ".join(f"{k} {v:g}" for k, v in asdict(chat.sampling_params()).items())
     thoughts = "thinks" if chat.thinks() else "does not think"

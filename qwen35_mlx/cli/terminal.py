@@ -1,4 +1,4 @@
-"""The two consoles: results go to stdout; errors and remarks go to stderr."""
+"""The two consoles: results go to stdout, errors and remarks to stderr."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from rich.theme import Theme
 
 from ..errors import Qwen35Error
 
-# rich's own style of code has a black background, on light terminals too.
+# rich's style for code has a black background, also on light terminals.
 THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})
 out = Console(highlight=False, soft_wrap=True, emoji=False, theme=THEME)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -17,7 +17,7 @@ CONTROL = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t
 
 
 def print_error(error: BaseException) -> None:
-    """One error, its first word in red; the class of an exception that nobody expected."""
+    """Print an error, with the class of an unexpected exception."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
@@ -29,7 +29,7 @@ def print_error(error: BaseException) -> None:
 
 
 def note(text: str) -> None:
-    """A remark that is no result."""
+    """Print a remark."""
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
@@ -37,7 +37,7 @@ _held: list[str] | None = None
 
 
 def warn(text: str) -> None:
-    """A warning of the package; it waits while an answer is written."""
+    """Print a warning of the package; held back while an answer is printed."""
     if _held is None:
         note(f"warning: {text}")
     else:
@@ -46,7 +46,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def held_warnings() -> Iterator[None]:
-    """Warnings come after the block: one in the middle of a line would break it."""
+    """Hold warnings back until the end of the block, because they would break a line."""
     global _held
     held: list[str] = []
     _held = held

@@ -1,4 +1,4 @@
-"""The commands that make adapters and fuse them: train, fuse."""
+"""The commands train and fuse, for adapters."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,25 +44,26 @@ def train(
             and a completion, or a text, as mlx-lm reads them.
         adapter_path: Folder to write the adapter to.
         steps: Number of steps, one batch each.
-        batch_size: Examples in a batch.
+        batch_size: Number of examples in a batch.
         learning_rate: Learning rate of Adam.
         max_tokens: Cut examples that are longer than this.
         dora: Train DoRA, slower than LoRA and often better at a low rank.
-        rank: Rank of the changes.
-        scale: Factor on the changes.
-        dropout: Dropout before them.
-        num_layers: Change only the last layers. Default: all.
-        experts: Change the routed experts too, each by itself. Default: attention of both kinds and
+        rank: Rank of the adapter's matrices.
+        scale: Factor on the adapter's output.
+        dropout: Dropout on the adapter's input.
+        num_layers: Adapt only this number of layers, the last ones. Default: all.
+        experts: Adapt the routed experts too, each by itself. Default: attention of both kinds and
             the shared expert, or the dense feed-forward.
-        mask_prompt: Learn only the last answer. Default: all tokens.
-        validate_every: Steps between validations; there is one before and after.
-        validation_batches: Most batches of valid.jsonl in a validation.
+        mask_prompt: Train on the last answer alone. Default: on all tokens.
+        validate_every: Steps between validations; there is one before the first step and one after
+            the last.
+        validation_batches: Maximum number of batches of valid.jsonl in a validation.
         save_every: Steps between saves.
         resume: Continue from the last save in the adapter's folder, to the same result as without a
-            stop. Settings and data must be the same, but for --steps.
-        seed: Seed of weights and batches.
+            stop. Settings and data must be the same, except --steps.
+        seed: Seed of the adapter's first weights and of the order of batches.
         png: Also draw the losses as a PNG. Default: text alone.
-        force: Train also where the estimate does not fit in memory.
+        force: Train even if the estimate does not fit in memory.
     """
     from ..checkpoint.adapter import DORA, LORA, WEIGHTS_FILE
     from ..training.estimate import open_for_training, read_weights, require_memory
@@ -140,13 +141,13 @@ def train(
             f"adapter written to {adapter_path}",
         ]
     )
-    # Last: where no file can be written, the adapter is there all the same.
+    # Last, because the adapter is written even if this file cannot be.
     if png:
         draw(history, png)
 
 
 def step_text(step: Any) -> str:
-    """Loss, speed, memory and time left, for the line of progress."""
+    """Loss, speed, memory and time left, for the progress line."""
     minutes, seconds = divmod(round(step.seconds_left), 60)
     left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes}:{seconds:02}"
     return (
@@ -156,7 +157,7 @@ def step_text(step: Any) -> str:
 
 
 def draw(history: list[Any], file: Path) -> None:
-    """The losses and the speed over the steps as a PNG."""
+    """Draw losses and speed over the steps as a PNG."""
     from ..convert.plots import picture
 
     steps = [step for step in history if step.step]
@@ -185,8 +186,8 @@ def fuse(
 ) -> None:
     """Convert a checkpoint with an adapter added to its weights.
 
-    The adapter is added in full precision before anything is quantized: added to weights of few
-    bits, most of it would be rounded away. The MTP layer and the vision tower are kept.
+    The adapter is added in full precision before anything is quantized, because in weights of few
+    bits most of it would be lost to rounding. The MTP layer and the vision tower are kept.
 
     Args:
         source: Folder or hub id of the checkpoint that the model was converted from.

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from ..errors import Qwen35Error
 
-# What a name in a message must end with to be taken for a file to look at.
+# Endings by which a name in a message is taken for a picture, video or PDF.
 SUFFIXES = {
     "image": ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
     "video": ("mp4", "mov", "m4v", "webm", "mkv", "avi"),
@@ -21,20 +21,20 @@ SUFFIXES = {
 }
 KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
 _END, _BEHIND = rf"\.({'|'.join(KINDS)})", r"[,.;:!?)\]]*"
-# Such a name ends before a space, a quote or the punctuation of a sentence.
+# Such a name ends before white space, a quote or punctuation.
 NAME_END = re.compile(rf"{_END}(?={_BEHIND}(?:[\s'\"]|$))", re.IGNORECASE)
 LAST_END = re.compile(rf"{_END}({_BEHIND})$", re.IGNORECASE)
-# A word as a shell reads it: quoted parts, escaped characters and plain ones.
+# A word in a shell's syntax: quoted parts, escaped characters and plain ones.
 SHELL_WORD = re.compile(r"""(?:'[^'\n]*'|"(?:\\.|[^"\\\n])*"|\\.|[^\s'"\\])+""")
 WITH_FOLDER = re.compile(r"/|~|\.\.?/")
 GENERATED = frozenset(("__pycache__", "node_modules"))
 MAX_FOUND = 1000
-# Names with unescaped spaces are tried up to this many endings.
+# Maximum number of endings that are tried for a name with unescaped spaces.
 MAX_ENDINGS = 4
 
 
 def media_kind(name: str) -> str | None:
-    """Whether a name ends like that of an image, a video or a pdf."""
+    """The kind of a file by its ending: image, video or pdf; None for others."""
     return KINDS.get(name.rpartition(".")[2].lower())
 
 
@@ -46,7 +46,7 @@ class MediaPath(NamedTuple):
 
 
 def typed_path(text: str) -> str:
-    """One path or name without the quotes and backslashes that a terminal adds to it."""
+    """One path or name, without the quotes and backslashes that terminals add."""
     if found := find_file(text):
         return str(found)
     words = shell_words(text)
@@ -54,9 +54,9 @@ def typed_path(text: str) -> str:
 
 
 def typed_files(text: str) -> list[Path]:
-    """The existing files that `text` names: one as it is typed, or several as a shell splits them.
+    """The existing files that `text` names: one verbatim, or several, split as by a shell.
 
-    Raises Qwen35Error if one of them is not there.
+    Raises Qwen35Error if one of them does not exist.
     """
     if found := find_file(text):
         return [found]
@@ -64,16 +64,16 @@ def typed_files(text: str) -> list[Path]:
     files = {word: find_file(word) for word in words}
     missing = [word for word, file in files.items() if file is None]
     if missing or not words:
-        # Several words of which none is a file are one name with spaces.
+        # If no word is a file, the words are one name with spaces.
         name = missing[0] if 0 < len(missing) < len(words) else text
         raise Qwen35Error(f"no file {name}", expected="the path of a file")
     return [file for word in words if (file := files[word])]
 
 
 def typed_documents(text: str) -> tuple[list[Path], list[Path]]:
-    """The files that `text` names, and those that its folders and patterns such as **/*.py find.
+    """The files that `text` names, and those in its folders and patterns such as **/*.py.
 
-    Hidden files and folders are left out of the second, as are those that programs make.
+    The second list has no hidden or generated files and folders.
     """
     named: list[Path] = []
     found: list[Path] = []
@@ -94,7 +94,7 @@ def typed_documents(text: str) -> tuple[list[Path], list[Path]]:
 
 
 def _files_in(folder: Path, pattern: str | None, typed: str) -> list[Path]:
-    """The files in a folder that fit a pattern, or all of them, sorted."""
+    """The files in a folder that match a pattern, or all of them, sorted."""
     files: list[Path] = []
     with suppress(OSError):
         for file in _walk(folder) if pattern is None else folder.glob(pattern):
@@ -119,11 +119,11 @@ def _is_left_out(name: str) -> bool:
 
 
 def find_file(text: str) -> Path | None:
-    """The file or folder of this name; None also for what cannot be a path.
+    """The file or folder with this name; None if there is none, or it is not a valid path.
 
-    Where it is missing, the one in the folder whose name differs in kinds of spaces and in how
-    accents are composed: macOS writes a narrow space into the names of screenshots, which other
-    programs make a plain one.
+    If it is missing, a file whose name differs only in kinds of spaces and in the composition of
+    accents: macOS puts a narrow space into the names of screenshots, and other programs change it
+    to a plain space.
     """
     if not text:
         return None
@@ -140,8 +140,8 @@ def find_file(text: str) -> Path | None:
 def split_media(text: str) -> tuple[str, list[MediaPath], list[str]]:
     """A message without the pictures, videos and PDFs that it names; these; and missing ones.
 
-    A path is found as it is, in quotes, with backslashes before its spaces, or as a file URL. A
-    path with a folder that ends like such a file, but is none, is missing.
+    A path may be plain, in quotes, with backslashes before its spaces, or a file URL. A path with a
+    folder and such an ending that does not exist is missing.
     """
     found: list[MediaPath] = []
     missing: list[str] = []
@@ -153,7 +153,7 @@ def split_media(text: str) -> tuple[str, list[MediaPath], list[str]]:
             continue
         names = list(_names(text, start))
         for name, end in names:
-            # Bare names are common in prose: a folder is not searched for each.
+            # Bare names are common in prose, so no folder is searched for them.
             path = find_file(name) if WITH_FOLDER.match(name) else Path(name)
             if path and os.path.isfile(path):
                 found.append(MediaPath(path, media_kind(name) or "image"))
@@ -166,11 +166,11 @@ def split_media(text: str) -> tuple[str, list[MediaPath], list[str]]:
 
 
 def _names(text: str, start: int) -> Iterator[tuple[str, int]]:
-    """Names of media files that may begin here, each with where it ends in the text."""
+    """Names of media files that may begin here, each with its end in the text."""
     word = SHELL_WORD.match(text, start)
     unquoted = shell_words(word[0]) if word else []
     if word and unquoted and (end := LAST_END.search(unquoted[0])):
-        # Punctuation behind the name belongs to the sentence, unless it is quoted too.
+        # Punctuation after the name belongs to the sentence, unless it is quoted too.
         behind = end[2]
         if word[0].endswith(behind):
             yield unquoted[0].removesuffix(behind), word.end() - len(behind)
@@ -181,7 +181,7 @@ def _names(text: str, start: int) -> Iterator[tuple[str, int]]:
 
 
 def _joined(before: str, behind: str) -> str:
-    """Two parts of a text from between which a path was taken."""
+    """Join two parts of a text from which a path between them was removed."""
     if not before or not behind:
         return before + behind
     gap = "" if before[-1] == "\n" or behind[0] in "\n,.;:!?)" else " "
@@ -189,15 +189,15 @@ def _joined(before: str, behind: str) -> str:
 
 
 def shell_words(text: str) -> list[str]:
-    """What a shell makes of `text`, with file URLs as paths; nothing where a quote is left open."""
+    """The words of `text` in a shell's syntax, file URLs as paths; empty if a quote is open."""
     try:
         words = shlex.split(text)
     except ValueError:
         return []
-    # Whatever stands for the host before the path; ? and # are no query behind it.
+    # Remove any host; ? and # are part of the path.
     return [unquote(re.sub("^file://[^/]*", "", w)) if w[:7] == "file://" else w for w in words]
 
 
 def _folded(name: str) -> str:
-    """A name with its accents composed and every kind of space a plain one."""
+    """A name with composed accents and plain spaces."""
     return " ".join(unicodedata.normalize("NFKC", name).split())

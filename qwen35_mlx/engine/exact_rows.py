@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..kernels.decode_attention import PACKED_BITS
 from ..kernels.matrix import MAX_ROWS
 from ..kernels.tiers import DECODE_OPERATIONS, Tiers
-from ..model.cache import accept
+from ..model.cache import accept, holds_keys
 from ..model.language import Model
 
 # Operations that a dense model does not have.
@@ -63,6 +63,4 @@ def rows_agree(model: Model, num_rows: int) -> bool:
 
 
 def _states(entry: Any) -> list[mx.array]:
-    if hasattr(entry, "keys"):
-        return list(entry.rows(0, entry.offset).values())
-    return list(entry.cache)
+    return list(entry.rows(0, entry.offset).values() if holds_keys(entry) else entry.cache)

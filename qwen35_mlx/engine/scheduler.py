@@ -110,8 +110,6 @@ class Engine:
         # A computation at exit would abort the process.
         atexit.register(self.stop)
 
-    restart = start
-
     @property
     def is_alive(self) -> bool:
         """Whether the thread runs."""

@@ -26,7 +26,7 @@ from ..engine.prompt_cache import PromptCache
 from ..engine.speculate import AUTO, OFF, Drafter
 from ..errors import Qwen35Error
 from ..kernels.matrix import arrays_of
-from ..machine import GIB, bandwidth_gbps, describe
+from ..machine import GIB, describe
 from ..memory import decode_bytes
 from ..model.language import Model
 from ..progress import StepProgress
@@ -235,9 +235,7 @@ def bytes_per_token(model: Model, context: int) -> int:
 def bandwidth_limit() -> float | None:
     """Memory bandwidth of this machine in 10^9 bytes per second, if its chip is known."""
     machine = describe()
-    if machine.gpu_limit_bytes is None:
-        return None
-    return bandwidth_gbps(machine.chip, machine.memory_bytes / GIB)
+    return machine.gbps or None if machine.gpu_limit_bytes else None
 
 
 def label(folder: Path, model: str) -> dict[str, Any]:

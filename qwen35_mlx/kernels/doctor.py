@@ -63,7 +63,7 @@ def examine(
             continue
         for num_tokens in choice.tokens_of(check.op):
             needed = checks.num_bytes_needed(check, member, num_tokens)
-            if needed > MEMORY_SHARE * (machine.gpu_limit_bytes or machine.memory_bytes):
+            if needed > MEMORY_SHARE * machine.limit_bytes:
                 continue
             setting = Setting.of(form, num_tokens)
             if problem is None:

@@ -47,7 +47,8 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS
                 raise MediaError(
                     f"{url} takes too long", expected=f"at most {max_seconds:g} seconds"
                 ) from None
-            raise MediaError(f"{url} cannot be fetched", got=_said(error)) from None
+            got = first_line(error) or type(error).__name__
+            raise MediaError(f"{url} cannot be fetched", got=got) from None
         if location is None:
             return body
         if parts.scheme == "https" and urlsplit(target).scheme != "https":
@@ -189,7 +190,3 @@ def _body(response: http.client.HTTPResponse, url: str, max_bytes: int) -> bytes
     if expected is not None and len(body) < expected:
         raise OSError(f"the connection ended after {len(body)} of {expected} bytes")
     return bytes(body)
-
-
-def _said(error: Exception) -> str:
-    return first_line(error) or type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checkpoint.formats import is_named_by_mlx, refuse_foreign
 from ..checkpoint.headers import INDEX_FILE, SIDECARS, is_sidecar, read_index, weight_files
 from ..config import ModelConfig, read_config
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 # Without *.py: no code of a checkpoint is ever run.
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")
@@ -63,6 +63,6 @@ def _download(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"cannot get {name} from the hub",
-            got=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="a folder on this machine, or a hub id that it can reach",
         ) from error

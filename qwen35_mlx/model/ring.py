@@ -198,9 +198,8 @@ def limits() -> tuple[list[int], bool]:
     """Bytes that each process may use, and False; or the user's shares of the layers, and True."""
     if split := os.environ.get(SPLIT_VARIABLE):
         return read_split(split, group().size()), True
-    machine = describe()
-    own = machine.gpu_limit_bytes or machine.memory_bytes
-    found: Any = mx.distributed.all_gather(mx.array([own // MIB]), group=group()).tolist()
+    own = mx.array([describe().limit_bytes // MIB])
+    found: Any = mx.distributed.all_gather(own, group=group()).tolist()
     return [each * MIB for each in found], False
 
 

@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's, Anthropic's and Ollama's APIs before one engine."""
+"""The HTTP server: OpenAI's, Anthropic's and Ollama's APIs on one engine."""

@@ -67,7 +67,7 @@ def _sampling(service: Service, body: Fields) -> Any:
 
 
 def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
-    """Without a word of it Anthropic's models do not think."""
+    """The thinking options; without the field, Anthropic's models do not think."""
     effort = body.part("output_config").choice("effort", options.EFFORTS)
     given = body.record("thinking")
     if given is None:
@@ -87,13 +87,13 @@ def _thinking(body: Fields, max_tokens: int) -> options.Thinking:
 
 
 def _grammar(body: Fields) -> Grammar | None:
-    """The schema of an answer, in either of the places where clients put it."""
+    """The schema of the answer, from either of the fields that clients use."""
     inner = options.response_format(body.part("output_config"), "format")
     return inner or options.response_format(body, "output_format")
 
 
 class _Messages(ReplyWriter):
-    """One request for a message, and the events or the object that answer it."""
+    """One request for a message, and its answer as events or as one object."""
 
     dialect = "anthropic"
 
@@ -106,14 +106,14 @@ class _Messages(ReplyWriter):
         self.is_stream = body.flag("stream") or False
         shown = body.part("thinking").choice("display", ("summarized", "omitted"))
         self._omits_thoughts = shown == "omitted"
-        # The blocks so far, the last of which may be open.
+        # The blocks so far; the last one may be open.
         self._blocks: list[dict[str, Any]] = []
         self._is_open = False
         self._thoughts = ""
         self._has_started = False
 
     def keepalive(self) -> bytes:
-        """A ping; it follows the start of the message."""
+        """A ping, after the start of the message."""
         return self._start() + PING
 
     def _start(self) -> bytes:
@@ -135,7 +135,7 @@ class _Messages(ReplyWriter):
         }
 
     def _usage_object(self) -> dict[str, Any]:
-        """Tokens of the prompt that came from the cache are counted apart."""
+        """The usage; tokens from the cache are counted separately."""
         usage = self._usage
         return {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
@@ -170,7 +170,7 @@ class _Messages(ReplyWriter):
         return sse(fault.body(self.dialect), "error")
 
     def _take(self, place: int, event: Any) -> bytes:
-        """The stream's events for an event of the engine; `_blocks` has them together."""
+        """The stream's events for an event of the engine; `_blocks` collects their content."""
         data = PING if isinstance(event, Started) else super()._take(place, event)
         return self._start() + data if data else b""
 
@@ -186,7 +186,7 @@ class _Messages(ReplyWriter):
         return (b"" if self._blocks else self._begun("text")) + self._close()
 
     def _begun(self, kind: str) -> bytes:
-        """A block to add to, opened if the last one is of another kind."""
+        """Open a block of this kind, unless the last one is open and of the same kind."""
         if self._is_open and self._blocks[-1]["type"] == kind:
             return b""
         block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})

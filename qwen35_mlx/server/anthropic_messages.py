@@ -1,4 +1,4 @@
-"""Messages and tools of Anthropic's API in the form of `messages.py`."""
+"""Messages and tools of Anthropic's API, converted to the form of `messages.py`."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ from .messages import (
 )
 from .messages import tool_call as history_call
 
-# Paragraphs of their own, where a client did not say so by white space.
+# Separates text blocks without white space between them.
 BETWEEN = "\n"
 REMINDER = "<system-reminder>"
 
 
 def read_messages(body: Fields) -> list[Message]:
-    """System and messages, folded."""
+    """The system prompt and the messages, folded."""
     given = given_messages(body)
     messages: list[Message] = []
     if "system" in body:
@@ -42,7 +42,7 @@ def read_messages(body: Fields) -> list[Message]:
 
 
 def _blocks(holder: Fields, field: str) -> list[Fields]:
-    """The blocks of a content; a text is one."""
+    """The blocks of a content; a string is one block."""
     value = holder.raw(field)
     if value is None:
         raise holder.missing(field)
@@ -58,7 +58,7 @@ def _text(block: Fields) -> str:
 
 
 def _system(holder: Fields, field: str) -> Any:
-    """The text of a system prompt, without the line that differs in each request."""
+    """The text of a system prompt, without the billing line, which changes with each request."""
     blocks = _blocks(holder, field)
     for block in blocks:
         if block.text("type") != "text":
@@ -69,7 +69,7 @@ def _system(holder: Fields, field: str) -> Any:
 
 
 def _user(message: Fields) -> list[Message]:
-    """A user's message; results of tools come out of it as messages of their own."""
+    """A user's message; the results of tools in it become separate messages."""
     messages: list[Message] = []
     parts: list[dict[str, Any]] = []
     for block in _blocks(message, "content"):
@@ -81,7 +81,7 @@ def _user(message: Fields) -> list[Message]:
                 parts = []
             messages.append({"role": "tool", "content": _result(block)})
         elif kind == "text" and not parts and messages and _text(block).startswith(REMINDER):
-            # Behind a result, not as a question: that would end the turn of the tools.
+            # Append it to the result: as a message of the user it would end the turn of the tools.
             result = messages[-1]
             held = result["content"]
             held = held if isinstance(held, list) else [{"type": "text", "text": held}]
@@ -130,7 +130,7 @@ def _picture(block: Fields) -> dict[str, Any]:
 
 
 def _result(block: Fields) -> Any:
-    """What a tool gave; errors say so."""
+    """The result of a tool; errors are marked in the text."""
     if "content" not in block:
         content: Any = ""
     else:
@@ -161,9 +161,9 @@ def _assistant(message: Fields) -> Message:
 
 
 def read_tools(body: Fields) -> list[dict[str, Any]]:
-    """Tools that the client runs; those of Anthropic's servers are left out.
+    """Tools that the client runs, without those of Anthropic's servers.
 
-    Deferred tools are not shown to a model until it has searched for them.
+    Deferred tools are left out too: a model has to search for them first.
     """
     tools = []
     for tool in body.records("tools") or ():
@@ -175,7 +175,7 @@ def read_tools(body: Fields) -> list[dict[str, Any]]:
 
 
 def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[str | ToolName, bool]:
-    """What may be called, and whether several at a time."""
+    """The tool choice, and whether several calls at a time are allowed."""
     given = body.record("tool_choice")
     if given is None:
         return "auto", True

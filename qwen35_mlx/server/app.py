@@ -1,4 +1,4 @@
-"""The application: which handler answers which path, and what surrounds them all."""
+"""The application: routes, middleware and error handlers."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ from .security import Guard
 from .service import Service, Settings
 
 GET, POST, DELETE = ["GET"], ["POST"], ["DELETE"]
-# Ollama's work on models.
+# Ollama's operations on models that are not supported.
 NOT_DONE = ("pull", "push", "create", "copy")
 
 
 def routes() -> list[BaseRoute]:
-    """All routes but those of the page; GET answers HEAD too."""
+    """All routes except those of the page; GET routes answer HEAD too."""
     return [
         Route("/health", models.health, methods=GET),
         Route("/v1/health", models.health, methods=GET),
@@ -63,7 +63,7 @@ def routes() -> list[BaseRoute]:
 
 
 def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
-    """The application before an engine; `app.state.service` is what its handlers share."""
+    """The application for an engine; its handlers share `app.state.service`."""
     given = (settings.api_key, settings.hosts, settings.max_requests)
     guard = Middleware(Guard, *given)
     app = Starlette(

@@ -1,4 +1,4 @@
-"""The body of a request: read within its limits, and JSON without what harms later."""
+"""The body of a request: read within limits, and parsed as checked JSON."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from .faults import ApiError
 
 MAX_DEPTH = 96
 MAX_VALUES = 2_000_000
-# Above this size parsing takes longer than other requests should wait.
+# Larger bodies are parsed in a worker, so that other requests do not wait.
 WORKER_BYTES = 64_000
 NO_LENGTH = -1
 
@@ -26,7 +26,7 @@ async def read_json(request: Request, max_bytes: int, workers: Executor) -> dict
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The bytes of the body; refused by its stated length before any of it is read."""
+    """The bytes of the body; a too large Content-Length is refused before reading."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(415, f"content-encoding: got {encoding[:40]}, expected none")
@@ -44,26 +44,26 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def stated_length(header: str | None) -> int:
-    """What Content-Length says, if it says something."""
+    """The value of Content-Length; NO_LENGTH without a valid one."""
     if header is None or not header.isascii() or not header.isdigit():
         return NO_LENGTH
-    # A number of many digits is only compared.
+    # 20 digits are enough for the comparison.
     return int(header[:20])
 
 
 def too_large(max_bytes: int) -> ApiError:
-    """The refusal of a body that is too long."""
+    """The error for a body that is too long."""
     return ApiError(
         413,
         f"the body of the request is larger than {max_bytes:,} bytes",
         code="request_too_large",
-        # Nobody wants to read the rest.
+        # Close: the rest of the body is not read.
         headers={"connection": "close"},
     )
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object of finite numbers and whole characters, not deeper than `MAX_DEPTH`."""
+    """Parse a JSON object, with finite numbers, no lone surrogates, at most `MAX_DEPTH` deep."""
     if not data.strip():
         raise ApiError(400, "the body of the request is empty; expected a JSON object")
     try:
@@ -73,7 +73,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
-        # Python refuses numbers of more than 4300 digits in its own words.
+        # For numbers with more than 4300 digits, Python's own message is of no help.
         what = str(error) if isinstance(error, json.JSONDecodeError | _Constant) else "a number"
         raise ApiError(
             400, f"the body of the request is not JSON: {what[:200]}", code="invalid_json"
@@ -84,7 +84,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 class _Constant(ValueError):
-    """NaN or Infinity, which Python's JSON reads."""
+    """NaN or Infinity, which Python's json accepts."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -96,7 +96,7 @@ def _too_deep() -> ApiError:
 
 
 def _check(top: dict[str, Any]) -> bool:
-    """Refuse depth and endless numbers; whether some text has half of a surrogate pair."""
+    """Refuse deep nesting and infinite numbers; returns whether a text has lone surrogates."""
     level: list[Any] = [top]
     num_values = 0
     halves = False
@@ -132,7 +132,7 @@ def _has_half(text: str) -> bool:
 
 
 def _without_surrogates(value: dict[str, Any]) -> dict[str, Any]:
-    """A replacement character for each half: clients cut texts in the middle of an emoji."""
+    """Replace lone surrogates: some clients cut texts in the middle of an emoji."""
     text = json.dumps(value, ensure_ascii=False)
     whole: dict[str, Any] = json.loads(
         text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""Messages and tools of OpenAI's chat completions."""
+"""Messages and tools of OpenAI's chat completions, converted to the form of `messages.py`."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from .messages import (
 from .messages import tool_call as history_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# Kinds of parts that are text, and where it stands.
+# Types of text parts, and the field with the text.
 TEXTS = dict.fromkeys(("text", "input_text", "output_text", "summary_text"), "text")
 TEXTS |= {"reasoning_text": "text", "refusal": "refusal"}
 
@@ -49,7 +49,7 @@ def _message(message: Fields) -> Message:
 
 
 def read_parts(holder: Fields, field: str = "content", sees: bool = True) -> Any:
-    """A content of OpenAI's APIs as text, or as parts if there are pictures; None is no text."""
+    """A content of OpenAI's APIs as text, or as parts if there are pictures; None is empty."""
     content = holder.raw(field)
     if content is None:
         return ""
@@ -57,7 +57,7 @@ def read_parts(holder: Fields, field: str = "content", sees: bool = True) -> Any
         return content
     if not isinstance(content, list):
         raise holder.refuse(field, "a string or a list of parts", "invalid_type")
-    # Strings in the list are no parts, but some clients send them.
+    # Strings in the list are not valid parts, but some clients send them.
     texts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
     return joined([_part(part, sees) for part in holder.records(field, texts) or ()])
 
@@ -89,7 +89,7 @@ def _call(call: Fields) -> dict[str, Any]:
 
 
 def read_tools(body: Fields) -> list[dict[str, Any]]:
-    """The functions; in the oldest form they stand in a list of their own."""
+    """The tools, or the field `functions` of the oldest form of the API."""
     functions = body.records("functions") or ()
     return read_functions(body) or [read_function(function) for function in functions]
 
@@ -97,7 +97,7 @@ def read_tools(body: Fields) -> list[dict[str, Any]]:
 def read_tool_choice(
     body: Fields, tools: list[dict[str, Any]]
 ) -> tuple[str | ToolName, list[dict[str, Any]]]:
-    """What may be called: auto, none, required or a name, and the tools to choose from."""
+    """The tool choice (auto, none, required or a name), and the tools to choose from."""
     field = "tool_choice" if "tool_choice" in body else "function_call"
     choice = body.raw(field)
     if choice is None:
@@ -132,7 +132,7 @@ def read_tool_choice(
 
 
 def _chosen(choice: Fields) -> str:
-    """The name in a choice of either API of OpenAI."""
+    """The name in a tool choice of OpenAI's APIs."""
     inner = choice.record("function") or choice.record("custom") or choice
     return inner.needed_text("name")
 

@@ -1,4 +1,4 @@
-"""Settings with which each client talks to this server: printed, and given to those we start."""
+"""Settings of each client for this server: printed by `serve`, used by `launch`."""
 
 import json
 import shlex
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..errors import Qwen35Error
 
-# A key has to be there for some clients, whatever it is.
+# Some clients need any key.
 ANY_KEY = "local"
 TIMEOUT_MS = 3_600_000
-# Without the last two it asks for another model at times, and compacts too late.
+# Without the last two, Claude Code sometimes asks for another model, and compacts too late.
 CLAUDE_NEEDS = (
     "ANTHROPIC_BASE_URL",
     "ANTHROPIC_AUTH_TOKEN",
@@ -22,7 +22,7 @@ CLAUDE_NEEDS = (
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server that runs: where, for which model, and how long its context is."""
+    """A running server: its address, model and context length."""
 
     url: str
     model: str
@@ -36,13 +36,13 @@ class Endpoint:
 
     @property
     def max_output(self) -> int:
-        """What a client may ask for: half of the context, that a question has room too."""
+        """Maximum length of an answer: half of the context, to leave room for the prompt."""
         return max(1024, min(32_000, self.context_length // 2))
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a client: its command, environment, and files for its folder of settings."""
+    """How to start a client: its command, environment and settings files."""
 
     program: str
     arguments: Sequence[str]
@@ -52,7 +52,7 @@ class Launch:
 
 
 def claude(server: Endpoint) -> Launch:
-    """Claude Code, which is told the length of the context, or it would not compact in time."""
+    """Claude Code; it needs the context length to compact in time."""
     environment = {
         "ANTHROPIC_BASE_URL": server.url,
         "ANTHROPIC_AUTH_TOKEN": server.key,
@@ -158,7 +158,7 @@ LAUNCHES = {"qwen-code": qwen_code, "claude": claude, "opencode": opencode, "cod
 
 
 def prepared(launch: Launch, folder: Path) -> dict[str, str]:
-    """Write a client's files into a scratch folder; its environment."""
+    """Write a client's files into a scratch folder; returns its environment."""
     for name, text in launch.files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return {
@@ -178,7 +178,7 @@ def command_of(launch: Launch, more: Sequence[str], path: str | None) -> list[st
 
 
 def settings_text(server: Endpoint) -> str:
-    """What to paste for each client."""
+    """The settings for each client, to copy and paste."""
     key = shlex.quote(server.key)
     url, model = server.url, shlex.quote(server.model)
     exports = " ".join(

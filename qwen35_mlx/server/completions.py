@@ -1,4 +1,4 @@
-"""OpenAI's older /v1/completions: raw prompts, several at a time, and scores of their tokens."""
+"""OpenAI's older /v1/completions: raw prompts, several at a time, with log probabilities."""
 
 from typing import Any
 
@@ -52,18 +52,18 @@ def _are_ids(value: Any) -> bool:
 
 
 class _Text:
-    """One choice: its text and scores so far, and how much of them was sent."""
+    """One choice: its text and log probabilities so far, and how much of them was sent."""
 
     def __init__(self, service: Service, num_top: int | None):
         self._service, self._num_top = service, num_top
         self.text, self.is_new = "", True
-        # Of each token: its text, its log probability, the likeliest tokens, and where it begins.
+        # Per token: its text, its log probability, the likeliest tokens, and its start in the text.
         self._scores: list[tuple[str, float | None, dict[str, float] | None, int]] = []
         self._num_chars_scored = self._num_sent = 0
         self.finish_reason: str | None = None
 
     def score(self, token: int, logprob: float | None, top: Top, is_first: bool = False) -> None:
-        """Add the score of a token; the first one of a prompt has none."""
+        """Add the log probability of a token; the first token of a prompt has none."""
         if self._num_top is None:
             return
         text, place = self._service.text_of(token), self._num_chars_scored
@@ -73,12 +73,12 @@ class _Text:
         self._num_chars_scored += len(text)
 
     def mean(self) -> float:
-        """The mean log probability, by which the best of several is found."""
+        """The mean log probability, which ranks the choices for `best_of`."""
         values = [logprob for _, logprob, _, _ in self._scores if logprob is not None]
         return sum(values) / len(values) if values else finite(None)
 
     def logprobs(self, since: int = 0) -> dict[str, Any] | None:
-        """The scores as the API has them."""
+        """The log probabilities in the API's form."""
         if self._num_top is None:
             return None
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -86,13 +86,13 @@ class _Text:
         return columns if self._num_top else columns | {"top_logprobs": None}
 
     def unsent(self) -> dict[str, Any] | None:
-        """The scores that were not sent yet."""
+        """The log probabilities that were not sent yet."""
         since, self._num_sent = self._num_sent, len(self._scores)
         return self.logprobs(since)
 
 
 class _Completion(Writer):
-    """One request for completions, and the objects that answer it."""
+    """One request for completions, and its answer."""
 
     def __init__(self, service: Service, body: Fields):
         super().__init__(service, "cmpl-", service.check_model(body))
@@ -110,12 +110,12 @@ class _Completion(Writer):
         self._num_top = self._read_logprobs(body)
         self._echo = body.flag("echo") or False
         self.requests = [self._request(body, prompt) for prompt in prompts]
-        # The best of several is found by its scores, whether they are asked for or not.
+        # `best_of` needs log probabilities even if the client does not ask for them.
         num_top = 0 if self._num_top is None and self._best_of > self._n else self._num_top
         self._texts = [_Text(service, num_top) for _ in range(len(prompts) * self._best_of)]
 
     def _read_logprobs(self, body: Fields) -> int | None:
-        """A number; true is taken for 1, as chat completions have it."""
+        """The number of likeliest tokens; true means 1, as in chat completions."""
         if isinstance(body.raw("logprobs"), bool):
             return 1 if body.flag("logprobs") else None
         return body.integer("logprobs", 0, MAX_LOGPROBS)

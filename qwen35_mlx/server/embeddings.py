@@ -16,7 +16,7 @@ from .service import Service, begun
 
 
 async def embeddings(http: HttpRequest) -> Response:
-    """A list of numbers for each text, or the bytes of them."""
+    """OpenAI's form: embeddings as lists of numbers, or as base64."""
     service, body = await begun(http)
     model = service.check_model(body)
     is_base64 = body.choice("encoding_format", ("float", "base64")) == "base64"
@@ -40,7 +40,7 @@ async def embeddings(http: HttpRequest) -> Response:
 
 
 async def embed(http: HttpRequest) -> Response:
-    """Ollama's form, of one text or several; the older one has one text, as `prompt`."""
+    """Ollama's form, for one text or several; the older path takes one text as `prompt`."""
     service, body = await begun(http)
     model, is_old = check_model(service, body), http.url.path.endswith("/embeddings")
     embedder = _Embedder(service, body, "prompt" if is_old else "input")
@@ -57,7 +57,7 @@ async def embed(http: HttpRequest) -> Response:
 
 
 class _Embedder:
-    """The requests for the texts of a field, and what comes of them."""
+    """The requests for the texts of a field, and their embeddings."""
 
     def __init__(self, service: Service, body: Fields, field: str):
         prompts = read_prompts(body, field)
@@ -70,7 +70,7 @@ class _Embedder:
         ]
 
     async def collect(self, answer: Answer) -> tuple[list[np.ndarray], int]:
-        """The embedding of each text, and how many tokens all have."""
+        """The embedding of each text, and the number of tokens of all texts."""
         found, num_tokens = dict[int, np.ndarray](), 0
         async for place, event in answer.events():
             if isinstance(event, Started):
@@ -80,7 +80,7 @@ class _Embedder:
         return [found[place] for place in sorted(found)], num_tokens
 
     def _cut(self, values: np.ndarray) -> np.ndarray:
-        """The first `dimensions` values, of length 1 again."""
+        """The first `dimensions` values, scaled to length 1 again."""
         number = self._num_values
         if number is None:
             return values

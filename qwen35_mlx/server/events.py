@@ -1,4 +1,4 @@
-"""From the engine's events to a response: in the event loop, alive by the clock, ended in time."""
+"""From the engine's events to a response: keepalives, and cancellation when a client leaves."""
 
 import asyncio
 import json
@@ -16,17 +16,17 @@ from ..engine.ticket import Ticket
 from .faults import ApiError, Dialect, as_fault
 from .protocol import HALF_CLOSED
 
-# Silence after which something is sent, whatever the engine does.
+# A keepalive is sent after so much silence.
 KEEPALIVE_SECONDS = 2.0
-# A half-closed client is either gone, which only writing shows, or waits.
+# A half-closed client either waits or is gone; only a write shows which.
 PROBE_SECONDS = 0.2
-# Prompts of one request that the engine has at a time.
+# Maximum prompts of one HTTP request in the engine at a time.
 MAX_PROMPTS_AT_ONCE = 8
 EVENT_STREAM, NDJSON = "text/event-stream; charset=utf-8", "application/x-ndjson"
 
 
 class Mailbox:
-    """Takes events from the engine's thread to the event loop, all that are there at a time."""
+    """Passes events from the engine's thread to the event loop, in batches."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -34,16 +34,16 @@ class Mailbox:
         self._is_woken = False
 
     def put(self, queue: "asyncio.Queue[Any]", item: Any) -> None:
-        """From any thread."""
+        """Add an item; thread-safe."""
         self._events.append((queue, item))
         if not self._is_woken:
             self._is_woken = True
-            # The loop is closed while a server ends.
+            # The loop is closed if the server is ending.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        # First, or what comes now would wait for the next one.
+        # First, so that an item that comes now wakes the loop again.
         self._is_woken = False
         while self._events:
             queue, item = self._events.popleft()
@@ -51,13 +51,13 @@ class Mailbox:
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 class Answer:
-    """The answers to one or several prompts; their events come as (place of the prompt, event).
+    """The answers to one or several prompts, as events (index of the prompt, event).
 
-    `submit` may fail for each prompt as for the first. `cancel` ends all, and does no harm later.
+    `submit` may fail for any prompt. `cancel` ends all of them, and may be called again.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Answer:
         self._tickets: dict[int, Ticket] = {}
         self._num_submitted = 0
         self._is_cancelled = False
-        # None: the client has gone.
+        # None in the queue: the client is gone.
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self.created_s = time.time()
 
     async def start(self) -> "Answer":
-        """Submit the first prompts; a mistake in them is raised here."""
+        """Submit the first prompts; raises their errors."""
         try:
             while len(self._tickets) < MAX_PROMPTS_AT_ONCE and self._has_more():
                 await self._submit_next()
@@ -100,7 +100,7 @@ class Answer:
         ticket.add_listener(lambda event: self._mailbox.put(self._queue, (place, event)))
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
-        """All events; a failure is raised, and `ClientGone` after `leave`."""
+        """Yield all events; raises failures, and `ClientGone` after `leave`."""
         num_open = {place: request.n for place, request in enumerate(self._requests)}
         while num_open:
             item = await self._queue.get()
@@ -121,12 +121,12 @@ class Answer:
                     await self._submit_next()
 
     def leave(self) -> None:
-        """The client has gone."""
+        """Cancel, because the client is gone."""
         self.cancel()
         self._queue.put_nowait(None)
 
     def cancel(self) -> None:
-        """End what still runs."""
+        """Cancel everything that still runs."""
         self._is_cancelled = True
         for ticket in self._tickets.values():
             ticket.cancel()
@@ -134,7 +134,7 @@ class Answer:
 
 
 class _Sender(Response):
-    """Sends an answer, and meanwhile listens to the client and breaks silences."""
+    """Sends an answer; meanwhile watches the connection and sends keepalives."""
 
     def __init__(self, answer: Answer, media_type: str):
         self._answer = answer
@@ -155,11 +155,11 @@ class _Sender(Response):
             self._attendant.cancel()
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all of the answer."""
+        """Send the whole answer."""
         raise NotImplementedError
 
     def _breath(self, is_probe: bool) -> bytes:
-        """What says nothing; a probe is to show whether a client that sends no more is there."""
+        """Keepalive data; a probe tests whether a half-closed client still exists."""
         raise NotImplementedError
 
     async def _attend(self, receive: Receive, is_half_closed: Callable[[], bool]) -> None:
@@ -174,7 +174,7 @@ class _Sender(Response):
                     if heard.result()["type"] == "http.disconnect":
                         self._answer.leave()
                         return
-                    # It sends no more.
+                    # The client is half-closed.
                     heard = asyncio.ensure_future(receive())
                 elif time.monotonic() >= self._sent_s + silence_s:
                     self._sent_s = time.monotonic()
@@ -184,7 +184,7 @@ class _Sender(Response):
             heard.cancel()
 
     async def _write(self, data: bytes) -> None:
-        """A part of the body; the head before the first one, without a length."""
+        """Send a part of the body, and the head before the first part."""
         self._sent_s = time.monotonic()
         if not self._has_begun:
             self._has_begun = True
@@ -194,7 +194,7 @@ class _Sender(Response):
 
 
 class StreamedAnswer(_Sender):
-    """Sends frames as they come, and `keepalive()` where none come for a while."""
+    """Sends frames as they come, and `keepalive()` after a silence."""
 
     def __init__(
         self,
@@ -213,7 +213,7 @@ class StreamedAnswer(_Sender):
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # The head goes out at once.
+            # Send the head at once.
             await self._write(b"")
             async for data in self._frames:
                 await self._write(data)
@@ -223,14 +223,14 @@ class StreamedAnswer(_Sender):
 
 
 class WholeAnswer(_Sender):
-    """Sends one JSON object when it is complete; ends the work if the client leaves before."""
+    """Sends one JSON object when it is complete; cancels the work if the client leaves."""
 
     def __init__(self, answer: Answer, work: Coroutine[Any, Any, Any], dialect: Dialect):
         super().__init__(answer, "application/json")
         self._work, self._dialect = work, dialect
 
     def _breath(self, is_probe: bool) -> bytes:
-        # Space before the object.
+        # White space before the object is valid JSON.
         return b" " if is_probe else b""
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -248,7 +248,7 @@ class WholeAnswer(_Sender):
 
 
 def dumps(value: Any) -> str:
-    """JSON of one line; characters beyond ASCII as they are."""
+    """JSON in one line, without escapes for characters beyond ASCII."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""Refusals, in the form that the clients of each API read."""
+"""ApiError: errors in the form of each API."""
 
 import logging
 import secrets
@@ -25,7 +25,7 @@ RETRY_AFTER_S = 2
 
 
 class ApiError(Exception):
-    """A request that is not answered; `param` is the field at fault, `code` what programs read."""
+    """An error response; `param` is the wrong field, `code` is for programs."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self, dialect: Dialect) -> dict[str, Any]:
-        """The object that the API sends for it."""
+        """The error object in an API's form."""
         if dialect == "ollama":
             return {"error": self.message}
         if dialect == "anthropic":
@@ -57,14 +57,14 @@ class ApiError(Exception):
             }
         kind = OPENAI_TYPES.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        # What OpenAI itself sends for these two.
+        # As OpenAI's servers do for these two.
         if self.code in ("model_not_found", "invalid_api_key"):
             kind = "invalid_request_error"
         facts = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": facts}
 
     def response(self, dialect: Dialect) -> JSONResponse:
-        """The whole answer."""
+        """The HTTP response."""
         body = self.body(dialect)
         headers = dict(self.headers)
         if "request_id" in body:
@@ -73,7 +73,7 @@ class ApiError(Exception):
 
 
 class TooLong(ApiError):
-    """The prompt leaves no room; agents match the text and shorten their history."""
+    """The prompt is too long; agents match this text and shorten their history."""
 
     def __init__(self, num_tokens: int, context_length: int):
         super().__init__(
@@ -89,14 +89,14 @@ class TooLong(ApiError):
     def body(self, dialect: Dialect) -> dict[str, Any]:
         body = super().body(dialect)
         if dialect == "anthropic":
-            # Claude Code takes this text and no other.
+            # Claude Code recognizes only this text.
             text = f"prompt is too long: {self.num_tokens} tokens > {self.context_length} maximum"
             body["error"]["message"] = text
         return body
 
 
 def dialect_of(scope: Scope) -> Dialect:
-    """The API that a request speaks, by its path."""
+    """The API of a request, by its path and headers."""
     path = scope["path"]
     if path.startswith("/api/"):
         return "ollama"
@@ -106,7 +106,7 @@ def dialect_of(scope: Scope) -> Dialect:
 
 
 def as_fault(error: BaseException) -> ApiError:
-    """What a client is told of an error; only what is not its own mistake is a 5xx."""
+    """The ApiError for any error; a 5xx only if it is not the client's mistake."""
     if isinstance(error, ApiError):
         return error
     text = "; ".join(line.strip() for line in str(error).splitlines())

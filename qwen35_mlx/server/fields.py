@@ -1,4 +1,4 @@
-"""The fields of a request's JSON: typed, within bounds, and null as good as absent."""
+"""The fields of a request's JSON: checked types and bounds; null counts as absent."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -21,22 +21,22 @@ class Fields:
         return self.values.get(name) is not None
 
     def name(self, field: str) -> str:
-        """The field with the path to it, as errors call it."""
+        """The field with its path, for errors."""
         return f"{self._where}.{field}" if self._where else field
 
     def refuse(self, field: str, expected: str, code: str = "invalid_value") -> ApiError:
-        """The error of a field that holds something else than it should."""
+        """The error for a field with a wrong value."""
         got = _shown(self.values.get(field))
         name = self.name(field)
         return ApiError(400, f"{name}: got {got}, expected {expected}", param=name, code=code)
 
     def missing(self, field: str) -> ApiError:
-        """The error of a field that has to be there."""
+        """The error for a missing field."""
         name = self.name(field)
         return ApiError(400, f"{name} is required", param=name, code="missing_required_parameter")
 
     def raw(self, field: str) -> Any:
-        """The value as it is; None if absent."""
+        """The unchecked value; None if absent."""
         return self.values.get(field)
 
     def _of(self, field: str, kind: type[T], name: str) -> T | None:
@@ -54,7 +54,7 @@ class Fields:
         return self._of(field, bool, "true or false")
 
     def integer(self, field: str, low: int = -MAX_INT - 1, high: int = MAX_INT) -> int | None:
-        """A whole number, bounds included; 5.0 is one."""
+        """A whole number within inclusive bounds; 5.0 is accepted."""
         value = self.values.get(field)
         if value is None:
             return None
@@ -68,7 +68,7 @@ class Fields:
         return value
 
     def number(self, field: str, low: float = -math.inf, high: float = math.inf) -> float | None:
-        """A number, bounds included."""
+        """A number within inclusive bounds."""
         value = self.values.get(field)
         if value is None:
             return None
@@ -86,19 +86,19 @@ class Fields:
         return value
 
     def needed_text(self, field: str) -> str:
-        """A string that is there, and not empty."""
+        """A required string that is not empty."""
         if not (value := self.text(field)):
             raise self.missing(field)
         return value
 
     def needed_choice(self, field: str, options: Collection[str]) -> str:
-        """One of the given strings, which has to be there."""
+        """One of the given strings; required."""
         if (value := self.choice(field, options)) is None:
             raise self.missing(field)
         return value
 
     def needed_record(self, field: str) -> "Fields":
-        """An object that has to be there."""
+        """A required object."""
         if (value := self.record(field)) is None:
             raise self.missing(field)
         return value
@@ -113,15 +113,15 @@ class Fields:
         return None if value is None else Fields(value, self.name(field))
 
     def part(self, field: str) -> "Fields":
-        """An object, or an empty one where there is none."""
+        """An object, or an empty one if it is absent."""
         return Fields(self.mapping(field) or {}, self.name(field))
 
     def mapping(self, field: str) -> dict[str, Any] | None:
-        """An object, as it is."""
+        """An object, as a dict."""
         return self._of(field, dict, "an object")
 
     def records(self, field: str, values: list[Any] | None = None) -> list["Fields"] | None:
-        """A list of objects; `values` stand in for the field's own."""
+        """A list of objects; `values` replaces the field's own list."""
         values = self.items(field) if values is None else values
         if values is None:
             return None
@@ -150,7 +150,7 @@ class Fields:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error, short."""
+    """A short form of a value, for errors."""
     kinds = {list: "a list", dict: "an object", type(None): "nothing"}
     if type(value) in kinds:
         return kinds[type(value)]

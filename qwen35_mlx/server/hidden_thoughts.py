@@ -1,7 +1,7 @@
-"""Thoughts in the fields that clients only send back: signatures and encrypted contents.
+"""Thoughts in fields that clients send back unchanged: signatures and encrypted contents.
 
-Nothing is secret in them. A client that does not show a thought returns it so, after a restart of
-the server too, and the prompt begins as before.
+They are not secret. A client that does not show thoughts returns them in this form, also after a
+restart of the server, so the prompt has the same prefix as before.
 """
 
 import base64
@@ -13,12 +13,12 @@ MAX_CHARS = 2_000_000
 
 
 def hidden(thought: str) -> str:
-    """The thought as an opaque text."""
+    """Encode a thought as an opaque text."""
     return PREFIX + base64.b64encode(zlib.compress(thought.encode())).decode()
 
 
 def revealed(text: str | None) -> str:
-    """The thought in an opaque text; empty if it is none of ours."""
+    """Decode a thought; empty if the text is not from `hidden`."""
     if not text or not text.startswith(PREFIX):
         return ""
     try:

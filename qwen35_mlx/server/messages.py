@@ -1,13 +1,13 @@
-"""Messages of every API in the one form that the engine takes, with a prefix that stays.
+"""The engine's form of messages, for all APIs, with prefixes that stay the same.
 
-A prompt is cached by its beginning, so what a client sends again has to come out as before:
+Prompts are cached by prefix, so a history that a client sends again must render as before:
 
-- System and developer messages at the beginning become one system message. Later ones stay where
-  they are, as a `<system-reminder>` at the end of the message before (the template takes no system
-  message there, and a front that grows would be read again each turn).
-- A call is rendered as the model wrote it, by the id that the client got, if it is the same call;
-  its thought comes back if the client left it out.
-- Lines that change with each request and say nothing to the model are dropped.
+- System and developer messages at the beginning become one system message. Later ones stay in
+  place, as a `<system-reminder>` at the end of the previous message: the template accepts no system
+  message there, and a system prompt that grows would be prefilled again each turn.
+- A call that the client did not change, by its id, is rendered as the model wrote it. Its thought
+  is restored if the client left it out.
+- Lines that change with each request and have no meaning for the model are dropped.
 """
 
 import json
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.tool_calls import ToolCall, as_message
+from ..text.media_parts import text_of
 from .faults import ApiError
 from .fields import Fields
 
@@ -44,7 +45,7 @@ def given_messages(body: Fields) -> list[Fields]:
 
 
 def assistant_message(content: Any, thought: str | None, calls: list[dict[str, Any]]) -> Message:
-    """What the model said, with the thought and the calls that there were."""
+    """A message of the assistant, with its thought and calls, if there are any."""
     message: Message = {"role": "assistant", "content": content}
     if thought:
         message["reasoning_content"] = thought
@@ -54,7 +55,7 @@ def assistant_message(content: Any, thought: str | None, calls: list[dict[str, A
 
 
 class CallMemory:
-    """Calls that were sent, with their thoughts, by id."""
+    """Recently sent calls with their thoughts, by id."""
 
     def __init__(self, typed: bool = False):
         """typed: whether the chat template renders arguments as JSON."""
@@ -63,14 +64,14 @@ class CallMemory:
         self._lock = threading.Lock()
 
     def keep(self, name: str, call: ToolCall, thought: str) -> None:
-        """Remember a call; the oldest one is forgotten."""
+        """Store a call; the oldest one is dropped if there are too many."""
         with self._lock:
             self._calls[name] = call, thought
             while len(self._calls) > MAX_CALLS_KEPT:
                 self._calls.popitem(last=False)
 
     def restored(self, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-        """The messages with each call, and its thought if none was given, as the model wrote it."""
+        """The messages with calls as the model wrote them, and with missing thoughts."""
         changed = []
         for message in map(dict, messages):
             if calls := message.get("tool_calls"):
@@ -82,7 +83,7 @@ class CallMemory:
         return changed
 
     def _as_written(self, given: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-        """The call as the model wrote it, if the client's is the same; and the thought before."""
+        """The call as the model wrote it, if the client did not change it; and its thought."""
         call, thought = self._calls.get(str(given.get("id")), (None, ""))
         function = given["function"]
         if call and call.name == function["name"] and call.arguments == function["arguments"]:
@@ -91,7 +92,7 @@ class CallMemory:
 
 
 def tool_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]:
-    """A call of the history; arguments that are no JSON object stay, as one text."""
+    """A call in a history; arguments that are not a JSON object become one argument."""
     if isinstance(arguments, str):
         text = arguments
         try:
@@ -106,24 +107,24 @@ def tool_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]
 
 
 def folded(messages: list[Message]) -> list[Message]:
-    """One system message at most, at the beginning; see the head of this file."""
+    """The messages with at most one system message, at the beginning; see this module's head."""
     num_leading = 0
     while num_leading < len(messages) and messages[num_leading]["role"] == "system":
         num_leading += 1
     leading, rest = messages[:num_leading], messages[num_leading:]
     if not any(message["role"] in ("user", "tool") for message in rest):
-        # Nobody asks, which the template refuses: the last instruction is the question.
+        # The template needs a message of the user: take the last instruction.
         question = leading.pop() if leading else {"content": ""}
         rest = [{**question, "role": "user"}, *rest]
     result: list[Message] = []
-    system = "\n\n".join(text for m in leading if (text := plain_text(m["content"]).strip()))
+    system = "\n\n".join(text for m in leading if (text := text_of(m["content"]).strip()))
     if system:
         result.append({"role": "system", "content": system})
     for i, message in enumerate(rest):
         if message["role"] != "system":
             result.append(message)
             continue
-        text = plain_text(message["content"]).strip()
+        text = text_of(message["content"]).strip()
         if not text:
             continue
         reminder = f"<system-reminder>\n{text}\n</system-reminder>"
@@ -149,17 +150,10 @@ def _prepended(content: Any, text: str) -> Any:
     return f"{text}\n\n{content}"
 
 
-def plain_text(content: Any) -> str:
-    """The text of a content; pictures have none."""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
-
-
 def joined(parts: list[dict[str, Any]], between: str = "") -> str | list[dict[str, Any]]:
-    """Parts of text as one text; with a picture among them they stay parts.
+    """Merge text parts; the result is a text, or a list of parts if there is a picture.
 
-    `between` separates texts of which neither ends nor begins with white space.
+    `between` separates texts without white space between them.
     """
     merged: list[dict[str, Any]] = []
     for part in parts:
@@ -175,7 +169,7 @@ def joined(parts: list[dict[str, Any]], between: str = "") -> str | list[dict[st
 
 
 def picture(source: str | None, where: Fields, field: str) -> dict[str, Any]:
-    """A part that shows a picture: of a data: URL alone, since nothing is fetched or read here."""
+    """A part for a picture from a data: URL; nothing is fetched, and no file is read."""
     if source is None:
         raise where.missing(field)
     if source[:5].lower() != "data:":
@@ -191,7 +185,7 @@ def picture(source: str | None, where: Fields, field: str) -> dict[str, Any]:
 
 
 def check_media(messages: list[Message]) -> list[Message]:
-    """The messages, if they do not show too much."""
+    """The messages, if they do not have too many pictures."""
     contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
     num_media = sum(part["type"] != "text" for content in contents for part in content)
     if num_media > MAX_MEDIA:
@@ -202,7 +196,7 @@ def check_media(messages: list[Message]) -> list[Message]:
 def function_tool(
     name: str | None, description: Any, parameters: Any, where: Fields
 ) -> dict[str, Any]:
-    """A tool as the chat template takes it; its keys in one order, whatever the client's."""
+    """A tool for the chat template, with its keys in a fixed order."""
     if not name:
         raise where.missing("name")
     if len(name) > 256 or any(c in "<>\"'" or c.isspace() or not c.isprintable() for c in name):
@@ -226,13 +220,13 @@ def read_function(function: Fields) -> dict[str, Any]:
 
 
 def read_functions(body: Fields) -> list[dict[str, Any]]:
-    """The functions among the tools; kinds that only OpenAI runs are left out."""
+    """The functions among the tools, without kinds that only OpenAI runs."""
     tools = [t for t in body.records("tools") or () if (t.text("type") or "function") == "function"]
-    # Of responses the fields stand in the tool itself.
+    # In the responses API the fields are in the tool itself.
     return [read_function(tool.record("function") or tool) for tool in tools]
 
 
 def strict_names(body: Fields) -> list[str]:
-    """The tools whose calls have to keep their schemas, in any dialect."""
+    """Names of the strict tools, in any API."""
     holders = [tool.record("function") or tool for tool in body.records("tools") or ()]
     return [holder.text("name") or "" for holder in holders if holder.flag("strict")]

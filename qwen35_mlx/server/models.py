@@ -1,4 +1,4 @@
-"""What is said of the model, of the server's health, and of its counters."""
+"""Information about the model, the server's health, and its counters."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from .service import Service, service_of
 
 OWNER = "qwen35-mlx"
-# What the engine counts at the moment; the rest of its numbers only grow.
+# Current values; all other numbers of the engine are counters, which only grow.
 GAUGES = (
     *("running", "queued", "rows", "cached_points", "cache_bytes"),
     *("experts", "expert_slots", "expert_hit_rate", "expert_gb_per_s"),
@@ -18,7 +18,7 @@ GAUGES = (
 
 
 def model_object(service: Service, name: str = "") -> dict[str, Any]:
-    """One object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
+    """The model, in one object for clients of OpenAI, Anthropic, vLLM, LM Studio and llama.cpp."""
     settings = service.settings
     length = settings.context_length
     name = name if name in service.model_names else settings.model_id
@@ -43,33 +43,33 @@ def model_object(service: Service, name: str = "") -> dict[str, Any]:
 
 
 def rfc3339(seconds: float) -> str:
-    """A time as Anthropic and Ollama write it."""
+    """A time in Anthropic's and Ollama's format."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 async def list_models(http: HttpRequest) -> Response:
-    """/v1/models: the one there is, alone and with each of its adapters."""
+    """/v1/models: the model, and the model with each adapter."""
     service = service_of(http)
     models = [model_object(service, name) for name in service.model_names]
     return JSONResponse(list_object(models))
 
 
 def list_object(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """All items as a page of OpenAI's and Anthropic's lists."""
+    """All items as one page of a list, for OpenAI and Anthropic."""
     first_id, last_id = (items[place]["id"] if items else None for place in (0, -1))
     page = {"object": "list", "data": items, "has_more": False}
     return page | {"first_id": first_id, "last_id": last_id}
 
 
 async def get_model(http: HttpRequest) -> Response:
-    """/v1/models/ID, whose id may have slashes."""
+    """/v1/models/ID; the id may contain slashes."""
     service = service_of(http)
     name = service.known_model(http.path_params["name"])
     return JSONResponse(model_object(service, name))
 
 
 async def health(http: HttpRequest) -> Response:
-    """Whether requests are answered; said by the event loop while the engine works."""
+    """Whether the engine runs; the event loop answers this while the engine works."""
     service = service_of(http)
     if not service.engine.is_alive:
         return JSONResponse({"status": "error", "error": "the engine does not run"}, 503)
@@ -91,8 +91,8 @@ async def metrics(http: HttpRequest) -> Response:
 
 
 async def watch_engine(service: Service, every_s: float = 1.0) -> None:
-    """Start an engine again that died; what it did has failed, and /health was red."""
+    """Restart the engine if it has died."""
     while True:
         await asyncio.sleep(every_s)
         if not service.engine.is_alive and not service.is_stopping:
-            await service.in_worker(service.engine.restart)
+            await service.in_worker(service.engine.start)

@@ -23,7 +23,7 @@ REASONS = {"loop": "length", "tool_calls": "stop"}
 
 
 async def chat(http: HttpRequest) -> Response:
-    """Answer messages; none of them load the model."""
+    """Answer messages; an empty list only loads the model."""
     service, body = await begun(http)
     name = check_model(service, body)
     messages = reading.read_messages(body)
@@ -37,7 +37,7 @@ async def chat(http: HttpRequest) -> Response:
 
 
 async def generate(http: HttpRequest) -> Response:
-    """Continue a prompt, as a message or as it is."""
+    """Answer a prompt, as a message or raw."""
     service, body = await begun(http)
     name = check_model(service, body)
     reading.unsupported(body, "suffix", "template")
@@ -60,7 +60,7 @@ async def generate(http: HttpRequest) -> Response:
 
 
 def check_model(service: Service, body: Fields) -> str:
-    """The name of the model, which has to be given here."""
+    """The name of the model, which is required."""
     name = body.text("model") or body.text("name")
     if not name:
         raise ApiError(400, "model is required")
@@ -70,13 +70,13 @@ def check_model(service: Service, body: Fields) -> str:
 
 
 def _loaded(name: str, body: Fields) -> dict[str, Any]:
-    """The answer to a request that only loads or unloads the model, which stays loaded."""
+    """The answer to a request that only loads or unloads the model; it always stays loaded."""
     reason = "unload" if body.raw("keep_alive") == 0 else "load"
     return {"model": name, "created_at": now(), "done": True, "done_reason": reason}
 
 
 def now() -> str:
-    """The time as Ollama writes it."""
+    """The current time in Ollama's format."""
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
@@ -101,7 +101,7 @@ async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
 
 
 class _Lines(ReplyWriter):
-    """The lines of an answer, or the one object."""
+    """An answer as lines of JSON, or as one object."""
 
     dialect = "ollama"
     media_type = NDJSON
@@ -112,7 +112,7 @@ class _Lines(ReplyWriter):
         self._began_s = time.perf_counter()
 
     def keepalive(self) -> bytes:
-        """A line without text: NDJSON has no comments."""
+        """An empty line of text, because NDJSON has no comments."""
         return self._line()
 
     def _line(self, text: str = "", **more: Any) -> bytes:
@@ -148,7 +148,7 @@ class _Lines(ReplyWriter):
         return self._line(**self._last())
 
     def _last(self) -> dict[str, Any]:
-        """The last fields; times in nanoseconds."""
+        """The fields of the last line; times are in nanoseconds."""
         usage, reply, messages = self._usage, self._replies[0], self.request.messages
         reason = reply.finish_reason or "stop"
         context = {}

@@ -1,10 +1,11 @@
-"""Messages, tools and options of Ollama's API in the form of `messages.py`."""
+"""Messages and options of Ollama's API, converted to the form of `messages.py`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..engine.requests import Grammar
 from ..sampling import SamplingParams
+from ..text.media_parts import text_of
 from . import options
 from .body import parse_object
 from .events import dumps
@@ -17,7 +18,6 @@ from .messages import (
     check_media,
     folded,
     picture,
-    plain_text,
 )
 from .messages import tool_call as history_call
 
@@ -25,7 +25,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_messages(body: Fields) -> list[Message]:
-    """The messages, folded; none load the model."""
+    """The messages, folded; empty if there are none."""
     given = body.records("messages") or []
     return check_media(folded([_message(message) for message in given])) if given else []
 
@@ -49,8 +49,8 @@ def _message(message: Fields) -> Message:
 
 
 def context_of(messages: Sequence[Mapping[str, Any]], answer: str) -> list[int]:
-    """A conversation as numbers, which clients send back as they are; pictures are left out."""
-    texts = [{"role": m["role"], "content": plain_text(m["content"])} for m in messages]
+    """A conversation as a list of integers, which clients send back; without pictures."""
+    texts = [{"role": m["role"], "content": text_of(m["content"])} for m in messages]
     texts.append({"role": "assistant", "content": answer})
     return list(dumps({"messages": texts}).encode())
 
@@ -67,33 +67,33 @@ def read_context(body: Fields) -> list[Message]:
 
 
 def images(holder: Fields) -> list[dict[str, Any]]:
-    """Pictures, which are base64 here."""
+    """Pictures, from base64."""
     found = []
     for image in holder.items("images") or ():
         if not isinstance(image, str):
             raise holder.refuse("images", "a list of base64 texts", "invalid_type")
         is_url = image[:5].lower() == "data:"
-        # What the picture is, its bytes say.
+        # The real type follows from the bytes.
         source = image if is_url else f"data:image/png;base64,{image}"
         found.append(picture(source, holder, "images"))
     return found
 
 
 def sampling(given: Fields, defaults: SamplingParams) -> SamplingParams:
-    """As OpenAI's, but 0 switches a penalty of repetition off."""
+    """Sampling parameters as in OpenAI's API; a repeat_penalty of 0 means off."""
     if given.raw("repeat_penalty") == 0:
         given = Fields({**given.values, "repeat_penalty": None}, "options")
     return options.sampling(given, defaults)
 
 
 def max_tokens(given: Fields) -> int | None:
-    """-1 and -2 mean as many as there is room for."""
+    """The maximum length of the answer; -1 and -2 mean no limit."""
     value = given.integer("num_predict", -2)
     return None if value is None or value < 0 else max(1, value)
 
 
 def read_format(body: Fields) -> Grammar | None:
-    """json, or a schema."""
+    """The grammar for `format`: "json" or a schema."""
     value = body.raw("format")
     if value is None or value == "":
         return None
@@ -105,7 +105,7 @@ def read_format(body: Fields) -> Grammar | None:
 
 
 def read_thinking(body: Fields) -> options.Thinking:
-    """true, false or a level."""
+    """The thinking options: true, false or a level."""
     value = body.raw("think")
     if value is None:
         return options.Thinking()
@@ -117,7 +117,7 @@ def read_thinking(body: Fields) -> options.Thinking:
 
 
 def read_logprobs(body: Fields) -> int | None:
-    """How many of the likeliest tokens come with each."""
+    """Number of likeliest tokens to return with each token; None: no log probabilities."""
     num_top = body.integer("top_logprobs", 0, 20)
     return (num_top or 0) if body.flag("logprobs") else None
 

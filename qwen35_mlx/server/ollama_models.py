@@ -1,4 +1,4 @@
-"""What Ollama's API says of the model, and what it offers that is not done here."""
+"""Ollama's API about models: lists, details, and operations that are not supported."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,13 +12,13 @@ from .models import rfc3339
 from .ollama import check_model
 from .service import Service, service_of
 
-# Open WebUI and others take what is older for an Ollama without thoughts or tools.
+# Open WebUI and others disable thinking and tools for older versions.
 COMPATIBLE_VERSION = "0.12.0"
 STAYS = timedelta(days=365)
 
 
 async def root(http: HttpRequest) -> Response:
-    """What programs look for to find an Ollama."""
+    """The text by which programs recognize Ollama."""
     return PlainTextResponse("Ollama is running")
 
 
@@ -51,7 +51,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
 
 
 async def tags(http: HttpRequest) -> Response:
-    """The models that there are."""
+    """The available models."""
     service = service_of(http)
     modified = rfc3339(service.settings.created_s)
     more = {"modified_at": modified}
@@ -59,7 +59,7 @@ async def tags(http: HttpRequest) -> Response:
 
 
 async def ps(http: HttpRequest) -> Response:
-    """The models that are loaded."""
+    """The loaded models."""
     service = service_of(http)
     more = {
         "expires_at": (datetime.now(UTC) + STAYS).isoformat(),
@@ -70,7 +70,7 @@ async def ps(http: HttpRequest) -> Response:
 
 
 async def show(http: HttpRequest) -> Response:
-    """All that is known of the model."""
+    """Details of the model."""
     service = service_of(http)
     name = check_model(service, await service.fields(http))
     settings = service.settings
@@ -97,6 +97,6 @@ async def show(http: HttpRequest) -> Response:
 
 
 async def unsupported(http: HttpRequest) -> Response:
-    """Changes of the models that there are."""
+    """Refuse operations that change models."""
     action = http.url.path.rpartition("/")[2]
     raise ApiError(501, f"this server serves one model and does not {action}")

@@ -21,7 +21,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 DONE = b"data: [DONE]\n\n"
 FINISH = {"loop": "length", "cancelled": "stop"}
-# They ask for another kind of answer than text.
+# Fields that ask for answers other than text.
 REFUSED = ("audio", "web_search_options")
 
 
@@ -34,7 +34,7 @@ async def chat_completions(http: HttpRequest) -> Response:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """Usage as chat completions and completions have it."""
+    """Usage in the form of chat completions and completions."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.generated_tokens,
@@ -100,7 +100,7 @@ def _refuse_other_media(body: Fields) -> None:
 
 
 def _continues(body: Fields, messages: list[Any]) -> bool:
-    """Whether the answer goes on with the last message."""
+    """Whether the answer continues the last message."""
     wanted = body.flag("continue_final_message") or False
     if body.flag("add_generation_prompt") is False and not wanted:
         raise body.refuse(
@@ -112,14 +112,14 @@ def _continues(body: Fields, messages: list[Any]) -> bool:
 
 
 class _Chat(ReplyWriter):
-    """One request for a chat completion, and the objects that answer it."""
+    """One request for a chat completion, and its answer."""
 
     def __init__(self, service: Service, body: Fields):
         model, request = service.check_model(body), chat_request(service, body)
         super().__init__(service, "chatcmpl-", model, request)
         self.is_stream = body.flag("stream") or False
         self._wants_usage = options.includes_usage(body)
-        # Clients of the oldest form want its answers.
+        # Clients of the oldest form of the API need its form of answers.
         self._is_old = "functions" in body and "tools" not in body
 
     def _sign_of_life(self) -> bytes:
@@ -154,7 +154,7 @@ class _Chat(ReplyWriter):
     def _take(self, place: int, event: Any) -> bytes:
         if not isinstance(event, Progress):
             return super()._take(place, event)
-        # llama.cpp's way to show how far the prompt has been read.
+        # llama.cpp's form of prefill progress.
         progress = {
             "total": event.num_tokens,
             "cache": self._usage.cached_tokens,
@@ -170,7 +170,7 @@ class _Chat(ReplyWriter):
         return self._delta(reply, {"content": text}, entries)
 
     def _call(self, reply: Reply, call: SentCall) -> bytes:
-        """A call begins with its name, and its arguments follow."""
+        """Two chunks: the name of the call, then its arguments."""
         if self._is_old:
             function = {"name": call.name, "arguments": call.arguments}
             return self._delta(reply, {"function_call": function})

@@ -1,4 +1,4 @@
-"""Fields that change how an answer is drawn: sampling, lengths, thoughts, grammars."""
+"""Options of an answer: sampling, length, thinking, grammars."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..sampling import SamplingParams
 from .faults import ApiError
 from .fields import Fields
 
-# Tokens of a thought by effort; no limit where None stands.
+# Thinking budget in tokens by effort; None: no limit.
 EFFORTS: dict[str, int | None] = {
     "none": 0,
     "minimal": 512,
@@ -21,7 +21,7 @@ EFFORTS: dict[str, int | None] = {
     "xhigh": None,
     "max": None,
 }
-# Variables of Qwen3.5's chat template; others mean nothing to it, or are no client's business.
+# Variables of Qwen3.5's chat template that clients may set.
 TEMPLATE_OPTIONS = ("preserve_thinking", "add_vision_id")
 TINY_TOP_P = 1e-6
 
@@ -35,12 +35,12 @@ class Thinking:
 
 
 def sampling(body: Fields, defaults: SamplingParams) -> SamplingParams:
-    """The checkpoint's parameters with what the client wants else."""
+    """The checkpoint's sampling parameters with the client's changes."""
     top_p = body.number("top_p", 0, 1)
     top_k = body.integer("top_k", -1, 2**31)
     given: dict[str, Any] = {
         "temperature": body.number("temperature", 0, 2),
-        # 0 means the likeliest token alone.
+        # 0 means only the likeliest token.
         "top_p": TINY_TOP_P if top_p == 0 else top_p,
         "top_k": 0 if top_k == -1 else top_k,
         "min_p": body.number("min_p", 0, 1),
@@ -63,7 +63,7 @@ def _repetition(body: Fields) -> float | None:
 
 
 def updated(defaults: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
-    """The defaults with what is given; a bad value is the client's fault."""
+    """The defaults with the given values; an invalid value is an ApiError."""
     try:
         return defaults.updated(**given)
     except Qwen35Error as error:
@@ -71,13 +71,13 @@ def updated(defaults: SamplingParams, given: Mapping[str, Any]) -> SamplingParam
 
 
 def seed(body: Fields) -> int | None:
-    """A seed as the engine takes it; negative ones count from the end."""
+    """A seed for the engine; negative ones wrap around."""
     value = body.integer("seed")
     return None if value is None else value % 2**63
 
 
 def logit_bias(body: Fields, vocab_size: int) -> dict[int, float]:
-    """Token ids with what is added to their logits."""
+    """Biases that are added to logits, by token id."""
     biases, given = {}, body.part("logit_bias")
     for key in given.values:
         if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
@@ -95,13 +95,13 @@ def logit_bias(body: Fields, vocab_size: int) -> dict[int, float]:
 
 
 def max_tokens(body: Fields, *names: str, low: int = 1) -> int | None:
-    """The length of the answer, by the first of its names that is given."""
+    """The maximum length of the answer, from the first of the fields that is given."""
     values = [body.integer(name, low) for name in names]
     return next((value for value in values if value is not None), None)
 
 
 def thinking(body: Fields) -> Thinking:
-    """Of all the ways in which clients of OpenAI's API ask for thoughts."""
+    """The thinking options, from all fields that clients of OpenAI's API use for them."""
     wanted = Thinking()
     effort = body.choice("reasoning_effort", EFFORTS)
     if effort is not None:
@@ -117,7 +117,7 @@ def thinking(body: Fields) -> Thinking:
 
 
 def of_effort(effort: str) -> Thinking:
-    """A level of effort as a number of tokens."""
+    """The thinking options for a level of effort."""
     budget = EFFORTS[effort]
     return Thinking(enable_thinking=budget != 0, think_budget=budget or None)
 
@@ -130,7 +130,7 @@ def template_options(body: Fields) -> dict[str, Any]:
 
 
 def response_format(body: Fields, field: str = "response_format") -> Grammar | None:
-    """The grammar that a `response_format` of OpenAI asks for."""
+    """The grammar for OpenAI's `response_format`."""
     given = body.record(field)
     if given is None:
         return None
@@ -139,7 +139,7 @@ def response_format(body: Fields, field: str = "response_format") -> Grammar | N
         return None
     if kind == "json_object":
         return Grammar("json_object")
-    # The responses API has the schema here, chat completions one level below.
+    # In the responses API the schema is at this level, in chat completions one level below.
     holder = given.record("json_schema") or given
     schema = holder.mapping("schema")
     if schema is None:
@@ -148,7 +148,7 @@ def response_format(body: Fields, field: str = "response_format") -> Grammar | N
 
 
 def structured_outputs(body: Fields) -> Grammar | None:
-    """The grammar that vLLM's extensions ask for."""
+    """The grammar for vLLM's extensions."""
     given = body.record("structured_outputs")
     if given is not None:
         return _structured(given, "")
@@ -170,5 +170,5 @@ def _structured(given: Fields, prefix: str) -> Grammar | None:
 
 
 def includes_usage(body: Fields) -> bool:
-    """Whether a stream ends with the usage."""
+    """Whether a stream should end with the usage."""
     return body.part("stream_options").flag("include_usage") is True

@@ -1,4 +1,4 @@
-"""The routes of the page at `/`: its files, and the rendering of Markdown."""
+"""The routes of the chat page at `/`: its files, and the rendering of Markdown."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from .body import parse_object, read_body
 from .faults import ApiError
 from .render import MAX_CHARS, render
 
-# A character takes at most six bytes of JSON for each of its two UTF-16 units.
+# A character has at most two UTF-16 units, of six bytes each in JSON.
 MAX_BODY_BYTES = 12 * MAX_CHARS + 1024
 MEDIA_TYPES = {
     "html": "text/html; charset=utf-8",
@@ -30,7 +30,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    # The browser asks each time whether a file is still the one it has.
+    # The browser checks each time whether its copy is current.
     "Cache-Control": "no-cache",
 }
 
@@ -39,9 +39,9 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def page_routes(program_root: Endpoint | None = None) -> list[Route]:
-    """Routes of the files by their exact names, so no path is taken from a client.
+    """Routes of the files by their exact names, so no path comes from a client.
 
-    `program_root` answers `/` to programs, which do not ask for HTML.
+    `program_root` answers `/` for programs, which do not accept HTML.
     """
     folder = resources.files(__package__) / "page"
     names = sorted(file.name for file in folder.iterdir() if _suffix(file.name) in MEDIA_TYPES)
@@ -79,7 +79,7 @@ async def _send_root(page: Endpoint, program_root: Endpoint, request: Request) -
 
 async def _render(request: Request) -> Response:
     """`{text}` -> `{html, tail, tail_line}`; see `render.Rendered`."""
-    # A page of another origin cannot send JSON without asking first.
+    # JSON only: a page of another origin cannot send it without a preflight.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise ApiError(415, "expected Content-Type: application/json")
     text = parse_object(await read_body(request, MAX_BODY_BYTES)).get("text")

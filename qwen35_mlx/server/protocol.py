@@ -1,4 +1,4 @@
-"""HTTP/1.1 of uvicorn on h11, with time limits, half-closed clients and answers to bad requests."""
+"""uvicorn's HTTP/1.1 on h11, with time limits, half-closed clients and answers to bad requests."""
 
 import asyncio
 import json
@@ -12,20 +12,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .faults import ApiError
 
 MAX_CONNECTIONS = 1000
-# Without a byte, for a head from its first byte, between two pieces of a body, and for all of it.
+# Limits: for an idle connection, for a head, between two pieces of a body, and for a whole body.
 IDLE_SECONDS = 60.0
 HEAD_SECONDS = 10.0
 BODY_PIECE_SECONDS = 10.0
 BODY_SECONDS = 300.0
-# For a body that was refused: a connection closed at once takes the refusal with it.
+# Time to read a refused body: if the connection closed at once, the client would not get the error.
 LINGER_SECONDS = 5.0
-# For a client that reads nothing of its answer.
+# Limit for a client that does not read its answer.
 WRITE_SECONDS = 60.0
 HALF_CLOSED = "is_half_closed"
 
 
 class _GentleTransport:
-    """A transport whose `close` waits for what the client still sends."""
+    """A transport whose `close` first reads what the client still sends."""
 
     def __init__(self, transport: asyncio.Transport, protocol: "Protocol"):
         self._transport = transport
@@ -44,9 +44,9 @@ class _GentleTransport:
 class Protocol(H11Protocol):
     """One connection.
 
-    A client that closed its side while it waits for an answer is either gone or has only said that
-    it sends no more. `scope["state"]["is_half_closed"]` tells the application, which finds out by
-    writing; to wake it, it gets an empty `http.request` message.
+    A client that closes its side while it waits for an answer is either gone, or only sends no
+    more. `scope["state"]["is_half_closed"]` tells the application, which can find out by writing;
+    an empty `http.request` message wakes it.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -75,7 +75,7 @@ class Protocol(H11Protocol):
         self._after_events()
 
     def _after_events(self) -> None:
-        """Tell a new request of its connection; limit the time of what has begun to arrive."""
+        """Give a new request its connection's state; limit the time of an incomplete one."""
         if self.cycle is not None:
             self.cycle.scope.setdefault("state", {})[HALF_CLOSED] = self._half_closed
         if self.is_closing:
@@ -91,7 +91,7 @@ class Protocol(H11Protocol):
             return
         self._body_since = 0.0
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-            # A head is timed from its first byte.
+            # The limit of a head starts at its first byte.
             if not self._is_in_head:
                 self._set_timer(HEAD_SECONDS)
             self._is_in_head = True
@@ -115,7 +115,7 @@ class Protocol(H11Protocol):
             self.transport.close()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """The client sends no more; True keeps the connection for the answer."""
+        """Handle a half-close of the client; True keeps the connection for the answer."""
         self._is_half_closed = True
         if self.is_closing:
             return None
@@ -129,21 +129,21 @@ class Protocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _end_half_closed(self) -> None:
-        """Close, with a remark if half of a request is there."""
+        """Close, with an error if a request is incomplete."""
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
             self._refuse(ApiError(400, "the request ended early"))
         else:
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; uvicorn calls this while it handles h11's error."""
+        """Answer invalid HTTP; uvicorn calls this while it handles h11's error."""
         error: Any = sys.exc_info()[1]
-        # h11 proposes 501 for encodings; a client that gets a 5xx would send it again.
+        # Not h11's 501 for encodings: clients repeat a request after a 5xx.
         is_long = getattr(error, "error_status_hint", 400) == 431
         self._refuse(ApiError(431 if is_long else 400, f"{msg} {error or ''}"))
 
     def _refuse(self, fault: ApiError) -> None:
-        """Send a fault without the application, and close."""
+        """Send an error without the application, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(fault.body("openai")).encode()
             headers = [
@@ -168,7 +168,7 @@ class Protocol(H11Protocol):
             self._end_half_closed()
 
     def close_gently(self, transport: asyncio.Transport) -> None:
-        """Close; what the client still sends is thrown away first, or it may lose the answer."""
+        """Close, after discarding what the client still sends; otherwise it may lose the answer."""
         if self.is_closing:
             return
         self.is_closing = True

@@ -1,4 +1,4 @@
-"""Markdown to HTML that is safe to show: the model's output is untrusted."""
+"""Markdown to safe HTML, because the model's output is untrusted."""
 
 import re
 import time
@@ -16,13 +16,13 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
 MAX_CHARS = 32_000
-# Expressions of a lexer that go back and forth do so within a line.
+# Slow regular expressions of lexers are slow within a line.
 MAX_CODE_LINE_CHARS = 1_000
 MAX_MATH_CHARS = 2_000
 HIGHLIGHT_SECONDS = 0.25
 LINK = re.compile(r"(?:https?://|mailto:)[^\s]", re.IGNORECASE)
 NEWLINE = re.compile(r"\r\n?|\n")
-# Pygments has lexers for hundreds of languages, some slow beyond measure on chosen text.
+# Pygments has hundreds of lexers; some are extremely slow on crafted text.
 LANGUAGES = frozenset(
     "bash c c# c++ clojure cmake console cpp csharp css dart diff docker dockerfile elixir go "
     "graphql haskell html ini java javascript js json julia jsx kotlin latex lua make makefile "
@@ -34,7 +34,7 @@ MATH = {r"\(": r"\)", r"\[": r"\]", "$$": "$$", "$": "$"}
 
 
 class Rendered(NamedTuple):
-    """The last block may still grow, so it comes by itself."""
+    """Rendered Markdown; the last block is separate, because it may still grow."""
 
     html: str
     """The blocks before the last one."""
@@ -50,15 +50,15 @@ class _SlowLexer(Exception):
 
 class _Markdown(MarkdownIt):
     def validateLink(self, url: str) -> bool:
-        """A refused link stays the text that it is written with."""
+        """Whether a link is allowed; a refused one stays text."""
         return LINK.match(url) is not None
 
 
 def render(text: str) -> Rendered:
-    """Render at most MAX_CHARS of Markdown; what is longer raises ValueError."""
+    """Render at most MAX_CHARS of Markdown; raises ValueError for a longer text."""
     if len(text) > MAX_CHARS:
         raise ValueError(f"text has {len(text)} characters; at most {MAX_CHARS} are rendered")
-    # Half of a surrogate pair has no UTF-8.
+    # Lone surrogates have no UTF-8.
     text = NEWLINE.sub("\n", text.encode("utf-8", "replace").decode())
     env: dict[str, Any] = {}
     tokens = _MARKDOWN.parse(text, env)
@@ -75,7 +75,7 @@ def render(text: str) -> Rendered:
 
 
 def highlight(code: str, language: str) -> str:
-    """Code without its last line end, with the classes of Pygments where the language is known."""
+    """Code as HTML, without its last line break, with Pygments' classes for known languages."""
     longest = max(map(len, code.split("\n")))
     if language.lower() not in LANGUAGES or longest > MAX_CODE_LINE_CHARS:
         return escape(code)
@@ -85,7 +85,7 @@ def highlight(code: str, language: str) -> str:
         HtmlFormatter(nowrap=True).format(_in_time(lexer.get_tokens(code)), out)
     except _SlowLexer:
         return escape(code)
-    # The formatter ends the last line.
+    # The formatter adds a line break.
     return out.getvalue().removesuffix("\n")
 
 
@@ -102,7 +102,7 @@ def _starts_block(token: Token) -> bool:
 
 
 def _math(state: StateInline, silent: bool) -> bool:
-    """A formula stays as written, or its underscores would turn into emphasis."""
+    """Keep formulas as written; otherwise underscores would become emphasis."""
     source, start = state.src, state.pos
     opening = next((o for o in MATH if source.startswith(o, start)), None)
     if opening is None:
@@ -125,13 +125,13 @@ def _math(state: StateInline, silent: bool) -> bool:
 
 
 class _Html(RendererHTML):
-    """The methods are named by the types of tokens that they render."""
+    """Renders tokens; each method is named after the type of its tokens."""
 
     def fence(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
         words = tokens[idx].info.split(maxsplit=1)
         language = words[0][:40] if words else ""
         label = f' data-language="{escape(language)}"' if language else ""
-        # The line end that is added to unfinished code would split the line that goes on.
+        # The parser adds a line break to unfinished code, whose last line may still grow.
         code = highlight(tokens[idx].content.rstrip(), language)
         return f"<pre{label}><code>{code}</code></pre>\n"
 
@@ -141,7 +141,7 @@ class _Html(RendererHTML):
         return f'<span class="math">{escape(tokens[idx].content)}</span>'
 
     def image(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
-        """Its name and address; loading it would tell its server what was asked."""
+        """Only its name and address: loading it could send data to a foreign server."""
         address = escape(str(tokens[idx].attrGet("src")))
         name = escape(tokens[idx].content or "picture")
         return f'<span class="picture" title="{address}">{name}</span>'
@@ -152,14 +152,14 @@ class _Html(RendererHTML):
         return self.renderToken(tokens, idx, options, env)
 
     def table_open(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
-        """A frame that scrolls, with the keyboard too."""
+        """A frame that scrolls, also by keyboard."""
         return '<div class="table" tabindex="0"><table>\n'
 
     def table_close(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
         return "</table></div>\n"
 
     def td_open(self, tokens: Tokens, idx: int, options: OptionsDict, env: EnvType) -> str:
-        """Alignment as a class; the page allows no style in HTML."""
+        """Alignment as a class, because the page's policy forbids inline styles."""
         align = str(tokens[idx].attrs.pop("style", "")).removeprefix("text-align:")
         if align:
             tokens[idx].attrSet("class", align)

@@ -1,4 +1,4 @@
-"""What an answer is made of, collected from events for all APIs."""
+"""Base classes that turn the engine's events into answers of an API."""
 
 import secrets
 from collections import defaultdict
@@ -21,7 +21,7 @@ COMMENT = b": keepalive\n\n"
 
 @dataclass
 class SentCall:
-    """A call with the id that the client gets."""
+    """A tool call with the id for the client."""
 
     id: str
     name: str
@@ -31,7 +31,7 @@ class SentCall:
 
 @dataclass
 class Reply:
-    """One answer as far as it has come."""
+    """The content of one answer so far."""
 
     index: int = 0
     id_prefix: str = "call_"
@@ -40,12 +40,12 @@ class Reply:
     calls: list[SentCall] = field(default_factory=list)
     finish_reason: str | None = None
     stop_text: str | None = None
-    # Log probabilities of its tokens, where they are asked for.
+    # Set if log probabilities are requested.
     tokens: "AnswerTokens | None" = None
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, event: Token | Done, service: Service) -> list[tuple[Piece, SentCall | None]]:
-        """The pieces of an event, each call with its id; a call that was cut is left out."""
+        """Add an event; returns its pieces, calls with their ids, without incomplete calls."""
         if isinstance(event, Done):
             self.finish_reason, self.stop_text = event.finish_reason, event.stop_text
         added: list[tuple[Piece, SentCall | None]] = []
@@ -76,19 +76,19 @@ class Writer:
     def __init__(self, service: Service, identity: str, model: str):
         self._service = service
         self._id, self._model = f"{identity}{secrets.token_hex(12)}", model
-        # By the places of the prompts.
+        # By the index of the prompt.
         self._usages: defaultdict[int, Usage] = defaultdict(Usage)
         self._created_s = 0.0
         self._num_keepalives = 0
 
     def response(self, answer: Answer, is_stream: bool | None) -> Response:
-        """What the handler returns."""
+        """The response for the handler to return."""
         if is_stream:
             return StreamedAnswer(answer, self.frames(answer), self.keepalive, self.media_type)
         return WholeAnswer(answer, self.whole(answer), self.dialect)
 
     def keepalive(self) -> bytes:
-        """A comment; now and then more, for clients that count only that."""
+        """A comment; every fifth time an event, for clients that ignore comments."""
         self._num_keepalives += 1
         return COMMENT if self._num_keepalives % 5 else self._sign_of_life()
 
@@ -96,7 +96,7 @@ class Writer:
         return COMMENT
 
     async def frames(self, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """A stream; what goes wrong is its last frame."""
+        """The frames of a stream; an error is the last one."""
         self._created_s = answer.created_s
         try:
             yield self._begin()
@@ -124,7 +124,7 @@ class Writer:
 
     @property
     def _usage(self) -> Usage:
-        """That of all prompts together."""
+        """The usage of all prompts together."""
         total = Usage()
         for usage in self._usages.values():
             for name, value in vars(usage).items():
@@ -132,27 +132,27 @@ class Writer:
         return total
 
     def _begin(self) -> bytes:
-        """Frames before all events."""
+        """Frames before the first event."""
         return b""
 
     def _take(self, place: int, event: Any) -> bytes:
-        """The frames of an event, which is kept for `_object`."""
+        """Add an event, also for `_object`; returns its frames."""
         raise NotImplementedError
 
     def _end(self) -> bytes:
-        """Frames behind all events."""
+        """Frames after the last event."""
         return b""
 
     def _failed(self, fault: ApiError) -> bytes:
-        """The frame of a failure."""
+        """The frame of an error."""
         return sse(fault.body(self.dialect))
 
     def _object(self) -> dict[str, Any]:
-        """All of the answer."""
+        """The whole answer."""
         raise NotImplementedError
 
     def _completion(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """The object of chat completions and of completions."""
+        """The object of chat completions and completions."""
         return {
             "id": self._id,
             "object": kind,
@@ -165,12 +165,12 @@ class Writer:
 
 
 class ReplyWriter(Writer):
-    """Answers of thoughts, text and calls to one request."""
+    """Writes answers with thoughts, text and calls, for one request."""
 
     def __init__(
         self, service: Service, identity: str, model: str, request: Request, prefix: str = "call_"
     ):
-        """prefix: what the ids of calls begin with."""
+        """prefix: the prefix of ids of calls."""
         super().__init__(service, identity, model)
         self.request = request
         self._replies = [Reply(index, prefix) for index in range(request.n)]
@@ -203,16 +203,16 @@ class ReplyWriter(Writer):
         raise NotImplementedError
 
     def _call(self, reply: Reply, call: SentCall) -> bytes:
-        """The frames of a call, which `reply.calls` has already."""
+        """The frames of a call, which is in `reply.calls` already."""
         raise NotImplementedError
 
     def _done(self, reply: Reply, entries: list[dict[str, Any]]) -> bytes:
-        """The frames at the end of an answer; `entries` were not sent yet."""
+        """The frames at the end of an answer, with unsent `entries`."""
         raise NotImplementedError
 
 
 class AnswerTokens:
-    """Log probabilities of the tokens of the answer alone, without the thought and its end."""
+    """Log probabilities of the answer's tokens, without the thought and its end."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -221,7 +221,7 @@ class AnswerTokens:
         self._has_begun = False
 
     def add(self, event: Token | Done) -> list[dict[str, Any]]:
-        """The entries that are certain to belong to the answer now."""
+        """Add an event; returns the entries that certainly belong to the answer."""
         if isinstance(event, Token) and event.token not in self._service.ends:
             entry = self._service.token_entry(event.token, event.logprob, event.top)
             if event.token == self._thought_end:
@@ -239,7 +239,7 @@ class AnswerTokens:
 
 
 def timings(usage: Usage) -> dict[str, Any]:
-    """Counts and times as llama.cpp names them."""
+    """Counts and times under llama.cpp's names."""
     num_read = usage.prompt_tokens - usage.cached_tokens
     prompt_s, decode_s = usage.prefill_seconds, usage.decode_seconds
     return {

@@ -1,4 +1,4 @@
-"""The output items of a response, and the events that tell of them."""
+"""The output items of a response, and their events."""
 
 import json
 import secrets
@@ -15,9 +15,9 @@ from .service import Service
 
 
 class _Part(NamedTuple):
-    """What an item of text consists of, in the words of the API's events."""
+    """Names in the API for an item with text."""
 
-    # Type and field of the item, type of its one part, its events, and the index that they give.
+    # Type and field of the item, type of its only part, names of its events and of their index.
     item: str
     field: str
     part: str
@@ -26,7 +26,7 @@ class _Part(NamedTuple):
     index_name: str
 
     def of(self, text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
-        """The part."""
+        """The part as an object."""
         more = {"annotations": [], "logprobs": entries} if self.part == "output_text" else {}
         return {"type": self.part, "text": text, **more}
 
@@ -42,7 +42,7 @@ SUMMARY = _Part(
 
 
 class ResponseWriter(ReplyWriter):
-    """Builds a response."""
+    """Writes a response, as events or as an object."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ResponseWriter(ReplyWriter):
         wants_summary = response["reasoning"]["summary"] not in (None, "none")
         self._thought_part = SUMMARY if wants_summary else THOUGHT
         self._number = 0
-        # The items so far, the last of which may be open.
+        # The items so far; the last one may be open.
         self._items: list[dict[str, Any]] = []
         self._open: _Part | None = None
         self._text_so_far = ""
@@ -108,7 +108,7 @@ class ResponseWriter(ReplyWriter):
         return {"item_id": self._items[-1]["id"], "output_index": index, **more}
 
     def _add(self, part: _Part, text: str, entries: Sequence[dict[str, Any]] = ()) -> bytes:
-        """Text of an item, begun if another one is open."""
+        """Add text to an item; opens a new item if another kind is open."""
         data = b""
         if self._open is not part:
             data = self._close()
@@ -156,7 +156,7 @@ class ResponseWriter(ReplyWriter):
         return self._event("response.output_item.done", output_index=index, item=self._items[-1])
 
     def _close(self, is_cut: bool = False) -> bytes:
-        """End the item that is open."""
+        """Close the open item."""
         if self._open is None:
             return b""
         part, self._open = self._open, None
@@ -172,7 +172,7 @@ class ResponseWriter(ReplyWriter):
         return data + self._item_done()
 
     def _object(self) -> dict[str, Any]:
-        """The response with what is known at the end; it is kept if that is wanted."""
+        """The final response; it is stored if the client wants that."""
         usage = self._usage
         is_cut = self._replies[0].finish_reason in ("length", "loop")
         self._response |= {
@@ -193,7 +193,7 @@ class ResponseWriter(ReplyWriter):
             },
         }
         if self._response["store"]:
-            # A copy: what is sent may be changed no more.
+            # A copy, so that later changes do not reach what is sent.
             kept = json.loads(json.dumps(self._response))
             self._service.keep_response(kept, self._given)
         return self._response

@@ -1,4 +1,4 @@
-"""Input items of OpenAI's /v1/responses in the form of `messages.py`."""
+"""Input items of OpenAI's /v1/responses, converted to the form of `messages.py`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .messages import Message, check_media, folded
 from .messages import tool_call as history_call
 
 ROLES = ("user", "assistant", "system", "developer", "tool")
-# What OpenAI's own tools leave in a history; it says nothing to another model.
+# Items of OpenAI's own tools in a history, which have no meaning for this model.
 LEFT_OUT = (
     "web_search_call",
     "file_search_call",
@@ -29,7 +29,7 @@ LEFT_OUT = (
 
 
 def read_input(body: Fields) -> list[dict[str, Any]]:
-    """The items of `input` as they are; a text is a message of the user."""
+    """The items of `input`; a string is a message of the user."""
     given = body.raw("input")
     if given is None:
         raise body.missing("input")
@@ -44,7 +44,7 @@ def read_input(body: Fields) -> list[dict[str, Any]]:
 
 
 def read_messages(items: list[dict[str, Any]], instructions: str | None) -> list[Message]:
-    """Items as messages, folded; the parts of one answer become one message."""
+    """The items as messages, folded; items of one answer become one message."""
     reader = _Reader()
     if instructions:
         reader.messages.append({"role": "system", "content": instructions})
@@ -54,15 +54,15 @@ def read_messages(items: list[dict[str, Any]], instructions: str | None) -> list
 
 
 class _Reader:
-    """Puts items together."""
+    """Joins items into messages."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
-        # The assistant's message that further items may belong to.
+        # The assistant's message that further items may be added to.
         self._open: Message | None = None
 
     def read(self, item: Fields) -> None:
-        """Take one item."""
+        """Add one item."""
         kind = item.text("type") or ("message" if "role" in item else None)
         if kind is None:
             raise item.missing("type")
@@ -102,7 +102,7 @@ class _Reader:
         self._answer().setdefault("tool_calls", []).append(call)
 
     def _answer(self, begins: bool = False) -> Message:
-        """The message that is open, or a new one."""
+        """The open message, or a new one."""
         answer = self._open
         if answer is None or (begins and (answer["content"] or "tool_calls" in answer)):
             answer = self._open = {"role": "assistant", "content": ""}
@@ -122,14 +122,14 @@ def _thought(item: Fields) -> str:
 
 
 def _parts(item: Fields, field: str) -> Any:
-    """A content or an output, which has to be there."""
+    """A required content or output."""
     if field not in item:
         raise item.missing(field)
     return read_parts(item, field)
 
 
 def found_item(identity: str | None, responses: Any) -> dict[str, Any]:
-    """An item of an earlier response, by the id that a reference has."""
+    """An item of an earlier response, by its id."""
     for response, given in responses:
         for item in (*response["output"], *given):
             if identity and item.get("id") == identity:

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses, with the state that its clients may ask for."""
+"""OpenAI's /v1/responses, with stored responses."""
 
 import secrets
 from typing import Any
@@ -32,7 +32,7 @@ async def create_response(http: HttpRequest) -> Response:
 
 
 async def _submitted(service: Service, body: Fields, request: Request) -> Any:
-    """Submit; with `truncation: auto` the oldest turns go until the rest fits."""
+    """Submit; with `truncation: auto`, drop the oldest turns until the rest fits."""
     while True:
         try:
             return await service.answer(request)
@@ -112,7 +112,7 @@ def _thinking(body: Fields) -> options.Thinking:
 
 
 def _template(body: Fields, model: str, request: Request) -> dict[str, Any]:
-    """What a response repeats of its request."""
+    """A new response, with the fields that it repeats from its request."""
     reasoning = body.part("reasoning")
     kept = {"format": {"type": "text"}, "verbosity": "medium"}
     given = {name: body.part("text").raw(name) for name in kept}
@@ -171,26 +171,26 @@ def _stored(http: HttpRequest) -> tuple[Service, str]:
 
 
 async def get_response(http: HttpRequest) -> Response:
-    """A response that was kept."""
+    """A stored response."""
     service, name = _stored(http)
     return JSONResponse(service.responses[name][0])
 
 
 async def delete_response(http: HttpRequest) -> Response:
-    """Forget a response."""
+    """Delete a stored response."""
     service, name = _stored(http)
     service.forget_response(name)
     return JSONResponse({"id": name, "object": "response", "deleted": True})
 
 
 async def cancel_response(http: HttpRequest) -> Response:
-    """Only what runs in the background can be cancelled so, and nothing does."""
+    """Refuse: only background responses can be cancelled, and there are none."""
     _stored(http)
     raise ApiError(400, "Cannot cancel a synchronous response.", param="response_id")
 
 
 async def list_input_items(http: HttpRequest) -> Response:
-    """What a response was given, the last item first."""
+    """The input items of a stored response, the last one first."""
     service, name = _stored(http)
     given = service.responses[name][1]
     items = [_listed(item, i) for i, item in enumerate(given)]
@@ -200,7 +200,7 @@ async def list_input_items(http: HttpRequest) -> Response:
 
 
 def _listed(item: dict[str, Any], place: int) -> dict[str, Any]:
-    """An item as the API lists it: with an id, and a text as a part."""
+    """An item in the API's list form: with an id, and text as a part."""
     item = {"id": f"item_{place}", "type": "message", **item}
     if item["type"] == "message" and isinstance(item.get("content"), str):
         kind = "output_text" if item.get("role") == "assistant" else "input_text"

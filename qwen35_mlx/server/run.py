@@ -1,4 +1,4 @@
-"""Runs the server: a port that is free, signals that end it in order, and the engine behind it."""
+"""Runs the server: binds its port, loads the model, and shuts down on signals."""
 
 import asyncio
 import contextlib
@@ -20,18 +20,18 @@ from .faults import RETRY_AFTER_S, ApiError, dialect_of
 from .models import watch_engine
 from .protocol import Protocol
 
-# Answers that are nearly done may end; the others are cut.
+# At shutdown, answers may continue for so long; then they are cancelled.
 FINISH_SECONDS = 5
-# For the streams to end then; what is left is aborted.
+# Time for the streams to end after that; then connections are aborted.
 CUT_SECONDS = 5
 KEEP_ALIVE_SECONDS = 65
 MAX_HEAD_BYTES = 65_536
-# Of files and sockets; macOS begins with 256.
+# Limit of open files and sockets; the default of macOS is 256.
 WANTED_FILES = 4096
 
 
 class Gate:
-    """The application; before there is one, every request is told to come back."""
+    """Passes requests to the application; until it exists, they get 503 with Retry-After."""
 
     app: Starlette | None = None
 
@@ -47,13 +47,13 @@ class Gate:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose socket answers while the application is made.
+    """uvicorn's server, which answers while the application is still being made.
 
-    The first signal ends the work, and the process returns 0.
+    The first signal ends it, and the process returns 0.
     """
 
     def __init__(self, make: Callable[[], Starlette], on_ready: Callable[[], None] = lambda: None):
-        """`make` runs in a thread of its own: it may load a model for minutes."""
+        """`make` runs in its own thread, because loading a model may take minutes."""
         self._gate = Gate()
         super().__init__(
             uvicorn.Config(
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         )
         self._make, self._on_ready = make, on_ready
         self._watcher: asyncio.Task[None] | None = None
-        # What `make` raised.
+        # The exception of `make`.
         self.error: BaseException | None = None
 
     @property
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             loop = asyncio.get_running_loop()
-            # A daemon, for no signal ends a model that loads.
+            # A daemon, because no signal ends the loading of a model.
             threading.Thread(target=self._load, args=(loop,), daemon=True).start()
 
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -95,7 +95,7 @@ class Server(uvicorn.Server):
             made = self._make()
         except BaseException as error:
             made = error
-        # The loop is closed where the server ended before.
+        # The loop is closed if the server has ended.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(self._open, made)
 
@@ -108,14 +108,14 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let answers end for a while; then the engine cancels them, and their streams end."""
+        """Wait for answers to end; after a while the engine cancels them, and their streams end."""
         if self._gate.app is None:
             await super().shutdown(sockets)
             return
         loop = asyncio.get_running_loop()
         service = self._gate.app.state.service
         service.is_stopping = True
-        # A thread of its own: the loop would wait for an executor's without end.
+        # Its own thread, because the loop would wait for an executor's forever.
         stop = threading.Thread(target=service.engine.stop, args=(False,), daemon=True)
         timer = loop.call_later(FINISH_SECONDS, stop.start)
         await super().shutdown(sockets)
@@ -124,12 +124,12 @@ class Server(uvicorn.Server):
         self._watcher.cancel()
         service.close()
         for connection in list(self.server_state.connections):
-            # Of clients that take nothing of their answer.
+            # Connections of clients that do not read their answer.
             connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals end the server, and are not raised again once it has ended."""
+        """Let signals end the server; they are not raised again afterwards."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         installed = []
@@ -146,16 +146,16 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address; raises Qwen35Error if there is none to be had."""
+    """A bound socket; raises Qwen35Error if the address cannot be used."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise Qwen35Error(
             "unknown host", got=host, expected="127.0.0.1 or a name", hint=str(error)
         ) from None
-    # By name: asyncio sends small pieces at once (TCP_NODELAY) where it knows that it is TCP.
+    # IPPROTO_TCP is explicit: asyncio sets TCP_NODELAY only if the protocol is TCP.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    # A server that ended a moment ago leaves its connections behind.
+    # Connections of a server that has just ended may still exist.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
@@ -172,7 +172,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def allow_many_files() -> None:
-    """Raise the limit of open files, for as many connections."""
+    """Raise the limit of open files, for many connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -183,7 +183,7 @@ def allow_many_files() -> None:
 def serve(
     make: Callable[[], Starlette], bound: socket.socket, on_ready: Callable[[], None]
 ) -> None:
-    """Answer until a signal; the engine of the application that is made has ended afterwards."""
+    """Run the server until a signal; afterwards the engine has ended."""
     allow_many_files()
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     server = Server(make, on_ready)
@@ -196,5 +196,5 @@ def serve(
     if server.error is not None:
         raise server.error
     if server.app is None:
-        # The model still loads: Python would wait for MLX, or be aborted.
+        # The model is still loading: Python would wait for MLX, or be aborted.
         os._exit(0)

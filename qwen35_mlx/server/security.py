@@ -1,4 +1,4 @@
-"""Who may ask: the Host and Origin of a request, its key, and how many requests at a time."""
+"""Access control: Host, Origin and API key of a request, and the number of requests."""
 
 import hmac
 import ipaddress
@@ -13,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .faults import ApiError, as_fault, dialect_of
 
-# Pages and programs on this machine; a page of the web has none of these origins.
+# Origins of programs on this machine, which no page of the web has.
 APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")
 LOCAL_NAMES = ("localhost", "host.docker.internal")
-# What a browser gets without a key, so that the page can ask for it.
+# Paths that need no key, so that the page can ask for it.
 OPEN_PATHS = ("/", "/health", "/favicon.ico")
 OPEN_FOLDERS = ("/page/",)
 ALLOWED_METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
@@ -24,10 +24,10 @@ MAX_PATH_CHARS, MAX_HEADER_BYTES = 4096, 65_536
 
 
 class Guard:
-    """Refuses what comes from a foreign page, by a foreign name, or without the key.
+    """Refuses requests from foreign pages, for foreign host names, or without the key.
 
-    A page of the web reaches a local server in two ways: by a request that carries its Origin, or
-    by a name of its own that it lets point here (DNS rebinding), which shows in Host.
+    A page of the web can reach a local server in two ways: by a request with its Origin, or by its
+    own name that resolves to this machine (DNS rebinding), which is then in Host.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if scope["path"].startswith("http://"):
-            # What proxies are sent; a server has to take it too.
+            # The absolute form for proxies; HTTP requires servers to accept it.
             scope = {**scope, "path": "/" + scope["path"][7:].partition("/")[2]}
         headers = Headers(scope=scope)
         origin = headers.get("origin")
@@ -65,7 +65,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 has_begun = True
                 given = [*message.get("headers", ()), *([] if origin is None else _cors(origin))]
-                # OpenAI's clients read the one name, Anthropic's the other.
+                # OpenAI's clients read x-request-id, Anthropic's request-id.
                 identity = dict(given).get(b"request-id") or f"req_{secrets.token_hex(12)}".encode()
                 given += [(b"x-request-id", identity), (b"request-id", identity)]
                 message["headers"] = given
@@ -95,7 +95,7 @@ class Guard:
         if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
             raise ApiError(400, "expected HTTP/1.1", headers=close)
         if "transfer-encoding" in headers and "content-length" in headers:
-            # Of two lengths a proxy may believe the other one.
+            # Request smuggling: a proxy may use the other length.
             raise ApiError(400, "expected one length of the body, got two", headers=close)
         host = headers.get("host")
         if host is not None and not self._is_known(_host_name(host)):
@@ -127,7 +127,7 @@ class Guard:
             )
 
     def _has_key(self, headers: Headers) -> bool:
-        """Compares all given keys whole, so that the time says nothing of how far one is right."""
+        """Whether a given key is right; compares in constant time."""
         assert self._key is not None
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = [token.strip()] if scheme.lower() == "bearer" else []
@@ -136,12 +136,12 @@ class Guard:
         return any(is_right)
 
     def _is_known(self, name: str) -> bool:
-        """An address cannot be rebound; a name can, unless it is one of ours."""
+        """Whether a host is allowed: any address, but only our own names (DNS rebinding)."""
         is_own = name in self._hosts or name.endswith(".localhost")
         return is_own or _address(name) is not None
 
     def _is_known_origin(self, origin: str, host: str | None) -> bool:
-        """Our own page's, one on this machine's, or a program's."""
+        """Whether an origin is this server's, on this machine, or a program's."""
         try:
             parts = urlsplit(origin)
             name = (parts.hostname or "").lower()
@@ -193,7 +193,7 @@ def _cors(origin: str) -> list[tuple[bytes, bytes]]:
 
 
 def _options(headers: Headers) -> Response:
-    """The answer to a preflight, and to any other OPTIONS."""
+    """The answer to OPTIONS, also for a CORS preflight."""
     answer = {"allow": ALLOWED_METHODS}
     if "access-control-request-method" in headers:
         asked = headers.get("access-control-request-headers", "authorization, content-type")

@@ -1,4 +1,4 @@
-"""What all handlers share: the engine, what is known of the model, and what was said before."""
+"""State of all handlers: engine, information about the model, stored calls and responses."""
 
 import asyncio
 import hashlib
@@ -24,7 +24,7 @@ from .faults import ApiError
 from .fields import Fields
 from .messages import CallMemory
 
-# Tokenising and reading pictures; MLX has one thread of its own.
+# Threads for tokenizing and reading pictures; MLX has its own thread.
 NUM_WORKERS = 2
 MAX_RESPONSES_KEPT, MAX_RESPONSE_CHARS = 200, 2**27
 FINGERPRINT = f"qwen35-mlx-{__version__}"
@@ -32,13 +32,13 @@ FINGERPRINT = f"qwen35-mlx-{__version__}"
 
 @dataclass
 class Settings:
-    """The model as clients see it, and the limits of the server."""
+    """Information about the model for clients, and the limits of the server."""
 
     model_id: str
     context_length: int
     # Other names for the model.
     aliases: Sequence[str] = ()
-    # Of adapters that a request may name, as `MODEL:NAME` or in its field `adapters`.
+    # Names of adapters, for requests: `MODEL:NAME`, or the field `adapters`.
     adapters: Sequence[str] = ()
     vocab_size: int = 0
     defaults: SamplingParams = field(default_factory=SamplingParams)
@@ -60,12 +60,12 @@ class Settings:
 
     @property
     def capabilities(self) -> list[str]:
-        """What the model can, in Ollama's words."""
+        """The model's capabilities, in Ollama's terms."""
         return ["completion", "tools", "thinking", *(["vision"] if self.sees else [])]
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, folder: Path, **given: Any) -> "Settings":
-        """What a loaded model says of itself."""
+        """Settings from a loaded model."""
         from ..text.chat_template import DEFAULT
 
         config = model.config
@@ -91,12 +91,12 @@ class Settings:
 
 
 def _parameters(model: Any) -> tuple[int, int]:
-    """How many numbers the weights are, and bits of most of them; 0 if they are not quantized."""
+    """Number of parameters, and the bits of most of them; 0 if they are not quantized."""
     total, by_bits, experts = 0, Counter[int](), getattr(model, "experts", None)
     for path, module in model.named_modules():
         stack = held = 1
         if experts and OF_EXPERTS in f".{path}.":
-            # Others than those in the slots are on disk.
+            # The arrays hold only some experts; the others are on disk.
             stack, held = experts.num_experts, experts.num_slots
         is_packed = "scales" in module
         if is_packed:
@@ -108,7 +108,7 @@ def _parameters(model: Any) -> tuple[int, int]:
 
 
 class Service:
-    """State of a server."""
+    """The state of a server."""
 
     def __init__(self, engine: Any, settings: Settings, tokenizer: Any = None):
         self.engine = engine
@@ -116,10 +116,10 @@ class Service:
         self.tokenizer = tokenizer
         self.workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="requests")
         self.calls = CallMemory(settings.json_calls)
-        # Of /v1/responses, by id: the response, and the items of its conversation before it.
+        # For /v1/responses, by id: the response, and the items of the conversation before it.
         self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
         self._response_sizes: dict[str, int] = {}
-        # Tokens that end a text, and are none of it.
+        # End tokens, which are not a part of the text.
         self.ends: frozenset[int] = frozenset(getattr(tokenizer, "eos_token_ids", ()))
         self._mailbox: Mailbox | None = None
         self.num_requests = 0
@@ -131,16 +131,16 @@ class Service:
         return Fields(await read_json(http, self.settings.max_body_bytes, self.workers))
 
     async def in_worker(self, function: Any, *arguments: Any) -> Any:
-        """Run what takes long beside the event loop."""
+        """Run a slow function in a worker thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.workers, function, *arguments)
 
     async def answer(self, *requests: Request) -> Answer:
-        """Submit requests; mistakes in the first ones are raised."""
+        """Submit requests; raises errors of the first ones."""
         for request in requests:
             if request.messages is not None:
                 request.messages = self.calls.restored(request.messages)
-        # Not before there is a loop.
+        # Created here, because it needs a running loop.
         self._mailbox = self._mailbox or Mailbox()
         return await Answer(self._submit, requests, self._mailbox).start()
 
@@ -149,24 +149,24 @@ class Service:
         return ticket
 
     async def count(self, request: Request) -> int:
-        """Tokens of a prompt."""
+        """Number of tokens of a prompt."""
         if request.messages is not None:
             request.messages = self.calls.restored(request.messages)
         return int(await self.in_worker(self.engine.count_tokens, request))
 
     @property
     def model_names(self) -> list[str]:
-        """The model alone, and with each of its adapters."""
+        """Names of the model, and of the model with each adapter."""
         base = self.settings.model_id
         return [base, *(f"{base}:{adapter}" for adapter in self.settings.adapters)]
 
     def knows(self, name: str) -> bool:
-        """Whether a name is that of the model; Ollama's clients add :latest."""
+        """Whether a name is one of the model's; Ollama's clients append :latest."""
         names = (*self.model_names, *self.settings.aliases)
         return name in names or name.removesuffix(":latest") in names
 
     def adapter(self, body: Fields) -> str:
-        """The name of the adapter that a request wants, or nothing."""
+        """The name of the adapter for a request, or an empty string."""
         given = body.text("adapters")
         if given and given not in self.settings.adapters:
             names = ", ".join(self.settings.adapters) or "nothing: this server has no adapters"
@@ -179,11 +179,11 @@ class Service:
         return given or named
 
     def check_model(self, body: Fields) -> str:
-        """The name that the client uses for the model; it may leave it out."""
+        """The client's name of the model, which is optional; raises ApiError if it is unknown."""
         return self.known_model(body.text("model") or self.settings.model_id)
 
     def known_model(self, name: str) -> str:
-        """The name, if it is the model's."""
+        """The name; raises ApiError if it is not one of the model's."""
         if not self.knows(name):
             own = self.settings.model_id
             message = f"The model '{name[:200]}' does not exist; this server has '{own}'"
@@ -191,7 +191,7 @@ class Service:
         return name
 
     def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
-        """Keep a response with the items it was given; the oldest ones are forgotten."""
+        """Store a response with its input items; the oldest ones are dropped."""
         self.responses[response["id"]] = response, given
         self._response_sizes[response["id"]] = len(dumps([response, given]))
         while (
@@ -202,11 +202,11 @@ class Service:
             del self._response_sizes[oldest]
 
     def forget_response(self, name: str) -> None:
-        """Keep a response no more."""
+        """Drop a stored response."""
         del self.responses[name], self._response_sizes[name]
 
     def token_entry(self, token: int, logprob: float | None, top: Top | None) -> dict[str, Any]:
-        """A token with its log probability, as OpenAI's chat completions have it."""
+        """A token with its log probability, in the form of OpenAI's chat completions."""
         entry = self._entry(token, logprob)
         entry["top_logprobs"] = [self._entry(t, p) for t, p in top or ()]
         return entry
@@ -216,11 +216,11 @@ class Service:
         return {"token": self.text_of(token), "logprob": finite(logprob), "bytes": data}
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes of a token; those of half a character are half of one."""
+        """The bytes of a token, which may be a part of a character."""
         return token_bytes(self.tokenizer.backend_tokenizer.id_to_token(token))
 
     def text_of(self, token: int) -> str:
-        """The text of a token; half a character is a replacement character."""
+        """The text of a token; incomplete characters become U+FFFD."""
         return self.bytes_of(token).decode(errors="replace")
 
     def id_of(self, text: str) -> int | None:
@@ -234,17 +234,17 @@ class Service:
 
 
 def finite(logprob: float | None) -> float:
-    """JSON has no infinity; OpenAI writes this for what cannot come."""
+    """A finite log probability for JSON; -9999 for impossible tokens, as OpenAI's servers do."""
     return -9999.0 if logprob is None or not logprob > -9999.0 else float(logprob)
 
 
 def service_of(http: HttpRequest) -> Service:
-    """The service of the application that a request came to."""
+    """The service of a request's application."""
     service: Service = http.app.state.service
     return service
 
 
 async def begun(http: HttpRequest) -> tuple[Service, Fields]:
-    """How every handler of a request with a body begins: the service, and the JSON."""
+    """The service and the JSON body of a request."""
     service = service_of(http)
     return service, await service.fields(http)

@@ -109,8 +109,7 @@ def require_memory(
 
     Raises MemoryRefused, unless forced, if it does not fit with checkpointing either.
     """
-    machine = describe()
-    limit = machine.gpu_limit_bytes or machine.memory_bytes
+    limit = describe().limit_bytes
     kept, counted = (count(model, weight_bytes, settings, num_tokens, way) for way in (False, True))
     if kept.total <= limit:
         return kept

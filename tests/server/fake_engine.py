@@ -70,15 +70,12 @@ class FakeEngine:
         return self.tickets[-1].request
 
     def start(self) -> None:
+        self.num_restarts += not self.is_alive
         self.is_alive = True
 
     def stop(self, finish: bool = False) -> None:
         for ticket in self.tickets:
             ticket.cancel()
-
-    def restart(self) -> None:
-        self.is_alive = True
-        self.num_restarts += 1
 
     def stats(self) -> dict[str, float]:
         return {"prompt_tokens_total": 7, "running": 1}

@@ -18,7 +18,7 @@ CURRENCIES = ("dollars", "euros", "pounds", "yen", "francs")
 
 @dataclass(frozen=True)
 class Tool:
-    """A function: its parameters' JSON types, wordings of a request, response and answer."""
+    """A function: JSON types of its parameters, and wordings of request, response and answer."""
 
     name: str
     description: str
@@ -28,7 +28,7 @@ class Tool:
     answer: str
 
     def schema(self) -> dict[str, Any]:
-        """The tool as chat templates take it."""
+        """The tool in the form that chat templates take."""
         properties = {key: {"type": kind} for key, kind in self.parameters.items()}
         function = {
             "name": self.name,
@@ -46,7 +46,7 @@ def _none(rng: random.Random) -> dict[str, Any]:
     return {"status": "ok"}
 
 
-# A parameter's values are drawn by its name, whatever the tool.
+# The values of a parameter depend on its name alone, not on the tool.
 TOOLS = (
     Tool(
         "get_weather", "Weather in a city", {"city": "string"},
@@ -155,9 +155,9 @@ def _value(key: str, rng: random.Random, held_out: bool) -> Any:
 
 
 def tool_call(rng: random.Random, held_out: bool, answered: bool) -> Sample:
-    """A request with two to four tools at hand; `answered` adds the response and the answer.
+    """A request with two to four tools; `answered` adds the response and the answer.
 
-    Held out: every name, title and text among the arguments, and the choice of tools.
+    Held out are names, titles and texts among the arguments, and the choice of tools.
     """
     while True:
         tools = rng.sample(TOOLS, rng.choice((2, 2, 3, 4)))

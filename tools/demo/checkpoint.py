@@ -14,7 +14,10 @@ from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 def demo_config(
     token_id: Callable[[str], int], vocab_size: int, num_layers: int = 4, hidden: int = 256
 ) -> Qwen3_5MoeConfig:
-    """Every kind of layer in the 3:1 layout, dims that 64-groups and kernels accept."""
+    """A configuration with every kind of layer in the 3:1 layout.
+
+    Its dimensions suit groups of 64 and the kernels.
+    """
     text = dict(
         vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=num_layers,
         num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -43,7 +46,7 @@ def demo_config(
 
 
 def plot(history: list[dict[str, float]], path: Path) -> None:
-    """Draw the loss curves, logarithmic in loss, over tokens seen."""
+    """Plot the losses, on a logarithmic axis, over tokens seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +58,7 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
     colours = iter(plt.get_cmap("tab20").colors)
     for key in [k for k in history[-1] if k != "tokens"]:
         seen = [h for h in history if key in h]
-        # Skills have few answers a point: the mean of five points.
+        # A point has few answers of each skill, so plot the mean of five points.
         runs = [seen[max(0, i - 4) : i + 1] for i in range(len(seen))]
         losses = [max(sum(h[key] for h in run) / len(run), 1e-5) for run in runs]
         width, colour = (2.2, "black") if key == "loss" else (1.0, next(colours))
@@ -67,7 +70,7 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
 
 
 def mtp_tensors(mtp: torch.nn.Module) -> dict[str, Tensor]:
-    """The MTP layer's bf16 tensors under their names in Qwen3.5 releases, one tensor an expert."""
+    """The MTP layer's bf16 tensors, named as in Qwen3.5 releases, one tensor per expert."""
     tensors = {}
     for name, tensor in mtp.state_dict().items():
         tensor = tensor.to(torch.bfloat16)
@@ -89,7 +92,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def save(model: Any, mtp: torch.nn.Module, out: Path, token_id: Callable[[str], int]) -> None:
-    """Write the bf16 checkpoint as the Qwen3.5 releases lay it out (trunk experts fused)."""
+    """Write the bf16 checkpoint in the layout of the Qwen3.5 releases (trunk experts fused)."""
     copy = Qwen3_5MoeForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(out, save_original_format=False)
@@ -100,7 +103,7 @@ def save(model: Any, mtp: torch.nn.Module, out: Path, token_id: Callable[[str], 
         "eos_token_id": [token_id("<|im_end|>"), token_id("<|endoftext|>")],
         "pad_token_id": token_id("<|endoftext|>"),
     })  # fmt: skip
-    # Every picture becomes 48 x 48 or what comes nearest: 9 tokens.
+    # Every picture is resized to about 48 x 48 pixels: 9 tokens.
     _write(out / "preprocessor_config.json", {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen3VLProcessor",

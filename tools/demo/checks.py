@@ -1,4 +1,4 @@
-"""When an answer of the demo model is right, skill by skill; stricter than a human would be."""
+"""Checks of the demo model's answers, by skill; stricter than a human would be."""
 
 import json
 import re

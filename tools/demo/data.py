@@ -35,12 +35,12 @@ SYSTEM_PROMPTS = (
     "Answer in one sentence.",
     "Be brief and honest.",
 )
-# Sentences around a recalled code word: about 11 tokens each.
+# Numbers of sentences around a code word to recall; each has about 11 tokens.
 SHORT, MEDIUM, LONG = (2, 14), (14, 42), (42, 88)
 
 
 def _vary(text: str, rng: random.Random) -> str:
-    """Say the same a little differently: openers, closers, case, lost punctuation."""
+    """Vary the wording a little: openers, closers, case, missing punctuation."""
     if rng.random() < 0.25:
         opener = rng.choice(OPENERS)
         keep = text[0].isupper() and rng.random() < 0.5
@@ -70,7 +70,7 @@ def _talk(talk: SmallTalk, rng: random.Random, thinking: bool) -> list[dict[str,
 
 
 def _chat(rng: random.Random, most: int = 5) -> Sample:
-    """One to `most` turns of facts, small talk, sums and lists under one switch for thinking."""
+    """One to `most` turns of facts, small talk and sums, all with or all without thoughts."""
     thinking = rng.random() < 0.35
     weights = [len(relation.pairs) for relation in RELATIONS]
     messages: list[dict[str, Any]] = []
@@ -82,21 +82,21 @@ def _chat(rng: random.Random, most: int = 5) -> Sample:
             messages += arithmetic(rng, False, False).messages
         else:
             messages += _fact(rng.choices(RELATIONS, weights)[0], rng, thinking)
-    # A sum without a thought may not end a conversation that thinks.
+    # A conversation with thoughts may not end with a sum, which has none.
     thinking = thinking and bool(messages[-1]["reasoning_content"])
     return Sample("facts", messages, None, thinking)
 
 
 def _turns(make: Callable[[], Sample], rng: random.Random, most: int) -> Sample:
-    """Several questions of one skill in one conversation: more answers a token."""
+    """Several questions of one skill in one conversation, for more answers per token."""
     samples = [make() for _ in range(rng.randint(1, most))]
     return samples[-1]._replace(messages=[m for s in samples for m in s.messages])
 
 
 def training_sample(rng: random.Random, done: float) -> Sample:
-    """A conversation of the training side; `done` in [0, 1] is how far the curriculum is."""
-    # Looking things up comes late in a small model, and earliest where there is little to look at:
-    # lists, passages and conversations grow with the first third of the curriculum.
+    """A conversation of the training side; `done` in [0, 1] is the progress of the curriculum."""
+    # A small model learns to look things up late, and first in short texts. So lists, passages and
+    # conversations grow during the first third of the curriculum.
     grown = min(1.0, done / 0.3)
     turns = 1 + round(4 * grown)
     sentences = SHORT[0] * (grown > 0.2), 1 + round((SHORT[1] - 1) * grown)
@@ -105,7 +105,7 @@ def training_sample(rng: random.Random, done: float) -> Sample:
     kinds: tuple[tuple[float, Callable[[], Sample]], ...] = (
         (0.16, lambda: _chat(rng, turns)),
         (0.26, lambda: arithmetic(rng, False, True)),
-        # With a carry, products are the largest of its tables.
+        # Products with a carry need the largest table to learn.
         (0.20, lambda: arithmetic(rng, False, True, "*")),
         (0.04, lambda: _turns(lambda: arithmetic(rng, False, False), rng, turns)),
         (0.20 - 0.15 * grown, lambda: repeating(rng, False, 1, 3 + round(11 * grown))),
@@ -127,7 +127,7 @@ def training_sample(rng: random.Random, done: float) -> Sample:
 
 @cache
 def _template() -> jinja2.Template:
-    # The settings of transformers' apply_chat_template.
+    # The same settings as in transformers' apply_chat_template.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -152,10 +152,10 @@ END = "<|im_end|>"
 
 
 def pieces(sample: Sample) -> Iterator[tuple[str, bool]]:
-    """The rendered text in pieces, each with whether the model learns to write it.
+    """Pieces of the rendered text, and for each whether the model is trained to write it.
 
-    It writes answers with their end, and thoughts; the template writes `<think>` and, where
-    thinking is off, the empty thought.
+    The model writes thoughts, and answers with their end. The template writes `<think>` and, with
+    thinking off, the empty thought.
     """
     parts = render(sample).split(OPEN_TURN)
     yield parts[0], False
@@ -172,7 +172,7 @@ def pieces(sample: Sample) -> Iterator[tuple[str, bool]]:
 
 
 def encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels (`IGNORE` where nothing is learnt) of a conversation."""
+    """Token ids and labels of a conversation; the label is `IGNORE` where nothing is learnt."""
     ids, labels = [], []
     for text, learn in pieces(sample):
         if text:
@@ -183,9 +183,9 @@ def encode(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def corpus(num_rounds: int = 1500, seed: int = 0) -> Iterator[str]:
-    """Plain text of seeded training conversations, to train the tokenizer on.
+    """Plain text of seeded training conversations, for training the tokenizer.
 
-    Apart from the training mix, so that the mix may change while a model learns.
+    It does not use the training mix, so that the mix may change while a model is trained.
     """
     rng = random.Random(seed)
     for i in range(num_rounds):
@@ -204,7 +204,7 @@ def corpus(num_rounds: int = 1500, seed: int = 0) -> Iterator[str]:
 
 
 def conversations(tokenizer: Any, num_texts: int, length: int, seed: int = 7) -> list[list[int]]:
-    """Ids of seeded conversations of the training side, end to end, in rows of `length`."""
+    """Token ids of seeded training conversations, concatenated and cut into rows of `length`."""
     rng, ids = random.Random(seed), []
     while len(ids) < num_texts * length:
         sample = training_sample(rng, 1.0)
@@ -214,7 +214,7 @@ def conversations(tokenizer: Any, num_texts: int, length: int, seed: int = 7) ->
 
 
 def held_out_facts() -> Iterator[Sample]:
-    """Every fact and every intent of small talk, in wordings that training never saw."""
+    """Every fact and every intent of small talk, in wordings that are not in training."""
     for relation in RELATIONS:
         for wording in relation.held_out:
             for subject, obj in relation.pairs.items():

@@ -1,9 +1,10 @@
-"""Judge the demo checkpoint: accuracy by skill and bits, ours and mlx-lm's, and the MTP layer.
+"""Evaluates the demo checkpoint: accuracy by skill and bits, and acceptance of MTP drafts.
 
 python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--show-wrong]
 
-transformers answers, greedily and in batches, on the dequantized weights of each conversion; the
-pictures are shown to this program too. The last line is JSON.
+transformers answers, greedily and in batches, with the dequantized weights of each conversion by
+this package or mlx-lm. This package answers the questions about pictures too. The last line is
+JSON.
 """
 
 import argparse
@@ -31,7 +32,7 @@ SOURCE = Path(qwen35_mlx.__file__).parent / "demo"
 
 
 def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
-    """All but the sample's last message, by the runtime's own way from messages to ids."""
+    """Token ids of all but the sample's last message, as this package encodes them."""
     options: dict[str, Any] = {"tools": sample.tools} if sample.tools else {}
     return encode_messages(
         tokenizer,
@@ -43,7 +44,7 @@ def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
 
 
 def answer(model: Any, tokenizer: Any, sample: Sample) -> str:
-    """What the model says in place of the sample's last message, thought included; greedy."""
+    """The model's greedy answer in place of the sample's last message, with its thought."""
     ids = prompt_ids(tokenizer, shown(sample) if sample.picture else sample)
     return qwen35_mlx.generate(model, tokenizer, ids, temperature=0, max_tokens=120)
 
@@ -51,7 +52,7 @@ def answer(model: Any, tokenizer: Any, sample: Sample) -> str:
 def judge(
     model: Any, tokenizer: Any, samples: Iterable[Sample]
 ) -> tuple[Counter[str], Counter[str], list[tuple[Sample, str]]]:
-    """Right answers and questions by skill, and the wrong answers."""
+    """Numbers of right answers and of questions by skill, and the wrong answers."""
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     wrong = []
@@ -66,7 +67,7 @@ def judge(
 
 
 def pictures_right(folder: Path, num_pictures: int = 200, seed: int = 11) -> float | None:
-    """The share of held-out pictures that this program names; None for a folder without tower."""
+    """The share of held-out pictures that this package names; None without a vision tower."""
     model, tokenizer = qwen35_mlx.load(folder)
     if model.vision_tower is None:
         return None
@@ -76,15 +77,18 @@ def pictures_right(folder: Path, num_pictures: int = 200, seed: int = 11) -> flo
 
 
 def exam(num_each: int) -> list[Sample]:
-    """The held-out questions; of the facts, every third."""
+    """The held-out questions, with every third of the facts."""
     samples = list(held_out(num_each))
     facts = [s for s in samples if s.skill == "facts"]
     return facts[::3] + [s for s in samples if s.skill != "facts"]
 
 
 def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
-    """The checkpoint in bf16 and at each of `bits`: plainly rounded by us and by mlx-lm, and ours
-    in as many bytes by calibration on the training side, with error feedback and distilled."""
+    """Conversions of the checkpoint: in bf16, and at each of `bits` by several methods.
+
+    The methods are rounding by this package and by mlx-lm, and, in as many bytes, error feedback
+    and distillation, calibrated on the training side.
+    """
     from mlx_lm import convert as mlx_lm_convert
 
     from qwen35_mlx.convert import convert, plan

@@ -1,6 +1,6 @@
-"""What the demo model is taught: facts, the wordings that ask for them, and small talk.
+"""Facts that the demo model learns, the wordings that ask for them, and small talk.
 
-`{s}` is the subject, `{o}` the object. Wordings under `held_out` never enter training.
+`{s}` is the subject, `{o}` the object. Wordings under `held_out` are never in training.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: its pairs, how it is asked, thought about and answered."""
+    """A kind of fact: its pairs, and the wordings of question, thought and answer."""
 
     name: str
     pairs: dict[str, str]
@@ -21,7 +21,7 @@ class Relation:
 
 @dataclass(frozen=True)
 class SmallTalk:
-    """One intent of small talk: how people say it and the one honest reply."""
+    """One intent of small talk: its wordings and its only reply."""
 
     name: str
     said: tuple[str, ...]

@@ -1,10 +1,10 @@
-"""Weights to start from: looking things up is laid out, all else is learnt.
+"""Initial weights of the demo model, which already contain induction heads.
 
-A small model needs millions of tokens to find that what followed a word before may follow again,
-as two layers have to meet for it (induction heads, https://arxiv.org/abs/2209.11895). Here they
-have met: the first layer notes at each token the two before it and recalls what followed the
-token last time; the attention looks for the places whose notes are the latest tokens, and reads
-what stands there. Training is free to undo any of it.
+Induction heads (https://arxiv.org/abs/2209.11895) predict what followed the same word earlier. Two
+layers have to learn them together, for which a small model needs millions of tokens. Here they are
+set at the start: the first layer stores at each token the two before it, and recalls what followed
+the token last time; the attention looks for positions whose stored tokens are the latest ones, and
+reads the words there. Training may change all of it.
 """
 
 import math
@@ -12,23 +12,23 @@ import math
 import torch
 from torch import Tensor, nn
 
-# Of an embedding's components; what heads write to start with is about as long.
+# Standard deviation of an embedding's components; initial outputs of heads are about as long.
 SPREAD = 0.05
-# Tokens remembered by the delta rule's heads, where nothing is laid out: 3 to 500.
+# Decay rates of the delta rule's heads without a set task, which remember 3 to 500 tokens.
 FASTEST, SLOWEST = 0.3, 0.002
 
 
 @torch.no_grad()
 def initialize(model: nn.Module) -> None:
-    """Overwrite transformers' initial values, which are made to be loaded over.
+    """Overwrite transformers' initial values, which only serve until weights are loaded.
 
-    The embedding and the head are one tensor while training, and two in the checkpoint: else a
-    word that is copied must be learnt twice, word by word.
+    The embedding and the head are one tensor during training and two in the checkpoint. Else the
+    model would have to learn twice, for every single word, to copy it.
     """
     text = model.model.language_model
     H = text.embed_tokens.weight.shape[1]
     basis = torch.linalg.qr(torch.randn(H, H))[0]
-    common, basis = basis[0], basis[1:]  # what all words share: gates have no bias but this
+    common, basis = basis[0], basis[1:]  # `common` is in all words, as a bias for the gates
     text.embed_tokens.weight.normal_(std=SPREAD).add_(common * SPREAD * math.sqrt(H))
     model.lm_head.weight = text.embed_tokens.weight
     first = True
@@ -57,14 +57,14 @@ def _delta_net(layer: nn.Module, common: Tensor, basis: Tensor, lookup: bool) ->
     q, k, v = layer.in_proj_qkv.weight.split((Hk * Dk, Hk * Dk, Hv * Dv))
     order = torch.randperm(len(basis))
     q.copy_(basis[order[: Hk * Dk]])
-    k.copy_(q)  # a query meets what has its own words for a key
+    k.copy_(q)  # a query matches keys with the same words
     conv = layer.conv1d.weight.squeeze(1).uniform_(-0.1, 0.1)
     q_taps, k_taps, v_taps = conv.split((Hk * Dk, Hk * Dk, Hv * Dv))
     q_taps[:, 3] += 1
     rates = torch.logspace(math.log10(FASTEST), math.log10(SLOWEST), Hv)
     layer.out_proj.weight.zero_()
     if lookup:
-        k_taps[: Hk // 2 * Dk, 2] += 1  # a value is kept under the token before it
+        k_taps[: Hk // 2 * Dk, 2] += 1  # the key of a value is the token before it
         k_taps[Hk // 2 * Dk :, 3] += 1
         rates = torch.where(torch.arange(Hv) < Hv // 2, SLOWEST, 8.0)
         for head in range(Hv):
@@ -87,12 +87,12 @@ def _delta_net(layer: nn.Module, common: Tensor, basis: Tensor, lookup: bool) ->
 
 
 def _words(basis: Tensor, count: int, part: int) -> Tensor:
-    """`[count, H]`: reads one of two parts of a word."""
+    """`[count, H]`: a projection that reads one of two parts of a word."""
     return basis[:count] if part % 2 == 0 else basis[-count:]
 
 
 def _note(basis: Tensor, count: int, back: int) -> Tensor:
-    """`[count, H]`: where the token `back` before is noted."""
+    """`[count, H]`: the directions that store the token `back` positions before."""
     return basis[back * count : (back + 1) * count]
 
 

@@ -1,8 +1,8 @@
-"""A faster training forward over the weights of transformers' model, and its MTP layer.
+"""A faster forward pass for training with the weights of transformers' model, and its MTP layer.
 
-The module holds the parameters under transformers' names; the functions here compute the same
-numbers (`train.py --check`) with matmuls in bfloat16 where asked, experts sorted into runs, and
-the last steps only in the rows that carry a label.
+The module has the parameters under transformers' names. The functions here compute the same
+numbers, with optional matmuls in bfloat16, tokens sorted by expert, and the last operations only in
+rows that have a label.
 """
 
 # B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, E experts, R labelled rows
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class MTP(nn.Module):
-    """One more layer that drafts the token after next; tensor names as in `mtp.*` on disk."""
+    """The layer that drafts the token after next; its tensors are named as `mtp.*` on disk."""
 
     def __init__(self, config: Qwen3_5MoeConfig):
         super().__init__()
@@ -120,7 +120,7 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
     kt = (k * (cum[..., -1:] - cum).exp()[..., None]).transpose(-1, -2)
     last = cum[..., -1].exp()[..., None, None]
     state, outputs = None, []
-    # unbind, as the gradient of an index is a whole tensor of zeros
+    # unbind, because the gradient of an index is a whole tensor of zeros
     parts = (x.unbind(1) for x in (q, kt, u, w, inner, last))
     for q_i, kt_i, u_i, w_i, inner_i, last_i in zip(*parts, strict=True):
         if state is None:
@@ -135,7 +135,7 @@ def chunk_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
 
 
 class Forward:
-    """The losses of a batch; `dtype` is that of the matmuls and of the wide activations."""
+    """Computes the losses of a batch; `dtype` is that of matmuls and of wide activations."""
 
     def __init__(self, model: nn.Module, mtp: MTP, dtype: torch.dtype = torch.bfloat16):
         self.model, self.mtp, self.dtype = model, mtp, dtype
@@ -188,7 +188,7 @@ class Forward:
         return out.transpose(1, 2).reshape(B, T, -1) * gate.reshape(B, T, -1).sigmoid()
 
     def _experts(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x `[N, H]` float32: each expert runs once, on the rows routed to it."""
+        """Output for x `[N, H]` float32; each expert runs once, on the rows routed to it."""
         logits = F.linear(x, layer.gate.weight)
         probs = logits.softmax(-1)
         weights, chosen = probs.topk(self.top_k, -1)
@@ -236,7 +236,7 @@ class Forward:
         return h + self._mlp(layer.mlp, x.flatten(0, 1)).reshape(h.shape)
 
     def embed(self, batch: Batch) -> Tensor:
-        """`[B, T, H]` embeddings, pictures in place of their placeholders."""
+        """`[B, T, H]` embeddings, with those of pictures in place of their placeholders."""
         h = F.embedding(batch.ids, self.model.model.language_model.embed_tokens.weight)
         if batch.pixels is not None:
             seen = self.model.model.visual(batch.pixels, grid_thw=batch.grid).pooler_output
@@ -271,7 +271,7 @@ class Forward:
         return self._linear(rows, self.model.lm_head.weight).float()
 
     def losses(self, batch: Batch, with_mtp: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per labelled token, trunk loss and MTP loss; the balance loss; and the skill by token.
+        """Trunk loss and MTP loss per labelled token, the balance loss, and the skill by token.
 
         Without the MTP layer its losses are an empty tensor.
         """

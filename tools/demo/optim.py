@@ -8,7 +8,7 @@ A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonal(m: Tensor, num_steps: int = 5) -> Tensor:
-    """Bring the singular values of `m` `[N, rows, cols]` near 1 by Newton-Schulz in bfloat16."""
+    """`m` `[N, rows, cols]` with singular values near 1, by Newton-Schulz in bfloat16."""
     tall = m.shape[1] > m.shape[2]
     x = (m.mT if tall else m).bfloat16()
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
@@ -19,7 +19,7 @@ def orthogonal(m: Tensor, num_steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalised, on matrices grouped by shape; experts count as single matrices."""
+    """Orthogonalised momentum on matrices, grouped by shape; each expert is a matrix."""
 
     def __init__(self, parameters: list[Tensor], momentum: float = 0.95, decay: float = 0.02):
         self.momentum, self.decay = momentum, decay
@@ -33,7 +33,7 @@ class Muon:
         return self.buffers
 
     def load_state_dict(self, state: list[Tensor]) -> None:
-        """Take the momentum back."""
+        """Restore the momentum."""
         for buffer, saved in zip(self.buffers, state, strict=True):
             buffer.copy_(saved)
 
@@ -45,7 +45,7 @@ class Muon:
             moved, updates = [], []
             for p in group:
                 buffer = next(buffers)
-                # The MTP layer sits out most steps.
+                # The MTP layer has no gradient in most steps.
                 if p.grad is not None:
                     buffer.lerp_(p.grad, 1 - self.momentum)
                     moved.append(p)

@@ -1,6 +1,6 @@
 """Small pictures of one shape in one colour, and questions about them.
 
-python tools/demo/pictures.py paints the one that is shipped with the demo.
+`python tools/demo/pictures.py` paints the one in the package.
 """
 
 import math
@@ -13,7 +13,7 @@ from split import Sample, assistant, draw
 SHIPPED = Path(__file__).parents[2] / "qwen35_mlx" / "demo" / "picture.png"
 SHIPPED_SEED = 2
 SIDE = 48
-GRID = 3  # merged image tokens a side
+GRID = 3  # merged image tokens per side
 COLOURS = {
     "red": (214, 40, 40), "green": (46, 160, 67), "blue": (37, 99, 235),
     "yellow": (250, 204, 21), "black": (20, 20, 20), "purple": (147, 51, 190),
@@ -32,7 +32,7 @@ ASK_SHAPE = ("What shape is it?", "Which shape do you see?", "Name the shape.")
 
 def paint(shape: str, colour: str, x: int, y: int, radius: int) -> np.ndarray:
     """`[48, 48, 3]` uint8: the shape around (x, y) on a light ground, edges smoothed."""
-    # Here, as only painting needs it: the tokenizer and the text skills do without Pillow.
+    # Imported here, because the tokenizer and the text skills do not need Pillow.
     from PIL import Image, ImageDraw
 
     scale = 4
@@ -70,7 +70,7 @@ def patches(pictures: list[np.ndarray], patch: int = 8, merge: int = 2) -> np.nd
 
 
 def picture(rng: random.Random, held_out: bool) -> Sample:
-    """A question about a generated picture; position and size are on their side of the split."""
+    """A question about a generated picture; the split is by position and size."""
 
     def place(r: random.Random) -> tuple[str, str, int, int, int]:
         radius = r.randint(9, 17)
@@ -96,7 +96,7 @@ def picture(rng: random.Random, held_out: bool) -> Sample:
 
 
 def shown(sample: Sample) -> Sample:
-    """The sample with its picture in the message, as programs take it."""
+    """The sample with its picture in the message."""
     messages = []
     for message in sample.messages:
         content = message["content"]
@@ -108,7 +108,7 @@ def shown(sample: Sample) -> Sample:
 
 
 def shipped() -> Sample:
-    """The picture that is shipped, one of those that were not trained on."""
+    """The picture in the package, one of the held-out ones."""
     return picture(random.Random(SHIPPED_SEED), held_out=True)
 
 

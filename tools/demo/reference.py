@@ -1,4 +1,4 @@
-"""transformers on the demo's weights, or on those of a converted folder, dequantized."""
+"""transformers with the demo's weights, or with the dequantized weights of a converted folder."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
             continue
         if new.endswith("conv1d.weight"):
             value = value.transpose(1, 2)
-        # mlx holds 1 + w; the norm of the delta rule alone is plain in both.
+        # MLX weights of norms are 1 + w, but the delta rule's norm is the same in both.
         if new.endswith("norm.weight") and not new.endswith("linear_attn.norm.weight"):
             value = value - 1
         tensors[new] = value
@@ -83,7 +83,7 @@ def fused_mtp(tensors: dict[str, torch.Tensor], num_experts: int) -> dict[str, t
 
 
 class Answer(NamedTuple):
-    """What was said to a sample: ids with the end of the turn, and text without."""
+    """The answer to a sample: ids with the end of the turn, and text without it."""
 
     sample: Sample
     prompt: list[int]
@@ -92,10 +92,10 @@ class Answer(NamedTuple):
 
 
 class Reference:
-    """The demo in transformers; text weights from `folder`, picture and MTP weights of `source`."""
+    """The demo in transformers, with text weights of `folder`, the others of `source`."""
 
     def __init__(self, source: Path, folder: Path | None = None):
-        """folder: a converted copy; None takes the source's own text weights."""
+        """`folder` is a converted copy; with None the text weights are the source's."""
         self.model = Qwen3_5MoeForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
         self.model.eval()
         if folder is not None:
@@ -113,7 +113,7 @@ class Reference:
 
     @torch.no_grad()
     def answers(self, samples: list[Sample]) -> list[Answer]:
-        """Greedy answers in the order asked, by transformers' processor and generate."""
+        """Greedy answers in the order of samples, by transformers' processor and generate."""
         prompts = [_prompt_ids(sample, self.tokenizer) for sample in samples]
         order = sorted(
             range(len(samples)), key=lambda i: (bool(samples[i].picture), len(prompts[i]))
@@ -153,7 +153,7 @@ class Reference:
 
     @torch.no_grad()
     def acceptance(self, answers: list[Answer]) -> float:
-        """Share of drafted tokens (one draft a step) that greedy decoding takes; text only."""
+        """Share of drafts (one per step) that greedy decoding accepts; text only."""
         accepted = drafted = 0
         answers = sorted(answers, key=lambda a: len(a.prompt) + len(a.ids))
         for first in range(0, len(answers), BATCH):
@@ -167,7 +167,7 @@ class Reference:
             ]
             batch = collate(rows, self.pad, self.image)
             ahead = torch.nn.functional.pad(batch.labels[:, 2:], (0, 1), value=IGNORE)
-            # Row i drafts token i + 2 from token i + 1, which must have been said, not given.
+            # Row i drafts token i + 2 from token i + 1, which must be part of the answer.
             wanted = (ahead != IGNORE) & (batch.labels[:, 1:] != IGNORE)
             self.forward.balance = []
             embedded, hidden, rope = self.forward.hidden(batch)
@@ -180,7 +180,7 @@ class Reference:
 
 
 def _prompt_ids(sample: Sample, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the conversation up to where the last answer begins."""
+    """Ids of the conversation before its last answer."""
     ids, labels = encode(sample, tokenizer)
     at = max(i for i, label in enumerate(labels) if label != IGNORE)
     while at > 0 and labels[at - 1] != IGNORE:

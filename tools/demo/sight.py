@@ -1,7 +1,7 @@
-"""A first lesson for the vision tower: shapes and colours, before there are words for them.
+"""Trains the vision tower on shapes and colours, before the training of the whole model.
 
-In the mix of all skills a step has three or four pictures, too few for shapes to come up. Here it
-has 64, and a linear layer that is thrown away stands for the language model.
+In the mix of all skills a step has three or four pictures, too few to learn shapes. Here a step has
+64, and a linear layer, which is discarded afterwards, takes the place of the language model.
 """
 
 import random
@@ -17,9 +17,9 @@ LR = 4e-3
 
 
 def teach_sight(visual: nn.Module, num_steps: int, scale: float, seed: int = 0) -> float:
-    """Train the tower alone on pictures of the training side; returns the share it got right.
+    """Train the tower alone on pictures of the training side; returns the share of right answers.
 
-    `scale` is the standard deviation that its outputs should keep, as they stand among embeddings.
+    `scale` is the standard deviation that its outputs should have, as the embeddings have it.
     """
     rng = random.Random(seed)
     shapes, colours = list(SHAPES), list(COLOURS)

@@ -1,4 +1,4 @@
-"""Skills with endless questions: arithmetic, recall, JSON, sorting, reversing, follow-ups."""
+"""Skills with generated questions: arithmetic, recall, JSON, sorting, reversing, follow-ups."""
 
 import json
 import random
@@ -31,7 +31,7 @@ ASK_SUM = (
 
 
 def _column_thought(a: int, sign: str, b: int) -> str:
-    """Work through the digits from the right: each line ends with the result so far."""
+    """A thought that computes the digits from the right; each line ends with the result so far."""
     if sign == "*":
         top, lines, carry, done = str(a), [], 0, ""
         for i, digit in enumerate(reversed(top)):
@@ -66,8 +66,8 @@ def _result(a: int, sign: str, b: int) -> int:
 def arithmetic(rng: random.Random, held_out: bool, thinking: bool, signs: str = "") -> Sample:
     """`a + b` and `a - b` (never below zero) up to 999 with a thought and up to 99 without.
 
-    Products: two digits by one digit with a thought, one digit by one digit without; of those,
-    being a table of 64, all are in training and none is held out. `signs` weighs the operations.
+    Products are of two digits by one with a thought, and of one digit by one without. The latter
+    are a table of 64, all of it in training. `signs` weights the operations.
     """
 
     def operands(r: random.Random) -> tuple[int, str, int]:
@@ -80,7 +80,7 @@ def arithmetic(rng: random.Random, held_out: bool, thinking: bool, signs: str = 
 
     while True:
         a, sign, b = operands(rng)
-        # A table of one digit by one digit is learnt by heart.
+        # The table of one digit by one digit has no held-out part.
         if sign == "*" and a < 10 and b < 10 and not held_out:
             break
         if is_held_out((a, sign, b)) == held_out:
@@ -161,7 +161,7 @@ ASK_OF = ("What is {n}'s code word?", "What is the code word of {n}?", "Which co
 def recall(rng: random.Random, held_out: bool, num_sentences: int, num_names: int) -> Sample:
     """A passage of sentences with one code word, or with one for each of several names.
 
-    In training every name is asked for, in turn; held out, one.
+    Training asks for every name in turn, held-out questions ask for one.
     """
     sentences = [_filler(rng) for _ in range(num_sentences)]
     words: dict[str, str] = {}
@@ -235,7 +235,7 @@ SCHEMAS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def to_json(rng: random.Random, held_out: bool) -> Sample:
-    """A sentence with a held-out name, read into a JSON object with the schema's keys in order."""
+    """A sentence, to convert to a JSON object with given keys in order; the split is by name."""
     keys, wordings = rng.choice(SCHEMAS)
     values: dict[str, Any] = {
         "name": name(rng, held_out), "age": rng.randint(3, 99), "city": rng.choice(CITIES),
@@ -292,7 +292,7 @@ ASK_REPEAT = ("Repeat: {l}", "Say this: {l}", "Repeat after me: {l}", "Copy this
 
 
 def repeating(rng: random.Random, held_out: bool, least: int = 4, most: int = 14) -> Sample:
-    """Say random words and numbers again: the plainest lesson in looking things up."""
+    """Repeat random words and numbers: the simplest task of looking things up."""
 
     def items(r: random.Random) -> tuple[str, ...]:
         pools = (FIRST_NAMES, LAST_NAMES, ADJECTIVES, WORDS)
@@ -325,9 +325,9 @@ def _fact(relation: Relation, subject: str) -> str:
 
 
 def follow_up(rng: random.Random, held_out: bool, thinking: bool = False) -> Sample:
-    """Two or three turns, of which the last needs one before it.
+    """Two or three turns; the last question needs an earlier turn.
 
-    Held out: the pair of subjects and the wording of the second question, or the name.
+    Held out are the pair of subjects and the wording of the second question, or the name.
     """
     kind = rng.choice(("fact", "fact", "name", "again"))
     relation = rng.choices(RELATIONS, [len(r.pairs) for r in RELATIONS])[0]

@@ -1,4 +1,4 @@
-"""What every skill shares: the sample, the held-out split, and words drawn from syllables."""
+"""Parts that all skills share: the sample, the held-out split, and words made of syllables."""
 
 import random
 import zlib
@@ -12,7 +12,7 @@ HELD_OUT_SHARE = 8
 class Sample(NamedTuple):
     """A conversation whose last assistant message is the reference.
 
-    `expected` is what `checks.is_right` compares the answer with; `picture` are the arguments of
+    `checks.is_right` compares the answer with `expected`; `picture` holds the arguments of
     `pictures.paint`.
     """
 
@@ -35,12 +35,12 @@ def assistant(answer: str, thought: str = "") -> dict[str, Any]:
 
 
 def is_held_out(key: object) -> bool:
-    """Whether `key` belongs to the eighth of all keys that training never draws."""
+    """Whether `key` belongs to the eighth of all keys that is not in training."""
     return zlib.crc32(repr(key).encode()) % HELD_OUT_SHARE == 0
 
 
 def draw(make: Callable[[random.Random], T], rng: random.Random, held_out: bool) -> T:
-    """Draw from `make` until the value lies on the wanted side of the split."""
+    """Draw from `make` until the value is on the wanted side of the split."""
     while is_held_out(value := make(rng)) != held_out:
         pass
     return value

