@@ -75,11 +75,12 @@ def describe() -> Machine:
     import mlx.core as mx
 
     info = mx.device_info()
-    limit = None
+    memory, limit = int(info.get("memory_size", 0)) or memory_bytes(), None
     if mx.metal.is_available():
         # 0 or absent: the limit was not raised, and the recommended size is the limit.
-        raised = int(sysctl("iogpu.wired_limit_mb") or 0)
-        limit = raised * MIB or int(info.get("max_recommended_working_set_size", 0)) or None
+        raised = sysctl("iogpu.wired_limit_mb")
+        limit = min(int(raised) * MIB if raised.isdecimal() else 0, memory)
+        limit = limit or int(info.get("max_recommended_working_set_size", 0)) or None
     versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
     versions["mlx"] = version("mlx")
     with suppress(PackageNotFoundError):
@@ -87,7 +88,7 @@ def describe() -> Machine:
     return Machine(
         chip=str(info.get("device_name") or platform.machine()),
         os=operating_system(),
-        memory_bytes=int(info.get("memory_size", 0)) or memory_bytes(),
+        memory_bytes=memory,
         gpu_limit_bytes=limit,
         disk_free_bytes=shutil.disk_usage(Path.home()).free,
         versions=versions,

@@ -19,7 +19,7 @@ GB = 2**30
 def mac(monkeypatch: pytest.MonkeyPatch):
     """Turns this into a Mac of some memory, with the given answers of sysctl."""
 
-    def become(memory_gb: int, **sysctl: int) -> machine.Machine:
+    def become(memory_gb: int, **sysctl: int | str) -> machine.Machine:
         info = {
             "device_name": "Apple M3 Ultra",
             "memory_size": memory_gb * GB,
@@ -60,6 +60,15 @@ def test_no_line_where_it_would_not_raise_the_limit(mac) -> None:
     raised = mac(192, wired_limit_mb=180000)
     assert raised.gpu_limit_bytes == 180000 * 2**20
     assert machine.raise_limit_command(raised) is None
+
+
+@pytest.mark.parametrize("answer", ["", "0", "unknown", "-1", "iogpu.wired_limit_mb: 60000"])
+def test_an_answer_that_is_no_limit_leaves_the_recommendation(mac, answer: str) -> None:
+    assert mac(64, wired_limit_mb=answer).gpu_limit_bytes == 48 * GB
+
+
+def test_no_limit_is_above_the_memory(mac) -> None:
+    assert mac(64, wired_limit_mb=90_000).gpu_limit_bytes == 64 * GB
 
 
 def test_the_line_asks_for_what_is_needed_and_no_more(mac) -> None:
