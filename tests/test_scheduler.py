@@ -219,7 +219,7 @@ def test_a_dead_thread_is_noticed_and_started_again(own, monkeypatch):
     assert not own.is_alive
     with pytest.raises(EngineStopped):
         own.submit(ask("hi"))
-    own.restart()
+    own.start()
     assert own.is_alive and Answer(own.submit(ask("hi"))).end.finish_reason == "stop"
 
 
