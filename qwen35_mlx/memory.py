@@ -447,7 +447,7 @@ def allow_with_kv(
         if not others:
             raise
     allowance = allow(others[0], weight_bytes, **settings)
-    log.warning("keys and values are held in 8 bits: in 16 they do not fit")
+    log.warning("keys and values use 8 bits, because 16 bits do not fit in memory")
     return others[0], allowance
 
 

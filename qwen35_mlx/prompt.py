@@ -90,18 +90,15 @@ def _with_parts(prompt: Any, parts: list[Any]) -> list[Any]:
     for i in range(len(messages) - 1, -1, -1):
         if isinstance(messages[i], Mapping) and messages[i].get("role") == "user":
             content = messages[i].get("content")
-            behind = content if isinstance(content, list | tuple) else [_text_part(content)]
-            messages[i] = {**messages[i], "content": [*parts, *behind]}
+            if not isinstance(content, list | tuple):
+                content = [{"type": "text", "text": content or ""}]
+            messages[i] = {**messages[i], "content": [*parts, *content]}
             return messages
     raise PromptError(
-        "pictures have no message to belong to",
+        "there is no message of the user for the pictures",
         got=repr(prompt)[:80],
-        expected="text, or messages with one of the user",
+        expected="text, or messages with at least one of the user",
     )
-
-
-def _text_part(text: Any) -> dict[str, Any]:
-    return {"type": "text", "text": text or ""}
 
 
 def _token_ids(prompt: Any) -> list[int]:
@@ -280,7 +277,7 @@ def _unmatched(ids: Sequence[int], placeholders: set[int], spans: Sequence[Span]
         "placeholders and pictures do not match",
         got=f"{sum(i in placeholders for i in ids)} placeholders",
         expected=len(spans),
-        hint="is this the tokenizer of the model?",
+        hint="check that this is the tokenizer of the model",
     )
 
 
@@ -363,5 +360,5 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
                 "the prompt has a token id that the model does not know",
                 got=wrong[0],
                 expected=f"0 to {vocab_size - 1}",
-                hint="is this tokenizer that of the model?",
+                hint="check that this is the tokenizer of the model",
             )

@@ -53,7 +53,7 @@ def test_edit_needs_a_text_where_nothing_can_be_edited(
     chat = Chat(*demo, enable_thinking=False, max_tokens=4)
     ChatView(chat).run()
     assert asked(chat) == ["one", "three"]
-    assert "error: nothing to edit with here\n  hint: /edit TEXT" in err.getvalue()
+    assert "error: there is no editor here\n  hint: /edit TEXT" in err.getvalue()
 
 
 def test_commands_without_what_they_need_say_so(talk: Any, tmp_path: Path) -> None:

@@ -457,7 +457,7 @@ def test_drafts_are_set_and_their_figures_are_shown(talk: Any) -> None:
     assert f"{per_pass:.2f} tokens a pass · mtp {share:.0%}" in err
     assert "drafts: mtp of 2 tokens" in err and per_pass > 1
     chat, err = talk("/set draft off", "/set num_draft_tokens 2", "/set draft eagle", "/exit")
-    assert "error: nothing is drafted" in err and "error: unknown kind of drafts" in err
+    assert "error: drafts are off" in err and "error: unknown kind of drafts" in err
     assert (chat.draft, chat.num_draft_tokens) == ("off", None)
 
 

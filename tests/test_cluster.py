@@ -63,11 +63,11 @@ def test_everything_that_differs_on_any_mac_is_said_at_once(
         f"old.local: MLX 0.1, here {own['MLX']}",
         f"old.local: another model at {converted_demo}",
         f"empty.local: no model at {converted_demo}",
-        "closed.local: ssh does not get in: Permission denied (publickey).",
+        "closed.local: ssh fails: Permission denied (publickey).",
         "ssh-copy-id closed.local",
         f"elsewhere.local: no {sys.executable}",
         "broken.local: qwen35-mlx does not start: No module named 'qwen35_mlx'",
-        "odd.local: no answer over ssh",
+        "odd.local: no usable answer over ssh",
     ):
         assert line in said
     assert "good.local" not in said

@@ -143,7 +143,7 @@ def test_verify_reads_everything_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("convert", SOURCE, out, "--verify")
     assert result.exit_code == 0
-    assert "are as they were written" in result.stdout
+    assert "verified: all checksums match" in result.stdout
     result = run("convert", SOURCE, out, "--verify")
     assert (result.exit_code, "written to" in result.stdout) == (0, False)
     # All of it is read by this run, none by one before.
@@ -212,7 +212,7 @@ def test_without_out_the_settings_name_the_folder(
     (tmp_path / name).mkdir()
     result = run("convert", SOURCE, *arguments)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"OUT is {name}, ")
+    assert result.stderr.startswith(f"OUT is {name}\n")
     assert f"error: {name} exists already" in result.stderr
 
 
@@ -225,7 +225,7 @@ def test_without_out_the_folder_has_the_name_of_the_source(
 ) -> None:
     (tmp_path / "here" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    assert run("convert", source).stderr.startswith(f"OUT is {name}, ")
+    assert run("convert", source).stderr.startswith(f"OUT is {name}\n")
 
 
 def test_without_out_the_model_is_in_the_current_folder(tmp_path: Path, monkeypatch: Any) -> None:

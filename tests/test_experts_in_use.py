@@ -37,7 +37,7 @@ def test_nothing_is_drafted_where_a_pass_of_several_tokens_reads_more(
     assert not Drafter(model, "auto").uses_lookup
     assert not Drafter(model, "lookup").uses_lookup
     assert "experts from disk" in caplog.text
-    with pytest.raises(Qwen35Error, match="MTP layer together with experts from disk"):
+    with pytest.raises(Qwen35Error, match="MTP layer cannot be used with experts from disk"):
         load_model(disk_layout, mtp=True, experts_memory=model.experts.nbytes)
 
 

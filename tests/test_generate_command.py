@@ -211,7 +211,7 @@ def test_an_answer_on_a_terminal_cannot_steer_it(
         ('[{"function": 1}]', "tool 1 of"),
         ("[{}]", "has no name"),
         ('[{"name": 3}]', "has no name"),
-        ('[{"name": "f"}, {"function": {"name": "f"}}]', "has the name of another"),
+        ('[{"name": "f"}, {"function": {"name": "f"}}]', "has the same name as another"),
         ('[{"name": "f", "parameters": []}]', "no JSON schema"),
         ('[{"name": "f", "parameters": {"properties": []}}]', "no JSON schema"),
         (b"\xff\xff", "cannot be read as text"),

@@ -246,7 +246,7 @@ def test_a_callers_cache_needs_the_ids_of_its_pictures(demo: Any) -> None:
     cache = model.make_cache()
     PromptCache(model, entries=cache).read(ids)
     for cached in ([], ids[:-1]):
-        with pytest.raises(PromptError, match="must be known"):
+        with pytest.raises(PromptError, match="are needed with pictures"):
             qwen35_mlx.generate(model, tokenizer, prompt(tokenizer, BLUE), cache=cache,
                                 cached_ids=cached)  # fmt: skip
     options: dict[str, Any] = {"cache": cache, "cached_ids": ids, "temperature": 0.0}
@@ -254,7 +254,7 @@ def test_a_callers_cache_needs_the_ids_of_its_pictures(demo: Any) -> None:
     # One that was empty, and then goes on without a word about its pictures.
     cache = model.make_cache()
     qwen35_mlx.generate(model, tokenizer, ids, cache=cache, max_tokens=1)
-    with pytest.raises(PromptError, match="must be known"):
+    with pytest.raises(PromptError, match="are needed with pictures"):
         qwen35_mlx.generate(model, tokenizer, more, cache=cache)
 
 

@@ -257,7 +257,7 @@ def test_a_session_reads_no_file_but_its_own_pictures(demo: Any, tmp_path: Path)
     ):
         with pytest.raises(SessionError, match="a picture of the session s cannot be read"):
             load_with({"type": "image", "image": image})
-    with pytest.raises(SessionError, match="in another form"):
+    with pytest.raises(SessionError, match="in an unknown form"):
         load_with({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}})
     # Another picture under its name, and no picture at all.
     for data in (png(BLUE), b"", picture.read_bytes()[:60]):

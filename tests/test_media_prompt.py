@@ -163,11 +163,11 @@ def test_what_cannot_be_used_is_refused(demo: Any) -> None:
         with pytest.raises(PromptError, match="images is not usable"):
             encode_prompt(tokenizer, ASK, images=images)
     for prompt in ([1, 2], [{"role": "system", "content": "x"}]):
-        with pytest.raises(PromptError, match="no message to belong to"):
+        with pytest.raises(PromptError, match="no message of the user for the pictures"):
             encode_prompt(tokenizer, prompt, images=[RED])
     with pytest.raises(MediaError, match="is not there"):
         encode_prompt(tokenizer, ASK, images=["/no/such/file.png"])
-    with pytest.raises(MediaError, match="nothing about videos"):
+    with pytest.raises(MediaError, match="no settings for videos"):
         encode_prompt(tokenizer, ASK, videos=["a.mp4"])
 
 

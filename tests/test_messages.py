@@ -104,7 +104,7 @@ def test_calls_that_cannot_be_used_are_refused(demo: Any, calls: Any) -> None:
 @pytest.mark.parametrize(
     ("tool", "problem"),
     [("mul", "is no object"), (None, "is no object"), ({"function": {}}, "has no name"),
-     (MULTIPLY, "name of another"), ({"name": "f", "parameters": True}, "no JSON schema")],
+     (MULTIPLY, "same name as another"), ({"name": "f", "parameters": True}, "no JSON schema")],
 )  # fmt: skip
 def test_what_is_no_tool_is_refused_when_a_chat_begins(demo: Any, tool: Any, problem: str) -> None:
     with pytest.raises(Qwen35Error, match=f"tool 2.* {problem}|parameters of tool 2 .*{problem}"):

@@ -255,7 +255,7 @@ def test_a_layer_that_does_not_fit_is_left_out_rather_than_the_model_refused(
 
     monkeypatch.setattr(memory, "allow", strict)
     assert load_model(out)[0].mtp is None
-    assert "no memory is left for the MTP layer" in caplog.text
+    assert "the MTP layer does not fit in memory" in caplog.text
     with pytest.raises(MemoryRefused):
         load_model(out, mtp=True)
     assert len(refused) == 2

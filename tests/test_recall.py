@@ -42,7 +42,7 @@ def test_an_answer_is_right_by_its_own_word_and_counts_at_its_depth(
 def test_lengths(demo: Any) -> None:
     assert recall.lengths_of("4K, 32k,500") == [4096, 32_768, 500]
     for text in ("", "4M", "4K,", "-1", "64", "4.5K"):
-        with pytest.raises(Qwen35Error, match="not lengths to recall from"):
+        with pytest.raises(Qwen35Error, match="the lengths are not usable"):
             recall.lengths_of(text)
     with pytest.raises(Qwen35Error, match="does not fit the model"):
         recall.measure(*demo, [5000])

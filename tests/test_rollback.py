@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_take_tokens_back_is_refused(model_of):
     padded, none = model.make_cache([1]), None
     theirs = make_prompt_cache(_WithoutOurCache(model))
     for cache in (padded, theirs, none):
-        with pytest.raises(Qwen35Error, match="a cache that cannot take tokens back"):
+        with pytest.raises(Qwen35Error, match="a cache that can take tokens back"):
             model.trunk(ids, cache, keep_states=True)
 
 

@@ -227,7 +227,7 @@ def test_a_text_ends_where_it_ends(demo):
         ('{"messages": []}', "messages are no list"),
         ('{"messages": ', "Expecting value"),
         ('{"text": "abc"}', "no prompt to mask"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "no answer to learn"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no answer to train on"),
     ],
 )
 def test_a_line_that_is_no_example_is_named(demo, tmp_path, line, expected):
@@ -247,7 +247,7 @@ def test_examples_that_are_cut_and_those_without_an_answer_are_counted(demo, tmp
     kept = read_examples(file, demo[1], max_tokens=50)
     assert (len(kept.examples), kept.longest, kept.num_dropped) == (2, 50, 0)
     file.write_text(json.dumps({"messages": long}))
-    with pytest.raises(Qwen35Error, match="nothing to learn"):
+    with pytest.raises(Qwen35Error, match="no example to train on"):
         read_examples(file, demo[1], max_tokens=50, mask_prompt=True)
 
 

@@ -213,12 +213,14 @@ def test_a_playlist_opens_no_other_file(av, tmp_path, playlist):
     (tmp_path / "secret.ts").write_bytes(video_bytes(numbered(12), 10, "mpegts"))
     (file := tmp_path / "list.m3u8").write_text(playlist.format(tmp_path / "secret.ts"))
     assert len(open_video(tmp_path / "secret.ts", SMALL).frames) == 4
-    with pytest.raises(MediaError, match="no video that is read"):
+    with pytest.raises(MediaError, match="not a video in a supported format"):
         open_video(file, SMALL)
 
 
 def test_a_picture_given_as_a_video_is_called_one(av):
-    with pytest.raises(MediaError, match=r"no video that is read\n  got: a picture \(JPEG\)"):
+    with pytest.raises(
+        MediaError, match=r"not a video in a supported format\n  got: a picture \(JPEG\)"
+    ):
         open_video(encoded(pattern_image(64, 64), "JPEG"), SMALL)
 
 
@@ -257,7 +259,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_a_model_without_videos_says_so():
     only_pictures = VisionSettings(8, 2, 2, SMALL.mean, SMALL.std, 2304, 2304)
-    with pytest.raises(MediaError, match="nothing about videos"):
+    with pytest.raises(MediaError, match="no settings for videos"):
         open_video(numbered(4), only_pictures)
 
 

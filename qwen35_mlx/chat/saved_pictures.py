@@ -169,7 +169,7 @@ def _replaced(message: Message, value: Any) -> Message:
             kind = part["type"]
             parts.append({"type": kind, kind: value(part)})
         elif is_media(part):
-            raise SessionError("a message shows something in another form", got=part.get("type"))
+            raise SessionError("a message has media in an unknown form", got=part.get("type"))
         else:
             parts.append(part)
     return {**message, "content": parts}

@@ -123,7 +123,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ConfigError(
             f"an adapter with fine_tune_type={kind!r}",
             got=repr(kind),
-            expected=f"{LORA} or {DORA}: what changes whole matrices is no adapter",
+            expected=f"{LORA} or {DORA}; full fine-tuning gives no adapter",
         )
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None

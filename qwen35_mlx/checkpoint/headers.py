@@ -219,7 +219,9 @@ def gather_checked(
         if all(map(belongs, found)):
             tensors |= found
         else:
-            log.warning("%s is left out: it holds more than its name says", some(beside))
+            log.warning(
+                "%s is not read: it has tensors that do not belong to it by its name", some(beside)
+            )
     return tensors
 
 

@@ -189,7 +189,8 @@ class _Resolver:
             raise _problem_error(self._with_full_names())
         if ignored:
             log.warning(
-                "left out, the weights do without: %s", some(self.tensors[n].name for n in ignored)
+                "tensors that the model does not use are left out: %s",
+                some(self.tensors[n].name for n in ignored),
             )
         self.claims.warn()
         config = replace(self.config, num_mtp_layers=1) if mtp else self.config
@@ -445,5 +446,5 @@ def _problem_error(problems: Mapping[str, tuple[str, str]]) -> CheckpointError:
         f"the weights do not fit config.json: {len(problems)} tensors are wrong",
         got="".join(_problem_lines(problems)),
         expected="exactly the tensors that config.json calls for",
-        hint="config.json and weights of one and the same checkpoint?",
+        hint="check that config.json and the weights are of the same checkpoint",
     )

@@ -121,7 +121,7 @@ def take_part(run: Callable[[], object]) -> None:
         os.dup2(os.open(given if given.exists() else os.devnull, os.O_RDONLY), 0)
     from .terminal import note
 
-    note(f"{size} Macs, {latency_us:,.0f} us a message between them")
+    note(f"{size} Macs, {latency_us:,.0f} us latency between them")
     status: Any = 1
     try:
         run()
@@ -301,12 +301,12 @@ def _ask(host: str, model: str) -> dict[str, Any] | str:
         if not asked.returncode:
             return dict(json.loads(asked.stdout.splitlines()[-1]))
     except FileNotFoundError:
-        return "there is no ssh here"
+        return "ssh is not installed here"
     except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return "no answer over ssh that makes sense"
+        return "no usable answer over ssh"
     said = (asked.stderr.strip().splitlines() or [f"exit {asked.returncode}"])[-1]
     if asked.returncode == 255:
-        return f"ssh does not get in: {said}; allow remote login, then ssh-copy-id {host}"
+        return f"ssh fails: {said}; allow remote login, then ssh-copy-id {host}"
     if asked.returncode in (126, 127):
         return f"no {sys.executable}; install qwen35-mlx at the same path"
     return f"qwen35-mlx does not start: {said}"

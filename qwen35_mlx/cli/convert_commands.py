@@ -87,7 +87,7 @@ def convert(
         ctx.fail("--keep-source needs a hub id.")
     if out is None:
         out = default_out(source, ctx.params)
-        note(f"OUT is {out}, by the settings")
+        note(f"OUT is {out}")
     if verify and out.exists():
         refuse_other_settings(ctx, source, out)
     else:
@@ -108,11 +108,11 @@ def convert(
                 # A separate file: the other one belongs to this conversion.
                 file = calibration_file(out.with_name(f"{out.name}.distilled"))
                 save(replace(found, left=left_of(folder)), file)
-                note(f"{file} knows what training left: a next --fit uses it")
+                note(f"{file} has the errors after training; a later --fit can use it")
     if verify:
         with byte_progress(f"Verifying {out.name}") as progress:
             num_bytes = read_again(out, progress)
-        print(f"{num_bytes / 1e6:,.1f} MB in {out} are as they were written")
+        print(f"{num_bytes / 1e6:,.1f} MB in {out} verified: all checksums match")
 
 
 def convert_as_asked(

@@ -1,6 +1,7 @@
 """The command evaluate: tasks of lm-evaluation-harness, or the perplexity of a text."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +88,7 @@ def evaluate(
                 stride=stride,
                 progress=lambda done, total: progress(done, total, f"window {done + 1:,}"),
             )
-        bits = result["nll_nats_per_token"] * result["num_tokens"] / 0.6931471805599453
+        bits = result["nll_nats_per_token"] * result["num_tokens"] / math.log(2)
         result |= {"text": file.name, "bits_per_byte": bits / len(given.encode())}
         table = "\n".join(f"{key:20} {value}" for key, value in result.items())
     else:

@@ -119,7 +119,7 @@ def check_memory(reference: Path) -> None:
     except MemoryRefused:
         limit = describe().limit_bytes
         raise MemoryRefused(
-            "with --tasks the original writes answers, and it does not fit the memory",
+            "with --tasks the original writes answers, and it does not fit in memory",
             got=f"{checkpoint.nbytes / 1e9:,.3f} GB of weights in {reference}",
             expected=f"at most {limit / 1e9:,.3f} GB with a context of {context:,} tokens",
             hint="leave --tasks out, or take a conversion with more bits for SRC",

@@ -5,7 +5,7 @@ Attributes:
     Revision: Branch, tag or commit of a model on the hub. Default: main.
     RunContext: Maximum tokens of prompt and answers together. Their memory is counted before the
         weights are read. Up to 4 times as many as the model was trained for are possible with YaRN,
-        which makes answers to short texts less good. Default: all that fits, 32768 at least.
+        which makes answers to short texts worse. Default: all that fits, 32768 at least.
     KvBits: Bits of keys and values, whose memory grows with the text. k8v4: 8 for keys, 4 for
         values; less exact. auto: 16, or 8 if 16 do not fit.
     Force: Load a model that does not fit in memory. Default: refuse it, with the numbers.

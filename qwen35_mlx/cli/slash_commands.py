@@ -83,7 +83,7 @@ def edit(view: "ChatView", rest: str) -> None:
         view.is_edit = True
         view.say(rest)
     elif isinstance(view.reader, LineReader):
-        raise Qwen35Error("nothing to edit with here", hint="/edit TEXT replaces the message")
+        raise Qwen35Error("there is no editor here", hint="/edit TEXT replaces the message")
     else:
         view.draft, view.is_edit = last, True
 
@@ -137,7 +137,7 @@ def set_option(view: "ChatView", rest: str) -> None:
         chat.set_draft(value or AUTO_DRAFT, number)
     elif name == "num_draft_tokens":
         if chat.draft == OFF and value:
-            raise Qwen35Error("nothing is drafted", hint="/set draft auto, mtp or lookup first")
+            raise Qwen35Error("drafts are off", hint="/set draft auto, mtp or lookup first")
         chat.set_draft(chat.draft, _number(value or "0", int) or None)
     elif name == "max_tokens":
         chat.max_tokens = _number(value or "0", int) or None

@@ -76,7 +76,7 @@ class FeatureStore:
                 f"{media.name}: features and placeholders do not match",
                 got=f"{len(features)} features",
                 expected=f"{media.num_tokens} for its placeholders",
-                hint="do preprocessor_config.json and config.json name the same sizes of patches?",
+                hint="preprocessor_config.json and config.json must name the same size of patches",
             )
         mx.eval(features)
         self.num_encoded += 1

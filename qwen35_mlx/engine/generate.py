@@ -162,7 +162,7 @@ def _check_cached(ids: Sequence[int], cached_ids: Sequence[int], cache: Sequence
     shows = any(isinstance(i, MediaToken) for part in (ids, cached_ids) for i in part)
     if (shows or any(entry in _with_pictures for entry in cache)) and len(cached_ids) != already:
         raise PromptError(
-            "the ids in the cache must be known where there are pictures",
+            "cached_ids are needed with pictures",
             got=f"{len(cached_ids)} cached_ids and a cache of {already} tokens",
             expected=f"cached_ids: all {already}, with their MediaTokens",
             hint="qwen35_mlx.Chat keeps both together",

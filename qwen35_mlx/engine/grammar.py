@@ -298,13 +298,13 @@ def _children(schema: Any) -> list[tuple[str, Any]]:
 def _chosen(tools: Sequence[Any], choice: Any) -> Sequence[Any]:
     """The tools that may be called for a `tool_choice`."""
     if not tools:
-        raise GrammarError("a tool has to be called, and there are no tools")
+        raise GrammarError("a tool must be called, and there are no tools")
     if not isinstance(choice, ToolName):
         return tools
     chosen = [tool for tool in tools if tool_names([tool]) == [choice.name]]
     if not chosen:
         raise GrammarError(
-            "tool_choice names a tool that there is not",
+            "tool_choice names an unknown tool",
             got=repr(choice.name)[:80],
             expected=", ".join(tool_names(tools))[:200],
         )

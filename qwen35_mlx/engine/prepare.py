@@ -107,7 +107,7 @@ class Preparer:
         for token, bias in request.logit_bias.items():
             if not (_is_whole(token) and 0 <= token < self.config.vocab_size):
                 raise Qwen35Error(
-                    "logit_bias names a token that there is not",
+                    "logit_bias names an unknown token",
                     got=repr(token)[:80],
                     expected=f"0 to {self.config.vocab_size - 1}",
                 )

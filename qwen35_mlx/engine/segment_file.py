@@ -57,7 +57,7 @@ def read_file(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     data = memoryview(file.read_bytes())
     body, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
     if hashlib.sha256(body).digest() != checksum:
-        raise ValueError(f"the checksum of {file.name} is another")
+        raise ValueError(f"the checksum of {file.name} does not match")
     start = 8 + int.from_bytes(body[:8], "little")
     header = json.loads(bytes(body[8:start]))
     metadata = header.pop(METADATA)

@@ -141,7 +141,7 @@ class Segments:
         name = segment.file_name(kind)
         arrays, metadata = read_file(self.folder / name)
         if metadata["name"] != name:
-            raise ValueError(f"{name} holds what belongs to another")
+            raise ValueError(f"{name} has the data of another file")
         return arrays, metadata
 
     def _append(
@@ -177,10 +177,10 @@ class Segments:
         # MLX raises RuntimeError if it has no memory.
         except (OSError, RuntimeError) as error:
             raise SessionError(
-                "what was read cannot be saved",
+                "the prompt cache cannot be saved",
                 got=error,
                 expected=f"room to write at {self.folder}",
-                hint="what was saved before stays",
+                hint="what was saved earlier is kept",
             ) from None
 
     def _write(self, cache: PromptCache, point: Snapshot) -> Generator[None]:
@@ -367,7 +367,7 @@ def open_folder(folder: Path, model: Model, max_bytes: float) -> Iterator[Segmen
     """The segments of a folder, which is created if needed and locked against other processes."""
     if getattr(model, "ring", None):
         raise SessionError(
-            "what several Macs have read is not saved",
+            "the prompt cache of several Macs cannot be saved",
             got=f"--cache-dir {folder}",
             hint="leave --cache-dir out, or run on one Mac",
         )
@@ -395,7 +395,7 @@ def _point(cache: PromptCache, states: Mapping[str, mx.array], mtp_tokens: int) 
         else:
             kept.append(len(cache.ids))
             if entry.offset != len(cache.ids):
-                raise ValueError("keys and values of another number of tokens")
+                raise ValueError("keys and values for a different number of tokens")
     if cache.mtp:
         # If a part of its cache is missing, the MTP layer starts over.
         kept.append(mtp_tokens if cache.mtp.cache.offset >= mtp_tokens else 0)

@@ -55,7 +55,7 @@ def check_tools(tools: Sequence[Any], where: str = "") -> None:
         if not isinstance(name, str) or not name:
             raise Qwen35Error(f"{what} has no name", got=repr(name), expected=TOOL_FORM)
         if name in names:
-            raise Qwen35Error(f"{what} has the name of another", got=name)
+            raise Qwen35Error(f"{what} has the same name as another", got=name)
         parameters = {} if parameters is None else parameters
         is_schema = isinstance(parameters, Mapping)
         if not is_schema or not isinstance(parameters.get("properties"), Mapping | None):

@@ -43,7 +43,7 @@ def lengths_of(text: str) -> list[int]:
     lengths = [int(m[1]) * (1024 if m[2] else 1) for m in found if m]
     if len(lengths) < len(found) or min(lengths) <= 2 * ROOM:
         expected = f"lengths of more than {2 * ROOM} tokens, such as 4K,32K"
-        raise Qwen35Error("not lengths to recall from", got=text, expected=expected)
+        raise Qwen35Error("the lengths are not usable", got=text, expected=expected)
     return lengths
 
 

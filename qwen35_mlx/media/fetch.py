@@ -101,7 +101,7 @@ def _split(url: str) -> SplitResult:
     if parts.scheme not in PORTS or not parts.hostname:
         raise MediaError(f"{url} cannot be fetched", expected="http://… or https://…")
     if parts.username is not None or parts.password is not None:
-        raise MediaError(f"{parts.hostname}: an address with a password is not fetched")
+        raise MediaError(f"{parts.hostname}: addresses with a password are not fetched")
     return parts
 
 

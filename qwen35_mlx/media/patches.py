@@ -22,7 +22,7 @@ def picture_size(height: int, width: int, settings: VisionSettings) -> tuple[int
 def check_ratio(height: int, width: int) -> None:
     """Refuse very narrow pictures, the same ones as the official preprocessing."""
     if min(height, width) < 1:
-        raise MediaError("there is nothing to see", got=f"{width}x{height} pixels")
+        raise MediaError("the picture is empty", got=f"{width}x{height} pixels")
     if max(height, width) / min(height, width) > MAX_RATIO:
         raise MediaError(
             "the picture is too narrow",

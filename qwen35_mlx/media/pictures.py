@@ -207,7 +207,7 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Picture:
             what = kind(head)
             is_broken = what.startswith("a picture")
             raise MediaError(
-                f"{name} is {'damaged or incomplete' if is_broken else 'no picture that is read'}",
+                f"{name} is {'damaged or incomplete' if is_broken else 'in an unknown format'}",
                 got=what,
                 expected=None if is_broken else FORMATS_READ,
             ) from None

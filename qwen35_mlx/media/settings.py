@@ -71,7 +71,7 @@ class VisionSettings:
         Very narrow pictures may take more, because each side has at least one token.
         """
         if max_tokens < 1:
-            raise ConfigError("a picture needs room for tokens", got=max_tokens, expected=">= 1")
+            raise ConfigError("a picture needs at least one token", got=max_tokens, expected=">= 1")
         limit = min(self.max_pixels, max_tokens * self.factor**2)
         # Small pictures are rounded up to whole tokens; half of the limit leaves room for that.
         return replace(self, max_pixels=limit, min_pixels=min(self.min_pixels, limit // 2))

@@ -103,7 +103,7 @@ def open_video(
         return source
     if settings.video_max_pixels is None:
         raise MediaError(
-            "this model says nothing about videos",
+            "this model has no settings for videos",
             expected=f"a file {constants.VIDEO_FILE} beside its weights",
             hint="give single frames as pictures",
         )
@@ -193,7 +193,7 @@ def sample(
             "the video is too long",
             got=f"{span / 60:.0f} minutes",
             expected=f"at most {MAX_SECONDS // 60}",
-            hint="cut out the part that matters",
+            hint="cut it to the part that matters",
         )
     steps = np.asarray(times) - times[0]
     # A tolerance of half a frame, because times are rounded, in Matroska to 1/1000 s.

@@ -48,7 +48,7 @@ def check_keeping(cache: Sequence[Any] | None, batch: int, num_tokens: int) -> N
     for entry in cache or [None]:
         if not isinstance(entry, KVCache | ArraysCache):
             raise Qwen35Error(
-                "keep_states with a cache that cannot take tokens back",
+                "keep_states needs a cache that can take tokens back",
                 got="no cache" if entry is None else f"{type(entry).__module__}'s",
                 expected="one sequence in the cache of model.make_cache()",
             )

@@ -194,7 +194,7 @@ class Experts:
         """`matches`: the stacks of experts; `memory_bytes`: for experts in memory."""
         if not config.is_moe:
             raise Qwen35Error(
-                "memory for experts of a model without experts",
+                "experts_memory is given for a model without experts",
                 got=f"{memory_bytes / 1e9:.3g} GB",
                 expected="a model with experts, or no experts_memory",
             )

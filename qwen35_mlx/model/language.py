@@ -187,7 +187,7 @@ class Model(nn.Module):
         if left_padding is not None:
             if cache is not None:
                 raise Qwen35Error(
-                    "left_padding together with a cache",
+                    "left_padding cannot be used with a cache",
                     hint="make the cache with model.make_cache(left_padding=...)",
                 )
             cache = self.make_cache(left_padding)

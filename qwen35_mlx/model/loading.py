@@ -83,7 +83,7 @@ def load_model(
                 folder, context, force, False, adapter, kv_bits, experts_memory, group
             )
             if not loaded[0].experts:
-                log.warning("no memory is left for the MTP layer: nothing drafts tokens")
+                log.warning("the MTP layer does not fit in memory: it drafts no tokens")
             return loaded
         # Experts from disk need whole experts in one process.
         if mtp or experts_memory is not None or not model.config.is_moe or group is not None:
@@ -99,7 +99,7 @@ def load_model(
         else:
             raise MemoryRefused(f"{refused}\nwith experts from disk: {too_little}") from None
         log.warning(
-            "the weights do not fit the memory: others than these experts are read from disk, %s",
+            "the weights do not fit in memory: experts are read from disk, except %s",
             loaded[0].experts,
         )
         return loaded
@@ -108,7 +108,7 @@ def load_model(
     trained = model.config.max_position_embeddings
     if is_first and context is not None and context > trained:
         log.warning(
-            "YaRN stretches the context from %s to %s tokens: shorter texts are read less well",
+            "YaRN stretches the context from %s to %s tokens: answers to short texts get worse",
             f"{trained:,}",
             f"{context:,}",
         )
@@ -152,9 +152,9 @@ def open_model(
         experts = None if experts.holds_all else experts
     if experts and mtp:
         raise Qwen35Error(
-            "the MTP layer together with experts from disk",
+            "the MTP layer cannot be used with experts from disk",
             got=f"mtp=True and memory for {experts.num_slots} of {experts.num_experts} experts",
-            expected="mtp=None or False: what drafts read takes longer than what they save",
+            expected="mtp=None or False: drafts would cost more time than they save",
             hint="leave --draft mtp out, or have memory for all experts",
         )
     if not experts and loads_mtp(found, mtp):

@@ -50,7 +50,7 @@ def group() -> mx.distributed.Group:
         return mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         raise Qwen35Error(
-            "the processes of the model do not find each other",
+            "the processes of the model cannot connect",
             got=error,
             expected=f"all of them under mlx.launch with the backend {backend}",
         ) from None
@@ -119,7 +119,8 @@ class Leader:
         handle = None if cache is None else getattr(cache[0], "handle", None)
         if cache is not None and handle is None:
             raise Qwen35Error(
-                "a model on several Macs has not made this cache", expected="model.make_cache()"
+                "this cache was not made by the model on several Macs",
+                expected="model.make_cache()",
             )
         x = trunk.embed_tokens(ids) if embeddings is None else embeddings
         # An announced pass must be computed, or the others wait forever.
@@ -161,7 +162,7 @@ class Leader:
     def load(self, path: str, options: dict[str, Any]) -> None:
         """Let all others load their parts."""
         if self._has_model:
-            raise Qwen35Error("several Macs run one model", got=path, expected="no second one")
+            raise Qwen35Error("several Macs run only one model", got=path, expected="no second one")
         self._has_model = True
         self.tell("load", path=path, options=options)
 

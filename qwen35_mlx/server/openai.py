@@ -92,7 +92,7 @@ def chat_request(service: Service, body: Fields) -> Request:
 def _refuse_other_media(body: Fields) -> None:
     for name in REFUSED:
         if name in body:
-            raise body.refuse(name, "nothing: this server has no such answers", "unsupported")
+            raise body.refuse(name, "nothing: this server does not support it", "unsupported")
     if any(kind != "text" for kind in body.items("modalities") or ()):
         raise body.refuse("modalities", '["text"]', "unsupported")
     if body.text("reasoning_format") == "none":

@@ -77,7 +77,7 @@ class Protocol(H11Protocol):
     def _after_events(self) -> None:
         """Give a new request its connection's state; limit the time of an incomplete one."""
         if self.cycle is not None:
-            self.cycle.scope.setdefault("state", {})[HALF_CLOSED] = self._half_closed
+            self.cycle.scope.setdefault("state", {})[HALF_CLOSED] = lambda: self._is_half_closed
         if self.is_closing:
             return
         now = self.loop.time()
@@ -98,9 +98,6 @@ class Protocol(H11Protocol):
         else:
             self._is_in_head = False
             self._set_timer(None)
-
-    def _half_closed(self) -> bool:
-        return self._is_half_closed
 
     def _set_timer(self, seconds: float | None) -> None:
         if self._timer is not None:

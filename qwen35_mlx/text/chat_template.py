@@ -50,7 +50,7 @@ def _named(value: Any) -> dict[str, str]:
     if isinstance(value, list):
         value = {item["name"]: item["template"] for item in value}
     if not all(isinstance(template, str) for template in value.values()):
-        raise ValueError("chat_template holds something else than texts")
+        raise ValueError("chat_template has values that are no texts")
     return dict(value)
 
 

@@ -119,7 +119,7 @@ def require_memory(
             "training does not fit this machine",
             got=f"{counted.total / 1e9:,.3f} GB{lines}",
             expected=f"at most {limit / 1e9:,.3f} GB",
-            hint="less --batch-size or --max-tokens, or a model of fewer bits; --force tries it",
+            hint="a lower --batch-size or --max-tokens, or a model of fewer bits; --force tries it",
         )
     return counted
 
