@@ -4,7 +4,7 @@ import atexit
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, current_thread
 
 import mlx.core as mx
 
@@ -33,7 +33,9 @@ class BackgroundJob:
         _jobs.put((job, lambda: stopping.is_set() or _at_exit.is_set(), self._running))
 
     def stop(self, *, wait_for_end: bool = False) -> None:
-        """Return when no job runs; raises what went wrong in it."""
+        """Return when no job runs, but for one that calls it; raises what went wrong in it."""
+        if current_thread() is _thread:
+            return
         running, self._running = self._running, None
         if running is None:
             return
