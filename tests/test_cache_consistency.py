@@ -1,6 +1,7 @@
 """Ids and caches agree, whoever looks, and whenever: open iterators, cut answers, shared stores."""
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_a_turn_begun_while_an_older_iterator_is_open_has_the_right_state(
     assert_consistent(chat)
 
 
-@pytest.mark.parametrize("begin", everyday(["send", "edit", "undo", "restart"], 0))
+@pytest.mark.parametrize("begin", everyday(["send", "edit", "undo", "ahead", "restart"], 0))
 def test_every_call_ends_the_open_iterator_and_keeps_what_it_gave(demo: Any, begin: str) -> None:
     chat = Chat(*demo, **SHORT)
     ask(chat, HOT)
@@ -87,6 +88,10 @@ def test_every_call_ends_the_open_iterator_and_keeps_what_it_gave(demo: Any, beg
         assert [m["content"] for m in chat.messages[::2]] == [HOT, WHO]
     elif begin == "undo":
         assert chat.undo() == FRANCE and len(chat.messages) == 2
+    elif begin == "ahead":
+        chat.start_reading_ahead()
+        chat.stop_reading_ahead()
+        assert chat.messages[3]["reasoning_content"] == thought.strip()
     else:
         chat.restart()
         assert chat.messages == []
@@ -173,6 +178,7 @@ def test_take_keeps_the_callers_cache_when_another_knows_more(demo: Any) -> None
     current = store.take(long, owner=owner)
     current.read(long)
     assert list(store.take(question, current, owner).ids) == question
+    assert not current.in_use
     again = store.take([*long, 7], owner=other)
     assert list(again.ids) == long
 
@@ -207,7 +213,10 @@ def test_all_reading_ahead_shares_one_thread(demo: Any) -> None:
     assert len(names) == 1 and threading.active_count() <= before + 1
 
 
-@pytest.mark.parametrize("call", everyday(["undo", "set_system", "restart", "send"], 1, 3))
+CALLS = ["undo", "set_system", "restart", "send", "read_ahead", "drop_oldest", "write_cache"]
+
+
+@pytest.mark.parametrize("call", everyday(CALLS, 1, 3, 4))
 def test_every_call_stops_reading_ahead(demo: Any, call: str) -> None:
     chat = Chat(*demo, **SHORT)
     ask(chat, FRANCE)
@@ -226,6 +235,36 @@ def test_every_call_stops_reading_ahead(demo: Any, call: str) -> None:
         "set_system": lambda: chat.set_system("Be kind."),
         "restart": chat.restart,
         "send": lambda: ask(chat, WHO),
+        "read_ahead": chat.read_ahead,
+        "drop_oldest": chat.drop_oldest,
+        "write_cache": lambda: list(chat.write_cache()),
     }
     calls[call]()
-    assert stopped.is_set()
+    is_stopped = stopped.is_set()
+    chat.stop_reading_ahead()
+    assert is_stopped
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_another_chat_stops_reading_ahead_when_an_open_answer_goes_on(
+    demo: Any, is_closed: bool
+) -> None:
+    """Both on one store: its caches are for one thread at a time."""
+    store = PrefixStore(demo[0])
+    chat, other = (Chat(*demo, store=store, **SHORT) for _ in range(2))
+    answer = chat.send(FRANCE)
+    next(answer)
+    stopped = threading.Event()
+
+    def job(should_stop: Callable[[], bool]) -> None:
+        while not should_stop():
+            stopped.wait(0.001)
+        stopped.set()
+
+    other.prefixes.background.start(job)
+    while not other.prefixes.background._running.running():
+        time.sleep(0.001)
+    answer.close() if is_closed else next(answer)
+    is_stopped = stopped.is_set()
+    other.stop_reading_ahead()
+    assert is_stopped

@@ -182,6 +182,10 @@ def test_blocks(source: str, first: str) -> None:
 
 def test_line_ends_are_kept_outside_of_code() -> None:
     assert hard_breaks("a\nb\n\n```\nc\nd\n```\ne") == "a  \nb  \n\n```\nc\nd\n```\ne  "
+    # A fence ends with as many signs as it began with, and nothing behind them.
+    for inner in ("```", "~~~~", "````x"):
+        source = f"````md\na\n{inner}\nb\n````\nc"
+        assert hard_breaks(source) == source + "  "
 
 
 def test_what_has_left_a_low_terminal_is_not_drawn_again() -> None:

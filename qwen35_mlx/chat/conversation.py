@@ -233,6 +233,7 @@ class Chat:
 
     def drop_oldest(self) -> int:
         """Drop turns, oldest first, until half of the context is free; return their number."""
+        self._close_turn()
         dropped, half = 0, self.model.config.context_length // 2
         while (turns := self._turns()) and not (dropped and self.num_context_tokens() <= half):
             first, following = [*turns, len(self.messages)][:2]
@@ -246,6 +247,7 @@ class Chat:
         Then only the new message is left to read in the next turn. Ends early, after at most
         64 tokens, once `should_stop()` is true.
         """
+        self.prefixes.background.stop()
         if not self.messages or self.messages[-1]["role"] != "assistant" or self.tool_calls:
             return
         # The interrupted prompt may be sent again.
@@ -269,6 +271,7 @@ class Chat:
 
     def start_reading_ahead(self) -> None:
         """`read_ahead` and `write_cache` in the background; any later call of the chat stops it."""
+        self._close_turn()
         self.prefixes.background.start(self._work_ahead)
 
     def _work_ahead(self, should_stop: Callable[[], bool]) -> None:
@@ -283,6 +286,7 @@ class Chat:
 
         It includes the snapshot that the next prompt continues from, or all snapshots.
         """
+        self.prefixes.background.stop()
         cache = self._cache
         if self.disk is not None and cache is not None:
             start = self._answer_start if self._answer_start in cache.snapshots else 0
@@ -460,7 +464,11 @@ class Chat:
                         texts[piece.kind].append(piece.text)
                     elif piece.call.complete:
                         calls.append(piece.call)
-                    yield piece
+                    try:
+                        yield piece
+                    finally:
+                        # Another chat with the same caches may read ahead.
+                        self.prefixes.background.stop()
         finally:
             message: Message = {"role": "assistant", "content": "".join(texts["answer"]).strip()}
             # Without this key, templates look for a thought in an answer that contains the tag.

@@ -175,8 +175,10 @@ def hard_breaks(source: str) -> str:
     fence, lines = "", []
     for line in source.split("\n"):
         match = FENCE.match(line.lstrip())
-        if match and (not fence or match[1].startswith(fence)):
-            fence = "" if fence else match[1]
+        if match and not fence:
+            fence = match[1]
+        elif match and match[1].startswith(fence) and match.end() == len(line.strip()):
+            fence = ""
         elif not fence and line.strip():
             line = line.rstrip() + "  "
         lines.append(line)

@@ -4,7 +4,7 @@ import atexit
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, current_thread
 
 import mlx.core as mx
 
@@ -33,7 +33,12 @@ class BackgroundJob:
         _jobs.put((job, lambda: stopping.is_set() or _at_exit.is_set(), self._running))
 
     def stop(self, *, wait_for_end: bool = False) -> None:
-        """Stop the job and wait until it has ended; raises the error of the job."""
+        """Stop the job and wait until it has ended; raises the error of the job.
+
+        A call from the job itself returns at once.
+        """
+        if current_thread() is _thread:
+            return
         running, self._running = self._running, None
         if running is None:
             return
