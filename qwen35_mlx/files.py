@@ -107,6 +107,19 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
     sync_folder(file.parent)
 
 
+def require_writable(file: Path) -> None:
+    """Raise if `file` could not be written: before the long work that fills it. Makes its folder."""
+    probe = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
+        probe.unlink()
+    except OSError as error:
+        raise Qwen35Error(
+            f"{file} cannot be written", got=error, hint="choose another folder for it"
+        ) from None
+
+
 def write_file(file: Path, data: bytes) -> None:
     """Write a small file, whole or not at all."""
     with replacing(file) as temporary:

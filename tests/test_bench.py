@@ -310,10 +310,15 @@ def test_options_of_the_command_reach_what_they_name(
         seen.update(programs=programs, sizes=sizes, runs=runs)
         return [7]
 
+    def draw(*given: Any) -> None:
+        # What was measured is printed all the same.
+        seen.update(drawn=given)
+        raise OSError("no room")
+
     monkeypatch.setattr(measuring, "bench", bench)
     monkeypatch.setattr(measuring, "MAX_ANSWER", 2)
     monkeypatch.setattr("qwen35_mlx.evaluation.rival.mlx_lm_program", lambda *given: given)
-    monkeypatch.setattr("qwen35_mlx.cli.report.draw_bench", lambda *given: seen.update(drawn=given))
+    monkeypatch.setattr("qwen35_mlx.cli.report.draw_bench", draw)
     monkeypatch.setattr("qwen35_mlx.cli.report.print_bench", lambda *_: print("table"))
     result = run_cli("bench", converted_demo, "--max-context", 600, "--runs", 2, *options)
     *table, last = result.stdout.splitlines()

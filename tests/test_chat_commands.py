@@ -87,6 +87,27 @@ def test_a_file_of_more_than_the_most_is_refused_and_fences_are_longer_than_thos
     assert asked(chat) == ["most.md:\n`````\n```\na\n````\n`````\n\nWhat?"]
 
 
+def test_what_a_command_does_not_take_is_refused(talk: Any) -> None:
+    """/undo 2 took one turn back, and /clear x dropped them all."""
+    chat, err = talk("one", "/undo 2", "/clear x", "/retry y", "/think on 5", "/claer")
+    assert asked(chat) == ["one"] and chat.enable_thinking is False
+    for name in ("/undo", "/clear", "/retry"):
+        assert f"error: {name} takes nothing behind it\n" in err
+    assert "/think what?\n  got: 'on 5'" in err and "hint: did you mean /clear?; " in err
+
+
+def test_a_setting_is_read_as_it_was_meant_and_told(talk: Any) -> None:
+    chat, err = talk(
+        *("/set temperature 0,7", "/set seed 99999999999999999999", "/set preset coding"),
+        *("/set preset", "/set max_tokens 1,000", "/set seed 5"),
+    )
+    # A comma for the point made 7 of 0,7; a seed that cannot be spoiled every turn after it.
+    assert chat.sampling.get("temperature") is None and "not a number\n  got: '0,7'" in err
+    assert "error: seed is not usable\n  got: 99999999999999999999\n" in err
+    assert chat.preset == "auto" and (chat.max_tokens, chat.sampling["seed"]) == (1000, 5)
+    assert err.splitlines()[-1].endswith(" · answers of at most 1,000 tokens · seed 5")
+
+
 def test_thinking_is_switched_and_told(talk: Any) -> None:
     for line, thinks, hides, budget in (
         ("/think on", True, False, None),
@@ -146,7 +167,12 @@ def test_several_questions_are_shown_before_their_answers(consoles: Any) -> None
 
 
 def test_a_session_is_told_saved_and_left(talk: Any) -> None:
-    chat, err = talk("one", "/stats", "/save s", "two", "/clear", "three", "/load s", "/trim")
+    chat, err = talk(
+        *("one", "/stats", "/save s", "two", "/clear", "three", "/load s", "/clear", "/load s"),
+        "/trim",
+    )
+    # It was dropped without a word.
+    assert err.count("error: this conversation is not saved\n  hint: /save NAME keeps it") == 1
     assert "· session not saved\n" in err and "saved: " in err
     assert "session s keeps the conversation; the new one is not saved yet" in err
     assert "session s: 2 turns, goes on after: two" in err

@@ -410,7 +410,7 @@ def test_a_pipe_or_a_device_is_not_read_as_a_file(talk: Any, tmp_path: Path) -> 
 
 
 def test_save_and_load_take_dropped_paths(talk: Any, tmp_path: Path) -> None:
-    chat, _ = talk("one", r"/save chats/my\ chat.json", "/clear", "two",
+    chat, _ = talk("one", r"/save chats/my\ chat.json", "/clear", "two", "/clear",
                      "/load 'chats/my chat.json'", "three")  # fmt: skip
     assert asked(chat) == ["one", "three"]
     saved = json.loads((tmp_path / "chats" / "my chat.json").read_text())

@@ -15,6 +15,7 @@ from qwen35_mlx.cli.local_models import SOURCE
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.statistics import load
 
+CALIBRATE_TO = ("convert", SOURCE, "x", "--calibrate", "--calibration")
 
 def run(*arguments: object) -> Any:
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
@@ -93,6 +94,11 @@ def test_a_recipe_and_a_mac_have_their_page() -> None:
         ),
         (("convert", SOURCE, "x", "--method", "gptq"), 1, "needs a calibration"),
         (("convert", "absent", "x", "--calibrate"), 1, "no checkpoint at absent"),
+        # Before a calibration, which may take hours: nothing of one is there.
+        (("convert", SOURCE, "x", "--calibrate", "--recipe", "q9"), 1, "no recipe 'q9'"),
+        (("convert", SOURCE, "x", "--calibrate", "--bits-per-weight", 1), 1, "at least"),
+        (CALIBRATE_TO + ("cal.txt",), 1, "expected: NAME.safetensors"),
+        (CALIBRATE_TO + (SOURCE / "config.json" / "x.safetensors",), 1, "cannot be written"),
         (("fidelity", SOURCE, "absent"), 1, "no checkpoint at absent"),
     ],
     ids=lambda value: value[1:] if isinstance(value, tuple) else "",

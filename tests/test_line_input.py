@@ -43,6 +43,11 @@ def typed(history: Path) -> Iterator[Callable[..., Any]]:
         yield run
 
 
+def test_colours_in_pasted_text_are_no_clicks(typed: Any) -> None:
+    """prompt_toolkit failed to read where, and two of them ended the chat."""
+    assert typed("\x1b[31mred\x1b[0m and \x1b[32mgreen\r") == ["red and green"]
+
+
 def test_enter_sends_and_three_ways_go_on_below(typed: Any) -> None:
     assert typed("hello\r", "a\\\rb\r", "a\nb\r", f"a{ALT_ENTER}b\r", "a\\b\r", "\r") == [
         "hello", "a\nb", "a\nb", "a\nb", "a\\b", "",

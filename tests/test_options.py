@@ -470,6 +470,9 @@ def test_a_call_with_an_option_that_would_do_nothing_is_refused(line: str) -> No
         ["convert", "x", "--fit", ""],
         ["convert", "a/b", "--revision", ""],
         ["sessions", "--remove", ""],
+        ["convert", "x", ""],
+        ["generate", "x", "-p", "hi", "--cache-dir", ""],
+        ["train", "x", "--data", "d", "--adapter-path="],
     ],
 )
 def test_an_empty_value_is_refused(arguments: list[str]) -> None:

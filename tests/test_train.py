@@ -389,6 +389,25 @@ def test_train_says_what_it_does_and_does_it_once(run_cli, converted_demo, tmp_p
     assert complete.exit_code == 1 and "more --steps" in complete.stderr
 
 
+def test_training_ends_where_the_loss_is_no_number_and_keeps_what_was_saved(tmp_path):
+    """It went on to its last step, and saved NaN over the last weights that were numbers."""
+    training(tmp_path, 1).run()
+    diverging = training(tmp_path, 3, save_every=1)
+    diverging.resume()
+    diverging.optimizer.learning_rate = 1e30
+    with pytest.raises(Qwen35Error, match="diverged\n.*loss of nan.*\n.*\n.*--learning-rate"):
+        diverging.run()
+    assert all(mx.isfinite(array).all() for array in mx.load(str(tmp_path / WEIGHTS_FILE)).values())
+
+
+def test_training_that_could_not_be_saved_does_not_begin(tmp_path):
+    (tmp_path / "file").touch()
+    begun = training(tmp_path / "file" / "adapter", 1)
+    with pytest.raises(Qwen35Error, match="cannot be written"):
+        begun.run()
+    assert begun.step == 0
+
+
 @pytest.mark.slow
 def test_train_writes_an_adapter_that_answers_in_the_trained_pattern(
     run_cli, converted_demo, tmp_path

@@ -74,8 +74,9 @@ def bench(
         experts = loaded.experts and loaded.experts.figures()
         result |= {"kernels": kernels, "median_of": runs, "contexts": rows}
         result |= {"drafts": drafts, "experts": experts}
-        if png:
-            draw_bench(result, png)
         if not as_json:
             print_bench(result)
     print(json.dumps(result), flush=True)
+    # Last: where no file can be written, the result is printed all the same.
+    if png:
+        draw_bench(result, png)

@@ -80,14 +80,15 @@ def chat(
         name, is_demo = chosen_model(model, demo)
         with spinner(f"Loading {name}"):
             loaded, tokenizer = load(name, **generation.of_load())
+    # The demo is too small for the penalty that the family's presets have.
+    default_preset = "checkpoint" if is_demo else "auto"
     conversation = Chat(
         loaded,
         tokenizer,
         system=system,
         enable_thinking=think,
         think_budget=think_budget,
-        # The demo is too small for the presence penalty of the presets.
-        preset=preset or ("checkpoint" if is_demo else "auto"),
+        preset=preset or default_preset,
         on_loop=on_loop,
         store=PrefixStore(loaded, None if snapshot_memory is None else snapshot_memory * 1e9),
         **drawn,
@@ -98,6 +99,7 @@ def chat(
         allow_url=allow_url,
         autosave=autosave,
         cache_limit_bytes=cache_limit * 1e9,
+        default_preset=default_preset,
     )
     if image:
         view.attached.add([("image", source) for source in image])

@@ -40,6 +40,7 @@ class ChatView:
         allow_url: bool = False,
         autosave: bool = False,
         cache_limit_bytes: float = float("inf"),
+        default_preset: str = "auto",
     ):
         self.chat = chat
         self.is_open = True
@@ -52,6 +53,7 @@ class ChatView:
         # Initial text of the next line, and whether that line replaces the last message.
         self.draft, self.is_edit = "", False
         self.hide_thoughts = False
+        self.default_preset = default_preset
         # The name under which every turn is saved, locked against other chats.
         self.session: str | None = None
         self._markdown, self._autosave = markdown, autosave
@@ -318,6 +320,9 @@ class ChatView:
         """Save this session, and continue another."""
         from ..chat.sessions import read_conversation, session_file
 
+        if self.chat.messages and not self.session:
+            hint = "/save NAME keeps it, /clear drops it"
+            raise Qwen35Error("this conversation is not saved", hint=hint)
         exists = session_file(name).exists()
         if must_exist or exists:
             # Raises before this conversation is given up.

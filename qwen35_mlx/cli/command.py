@@ -132,14 +132,19 @@ def documented(function: Any) -> Any:
 class Command(TyperCommand):
     """A command of the program, run with its checks."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # As typed: the path of no characters would become the current folder.
+        typed = self.make_parser(ctx).parse_args(args=[*args])[0]
+        for parameter in () if ctx.resilient_parsing else self.params:
+            if parameter.name not in MAY_BE_EMPTY and "" in as_list(typed.get(parameter.name)):
+                ctx.fail(f"{shown_name(parameter)} is empty.")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         with user_errors(), shown_warnings():
             refuse_unused(ctx)
             for parameter in self.params:
-                value = ctx.params.get(parameter.name)
-                for each in as_list(value):
-                    if parameter.name not in MAY_BE_EMPTY and each == "":
-                        ctx.fail(f"{parameter.opts[0]} is empty.")
+                for each in as_list(ctx.params.get(parameter.name)):
                     if parameter.metavar in PATHS and each is not None:
                         check_path(os.fspath(each))
             result = super().invoke(ctx)
@@ -197,10 +202,16 @@ def given_options(ctx: Any) -> set[str]:
         source = ctx.get_parameter_source(parameter.name)
         if source is None or source.name != "COMMANDLINE":
             continue
-        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+        name = shown_name(parameter)
         given.add(parameter.secondary_opts[0] if value is False else name)
         given |= {f"{name} {each}" for each in as_list(value)}
     return given
+
+
+def shown_name(parameter: Any) -> str:
+    """What the help calls an option or an argument."""
+    is_argument = parameter.param_type_name == "argument"
+    return str(parameter.metavar if is_argument else parameter.opts[0])
 
 
 def as_list(value: Any) -> list[Any]:

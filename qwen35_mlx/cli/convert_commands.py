@@ -11,6 +11,7 @@ import typer
 
 from ..config import read_config
 from ..errors import Qwen35Error
+from ..files import require_writable
 from . import options
 from .command import BITS, given_options
 
@@ -69,6 +70,7 @@ def convert(
         verify: Read OUT again and compare checksums, after the conversion, or alone if OUT exists.
             Default: no check.
     """
+    from ..convert import plan as make_plan
     from ..convert import verify as read_again
     from ..convert.distilled import distillation_lines, left_of
     from ..convert.hub import is_hub_id
@@ -93,6 +95,8 @@ def convert(
     else:
         # Before a calibration, because that may take hours.
         refuse_existing(out)
+        if calibrate:
+            make_plan(source, revision=revision, **quality_settings(ctx, source, None)[0])
         found = calibration_for(source, out, calibration, calibrate, calibration_text, method)
         distillation = distillation_for(
             source, calibration_text, finish_tokens, activations_memory, method
@@ -325,7 +329,11 @@ def calibration_for(
         raise Qwen35Error(
             f"{file} exists already", hint="use it without --calibrate, or name another file"
         )
+    if file.suffix != ".safetensors":
+        # MLX adds it.
+        raise Qwen35Error("no name for a calibration", got=file, expected="NAME.safetensors")
     ids = encode(Path(source), text or TEXT_FILE)
+    require_writable(file)
     with step_progress(f"Calibrating on {ids.size:,} tokens") as progress:
         known: Any = dict(hessians=method in ("gptq", "distill"), keep_hessians=method == "gptq")
         found = run(source, ids, **known, progress=progress)

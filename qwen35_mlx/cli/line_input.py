@@ -38,6 +38,7 @@ class EditingReader:
         from prompt_toolkit.filters import Condition
         from prompt_toolkit.history import FileHistory, InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.keys import Keys
 
         class Commands(Completer):
             """Completes commands, their words, and files for commands that take files."""
@@ -81,6 +82,10 @@ class EditingReader:
         @keys.add("escape", "enter")
         def go_on_below(event: Any) -> None:
             event.current_buffer.insert_text("\n")
+
+        @keys.add(Keys.Vt100MouseEvent)
+        def ignore(event: Any) -> None:
+            """Colours in pasted text look like clicks, which prompt_toolkit fails to read."""
 
         kept: Any = InMemoryHistory()
         with suppress(OSError):

@@ -4,9 +4,11 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..engine.sampler import MAX_SEED
 from ..engine.speculate import AUTO as AUTO_DRAFT
 from ..engine.speculate import MODES, OFF
 from ..errors import Qwen35Error
@@ -45,10 +47,11 @@ def run_command(view: "ChatView", line: str) -> None:
     assert match
     name, rest = match[1].replace("/quit", "/exit"), match[2]
     if name not in COMMANDS:
-        raise Qwen35Error(
-            f"no command {name}",
-            hint="/help lists them; /file PATH sends a file; a space before / makes it a message",
-        )
+        meant = [f"did you mean {each}?" for each in get_close_matches(name, COMMANDS, 1)]
+        ways = "/help lists them; /file PATH sends a file; a space before / makes it a message"
+        raise Qwen35Error(f"no command {name}", hint="; ".join([*meant, ways]))
+    if rest and not COMMANDS[name].arguments:
+        raise Qwen35Error(f"{name} takes nothing behind it", got=repr(rest))
     COMMANDS[name].run(view, rest)
 
 
@@ -110,7 +113,7 @@ def trim(view: "ChatView", rest: str) -> None:
 def set_thinking(view: "ChatView", rest: str) -> None:
     """Set whether to think, to show thoughts, and the budget."""
     word, number = (*rest.split(None, 1), "", "")[:2]
-    if word in ("on", "off", "hide"):
+    if rest in ("on", "off", "hide"):
         view.hide_thoughts = word == "hide"
         view.chat.enable_thinking = word != "off"
     elif word == "budget":
@@ -129,7 +132,7 @@ def set_option(view: "ChatView", rest: str) -> None:
     chat = view.chat
     before = chat.preset, chat.sampling
     if name == "preset":
-        chat.preset = value or CHECKPOINT
+        chat.preset = value or view.default_preset
     elif name == "on_loop":
         chat.set_on_loop(value or None)
     elif name == "draft":
@@ -145,6 +148,8 @@ def set_option(view: "ChatView", rest: str) -> None:
         view.attached.image_tokens = _number(value or "0", int) or None
     else:
         number = _number(value, NUMBERS[name]) if value else None
+        if name == "seed" and number and number > MAX_SEED:
+            raise Qwen35Error("seed is not usable", got=number, expected=f"0 to {MAX_SEED}")
         chat.sampling = {**chat.sampling, name: number}
     try:
         terminal.note(settings(view))
@@ -207,10 +212,13 @@ def settings(view: "ChatView") -> str:
     budget = f", at most {chat.think_budget:,} tokens" if chat.think_budget else ""
     most = view.attached.image_tokens
     pictures = f" · pictures of at most {most:,} tokens" if most else ""
+    bounds = f" · answers of at most {chat.max_tokens:,} tokens" if chat.max_tokens else ""
+    seed = chat.sampling.get("seed")
+    bounds += "" if seed is None else f" · seed {seed}"
     drafts = f" of {chat.num_draft_tokens} tokens" if chat.num_draft_tokens else ""
     return (
         f"{thoughts}{budget} · preset {chat.preset}: {params} · on loop: {chat.loop_action}"
-        f" · drafts: {chat.draft}{drafts}{pictures}"
+        f" · drafts: {chat.draft}{drafts}{pictures}{bounds}"
     )
 
 
@@ -222,7 +230,8 @@ def shortened(text: str) -> str:
 
 def _number(text: str, kind: Callable[[str], Any]) -> Any:
     with suppress(ValueError):
-        if (number := kind(text.replace(",", ""))) >= 0 or kind is float:
+        # A comma parts thousands of a whole number; in another it may stand for the point.
+        if (number := kind(text.replace(",", "") if kind is int else text)) >= 0 or kind is float:
             return number
     raise Qwen35Error("not a number", got=repr(text), expected="0 or more" if kind is int else None)
 

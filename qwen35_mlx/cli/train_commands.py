@@ -16,7 +16,7 @@ def train(
     adapter_path: Annotated[Path, typer.Option(metavar="DIR")] = Path("adapters"),
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-4,
+    learning_rate: Annotated[float, typer.Option(min=0, max=1)] = 1e-4,
     max_tokens: Annotated[int, typer.Option(min=2)] = 2048,
     dora: bool = False,
     rank: Annotated[int, typer.Option(min=1)] = 8,

@@ -5,6 +5,7 @@ B batch, T tokens, H hidden size.
 
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from mlx.utils import tree_unflatten
 
 from ..checkpoint.adapter import LORA, Adapter, write_adapter
 from ..errors import CheckpointError, Qwen35Error, extra, first_line
-from ..files import replacing
+from ..files import replacing, require_writable
 from ..kernels.matrix import arrays_of
 from ..kernels.tiers import PORTABLE, use
 from ..model.adapters import DEFAULT_KEYS, EXPERT_KEYS, add_new, changes_of
@@ -128,6 +129,7 @@ class Training:
         """Train to the last step and write the adapter; return the steps, with earlier runs'."""
         from mlx_lm.tuner.trainer import TrainingArgs, train
 
+        require_writable(self.folder / STATE_FILE)
         start, total = self.step, self.settings.num_steps
         mx.random.seed(self.settings.seed + start)
         began = time.perf_counter()
@@ -143,6 +145,15 @@ class Training:
             is_due = step == total or step % self.validate_every == 0
             loss = self.validation_loss() if is_due else None
             speed, peak = info["tokens_per_second"], mx.get_peak_memory()
+            for value in filter(None, (info["train_loss"], loss)):
+                if not math.isfinite(value):
+                    # Before it is saved over the last weights that are numbers.
+                    raise Qwen35Error(
+                        "the training diverged",
+                        got=f"a loss of {value} in step {step:,}",
+                        expected="a number",
+                        hint="a lower --learning-rate or --scale; what was saved before is kept",
+                    )
             self._add(Step(step, info["train_loss"], speed, peak, left, loss))
             if step == total or step % self.save_every == 0:
                 self.save()
