@@ -219,9 +219,7 @@ def gather_checked(
         if all(map(belongs, found)):
             tensors |= found
         else:
-            log.warning(
-                "%s is not read: it has tensors that do not belong to it by its name", some(beside)
-            )
+            log.warning("%s is not read: it has tensors of other kinds", some(beside))
     return tensors
 
 

@@ -189,8 +189,7 @@ class _Resolver:
             raise _problem_error(self._with_full_names())
         if ignored:
             log.warning(
-                "tensors that the model does not use are left out: %s",
-                some(self.tensors[n].name for n in ignored),
+                "unused tensors are left out: %s", some(self.tensors[n].name for n in ignored)
             )
         self.claims.warn()
         config = replace(self.config, num_mtp_layers=1) if mtp else self.config

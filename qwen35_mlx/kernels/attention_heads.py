@@ -1,4 +1,4 @@
-"""What attention does to its heads before and after the softmax: q/k norm, rotation, output gate.
+"""The operations on attention heads around the softmax: q/k norm, rotation, output gate.
 
 B batch, T tokens, Hq/Hk query/key heads, D head dim, R rotated dims. A head of the query projection
 is `[query D | output gate D]`.
@@ -23,7 +23,7 @@ def qk_norm_rope(
     eps: float,
     kernels: Tiers = PORTABLE,
 ) -> tuple[mx.array, mx.array]:
-    """q `[B, Hq, T, D]` and k `[B, Hk, T, D]`, normalised, the first R dims rotated by halves.
+    """q `[B, Hq, T, D]` and k `[B, Hk, T, D]`, normalised, with the first R dims rotated.
 
     q_gate `[B, T, Hq * 2D]`, k `[B, T, Hk * D]`; cosines and sines `[B or 1, T, R / 2]` fp32.
     """
@@ -37,7 +37,7 @@ def qk_norm_rope(
 def qk_norm(
     q_gate: mx.array, k: mx.array, q_weight: mx.array, k_weight: mx.array, eps: float
 ) -> tuple[mx.array, mx.array]:
-    """Without the rotation."""
+    """The same without the rotation."""
     # Heads first, then split.
     shape = (*q_gate.shape[:2], -1, q_weight.size)
     q, k = q_gate.reshape(shape)[:, :, 0::2], k.reshape(shape)
@@ -46,7 +46,7 @@ def qk_norm(
 
 
 def rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
-    """x `[B, H, T, D]` by cosines and sines `[B or 1, T, R / 2]`, in fp32."""
+    """Rotate x `[B, H, T, D]` by cosines and sines `[B or 1, T, R / 2]`, in fp32."""
     half = cosines.shape[-1]
     cosines, sines = cosines[:, None], sines[:, None]
     first, second, kept = mx.split(x, [half, 2 * half], axis=-1)
@@ -56,7 +56,7 @@ def rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
 
 
 def qk_norm_rope_kernel(*arrays: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """The same in one dispatch, of the arrays that `qk_norm_rope` takes."""
+    """`qk_norm_rope` in one dispatch, for the same arrays."""
     q_gate, k, q_weight, _, cosines, _ = arrays
     batch, num_tokens, _ = q_gate.shape
     dim = q_weight.size
@@ -91,12 +91,12 @@ def output_gate(x: mx.array, q_gate: mx.array, kernels: Tiers = PORTABLE) -> mx.
 
 @partial(mx.compile, shapeless=True)
 def sigmoid_gated(x: mx.array, gate: mx.array) -> mx.array:
-    """In one dispatch."""
+    """x times the sigmoid of the gate, in one dispatch."""
     return x * mx.sigmoid(gate)
 
 
 def output_gate_kernel(x: mx.array, q_gate: mx.array) -> mx.array:
-    """The same in one dispatch."""
+    """`output_gate` in one dispatch."""
     batch, num_heads, num_tokens, dim = x.shape
     (gated,) = kernel("output_gate", ("x", "q_gate"), ("gated",))(
         inputs=[x, q_gate],

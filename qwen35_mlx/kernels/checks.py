@@ -1,7 +1,7 @@
 """Cases of each operation, to compare and to time its tiers at a model's shapes.
 
-A case is built from a member of the family, real or made up, so that the same lines serve for
-parity and for timing. B is 1; T tokens, H hidden, E experts, K experts per token.
+A case is built from a member of the family, real or made up, so that the same code serves parity
+and timing. B is 1; T tokens, H hidden, E experts, K experts per token.
 """
 
 import math
@@ -35,11 +35,11 @@ from .verdicts import Format
 
 Arrays = Sequence[mx.array]
 Run = Callable[[Tiers, mx.array], Arrays]
-# Relative RMS error of a kernel against ops in float32: sums in another order, and the rounding
-# of outputs and of what lies between two steps.
+# Maximum relative RMS error of a kernel against ops in float32. Errors come from another order of
+# sums, and from rounding outputs and intermediate results.
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 1e-2, mx.float16: 2e-3}
 LAST_POSITION = 262_143
-# What an attention step looks back on.
+# Length of the cache in an attention step.
 CACHED_TOKENS = 16_384
 EPS, TAPS = 1e-6, 4
 
@@ -64,7 +64,7 @@ SMALL = Member(
 
 
 class Setting(NamedTuple):
-    """What a case is built with besides its member."""
+    """The settings of a case, besides its member."""
 
     dtype: mx.Dtype = mx.bfloat16
     bits: int = 4
@@ -72,20 +72,20 @@ class Setting(NamedTuple):
     num_tokens: int = 1
     seed: int = 0
     padded: bool = False
-    # Of the values, where they are held in a wider one.
+    # The type of the values, if they are stored in a wider one.
     rounded_to: mx.Dtype | None = None
 
     def cast(self, x: mx.array) -> mx.array:
-        """x in the type of the case."""
+        """Convert x to the type of the case."""
         return x.astype(self.rounded_to or self.dtype).astype(self.dtype)
 
     def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
-        """Random numbers."""
+        """Normally distributed random numbers."""
         return self.cast(mx.random.normal(shape) * scale)
 
     @classmethod
     def of(cls, form: Format, num_tokens: int) -> "Setting":
-        """For weights of a format."""
+        """The setting for weights of a format."""
         return cls(getattr(mx, form.dtype), form.bits, form.group_size, num_tokens)
 
     @property
@@ -95,15 +95,15 @@ class Setting(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Something to run on each tier of an operation."""
+    """A computation to run on each tier of an operation."""
 
     run: Run
-    x: mx.array  # its input that may depend on the last output
-    num_bytes: int  # that must be moved, each once
+    x: mx.array  # the input that may depend on the last output
+    num_bytes: int  # bytes that must be moved, each once
 
 
 class Check(NamedTuple):
-    """An operation, and how to build a case of it; dense models have no experts to route to."""
+    """An operation and a function that builds its case; dense models have no routed experts."""
 
     op: str
     build: Callable[[Member, Setting], Case]
@@ -118,7 +118,7 @@ def _linear(in_dims: int, out_dims: int, s: Setting, num_experts: int = 0) -> nn
         plain = SwitchLinear(1, 1, 1) if num_experts else nn.Linear(1, 1, bias=False)
         plain.weight = s.normal(*stack, out_dims, in_dims, scale=in_dims**-0.5)
         return plain
-    # Random codes of unit gain: a whole model's weights would take long to quantize.
+    # Random codes with unit gain, because quantizing a whole model's weights would take long.
     layer: nn.Module = nn.QuantizedLinear(in_dims, out_dims, False, s.group_size, s.bits)
     rows: tuple[int, ...] = (out_dims,)
     if num_experts:
@@ -191,7 +191,7 @@ def _delta_step(m: Member, s: Setting) -> Case:
         results = delta_step(inputs._replace(mask=mask), None, kernels)
         if not s.padded or T > MAX_ROWS:
             return results
-        # Not to be timed: a pass of which the last token is taken back, and another behind it.
+        # Not timed: a pass whose last token is taken back, and another pass after it.
         out, kept = kept_delta_step(inputs, kernels)
         kept = kept._replace(num_accepted=T - 1)
         tape = kept if isinstance(kept, Tape) else None
@@ -204,7 +204,7 @@ def _delta_step(m: Member, s: Setting) -> Case:
 
 
 def _qk_norm_rope(m: Member, s: Setting) -> Case:
-    """At the end of the context, where a GPU's sine of a large angle would show."""
+    """A case at the end of the context, where errors of a GPU's sine of large angles would show."""
     T, D, half = s.num_tokens, m.head_dim, m.rotary_dim // 2
     q_gate, k = (
         s.normal(1, T, m.num_attention_heads * 2 * D),
@@ -215,7 +215,7 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
     positions = np.arange(LAST_POSITION - T + 1, LAST_POSITION + 1, dtype=np.float32)
     angles = positions[None, :, None] * (1 / periods)
     exact = [mx.array(f(angles.astype(np.float64)).astype(np.float32)) for f in (np.cos, np.sin)]
-    # Once a step, not once a layer.
+    # Made once per step, not once per layer.
     tables = [mx.cos(mx.array(angles)), mx.sin(mx.array(angles))]
     freqs, start = mx.array(periods), LAST_POSITION - T + 1
 
@@ -236,7 +236,7 @@ def _qk_norm_rope(m: Member, s: Setting) -> Case:
 
 
 def _attention(m: Member, s: Setting, dim: int, held: Callable[[mx.array], Heads]) -> Case:
-    """Keys and values are views of longer buffers, as in a cache."""
+    """A case in which keys and values are views of longer buffers, as in a cache."""
     q = s.normal(1, m.num_attention_heads, s.num_tokens, dim)
     buffers = [held(s.normal(1, m.num_key_value_heads, CACHED_TOKENS + 56, dim)) for _ in range(2)]
     k, v = (first_keys(buffer, CACHED_TOKENS) for buffer in buffers)
@@ -253,7 +253,7 @@ def _decode_attention(m: Member, s: Setting) -> Case:
 
 
 def _packed_attention(m: Member, s: Setting) -> Case:
-    """In bytes; the same codes in float32."""
+    """A case with 8-bit keys and values; the reference has the same codes in float32."""
 
     def pack(floats: mx.array) -> Packed:
         floats = floats.astype(s.rounded_to or s.dtype)
@@ -275,7 +275,7 @@ def _router(m: Member, s: Setting) -> Case:
 
     def run(kernels: Tiers, logits: mx.array) -> Arrays:
         indices, scores, shared_scores = route(logits, shared, m.num_experts_per_tok, kernels)
-        # The order of the chosen is free.
+        # The chosen experts may have any order.
         dense = mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)
         return [dense, shared_scores]
 
@@ -283,7 +283,7 @@ def _router(m: Member, s: Setting) -> Case:
 
 
 def _routed(m: Member, s: Setting, n: int) -> tuple[Routing | None, SwitchGLU | None]:
-    """`n` experts of random popularity, as in real texts; none of a dense model."""
+    """`n` experts of random popularity, as in real texts; None for a dense model."""
     if not m.num_experts:
         return None, None
     logits = mx.random.normal((s.num_tokens, n)) + mx.random.normal((n,))
@@ -292,7 +292,7 @@ def _routed(m: Member, s: Setting, n: int) -> tuple[Routing | None, SwitchGLU | 
 
 
 def _num_held(m: Member, num_tokens: int) -> int:
-    """Experts in the stacks of a decode case: enough to choose from, far fewer than all."""
+    """Number of experts in the stacks of a decode case: enough for the choice, far from all."""
     return min(m.num_experts, 2 * m.num_experts_per_tok * num_tokens)
 
 
@@ -344,7 +344,7 @@ CHECKS = (
     Check("router", _router, needs_experts=True),
     Check("expert_gate_up", _expert_gate_up),
     Check("expert_down", _expert_down),
-    # The last of the decode kernels: few caches are packed.
+    # Last of the decode kernels, because few caches are packed.
     Check("packed_attention", _packed_attention),
     Check("chunk_delta_rule", _delta_step, is_prefill=True),
     Check("grouped_expert_matmul", _grouped_expert_matmul, is_prefill=True, needs_experts=True),

@@ -1,4 +1,4 @@
-"""Which tiers a model runs on: asked for by name, or by what was measured on this machine."""
+"""Chooses the tiers of a model: by name, or by measurements on this machine."""
 
 import sys
 from collections import Counter
@@ -14,13 +14,13 @@ from .verdicts import Format, Verdict, member_of, shape_of
 
 AUTO = "auto"
 KERNELS = (AUTO, OPS, MLX, METAL)
-# Numbers of tokens that decode kernels are compiled, and so measured for.
+# Numbers of tokens for which decode kernels are compiled and measured.
 TOKENS = (1, 2, 4, 8)
 PREFILL_TOKENS = 2048
 
 
 def require(kernels: str) -> None:
-    """Raise Qwen35Error for what is none of the choices, or cannot be had here."""
+    """Raise Qwen35Error for an unknown choice, or one that is not available here."""
     if kernels not in KERNELS:
         raise Qwen35Error(
             "no such choice of kernels", got=repr(kernels), expected=", ".join(map(repr, KERNELS))
@@ -35,7 +35,7 @@ def require(kernels: str) -> None:
 
 
 def unavailable() -> str | None:
-    """Why kernels cannot run; None if they can."""
+    """The reason why kernels cannot run; None if they can."""
     if not mx.metal.is_available():
         return "no Metal on this machine"
     if sys.platform == "darwin" and mx.default_device() == mx.Device(mx.cpu):
@@ -49,7 +49,7 @@ def named(kernels: str) -> Tiers:
 
 
 def measured(verdicts: Iterable[Verdict], config: ModelConfig, formats: dict[str, Format]) -> Tiers:
-    """Kernels where they are right and faster for this model, up to as many rows; else mlx."""
+    """Kernels where they are correct and faster for this model and number of rows; else mlx."""
     shape = shape_of(member_of(config))
     found = {v.key: v for v in verdicts}
     kernel_rows = {}
@@ -64,7 +64,7 @@ def measured(verdicts: Iterable[Verdict], config: ModelConfig, formats: dict[str
 
 
 def tokens_of(op: str) -> tuple[int, ...]:
-    """Numbers of tokens that an operation is measured for."""
+    """Numbers of tokens for which an operation is measured."""
     return (PREFILL_TOKENS,) if op in PREFILL_OPERATIONS else TOKENS
 
 
@@ -89,10 +89,10 @@ def formats_of(model: nn.Module) -> dict[str, Format]:
     def most(counts: Counter[tuple[int, int]]) -> Format:
         return Format(dtype, *counts.most_common(1)[0][0])
 
-    # The lengths of weights do not matter to what has none.
+    # Operations without weights may have any format.
     return {op: most(experts if "expert" in op else others) for op in OPERATIONS}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
-    """Such as bfloat16."""
+    """The name of a type, such as bfloat16."""
     return str(dtype).removeprefix("mlx.core.")

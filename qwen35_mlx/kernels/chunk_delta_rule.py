@@ -14,7 +14,7 @@ TRIANGLE = 36
 
 
 def is_eligible(q: mx.array, k: mx.array, v: mx.array) -> bool:
-    """Whether the kernel runs these heads; the state of a larger one would not fit registers."""
+    """Whether the kernel runs these heads; the state of larger ones does not fit in registers."""
     key_head_dim, value_head_dim = q.shape[3], v.shape[3]
     return (
         key_head_dim % 8 == value_head_dim % 8 == 0
@@ -28,8 +28,8 @@ def chunk_delta_rule(
 ) -> tuple[mx.array, mx.array]:
     """Output `[B, T, Hv, Dv]` and new state in fp32; shapes as in `naive_gated_delta_rule`.
 
-    The first kernel prepares all chunks in parallel, the second goes through them with the state
-    in registers. Between them lie 18.9 KB a chunk and value head.
+    The first kernel prepares all chunks in parallel. The second processes them in order, with the
+    state in registers. The first passes 18.9 KB per chunk and value head to the second.
     """
     batch, num_tokens, num_key_heads, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
@@ -51,7 +51,7 @@ def chunk_delta_rule(
         ],
         output_dtypes=[mx.float32] * 3,
     )
-    # Columns of eight go to simdgroups, up to four of which share what they read.
+    # Each simdgroup has eight columns; up to four simdgroups share what they read.
     columns = value_head_dim // 8
     simdgroups = next(n for n in (4, 3, 2, 1) if columns % n == 0)
     scan = kernel(

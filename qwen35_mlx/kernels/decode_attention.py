@@ -1,6 +1,6 @@
-"""Attention of a few new tokens over a cache, each key and value read once for all its queries.
+"""Attention of a few new tokens over a cache; each key and value is read once for all queries.
 
-Keys and values are floats, or what `mx.quantize` makes of them. B batch, T tokens, S keys, Hq/Hk
+Keys and values are floats, or quantized by `mx.quantize`. B batch, T tokens, S keys, Hq/Hk
 query/key heads, D head dim.
 """
 
@@ -14,13 +14,14 @@ from .matrix import FLOATS
 from .metal import kernel
 from .tiers import PORTABLE, Tiers
 
-# A simdgroup takes 32 dims of the values.
+# A simdgroup processes 32 dims of the values.
 HEAD_DIMS = range(32, 257, 32)
 # The format of packed keys and values that the kernel reads.
 PACKED_BITS, PACKED_GROUP_SIZE = 8, KV_GROUP_SIZE
-# Rows, a query head of a token each, for which a threadgroup may keep its sums in registers.
+# Numbers of rows for which a threadgroup can keep its sums in registers; a row is one query head
+# of one token.
 ROW_CLASSES = (8, 16, 32, 64, 96)
-# Of queries and of scores in threadgroup memory, which is 32 KB.
+# Limit for queries, and for scores, in threadgroup memory, which has 32 KB.
 MAX_STAGED_BYTES = 16 * 1024
 COMBINING_SIMDGROUPS = 8
 
@@ -28,25 +29,25 @@ COMBINING_SIMDGROUPS = 8
 class Packed(NamedTuple):
     """Keys or values `[B, Hk, S, D]`, quantized along D."""
 
-    # Codes, scales and biases, all `[B, Hk, S, ...]`, as `mx.quantize` gives them.
+    # Codes, scales and biases, all `[B, Hk, S, ...]`, as `mx.quantize` returns them.
     parts: Sequence[mx.array]
     bits: int
     group_size: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is packed."""
+        """Shape of the unpacked array."""
         *rows, num_groups = self.parts[1].shape
         return (*rows, num_groups * self.group_size)
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of what is packed."""
+        """Type of the unpacked array."""
         return self.parts[1].dtype
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
 
     def times(self, x: mx.array, head: int, transpose: bool) -> mx.array:
@@ -59,19 +60,19 @@ Heads = mx.array | Packed
 
 
 def each(heads: Heads, change: Callable[[mx.array], mx.array]) -> Heads:
-    """Floats, or all parts of what is packed, changed."""
+    """Apply `change` to floats, or to all parts of a packed array."""
     if isinstance(heads, Packed):
         return heads._replace(parts=[change(part) for part in heads.parts])
     return change(heads)
 
 
 def first_keys(heads: Heads, num_keys: int) -> Heads:
-    """The first ones, `[B, Hk, S, D]`; no copy."""
+    """A view of the first `num_keys` keys."""
     return each(heads, lambda a: a[..., :num_keys, :])
 
 
 def packed(x: mx.array, bits: int) -> Packed:
-    """`[B, Hk, S, D]` in groups of 64."""
+    """Quantize `[B, Hk, S, D]` in groups of 64."""
     return Packed(mx.quantize(x, PACKED_GROUP_SIZE, bits), bits, PACKED_GROUP_SIZE)
 
 
@@ -88,14 +89,14 @@ def decode_attention(
 ) -> mx.array:
     """q `[B, Hq, T, D]`, k and v `[B, Hk, S, D]` -> `[B, Hq, T, D]`.
 
-    mask as MLX's attention takes it: None, "causal" or an array. k and v may be views of buffers,
-    and are not copied; their dims have to be neighbours.
+    `mask` is as in MLX's attention: None, "causal" or an array. k and v may be views of buffers and
+    are not copied; their last axis must be contiguous.
     """
     num_tokens = q.shape[2]
     operation = "packed_attention" if isinstance(k, Packed) else "decode_attention"
     if (
         kernels.runs(operation, num_tokens)
-        # Arrays come from padded batches.
+        # Masks that are arrays come from padded batches.
         and (isinstance(mask, str) or (mask is None and num_tokens == 1))
         and q.shape[3] in HEAD_DIMS
         and q.dtype in FLOATS
@@ -108,7 +109,7 @@ def decode_attention(
 
 
 def portable_attention(q: mx.array, k: Heads, v: Heads, scale: float, mask: Any) -> mx.array:
-    """The same by operations of MLX, for any T. What is packed is never unpacked as a whole."""
+    """The same with MLX operations, for any T; packed arrays are never unpacked as a whole."""
     if isinstance(k, Packed) and isinstance(v, Packed):
         return _packed_attention(q, k, v, scale, mask)
     return mx.fast.scaled_dot_product_attention(q, unpacked(k), unpacked(v), scale=scale, mask=mask)
@@ -124,11 +125,11 @@ def _packed_attention(q: mx.array, k: Packed, v: Packed, scale: float, mask: Any
         mask = places <= places[length - num_tokens :, None]
     outputs = []
     for head in range(num_kv_heads):
-        # One at a time: of several, MLX would copy all that is packed on the CPU.
+        # One head at a time, because for several MLX would copy the packed array on the CPU.
         scores = k.times(rows[:, head : head + 1], head, True)
         shape = scores.shape
         if mask is not None:
-            # [B, query heads, T, S]; rows are tokens of one query head after another.
+            # [B, query heads, T, S]; the rows are the tokens of each query head in turn.
             scores = scores.reshape(batch, -1, num_tokens, length)
             scores = mx.where(mask, scores, mx.finfo(scores.dtype).min).reshape(shape)
         outputs.append(v.times(mx.softmax(scores, axis=-1), head, False))
@@ -154,7 +155,7 @@ def decode_attention_kernel(q: mx.array, k: Heads, v: Heads, scale: float) -> mx
         ("STAGED", rows * dim * q.itemsize <= MAX_STAGED_BYTES),
         ("PACKED", isinstance(k, Packed)),
     ]
-    # Floats also stand where scales and biases would.
+    # Floats also take the places of scales and biases.
     arrays = [a for x in (k, v) for a in (x.parts if isinstance(x, Packed) else (x, x, x))]
     names = (*("k", "k_scales", "k_biases"), *("v", "v_scales", "v_biases"))
     outputs = "sums", "extremes"
@@ -178,7 +179,7 @@ def decode_attention_kernel(q: mx.array, k: Heads, v: Heads, scale: float) -> mx
 
 
 def row_class(num_rows: int) -> int:
-    """Rows of a threadgroup; more than 96 take several passes over the keys."""
+    """The number of rows of a threadgroup; more than 96 need several passes over the keys."""
     num_passes = -(-num_rows // ROW_CLASSES[-1])
     return next(n for n in ROW_CLASSES if n * num_passes >= num_rows)
 

@@ -20,13 +20,13 @@ from .metal import kernel
 from .tiers import PORTABLE, Tiers
 
 L2_EPS = 1e-6
-# Wider heads would need more registers or threadgroup memory than there are.
+# Wider heads need too many registers or too much threadgroup memory.
 HEAD_DIMS = (8, 16, 32, 64, 128)
 ROWS_PER_SIMDGROUP = 8
 
 
 class DeltaParameters(NamedTuple):
-    """Weights of the layer that are no projections."""
+    """The layer's weights other than projections."""
 
     conv_weight: mx.array  # [C, K, 1]
     A_log: mx.array  # [Hv]
@@ -36,7 +36,7 @@ class DeltaParameters(NamedTuple):
 
 
 class DeltaInputs(NamedTuple):
-    """What the layer reads; mask `[B, T]` is False at padding, which leaves no trace."""
+    """The layer's inputs; mask `[B, T]` is False at padding, which does not change the state."""
 
     qkv: mx.array  # [B, T, C], a projection as the next three
     z: mx.array  # [B, T, Hv * Dv]
@@ -49,7 +49,7 @@ class DeltaInputs(NamedTuple):
 
 
 class KeptStates(NamedTuple):
-    """The states at every point of a pass whose last tokens may be taken back."""
+    """The states after every token of a pass whose last tokens may be taken back."""
 
     window: mx.array  # [B, K - 1 + T, C], inputs of the convolution
     recurrent_states: list[mx.array]  # T + 1 of [B, Hv, Dv, Dk]
@@ -58,7 +58,7 @@ class KeptStates(NamedTuple):
     def states(self) -> tuple[mx.array, mx.array]:
         """conv_state and recurrent_state after the accepted tokens."""
         keep = self.window.shape[1] - len(self.recurrent_states) + 1
-        # A copy: a view would keep the whole window alive.
+        # A copy, because a view would keep the whole window alive.
         conv_state = mx.contiguous(self.window[:, self.num_accepted : self.num_accepted + keep])
         return conv_state, self.recurrent_states[self.num_accepted]
 
@@ -69,10 +69,10 @@ class KeptStates(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """States, and tokens behind them that may be taken back: the projections that went in.
+    """States, and the projections of the tokens after them, which may be taken back.
 
-    The kernel reads the accepted ones again before its next tokens, so that a pass reads and
-    writes the states once, kept or not.
+    The kernel replays the accepted tokens before its next ones. So each pass reads and writes the
+    states only once.
     """
 
     conv_state: mx.array
@@ -89,7 +89,7 @@ class Tape(NamedTuple):
             return self.conv_state, self.recurrent_state
         qkv, b, a = (x[:, : self.num_accepted] for x in (self.qkv, self.b, self.a))
         num_value_heads, value_head_dim = self.recurrent_state.shape[1:3]
-        # Nobody wants the output again.
+        # The output is not needed again.
         z = mx.zeros((*b.shape[:2], num_value_heads * value_head_dim), self.conv_state.dtype)
         inputs = DeltaInputs(qkv, z, b, a, *self[:2], self.parameters)
         _, *states = delta_step_kernel(inputs)
@@ -109,15 +109,15 @@ def delta_step(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Output `[B, T, Hv * Dv]` in z's type, new conv_state and recurrent_state.
 
-    lengths `[B]` are those of right-padded rows. Of many tokens, the delta rule alone may run as a
-    kernel. A tape, for the kernel alone, has tokens that come before.
+    `lengths` `[B]` are those of right-padded rows. For many tokens, only the delta rule may run as
+    a kernel. `tape`, for the kernel alone, has tokens that precede these.
     """
     if _runs_kernel(inputs, lengths, kernels):
         return delta_step_kernel(inputs, tape)
     out, window, (recurrent_state,) = _delta_ops(inputs, kernels)
     num_tokens, keep = inputs.qkv.shape[1], inputs.conv_state.shape[1]
     if lengths is None:
-        # A copy: a view would keep the whole window of a long prefill alive.
+        # A copy, because a view would keep the whole window of a long prefill alive.
         return out, mx.contiguous(window[:, num_tokens:]), recurrent_state
     # Right-padded rows: the state ends where the row ends.
     ends = mx.clip(lengths, 0, num_tokens)
@@ -128,7 +128,7 @@ def delta_step(
 def kept_delta_step(
     inputs: DeltaInputs, kernels: Tiers = PORTABLE, tape: Tape | None = None
 ) -> tuple[mx.array, KeptStates | Tape]:
-    """Up to 8 tokens of which the last may be taken back: output, and what the states become."""
+    """Output and states for up to 8 tokens, the last of which may be taken back."""
     qkv, _, b, a, _, recurrent_state, parameters, _ = inputs
     num_tokens = qkv.shape[1]
     if _runs_kernel(inputs, None, kernels):
@@ -151,7 +151,7 @@ def _runs_kernel(inputs: DeltaInputs, lengths: mx.array | None, kernels: Tiers) 
 def _delta_ops(
     inputs: DeltaInputs, kernels: Tiers, keep: bool = False
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Output, the convolution's window, and the last recurrent state or, to keep, each token's."""
+    """Output, the convolution's window, and the last recurrent state or, with `keep`, all."""
     qkv, z, b, a, conv_state, recurrent_state, parameters, mask = inputs
     batch, num_tokens, channels = qkv.shape
     num_value_heads, value_head_dim, key_head_dim = recurrent_state.shape[1:]
@@ -183,19 +183,19 @@ def _delta_mlx(
 ) -> tuple[mx.array, list[mx.array]]:
     """Output and recurrent states as `_delta_ops` from the convolved heads, in few dispatches.
 
-    These are fp32: MLX rounds the decay to the type of q, and in bf16 a slow one becomes one.
+    All is fp32, because MLX rounds the decay to the type of q, and bf16 rounds a slow decay to 1.
     """
     _, z, b, a, _, state, parameters, mask = inputs
     num_tokens, num_value_heads, value_head_dim = v.shape[1:]
     key_head_dim = qk.shape[-1]
-    # Unit length, as l2_norm: eps is added to the mean of squares here, to their sum there.
+    # Unit length, as in l2_norm, but eps is added to the mean of squares, not to their sum.
     qk = mx.fast.rms_norm(qk, _unit(key_head_dim), L2_EPS / key_head_dim)
     q, k = mx.split(qk, 2, axis=2)
     runs_chunks = not keep and runs_chunk_kernel(q, k, v, kernels)
     if not runs_chunks and is_fused(q.shape[2], num_value_heads, key_head_dim, value_head_dim):
         decay, beta = _decay_and_beta(a, b, parameters.A_log, parameters.dt_bias)
         if mask is not None:
-            # Not as the mask of the operation: that would make it a graph.
+            # With the operation's own mask, MLX would run a graph in place of its kernel.
             decay, beta = mx.where(mask[..., None], decay, 1), mx.where(mask[..., None], beta, 0)
         size = 1 if keep else num_tokens
         outputs, states = [], []
@@ -213,7 +213,7 @@ def _delta_mlx(
             out, states = recurrent_gated_delta_rule(q, k, v, g, beta, state)
         else:
             out, *states = gated_delta_rule(q, k, v, g, beta, state, kernels)
-    # q is sqrt(Dk) too long, and so is the output; the norm takes that out, but for its eps.
+    # q and the output are too long by sqrt(Dk). The norm removes the factor, if eps is scaled.
     out = mx.fast.rms_norm(out, None, parameters.eps * key_head_dim)
     out = _weighted_and_gated(out, parameters.norm_weight, z.reshape(out.shape))
     return out.reshape(z.shape), states
@@ -231,7 +231,7 @@ def _unit(dim: int) -> mx.array:
 def _decay_and_beta(
     a: mx.array, b: mx.array, A_log: mx.array, dt_bias: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """As `_gates`, but the decay itself."""
+    """As `_gates`, with the decay in place of its logarithm."""
     g = -mx.exp(A_log.astype(mx.float32)) * nn.softplus(
         a.astype(mx.float32) + dt_bias.astype(mx.float32)
     )
@@ -246,7 +246,7 @@ def _weighted_and_gated(x: mx.array, weight: mx.array, z: mx.array) -> mx.array:
 
 @functools.partial(mx.compile, shapeless=True)
 def _silu_fp32(x: mx.array) -> mx.array:
-    """SiLU in fp32, as which MLX's delta rule takes its inputs."""
+    """SiLU in fp32, the type that MLX's delta rule needs here."""
     return nn.silu(x.astype(mx.float32))
 
 
@@ -257,7 +257,7 @@ def _convolve(window: mx.array, num_tokens: int, weight: mx.array, kernels: Tier
         return _silu_fp32(mx.conv1d(window, weight, groups=channels))
     if num_tokens > MAX_ROWS:
         return nn.silu(mx.conv1d(window, weight, groups=channels))
-    # In one order of sums, however few tokens there are.
+    # The order of sums is the same for any number of tokens.
     rows = weight.squeeze(-1).T.astype(mx.float32)
     if num_tokens == 1:
         return nn.silu((window * rows).sum(axis=1, keepdims=True))
@@ -275,7 +275,7 @@ def _gates(
         a.astype(mx.float32) + parameters.dt_bias.astype(mx.float32)
     )
     if mask is not None:
-        # No decay and no update: the state passes a pad untouched.
+        # No decay and no update, so that padding does not change the state.
         g, beta = mx.where(mask[..., None], g, 0), mx.where(mask[..., None], beta, 0)
     return g, beta
 
@@ -289,10 +289,10 @@ def l2_norm(x: mx.array) -> mx.array:
 def delta_step_kernel(
     inputs: DeltaInputs, tape: Tape | None = None, keep: bool = False
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The same for T up to 8, in one dispatch that reads and writes the state once.
+    """`delta_step` for T up to 8, in one dispatch that reads and writes the state once.
 
-    The accepted tokens of `tape`, whose states are those given, come before the new ones. With
-    `keep`, the states returned are those before the new tokens.
+    The given states are those of `tape`, whose accepted tokens are replayed before the new ones.
+    With `keep`, the returned states are those before the new tokens.
     """
     qkv, z, b, a, conv_state, recurrent_state, parameters, mask = inputs
     batch, num_tokens, channels = qkv.shape
@@ -303,7 +303,7 @@ def delta_step_kernel(
     out, conv_state, recurrent_state = kernel(
         "delta_step", tuple(names.split()), ("out", "new_conv_state", "new_state")
     )(
-        # Without a mask or a tape anything fills its place.
+        # Without a mask or a tape, another array takes its place.
         inputs=[
             *(qkv, z, b, a, conv_state, recurrent_state, conv_weight, *others, eps),
             b if mask is None else mask,

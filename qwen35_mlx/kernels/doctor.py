@@ -1,4 +1,4 @@
-"""Looks at this machine, and measures every kernel against what MLX has, at the family's sizes."""
+"""Describes this machine, and compares every kernel with MLX's own at the family's sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from .verdicts import Format, Verdict
 
 REPORT_VERSION = 2
 DEFAULT_FORMAT = Format("bfloat16", 4, 64)
-# Of what the GPU may use: the rest is for others.
+# Share of the GPU's memory limit that a case may use; other programs need the rest.
 MEMORY_SHARE = 0.7
 
 
@@ -26,7 +26,7 @@ def run(
 ) -> dict[str, Any]:
     """The report on the family's sizes in these formats; without Metal its `kernels` is None.
 
-    `model`: one whose own sizes are measured too, in its own formats.
+    The sizes and formats of `model` are measured too.
     """
     machine = describe()
     kernels = None
@@ -43,7 +43,7 @@ def run(
 
 
 def store(report: dict[str, Any]) -> None:
-    """Keep the verdicts for `load(kernels="auto")`."""
+    """Store the verdicts for `load(kernels="auto")`."""
     if report["kernels"] is not None:
         fields = Verdict._fields
         verdicts.write(Verdict(**{f: row[f] for f in fields}) for row in report["kernels"])
@@ -54,7 +54,7 @@ def examine(
 ) -> list[dict[str, Any]]:
     """Rows of the report: verdicts on one operation, with the member's name and the speedup.
 
-    If the kernel is wrong in any small case, it is wrong for every size.
+    A kernel that is wrong in any small case counts as wrong for every size.
     """
     problem = parity_problem(check)
     rows = []
@@ -84,13 +84,13 @@ def examine(
 
 
 def parity_problem(check: Check) -> str | None:
-    """What is wrong with an operation's kernel in small cases of all widths and types."""
+    """The problem of an operation's kernel in small cases of all widths and types, or None."""
     try:
         for setting in checks.parity_settings(check):
             measure.compare(check, checks.SMALL, setting)
     except Mismatch as mismatch:
         return str(mismatch)
-    # Compilers and GPUs raise what they like.
+    # Compilers and GPUs may raise any exception.
     except Exception as error:
         return f"{type(error).__name__}: {measure.impersonal(error)}"
     return None

@@ -1,7 +1,7 @@
 """Routed experts and the shared one for few tokens, in two steps: gate and up, then down.
 
 N tokens, K experts per token, E experts, H hidden, I/Is width of a routed/the shared expert.
-A dense feed-forward layer is a shared expert alone, of weight one.
+A dense feed-forward layer is a shared expert of weight one without routed experts.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ def expert_gate_up(
 ) -> list[mx.array]:
     """silu(gate) * up of the shared expert, `[N, Is]`, and of the chosen ones, `[N, K, I]`.
 
-    x `[N, H]`, to be normalised by `norm`; shared and routed hold gate_proj, up_proj and down_proj,
-    routed as stacks; without routing the first alone.
+    x `[N, H]` is first normalised by `norm`. shared and routed have gate_proj, up_proj and
+    down_proj, in routed as stacks. Without routing only the first result is returned.
     """
     if kernels.runs("expert_gate_up", x.shape[0]) and x.dtype in FLOATS:
         mlps = [shared] if routed is None else [shared, routed]
@@ -63,7 +63,7 @@ def expert_down(
     routed: nn.Module | None = None,
     kernels: Tiers = PORTABLE,
 ) -> mx.array:
-    """residual `[N, H]` + down_proj of what `expert_gate_up` gives, weighted by the routing."""
+    """residual `[N, H]` + down_proj of the results of `expert_gate_up`, weighted by the routing."""
     if kernels.runs("expert_down", residual.shape[0]) and residual.dtype in FLOATS:
         mlps = [shared] if routed is None else [shared, routed]
         weights = matrices([mlp.down_proj for mlp in mlps])
@@ -78,7 +78,7 @@ def expert_down(
 
 
 def weighted_sum(outputs: mx.array, scores: mx.array) -> mx.array:
-    """Outputs `[N, K, H]` of chosen experts by their scores `[N, K]` -> `[N, H]`."""
+    """Sum of outputs `[N, K, H]` of chosen experts, weighted by scores `[N, K]` -> `[N, H]`."""
     return (outputs * scores[..., None].astype(outputs.dtype)).sum(axis=1)
 
 
@@ -107,7 +107,7 @@ def expert_gate_up_kernel(
 ) -> list[mx.array]:
     """The same for N up to 8, in one dispatch."""
     num_tokens = x.shape[0]
-    # Without a norm anything fills its place.
+    # Without a norm, another array takes its place.
     inputs: list[Any] = [x, x, 0.0] if norm is None else [x, norm.weight, norm.eps]
     num_pairs = 0
     prefixes: tuple[str, ...] = ("shared_gate", "shared_up")
@@ -118,7 +118,7 @@ def expert_gate_up_kernel(
         shapes.append((*routing.indices.shape, routed[0].out_dims))
         num_pairs = routing.indices.size
     weights = dict(zip(prefixes, [*shared, *routed], strict=True))
-    # A row of each of the two matrices counts twice.
+    # Half the rows, because each counts once for gate and once for up.
     rows, routed_rows = rows_per_simdgroup(num_tokens) // 2, 2
     lanes = lanes_per_row(x.shape[1])
     blocks = max(
@@ -165,9 +165,9 @@ def expert_down_kernel(
 ) -> mx.array:
     """The same for N up to 8, in one dispatch."""
     num_tokens, width = residual.shape
-    # Without routing K is 0, and what is not read is filled by anything.
+    # Without routing K is 0, and other arrays take the places of those that are not read.
     weights = {"shared": shared, "down": routed[0] if routed else shared}
-    # Scores of another tier may have another type.
+    # Another tier's scores may have another type.
     chosen = routing and [routing.indices, *(s.astype(mx.float32) for s in routing[1:])]
     chosen = chosen or [residual, residual, residual]
     rows, lanes = rows_per_simdgroup(num_tokens), lanes_per_row(max(h.shape[-1] for h in hidden))

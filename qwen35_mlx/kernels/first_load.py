@@ -1,4 +1,4 @@
-"""The check of a model when it is first loaded on a Mac: its own shapes, type and bits only."""
+"""The check of kernels when a model is first loaded on a Mac: only its shapes, type and bits."""
 
 import sys
 import time
@@ -11,27 +11,27 @@ from .checks import Setting
 from .tiers import Tiers
 from .verdicts import Verdict
 
-# What is not measured by then is measured at the next load.
+# Time limit; the next load measures the rest.
 LIMIT_S = 5.0
 ROUNDS = 2
 
 
 def tiers_of(model: Any) -> Tiers:
-    """The tiers that are right and fastest for the model here; measures what was never measured.
+    """The fastest correct tiers for the model on this machine; measures what is not known yet.
 
-    Prefill is left to the doctor: on what MLX has until that found it slower.
+    Prefill runs on MLX's own operations until the command doctor has measured its kernels.
     """
     formats, config = choice.formats_of(model), model.config
     member = verdicts.member_of(config)
     known = {v.key: v for v in verdicts.read()}
     found: list[Verdict] = []
     start = time.monotonic()
-    # Single tokens first: they are what most time goes to.
+    # Single tokens first, because they take most of the time in use.
     for num_tokens, check in product(choice.TOKENS, checks.CHECKS):
         if check.is_prefill or (check.needs_experts and not config.is_moe):
             continue
         about = check.op, verdicts.shape_of(member), *formats[check.op]
-        # Slower for fewer tokens is enough to know.
+        # If the kernel is slower for fewer tokens, more tokens are not measured.
         fewer = [known[*about, n] for n in choice.TOKENS if (*about, n) in known and n < num_tokens]
         if (*about, num_tokens) in known or not all(v.is_faster for v in fewer):
             continue
@@ -51,7 +51,7 @@ def tiers_of(model: Any) -> Tiers:
 
 
 def _tell(found: list[Verdict], chosen: Tiers, taken_s: float) -> None:
-    """One line."""
+    """Log one line about the measurements."""
     ops = dict.fromkeys(v.op for v in found)
     wrong = dict.fromkeys(v.op for v in found if v.problem)
     used = [op for op in ops if op in chosen.kernel_rows]

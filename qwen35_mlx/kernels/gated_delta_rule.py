@@ -1,7 +1,7 @@
-"""The gated delta rule: on plain MLX ops a step for decode and chunks for prefill, or kernels.
+"""The gated delta rule with MLX operations, by step for decode, by chunk for prefill; or kernels.
 
 B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, C chunk_size, N chunks.
-State is `[B, Hv, Dv, Dk]` fp32 everywhere here.
+The state is always `[B, Hv, Dv, Dk]` in fp32.
 """
 
 import mlx.core as mx
@@ -37,7 +37,7 @@ def gated_delta_rule(
 
 
 def runs_chunk_kernel(q: mx.array, k: mx.array, v: mx.array, kernels: Tiers) -> bool:
-    """Whether this call is for the chunked kernels; a single token is not."""
+    """Whether this call runs the chunked kernels; a single token does not."""
     num_tokens = q.shape[1]
     return (
         num_tokens > 1
@@ -47,8 +47,8 @@ def runs_chunk_kernel(q: mx.array, k: mx.array, v: mx.array, kernels: Tiers) -> 
 
 
 def is_fused(num_key_heads: int, num_value_heads: int, key_dim: int, value_dim: int) -> bool:
-    """Whether MLX has `gated_delta_update` as a kernel for such heads, and not as a graph."""
-    # All of the family's. Whatever else MLX has a kernel for does not occur here.
+    """Whether MLX runs `gated_delta_update` as a kernel for such heads, and not as a graph."""
+    # True for all heads of the family; other heads for which MLX has a kernel do not occur here.
     return (
         num_key_heads == 16 and num_value_heads in (16, 32, 48, 64) and key_dim == value_dim == 128
     )
@@ -59,11 +59,11 @@ def recurrent_gated_delta_rule(
 ) -> tuple[mx.array, list[mx.array]]:
     """Output, and the state after each token; fp32.
 
-    A token's numbers are the same whether others come with it or not.
+    A token's result does not depend on how many tokens come with it.
     """
     batch, num_tokens, num_key_heads, key_head_dim = q.shape
     num_value_heads, value_head_dim = v.shape[2:]
-    # Value heads of one key head side by side: no repeated copies of q and k.
+    # Group the value heads of a key head, so that q and k are not copied for each.
     grouped = (batch, num_key_heads, num_value_heads // num_key_heads)
     s = state.reshape(*grouped, value_head_dim, key_head_dim)
     shapes = (
@@ -73,7 +73,7 @@ def recurrent_gated_delta_rule(
     inputs = (q, k, v, mx.exp(g), beta)
     outputs, states = [], []
     for t in range(num_tokens):
-        # One token needs no slices: on the CPU each costs as much as what it is for.
+        # One token needs no slices, which on the CPU cost as much as the computation.
         parts = inputs if num_tokens == 1 else [x[:, t] for x in inputs]
         q_t, k_t, v_t, decay, rate = (
             x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)
@@ -95,10 +95,10 @@ def chunk_gated_delta_rule(
     state: mx.array,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[mx.array, mx.array]:
-    """Any number of tokens, T / chunk_size sequential steps (arXiv 2412.06464, section 3.3).
+    """The rule for any number of tokens in T / chunk_size steps (arXiv 2412.06464, section 3.3).
 
-    Within a chunk the updates of all tokens solve one unit lower triangular system; memory is
-    O(T * chunk_size) a head.
+    Within a chunk the updates of all tokens solve one unit lower triangular system. Memory is
+    O(T * chunk_size) per head.
     """
     num_tokens, num_key_heads, key_head_dim = q.shape[1:]
     num_value_heads, value_head_dim = v.shape[2:]
@@ -118,10 +118,10 @@ def chunk_gated_delta_rule(
 
     cumulative = mx.cumsum(g, axis=-1)
     causal = mx.tri(chunk_size, chunk_size, 0, dtype=mx.bool_)
-    # Masked before exp: above the diagonal the difference is positive and would overflow.
+    # Masked before exp, because the differences above the diagonal are positive and could overflow.
     log_decay = mx.where(causal, cumulative[..., :, None] - cumulative[..., None, :], -mx.inf)
     decay = mx.exp(log_decay)
-    # Transposed once into memory: the CPU's matmul is three times slower on a transposed view.
+    # Transposed in memory, because the CPU's matmul is three times slower on a transposed view.
     k_transposed = mx.contiguous(k.swapaxes(-1, -2))
     strictly_causal = mx.tri(chunk_size, chunk_size, -1, dtype=mx.bool_)
     system = mx.where(strictly_causal, beta * decay * (k @ k_transposed), 0)
@@ -152,8 +152,8 @@ def chunk_gated_delta_rule(
 def _unit_lower_inverse(lower: mx.array) -> mx.array:
     """Inverse of I + lower for strictly lower triangular `[..., C, C]`, C a power of two.
 
-    Blocks are inverted bottom up, each level doubling them: as stable as substitution, where
-    a product of powers loses all digits once keys repeat, and no op that only the CPU has.
+    Inverts diagonal blocks whose size doubles at each level. This is as stable as substitution,
+    while a product of powers loses all digits if keys repeat; and the GPU has all operations.
     """
     *batch, size, _ = lower.shape
     # [..., P, R, R]: the P inverted diagonal blocks of R rows.

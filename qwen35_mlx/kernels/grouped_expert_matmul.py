@@ -1,4 +1,4 @@
-"""The routed experts: on MLX ops, or as two Metal matrix products over rows sorted by expert.
+"""The routed experts with MLX operations, or as two Metal products over rows sorted by expert.
 
 N tokens, K experts per token, R = N * K rows, E experts, H hidden, I expert width.
 """
@@ -13,7 +13,7 @@ from .switch import SORT_FROM, SwitchGLU
 from .tiers import PORTABLE, Tiers
 
 TILE_ROWS = 64
-# What a threadgroup multiplies a tile with: 64 rows of gate and of up, or 128 of down.
+# Rows of weights by which a threadgroup multiplies a tile: 64 of gate and of up, or 128 of down.
 TILE_COLUMNS = 128
 
 
@@ -33,7 +33,7 @@ def expert_mlp(
 
 
 def eligible(x: mx.array, projections: list[nn.Module]) -> list[Matrix] | None:
-    """gate, up and down as the kernel reads them, or None if it does not."""
+    """gate, up and down in the form for the kernel, or None if it cannot run them."""
     found = matrices(projections)
     if found is None or x.dtype not in FLOATS:
         return None
@@ -45,14 +45,14 @@ def eligible(x: mx.array, projections: list[nn.Module]) -> list[Matrix] | None:
 def tiles(flat: mx.array, num_experts: int) -> tuple[mx.array, mx.array]:
     """Running sums over experts, `[E]` each: of rows, and of tiles of up to 64 rows.
 
-    flat: `[R]`, the expert of each row. All on the device: nothing waits for the counts.
+    flat: `[R]`, the expert of each row. The device computes all, so nothing waits for the counts.
     """
     counts = mx.zeros(num_experts, mx.int32).at[flat].add(1)
     return mx.cumsum(counts), mx.cumsum((counts + TILE_ROWS - 1) // TILE_ROWS)
 
 
 def num_matrix_macs(counts: list[int], in_dims: int, out_dims: int) -> int:
-    """Multiply-adds issued for experts with these rows: rows of eight, columns of the grid."""
+    """Multiply-adds for experts with these rows, which are rounded up to eight, as columns are."""
     columns = -(-out_dims // TILE_COLUMNS) * TILE_COLUMNS
     return sum(-(-n // 8) * 8 for n in counts) * in_dims * columns
 
@@ -60,7 +60,7 @@ def num_matrix_macs(counts: list[int], in_dims: int, out_dims: int) -> int:
 def grouped_expert_mlp(
     x: mx.array, indices: mx.array, scores: mx.array, gate: Matrix, up: Matrix, down: Matrix
 ) -> mx.array:
-    """The same for many tokens, in two dispatches and what sorts the rows."""
+    """`expert_mlp` for many tokens, in two dispatches after those that sort the rows."""
     num_tokens, per_token = indices.shape
     flat = indices.flatten()
     order = mx.argsort(flat)

@@ -1,4 +1,4 @@
-"""How kernels see the weight of a linear layer: dense, or affine quantized in MLX's layout."""
+"""The weight of a linear layer in the form for kernels: dense, or affine in MLX's layout."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from ..checkpoint.quantization import BITS, GROUP_SIZES
 from .metal import Template
 
 FLOATS = (mx.bfloat16, mx.float16, mx.float32)
-# Most rows of activations for which a decode kernel keeps its sums in registers.
+# Maximum rows of activations for which a decode kernel keeps its sums in registers.
 MAX_ROWS = 8
 # True: kernels convert integers to floats. False: they set bits of a mantissa, which takes fewer
-# issue slots and gives the same numbers. To be changed if a Mac measures otherwise.
+# issue slots and gives the same numbers. No Mac has measured which is faster.
 CONVERT = False
-# Of a threadgroup.
+# Number of simdgroups in a threadgroup.
 SIMDGROUPS = 2
-# Columns that one lane takes at a time; MLX passes smaller arrays than this in another way.
+# Columns that a lane processes at a time; MLX passes arrays with fewer elements in another way.
 CHUNK, MIN_ELEMENTS = 32, 8
 
 
 class Matrix(NamedTuple):
-    """`[..., out, in]` for a kernel; dense, bits are 0 and the weight fills all three places."""
+    """`[..., out, in]` for a kernel; if dense, bits are 0 and the weight takes all three places."""
 
     arrays: tuple[mx.array, mx.array, mx.array]
     bits: int
@@ -33,7 +33,7 @@ class Matrix(NamedTuple):
 
     @property
     def out_dims(self) -> int:
-        """Rows, of each expert where they are stacked."""
+        """Number of rows, for each expert if they are stacked."""
         return self.arrays[0].shape[-2]
 
     def template(self, prefix: str) -> Template:
@@ -43,15 +43,15 @@ class Matrix(NamedTuple):
 
 @functools.cache
 def names(*prefixes: str) -> tuple[str, ...]:
-    """What the arrays of matrices are called in a kernel."""
+    """Names in a kernel of the arrays of matrices."""
     return tuple(f"{prefix}_{part}" for prefix in prefixes for part in ("w", "scales", "biases"))
 
 
 def matrix(module: nn.Module) -> Matrix | None:
-    """The weight of a linear layer or stack of experts; None if no kernel reads such a one."""
-    # A module is a dict of its parameters; asked once a layer and token, so without ceremony.
+    """The weight of a linear layer or stack of experts; None if no kernel supports it."""
+    # A module is a dict of its parameters. `get` is fast, and this runs for each layer and token.
     weight = module.get("weight")
-    # A matrix with an adapter beside it has no weight of its own.
+    # A matrix with an adapter has no weight of its own.
     if weight is None or "bias" in module:
         return None
     if "scales" not in module:
@@ -74,29 +74,29 @@ def arrays_of(tree: Any) -> dict[str, mx.array]:
 
 
 def matrices(modules: Sequence[nn.Module]) -> list[Matrix] | None:
-    """All of them, or None if one of them is for no kernel."""
+    """The matrices of all modules, or None if no kernel supports one of them."""
     found = [m for m in map(matrix, modules) if m is not None]
     return found if len(found) == len(modules) else None
 
 
 def template(weights: Mapping[str, Matrix], num_tokens: int, lanes: int) -> Template:
-    """What kernels of matrices are compiled for, by the prefixes of the matrices' names."""
+    """Template arguments of kernels for matrices, by the prefixes of the matrices' names."""
     found = [t for prefix, w in weights.items() for t in w.template(prefix)]
     found += [("TOKENS", token_class(num_tokens)), ("LANES", lanes)]
     return [*found, ("CONVERT", CONVERT), ("SIMDGROUPS", SIMDGROUPS)]
 
 
 def token_class(num_tokens: int) -> int:
-    """For how many rows of activations a kernel is compiled that runs for so many."""
+    """The number of rows for which the kernel is compiled that runs this many tokens."""
     return 1 << (num_tokens - 1).bit_length()
 
 
 def rows_per_simdgroup(num_tokens: int) -> int:
-    """How many rows of weights share what is loaded of x, with registers for all sums."""
+    """Number of rows of weights that share the loaded part of x, with registers for all sums."""
     return 4 if num_tokens <= 4 else 2
 
 
 def lanes_per_row(in_dims: int) -> int:
-    """How many lanes share a row so that none is idle: a power of two up to 32."""
+    """Number of lanes that share a row so that none is idle: a power of two up to 32."""
     chunks = in_dims // CHUNK
     return min(32, 1 << (chunks - 1).bit_length())

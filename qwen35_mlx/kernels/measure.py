@@ -1,6 +1,6 @@
-"""Whether a kernel is right, and its time against what MLX has, on this machine.
+"""Checks a kernel and measures its time against MLX's own on this machine.
 
-Of a chain of runs each takes the output of the one before, as the layers of a model do, and the
+The runs are a chain: each takes the output of the one before, as the layers of a model do, and the
 next of several copies of the weights, which together are larger than any cache.
 """
 
@@ -16,20 +16,20 @@ from .choice import dtype_name
 from .tiers import MLX, PORTABLE, Tiers, with_kernels
 from .verdicts import Verdict, shape_of
 
-# More than the caches of any chip hold.
+# Larger than the caches of any chip.
 COLD_BYTES = 256 * 10**6
 MAX_COPIES = 64
-# Rounds take turns, and the best counts.
+# Rounds of both tiers alternate, and the fastest counts.
 ROUNDS, DECODE_RUNS, PREFILL_RUNS = 4, 16, 2
 ON_MLX = Tiers(MLX)
 
 
 class Mismatch(Exception):
-    """The kernel computes something else than the reference, or did not run."""
+    """The kernel's result differs from the reference, or the kernel did not run."""
 
 
 def judge(check: Check, member: Member, setting: Setting, rounds: int = ROUNDS) -> Verdict:
-    """The verdict on one operation at one size; nothing that a kernel does raises here.
+    """The verdict on one operation at one size; errors of a kernel are part of it.
 
     A compiler's message is a problem of the kernel like any other.
     """
@@ -45,7 +45,7 @@ def judge(check: Check, member: Member, setting: Setting, rounds: int = ROUNDS) 
         for _ in range(rounds):
             for side, tiers in sides.items():
                 best[side] = min(best[side], seconds(copies, tiers, runs))
-        # What ties one run to the next is no part of either.
+        # The time of linking one run to the next is subtracted.
         nothing = case._replace(run=lambda tiers, x: [x])
         link = min(seconds([nothing], ON_MLX, runs) for _ in range(rounds))
         metal_s, mlx_s = (max(best[side] - link, best[side] / 100) for side in sides)
@@ -58,7 +58,7 @@ def judge(check: Check, member: Member, setting: Setting, rounds: int = ROUNDS) 
         )
     except Mismatch as mismatch:
         problem = str(mismatch)
-    # Compilers and GPUs raise what they like.
+    # Compilers and GPUs may raise any exception.
     except Exception as error:
         problem = f"{type(error).__name__}: {impersonal(error)}"
     mx.clear_cache()
@@ -66,13 +66,13 @@ def judge(check: Check, member: Member, setting: Setting, rounds: int = ROUNDS) 
 
 
 def about(check: Check, member: Member, setting: Setting) -> Verdict:
-    """A verdict that says nothing yet."""
+    """A verdict without results yet."""
     form = (dtype_name(setting.dtype), setting.bits, setting.group_size)
     return Verdict(check.op, shape_of(member), *form, setting.num_tokens)
 
 
 def compare(check: Check, member: Member, setting: Setting) -> tuple[float, Case]:
-    """Error of the kernel against the portable operations in float32; raises Mismatch."""
+    """The kernel's error against the portable operations in float32; raises Mismatch."""
     exact = _build(check, member, setting.exact)
     wanted = exact.run(PORTABLE, exact.x)
     mx.eval(wanted)
@@ -97,7 +97,7 @@ def _build(check: Check, member: Member, setting: Setting) -> Case:
 
 
 def _copies(check: Check, member: Member, setting: Setting, case: Case) -> list[Case]:
-    """Further cases of the same sizes."""
+    """More cases of the same sizes."""
     count = min(MAX_COPIES, COLD_BYTES // case.num_bytes)
     return [
         _build(check, member, setting._replace(seed=setting.seed + 1 + i)) for i in range(count)
@@ -105,7 +105,7 @@ def _copies(check: Check, member: Member, setting: Setting, case: Case) -> list[
 
 
 def seconds(cases: list[Case], tiers: Tiers, runs: int) -> float:
-    """Time of one of several runs in a chain, without that of building their graph."""
+    """Time per run of several in a chain, without the time of building their graph."""
     x = cases[0].x
     for i in range(runs):
         outputs = cases[i % len(cases)].run(tiers, x)
@@ -117,7 +117,7 @@ def seconds(cases: list[Case], tiers: Tiers, runs: int) -> float:
 
 @mx.compile
 def _linked(x: mx.array, *outputs: mx.array) -> mx.array:
-    """x, once the outputs are there."""
+    """x, available after the outputs."""
     return x + sum((0 * y.astype(x.dtype) for y in outputs), mx.array(0, x.dtype))
 
 

@@ -10,10 +10,10 @@ import mlx.core as mx
 from ..errors import Qwen35Error
 
 Template = list[tuple[str, Any]]
-# Of one kernel; Metal has no more.
+# Metal's limit for one kernel.
 MAX_BUFFERS = 31
 # Sums and exact subtractions must not be rearranged, whatever MLX's default is. Older versions of
-# MLX have no such option and compile in this mode.
+# MLX lack the option and always compile this way.
 OPTIONS: dict[str, Any] = (
     {"compile_options": {"math_mode": "safe"}}
     if "compile_options" in (mx.fast.metal_kernel.__doc__ or "")
@@ -33,15 +33,15 @@ def kernel(
     generated: str = "",
     any_strides: bool = False,
 ) -> Callable[..., list[mx.array]]:
-    """The kernel of `<name>.metal`; names as tuples, call it as `mx.fast.metal_kernel` says.
+    """The kernel of `<name>.metal`; names are tuples, and it is called as MLX's kernels are.
 
-    `common.metal` stands before the functions of the file, `generated` is the end of its body. A
-    `label` is the kernel's own name, and must tell apart what differs in these. Views are copied
-    to rows without gaps, unless the source minds `any_strides`.
+    `common.metal` precedes the functions of the file; `generated` is appended to its body. `label`
+    is the kernel's name and must differ if any of these do. Views are copied to contiguous arrays,
+    except with `any_strides`, for a source that handles strides.
     """
     functions, body = _read(name)
     source = body + generated
-    # MLX passes the shape of an input as a buffer of its own where the source names it.
+    # MLX passes the shape of an input as another buffer if the source uses it.
     shapes = [f"{n}_{part}" for n in input_names for part in ("shape", "strides", "ndim")]
     num_buffers = len(input_names) + len(output_names) + sum(s in source for s in shapes)
     if num_buffers > MAX_BUFFERS:
@@ -64,19 +64,19 @@ def kernel(
 
 
 def clear() -> None:
-    """Forget built kernels, for tests that put something else under `mx.fast.metal_kernel`."""
+    """Forget built kernels, for tests that replace `mx.fast.metal_kernel`."""
     kernel.cache_clear()
 
 
 def num_uses() -> int:
-    """How often a kernel was asked for, to tell whether an operation ran one."""
+    """Number of kernels requested so far, to tell whether an operation ran one."""
     info = kernel.cache_info()
     return info.hits + info.misses
 
 
 @functools.cache
 def _read(name: str) -> tuple[str, str]:
-    """Functions and body of a file."""
+    """The functions and the body of a file."""
     text = files(__package__).joinpath(f"{name}.metal").read_text(encoding="utf-8")
     functions, _, body = text.partition(BODY)
     return functions, body

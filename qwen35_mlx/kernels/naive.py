@@ -1,4 +1,4 @@
-"""The truth: every hot operation in fp32, one token or one expert at a time, to be read.
+"""Simple references: every hot operation in fp32, one token or one expert at a time.
 
 B batch, T tokens, Hk/Hv key/value heads, Dk/Dv head dims, E experts, K experts per token.
 """
@@ -76,7 +76,7 @@ def naive_project(x: mx.array, weights: list[mx.array]) -> list[mx.array]:
 
 
 def naive_rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """Over the last axis, in fp32; the weight is not zero-centred."""
+    """RMS norm over the last axis, in fp32; the weight is not zero-centred."""
     x = x.astype(mx.float32)
     return x / mx.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight.astype(mx.float32)
 
@@ -91,7 +91,7 @@ def naive_delta_step(
     parameters: DeltaParameters,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """A linear attention layer between its projections, as `delta_step` says; fp32."""
+    """A linear attention layer between its projections, as in `delta_step`; fp32."""
     conv_weight, A_log, dt_bias, norm_weight = (p.astype(mx.float32) for p in parameters[:4])
     qkv, z, b, a, conv_state = (x.astype(mx.float32) for x in (qkv, z, b, a, conv_state))
     batch, num_tokens, channels = qkv.shape
@@ -120,7 +120,7 @@ def naive_delta_step(
 def naive_route(
     logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The K most probable experts of each token, the first of equals, and their weights; fp32."""
+    """The K most probable experts of each token, lowest index first if equal; weights in fp32."""
     probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
     indices = mx.argsort(-logits.astype(mx.float32), axis=-1)[:, :num_experts_per_tok]
     scores = mx.take_along_axis(probabilities, indices, axis=-1)
@@ -167,5 +167,5 @@ def naive_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.a
 
 
 def naive_output_gate(x: mx.array, gate: mx.array) -> mx.array:
-    """Number by number, in fp32."""
+    """x times the sigmoid of the gate, element by element, in fp32."""
     return x.astype(mx.float32) * mx.sigmoid(gate.astype(mx.float32))

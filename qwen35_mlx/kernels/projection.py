@@ -23,7 +23,7 @@ from .matrix import (
 from .metal import kernel
 from .tiers import PORTABLE, Tiers
 
-# With fewer rows of weights, simdgroups of few rows each, so that more of them run.
+# With fewer rows of weights, a simdgroup gets few rows, so that more simdgroups run.
 FEW_ROWS = 2048
 
 
@@ -38,8 +38,8 @@ def project(
 ) -> list[mx.array]:
     """`[..., H]`, after `norm`, times each of the modules' weights, plus `residual`.
 
-    Of the type that x, the residual, the norm's weight and the module's promote to. The kernel
-    writes another `dtype` for nothing; a cast of its own is left to the caller.
+    The result has the type to which x, the residual, and the weights of the norm and the module
+    promote. The kernel can write another `dtype` at no cost; other tiers do not cast.
     """
     rows = x.size // x.shape[-1]
     if kernels.runs("projection", rows) and x.dtype in FLOATS:
@@ -50,7 +50,7 @@ def project(
             outputs = project_kernel(x.reshape(rows, -1), weights, dtype, norm, residual)
             return [y.reshape(*x.shape[:-1], -1) for y in outputs]
     x = x if norm is None else norm(x)
-    # Embeddings that are the head too.
+    # Tied embeddings are the head too.
     layers: list[Any] = [getattr(module, "as_linear", module) for module in modules]
     outputs = [layer(x) for layer in layers]
     return outputs if residual is None else [residual + y for y in outputs]
@@ -65,7 +65,7 @@ def project_kernel(
 ) -> list[mx.array]:
     """x `[N, H]`, N up to 8 -> `[N, out]` of each matrix, residual `[N, out]` added."""
     num_rows = x.shape[0]
-    # Dense ones are four times as much for a simdgroup: first, or they are what is waited for.
+    # Dense matrices go first: they take a simdgroup four times as long, and would end last.
     order = sorted(range(len(weights)), key=lambda i: weights[i].bits > 0)
     weights = [weights[i] for i in order]
     lanes = lanes_per_row(x.shape[1])
@@ -80,7 +80,7 @@ def project_kernel(
     made = kernel(
         "projection", inputs, outputs, label=f"projection_{len(weights)}", generated=generated
     )(
-        # Without a norm or a residual anything fills its place.
+        # Without a norm or a residual, another array takes its place.
         inputs=[
             *((x, x, 0.0) if norm is None else (x, norm.weight, norm.eps)),
             x if residual is None else residual,
@@ -102,7 +102,7 @@ def project_kernel(
 
 @functools.cache
 def _signature(count: int) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """Inputs and outputs for so many matrices, and the code that finds that of a threadgroup."""
+    """Inputs and outputs for `count` matrices, and the code that picks a threadgroup's matrix."""
     prefixes = [f"m{i}" for i in range(count)]
     generated = "".join(
         f"""

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weights.
+"""The router: chooses the experts of each token and their weights.
 
 N tokens, E experts, K experts per token.
 """
@@ -10,14 +10,14 @@ import mlx.core as mx
 from .metal import kernel
 from .tiers import PORTABLE, Tiers
 
-# One simdgroup holds the logits of a token in registers, and an expert a lane is its answer.
+# A simdgroup keeps the logits of a token in registers and returns one expert per lane.
 MAX_EXPERTS, MAX_EXPERTS_PER_TOK = 1024, 32
 
 
 class Routing(NamedTuple):
-    """Where each token goes: indices and scores `[N, K]`, shared_scores `[N, 1]`.
+    """The experts of each token: indices and scores `[N, K]`, shared_scores `[N, 1]`.
 
-    Scores are fp32, or of the logits' type on the mlx tier, computed in fp32.
+    Scores are computed in fp32; on the mlx tier they are then cast to the logits' type.
     """
 
     indices: mx.array
@@ -28,10 +28,10 @@ class Routing(NamedTuple):
 def route(
     logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int, kernels: Tiers = PORTABLE
 ) -> Routing:
-    """From logits `[N, E]` and `[N, 1]`, the latter of the shared expert.
+    """The routing from logits `[N, E]` and, for the shared expert, `[N, 1]`.
 
-    Softmax over all experts in fp32, the K largest, renormalised to sum to one; sigmoid. The order
-    of the K is free.
+    Scores are the K largest of a softmax over all experts in fp32, in any order, renormalised to
+    sum to one. The shared expert's score is a sigmoid.
     """
     if (
         kernels.runs("router", logits.shape[0])
@@ -42,7 +42,7 @@ def route(
     k = num_experts_per_tok
     if kernels.on_mlx:
         indices = _largest(logits, k)
-        # Of the chosen alone: softmax over all, renormalised, is the same.
+        # A softmax of the chosen ones is the same as one over all, renormalised.
         chosen = mx.take_along_axis(logits, indices, axis=-1)
         return Routing(
             indices, mx.softmax(chosen, axis=-1, precise=True), mx.sigmoid(shared_logits)
@@ -55,12 +55,12 @@ def route(
 
 
 def _largest(values: mx.array, k: int) -> mx.array:
-    # MLX knows no gradient of indices; that of the scores is all there is.
+    # MLX has no gradient of indices; only the scores have one.
     return mx.stop_gradient(mx.argpartition(values, kth=-k, axis=-1)[..., -k:])
 
 
 def route_kernel(logits: mx.array, shared_logits: mx.array, num_experts_per_tok: int) -> Routing:
-    """The same in one dispatch, the largest weight first."""
+    """`route` in one dispatch, with the largest weight first."""
     num_tokens, num_experts = logits.shape
     return Routing(
         *kernel("router", ("logits", "shared_logits"), Routing._fields)(

@@ -1,4 +1,4 @@
-"""Stacks of expert matrices as modules, under the names that they have on disk.
+"""Modules with stacks of expert matrices, named as on disk.
 
 N tokens, K experts per token, E experts, H hidden, I expert width.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-# From so many (token, expert) pairs on, rows of one expert are brought together.
+# From this number of (token, expert) pairs on, rows are sorted by expert.
 SORT_FROM = 64
 
 
@@ -57,11 +57,11 @@ class QuantizedSwitchLinear(nn.Module):
     ):
         super().__init__()
         self.group_size, self.bits, self.mode = group_size, bits, mode
-        # Lazy: nothing is computed where other weights are put in its place.
+        # This is lazy, so nothing is computed if other weights replace it.
         self.quantize(mx.zeros((num_experts, out_dims, in_dims)))
 
     def quantize(self, weight: mx.array) -> None:
-        """Hold `[E, out, in]`."""
+        """Quantize and keep `[E, out, in]`."""
         self.weight, self.scales, *biases = mx.quantize(
             weight, self.group_size, self.bits, mode=self.mode
         )
@@ -70,7 +70,7 @@ class QuantizedSwitchLinear(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """As SwitchLinear."""
+        """As in SwitchLinear."""
         return mx.gather_qmm(
             x,
             self["weight"],

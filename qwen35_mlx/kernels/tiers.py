@@ -1,9 +1,9 @@
-"""Three ways to run an operation, and which of them a model takes for each.
+"""The three tiers that run an operation, and the choice of a model for each operation.
 
-ops: portable MLX operations, the reference, and the way on a CPU. mlx: what MLX has for the GPU,
-its fused operations and compiled chains. metal: the kernels of this package. A `Tiers` belongs to
-a model: `use` writes it as the attribute `kernels` into each module that declares one. Nothing is
-global, so two models may differ.
+ops: portable MLX operations, the reference, used on a CPU. mlx: MLX's fused operations and compiled
+chains for the GPU. metal: the kernels of this package. A `Tiers` belongs to a model: `use` sets it
+as the attribute `kernels` of each module that declares one. Nothing is global, so two models may
+differ.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ DECODE_OPERATIONS = (
 PREFILL_OPERATIONS = ("chunk_delta_rule", "grouped_expert_matmul")
 OPERATIONS = DECODE_OPERATIONS + PREFILL_OPERATIONS
 ANY_ROWS = 2**31
-# Most rows of activations that the kernels take. The router's takes one row a simdgroup.
+# Maximum rows of activations of the kernels. The router's kernel has one row per simdgroup.
 ROW_LIMITS = (
     dict.fromkeys(DECODE_OPERATIONS, MAX_ROWS)
     | dict.fromkeys(PREFILL_OPERATIONS, ANY_ROWS)
@@ -42,8 +42,8 @@ ROW_LIMITS = (
 class Tiers:
     """A tier for each operation and number of rows.
 
-    `kernel_rows`: most rows for which an operation runs as a kernel of this package. What it does
-    not name, and more rows, run on `base`, ops or mlx.
+    `kernel_rows`: the maximum rows for which an operation runs as a kernel of this package. Other
+    operations, and more rows, run on `base`, which is ops or mlx.
     """
 
     base: str = OPS
@@ -61,11 +61,11 @@ class Tiers:
 
     @property
     def on_mlx(self) -> bool:
-        """Whether all else runs on what MLX has for the GPU."""
+        """Whether all else runs on the tier mlx."""
         return self.base == MLX
 
     def of(self, operation: str, num_rows: int = 1) -> str:
-        """ops, mlx or metal."""
+        """The tier of an operation: ops, mlx or metal."""
         return METAL if self.runs(operation, num_rows) else self.base
 
 
@@ -73,7 +73,7 @@ PORTABLE = Tiers()
 
 
 def with_kernels(operations: Iterable[str] = OPERATIONS, base: str = MLX) -> Tiers:
-    """These operations as kernels wherever the kernels can run."""
+    """Tiers that run these operations as kernels wherever these can run."""
     return Tiers(base, {op: ROW_LIMITS.get(op, ANY_ROWS) for op in operations})
 
 

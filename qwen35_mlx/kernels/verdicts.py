@@ -1,7 +1,7 @@
-"""What was measured of the kernels on this machine, kept from one start to the next.
+"""Stores the measurements of the kernels on this machine.
 
-A verdict is about one operation at one model's shapes, one format of weights and one number of
-tokens. It holds for a chip, an OS, an MLX and the text of the kernels.
+A verdict is about one operation at one model's shapes, with one format of weights and one number of
+tokens. It is valid for one chip, OS and version of MLX, and for the source of the kernels.
 """
 
 import functools
@@ -20,15 +20,15 @@ from ..family import NOT_IN_CONFIG, Member
 from ..files import cache_home, write_json
 from ..machine import operating_system
 
-# A gain that small may be noise.
+# A smaller gain may be noise.
 MIN_SPEEDUP = 1.02
 FOLDER = Path(__file__).parent
-# In the text of each module that launches kernels.
+# Text in the source of each module that launches kernels.
 LAUNCHES = b"\nfrom .metal import "
 
 
 class Format(NamedTuple):
-    """Of activations, and of weights; `bits` are 0 where they are not quantized."""
+    """The type of activations and the format of weights; `bits` are 0 if not quantized."""
 
     dtype: str
     bits: int
@@ -36,7 +36,7 @@ class Format(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One operation at one size: whether its kernel is right, and how fast it and MLX are."""
+    """The results for one operation at one size: a problem of the kernel, its time and MLX's."""
 
     op: str
     shape: str
@@ -53,17 +53,17 @@ class Verdict(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What it is about."""
+        """The fields that identify the verdict."""
         return self[:6]
 
     @property
     def speedup(self) -> float:
-        """Of the kernel over MLX; 0 if it is not right."""
+        """Speedup of the kernel over MLX; 0 if its result is wrong."""
         return self.mlx_us / self.metal_us if self.problem is None and self.metal_us else 0.0
 
     @property
     def is_faster(self) -> bool:
-        """Whether the kernel is to be used."""
+        """Whether the kernel should be used."""
         return self.speedup >= MIN_SPEEDUP
 
 
@@ -81,7 +81,7 @@ def member_of(config: ModelConfig) -> Member:
 
 
 def machine_key() -> dict[str, str]:
-    """What verdicts depend on: chip, OS, MLX, and the kernels themselves."""
+    """The properties that verdicts depend on: chip, OS, MLX, and the kernels' source."""
     return {
         "chip": str(mx.device_info().get("device_name", "?")),
         "os": operating_system(),
@@ -92,7 +92,7 @@ def machine_key() -> dict[str, str]:
 
 @functools.cache
 def _digest_of_sources(folder: Path) -> str:
-    """Of the `.metal` files and the modules that launch them; a process has one text of them."""
+    """Digest of the `.metal` files and the modules that launch them; computed once a process."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix == ".metal" or (file.suffix == ".py" and LAUNCHES in file.read_bytes()):
@@ -101,19 +101,19 @@ def _digest_of_sources(folder: Path) -> str:
 
 
 def path() -> Path:
-    """Where this machine's verdicts lie, whether there are any or not."""
+    """The file for this machine's verdicts, which may not exist."""
     digest = hashlib.sha256(json.dumps(machine_key(), sort_keys=True).encode())
     return cache_home() / f"kernels-{digest.hexdigest()[:12]}.json"
 
 
 def read() -> list[Verdict]:
-    """This machine's verdicts; none where what is stored is of another, or damaged."""
+    """This machine's verdicts; empty if the file is another machine's, or damaged."""
     try:
         stored = json.loads(path().read_text(encoding="utf-8"))
         if stored["machine"] != machine_key():
             return []
         found = [Verdict(**verdict) for verdict in stored["verdicts"]]
-        # Raises on figures that are no numbers.
+        # Raises if figures are no numbers.
         [v.mlx_us + v.metal_us + v.num_tokens for v in found]
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -121,7 +121,7 @@ def read() -> list[Verdict]:
 
 
 def write(found: Iterable[Verdict]) -> Path:
-    """Store verdicts beside those that they do not replace, whole or not at all."""
+    """Store verdicts, atomically; the others in the file are kept."""
     merged = {v.key: v for v in (*read(), *found)}
     target = path()
     try:
@@ -131,7 +131,7 @@ def write(found: Iterable[Verdict]) -> Path:
         )
     except OSError as error:
         raise Qwen35Error(
-            "what was measured of the kernels cannot be stored",
+            "the measurements of the kernels cannot be stored",
             got=error,
             expected=f"a folder to write to at {target.parent}",
             hint="set QWEN35_MLX_CACHE to another folder",

@@ -46,9 +46,7 @@ class VideoFile:
                     f"{self.name} is damaged or incomplete", got=f"{self.kind}: {error.strerror}"
                 ) from None
             raise MediaError(
-                f"{self.name} is not a video in a supported format",
-                got=self.kind,
-                expected=FORMATS_READ,
+                f"{self.name} is not a readable video", got=self.kind, expected=FORMATS_READ
             ) from None
         if not container.streams.video:
             container.close()

@@ -119,8 +119,7 @@ class Leader:
         handle = None if cache is None else getattr(cache[0], "handle", None)
         if cache is not None and handle is None:
             raise Qwen35Error(
-                "this cache was not made by the model on several Macs",
-                expected="model.make_cache()",
+                "this is no cache of the model on several Macs", expected="model.make_cache()"
             )
         x = trunk.embed_tokens(ids) if embeddings is None else embeddings
         # An announced pass must be computed, or the others wait forever.

@@ -97,9 +97,7 @@ class _Completion(Writer):
     def __init__(self, service: Service, body: Fields):
         super().__init__(service, "cmpl-", service.check_model(body))
         if body.text("suffix"):
-            raise body.refuse(
-                "suffix", "no suffix: this server does not fill in the middle", "unsupported"
-            )
+            raise body.refuse("suffix", "none: there is no fill-in-the-middle", "unsupported")
         prompts = read_prompts(body)
         self._n = body.integer("n", 1, MAX_CHOICES) or 1
         self._best_of = body.integer("best_of", 1, MAX_CHOICES) or self._n

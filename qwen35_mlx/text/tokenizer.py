@@ -161,9 +161,7 @@ class Tokenizer:
         name = chat_template.TOOL_USE if tools else chat_template.DEFAULT
         template = self.chat_templates.get(name, self.chat_template)
         if template is None:
-            raise ValueError(
-                f"no chat template for this request; there are {sorted(self.chat_templates)}"
-            )
+            raise ValueError(f"no chat template {name}; there are {sorted(self.chat_templates)}")
         text = chat_template.render(
             template,
             list(messages),

@@ -119,9 +119,7 @@ def encode_example(tokenizer: Any, record: Any, mask_prompt: bool = False) -> Ex
         return _example(ids, 1)
     last = messages[-1]
     if not isinstance(last, Mapping) or last.get("role") != "assistant" or len(messages) < 2:
-        raise PromptError(
-            "there is no answer to train on", expected="a last message by the assistant"
-        )
+        raise PromptError("no answer to train on", expected="a last message by the assistant")
     prompt = encode_messages(tokenizer, messages[:-1], add_generation_prompt=True, **template)
     # The prompt may open a thought that the answer does not have.
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(ids, prompt, strict=False))
@@ -155,9 +153,7 @@ def _string(record: Mapping[str, Any], key: str) -> str:
 
 def _example(ids: Sequence[int], first_target: int) -> Example:
     if min(ids) < 0:
-        raise PromptError(
-            "an example has a picture", expected="text alone: the vision tower is not trained"
-        )
+        raise PromptError("an example has a picture", expected="text: the tower is not trained")
     return Example(np.array(ids, dtype=np.int32), first_target)
 
 
