@@ -108,7 +108,7 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 def require_writable(file: Path) -> None:
-    """Raise if `file` could not be written: before the long work that fills it. Makes its folder."""
+    """Raise if `file` could not be written, before the long work for it; makes its folder."""
     probe = file.with_name(f".{file.stem}.partial{file.suffix}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

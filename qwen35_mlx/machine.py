@@ -75,6 +75,8 @@ def describe() -> Machine:
         # 0 or absent: nobody raised it, and the recommendation is the limit.
         raised = int(sysctl("iogpu.wired_limit_mb") or 0)
         limit = raised * MIB or int(info.get("max_recommended_working_set_size", 0)) or None
+    # Services and containers may have none.
+    home = os.path.expanduser("~")
     versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
     versions["mlx"] = version("mlx")
     with suppress(PackageNotFoundError):
@@ -84,7 +86,7 @@ def describe() -> Machine:
         os=operating_system(),
         memory_bytes=int(info.get("memory_size", 0)) or memory_bytes(),
         gpu_limit_bytes=limit,
-        disk_free_bytes=shutil.disk_usage(Path.home()).free,
+        disk_free_bytes=shutil.disk_usage(home if os.path.isdir(home) else "/").free,
         versions=versions,
     )
 

@@ -17,6 +17,7 @@ from qwen35_mlx.quant.statistics import load
 
 CALIBRATE_TO = ("convert", SOURCE, "x", "--calibrate", "--calibration")
 
+
 def run(*arguments: object) -> Any:
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result
@@ -97,8 +98,11 @@ def test_a_recipe_and_a_mac_have_their_page() -> None:
         # Before a calibration, which may take hours: nothing of one is there.
         (("convert", SOURCE, "x", "--calibrate", "--recipe", "q9"), 1, "no recipe 'q9'"),
         (("convert", SOURCE, "x", "--calibrate", "--bits-per-weight", 1), 1, "at least"),
-        (CALIBRATE_TO + ("cal.txt",), 1, "expected: NAME.safetensors"),
-        (CALIBRATE_TO + (SOURCE / "config.json" / "x.safetensors",), 1, "cannot be written"),
+        ((*CALIBRATE_TO, "cal.txt"), 1, "expected: NAME.safetensors"),
+        ((*CALIBRATE_TO, SOURCE / "config.json" / "x.safetensors"), 1, "cannot be written"),
+        (("plan", SOURCE, "--bits-per-weight", 1), 1, "hint: more --bits-per-weight"),
+        (("plan", SOURCE, "--macs", "0"), 2, "--macs takes 1 or more"),
+        (("upload", "absent", "a/b"), 1, "got: no such folder"),
         (("fidelity", SOURCE, "absent"), 1, "no checkpoint at absent"),
     ],
     ids=lambda value: value[1:] if isinstance(value, tuple) else "",

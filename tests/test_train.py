@@ -395,7 +395,7 @@ def test_training_ends_where_the_loss_is_no_number_and_keeps_what_was_saved(tmp_
     diverging = training(tmp_path, 3, save_every=1)
     diverging.resume()
     diverging.optimizer.learning_rate = 1e30
-    with pytest.raises(Qwen35Error, match="diverged\n.*loss of nan.*\n.*\n.*--learning-rate"):
+    with pytest.raises(Qwen35Error, match=r"diverged\n.*loss of nan.*\n.*\n.*--learning-rate"):
         diverging.run()
     assert all(mx.isfinite(array).all() for array in mx.load(str(tmp_path / WEIGHTS_FILE)).values())
 
