@@ -125,7 +125,9 @@ def fit(
             "the budget is smaller than the smallest plan",
             got=f"{budget_bytes / 1e9:,.3f} GB for weights",
             expected=f"at least {(smallest + fixed + container) / 1e9:,.3f} GB",
-            hint="a larger Mac, a shorter --context, or a smaller model",
+            hint="a larger Mac, a shorter --context, or a smaller model"
+            if bits_per_weight is None
+            else "more --bits-per-weight",
         )
     allocation = allocate(tables, room)
     if prefer == "speed":

@@ -334,7 +334,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"no config.json in {folder}",
-            got="no such file",
+            got="no such file" if folder.is_dir() else "no such folder",
             expected="a model folder with config.json, tokenizer.json and *.safetensors",
         )
     return read_object(folder / "config.json")

@@ -74,7 +74,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Parse a file that holds a JSON object; anything else is a ConfigError."""
     try:
         parsed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read", got=error) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON", got=error, expected="a JSON object") from None
     if not isinstance(parsed, dict):
         raise ConfigError(f"{path} is not a JSON object", got=type(parsed).__name__)

@@ -81,6 +81,8 @@ def describe() -> Machine:
         raised = sysctl("iogpu.wired_limit_mb")
         limit = min(int(raised) * MIB if raised.isdecimal() else 0, memory)
         limit = limit or int(info.get("max_recommended_working_set_size", 0)) or None
+    # Services and containers may have none.
+    home = os.path.expanduser("~")
     versions = {"python": platform.python_version(), "qwen35-mlx": __version__}
     versions["mlx"] = version("mlx")
     with suppress(PackageNotFoundError):
@@ -90,7 +92,7 @@ def describe() -> Machine:
         os=operating_system(),
         memory_bytes=memory,
         gpu_limit_bytes=limit,
-        disk_free_bytes=shutil.disk_usage(Path.home()).free,
+        disk_free_bytes=shutil.disk_usage(home if os.path.isdir(home) else "/").free,
         versions=versions,
     )
 

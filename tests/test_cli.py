@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import typer
@@ -388,3 +390,43 @@ def test_characters_that_a_terminal_does_not_have_are_question_marks(
     # What is no file of Python's is left alone.
     monkeypatch.setattr(cli.sys, "stdout", None)
     cli.main()
+
+
+def test_a_terminal_of_no_columns_shows_everything() -> None:
+    """rich printed nothing, and the command succeeded."""
+    code = "from qwen35_mlx.cli.main import main; main()"
+    program = [sys.executable, "-c", code, "plan", "--mac", "64GB"]
+    shown = subprocess.run(program, env=os.environ | {"COLUMNS": "0"}, capture_output=True)
+    assert shown.returncode == 0 and b"Qwen3.5-9B" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (("--api-key", "two words"), "no client can send this key"),
+        (("--api-key", "ключ"), "no client can send this key"),
+        (("--allow-host", "http://studio.local"), "without http:// and a port"),
+        (("--allow-host", "studio.local:8080"), "without http:// and a port"),
+        (("--host", "192.0.2.1", "--api-key", "k"), "no address of this machine"),
+    ],
+)
+def test_a_server_that_nobody_could_ask_is_not_started(
+    run_cli: Any, arguments: tuple[str, ...], word: str
+) -> None:
+    result = run_cli("serve", "absent", "--port", "0", *arguments)
+    assert (result.exit_code, result.stdout) == (1, "") and word in result.stderr
+
+
+def test_launch_takes_an_address_without_a_scheme_and_names_what_refuses(
+    run_cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        asked.append(request.full_url)
+        raise HTTPError(request.full_url, 404, "", Message(), None)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    result = run_cli("launch", "claude", "--url", "localhost:9/")
+    assert asked == ["http://localhost:9/v1/models"]
+    assert "hint: another program may run there; --url names the server" in result.stderr

@@ -246,7 +246,7 @@ def test_pages_of_a_pdf_become_pictures(talk: Any, folder: Path) -> None:
     assert "picture 1: a 1.pdf page 1, " in done.err and "… and 11 more, 108 tokens" in done.err
 
 
-@pytest.mark.parametrize("text", ["x", "1-", "-3", "1,,2", "1-2-3", "1-\u00b2", "\u00b2"])
+@pytest.mark.parametrize("text", ["x", "1-", "-3", "1,,2", "1-2-3", "1-\u00b2", "\u00b2", "3-1"])
 def test_what_are_no_pages_is_refused(text: str) -> None:
     with pytest.raises(Qwen35Error, match="not pages"):
         page_numbers(text)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen35_mlx import files
+from qwen35_mlx.errors import ConfigError, Qwen35Error
 from qwen35_mlx.files import locked, replacing, write_file, write_json
 
 
@@ -106,3 +107,16 @@ def test_a_written_file_leaves_no_descriptor_open(tmp_path: Path) -> None:
     for _ in range(3):
         write_file(tmp_path / "a", b"2")
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_file_that_cannot_be_read_is_not_called_wrong_json(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read\n.*Is a directory"):
+        files.read_object(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_and_another_stays_clean(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Qwen35Error, match="cannot be written"):
+        files.require_writable(tmp_path / "file" / "x.json")
+    files.require_writable(tmp_path / "new" / "x.json")
+    assert list((tmp_path / "new").iterdir()) == []

@@ -114,6 +114,12 @@ def test_without_metal_there_is_no_limit() -> None:
     assert described.versions["mlx"] == mx.__version__
 
 
+def test_a_user_without_a_home_can_run_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The free space of a folder that is not there ended every load."""
+    monkeypatch.setenv("HOME", "/nonexistent")
+    assert machine.describe().disk_free_bytes > 0
+
+
 def test_the_summary_names_no_person_no_host_and_no_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

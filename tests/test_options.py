@@ -360,7 +360,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(cli_report, "print_bench")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "sessions"))
-    files = {name: tmp_path / name for name in ("tools", "text", "calibration")}
+    names = {"tools": "tools", "text": "text", "calibration": "calibration.safetensors"}
+    files = {name: tmp_path / file for name, file in names.items()}
     files["tools"].write_text(json.dumps([{"name": "f"}]))
     files["text"].write_text("some text")
 

@@ -1,6 +1,7 @@
 """Sessions on disk: they go on without a prefill, and survive whatever happens to the files."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from qwen35_mlx.chat.sessions import (
     cache_folder,
     hold,
     list_sessions,
+    read_conversation,
     remove_session,
     session_file,
     trim_caches,
@@ -125,7 +127,10 @@ def test_damaged_words_are_refused(demo: Any, damage: Callable[[Path], None]) ->
     with pytest.raises(SessionError, match="damaged"):
         other.load("one")
     assert other.messages == before
-    assert list_sessions()[0].problem
+    # A link to nothing hid the whole list.
+    (file.parent / "gone.json").symlink_to("nowhere")
+    assert list_sessions()[0].problem and len(list_sessions()) == 1
+    (file.parent / "gone.json").unlink()
     remove_session("one")
     assert list_sessions() == []
 
@@ -367,3 +372,16 @@ def test_a_folder_that_cannot_be_made_is_an_error(
     monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "file" / "sessions"))
     with pytest.raises(SessionError, match="cannot be stored"), hold("one"):
         pass
+
+
+def test_the_hint_of_a_damaged_session_removes_that_one(demo, home, tmp_path):
+    """It named the one of the same name among the user's sessions."""
+    file = tmp_path / "my files" / "one.json"
+    file.parent.mkdir()
+    file.write_text("{}")
+    home.mkdir()
+    (home / "one.json").write_text("{}")
+    for damaged, name in ((file, shlex.quote(str(file))), (home / "one.json", "one")):
+        with pytest.raises(SessionError) as error:
+            read_conversation(damaged)
+        assert str(error.value).endswith(f"qwen35-mlx sessions --remove {name}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_mlx.cli.typed_paths import split_media, typed_files, typed_path
+from qwen35_mlx.cli.typed_paths import split_media, typed_documents, typed_files, typed_path
 from qwen35_mlx.errors import Qwen35Error
 
 NAMES = (
@@ -192,3 +192,9 @@ def test_what_names_no_picture_stays_text(folder: Path, text: str) -> None:
 def test_the_lines_of_a_message_stay_lines(pictures: Path) -> None:
     text = "one\n\n  two\n./a.png\n\tthree"
     assert split_media(text)[0] == "one\n\n  two\n\n\tthree"
+
+
+@pytest.mark.parametrize("typed", ["***", "src/**.py"])
+def test_a_pattern_that_python_refuses_is_refused_in_words(typed: str) -> None:
+    with pytest.raises(Qwen35Error, match=r"no (pattern of files|file in)"):
+        typed_documents(typed)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -133,11 +134,13 @@ def read_conversation(file: Path) -> dict[str, Any]:
 
 
 def _damaged(file: Path, got: str) -> SessionError:
+    # The name alone would be that of another session.
+    name = file.stem if file.parent == session_home() else str(file.absolute())
     return SessionError(
         f"the session {file.stem} is damaged",
         got=got,
         expected=f"{file} as it was written",
-        hint=f"remove it with: qwen35-mlx sessions --remove {file.stem}",
+        hint=f"remove it with: qwen35-mlx sessions --remove {shlex.quote(name)}",
     )
 
 
@@ -187,8 +190,10 @@ def list_sessions() -> list[SessionInfo]:
         try:
             content = read_conversation(file)
         except SessionError as error:
-            saved, problem = file.stat().st_mtime, first_line(error)
-            found.append(SessionInfo(file.stem, saved, 0, num_bytes, "", problem))
+            # A link to nothing, or one that was removed meanwhile.
+            with suppress(FileNotFoundError):
+                saved, problem = file.stat().st_mtime, first_line(error)
+                found.append(SessionInfo(file.stem, saved, 0, num_bytes, "", problem))
             continue
         asked = [text_of(m["content"]) for m in content["messages"] if m["role"] == "user"]
         first = " ".join(asked[0].split()) if asked else ""

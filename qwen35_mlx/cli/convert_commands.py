@@ -228,6 +228,8 @@ def plan(
 
     macs = find_macs(mac) if mac else [*filter(None, [this_mac()]), *MACS]
     num_macs = int(together) if together.isdecimal() else 0
+    if together.isdecimal() and not num_macs:
+        ctx.fail("--macs takes 1 or more.")
     # The slowest of the Macs with this memory.
     names = [] if num_macs else together.split(",")
     different = [min(find_macs(name), key=attrgetter("gbps")) for name in names]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import Qwen35Error, extra
+from ..files import require_writable
 from . import options
 
 
@@ -52,6 +53,7 @@ def evaluate(
     if not out.parent.is_dir():
         # Now, not after hours.
         raise Qwen35Error(f"no folder for {out.name}", got=out.parent, hint="make it, or --out")
+    require_writable(out)
     if tasks:
         # No progress bars of the harness beside ours.
         os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}

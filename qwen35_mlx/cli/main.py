@@ -65,5 +65,12 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     if os.environ.get(RING_VARIABLE):
         take_part(app)
-    else:
+        return
+    try:
         app()
+    except OSError as error:
+        # Of --help on a full disk; commands report their own.
+        from .terminal import print_error
+
+        print_error(error)
+        sys.exit(1)

@@ -62,7 +62,8 @@ def page_numbers(text: str | None) -> list[int] | None:
     numbers: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, dash, last = part.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+        is_range = first.isdecimal() and (last.isdecimal() if dash else True)
+        if not is_range or int(first) > int(last or first):
             raise Qwen35Error("not pages", got=repr(text), expected="numbers such as 1-3,7")
         pages = range(int(first), int(last or first) + 1)
         # Bounded, because a list of more takes memory, and no document has as many.

@@ -66,6 +66,16 @@ def serve(
             got=f"--host {host}",
             expected="--api-key KEY beside it, or --host 127.0.0.1",
         )
+    if api_key and not re.fullmatch("[!-~]+", api_key):
+        # Not shown: it is a secret.
+        raise Qwen35Error("no client can send this key", expected="ASCII characters without spaces")
+    for known in allow_host or ():
+        if not re.fullmatch(r"[\w.-]+", known):
+            raise Qwen35Error(
+                "--allow-host takes a name",
+                got=known,
+                expected="such as studio.local, without http:// and a port",
+            )
     adapters = named_adapters(adapter_path or [])
     from ..server.clients import Endpoint, settings_text, shown_url
 
@@ -171,7 +181,8 @@ def launch(
 
     if client not in LAUNCHES:
         raise Qwen35Error("unknown client", got=client, expected=", ".join(LAUNCHES))
-    prepared_launch = LAUNCHES[client](running_server(url.rstrip("/"), api_key))
+    url = (url if "://" in url else f"http://{url}").rstrip("/")
+    prepared_launch = LAUNCHES[client](running_server(url, api_key))
     path = shutil.which(prepared_launch.program)
     command = command_of(prepared_launch, arguments or [], path)
     # It stays while the client runs, which replaces this process.
@@ -198,7 +209,7 @@ def running_server(url: str, api_key: str | None) -> "Endpoint":
             "the server refuses",
             got=f"{error.code} at {url}",
             expected="200",
-            hint=hints.get(error.code, ""),
+            hint=hints.get(error.code, "another program may run there; --url names the server"),
         ) from None
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise Qwen35Error(

@@ -47,7 +47,7 @@ def run_command(view: "ChatView", line: str) -> None:
     assert match
     name, rest = match[1].replace("/quit", "/exit"), match[2]
     if name not in COMMANDS:
-        meant = [f"did you mean {each}?" for each in get_close_matches(name, COMMANDS, 1)]
+        meant = [f"did you mean {each}?" for each in get_close_matches(name, COMMANDS, 1, 0.75)]
         ways = "/help lists them; /file PATH sends a file; a space before / makes it a message"
         raise Qwen35Error(f"no command {name}", hint="; ".join([*meant, ways]))
     if rest and not COMMANDS[name].arguments:

@@ -1,5 +1,6 @@
 """The two consoles: results go to stdout, errors and remarks to stderr."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,9 @@ from rich.theme import Theme
 
 from ..errors import Qwen35Error
 
+if os.environ.get("COLUMNS") == "0":
+    # rich would print nothing at all.
+    del os.environ["COLUMNS"]
 # rich's style for code has a black background, also on light terminals.
 THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan"})
 out = Console(highlight=False, soft_wrap=True, emoji=False, theme=THEME)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -162,6 +163,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound.listen(1)
     except OSError as error:
         bound.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise Qwen35Error(
+                f"{host} is no address of this machine",
+                expected="127.0.0.1, 0.0.0.0 for all of its addresses, or one of them",
+            ) from None
         raise Qwen35Error(
             f"port {port} of {host} cannot be used",
             got=error.strerror,
