@@ -413,7 +413,6 @@ def test_no_option_is_ignored(observe: Observe, name: str) -> None:
     assert code == 0
     alone = {}
     for option, value in table.items():
-        # What it needs is not what it does.
         needed = observe(name, *value[value.index("--fit") :]) if "--fit" in value else (0, base)
         needed = observe(name, "--calibrate") if "--calibrate" in value else needed
         alone[option] = observe(name, option, *value)
