@@ -320,7 +320,8 @@ class ChatView:
         """Save this session, and continue another."""
         from ..chat.sessions import read_conversation, session_file
 
-        if self.chat.messages and not self.session:
+        has_turns = any(message["role"] != "system" for message in self.chat.messages)
+        if has_turns and not self.session:
             hint = "/save NAME keeps it, /clear drops it"
             raise Qwen35Error("this conversation is not saved", hint=hint)
         exists = session_file(name).exists()
