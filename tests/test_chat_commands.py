@@ -181,3 +181,9 @@ def test_a_session_is_told_saved_and_left(talk: Any) -> None:
     assert asked(again) == ["two"] == asked(chat)
     _, err = talk("/load none", "/load", session="s")
     assert "of: s\n" in err
+
+
+def test_a_system_prompt_alone_is_no_unsaved_conversation(talk: Any, demo: Any) -> None:
+    talk("one", "/save s")
+    chat, err = talk("/load s", chat=Chat(*demo, system="Be brief.", max_tokens=2))
+    assert "not saved" not in err and asked(chat) == ["one"]
