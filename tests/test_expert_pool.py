@@ -25,7 +25,7 @@ from qwen35_mlx.kernels.switch import SORT_FROM
 from qwen35_mlx.kernels.tiers import Tiers, use, with_kernels
 from qwen35_mlx.machine import describe
 from qwen35_mlx.model import expert_pool, feed_forward, loading
-from qwen35_mlx.model.expert_files import Slots
+from qwen35_mlx.model.expert_files import SAMPLED_BYTES, Slots
 from qwen35_mlx.model.expert_pool import stack_bytes
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.model.sweep import piece_ends, sweep_ends
@@ -335,6 +335,20 @@ def test_slots_show_what_is_read_into_them_in_the_type_of_the_file(disk_layout: 
         slots.finish(2, buffer)
         assert slots.array.dtype == stored[name].dtype
         assert mx.array_equal(slots.array[2], stored[name]).item()
+
+
+def test_a_sample_of_an_expert_is_the_first_bytes_of_its_matrices(
+    pooled: Any, disk_layout: Path
+) -> None:
+    weights = disk_layout / "model.safetensors"
+    prefix = "language_model.model.layers.1.mlp.experts.6."
+    content, found = weights.read_bytes(), []
+    for name, tensor in read_headers(disk_layout).items():
+        if name.startswith(prefix):
+            found.append(content[tensor.offset : tensor.offset + SAMPLED_BYTES])
+    sample = pooled(disk_layout, 3).experts._readers[1].sample(6)
+    parts = [sample[i : i + SAMPLED_BYTES] for i in range(0, len(sample), SAMPLED_BYTES)]
+    assert len(found) == 9 and sorted(parts) == sorted(found)
 
 
 def test_too_little_memory_for_one_token_is_refused_with_the_numbers(

@@ -222,6 +222,12 @@ def test_grammars_that_cannot_be_kept_are_refused(grammars, options):
         grammars.of(request(**options), lambda: False)
 
 
+def test_without_calls_and_a_grammar_an_answer_is_free(grammars):
+    for tools in ([], TOOLS):
+        asked = request(tools=tools, tool_choice="none", strict_tools={"now"})
+        assert grammars.of(asked, lambda: False) is None
+
+
 class Said:
     """What an engine answered."""
 
