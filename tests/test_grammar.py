@@ -289,6 +289,17 @@ def test_an_answer_that_is_cut_says_so(engine):
     assert said.finish_reason == "length"
 
 
+def test_the_end_of_a_thought_is_not_inserted_behind_the_last_token(engine):
+    asked = Request(
+        messages=[{"role": "user", "content": "Weather in Paris?"}],
+        params=SamplingParams(),
+        think_budget=3,
+        max_tokens=4,
+    )
+    end = list(engine.submit(asked).events())[-1]
+    assert end.finish_reason == "length" and end.usage.generated_tokens <= 4
+
+
 STRICT = CITY | {"properties": CITY["properties"] | {"city": {"type": "string", "enum": ["Rome"]}}}
 STRICT_TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": STRICT}},
