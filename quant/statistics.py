@@ -173,7 +173,7 @@ def load(path: Path) -> Calibration:
             kls=_parse(metadata["kls"]),
         )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Qwen35Error(f"cannot read {path} as a calibration", got=error, hint=hint) from None
+        raise Qwen35Error(f"{path} cannot be read as a calibration", got=error, hint=hint) from None
     for name, array in arrays.items():
         stem, _, kind = name.rpartition(".")
         (calibration.moments if kind == "moments" else calibration.hessians)[stem] = array
