@@ -1,8 +1,8 @@
 """Runs a text through a source checkpoint and collects statistics for quantization."""
 
-# B texts, T tokens, H hidden, I inputs of a matrix, E experts.
+# B texts, T tokens, H hidden size, I inputs of a matrix, E experts.
 
-import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from qwen35_mlx.model.language import DecoderLayer
 from qwen35_mlx.progress import StepProgress
@@ -26,10 +25,10 @@ from qwen35_mlx.quant.statistics import (
     unit_of,
 )
 
-from .calibration_text import sketch
+from .calibration_text import digest, sketch
 from .layerwise import LAYER, Layerwise, SourceCheckpoint, matrices, run_layer, watched
 
-# In models up to this size, each unit is quantized alone at these settings and its KL measured.
+# In models up to this size, the KL of each unit is measured, quantized alone with these settings.
 MEASURED_PARAMETERS = 3 * 10**9
 MEASURED_BITS = (3, 5)
 MEASURED_GROUP_SIZES = (64, 32)
@@ -45,13 +44,14 @@ def calibrate(
     measure: bool | None = None,
     progress: StepProgress = lambda done, total, step: None,
 ) -> Calibration:
-    """Statistics of every matrix's inputs for ids `[B, T]`, and the error of each setting.
+    """Statistics of the inputs of every matrix for ids `[B, T]`, and the error of each setting.
 
-    Holds one layer of the source (12.9 GB of the 397B in bf16, and 4.3 GB more while its largest
-    stack is assembled), its moments, and B * T * H activations; with `hessians`, I * I float32 for
-    each input, for each expert where that is less than 3 GB; without `keep_hessians`, of one layer,
-    for the errors alone. `measure` (default: up to 3 B parameters) adds the KL of each unit
-    quantized alone, and holds the whole model.
+    hessians: also collect I * I float32 for each input, or for each expert if that is less than
+    3 GB. keep_hessians: keep them in the result; otherwise only the errors use them, one layer at
+    a time. measure: also measure the KL of each unit quantized alone, with the whole model in
+    memory; by default up to 3 B parameters. Otherwise holds one layer of the source (12.9 GB of
+    the 397B in bf16, and 4.3 GB more while its largest stack is assembled), its moments, and
+    B * T * H activations.
     """
     checkpoint = SourceCheckpoint(Path(source).expanduser())
     if measure is None:
@@ -67,18 +67,18 @@ def calibrate(
 def collecting(
     root: nn.Module, prefix: str, num_experts: int, hessians: bool
 ) -> Iterator[dict[str, Moments]]:
-    """Moments of all inputs within `root` while the block runs, by name of input."""
+    """Within the block, collect the moments of all inputs in `root`, by name of input."""
     moments: dict[str, Moments] = {}
     first: dict[str, str] = {}
 
     def record(module: str, x: mx.array, args: tuple[Any, ...]) -> None:
         name = input_name(prefix + module)
-        # Modules that share an input are called with the same rows: only the first counts.
+        # Modules with the same input are called with the same rows: only the first is counted.
         if name is None or first.setdefault(name, module) != module:
             return
         experts = None
         if args:
-            # For few tokens, one row is passed for all experts of its token.
+            # For few tokens, the experts of a token are called with one row.
             x, experts = mx.broadcast_to(x, (*args[0].shape, *x.shape[-2:])), args[0].flatten()
         if name not in moments:
             owners = 0 if experts is None else num_experts
@@ -102,19 +102,18 @@ class _Calibrator:
         self.hessians, self.keep_hessians = hessians, keep_hessians
         self.progress, self.model = progress, Layerwise(checkpoint)
         planned = checkpoint.plan
-        digest = hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
         self.result = Calibration(
-            planned.source.origin["source"], planned.layout, digest, ids.size, sketch(ids)
+            planned.source.origin["source"], planned.layout, digest(ids), ids.size, sketch(ids)
         )
-        # By module, what error feedback will leave of the error.
+        # By module: the error of GPTQ relative to plain rounding.
         self.gains: dict[str, float] = {}
-        # Of the texts that are measured: inputs of each layer, then of the head.
+        # To measure KL: the layers, and for some texts the inputs of each layer and of the head.
         self.num_measured = max(MEASURED_TOKENS // ids.shape[1], 1)
         self.layers: list[DecoderLayer] = []
         self.inputs: list[list[mx.array]] = []
 
     def collect_all(self, keep: bool) -> None:
-        """Collect statistics layer by layer; `keep` layers and inputs to measure them."""
+        """Collect statistics layer by layer; `keep`: keep layers and inputs for `measure_all`."""
         hidden = self.model.embed(self.ids)
         num_layers = self.checkpoint.config.num_hidden_layers
         for index in range(num_layers):
@@ -132,7 +131,7 @@ class _Calibrator:
 
     @contextmanager
     def _collecting(self, root: nn.Module, prefix: str) -> Iterator[None]:
-        """Moments of all inputs within `root` while the block runs, then the errors of settings."""
+        """Within the block, collect moments of the inputs in `root`; then compute the errors."""
         num_experts, result = self.checkpoint.config.num_experts, self.result
         with collecting(root, prefix, num_experts, self.hessians) as moments:
             yield
@@ -147,10 +146,10 @@ class _Calibrator:
             result.hessians.clear()
 
     def measure_all(self) -> None:
-        """KL of each unit alone: round its weights, run from there to the logits, compare."""
+        """Measure the KL of each unit: round its weights, run the later layers, compare logits."""
         reference = [logits for _, _, logits in self.model.logits(self.inputs[-1])]
         mx.eval(reference)
-        # Modules by unit, and the first layer that has to run again.
+        # The modules of each unit, and the first layer that has to run again.
         units: dict[str, dict[str, nn.Module]] = {}
         starts: dict[str, int] = {}
         layers = [(layer, LAYER.format(i), i) for i, layer in enumerate(self.layers)]
@@ -163,13 +162,14 @@ class _Calibrator:
         for done, (unit, members) in enumerate(units.items()):
             modules = list(members.values())
             gain = sum(self.gains[name] for name in members) / len(members)
+            inputs = math.gcd(*(module.weight.shape[-1] for module in modules))
+            group_size = next(g for g in MEASURED_GROUP_SIZES if inputs % g == 0)
             for bits in MEASURED_BITS:
                 self.progress(done, len(units), f"{unit} at {bits} bits")
-                setting = bits, _group_size(modules)
-                kl = self._kl(modules, setting, starts[unit], reference)
-                # Rounded by mx.quantize: search and error feedback will lose less.
-                kl *= gain * search_gain(*setting)
-                self.result.kls.setdefault(unit, {})[setting] = kl
+                kl = self._kl(modules, (bits, group_size), starts[unit], reference)
+                # Measured with mx.quantize; search and GPTQ have a lower error.
+                kl *= gain * search_gain(bits, group_size)
+                self.result.kls.setdefault(unit, {})[bits, group_size] = kl
 
     def _kl(
         self,
@@ -178,7 +178,7 @@ class _Calibrator:
         start: int,
         reference: Sequence[mx.array],
     ) -> float:
-        """Mean KL with these modules rounded; runs the layers from `start` on, -1 the embedding."""
+        """Mean KL with these modules rounded; runs layers from `start` on, -1: the embedding."""
         weights = [module.weight for module in modules]
         for module in modules:
             module.weight = rounded(module.weight, setting)
@@ -193,8 +193,3 @@ class _Calibrator:
         for module, weight in zip(modules, weights, strict=True):
             module.weight = weight
         return mean
-
-
-def _group_size(modules: Sequence[nn.Module]) -> int:
-    widths = [module.weight.shape[-1] for module in modules]
-    return next(g for g in MEASURED_GROUP_SIZES if all(width % g == 0 for width in widths))

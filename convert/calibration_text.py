@@ -3,8 +3,10 @@
 # B texts, T tokens.
 
 import base64
+import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,21 @@ from qwen35_mlx.training.examples import encode_example, read_examples
 
 from .source import check_folder
 
-# What models are calibrated with, and what they are compared on; neither has text of the other.
+# The default texts for calibration and for comparison; they have no text in common.
 TEXT_FILE = Path(__file__).parent / "calibration.txt"
 HELD_OUT_FILE = Path(__file__).parent / "held_out.txt"
 TEXT_TOKENS = 512
-# Ends the name of a file with conversations.
+# Suffix of files with conversations.
 CONVERSATIONS = ".jsonl"
-# Tokens in a row that two texts rarely share by chance.
+# Two texts rarely have an n-gram of this length in common by chance.
 NGRAM_TOKENS = 13
-# n-grams of a calibration text that a model's config.json keeps: 5 kB.
+# Number of n-grams of the calibration text that config.json contains: 5 kB.
 NUM_KEPT = 1024
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def read_text(file: Path) -> str:
-    """The text of a file, in UTF-8 or with a byte order mark."""
+    """The text of a file in UTF-8, or with a byte order mark. Raises Qwen35Error."""
     try:
         return files.read_text(file)
     except OSError as error:
@@ -43,11 +45,13 @@ def read_text(file: Path) -> str:
 def encode(
     folder: Path, text: str | Path, length: int = TEXT_TOKENS, most: int | None = None
 ) -> mx.array:
-    """Token ids `[B, T]` of at most `most` tokens of a text or a file, by a folder's tokenizer.
+    """Encode a text or a file with the tokenizer of `folder`: token ids `[B, T]`, T <= `length`.
 
-    A file whose name ends in .jsonl has conversations, as those for training. In other text lines
-    of `---` separate passages; a passage `Q: … A: …` or `{"messages": […], "tools": […]}` goes
-    through the chat template, if there is one. An incomplete last row is left out.
+    A file with the suffix .jsonl contains conversations in the format of training data. Other texts
+    consist of passages, separated by lines of `---`; a passage `Q: … A: …` or
+    `{"messages": […], "tools": […]}` is rendered with the chat template, if there is one. `most`
+    limits the total number of tokens. An incomplete last row is dropped. Raises Qwen35Error for a
+    text that is too short or has an unusable conversation, and if the model lacks an id.
     """
     folder = Path(folder).expanduser()
     check_folder(folder)
@@ -71,7 +75,7 @@ def encode(
     vocab = (config.get("text_config") or config)["vocab_size"]
     if max(ids) >= vocab:
         raise Qwen35Error(
-            "the tokenizer produces ids that the model does not have",
+            "the tokenizer produces ids that are not in the model's vocabulary",
             got=max(ids),
             expected=f"below {vocab}",
         )
@@ -81,66 +85,69 @@ def encode(
 
 
 def conversation_ids(tokenizer: Any, file: Path) -> list[int]:
-    """Token ids of all conversations of a .jsonl file, one after the other."""
+    """The concatenated token ids of all conversations in a .jsonl file."""
     examples = read_examples(file, tokenizer, max_tokens=sys.maxsize).examples
     return [i for example in examples for i in example.ids.tolist()]
 
 
 def _passage(tokenizer: Any, passage: str) -> list[int]:
-    """Ids of a passage of a plain text."""
+    """The token ids of a passage; a conversation is rendered with the chat template."""
     record: Any = None
     question, found, answer = passage.removeprefix("Q: ").partition("\nA: ")
     if found and passage.startswith("Q: "):
         record = {"prompt": question.strip(), "completion": answer.strip()}
     elif passage.startswith('{"messages":'):
-        try:
+        # Otherwise it is a text about such a file.
+        with suppress(ValueError):
             record = json.loads(passage)
-        except ValueError:
-            # Text about such a file.
-            record = None
     if record and getattr(tokenizer, "chat_template", None):
         return [int(i) for i in encode_example(tokenizer, record).ids]
     return list(tokenizer.encode(passage, add_special_tokens=False))
 
 
+def digest(ids: mx.array) -> str:
+    """A digest of token ids."""
+    return hashlib.sha256(np.array(ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+
+
 def sketch(ids: mx.array) -> str:
-    """The n-grams of a text with the lowest hashes, in base64: a sample that `overlap` knows."""
+    """The lowest hashes of a text's n-grams in base64: a sample for `overlap`."""
     return base64.b64encode(_hashes(ids)[:NUM_KEPT].astype("<u4").tobytes()).decode()
 
 
 def overlap(folder: Path, ids: mx.array) -> float | None:
-    """The share of the text's n-grams that a folder's calibration or distillation has read.
+    """The share of the text's n-grams that are in a folder's calibration or distillation text.
 
-    None if the folder does not say. An n-gram that is there several times counts once: what the
-    chat template writes around each message is no overlap.
+    None if the folder has no record of such a text. Repeated n-grams count once, because the chat
+    template repeats some in all conversations. Raises CheckpointError for a damaged record.
     """
     facts = read_config(folder).get("qwen35_mlx") or {}
-    read = {name: (facts.get(name) or {}).get("ngrams") for name in ("calibration", "distillation")}
     shares = []
-    for name, ngrams in read.items():
+    for name in ("calibration", "distillation"):
+        ngrams = (facts.get(name) or {}).get("ngrams")
         if not ngrams:
             continue
         try:
             known = np.frombuffer(base64.b64decode(ngrams), "<u4")
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{folder} does not tell its text of {name}",
+                f"the record of the {name} text in {folder} is damaged",
                 got=error,
                 expected=f"base64 in qwen35_mlx.{name}.ngrams of config.json",
             ) from None
         found = _hashes(ids)
-        # Of a longer text only hashes up to the highest that was kept are known.
+        # A longer text has a record only of its lowest hashes: compare only up to the highest one.
         found = found[found <= known.max()] if len(known) == NUM_KEPT else found
         shares.append(float(np.isin(found, known).mean()) if len(found) else 0.0)
     return max(shares, default=None)
 
 
 def _hashes(ids: mx.array) -> np.ndarray:
-    """Hashes in 32 bits of all n-grams of a text, each once, in their order."""
+    """The distinct 32-bit hashes of all n-grams of a text, sorted."""
     tokens = np.array(ids).astype(np.uint64).flatten()
     hashes = np.zeros(max(len(tokens) - NGRAM_TOKENS + 1, 0), np.uint64)
     for place in range(NGRAM_TOKENS):
         hashes = (hashes ^ tokens[place : place + len(hashes)]) * _MULTIPLIER
-        # The high bits of a product depend on all of its factors' bits: mix them down.
+        # The high bits of a product depend on all bits of its factors: mix them into the low bits.
         hashes ^= hashes >> np.uint64(32)
     return np.unique(hashes & np.uint64(0xFFFFFFFF))

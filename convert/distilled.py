@@ -1,8 +1,7 @@
-"""What a distillation is asked for, what it did, and the rows of the matrices that it wrote."""
+"""The settings of a distillation, its report, and reading the matrices that it wrote."""
 
 # B texts, T tokens.
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,71 +10,66 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from qwen35_mlx.checkpoint.headers import SourceTensor, read_headers
 from qwen35_mlx.progress import StepProgress
 from qwen35_mlx.quant.latent import Schedule
 
-from .calibration_text import sketch
+from .calibration_text import digest, sketch
 from .source import read_rows
 
-# An expert that sees fewer tokens keeps what error feedback gave it.
+# An expert with fewer tokens keeps its GPTQ quantization.
 MIN_EXPERT_TOKENS = 128
-# Share of experts that may see fewer before a longer text is advised.
+# If more than this share of the experts has fewer tokens, the report recommends a longer text.
 FEW_SHARE = 0.05
-# Passes over the text for each part of a layer, and how far weights move in a step.
+# Epochs and learning rate for each part of a layer.
 EPOCHS, RATE = 16, 0.04
 REPORT_FILE = "distillation.json"
-# Of each weight: dequantized, its code, the gradients of both, and whether it is settled.
+# Float32 numbers per weight: itself, its code, their gradients, and Adam's two moments.
 FINISH_BYTES = 24
 KINDS = ("weight", "scales", "biases")
 
 
 @dataclass
 class PartReport:
-    """What the training of a layer, the head or the whole model did."""
+    """Report on the training of a layer, of the head, or of the whole model."""
 
     name: str
-    # By part: the loss on held-out batches before and after.
+    # By part: the loss on held-out batches before and after the training.
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
-    # Tokens of each expert, and the share of the source's choices that the router misses.
+    # Tokens of each expert, and the share of the source's experts that the router does not choose.
     expert_tokens: list[int] = field(default_factory=list)
     flips: float | None = None
-    # By module: share of the loss of its part that training left.
+    # By module: the loss of its part after the training, relative to before.
     left: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What to train on, ids `[B, T]`, and for how long."""
+    """Settings of a distillation: token ids `[B, T]` to train on, and how long."""
 
     ids: mx.array
-    # Of the pass over the whole model, which has to fit in memory; 0 is no such pass.
+    # Tokens of the final training of the whole model, which has to fit in memory; 0: none.
     finish_tokens: int = 0
     schedule: Schedule = field(default_factory=lambda: Schedule(EPOCHS, RATE))
-    # Memory for activations between layers; if they need more, they are on disk.
+    # Memory for activations between layers; if they need more, they are stored on disk.
     activations_bytes: int = 2**62
     progress: StepProgress = field(default=lambda done, total, step: None, repr=False)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the result, in words that fit into JSON."""
+        """Everything that determines the result, for JSON."""
         settings = asdict(self.schedule) | {"finish_tokens": self.finish_tokens}
-        return settings | {"text": self._digest, "length": self.ids.shape[1]}
+        return settings | {"text": digest(self.ids), "length": self.ids.shape[1]}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a converted folder says of the text."""
-        return {"text": self._digest, "num_tokens": self.ids.size, "ngrams": sketch(self.ids)}
-
-    @property
-    def _digest(self) -> str:
-        return hashlib.sha256(np.array(self.ids.astype(mx.int32)).tobytes()).hexdigest()[:32]
+        """What config.json of a converted folder says about the text."""
+        return {"text": digest(self.ids), "num_tokens": self.ids.size, "ngrams": sketch(self.ids)}
 
 
 class Distilled:
-    """What `distill` wrote: rows of quantized matrices, read on demand; facts of its text."""
+    """The result of `distill`: quantized matrices, read on demand, and the facts of the text."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]):
         self.facts = facts
@@ -85,7 +79,7 @@ class Distilled:
         )
 
     def rows(self, module: str, start: int, stop: int) -> list[mx.array] | None:
-        """Words, scales and biases of these rows as stored; None if the module has none here."""
+        """Packed weight, scales and biases of rows of a module; None if it was not trained."""
         if f"{module}.scales" not in self.tensors:
             return None
         tensors = [self.tensors[f"{module}.{kind}"] for kind in KINDS]
@@ -93,40 +87,41 @@ class Distilled:
 
 
 def finish_bytes(num_parameters: int) -> int:
-    """Memory of the pass over the whole model: weights, moments and gradients in float32."""
+    """Memory for the final training of the whole model."""
     return FINISH_BYTES * num_parameters
 
 
 def distillation_lines(folder: Path) -> list[str]:
-    """What was trained, for people: losses before and after, the router, tokens of experts."""
+    """Lines about the training in `folder`: losses, the router, and tokens of experts."""
     counts: list[int] = []
     lines = ["held-out loss before and after training, by layer"]
     for row in json.loads((folder / REPORT_FILE).read_text("utf-8")):
         report = PartReport(**row)
         parts = [f"{part} {a:.2g} -> {b:.2g}" for part, (a, b) in report.losses.items() if a]
         if report.expert_tokens:
-            parts.append(f"router misses {report.flips:.1%} of the choices")
-            parts.append(f"tokens an expert: {histogram(report.expert_tokens)}")
+            parts.append(f"router misses {report.flips:.1%} of the source's experts")
+            parts.append(f"experts by number of tokens: {histogram(report.expert_tokens)}")
         lines += [f"{report.name}: {'; '.join(parts)}"] if parts else []
         counts += report.expert_tokens
     if counts and (share := sum(n < MIN_EXPERT_TOKENS for n in counts) / len(counts)) > FEW_SHARE:
-        # The tokens that all but so many experts have, or 1.
-        typical = max(sorted(counts)[int(FEW_SHARE * len(counts))], 1)
+        # All experts except FEW_SHARE have at least this number of tokens.
+        least = max(sorted(counts)[int(FEW_SHARE * len(counts))], 1)
         lines.append(
-            f"{share:.0%} of the experts saw fewer than {MIN_EXPERT_TOKENS} tokens and were not "
-            f"trained; a text {MIN_EXPERT_TOKENS / typical:.0f} times as long would reach most"
+            f"{share:.0%} of the experts were not trained: they have fewer than "
+            f"{MIN_EXPERT_TOKENS} tokens. A text {MIN_EXPERT_TOKENS / least:.0f} times as long "
+            "would train most of them"
         )
     return lines
 
 
 def left_of(folder: Path) -> dict[str, float]:
-    """Share of its loss that a distillation left of each module of its layers."""
+    """The loss after a distillation relative to before, by module."""
     rows = json.loads((folder / REPORT_FILE).read_text("utf-8"))
     return {module: share for row in rows for module, share in row["left"].items()}
 
 
 def histogram(counts: Iterable[int]) -> str:
-    """How many counts lie below each power of two from MIN_EXPERT_TOKENS on."""
+    """How many of the counts are below MIN_EXPERT_TOKENS, and between its multiples by 2**i."""
     counts = sorted(counts)
     limits = [MIN_EXPERT_TOKENS * 2**i for i in range(20) if MIN_EXPERT_TOKENS * 2**i <= counts[-1]]
     edges = [0, *limits, counts[-1] + 1]

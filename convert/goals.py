@@ -1,6 +1,6 @@
-"""Losses of a distillation: how far a part of a layer is from what the source's part gives."""
+"""Losses of a distillation: how far the output of a part of a layer is from the source's output."""
 
-# B texts, T tokens, H hidden.
+# B texts, T tokens, H hidden size.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,33 +8,38 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qwen35_mlx.quant.divergence import log_probabilities
+
 from .activations import Activations
 
-# Weight of the router's wrong choices beside the divergence of its probabilities.
+# Weight of the penalty for wrong experts in the loss of a router.
 FLIP_PENALTY = 0.1
 TINY = 1e-30
 
 
-def goal(
+def half_loss(
     half: Callable[[Any, mx.array], mx.array],
     x: Activations,
-    out: Activations,
+    wanted: Activations,
     batches: Sequence[slice],
 ) -> Callable[[Any, int], mx.array]:
-    """The loss of half a layer: from activations `x` `[B, T, H]` it shall give `out`."""
-    return lambda root, i: relative_error(half(root, x[batches[i]]), out[batches[i]])
+    """The loss of half a layer, with input `x` and wanted output `[B, T, H]`, for a batch."""
+    return lambda root, i: relative_error(half(root, x[batches[i]]), wanted[batches[i]])
 
 
 def relative_error(out: mx.array, wanted: mx.array) -> mx.array:
-    """Squared error relative to the energy of what is wanted, of the same shape.
+    """The squared error relative to the energy of the wanted output, of the same shape.
 
-    Not by token: what a token adds to the stream of activations counts as it is.
+    Summed over tokens before the division: all errors of the hidden states count equally.
     """
     return mx.square(out - wanted).sum() / mx.maximum(mx.square(wanted).sum(), TINY)
 
 
 def router_loss(logits: mx.array, wanted: mx.array, per_token: int) -> mx.array:
-    """Divergence of probabilities, and by how much a wrong expert beats a right one."""
+    """KL of the probabilities, plus the margin of the best wrong expert over the worst right one.
+
+    logits and wanted `[..., E]`; the right experts are the `per_token` with the largest wanted.
+    """
     order = mx.stop_gradient(mx.argsort(wanted, axis=-1))
     right = mx.take_along_axis(logits, order[..., -per_token:], axis=-1).min(axis=-1)
     wrong = mx.take_along_axis(logits, order[..., :-per_token], axis=-1).max(axis=-1)
@@ -42,9 +47,6 @@ def router_loss(logits: mx.array, wanted: mx.array, per_token: int) -> mx.array:
 
 
 def divergence(wanted: mx.array, logits: mx.array) -> mx.array:
-    """Mean KL in nats from `wanted` to `logits`, `[..., choices]` both."""
-    p = wanted.astype(mx.float32)
-    p = p - mx.logsumexp(p, axis=-1, keepdims=True)
-    q = logits.astype(mx.float32)
-    q = q - mx.logsumexp(q, axis=-1, keepdims=True)
+    """The mean of KL(wanted || logits) in nats, both `[..., choices]`."""
+    p, q = log_probabilities(wanted), log_probabilities(logits)
     return (mx.exp(p) * (p - q)).sum(axis=-1).mean()

@@ -13,14 +13,14 @@ from qwen35_mlx.files import flush, sync_folder, write_json
 from .shards import write_all
 
 JOB_FILE, JOURNAL_FILE = "job.json", "journal"
-# In the file a task is called piece.
+# The file format calls a task "piece".
 LINE = re.compile(rb"piece (\d+) (\d+)|shard (\S+) ([0-9a-f]{64})")
 
 
 class Journal:
-    """The finished tasks with their CRC-32, and the finished shards with their SHA-256.
+    """Finished tasks with the CRC-32 of their output, and finished shards with their SHA-256.
 
-    A line is added after its data are flushed. Reading stops at the first incomplete line.
+    The caller flushes the data before it adds them. Reading stops at the first incomplete line.
     """
 
     def __init__(self, path: Path):
@@ -43,13 +43,13 @@ class Journal:
         self._end = valid_bytes
 
     def add_tasks(self, done: Iterable[tuple[int, int]]) -> None:
-        """Record tasks and their CRC-32."""
+        """Record finished tasks: pairs of index and CRC-32."""
         new = dict(done)
         self._add("".join(f"piece {index} {crc}\n" for index, crc in new.items()))
         self.tasks |= new
 
     def add_shard(self, file: str, digest: str) -> None:
-        """Record a shard that has its name, and its SHA-256."""
+        """Record a shard that has its final name, and its SHA-256."""
         self._add(f"shard {file} {digest}\n")
         self.checksums[file] = digest
 
@@ -57,7 +57,7 @@ class Journal:
         data = lines.encode()
         write_all(self._file, data, self._end)
         flush(self._file)
-        # Only now: after a full disk, the next write replaces an incomplete line.
+        # Not before the write has succeeded: the next one then overwrites an incomplete line.
         self._end += len(data)
 
     def close(self) -> None:
@@ -66,26 +66,29 @@ class Journal:
 
 
 def open_job(work: Path, out: Path, settings: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Start the job of folder `work`, or check that the job started there is the same."""
+    """Start a job in the folder `work`, or check that the job there has these settings and files.
+
+    Raises Qwen35Error if settings or source files differ.
+    """
     path = work / JOB_FILE
     if not path.exists():
         write_json(path, {"settings": dict(settings), "files": dict(files)})
         sync_folder(work)
         return
     started = read_job(work)
-    restart = f"{work} holds the finished part; remove it to start over"
+    restart = f"or remove {work}, which holds the finished part, to start again"
     _refuse_difference(
         f"the conversion to {out} was started with other settings",
-        started["settings"], settings, f"repeat the first command; {restart}",
+        started["settings"], settings, f"repeat the first command, {restart}",
     )  # fmt: skip
     _refuse_difference(
         f"the source changed after the conversion to {out} was started",
-        started["files"], files, f"restore the first version; {restart}",
+        started["files"], files, f"restore the first version, {restart}",
     )  # fmt: skip
 
 
 def read_job(work: Path) -> dict[str, Any]:
-    """Contents of the job file of a folder; `{}` if there is none."""
+    """The job file of a folder; `{}` if there is none. Raises Qwen35Error if it is damaged."""
     path = work / JOB_FILE
     try:
         job = json.loads(path.read_text(encoding="utf-8"))
@@ -95,10 +98,10 @@ def read_job(work: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise Qwen35Error(f"cannot use {work} to work in", got=error) from error
+        raise Qwen35Error(f"cannot use the work folder {work}", got=error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise Qwen35Error(
-            f"{path} is damaged", got=error, hint=f"remove {work} to start over"
+            f"{path} is damaged", got=error, hint=f"remove {work} to start again"
         ) from None
 
 

@@ -1,5 +1,7 @@
 """Modules by their paths: of a layer, of one expert, and quantized in a file."""
 
+# N tokens, H hidden size.
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ Parts = dict[str, Quantized]
 
 @dataclass
 class Matrix:
-    """A module that is its weight."""
+    """A module with a weight alone."""
 
     weight: mx.array
 
@@ -31,7 +33,7 @@ class Weights:
 
 
 class Expert(Weights):
-    """One expert of a stack: `[N, H]` -> the same."""
+    """One expert of a stack, called with `[N, H]`; returns the same shape."""
 
     def __init__(self, experts: Any, number: int):
         super().__init__({EXPERTS + name: experts[name].weight[number] for name in GLU})
@@ -42,7 +44,7 @@ class Expert(Weights):
 
 
 def read_parts(file: Path) -> Parts:
-    """All quantized matrices of a file."""
+    """All quantized matrices of a safetensors file, by module name."""
     stored: Any = mx.load(str(file))
     modules = [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]
     parts: Any = {m: tuple(stored[f"{m}.{kind}"] for kind in KINDS) for m in sorted(modules)}
@@ -50,7 +52,7 @@ def read_parts(file: Path) -> Parts:
 
 
 def module_at(root: Any, path: str) -> Any:
-    """The module at a path such as `mlp.experts.0`, or the matrix of Weights."""
+    """The module at a path such as `mlp.experts.0`; or the matrix of that path in Weights."""
     if isinstance(root, Weights):
         return root.matrices[path]
     for name in path.split("."):

@@ -1,4 +1,4 @@
-"""Writes safetensors files; a header is written before any of the data."""
+"""Writes safetensors files; the header is written before the data."""
 
 import hashlib
 import json
@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
 
 from qwen35_mlx.checkpoint.headers import PREFIX_BYTES
 from qwen35_mlx.checkpoint.names import OF_EXPERTS
@@ -15,15 +18,14 @@ from qwen35_mlx.files import flush, sync_folder
 from .plan import OutputTensor, Plan
 
 METADATA = {"format": "mlx"}
-# Pages of macOS: what lies at their multiples is read without a copy.
+# Page size of macOS; data at a multiple of it can be read without a copy.
 PAGE_BYTES = 16_384
 
 
 class ShardWriter:
     """Writes one file in any order, under a temporary name until it is complete.
 
-    Continues an existing temporary file. Threads may write at the same time, as each call has its
-    own region.
+    Continues an existing temporary file. Several threads may write, each to regions of its own.
     """
 
     def __init__(self, path: Path, tensors: Sequence[OutputTensor]):
@@ -31,7 +33,7 @@ class ShardWriter:
         self._partial = path.with_name(f".{path.name}.partial")
         header = _header(tensors)
         end = len(header)
-        # Of each tensor: its first byte, all bytes, those of a piece, and from piece to piece.
+        # By tensor: its offset, its bytes, the bytes of one piece, and the stride of pieces.
         self._places: dict[str, tuple[int, int, int, int]] = {}
         for together in _groups(tensors):
             num_pieces, stride = _pieces(together)
@@ -49,7 +51,7 @@ class ShardWriter:
         os.ftruncate(self._file, end)
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Write `data` at byte `start` of tensor `name`."""
+        """Write `data` at byte `start` of tensor `name`. Raises RuntimeError beyond its end."""
         if (excess := start + len(data) - self._places[name][1]) > 0:
             raise RuntimeError(f"{name}: {excess} bytes too many")
         for offset, nbytes in self._ranges(name, start, len(data)):
@@ -57,11 +59,11 @@ class ShardWriter:
             data = data[nbytes:]
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
-        """`nbytes` bytes of the temporary file from byte `start` of tensor `name` on."""
+        """Read `nbytes` bytes of tensor `name` from byte `start` on, before `finish`."""
         return b"".join(os.pread(self._file, n, at) for at, n in self._ranges(name, start, nbytes))
 
     def _ranges(self, name: str, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Where these bytes of a tensor lie in the file: an offset and a length for each piece."""
+        """The offset in the file and the length of each piece of these bytes of a tensor."""
         begin, _, piece, stride = self._places[name]
         while nbytes > 0:
             index, inside = divmod(start, piece)
@@ -70,11 +72,14 @@ class ShardWriter:
             start, nbytes = start + length, nbytes - length
 
     def sync(self) -> None:
-        """Return when all written bytes would survive a loss of power."""
+        """Flush everything that was written to the disk."""
         flush(self._file)
 
     def finish(self) -> str:
-        """Give the complete file its name; returns its SHA-256."""
+        """Rename the complete file to its final name; returns its SHA-256.
+
+        Raises RuntimeError if `missing_bytes`, which the caller counts down, is not 0.
+        """
         if self.missing_bytes:
             raise RuntimeError(f"{self.path.name}: {self.missing_bytes} bytes are missing")
         self.sync()
@@ -85,29 +90,34 @@ class ShardWriter:
         return digest
 
     def close(self) -> None:
-        """Close the file; a temporary file stays."""
+        """Close the file; an incomplete file stays under its temporary name."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def raw_bytes(array: mx.array) -> memoryview:
+    """The bytes of an array with one or more dims."""
+    return np.asarray(array.view(mx.uint8)).reshape(-1).data
+
+
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write `data` at byte `offset` of a file."""
+    """Write all of `data` at byte `offset` of a file."""
     view = memoryview(data)
     while view:
-        # On a full disk a part is written before the error.
+        # On a full disk, a part is written before the error.
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
 
 
 def text_header_bytes(plan: Plan) -> int:
-    """Header bytes of all files except those with carried tensors only."""
+    """Header bytes of all files, except files that contain only carried tensors."""
     return sum(
         len(_header(shard.tensors))
         for shard in plan.shards
@@ -130,20 +140,20 @@ def _header(tensors: Sequence[OutputTensor]) -> bytes:
                 }
                 offset = end
     raw = json.dumps(entries, separators=(",", ":")).encode()
-    # Padded with spaces: the data begin at a multiple of 8, and experts at that of a page.
+    # Padded with spaces: data start at a multiple of 8, separate experts at a multiple of a page.
     multiple = PAGE_BYTES if any(tensor.is_apart for tensor in tensors) else 8
     raw += b" " * (-(PREFIX_BYTES + len(raw)) % multiple)
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
 
 
 def _groups(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
-    """Tensors whose pieces lie side by side: the stacks of a layer's experts; others are alone."""
+    """Groups of tensors with alternating pieces: the stacks of a layer's separate experts."""
     layer = (t.name.partition(OF_EXPERTS)[0] if t.is_apart else t.name for t in tensors)
     keyed = zip(layer, tensors, strict=True)
     return [[tensor for _, tensor in found] for _, found in groupby(keyed, lambda pair: pair[0])]
 
 
 def _pieces(together: Sequence[OutputTensor]) -> tuple[int, int]:
-    """How many pieces each of these tensors has, and the bytes of one piece of all of them."""
+    """The number of pieces of each tensor, and the bytes of one piece of all tensors together."""
     num_pieces = together[0].shape[0] if together[0].is_apart else 1
     return num_pieces, sum(tensor.nbytes for tensor in together) // num_pieces

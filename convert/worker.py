@@ -1,4 +1,4 @@
-"""Does the tasks of a plan: reads, converts and writes rows, and records them in the journal."""
+"""Runs the tasks of a plan: reads, converts and writes rows, and records them in the journal."""
 
 import time
 import zlib
@@ -10,7 +10,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from qwen35_mlx.checkpoint.resolver import Segment
 from qwen35_mlx.progress import ByteProgress
@@ -18,25 +17,25 @@ from qwen35_mlx.progress import ByteProgress
 from .hub import Fetcher
 from .journal import Journal
 from .plan import Plan
-from .shards import ShardWriter, sha256
+from .shards import ShardWriter, raw_bytes, sha256
 from .tasks import WORKERS, Task, uses
 from .transform import Known, read_segment, transform
 
-# Work that a crash may cost: what was written since files and journal were last flushed.
+# Maximum output, and time, between two flushes of files and journal: a crash loses this work.
 FLUSH_BYTES, FLUSH_SECONDS = 2**30, 20.0
 
 
 @cache
 def threads() -> ThreadPoolExecutor:
-    """The threads of all conversions: MLX never frees what it sets up for a thread."""
+    """The threads of all conversions in this process: MLX never frees what a thread allocated."""
     return ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
 
 
 @dataclass
 class Worker:
-    """Does the tasks that the journal does not contain yet.
+    """Runs the tasks that are not in the journal yet.
 
-    Holds WORKERS slices of the source, at most SLICE_BYTES each, and their output.
+    Holds WORKERS slices of the source, of at most SLICE_BYTES each, and their output.
     """
 
     plan: Plan
@@ -49,18 +48,18 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.pool = threads()
-        # Started and not yet written, in order.
+        # Started tasks in order, with their results.
         self.running: deque[tuple[Task, Future]] = deque()
         self.writers: dict[int, ShardWriter] = {}
         self.hashes: dict[int, Future[str]] = {}
         self.unflushed: list[tuple[Task, int]] = []
         self.unflushed_bytes, self.flushed_at = 0, time.monotonic()
         self.done_bytes, self.total_bytes = 0, self.plan.source_bytes
-        # Kernels of a GPU want one thread; a CPU runs as many as it has cores.
+        # On a GPU, only the main thread converts; on a CPU, each thread does.
         self.in_main = mx.default_device() == mx.Device(mx.gpu)
 
     def run(self) -> dict[str, str]:
-        """Do all tasks; returns the SHA-256 of each shard by name."""
+        """Run all tasks; returns the SHA-256 of each shard by file name."""
         try:
             self._run()
         finally:
@@ -69,7 +68,7 @@ class Worker:
 
     def _run(self) -> None:
         todo = self._resume()
-        # Unfinished tasks of each shard, and of each source file.
+        # Number of unfinished tasks of each shard, and of each source file.
         self.left_of_shard = Counter(task.shard for task in todo)
         self.left_of_file = Counter(file for task in todo for file in task.segment.files)
         if todo:
@@ -82,7 +81,7 @@ class Worker:
         fetched: set[Path] = set()
         for task in todo:
             if self.fetcher and not task.segment.files <= fetched:
-                # Files of the source that are done are deleted before the next one is fetched.
+                # Delete the source files that are done before the next one is fetched.
                 while self.running:
                     self._complete()
                 self._flush()
@@ -97,7 +96,7 @@ class Worker:
         self._collect(last=True)
 
     def _close(self) -> None:
-        """Stop the threads; what is written but not flushed is converted again next time."""
+        """Stop all work. The next run repeats the tasks that were not flushed."""
         futures = [*(future for _, future in self.running), *self.hashes.values()]
         wait([future for future in futures if not future.cancel()])
         if self.fetcher:
@@ -107,7 +106,7 @@ class Worker:
         mx.clear_cache()
 
     def _resume(self) -> list[Task]:
-        """The unfinished tasks, with those whose output the disk lost."""
+        """The unfinished tasks, and those whose output on disk is not what the journal says."""
         todo = []
         for task in self.tasks:
             if not self._is_done(task):
@@ -145,11 +144,11 @@ class Worker:
                 self._report(segment, self.fetcher.state)
 
     def _start(self, task: Task) -> Future:
-        # Opened here: threads must not open one file twice.
+        # Opened in this thread, so that no file is opened twice.
         writer = self._writer(task.shard)
         if self.in_main:
             return self.pool.submit(read_segment, task.segment)
-        return self.pool.submit(_do, writer, task, self.known)
+        return self.pool.submit(_convert, writer, task, self.known)
 
     def _complete(self) -> None:
         task, future = self.running.popleft()
@@ -166,7 +165,7 @@ class Worker:
             self._flush()
 
     def _flush(self) -> None:
-        """Flush the data, then the journal; then release files that no task needs any more."""
+        """Flush the data, then the journal; then release source files that no task needs."""
         for shard in sorted({task.shard for task, _ in self.unflushed}):
             self.writers[shard].sync()
         self.journal.add_tasks((task.index, crc) for task, crc in self.unflushed)
@@ -184,17 +183,17 @@ class Worker:
         self._collect(last=False)
 
     def _finish(self, shard: int) -> None:
-        """Start to name and hash a shard whose tasks are all done."""
+        """Start the renaming and hashing of a shard whose tasks are all done."""
         file = self.plan.shards[shard].file
         if file in self.journal.checksums:
             return
-        # A file that has its name already: an earlier run was killed before it was recorded.
+        # An earlier run may have been killed between renaming and recording.
         is_named = (self.folder / file).exists()
         finish = partial(sha256, self.folder / file) if is_named else self._writer(shard).finish
         self.hashes[shard] = self.pool.submit(finish)
 
     def _collect(self, last: bool) -> None:
-        """Record the shards that have their name; with `last`, wait for all of them."""
+        """Record the shards that are renamed and hashed; with `last`, wait for all of them."""
         for shard, future in list(self.hashes.items()):
             if last or future.done():
                 self.journal.add_shard(self.plan.shards[shard].file, future.result())
@@ -207,10 +206,11 @@ class Worker:
             self.progress(self.done_bytes, self.total_bytes, state or name, file)
 
 
-def _do(writer: ShardWriter, task: Task, known: Known) -> int:
+def _convert(writer: ShardWriter, task: Task, known: Known) -> int:
+    """Read, convert and write a task; returns the CRC-32 of its output."""
     rows = read_segment(task.segment)
     crc = _write(writer, task, transform(task, rows, known))
-    # Tasks of the next tensor have other sizes: freed buffers would pile up.
+    # Tasks of the next tensor need buffers of other sizes, so MLX would keep unused ones.
     mx.clear_cache()
     return crc
 
@@ -219,15 +219,9 @@ def _write(writer: ShardWriter, task: Task, parts: Sequence[mx.array]) -> int:
     """Write the output of a task; returns its CRC-32."""
     crc = 0
     for (tensor, start, nbytes), part in zip(task.outputs(), parts, strict=True):
-        data = _bytes(part)
+        data = raw_bytes(part)
         if len(data) != nbytes:
             raise RuntimeError(f"{tensor.name}: {len(data)} bytes instead of {nbytes}")
         writer.write(tensor.name, start, data)
         crc = zlib.crc32(data, crc)
     return crc
-
-
-def _bytes(part: mx.array) -> memoryview:
-    if part.dtype == mx.bfloat16:
-        part = part.view(mx.uint16)
-    return np.asarray(part).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""Arrays in, arrays out: affine quantization in the layout of mlx."""
+"""Quantization of arrays to the affine layout of MLX."""
 
 from .affine import dequantize, quantize
 

@@ -1,4 +1,4 @@
-"""Affine quantization in the layout of mlx, by three methods; checks of settings and weights."""
+"""Affine quantization in the layout of MLX, by three methods; checks of settings and weights."""
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,13 @@ FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def check_settings(bits: int, group_size: int, method: str = METHODS[0], where: str = "") -> None:
-    """Refuse an unknown method, and bits or a group size for which mlx has no kernels."""
+    """Raise Qwen35Error for an unknown method, or for bits or a group size that MLX cannot run."""
     for key, got, allowed in (
         ("bits", bits, BITS),
         ("group_size", group_size, GROUP_SIZES),
         ("method", method, METHODS),
     ):
-        # As text: 4.0 is not a number of bits.
+        # repr: 4.0 == 4, but 4.0 is refused.
         if repr(got) not in map(repr, allowed):
             raise Qwen35Error(
                 f"{key}={got!r} is not supported{where and f' (for {where})'}",
@@ -33,7 +33,7 @@ def check_settings(bits: int, group_size: int, method: str = METHODS[0], where: 
 def quantized_shapes(
     shape: tuple[int, ...], bits: int, group_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the packed uint32 weight and of its scales; biases have the shape of scales."""
+    """The shapes of the packed uint32 weight and of its scales; biases have those of scales."""
     *leading, inputs = shape
     return (*leading, inputs * bits // 32), (*leading, inputs // group_size)
 
@@ -49,17 +49,18 @@ def quantize(
 ) -> Quantized:
     """Quantize `w [..., inputs]` to (packed uint32, scales, biases) in the layout of mx.quantize.
 
-    "minmax" is mx.quantize. "search" minimizes the squared error of the weights, each column
-    weighted by `importance [inputs]`. "gptq" minimizes the error of `w @ x` for inputs with
-    `hessian [inputs, inputs]`, or `[E, inputs, inputs]` for stacked experts `[E, rows, inputs]`.
-    Scales and biases have the dtype of `w`. Except for "gptq", rows quantized separately give the
-    same bits as together.
+    method: "minmax" is mx.quantize. "search" minimizes the squared error of the weights, with the
+    optional `importance [inputs]` as the weight of each column. "gptq" minimizes the error of
+    `w @ x` for inputs x with `hessian [inputs, inputs]`; stacked experts `[E, rows, inputs]` may
+    have one each, `[E, inputs, inputs]`. Scales and biases have the dtype of `w`. With "minmax"
+    and "search", the result of a row does not depend on the other rows. Raises Qwen35Error for
+    weights, settings or statistics that cannot be used.
     """
     check_settings(bits, group_size, method)
     _check_weight(w, group_size)
     for name, value, owner in (("importance", importance, "search"), ("hessian", hessian, "gptq")):
         if value is not None and method != owner:
-            raise Qwen35Error(f"method={method!r} does not use {name}", got=name)
+            raise Qwen35Error(f"method={method!r} does not use {name}", expected=f"no {name}")
     if w.ndim == 1:
         parts = quantize(w[None], bits, group_size, method, importance, hessian, damping)
         wq, scales, biases = (part[0] for part in parts)
@@ -84,46 +85,44 @@ def _check_weight(w: mx.array, group_size: int) -> None:
         )
     if w.ndim == 0 or w.shape[-1] % group_size:
         raise Qwen35Error(
-            f"group_size={group_size} does not divide the inputs of the weight",
+            f"group_size={group_size} does not divide the number of inputs",
             got=list(w.shape),
             expected=f"a last dim that is a multiple of {group_size}",
         )
     if not w.size:
-        raise Qwen35Error("there are no weights to quantize", got=list(w.shape))
-    # Cheap: below this no group can span too much.
+        raise Qwen35Error("the weight is empty", got=list(w.shape))
+    # Fast path: below this limit, the range of every group fits into the dtype.
     if largest_magnitude(w) < 0.4 * mx.finfo(w.dtype).max:
         return
     if not mx.all(mx.isfinite(w)).item():
         raise Qwen35Error(
-            "weights that are not finite cannot be quantized",
-            got="nan or inf",
-            expected="finite numbers",
+            "the weight has values that are not finite", got="nan or inf", expected="finite values"
         )
     groups = w.reshape(-1, group_size)
     ranges = groups.max(axis=-1).astype(mx.float32) - groups.min(axis=-1).astype(mx.float32)
-    # 0.9: the grid of codes may extend a little beyond the weights.
+    # 0.9: the range of the codes may be a little larger than that of the weights.
     limit = 0.9 * mx.finfo(w.dtype).max
     if not mx.all(ranges <= limit).item():
         raise Qwen35Error(
-            f"a group of weights spans more than {w.dtype} can hold",
-            got=f"{mx.max(ranges).item():.3g} from the smallest to the largest of a group",
+            f"the range of a group of weights is too large for {w.dtype}",
+            got=f"largest weight - smallest weight = {mx.max(ranges).item():.3g}",
             expected=f"at most {limit:.3g}",
         )
 
 
 def largest_magnitude(w: mx.array) -> float:
-    """The largest absolute value; nan or inf if there is one."""
+    """The largest absolute value; nan or inf if `w` contains one."""
     kind, mask = (mx.uint32, 0x7FFFFFFF) if w.itemsize == 4 else (mx.uint16, 0x7FFF)
     top = largest_bits(np.asarray(mx.view(w, kind)).reshape(-1, w.shape[-1]), mask)
     return float(np.array(mx.view(mx.array([top], dtype=kind), w.dtype).astype(mx.float32))[0])
 
 
 def largest_bits(rows: np.ndarray, mask: int) -> int:
-    """The largest of unsigned integers `[rows, columns]` under a mask; 0 if there are none.
+    """The maximum of `rows & mask` for unsigned integers `[rows, columns]`; 0 if there are none.
 
-    Floats sort by magnitude as their bits do; this takes a tenth of the time of a search by MLX.
+    The bits of floats have the order of their magnitudes. This takes a tenth of the time of MLX.
     """
-    # A few rows at a time: the masked copy stays in the processor's cache.
+    # A few rows at a time, so that the masked copy stays in the cache of the CPU.
     step = max(2**16 // max(rows.shape[-1], 1), 1)
     parts = (rows[i : i + step] & rows.dtype.type(mask) for i in range(0, len(rows), step))
     return max((int(part.max()) for part in parts), default=0) if rows.size else 0
@@ -134,18 +133,18 @@ def _check_importance(importance: mx.array | None, inputs: int) -> None:
         return
     if importance.shape != (inputs,):
         raise Qwen35Error(
-            "importance is not one number for each input",
+            "importance has the wrong shape",
             got=list(importance.shape),
             expected=[inputs],
         )
     if not mx.all((importance >= 0) & mx.isfinite(importance)).item():
-        raise Qwen35Error("importance must be finite and not negative", got="negative, nan or inf")
+        raise Qwen35Error("importance must be finite and not negative")
 
 
 def dequantize(
     wq: mx.array, scales: mx.array, biases: mx.array, bits: int = 4, group_size: int = 64
 ) -> mx.array:
-    """The inverse of `quantize`, up to rounding, in the dtype of `scales`."""
+    """The weights that `quantize` stored, `[..., inputs]` in the dtype of `scales`."""
     check_settings(bits, group_size)
     if wq.ndim == 1:
         return dequantize(wq[None], scales[None], biases[None], bits, group_size)[0]

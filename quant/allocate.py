@@ -1,4 +1,4 @@
-"""Chooses bits and group size of each tensor: the least total error within a byte budget."""
+"""Chooses bits and group size of each tensor: the lowest total error within a byte budget."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from qwen35_mlx.errors import Qwen35Error
 
-# Columns of the table of dynamic programming; a larger budget is counted in coarser units.
+# Maximum number of budgets in the table of dynamic programming; a larger one has coarser units.
 MAX_UNITS = 2**16
 
 
@@ -24,7 +24,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Allocation:
-    """The option of each tensor; `lower_bound` is the least possible sum of errors."""
+    """The option of each tensor, their sums, and a lower bound of the sum of errors."""
 
     options: dict[str, Option]
     nbytes: int
@@ -33,12 +33,13 @@ class Allocation:
 
 
 def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Allocation:
-    """Choose one option for each tensor: the least sum of errors within `budget_bytes` in all.
+    """Choose one option for each tensor, with the lowest sum of errors within `budget_bytes`.
 
-    Exact where the differences of sizes have a common divisor of at least 1/65536 of the spendable
-    bytes, as in small models. Otherwise sizes are rounded up to units of that, and the bytes that
-    rounding leaves over are spent on the best exchanges.
-    Raises Qwen35Error with the smallest size if the budget is below it.
+    A knapsack problem, solved by dynamic programming. The spendable bytes are those above the
+    smallest choice. The result is optimal if the greatest common divisor of the sizes is at least
+    1/65536 of them, as in small models. Otherwise sizes are rounded up to units of 1/65536, and a
+    greedy search spends the bytes that remain.
+    Raises Qwen35Error if the budget is below the smallest choice.
     """
     names = list(tables)
     hulls = [_undominated(tables[name]) for name in names]
@@ -46,7 +47,7 @@ def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Alloc
     if base > budget_bytes:
         raise Qwen35Error(
             "the budget is smaller than the smallest plan",
-            got=f"{budget_bytes:,} bytes for what can be quantized",
+            got=f"{budget_bytes:,} bytes for the quantized tensors",
             expected=f"at least {base:,} bytes",
         )
     spare = min(budget_bytes - base, sum(o[-1].nbytes - o[0].nbytes for o in hulls))
@@ -61,11 +62,11 @@ def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Alloc
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:
-    """The options with less error than every smaller option, ordered by size."""
+    """The options with a lower error than every smaller option, ordered by size."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda o: (o.nbytes, o.error)):
         if not math.isfinite(option.error) or option.error < 0:
-            raise Qwen35Error("an error is not a number", got=option.error, expected="0 or more")
+            raise Qwen35Error("an error is not valid", got=option.error, expected="0 or more")
         if not kept or option.error < kept[-1].error:
             kept.append(option)
     return kept
@@ -76,9 +77,9 @@ def _nbytes(hulls: list[list[Option]], chosen: list[int]) -> int:
 
 
 def _table(hulls: list[list[Option]], units: int, unit: int) -> list[int]:
-    """Index of each tensor's option by dynamic programming.
+    """The index of each tensor's option, by dynamic programming.
 
-    `best[u]` is the least error with u units more than the smallest plan.
+    `best[u]` is the lowest error with u units more than the smallest choice.
     """
     best = np.zeros(units + 1)
     decisions = np.zeros((len(hulls), units + 1), dtype=np.uint8)
@@ -102,7 +103,7 @@ def _table(hulls: list[list[Option]], units: int, unit: int) -> list[int]:
 
 
 def _spend(hulls: list[list[Option]], chosen: list[int], spare: int) -> None:
-    """Take larger options while they fit, first the one that reduces the error most."""
+    """Greedily replace options by larger ones: each time the one that reduces the error most."""
     while True:
         gains = [
             (options[k].error - options[j].error, i, j)
@@ -118,13 +119,13 @@ def _spend(hulls: list[list[Option]], chosen: list[int], spare: int) -> None:
 
 
 def _lower_bound(hulls: list[list[Option]], spare: int) -> float:
-    """The least error if a tensor could mix its options."""
+    """The lowest error if each tensor could mix its options (the linear relaxation)."""
     error, slopes = 0.0, []
     for options in hulls:
         error += options[0].error
         k = 0
         while k < len(options) - 1:
-            # The option of the steepest descent: the next corner of the lower convex hull.
+            # The largest reduction per byte is the next corner of the lower convex hull.
             rates = [
                 (options[k].error - o.error) / (o.nbytes - options[k].nbytes)
                 for o in options[k + 1 :]

@@ -14,7 +14,7 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def kl_divergence(reference: mx.array, quantized: mx.array) -> mx.array:
-    """KL(reference || quantized) in nats of logits `[..., vocab]` -> `[...]`, never below 0."""
+    """KL(reference || quantized) of logits `[..., vocab]`: nats `[...]`, at least 0."""
     return _kl(log_probabilities(reference), log_probabilities(quantized))
 
 
@@ -24,16 +24,16 @@ def _kl(p: mx.array, q: mx.array) -> mx.array:
 
 @dataclass
 class Divergence:
-    """Collects figures of single tokens; its properties are the totals."""
+    """Figures of each token; the properties summarize them."""
 
     kls: list[np.ndarray] = field(default_factory=list)
     agreements: list[np.ndarray] = field(default_factory=list)
-    # In nats, of the tokens that follow in the text; the last position of a text has none.
+    # Cross-entropy of the next token in nats; the last position of a text has no next token.
     reference_losses: list[np.ndarray] = field(default_factory=list)
     quantized_losses: list[np.ndarray] = field(default_factory=list)
 
     def add(self, reference: mx.array, quantized: mx.array, following: mx.array) -> None:
-        """Add logits `[N, vocab]` of both; `following` are the ids that follow, -1 for none."""
+        """Add logits `[N, vocab]` of both models; `following [N]`: the next ids, -1 for none."""
         p, q = log_probabilities(reference), log_probabilities(quantized)
         known = np.array(following) >= 0
         ids = mx.maximum(following, 0)[:, None]
@@ -53,17 +53,17 @@ class Divergence:
 
     @property
     def p99_kl(self) -> float:
-        """99 % of the tokens have at most this KL, in nats."""
+        """The 99th percentile of KL over tokens, in nats."""
         return float(np.percentile(np.concatenate(self.kls), 99))
 
     @property
     def top1_agreement(self) -> float:
-        """Share of tokens for which both models predict the same most likely token."""
+        """The share of tokens for which both models have the same most likely next token."""
         return float(np.concatenate(self.agreements).mean())
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """Of the reference and of the quantized model on the text; NaN for a single token."""
+        """Perplexity of the reference and of the quantized model; NaN for a single token."""
         return _perplexity(self.reference_losses), _perplexity(self.quantized_losses)
 
 

@@ -1,6 +1,6 @@
 """GPTQ: rounds column after column; later columns compensate the error of earlier ones."""
 
-# R rows, G weights a group. Within a group columns lie first: [G, R].
+# E experts, R rows, G weights a group. Within a group, the columns are the first axis: [G, E, R].
 
 import mlx.core as mx
 import numpy as np
@@ -11,23 +11,24 @@ from .packing import Quantized, joined, pack
 from .search import CHUNK_WEIGHTS, fit, inverse, nearest
 
 DAMPING = 0.01
-# Where a triangular matrix is no longer inverted by halves.
+# Below twice this size, a triangular matrix is inverted directly.
 SMALL_INVERSE = 256
 
 
 def gptq(
     w: mx.array, bits: int, group_size: int, hessian: mx.array, damping: float = DAMPING
 ) -> Quantized:
-    """Quantize finite `w [..., inputs]` with the least error of `w @ x` for typical inputs x.
+    """Quantize finite `w [..., inputs]` with the lowest error of `w @ x` for typical inputs x.
 
-    `hessian [inputs, inputs]` is the mean of x x^T, up to a factor; `damping` times the mean of
-    its diagonal is added to it. `w [E, R, inputs]` may have a Hessian for each E. Scales and biases
-    are searched group by group, on the weights as compensated so far.
-    Holds the result, 3 float64 matrices of the size of `hessian`, and what `search` holds.
-    Source: Frantar et al. 2022, arXiv 2210.17323, in the order of the columns.
+    `hessian [inputs, inputs]` is proportional to the mean of x x^T; `damping` times the mean of
+    its diagonal is added to the diagonal. `w [E, R, inputs]` may have one Hessian for each E.
+    Scale and bias of each group are searched after the compensation of all earlier columns.
+    Holds the result, 3 float64 matrices of the size of `hessian`, and the memory of `search`.
+    Raises Qwen35Error for a Hessian that does not fit or is not positive definite.
+    Source: Frantar et al. 2022, arXiv 2210.17323; columns in their stored order.
     """
     *leading, inputs = w.shape
-    # [E, R, inputs]; without a Hessian for each E, all rows are one stack.
+    # [E, R, inputs]; with one Hessian for all rows, E = 1.
     if hessian.ndim == 3 and w.ndim == 3 and len(hessian) == len(w):
         stack, hessians, rows_at_once = w, hessian, w.shape[1]
     else:
@@ -48,37 +49,37 @@ def gptq(
 
 
 def inverse_factor(hessian: mx.array, inputs: int, damping: float) -> mx.array:
-    """Upper triangular U in float32 with U^T U the inverse of the damped Hessian."""
+    """Upper triangular U `[inputs, inputs]` in float32: U^T U is the inverse damped Hessian."""
     if hessian.shape != (inputs, inputs):
         raise Qwen35Error(
-            "the hessian does not fit the weight",
+            "the Hessian does not fit the weight",
             got=list(hessian.shape),
             expected=[inputs, inputs],
         )
-    # float64, which mlx lacks on a GPU: a Hessian of correlated inputs is nearly singular.
+    # numpy, because MLX has no float64 on a GPU; with correlated inputs, H is nearly singular.
     h = np.array(hessian.astype(mx.float32)).astype(np.float64)
     if not np.isfinite(h).all() or not np.allclose(h, h.T, rtol=1e-3, atol=1e-6 * np.abs(h).max()):
         raise Qwen35Error(
-            "the hessian is not a matrix of second moments",
-            expected="finite numbers, the same across the diagonal",
+            "the Hessian is not a matrix of second moments",
+            expected="a symmetric matrix of finite numbers",
         )
     mean = np.trace(h) / inputs
     h += np.eye(inputs) * (damping * mean if mean > 0 else 1)
     try:
-        # From the last column to the first: in this order the whole need not be inverted.
+        # Reversed columns: the inverse of this factor is U, without inverting the whole Hessian.
         lower = np.linalg.cholesky(h[::-1, ::-1])
     except np.linalg.LinAlgError:
         raise Qwen35Error(
-            "the hessian has directions of no or negative weight",
+            "the Hessian is not positive definite",
             got=f"damping={damping}",
-            hint="damp more: 0.01 or 0.1",
+            hint="use a larger damping: 0.01 or 0.1",
         ) from None
     upper = _inverse_of_lower(lower)[::-1, ::-1]
     return mx.array(np.triu(upper).astype(np.float32))
 
 
 def _inverse_of_lower(lower: np.ndarray) -> np.ndarray:
-    """By halves, of a lower triangular matrix: a general inverse takes several times as long."""
+    """The inverse of a lower triangular matrix by halves, several times faster than a general."""
     half = len(lower) // 2
     if half < SMALL_INVERSE:
         return np.linalg.inv(lower)
@@ -90,10 +91,10 @@ def _inverse_of_lower(lower: np.ndarray) -> np.ndarray:
 
 
 def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:
-    """Error of products with feedback relative to without, for `hessian [..., I, I]`.
+    """The error of GPTQ relative to plain rounding: the mean over `hessian [..., I, I]`.
 
-    Without feedback, rounding a column costs the variance of its input. With feedback it costs the
-    part of that variance that later inputs do not explain.
+    With plain rounding, the error of a column is weighted with the variance of its input; with
+    GPTQ, with the part of this variance that later inputs do not explain.
     """
     gains = []
     for matrix in hessian.reshape(-1, *hessian.shape[-2:]):
@@ -105,11 +106,14 @@ def feedback_gain(hessian: mx.array, damping: float = DAMPING) -> float:
 
 
 def _feed_back(rows: mx.array, bits: int, group_size: int, factor: mx.array) -> Quantized:
-    """Codes [E * R, inputs], scales, biases of rows [E, R, inputs], factors [E, inputs, inputs]."""
+    """Codes `[E * R, inputs]`, scales and biases of rows `[E, R, inputs]`.
+
+    factor: `[E, inputs, inputs]`, from `inverse_factor`.
+    """
     dtype, levels = rows.dtype, 2**bits - 1
     num, num_rows, inputs = rows.shape
     rest = rows.astype(mx.float32)
-    # Cost of an error in a column after the later columns have compensated it.
+    # Cost of an error in a column, after its compensation by later columns.
     cost = 1 / mx.square(mx.diagonal(factor, axis1=1, axis2=2))
     parts = []
     for start in range(0, inputs, group_size):

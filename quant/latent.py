@@ -1,10 +1,11 @@
-"""Trains quantized matrices: weights move down the gradient of a loss while codes are settled."""
+"""Trains quantized matrices: gradient descent on latent weights that are rounded step by step."""
 
 # K groups a row, G weights a group.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,16 +14,16 @@ import numpy as np
 
 from .packing import WORD_BITS, Quantized, pack
 
-# How far scales and biases move a step, in parts of a scale, relative to weights.
+# Learning rate of scales and biases, relative to that of weights; their unit is one scale.
 SCALE_RATE = 0.2
 BETAS = [0.9, 0.98]
-# Share of the steps before the full learning rate, and what is left of it in the end.
+# Share of the steps for the warm-up, and the final learning rate relative to the full one.
 WARM_UP, LAST_RATE = 0.05, 0.1
-# Share of the steps after which all codes are settled; the rest is for scales and biases.
-SETTLED, POWER = 0.85, 1.5
-# Every so many steps take the second loss.
+# Share of the steps after which all codes are frozen, and the exponent of the curve up to there.
+FROZEN, POWER = 0.85, 1.5
+# Every SECOND_EVERY-th step uses the second loss.
 SECOND_EVERY = 16
-# Weights that are sorted, of each matrix at each step.
+# Maximum number of weights of a matrix that a step sorts; of more weights, it sorts a sample.
 SORTED = 2**20
 
 Parameters = dict[str, mx.array]
@@ -30,11 +31,11 @@ Loss = Callable[[Mapping[str, mx.array], int], mx.array]
 
 
 class Latent:
-    """A quantized matrix, or stack of matrices, as numbers that have gradients.
+    """A quantized matrix, or a stack of matrices, with parameters that have gradients.
 
-    Its parameters are weights in steps of their codes, `[..., K, G]`, and how far scales and biases
-    have moved, `[..., K]` in parts of SCALE_RATE scales. Weights begin at those of the matrix
-    `weight [..., inputs]`, scales and biases at those of `parts`.
+    Parameters: `codes [..., K, G]`, the weights as fractional codes; `scales` and `biases`
+    `[..., K]`, changes in units of SCALE_RATE * scale. Codes start from `weight [..., inputs]`,
+    the unquantized matrix; scales and biases start from `parts`.
     """
 
     def __init__(self, parts: Quantized, weight: mx.array):
@@ -46,51 +47,52 @@ class Latent:
         steps = weight.astype(mx.float32).reshape(*scales.shape, -1) - self.biases[..., None]
         steps = steps / mx.where(self.scales == 0, 1, self.scales)[..., None]
         zeros = mx.zeros_like(self.scales)
-        self.start = {"codes": self.within(steps), "scales": zeros, "biases": zeros}
+        self.start = {"codes": self.clipped(steps), "scales": zeros, "biases": zeros}
 
     @property
     def codes(self) -> mx.array:
-        """Those of `parts`, as numbers of the shape that `start` has."""
+        """The codes of `parts`, as float32 `[..., K, G]`."""
         packed, scales, _ = self.parts
         ones, zeros = mx.ones_like(self.scales), mx.zeros_like(self.scales)
         group_size = self.shape[-1] // scales.shape[-1]
         codes = mx.dequantize(packed, ones, zeros, group_size=group_size, bits=self.bits)
         return codes.reshape(*scales.shape, group_size)
 
-    def within(self, codes: mx.array) -> mx.array:
-        """Nowhere so far beyond the codes that rounding would leave them."""
+    def clipped(self, codes: mx.array) -> mx.array:
+        """Fractional codes, limited to values that are rounded to a valid code."""
         return mx.clip(codes, -0.4, self.top + 0.4)
 
     def weight(self, at: Parameters) -> mx.array:
-        """In float32; differentiable in `at`."""
+        """The dequantized matrix in float32; differentiable in the parameters `at`."""
         scale = self.scales * (1 + SCALE_RATE * at["scales"])
         bias = self.biases + self.scales * SCALE_RATE * at["biases"]
         return (scale[..., None] * at["codes"] + bias[..., None]).reshape(self.shape)
 
-    def settle(self, codes: mx.array, before: mx.array, settled: mx.array, share: float) -> Any:
-        """Weights after a step, and which are codes for good: this share, the nearest ones first.
+    def freeze(self, codes: mx.array, before: mx.array, frozen: mx.array, share: float) -> Any:
+        """Round and freeze this share of all codes, those nearest to a valid code first.
 
-        What was settled stays as it was `before`.
+        codes, before: values after and before a step; frozen codes keep the latter. Returns the
+        new codes, and which of them are frozen.
         """
-        codes = mx.where(settled, before, self.within(codes))
+        codes = mx.where(frozen, before, self.clipped(codes))
         nearest = mx.round(codes)
         num = int(share * codes.size)
         if num:
-            away = mx.where(settled, -1, mx.abs(codes - nearest))
-            # Of some, where they are many: a GPU sorts them all, in more time than the rest takes.
-            some = away.flatten()[:: max(codes.size // SORTED, 1) | 1]
-            last = -(-num * some.size // codes.size) - 1
-            limit = mx.partition(some, last)[last] if num < codes.size else 1
-            settled = away <= limit
-            codes = mx.where(settled, nearest, codes)
-        return codes, settled
+            distance = mx.where(frozen, -1, mx.abs(codes - nearest))
+            # A sample: mx.partition sorts all values on a GPU, which takes longer than the rest.
+            sample = distance.flatten()[:: max(codes.size // SORTED, 1) | 1]
+            last = -(-num * sample.size // codes.size) - 1
+            limit = mx.partition(sample, last)[last] if num < codes.size else 1
+            frozen = distance <= limit
+            codes = mx.where(frozen, nearest, codes)
+        return codes, frozen
 
     def quantized(self, at: Parameters) -> Quantized:
-        """As it is stored; all weights must be codes."""
+        """Packed weight, scales and biases of the parameters `at`, whose codes must be whole."""
         dtype = self.parts[1].dtype
         scales = self.scales * (1 + SCALE_RATE * at["scales"])
         stored = scales.astype(dtype)
-        # The bias makes up for the rounding of the scale, at the mean of the codes.
+        # The bias compensates the rounding of the scale, at the mean of the codes.
         rounding = (scales - stored.astype(mx.float32)) * at["codes"].mean(axis=-1)
         biases = self.biases + self.scales * SCALE_RATE * at["biases"] + rounding
         return pack(at["codes"].reshape(self.shape), self.bits), stored, biases.astype(dtype)
@@ -98,18 +100,18 @@ class Latent:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a training lasts, and how far weights move in a step, in steps of their codes."""
+    """Length and learning rate of a training; the unit of the rate is one code."""
 
     epochs: int
     rate: float
-    # Without: scales and biases alone are trained, and codes stay those of the parts.
+    # Whether codes are trained; scales and biases always are.
     codes: bool = True
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Matrices as they are stored, and the loss on held-out batches before and after."""
+    """Trained matrices, and the loss on held-out batches before and after the training."""
 
     parts: dict[str, Quantized]
     before: float
@@ -123,13 +125,12 @@ def train(
     schedule: Schedule,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
 ) -> Trained:
-    """Minimise the mean of `losses[0](weights by name, batch)` over batches, on codes in the end.
+    """Minimise the mean of `losses[0](weights by name, batch)` over batches, with Adam.
 
-    More and more weights are rounded, those near a code first, and the others make up for it: as
-    error feedback does within a matrix, but by the loss. Adam. An eighth of the batches is held
-    out; where training made their loss no smaller than that of the latents' parts, these stay.
-    If there is a second loss, every SECOND_EVERY-th step goes down its gradient instead.
-    Deterministic for a seed.
+    Steps round and freeze more and more codes, those nearest to a valid code first; the others
+    compensate the error. An optional second loss is used in every SECOND_EVERY-th step. An eighth
+    of the batches is held out: if the training does not reduce their loss, the result is the
+    quantization that it started from. Deterministic for a seed.
     """
     num_held = min(max(num_batches // 8, 1), num_batches)
     held = range(num_batches - num_held, num_batches)
@@ -138,13 +139,10 @@ def train(
         for name, latent in latents.items()
     }
 
-    def gradient_of(loss: Loss) -> Callable[..., Any]:
-        def of_batch(at: dict[str, Parameters], batch: int) -> mx.array:
-            return loss({name: latents[name].weight(at[name]) for name in latents}, batch)
+    def objective(loss: Loss, at: dict[str, Parameters], batch: int) -> mx.array:
+        return loss({name: latents[name].weight(at[name]) for name in latents}, batch)
 
-        return mx.value_and_grad(of_batch)
-
-    def judged(parts: Mapping[str, Quantized]) -> float:
+    def held_out_loss(parts: Mapping[str, Quantized]) -> float:
         weights = {n: dequantized(p, latents[n].shape) for n, p in parts.items()}
         mx.eval(weights)
         return sum(float(losses[0](weights, batch)) for batch in held) / num_held
@@ -152,31 +150,31 @@ def train(
     order = list(_order(held.start or num_batches, schedule))
     optimizer = optim.Adam(_rates(schedule.rate, len(order)), betas=BETAS, bias_correction=True)
     optimizer.init(at)
-    gradients = [gradient_of(loss) for loss in losses]
-    settled = {n: mx.full(at[n]["codes"].shape, not schedule.codes) for n in latents}
+    value_and_grads = [mx.value_and_grad(partial(objective, loss)) for loss in losses]
+    frozen = {n: mx.full(at[n]["codes"].shape, not schedule.codes) for n in latents}
     for step, batch in enumerate(order, 1):
-        gradient = gradients[-1 if step % SECOND_EVERY == 0 else 0]
-        value, found = gradient(at, batch)
-        share = 1 - max(1 - step / (SETTLED * len(order)), 0) ** POWER
+        value_and_grad = value_and_grads[-1 if step % SECOND_EVERY == 0 else 0]
+        value, gradients = value_and_grad(at, batch)
+        share = 1 - max(1 - step / (FROZEN * len(order)), 0) ** POWER
         for name in latents:
-            found[name]["codes"] = mx.where(settled[name], 0, found[name]["codes"])
-        moved = optimizer.apply_gradients(found, at)
+            gradients[name]["codes"] = mx.where(frozen[name], 0, gradients[name]["codes"])
+        new = optimizer.apply_gradients(gradients, at)
         for name, latent in latents.items():
-            moved[name]["codes"], settled[name] = latent.settle(
-                moved[name]["codes"], at[name]["codes"], settled[name], share
+            new[name]["codes"], frozen[name] = latent.freeze(
+                new[name]["codes"], at[name]["codes"], frozen[name], share
             )
-        at = moved
-        mx.eval(at, settled, optimizer.state, value)
+        at = new
+        mx.eval(at, frozen, optimizer.state, value)
         on_step(step, len(order), float(value))
     parts = {name: latent.quantized(at[name]) for name, latent in latents.items()}
     start = {name: latent.parts for name, latent in latents.items()}
-    before, after = judged(start), judged(parts)
-    # NaN is no improvement either.
+    before, after = held_out_loss(start), held_out_loss(parts)
+    # False for NaN.
     return Trained(parts, before, after) if after < before else Trained(start, before, before)
 
 
 def dequantized(parts: Quantized, shape: tuple[int, ...]) -> mx.array:
-    """In float32, as the scales and biases are stored."""
+    """The matrix of this shape in float32, from the stored scales and biases."""
     packed, scales, biases = parts
     bits, group_size = packed.shape[-1] * WORD_BITS // shape[-1], shape[-1] // scales.shape[-1]
     numbers = scales.astype(mx.float32), biases.astype(mx.float32)
@@ -184,6 +182,7 @@ def dequantized(parts: Quantized, shape: tuple[int, ...]) -> mx.array:
 
 
 def _order(num_batches: int, schedule: Schedule) -> Iterator[int]:
+    """Every batch once per epoch, shuffled."""
     key = mx.random.key(schedule.seed)
     for _ in range(schedule.epochs):
         key, own = mx.random.split(key)
@@ -191,7 +190,7 @@ def _order(num_batches: int, schedule: Schedule) -> Iterator[int]:
 
 
 def _rates(rate: float, num_steps: int) -> Callable[[mx.array], mx.array]:
-    """Rises over the first steps, and falls as a cosine."""
+    """The learning rate at a step: linear warm-up, then cosine decay."""
     warm = max(int(WARM_UP * num_steps), 1)
 
     def at(step: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from .statistics import Setting
 
 GROUP_SIZE = 64
 
-# Patterns of module names; the first match counts, and the last matches every name.
+# Patterns of module names; the first match counts. The last one matches every name.
 _KINDS = (
     ("out_proj", r"linear_attn\.out_proj$"),
     ("attention", r"(linear_attn|self_attn)\."),
@@ -20,9 +20,9 @@ _KINDS = (
     ("embedding", r""),
 )
 
-# Bits by kind. Public sweeps of 35B-A3B to 397B-A17B agree: linear_attn.out_proj loses the most
-# accuracy, then the other projections of attention, then down, then gate and up. Experts are nearly
-# all bytes.
+# Bits of each kind. Public measurements of 35B-A3B to 397B-A17B agree: linear_attn.out_proj loses
+# the most accuracy, then the other projections of attention, then down, then gate and up. Experts
+# take nearly all bytes.
 RECIPES: dict[str, dict[str, int]] = {
     name: dict(zip((kind for kind, _ in _KINDS), bits, strict=True))
     for name, bits in {
@@ -36,13 +36,13 @@ RECIPES: dict[str, dict[str, int]] = {
     }.items()
 }
 
-# KL of a unit that loses all energy of its output, relative to the experts' down_proj of one layer.
-# Set so that experts cause two thirds of the loss at uniform bits: then more bits for the others
-# gain the 30 % that exl3 publishes for the 397B. The others are in the order above.
+# KL caused by the complete loss of a unit's output, relative to the experts' down_proj of a layer.
+# Chosen so that experts cause two thirds of the KL at uniform bits: then more bits for the others
+# reduce it by the 30 % that exl3 publishes for the 397B. The others have the order above.
 SENSITIVITIES = dict(
     out_proj=0.45, attention=0.15, shared=0.1, down=1.0, gate_up=1.2, lm_head=0.5, embedding=0.5
 )
-# In nats; published by exl3 for the 397B at 4.0 bits per weight.
+# Mean KL in nats that exl3 publishes for the 397B at 4.0 bits per weight.
 KL_AT_4_BITS = 0.02
 
 
@@ -52,7 +52,10 @@ def kind_of(module: str) -> str:
 
 
 def recipe(name: str) -> Callable[[str], Setting | None]:
-    """The recipe `q8` … `q2`: a function of the module name to (bits, group_size)."""
+    """The recipe of a name, `q8` to `q2`: a function from module name to (bits, group_size).
+
+    Raises Qwen35Error for an unknown name.
+    """
     if name not in RECIPES:
         raise Qwen35Error(
             f"there is no recipe {name!r}", got=repr(name), expected=", ".join(RECIPES)

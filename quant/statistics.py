@@ -20,8 +20,9 @@ from qwen35_mlx.files import replacing
 from .affine import dequantize, quantize
 
 FORMAT = "qwen35-mlx calibration 1"
-# Tokens of the layer's average that are added to those of each expert.
+# Weight of the layer's mean in the mean of each expert, in tokens.
 FLOOR_TOKENS = 16
+# Number of weights in the sample of `option_errors`.
 SAMPLE_WEIGHTS = 2**16
 MAX_HESSIAN_BYTES = 3 * 10**9
 Setting = tuple[int, int]  # bits, group_size
@@ -35,33 +36,33 @@ _READ_HIDDEN = ("out_proj", "o_proj", "down_proj")
 
 
 def unit_of(module: str) -> str:
-    """The module whose setting this one shares: a fused kernel reads gate and up as one matrix."""
+    """The module whose settings this one shares: a fused kernel reads gate and up as one matrix."""
     stem, _, last = module.rpartition(".")
     return f"{stem}.gate_proj" if last == "up_proj" else module
 
 
 def input_name(module: str) -> str | None:
-    """Name of a module's input, `….mlp.up_proj` -> `….mlp.input`; None if it has no statistics."""
+    """The name of a module's input, `….mlp.up_proj` -> `….mlp.input`; None: no statistics."""
     parent, _, last = module.rpartition(".")
     if last in _READ_HIDDEN:
         return f"{parent}.hidden"
-    # Router, shared expert and its gate read the output of the layer's norm.
+    # Router, shared expert and its gate all read the output of the layer's norm.
     return f"{parent.removesuffix('.shared_expert')}.input" if last in _READ_INPUT else None
 
 
 class Moments:
-    """Sums over tokens of x^2, and of x x^T with `hessian`, for one input; one sum per expert."""
+    """Sums over tokens of x^2, and with `hessian` of x x^T, for one input; one sum per expert."""
 
     def __init__(self, inputs: int, num_experts: int = 0, hessian: bool = False):
         self.counts = np.zeros(max(num_experts, 1), dtype=np.int64)
         self.sums = mx.zeros((max(num_experts, 1), inputs))
-        # Too many experts share one Hessian.
+        # If one Hessian per expert takes too much memory, all experts share one.
         fits = 4 * num_experts * inputs * inputs <= MAX_HESSIAN_BYTES
         num_hessians = len(self.counts) if fits else 1
         self.outer = mx.zeros((num_hessians, inputs, inputs)) if hessian else None
 
     def add(self, x: mx.array, experts: mx.array | None = None) -> None:
-        """Add rows `[N, I]`; `experts [N]` are the experts that read them."""
+        """Add rows `[N, I]`; `experts [N]`: the expert that reads each row."""
         x = x.astype(mx.float32)
         owners = np.zeros(x.shape[0], np.int64) if experts is None else np.array(experts)
         self.counts += np.bincount(owners, minlength=len(self.counts))
@@ -74,56 +75,56 @@ class Moments:
         mx.eval(self.sums, self.outer if self.outer is not None else [])
 
     def means(self) -> mx.array:
-        """Mean of x^2, `[I]` or `[E, I]`; with few tokens pulled to the mean."""
+        """The mean of x^2, `[I]` or `[E, I]`; with few tokens, shrunk to that of all experts."""
         return self._means(self.sums, FLOOR_TOKENS)
 
     def hessians(self) -> mx.array | None:
-        """Mean of x x^T, `[I, I]`, or `[E, I, I]`; pulled more strongly."""
+        """The mean of x x^T, `[I, I]` or `[E, I, I]`; shrunk more than `means`."""
         if self.outer is None:
             return None
-        # With fewer tokens than inputs, error feedback would treat unseen directions as free.
+        # With fewer tokens than inputs, GPTQ would allow any error in directions without data.
         return self._means(self.outer, max(FLOOR_TOKENS, self.outer.shape[-1] // 2))
 
     def _means(self, sums: mx.array, floor: int) -> mx.array:
-        typical = sums.sum(axis=0) / max(int(self.counts.sum()), 1)
+        mean = sums.sum(axis=0) / max(int(self.counts.sum()), 1)
         if len(sums) == 1:
-            return typical
+            return mean
         counts = mx.array((self.counts + floor).astype(np.float32))
-        return (sums + floor * typical) / counts.reshape(-1, *[1] * (sums.ndim - 1))
+        return (sums + floor * mean) / counts.reshape(-1, *[1] * (sums.ndim - 1))
 
 
 @dataclass
 class Calibration:
-    """All statistics of a source; arrays by name of input, errors by name of module."""
+    """All statistics of a source: arrays by name of input, errors by name of module."""
 
     # Name of the source, digest of its modules' names and shapes, digest of the token ids.
     source: str
     layout: str
     text: str
     num_tokens: int
-    # A sample of the text's n-grams; empty in files of earlier versions.
+    # A sample of the text's n-grams in base64; empty in files of earlier versions.
     ngrams: str = ""
     moments: dict[str, mx.array] = field(default_factory=dict)
     hessians: dict[str, mx.array] = field(default_factory=dict)
-    # Share of the output's energy that a setting loses, and KL in nats where it was measured. With
-    # Hessians both are those of error feedback.
+    # Squared error of the output relative to its energy, and KL in nats if it was measured, for
+    # each setting; with Hessians, those of GPTQ.
     errors: dict[str, dict[Setting, float]] = field(default_factory=dict)
     kls: dict[str, dict[Setting, float]] = field(default_factory=dict)
-    # Share of its error that an earlier distillation left of a module.
+    # Loss after an earlier distillation relative to before, by module.
     left: dict[str, float] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Digest of everything but the arrays."""
+        """A digest of everything except the arrays."""
         return hashlib.sha256(repr(sorted(_metadata(self).items())).encode()).hexdigest()[:16]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a converted folder says of the text."""
+        """What config.json of a converted folder says about the text."""
         return {"text": self.text, "num_tokens": self.num_tokens, "ngrams": self.ngrams}
 
     def add(self, moments: Mapping[str, Moments]) -> None:
-        """Means of sums, by name of input."""
+        """Add the means of `moments`, which are by name of input."""
         for name, moment in moments.items():
             self.moments[name] = moment.means()
             if (hessian := moment.hessians()) is not None:
@@ -131,7 +132,7 @@ class Calibration:
         mx.eval(self.moments, self.hessians)
 
     def of(self, module: str, expert: int | None = None) -> tuple[mx.array | None, mx.array | None]:
-        """Second moments and Hessian of a module's input; with `expert`, those of that expert."""
+        """Second moments and Hessian of a module's input; `expert`: those of one expert."""
         name = input_name(module) or ""
         moments, hessian = self.moments.get(name), self.hessians.get(name)
         if expert is not None:
@@ -141,7 +142,7 @@ class Calibration:
 
 
 def save(calibration: Calibration, path: Path) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a calibration atomically as safetensors. Raises Qwen35Error if it cannot be written."""
     arrays = {f"{name}.moments": a for name, a in calibration.moments.items()}
     arrays |= {f"{name}.hessian": a for name, a in calibration.hessians.items()}
     try:
@@ -152,12 +153,12 @@ def save(calibration: Calibration, path: Path) -> None:
 
 
 def load(path: Path) -> Calibration:
-    """Read what `save` wrote."""
-    hint = "make one with: qwen35-mlx convert SRC OUT --calibrate"
+    """Read a file of `save`. Raises Qwen35Error if it is missing or not a calibration."""
+    hint = "create one with: qwen35-mlx convert SRC OUT --calibrate"
     try:
         read: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = read
-        # Now, for all threads: an unevaluated array belongs to one.
+        # Evaluated here, because other threads will use the arrays.
         mx.eval(arrays)
         if (found := metadata.get("format")) != FORMAT:
             raise ValueError(f"format {found}, expected {FORMAT}")
@@ -210,16 +211,17 @@ def _parse(text: str) -> dict[str, dict[Setting, float]]:
 
 
 def option_errors(w: mx.array, moments: mx.array | None) -> dict[Setting, float]:
-    """Share of the output's energy that `search` loses at each setting that fits `w [..., I]`.
+    """The error of `search` for each setting that fits `w [..., I]`, relative to the energy.
 
-    Assumes uncorrelated inputs with `moments [I]` or `[E, I]`. An estimate, 50 times faster than
-    the search: the error of mx.quantize on a sample of rows, times `search_gain`.
+    Error and energy are those of the output, for uncorrelated inputs with `moments [I]` or
+    `[E, I]`. An estimate, 50 times faster than the search: the error of mx.quantize on a sample of
+    rows, times `search_gain`.
     """
     rows = w.reshape(-1, w.shape[-1])
     weight = mx.ones((1, w.shape[-1])) if moments is None else moments.reshape(-1, w.shape[-1])
     step = max(rows.size // SAMPLE_WEIGHTS, 1)
     picked = mx.arange(step // 2, rows.shape[0], step)
-    # Rows of one expert share its moments.
+    # All rows of an expert have the moments of that expert.
     weight = weight[picked * weight.shape[0] // rows.shape[0]]
     sample = rows[picked].astype(mx.float32)
     lost = _minmax_errors(sample, weight, [s for s in SETTINGS if w.shape[-1] % s[1] == 0])
@@ -248,7 +250,7 @@ def rounded(w: mx.array, setting: Setting) -> mx.array:
 
 @cache
 def typical_errors() -> dict[Setting, float]:
-    """Share of energy that `search` loses at each setting on Gaussian weights."""
+    """The error of `search` for each setting on Gaussian weights, relative to their energy."""
     w = _gaussian()
     errors = {}
     for setting in SETTINGS:
@@ -259,7 +261,7 @@ def typical_errors() -> dict[Setting, float]:
 
 @cache
 def search_gain(bits: int, group_size: int) -> float:
-    """Error of `search` relative to mx.quantize on Gaussian weights."""
+    """The error of `search` relative to that of mx.quantize, on Gaussian weights."""
     setting = bits, group_size
     plain = _minmax_errors(_gaussian(), mx.ones((1, 1)), [setting])
     return typical_errors()[setting] / plain[setting]

@@ -136,5 +136,5 @@ def test_a_budget_below_the_smallest_plan_says_what_would_do():
 
 @pytest.mark.parametrize("error", [float("nan"), float("inf"), -1.0])
 def test_errors_that_are_no_numbers_are_refused(error):
-    with pytest.raises(Qwen35Error, match="an error is not a number"):
+    with pytest.raises(Qwen35Error, match="an error is not valid"):
         allocate({"a": [Option(2, 64, 10, error)]}, 100)

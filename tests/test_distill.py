@@ -272,13 +272,13 @@ def test_a_layer_holds_one_copy_of_its_experts_and_runs_few_tokens_at_once(
 def test_halves_of_layers_are_trained_from_the_quantized_stream_and_from_the_sources(
     sources, tmp_path, monkeypatch
 ):
-    made, goal = [], module.goal
+    made, half_loss = [], module.half_loss
 
     def noted(half, x, out, batches):
         made.append((x, out))
-        return goal(half, x, out, batches)
+        return half_loss(half, x, out, batches)
 
-    monkeypatch.setattr(module, "goal", noted)
+    monkeypatch.setattr(module, "half_loss", noted)
     distilled(sources, False, tmp_path / "out")
     own, seen = made[::2], made[1::2]
     assert len(own) == 8

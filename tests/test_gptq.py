@@ -110,7 +110,7 @@ def test_stacks_and_chunks_of_rows_agree(monkeypatch):
         (np.eye(64), r"(?s)does not fit the weight.*\[64, 64\].*\[128, 128\]"),
         (np.full((128, 128), np.nan), "not a matrix of second moments"),
         (np.triu(np.ones((128, 128))), "not a matrix of second moments"),
-        (np.diag([-1.0] + [1.0] * 127), "(?s)no or negative weight.*damp more"),
+        (np.diag([-1.0] + [1.0] * 127), "(?s)not positive definite.*larger damping"),
     ],
 )
 def test_what_is_no_hessian_is_refused(hessian, message):

@@ -237,7 +237,7 @@ def test_an_existing_output_is_not_touched(tmp_path, make):
 def test_an_output_where_none_can_be_is_refused(tmp_path, out):
     """The second fits as a name, but not with what the hidden folder beside it is called."""
     write_checkpoint(tmp_path / "src")
-    with pytest.raises(Qwen35Error, match=r"cannot use .*\.converting to work in"):
+    with pytest.raises(Qwen35Error, match=r"cannot use the work folder .*\.converting"):
         convert(tmp_path / "src", tmp_path / out)
     assert_nothing_left(tmp_path)
 

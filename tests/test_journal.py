@@ -220,7 +220,7 @@ def test_changed_settings_are_refused_with_both_values(
     assert "was started with other settings" in lines[0]
     assert lines[1].startswith("  got: ") and got in lines[1]
     assert lines[2].startswith("  expected: ") and expected in lines[2]
-    assert "remove it to start over" in lines[3]
+    assert "to start again" in lines[3]
     assert listing(work(tmp_path)) == before
     assert convert(source, tmp_path / "out", **SETTINGS)
 

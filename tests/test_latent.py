@@ -77,31 +77,31 @@ def test_gradients_are_those_of_numbers():
         assert found[kind][1, 1].sum().item() == pytest.approx(numeric, rel=3e-2)
 
 
-def test_the_nearest_settle_first_and_stay():
+def test_the_nearest_freeze_first_and_stay():
     w = random(4, 64)
     latent = Latent(quantize(w, 3, 32), w)
     steps, nobody = latent.start["codes"], mx.zeros((4, 2, 32), mx.bool_)
-    codes, half = latent.settle(steps, steps, nobody, 0.5)
+    codes, half = latent.freeze(steps, steps, nobody, 0.5)
     away = mx.abs(steps - mx.round(steps))
     assert half.sum().item() == 128
     assert mx.where(half, away, 0).max().item() <= mx.where(half, 1, away).min().item()
     assert mx.array_equal(mx.where(half, codes, 0), mx.where(half, mx.round(steps), 0)).item()
-    later, settled = latent.settle(codes + 0.7, codes, half, 1.0)
-    assert settled.all().item() and mx.array_equal(later, mx.round(later)).item()
+    later, frozen = latent.freeze(codes + 0.7, codes, half, 1.0)
+    assert frozen.all().item() and mx.array_equal(later, mx.round(later)).item()
     assert mx.array_equal(mx.where(half, later, 0), mx.where(half, codes, 0)).item()
     assert later.min().item() >= 0 and later.max().item() <= 7
 
 
-def test_where_weights_are_many_a_sample_tells_which_settle(monkeypatch):
+def test_where_weights_are_many_a_sample_tells_which_freeze(monkeypatch):
     monkeypatch.setattr(module, "SORTED", 512)
     w = random(64, 128)
     latent = Latent(quantize(w, 3, 32), w)
     steps, nobody = latent.start["codes"], mx.zeros((64, 4, 32), mx.bool_)
-    codes, half = latent.settle(steps, steps, nobody, 0.5)
+    codes, half = latent.freeze(steps, steps, nobody, 0.5)
     assert half.mean().item() == pytest.approx(0.5, abs=0.05)
     assert half.sum().item() != w.size // 2
-    _, settled = latent.settle(codes, codes, half, 1.0)
-    assert settled.all().item()
+    _, frozen = latent.freeze(codes, codes, half, 1.0)
+    assert frozen.all().item()
 
 
 def problem(seed=0):

@@ -56,11 +56,11 @@ def test_dequantized_weights_are_within_a_step(shape):
         (dict(bits=4, importance=mx.ones(128)), "method='minmax' does not use importance"),
         (dict(method="search", hessian=mx.eye(128)), "method='search' does not use hessian"),
         (dict(method="gptq"), "needs a hessian"),
-        (dict(method="search", importance=mx.ones(64)), r"(?s)for each input.*\[64\].*\[128\]"),
+        (dict(method="search", importance=mx.ones(64)), r"(?s)wrong shape.*\[64\].*\[128\]"),
         (dict(method="search", importance=-mx.ones(128)), "finite and not negative"),
         (dict(method="search", importance=mx.full(128, mx.nan)), "finite and not negative"),
         (dict(bits=4, w=mx.ones((2, 96))), "group_size=64 does not divide"),
-        (dict(bits=4, w=mx.ones((0, 128))), "no weights"),
+        (dict(bits=4, w=mx.ones((0, 128))), "weight is empty"),
         (dict(bits=4, w=mx.ones((2, 128), dtype=mx.int32)), "only floating point weights"),
     ],
 )
@@ -86,7 +86,7 @@ def test_groups_whose_range_overflows_are_refused_and_half_of_it_is_quantized(me
     hessian = mx.eye(128) if method == "gptq" else None
     ends = mx.array([-1.0, 1.0] * 64) * (0.9 * mx.finfo(dtype).max)
     for size in (1.0, 0.52):
-        with pytest.raises(Qwen35Error, match="spans more than"):
+        with pytest.raises(Qwen35Error, match="range of a group of weights is too large"):
             quantize((ends * size).astype(dtype), method=method, hessian=hessian)
     w = (ends * 0.4).astype(dtype)
     wq, scales, biases = quantize(w, method=method, hessian=hessian)

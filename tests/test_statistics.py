@@ -161,7 +161,7 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path, damage):
         path.write_bytes(b"\x07" * 100)
     elif damage == "foreign":
         mx.save_safetensors(str(path), {"w": mx.ones(2)}, {"format": "mlx"})
-    with pytest.raises(Qwen35Error, match=r"is no calibration|cannot be read as a calibration"):
+    with pytest.raises(Qwen35Error, match="cannot be read as a calibration"):
         load(path)
 
 
