@@ -9,9 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import ConfigError, Qwen35Error
+
+# A prompt, or a list of tools: 20 bytes for each token of the longest context, a million.
+MAX_TEXT_BYTES = 20 * 10**6
+# A text to train on or to compare models on; settings of a model.
+MAX_CORPUS_BYTES = 2**30
 
 # UTF-32 before UTF-16: the little-endian mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
@@ -51,9 +56,25 @@ def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) ->
     return Path(os.environ.get(variable) or Path.home() / elsewhere) / "qwen35-mlx"
 
 
-def read_text(file: Path) -> str:
+def read_bytes(source: Path | BinaryIO, max_bytes: int, name: str = "") -> bytes:
+    """All of a file or a stream, which may never end; raises Qwen35Error if it is longer."""
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            return read_bytes(stream, max_bytes, str(source))
+    data = source.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise Qwen35Error(f"{name} is too large", expected=f"at most {max_bytes:,} bytes")
+    return data
+
+
+def read_stdin(max_bytes: int) -> bytes:
+    """All of standard input; nothing if it is closed."""
+    return read_bytes(sys.stdin.buffer, max_bytes, "standard input") if sys.stdin else b""
+
+
+def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read a text file: UTF-8, or the encoding that its byte order mark names."""
-    return decode_text(file.read_bytes(), str(file))
+    return decode_text(read_bytes(file, max_bytes), str(file))
 
 
 def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
@@ -73,7 +94,7 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Parse a file that holds a JSON object; anything else is a ConfigError."""
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+        parsed = json.loads(read_bytes(path, MAX_CORPUS_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read", got=error) from None
     except (ValueError, RecursionError) as error:
