@@ -5,13 +5,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import ConfigError, Qwen35Error
+from .errors import ConfigError, Qwen35Error, first_line
 
 # A prompt, or a list of tools: 20 bytes for each token of the longest context, a million.
 MAX_TEXT_BYTES = 20 * 10**6
@@ -133,14 +134,65 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
 def require_writable(file: Path) -> None:
     """Raise if `file` could not be written, before long work. Makes its folder."""
     probe = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
+    with write_errors(file, "choose another folder for it"):
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
         probe.unlink()
+
+
+@contextmanager
+def write_errors(path: Path, hint: str = "make room, or choose another folder") -> Iterator[None]:
+    """Turn an OSError of the block, which writes `path`, into a Qwen35Error."""
+    try:
+        yield
     except OSError as error:
+        raise Qwen35Error(f"cannot write {path}", got=error, hint=hint) from error
+
+
+def require_space(folder: Path, needed_bytes: int, hint: str) -> None:
+    """Raise if the disk of `folder`, which need not exist yet, has less room."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
         raise Qwen35Error(
-            f"{file} cannot be written", got=error, hint="choose another folder for it"
-        ) from None
+            f"not enough disk space in {existing}",
+            got=f"{free_bytes / 1e9:.2f} GB free",
+            expected=f"{needed_bytes / 1e9:.2f} GB",
+            hint=hint,
+        )
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for the block; afterwards, remove what was made and is empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def save_arrays(
+    file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str], mode: int = 0o666
+) -> None:
+    """Write MLX arrays as safetensors, whole or not at all; a failed write is an OSError."""
+    import mlx.core as mx
+
+    # Here, so that below an error is one of writing.
+    mx.eval(list(arrays.values()))
+    try:
+        with replacing(file, mode) as temporary:
+            mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
+    except RuntimeError as error:
+        # MLX does not say why.
+        needed = sum(array.nbytes for array in arrays.values())
+        free = shutil.disk_usage(file.parent).free
+        why = f"{first_line(error)}; {needed:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC if free < needed else errno.EIO, why, str(file)) from None
 
 
 def write_file(file: Path, data: bytes) -> None:

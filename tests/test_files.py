@@ -124,7 +124,7 @@ def test_a_file_that_cannot_be_read_is_not_called_wrong_json(tmp_path: Path) -> 
 
 def test_a_place_that_cannot_be_written_is_refused_and_another_stays_clean(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(Qwen35Error, match="cannot be written"):
+    with pytest.raises(Qwen35Error, match="cannot write"):
         files.require_writable(tmp_path / "file" / "x.json")
     files.require_writable(tmp_path / "new" / "x.json")
     assert list((tmp_path / "new").iterdir()) == []
