@@ -35,26 +35,31 @@ SPLIT_VARIABLE = "QWEN35_MLX_SPLIT"
 
 def cache_home() -> Path:
     """Folder for files that can be made again; the variable QWEN35_MLX_CACHE overrides it."""
-    return _user_folder("QWEN35_MLX_CACHE", "Library/Caches", "XDG_CACHE_HOME", ".cache")
-
-
-def data_home() -> Path:
-    """Folder for the user's own data, which cannot be made again."""
-    return _user_folder("", "Library/Application Support", "XDG_DATA_HOME", ".local/share")
+    places = "Library/Caches", "XDG_CACHE_HOME", ".cache"
+    return _user_folder("QWEN35_MLX_CACHE", *places, "qwen35-mlx")
 
 
 def session_home() -> Path:
     """Folder for saved sessions; the variable QWEN35_MLX_SESSIONS overrides it."""
-    chosen = os.environ.get("QWEN35_MLX_SESSIONS")
-    return Path(os.path.expanduser(chosen)) if chosen else data_home() / "sessions"
+    places = "Library/Application Support", "XDG_DATA_HOME", ".local/share"
+    return _user_folder("QWEN35_MLX_SESSIONS", *places, "qwen35-mlx/sessions")
 
 
-def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) -> Path:
-    if override and (chosen := os.environ.get(override)):
+def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str, name: str) -> Path:
+    """Raises Qwen35Error if the user has no home folder."""
+    if chosen := os.environ.get(override):
         return Path(os.path.expanduser(chosen))
-    if sys.platform == "darwin":
-        return Path.home() / on_macos / "qwen35-mlx"
-    return Path(os.environ.get(variable) or Path.home() / elsewhere) / "qwen35-mlx"
+    is_macos = sys.platform == "darwin"
+    if not is_macos and (chosen := os.environ.get(variable)):
+        return Path(chosen, name)
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise Qwen35Error(
+            "the home folder is not known",
+            got=f"no variable HOME, and no account of user {os.getuid()}",
+            hint=f"set {override} to a folder",
+        )
+    return Path(home, on_macos if is_macos else elsewhere, name)
 
 
 def read_bytes(source: Path | BinaryIO, max_bytes: int, name: str = "") -> bytes:

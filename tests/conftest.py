@@ -8,6 +8,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import functools
 import gc
 import io
+import pwd
 import random
 import resource
 import signal
@@ -72,6 +73,19 @@ def consoles_begin_empty() -> Iterator[None]:
     yield
     for console in (terminal.out, terminal.err):
         console._buffer.clear()
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable and no account says where the home folder is."""
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "QWEN35_MLX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("QWEN35_MLX_SESSIONS", raising=False)
+
+    def unknown(user: int) -> Any:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
 @pytest.fixture

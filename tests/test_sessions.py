@@ -209,6 +209,21 @@ def test_a_cache_of_other_words_is_of_no_harm(demo: Any) -> None:
     assert ask(resumed, HOT) == ask(chat, HOT)
 
 
+@pytest.mark.parametrize(
+    "use", [remove_session, lambda file: read_conversation(session_file(file))]
+)
+def test_a_path_without_a_session_is_not_looked_for_in_the_list(
+    tmp_path: Path, home: Path, use: Callable[[Path], object]
+) -> None:
+    """The hint was `sessions`, which lists the names in the session folder."""
+    file = tmp_path / "talk.json"
+    with pytest.raises(SessionError, match=rf"no session at {file}\n(.|\n)*--session {file} "):
+        use(file)
+    for named in ("talk", home / "talk.json"):
+        with pytest.raises(SessionError, match=r"no session talk\n(.|\n)*sessions lists"):
+            use(named)
+
+
 def test_names_paths_and_permissions(demo: Any, tmp_path: Path, home: Path) -> None:
     chat = new_chat(demo)
     with pytest.raises(SessionError, match="no session none"):
