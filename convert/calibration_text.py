@@ -37,7 +37,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 def read_text(file: Path) -> str:
     """The text of a file in UTF-8, or with a byte order mark. Raises Qwen35Error."""
     try:
-        return files.read_text(file)
+        return files.read_text(file, files.MAX_CORPUS_BYTES)
     except OSError as error:
         raise Qwen35Error(f"{file} cannot be read", got=error, expected="text in UTF-8") from None
 

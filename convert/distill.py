@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from qwen35_mlx.files import replacing
+from qwen35_mlx.files import replacing, save_arrays
 from qwen35_mlx.kernels.grouped_expert_matmul import expert_mlp
 from qwen35_mlx.kernels.router import Routing, route
 from qwen35_mlx.model.language import DecoderLayer, Model
@@ -220,8 +220,7 @@ class _Distiller:
             for path, found in parts.items()
             for kind, array in zip(KINDS, found, strict=True)
         }
-        with replacing(folder / f"{name}.safetensors") as temporary:
-            mx.save_safetensors(str(temporary), arrays)
+        save_arrays(folder / f"{name}.safetensors", arrays, {})
 
     def _set_weights(self, root: Any, parts: Parts) -> None:
         """Set the weights of `root` to the dequantized parts, as in the converted model."""

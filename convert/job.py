@@ -25,7 +25,14 @@ from qwen35_mlx.checkpoint.resolver import refuse_other_head
 from qwen35_mlx.checkpoint.tensor_table import Role
 from qwen35_mlx.config import FULL, NEXT_TYPE, ModelConfig, next_as_moe, read_config
 from qwen35_mlx.errors import CheckpointError, MemoryRefused, Qwen35Error
-from qwen35_mlx.files import locked, sync_folder, write_file, write_json
+from qwen35_mlx.files import (
+    locked,
+    require_space,
+    sync_folder,
+    write_errors,
+    write_file,
+    write_json,
+)
 from qwen35_mlx.machine import memory_bytes
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
@@ -427,17 +434,9 @@ def refuse_existing(out: Path) -> None:
 
 
 def _check_space(work: Path, needed_bytes: int) -> None:
-    existing = next(parent for parent in (work, *work.parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
     # What an earlier run wrote counts: blocks, as files may have holes.
     used_bytes = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())
-    if free_bytes + used_bytes < needed_bytes:
-        raise Qwen35Error(
-            f"not enough disk space in {existing}",
-            got=f"{free_bytes / 1e9:.2f} GB free",
-            expected=f"{(needed_bytes - used_bytes) / 1e9:.2f} GB",
-            hint="an output on another disk, or fewer bits",
-        )
+    require_space(work, needed_bytes - used_bytes, "an output on another disk, or fewer bits")
 
 
 @contextmanager
@@ -455,18 +454,13 @@ def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
     except OSError as error:
         raise Qwen35Error(f"cannot write beside {out}", got=error) from error
     try:
-        yield
-    except BaseException as error:
+        with write_errors(out, "make room and repeat the command: it goes on where it stopped"):
+            yield
+    except BaseException:
         journal = work / JOURNAL_FILE
         begun = any((work / name).exists() for name in (FETCHED, DISTILLED))
         if not (journal.exists() and journal.stat().st_size) and not begun:
             shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise Qwen35Error(
-                f"cannot write {out}",
-                got=error,
-                hint="make room and repeat the command: it goes on where it stopped",
-            ) from error
         raise
     finally:
         lock.close()

@@ -6,8 +6,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from qwen35_mlx.errors import Qwen35Error, extra
-from qwen35_mlx.files import write_file
+from qwen35_mlx.errors import extra
+from qwen35_mlx.files import write_errors, write_file
 
 
 @contextmanager
@@ -20,7 +20,5 @@ def picture(file: Path, inches: tuple[float, float]) -> Iterator[tuple[Any, Any,
     yield figure, *figure.subplots(1, 2)
     png = BytesIO()
     FigureCanvasAgg(figure).print_png(png)
-    try:
+    with write_errors(file):
         write_file(file, png.getvalue())
-    except OSError as error:
-        raise Qwen35Error(f"cannot write {file}", got=error) from error

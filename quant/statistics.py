@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen35_mlx.checkpoint.quantization import BITS, GROUP_SIZES
 from qwen35_mlx.errors import Qwen35Error
-from qwen35_mlx.files import replacing
+from qwen35_mlx.files import save_arrays, write_errors
 
 from .affine import dequantize, quantize
 
@@ -145,11 +145,8 @@ def save(calibration: Calibration, path: Path) -> None:
     """Write a calibration atomically as safetensors. Raises Qwen35Error if it cannot be written."""
     arrays = {f"{name}.moments": a for name, a in calibration.moments.items()}
     arrays |= {f"{name}.hessian": a for name, a in calibration.hessians.items()}
-    try:
-        with replacing(path) as temporary:
-            mx.save_safetensors(str(temporary), arrays, _metadata(calibration))
-    except (OSError, RuntimeError) as error:
-        raise Qwen35Error(f"cannot write {path}", got=error) from error
+    with write_errors(path):
+        save_arrays(path, arrays, _metadata(calibration))
 
 
 def load(path: Path) -> Calibration:

@@ -5,13 +5,19 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .errors import ConfigError, Qwen35Error
+from .errors import ConfigError, Qwen35Error, first_line
+
+# A prompt, or a list of tools: 20 bytes for each token of the longest context, a million.
+MAX_TEXT_BYTES = 20 * 10**6
+# A text to train on or to compare models on; settings of a model.
+MAX_CORPUS_BYTES = 2**30
 
 # UTF-32 before UTF-16: the little-endian mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
@@ -29,31 +35,52 @@ SPLIT_VARIABLE = "QWEN35_MLX_SPLIT"
 
 def cache_home() -> Path:
     """Folder for files that can be made again; the variable QWEN35_MLX_CACHE overrides it."""
-    return _user_folder("QWEN35_MLX_CACHE", "Library/Caches", "XDG_CACHE_HOME", ".cache")
-
-
-def data_home() -> Path:
-    """Folder for the user's own data, which cannot be made again."""
-    return _user_folder("", "Library/Application Support", "XDG_DATA_HOME", ".local/share")
+    places = "Library/Caches", "XDG_CACHE_HOME", ".cache"
+    return _user_folder("QWEN35_MLX_CACHE", *places, "qwen35-mlx")
 
 
 def session_home() -> Path:
     """Folder for saved sessions; the variable QWEN35_MLX_SESSIONS overrides it."""
-    chosen = os.environ.get("QWEN35_MLX_SESSIONS")
-    return Path(os.path.expanduser(chosen)) if chosen else data_home() / "sessions"
+    places = "Library/Application Support", "XDG_DATA_HOME", ".local/share"
+    return _user_folder("QWEN35_MLX_SESSIONS", *places, "qwen35-mlx/sessions")
 
 
-def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str) -> Path:
-    if override and (chosen := os.environ.get(override)):
+def _user_folder(override: str, on_macos: str, variable: str, elsewhere: str, name: str) -> Path:
+    """Raises Qwen35Error if the user has no home folder."""
+    if chosen := os.environ.get(override):
         return Path(os.path.expanduser(chosen))
-    if sys.platform == "darwin":
-        return Path.home() / on_macos / "qwen35-mlx"
-    return Path(os.environ.get(variable) or Path.home() / elsewhere) / "qwen35-mlx"
+    is_macos = sys.platform == "darwin"
+    if not is_macos and (chosen := os.environ.get(variable)):
+        return Path(chosen, name)
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise Qwen35Error(
+            "the home folder is not known",
+            got=f"no variable HOME, and no account of user {os.getuid()}",
+            hint=f"set {override} to a folder",
+        )
+    return Path(home, on_macos if is_macos else elsewhere, name)
 
 
-def read_text(file: Path) -> str:
+def read_bytes(source: Path | BinaryIO, max_bytes: int, name: str = "") -> bytes:
+    """All of a file or a stream, which may never end; raises Qwen35Error if it is longer."""
+    if isinstance(source, Path):
+        with source.open("rb") as stream:
+            return read_bytes(stream, max_bytes, str(source))
+    data = source.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise Qwen35Error(f"{name} is too large", expected=f"at most {max_bytes:,} bytes")
+    return data
+
+
+def read_stdin(max_bytes: int) -> bytes:
+    """All of standard input; nothing if it is closed."""
+    return read_bytes(sys.stdin.buffer, max_bytes, "standard input") if sys.stdin else b""
+
+
+def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read a text file: UTF-8, or the encoding that its byte order mark names."""
-    return decode_text(file.read_bytes(), str(file))
+    return decode_text(read_bytes(file, max_bytes), str(file))
 
 
 def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
@@ -73,7 +100,7 @@ def decode_text(data: bytes, name: str, encoding: str = "utf-8") -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Parse a file that holds a JSON object; anything else is a ConfigError."""
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8-sig"))
+        parsed = json.loads(read_bytes(path, MAX_CORPUS_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read", got=error) from None
     except (ValueError, RecursionError) as error:
@@ -112,14 +139,65 @@ def replacing(file: Path, mode: int = 0o666) -> Iterator[Path]:
 def require_writable(file: Path) -> None:
     """Raise if `file` could not be written, before long work. Makes its folder."""
     probe = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
+    with write_errors(file, "choose another folder for it"):
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
         probe.unlink()
+
+
+@contextmanager
+def write_errors(path: Path, hint: str = "make room, or choose another folder") -> Iterator[None]:
+    """Turn an OSError of the block, which writes `path`, into a Qwen35Error."""
+    try:
+        yield
     except OSError as error:
+        raise Qwen35Error(f"cannot write {path}", got=error, hint=hint) from error
+
+
+def require_space(folder: Path, needed_bytes: int, hint: str) -> None:
+    """Raise if the disk of `folder`, which need not exist yet, has less room."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
         raise Qwen35Error(
-            f"{file} cannot be written", got=error, hint="choose another folder for it"
-        ) from None
+            f"not enough disk space in {existing}",
+            got=f"{free_bytes / 1e9:.2f} GB free",
+            expected=f"{needed_bytes / 1e9:.2f} GB",
+            hint=hint,
+        )
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for the block; afterwards, remove what was made and is empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def save_arrays(
+    file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str], mode: int = 0o666
+) -> None:
+    """Write MLX arrays as safetensors, whole or not at all; a failed write is an OSError."""
+    import mlx.core as mx
+
+    # Here, so that below an error is one of writing.
+    mx.eval(list(arrays.values()))
+    try:
+        with replacing(file, mode) as temporary:
+            mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
+    except RuntimeError as error:
+        # MLX does not say why.
+        needed = sum(array.nbytes for array in arrays.values())
+        free = shutil.disk_usage(file.parent).free
+        why = f"{first_line(error)}; {needed:,} bytes are needed, {free:,} are free"
+        raise OSError(errno.ENOSPC if free < needed else errno.EIO, why, str(file)) from None
 
 
 def write_file(file: Path, data: bytes) -> None:

@@ -8,9 +8,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import functools
 import gc
 import io
+import pwd
 import random
+import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +73,35 @@ def consoles_begin_empty() -> Iterator[None]:
     yield
     for console in (terminal.out, terminal.err):
         console._buffer.clear()
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable and no account says where the home folder is."""
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "QWEN35_MLX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("QWEN35_MLX_SESSIONS", raising=False)
+
+    def unknown(user: int) -> Any:
+        raise KeyError(user)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], AbstractContextManager[None]]:
+    """Makes writes behind the first 100 bytes of each file fail in the block."""
+
+    @contextmanager
+    def limited() -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ def test_commands_without_what_they_need_say_so(talk: Any, tmp_path: Path) -> No
 def test_a_file_of_more_than_the_most_is_refused_and_fences_are_longer_than_those_inside(
     talk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35_mlx.cli.attachments.MAX_FILE_BYTES", 12)
+    monkeypatch.setattr("qwen35_mlx.cli.attachments.MAX_TEXT_BYTES", 12)
     (tmp_path / "most.md").write_text("```\na\n````\n")
     (tmp_path / "more.md").write_text("x" * 13)
     chat, err = talk("/file most.md", "/file more.md", "What?", "/file most.md", "/clear", "Why?")

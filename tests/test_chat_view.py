@@ -167,6 +167,11 @@ def asked(chat: Chat) -> list[str]:
 def rescued(tmp_path: Path) -> list[str]:
     """Messages of the user in the one file that was rescued."""
     [file] = (tmp_path / "rescued").glob("*/*.json")
+    return asked_in(file)
+
+
+def asked_in(file: Path) -> list[str]:
+    """Messages of the user in a saved conversation."""
     return [m["content"] for m in json.loads(file.read_text())["messages"] if m["role"] == "user"]
 
 
@@ -327,6 +332,15 @@ def test_a_full_context_asks_and_keeps_the_message(
     else:
         # What was typed is there again, to be changed.
         assert asked(chat) == ["one", "three"] and typist.drafts[3] == "two"
+
+
+def test_a_chat_without_a_home_folder_is_refused_only_named_sessions(
+    talk: Any, no_home: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("QWEN35_MLX_SESSIONS", raising=False)
+    chat, err = talk("one", "/save name", f"/save {tmp_path}/talk", "two")
+    assert asked(chat) == ["one", "two"] and "set QWEN35_MLX_SESSIONS" in err
+    assert asked_in(tmp_path / "talk.json") == ["one", "two"]
 
 
 def test_files_go_with_the_next_message(talk: Any, tmp_path: Path) -> None:

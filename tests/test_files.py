@@ -3,13 +3,21 @@
 import json
 import os
 import stat
-from pathlib import Path
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from qwen35_mlx import files
+from qwen35_mlx.cli import chat_commands, cluster_command, generate_command, media_input
+from qwen35_mlx.convert import calibration_text
 from qwen35_mlx.errors import ConfigError, Qwen35Error
 from qwen35_mlx.files import locked, replacing, write_file, write_json
+from qwen35_mlx.training.examples import read_examples
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -116,7 +124,48 @@ def test_a_file_that_cannot_be_read_is_not_called_wrong_json(tmp_path: Path) -> 
 
 def test_a_place_that_cannot_be_written_is_refused_and_another_stays_clean(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(Qwen35Error, match="cannot be written"):
+    with pytest.raises(Qwen35Error, match="cannot write"):
         files.require_writable(tmp_path / "file" / "x.json")
     files.require_writable(tmp_path / "new" / "x.json")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+class Endless:
+    """A stream like /dev/zero, which notices a reader without a bound."""
+
+    def read(self, count: int | None = -1) -> Any:
+        assert count is not None and count >= 0, "all of an endless stream is read"
+        # As long as so many bytes, without their memory.
+        return range(count)
+
+
+class EndlessFile(PosixPath):
+    """Its path."""
+
+    @contextmanager
+    def open(self, *mode: Any, **options: Any) -> Iterator[Any]:
+        yield Endless()
+
+
+ENDLESS = EndlessFile("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: media_input.open_media("image", "-", None),
+        lambda: chat_commands.read_prompts([]),
+        lambda: generate_command.read_tools(ENDLESS),
+        lambda: cluster_command.read_hosts(None, ENDLESS),
+        lambda: cluster_command.launched("{}", 1, ["generate"], True, None),
+        lambda: calibration_text.read_text(ENDLESS),
+        lambda: read_examples(ENDLESS, None, max_tokens=9),
+        lambda: files.read_object(ENDLESS),
+    ],
+)
+def test_a_stream_without_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[], object]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless(), isatty=lambda: False))
+    with pytest.raises(Qwen35Error, match="too large"):
+        read()

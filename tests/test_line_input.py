@@ -79,6 +79,10 @@ def test_a_history_that_cannot_be_written_is_kept_in_memory(typed: Any, tmp_path
     assert typed("one\r", f"{UP}\r", file=tmp_path / "file" / ".history") == ["one", "one"]
 
 
+def test_without_a_home_folder_the_history_is_kept_in_memory(typed: Any) -> None:
+    assert typed("one\r", f"{UP}\r", file=None) == ["one", "one"]
+
+
 def test_the_prompt_is_that_of_a_pipe_and_lines_below_are_indented(typed: Any) -> None:
     session = EditingReader(COMMANDS, Path("/nowhere/x"))._session
     assert (session.message, session.prompt_continuation) == (line_input.PROMPT, "  ")

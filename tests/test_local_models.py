@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import qwen35_mlx
-from qwen35_mlx.cli import local_models
+from qwen35_mlx.chat import sessions
+from qwen35_mlx.cli import completion, local_models
 from qwen35_mlx.cli.local_models import (
     MOST_RECORDED,
     cache_home,
@@ -19,6 +20,7 @@ from qwen35_mlx.cli.local_models import (
     record_conversion,
 )
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.kernels import verdicts
 
 
 @pytest.fixture
@@ -241,3 +243,47 @@ def test_processes_at_once_lose_no_conversion(source: Path) -> None:
     jobs = [subprocess.Popen([sys.executable, "-c", RECORD, name]) for name in "xy"]
     assert [job.wait(timeout=60) for job in jobs] == [0, 0]
     assert len(json.loads((cache_home() / "converted.json").read_text())) == 40
+
+
+def test_without_a_home_folder_the_demo_is_converted_into_a_scratch_folder(no_home: None) -> None:
+    """RuntimeError: Could not determine home directory."""
+    calls: list[tuple[Path, Path]] = []
+
+    def convert(source: Path, out: Path) -> None:
+        calls.append((source, out))
+        out.mkdir()
+        (out / "config.json").touch()
+
+    assert converted_demo(convert) == converted_demo(convert) == calls[0][1]
+    assert len(calls) == 1
+    shutil.rmtree(calls[0][1])
+
+
+def test_without_a_home_folder_nothing_is_known_of_earlier_runs(
+    no_home: None, tmp_path: Path
+) -> None:
+    assert newest_conversion() is None and verdicts.read() == []
+    assert completion.models(None, [], "") == completion.sessions(None, [], "") == []
+    sessions.trim_caches(0)
+    for write in (lambda: record_conversion(tmp_path), lambda: verdicts.write([])):
+        with pytest.raises(Qwen35Error, match=r"home folder is not known(.|\n)*QWEN35_MLX_CACHE"):
+            write()
+    for read in (sessions.list_sessions, lambda: sessions.session_file("name")):
+        with pytest.raises(Qwen35Error, match=r"home folder is not known(.|\n)*QWEN35_MLX_SESS"):
+            read()
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(Qwen35Error, match=rf"damaged(.|\n)*--remove {tmp_path}/a.json"):
+        sessions.read_conversation(sessions.session_file(tmp_path / "a.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("session", [False, True])
+def test_the_demo_answers_without_a_home_folder(
+    no_home: None, run_cli: Any, tmp_path: Path, session: bool
+) -> None:
+    options = ("--session", tmp_path / "talk.json") if session else ()
+    result = run_cli(
+        "chat", "--demo", "-p", "What is the capital of France?", "--no-think", *options
+    )
+    assert result.exit_code == 0 and "Paris" in result.stdout, result.stderr
+    assert (tmp_path / "talk.json").exists() == session

@@ -15,6 +15,7 @@ from qwen35_mlx.engine.loops import (
     MAX_SENTENCE_LINES_TOKENS,
     MAX_TEXT_TOKENS,
     LoopDetector,
+    largest_number,
     passage_limit,
 )
 
@@ -199,6 +200,47 @@ def test_what_the_question_asks_for_is_no_loop(demo: Any, sentence: str) -> None
         assert first_alarm(ids, demo[1], question) is None
     # Without an end it is one all the same.
     assert first_alarm((ids * 20)[:LOOP_TOKENS], demo[1], "Say it 100 times.") is not None
+
+
+@pytest.mark.parametrize(
+    ("question", "number"),
+    [
+        ("Say it 2,000 times.", 2000),
+        ("Say it 2 000 times.", 2000),
+        ("Say it 2\u202f000 times.", 2000),
+        ("Sag es 10.000 mal!", 10_000),
+        ("Sag es 2'000-mal", 2000),
+        ("1,234,567 lines", 1_234_567),
+        ("Say it 2000 times.", 2000),
+        ("Say it 5000x", 5000),
+        ("Say it 2k times, not 300.", 2000),
+        ("Say it two thousand times.", 2000),
+        ("2 thousand lines, please", 2000),
+        ("Twenty-five hundred times!", 2500),
+        ("two thousand five hundred", 2000),
+        ("three hundred thousand", 300_000),
+        ("\u91cd\u590d100\u6b21", 100),
+        ("\u91cd\u590d3000\u6b21", 3000),
+        ("Say it 100x.", 100),
+        ("A thousand times!", 1000),
+        ("It was 2024, or 1999.", 0),
+        ("What is 4827 + 12345?", 0),
+        ("0.125, 3.14, 12.05.2024 and v1.2", 0),
+        ("the 4th of 3D and 100ms", 0),
+        ("17 of 25", 25),
+        ("", 0),
+    ],
+)
+def test_numbers_of_a_question_are_read_in_every_form(question: str, number: int) -> None:
+    assert largest_number(question) == number
+
+
+@pytest.mark.parametrize("number", ["2,000", "2 000", "2.000", "2000", "two thousand"])
+def test_two_thousand_wanted_repeats_are_no_loop(number: str) -> None:
+    """An alarm came at 512 tokens, because 2,000 was read as no number."""
+    ids = [1, 2, 3, 4] * 2000
+    assert first_alarm(ids, question=f"Say it {number} times.") is None
+    assert first_alarm(ids * 2, question=f"Say it {number} times.") is not None
 
 
 def test_time_and_memory_a_token_are_constant(demo: Any) -> None:

@@ -132,7 +132,7 @@ def test_results_without_a_folder_are_refused_before_anything_is_read(
     assert result.exit_code == 1
     assert "no folder for results.json" in result.stderr
     result = run_cli("evaluate", tmp_path / "none", "--out", tmp_path / ("x" * 250))
-    assert result.exit_code == 1 and "cannot be written" in result.stderr
+    assert result.exit_code == 1 and "cannot write" in result.stderr
 
 
 def test_conversations_of_a_jsonl_file_are_measured_as_they_are_trained(

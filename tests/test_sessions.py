@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from everyday import everyday
+from shown import with_videos
 
 from qwen35_mlx import Chat, load
 from qwen35_mlx.chat.sessions import (
@@ -19,10 +21,12 @@ from qwen35_mlx.chat.sessions import (
     list_sessions,
     read_conversation,
     remove_session,
+    save_conversation,
     session_file,
     trim_caches,
 )
 from qwen35_mlx.errors import SessionError
+from qwen35_mlx.media.video import open_video
 from qwen35_mlx.model import identity
 
 FRANCE, WHO, HOT = "What is the capital of France?", "Who are you?", "What is the opposite of hot?"
@@ -205,6 +209,21 @@ def test_a_cache_of_other_words_is_of_no_harm(demo: Any) -> None:
     assert ask(resumed, HOT) == ask(chat, HOT)
 
 
+@pytest.mark.parametrize(
+    "use", [remove_session, lambda file: read_conversation(session_file(file))]
+)
+def test_a_path_without_a_session_is_not_looked_for_in_the_list(
+    tmp_path: Path, home: Path, use: Callable[[Path], object]
+) -> None:
+    """The hint was `sessions`, which lists the names in the session folder."""
+    file = tmp_path / "talk.json"
+    with pytest.raises(SessionError, match=rf"no session at {file}\n(.|\n)*--session {file} "):
+        use(file)
+    for named in ("talk", home / "talk.json"):
+        with pytest.raises(SessionError, match=r"no session talk\n(.|\n)*sessions lists"):
+            use(named)
+
+
 def test_names_paths_and_permissions(demo: Any, tmp_path: Path, home: Path) -> None:
     chat = new_chat(demo)
     with pytest.raises(SessionError, match="no session none"):
@@ -219,6 +238,19 @@ def test_names_paths_and_permissions(demo: Any, tmp_path: Path, home: Path) -> N
     (tmp_path / "blocked").write_text("")
     with pytest.raises(SessionError, match="cannot be saved"):
         chat.save(tmp_path / "blocked" / "file")
+
+
+def test_a_video_that_does_not_fit_the_disk_is_an_error_of_the_session(
+    demo: Any, tmp_path: Path, full_disk: Any
+) -> None:
+    """MLX raises RuntimeError, which ended the chat."""
+    frames = [np.full((64, 64, 3), 40 * i, np.uint8) for i in range(4)]
+    video = open_video(frames, with_videos(demo[1]).vision)
+    part = {"type": "video", "video": video}
+    content = {"messages": [{"role": "user", "content": [part]}]}
+    with full_disk(), pytest.raises(SessionError, match=r"cannot be saved\n.*bytes are needed"):
+        save_conversation(tmp_path / "new" / "a.json", content, demo[0])
+    assert [path for path in (tmp_path / "new").rglob("*") if path.is_file()] == []
 
 
 def test_sessions_are_listed_and_removed(demo: Any) -> None:

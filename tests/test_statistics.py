@@ -165,6 +165,15 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path, damage):
         load(path)
 
 
+def test_a_full_disk_is_named_and_the_old_file_stays(tmp_path, full_disk):
+    file = tmp_path / "c.safetensors"
+    save(example(), file)
+    before = file.read_bytes()
+    with full_disk(), pytest.raises(Qwen35Error, match=rf"cannot write {file}\n.* are needed"):
+        save(example(), file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Qwen35Error, match="cannot write"):
         save(example(), tmp_path / "no" / "c.safetensors")

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -403,9 +404,32 @@ def test_training_ends_where_the_loss_is_no_number_and_keeps_what_was_saved(tmp_
 def test_training_that_could_not_be_saved_does_not_begin(tmp_path):
     (tmp_path / "file").touch()
     begun = training(tmp_path / "file" / "adapter", 1)
-    with pytest.raises(Qwen35Error, match="cannot be written"):
+    with pytest.raises(Qwen35Error, match="cannot write"):
         begun.run()
     assert begun.step == 0
+
+
+def test_a_full_disk_leaves_what_was_saved_or_nothing_at_all(tmp_path, full_disk):
+    folder = tmp_path / "new" / "adapter"
+    with full_disk(), pytest.raises(Qwen35Error, match=r"cannot write (.|\n)* bytes are needed"):
+        training(folder, 1).run()
+    assert list(tmp_path.iterdir()) == []
+    training(folder, 1).run()
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    resumed = training(folder, 2)
+    resumed.resume()
+    with full_disk(), pytest.raises(Qwen35Error, match="--resume"):
+        resumed.run()
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_disk_without_room_is_refused_before_the_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    begun = training(tmp_path / "adapter", 1)
+    with pytest.raises(Qwen35Error, match=r"not enough disk space(.|\n)*make room"):
+        begun.run()
+    assert begun.history == [] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

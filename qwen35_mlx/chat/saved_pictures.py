@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SessionError
-from ..files import replacing
+from ..files import replacing, save_arrays
 from ..text.media_parts import IMAGE, VIDEO, is_media, media_parts
 from .messages import Message
 
@@ -63,14 +63,14 @@ def write_media(folder: Path, media: Iterable["Media"]) -> None:
         if file.exists():
             continue
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with replacing(file, 0o600) as temporary:
-            if isinstance(one, Video):
-                mx.save_safetensors(str(temporary), {FRAMES: mx.array(one.frames)})
-            else:
-                from PIL import Image
+        if isinstance(one, Video):
+            save_arrays(file, {FRAMES: mx.array(one.frames)}, {}, 0o600)
+            continue
+        from PIL import Image
 
-                image = Image.fromarray(one.pixels)
-                image.save(temporary, format="PNG", compress_level=PNG_LEVEL)
+        with replacing(file, 0o600) as temporary:
+            image = Image.fromarray(one.pixels)
+            image.save(temporary, format="PNG", compress_level=PNG_LEVEL)
 
 
 def remove_media(folder: Path, kept: Iterable["Media"] = ()) -> None:

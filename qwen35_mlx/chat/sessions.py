@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SessionError, first_line
+from ..errors import Qwen35Error, SessionError, first_line
 from ..files import locked, replacing, session_home
 from ..model.identity import model_identity
 from ..model.language import Model
@@ -114,9 +114,7 @@ def read_conversation(file: Path) -> dict[str, Any]:
         checksum = content.pop("sha256")
         known = content["format"]
     except FileNotFoundError:
-        raise SessionError(
-            f"no session {file.stem}", got=f"no {file}", hint="qwen35-mlx sessions lists them"
-        ) from None
+        raise _missing(file) from None
     except OSError as error:
         raise SessionError(f"the session {file.stem} cannot be read", got=error) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -133,9 +131,27 @@ def read_conversation(file: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def _is_listed(file: Path) -> bool:
+    """Whether a file is in the folder of sessions, so that the name alone means it."""
+    with suppress(Qwen35Error):
+        return file.parent == session_home()
+    return False
+
+
+def _missing(file: Path) -> SessionError:
+    if _is_listed(file):
+        hint = "qwen35-mlx sessions lists them"
+        return SessionError(f"no session {file.stem}", got=f"no {file}", hint=hint)
+    return SessionError(
+        f"no session at {file}",
+        expected="a file that /save or --session wrote",
+        hint=f"qwen35-mlx chat --session {shlex.quote(str(file))} begins one",
+    )
+
+
 def _damaged(file: Path, got: str) -> SessionError:
     # The name alone would be that of another session.
-    name = file.stem if file.parent == session_home() else str(file.absolute())
+    name = file.stem if _is_listed(file) else str(file.absolute())
     return SessionError(
         f"the session {file.stem} is damaged",
         got=got,
@@ -208,7 +224,7 @@ def remove_session(session: Session) -> None:
     """Delete a session, damaged or not."""
     file = session_file(session)
     if not file.exists():
-        raise SessionError(f"no session {file.stem}", hint="qwen35-mlx sessions lists them")
+        raise _missing(file)
     with hold(session):
         for path in (_old_cache(file), file, file.with_name(f".{file.stem}.lock")):
             path.unlink(missing_ok=True)
@@ -218,7 +234,10 @@ def remove_session(session: Session) -> None:
 
 def trim_caches(max_bytes: float) -> None:
     """Delete caches of the sessions saved longest ago until the rest fits; messages stay."""
-    files = [file for file in session_home().glob("[!.]*.json") if cache_folder(file).is_dir()]
+    files: list[Path] = []
+    # Without a home folder there are only sessions in other places.
+    with suppress(Qwen35Error):
+        files = [f for f in session_home().glob("[!.]*.json") if cache_folder(f).is_dir()]
     num_bytes = {file: _bytes_of(cache_folder(file)) for file in files}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         if sum(num_bytes.values()) <= max_bytes:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError, first_line
-from ..files import read_object, replacing, write_json
+from ..files import read_object, save_arrays, write_json
 from .names import bare, output_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
@@ -146,8 +146,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write both files, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        mx.save_safetensors(str(temporary), adapter.arrays, {"format": "mlx"})
+    save_arrays(folder / WEIGHTS_FILE, adapter.arrays, {"format": "mlx"})
     write_json(folder / CONFIG_FILE, dict(adapter.settings))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import Qwen35Error
+from ..files import MAX_TEXT_BYTES, read_text
 from ..memory import kv_bytes
 from . import terminal
 from .media_input import (
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ..chat.conversation import Chat
     from .chat_view import ChatView
 
-MAX_FILE_BYTES = 20 * 10**6
 # Shorter texts take no time, and are no measure of speed.
 FEW_TOKENS = 500
 WITH_PAGES = re.compile(r"(.+?)\s+(\d[\d, -]*)", re.DOTALL)
@@ -149,9 +149,9 @@ def read_documents(typed: str) -> dict[str, str]:
             if path in named:
                 raise
             num_other += 1
-        if sum(map(len, texts.values())) > MAX_FILE_BYTES:
+        if sum(map(len, texts.values())) > MAX_TEXT_BYTES:
             raise Qwen35Error(
-                "the files are too large", expected=f"at most {MAX_FILE_BYTES:,} characters"
+                "the files are too large", expected=f"at most {MAX_TEXT_BYTES:,} characters"
             )
     if num_other:
         terminal.note(f"left out: {terminal.count(num_other, 'file')} that cannot be read as text")
@@ -162,13 +162,11 @@ def read_documents(typed: str) -> dict[str, str]:
 
 
 def _document_text(path: Path) -> str:
-    from ..files import read_text
-
     # Devices and pipes may never end.
     if not path.is_file():
         raise Qwen35Error(f"{path} is no file", expected="a text file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_FILE_BYTES:,} bytes")
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise Qwen35Error(f"{path} is too large", expected=f"at most {MAX_TEXT_BYTES:,} bytes")
     if path.suffix.lower() == ".pdf":
         from ..media.documents import pdf_text
 

@@ -175,12 +175,12 @@ def bundled_demo(hints: bool = True) -> str:
 
 def read_prompts(given: list[str]) -> list[str]:
     """The prompts of -p, or all of standard input as one prompt."""
-    from ..files import decode_text
+    from ..files import MAX_TEXT_BYTES, decode_text, read_stdin
 
     # `-p "$(cat FILE)"` keeps the byte order mark of a file.
     prompts = [text.removeprefix("\ufeff") for text in given]
     if not given:
-        data = sys.stdin.buffer.read() if sys.stdin else b""
+        data = read_stdin(MAX_TEXT_BYTES)
         prompts = [decode_text(data, "standard input", sys.stdin.encoding if data else "utf-8")]
     for text in prompts:
         if not text.strip():

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -86,7 +86,11 @@ class ChatView:
         from ..files import session_home
 
         words = {name: command.words for name, command in COMMANDS.items()}
-        self.reader = open_reader(words, session_home() / ".history")
+        history = None
+        # Without a home folder, lines are kept for this chat only.
+        with suppress(Qwen35Error):
+            history = session_home() / ".history"
+        self.reader = open_reader(words, history)
         terminal.note(HINT)
         self.ask = self._ask_user
         is_editor = not isinstance(self.reader, LineReader)

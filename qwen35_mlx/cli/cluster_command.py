@@ -20,7 +20,7 @@ import typer
 
 from ..checkpoint.pipeline import read_split
 from ..errors import Qwen35Error
-from ..files import RING_VARIABLE, SPLIT_VARIABLE
+from ..files import MAX_CORPUS_BYTES, RING_VARIABLE, SPLIT_VARIABLE, read_stdin, read_text
 
 RUNS = ("chat", "generate", "serve")
 LOCAL, SSH_TIMEOUT_S = "127.0.0.1", 10
@@ -77,8 +77,9 @@ def launched(
         if sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty():
             # The terminal's own name, because macOS cannot poll /dev/tty.
             (folder / "terminal").write_text(os.ttyname(sys.stdin.fileno()))
-        elif sys.stdin and reads_input:
-            (folder / "input").write_bytes(sys.stdin.buffer.read())
+        elif reads_input:
+            # A prompt or a picture; rank 0 has the exact limits of both.
+            (folder / "input").write_bytes(read_stdin(MAX_CORPUS_BYTES))
         options = ["--hostfile", str(file), "--starting-port", str(port)]
         options += ["--env", f"{RING_VARIABLE}={scratch}"]
         options += ["--env", f"{SPLIT_VARIABLE}={split}", "--"] if split else ["--"]
@@ -199,7 +200,7 @@ def read_hosts(names: str | None, file: Path | None) -> tuple[list[Host], str]:
     backend = "ring"
     if file is not None:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(read_text(file))
             found = content["hosts"] if isinstance(content, dict) else content
             backend = content.get("backend") or backend if isinstance(content, dict) else backend
             hosts = [{"ssh": h["ssh"], "ips": h["ips"], "rdma": h.get("rdma", [])} for h in found]

@@ -7,18 +7,21 @@ from typing import Any
 
 def models(ctx: Any, args: list[str], incomplete: str) -> list[str]:
     """Folders that this user converted; if none matches, the shell completes files."""
-    from ..files import cache_home
     from .local_models import recorded
 
-    folders = [f for f in reversed(recorded(cache_home())) if os.path.isdir(f)]
+    folders = [f for f in reversed(recorded()) if os.path.isdir(f)]
     return [f for f in folders if _is_plain(f) and f.startswith(incomplete)]
 
 
 def sessions(ctx: Any, args: list[str], incomplete: str) -> list[str]:
     """Names of saved conversations."""
+    from ..errors import Qwen35Error
     from ..files import session_home
 
-    names = sorted(file.stem for file in session_home().glob("[!.]*.json"))
+    try:
+        names = sorted(file.stem for file in session_home().glob("[!.]*.json"))
+    except Qwen35Error:
+        return []
     return [name for name in names if _is_plain(name) and name.startswith(incomplete)]
 
 

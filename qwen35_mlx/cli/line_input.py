@@ -30,7 +30,7 @@ class LineReader:
 class EditingReader:
     """An editor with prompt_toolkit: Enter sends; Alt-Enter, Ctrl-J or a final \\ add a line."""
 
-    def __init__(self, commands: Mapping[str, Iterable[str]], history: Path):
+    def __init__(self, commands: Mapping[str, Iterable[str]], history: Path | None):
         """commands: names to complete, each with the words that may follow it."""
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import Completer, Completion, PathCompleter
@@ -89,9 +89,10 @@ class EditingReader:
 
         kept: Any = InMemoryHistory()
         with suppress(OSError):
-            history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            history.touch(mode=0o600)
-            kept = FileHistory(str(history))
+            if history:
+                history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                history.touch(mode=0o600)
+                kept = FileHistory(str(history))
         self._session: Any = PromptSession(
             PROMPT,
             multiline=True,
@@ -118,7 +119,7 @@ class EditingReader:
 Reader = LineReader | EditingReader
 
 
-def open_reader(commands: Mapping[str, Iterable[str]], history: Path) -> Reader:
+def open_reader(commands: Mapping[str, Iterable[str]], history: Path | None) -> Reader:
     """An editor on a terminal that supports it, else a reader of lines."""
     return EditingReader(commands, history) if can_edit() else LineReader()
 

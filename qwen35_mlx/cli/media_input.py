@@ -1,10 +1,10 @@
 """Pictures, videos and PDFs from files, standard input, URLs and the clipboard."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import Qwen35Error
+from ..files import read_stdin
 from . import terminal
 from .typed_paths import find_file, media_kind
 
@@ -74,8 +74,9 @@ def page_numbers(text: str | None) -> list[int] | None:
 def _opened(source: str, allow_url: bool) -> tuple[Any, str]:
     """A path, or bytes and their name."""
     if source == "-":
-        # A closed stream is None.
-        data = sys.stdin.buffer.read() if sys.stdin else b""
+        from ..media.pictures import MAX_FILE_BYTES
+
+        data = read_stdin(MAX_FILE_BYTES)
         if not data:
             raise Qwen35Error("standard input is empty", expected="a picture, a video or a PDF")
         return data, "standard input"

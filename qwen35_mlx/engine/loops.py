@@ -13,9 +13,21 @@ MAX_TEXT_TOKENS = 8_192
 MAX_DATA_TOKENS = 12_288
 # Users do not ask for hundreds of lines of this length, in characters.
 PARAGRAPH_LINE = 120
-NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?!\w|[.,]\d)|\b1000\b")
-NUMBER_WORDS = {"hundred": 100, "thousand": 1000}
 WORD = re.compile(r"[^\W\d_]+")
+# Thousands may be parted, as in 2,000 and 2.000 and 2 000 and 2'000.
+PARTED = r"[1-9]\d{0,2}(?P<mark>[,.'\u2019_ \u00a0\u2009\u202f])\d{3}(?:(?P=mark)\d{3})*"
+TIMES = r"\s*(?:(?:times|x|mal|fois|veces|vezes|volte|keer|раз)\b|[×次回遍번])"
+# Letters of other scripts may touch a number.
+NUMBER = re.compile(
+    rf"(?<![A-Za-z\d_.,])(?P<number>{PARTED}|\d+)(?![.,]?\d)(?P<thousands>k\b)?(?P<times>{TIMES})?"
+    rf"(?![A-Za-z_])|(?P<word>{WORD.pattern})",
+    re.IGNORECASE,
+)
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6}
+ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+TENS = "ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = {word: value for value, word in enumerate(ONES)}
+NUMBER_WORDS |= {word: 10 * value for value, word in enumerate(TENS, 1)}
 # In scripts without spaces, each character counts as a word.
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 SENTENCE_ENDS = ".!?\u2026\u3002\uff01\uff1f"
@@ -36,8 +48,7 @@ class LoopDetector:
     def __init__(self, tokenizer: Any, question: str = "") -> None:
         self._tokenizer = tokenizer
         self._words_wanted = _words(question)
-        numbers = {NUMBER_WORDS.get(word, 0) for word in self._words_wanted}
-        self._most_wanted = max(numbers.union(map(int, NUMBER.findall(question))), default=0)
+        self._most_wanted = largest_number(question)
         self._ids: list[int] = []
         # Last position of each gram; the distance to it is the length of a passage.
         self._last: dict[tuple[int, ...], int] = {}
@@ -69,6 +80,30 @@ class LoopDetector:
         if words and words <= self._words_wanted:
             limit = max(limit, MAX_TEXT_TOKENS)
         return max(limit, min(self._most_wanted * self._period * 11 // 10, MAX_DATA_TOKENS))
+
+
+def largest_number(question: str) -> int:
+    """The largest count in a question, in digits or English words; 0 without one.
+
+    A number above 1,000 whose thousands are not parted may be a year, or one to calculate with: it
+    counts only before "times".
+    """
+    largest = value = 0
+    for match in NUMBER.finditer(question):
+        if word := match["word"]:
+            word = word.lower()
+            if scale := SCALES.get(word):
+                value = max(value, 1) * scale
+            else:
+                value = value + NUMBER_WORDS[word] if word in NUMBER_WORDS else 0
+        else:
+            value = int(re.sub(r"\D", "", match["number"])) * (1000 if match["thousands"] else 1)
+            if value > 1000 and not (match["mark"] or match["thousands"] or match["times"]):
+                value = 0
+        largest = max(largest, value)
+        if value >= 1000:
+            value = 0
+    return largest
 
 
 def passage_limit(text: str) -> int:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from ..errors import MediaError, extra, first_line
-from .pictures import Picture, checked_path, kind, picture_of
+from ..files import read_bytes
+from .pictures import MAX_FILE_BYTES, Picture, checked_path, kind, picture_of
 from .settings import VisionSettings
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes"
@@ -55,7 +56,7 @@ def _opened(source: Source, name: str) -> Iterator[tuple[Any, str]]:
         import pypdfium2
     if isinstance(source, str | os.PathLike):
         path = checked_path(source)
-        name, source = path.name, path.read_bytes()
+        name, source = path.name, read_bytes(path, MAX_FILE_BYTES)
     try:
         document = pypdfium2.PdfDocument(io.BytesIO(source))
     except pypdfium2.PdfiumError as error:

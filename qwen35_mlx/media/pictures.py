@@ -99,7 +99,8 @@ def checked_path(source: str | os.PathLike[str]) -> Path:
     path = Path(text).expanduser()
     try:
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is not there"
+            found = "no regular file" if path.exists() else "not there"
+            what = f"is {'a folder' if path.is_dir() else found}"
             raise MediaError(f"{path} {what}", expected="a file")
         num_bytes = path.stat().st_size
         with path.open("rb"):

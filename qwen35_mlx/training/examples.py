@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import PromptError, Qwen35Error, first_line
-from ..files import read_text
+from ..files import MAX_CORPUS_BYTES, read_text
 from ..prompt import encode_messages, encode_prompt
 
 TRAIN_FILE, VALID_FILE = "train.jsonl", "valid.jsonl"
@@ -68,7 +68,7 @@ def read_examples(
 
     `mask_prompt`: only the last answer is learned; otherwise every token except the first.
     """
-    text = read_text(file)
+    text = read_text(file, MAX_CORPUS_BYTES)
     found, num_cut, num_dropped = [], 0, 0
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():

@@ -23,7 +23,7 @@ from mlx.utils import tree_unflatten
 
 from ..checkpoint.adapter import LORA, Adapter, write_adapter
 from ..errors import CheckpointError, Qwen35Error, extra, first_line
-from ..files import replacing, require_writable
+from ..files import made_folder, require_space, require_writable, save_arrays, write_errors
 from ..kernels.matrix import arrays_of
 from ..kernels.tiers import PORTABLE, use
 from ..model.adapters import DEFAULT_KEYS, EXPERT_KEYS, add_new, changes_of
@@ -127,9 +127,17 @@ class Training:
 
     def run(self) -> list[Step]:
         """Train to the last step and write the adapter; return the steps, with earlier runs'."""
+        adapter, state = self._saved()
+        num_bytes = sum(a.nbytes for a in (*adapter.arrays.values(), *state.values()))
+        require_space(self.folder, num_bytes, "make room, or choose another folder")
+        with made_folder(self.folder):
+            require_writable(self.folder / STATE_FILE)
+            self._train()
+        return self.history
+
+    def _train(self) -> None:
         from mlx_lm.tuner.trainer import TrainingArgs, train
 
-        require_writable(self.folder / STATE_FILE)
         start, total = self.step, self.settings.num_steps
         mx.random.seed(self.settings.seed + start)
         began = time.perf_counter()
@@ -176,7 +184,6 @@ class Training:
                 training_callback=cast(Any, SimpleNamespace(on_train_loss_report=on_step)),
             )
         self.model.eval()
-        return self.history
 
     def _batches(self, start: int) -> Iterator[tuple[mx.array, mx.array]]:
         s = self.settings
@@ -204,18 +211,23 @@ class Training:
 
     def save(self) -> None:
         """Write the adapter, and what `resume` needs."""
-        adapter = Adapter(changes_of(self.model), self.adapter_settings)
-        arrays = {f"adapter.{name}": array for name, array in adapter.arrays.items()}
-        arrays |= {f"optimizer.{n}": a for n, a in arrays_of(self.optimizer.state).items()}
+        adapter, state = self._saved()
         metadata = {
             "identity": json.dumps(self._identity()),
             "history": json.dumps([asdict(step) for step in self.history]),
         }
         # The state first: it holds the adapter too, so after a stop the two files need not agree.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / STATE_FILE) as temporary:
-            mx.save_safetensors(str(temporary), arrays, metadata)
-        write_adapter(self.folder, adapter)
+        with write_errors(self.folder, "make room; --resume goes on from what was saved before"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_arrays(self.folder / STATE_FILE, state, metadata)
+            write_adapter(self.folder, adapter)
+
+    def _saved(self) -> tuple[Adapter, dict[str, mx.array]]:
+        """The adapter, and the arrays that `resume` needs."""
+        adapter = Adapter(changes_of(self.model), self.adapter_settings)
+        state = {f"adapter.{name}": array for name, array in adapter.arrays.items()}
+        state |= {f"optimizer.{n}": a for n, a in arrays_of(self.optimizer.state).items()}
+        return adapter, state
 
     def resume(self) -> None:
         """Continue the training that was saved in the folder."""
