@@ -18,8 +18,7 @@ from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
 from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
-from ..engine.tool_calls import as_message, calls_of, check_tools
-from ..engine.tool_values import Schema
+from ..engine.tool_calls import Schema, as_message, calls_of, check_tools
 from ..engine.turn_prompts import TurnPrompts
 from ..errors import ContextFull, Qwen35Error
 from ..model.language import Model

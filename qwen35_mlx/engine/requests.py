@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import Qwen35Error
 from ..sampling import SamplingParams
 from .output import Piece
-from .tool_values import Schema
+from .tool_calls import Schema
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "loop"]
 # Token ids and log probabilities at one position, the likeliest first.
