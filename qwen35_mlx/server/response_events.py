@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..engine.requests import Request
 from .events import sse
 from .faults import ApiError
-from .hidden_thoughts import hidden
+from .messages import hidden
 from .replies import Reply, ReplyWriter, SentCall
 from .service import Service
 

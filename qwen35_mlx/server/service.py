@@ -18,10 +18,9 @@ from ..engine.requests import Request, Top
 from ..engine.ticket import Ticket
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
-from .body import read_json
 from .events import Answer, Mailbox, dumps
 from .faults import ApiError
-from .fields import Fields
+from .fields import WORKER_BYTES, Fields, parse_object, read_body
 from .messages import CallMemory
 
 # Threads for tokenizing and reading pictures; MLX has its own thread.
@@ -128,7 +127,9 @@ class Service:
     async def fields(self, http: HttpRequest) -> Fields:
         """The JSON of a request."""
         self.num_requests += 1
-        return Fields(await read_json(http, self.settings.max_body_bytes, self.workers))
+        data = await read_body(http, self.settings.max_body_bytes)
+        is_small = len(data) < WORKER_BYTES
+        return Fields(parse_object(data) if is_small else await self.in_worker(parse_object, data))
 
     async def in_worker(self, function: Any, *arguments: Any) -> Any:
         """Run a slow function in a worker thread."""
