@@ -14,8 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from .. import __version__
 from ..checkpoint.names import OF_EXPERTS
-from ..engine.requests import Request, Top
-from ..engine.ticket import Ticket
+from ..engine.requests import Request, Ticket, Top
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
 from .events import Answer, Mailbox, dumps
