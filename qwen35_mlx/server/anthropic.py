@@ -33,7 +33,6 @@ BETWEEN = "\n"
 REMINDER = "<system-reminder>"
 MAX_STOPS = 64
 MIN_BUDGET = 1024
-PING = sse({"type": "ping"}, "ping")
 
 
 def read_messages(body: Fields) -> list[Message]:
@@ -276,6 +275,14 @@ def _grammar(body: Fields) -> Grammar | None:
     return inner or options.response_format(body, "output_format")
 
 
+def _event(kind: str, **fields: Any) -> bytes:
+    """An event of a stream."""
+    return sse({"type": kind, **fields}, kind)
+
+
+PING = _event("ping")
+
+
 class _Messages(ReplyWriter):
     """One request for a message, and its answer as events or as one object."""
 
@@ -305,7 +312,7 @@ class _Messages(ReplyWriter):
             return b""
         self._has_started = True
         message = self._object() | {"content": []} | {"stop_reason": None, "stop_sequence": None}
-        return sse({"type": "message_start", "message": message}, "message_start")
+        return _event("message_start", message=message)
 
     def _object(self) -> dict[str, Any]:
         return {
@@ -335,10 +342,8 @@ class _Messages(ReplyWriter):
         reason: str = reasons.get(reply.finish_reason or "", "end_turn")
         if reply.finish_reason == "stop" and reply.stop_text is not None:
             reason = "stop_sequence"
-        usage = self._usage
-        is_full = usage.prompt_tokens + usage.generated_tokens >= (
-            self._service.settings.context_length - 1
-        )
+        usage, context = self._usage, self._service.settings.context_length
+        is_full = usage.prompt_tokens + usage.generated_tokens >= context - 1
         if reply.finish_reason == "length" and is_full:
             reason = "model_context_window_exceeded"
         return {
@@ -347,8 +352,8 @@ class _Messages(ReplyWriter):
         }
 
     def _end(self) -> bytes:
-        delta = {"type": "message_delta", "delta": self._stop(), "usage": self._usage_object()}
-        return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
+        last = _event("message_delta", delta=self._stop(), usage=self._usage_object())
+        return last + _event("message_stop")
 
     def _failed(self, fault: ApiError) -> bytes:
         return sse(fault.body(self.dialect), "error")
@@ -390,13 +395,10 @@ class _Messages(ReplyWriter):
     def _open(self, block: dict[str, Any]) -> bytes:
         self._blocks.append(dict(block))
         self._is_open = True
-        index = len(self._blocks) - 1
-        start = {"type": "content_block_start", "index": index, "content_block": block}
-        return sse(start, "content_block_start")
+        return _event("content_block_start", index=len(self._blocks) - 1, content_block=block)
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
-        kind, index = "content_block_delta", len(self._blocks) - 1
-        return sse({"type": kind, "index": index, "delta": delta}, kind)
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
     def _close(self) -> bytes:
         if not self._is_open:
@@ -408,5 +410,4 @@ class _Messages(ReplyWriter):
             block["signature"] = hidden(self._thoughts)
             data += self._delta({"type": "signature_delta", "signature": block["signature"]})
             self._thoughts = ""
-        stop = {"type": "content_block_stop", "index": len(self._blocks) - 1}
-        return data + sse(stop, "content_block_stop")
+        return data + _event("content_block_stop", index=len(self._blocks) - 1)

@@ -309,9 +309,8 @@ class _Chat(ReplyWriter):
     def _call(self, reply: Reply, call: SentCall) -> bytes:
         """Two chunks: the name of the call, then its arguments."""
         if self._is_old:
-            function = {"name": call.name, "arguments": call.arguments}
-            return self._delta(reply, {"function_call": function})
-        index, function = reply.calls.index(call), {"name": call.name, "arguments": ""}
+            return self._delta(reply, {"function_call": call.function})
+        index, function = reply.calls.index(call), call.function | {"arguments": ""}
         head = {"index": index, "id": call.id, "type": "function", "function": function}
         tail = {"index": index, "function": {"arguments": call.arguments}}
         return b"".join(self._delta(reply, {"tool_calls": [part]}) for part in (head, tail))
@@ -350,15 +349,9 @@ class _Chat(ReplyWriter):
         if reply.thought:
             message |= {"reasoning_content": reply.thought, "reasoning": reply.thought}
         if reply.calls and self._is_old:
-            call = reply.calls[0]
-            message["function_call"] = {"name": call.name, "arguments": call.arguments}
+            message["function_call"] = reply.calls[0].function
         elif reply.calls:
             message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in reply.calls
+                {"id": c.id, "type": "function", "function": c.function} for c in reply.calls
             ]
         return message

@@ -136,7 +136,7 @@ def _parts(item: Fields, field: str) -> Any:
 
 def found_item(identity: str | None, responses: Any) -> dict[str, Any]:
     """An item of an earlier response, by its id."""
-    for response, given in responses:
+    for response, given, _ in responses:
         for item in (*response["output"], *given):
             if identity and item.get("id") == identity:
                 return dict(item)
@@ -198,7 +198,7 @@ def _items(service: Service, body: Fields) -> list[dict[str, Any]]:
             param="previous_response_id",
             code="previous_response_not_found",
         )
-    response, given = service.responses[previous]
+    response, given, _ = service.responses[previous]
     return [*given, *response["output"], *items]
 
 
@@ -302,7 +302,7 @@ async def get_response(http: HttpRequest) -> Response:
 async def delete_response(http: HttpRequest) -> Response:
     """Delete a stored response."""
     service, name = _stored(http)
-    service.forget_response(name)
+    del service.responses[name]
     return JSONResponse({"id": name, "object": "response", "deleted": True})
 
 

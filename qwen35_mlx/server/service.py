@@ -24,7 +24,7 @@ from .messages import CallMemory
 
 # Threads for tokenizing and reading pictures; MLX has its own thread.
 NUM_WORKERS = 2
-MAX_RESPONSES_KEPT, MAX_RESPONSE_CHARS = 200, 2**27
+MAX_RESPONSES_KEPT, MAX_KEPT_CHARS = 200, 2**27
 FINGERPRINT = f"qwen35-mlx-{__version__}"
 
 
@@ -114,9 +114,9 @@ class Service:
         self.tokenizer = tokenizer
         self.workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="requests")
         self.calls = CallMemory(settings.json_calls)
-        # For /v1/responses, by id: the response, and the items of the conversation before it.
-        self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
-        self._response_sizes: dict[str, int] = {}
+        # For /v1/responses, by id: the response, the items of the conversation before it, and the
+        # characters of both.
+        self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any], int]] = OrderedDict()
         # End tokens, which are not a part of the text.
         self.ends: frozenset[int] = frozenset(getattr(tokenizer, "eos_token_ids", ()))
         self._mailbox: Mailbox | None = None
@@ -192,18 +192,10 @@ class Service:
 
     def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
         """Store a response with its input items; the oldest ones are dropped."""
-        self.responses[response["id"]] = response, given
-        self._response_sizes[response["id"]] = len(dumps([response, given]))
-        while (
-            len(self.responses) > MAX_RESPONSES_KEPT
-            or sum(self._response_sizes.values()) > MAX_RESPONSE_CHARS
-        ):
-            oldest, _ = self.responses.popitem(last=False)
-            del self._response_sizes[oldest]
-
-    def forget_response(self, name: str) -> None:
-        """Drop a stored response."""
-        del self.responses[name], self._response_sizes[name]
+        kept = self.responses
+        kept[response["id"]] = response, given, len(dumps([response, given]))
+        while len(kept) > MAX_RESPONSES_KEPT or sum(n for *_, n in kept.values()) > MAX_KEPT_CHARS:
+            kept.popitem(last=False)
 
     def token_entry(self, token: int, logprob: float | None, top: Top | None) -> dict[str, Any]:
         """A token with its log probability, in the form of OpenAI's chat completions."""
