@@ -32,8 +32,8 @@ from ..prompt import (
 )
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from ..text.media_parts import Part, media_of, media_parts, source_parts, text_of
+from ..text.messages import Message, tool_message, user_message
 from .answer import TurnStats, answer
-from .messages import Message, tool_message, user_message
 
 if TYPE_CHECKING:
     from ..text.media_parts import Media

@@ -11,15 +11,8 @@ from .faults import ApiError
 from .fields import Fields
 
 # Thinking budget in tokens by effort; None: no limit.
-EFFORTS: dict[str, int | None] = {
-    "none": 0,
-    "minimal": 512,
-    "low": 2048,
-    "medium": 8192,
-    "high": None,
-    "xhigh": None,
-    "max": None,
-}
+EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192}
+EFFORTS |= dict.fromkeys(("high", "xhigh", "max"))
 # Variables of Qwen3.5's chat template that clients may set.
 TEMPLATE_OPTIONS = ("preserve_thinking", "add_vision_id")
 TINY_TOP_P = 1e-6
