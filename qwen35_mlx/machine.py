@@ -22,25 +22,12 @@ SYSTEM_BYTES, SYSTEM_SHARE = 8 * GIB, 0.1
 
 # Memory bandwidth in 10^9 bytes per second; of chips with two variants, the slower one.
 CHIP_GBPS = {
-    "M1": 68,
-    "M1 Pro": 200,
-    "M1 Max": 400,
-    "M1 Ultra": 800,
-    "M2": 100,
-    "M2 Pro": 200,
-    "M2 Max": 400,
-    "M2 Ultra": 800,
-    "M3": 100,
-    "M3 Pro": 150,
-    "M3 Max": 300,
-    "M3 Ultra": 819,
-    "M4": 120,
-    "M4 Pro": 273,
-    "M4 Max": 410,
-    "M5": 153,
-    "M5 Pro": 307,
-    "M5 Max": 460,
-}
+    "M1": 68, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800,
+    "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M2 Ultra": 800,
+    "M3": 100, "M3 Pro": 150, "M3 Max": 300, "M3 Ultra": 819,
+    "M4": 120, "M4 Pro": 273, "M4 Max": 410,
+    "M5": 153, "M5 Pro": 307, "M5 Max": 460,
+}  # fmt: skip
 # The faster variants, by memory in GiB: sizes that the slower variant does not have.
 FASTER_GBPS = {
     (chip, memory): gbps

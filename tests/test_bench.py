@@ -21,7 +21,7 @@ from qwen35_mlx.convert import plan
 from qwen35_mlx.convert.mac_models import activation_bytes, bytes_per_token
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.evaluation import bench as measuring
-from qwen35_mlx.evaluation.rival import mlx_lm_program
+from qwen35_mlx.evaluation.bench import mlx_lm_program
 from qwen35_mlx.memory import state_bytes
 
 
@@ -317,7 +317,7 @@ def test_options_of_the_command_reach_what_they_name(
 
     monkeypatch.setattr(measuring, "bench", bench)
     monkeypatch.setattr(measuring, "MAX_ANSWER", 2)
-    monkeypatch.setattr("qwen35_mlx.evaluation.rival.mlx_lm_program", lambda *given: given)
+    monkeypatch.setattr("qwen35_mlx.evaluation.bench.mlx_lm_program", lambda *given: given)
     monkeypatch.setattr("qwen35_mlx.cli.report.draw_bench", draw)
     monkeypatch.setattr("qwen35_mlx.cli.report.print_bench", lambda *_: print("table"))
     result = run_cli("bench", converted_demo, "--max-context", 600, "--runs", 2, *options)

@@ -260,7 +260,7 @@ def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
 MLX_LM_CALLERS = (
     "qwen35_mlx.model.cache",
     "qwen35_mlx.model.layer_cache",
-    "qwen35_mlx.evaluation.rival",
+    "qwen35_mlx.evaluation.bench",
     "qwen35_mlx.training.trainer",
 )
 

@@ -18,7 +18,7 @@ from qwen35_mlx.engine.admission import Admission
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.exact_rows import kernel_rows
 from qwen35_mlx.engine.prompt_cache import PromptCache
-from qwen35_mlx.engine.row_batch import RowBatch
+from qwen35_mlx.engine.rows import RowBatch
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error
 from qwen35_mlx.family import family_config

@@ -223,7 +223,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     )
     from qwen35_mlx.engine import scheduler, segments
     from qwen35_mlx.evaluation import bench as measuring
-    from qwen35_mlx.evaluation import recall, rival, scoring
+    from qwen35_mlx.evaluation import recall, scoring
     from qwen35_mlx.kernels import doctor
     from qwen35_mlx.model import adapters, hub, loading
     from qwen35_mlx.quant import statistics
@@ -355,7 +355,7 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(measuring, "drafting")
     fake(recall, "measure", [recall.Recall(1, (1,), (1,))])
     fake(measuring, "label", {})
-    fake(rival, "mlx_lm_program")
+    fake(measuring, "mlx_lm_program")
     fake(cli_report, "draw_bench")
     fake(cli_report, "print_bench")
     monkeypatch.chdir(tmp_path)

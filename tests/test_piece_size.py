@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from qwen35_mlx.engine import prompt_cache
-from qwen35_mlx.engine.piece_size import PieceSize
+from qwen35_mlx.engine.prompt_cache import PieceSize
 
 
 def test_a_piece_has_what_is_read_in_its_time_and_never_none() -> None:

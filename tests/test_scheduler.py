@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from everyday import everyday
 
-from qwen35_mlx.engine import reading, row_batch, rows, scheduler
+from qwen35_mlx.engine import reading, rows, scheduler
 from qwen35_mlx.engine.prompt_cache import PromptCache
 from qwen35_mlx.engine.reading import Pieces
 from qwen35_mlx.engine.requests import (
@@ -23,12 +23,12 @@ from qwen35_mlx.engine.requests import (
     PromptLogprobs,
     Request,
     Started,
+    Ticket,
     Token,
 )
 from qwen35_mlx.engine.row import Row
-from qwen35_mlx.engine.row_batch import RowBatch, groups
+from qwen35_mlx.engine.rows import RowBatch, groups
 from qwen35_mlx.engine.scheduler import Engine, Limits
-from qwen35_mlx.engine.ticket import Ticket
 from qwen35_mlx.errors import ContextFull, PromptError, Qwen35Error
 from qwen35_mlx.model.loading import load_model
 from qwen35_mlx.sampling import SamplingParams
@@ -114,7 +114,7 @@ def test_an_answer_does_not_depend_on_who_else_is_served(shared, seed):
 def test_batches_on_several_streams_give_the_same_answers(demo, shared, monkeypatch, streams):
     """As on a CPU, where each core has one; a row moves between them as others come and go."""
     monkeypatch.setattr(rows, "rows_a_stream", lambda model: 1)
-    monkeypatch.setattr(row_batch.os, "cpu_count", lambda: streams)
+    monkeypatch.setattr(rows.os, "cpu_count", lambda: streams)
     engine = Engine(*demo)
     engine.start()
     requests = [ask(text, max_tokens=6 + 4 * i) for i, text in enumerate(QUESTIONS)]
@@ -124,7 +124,7 @@ def test_batches_on_several_streams_give_the_same_answers(demo, shared, monkeypa
 
 
 def test_more_rows_than_a_pass_takes_are_parted_evenly(monkeypatch):
-    monkeypatch.setattr(row_batch.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(rows.os, "cpu_count", lambda: 2)
     sizes = [[len(g) for g in groups(range(n), 32)] for n in (0, 1, 8, 9, 17)]
     assert sizes == [[], [1], [8], [4, 5], [5, 6, 6]]
     # A core each, from so many rows on that it pays.

@@ -19,7 +19,7 @@ from qwen35_mlx.convert import convert
 from qwen35_mlx.engine import segment_file, segments
 from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.engine.prompt_cache import PromptCache
-from qwen35_mlx.engine.row_batch import RowBatch
+from qwen35_mlx.engine.rows import RowBatch
 from qwen35_mlx.engine.segments import Segments, open_folder
 from qwen35_mlx.errors import SessionError
 from qwen35_mlx.memory import kv_choices

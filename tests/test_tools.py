@@ -10,8 +10,7 @@ import pytest
 from fake_tokenizer import FakeTokenizer
 
 from qwen35_mlx.engine.output import OutputParser, ToolCall
-from qwen35_mlx.engine.tool_calls import as_message, calls_of
-from qwen35_mlx.engine.tool_values import coerce
+from qwen35_mlx.engine.tool_calls import as_message, calls_of, coerce
 
 PROPERTIES: dict[str, Any] = {
     "text": {"type": "string"},

@@ -26,7 +26,7 @@ from media_files import (
 from PIL import Image
 
 from qwen35_mlx.errors import MediaError
-from qwen35_mlx.media import animation, containers, settings, video
+from qwen35_mlx.media import containers, settings, video
 from qwen35_mlx.media.patches import video_size
 from qwen35_mlx.media.settings import VisionSettings
 from qwen35_mlx.media.video import Video, frame_budget, open_video, sample
@@ -244,7 +244,7 @@ def test_limits(av, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(MediaError, match=what):
             patch.setattr(module, name, value)
             open_video(data, SMALL)
-    monkeypatch.setattr(animation, "MAX_PIXELS", 64 * 64 * 2)
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 64 * 2)
     with pytest.raises(MediaError, match=r"too large.*\n  got: 3 frames"):
         open_video(animated([Image.fromarray(f) for f in numbered(3)], 100), SMALL)
 

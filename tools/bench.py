@@ -18,8 +18,7 @@ from label import label
 from qwen35_mlx.checkpoint.tensor_table import expected_shapes
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.convert import convert
-from qwen35_mlx.evaluation.bench import measure, our_conversation, prompt_ids
-from qwen35_mlx.evaluation.rival import mlx_lm_conversation
+from qwen35_mlx.evaluation.bench import measure, mlx_lm_conversation, our_conversation, prompt_ids
 from qwen35_mlx.family import family_config
 from qwen35_mlx.model.loading import load_model
 

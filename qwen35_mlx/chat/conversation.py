@@ -18,8 +18,7 @@ from ..engine.prompt_cache import Progress, PromptCache
 from ..engine.sampler import Sampler
 from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
-from ..engine.tool_calls import as_message, calls_of, check_tools
-from ..engine.tool_values import Schema
+from ..engine.tool_calls import Schema, as_message, calls_of, check_tools
 from ..engine.turn_prompts import TurnPrompts
 from ..errors import ContextFull, Qwen35Error
 from ..model.language import Model
@@ -33,9 +32,8 @@ from ..prompt import (
 )
 from ..sampling import CHECKPOINT, SamplingParams, preset_params
 from ..text.media_parts import Part, media_of, media_parts, source_parts, text_of
-from .answer import answer
-from .messages import Message, tool_message, user_message
-from .turn_stats import TurnStats
+from ..text.messages import Message, tool_message, user_message
+from .answer import TurnStats, answer
 
 if TYPE_CHECKING:
     from ..text.media_parts import Media

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import SessionError
 from ..files import replacing, save_arrays
 from ..text.media_parts import IMAGE, VIDEO, is_media, media_parts
-from .messages import Message
+from ..text.messages import Message
 
 if TYPE_CHECKING:
     from ..media.settings import VisionSettings

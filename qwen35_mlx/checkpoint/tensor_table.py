@@ -61,33 +61,20 @@ class Row:
 def model_sizes(c: ModelConfig) -> dict[str, int]:
     """The sizes that the shapes of the table refer to."""
     sizes = {
-        "vocab": c.vocab_size,
-        "H": c.hidden_size,
-        "F": c.intermediate_size,
-        "Hq": c.num_attention_heads,
-        "Hkv": c.num_key_value_heads,
-        "D": c.head_dim,
-        "Hk": c.linear_num_key_heads,
-        "Hv": c.linear_num_value_heads,
-        "Dk": c.linear_key_head_dim,
-        "Dv": c.linear_value_head_dim,
+        "vocab": c.vocab_size, "H": c.hidden_size, "F": c.intermediate_size,
+        "Hq": c.num_attention_heads, "Hkv": c.num_key_value_heads, "D": c.head_dim,
+        "Hk": c.linear_num_key_heads, "Hv": c.linear_num_value_heads,
+        "Dk": c.linear_key_head_dim, "Dv": c.linear_value_head_dim,
         "R": c.linear_num_value_heads // c.linear_num_key_heads,
-        "C": c.conv_dim,
-        "taps": c.linear_conv_kernel_dim,
-        "E": c.num_experts,
-        "I": c.moe_intermediate_size,
-        "S": c.shared_expert_intermediate_size,
-    }
+        "C": c.conv_dim, "taps": c.linear_conv_kernel_dim,
+        "E": c.num_experts, "I": c.moe_intermediate_size, "S": c.shared_expert_intermediate_size,
+    }  # fmt: skip
     if v := c.vision:
         sizes |= {
-            "Vh": v.hidden_size,
-            "Vf": v.intermediate_size,
+            "Vh": v.hidden_size, "Vf": v.intermediate_size, "Vp": v.num_position_embeddings,
             "Vm": v.hidden_size * v.spatial_merge_size**2,
-            "Vp": v.num_position_embeddings,
-            "Vc": v.in_channels,
-            "Vt": v.temporal_patch_size,
-            "Vs": v.patch_size,
-        }
+            "Vc": v.in_channels, "Vt": v.temporal_patch_size, "Vs": v.patch_size,
+        }  # fmt: skip
     return sizes
 
 

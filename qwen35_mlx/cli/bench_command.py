@@ -55,9 +55,7 @@ def bench(
         )
         programs = {measuring.OURS: lambda: measuring.our_conversation(loaded)}
         if vs_mlx_lm:
-            from ..evaluation.rival import mlx_lm_program
-
-            programs[measuring.MLX_LM] = mlx_lm_program(folder, loaded)
+            programs[measuring.MLX_LM] = measuring.mlx_lm_program(folder, loaded)
     result = measuring.label(folder, model)
     if lengths:
         with step_progress("Asking") as progress:

@@ -30,7 +30,6 @@ class Admission:
         `others`: the model with adapters, which shares its weights.
         """
         self._config = model.config
-        self._item_bytes = 2
         self._models, self._store = [model, *others], store
         self.memory_bytes = memory_bytes
 
@@ -45,8 +44,7 @@ class Admission:
     def _bytes_of(self, prepared: Prepared) -> int:
         """Bytes of one answer."""
         tokens = len(prepared.ids) + min(prepared.max_tokens, COUNTED_TOKENS)
-        cache = kv_bytes(self._config, kv_capacity(tokens), self._item_bytes)
-        return cache + 2 * state_bytes(self._config, self._item_bytes)
+        return kv_bytes(self._config, kv_capacity(tokens)) + 2 * state_bytes(self._config)
 
     def _left(self) -> float:
         """Bytes that the machine has left for answers."""
@@ -55,8 +53,8 @@ class Admission:
         parameters = arrays_of([model.parameters() for model in self._models]).values()
         weights = sum({id(array): array.nbytes for array in parameters}.values())
         context = min(self._config.context_length, 32_768)
-        counted = count(self._config, weights, context, int(limit), self._item_bytes)
+        counted = count(self._config, weights, context, int(limit))
         spent = counted.total - counted.kv_cache - counted.states - counted.snapshots
         if self._models[0].experts:
-            spent += sweep_bytes(self._config, context, self._item_bytes)
+            spent += sweep_bytes(self._config, context)
         return max(limit - spent - self._store.memory_bytes, 0.0)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .tool_values import Schema, kinds_of
+from .tool_calls import Schema, kinds_of
 
 # Only the spaces that models write: with flexible whitespace an endless run of it would be valid.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

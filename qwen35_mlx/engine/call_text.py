@@ -8,8 +8,7 @@ import re
 from collections.abc import Sequence
 
 from ..prompt import THINK_CLOSE, THINK_OPEN
-from .tool_calls import FUNCTION, ToolCall, read_json_calls, read_xml, tool_names
-from .tool_values import Schema
+from .tool_calls import FUNCTION, Schema, ToolCall, read_json_calls, read_xml, tool_names
 
 THINK, THINK_END, CALL, CALL_END = "\ud800", "\ud801", "\ud802", "\ud803"
 TAGS = {THINK: THINK_OPEN, THINK_END: THINK_CLOSE, CALL: "<tool_call>", CALL_END: "</tool_call>"}

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from .call_text import CALL, CALL_END, FUNCTION_OPEN, TAGS, THINK, THINK_END, CallText, written
-from .tool_calls import UNREADABLE, ToolCall, tool_names
-from .tool_values import Schema
+from .tool_calls import UNREADABLE, Schema, ToolCall, tool_names
 
 __all__ = ["OutputParser", "Piece", "ToolCall", "held_back"]
 ORPHAN = re.compile(rf"\s*{CALL_END}")

@@ -21,8 +21,9 @@ from ..model.rope import media_positions
 from ..model.sweep import Kept, Sweep, piece_ends, read_by_layer, sweep_ends
 from .features import FeatureStore
 from .mtp_state import MTPState
-from .piece_size import PieceSize
 
+# Pieces are multiples of the delta rule's chunk.
+PIECE_MULTIPLE = 64
 # Stopping a long prefill waits for the end of a piece.
 PIECE_SECONDS = 15.0
 # Stands for tokens in a caller's own cache whose ids are not given.
@@ -30,6 +31,27 @@ UNKNOWN_ID = -1
 # Tokens read so far, tokens to read.
 Progress = Callable[[int, int], None]
 _clock = itertools.count(1)
+
+
+class PieceSize:
+    """Measures the prefill speed, which falls as the context grows."""
+
+    def __init__(self) -> None:
+        self._tokens_per_second = 0.0
+
+    def next(self, seconds: float, first: int = PREFILL_STEP_SIZE) -> int:
+        """Number of tokens that take about `seconds`; `first` if no speed is known."""
+        if not self._tokens_per_second:
+            return first
+        size = int(self._tokens_per_second * seconds) // PIECE_MULTIPLE * PIECE_MULTIPLE
+        return min(max(size, PIECE_MULTIPLE), PREFILL_STEP_SIZE)
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """Record the time of a piece."""
+        if num_tokens >= PIECE_MULTIPLE:
+            rate = num_tokens / max(seconds, 1e-9)
+            known = self._tokens_per_second or rate
+            self._tokens_per_second = 0.5 * known + 0.5 * rate
 
 
 class PromptCache:

@@ -8,12 +8,10 @@ import numpy as np
 
 from ..model.language import Model
 from .decode import likeliest, log_probabilities
-from .piece_size import PieceSize
 from .prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from .prepare import Prepared
-from .prompt_cache import PromptCache, common_prefix
-from .requests import Progress, PromptLogprobs, Started, Top, Usage
-from .ticket import Ticket
+from .prompt_cache import PieceSize, PromptCache, common_prefix
+from .requests import Progress, PromptLogprobs, Started, Ticket, Top, Usage
 
 # Target time of a piece if other requests wait, and if none does.
 SHARED_SECONDS, ALONE_SECONDS = 0.4, 1.0

@@ -36,11 +36,11 @@ from .requests import (
     Failed,
     FinishReason,
     Request,
+    Ticket,
 )
 from .row import Row, Vocabulary
 from .rows import Rows
 from .sampler import Sampler
-from .ticket import Ticket
 
 log = logging.getLogger(__name__)
 

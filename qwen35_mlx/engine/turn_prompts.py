@@ -8,8 +8,7 @@ from ..errors import PromptError
 from ..prompt import THINK_CLOSE, THINK_OPEN, PromptText, encode_text, render_messages
 from .output import ToolCall
 from .prompt_cache import common_prefix
-from .tool_calls import as_message
-from .tool_values import Schema
+from .tool_calls import Schema, as_message
 
 Message = Mapping[str, Any]
 # How templates close a thought.

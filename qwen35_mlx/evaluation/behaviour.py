@@ -9,8 +9,7 @@ from typing import Any
 
 from ..engine.requests import Done, Request, Token
 from ..engine.scheduler import Engine, Limits
-from ..engine.tool_calls import ToolCall
-from ..engine.tool_values import Schema
+from ..engine.tool_calls import Schema, ToolCall
 from ..model.language import Model
 from ..progress import StepProgress
 from ..sampling import SamplingParams

@@ -25,16 +25,11 @@ PICTURE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLI
 VIDEO_TYPES = ("Qwen3VLVideoProcessor",)
 # Keys that would change the pixels, and the supported values; 3 is bicubic.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "do_resize": (True, None),
-    "do_rescale": (True, None),
-    "do_normalize": (True, None),
-    "do_convert_rgb": (True, None),
-    "do_center_crop": (False, None),
-    "do_pad": (False, None),
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), (True, None)),
+    **dict.fromkeys(("do_center_crop", "do_pad", "cap_pixels_per_frame"), (False, None)),
     "do_sample_frames": (True, None),
     "resample": (3, None),
     "num_frames": (None,),
-    "cap_pixels_per_frame": (False, None),
 }
 # Far more than in any released model.
 MAX_PATCH, MAX_PIXELS = 64, 2**30

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -28,6 +29,11 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Sequence[Image | np.ndarra
 UNKNOWN_FPS = 24.0
 MAX_SECONDS = 4 * 3600
 MIN_FRAMES = 2
+ANIMATIONS = ("GIF", "PNG", "WEBP")
+# Browsers show frames with a duration below 20 ms for 100 ms.
+MIN_MS, USUAL_MS = 20, 100
+# To see one frame, all before it are decoded; a minute at 1080p and 30 fps has 3.7e9 pixels.
+MAX_PIXELS = 2**32
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +138,6 @@ def _from_file(file: Any, name: str, settings: VisionSettings) -> Video:
     file.seek(0)
     with pictures.refusals(name):
         if head.startswith((b"GIF8", b"\x89PNG")) or head[8:12] == b"WEBP":
-            from .animation import Animation
-
             return _sampled(Animation(file, name), name, settings)
         from .containers import VideoFile
 
@@ -233,3 +237,34 @@ class FrameList:
                 )
             size = image.size
             yield image
+
+
+class Animation:
+    """Decodes every frame twice, first for the times; holds one frame."""
+
+    def __init__(self, file: Any, name: str):
+        from PIL import Image
+
+        self.name = name
+        self.image = Image.open(file, formats=ANIMATIONS)
+        pictures.check_pixels(self.image.size, name)
+        num_frames = getattr(self.image, "n_frames", 1)
+        width, height = self.image.size
+        if num_frames * width * height > MAX_PIXELS:
+            got = f"{num_frames} frames of {width}x{height}"
+            raise pictures.too_large(name, got, f"at most {MAX_PIXELS // (width * height)} frames")
+        durations = []
+        for index in range(num_frames):
+            self.image.seek(index)
+            # WebP has the duration only after decoding.
+            self.image.load()
+            milliseconds = self.image.info.get("duration", USUAL_MS)
+            durations.append(milliseconds if milliseconds >= MIN_MS else USUAL_MS)
+        self.times: Sequence[float] = [ms / 1000 for ms in accumulate(durations[:-1], initial=0)]
+        self.fps = 1000 / durations[0] if len(set(durations)) == 1 else None
+
+    def read(self, indices: Sequence[int]) -> "Iterator[Image]":
+        """Yield the frames, on a white background."""
+        for index in indices:
+            self.image.seek(index)
+            yield pictures.flattened(self.image.copy(), self.name)

@@ -1,24 +1,207 @@
-"""Anthropic's /v1/messages and /v1/messages/count_tokens."""
+"""Anthropic's /v1/messages and /v1/messages/count_tokens: messages are read, answers written."""
 
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..engine.requests import Grammar, Request, Started
+from ..engine.requests import Grammar, Request, Started, ToolName
 from . import options
-from .anthropic_messages import read_messages, read_tool_choice, read_tools
 from .events import sse
 from .faults import ApiError
 from .fields import Fields
-from .hidden_thoughts import hidden
-from .messages import strict_names
+from .messages import (
+    BILLING,
+    Message,
+    assistant_message,
+    check_media,
+    folded,
+    function_tool,
+    given_messages,
+    hidden,
+    history_call,
+    joined,
+    picture,
+    revealed,
+    strict_names,
+)
 from .replies import Reply, ReplyWriter, SentCall
 from .service import Service, begun
 
+# Separates text blocks without white space between them.
+BETWEEN = "\n"
+REMINDER = "<system-reminder>"
 MAX_STOPS = 64
 MIN_BUDGET = 1024
-PING = sse({"type": "ping"}, "ping")
+
+
+def read_messages(body: Fields) -> list[Message]:
+    """The system prompt and the messages, folded."""
+    given = given_messages(body)
+    messages: list[Message] = []
+    if "system" in body:
+        messages.append({"role": "system", "content": _system(body, "system")})
+    for message in given:
+        role = message.needed_choice("role", ("user", "assistant", "system"))
+        if role == "system":
+            messages.append({"role": "system", "content": _system(message, "content")})
+        elif role == "user":
+            messages += _user(message)
+        else:
+            messages.append(_assistant(message))
+    return check_media(folded(messages))
+
+
+def _blocks(holder: Fields, field: str) -> list[Fields]:
+    """The blocks of a content; a string is one block."""
+    value = holder.raw(field)
+    if value is None:
+        raise holder.missing(field)
+    if isinstance(value, str):
+        return [Fields({"type": "text", "text": value}, holder.name(field))]
+    if not isinstance(value, list):
+        raise holder.refuse(field, "a string or a list of blocks", "invalid_type")
+    return holder.records(field) or []
+
+
+def _text(block: Fields) -> str:
+    return block.text("text") or ""
+
+
+def _system(holder: Fields, field: str) -> Any:
+    """The text of a system prompt, without the billing line, which changes with each request."""
+    blocks = _blocks(holder, field)
+    for block in blocks:
+        if block.text("type") != "text":
+            raise block.refuse("type", "text", "unsupported_content")
+    texts = [_text(block) for block in blocks]
+    kept = [text for text in texts if not text.startswith(BILLING)]
+    return joined([{"type": "text", "text": text} for text in kept], BETWEEN)
+
+
+def _user(message: Fields) -> list[Message]:
+    """A user's message; the results of tools in it become separate messages."""
+    messages: list[Message] = []
+    parts: list[dict[str, Any]] = []
+    for block in _blocks(message, "content"):
+        kind = block.text("type")
+        if kind == "tool_result":
+            block.needed_text("tool_use_id")
+            if parts:
+                messages.append({"role": "user", "content": joined(parts, BETWEEN)})
+                parts = []
+            messages.append({"role": "tool", "content": _result(block)})
+        elif kind == "text" and not parts and messages and _text(block).startswith(REMINDER):
+            # Append it to the result: as a message of the user it would end the turn of the tools.
+            result = messages[-1]
+            held = result["content"]
+            held = held if isinstance(held, list) else [{"type": "text", "text": held}]
+            addition = {"type": "text", "text": f"\n\n{_text(block)}"}
+            result["content"] = joined([*held, addition])
+        else:
+            parts.append(_part(block, kind))
+    if parts or not messages:
+        messages.append({"role": "user", "content": joined(parts, BETWEEN)})
+    return messages
+
+
+def _part(block: Fields, kind: str | None) -> dict[str, Any]:
+    if kind == "text":
+        return {"type": "text", "text": _text(block)}
+    if kind == "image":
+        return _picture(block)
+    if kind == "tool_reference":
+        return {"type": "text", "text": block.text("tool_name") or ""}
+    if kind == "document":
+        source = block.record("source")
+        if source is not None and source.text("type") == "text":
+            title = block.text("title")
+            text = source.text("data") or ""
+            return {"type": "text", "text": f"{title}\n\n{text}" if title else text}
+        raise block.refuse("source", "a document of type text", "unsupported_content")
+    if kind == "search_result":
+        texts = [_text(part) for part in block.records("content") or ()]
+        head = f"{block.text('title') or ''} {block.text('source') or ''}".strip()
+        return {"type": "text", "text": "\n".join([head, *texts])}
+    raise block.refuse("type", "text, image, document or tool_result", "unsupported_content")
+
+
+def _picture(block: Fields) -> dict[str, Any]:
+    source = block.needed_record("source")
+    kind = source.text("type")
+    if kind == "base64":
+        media_type = source.text("media_type") or "image/png"
+        data = source.text("data")
+        if data is None:
+            raise source.missing("data")
+        return picture(f"data:{media_type};base64,{data}", block, "source")
+    if kind == "url":
+        return picture(source.text("url"), source, "url")
+    raise source.refuse("type", "base64", "unsupported_content")
+
+
+def _result(block: Fields) -> Any:
+    """The result of a tool; errors are marked in the text."""
+    if "content" not in block:
+        content: Any = ""
+    else:
+        parts = [_part(part, part.text("type")) for part in _blocks(block, "content")]
+        content = joined(parts, BETWEEN)
+    if block.flag("is_error") and isinstance(content, str) and "error" not in content.lower():
+        return f"Error: {content}"
+    return content
+
+
+def _assistant(message: Fields) -> Message:
+    parts: list[dict[str, Any]] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for block in _blocks(message, "content"):
+        kind = block.text("type")
+        if kind == "text":
+            parts.append({"type": "text", "text": _text(block)})
+        elif kind == "thinking":
+            thoughts.append(block.text("thinking") or revealed(block.text("signature")))
+        elif kind == "redacted_thinking":
+            thoughts.append(revealed(block.text("data")))
+        elif kind == "tool_use":
+            name = block.needed_text("name")
+            calls.append(history_call(name, block.mapping("input"), block.text("id")))
+    thought = "\n".join(filter(None, thoughts))
+    return assistant_message(joined(parts, BETWEEN), thought, calls)
+
+
+def read_tools(body: Fields) -> list[dict[str, Any]]:
+    """Tools that the client runs, without those of Anthropic's servers.
+
+    Deferred tools are left out too: a model has to search for them first.
+    """
+    tools = []
+    for tool in body.records("tools") or ():
+        if (tool.text("type") or "custom") != "custom" or tool.flag("defer_loading"):
+            continue
+        schema = tool.needed_record("input_schema").values
+        tools.append(function_tool(tool.text("name"), tool.text("description"), schema, tool))
+    return tools
+
+
+def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[str | ToolName, bool]:
+    """The tool choice, and whether several calls at a time are allowed."""
+    given = body.record("tool_choice")
+    if given is None:
+        return "auto", True
+    parallel = not given.flag("disable_parallel_tool_use")
+    kind = given.needed_choice("type", ("auto", "any", "tool", "none"))
+    if kind in ("auto", "none"):
+        return kind, parallel
+    if not tools:
+        raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
+    if kind == "any":
+        return "required", parallel
+    name = given.needed_text("name")
+    if name not in [tool["function"]["name"] for tool in tools]:
+        raise given.refuse("name", "the name of a tool")
+    return ToolName(name), parallel
 
 
 async def messages(http: HttpRequest) -> Response:
@@ -92,6 +275,14 @@ def _grammar(body: Fields) -> Grammar | None:
     return inner or options.response_format(body, "output_format")
 
 
+def _event(kind: str, **fields: Any) -> bytes:
+    """An event of a stream."""
+    return sse({"type": kind, **fields}, kind)
+
+
+PING = _event("ping")
+
+
 class _Messages(ReplyWriter):
     """One request for a message, and its answer as events or as one object."""
 
@@ -121,7 +312,7 @@ class _Messages(ReplyWriter):
             return b""
         self._has_started = True
         message = self._object() | {"content": []} | {"stop_reason": None, "stop_sequence": None}
-        return sse({"type": "message_start", "message": message}, "message_start")
+        return _event("message_start", message=message)
 
     def _object(self) -> dict[str, Any]:
         return {
@@ -151,10 +342,8 @@ class _Messages(ReplyWriter):
         reason: str = reasons.get(reply.finish_reason or "", "end_turn")
         if reply.finish_reason == "stop" and reply.stop_text is not None:
             reason = "stop_sequence"
-        usage = self._usage
-        is_full = usage.prompt_tokens + usage.generated_tokens >= (
-            self._service.settings.context_length - 1
-        )
+        usage, context = self._usage, self._service.settings.context_length
+        is_full = usage.prompt_tokens + usage.generated_tokens >= context - 1
         if reply.finish_reason == "length" and is_full:
             reason = "model_context_window_exceeded"
         return {
@@ -163,8 +352,8 @@ class _Messages(ReplyWriter):
         }
 
     def _end(self) -> bytes:
-        delta = {"type": "message_delta", "delta": self._stop(), "usage": self._usage_object()}
-        return sse(delta, "message_delta") + sse({"type": "message_stop"}, "message_stop")
+        last = _event("message_delta", delta=self._stop(), usage=self._usage_object())
+        return last + _event("message_stop")
 
     def _failed(self, fault: ApiError) -> bytes:
         return sse(fault.body(self.dialect), "error")
@@ -206,13 +395,10 @@ class _Messages(ReplyWriter):
     def _open(self, block: dict[str, Any]) -> bytes:
         self._blocks.append(dict(block))
         self._is_open = True
-        index = len(self._blocks) - 1
-        start = {"type": "content_block_start", "index": index, "content_block": block}
-        return sse(start, "content_block_start")
+        return _event("content_block_start", index=len(self._blocks) - 1, content_block=block)
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
-        kind, index = "content_block_delta", len(self._blocks) - 1
-        return sse({"type": kind, "index": index, "delta": delta}, kind)
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
     def _close(self) -> bytes:
         if not self._is_open:
@@ -224,5 +410,4 @@ class _Messages(ReplyWriter):
             block["signature"] = hidden(self._thoughts)
             data += self._delta({"type": "signature_delta", "signature": block["signature"]})
             self._thoughts = ""
-        stop = {"type": "content_block_stop", "index": len(self._blocks) - 1}
-        return data + sse(stop, "content_block_stop")
+        return data + _event("content_block_stop", index=len(self._blocks) - 1)

@@ -9,7 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from . import anthropic, models, ollama, ollama_models, responses
+from . import anthropic, models, ollama, responses
 from .completions import completions
 from .embeddings import embed, embeddings
 from .faults import ApiError, as_fault, dialect_of
@@ -53,12 +53,12 @@ def routes() -> list[BaseRoute]:
         Route("/api/generate", ollama.generate, methods=POST),
         Route("/api/embed", embed, methods=POST),
         Route("/api/embeddings", embed, methods=POST),
-        Route("/api/tags", ollama_models.tags, methods=GET),
-        Route("/api/ps", ollama_models.ps, methods=GET),
-        Route("/api/show", ollama_models.show, methods=POST),
-        Route("/api/version", ollama_models.version, methods=GET),
-        *(Route(f"/api/{name}", ollama_models.unsupported, methods=POST) for name in NOT_DONE),
-        Route("/api/delete", ollama_models.unsupported, methods=DELETE),
+        Route("/api/tags", models.tags, methods=GET),
+        Route("/api/ps", models.ps, methods=GET),
+        Route("/api/show", models.show, methods=POST),
+        Route("/api/version", models.version, methods=GET),
+        *(Route(f"/api/{name}", models.unsupported, methods=POST) for name in NOT_DONE),
+        Route("/api/delete", models.unsupported, methods=DELETE),
     ]
 
 
@@ -67,7 +67,7 @@ def make_app(engine: Any, settings: Settings, tokenizer: Any) -> Starlette:
     given = (settings.api_key, settings.hosts, settings.max_requests)
     guard = Middleware(Guard, *given)
     app = Starlette(
-        routes=[*routes(), *page_routes(ollama_models.root)],
+        routes=[*routes(), *page_routes(models.root)],
         middleware=[guard],
         exception_handlers={HTTPException: _no_route, ApiError: _fault},
     )

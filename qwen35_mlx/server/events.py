@@ -11,8 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine.requests import Done, Event, Failed, Request
-from ..engine.ticket import Ticket
+from ..engine.requests import Done, Event, Failed, Request, Ticket
 from .faults import ApiError, Dialect, as_fault
 from .protocol import HALF_CLOSED
 

@@ -10,9 +10,11 @@ Prompts are cached by prefix, so a history that a client sends again must render
 - Lines that change with each request and have no meaning for the model are dropped.
 """
 
+import base64
 import json
 import secrets
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +29,8 @@ MAX_MEDIA = 64
 MAX_CALLS_KEPT = 1000
 BILLING = "x-anthropic-billing-header:"
 IMAGE = "image_url"
+# The beginning of a hidden thought, and the most characters that one has.
+HIDDEN, MAX_HIDDEN_CHARS = "q35.", 2_000_000
 
 
 def call_id(prefix: str = "call_") -> str:
@@ -91,7 +95,7 @@ class CallMemory:
         return {"type": "function", "function": function}, thought
 
 
-def tool_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]:
+def history_call(name: str, arguments: Any, identity: str | None) -> dict[str, Any]:
     """A call in a history; arguments that are not a JSON object become one argument."""
     if isinstance(arguments, str):
         text = arguments
@@ -230,3 +234,24 @@ def strict_names(body: Fields) -> list[str]:
     """Names of the strict tools, in any API."""
     holders = [tool.record("function") or tool for tool in body.records("tools") or ()]
     return [holder.text("name") or "" for holder in holders if holder.flag("strict")]
+
+
+def hidden(thought: str) -> str:
+    """Encode a thought for a field that clients send back unchanged: a signature, for example.
+
+    It is not secret. A client that does not show thoughts returns it in this form, also after a
+    restart of the server, so the prompt has the same prefix as before.
+    """
+    return HIDDEN + base64.b64encode(zlib.compress(thought.encode())).decode()
+
+
+def revealed(text: str | None) -> str:
+    """Decode a thought; empty if the text is not from `hidden`."""
+    if not text or not text.startswith(HIDDEN):
+        return ""
+    try:
+        unpacked = zlib.decompressobj()
+        data = unpacked.decompress(base64.b64decode(text.removeprefix(HIDDEN)), MAX_HIDDEN_CHARS)
+        return data.decode()
+    except (ValueError, zlib.error):
+        return ""

@@ -1,32 +1,141 @@
-"""Ollama's /api/chat and /api/generate."""
+"""Ollama's /api/chat and /api/generate: messages and options are read, answers written."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from ..engine.requests import Request
-from . import ollama_messages as reading
+from ..engine.requests import Grammar, Request
+from ..sampling import SamplingParams
+from ..text.media_parts import text_of
 from . import options
 from .events import NDJSON, dumps
 from .faults import ApiError
-from .fields import Fields
-from .messages import folded, read_functions
+from .fields import Fields, parse_object
+from .messages import (
+    Message,
+    assistant_message,
+    call_id,
+    check_media,
+    folded,
+    history_call,
+    picture,
+    read_functions,
+)
 from .replies import Reply, ReplyWriter, SentCall
 from .service import Service, begun
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_STOPS = 64
 REASONS = {"loop": "length", "tool_calls": "stop"}
+
+
+def read_messages(body: Fields) -> list[Message]:
+    """The messages, folded; empty if there are none."""
+    given = body.records("messages") or []
+    return check_media(folded([_message(message) for message in given])) if given else []
+
+
+def _message(message: Fields) -> Message:
+    role = message.needed_choice("role", ROLES)
+    role = "system" if role == "developer" else role
+    text = message.text("content") or ""
+    pictures = images(message)
+    content: Any = [*pictures, {"type": "text", "text": text}] if pictures else text
+    if role != "assistant":
+        return {"role": role, "content": content}
+    calls = []
+    for call in message.records("tool_calls") or ():
+        function = call.record("function")
+        name = function.text("name") if function is not None else None
+        if function is None or not name:
+            raise call.missing("function.name")
+        calls.append(history_call(name, function.raw("arguments"), call.text("id") or call_id()))
+    return assistant_message(content, message.text("thinking"), calls)
+
+
+def context_of(messages: Sequence[Mapping[str, Any]], answer: str) -> list[int]:
+    """A conversation as a list of integers, which clients send back; without pictures."""
+    texts = [{"role": m["role"], "content": text_of(m["content"])} for m in messages]
+    texts.append({"role": "assistant", "content": answer})
+    return list(dumps({"messages": texts}).encode())
+
+
+def read_context(body: Fields) -> list[Message]:
+    """The conversation that `context_of` wrote."""
+    given = body.items("context")
+    if not given:
+        return []
+    try:
+        return read_messages(Fields(parse_object(bytes(given))))
+    except (TypeError, ValueError, ApiError):
+        raise body.refuse("context", "the context of an answer of this server") from None
+
+
+def images(holder: Fields) -> list[dict[str, Any]]:
+    """Pictures, from base64."""
+    found = []
+    for image in holder.items("images") or ():
+        if not isinstance(image, str):
+            raise holder.refuse("images", "a list of base64 texts", "invalid_type")
+        is_url = image[:5].lower() == "data:"
+        # The real type follows from the bytes.
+        source = image if is_url else f"data:image/png;base64,{image}"
+        found.append(picture(source, holder, "images"))
+    return found
+
+
+def sampling(given: Fields, defaults: SamplingParams) -> SamplingParams:
+    """Sampling parameters as in OpenAI's API; a repeat_penalty of 0 means off."""
+    if given.raw("repeat_penalty") == 0:
+        given = Fields({**given.values, "repeat_penalty": None}, "options")
+    return options.sampling(given, defaults)
+
+
+def max_tokens(given: Fields) -> int | None:
+    """The maximum length of the answer; -1 and -2 mean no limit."""
+    value = given.integer("num_predict", -2)
+    return None if value is None or value < 0 else max(1, value)
+
+
+def read_format(body: Fields) -> Grammar | None:
+    """The grammar for `format`: "json" or a schema."""
+    value = body.raw("format")
+    if value is None or value == "":
+        return None
+    if value == "json":
+        return Grammar("json_object")
+    if isinstance(value, dict):
+        return Grammar("json_schema", value)
+    raise body.refuse("format", '"json" or a JSON schema')
+
+
+def read_thinking(body: Fields) -> options.Thinking:
+    """The thinking options: true, false or a level."""
+    value = body.raw("think")
+    if value is None:
+        return options.Thinking()
+    if isinstance(value, bool):
+        return options.Thinking(enable_thinking=value)
+    if isinstance(value, str) and value in options.EFFORTS:
+        return options.of_effort(value)
+    raise body.refuse("think", "true, false, low, medium or high")
+
+
+def read_logprobs(body: Fields) -> int | None:
+    """Number of likeliest tokens to return with each token; None: no log probabilities."""
+    num_top = body.integer("top_logprobs", 0, 20)
+    return (num_top or 0) if body.flag("logprobs") else None
 
 
 async def chat(http: HttpRequest) -> Response:
     """Answer messages; an empty list only loads the model."""
     service, body = await begun(http)
     name = check_model(service, body)
-    messages = reading.read_messages(body)
+    messages = read_messages(body)
     if not messages:
         message = {"role": "assistant", "content": ""}
         return JSONResponse(_loaded(name, body) | {"message": message})
@@ -40,9 +149,11 @@ async def generate(http: HttpRequest) -> Response:
     """Answer a prompt, as a message or raw."""
     service, body = await begun(http)
     name = check_model(service, body)
-    reading.unsupported(body, "suffix", "template")
+    for field in ("suffix", "template"):
+        if body.raw(field):
+            raise ApiError(400, f"{field} is not supported by this server")
     prompt = body.text("prompt") or ""
-    pictures = reading.images(body)
+    pictures = images(body)
     if not prompt and not pictures:
         return JSONResponse(_loaded(name, body) | {"response": ""})
     request = _request(service, body)
@@ -52,7 +163,7 @@ async def generate(http: HttpRequest) -> Response:
         request.prompt = prompt
     else:
         content: Any = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
-        messages = [*reading.read_context(body), {"role": "user", "content": content}]
+        messages = [*read_context(body), {"role": "user", "content": content}]
         if system := body.text("system"):
             messages.insert(0, {"role": "system", "content": system})
         request.messages = folded(messages)
@@ -82,16 +193,16 @@ def now() -> str:
 
 def _request(service: Service, body: Fields) -> Request:
     given = body.part("options")
-    thinking = reading.read_thinking(body)
+    thinking = read_thinking(body)
     return Request(
         adapter=service.adapter(body),
         **vars(thinking),
-        params=reading.sampling(given, service.settings.defaults),
+        params=sampling(given, service.settings.defaults),
         seed=options.seed(given),
-        max_tokens=reading.max_tokens(given),
+        max_tokens=max_tokens(given),
         stop=given.texts("stop", MAX_STOPS),
-        grammar=reading.read_format(body),
-        logprobs=reading.read_logprobs(body),
+        grammar=read_format(body),
+        logprobs=read_logprobs(body),
     )
 
 
@@ -153,7 +264,7 @@ class _Lines(ReplyWriter):
         reason = reply.finish_reason or "stop"
         context = {}
         if messages is not None and not self._is_chat:
-            context["context"] = reading.context_of(messages, reply.text)
+            context["context"] = context_of(messages, reply.text)
         return {
             "done": True,
             "done_reason": REASONS.get(reason, reason),

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/chat/completions."""
+"""OpenAI's /v1/chat/completions: messages and tools are read, answers written."""
 
 import time
 from collections.abc import Sequence
@@ -7,22 +7,159 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..engine.requests import Progress, Request, Usage
+from ..engine.requests import Progress, Request, ToolName, Usage
 from . import options
-from .chat_messages import read_messages, read_tool_choice, read_tools
 from .events import sse
 from .faults import ApiError
 from .fields import Fields
-from .messages import strict_names
+from .messages import (
+    Message,
+    assistant_message,
+    call_id,
+    check_media,
+    folded,
+    given_messages,
+    history_call,
+    joined,
+    picture,
+    read_function,
+    read_functions,
+    strict_names,
+)
 from .replies import Reply, ReplyWriter, SentCall, timings
 from .service import Service, begun
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Types of text parts, and the field with the text.
+TEXTS = dict.fromkeys(("text", "input_text", "output_text", "summary_text"), "text")
+TEXTS |= {"reasoning_text": "text", "refusal": "refusal"}
 MAX_CHOICES = 128
 MAX_STOPS = 4
 DONE = b"data: [DONE]\n\n"
 FINISH = {"loop": "length", "cancelled": "stop"}
 # Fields that ask for answers other than text.
 REFUSED = ("audio", "web_search_options")
+
+
+def read_messages(body: Fields) -> list[Message]:
+    """The messages, folded; see `messages.py`."""
+    return check_media(folded([_message(message) for message in given_messages(body)]))
+
+
+def _message(message: Fields) -> Message:
+    role = message.needed_choice("role", ROLES)
+    content = read_parts(message, sees=role in ("user", "tool"))
+    if role in ("system", "developer"):
+        return {"role": "system", "content": content}
+    if role in ("tool", "function"):
+        return {"role": "tool", "content": content}
+    if role == "user":
+        if "content" not in message:
+            raise message.missing("content")
+        return {"role": "user", "content": content}
+    thought = message.text("reasoning_content") or message.text("reasoning")
+    calls = [_call(call) for call in message.records("tool_calls") or ()]
+    if (old := message.record("function_call")) is not None:
+        calls.append(history_call(old.needed_text("name"), old.raw("arguments"), call_id()))
+    return assistant_message(content, thought, calls)
+
+
+def read_parts(holder: Fields, field: str = "content", sees: bool = True) -> Any:
+    """A content of OpenAI's APIs as text, or as parts if there are pictures; None is empty."""
+    content = holder.raw(field)
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise holder.refuse(field, "a string or a list of parts", "invalid_type")
+    # Strings in the list are not valid parts, but some clients send them.
+    texts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in content]
+    return joined([_part(part, sees) for part in holder.records(field, texts) or ()])
+
+
+def _part(part: Fields, sees: bool) -> dict[str, Any]:
+    kind = part.text("type") or ("text" if "text" in part else "")
+    if kind in TEXTS:
+        return {"type": "text", "text": part.text(TEXTS[kind]) or ""}
+    if kind in ("thinking", "reasoning"):
+        return {"type": "text", "text": ""}
+    if kind in ("image_url", "input_image") and sees:
+        is_object = isinstance(part.raw("image_url"), dict)
+        holder = part.record("image_url") if is_object else None
+        return picture(
+            part.text("image_url") if holder is None else holder.text("url"), part, "image_url"
+        )
+    raise part.refuse("type", "text or image_url" if sees else "text", "unsupported_content")
+
+
+def _call(call: Fields) -> dict[str, Any]:
+    kind = call.text("type") or "function"
+    if kind == "custom":
+        custom = call.record("custom") or call
+        holder, arguments = custom, {"input": custom.text("input") or ""}
+    else:
+        holder = call.needed_record("function")
+        arguments = holder.raw("arguments")
+    return history_call(holder.needed_text("name"), arguments, call.text("id"))
+
+
+def read_tools(body: Fields) -> list[dict[str, Any]]:
+    """The tools, or the field `functions` of the oldest form of the API."""
+    functions = body.records("functions") or ()
+    return read_functions(body) or [read_function(function) for function in functions]
+
+
+def read_tool_choice(
+    body: Fields, tools: list[dict[str, Any]]
+) -> tuple[str | ToolName, list[dict[str, Any]]]:
+    """The tool choice (auto, none, required or a name), and the tools to choose from."""
+    field = "tool_choice" if "tool_choice" in body else "function_call"
+    choice = body.raw(field)
+    if choice is None:
+        return "auto", tools
+    names = [tool["function"]["name"] for tool in tools]
+    if isinstance(choice, str):
+        if choice == "any":
+            choice = "required"
+        if choice not in ("auto", "none", "required"):
+            raise body.refuse(field, "auto, none, required or a function")
+        if choice == "required" and not tools:
+            raise _without_tools(body, field)
+        return choice, tools
+    given = body.record(field)
+    assert given is not None
+    kind = given.text("type") or "function"
+    if kind == "allowed_tools":
+        allowed = given.record("allowed_tools") or given
+        wanted = [_chosen(tool) for tool in allowed.records("tools") or ()]
+        mode = allowed.choice("mode", ("auto", "required")) or "auto"
+        kept = [tool for tool in tools if tool["function"]["name"] in wanted]
+        if mode == "required" and not kept:
+            raise _without_tools(body, field)
+        return mode, kept
+    name = _chosen(given)
+    if not tools:
+        raise _without_tools(body, field)
+    if name not in names:
+        expected = ", ".join(names)[:200]
+        raise ApiError(400, f"{field}: got {name[:80]!r}, expected one of {expected}", param=field)
+    return ToolName(name), tools
+
+
+def _chosen(choice: Fields) -> str:
+    """The name in a tool choice of OpenAI's APIs."""
+    inner = choice.record("function") or choice.record("custom") or choice
+    return inner.needed_text("name")
+
+
+def _without_tools(body: Fields, field: str) -> ApiError:
+    return ApiError(
+        400,
+        f"{field}: there are no tools to choose from",
+        param=body.name(field),
+        code="invalid_value",
+    )
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -172,9 +309,8 @@ class _Chat(ReplyWriter):
     def _call(self, reply: Reply, call: SentCall) -> bytes:
         """Two chunks: the name of the call, then its arguments."""
         if self._is_old:
-            function = {"name": call.name, "arguments": call.arguments}
-            return self._delta(reply, {"function_call": function})
-        index, function = reply.calls.index(call), {"name": call.name, "arguments": ""}
+            return self._delta(reply, {"function_call": call.function})
+        index, function = reply.calls.index(call), call.function | {"arguments": ""}
         head = {"index": index, "id": call.id, "type": "function", "function": function}
         tail = {"index": index, "function": {"arguments": call.arguments}}
         return b"".join(self._delta(reply, {"tool_calls": [part]}) for part in (head, tail))
@@ -213,15 +349,9 @@ class _Chat(ReplyWriter):
         if reply.thought:
             message |= {"reasoning_content": reply.thought, "reasoning": reply.thought}
         if reply.calls and self._is_old:
-            call = reply.calls[0]
-            message["function_call"] = {"name": call.name, "arguments": call.arguments}
+            message["function_call"] = reply.calls[0].function
         elif reply.calls:
             message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in reply.calls
+                {"id": c.id, "type": "function", "function": c.function} for c in reply.calls
             ]
         return message

@@ -1,7 +1,6 @@
 """Options of an answer: sampling, length, thinking, grammars."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +11,8 @@ from .faults import ApiError
 from .fields import Fields
 
 # Thinking budget in tokens by effort; None: no limit.
-EFFORTS: dict[str, int | None] = {
-    "none": 0,
-    "minimal": 512,
-    "low": 2048,
-    "medium": 8192,
-    "high": None,
-    "xhigh": None,
-    "max": None,
-}
+EFFORTS: dict[str, int | None] = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192}
+EFFORTS |= dict.fromkeys(("high", "xhigh", "max"))
 # Variables of Qwen3.5's chat template that clients may set.
 TEMPLATE_OPTIONS = ("preserve_thinking", "add_vision_id")
 TINY_TOP_P = 1e-6
@@ -49,7 +41,10 @@ def sampling(body: Fields, defaults: SamplingParams) -> SamplingParams:
     }
     if frequency := body.number("frequency_penalty", -2, 2):
         given["frequency_penalty"] = frequency
-    return updated(defaults, given)
+    try:
+        return defaults.updated(**given)
+    except Qwen35Error as error:
+        raise ApiError(400, "; ".join(str(error).split("\n  "))) from None
 
 
 def _repetition(body: Fields) -> float | None:
@@ -60,14 +55,6 @@ def _repetition(body: Fields) -> float | None:
                 raise body.refuse(name, "a number above 0")
             return value
     return None
-
-
-def updated(defaults: SamplingParams, given: Mapping[str, Any]) -> SamplingParams:
-    """The defaults with the given values; an invalid value is an ApiError."""
-    try:
-        return defaults.updated(**given)
-    except Qwen35Error as error:
-        raise ApiError(400, "; ".join(str(error).split("\n  "))) from None
 
 
 def seed(body: Fields) -> int | None:

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .body import parse_object, read_body
 from .faults import ApiError
+from .fields import parse_object, read_body
 from .render import MAX_CHARS, render
 
 # A character has at most two UTF-16 units, of six bytes each in JSON.

@@ -28,6 +28,11 @@ class SentCall:
     arguments: str
     call: ToolCall
 
+    @property
+    def function(self) -> dict[str, str]:
+        """Name and arguments in OpenAI's form."""
+        return {"name": self.name, "arguments": self.arguments}
+
 
 @dataclass
 class Reply:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..engine.requests import Request
 from .events import sse
 from .faults import ApiError
-from .hidden_thoughts import hidden
+from .messages import hidden
 from .replies import Reply, ReplyWriter, SentCall
 from .service import Service
 
@@ -17,13 +17,12 @@ from .service import Service
 class _Part(NamedTuple):
     """Names in the API for an item with text."""
 
-    # Type and field of the item, type of its only part, names of its events and of their index.
+    # Type and field of the item, type of its only part, names of its events.
     item: str
     field: str
     part: str
     text_event: str
     part_event: str
-    index_name: str
 
     def of(self, text: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
         """The part as an object."""
@@ -31,13 +30,10 @@ class _Part(NamedTuple):
         return {"type": self.part, "text": text, **more}
 
 
-ANSWER = _Part("message", "content", "output_text", "output_text", "content_part", "content_index")
-THOUGHT = _Part(
-    *("reasoning", "content", "reasoning_text", "reasoning_text", "content_part", "content_index")
-)
+ANSWER = _Part("message", "content", "output_text", "output_text", "content_part")
+THOUGHT = _Part("reasoning", "content", "reasoning_text", "reasoning_text", "content_part")
 SUMMARY = _Part(
-    *("reasoning", "summary", "summary_text"),
-    *("reasoning_summary_text", "reasoning_summary_part", "summary_index"),
+    "reasoning", "summary", "summary_text", "reasoning_summary_text", "reasoning_summary_part"
 )
 
 
@@ -103,9 +99,11 @@ class ResponseWriter(ReplyWriter):
         index = len(self._items) - 1
         return self._event("response.output_item.added", output_index=index, item=item)
 
-    def _place(self, **more: Any) -> dict[str, Any]:
+    def _place(self, part: _Part | None = None, **more: Any) -> dict[str, Any]:
+        """The last item for an event, and the index of its only part."""
+        of_part = {f"{part.field}_index": 0} if part else {}
         index = len(self._items) - 1
-        return {"item_id": self._items[-1]["id"], "output_index": index, **more}
+        return {"item_id": self._items[-1]["id"], "output_index": index, **of_part, **more}
 
     def _add(self, part: _Part, text: str, entries: Sequence[dict[str, Any]] = ()) -> bytes:
         """Add text to an item; opens a new item if another kind is open."""
@@ -120,14 +118,14 @@ class ResponseWriter(ReplyWriter):
                 item |= {"id": f"rs_{secrets.token_hex(12)}", "summary": []}
                 item["encrypted_content"] = None
             data += self._begin_item(item)
-            place = self._place(**{part.index_name: 0}, part=part.of("", []))
+            place = self._place(part) | {"part": part.of("", [])}
             data += self._event(f"response.{part.part_event}.added", **place)
         if not text:
             return data
         self._text_so_far += text
         self._entries += entries
         more = {"logprobs": list(entries)} if part is ANSWER else {}
-        place = self._place(**{part.index_name: 0}, delta=text, **more)
+        place = self._place(part, delta=text, **more)
         return data + self._event(f"response.{part.text_event}.delta", **place)
 
     def _call(self, reply: Reply, call: SentCall) -> bytes:
@@ -142,13 +140,10 @@ class ResponseWriter(ReplyWriter):
         data = self._close() + self._begin_item(item)
         done = item | {"arguments": call.arguments, "status": "completed"}
         self._items[-1] = done
-        data += self._event(
-            "response.function_call_arguments.delta", **self._place(delta=call.arguments)
-        )
-        data += self._event(
-            "response.function_call_arguments.done",
-            **self._place(name=call.name, arguments=call.arguments),
-        )
+        kind = "response.function_call_arguments"
+        data += self._event(f"{kind}.delta", **self._place(delta=call.arguments))
+        place = self._place(name=call.name, arguments=call.arguments)
+        data += self._event(f"{kind}.done", **place)
         return data + self._item_done()
 
     def _item_done(self) -> bytes:
@@ -162,7 +157,7 @@ class ResponseWriter(ReplyWriter):
         part, self._open = self._open, None
         text, whole = self._text_so_far, part.of(self._text_so_far, self._entries)
         more = {"logprobs": self._entries} if part is ANSWER else {}
-        place = self._place(**{part.index_name: 0})
+        place = self._place(part)
         data = self._event(f"response.{part.text_event}.done", **place, text=text, **more)
         data += self._event(f"response.{part.part_event}.done", **place, part=whole)
         status = "incomplete" if is_cut else "completed"

@@ -14,19 +14,17 @@ from starlette.requests import Request as HttpRequest
 
 from .. import __version__
 from ..checkpoint.names import OF_EXPERTS
-from ..engine.requests import Request, Top
-from ..engine.ticket import Ticket
+from ..engine.requests import Request, Ticket, Top
 from ..sampling import SamplingParams
 from ..text.detokenizer import token_bytes
-from .body import read_json
 from .events import Answer, Mailbox, dumps
 from .faults import ApiError
-from .fields import Fields
+from .fields import WORKER_BYTES, Fields, parse_object, read_body
 from .messages import CallMemory
 
 # Threads for tokenizing and reading pictures; MLX has its own thread.
 NUM_WORKERS = 2
-MAX_RESPONSES_KEPT, MAX_RESPONSE_CHARS = 200, 2**27
+MAX_RESPONSES_KEPT, MAX_KEPT_CHARS = 200, 2**27
 FINGERPRINT = f"qwen35-mlx-{__version__}"
 
 
@@ -116,9 +114,9 @@ class Service:
         self.tokenizer = tokenizer
         self.workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="requests")
         self.calls = CallMemory(settings.json_calls)
-        # For /v1/responses, by id: the response, and the items of the conversation before it.
-        self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any]]] = OrderedDict()
-        self._response_sizes: dict[str, int] = {}
+        # For /v1/responses, by id: the response, the items of the conversation before it, and the
+        # characters of both.
+        self.responses: OrderedDict[str, tuple[dict[str, Any], list[Any], int]] = OrderedDict()
         # End tokens, which are not a part of the text.
         self.ends: frozenset[int] = frozenset(getattr(tokenizer, "eos_token_ids", ()))
         self._mailbox: Mailbox | None = None
@@ -128,7 +126,9 @@ class Service:
     async def fields(self, http: HttpRequest) -> Fields:
         """The JSON of a request."""
         self.num_requests += 1
-        return Fields(await read_json(http, self.settings.max_body_bytes, self.workers))
+        data = await read_body(http, self.settings.max_body_bytes)
+        is_small = len(data) < WORKER_BYTES
+        return Fields(parse_object(data) if is_small else await self.in_worker(parse_object, data))
 
     async def in_worker(self, function: Any, *arguments: Any) -> Any:
         """Run a slow function in a worker thread."""
@@ -192,18 +192,10 @@ class Service:
 
     def keep_response(self, response: dict[str, Any], given: list[Any]) -> None:
         """Store a response with its input items; the oldest ones are dropped."""
-        self.responses[response["id"]] = response, given
-        self._response_sizes[response["id"]] = len(dumps([response, given]))
-        while (
-            len(self.responses) > MAX_RESPONSES_KEPT
-            or sum(self._response_sizes.values()) > MAX_RESPONSE_CHARS
-        ):
-            oldest, _ = self.responses.popitem(last=False)
-            del self._response_sizes[oldest]
-
-    def forget_response(self, name: str) -> None:
-        """Drop a stored response."""
-        del self.responses[name], self._response_sizes[name]
+        kept = self.responses
+        kept[response["id"]] = response, given, len(dumps([response, given]))
+        while len(kept) > MAX_RESPONSES_KEPT or sum(n for *_, n in kept.values()) > MAX_KEPT_CHARS:
+            kept.popitem(last=False)
 
     def token_entry(self, token: int, logprob: float | None, top: Top | None) -> dict[str, Any]:
         """A token with its log probability, in the form of OpenAI's chat completions."""

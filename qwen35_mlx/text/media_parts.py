@@ -154,6 +154,6 @@ def _form(part: Mapping[str, Any]) -> tuple[str, str]:
     return next((form for key, form in FORMS.items() if key in part), ("", ""))
 
 
-def for_template(part: Any) -> Any:
+def part_for_template(part: Any) -> Any:
     """A part as a template may see it: the type of a picture, without its content."""
     return {"type": _form(part)[0]} if is_media(part) else part

@@ -1,11 +1,15 @@
-"""Tool calls in messages: from OpenAI's form, with JSON text, to that of chat templates."""
+"""Messages of users and tools, and tool calls from OpenAI's form to that of chat templates."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PromptError
-from . import media_parts
+from .media_parts import Part, is_media, part_for_template
+
+Message = dict[str, Any]
+# Other names of roles that OpenAI's API has.
+ROLES = {"developer": "system", "function": "tool"}
 
 
 def tool_calls(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], bool]]:
@@ -43,10 +47,6 @@ def _unusable(what: str, got: object, expected: str) -> PromptError:
     return PromptError(f"{what} not usable", got=repr(got)[:200], expected=expected)
 
 
-# Other names of roles that OpenAI's API has.
-ROLES = {"developer": "system", "function": "tool"}
-
-
 def for_template(messages: Sequence[Any]) -> list[Any]:
     """The messages in the form that templates take.
 
@@ -62,7 +62,7 @@ def _for_template(message: Mapping[str, Any]) -> Mapping[str, Any]:
     if message.get("content", "") is None:
         changed["content"] = ""
     elif isinstance(content := message.get("content"), list | tuple):
-        changed["content"] = [media_parts.for_template(part) for part in content]
+        changed["content"] = [part_for_template(part) for part in content]
     if calls := tool_calls(message):
         given = message.get("tool_calls") or [{}]
         changed["tool_calls"] = [
@@ -73,3 +73,21 @@ def _for_template(message: Mapping[str, Any]) -> Mapping[str, Any]:
             for call, (name, arguments, _) in zip(given, calls, strict=True)
         ]
     return {**message, **changed} if changed else message
+
+
+def user_message(text: str, media: Sequence[Part] = ()) -> Message:
+    """A message of the user; pictures and videos come before the text."""
+    content = [*media, {"type": "text", "text": text}] if media else text
+    return {"role": "user", "content": content}
+
+
+def tool_message(result: Any) -> Message:
+    """The message for a tool's result: text and parts with a picture as given, all else as JSON."""
+    is_parts = (
+        isinstance(result, list | tuple)
+        and all(isinstance(part, Mapping) for part in result)
+        and any(map(is_media, result))
+    )
+    if isinstance(result, str) or is_parts:
+        return {"role": "tool", "content": result}
+    return {"role": "tool", "content": json.dumps(result, ensure_ascii=False)}

@@ -8,8 +8,7 @@ from server.fake_engine import call, thought
 from server.running import MODEL
 
 from qwen35_mlx.server import messages as messages_module
-from qwen35_mlx.server.hidden_thoughts import hidden, revealed
-from qwen35_mlx.server.messages import CallMemory, folded, tool_call
+from qwen35_mlx.server.messages import CallMemory, folded, hidden, history_call, revealed
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 
@@ -272,7 +271,7 @@ def test_a_count_is_of_the_calls_as_they_were_written(server, monkeypatch):
 )
 def test_arguments_of_a_call_are_an_object(given, arguments):
     function = {"name": "run", "arguments": arguments}
-    assert tool_call("run", given, "1") == {"id": "1", "type": "function", "function": function}
+    assert history_call("run", given, "1") == {"id": "1", "type": "function", "function": function}
 
 
 def test_the_oldest_call_is_forgotten_and_a_given_thought_stays(monkeypatch):
@@ -280,7 +279,7 @@ def test_the_oldest_call_is_forgotten_and_a_given_thought_stays(monkeypatch):
     memory = CallMemory()
     for name in "abc":
         memory.keep(name, call("run", n=1).call, f"thought {name}")
-    calls = {name: tool_call("run", {"n": 1}, name) for name in "abc"}
+    calls = {name: history_call("run", {"n": 1}, name) for name in "abc"}
     sent = [{"role": "assistant", "content": "", "tool_calls": [calls[name]]} for name in "abc"]
     sent.append(sent[2] | {"reasoning_content": "mine"})
     found = memory.restored(sent)
@@ -288,7 +287,7 @@ def test_the_oldest_call_is_forgotten_and_a_given_thought_stays(monkeypatch):
     read = [m["tool_calls"][0]["function"]["arguments"]["n"] for m in found]
     assert read == [1, "1", "1", "1"]
     # A call that the client changed is taken as it is.
-    (changed,) = memory.restored([sent[2] | {"tool_calls": [tool_call("run", {"n": 2}, "c")]}])
+    (changed,) = memory.restored([sent[2] | {"tool_calls": [history_call("run", {"n": 2}, "c")]}])
     assert changed["tool_calls"][0]["function"]["arguments"] == {"n": 2}
 
 
