@@ -269,7 +269,7 @@ def test_the_command_line_asks_the_hub_that_the_environment_names(tmp_path, sour
             assert done.returncode == 0, done.stderr
     finally:
         server.close()
-    assert "shards of the source on their way" in done.stderr
+    assert "GB for downloaded shards" in done.stderr
     assert "verified: all checksums match" in done.stdout
     assert listing(tmp_path / "out") == listing(convert(source, tmp_path / "local"))
 
