@@ -114,7 +114,7 @@ def test_a_damaged_folder_is_not_sent(out, fake):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match="not as it was written"):
+    with pytest.raises(CheckpointError, match="differs from what was converted"):
         upload.upload(upload.prepare(out, REPO))
     assert not fake.created and not fake.commits
 
