@@ -30,7 +30,7 @@ from qwen35_mlx.machine import memory_bytes
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
-from .distilled import REPORT_FILE, Distillation, Distilled, finish_bytes
+from .distilled import FINISH_BYTES, REPORT_FILE, Distillation, Distilled
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .plan import DISTILL, Plan, plan
@@ -216,19 +216,15 @@ def _check_distillation(
 ) -> None:
     """Raise Qwen35Error if a distillation is not possible; MemoryRefused if it does not fit."""
     is_asked = planned.settings["method"] == DISTILL
-    if is_asked and distillation is None:
-        raise Qwen35Error(
-            f"method={DISTILL!r} needs the argument distillation", expected="a Distillation"
-        )
-    if distillation is not None and not is_asked:
-        raise Qwen35Error(f"the argument distillation needs method={DISTILL!r}")
+    if is_asked != (distillation is not None):
+        raise Qwen35Error(f"method={DISTILL!r} and the argument distillation need each other")
     if is_asked and adapter is not None:
         raise Qwen35Error(
             f"an adapter cannot be combined with method={DISTILL!r}",
             hint="use another method, or convert without the adapter",
         )
     if distillation and distillation.finish_tokens:
-        needed = finish_bytes(sum(entry.num_parameters for entry in planned.text_entries))
+        needed = FINISH_BYTES * sum(entry.num_parameters for entry in planned.text_entries)
         if needed > (limit := memory_bytes()):
             raise MemoryRefused(
                 "the training of the whole model does not fit in memory",
