@@ -72,7 +72,6 @@ def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     loaded = [e for e in choice.plan.entries if e.role is not Role.CARRIED]
     assert choice.plan.loaded_bytes == sum(t.nbytes for e in loaded for t in e.tensors)
     assert choice.plan.mtp_bytes == pytest.approx(4.5 / 8 * 6.6e9, rel=0.01)
-    assert choice.allocation.error <= 1.01 * choice.allocation.lower_bound
     speed = choices["speed"]
     assert bytes_per_token(speed.plan) < bytes_per_token(choice.plan)
     assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
