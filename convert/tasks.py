@@ -18,7 +18,7 @@ FP8_GROWTH = 4
 WORKERS = 2
 # Measured on Linux: memory of Python with its libraries, and of each task and tensor in the plan.
 PROGRAM_BYTES, LISTED_BYTES = 50 * 10**6, 1000
-# Twelve float32 copies of a chunk of 2**20 weights.
+# Memory of the method "search": twelve float32 copies of 2**20 weights.
 SEARCH_BYTES = 12 * 4 * 2**20
 
 

@@ -1,4 +1,4 @@
-"""Turns source rows into output rows: dequantize FP8, transform, cast, quantize."""
+"""Converts source rows to output rows: dequantize FP8, transform, cast, quantize."""
 
 from typing import NamedTuple
 
