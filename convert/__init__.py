@@ -1,4 +1,4 @@
-"""Hugging Face checkpoint to MLX shards, a slice of a tensor at a time."""
+"""Converts a Hugging Face checkpoint to MLX, a slice of a tensor at a time."""
 
 from .job import convert, verify
 from .plan import Plan, plan

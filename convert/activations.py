@@ -12,10 +12,11 @@ import numpy as np
 
 from qwen35_mlx.checkpoint.headers import read_header
 
-from .plan import DTYPES, OutputTensor
+from .plan import OutputTensor
 from .shards import ShardWriter, raw_bytes
+from .transform import MLX_DTYPES
 
-STORED = {getattr(mx, name): dtype for name, dtype in DTYPES.items()}
+STORED = {dtype: code for code, dtype in MLX_DTYPES.items()}
 
 
 class Activations:
@@ -76,11 +77,10 @@ def save(file: Path, named: Mapping[str, Activations], batches: Sequence[slice])
 
 def load(file: Path, on_disk: bool) -> dict[str, Activations]:
     """Read a file of `save`: into memory, or with `on_disk` only what is accessed."""
-    dtypes = {stored: dtype for dtype, stored in STORED.items()}
     found = {}
     for tensor in read_header(file):
         shape = *tensor.shape[:-1], tensor.row_bytes
         rows: Any = np.memmap(file, np.uint8, "r", tensor.offset, shape)
-        dtype = dtypes[tensor.dtype]
+        dtype = MLX_DTYPES[tensor.dtype]
         found[tensor.name] = Activations(rows if on_disk else mx.array(rows).view(dtype), dtype)
     return found

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +90,17 @@ def collecting(
         yield moments
 
 
+@dataclass
 class _Calibrator:
-    def __init__(
-        self,
-        checkpoint: SourceCheckpoint,
-        ids: mx.array,
-        hessians: bool,
-        keep_hessians: bool,
-        progress: StepProgress,
-    ):
-        self.checkpoint, self.ids = checkpoint, ids
-        self.hessians, self.keep_hessians = hessians, keep_hessians
-        self.progress, self.model = progress, Layerwise(checkpoint)
-        planned = checkpoint.plan
+    checkpoint: SourceCheckpoint
+    ids: mx.array
+    hessians: bool
+    keep_hessians: bool
+    progress: StepProgress
+
+    def __post_init__(self) -> None:
+        self.model = Layerwise(self.checkpoint)
+        planned, ids = self.checkpoint.plan, self.ids
         self.result = Calibration(
             planned.source.origin["source"], planned.layout, digest(ids), ids.size, sketch(ids)
         )

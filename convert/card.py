@@ -1,4 +1,4 @@
-"""The model card of a converted folder: every number in it is read from the folder's files."""
+"""The model card of a converted folder; all its numbers are read from the folder's files."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from .hub import is_repository
 from .source import companion_name
 
 FIDELITY_FILE = "fidelity.json"
-# Parts of a model by what their tensors' names contain; the first that fits.
+# Parts of a model, and what the names of their tensors contain; the first match counts.
 KINDS = {
     "vision tower": ("vision_tower.",),
     "MTP layer": ("mtp.",),
@@ -31,13 +31,13 @@ KINDS = {
     "embedding and head": ("embed_tokens.", "lm_head."),
     "norms": ("norm",),
 }
-# Further figures of `fidelity`, in percent.
+# Optional figures of `fidelity`, shown in percent.
 SHARES = {
-    "calibration_overlap": "of that text, read by the calibration",
-    "same_tokens": "of an answer, tokens before the first that differs",
+    "calibration_overlap": "overlap of that text with the calibration text",
+    "same_tokens": "tokens of an answer before the first difference",
     "identical_answers": "identical answers",
-    "valid_tool_calls": "tool calls that are valid",
-    "valid_json": "JSON that is valid",
+    "valid_tool_calls": "valid tool calls",
+    "valid_json": "valid JSON",
 }
 MAC_GIB = (8, 16, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
 LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
@@ -49,7 +49,7 @@ def kind_of(name: str) -> str:
 
 
 def sizes_by_kind(matches: Sequence[Match]) -> dict[str, tuple[int, int]]:
-    """Weights and bytes of each part of the model."""
+    """The number of weights and bytes of each part of the model."""
     sizes = dict.fromkeys(KINDS, (0, 0))
     for match in matches:
         num_weights, num_bytes = sizes[kind := kind_of(match.name)]
@@ -59,15 +59,16 @@ def sizes_by_kind(matches: Sequence[Match]) -> dict[str, tuple[int, int]]:
 
 
 def model_card(folder: Path, repo: str, licence: str | None = None) -> str:
-    """The card of a folder of `convert` for the repository `repo`.
+    """The card, as Markdown, of a converted folder for the repository `repo`.
 
-    `licence`: the hub's name of the source's, where there is no file that tells it.
+    licence: the licence on the hub, for a folder without a licence file. Raises CheckpointError if
+    the folder was not written by `convert`.
     """
     config = read_config(folder)
     facts = config.get("qwen35_mlx")
     if not isinstance(facts, dict) or not facts.get("sha256"):
         raise CheckpointError(
-            f"{folder} has no facts to write a card from", expected="a folder of qwen35-mlx convert"
+            f"{folder} has no record of a conversion", expected="a folder of qwen35-mlx convert"
         )
     found = resolve(config, read_headers(folder))
     sizes = sizes_by_kind(found.matches)
@@ -87,7 +88,7 @@ def model_card(folder: Path, repo: str, licence: str | None = None) -> str:
         *_sizes(sizes),
         "",
         *_fidelity(folder),
-        "## What it needs",
+        "## Requirements",
         "",
         *_needs(found.config, sum(nbytes for _, nbytes in sizes.values())),
         "",
@@ -103,7 +104,7 @@ def model_card(folder: Path, repo: str, licence: str | None = None) -> str:
 
 
 def _front(folder: Path, source: str, licence: str | None, sees: bool) -> list[str]:
-    """What the hub reads: YAML, of values that are safe in it."""
+    """The YAML header for the hub."""
     files = sorted(folder.glob("LICENSE*"))
     if files:
         head = files[0].read_text(errors="replace")[:400]
@@ -117,7 +118,7 @@ def _front(folder: Path, source: str, licence: str | None, sees: bool) -> list[s
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "tags": ["mlx", "qwen35-mlx"],
     }
-    # JSON is YAML, whatever is in the strings.
+    # JSON strings are valid YAML, whatever they contain.
     given = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value]
     return ["---", *given, "---", ""]
 
@@ -139,7 +140,7 @@ def _sizes(sizes: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def _fidelity(folder: Path) -> list[str]:
-    """What `fidelity --save` measured."""
+    """The section with the figures of `fidelity --save`; empty without its file."""
     if not (folder / FIDELITY_FILE).exists():
         return []
     found = read_object(folder / FIDELITY_FILE)
@@ -159,13 +160,13 @@ def _fidelity(folder: Path) -> list[str]:
         head = f"Compared with {found['reference']} {on}."
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{FIDELITY_FILE} is not as `fidelity --save` writes it", got=repr(error)
+            f"{FIDELITY_FILE} was not written by `fidelity --save`", got=repr(error)
         ) from None
     return ["## Fidelity", "", head, "", *table(("figure", "value"), figures), ""]
 
 
 def _needs(config: ModelConfig, weight_bytes: int) -> list[str]:
-    """Memory, and the smallest Mac that has it within macOS's limit for the GPU."""
+    """The smallest Mac that runs the model within macOS's default GPU limit, and the memory."""
     context = min(DEFAULT_CONTEXT, config.context_length)
     fitting = [
         (size, needed)
@@ -174,11 +175,11 @@ def _needs(config: ModelConfig, weight_bytes: int) -> list[str]:
         <= default_limit_bytes(size * GIB)
     ]
     if not fitting:
-        return [f"More memory than a Mac of {MAC_GIB[-1]} GB gives the GPU."]
+        return [f"More memory than the GPU limit of a Mac with {MAC_GIB[-1]} GB."]
     size, needed = fitting[0]
     return [
-        f"A Mac with Apple silicon and {size} GB of memory: with {context:,} tokens of context it "
-        f"takes {needed / 1e9:.1f} GB. Computed, not measured."
+        f"A Mac with Apple silicon and {size} GB of memory. With a context of {context:,} tokens, "
+        f"the model takes {needed / 1e9:.1f} GB (computed, not measured)."
     ]
 
 
@@ -186,11 +187,11 @@ def _usage(repo: str) -> list[str]:
     return [
         "## How to run it",
         "",
-        "With qwen35-mlx, with pictures and drafted tokens where the model has them:",
+        "With qwen35-mlx, including pictures and speculative decoding if the model has them:",
         "",
         *_code(f"qwen35-mlx chat {repo}", f"qwen35-mlx serve {repo}"),
         "",
-        "With mlx-lm, text alone:",
+        "With mlx-lm, text only:",
         "",
         *_code("pip install mlx-lm", f"mlx_lm.chat --model {repo}"),
         "",
@@ -208,9 +209,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """All that belongs to a folder of `convert`, with known checksums; nothing else is sent."""
+    """The files of a converted folder by name, with their SHA-256 if known, otherwise ""."""
     listed = read_config(folder).get("qwen35_mlx", {}).get("sha256", {})
-    # Names come from a file: no path of them leads out of the folder.
+    # The names come from a file: companion_name keeps them inside the folder.
     checksums = {companion_name(Path(name)): digest for name, digest in listed.items()}
     names = sorted({*checksums, "config.json", FIDELITY_FILE})
     return {name: checksums.get(name, "") for name in names if (folder / name).is_file()}

@@ -25,7 +25,7 @@ FEW_SHARE = 0.05
 # Epochs and learning rate for each part of a layer.
 EPOCHS, RATE = 16, 0.04
 REPORT_FILE = "distillation.json"
-# Float32 numbers per weight: itself, its code, their gradients, and Adam's two moments.
+# Bytes per weight to train the whole model: float32 weight, code, gradients, and Adam's moments.
 FINISH_BYTES = 24
 KINDS = ("weight", "scales", "biases")
 
@@ -84,11 +84,6 @@ class Distilled:
             return None
         tensors = [self.tensors[f"{module}.{kind}"] for kind in KINDS]
         return [mx.array(read_rows(tensor, start, stop)) for tensor in tensors]
-
-
-def finish_bytes(num_parameters: int) -> int:
-    """Memory for the final training of the whole model."""
-    return FINISH_BYTES * num_parameters
 
 
 def distillation_lines(folder: Path) -> list[str]:

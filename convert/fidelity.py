@@ -1,4 +1,6 @@
-"""Compares a quantized checkpoint with its reference; both are run layer by layer."""
+"""Compares quantized checkpoints with their reference; all are run layer by layer."""
+
+# B texts, T tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from .mac_models import BANDWIDTH_LIMIT, Mac
 from .plots import picture
 from .report import aligned
 
-# Shares of answers, and what they are called in a table.
+# Figures of answers that are shares, with their titles in a table.
 TASKS = {
     "same_tokens": "same",
     "identical_answers": "identical",
@@ -34,19 +36,22 @@ TASKS = {
 
 @dataclass(frozen=True)
 class LayerError:
-    """Error of a layer alone, and of all layers up to it, relative to what the reference adds."""
+    """The error of a layer alone, and of all layers up to it, relative to the reference's update.
+
+    The update is what the layer adds to the hidden states.
+    """
 
     index: int
     kind: str
     alone: float
     accumulated: float
-    # Share of the reference's choices of experts that the quantized model's router misses.
+    # Share of the reference's experts that the quantized model's router does not choose.
     flips: float | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Fidelity of `quantized` to `reference` on a text."""
+    """The fidelity of `quantized` to `reference` on a text."""
 
     reference: Checkpoint
     quantized: Checkpoint
@@ -54,7 +59,7 @@ class Report:
     tokens: Divergence
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures; the names carry their units."""
+        """All figures, with units in the names."""
         reference_ppl, quantized_ppl = self.tokens.perplexities
         return {
             "num_tokens": self.tokens.num_tokens,
@@ -74,7 +79,7 @@ class Report:
 
 
 def report_lines(report: Report) -> list[str]:
-    """The report as a table."""
+    """The report as lines of text."""
     f, tokens = report.as_dict(), report.tokens
 
     def row(label: str, key: str, digits: int = 3) -> str:
@@ -82,7 +87,7 @@ def report_lines(report: Report) -> list[str]:
         return f"{label:20}  {reference:10.{digits}f}   {quantized:10.{digits}f}"
 
     return [
-        "layer  kind                this layer   all so far   (error / what the layer adds)",
+        "layer  kind                this layer   up to here   (error / what the layer adds)",
         *(
             f"{layer.index:5}  {layer.kind:17}  {layer.alone:11.5f}  {layer.accumulated:11.5f}"
             + ("" if layer.flips is None else f"   router misses {layer.flips:.2%}")
@@ -100,14 +105,14 @@ def report_lines(report: Report) -> list[str]:
 
 
 def open_with(folder: str | Path, adapter: Adapter) -> Checkpoint:
-    """A folder whose layers get the adapter, unless it was fused into them."""
+    """Open a folder with the adapter attached, unless it was fused into the weights."""
     checkpoint = open_checkpoint(folder)
     checkpoint.adapter = None if fused_with(folder, adapter) else adapter
     return checkpoint
 
 
 def fused_with(folder: str | Path, adapter: Adapter) -> bool:
-    """Whether a folder's weights have the adapter in them."""
+    """Whether the adapter was fused into a folder's weights."""
     facts = read_config(Path(folder).expanduser()).get("qwen35_mlx")
     return isinstance(facts, dict) and facts.get("adapter") == adapter.digest
 
@@ -118,7 +123,7 @@ def fidelity(
     ids: mx.array,
     progress: StepProgress = lambda done, total, step: None,
 ) -> Report:
-    """Run ids `[B, T]` through two folders, Hugging Face's or converted, and compare."""
+    """Compare two folders, from Hugging Face or converted, on token ids `[B, T]`; see `compare`."""
     return compare(reference, [quantized], ids, progress)[0]
 
 
@@ -128,10 +133,10 @@ def compare(
     ids: mx.array,
     progress: StepProgress = lambda done, total, step: None,
 ) -> list[Report]:
-    """Compare several folders with one reference, which is read and run once.
+    """Compare several folders with a reference on token ids `[B, T]`; the reference is run once.
 
-    Holds a layer of the reference and one other, embedding and head of each folder, and hidden
-    states of B * T tokens for each folder.
+    Holds one layer of the reference and one of another folder, embedding and head of each folder,
+    and the hidden states of B * T tokens for each folder. Raises Qwen35Error for other models.
     """
     given = (reference, *outputs)
     opened = [c if isinstance(c, Checkpoint) else open_checkpoint(c) for c in given]
@@ -141,7 +146,7 @@ def compare(
             f"{key} {a} and {other[key]}" for key, a in config.items() if a != other[key]
         ]:
             raise Qwen35Error(
-                "these are not the same model",
+                "the folders contain different models",
                 got=", ".join(differences),
                 expected="folders of one model",
             )
@@ -180,7 +185,7 @@ def compare(
 
 
 def _run(layer: Any, hidden: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-    """Hidden states after a layer, and the logits of its router, if it has one."""
+    """The hidden states after a layer, and the logits of its router; empty without a router."""
     if "gate" not in layer.mlp:
         return run_layer(layer, hidden), []
     recorder = layer.mlp.gate = _Recorder(layer.mlp.gate)
@@ -190,7 +195,7 @@ def _run(layer: Any, hidden: list[mx.array]) -> tuple[list[mx.array], list[mx.ar
 
 
 class _Recorder(nn.Module):
-    """A module that keeps what it gives."""
+    """Calls a module and keeps its outputs."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -204,7 +209,7 @@ class _Recorder(nn.Module):
 
 
 def _missed(wanted: list[mx.array], chosen: list[mx.array], per_token: int) -> float | None:
-    """Share of the experts of the largest wanted logits that are not among the chosen."""
+    """The share of the experts with the largest `wanted` logits that `chosen` does not select."""
     if not wanted:
         return None
     right, own = (
@@ -216,18 +221,18 @@ def _missed(wanted: list[mx.array], chosen: list[mx.array], per_token: int) -> f
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports on several outputs of one model, and the Mac that they are to run on."""
+    """Reports on several outputs of one model, and the Mac that they are computed for."""
 
     names: Sequence[str]
     reports: Sequence[Report]
     mac: Mac
-    # Of each output, the share of the text that its calibration has read.
+    # For each output, the share of the text that is in its calibration text.
     overlaps: Sequence[float | None] = ()
-    # Figures of answers: those of the reference, then those of each output.
+    # Figures of answers: of the reference, then of each output.
     tasks: Sequence[Mapping[str, Any]] = ()
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is to be compared of each; the smallest first."""
+        """The figures of each output, sorted by size."""
         rows = []
         overlaps = self.overlaps or [None] * len(self.names)
         tasks = self.tasks[1:] or [{}] * len(self.names)
@@ -242,13 +247,13 @@ class Comparison:
 
     @property
     def room_gb(self) -> float:
-        """The most weights that the Mac runs with `CONTEXT` tokens of context."""
+        """The largest model, in GB of weights, that the Mac can run with `CONTEXT` tokens."""
         limit = default_limit_bytes(self.mac.memory_bytes)
         config = self.reports[0].quantized.config
         return (limit - count(config, 0, min(CONTEXT, config.context_length), limit).total) / 1e9
 
     def lines(self) -> list[str]:
-        """A table."""
+        """The comparison as a table."""
         rows = self.rows()
         table = [("", "GB", "bits", "KL, nats", "99 % below", "same token", "perplexity", "tok/s")]
         for row in rows:
@@ -269,14 +274,14 @@ class Comparison:
             *aligned(table),
             f"KL(reference || quantized); the reference has perplexity "
             f"{rows[0]['reference_perplexity']:.4f} and {rows[0]['reference_gb']:.3f} GB.",
-            f"tok/s: the bound that the bandwidth of {self.mac.name} sets, at {CONTEXT:,} tokens;"
-            f" no program reaches it.",
-            f"{self.mac.name} runs at most {self.room_gb:,.1f} GB of weights with {CONTEXT:,}"
+            f"tok/s: the bandwidth limit of {self.mac.name} with {CONTEXT:,} tokens, which no"
+            " program reaches.",
+            f"{self.mac.name} can run at most {self.room_gb:,.1f} GB of weights with {CONTEXT:,}"
             " tokens.",
         ]
 
     def task_lines(self) -> list[str]:
-        """A table of the answers."""
+        """The figures of the answers as a table."""
         table = [("", *TASKS.values(), "thought", "of SRC's")]
         for row in [{"name": "SRC", **self.tasks[0]}, *self.rows()]:
             ratio = row["thought_ratio"]
@@ -285,14 +290,14 @@ class Comparison:
             table.append((row["name"], *shares, *thought))
         lines = [
             *aligned(table),
-            "same: tokens of an answer before the first that SRC's has not; thought: mean tokens.",
+            "same: tokens before the first difference from SRC's answer; thought: mean tokens.",
         ]
         if any(cut := [row["cut_thoughts"] for row in self.tasks]):
-            lines.append(f"Up to {max(cut):.0%} of the thoughts had no end and were cut.")
+            lines.append(f"Up to {max(cut):.0%} of the thoughts were cut at the token limit.")
         return lines
 
     def plot(self, path: Path) -> None:
-        """Draw KL over bytes, with what the Mac can hold, and answers or tokens/s, as a PNG."""
+        """Draw a PNG: KL over size, with the Mac's limit; and answers, or KL over tokens/s."""
         rows = self.rows()
         kls = [max(row["mean_kl_nats"], 1e-9) for row in rows]
         with picture(path, (11, 4)) as (_, left, right):
@@ -314,13 +319,13 @@ class Comparison:
                 for row, x, y in zip(rows, values, kls, strict=True):
                     axes.annotate(row["name"], (x, y), xytext=(4, 4), textcoords="offset points")
                 axes.set(xlabel=label, ylabel="KL(reference || quantized), nats", yscale="log")
-            left.axvline(self.room_gb, linestyle="--", label=f"most of {self.mac.name}")
+            left.axvline(self.room_gb, linestyle="--", label=f"maximum of {self.mac.name}")
             left.set(xscale="log")
             left.legend()
 
 
 def _squared_distance(a: list[mx.array], b: list[mx.array]) -> float:
-    """Sum over all texts, one text at a time."""
+    """The squared distance of the hidden states, summed one text at a time; at least 1e-30."""
     total = 0.0
     for x, y in zip(a, b, strict=True):
         total += float(mx.square(x.astype(mx.float32) - y.astype(mx.float32)).sum())
@@ -328,7 +333,7 @@ def _squared_distance(a: list[mx.array], b: list[mx.array]) -> float:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Draw the errors of layers and the distribution of KL over tokens as a PNG."""
+    """Draw a PNG: the errors of the layers, and the distribution of KL over tokens."""
     with picture(path, (11, 4)) as (_, left, right):
         indices = [layer.index for layer in report.layers]
         left.plot(indices, [layer.alone for layer in report.layers], "o-", label="this layer alone")

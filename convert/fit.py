@@ -1,8 +1,9 @@
-"""Bits for every tensor within a budget: from a source's headers and what is known of it."""
+"""Chooses bits for each tensor within a budget, from a source's headers and its calibration."""
 
 import hashlib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,25 +46,25 @@ PREFERENCES = ("quality", "speed")
 
 @dataclass(frozen=True)
 class FitResult:
-    """An allocation as a plan, with what it is expected to cost in quality."""
+    """An allocation as a plan, with its predicted KL in nats per token."""
 
     plan: Plan
     recipe: Recipe
     predicted_kl: float
-    # What text model and MTP layer take in files, headers included.
+    # Bytes of text model and MTP layer in files, with headers.
     file_bytes: int
     allocation: Allocation
-    # Whether the prediction rests on KLs that calibration measured.
+    # Whether the prediction is based on measured KLs of a calibration.
     measured: bool
 
 
 @dataclass(frozen=True)
 class MacBudget:
-    """What a Mac of some memory has left for weights."""
+    """The memory of a Mac, and how much of it is available for weights."""
 
     memory_bytes: int
     limit_bytes: int
-    # Of all but the weights of text model and MTP layer.
+    # Everything except the weights of text model and MTP layer.
     needed: MemoryCount
 
     @property
@@ -81,11 +82,11 @@ def fit(
     dtype: str | None = None,
     method: str = "search",
 ) -> FitResult:
-    """Least predicted KL with what is loaded of the files, headers and all, within the budget.
+    """Choose bits and group sizes with the lowest predicted KL within a budget.
 
-    The budget is in bytes, or bits per weight as `Plan.bits_per_weight` counts them: those of the
-    MTP layer are no choice, and count in a budget of bytes alone. "speed" takes
-    a percent of error for a percent fewer bytes read a token.
+    The budget is either `budget_bytes`, for text model and MTP layer with headers, or
+    `bits_per_weight` as in `Plan.bits_per_weight`. prefer: "speed" accepts one percent more KL for
+    one percent fewer bytes read per token. Raises MemoryRefused if the budget is too small.
     """
     if prefer not in PREFERENCES:
         raise Qwen35Error(f"prefer={prefer!r} is unknown", expected=", ".join(PREFERENCES))
@@ -103,11 +104,11 @@ def fit(
     for entry in text:
         if entry.role is Role.QUANTIZED:
             units.setdefault(unit_of(entry.module), []).append(entry)
-    fixed = base.mtp_bytes
-    fixed += sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
+    unquantized = sum(e.output_bytes for e in text if e.role is not Role.QUANTIZED)
+    fixed = base.mtp_bytes + unquantized + container
     losses = predicted(units, calibration)
     if calibration and method == DISTILL:
-        # Bytes go where training helped least.
+        # More bits for units whose loss was reduced less by an earlier distillation.
         for unit, members in units.items():
             left = sum(calibration.left.get(e.module, 1.0) for e in members) / len(members)
             losses[unit] = {setting: kl * left for setting, kl in losses[unit].items()}
@@ -118,16 +119,16 @@ def fit(
         ]
         for unit, members in units.items()
     }
-    room = budget_bytes - fixed - container
+    room = budget_bytes - fixed
     smallest = sum(min(o.nbytes for o in options) for options in tables.values())
     if room < smallest:
         raise MemoryRefused(
             "the budget is smaller than the smallest plan",
             got=f"{budget_bytes / 1e9:,.3f} GB for weights",
-            expected=f"at least {(smallest + fixed + container) / 1e9:,.3f} GB",
-            hint="a larger Mac, a shorter --context, or a smaller model"
+            expected=f"at least {(smallest + fixed) / 1e9:,.3f} GB",
+            hint="use a larger Mac, a shorter --context, or a smaller model"
             if bits_per_weight is None
-            else "more --bits-per-weight",
+            else "use more --bits-per-weight",
         )
     allocation = allocate(tables, room)
     if prefer == "speed":
@@ -150,10 +151,10 @@ def fit_mac(
     kv_bits: str = AUTO,
     **settings: Any,
 ) -> tuple[MacBudget, dict[str, FitResult]]:
-    """What a Mac has for weights beside `context` tokens, and the choice of `fit` by preference.
+    """The memory for weights on a Mac with `memory` bytes, and the result of `fit` by preference.
 
-    The GPU's limit is raised as far as is sane. Without `context` it is 32,768 tokens, or all that
-    the model can read if that is less.
+    The GPU limit is raised as far as is reasonable. context: tokens that must also fit, by default
+    32,768 or the model's maximum. settings: as in `fit`. Raises MemoryRefused if nothing fits.
     """
     opened = open_any(source)
     base = plan(opened, dtype=settings.get("dtype"))
@@ -173,10 +174,8 @@ def fit_mac(
 
     *firsts, last = kv_choices(base.config, kv_bits)
     for config in firsts:
-        try:
+        with suppress(MemoryRefused):
             return fitted(config)
-        except MemoryRefused:
-            pass
     return fitted(last)
 
 
@@ -195,13 +194,14 @@ def quality_settings(
     revision: str | None = None,
     kv_bits: str = AUTO,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Settings for `plan` and `convert` out of one of bits, recipe, memory and bits per weight.
+    """Settings for `plan` and `convert` from one of bits, recipe, memory and bits per weight.
 
-    Also the page of lines that says what a budget is spent on; empty without one.
+    Also lines that show how a budget is used; empty without a budget. Raises Qwen35Error for
+    several of these arguments, and MemoryRefused for a budget that is too small.
     """
     ways = dict(bits=bits, recipe=recipe, fit=memory, bits_per_weight=bits_per_weight)
     if len(given := [name for name, value in ways.items() if value is not None]) > 1:
-        raise Qwen35Error("only one may decide on bits", got=" and ".join(given))
+        raise Qwen35Error("more than one argument sets the bits", got=" and ".join(given))
     if method is None:
         method = "search" if given not in ([], ["bits"]) or calibration else DEFAULT_METHOD
         if calibration and calibration.hessians:
@@ -220,28 +220,28 @@ def quality_settings(
         choice, lines = choices[prefer], budget_lines(budget, prefer, choices)
     else:
         choice = fit(opened, bits_per_weight=bits_per_weight, prefer=prefer, **known)
-        lines = [f"predicted KL {choice.predicted_kl:.5f} nats a token"]
+        lines = [f"predicted KL: {choice.predicted_kl:.5f} nats per token"]
     return settings | dict(recipe=choice.recipe), lines
 
 
 def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult]) -> list[str]:
-    """The page of `--fit`: what the memory goes to, and what quality and speed cost each other."""
+    """The output of `--fit`: the use of the memory, and a comparison of the preferences."""
     left, choice, tower = budget.weight_bytes, choices[prefer], budget.needed.weights
     rows = {
-        "GPU limit, raised as far as is sane": budget.limit_bytes,
+        "GPU limit, raised as far as is reasonable": budget.limit_bytes,
         **({"weights of the vision tower": tower} if tower else {}),
         **budget.needed.overhead_lines(),
-        "left for weights": left,
-        "weights, headers included": choice.file_bytes,
-        "spare": left - choice.file_bytes,
+        "available for weights": left,
+        "weights, with headers": choice.file_bytes,
+        "unused": left - choice.file_bytes,
     }
     lines = [f"a Mac with {budget.memory_bytes / GIB:g} GB"]
     lines += [f"  {name:44} {nbytes / 1e9:9.3f} GB" for name, nbytes in rows.items()]
-    lines.append(f"  weights take {choice.file_bytes / left:.3%} of what is left for them")
+    lines.append(f"  weights take {choice.file_bytes / left:.3%} of the available memory")
     if budget.limit_bytes > (default := default_limit_bytes(budget.memory_bytes)):
         mb = wired_limit_mb(budget.limit_bytes)
         lines.append(
-            f"  macOS gives the GPU {default / 1e9:.1f} GB at first; raise it with:"
+            f"  the default GPU limit of macOS is {default / 1e9:.1f} GB; raise it with:"
             f" sudo sysctl iogpu.wired_limit_mb={mb}"
         )
     macs = [mac for mac in MACS if mac.memory_bytes == budget.memory_bytes]
@@ -256,27 +256,27 @@ def budget_lines(budget: MacBudget, prefer: str, choices: Mapping[str, FitResult
             + columns
             + ("  <- this plan" if name == prefer else "")
         )
-    measured = "measured on the calibration text" if choice.measured else "an estimate by kind"
-    lines.append(f"Predicted KL: nats a token to the unquantized model, {measured} of tensor.")
+    basis = "measured on the calibration text" if choice.measured else "estimated by kind of tensor"
+    lines.append(f"Predicted KL: nats per token to the unquantized model, {basis}.")
     if macs:
         lines.append(
-            f"{BANDWIDTH_LIMIT}: an upper bound at an empty context; no program reaches it."
+            f"{BANDWIDTH_LIMIT}: an upper bound with an empty context; no program reaches it."
         )
     return lines
 
 
 def _narrow(module: str) -> tuple[int, int]:
-    """A group size that divides all widths; the MTP layer as `_recipe` has it."""
+    """The smallest group size, which divides all widths; the MTP layer as in `_recipe`."""
     return (4, 64) if is_mtp(module) else (4, 32)
 
 
 def _recipe(settings: Mapping[str, Setting]) -> Recipe:
     def chosen(module: str) -> Setting | None:
-        # Routers are asked for too, and get their own bits.
+        # Modules that are not allocated, such as routers; `plan` sets their bits.
         return settings.get(unit_of(module), (8, 64))
 
     digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
-    # The name tells one allocation from another where a job is resumed.
+    # The name identifies the allocation when a job is resumed.
     chosen.__name__ = f"allocated-{digest[:12]}"
     return chosen
 
@@ -292,7 +292,7 @@ def _priced(
     tables: Mapping[str, list[Option]],
     best: Allocation,
 ) -> dict[str, list[Option]]:
-    """Tables whose error is the share of the best total, plus the share of its bytes read."""
+    """Options with a new error: its share of the best total, plus that of its bytes read."""
     shares = {unit: read_share(config, members[0].module) for unit, members in units.items()}
     read = sum(option.nbytes * shares[unit] for unit, option in best.options.items())
     return {
@@ -307,10 +307,10 @@ def _priced(
 def predicted(
     units: Mapping[str, list[Entry]], calibration: Calibration | None
 ) -> dict[str, dict[Setting, float]]:
-    """KL in nats that each setting of each unit adds; contributions add up while they are small.
+    """The KL in nats that each setting of each unit adds; small contributions are additive.
 
-    Measured KLs are carried to other settings by the errors of the outputs. What was not measured
-    has the sensitivity of its kind, scaled so that the whole at 4 bits has a published KL.
+    Measured KLs are extrapolated to other settings by the errors of the outputs. Other units have
+    the sensitivity of their kind, scaled so that the model at 4 bits has a published KL.
     """
     errors = {unit: _errors(members, calibration) for unit, members in units.items()}
     weights = {unit: SENSITIVITIES[kind_of(unit)] for unit in units}
@@ -319,7 +319,7 @@ def predicted(
     for unit, row in errors.items():
         measured = calibration.kls.get(unit) if calibration else None
         if measured:
-            result[unit] = {s: _carried(error, row, measured) for s, error in row.items()}
+            result[unit] = {s: _extrapolated(error, row, measured) for s, error in row.items()}
         else:
             result[unit] = {
                 s: error * weights[unit] / at_4_bits * KL_AT_4_BITS for s, error in row.items()
@@ -328,7 +328,7 @@ def predicted(
 
 
 def _errors(members: list[Entry], calibration: Calibration | None) -> dict[Setting, float]:
-    """Mean over the modules of a unit, of the settings that fit their widths."""
+    """The mean error over the modules of a unit, for each setting that fits their widths."""
     known = [
         (calibration.errors.get(e.module) if calibration else None) or typical_errors()
         for e in members
@@ -341,16 +341,16 @@ def _errors(members: list[Entry], calibration: Calibration | None) -> dict[Setti
     }
 
 
-def _carried(
+def _extrapolated(
     error: float, row: Mapping[Setting, float], measured: Mapping[Setting, float]
 ) -> float:
-    """KL at `error` on the line through the measured points, both in logarithms."""
+    """The KL at `error`, on the line through the measured points in logarithmic scales."""
     floor = 1e-12
     points = sorted((max(row[s], floor), max(kl, floor)) for s, kl in measured.items() if s in row)
     (low, low_kl), (high, high_kl) = points[0], points[-1]
     slope = 1.0
     if high > low * 1.01:
-        # Half to double of what the square law says: a measured KL may be lost in rounding.
+        # Limited to half to double of proportional: a small measured KL is imprecise.
         slope = min(max(math.log(high_kl / low_kl) / math.log(high / low), 0.5), 2.0)
     start, start_kl = (low, low_kl) if error < math.sqrt(low * high) else (high, high_kl)
     return start_kl * (max(error, floor) / start) ** slope

@@ -1,4 +1,4 @@
-"""A checkpoint on the hub: its headers by range requests, its shards one after the other."""
+"""A checkpoint on the hub: headers by range requests, shards downloaded one after the other."""
 
 import hashlib
 import logging
@@ -32,21 +32,21 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Most headers come with the first request.
+# The first request for a header reads this number of bytes; most headers are shorter.
 FIRST_BYTES = 2**17
 HEADER_THREADS = 8
-# After the client's own retries; the waits add up to about six minutes.
+# Waits between attempts, after the client's own retries; about six minutes in total.
 WAITS_S = (1, 2, 4, 8, 15, 30, 60, 120, 120)
-# Where somebody sits and waits.
+# For requests that a user waits for.
 SHORT_WAITS_S = WAITS_S[:3]
 TIMEOUT_S = 30
-# Wrong bytes are not the network's mood: they are fetched again this often.
+# Maximum number of downloads of a file whose checksum is wrong.
 MAX_DOWNLOADS = 3
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file as the hub lists it, with its SHA-256, or outside of LFS the name git gives it."""
+    """A file as the hub lists it. The checksum is its SHA-256 in LFS, otherwise git's SHA-1."""
 
     name: str
     nbytes: int
@@ -56,7 +56,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    """A checkpoint on the hub at one commit; `folder` is where its shards go when fetched."""
+    """A checkpoint on the hub at one commit; its shards are downloaded into `folder`."""
 
     repo: str
     commit: str
@@ -70,7 +70,7 @@ class HubSource(Source):
         return {file.name: self.listing[file.name].checksum for file in self.files}
 
     def companions(self) -> list[Path]:
-        # A star stands for slashes too.
+        # The star of fnmatch also matches slashes.
         names = {
             name
             for name in self.listing
@@ -83,7 +83,10 @@ class HubSource(Source):
 def open_any(
     source: str | Path | Source, revision: str | None = None, fetch_into: Path | None = None
 ) -> Source:
-    """Open a folder, or a hub id such as owner/name at a branch, tag or commit."""
+    """Open a folder, or a hub id OWNER/NAME at a branch, tag or commit; a Source is returned as is.
+
+    Downloads of shards go to `fetch_into`. Raises Qwen35Error if the source cannot be read.
+    """
     if isinstance(source, Source):
         return source
     if is_hub_id(source):
@@ -94,25 +97,27 @@ def open_any(
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether `source` is no folder but shaped like owner/name."""
+    """Whether `source` has the form OWNER/NAME and does not exist as a path."""
     return is_repository(str(source)) and not Path(source).expanduser().exists()
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` is shaped like owner/name."""
-    shaped = HUB_ID.fullmatch(name) and ".." not in name and not name.startswith((".", "-"))
-    return bool(shaped)
+    """Whether `name` has the form OWNER/NAME."""
+    return bool(HUB_ID.fullmatch(name)) and ".." not in name and name[0] not in ".-"
 
 
 def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
-    """Read config.json, the index and all headers of a repository; no weight is fetched."""
+    """Read config.json, the index and all headers of a repository, but no weights.
+
+    Raises ConfigError or CheckpointError.
+    """
     from huggingface_hub import HfApi
 
     info = retry(repo, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     listing = listing_of(info)
     commit = str(info.sha)
     if "config.json" not in listing:
-        raise CheckpointError(f"{repo} is no model: it has no config.json")
+        raise CheckpointError(f"{repo} is not a model: it has no config.json")
     config = read_config(fetch_small(repo, commit, "config.json").parent)
     present = {name for name in listing if fnmatch(name, "*.safetensors") and "/" not in name}
     index = read_index(fetch_small(repo, commit, INDEX_FILE)) if INDEX_FILE in listing else None
@@ -126,7 +131,7 @@ def open_hub(repo: str, revision: str | None, folder: Path) -> HubSource:
 
 
 def listing_of(info: Any) -> dict[str, HubFile]:
-    """The files of a repository by their names."""
+    """The files of a repository by name, from the hub's `model_info`."""
     return {
         s.rfilename: HubFile(
             s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id or "", bool(s.lfs)
@@ -136,7 +141,7 @@ def listing_of(info: Any) -> dict[str, HubFile]:
 
 
 def fetch_header(repo: str, commit: str, file: Path, file_bytes: int) -> list[SourceTensor]:
-    """The tensors of a shard from its first bytes."""
+    """Read the tensors in the header of a shard of `file_bytes` bytes."""
     start = fetch_range(repo, commit, file.name, 0, min(FIRST_BYTES, file_bytes))
     header_bytes = header_length(file, start[:PREFIX_BYTES], file_bytes)
     end = PREFIX_BYTES + header_bytes
@@ -146,14 +151,14 @@ def fetch_header(repo: str, commit: str, file: Path, file_bytes: int) -> list[So
 
 
 def fetch_range(repo: str, commit: str, name: str, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` of a file of the repository."""
+    """Download bytes `start` to `stop` of a file of the repository."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
     url = hf_hub_url(repo, name, revision=commit)
     headers = build_hf_headers() | {
         "Range": f"bytes={start}-{stop - 1}",
-        # Compressed, the bytes would be of something else.
+        # Ranges of compressed data would be useless.
         "Accept-Encoding": "identity",
     }
 
@@ -165,11 +170,11 @@ def fetch_range(repo: str, commit: str, name: str, start: int, stop: int) -> byt
             headers=headers,
             follow_redirects=True,
             timeout=TIMEOUT_S,
-            # It cannot try again once bytes came; `retry` can.
+            # After the first bytes it cannot retry; `retry` can.
             retry_on_exceptions=(),
         ) as response:
             hf_raise_for_status(response)
-            # Without ranges the whole shard would come: nothing but the start of it can be used.
+            # Status 200: a server without range requests sends the file from its start.
             skip = start if response.status_code == 200 else 0
             for chunk in response.iter_bytes():
                 data += chunk
@@ -177,14 +182,14 @@ def fetch_range(repo: str, commit: str, name: str, start: int, stop: int) -> byt
                     break
         data = data[skip : skip + stop - start]
         if len(data) < stop - start:
-            raise OSError(f"{name}: {len(data)} of {stop - start} bytes came")
+            raise OSError(f"{name}: received {len(data)} of {stop - start} bytes")
         return bytes(data)
 
     return retry(repo, get)
 
 
 def fetch_small(repo: str, commit: str, name: str) -> Path:
-    """A config, index or tokenizer file, by way of the hub's cache on this machine."""
+    """Download a config, index or tokenizer file through the hub's local cache."""
     from huggingface_hub import hf_hub_download
 
     return Path(retry(repo, lambda: hf_hub_download(repo, name, revision=commit)))
@@ -197,30 +202,34 @@ def retry(
     stopped: Callable[[], bool] = lambda: False,
     what: str = "get {} from",
 ) -> T:
-    """Call `get` again while the network or the hub fails in ways that pass, with longer waits."""
+    """Call `get`; repeat it after temporary errors of the network or the hub, with longer waits.
+
+    Raises CheckpointError after the last wait, for other errors, and once `stopped`. Qwen35Error
+    passes. `what`: the action for the message, with a place for the repository.
+    """
     waits = iter(waits_s)
     while True:
         try:
             return get()
         except Qwen35Error:
             raise
-        # Whatever goes wrong between here and the hub has its own class.
+        # The libraries below raise many classes of errors.
         except Exception as error:
             wait_s = next(waits, None)
-            if wait_s is None or stopped() or not _passes(error):
+            if wait_s is None or stopped() or not _is_temporary(error):
                 raise CheckpointError(
                     f"cannot {what.format(repo)} the hub",
                     got=f"{type(error).__name__}: {first_line(error)}",
-                    expected="a folder on this machine, or a hub id that it can reach",
-                    hint="for a private or gated model log in first: hf auth login; otherwise"
-                    " repeat the command: what is done is kept",
+                    expected="an existing folder, or a hub id that can be reached",
+                    hint="for a private or gated model, log in first: hf auth login; otherwise"
+                    " repeat the command, which continues where it stopped",
                 ) from error
-            log.warning("%s: %s; again in %s s", repo, first_line(error), wait_s)
+            log.warning("%s: %s; next attempt in %s s", repo, first_line(error), wait_s)
             time.sleep(wait_s)
 
 
-def _passes(error: Exception) -> bool:
-    """Whether another try may help: not if the hub says no, or this disk is full."""
+def _is_temporary(error: Exception) -> bool:
+    """Whether another attempt may succeed: not if the hub refuses, or the disk is full."""
     from huggingface_hub import constants
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -228,70 +237,73 @@ def _passes(error: Exception) -> bool:
         return status in (408, 425, 429) or status >= 500
     if isinstance(error, OSError):
         network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
-        # Without a number it is huggingface_hub's own, about a download that came short.
+        # Without errno: an error of huggingface_hub about an incomplete download.
         return (network or error.errno is None) and not constants.HF_HUB_OFFLINE
     return type(error).__module__.startswith(("httpx", "httpcore"))
 
 
 class Stopped(Exception):
-    """The conversion is over: the download under way may end."""
+    """Interrupts the current download, because the conversion has ended."""
 
 
 class Fetcher:
-    """Fetches the shards of a source in a thread of its own, at most one ahead of the work.
+    """Downloads the shards of a source in its own thread, at most one ahead of the conversion.
 
-    Each is compared with the checksum that the hub has of it. Shards of an earlier run that are
-    whole are used again.
+    The checksum of each file is compared with the hub's. Complete shards of an earlier run are
+    used again. `keep`: keep the files when they are released.
     """
 
     def __init__(self, source: HubSource, keep: bool = False):
         self.source, self.keep = source, keep
-        # What is waited for, in words.
+        # Text for the progress bar.
         self.state = ""
-        self._here: dict[str, Future[None]] = {}
-        self._asked: set[str] = set()
-        # How many may be fetched now: the first, and one more for each that is asked for.
+        self._downloads: dict[str, Future[None]] = {}
+        self._requested: set[str] = set()
+        # Number of files that may be downloaded: one more than were requested.
         self._allowed = threading.Semaphore()
         self._stopped = False
 
     def start(self, order: Sequence[str]) -> None:
-        """Begin with the first of `order`, the files in the order they will be asked for."""
-        self._here = {file: Future() for file in order}
+        """Start the first download; `order`: the files in the order of their use."""
+        self._downloads = {file: Future() for file in order}
         threading.Thread(target=self._run, name="fetch", daemon=True).start()
 
     def ready(self, file: str, timeout: float) -> bool:
-        """Whether `file` is here after at most `timeout` seconds; raises what stopped it."""
-        if file not in self._asked:
-            self._asked.add(file)
+        """Wait for `file`, at most `timeout` seconds; returns whether it is complete.
+
+        Raises the error of its download.
+        """
+        if file not in self._requested:
+            self._requested.add(file)
             self._allowed.release()
-        here = self._here[file]
-        if not wait([here], timeout).done:
+        download = self._downloads[file]
+        if not wait([download], timeout).done:
             return False
-        here.result()
+        download.result()
         return True
 
     def release(self, file: str) -> None:
-        """Nobody needs `file` any more."""
+        """Delete `file`, which is no longer needed, unless files are kept."""
         if not self.keep:
             (self.source.folder / file).unlink(missing_ok=True)
 
     def stop(self) -> None:
-        """Fetch no further."""
+        """Stop the downloads."""
         self._stopped = True
         self._allowed.release()
 
     def _run(self) -> None:
-        for name, here in self._here.items():
+        for name, download in self._downloads.items():
             self._allowed.acquire()
             if self._stopped:
                 return
             try:
                 self._fetch(self.source.listing[name])
-            # Whatever it is, the one who waits has to hear of it.
+            # Raised again in the thread that waits for the file.
             except Exception as error:
-                here.set_exception(error)
+                download.set_exception(error)
                 return
-            here.set_result(None)
+            download.set_result(None)
 
     def _fetch(self, file: HubFile) -> None:
         path = self.source.folder / file.name
@@ -301,13 +313,13 @@ class Fetcher:
             self.state = f"checking {file.name}"
             if (got := checksum(path, file.in_lfs, self._check)) == file.checksum:
                 return
-            log.warning("%s has the wrong bytes: fetching it again", file.name)
+            log.warning("%s has a wrong checksum: downloading it again", file.name)
             path.unlink()
         raise CheckpointError(
             f"{file.name} does not have the checksum that the hub lists",
             got=got,
             expected=file.checksum,
-            hint=f"fetched {MAX_DOWNLOADS} times; is something between here and the hub?",
+            hint=f"downloaded {MAX_DOWNLOADS} times; check the proxy or mirror that you use",
         )
 
     def _download(self, file: HubFile) -> None:
@@ -317,15 +329,16 @@ class Fetcher:
         fetcher, source = self, self.source
 
         class Bar(tqdm):
-            """What huggingface_hub reports its progress to; the one place to interrupt it."""
+            """Gets the progress of huggingface_hub; the only place that can interrupt it."""
 
             def __init__(self, *args: Any, **kwargs: Any):
                 super().__init__(*args, **kwargs | {"disable": True})
-                self.came = kwargs.get("initial") or 0
+                self.num_bytes = kwargs.get("initial") or 0
 
             def update(self, n: float | None = 1) -> None:
-                self.came += n or 0
-                fetcher.state = f"fetching {self.came / 1e9:.2f} of {file.nbytes / 1e9:.2f} GB"
+                self.num_bytes += n or 0
+                gb = f"{self.num_bytes / 1e9:.2f} of {file.nbytes / 1e9:.2f} GB"
+                fetcher.state = f"downloading {gb}"
                 fetcher._check()
 
         get = partial(
@@ -340,7 +353,7 @@ class Fetcher:
 
 
 def checksum(path: Path, in_lfs: bool, check: Callable[[], None] = lambda: None) -> str:
-    """What the hub lists of a file: its SHA-256, or outside of LFS the name git gives it."""
+    """The checksum as in HubFile; calls `check` between blocks, which may raise."""
     digest = hashlib.sha256() if in_lfs else hashlib.sha1(usedforsecurity=False)
     if not in_lfs:
         digest.update(f"blob {path.stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""One conversion: planned, journaled, resumed after any stop; the output appears whole."""
+"""One conversion: planned, recorded in a journal, resumable; the output appears when complete."""
 
 import copy
 import hashlib
@@ -37,7 +37,7 @@ from qwen35_mlx.machine import memory_bytes
 from qwen35_mlx.progress import ByteProgress
 from qwen35_mlx.quant.statistics import Calibration
 
-from .distilled import REPORT_FILE, Distillation, Distilled, finish_bytes
+from .distilled import FINISH_BYTES, REPORT_FILE, Distillation, Distilled
 from .hub import FIRST_BYTES, Fetcher, HubSource, fetch_range, is_hub_id, open_any
 from .journal import JOB_FILE, JOURNAL_FILE, Journal, open_job, read_job
 from .plan import DISTILL, Plan, plan
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FETCHED, DISTILLED = "source", "distilled"
-# Headers, index and config.json: small, but not nothing.
+# Disk space for headers, index and config.json.
 SPARE_BYTES = 64 * 2**20
-# What mlx-lm and tokenizers look for outside text_config.
+# Keys that mlx-lm and tokenizers read outside of text_config.
 TOP_LEVEL_KEYS = (
     "architectures bos_token_id dtype eos_token_id pad_token_id torch_dtype transformers_version"
 ).split()
@@ -71,13 +71,14 @@ def convert(
     progress: ByteProgress | None = None,
     **settings: Any,
 ) -> Path:
-    """Convert `source`, a folder or a hub id, into the new folder `out`; `settings` as in `plan`,
-    and what `calibrate` found out about the same source. An adapter is added to the weights before
-    they are quantized. Method "distill" needs a calibration with Hessians and a distillation.
+    """Convert `source`, a folder or a hub id, into the new folder `out`; `settings` as in `plan`.
 
-    Needs memory for a few slices of tensors, disk for the output and, from the hub, for two or
-    three shards of the source; `keep_source` keeps them all, beside `out`. Whatever stops it, `out`
-    does not exist and the same call goes on where this one stopped.
+    calibration: statistics of the same source. distillation: texts and settings for the method
+    "distill". adapter: added to the weights before they are quantized. keep_source: keep downloaded
+    shards in a folder beside `out`.
+    Needs memory for a few slices of tensors, disk for the output, and for a hub id, for two or
+    three shards. After an interruption, `out` does not exist, and the same call continues.
+    Raises Qwen35Error for a source, settings or a disk that cannot be used.
     """
     out = Path(out).expanduser().absolute()
     refuse_existing(out)
@@ -102,7 +103,7 @@ def convert(
         open_job(work, out, decided, opened.fingerprints())
         reports = []
         if distillation:
-            # Here: it imports the model, which no other conversion needs.
+            # Imported here, because only this method needs the model.
             from .distill import distill
 
             reports = distill(planned, distillation, work / DISTILLED)
@@ -125,7 +126,7 @@ def convert(
             write_json(work / REPORT_FILE, [asdict(report) for report in reports])
             small.append(REPORT_FILE)
         checksums = dict(sorted(checksums.items())) | {n: sha256(work / n) for n in small}
-        # Last: a folder without config.json is nothing to any program.
+        # Last, because no program reads a folder without config.json.
         write_json(work / "config.json", output_config(planned, checksums, known))
         refuse_existing(out)
         if (work / FETCHED).exists():
@@ -136,7 +137,7 @@ def convert(
         shutil.rmtree(work / DISTILLED, ignore_errors=True)
         sync_folder(work)
         work.rename(out)
-        # After the new name: killed in between, the folder is complete and has two files too many.
+        # After the renaming: if the process is killed here, the folder is complete.
         for name in (JOB_FILE, JOURNAL_FILE):
             (out / name).unlink()
     sync_folder(out.parent)
@@ -144,16 +145,16 @@ def convert(
 
 
 def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
-    """Read every file of a converted folder again; returns the number of bytes compared.
+    """Compare the files of a converted folder with their checksums; returns their bytes.
 
-    Raises CheckpointError for each file that is not as it was written.
+    Raises CheckpointError if files are missing or differ.
     """
     folder = Path(folder)
     ours = read_config(folder).get("qwen35_mlx")
     checksums = ours.get("sha256") if isinstance(ours, dict) else None
     if not isinstance(checksums, dict) or not checksums:
         raise CheckpointError(
-            f"{folder} has no checksums", expected="a folder that qwen35-mlx converted"
+            f"{folder} has no checksums", expected="a folder of qwen35-mlx convert"
         )
     paths = {name: folder / companion_name(Path(name)) for name in checksums}
     total = sum(path.stat().st_size for path in paths.values() if path.exists())
@@ -170,7 +171,7 @@ def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
         progress(done, total, "", "")
     if wrong:
         raise CheckpointError(
-            f"{folder} is not as it was written",
+            f"{folder} differs from what was converted",
             got="; ".join(wrong[:5]),
             expected=f"{len(checksums)} files with the checksums in config.json",
             hint="convert or copy it again",
@@ -179,12 +180,12 @@ def verify(folder: str | Path, progress: ByteProgress | None = None) -> int:
 
 
 def work_folder(out: Path) -> Path:
-    """The hidden folder beside `out` where a conversion grows."""
+    """The hidden folder beside `out` that contains an unfinished conversion."""
     return out.with_name(f".{out.name}.converting")
 
 
 def source_disk_bytes(source: HubSource, tasks: list[Task], keep_source: bool) -> int:
-    """Disk for shards from the hub: all of them if they are kept, else the most at any time."""
+    """Disk space for downloaded shards: all of them if they are kept, otherwise the peak."""
     sizes = {name: file.nbytes for name, file in source.listing.items()}
     if keep_source:
         return sum(sizes[file.name] for file in source.files)
@@ -197,16 +198,16 @@ def _kept_folder(out: Path) -> Path:
 
 
 def _started_revision(work: Path, source: str | Path, revision: str | None) -> str | None:
-    """The commit of a started job, so that a branch that moved on does not end it."""
+    """The commit of a started job, so that it continues if the branch has moved."""
     started = read_job(work).get("settings", {})
     same = (str(source), revision) == (started.get("source"), started.get("revision"))
     return started["source_revision"] if same and is_hub_id(source) else revision
 
 
 def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
-    """It must be of this model; and error feedback cannot do without."""
+    """Raise Qwen35Error if the calibration is of another model, or lacks Hessians for GPTQ."""
     planned.refuse_other(calibration)
-    # A distillation collects its own.
+    # A distillation collects its own Hessians.
     wants = planned.settings["method"] != DISTILL and any(
         entry.method == "gptq" for entry in planned.entries
     )
@@ -220,27 +221,23 @@ def _check_calibration(planned: Plan, calibration: Calibration | None) -> None:
 def _check_distillation(
     planned: Plan, distillation: Distillation | None, adapter: Adapter | None
 ) -> None:
-    """It goes with its method, and trains the weights that the source has."""
+    """Raise Qwen35Error if a distillation is not possible; MemoryRefused if it does not fit."""
     is_asked = planned.settings["method"] == DISTILL
-    if is_asked and distillation is None:
-        raise Qwen35Error(
-            f"method={DISTILL!r} needs texts to train on", hint="give convert a distillation"
-        )
-    if distillation is not None and not is_asked:
-        raise Qwen35Error("a distillation is given", expected=f"method={DISTILL!r} with it")
+    if is_asked != (distillation is not None):
+        raise Qwen35Error(f"method={DISTILL!r} and the argument distillation need each other")
     if is_asked and adapter is not None:
         raise Qwen35Error(
-            "an adapter together with distillation",
-            hint=f"leave one of them out, or use another method than {DISTILL}",
+            f"an adapter cannot be combined with method={DISTILL!r}",
+            hint="use another method, or convert without the adapter",
         )
     if distillation and distillation.finish_tokens:
-        needed = finish_bytes(sum(entry.num_parameters for entry in planned.text_entries))
+        needed = FINISH_BYTES * sum(entry.num_parameters for entry in planned.text_entries)
         if needed > (limit := memory_bytes()):
             raise MemoryRefused(
-                "training the whole model at once does not fit in memory",
+                "the training of the whole model does not fit in memory",
                 got=f"{needed / 1e9:,.1f} GB",
                 expected=f"at most {limit / 1e9:,.1f} GB",
-                hint="without --finish-tokens each layer is trained alone",
+                hint="omit --finish-tokens: then only single layers are trained",
             )
     if is_asked and isinstance(planned.source, HubSource):
         raise Qwen35Error(
@@ -251,7 +248,7 @@ def _check_distillation(
 
 
 def _check_adapter(planned: Plan, adapter: Adapter | None) -> None:
-    """It must be of this model, whose weights must be in full precision."""
+    """Raise Qwen35Error if the adapter is of another model, or the source is quantized."""
     if adapter is None:
         return
     entries = {entry.module: entry for entry in planned.entries if entry.role is not Role.CARRIED}
@@ -262,27 +259,27 @@ def _check_adapter(planned: Plan, adapter: Adapter | None) -> None:
             problems.append(f"{name} {list(entry.shape) if entry else 'is missing'}")
         elif entry.bits is not None and entry.method is None:
             raise Qwen35Error(
-                "the source is quantized: most of an adapter would be rounded away",
-                got=f"{name} of {entry.bits} bits",
-                expected="the checkpoint that the model was converted from",
+                "the source is quantized: rounding would remove most of the adapter",
+                got=f"{name} with {entry.bits} bits",
+                expected="the original checkpoint of the model",
             )
     if problems:
         raise CheckpointError(
             "the adapter does not fit the source",
             got="; ".join(problems[:4]),
-            expected="the model that it was trained on",
+            expected="the model that the adapter was trained for",
         )
 
 
 def _check_copies(planned: Plan) -> None:
-    """A head may be left out only if it is the embedding."""
+    """Raise CheckpointError if a head that would be dropped differs from the embedding."""
     for head, embedding in planned.copies:
         if not _same(planned.source, head, embedding):
             raise refuse_other_head(head, embedding)
 
 
 def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
-    """Whether two tensors hold the same; of the hub's, only their first bytes are compared."""
+    """Whether two tensors are equal; on the hub, only their first bytes are compared."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if isinstance(source, HubSource):
@@ -300,7 +297,7 @@ def _same(source: Source, a: SourceTensor, b: SourceTensor) -> bool:
 def _settings(
     planned: Plan, tasks: list[Task], revision: str | None, known: Known
 ) -> dict[str, Any]:
-    """All that decides the bytes of the output, in words that fit into JSON."""
+    """Everything that determines the bytes of the output, for JSON."""
     rows = [(t.name, t.dtype, t.shape) for shard in planned.shards for t in shard.tensors]
     modules = [(e.module, e.bits, e.group_size, e.method) for e in planned.entries]
     layout = repr((rows, modules, len(tasks), SLICE_BYTES)).encode()
@@ -320,7 +317,7 @@ def _settings(
 def output_config(
     planned: Plan, checksums: dict[str, str], known: Known = NOTHING
 ) -> dict[str, Any]:
-    """The config.json of the output: nested, complete for mlx-lm, with our own facts."""
+    """The config.json of the output: nested, complete for mlx-lm, with our block `qwen35_mlx`."""
     config, model = copy.deepcopy(planned.source.config), planned.config
     for level in (config, config.get("text_config") or {}):
         for key in ("quantization", "quantization_config"):
@@ -331,11 +328,11 @@ def output_config(
     if not config.get("text_config"):
         outer = {key: config[key] for key in TOP_LEVEL_KEYS if key in config}
         config = {**outer, "text_config": {**config, "model_type": f"{kind}_text"}}
-    # mlx-lm knows no outer type of text-only models.
+    # mlx-lm has no outer type for text-only models.
     config["model_type"] = kind
     text = config["text_config"]
     for level in (config, text):
-        # Where the checkpoint lay on the machine that saved it.
+        # The path on the machine that saved the checkpoint.
         level.pop("_name_or_path", None)
         level["tie_word_embeddings"] = model.tie_word_embeddings
     _complete_text_config(text, model)
@@ -347,9 +344,9 @@ def output_config(
         "version": __version__,
         **planned.source.origin,
         "settings": planned.settings,
-        # fidelity leaves out an adapter that is in the weights.
+        # For `fidelity`: an adapter that is in the weights is not attached again.
         **({"adapter": known.adapter.digest} if known.adapter else {}),
-        # fidelity tells a text that one of them has read.
+        # For `fidelity`: the overlap of its text with these.
         **({"calibration": known.calibration.facts} if known.calibration else {}),
         **({"distillation": known.distilled.facts} if known.distilled else {}),
         "norms_shifted": True,
@@ -360,7 +357,7 @@ def output_config(
 
 
 def _carried_settings(planned: Plan) -> dict[str, Any]:
-    """What a quantized source says of carried modules; the plan knows better of its own."""
+    """The entries of a quantized source's config.json for carried modules without a plan entry."""
     said = quantization_block(planned.source.config).items()
     block = {output_name(bare(key)): value for key, value in said}
     known = {entry.module for entry in planned.entries if entry.bits is not None}
@@ -371,8 +368,8 @@ def _carried_settings(planned: Plan) -> dict[str, Any]:
 
 
 def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
-    """Say what mlx-lm would otherwise guess."""
-    # mlx-lm knows no layer_types, only a period; it guesses 4 without one.
+    """Add what mlx-lm would otherwise guess."""
+    # mlx-lm does not read layer_types, only an interval, by default 4.
     text.pop("full_attention_interval", None)
     kinds = [kind == FULL for kind in model.layer_types]
     for interval in range(1, len(kinds) + 2):
@@ -380,14 +377,14 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
             text["full_attention_interval"] = interval
             break
     else:
-        log.warning("layer_types have no period: this project runs the output, mlx-lm does not")
+        log.warning("layer_types have no interval: qwen35-mlx can run the output, mlx-lm cannot")
     rope = text["rope_parameters"]
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("partial_rotary_factor", text.get("partial_rotary_factor"))
     if (yarn := model.rope).factor is None:
         return
     assert yarn.attention_factor is not None
-    # mlx-lm computes attention_factor from mscale, and knows no null and no 0 for a default.
+    # mlx-lm computes attention_factor from mscale; it does not accept null, or 0 as a default.
     rope |= {
         "original_max_position_embeddings": yarn.original_max_position_embeddings,
         "attention_factor": yarn.attention_factor,
@@ -397,7 +394,7 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
         "beta_slow": yarn.beta_slow,
     }
     if not yarn.truncate:
-        log.warning("YaRN without truncation: this project runs the output, mlx-lm truncates")
+        log.warning("YaRN without truncation: qwen35-mlx runs it as it is, mlx-lm truncates")
 
 
 def _index(planned: Plan) -> dict[str, Any]:
@@ -412,36 +409,39 @@ def _index(planned: Plan) -> dict[str, Any]:
 
 
 def _companions(source: Source) -> list[Path]:
-    """Tokenizer, template and licence files of the source."""
+    """The tokenizer, template and licence files of the source. Warns if there is no tokenizer."""
     found = source.companions()
     names = {path.name for path in found}
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         log.warning(
-            "%s has no tokenizer.json: the output will not load without one",
+            "%s has no tokenizer.json: the output cannot be loaded without one",
             source.origin["source"],
         )
     return found
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise if a file or folder would be written over."""
+    """Raise Qwen35Error if `out` exists."""
     if os.path.lexists(out):
         raise Qwen35Error(
             f"{out} exists already",
-            expected="a folder that does not exist yet",
+            expected="a folder that does not exist",
             hint="choose another name, or remove it first",
         )
 
 
 def _check_space(work: Path, needed_bytes: int) -> None:
-    # What an earlier run wrote counts: blocks, as files may have holes.
+    # Space of an earlier run can be used. Blocks, because files may have holes.
     used_bytes = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file())
-    require_space(work, needed_bytes - used_bytes, "an output on another disk, or fewer bits")
+    require_space(work, needed_bytes - used_bytes, "write to another disk, or use fewer bits")
 
 
 @contextmanager
 def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
-    """The folder `work`, made if need be and locked; kept after an error if work is in it."""
+    """Within the block, hold a lock on the folder `work`, which is created if necessary.
+
+    After an error, the folder is kept if it contains finished work. Raises Qwen35Error.
+    """
     try:
         _check_space(work, needed_bytes)
         work.mkdir(parents=True, exist_ok=True)
@@ -452,9 +452,9 @@ def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
             f"another conversion to {out} is running", hint="wait for it, or stop it"
         ) from None
     except OSError as error:
-        raise Qwen35Error(f"cannot write beside {out}", got=error) from error
+        raise Qwen35Error(f"cannot write to the folder of {out}", got=error) from error
     try:
-        with write_errors(out, "make room and repeat the command: it goes on where it stopped"):
+        with write_errors(out, "free disk space and repeat the command: it continues where it stopped"):
             yield
     except BaseException:
         journal = work / JOURNAL_FILE

@@ -1,6 +1,6 @@
 """Runs a checkpoint layer by layer: holds the weights of one layer, and all activations."""
 
-# B texts, T tokens, H hidden.
+# B texts, T tokens, H hidden size, I inputs of a matrix.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,42 +34,42 @@ LAYER = TRUNK + "layers.{}."
 # Tokens per call of a layer, and of the head.
 LAYER_TOKENS, HEAD_TOKENS = 4096, 256
 
-# Name of a module, its input `[..., I]`, and its other arguments.
+# Gets the path of a module, its input `[..., I]`, and its other arguments.
 OnCall = Callable[[str, mx.array, tuple[Any, ...]], None]
 
 
 class Checkpoint:
-    """Weights under the names of a converted folder, read on demand."""
+    """A checkpoint whose weights are read on demand, under the names of a converted folder."""
 
     config: ModelConfig
     quantizations: Mapping[str, Quantization]
     num_parameters: int
-    # Bytes of the text model's modules, by their names.
+    # Name and bytes of the modules of the text model.
     sizes: Sequence[tuple[str, int]]
-    # What every layer that is read gets.
+    # Attached to every layer that is read.
     adapter: Adapter | None = None
 
     def read(self, prefix: str) -> dict[str, mx.array]:
-        """Tensors of the text model whose names begin with `prefix`."""
+        """The tensors of the text model whose names start with `prefix`."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Of the text model."""
+        """Bytes of the text model."""
         return sum(nbytes for _, nbytes in self.sizes)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the text model; counts scales and biases."""
+        """Bits per weight of the text model, with scales and biases."""
         return 8 * self.nbytes / self.num_parameters
 
     def decode_bytes(self, context: int) -> int:
-        """What decoding a token reads behind so many: weights, chosen experts, caches, states."""
+        """Bytes read to decode a token after `context` tokens; see `memory.decode_bytes`."""
         return decode_bytes(self.config, self.sizes, context)
 
 
 class SourceCheckpoint(Checkpoint):
-    """A Hugging Face folder, transformed as `convert` does, without quantization."""
+    """A Hugging Face folder; weights are transformed as in `convert`, without quantization."""
 
     def __init__(self, folder: Path):
         self.plan: Plan = plan(folder, recipe=lambda module: None)
@@ -88,7 +88,7 @@ class SourceCheckpoint(Checkpoint):
 
 
 class ConvertedCheckpoint(Checkpoint):
-    """A folder that `convert` or mlx-lm wrote."""
+    """A folder written by `convert` or mlx-lm."""
 
     def __init__(self, found: Resolved):
         check_copies(found)
@@ -103,12 +103,12 @@ class ConvertedCheckpoint(Checkpoint):
         ]
 
     def read(self, prefix: str) -> dict[str, mx.array]:
-        """Opened anew, and lazy: an array is read when it is used, and freed with its user."""
+        """The tensors as lazy arrays: each is read when it is used, and freed with its user."""
         return read_parameters(match for match in self.matches if match.name.startswith(prefix))
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """A Hugging Face checkpoint or a folder that MLX runs, told apart by their tensors."""
+    """Open a Hugging Face checkpoint or a converted folder. Raises CheckpointError."""
     folder = Path(folder).expanduser()
     check_folder(folder)
     found = resolve(read_config(folder), read_headers(folder))
@@ -116,7 +116,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 class Layerwise:
-    """Runs texts through a checkpoint; loads embedding, norm and head, and one layer on demand."""
+    """Runs texts through a checkpoint. Holds embedding, norm and head; layers are read on demand.
+
+    Raises CheckpointError for missing tensors.
+    """
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
@@ -133,13 +136,13 @@ class Layerwise:
         self._fill(self.ends, weights, "")
 
     def embed(self, ids: mx.array) -> list[mx.array]:
-        """ids `[B, T]` -> hidden states `[1, T, H]` of each text."""
+        """Token ids `[B, T]` -> hidden states `[1, T, H]` of each text."""
         hidden = [self.ends.language_model.model.embed_tokens(row[None]) for row in ids]
         mx.eval(hidden)
         return hidden
 
     def layer(self, index: int) -> DecoderLayer:
-        """Read layer `index` and nothing else."""
+        """Read layer `index` from the files."""
         layer = DecoderLayer(self.config, self.config.layer_types[index])
         prefix = LAYER.format(index)
         self._fill(layer, self.checkpoint.read(prefix), prefix)
@@ -164,7 +167,7 @@ class Layerwise:
         module.load_weights(loaded)
 
     def logits(self, hidden: list[mx.array]) -> Iterator[tuple[int, int, mx.array]]:
-        """For HEAD_TOKENS at a time: index of the text, first position, logits `[N, vocab]`."""
+        """Index of the text, first position, logits `[N, vocab]`, with N up to HEAD_TOKENS."""
         for i, x in enumerate(hidden):
             normed = self.ends.trunk(None, embeddings=x)[0]
             for start in range(0, normed.shape[0], HEAD_TOKENS):
@@ -172,7 +175,7 @@ class Layerwise:
 
 
 def run_layer(layer: DecoderLayer, hidden: list[mx.array]) -> list[mx.array]:
-    """Hidden states `[1, T, H]` of each text after the layer; LAYER_TOKENS at a time."""
+    """The hidden states `[1, T, H]` of each text after a layer; runs LAYER_TOKENS at a time."""
     mask = None if layer.is_linear else "causal"
     at_once = max(LAYER_TOKENS // hidden[0].shape[1], 1)
     results = []
@@ -198,14 +201,17 @@ class _Watched(nn.Module):
 
 
 def matrices(root: nn.Module) -> dict[str, nn.Module]:
-    """Every module that can be quantized, by its path."""
+    """The modules in `root` that can be quantized, by path."""
     found: Any = tree_flatten(root.leaf_modules(), is_leaf=nn.Module.is_module)
     return {path: module for path, module in found if hasattr(module, "to_quantized")}
 
 
 @contextmanager
 def watched(root: nn.Module, on_call: OnCall) -> Iterator[None]:
-    """Within the block, every call of a matrix also calls `on_call`, except embedding look-ups."""
+    """Within the block, each call of a matrix calls `on_call` first; except embedding look-ups.
+
+    Raises RuntimeError if a matrix is not called.
+    """
     found = {p: module for p, module in matrices(root).items() if not p.endswith("embed_tokens")}
     wrapped = {path: _Watched(module, path, on_call) for path, module in found.items()}
     root.update_modules(tree_unflatten(list(wrapped.items())))
@@ -213,6 +219,6 @@ def watched(root: nn.Module, on_call: OnCall) -> Iterator[None]:
         yield
     finally:
         root.update_modules(tree_unflatten(list(found.items())))
-    # A kernel that reads the weights without calling the module would leave its statistics empty.
+    # A kernel that reads the weights without calling the module would cause empty statistics.
     if missed := sorted(path for path, module in wrapped.items() if not module.is_called):
         raise RuntimeError(f"not called: {missed}")

@@ -1,4 +1,4 @@
-"""Macs by name, the bound that their bandwidth sets on decoding a plan, and experts from disk."""
+"""Macs by name, and for a plan: the bandwidth limit of decoding, several Macs, experts on disk."""
 
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .plan import Entry, Plan
 
 @dataclass(frozen=True)
 class Mac:
-    """One size of one chip; `gbps` is the bandwidth of its memory, 10^9 bytes a second."""
+    """A chip with a memory size; `gbps` is the memory bandwidth in 10^9 bytes/s, 0 if unknown."""
 
     chip: str
     memory_gib: float
@@ -34,16 +34,15 @@ class Mac:
 
     @property
     def gpu_limit_bytes(self) -> int:
-        """Unless somebody raised it."""
+        """The default limit of macOS."""
         return default_limit_bytes(self.memory_bytes)
 
 
 def _mac(chip: str, memory_gib: float) -> Mac:
-    """With bandwidth 0 for a chip that is not known."""
     return Mac(chip, memory_gib, bandwidth_gbps(chip, memory_gib) or 0)
 
 
-# Chips by memory in GiB.
+# Chips of the Macs with a memory size in GiB.
 CHIPS = {
     96: ("M2 Max", "M3 Max", "M3 Ultra"),
     128: ("M1 Ultra", "M2 Ultra", "M3 Max", "M4 Max", "M5 Max"),
@@ -52,17 +51,17 @@ CHIPS = {
     512: ("M3 Ultra",),
 }
 MACS = tuple(_mac(chip, memory) for memory, chips in CHIPS.items() for chip in chips)
-# Assumed of experts from disk: 10^9 bytes a second of the SSD in a Mac of this kind, the part of
-# the memory's bandwidth that decoding reaches, and seconds that a layer waits for its router.
+# Assumptions for experts on disk: 10^9 bytes/s of the SSD in such a Mac, the share of the memory
+# bandwidth that decoding reaches, and the seconds that a layer waits for its router.
 SSD_GBPS, EFFICIENCY, ROUTER_S = 7.4, 0.46, 0.000_25
-# Shares of experts that are not in memory: within one topic, between, and after a change of it.
+# Shares of experts that are not in memory: for one topic, in between, and after a change of topic.
 MISS_RATES = (0.07, 0.20, 0.35)
-# A column's title: it says that it is no speed.
+# Title of a column: the limit is not a measured speed.
 BANDWIDTH_LIMIT = "bandwidth limit, tok/s"
 
 
 def this_mac() -> Mac | None:
-    """This machine, with bandwidth 0 for a chip not in the table; None where it is no Mac."""
+    """This machine; None if it is not a Mac."""
     machine = describe()
     if machine.gpu_limit_bytes is None:
         return None
@@ -70,46 +69,49 @@ def this_mac() -> Mac | None:
 
 
 def find_macs(text: str) -> list[Mac]:
-    """Macs by memory, by chip, or by both: `256GB`, `M3 Ultra`, `M3 Ultra 256GB`."""
+    """Macs by memory, by chip, or by both: `256GB`, `M3 Ultra`, `M3 Ultra 256GB`.
+
+    Raises Qwen35Error for a chip without a memory size that is not in the table.
+    """
     match = re.fullmatch(r"(m\d+(?: (?:pro|max|ultra))?)?\s*(\d.*)?", text.strip().lower())
     if match and any(match.groups()):
         chip = (match[1] or "").title()
         memory = parse_memory(match[2]) / GIB if match[2] else None
         found = [m for m in MACS if chip in ("", m.chip) and memory in (None, m.memory_gib)]
-        if not found and memory is not None:
-            found = [_mac(chip, memory)]
+        if memory is not None:
+            found = found or [_mac(chip, memory)]
         if found:
             return found
     raise Qwen35Error(
-        "not a Mac that is known here",
+        "unknown Mac",
         got=repr(text),
-        expected="a memory, a chip or both, such as 256GB or M3 Ultra 256GB",
-        hint="chips that need no memory: " + ", ".join(sorted({mac.chip for mac in MACS})),
+        expected="a memory size, a chip or both, such as 256GB or M3 Ultra 256GB",
+        hint="chips without a memory size: " + ", ".join(sorted({mac.chip for mac in MACS})),
     )
 
 
 class Shared(NamedTuple):
-    """What each of several Macs has of a plan's model, the first one first, and how it is split."""
+    """The parts of a plan's model on several Macs, and how it is split; None for one Mac."""
 
     parts: list[Plan]
     split: Sharding | Pipeline | None
 
     @property
     def num_messages(self) -> int:
-        """Of a token."""
+        """Messages between the Macs for each token."""
         if isinstance(self.split, Pipeline):
             return len(self.parts)
         return 2 * self.parts[0].config.num_hidden_layers + 1
 
     def tokens_per_second(self, gbps: Sequence[float], context: int = 0) -> float:
-        """The bound that memory bandwidth sets: whole layers follow one another."""
+        """The bandwidth limit of decoding; Macs with whole layers work one after the other."""
         pairs = zip(self.parts, gbps, strict=True)
         seconds = [1 / tokens_per_second(part, each, context) for part, each in pairs]
         return 1 / (sum(seconds) if isinstance(self.split, Pipeline) else max(seconds))
 
 
 def share(plan: Plan, limits: Sequence[int]) -> Shared:
-    """The model on Macs whose GPUs may use so many bytes, as `qwen35-mlx cluster` splits it."""
+    """Split the model as `qwen35-mlx cluster` does, for Macs with these GPU limits in bytes."""
     if len(limits) == 1:
         return Shared([plan], None)
     runs = [e for e in plan.entries if not e.module.startswith(TOWER) or plan.config.vision]
@@ -121,7 +123,7 @@ def share(plan: Plan, limits: Sequence[int]) -> Shared:
 
 
 def _part(plan: Plan, split: Sharding | Pipeline) -> Plan:
-    """What one Mac has."""
+    """The part of the plan on one Mac."""
 
     def part(entry: Entry) -> Entry:
         held = [tensor for tensor in entry.tensors if split.holds(tensor.name)]
@@ -138,42 +140,42 @@ def _part(plan: Plan, split: Sharding | Pipeline) -> Plan:
 
 
 def running(plan: Plan, context: int, limit_bytes: int | None = None) -> MemoryCount:
-    """Memory in use when the plan's model runs; see `qwen35_mlx.memory`."""
+    """The memory in use when the plan's model runs; see `memory.count`."""
     return count(plan.config, plan.loaded_bytes, context, limit_bytes, activation_bytes(plan))
 
 
 def activation_bytes(plan: Plan) -> int:
-    """Of activations, keys and values: they have the type of the last norm."""
+    """Bytes per activation, key and value: they have the dtype of the last norm."""
     return next(ITEM_BYTES[e.dtype] for e in plan.text_entries if e.module.endswith("model.norm"))
 
 
 def bytes_per_token(plan: Plan, context: int = 0) -> int:
-    """Bytes read for one decoded token: resident weights, chosen experts, keys, values, states."""
+    """Bytes read to decode a token: resident weights, chosen experts, keys, values, states."""
     sizes = ((entry.module, entry.output_bytes) for entry in plan.text_entries)
     return decode_bytes(plan.config, sizes, context, activation_bytes(plan))
 
 
 def tokens_per_second(plan: Plan, gbps: float, context: int = 0) -> float:
-    """The bound that memory bandwidth sets on decoding; no program reaches it."""
+    """The bandwidth limit of decoding: an upper bound that no program reaches."""
     return gbps * 1e9 / bytes_per_token(plan, context)
 
 
 class FromDisk(NamedTuple):
-    """A model on a Mac that holds some of the experts: how many of each layer, and their bytes."""
+    """A model with some of its experts in memory: their number per layer, and their bytes."""
 
     num_slots: int
     pool_bytes: int
-    # One expert of one layer.
+    # Bytes of one expert of one layer.
     expert_bytes: int
 
 
 def from_disk(plan: Plan, mac: Mac, context: int) -> FromDisk | None:
-    """As many experts as fit; None where all do, or fewer than a token needs."""
+    """The experts that fit in a Mac's memory; None if all fit, or fewer than a token needs."""
     config = plan.config
     experts = sum(e.output_bytes for e in plan.text_entries if OF_EXPERTS in e.module)
     if not experts:
         return None
-    # The MTP layer is not loaded: drafts read more experts than they save passes.
+    # Without the MTP layer: with experts on disk, drafts make decoding slower.
     resident, limit = plan.loaded_bytes - experts - plan.mtp_bytes, mac.gpu_limit_bytes
     room = room_for_experts(config, resident, context, activation_bytes(plan), limit)
     slot_bytes = experts // config.num_experts
@@ -186,7 +188,7 @@ def from_disk(plan: Plan, mac: Mac, context: int) -> FromDisk | None:
 def from_disk_tps(
     plan: Plan, mac: Mac, found: FromDisk, miss_rate: float, ssd_gbps: float, context: int
 ) -> float:
-    """Tokens a second where the parts follow one another: compute, wait for routers, read."""
+    """Estimated tokens/s, if computing, waiting for routers and reading do not overlap."""
     config = plan.config
     experts = config.num_hidden_layers * config.num_experts_per_tok
     compute_s = bytes_per_token(plan, context) / (EFFICIENCY * mac.gbps * 1e9)

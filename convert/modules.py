@@ -3,8 +3,8 @@
 # N tokens, H hidden size.
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -18,18 +18,11 @@ EXPERTS, GLU = "mlp.switch_mlp.", ("gate_proj", "up_proj", "down_proj")
 Parts = dict[str, Quantized]
 
 
-@dataclass
-class Matrix:
-    """A module with a weight alone."""
-
-    weight: mx.array
-
-
 class Weights:
-    """Matrices by their paths."""
+    """Matrices by their paths; each is an object with a `weight`."""
 
     def __init__(self, weights: Mapping[str, mx.array]):
-        self.matrices = {path: Matrix(weight) for path, weight in weights.items()}
+        self.matrices = {path: SimpleNamespace(weight=w) for path, w in weights.items()}
 
 
 class Expert(Weights):

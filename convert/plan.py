@@ -1,4 +1,4 @@
-"""Plans a conversion: what becomes of each tensor, from headers, config and settings alone."""
+"""Plans a conversion: the output of each tensor, from headers, config and settings alone."""
 
 import hashlib
 import math
@@ -16,36 +16,35 @@ from qwen35_mlx.checkpoint.tensor_table import Role, Transform
 from qwen35_mlx.config import ModelConfig
 from qwen35_mlx.errors import Qwen35Error
 from qwen35_mlx.quant.affine import GROUP_SIZES, check_settings, quantized_shapes
-from qwen35_mlx.quant.statistics import Calibration
+from qwen35_mlx.quant.statistics import Calibration, Setting
 
 from .hub import open_any
 from .source import Source
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DEFAULT_BITS, ROUTER_BITS = 4, 8
-# Of the MTP layer, whatever the trunk has: its drafts are as good as with 8, and worse with 3.
+# Bits of the MTP layer at all bits of the trunk: 8 give no better drafts, 3 give worse ones.
 MTP_BITS = 4
 DEFAULT_METHOD = "minmax"
-# Starts from "gptq", which is also what becomes of what is not trained.
+# Training that starts from "gptq", which is also used for matrices that are not trained.
 DISTILL = "distill"
 MAX_SHARD_BYTES = 5 * 10**9
 
 # Bits, group size and method of one module.
-Setting = tuple[int, int, str]
+MethodSetting = tuple[int, int, str]
 # Module name to (bits, group_size), or to these and a method; None leaves the module unquantized.
-Recipe = Callable[[str], tuple[int, int] | Setting | None]
+Recipe = Callable[[str], Setting | MethodSetting | None]
 
-
-# Where an expert's matrices lie: one expert after the other in each stack, or side by side.
+# Order of the experts' matrices on disk: in stacks, or all matrices of an expert side by side.
 STACKED, DISK = "stacked", "disk"
 LAYOUTS = (STACKED, DISK)
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the output; `dtype` as safetensors spells it.
+    """One tensor of the output, with the dtype in the spelling of safetensors.
 
-    A stack with `is_apart` is written as a tensor for each expert.
+    is_apart: a stack of experts is written as one tensor per expert.
     """
 
     name: str
@@ -55,7 +54,7 @@ class OutputTensor:
 
     @property
     def names(self) -> list[str]:
-        """As in the file."""
+        """The names in the file."""
         if not self.is_apart:
             return [self.name]
         before, after = self.name.split(OF_EXPERTS)
@@ -68,11 +67,11 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """A module's weight: the source rows it is made of, and the tensors it becomes.
+    """The weight of a module: its rows in the source, and its output tensors.
 
-    Quantized, it becomes three tensors: weight, scales, biases. `dtype` is the dtype of the
-    weight, or of scales and biases when `bits` is set. Weights that the source holds quantized
-    have no `method`: their rows are copied, those of scales and biases by entries of their own.
+    A quantized weight has three output tensors: weight, scales and biases. `dtype` is that of the
+    weight, or with `bits`, of scales and biases. Without a `method`, the rows are copied: a weight
+    that is quantized in the source has separate entries for its scales and biases.
     """
 
     module: str
@@ -89,12 +88,12 @@ class Entry:
 
     @cached_property
     def num_rows(self) -> int:
-        """Source rows of all segments."""
+        """The number of source rows in all segments."""
         return sum(segment.stop_row - segment.start_row for segment in self.segments)
 
     @property
     def belongs_to_weight(self) -> bool:
-        """Whether it is copied scales or biases, and goes with the entry before."""
+        """Whether these are copied scales or biases; they belong to the entry before."""
         ends = (".scales", ".biases")
         return self.role is not Role.CARRIED and self.module.endswith(ends)
 
@@ -120,9 +119,9 @@ class Shard:
 
     @property
     def tensors(self) -> tuple[OutputTensor, ...]:
-        """Tensors in file order: experts, then the widest items: so every tensor is aligned."""
+        """Tensors in file order: separate experts, then by item size, so that all are aligned."""
         tensors = [tensor for entry in self.entries for tensor in entry.tensors]
-        # Experts keep their order: that of their layers, and of gate, up and down.
+        # The sort is stable: experts keep the order of their layers, and of gate, up and down.
         rank = {
             t: 0 if t.is_apart else ITEM_BYTES["U64"] + 1 - ITEM_BYTES[t.dtype] for t in tensors
         }
@@ -133,8 +132,8 @@ class Shard:
 class PlanRow:
     """One line of the printed plan: the same module of all layers, with their sums.
 
-    All carried tensors of a tower share one line without a shape, and so do those of the MTP layer,
-    shown as the largest of them is stored. The dtype of a dropped tensor is "dropped".
+    The tensors of the vision tower share one line without a shape. So do those of the MTP layer,
+    with the dtype and bits of the largest one. The dtype of a dropped tensor is "dropped".
     """
 
     name: str
@@ -150,14 +149,14 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole conversion. Bytes and parameters include carried tensors, but not dropped ones."""
+    """A planned conversion. Bytes and parameters include carried tensors, but not dropped ones."""
 
     source: Source
     config: ModelConfig
     # As requested: bits, group_size, dtype, recipe, method.
     settings: dict[str, Any]
     shards: tuple[Shard, ...]
-    # Heads that are not written, each with the part of the embedding that it must equal.
+    # Heads that are dropped, each with the embedding that it must equal.
     copies: tuple[tuple[SourceTensor, SourceTensor], ...]
 
     @property
@@ -166,7 +165,7 @@ class Plan:
 
     @property
     def text_entries(self) -> list[Entry]:
-        """Entries of the text model, without MTP layer and carried weights."""
+        """The entries of the text model, without the MTP layer and carried tensors."""
         return [e for e in self.entries if e.role is not Role.CARRIED and not is_mtp(e.module)]
 
     @property
@@ -183,19 +182,19 @@ class Plan:
 
     @property
     def tower_bytes(self) -> int:
-        """Of the vision tower, where there is one that runs."""
-        towers = [e for e in self.entries if e.module.startswith(TOWER)]
-        return sum(entry.output_bytes for entry in towers) if self.config.vision else 0
+        """Bytes of the vision tower if it can run, otherwise 0."""
+        tower = [e.output_bytes for e in self.entries if e.module.startswith(TOWER)]
+        return sum(tower) if self.config.vision else 0
 
     @property
     def mtp_bytes(self) -> int:
-        """Of the MTP layer, where there is one that runs."""
-        layer = [e for e in self.entries if is_mtp(e.module)]
-        return sum(entry.output_bytes for entry in layer) if self.config.num_mtp_layers else 0
+        """Bytes of the MTP layer if it can run, otherwise 0."""
+        layer = [e.output_bytes for e in self.entries if is_mtp(e.module)]
+        return sum(layer) if self.config.num_mtp_layers else 0
 
     @property
     def loaded_bytes(self) -> int:
-        """Of what is in memory when the model runs."""
+        """Bytes of the weights in memory when the model runs."""
         return self.text_bytes + self.mtp_bytes + self.tower_bytes
 
     @property
@@ -204,28 +203,28 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the text model per parameter; counts scales and biases."""
+        """Bits per weight of the text model, with scales and biases."""
         return 8 * self.text_bytes / sum(e.num_parameters for e in self.text_entries)
 
     @property
     def layout(self) -> str:
-        """Digest of the text model's names and shapes; the same for every fine-tuned copy."""
+        """A digest of the text model's names and shapes; equal for all fine-tuned copies."""
         text = sorted((entry.module, entry.shape) for entry in self.text_entries)
         return hashlib.sha256(repr(text).encode()).hexdigest()[:16]
 
     def refuse_other(self, calibration: Calibration | None) -> None:
-        """Raise for the calibration of another model."""
+        """Raise Qwen35Error if the calibration is of another model."""
         if calibration is not None and calibration.layout != self.layout:
             raise Qwen35Error(
                 "the calibration is of another model",
                 got=calibration.source,
                 expected=self.source.origin["source"],
-                hint="leave it out, or calibrate this one",
+                hint="omit it, or calibrate this model",
             )
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The `quantization` block of config.json; None when nothing is quantized."""
+        """The `quantization` block of config.json; None if nothing is quantized."""
         bits, group_size = self.settings["bits"], self.settings["group_size"]
         if bits is None:
             return None
@@ -239,7 +238,7 @@ class Plan:
         return block
 
     def table(self) -> tuple[PlanRow, ...]:
-        """The plan with layers folded to `*`, in the order of the output; dropped tensors last."""
+        """The plan with layer numbers replaced by `*`, in output order; dropped tensors last."""
         rows: dict[PlanRow, PlanRow] = {}
         mtp = [entry for entry in self.entries if is_mtp(entry.module)]
         largest = max(mtp, key=lambda entry: entry.num_parameters, default=None)
@@ -274,14 +273,15 @@ def plan(
     method: str = DEFAULT_METHOD,
     experts_layout: str = STACKED,
 ) -> Plan:
-    """Plan the conversion of `source`, a folder or a hub id. Reads config and headers only.
+    """Plan the conversion of `source`, a folder or a hub id; reads only config and headers.
 
-    Without `bits` and `dtype`: 4 bits; what MLX quantized stays as it is. `dtype` alone:
-    unquantized. Both: quantized, with scales and all other tensors in `dtype`. `recipe` decides
-    for each module; it can leave a router or the MTP layer unquantized, but not change the 8 bits
-    of the one and the 4 bits of the other. `method` is a method of `quantize`; to use "gptq", and
-    "search" with importance, give `convert` a calibration. `experts_layout` "disk" puts each
-    expert's matrices side by side, to be read at once; mlx-lm does not load that.
+    bits, dtype: without both, 4 bits, and a source that MLX quantized is copied. With `dtype`
+    alone, unquantized. With both, quantized, with scales and all other tensors in `dtype`.
+    recipe: the setting of each module. It may leave routers and the MTP layer unquantized, but not
+    change their bits, 8 and 4. method: one of `quantize`, or "distill"; "gptq", and importance for
+    "search", need a calibration in `convert`. experts_layout: "disk" stores the matrices of each
+    expert side by side, to read them at once; mlx-lm does not load it.
+    Raises Qwen35Error for a source or settings that cannot be used.
     """
     asked = [bits, dtype, recipe]
     if bits is None and (recipe is not None or dtype is None):
@@ -297,14 +297,15 @@ def plan(
     if any(match.quantization for match in found.text_matches):
         return _laid_out(_copy(opened, found, *asked), experts_layout)
 
-    def quantization(match: Match) -> Setting | None:
+    def setting_of(match: Match) -> MethodSetting | None:
         module, role = match.module, match.row.role
-        if role not in (Role.QUANTIZED, Role.ROUTER) or bits is None:
+        # The tower and the MTP layer may be quantized even if the text model is not.
+        if role not in (Role.QUANTIZED, Role.ROUTER) or bits is None or match.quantization:
             return None
         setting = (bits, group_size) if recipe is None else recipe(module)
         if setting is None:
             return None
-        # A recipe may leave the method to the whole conversion.
+        # Without a method in the recipe, that of the conversion.
         module_bits, module_group_size, module_method = (*setting, quantizer)[:3]
         check_settings(module_bits, module_group_size, module_method, where=module)
         if is_mtp(module):
@@ -313,14 +314,7 @@ def plan(
                 module_group_size = GROUP_SIZES[0]
         return ROUTER_BITS if role is Role.ROUTER else module_bits, module_group_size, module_method
 
-    entries = [
-        entry
-        for match in found.matches
-        # A tower may be quantized where the text is not.
-        for entry in (
-            _copied(match) if match.quantization else [_entry(match, quantization, dtype)]
-        )
-    ]
+    entries = [e for match in found.matches for e in _entries(match, setting_of(match), dtype)]
     _check_groups(entries)
     settings = {
         "bits": bits,
@@ -334,7 +328,7 @@ def plan(
 
 
 def _laid_out(planned: Plan, layout: str) -> Plan:
-    """The same plan with the experts of the trunk in this layout."""
+    """The plan with the experts in this layout; those of the MTP layer stay in stacks."""
     if layout not in LAYOUTS or (layout == DISK and not planned.config.is_moe):
         raise Qwen35Error(
             f"experts_layout={layout!r} is not possible",
@@ -354,27 +348,29 @@ def _laid_out(planned: Plan, layout: str) -> Plan:
 
 
 def _copy(source: Source, found: Resolved, bits: object, dtype: object, recipe: object) -> Plan:
-    """The plan for a source that MLX quantized: other names and rows, the same numbers."""
+    """The plan for a source that MLX quantized: changes names and order, but no values."""
     common = common_quantization(found.quantizations.values(), source.config)
     if bits not in (None, common.bits) or dtype is not None or recipe is not None:
         raise Qwen35Error(
-            "the source is quantized already: its weights cannot be quantized again",
+            "the source is already quantized: its weights cannot be quantized again",
             got=f"bits={bits}, dtype={dtype}, recipe={'given' if recipe else None}"
-            f" for weights of {common.bits} bits",
-            expected="neither bits nor dtype nor recipe: then its own are kept",
-            hint="for other bits convert from the bf16 checkpoint of the same model; this one runs"
-            " as it is",
+            f" for weights with {common.bits} bits",
+            expected="no bits, dtype or recipe, which keeps the quantization",
+            hint="for other bits, convert the bf16 checkpoint of the model; this one runs without"
+            " a conversion",
         )
-    entries = [entry for match in found.matches for entry in _copied(match)]
+    entries = [entry for match in found.matches for entry in _entries(match)]
     settings = {**common._asdict(), "dtype": None, "recipe": None, "method": None}
     return Plan(source, found.config, settings, _shards(entries), tuple(found.copies))
 
 
-def _copied(match: Match) -> list[Entry]:
-    """An entry for each tensor of a parameter, as stored."""
+def _entries(
+    match: Match, setting: MethodSetting | None = None, dtype: str | None = None
+) -> list[Entry]:
+    """One entry for a parameter; if it is quantized in the source, a copy of each tensor."""
     kind = match.quantization
     if kind is None:
-        return [_entry(match, lambda match: None, None)]
+        return [_entry(match, setting, dtype)]
     entries = []
     for part in match.parts:
         dtype, is_weight = part.segments[0].tensor.dtype, part.name == match.name
@@ -396,14 +392,13 @@ def _copied(match: Match) -> list[Entry]:
     return entries
 
 
-def _entry(
-    match: Match, quantization: Callable[[Match], Setting | None], dtype: str | None
-) -> Entry:
+def _entry(match: Match, setting: MethodSetting | None, dtype: str | None) -> Entry:
+    """The entry of a parameter that is not quantized in the source."""
     role, shape, segments = match.row.role, match.shape, match.segments
     module, stored = match.module, precision(segments[0].tensor)
     keeps = role is Role.CARRIED or (role is Role.DECAY and stored == "F32")
     code = stored if dtype is None or keeps else DTYPES[dtype]
-    bits, group_size, method = quantization(match) or (None, None, None)
+    bits, group_size, method = setting or (None, None, None)
     tensors = [OutputTensor(match.name, code, shape)]
     if bits and group_size:
         packed, scales = quantized_shapes(shape, bits, group_size)
@@ -416,7 +411,7 @@ def _entry(
 
 
 def _check_groups(entries: list[Entry]) -> None:
-    """Refuse quantized rows that are not a whole number of groups."""
+    """Raise Qwen35Error if a quantized row is not a whole number of groups."""
     quantized = [(fold(e.module), e.shape[-1], e.group_size) for e in entries if e.group_size]
     wrong = {name: (inputs, g) for name, inputs, g in quantized if inputs % g}
     if not wrong:
@@ -427,17 +422,17 @@ def _check_groups(entries: list[Entry]) -> None:
         f"group_size={group_size} does not divide the inputs of {len(wrong)} kinds of weights",
         got="".join(f"\n    {name}: {inputs} inputs" for name, (inputs, _) in wrong.items()),
         expected=f"group_size {' or '.join(map(str, fitting))}" if fitting else "multiples of 32",
-        hint="" if fitting else "no group size divides them all: convert with dtype alone",
+        hint="" if fitting else "no group size divides all of them: convert with dtype alone",
     )
 
 
 def _shards(entries: list[Entry]) -> tuple[Shard, ...]:
-    """Fill files in order; an entry larger than the limit gets a file of its own."""
+    """Split entries into files of up to MAX_SHARD_BYTES, or of one larger entry, in order."""
     groups: list[list[Entry]] = []
     filled = MAX_SHARD_BYTES
     experts = ""
     for entry in entries:
-        # All matrices of an expert must be in one file to lie side by side.
+        # Matrices that lie side by side must be in one file.
         before, experts = experts, entry.module.partition(OF_EXPERTS)[0]
         stays = entry.belongs_to_weight or (entry.tensors[0].is_apart and experts == before)
         if filled + entry.output_bytes > MAX_SHARD_BYTES and not stays:

@@ -1,4 +1,4 @@
-"""A picture of two diagrams, with matplotlib where it is installed."""
+"""Two diagrams as a PNG; needs matplotlib."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,10 @@ from qwen35_mlx.files import write_errors, write_file
 
 @contextmanager
 def picture(file: Path, inches: tuple[float, float]) -> Iterator[tuple[Any, Any, Any]]:
-    """A figure with its left and right axes, written as a PNG after the block."""
+    """A figure with its left and right axes, written to `file` as a PNG after the block.
+
+    Raises Qwen35Error without matplotlib, or if the file cannot be written.
+    """
     with extra("plot", "a picture needs matplotlib"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

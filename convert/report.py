@@ -1,4 +1,4 @@
-"""The page that `plan` prints under its table: disk and memory, and what every Mac makes of it."""
+"""What `plan` prints below its table: disk and memory, and on which Macs the model runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -46,38 +46,37 @@ from .plots import picture
 from .source import Source
 from .tasks import SLICE_BYTES, WORKERS, cut, peak_bytes
 
-# Of Macs whose memory is not known.
+# GPU limit of Macs without a known memory size.
 UNBOUNDED = 2**60
 CONTEXTS = (8_192, 32_768, 131_072, 262_144)
 FAMILY_BITS = (3, 4, 6, 8)
-# Width and height of what people show to a model.
+# Width and height of typical pictures.
 PICTURES = {
     "a photo of 12 MP": (4032, 3024),
     "a screenshot of 1920x1080": (1920, 1080),
     "a picture of 512x512": (512, 512),
 }
-# Areas in pixels that the released models take; a source with a file of its own says its own.
+# Minimum and maximum area of pictures in the released models, for a source without settings.
 FAMILY_PIXELS = (65_536, 16_777_216)
-# In the order in which a model is loaded where memory is short.
 NO_MTP = " no MTP"
-WAYS = "kv8: with --kv-bits 8; no MTP: without the layer that drafts"
+WAYS = "kv8: with --kv-bits 8; no MTP: without the MTP layer"
 NOTE = (
-    "fits: within the limit that macOS gives the GPU; sudo sysctl iogpu.wired_limit_mb=N: fits with"
-    f" that\nlimit raised; {WAYS};\n"
+    "fits: within macOS's default GPU limit; N=...: after sudo sysctl iogpu.wired_limit_mb=N;\n"
+    f"{WAYS};\n"
     "{bandwidth}: an upper bound at {context}, which no program reaches.\n"
     "Computed from sizes, not measured on these Macs."
 )
 
 SHARED_NOTE = (
-    "This is the first of {macs} such Macs that run the model together. The link is not counted: a"
-    " token takes\n{messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
+    "This is the first of {macs} such Macs that run the model together. The limit ignores the link:"
+    " a token\ntakes {messages} messages, which at 30 us each allow {bound:,.0f} tok/s."
 )
 EQUAL_PARTS = "each Mac has an equal part of every layer"
 
 
 @cache
 def family_source(name: str) -> Source:
-    """A released model that can be planned, not read: text model and tower in bfloat16."""
+    """A released model in bfloat16 with its tower, for `plan` only: its weights cannot be read."""
     raw = family_config(name)
     text = ModelConfig.from_hf(raw)
     config = replace(text, vision=VisionConfig.from_hf(raw, text.hidden_size))
@@ -90,14 +89,17 @@ def family_source(name: str) -> Source:
 
 
 def find_source(name: str, revision: str | None = None) -> str | Source:
-    """A released model by its name, from the family table; a folder or hub id as it is."""
+    """The source of a released model's name, from the family table; folders and hub ids as is.
+
+    Raises Qwen35Error for any other name.
+    """
     if Path(name).expanduser().exists() or revision:
         return name
     if member := find_member(name):
         return family_source(member.full_name)
     if "/" not in name:
         raise Qwen35Error(
-            f"{name} is neither a folder nor a released model",
+            f"{name} is not a folder or a released model",
             got=repr(name),
             expected="a folder, a hub id, or one of " + ", ".join(m.full_name for m in FAMILY),
         )
@@ -105,37 +107,37 @@ def find_source(name: str, revision: str | None = None) -> str | Source:
 
 
 def conversion_lines(planned: Plan, keep_source: bool = False) -> list[str]:
-    """Memory and disk while converting."""
+    """The memory and disk space that a conversion needs."""
     tasks = cut(planned)
     peak = peak_bytes(planned, tasks)
     lines = [
-        f"while converting: {peak / 1e6:,.0f} MB of memory at the peak ({WORKERS} slices of at most"
-        f" {SLICE_BYTES / 2**20:.0f} MiB of the source and what is made of them)"
+        f"conversion: peak memory {peak / 1e6:,.0f} MB ({WORKERS} slices of the source of at most"
+        f" {SLICE_BYTES / 2**20:.0f} MiB, with their output)"
     ]
     disk = planned.output_bytes + SPARE_BYTES
     if isinstance(planned.source, HubSource):
         fetched = source_disk_bytes(planned.source, tasks, keep_source)
         lines.append(
-            f"disk: {(disk + fetched) / 1e9:,.1f} GB, {planned.output_bytes / 1e9:,.1f} of them the"
-            f" output and {fetched / 1e9:,.1f} shards of the source on their way"
+            f"disk: {(disk + fetched) / 1e9:,.1f} GB, of which {planned.output_bytes / 1e9:,.1f} GB"
+            f" for the output and {fetched / 1e9:,.1f} GB for downloaded shards"
         )
     else:
-        lines.append(f"disk: {disk / 1e9:,.1f} GB for the output, beside the source")
+        lines.append(f"disk: {disk / 1e9:,.1f} GB for the output, in addition to the source")
     return lines
 
 
 def picture_lines(planned: Plan) -> list[str]:
-    """Tokens of pictures, and the memory that their features take; or that there is no tower."""
+    """The number of tokens of typical pictures, and the memory of their features."""
     vision = planned.config.vision
     if vision is None:
-        return ["no vision tower: the model reads text alone"]
-    # Sizes follow from these alone.
+        return ["no vision tower: the model reads text only"]
+    # Mean and standard deviation are empty: they do not affect the number of tokens.
     patches = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, (), ())
     try:
         settings = read_settings(planned.source.folder) or VisionSettings(*patches, *FAMILY_PIXELS)
     except ConfigError as error:
         return [f"pictures cannot be read: {first_line(error)}"]
-    rows = [("pictures: tokens of the context, memory of their features", "", "")]
+    rows = [("pictures: tokens in the context, memory of the features", "", "")]
     for name, (width, height) in PICTURES.items():
         tokens = math.prod(picture_size(height, width, settings)) // settings.factor**2
         feature_bytes = tokens * vision.out_hidden_size * activation_bytes(planned)
@@ -150,9 +152,9 @@ def mac_lines(
     kv_bits: str = AUTO,
     num_macs: int = 1,
 ) -> list[str]:
-    """For every Mac and context: fits, fits with a raised limit or smaller keys, or not.
+    """A table of whether the model fits, for each Mac and context, and the bandwidth limit.
 
-    Of several equal Macs that run the model together, this is about the first.
+    num_macs: equal Macs that run the model together; the table is for the first of them.
     """
     shared = share(with_kv(planned, kv_bits)[0], [UNBOUNDED] * num_macs)
     planned = first = shared.parts[0]
@@ -165,8 +167,8 @@ def mac_lines(
     rows = [
         ["Mac", "memory", "GPU limit", *(f"at {_tokens(c)}" for c in contexts), BANDWIDTH_LIMIT],
         ["memory when running", "", "", *(_gb(n.total) for n in needed), ""],
-        ["  attention scores of it", "", "", *(_gb(n.scores) for n in needed), ""],
-        ["  queries that have them at a time", "", "", *(f"{n.query_block:,}" for n in needed), ""],
+        ["  of which attention scores", "", "", *(_gb(n.scores) for n in needed), ""],
+        ["  queries per block of scores", "", "", *(f"{n.query_block:,}" for n in needed), ""],
     ]
     for mac in macs:
         fits = [_fits(mac, planned, c, kv_bits) for c in contexts]
@@ -189,7 +191,7 @@ def mac_lines(
 def unequal_lines(
     planned: Plan, macs: Sequence[Mac], context: int | None = None, kv_bits: str = AUTO
 ) -> list[str]:
-    """Different Macs that run the model together: what each has, and how it is split."""
+    """A table of different Macs that run the model together, with the part of each."""
     context = context or min(CONTEXTS[1], planned.config.context_length)
     check_context(planned.config, context)
     shared = share(with_kv(planned, kv_bits)[0], [mac.gpu_limit_bytes for mac in macs])
@@ -204,13 +206,13 @@ def unequal_lines(
     return [
         *aligned(rows),
         shared.split.note or EQUAL_PARTS,
-        f"{BANDWIDTH_LIMIT} at {_tokens(context)}: {bound}; a token takes {shared.num_messages}"
+        f"{BANDWIDTH_LIMIT} at {_tokens(context)}: {bound}; each token needs {shared.num_messages}"
         " messages",
     ]
 
 
 def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -> list[str]:
-    """Macs that hold some of the experts only: how many, and the speed to expect."""
+    """A table of Macs that hold only some of the experts in memory, with estimated speeds."""
     context = context or min(CONTEXTS[0], planned.config.context_length)
     known = [mac for mac in macs if mac.gbps]
     found = [(mac, held) for mac in known if (held := from_disk(planned, mac, context))]
@@ -230,10 +232,10 @@ def disk_lines(planned: Plan, macs: Sequence[Mac], context: int | None = None) -
         "",
         f"experts from disk (--experts-memory), at {_tokens(context)}:",
         *aligned(rows),
-        f"for an SSD of {ssd[0]:.1f} GB/s ({ssd[1]}), {EFFICIENCY:.0%} of the memory's bandwidth,"
-        f" {1000 * ROUTER_S:.2f} ms a layer for its router;",
-        f"published miss rates: {MISS_RATES[0]:.0%} within one topic, {MISS_RATES[-1]:.0%} after a"
-        " change of it",
+        f"for an SSD with {ssd[0]:.1f} GB/s ({ssd[1]}), {EFFICIENCY:.0%} of the memory bandwidth,"
+        f" and {1000 * ROUTER_S:.2f} ms per layer for the router;",
+        f"published miss rates: {MISS_RATES[0]:.0%} for one topic, {MISS_RATES[-1]:.0%} after a"
+        " change of topic",
     ]
 
 
@@ -245,9 +247,9 @@ def family_lines(
     kv_bits: str = AUTO,
     num_macs: int = 1,
 ) -> list[str]:
-    """The released models on a machine: sizes, and contexts that fit, at several widths.
+    """A table of the released models on a machine: sizes and contexts that fit, for several bits.
 
-    With `settings`, which gives those of `plan`, for these alone.
+    settings: gives the settings of `plan` for a source, instead of several bits.
     """
     rows = [["model", *([f"{bits}-bit" for bits in FAMILY_BITS] if not settings else ["as asked"])]]
     for member in FAMILY:
@@ -263,14 +265,14 @@ def family_lines(
         *aligned(rows),
         f"size, and {asked}",
         _raised_note(memory_bytes),
-        "then plan NAME for one of them",
+        "For details of a model: plan NAME",
     ]
 
 
 def fitting_lines(
     memory_bytes: int, where: str, context: int | None, kv_bits: str = AUTO
 ) -> list[str]:
-    """For every released model the recipe of most bits that fits this memory."""
+    """A table of the released models, with the recipe of the most bits that fits the memory."""
     ways: dict[str, dict[str, Any]] = {"unquantized": dict(dtype="bfloat16")}
     ways |= {f"--recipe {name}": dict(recipe=recipe(name)) for name in RECIPES}
     context = context or DEFAULT_CONTEXT
@@ -279,12 +281,12 @@ def fitting_lines(
         source = family_source(member.full_name)
         row = [member.full_name, "no recipe", "", "", ""]
         smallest, *others = reversed(ways)
-        # The smallest first: where it does not fit, nothing does.
+        # The smallest first: if it does not fit, nothing does.
         if _need(plan(source, **ways[smallest]), memory_bytes, context, kv_bits):
             for name in [*reversed(others), smallest]:
                 planned = plan(source, **ways[name])
                 need = _need(planned, memory_bytes, context, kv_bits)
-                # The layer that drafts is worth more than a few bits.
+                # The MTP layer is worth more than a few bits.
                 if need and (name == smallest or not need[1].endswith(NO_MTP)):
                     bits = f"{planned.bits_per_weight:.2f}"
                     row[1:] = [name + need[1], bits, _gb(planned.output_bytes), _gb(need[0])]
@@ -294,7 +296,7 @@ def fitting_lines(
         f"{memory_bytes / GIB:.0f} GB of memory: {where}, with a context of {context:,} tokens",
         *aligned(rows),
         _raised_note(memory_bytes),
-        "convert SRC OUT --fit MEMORY spends what is left on the tensors that lose most",
+        "convert SRC OUT --fit MEMORY uses the remaining memory for the most sensitive tensors",
     ]
 
 
@@ -304,14 +306,14 @@ def _raised_note(memory_bytes: int) -> str:
 
 
 def with_kv(planned: Plan, kv_bits: str) -> list[Plan]:
-    """The plan with keys and values in these bits; the first one that fits is taken."""
+    """The plan with the possible bits of keys and values; the first one that fits is used."""
     return [replace(planned, config=config) for config in kv_choices(planned.config, kv_bits)]
 
 
 def _need(planned: Plan, memory_bytes: int, context: int, kv_bits: str) -> tuple[int, str] | None:
-    """Bytes in use, and what has to be done for them; None if too much.
+    """The bytes in use, and what is necessary to make the model fit; None if it does not fit.
 
-    That is * where the GPU's limit has to be raised, then what `load` does in this order.
+    "*": raise the GPU limit. Then what `load` does, in its order: " kv8", " no MTP".
     """
     check_context(planned.config, context)
     ways = [(planned, "")]
@@ -328,7 +330,7 @@ def _need(planned: Plan, memory_bytes: int, context: int, kv_bits: str) -> tuple
 
 
 def _longest(planned: Plan, memory_bytes: int, context: int | None, kv_bits: str) -> str:
-    """Size, and the longest of the contexts that fits; one that needs no raised limit is better."""
+    """The size, and the longest context that fits; those without a raised limit come first."""
     contexts = [context] if context else CONTEXTS
     needs = {c: _need(planned, memory_bytes, c, kv_bits) for c in contexts}
     fitting = [(not need[1], c, need[1]) for c, need in needs.items() if need]
@@ -355,7 +357,7 @@ def _tokens(context: int) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns: the first to the left, the others to the right."""
+    """Lines of a table: the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -363,7 +365,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw(planned: Plan, file: Path) -> None:
-    """The page as a picture: where the bytes are, and memory against the limits of Macs."""
+    """Draw a PNG: the largest modules, and the memory compared with the limits of Macs."""
     with picture(file, (12, 6.5)) as (figure, left, right):
         _draw_bytes(left, planned)
         _draw_macs(right, planned)

@@ -20,19 +20,19 @@ chat_template.jinja chat_template.json additional_chat_templates/*.jinja generat
 preprocessor_config.json video_preprocessor_config.json processor_config.json LICENSE*
 """.split()
 TEMPLATE_FOLDER = "additional_chat_templates"
-# What a weight may be stored as; numpy has no bfloat16 and no float8, so their bits travel.
+# numpy has no bfloat16 and no float8: their bits are read as integers.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def companion_name(path: Path) -> str:
-    """The name of a companion in the output: of folders, only that of more templates is kept."""
+    """The name of a companion file in the output; the only possible folder is that of templates."""
     folder = path.parent.name
     return f"{folder}/{path.name}" if folder == TEMPLATE_FOLDER else path.name
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint: parsed config.json, every tensor by name, and where it comes from."""
+    """A checkpoint: its folder, the parsed config.json, and all tensors by name."""
 
     folder: Path
     config: dict[str, Any]
@@ -40,12 +40,12 @@ class Source:
 
     @cached_property
     def resolved(self) -> Resolved:
-        """The parameter of the model that each tensor is."""
+        """The parameters of the model, matched to the tensors."""
         return resolve(self.config, self.tensors)
 
     @property
     def origin(self) -> dict[str, str]:
-        """Name of its folder, or repository and revision in a hub cache."""
+        """The name of the folder; in a hub cache, repository and revision."""
         folder = self.folder.resolve()
         repository = folder.parent.parent.name
         if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -59,7 +59,7 @@ class Source:
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     def fingerprints(self) -> dict[str, str]:
-        """What tells each weight file from another version of it, by name."""
+        """A value for each weight file, by name, that changes with the file."""
         return {file.name: _fingerprint(file) for file in self.files}
 
     def companions(self) -> list[Path]:
@@ -69,13 +69,16 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Read config.json, the index and all headers of `folder`; no weight is read."""
+    """Read config.json, the index and all headers of `folder`, but no weights.
+
+    Raises ConfigError or CheckpointError.
+    """
     check_folder(folder, "a hub id is written OWNER/NAME")
     return Source(folder, read_config(folder), read_headers(folder, strict=True))
 
 
 def check_folder(folder: Path, hint: str = "") -> None:
-    """Refuse what is no folder."""
+    """Raise CheckpointError if `folder` is not a folder."""
     if not folder.is_dir():
         raise CheckpointError(
             f"no checkpoint at {folder}",
@@ -86,7 +89,7 @@ def check_folder(folder: Path, hint: str = "") -> None:
 
 
 def read_rows(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop` as stored, `[rows, last dim]`; reads only their bytes."""
+    """Read rows `start` to `stop` as stored, `[rows, last dim]`. Raises CheckpointError."""
     buffer = np.empty((stop - start) * tensor.row_bytes, dtype=np.uint8)
     view, filled = buffer.data, 0
     try:
@@ -101,18 +104,18 @@ def read_rows(tensor: SourceTensor, start: int, stop: int) -> np.ndarray:
             f"{tensor.file.name} ends inside tensor {tensor.name}",
             got=f"{filled} bytes",
             expected=f"{len(view)} bytes of rows {start} to {stop}",
-            hint="the file changed while it was read: start again",
+            hint="the file changed during the conversion: start again",
         )
     return buffer.view(NUMPY_DTYPES.get(tensor.dtype, "<u1")).reshape(stop - start, -1)
 
 
 def as_mlx(rows: np.ndarray, dtype: str) -> mx.array:
-    """Rows of a float tensor stored as `dtype`, for MLX."""
+    """Rows from `read_rows` of a float tensor as an MLX array; `dtype`: the stored one."""
     array = mx.array(rows)
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
 def _fingerprint(file: Path) -> str:
-    """Length, time of change and header: all but the weights themselves."""
+    """The size of a file, its time of modification, and a digest of its header."""
     stat, digest = file.stat(), hashlib.sha256(raw_header(file)).hexdigest()[:16]
     return f"{stat.st_size} bytes, changed at {stat.st_mtime_ns}, header {digest}"

@@ -1,4 +1,4 @@
-"""Cuts a plan into tasks that can be done independently, one source file after the other."""
+"""Cuts a plan into independent tasks, ordered by source file."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,21 +10,21 @@ from qwen35_mlx.checkpoint.tensor_table import Transform
 
 from .plan import Entry, OutputTensor, Plan
 
-# Most bytes that a task reads.
+# Maximum bytes that a task reads.
 SLICE_BYTES = 32 * 2**20
-# FP8 becomes float32 before it is rounded.
+# FP8 is converted to float32.
 FP8_GROWTH = 4
-# Threads; each does one task at a time.
+# Number of threads; each runs one task at a time.
 WORKERS = 2
-# Measured on Linux: Python with its libraries, and what the plan holds for each task and tensor.
+# Measured on Linux: memory of Python with its libraries, and of each task and tensor in the plan.
 PROGRAM_BYTES, LISTED_BYTES = 50 * 10**6, 1000
-# Twelve float32 copies of a chunk of 2**20 weights.
+# Memory of the method "search": twelve float32 copies of 2**20 weights.
 SEARCH_BYTES = 12 * 4 * 2**20
 
 
 @dataclass(frozen=True)
 class Task:
-    """Converts rows of one source tensor into rows of an entry's tensors, from `row` on."""
+    """Converts rows of one source tensor to rows of an entry's output tensors, from `row` on."""
 
     index: int
     shard: int
@@ -41,15 +41,15 @@ class Task:
         return self.entry.output_bytes // self.entry.num_rows * self.num_rows
 
     def outputs(self) -> list[tuple[OutputTensor, int, int]]:
-        """Each output tensor with the first byte and the number of bytes to write."""
+        """Each output tensor, with the first byte and the number of bytes to write."""
         row_bytes = [(t, t.nbytes // self.entry.num_rows) for t in self.entry.tensors]
         return [(t, self.row * nbytes, self.num_rows * nbytes) for t, nbytes in row_bytes]
 
 
 def cut(plan: Plan) -> list[Task]:
-    """All tasks, ordered so that each source file is needed for as short a time as possible.
+    """All tasks of a plan, ordered so that each source file is used for a short time.
 
-    A task waits for the last of its files: scales may be stored in another file than weights.
+    The key is the last file of a task: scales and weights may be in different files.
     """
     rank = {file: i for i, file in enumerate(plan.source.files)}
 
@@ -68,7 +68,7 @@ def cut(plan: Plan) -> list[Task]:
 
 
 def entry_tasks(entry: Entry, shard: int = 0) -> Iterator[Task]:
-    """The tasks of one entry; each reads at most SLICE_BYTES, where rows can be separated."""
+    """The tasks of one entry. Each reads at most SLICE_BYTES, unless it needs all rows at once."""
     done = 0
     for segment in entry.segments:
         start, stop = segment.start_row, segment.stop_row
@@ -83,7 +83,7 @@ def entry_tasks(entry: Entry, shard: int = 0) -> Iterator[Task]:
 
 
 def uses(tasks: Sequence[Task]) -> dict[Path, tuple[int, int]]:
-    """Positions of the first and the last task that need each file, in the order of the first."""
+    """The indices of the first and the last task that need each file, sorted by the first."""
     first: dict[Path, int] = {}
     last: dict[Path, int] = {}
     for i, task in enumerate(tasks):
@@ -94,7 +94,7 @@ def uses(tasks: Sequence[Task]) -> dict[Path, tuple[int, int]]:
 
 
 def fetched_bytes(tasks: Sequence[Task], file_bytes: Mapping[str, int]) -> int:
-    """Peak bytes of source files on disk: the files in use, and the next one."""
+    """Peak bytes of downloaded source files on disk: the files in use, and the next one."""
     periods = list(uses(tasks).items())
     peak = 0
     for i, (_, (now, _)) in enumerate(periods):
@@ -105,19 +105,19 @@ def fetched_bytes(tasks: Sequence[Task], file_bytes: Mapping[str, int]) -> int:
 
 
 def peak_bytes(plan: Plan, tasks: Sequence[Task]) -> int:
-    """Peak resident memory of a conversion: the program, its lists, and a task in each thread."""
+    """Peak memory of a conversion: the program, its lists, and one task in each thread."""
     listed = LISTED_BYTES * (len(tasks) + len(plan.source.tensors))
     return PROGRAM_BYTES + listed + WORKERS * max(map(_held_bytes, tasks))
 
 
 def _held_bytes(task: Task) -> int:
-    """Peak memory of one task."""
+    """Peak memory of a task."""
     segment, entry = task.segment, task.entry
     stored, num_weights = segment.nbytes, segment.nbytes // ITEM_BYTES[segment.tensor.dtype]
     # FP8: bytes, float32 in numpy and in MLX, bfloat16.
     held = stored + num_weights * (4 + 4 + 2) if segment.scale else 2 * stored
     if entry.dtype != precision(segment.tensor):
-        # The cast, and the check for numbers out of range.
+        # The cast, and the check for values outside of the range.
         held += num_weights * (ITEM_BYTES[entry.dtype] + 3)
     if entry.bits is None:
         return held

@@ -1,4 +1,4 @@
-"""Turns source rows into output rows: dequantize FP8, transform, cast, quantize."""
+"""Converts source rows to output rows: dequantize FP8, transform, cast, quantize."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from .source import as_mlx, read_rows
 from .tasks import Task, entry_tasks
 
 MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-# Magnitude bits of a stored number, and the least that is not finite.
+# A mask for the bits of the magnitude, and the lowest magnitude that is not finite.
 NOT_FINITE = {
     "F32": (0x7FFFFFFF, 0x7F800000),
     "F16": (0x7FFF, 0x7C00),
@@ -32,7 +32,7 @@ NOT_FINITE = {
 
 
 class Known(NamedTuple):
-    """What is known of the source beside its tensors."""
+    """What changes or improves the conversion of a source's tensors."""
 
     calibration: Calibration | None = None
     adapter: Adapter | None = None
@@ -43,13 +43,16 @@ NOTHING = Known()
 
 
 def read_entry(entry: Entry) -> mx.array:
-    """The whole output tensor of an entry that is not quantized."""
+    """Read and transform the whole output tensor of an entry that is not quantized."""
     parts = [transform(task, read_segment(task.segment))[0] for task in entry_tasks(entry)]
     return mx.concatenate(parts).reshape(entry.shape)
 
 
 def read_segment(segment: Segment) -> np.ndarray:
-    """The rows of a segment: as stored, or FP8 times its scales in float32."""
+    """Read the rows of a segment `[rows, columns]`: as stored, or FP8 times its scales in float32.
+
+    Raises CheckpointError for values that are not finite.
+    """
     rows = read_rows(segment.tensor, segment.start_row, segment.stop_row)
     _check_finite(rows, segment.tensor.dtype, segment)
     if segment.scale is None or segment.block is None:
@@ -62,32 +65,35 @@ def read_segment(segment: Segment) -> np.ndarray:
 
 
 def transform(task: Task, rows: np.ndarray, known: Known = NOTHING) -> list[mx.array]:
-    """The output rows of a task: the weight, or weight, scales and biases."""
+    """The output rows of a task, from source rows: the weight, or weight, scales and biases.
+
+    Raises CheckpointError for weights that cannot be cast or quantized.
+    """
     entry, segment, adapter = task.entry, task.segment, known.adapter
     if known.distilled and (
         found := known.distilled.rows(entry.module, task.row, task.row + task.num_rows)
     ):
         return found
     if segment.tensor.dtype not in NOT_FINITE:
-        # Quantized already: bytes that nothing is known of.
+        # Already quantized: the bytes are copied.
         return [mx.array(rows)]
     if segment.scale is None:
         x = as_mlx(rows, segment.tensor.dtype)
     else:
         x = mx.array(rows).astype(mx.bfloat16)
     if entry.transform is Transform.ADD_ONE:
-        # fp32: the sum needs digits that bf16 has no room for, and dtype may be float32.
+        # fp32: bf16 has too few digits for the sum, and the output may be float32.
         x = x.astype(mx.float32) + 1
     elif entry.transform is Transform.CHANNELS_LAST:
         x = x.reshape(segment.tensor.shape).moveaxis(1, -1)
     if adapter and entry.module in adapter.changes:
-        # fp32: the change is smaller than what bf16 or a few bits can tell apart.
+        # fp32: the change may be smaller than the precision of bf16.
         x = adapter.changes[entry.module].of_rows(x, task.row)
     dtype = MLX_DTYPES[entry.dtype]
     if x.dtype != dtype:
         x = x.astype(dtype)
         if not mx.all(mx.isfinite(x)).item():
-            raise _unusable(segment, f"has values out of the range of {dtype}")
+            raise _unusable(segment, f"has values outside the range of {dtype}")
     parts: list[mx.array] = [x]
     if entry.method is not None:
         try:
@@ -102,10 +108,10 @@ def transform(task: Task, rows: np.ndarray, known: Known = NOTHING) -> list[mx.a
 def quantize_rows(
     rows: mx.array, entry: Entry, start: int, calibration: Calibration | None
 ) -> Quantized:
-    """Quantize rows of an entry, the first of which is its row `start`.
+    """Quantize rows of an entry, `[rows, inputs]`; the first one is row `start` of the entry.
 
-    An expert's rows are quantized by the statistics of that expert's inputs. Without a Hessian, as
-    for an embedding, "gptq" falls back to "search".
+    The rows of an expert are quantized with the statistics of its own inputs. Without a Hessian, as
+    for an embedding, the method "search" replaces "gptq".
     """
     bits, group_size, method = entry.bits, entry.group_size, entry.method
     assert bits and group_size and method
@@ -118,7 +124,7 @@ def quantize_rows(
         return quantize(rows, bits, group_size, "search", moments)
 
     moments, hessian = calibration.of(entry.module)
-    # Of experts that share a Hessian, its factor is too.
+    # Experts that share a Hessian are quantized together.
     is_shared = method == "gptq" and hessian is not None and hessian.ndim == 2
     if moments is None or moments.ndim == 1 or is_shared:
         return calibrated(rows, moments, hessian)
@@ -128,7 +134,7 @@ def quantize_rows(
         expert, row_of_expert = divmod(row, rows_per_expert)
         num_whole = (stop - row) // rows_per_expert if row_of_expert == 0 else 0
         if method == "gptq" and hessian is not None and num_whole:
-            # Error feedback takes as many steps for a stack of experts as for one.
+            # GPTQ takes the same number of steps for a stack of experts as for one.
             end = row + num_whole * rows_per_expert
             stack = rows[row - start : end - start].reshape(num_whole, rows_per_expert, -1)
             part = joined([calibrated(stack, None, hessian[expert : expert + num_whole])], [-1])
@@ -147,13 +153,13 @@ def _check_finite(rows: np.ndarray, dtype: str, segment: Segment) -> None:
         return
     mask, limit = NOT_FINITE[dtype]
     if largest_bits(rows.view(f"<u{rows.itemsize}"), mask) >= limit:
-        raise _unusable(segment, "holds values that are not finite")
+        raise _unusable(segment, "has values that are not finite")
 
 
 def _unusable(segment: Segment, problem: str) -> CheckpointError:
     return CheckpointError(
         f"tensor {segment.tensor.name} {problem}",
         got=f"nan or inf in rows {segment.start_row} to {segment.stop_row - 1}",
-        expected="finite numbers",
-        hint=f"look at {segment.tensor.file.name}: the download may be damaged",
+        expected="finite values",
+        hint=f"download {segment.tensor.file.name} again: it may be damaged",
     )

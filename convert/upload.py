@@ -1,4 +1,4 @@
-"""Sends a converted folder to the hub: weights a file a commit, so that a stop loses one file."""
+"""Uploads a converted folder to the hub, one commit for each file of weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,22 +19,25 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be sent."""
+    """A folder to upload, with its model card."""
 
     folder: Path
     repo: str
     card: str
-    # Names, with the SHA-256 of those that config.json knows.
+    # File names, with their SHA-256 if config.json has it, otherwise "".
     files: Mapping[str, str]
 
     @property
     def num_bytes(self) -> int:
-        """Of all files but the card."""
+        """Bytes of all files except the card."""
         return sum((self.folder / name).stat().st_size for name in self.files)
 
 
 def prepare(folder: Path, repo: str) -> Upload:
-    """Read the folder, and its source's licence where no file tells it; nothing is sent."""
+    """Prepare the upload of `folder` to the repository `repo`, without sending anything.
+
+    The licence is from the folder, or from the source's card on the hub. Raises Qwen35Error.
+    """
     if not is_repository(repo):
         raise Qwen35Error("not the name of a repository", got=repr(repo), expected="OWNER/NAME")
     card = model_card(folder, repo)
@@ -44,7 +47,7 @@ def prepare(folder: Path, repo: str) -> Upload:
 
 
 def _licence_of_source(card: str) -> str | None:
-    """What the card of the source on the hub says."""
+    """The licence in the card of the source on the hub."""
     from huggingface_hub import HfApi
 
     source = card.partition('\nbase_model: "')[2].partition('"')[0]
@@ -54,15 +57,15 @@ def _licence_of_source(card: str) -> str | None:
 
 
 def upload(given: Upload, private: bool = True, progress: ByteProgress | None = None) -> str:
-    """Send what the hub does not have yet, and compare all checksums; returns the address.
+    """Send the files that the hub does not have, and compare all checksums; returns the URL.
 
-    The folder is first compared with its own checksums. The card and the small files come last,
-    so that a repository that has them is complete.
+    First verifies the folder. The card and the small files are sent last, so that a repository
+    with a card is complete. Raises CheckpointError if files are damaged or cannot be sent.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    # Beside ours.
+    # Our own progress bar is shown.
     disable_progress_bars()
     verify(given.folder, progress)
     api, repo = HfApi(), given.repo
@@ -83,7 +86,7 @@ def upload(given: Upload, private: bool = True, progress: ByteProgress | None = 
             progress(done, given.num_bytes, "", files[0][0])
 
         def send(files: list[Any] = files) -> None:
-            # Made anew for each try: one that was sent cannot be sent again.
+            # Created for each attempt: a CommitOperationAdd can be sent only once.
             additions = [CommitOperationAdd(name, content) for name, content in files]
             names = files[0][0] if len(files) == 1 else "configuration and card"
             api.create_commit(repo, additions, commit_message=f"Upload {names}")
@@ -92,16 +95,16 @@ def upload(given: Upload, private: bool = True, progress: ByteProgress | None = 
         done += sum(path.stat().st_size for _, path in files if isinstance(path, Path))
     if wrong := _missing(given, listing_of(call(listing))):
         raise CheckpointError(
-            f"{repo} does not have the bytes of {given.folder}",
+            f"the files in {repo} differ from those in {given.folder}",
             got=", ".join(wrong[:5]),
-            expected="the checksums of the files",
-            hint="send it again",
+            expected="equal checksums",
+            hint="repeat the command",
         )
     return str(url)
 
 
 def _unwrapped(action: Any) -> Any:
-    """What went wrong in one of huggingface_hub's threads, as itself."""
+    """Call `action`; raises the cause of an error that a thread of huggingface_hub wrapped."""
     try:
         return action()
     except RuntimeError as error:
@@ -109,12 +112,12 @@ def _unwrapped(action: Any) -> Any:
 
 
 def _missing(given: Upload, there: Mapping[str, HubFile]) -> list[str]:
-    """Files that the hub lacks, or has with other bytes."""
+    """Names of the files that the hub does not have, or has with another checksum."""
 
     def differs(name: str, known: str) -> bool:
         if (found := there.get(name)) is None:
             return True
-        # A folder that was verified is not read again.
+        # Known checksums were verified: these files need not be read again.
         own = known if found.in_lfs and known else checksum(given.folder / name, found.in_lfs)
         return own != found.checksum
 

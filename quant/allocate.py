@@ -24,12 +24,11 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Allocation:
-    """The option of each tensor, their sums, and a lower bound of the sum of errors."""
+    """The option of each tensor, and the sums of their bytes and errors."""
 
     options: dict[str, Option]
     nbytes: int
     error: float
-    lower_bound: float
 
 
 def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Allocation:
@@ -57,8 +56,7 @@ def allocate(tables: Mapping[str, Sequence[Option]], budget_bytes: int) -> Alloc
     _spend(hulls, chosen, budget_bytes - _nbytes(hulls, chosen))
     picked = {name: o[k] for name, o, k in zip(names, hulls, chosen, strict=True)}
     error = math.fsum(option.error for option in picked.values())
-    bound = min(_lower_bound(hulls, spare), error)
-    return Allocation(picked, _nbytes(hulls, chosen), error, bound)
+    return Allocation(picked, _nbytes(hulls, chosen), error)
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:
@@ -116,24 +114,3 @@ def _spend(hulls: list[list[Option]], chosen: list[int], spare: int) -> None:
         _, i, j = max(gains)
         spare -= hulls[i][j].nbytes - hulls[i][chosen[i]].nbytes
         chosen[i] = j
-
-
-def _lower_bound(hulls: list[list[Option]], spare: int) -> float:
-    """The lowest error if each tensor could mix its options (the linear relaxation)."""
-    error, slopes = 0.0, []
-    for options in hulls:
-        error += options[0].error
-        k = 0
-        while k < len(options) - 1:
-            # The largest reduction per byte is the next corner of the lower convex hull.
-            rates = [
-                (options[k].error - o.error) / (o.nbytes - options[k].nbytes)
-                for o in options[k + 1 :]
-            ]
-            j = k + 1 + int(np.argmax(rates))
-            slopes.append((max(rates), options[j].nbytes - options[k].nbytes))
-            k = j
-    for rate, nbytes in sorted(slopes, reverse=True):
-        taken = min(nbytes, spare)
-        error, spare = error - rate * taken, spare - taken
-    return max(error, 0.0)

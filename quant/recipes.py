@@ -1,4 +1,4 @@
-"""Mixed settings that need no calibration, and the sensitivities assumed without measurement."""
+"""Recipes of mixed bits that need no calibration, and the assumed sensitivities of tensors."""
 
 import re
 from collections.abc import Callable

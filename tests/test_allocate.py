@@ -33,6 +33,25 @@ def best_error(tables: dict[str, list[Option]], budget: int) -> float:
     )
 
 
+def lower_bound(tables: dict[str, list[Option]], budget: int) -> float:
+    """The error that no choice is below: at any price of a byte, the cheapest choice, less budget.
+
+    The bound is concave in the price; a search by thirds finds its maximum.
+    """
+
+    def at(exponent: float) -> float:
+        price = 10**exponent
+        cheapest = (min(o.error + price * o.nbytes for o in options) for options in tables.values())
+        return sum(cheapest) - price * budget
+
+    low, high = -10.0, 1.0
+    for _ in range(30):
+        third = (high - low) / 3
+        better_right = at(low + third) < at(high - third)
+        low, high = (low + third, high) if better_right else (low, high - third)
+    return at(low)
+
+
 def sizes(tables: dict[str, list[Option]]) -> tuple[int, int]:
     smallest = sum(min(o.nbytes for o in options) for options in tables.values())
     return smallest, sum(max(o.nbytes for o in options) for options in tables.values())
@@ -47,11 +66,10 @@ def test_no_choice_within_the_budget_has_less_error(seed):
         assert found.nbytes == sum(o.nbytes for o in found.options.values()) <= budget
         assert found.error == pytest.approx(sum(o.error for o in found.options.values()))
         assert found.error == pytest.approx(best_error(tables, budget), rel=1e-9)
-        assert found.lower_bound <= found.error * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_sizes_without_a_common_unit_stay_within_the_stated_bound(seed):
+def test_sizes_without_a_common_unit_lose_at_most_a_percent(seed):
     rng = np.random.default_rng(seed)
     tables = {
         name: [o._replace(nbytes=o.nbytes * 10**6 + int(rng.integers(10**6))) for o in options]
@@ -62,7 +80,7 @@ def test_sizes_without_a_common_unit_stay_within_the_stated_bound(seed):
         found = allocate(tables, budget)
         best = best_error(tables, budget)
         assert found.nbytes <= budget
-        assert found.lower_bound <= best * (1 + 1e-9)
+        assert lower_bound(tables, budget) <= best * (1 + 1e-9)
         assert found.error <= best * 1.01
 
 
@@ -95,18 +113,6 @@ def test_bytes_that_rounding_left_over_go_where_they_help_most(monkeypatch):
     assert found.nbytes == 40
 
 
-def test_the_bound_stays_below_the_best_where_units_are_too_coarse_to_find_it(monkeypatch):
-    monkeypatch.setattr(module, "MAX_UNITS", 2)
-    num_missed = 0
-    for seed in range(10):
-        tables = random_tables(seed, num=5, step=1024)
-        low, high = sizes(tables)
-        found, best = (f(tables, (low + high) // 2) for f in (allocate, best_error))
-        assert found.lower_bound <= best * (1 + 1e-9)
-        num_missed += found.error > best * 1.01
-    assert num_missed
-
-
 def test_many_tensors_fill_the_budget_and_come_close_to_the_bound():
     tables = random_tables(3, num=700, step=2**20)
     low, high = sizes(tables)
@@ -114,7 +120,7 @@ def test_many_tensors_fill_the_budget_and_come_close_to_the_bound():
         budget = int(low + share * (high - low)) + 12345
         found = allocate(tables, budget)
         assert found.nbytes <= budget
-        assert found.error <= found.lower_bound * 1.002
+        assert found.error <= lower_bound(tables, budget) * 1.002
         if share < 0.5:
             assert found.nbytes >= 0.999 * budget
 

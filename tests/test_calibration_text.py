@@ -66,7 +66,7 @@ def test_text_becomes_rows_of_equal_length(tmp_path):
     config = json.loads((small / "config.json").read_text())
     config["text_config"]["vocab_size"] = 80
     (small / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Qwen35Error, match="not in the model.s vocabulary"):
+    with pytest.raises(Qwen35Error, match=r"not in the model.s vocabulary"):
         encode(small, text)
 
 

@@ -373,7 +373,7 @@ def put(name: str, row: int, value: float):
 def test_a_weight_that_is_not_finite_is_named_in_every_precision(tmp_path, dtype, value):
     name = f"{TRUNK}layers.2.input_layernorm.weight"
     write_checkpoint(tmp_path / "src", dtype=dtype, change=put(name, 0, value))
-    with pytest.raises(Qwen35Error, match=f"tensor {name} holds values that are not finite"):
+    with pytest.raises(Qwen35Error, match=f"tensor {name} has values that are not finite"):
         convert(tmp_path / "src", tmp_path / "out")
 
 
@@ -392,7 +392,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, name, row, value):
     write_checkpoint(
         tmp_path / "src", moe=True, vision=True, mtp=True, change=put(name, row, value)
     )
-    with pytest.raises(Qwen35Error, match=f"tensor {name} holds values that are not finite"):
+    with pytest.raises(Qwen35Error, match=f"tensor {name} has values that are not finite"):
         convert(tmp_path / "src", tmp_path / "out")
     assert_nothing_left(tmp_path)
 
@@ -408,7 +408,7 @@ def test_weights_too_far_apart_for_a_scale_are_named(tmp_path):
 def test_a_weight_too_large_for_float16_is_named(tmp_path):
     name = f"{TRUNK}layers.0.mlp.up_proj.weight"
     write_checkpoint(tmp_path / "src", change=put(name, 7, 1e5))
-    with pytest.raises(Qwen35Error, match=f"{name} has values out of the range of .*float16"):
+    with pytest.raises(Qwen35Error, match=f"{name} has values outside the range of .*float16"):
         convert(tmp_path / "src", tmp_path / "out", bits=4, dtype="float16")
     assert_nothing_left(tmp_path)
     assert convert(tmp_path / "src", tmp_path / "out", bits=4)

@@ -126,7 +126,7 @@ def test_plan_prints_a_table_and_writes_nothing(tmp_path: Path) -> None:
     embedding = next(line for line in lines if line.startswith("embed_tokens"))
     assert embedding.split()[1:-1] == ["1", "96x128", "BF16", "3-bit", "g128", "3.25"]
     assert any("bits per weight of the text model" in line for line in lines)
-    assert any(line.startswith("while converting: ") for line in lines)
+    assert any(line.startswith("conversion: peak memory ") for line in lines)
     assert any(line.split()[:5] == ["M2", "Ultra", "192", "GB", "155"] for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 

@@ -72,7 +72,6 @@ def test_the_397b_fills_a_mac_to_half_a_percent(flagship, memory_gib, context):
     loaded = [e for e in choice.plan.entries if e.role is not Role.CARRIED]
     assert choice.plan.loaded_bytes == sum(t.nbytes for e in loaded for t in e.tensors)
     assert choice.plan.mtp_bytes == pytest.approx(4.5 / 8 * 6.6e9, rel=0.01)
-    assert choice.allocation.error <= 1.01 * choice.allocation.lower_bound
     speed = choices["speed"]
     assert bytes_per_token(speed.plan) < bytes_per_token(choice.plan)
     assert choice.predicted_kl < speed.predicted_kl < 1.3 * choice.predicted_kl
@@ -127,7 +126,7 @@ def test_bits_per_weight_are_met_from_below_and_beat_uniform_bits(tmp_path, bits
 
 
 def test_only_one_may_decide_on_bits(tmp_path):
-    with pytest.raises(Qwen35Error, match="only one may decide") as error:
+    with pytest.raises(Qwen35Error, match="more than one argument sets the bits") as error:
         quality_settings(tmp_path, bits=4, memory="64GB")
     assert "bits and fit" in str(error.value)
     with pytest.raises(Qwen35Error, match="no recipe 'q7'"):
@@ -220,13 +219,13 @@ def test_smaller_keys_and_values_are_taken_where_nothing_else_fits(monkeypatch):
         ([(0.01, 1e-4), (0.01005, 9e-4)], 0.1, 9e-4 * 0.1 / 0.01005),
     ],
 )
-def test_a_measured_kl_is_carried_to_other_errors(
+def test_a_measured_kl_is_extrapolated_to_other_errors(
     points: list[tuple[float, float]], error: float, kl: float
 ) -> None:
     settings = [(bits, 64) for bits in range(2, 2 + len(points))]
     row = {setting: point[0] for setting, point in zip(settings, points, strict=True)}
     measured = {setting: point[1] for setting, point in zip(settings, points, strict=True)}
-    assert fitting._carried(error, row, measured | {(9, 9): 1.0}) == pytest.approx(kl)
+    assert fitting._extrapolated(error, row, measured | {(9, 9): 1.0}) == pytest.approx(kl)
 
 
 def test_without_a_calibration_the_whole_at_4_bits_has_a_published_kl() -> None:

@@ -197,5 +197,5 @@ def test_nan_among_fp8_weights_and_scales_is_named(tmp_path, part):
             tensors[f"{name}_scale_inv"][1][1, 0] = np.nan
 
     rewrite(fp8, edit)
-    with pytest.raises(CheckpointError, match=f"tensor {name} holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=f"tensor {name} has values that are not finite"):
         convert(fp8, tmp_path / "out", dtype="bfloat16")

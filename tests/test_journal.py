@@ -138,7 +138,7 @@ def test_stopped_at_every_write_the_result_is_bit_identical(
             break
         except Qwen35Error as error:
             assert "No space left on device" in str(error)
-            assert "goes on where it stopped" in str(error)
+            assert "continues where it stopped" in str(error)
             num_stops += 1
             assert not (tmp_path / "out").exists()
     assert num_stops > 10

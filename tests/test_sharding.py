@@ -332,7 +332,7 @@ def test_different_macs_get_whole_layers_where_equal_parts_do_not_fit_or_divide(
         seconds = sum(
             1 / tokens_per_second(p, m.gbps, 32768) for p, m in zip(parts, macs, strict=True)
         )
-        assert f": {1 / seconds:,.0f}; a token takes {len(macs)} messages" in bound
+        assert f": {1 / seconds:,.0f}; each token needs {len(macs)} messages" in bound
         assert parts[0].mtp_bytes > parts[1].mtp_bytes == 0
     else:
         assert "121 messages" in bound

@@ -1,4 +1,4 @@
-"""One background thread for all chats, because MLX never frees its memory of a thread."""
+"""One background thread for all chats, because MLX never frees what a thread allocated."""
 
 import atexit
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from threading import Event, Lock, Thread, current_thread
 
 import mlx.core as mx
 
-# A job gets a function that tells it whether to stop.
+# A job gets a function that returns whether it should stop.
 Job = Callable[[Callable[[], bool]], None]
 
 _jobs: SimpleQueue[tuple[Job, Callable[[], bool], Future[None]] | None] = SimpleQueue()
@@ -17,25 +17,25 @@ _thread: Thread | None = None
 
 
 class BackgroundJob:
-    """At most one job at a time for its owner; all owners share the thread."""
+    """Runs at most one job at a time for its owner; all owners share one thread."""
 
     def __init__(self) -> None:
         self._stopping = Event()
         self._running: Future[None] | None = None
 
     def start(self, job: Job) -> None:
-        """Run `job(should_stop)`, after stopping this owner's running job."""
+        """Stop this owner's running job, then run `job(should_stop)`. Raises as `stop` does."""
         self.stop()
-        # A new event, because the old job keeps its own.
+        # A new event for each job.
         self._stopping = stopping = Event()
         self._running = Future()
         _start_thread()
         _jobs.put((job, lambda: stopping.is_set() or _at_exit.is_set(), self._running))
 
     def stop(self, *, wait_for_end: bool = False) -> None:
-        """Stop the job and wait until it has ended; raises the error of the job.
+        """Stop the job and wait for its end; with `wait_for_end`, wait without stopping it.
 
-        A call from the job itself returns at once.
+        Raises the error of the job. A call from the job itself does nothing.
         """
         if current_thread() is _thread:
             return
@@ -44,7 +44,7 @@ class BackgroundJob:
             return
         if not wait_for_end:
             self._stopping.set()
-            # It has not started.
+            # False if the job has started.
             if running.cancel():
                 return
         running.result()
@@ -68,14 +68,14 @@ def _work() -> None:
                 result.set_result(None)
             except BaseException as error:
                 result.set_exception(error)
-        # Otherwise a forgotten chat stays in memory until the next job.
+        # Otherwise a deleted chat stays in memory until the next job.
         del item, job, should_stop, result
-    # MLX frees a thread's streams late, and aborts a process that exits before that.
+    # MLX aborts a process that exits before the streams of a thread are freed.
     mx.clear_streams()
 
 
 def _end() -> None:
-    """End the thread: a computation at exit would abort the process."""
+    """End the thread, because a computation at exit would abort the process."""
     _at_exit.set()
     _jobs.put(None)
     if _thread is not None:

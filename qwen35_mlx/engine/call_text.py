@@ -1,7 +1,7 @@
-"""Finds the end of a tool call in streamed text; looks at every character once.
+"""Finds the end of a tool call in streamed text; reads every character once.
 
-A tag token is represented by an unpaired surrogate, which decoded text never contains. So a tag
-that other tokens spell is plain text.
+A tag token is represented by an unpaired surrogate, which decoded text never contains. So the same
+characters from other tokens are plain text.
 """
 
 import re
@@ -17,26 +17,26 @@ VALUE_CLOSE = "</parameter>"
 XML_END = re.compile(rf"{VALUE_CLOSE}\s*{FUNCTION_CLOSE}")
 JSON_MARK = re.compile(rf"[{{}}\[\]\"'{CALL_END}]")
 QUOTE_END = {quote: re.compile(rf"[{quote}\\]") for quote in "\"'"}
-# The start of another call (a tag alone may be a mention), or an end tag.
+# The start of another call (a tag alone may be mentioned in text), or an end tag.
 NEW_CALL = re.compile(rf"{CALL}(?=\s*(?:{FUNCTION_OPEN}|\{{))|{CALL_END}")
-# The most likely end of a call that was not closed.
+# The most likely end of a call without a valid end.
 BROKEN_END = re.compile(rf"(?:{FUNCTION_CLOSE}|{VALUE_CLOSE}|[}}\]])\s*{CALL_END}")
 SPACE = re.compile(r"\s*")
 
 
 def written(text: str) -> str:
-    """The text with its markers replaced by the tags."""
+    """Replace the markers in a text by their tags."""
     for marker, tag in TAGS.items():
         text = text.replace(marker, tag)
     return text
 
 
 class CallText:
-    """One or more calls at the start of a streamed text; `end` is set to where they end.
+    """Parses one or more calls at the start of a streamed text; sets `end` to their end.
 
-    before: the space and the tag in front of them. tagged: after `<tool_call>`, else at a bare
-    `<function=NAME>`. in_line: there is text before it in its line. in_thought: a call then counts
-    only if nothing but calls and the end of the thought follows, and the tool is known.
+    before: space and tag before the calls. tagged: whether they start with `<tool_call>`, not with
+    `<function=NAME>` alone. in_line: whether text precedes them in their line. in_thought: then
+    they are accepted only if all tools are known, and only the end of the thought follows them.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class CallText:
     ):
         self.calls: list[ToolCall] = []
         self.end: int | None = None
-        # The text up to `end` only looks like a call.
+        # Whether the text up to `end` is not a call.
         self.is_talk = False
         self._tools = tools
         self._tagged, self._in_line, self._in_thought = tagged, in_line, in_thought
-        # Text that was processed, in parts: appending to one long string would copy it each time.
+        # Processed text, in parts, because appending to one long string would copy it each time.
         self._parts, self._num_before = [before], len(before)
         self._text, self._at = "", 0
         # The end of the thought, and what follows it.
@@ -64,7 +64,7 @@ class CallText:
         return "".join([*self._parts, self._text, self._behind])
 
     def read(self, text: str) -> None:
-        """Append text; sets `end` when it is known."""
+        """Append text and parse it; sets `end` when it is known."""
         closes = self._in_thought and (self._behind or THINK_END in text)
         at = 0 if self._behind else text.find(THINK_END) if closes else len(text)
         self._text, self._behind = self._text + text[:at], self._behind + text[at:]
@@ -81,24 +81,24 @@ class CallText:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether all that was read is calls, complete but for their last tag."""
+        """Whether the whole text consists of calls; only the last end tag may be missing."""
         return self._step == self._between and bool(self.calls) and not self._text
 
     def finish(self) -> None:
-        """Handle the end of the text: calls that lack only the last tag are complete."""
+        """Handle the end of the text. Calls without the last end tag are complete."""
         if self.end is not None or self._is_whole:
             self.end = len(self.text) if self.end is None else self.end
             return
         text = self.text
         broken = BROKEN_END.search(text, self._body)
         if broken and not self._in_thought and self._step in (self._value, self._json):
-            # The value has no end: cut it at the most likely one.
+            # The value has no valid end: use the most likely one.
             self._spoil(text[: broken.end() - 1], broken.end())
         else:
             self._spoil(text, len(text))
 
     def _between(self) -> None:
-        """State: before a call, or after one."""
+        """State: before or after a call."""
         text = self._text
         while True:
             space = SPACE.match(text, self._at)
@@ -144,7 +144,7 @@ class CallText:
             self._break(at, is_talk=not self._tagged)
 
     def _value(self) -> None:
-        """State: in the parameters, which end where a value and the function end."""
+        """State: in the parameters, up to the end tags of a value and of the function."""
         text = self._text
         if end := XML_END.search(text, self._at):
             self._take_xml(end.end())
@@ -154,7 +154,7 @@ class CallText:
         self._at = last if may_end else max(self._at, len(text) - len(VALUE_CLOSE) + 1)
 
     def _json(self) -> None:
-        """State: in an object or a list, in JSON or Python's spelling."""
+        """State: in an object or a list, in JSON or in Python syntax."""
         while True:
             pattern = QUOTE_END[self._quote] if self._quote else JSON_MARK
             if not (mark := pattern.search(self._text, self._at)):
@@ -189,8 +189,8 @@ class CallText:
         self._take([] if crossed >= 0 else [read_xml(written(body), self._tools)], crossed)
 
     def _take(self, calls: list[ToolCall], broken_at: int) -> None:
-        """Add `calls` if they are complete; otherwise the call is broken, from `broken_at` on."""
-        # In a thought, a call of an unknown function is text.
+        """Accept `calls` if all are complete; otherwise the call is invalid from `broken_at` on."""
+        # In a thought, a call to an unknown function is text.
         known = tool_names(self._tools) if self._in_thought else [call.name for call in calls]
         if not calls or not all(call.complete and call.name in known for call in calls):
             start = self._body - self._num_before
@@ -202,10 +202,10 @@ class CallText:
             self.end = self._num_before + self._at
 
     def _break(self, at: int, is_talk: bool = False) -> None:
-        """This is not a valid call: treat it as text, or skip it up to its end tag."""
+        """Handle an invalid call: treat it as text, or skip it up to its end tag."""
         if self._in_thought or is_talk:
             return self._talk(at)
-        # The whole text before belongs to the call.
+        # All text so far belongs to the call.
         whole = self.text
         self._parts, self._num_before = [], 0
         self._text, self._at = whole, len(whole) - len(self._text) + at
@@ -217,7 +217,7 @@ class CallText:
         self.calls = []
 
     def _spoil(self, text: str, end: int) -> None:
-        """Add an incomplete call with everything that can be parsed from `text`."""
+        """Add an incomplete call with everything that can be parsed in `text`."""
         self.end = end
         if self.calls and not self._in_thought:
             self.calls = [self.calls[0]._replace(complete=False)]
@@ -227,7 +227,7 @@ class CallText:
 
 
 def _crossed(text: str) -> int:
-    """The end tag that closed a call without its own end, if another call follows; else -1."""
+    """The position of the end tag of the call in `text` if another call follows it, or -1."""
     depth, closed = 1, -1
     for mark in NEW_CALL.finditer(text):
         if mark[0] == CALL and closed >= 0:

@@ -13,7 +13,7 @@ FENCE = re.compile(r"^ {0,3}(?:```|~~~)", re.MULTILINE)
 
 
 class Piece(NamedTuple):
-    """A piece of streamed text, of the thought or the answer, or a whole tool call."""
+    """A part of the streamed thought or answer, or a whole tool call."""
 
     kind: Literal["thought", "answer", "tool_call"]
     text: str
@@ -21,16 +21,16 @@ class Piece(NamedTuple):
 
 
 class OutputParser:
-    """Turns token ids into pieces; text that may belong to a tag, call or stop is held back.
+    """Converts token ids to pieces. Text is held back while it may be part of a tag or stop string.
 
-    stop: strings that end the text; with `split` only in the answer, not in thoughts and calls.
-    thinking: whether the prompt has opened a thought. tools: without them a call is text. split:
-    False gives all text as answer, with tags.
+    stop: strings that end the text; with `split`, only in the answer. thinking: whether the prompt
+    has opened a thought. tools: the known tools; without tools, a call is text. split: if False,
+    all text is the answer, with its tags.
 
     Tags are added tokens; the same characters from other tokens are text, unless the tokenizer has
     no such token. A call starts with `<tool_call>`, or with `<function=NAME>` of a known tool at
-    the start of a line outside of a code block. In a thought it counts if no text follows. Line
-    breaks around tags are dropped; an empty line replaces calls between texts.
+    the start of a line outside of a code block. In a thought, it is accepted only if no text
+    follows. Line breaks around tags are dropped; an empty line replaces calls between texts.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class OutputParser:
         tools: Sequence[Schema] = (),
         split: bool = True,
     ):
-        # Whether the text so far ends in a thought.
+        # Whether the current text is in a thought.
         self.in_thought = thinking and split
-        # The stop string that has ended the text.
+        # The stop string that ended the text.
         self.stop_text: str | None = None
         self._detokenizer = tokenizer.detokenizer
         self._stops = [text for text in stop if text]
@@ -55,19 +55,19 @@ class OutputParser:
         self._spelled = {tag: marker for tag, marker in tags.items() if tag not in added}
         self._openings = tuple(f"{FUNCTION_OPEN}{name}>" for name in tool_names(self._tools))
         self._bare = re.compile("|".join(map(re.escape, self._openings)))
-        # Text that is not emitted yet; and how much of it is plain text, even if it has tags.
+        # Text that is not emitted yet, and how much of it is plain text despite its tags.
         self._buffer = ""
         self._num_plain = 0
         # An incomplete tag, if the tokenizer has no token for it.
         self._cut_tag = ""
         self._call: CallText | None = None
         self._at_line_start = True
-        # Whether nothing was emitted yet after a tag, or after a call.
+        # Whether nothing was emitted since the last tag, and whether that was the end of a call.
         self._is_opening, self._is_after_call = split, False
-        # Whether the answer is empty so far, and may still open a thought.
+        # Whether the answer is empty so far, so that a thought may begin.
         self._is_blank = split
         self._has_answered = False
-        # What was emitted of this part of the text.
+        # The emitted text since the last tag.
         self._shown: list[str] = []
 
     @property
@@ -76,25 +76,25 @@ class OutputParser:
         return self.stop_text is not None
 
     def feed(self, token: int) -> list[Piece]:
-        """Add a token; returns the pieces that are final."""
+        """Add a token; returns the pieces that are complete."""
         if marker := self._markers.get(token):
             return self._read(self._finished_text() + marker)
         self._detokenizer.add_token(token)
         return self._read(self._detokenizer.last_segment)
 
     def insert(self, tokens: Iterable[int]) -> list[Piece]:
-        """As `feed`, for tokens that the model did not generate."""
+        """Add tokens that the model did not generate; returns the pieces that are complete."""
         pieces = self._read(self._finished_text())
         for token in tokens:
             pieces += self.feed(token)
         return pieces
 
     def finish(self) -> list[Piece]:
-        """End the text: returns what was held back; an unfinished call is not complete."""
+        """End the text; returns what was held back. An unfinished call is marked incomplete."""
         return self._read(self._finished_text(), is_end=True)
 
     def _finished_text(self) -> str:
-        """The rest of the detokenizer's text, without an incomplete character."""
+        """The remaining text of the detokenizer, without an incomplete character."""
         self._detokenizer.finalize()
         return str(self._detokenizer.last_segment).rstrip("\ufffd")
 
@@ -116,7 +116,7 @@ class OutputParser:
         return pieces
 
     def _read_text(self, pieces: list[Piece], is_end: bool) -> bool:
-        """Emit text up to the next tag; False if there is none."""
+        """Emit text up to the next tag; returns False if there is no tag."""
         if self._is_after_call and (tag_end := ORPHAN.match(self._buffer)):
             self._buffer = self._buffer[tag_end.end() :]
             return True
@@ -166,7 +166,7 @@ class OutputParser:
         return bool(tag)
 
     def _next_tag(self) -> tuple[str, int]:
-        """The next tag in the buffer and its position; an empty tag at the end if there is none."""
+        """The next tag in the buffer and its position; without a tag, "" and the buffer's end."""
         buffer, start = self._buffer, self._num_plain
         places = {}
         if self.in_thought:
@@ -186,27 +186,27 @@ class OutputParser:
         return tag, at
 
     def _num_held_by_bare_call(self, text: str, is_end: bool) -> int:
-        """How many characters at the end of `text` may begin a call without a tag."""
+        """The number of characters at the end of `text` that may start a call without a tag."""
         start = text.rfind("\n") + 1
         line = text[start:]
         if not line or start < self._num_plain or not (start or self._at_line_start):
             return 0
         may_open = any(opening.startswith(line) for opening in self._openings)
         may_open = may_open and not self._is_in_code(text[:start])
-        # At the end of the text it is a call only if it is long enough.
+        # At the end of the text, the start of a call must contain `<function=`.
         return len(line) if may_open and (not is_end or line.startswith(FUNCTION_OPEN)) else 0
 
     def _is_in_code(self, text: str) -> bool:
-        """Whether a code block is open after `text`, which follows what was emitted."""
+        """Whether a code block is open after the emitted text and `text`."""
         return len(FENCE.findall("".join([*self._shown, text]))) % 2 == 1
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Start of the stop string that is complete first, and the string."""
+        """The position of the stop string that ends first, and the string."""
         found = [(at + len(s), at, s) for s in self._stops if (at := text.find(s)) >= 0]
         return min(found)[1:] if found else None
 
     def _read_call(self, call: CallText, pieces: list[Piece], is_end: bool) -> bool:
-        """Continue reading a call; False if more text is needed."""
+        """Continue parsing a call; returns False if more text is needed."""
         call.read(self._buffer)
         self._buffer = ""
         if is_end:
@@ -215,7 +215,7 @@ class OutputParser:
             return False
         self._call, self._buffer = None, call.text
         if call.is_talk:
-            # It was no call: all of it is text, even if it has tags.
+            # Not a call: the text is plain, even if it contains tags.
             self._num_plain = call.end
         else:
             self._buffer = call.text[call.end :]
@@ -225,18 +225,18 @@ class OutputParser:
         return True
 
     def _begin(self) -> None:
-        """Start the next part of the text."""
+        """Reset the state after a tag."""
         self._is_opening = self._at_line_start = True
         self._is_blank = not self.in_thought
         self._num_plain = 0
         self._shown = []
 
     def _without_gap(self, text: str) -> str:
-        """Without the space behind a tag."""
+        """The text without the space after a tag."""
         return text.lstrip() if self._is_after_call else text.lstrip("\n" * self._is_opening)
 
     def _show(self, text: str, pieces: list[Piece]) -> None:
-        """Emit text, without the space after a tag."""
+        """Emit text without the space after a tag."""
         if text:
             self._at_line_start = text.endswith("\n")
             self._shown.append(text)
@@ -250,7 +250,7 @@ class OutputParser:
 
 
 def held_back(text: str, markers: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of a marker."""
+    """The number of characters at the end of `text` that may be the start of a marker."""
     longest = max((len(m) - 1 for m in markers), default=0)
     for size in range(min(longest, len(text)), 0, -1):
         if any(m.startswith(text[-size:]) for m in markers):

@@ -52,8 +52,8 @@ HOPELESS = (
     "another model: convert the checkpoint again, or draft without it"
 )
 NOT_EXACT = (
-    "nothing is drafted: with the kernels in use on this GPU a pass of several tokens would change "
-    "the text; --kernels metal reads them exactly where its kernels were found right"
+    "nothing is drafted: with the kernels in use on this GPU, a pass of several tokens would "
+    "change the text; try --kernels metal, which is exact if its kernels passed the check here"
 )
 FROM_DISK = (
     "nothing is drafted: with experts from disk a pass of several tokens takes longer than passes "
