@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from ..engine.foreign import as_model
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
 from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
@@ -76,6 +77,7 @@ class Chat:
     num_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        self.model = as_model(self.model)
         check_tools(self.tools)
         self.messages = self._opened(self.messages)
         if self.system:

@@ -16,6 +16,7 @@ from ..model.cache import cached_tokens
 from ..model.language import Model
 from ..prompt import Prompt, banned_ids, check_ids, check_length, encode_prompt, without_media
 from .decode import decode, log_probabilities
+from .foreign import as_model
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
 from .sampler import Sampler
@@ -92,6 +93,7 @@ def stream_generate(
     `max_tokens` (1,024 if None) and where the context is full. Errors in the arguments are raised
     by the call itself, before the first token.
     """
+    model = as_model(model)
     ids = encode_prompt(
         tokenizer,
         prompt,

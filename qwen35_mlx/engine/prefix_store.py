@@ -14,6 +14,7 @@ from ..model.cache import kv_bytes
 from ..model.language import Model
 from .background import BackgroundJob
 from .features import FeatureStore
+from .foreign import as_model
 from .prompt_cache import PREFILL_STEP_SIZE, PromptCache
 from .segments import Segments
 
@@ -37,7 +38,7 @@ class PrefixStore:
         """`memory_bytes` None: the model's allowance for snapshots."""
         if memory_bytes is None:
             memory_bytes = getattr(model, "allowance", Allowance()).snapshot_bytes
-        self.model = model
+        self.model = as_model(model)
         self.memory_bytes = memory_bytes
         self.caches: list[PromptCache] = []
         self.features = FeatureStore(model)

@@ -165,8 +165,9 @@ class Segments:
         Yields after every 32 MiB; stopping there loses at most one segment. Ends early if the cache
         changes.
         """
-        # With several Macs, the others have parts of the cache: it cannot be saved.
-        if not 0 < num_tokens <= cache.last_point or getattr(self.model, "ring", None):
+        # With several Macs, the others have parts of the cache. That of mlx-lm is not read back.
+        cannot_save = getattr(self.model, "ring", None) or not cache.can_go_back
+        if cannot_save or not 0 < num_tokens <= cache.last_point:
             return
         point = cache.snapshots.get(num_tokens) or cache.end()
         if point.num_tokens != num_tokens:
