@@ -72,7 +72,7 @@ class Preparer:
         check_ids(prepared.ids, self.config.vocab_size)
         room = self.config.context_length - len(prepared.ids)
         if room <= 0:
-            raise self._too_long(len(prepared.ids))
+            raise ContextFull(len(prepared.ids), self.config.context_length)
         wanted = room if request.max_tokens is None else request.max_tokens
         prepared.max_tokens = min(wanted, room)
         if request.prompt_logprobs is not None and min(prepared.ids) < 0:
@@ -118,15 +118,6 @@ class Preparer:
                     got=repr(bias)[:80],
                     expected=f"{-MAX_BIAS:g} to {MAX_BIAS:g}",
                 )
-
-    def _too_long(self, num_tokens: int) -> ContextFull:
-        error = ContextFull(
-            "the prompt is longer than the model's context",
-            got=f"{num_tokens:,} tokens",
-            expected=f"fewer than {self.config.context_length:,}",
-        )
-        error.num_tokens, error.context_length = num_tokens, self.config.context_length
-        return error
 
     def _encoded(self, request: Request) -> Prepared:
         if (request.messages is None) == (request.prompt is None):
@@ -188,7 +179,7 @@ class Preparer:
         if not self._longest_token:
             self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
         if (fewest := num_characters // self._longest_token) >= context:
-            raise self._too_long(fewest)
+            raise ContextFull(fewest, context)
 
 
 def _is_whole(value: Any) -> bool:
