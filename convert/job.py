@@ -377,7 +377,9 @@ def _complete_text_config(text: dict[str, Any], model: ModelConfig) -> None:
             text["full_attention_interval"] = interval
             break
     else:
-        log.warning("layer_types have no interval: qwen35-mlx can run the output, mlx-lm cannot")
+        log.warning(
+            "layer_types have no fixed interval: qwen35-mlx can run the output, mlx-lm cannot"
+        )
     rope = text["rope_parameters"]
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("partial_rotary_factor", text.get("partial_rotary_factor"))
@@ -454,7 +456,9 @@ def _locked(work: Path, out: Path, needed_bytes: int) -> Iterator[None]:
     except OSError as error:
         raise Qwen35Error(f"cannot write to the folder of {out}", got=error) from error
     try:
-        with write_errors(out, "free disk space and repeat the command: it continues where it stopped"):
+        with write_errors(
+            out, "free disk space and repeat the command: it continues where it stopped"
+        ):
             yield
     except BaseException:
         journal = work / JOURNAL_FILE

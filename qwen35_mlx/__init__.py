@@ -5,20 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat.conversation import Chat
-    from .engine.batch import batch_generate, embed
-    from .engine.generate import generate, stream_generate
+    from .engine.generate import batch_generate, embed, generate, stream_generate
     from .model.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Chat", "batch_generate", "embed", "generate", "load", "stream_generate"]
 
-_HOMES = {
+_HOMES = dict.fromkeys(__all__, ".engine.generate") | {
     "Chat": ".chat.conversation",
-    "batch_generate": ".engine.batch",
-    "embed": ".engine.batch",
-    "generate": ".engine.generate",
     "load": ".model.loading",
-    "stream_generate": ".engine.generate",
 }
 
 

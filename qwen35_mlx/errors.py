@@ -37,9 +37,14 @@ class PromptError(Qwen35Error):
 class ContextFull(PromptError):
     """The conversation has no room for another answer; nothing of it is lost."""
 
-    # 0 where they are not known.
-    num_tokens = 0
-    context_length = 0
+    def __init__(self, num_tokens: int, context_length: int, hint: str = ""):
+        super().__init__(
+            "the prompt is longer than the model's context",
+            got=f"{num_tokens:,} tokens",
+            expected=f"fewer than {context_length:,}",
+            hint=hint,
+        )
+        self.num_tokens, self.context_length = num_tokens, context_length
 
 
 class SessionError(Qwen35Error):

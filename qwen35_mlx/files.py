@@ -146,7 +146,9 @@ def require_writable(file: Path) -> None:
 
 
 @contextmanager
-def write_errors(path: Path, hint: str = "free disk space, or choose another folder") -> Iterator[None]:
+def write_errors(
+    path: Path, hint: str = "free disk space, or choose another folder"
+) -> Iterator[None]:
     """Turn an OSError of the block, which writes `path`, into a Qwen35Error."""
     try:
         yield

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import PromptError
+from .errors import ContextFull, PromptError
 from .media.tokens import MediaToken, Span
 from .text.control_tokens import ControlTokens, control_tokens
 from .text.media_parts import media_of, opened, source_parts
@@ -337,17 +337,11 @@ def _unwrapped(tokenizer: Any) -> Any:
 def check_length(
     num_prompt: int,
     context_length: int,
-    refusal: type[PromptError] = PromptError,
     hint: str = "shorten it, or convert with YaRN rope_parameters in the source's config.json",
 ) -> None:
     """A prompt must leave room for at least one token of an answer."""
     if num_prompt >= context_length:
-        raise refusal(
-            "the prompt is longer than the model's context",
-            got=f"{num_prompt:,} tokens",
-            expected=f"fewer than {context_length:,}",
-            hint=hint,
-        )
+        raise ContextFull(num_prompt, context_length, hint)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:

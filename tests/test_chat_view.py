@@ -314,7 +314,7 @@ def test_ctrl_c_anywhere_ends_no_chat(talk: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_full_context_asks_and_keeps_the_message(
     talk: Any, demo: Any, monkeypatch: pytest.MonkeyPatch, answer: Any
 ) -> None:
-    refusals = iter([None, ContextFull("longer than the model's context"), None, None])
+    refusals = iter([None, ContextFull(100, 100), None, None])
     send = Chat.send
 
     def refuse_once(chat: Chat, *message: Any) -> Any:

@@ -265,7 +265,7 @@ def test_a_file_name_cannot_steer_the_terminal(talk: Any, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_full_context_keeps_the_pictures(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals = [ContextFull("longer than the model's context")]
+    refusals = [ContextFull(100, 100)]
     send = Chat.send
 
     def refuse_once(chat: Chat, *message: Any, **media: Any) -> Any:

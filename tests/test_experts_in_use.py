@@ -13,8 +13,8 @@ from test_adapters import random_adapter
 from qwen35_mlx import Chat
 from qwen35_mlx.chat.sessions import model_identity
 from qwen35_mlx.checkpoint.headers import read_headers
-from qwen35_mlx.engine.admission import Admission
 from qwen35_mlx.engine.prefix_store import PrefixStore
+from qwen35_mlx.engine.reading import Admission
 from qwen35_mlx.engine.requests import Done, Failed, Request, Token
 from qwen35_mlx.engine.scheduler import Engine
 from qwen35_mlx.engine.speculate import Drafter

@@ -14,10 +14,10 @@ from rollback import bits, differences, step
 
 from qwen35_mlx import memory
 from qwen35_mlx.config import ModelConfig
-from qwen35_mlx.engine.admission import Admission
 from qwen35_mlx.engine.decode import decode
 from qwen35_mlx.engine.exact_rows import kernel_rows
 from qwen35_mlx.engine.prompt_cache import PromptCache
+from qwen35_mlx.engine.reading import Admission
 from qwen35_mlx.engine.rows import RowBatch
 from qwen35_mlx.engine.sampler import Sampler
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error

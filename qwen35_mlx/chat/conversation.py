@@ -21,7 +21,7 @@ from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
 from ..engine.tool_calls import Schema, as_message, calls_of, check_tools
 from ..engine.turn_prompts import TurnPrompts
-from ..errors import ContextFull, Qwen35Error
+from ..errors import Qwen35Error
 from ..model.language import Model
 from ..prompt import (
     THINK_CLOSE,
@@ -426,7 +426,7 @@ class Chat:
         check_ids(prompt, self.model.config.vocab_size)
         context_length = self.model.config.context_length
         hint = "shorten the message, take turns back, or drop the oldest ones"
-        check_length(len(prompt), context_length, ContextFull, hint)
+        check_length(len(prompt), context_length, hint)
         thinking = self._prompts.opens_thought(prompt)
         sampler = Sampler(
             self.sampling_params(thinking),

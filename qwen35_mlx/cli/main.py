@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from ..files import RING_VARIABLE
-from .bench_command import bench
+from .bench_commands import bench, doctor
 from .chat_commands import chat, sessions
 from .cluster_command import cluster, take_part
 from .command import Command, documented
 from .convert_commands import convert, plan
-from .doctor_command import doctor
 from .evaluate_command import evaluate
 from .fidelity_command import fidelity
 from .generate_command import generate

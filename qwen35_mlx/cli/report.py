@@ -26,18 +26,18 @@ def print_plan(plan: "Plan") -> None:
     from ..convert.report import aligned
 
     rows = [("module", "count", "shape", "source", "becomes", "bpw", "MB")]
-    for row in plan.table():
-        rows.append(
-            (
-                row.name.removeprefix("language_model.").removeprefix("model."),
-                str(row.count),
-                "x".join(map(str, row.shape)),
-                row.source_dtype,
-                f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype,
-                f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
-                f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
-            )
+    rows += [
+        (
+            row.name.removeprefix("language_model.").removeprefix("model."),
+            str(row.count),
+            "x".join(map(str, row.shape)),
+            row.source_dtype,
+            f"{row.bits}-bit g{row.group_size}" if row.bits else row.dtype,
+            f"{8 * row.nbytes / max(row.num_parameters, 1):.2f}",
+            f"{row.nbytes / 1e6:,.{2 if row.nbytes < 1e9 else 0}f}",
         )
+        for row in plan.table()
+    ]
     lines = aligned(rows)
     if terminal.out.is_terminal and len(lines[0]) > terminal.out.width:
         lines = aligned([(*row[:3], row[4], row[6]) for row in rows])

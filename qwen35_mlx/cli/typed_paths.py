@@ -5,7 +5,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -96,28 +96,24 @@ def typed_documents(text: str) -> tuple[list[Path], list[Path]]:
 def _files_in(folder: Path, pattern: str | None, typed: str) -> list[Path]:
     """The files in a folder that match a pattern, or all of them, sorted."""
     files: list[Path] = []
-    with suppress(OSError), _pattern_errors(typed):
+    try:
         for file in _walk(folder) if pattern is None else folder.glob(pattern):
             if not any(map(_is_left_out, file.relative_to(folder).parts)) and file.is_file():
                 files.append(file)
             if len(files) > MAX_FOUND:
                 expected = f"at most {MAX_FOUND:,}"
                 raise Qwen35Error(f"{typed} has too many files", expected=expected)
+    except Qwen35Error:
+        raise
+    except OSError:
+        # What was found before is enough.
+        pass
+    except (ValueError, NotImplementedError) as error:
+        hint = "** stands alone between slashes, as in src/**/*.py"
+        raise Qwen35Error(f"{typed} is no pattern of files", got=error, hint=hint) from None
     if not files:
         raise Qwen35Error(f"no file in {typed}", expected="a folder or a pattern of files")
     return sorted(files)
-
-
-@contextmanager
-def _pattern_errors(typed: str) -> Iterator[None]:
-    """What Python refuses as a pattern, in words of ours."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        if isinstance(error, Qwen35Error):
-            raise
-        hint = "** stands alone between slashes, as in src/**/*.py"
-        raise Qwen35Error(f"{typed} is no pattern of files", got=error, hint=hint) from None
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -1,7 +1,10 @@
-"""generate and stream_generate: one answer to one prompt, for scripts."""
+"""generate, stream_generate, batch_generate and embed: answers and embeddings for scripts.
+
+N prompts, H hidden size.
+"""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from numbers import Integral
@@ -15,11 +18,13 @@ from ..media.tokens import MediaToken
 from ..model.cache import cached_tokens
 from ..model.language import Model
 from ..prompt import Prompt, banned_ids, check_ids, check_length, encode_prompt, without_media
-from .decode import decode, log_probabilities
+from .decode import decode, embedding, log_probabilities
 from .foreign import as_model
 from .output import OutputParser
-from .prompt_cache import UNKNOWN_ID, Progress, PromptCache
+from .prompt_cache import UNKNOWN_ID, Progress, PromptCache, common_prefix
+from .requests import Done, Grammar, Request, Token
 from .sampler import Sampler
+from .scheduler import Engine, Limits
 from .speculate import AUTO, Drafter
 
 # For scripts, where nobody stops an endless thought; and for chats, where the user can.
@@ -189,3 +194,79 @@ def check_stops(stop: Any) -> list[str]:
     if not all(isinstance(s, str) for s in stops):
         raise Qwen35Error("stop is not usable", got=repr(stop), expected="text, or a list of texts")
     return [s for s in stops if s]
+
+
+def batch_generate(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    enable_thinking: bool | None = None,
+    schema: Mapping[str, Any] | None = None,
+    batch_size: int = 32,
+    shares_prefix: bool = False,
+    answered: Callable[[int, str], None] = lambda index, text: None,
+    **sampling: Any,
+) -> list[str]:
+    """The answer to each prompt, as `generate` gives it; prompts may have any lengths.
+
+    A prompt is a text, token ids or messages. Up to `batch_size` answers are decoded together, one
+    token of each per pass. `shares_prefix` prefills the common beginning of all prompts once; this
+    changes rounding, which can decide between equally likely tokens. `schema`, a JSON schema,
+    makes every answer JSON that is valid for it, without a thought. `answered(place, text)` is
+    called when an answer is complete. Other options as in `stream_generate`.
+    """
+    if isinstance(prompts, str):
+        raise Qwen35Error("prompts are not usable", got="one text", expected="a list of prompts")
+    check_count("batch_size", batch_size)
+    limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+    if schema is not None:
+        enable_thinking = False
+    requests = [
+        Request(
+            prompt=encode_prompt(tokenizer, prompt, enable_thinking=enable_thinking),
+            params=model.sampling_defaults.updated(**sampling),
+            seed=seed,
+            max_tokens=limit,
+            stop=check_stops(stop),
+            stop_loops=False,
+            grammar=None if schema is None else Grammar("json_schema", schema),
+        )
+        for prompt in prompts
+    ]
+    limits = Limits(max_running=batch_size, max_queued=len(requests) + 1)
+    texts = [""] * len(requests)
+    engine = Engine(model, tokenizer, limits=limits)
+    prepared = [engine.prepare(request) for request in requests]
+    if shares_prefix and prepared:
+        ids = [each.ids[:-1] for each in prepared]
+        # The common prefix of the smallest and the largest is that of all.
+        for each in prepared:
+            each.marks |= {common_prefix(min(ids), max(ids))}
+    for place, event in engine.answer(prepared):
+        if isinstance(event, Token | Done):
+            texts[place] += "".join(piece.text for piece in event.pieces)
+        if isinstance(event, Done):
+            answered(place, texts[place])
+    return texts
+
+
+def embed(model: Model, tokenizer: Any, prompts: Sequence[Prompt]) -> mx.array:
+    """Embeddings `[N, H]` of the prompts: hidden states of their last tokens, scaled to length 1.
+
+    They are taken after the final norm, in float32. Qwen3.5 is not trained for embeddings: similar
+    texts have similar ones, but an embedding model is better at search.
+    """
+    rows = []
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        check_ids(ids, model.config.vocab_size)
+        check_length(len(ids), model.config.context_length)
+        hidden = PromptCache(model).read(ids)
+        assert hidden is not None
+        rows.append(embedding(hidden))
+        mx.eval(rows[-1])
+    return mx.stack(rows) if rows else mx.zeros((0, model.config.hidden_size))

@@ -1,28 +1,38 @@
 """Checks a request and prepares it for the engine: token ids, snapshot marks, grammar.
 
-It uses no MLX, so it runs in any thread.
+Many clients drop thoughts or rewrite the arguments of calls when they send an answer back. These
+are restored, so that the prompt does not differ from the cached one. It uses no MLX, so it runs in
+any thread.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from ..errors import ContextFull, PromptError, Qwen35Error
 from ..model.language import Model
 from ..prompt import check_ids, encode_prompt, encode_text, open_messages
 from ..sampling import SamplingParams
-from .answers import AnswerMemory
+from ..text.messages import tool_calls
 from .grammar import Grammars, Matcher
 from .prefix_store import MIN_POINT_TOKENS
 from .requests import Request
 from .sampler import MAX_SEED
 from .speculate import MODES
+from .tool_calls import ToolCall, as_message
 from .turn_prompts import THOUGHT_END, TurnPrompts
 
 MAX_LOGPROBS, MAX_ANSWERS = 20, 128
 MAX_BIAS = 100.0
 MESSAGE_END = "<|im_end|>"
+Message = Mapping[str, Any]
+MAX_REMEMBERED = 4096
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass
@@ -72,7 +82,7 @@ class Preparer:
         check_ids(prepared.ids, self.config.vocab_size)
         room = self.config.context_length - len(prepared.ids)
         if room <= 0:
-            raise self._too_long(len(prepared.ids))
+            raise ContextFull(len(prepared.ids), self.config.context_length)
         wanted = room if request.max_tokens is None else request.max_tokens
         prepared.max_tokens = min(wanted, room)
         if request.prompt_logprobs is not None and min(prepared.ids) < 0:
@@ -118,15 +128,6 @@ class Preparer:
                     got=repr(bias)[:80],
                     expected=f"{-MAX_BIAS:g} to {MAX_BIAS:g}",
                 )
-
-    def _too_long(self, num_tokens: int) -> ContextFull:
-        error = ContextFull(
-            "the prompt is longer than the model's context",
-            got=f"{num_tokens:,} tokens",
-            expected=f"fewer than {self.config.context_length:,}",
-        )
-        error.num_tokens, error.context_length = num_tokens, self.config.context_length
-        return error
 
     def _encoded(self, request: Request) -> Prepared:
         if (request.messages is None) == (request.prompt is None):
@@ -188,7 +189,7 @@ class Preparer:
         if not self._longest_token:
             self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
         if (fewest := num_characters // self._longest_token) >= context:
-            raise self._too_long(fewest)
+            raise ContextFull(fewest, context)
 
 
 def _is_whole(value: Any) -> bool:
@@ -197,3 +198,85 @@ def _is_whole(value: Any) -> bool:
 
 def _mappings(messages: Sequence[Any]) -> list[Any]:
     return [m for m in messages if hasattr(m, "get")]
+
+
+class AnswerMemory:
+    """Thoughts and calls of recent answers, by a hash of the conversation up to them.
+
+    So no conversation gets the thought of another one. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[bytes, tuple[str, list[dict[str, Any]]]] = OrderedDict()
+        self._lock = Lock()
+
+    def restored(self, messages: Sequence[Any], adapter: str = "") -> tuple[list[Any], bytes]:
+        """The messages with answers as the model wrote them, and the key for the next answer.
+
+        Answers of other adapters are not found.
+        """
+        key, restored = adapter.encode(), list[Any]()
+        for message in messages:
+            key = _key(key, message)
+            if isinstance(message, Mapping) and message.get("role") == "assistant":
+                with self._lock:
+                    if (known := self._answers.get(key)) is not None:
+                        self._answers.move_to_end(key)
+                if known is not None:
+                    message = _as_written(message, *known)
+            restored.append(message)
+        return restored, key
+
+    def remember(
+        self, key: bytes, content: str, thought: str, calls: Sequence[ToolCall], typed: bool
+    ) -> None:
+        """Store the answer to the messages of `key`; `typed` as in `as_message`."""
+        sent = [as_message(call, typed=True) for call in calls]
+        answer = {"role": "assistant", "content": content, "tool_calls": sent}
+        written = [as_message(call, typed=typed)["function"]["arguments"] for call in calls]
+        with self._lock:
+            self._answers[_key(key, answer)] = thought, written
+            while len(self._answers) > MAX_REMEMBERED:
+                self._answers.popitem(last=False)
+
+
+def _as_written(message: Message, thought: str, written: Sequence[dict[str, Any]]) -> Message:
+    changed = {k: v for k, v in message.items() if k not in THOUGHTS}
+    changed["reasoning_content"] = thought
+    if written:
+        changed["tool_calls"] = [
+            {**call, "function": {**(call.get("function") or call), "arguments": arguments}}
+            for call, arguments in zip(message["tool_calls"], written, strict=True)
+        ]
+    return changed
+
+
+def _key(before: bytes, message: Any) -> bytes:
+    """The key of a message after others; it ignores the thought and the spelling of calls."""
+    if not isinstance(message, Mapping):
+        said: Any = repr(message)
+    else:
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            parts = [_shown(part) for part in content]
+            # Text parts are equal to one text.
+            is_text = all(isinstance(part, str) for part in parts)
+            content = "".join(parts) if is_text else parts
+        try:
+            calls = [(name, arguments) for name, arguments, _ in tool_calls(message)]
+        except PromptError:
+            calls = []
+        text = content.strip() if isinstance(content, str) else content or ""
+        said = [message.get("role"), text, calls]
+    written = json.dumps(said, sort_keys=True, default=repr, ensure_ascii=True)
+    return hashlib.sha256(before + written.encode()).digest()
+
+
+def _shown(part: Any) -> Any:
+    """A part's text, or the digest of its picture."""
+    if not isinstance(part, Mapping):
+        return [part]
+    if isinstance(part.get("text"), str):
+        return part["text"]
+    digest = next((v.digest for v in part.values() if hasattr(v, "digest")), None)
+    return [digest.hex()] if digest else [part]

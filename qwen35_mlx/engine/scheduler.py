@@ -22,11 +22,10 @@ from ..errors import Qwen35Error
 from ..memory import PREFILL_STEP_SIZE
 from ..model.language import Model
 from ..prompt import banned_ids, without_media
-from .admission import Admission
 from .decode import embedding
 from .prefix_store import PrefixStore
 from .prepare import Prepared, Preparer
-from .reading import Pieces, Reading
+from .reading import Admission, Pieces, Reading
 from .requests import (
     Done,
     Embedding,

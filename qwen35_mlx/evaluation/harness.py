@@ -18,7 +18,7 @@ from lm_eval.utils import (
 )
 
 from ..chat.sessions import model_identity
-from ..engine.batch import batch_generate
+from ..engine.generate import batch_generate
 from ..errors import Qwen35Error, first_line
 from ..model.language import Model
 from ..progress import StepProgress

@@ -114,7 +114,7 @@ def as_fault(error: BaseException) -> ApiError:
         is_busy, headers = isinstance(error, EngineBusy), {"retry-after": str(RETRY_AFTER_S)}
         status, code = (429, "rate_limit_exceeded") if is_busy else (503, None)
         return ApiError(status, text, code=code, headers=headers)
-    if isinstance(error, ContextFull) and error.num_tokens and error.context_length:
+    if isinstance(error, ContextFull):
         return TooLong(error.num_tokens, error.context_length)
     if isinstance(error, Qwen35Error):
         return ApiError(400, text, code="invalid_value")

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from ..engine.requests import Grammar, Request
 from ..sampling import SamplingParams
 from ..text.media_parts import text_of
+from ..text.messages import user_message
 from . import options
 from .events import NDJSON, dumps
 from .faults import ApiError
@@ -42,9 +43,7 @@ def read_messages(body: Fields) -> list[Message]:
 def _message(message: Fields) -> Message:
     role = message.needed_choice("role", ROLES)
     role = "system" if role == "developer" else role
-    text = message.text("content") or ""
-    pictures = images(message)
-    content: Any = [*pictures, {"type": "text", "text": text}] if pictures else text
+    content = user_message(message.text("content") or "", images(message))["content"]
     if role != "assistant":
         return {"role": role, "content": content}
     calls = []
@@ -162,8 +161,7 @@ async def generate(http: HttpRequest) -> Response:
             raise ApiError(400, "raw: got pictures, expected text alone")
         request.prompt = prompt
     else:
-        content: Any = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
-        messages = [*read_context(body), {"role": "user", "content": content}]
+        messages = [*read_context(body), user_message(prompt, pictures)]
         if system := body.text("system"):
             messages.insert(0, {"role": "system", "content": system})
         request.messages = folded(messages)

@@ -24,12 +24,6 @@ def call(name: str, **arguments: Any) -> Piece:
     return Piece("tool_call", "", ToolCall(name, arguments, raw))
 
 
-class TooLongFor(ContextFull):
-    def __init__(self, num_tokens: int):
-        super().__init__("the prompt is longer than the model's context")
-        self.num_tokens, self.context_length = num_tokens, CONTEXT
-
-
 class FakeTicket:
     def __init__(self, engine: "FakeEngine", request: Request):
         self.request = request
@@ -94,7 +88,7 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
         if (num_tokens := self.num_prompt(request)) >= CONTEXT:
-            raise TooLongFor(num_tokens)
+            raise ContextFull(num_tokens, CONTEXT)
         ticket = FakeTicket(self, request)
         self.tickets.append(ticket)
         return ticket
