@@ -18,6 +18,7 @@ from .errors import ConfigError, Qwen35Error, first_line
 MAX_TEXT_BYTES = 20 * 10**6
 # A text to train on or to compare models on; settings of a model.
 MAX_CORPUS_BYTES = 2**30
+READ_BYTES = 2**20
 
 # UTF-32 before UTF-16: the little-endian mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
@@ -67,10 +68,13 @@ def read_bytes(source: Path | BinaryIO, max_bytes: int, name: str = "") -> bytes
     if isinstance(source, Path):
         with source.open("rb") as stream:
             return read_bytes(stream, max_bytes, str(source))
-    data = source.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise Qwen35Error(f"{name} is too large", expected=f"at most {max_bytes:,} bytes")
-    return data
+    data = bytearray()
+    # In parts, because a read allocates all that it is allowed to return.
+    while part := source.read(READ_BYTES):
+        data += part
+        if len(data) > max_bytes:
+            raise Qwen35Error(f"{name} is too large", expected=f"at most {max_bytes:,} bytes")
+    return bytes(data)
 
 
 def read_stdin(max_bytes: int) -> bytes:
