@@ -68,13 +68,14 @@ def read_bytes(source: Path | BinaryIO, max_bytes: int, name: str = "") -> bytes
     if isinstance(source, Path):
         with source.open("rb") as stream:
             return read_bytes(stream, max_bytes, str(source))
-    data = bytearray()
-    # In parts, because a read allocates all that it is allowed to return.
+    parts, num_bytes = [], 0
+    # A read allocates all that it is allowed to return.
     while part := source.read(READ_BYTES):
-        data += part
-        if len(data) > max_bytes:
+        parts.append(part)
+        num_bytes += len(part)
+        if num_bytes > max_bytes:
             raise Qwen35Error(f"{name} is too large", expected=f"at most {max_bytes:,} bytes")
-    return bytes(data)
+    return b"".join(parts)
 
 
 def read_stdin(max_bytes: int) -> bytes:
