@@ -116,7 +116,7 @@ def test_layer_types_decide_the_interval(caplog, kinds, stated, interval):
         text["full_attention_interval"] = stated
     job._complete_text_config(text, model)
     assert text.get("full_attention_interval") == interval
-    assert ("no period" in caplog.text) == (interval is None)
+    assert ("no interval" in caplog.text) == (interval is None)
     assert text["rope_parameters"]["partial_rotary_factor"] == 0.25
     assert text["rope_parameters"]["rope_type"] == "default"
 
