@@ -189,7 +189,10 @@ class _Distiller:
         within: str,
         run: Callable[[slice], mx.array] | None = None,
     ) -> Parts:
-        """Quantize the matrices whose paths start with `within`, for their inputs in `run`."""
+        """Quantize the matrices whose paths start with `within`.
+
+        run: runs the student on a batch, to collect the inputs of these matrices for GPTQ.
+        """
         statistics = Calibration("", "", "", self.ids.size)
         if run is not None:
             parent = within.rpartition(".")[0]

@@ -100,7 +100,7 @@ def test_a_recipe_and_a_mac_have_their_page() -> None:
         (("convert", SOURCE, "x", "--calibrate", "--bits-per-weight", 1), 1, "at least"),
         ((*CALIBRATE_TO, "cal.txt"), 1, "expected: NAME.safetensors"),
         ((*CALIBRATE_TO, SOURCE / "config.json" / "x.safetensors"), 1, "cannot write"),
-        (("plan", SOURCE, "--bits-per-weight", 1), 1, "hint: more --bits-per-weight"),
+        (("plan", SOURCE, "--bits-per-weight", 1), 1, "hint: use more --bits-per-weight"),
         (("plan", SOURCE, "--macs", "0"), 2, "--macs takes 1 or more"),
         (("upload", "absent", "a/b"), 1, "got: no such folder"),
         (("fidelity", SOURCE, "absent"), 1, "no checkpoint at absent"),

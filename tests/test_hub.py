@@ -309,13 +309,13 @@ def of_module(name: str) -> Exception:
     ids=repr,
 )
 def test_what_may_pass_is_tried_again(error: Exception, passes: bool) -> None:
-    assert hub._passes(error) == passes
+    assert hub._is_temporary(error) == passes
 
 
 def test_off_line_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert not hub._passes(ConnectionError())
-    assert not hub._passes(OSError("off line"))
+    assert not hub._is_temporary(ConnectionError())
+    assert not hub._is_temporary(OSError("off line"))
 
 
 def test_tries_end_with_the_waits_when_stopped_and_at_errors_of_ours(

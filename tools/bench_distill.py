@@ -81,8 +81,8 @@ def run_layer(source: Path, experts: int, tokens: int) -> dict[str, Any]:
         return call
 
     distill.EXPERT_STEPS, distill.MIN_EXPERT_TOKENS = EXPERT_STEPS, 1
-    distill._Distiller._start = metered(
-        distill._Distiller._start, lambda given: "Hessians and error feedback"
+    distill._Distiller._quantize = metered(
+        distill._Distiller._quantize, lambda given: "Hessians and error feedback"
     )
     distill._Distiller._train = metered(
         distill._Distiller._train,
