@@ -67,7 +67,15 @@ def check_tools(tools: Sequence[Any], where: str = "") -> None:
 
 def tool_names(tools: Sequence[Schema]) -> list[str]:
     """Names of the tools, with or without the outer {"function": …}."""
-    return [name for tool in tools if (name := str(_function(tool).get("name") or ""))]
+    return [name for tool in tools if (name := function_of(tool)[0])]
+
+
+def function_of(tool: Schema) -> tuple[str, Schema]:
+    """Name and parameters of a tool; empty if they are missing or of another type."""
+    function = tool.get("function", tool)
+    function = function if isinstance(function, Mapping) else {}
+    parameters = function.get("parameters")
+    return str(function.get("name") or ""), parameters if isinstance(parameters, Mapping) else {}
 
 
 def read_xml(text: str, tools: Sequence[Schema]) -> ToolCall:
@@ -113,9 +121,7 @@ def _typed(
     name: str, arguments: Mapping[str, Any], tools: Sequence[Schema], is_json: bool = False
 ) -> dict[str, Any]:
     """The arguments, with texts converted to the types of the schema; JSON has its own types."""
-    schemas = {str(f.get("name")): f.get("parameters") for f in map(_function, tools)}
-    schema = schemas.get(name)
-    schema = schema if isinstance(schema, Mapping) else {}
+    schema = dict(map(function_of, tools)).get(name, {})
     properties = schema.get("properties") or {}
     typed = {}
     for key, value in arguments.items():
@@ -145,8 +151,3 @@ def as_message(call: ToolCall, *, typed: bool = False) -> dict[str, Any]:
     """
     arguments = {**call.arguments, **({} if typed else call.raw_arguments)}
     return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _function(tool: Schema) -> Schema:
-    function = tool.get("function", tool)
-    return function if isinstance(function, Mapping) else {}
