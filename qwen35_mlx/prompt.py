@@ -146,7 +146,8 @@ def render_messages(
         raise PromptError(
             "this model has no chat template",
             got="no chat_template.jinja, no chat_template.json, none in tokenizer_config.json",
-            hint="give the prompt as plain text, or copy the template into the model's folder",
+            hint="`qwen35-mlx generate --raw` continues a plain text, as generate and "
+            "stream_generate of Python do; or copy the template into the model's folder",
         )
     messages = open_messages(tokenizer, messages, allow_url=allow_url)
     media = media_of(messages)

@@ -24,7 +24,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if not isinstance(value, Real) or not math.isfinite(value):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value):
                 raise Qwen35Error(f"{name} is not usable", got=repr(value), expected="a number")
         checks = (
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
@@ -46,7 +47,14 @@ class SamplingParams:
         """The defaults a checkpoint recommends; without `do_sample` it decodes greedily."""
         names = cls.__dataclass_fields__
         given = {name: config[name] for name in names if config.get(name) is not None}
-        if not config.get("do_sample", False):
+        # Also what is not used below.
+        cls(**given)
+        samples = config.get("do_sample") or False
+        if not isinstance(samples, bool):
+            raise Qwen35Error(
+                "do_sample is not usable", got=repr(samples), expected="true or false"
+            )
+        if not samples:
             given = {k: v for k, v in given.items() if k.endswith("_penalty")}
         elif "temperature" not in given:
             given["temperature"] = 1.0

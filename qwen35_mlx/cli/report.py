@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,13 +130,18 @@ def _drafts(found: dict[str, Any] | None) -> list[str]:
     """Two lines about answers with drafts; none without an MTP layer."""
     if not found:
         return []
-    shares = [
-        f"{kind} {' '.join(f'{share:.0%}' for share in by_depth)} right"
-        for kind, by_depth in found["acceptance"].items()
-    ]
     speed = f"decode {found['decode_tps']:,.1f} with drafts, {found['plain_decode_tps']:,.1f} "
     speed += f"without: {found['vs_plain']:.2f}x"
-    return ["", speed, "; ".join([f"{found['tokens_per_pass']:.2f} tokens a pass", *shares])]
+    return ["", speed, "; ".join(draft_figures(found["tokens_per_pass"], found["acceptance"]))]
+
+
+def draft_figures(tokens_per_pass: float, acceptance: Mapping[str, Sequence[float]]) -> list[str]:
+    """Tokens a pass, and for each kind of drafts the share of right ones by depth."""
+    shares = [
+        f"{kind} {' '.join(f'{share:.0%}' for share in by_depth)} right"
+        for kind, by_depth in acceptance.items()
+    ]
+    return [f"{tokens_per_pass:.2f} tokens a pass", *shares]
 
 
 def _experts(found: dict[str, float] | None) -> list[str]:

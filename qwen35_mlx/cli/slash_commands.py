@@ -178,12 +178,11 @@ def show_stats(view: "ChatView", rest: str) -> None:
 
 def draft_figures(view: "ChatView") -> str:
     """Tokens per pass of this chat, and acceptance of drafts by depth."""
+    from . import report
+
     stats = view.chat.drafter.stats
-    shares = [
-        f"{kind} {' '.join(f'{share:.0%}' for share in stats.acceptance(kind))} right"
-        for kind in stats.drafted
-    ]
-    return " · ".join([f"{stats.tokens_per_pass:.2f} tokens a pass", *(shares or ["no drafts"])])
+    figures = report.draft_figures(stats.tokens_per_pass, stats.summary)
+    return " · ".join(figures if stats.drafted else [*figures, "no drafts"])
 
 
 def save(view: "ChatView", rest: str) -> None:

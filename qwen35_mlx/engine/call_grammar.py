@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .tool_calls import Schema, kinds_of
+from .tool_calls import Schema, function_of, kinds_of
 
 # Only the spaces that models write: with flexible whitespace an endless run of it would be valid.
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -53,7 +53,7 @@ def call_grammar(
 def _json_rules(tools: Sequence[Schema], strict: Collection[str]) -> list[str]:
     rules = []
     for i, tool in enumerate(tools):
-        name, parameters = _function(tool)
+        name, parameters = function_of(tool)
         parameters = parameters if name in strict else {}
         call = {
             "type": "object",
@@ -69,7 +69,7 @@ def _json_rules(tools: Sequence[Schema], strict: Collection[str]) -> list[str]:
 def _tag_rules(tools: Sequence[Schema], strict: Collection[str]) -> list[str]:
     rules = []
     for i, tool in enumerate(tools):
-        name, parameters = _function(tool)
+        name, parameters = function_of(tool)
         if name not in strict:
             rules.append(f"tool_{i}: {_text(f'<function={name}>')} free")
             continue
@@ -110,9 +110,3 @@ def _json(schema: Mapping[str, Any]) -> str:
 def _text(text: str) -> str:
     """A Lark literal."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _function(tool: Schema) -> tuple[str, Mapping[str, Any]]:
-    function = tool.get("function", tool)
-    parameters = function.get("parameters")
-    return str(function.get("name") or ""), parameters if isinstance(parameters, Mapping) else {}

@@ -85,7 +85,13 @@ def check_tools(tools: Sequence[Any], where: str = "") -> None:
 
 def tool_names(tools: Sequence[Schema]) -> list[str]:
     """Names of the tools, with or without the outer {"function": …}."""
-    return [name for tool in tools if (name := str(_function(tool).get("name") or ""))]
+    return [name for tool in tools if (name := function_of(tool)[0])]
+
+
+def function_of(tool: Schema) -> tuple[str, Schema]:
+    """Name and parameters of a tool; empty if they are missing or of another type."""
+    function = _mapping(tool.get("function", tool))
+    return str(function.get("name") or ""), _mapping(function.get("parameters"))
 
 
 def read_xml(text: str, tools: Sequence[Schema]) -> ToolCall:
@@ -131,8 +137,7 @@ def _typed(
     name: str, arguments: Mapping[str, Any], tools: Sequence[Schema], is_json: bool = False
 ) -> dict[str, Any]:
     """The arguments, with texts converted to the types of the schema; JSON has its own types."""
-    schemas = {str(f.get("name")): f.get("parameters") for f in map(_function, tools)}
-    schema = _mapping(schemas.get(name))
+    schema = dict(map(function_of, tools)).get(name, {})
     properties = schema.get("properties") or {}
     typed = {}
     for key, value in arguments.items():
@@ -162,10 +167,6 @@ def as_message(call: ToolCall, *, typed: bool = False) -> dict[str, Any]:
     """
     arguments = {**call.arguments, **({} if typed else call.raw_arguments)}
     return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _function(tool: Schema) -> Schema:
-    return _mapping(tool.get("function", tool))
 
 
 def coerce(raw: str, schema: Schema, root: Schema) -> Any:

@@ -38,6 +38,7 @@ from .shard import read_cut, shard, taken
 
 log = logging.getLogger(__name__)
 
+GENERATION_FILE = "generation_config.json"
 # Qwen3.5 ends a turn with the first and a document with the second; both end an answer.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 # Lazy arrays of each open file, by name.
@@ -346,7 +347,10 @@ def load(
     if ring is not None:
         ring.tell("kernels", base=chosen.base, kernel_rows=dict(chosen.kernel_rows))
     generation = read_generation_config(folder)
-    model.sampling_defaults = SamplingParams.from_generation_config(generation)
+    try:
+        model.sampling_defaults = SamplingParams.from_generation_config(generation)
+    except Qwen35Error as error:
+        raise ConfigError(f"{folder / GENERATION_FILE}: {error}") from None
     tokenizer = load_tokenizer(folder, config, generation)
     tokenizer.vision, tokenizer.no_vision = vision_settings(folder, model)
     return model, tokenizer
@@ -411,5 +415,5 @@ def load_tokenizer(
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """`generation_config.json` as a dict; empty if there is none."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION_FILE
     return read_object(path) if path.exists() else {}
