@@ -206,10 +206,7 @@ def read_tool_choice(body: Fields, tools: list[dict[str, Any]]) -> tuple[str | T
 
 async def messages(http: HttpRequest) -> Response:
     """Answer messages."""
-    service, body = await begun(http)
-    call = _Messages(service, body)
-    answer = await service.answer(call.request)
-    return call.response(answer, call.is_stream)
+    return await _Messages(*await begun(http)).respond()
 
 
 async def count_tokens(http: HttpRequest) -> Response:

@@ -20,10 +20,7 @@ MAX_LOGPROBS = 5
 
 async def completions(http: HttpRequest) -> Response:
     """Continue texts."""
-    service, body = await begun(http)
-    completion = _Completion(service, body)
-    answer = await service.answer(*completion.requests)
-    return completion.response(answer, completion.is_stream)
+    return await _Completion(*await begun(http)).respond()
 
 
 def read_prompts(body: Fields, name: str = "prompt") -> list[str | list[int]]:

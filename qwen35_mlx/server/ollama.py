@@ -141,7 +141,7 @@ async def chat(http: HttpRequest) -> Response:
     request = _request(service, body)
     request.messages = messages
     request.tools = read_functions(body)
-    return await _respond(service, body, _Lines(service, name, request, is_chat=True))
+    return await _Lines(service, body, name, request, is_chat=True).respond()
 
 
 async def generate(http: HttpRequest) -> Response:
@@ -165,7 +165,7 @@ async def generate(http: HttpRequest) -> Response:
         if system := body.text("system"):
             messages.insert(0, {"role": "system", "content": system})
         request.messages = folded(messages)
-    return await _respond(service, body, _Lines(service, name, request, is_chat=False))
+    return await _Lines(service, body, name, request, is_chat=False).respond()
 
 
 def check_model(service: Service, body: Fields) -> str:
@@ -204,19 +204,15 @@ def _request(service: Service, body: Fields) -> Request:
     )
 
 
-async def _respond(service: Service, body: Fields, lines: "_Lines") -> Response:
-    answer = await service.answer(lines.request)
-    return lines.response(answer, body.flag("stream") is not False)
-
-
 class _Lines(ReplyWriter):
     """An answer as lines of JSON, or as one object."""
 
     dialect = "ollama"
     media_type = NDJSON
 
-    def __init__(self, service: Service, name: str, request: Request, is_chat: bool):
+    def __init__(self, service: Service, body: Fields, name: str, request: Request, is_chat: bool):
         super().__init__(service, "", name, request)
+        self.is_stream = body.flag("stream") is not False
         self._is_chat = is_chat
         self._began_s = time.perf_counter()
 
@@ -258,7 +254,7 @@ class _Lines(ReplyWriter):
 
     def _last(self) -> dict[str, Any]:
         """The fields of the last line; times are in nanoseconds."""
-        usage, reply, messages = self._usage, self._replies[0], self.request.messages
+        usage, reply, messages = self._usage, self._replies[0], self.requests[0].messages
         reason = reply.finish_reason or "stop"
         context = {}
         if messages is not None and not self._is_chat:

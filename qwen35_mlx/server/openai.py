@@ -164,10 +164,7 @@ def _without_tools(body: Fields, field: str) -> ApiError:
 
 async def chat_completions(http: HttpRequest) -> Response:
     """Answer messages."""
-    service, body = await begun(http)
-    chat = _Chat(service, body)
-    answer = await service.answer(chat.request)
-    return chat.response(answer, chat.is_stream)
+    return await _Chat(*await begun(http)).respond()
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

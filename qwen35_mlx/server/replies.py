@@ -2,7 +2,7 @@
 
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,9 @@ class Writer:
 
     dialect: Dialect = "openai"
     media_type = EVENT_STREAM
+    # One for each prompt.
+    requests: Sequence[Request] = ()
+    is_stream = False
 
     def __init__(self, service: Service, identity: str, model: str):
         self._service = service
@@ -86,9 +89,13 @@ class Writer:
         self._created_s = 0.0
         self._num_keepalives = 0
 
-    def response(self, answer: Answer, is_stream: bool | None) -> Response:
-        """The response for the handler to return."""
-        if is_stream:
+    async def respond(self) -> Response:
+        """Submit the requests; the response for the handler to return."""
+        return self.response(await self._service.answer(*self.requests))
+
+    def response(self, answer: Answer) -> Response:
+        """The response that sends an answer."""
+        if self.is_stream:
             return StreamedAnswer(answer, self.frames(answer), self.keepalive, self.media_type)
         return WholeAnswer(answer, self.whole(answer), self.dialect)
 
@@ -177,7 +184,7 @@ class ReplyWriter(Writer):
     ):
         """prefix: the prefix of ids of calls."""
         super().__init__(service, identity, model)
-        self.request = request
+        self.requests = [request]
         self._replies = [Reply(index, prefix) for index in range(request.n)]
         if request.logprobs is not None:
             for reply in self._replies:

@@ -150,8 +150,8 @@ async def create_response(http: HttpRequest) -> Response:
     items = _items(service, body)
     request = _request(service, body, items)
     writer = ResponseWriter(service, request, _template(body, model, request), items)
-    answer = await _submitted(service, body, request)
-    return writer.response(answer, body.flag("stream"))
+    writer.is_stream = body.flag("stream") or False
+    return writer.response(await _submitted(service, body, request))
 
 
 async def _submitted(service: Service, body: Fields, request: Request) -> Any:
