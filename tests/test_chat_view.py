@@ -335,9 +335,8 @@ def test_a_full_context_asks_and_keeps_the_message(
 
 
 def test_a_chat_without_a_home_folder_is_refused_only_named_sessions(
-    talk: Any, no_home: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    talk: Any, no_home: None, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("QWEN35_MLX_SESSIONS", raising=False)
     chat, err = talk("one", "/save name", f"/save {tmp_path}/talk", "two")
     assert asked(chat) == ["one", "two"] and "set QWEN35_MLX_SESSIONS" in err
     assert asked_in(tmp_path / "talk.json") == ["one", "two"]

@@ -148,9 +148,9 @@ def test_convert_copies_what_is_quantized_bit_for_bit(
     assert plan(other).bits_per_weight == pytest.approx(plan_of(packed), rel=1e-3)
     assert not any(row.name.endswith(("scales", "biases")) for row in plan(other).table())
     for wish in (dict(bits=8), dict(dtype="float16"), dict(recipe=lambda module: (4, 32))):
-        with pytest.raises(Qwen35Error, match="quantized already") as error:
+        with pytest.raises(Qwen35Error, match="already quantized") as error:
             plan(other, **wish)
-        assert "this one runs as it is" in str(error.value)
+        assert "this one runs without a conversion" in str(error.value)
     np.testing.assert_array_equal(logits(other), expected["packed"])
 
 

@@ -242,7 +242,7 @@ def test_paths_that_cannot_be_read_are_named(tmp_path):
         "missing.png": "is not there",
         ".": "is a folder",
         "empty.png": "is empty",
-        "pipe": "is not there",
+        "pipe": "is no regular file",
         "a\0b": "cannot be read|is not there",
         "x" * 300: "cannot be read|is not there",
     }.items():

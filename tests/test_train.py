@@ -427,7 +427,7 @@ def test_a_disk_without_room_is_refused_before_the_training(tmp_path, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     begun = training(tmp_path / "adapter", 1)
-    with pytest.raises(Qwen35Error, match=r"not enough disk space(.|\n)*make room"):
+    with pytest.raises(Qwen35Error, match=r"not enough disk space(.|\n)*free disk space"):
         begun.run()
     assert begun.history == [] and list(tmp_path.iterdir()) == []
 

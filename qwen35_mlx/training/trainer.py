@@ -129,7 +129,7 @@ class Training:
         """Train to the last step and write the adapter; return the steps, with earlier runs'."""
         adapter, state = self._saved()
         num_bytes = sum(a.nbytes for a in (*adapter.arrays.values(), *state.values()))
-        require_space(self.folder, num_bytes, "make room, or choose another folder")
+        require_space(self.folder, num_bytes, "free disk space, or choose another folder")
         with made_folder(self.folder):
             require_writable(self.folder / STATE_FILE)
             self._train()
@@ -217,7 +217,7 @@ class Training:
             "history": json.dumps([asdict(step) for step in self.history]),
         }
         # The state first: it holds the adapter too, so after a stop the two files need not agree.
-        with write_errors(self.folder, "make room; --resume goes on from what was saved before"):
+        with write_errors(self.folder, "free disk space; --resume continues from the last save"):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_arrays(self.folder / STATE_FILE, state, metadata)
             write_adapter(self.folder, adapter)
