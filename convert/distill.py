@@ -1,4 +1,4 @@
-"""Trains the quantized weights layer by layer, so that each layer gives the output of the source's.
+"""Trains quantized weights layer by layer, so that each layer gives the output of the source's.
 
 The teacher is the source, the student is the quantized model. B texts, T tokens, H hidden size,
 N = B * T, E experts, K experts per token.
