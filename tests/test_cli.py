@@ -395,9 +395,9 @@ def test_characters_that_a_terminal_does_not_have_are_question_marks(
 def test_a_terminal_of_no_columns_shows_everything() -> None:
     """rich printed nothing, and the command succeeded."""
     code = "from qwen35_mlx.cli.main import main; main()"
-    program = [sys.executable, "-c", code, "plan", "--mac", "64GB"]
+    program = [sys.executable, "-c", code, "plan", "Qwen3.5-0.8B"]
     shown = subprocess.run(program, env=os.environ | {"COLUMNS": "0"}, capture_output=True)
-    assert shown.returncode == 0 and b"Qwen3.5-9B" in shown.stdout
+    assert shown.returncode == 0 and b"embed_tokens" in shown.stdout
 
 
 @pytest.mark.parametrize(
