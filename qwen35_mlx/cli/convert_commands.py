@@ -49,7 +49,7 @@ def convert(
         source: Folder of a Hugging Face checkpoint, or hub id such as Qwen/Qwen3.5-4B.
         out: Folder to create. Default: in the current folder, the name of SRC and the settings,
             such as NAME-4bit.
-        method: How to choose scales. minmax: as MLX. search: least error, ten times slower. gptq:
+        method: How to choose scales. minmax: as MLX. search: least error, much slower. gptq:
             error feedback; needs a calibration made with --method gptq. distill: error feedback,
             then trained layer after layer, without a calibration; hours for a large model. Default:
             minmax with --bits alone, else search, or gptq if the calibration allows it.
