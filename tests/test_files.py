@@ -133,8 +133,12 @@ def test_a_place_that_cannot_be_written_is_refused_and_another_stays_clean(tmp_p
 class Endless:
     """A stream like /dev/zero, which notices a reader without a bound."""
 
+    num_read = 0
+
     def read(self, count: int | None = -1) -> Any:
         assert count is not None and count >= 0, "all of an endless stream is read"
+        self.num_read += count
+        assert self.num_read < 2**31, "an endless stream is read on and on"
         # As long as so many bytes, without their memory.
         return range(count)
 
