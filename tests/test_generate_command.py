@@ -177,6 +177,37 @@ def test_calls_of_tools_are_lines_of_json(generate: Any, tools: Path) -> None:
     assert json.loads(generate("-p", TABLE, *GREEDY, "--json").stdout)["tool_calls"] == []
 
 
+@pytest.mark.parametrize(
+    "options", everyday(["--no-think", "", "--temperature 2", "--draft off"], 0)
+)
+def test_an_answer_is_valid_for_its_schema(generate: Any, tmp_path: Path, options: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}, "sure": {"enum": ["yes", "no"]}},
+        "required": ["sum", "sure"],
+    }
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema))
+    limits = ("--max-tokens", "200", "--seed", "3")
+    result = generate("-p", SUM, "--schema", file, "--json", *limits, *GREEDY, *options.split())
+    found = json.loads(result.stdout)
+    kept = json.loads(found["text"])
+    assert list(kept) == ["sum", "sure"] and isinstance(kept["sum"], int)
+    assert kept["sure"] in ("yes", "no") and found["finish_reason"] == "stop"
+    assert bool(found["thought"]) == ("--no-think" not in options)
+
+
+@pytest.mark.slow
+def test_a_schema_leaves_calls_of_tools_free(generate: Any, tools: Path, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 3}')
+    options = ("--tools", tools, "--schema", file, *GREEDY, "--max-tokens", "300")
+    call = json.loads(generate("-p", TABLE, *options).stdout)
+    assert call["name"] == "book_table" and isinstance(call["arguments"]["people"], int)
+    flags = json.loads(generate("-p", TABLE, *options[2:], "--no-think").stdout)
+    assert all(isinstance(flag, bool) for flag in flags)
+
+
 def test_pieces_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     calls = [ToolCall("f", {"a": [1]}, {"a": "[1]"}), ToolCall("g", {}, {}, complete=False)]
     pieces = [Piece("thought", "hm "), Piece("thought", "ok"), Piece("answer", "So"),
@@ -223,6 +254,29 @@ def test_a_wrong_list_of_tools_is_refused_before_a_model_is_loaded(
     file = tmp_path / "t.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = run_cli("generate", "no/model", "-p", "x", "--tools", file)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ") and problem in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "has no JSON schema"),
+        ("true", "has no JSON schema"),
+        ('{"type": "strin"}', "not usable at $"),
+        ('{"properties": {"a": {"items": {"type": 3}}}}', "not usable at $.properties.a.items"),
+        ('{"const": "%s"}' % ("a" * 300_000), "the grammar is too long"),
+        (b"\xff\xff", "cannot be read as text"),
+    ],
+)
+def test_a_wrong_schema_is_refused_before_a_model_is_loaded(
+    run_cli: Any, tmp_path: Path, text: str | bytes, problem: str
+) -> None:
+    file = tmp_path / "s.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = run_cli("generate", "no/model", "-p", "x", "--schema", file)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ") and problem in result.stderr
 

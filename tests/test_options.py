@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, list[str]]] = {
         "--pages": ["1-3", "--pdf", "{text}"],
         "--allow-url": ["--image", "http://a.b/c.png"],
         "--tools": ["{tools}"],
+        "--schema": ["{schema}"],
         "--show-thoughts": [],
         "--json": [],
         "--stop": ["x"],
@@ -360,9 +361,11 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Observe:
     fake(cli_report, "print_bench")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWEN35_MLX_SESSIONS", str(tmp_path / "sessions"))
-    names = {"tools": "tools", "text": "text", "calibration": "calibration.safetensors"}
+    names = {"tools": "tools", "schema": "schema", "text": "text"}
+    names["calibration"] = "calibration.safetensors"
     files = {name: tmp_path / file for name, file in names.items()}
     files["tools"].write_text(json.dumps([{"name": "f"}]))
+    files["schema"].write_text("{}")
     files["text"].write_text("some text")
 
     def observe(name: str, *arguments: str) -> tuple[int, str]:
@@ -445,9 +448,9 @@ def test_every_rule_is_about_options_that_there_are(name: str) -> None:
         "convert x --prefer speed", "convert x --calibration-text t", "convert x --context 5",
         "convert /no/folder --keep-source", "convert x --bits 3 --method minmax --calibration c",
         "generate x --raw --system s", "generate x --raw --think", "generate x --raw --no-think",
-        "generate x --raw --tools t", "generate x --raw --image i", "generate x --raw --video v",
-        "generate x --raw --pdf p", "generate x --allow-url", "generate x --image -",
-        "generate x --pages 1",
+        "generate x --raw --tools t", "generate x --raw --schema t", "generate x --raw --image i",
+        "generate x --raw --video v", "generate x --raw --pdf p", "generate x --allow-url",
+        "generate x --image -", "generate x --pages 1",
         "generate x --draft off --num-draft-tokens 2", "chat --draft off --num-draft-tokens 2",
         "generate x --no-think --show-thoughts", "chat x --demo", "chat x --image -",
         "train x --data d --dora --experts", "fuse x y --adapter-path a --prefer speed",

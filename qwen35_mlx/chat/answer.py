@@ -5,17 +5,18 @@ import time
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from ..engine.decode import decode
+from ..engine.grammar import Matcher
 from ..engine.loops import LoopDetector
 from ..engine.output import OutputParser, Piece
 from ..engine.prompt_cache import PromptCache
 from ..engine.sampler import Sampler
 from ..engine.turn_prompts import THOUGHT_END
-from ..prompt import encode_text
+from ..prompt import THINK_CLOSE, encode_text
 
 if TYPE_CHECKING:
     from .conversation import Chat
@@ -31,16 +32,28 @@ def answer(
     sampler: Sampler,
     parser: OutputParser,
     limit: int,
+    grammar: Matcher | None = None,
 ) -> Generator[Piece, None, None]:
-    """Yield the pieces of an answer of at most `limit` tokens; update `chat.stats` meanwhile."""
+    """Yield the pieces of an answer of at most `limit` tokens; update `chat.stats` meanwhile.
+
+    What follows the thought is constrained by `grammar`.
+    """
     stats, action = chat.stats, chat.loop_action
     detector = LoopDetector(chat.tokenizer, question)
     num_prompt = len(cache.ids)
     budget = chat.think_budget or math.inf
     started = time.perf_counter()
+
+    def forbidden_behind(tokens: mx.array) -> mx.array:
+        assert grammar
+        return mx.array(grammar.forbidden_behind(cast(list[int], tokens.tolist())))
+
     while True:
         left = limit - stats.generation_tokens
-        with closing(decode(cache, hidden, sampler, left, chat.drafter)) as steps:
+        masks: tuple[Any, ...] = ()
+        if grammar and not parser.in_thought:
+            masks = mx.array(grammar.forbidden()), forbidden_behind
+        with closing(decode(cache, hidden, sampler, left, chat.drafter, *masks)) as steps:
             for token, _, from_draft in steps:
                 stats.draft_tokens += from_draft
                 stats.generation_tokens += 1
@@ -49,11 +62,15 @@ def answer(
                 else:
                     seconds = max(time.perf_counter() - started, 1e-9)
                     stats.decode_tps = (stats.generation_tokens - 1) / seconds
-                stats.thought_tokens += parser.in_thought
+                was_thought = parser.in_thought
+                stats.thought_tokens += was_thought
                 stats.peak_memory_gb = mx.get_peak_memory() / 1e9
                 is_end = token in chat.tokenizer.eos_token_ids
                 pieces = [] if is_end else parser.feed(token)
-                if is_end or parser.stopped:
+                follows = grammar if not was_thought else None
+                if follows and not is_end:
+                    follows.accept(token)
+                if is_end or parser.stopped or (follows and follows.is_finished):
                     stats.finish_reason = "stop"
                 elif stats.generation_tokens == limit:
                     stats.finish_reason = "length"
@@ -70,8 +87,12 @@ def answer(
                     yield from parser.finish()
                     return
                 if parser.in_thought and stats.thought_tokens >= budget:
+                    forced = THOUGHT_END
                     break
-        end = encode_text(chat.tokenizer, THOUGHT_END)
+                if grammar and was_thought and not parser.in_thought:
+                    forced = THOUGHT_END.partition(THINK_CLOSE)[2]
+                    break
+        end = encode_text(chat.tokenizer, forced)
         if stats.generation_tokens + len(end) >= limit:
             stats.finish_reason = "length"
             yield from parser.finish()

@@ -3,7 +3,7 @@
 import os
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,12 @@ import mlx.core as mx
 
 from ..engine.foreign import as_model
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
+from ..engine.grammar import Grammars, Matcher
 from ..engine.output import OutputParser, Piece, ToolCall
 from ..engine.prefix_store import MIN_POINT_TOKENS, PrefixStore, snapshot_marks
 from ..engine.prompt_cache import Progress, PromptCache
+from ..engine.requests import Grammar, Request
+from ..engine.row import Vocabulary
 from ..engine.sampler import Sampler
 from ..engine.segments import Segments
 from ..engine.speculate import AUTO, Drafter
@@ -55,7 +58,8 @@ class Chat:
     "stop". `stop` strings end an answer. Chats that share a `store` prefill a common prefix once.
     Pictures and videos are paths, bytes, data: URLs, Pillow images, arrays or, of videos, lists of
     frames; `allow_url` also fetches web addresses. In `messages` they are parts as in OpenAI's API.
-    draft and num_draft_tokens: as in stream_generate.
+    draft and num_draft_tokens: as in stream_generate. schema: a JSON schema that every answer is
+    valid for, unless it calls a tool; thoughts are free.
     """
 
     model: Model
@@ -75,10 +79,12 @@ class Chat:
     allow_url: bool = False
     draft: str = AUTO
     num_draft_tokens: int | None = None
+    schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.model = as_model(self.model)
         check_tools(self.tools)
+        self._grammars = Grammars(self.tokenizer, self.model.config.vocab_size)
         self.messages = self._opened(self.messages)
         if self.system:
             self.messages.insert(0, {"role": "system", "content": self.system})
@@ -357,6 +363,14 @@ class Chat:
     def _prompts(self) -> TurnPrompts:
         return TurnPrompts(self.tokenizer, self.tools, self.enable_thinking)
 
+    def _grammar(self, banned: Sequence[int]) -> Matcher | None:
+        if self.schema is None:
+            return None
+        request = Request(tools=self.tools, grammar=Grammar("json_schema", self.schema))
+        matcher = self._grammars.of(request, self._prompts.renders_json_arguments)
+        never = Vocabulary(self.tokenizer, self.model.config.vocab_size, banned).forbidden
+        return matcher.copy(never) if matcher else None
+
     def _opened(self, messages: Sequence[Message]) -> list[Message]:
         return list(open_messages(self.tokenizer, messages, allow_url=self.allow_url))
 
@@ -428,12 +442,14 @@ class Chat:
         hint = "shorten the message, take turns back, or drop the oldest ones"
         check_length(len(prompt), context_length, hint)
         thinking = self._prompts.opens_thought(prompt)
+        banned = banned_ids(self.model, self.tokenizer)
         sampler = Sampler(
             self.sampling_params(thinking),
             mx.array(without_media(self.tokenizer, prompt)),
             self.sampling.get("seed"),
-            banned_ids(self.model, self.tokenizer),
+            banned,
         )
+        grammar = self._grammar(banned)
         cache = self._take(prompt[:-1])
         num_kept, num_encoded = len(cache.ids), cache.features.num_encoded
         stats = TurnStats(len(prompt), len(prompt) - num_kept)
@@ -458,7 +474,9 @@ class Chat:
         limit = min(most, context_length - len(prompt))
         question = self.last_message() if self._turns() else ""
         try:
-            with closing(answer(self, question, cache, hidden, sampler, parser, limit)) as pieces:
+            with closing(
+                answer(self, question, cache, hidden, sampler, parser, limit, grammar)
+            ) as pieces:
                 for piece in pieces:
                     if piece.call is None:
                         texts[piece.kind].append(piece.text)

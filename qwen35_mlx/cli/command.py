@@ -59,7 +59,7 @@ RULES: dict[str, list[Rule]] = {
         (("--allow-url",), MEDIA),
         (("--pages",), ("--pdf",)),
         *((("--raw", name), ()) for name in ("--system", "--tools", "--think", "--no-think")),
-        (("--raw", "--cache-dir"), ()),
+        *((("--raw", name), ()) for name in ("--schema", "--cache-dir")),
         (("--cache-limit",), ("--cache-dir",)),
         (("--raw", "--show-thoughts"), ()),
         (("--no-think", "--show-thoughts"), ()),

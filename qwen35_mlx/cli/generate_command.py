@@ -34,6 +34,7 @@ def generate(
     allow_url: options.AllowUrl = False,
     system: options.System = None,
     tools: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+    schema: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
     think: options.Thinking = None,
     show_thoughts: bool = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
@@ -58,6 +59,8 @@ def generate(
         pages: Pages of each PDF, such as 1-3,7. Default: all.
         tools: JSON file with a list of tools that the model may call, each as OpenAI's API takes
             it. Default: no tools.
+        schema: JSON file with a JSON schema; the answer is JSON that is valid for it, unless it
+            calls a tool or is cut. Needs the extra "server". Default: free text.
         show_thoughts: Print the thought before the answer, between <think> and </think>. Default:
             the answer alone.
         as_json: Print one JSON object: text, thought, tool_calls, finish_reason, counts of tokens,
@@ -66,7 +69,8 @@ def generate(
     """
     text = read_prompts([] if prompt is None else [prompt])[0]
     drawn = generation.of_chat()
-    schemas = read_tools(tools) if tools else []
+    functions = read_tools(tools) if tools else []
+    form = read_schema(schema) if schema else None
     given = {"image": image, "video": video, "pdf": pdf}
     media = [(kind, source) for kind, sources in given.items() for source in sources or ()]
     from .attachments import Attachments, read_documents
@@ -87,7 +91,8 @@ def generate(
         loaded,
         tokenizer,
         system=system,
-        tools=schemas,
+        tools=functions,
+        schema=form,
         enable_thinking=think,
         stop=stop or (),
         on_loop="off",
@@ -216,14 +221,34 @@ def answer_as_json(parts: Sequence["Piece"], chat: "Chat", total_s: float) -> di
 def read_tools(file: Path) -> list[dict[str, Any]]:
     """A JSON list of tools, each with a name and a JSON schema of its parameters."""
     from ..engine.tool_calls import TOOL_FORM, check_tools
-    from ..files import read_text
 
-    text, expected = read_text(file), f"[{TOOL_FORM}, …]"
-    try:
-        tools = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Qwen35Error(f"{file} is not JSON", got=error, expected=expected) from None
+    expected = f"[{TOOL_FORM}, …]"
+    tools = read_json(file, expected)
     if not isinstance(tools, list) or not tools:
-        raise Qwen35Error(f"{file} has no list of tools", got=text[:60], expected=expected)
+        got = json.dumps(tools)[:60]
+        raise Qwen35Error(f"{file} has no list of tools", got=got, expected=expected)
     check_tools(tools, f" of {file}")
     return tools
+
+
+def read_schema(file: Path) -> dict[str, Any]:
+    """A JSON schema, checked."""
+    from ..engine.grammar import schema_part
+
+    expected = '{"type": "object", "properties": {…}}'
+    schema = read_json(file, expected)
+    if not isinstance(schema, dict):
+        got = json.dumps(schema)[:60]
+        raise Qwen35Error(f"{file} has no JSON schema", got=got, expected=expected)
+    schema_part(schema)
+    return schema
+
+
+def read_json(file: Path, expected: str) -> Any:
+    """The content of a JSON file."""
+    from ..files import read_text
+
+    try:
+        return json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise Qwen35Error(f"{file} is not JSON", got=error, expected=expected) from None

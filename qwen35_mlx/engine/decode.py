@@ -27,15 +27,19 @@ def decode(
     sampler: Sampler,
     max_tokens: int,
     drafter: Drafter | None = None,
+    forbidden: mx.array | None = None,
+    forbidden_behind: Callable[[mx.array], mx.array | None] | None = None,
 ) -> Generator[Step, None, None]:
     """Yield up to `max_tokens` tokens after `hidden` `[1, 1, H]`, that of the last cached token.
 
+    `forbidden` and `forbidden_behind` are masks of tokens, as in `Decoding`.
     At every yield `cache` holds the token, except the last of `max_tokens`. Without drafts the
     graph of step N + 1 is built and started before the host reads token N, so the device never
     waits for Python. With drafts one pass reads several tokens; the tokens are the same.
     """
     if max_tokens:
-        yield from Decoding(cache, hidden, sampler).steps(max_tokens, drafter)
+        decoding = Decoding(cache, hidden, sampler, forbidden, forbidden_behind)
+        yield from decoding.steps(max_tokens, drafter)
 
 
 def greedy(

@@ -36,20 +36,21 @@ class GrammarError(Qwen35Error):
 class Matcher:
     """The state of a grammar in one answer; every answer gets a copy of a fresh one."""
 
-    def __init__(self, matcher: Any, vocab_size: int):
+    def __init__(self, matcher: Any, vocab_size: int, banned: np.ndarray | None = None):
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._banned = np.zeros(vocab_size, dtype=bool) if banned is None else banned
 
-    def copy(self) -> "Matcher":
-        """A copy with the same state."""
-        return Matcher(self._matcher.deep_copy(), self._vocab_size)
+    def copy(self, banned: np.ndarray | None = None) -> "Matcher":
+        """A copy with the same state, which never allows the tokens in the mask `banned` `[V]`."""
+        return Matcher(self._matcher.deep_copy(), self._vocab_size, banned)
 
     def forbidden(self) -> np.ndarray:
         """The mask `[V]` of tokens that must not come next, end tokens included."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-        return allowed == 0
+        return (allowed == 0) | self._banned
 
     def forbidden_behind(self, tokens: Sequence[int]) -> np.ndarray:
         """Masks `[T, V]` after each of T possible next tokens; the state does not change.
@@ -142,22 +143,7 @@ class Grammars:
     def _of_answer(self, grammar: Grammar) -> dict[str, Any]:
         kind, source = grammar.kind, grammar.source
         if kind in ("json_object", "json_schema"):
-            schema = {"type": "object"} if kind == "json_object" else source
-            if not isinstance(schema, Mapping | bool):
-                raise GrammarError(
-                    "the JSON schema is not usable", got=repr(schema)[:80], expected="an object"
-                )
-            part = _json_part(schema)
-            if message := self._fault(json.dumps({"grammars": [part]})):
-                path = self._path_of_fault(schema)
-                error = GrammarError(
-                    f"the JSON schema is not usable at {path}",
-                    got=message[:500],
-                    hint="https://github.com/guidance-ai/llguidance lists what schemas may use",
-                )
-                error.path = path
-                raise error
-            return part
+            return schema_part({"type": "object"} if kind == "json_object" else source)
         if not isinstance(source, str):
             raise GrammarError(f"the {kind} is not usable", got=repr(source)[:80], expected="text")
         if len(source) > MAX_SOURCE_CHARACTERS:
@@ -182,27 +168,9 @@ class Grammars:
         ll, tables = self._ll()
         return str(ll.LLMatcher.validate_grammar(text, tables))
 
-    def _path_of_fault(self, schema: Any) -> str:
-        """The innermost place of a schema that is invalid by itself."""
-        shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
-        path, left = "$", MAX_TRIED_PLACES
-        while True:
-            for name, child in _children(schema):
-                left -= 1
-                alone = {**shared, **child} if isinstance(child, Mapping) else child
-                if left < 0:
-                    return path
-                if self._fault(json.dumps({"grammars": [_json_part(alone)]})):
-                    path, schema = f"{path}.{name}", child
-                    break
-            else:
-                return path
-
     def _ll(self) -> tuple[Any, Any]:
         """The library, and its tables for the tokenizer."""
-        needs = "schemas, grammars and required tools need llguidance"
-        with extra("server", needs, GrammarError):
-            import llguidance
+        llguidance = _llguidance()
         with self._lock:
             if self._tables is None:
                 words = llguidance.TokenizerWrapper(_Words(self._tokenizer, self._vocab_size))
@@ -230,6 +198,55 @@ class _Words:
 
     def __call__(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+def schema_part(schema: Any) -> dict[str, Any]:
+    """A JSON schema as a part of a grammar; raises GrammarError if it is not usable."""
+    if not isinstance(schema, Mapping | bool):
+        raise GrammarError(
+            "the JSON schema is not usable", got=repr(schema)[:80], expected="an object"
+        )
+    part = _json_part(schema)
+    if message := _fault_of_schema(part):
+        path = _path_of_fault(schema)
+        error = GrammarError(
+            f"the JSON schema is not usable at {path}",
+            got=message[:500],
+            hint="https://github.com/guidance-ai/llguidance lists what schemas may use",
+        )
+        error.path = path
+        raise error
+    return part
+
+
+def _llguidance() -> Any:
+    needs = "schemas, grammars and required tools need llguidance"
+    with extra("server", needs, GrammarError):
+        import llguidance
+    return llguidance
+
+
+def _fault_of_schema(part: Mapping[str, Any]) -> str:
+    """The error of a schema; empty if it is valid. Needs no tokenizer."""
+    text = json.dumps({"grammars": [part]})
+    return str(_llguidance().LLMatcher.validate_grammar(text, None))
+
+
+def _path_of_fault(schema: Any) -> str:
+    """The innermost place of a schema that is invalid by itself."""
+    shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
+    path, left = "$", MAX_TRIED_PLACES
+    while True:
+        for name, child in _children(schema):
+            left -= 1
+            alone = {**shared, **child} if isinstance(child, Mapping) else child
+            if left < 0:
+                return path
+            if _fault_of_schema(_json_part(alone)):
+                path, schema = f"{path}.{name}", child
+                break
+        else:
+            return path
 
 
 def _json_part(schema: Any) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Row:
         )
         self._ends, self._vocabulary = vocabulary.ends, vocabulary
         self._detector = LoopDetector(tokenizer, prepared.question) if request.stop_loops else None
-        self._grammar: Matcher | None = prepared.grammar.copy() if prepared.grammar else None
+        grammar = prepared.grammar
+        self._grammar: Matcher | None = grammar.copy(vocabulary.forbidden) if grammar else None
         # The template's tokens after the end of a thought.
         close = tokenizer.get_added_vocab().get(THINK_CLOSE)
         end = list(prepared.thought_end)
@@ -115,7 +116,7 @@ class Row:
         """The mask `[V]` of tokens that must not come next; None: only the banned ones."""
         request, vocabulary = self.prepared.request, self._vocabulary
         if self._grammar is not None and not self.parser.in_thought:
-            return mx.array(self._grammar.forbidden() | vocabulary.forbidden)
+            return mx.array(self._grammar.forbidden())
         # The next one is the token `num_generated + 1`.
         is_early = self.num_generated < request.min_tokens
         return vocabulary.banned_and_ends if is_early else None
@@ -124,8 +125,7 @@ class Row:
         """Masks `[T, V]` of what must not follow each of tokens `[T]`, all but the first drafts."""
         if self._grammar is None or self.parser.in_thought:
             return None
-        masks = self._grammar.forbidden_behind(cast(list[int], tokens.tolist()))
-        return mx.array(masks | self._vocabulary.forbidden)
+        return mx.array(self._grammar.forbidden_behind(cast(list[int], tokens.tolist())))
 
     def begin(self, hidden: mx.array) -> None:
         """Sample the token after `hidden` `[1, 1, H]`."""
