@@ -8,6 +8,7 @@ import pytest
 
 import qwen35_mlx
 from qwen35_mlx.engine.prefix_store import PrefixStore
+from qwen35_mlx.errors import Qwen35Error
 
 FRANCE, HOT = "What is the capital of France?", "What is the opposite of hot?"
 GREEDY = {"temperature": 0.0}
@@ -59,6 +60,14 @@ def test_a_stub_without_the_facts_of_a_loaded_model_answers(demo: Any, form: Any
     # Greedy, because it recommends nothing else.
     assert qwen35_mlx.generate(stub, tokenizer, asked, **options) == expected
     assert conversation(stub, tokenizer) == conversation(model, tokenizer)
+
+
+@pytest.mark.parametrize("task", [qwen35_mlx.batch_generate, qwen35_mlx.embed])
+def test_what_needs_more_than_logits_refuses_a_stub(demo: Any, task: Any) -> None:
+    """AttributeError: no attribute 'sampling_defaults', or 'config'."""
+    model, tokenizer = demo
+    with pytest.raises(Qwen35Error, match=f"(?s){task.__name__} needs a model.*Called"):
+        task(Called(model), tokenizer, ["x"])
 
 
 def test_a_stub_reads_the_common_part_of_a_conversation_once(demo: Any) -> None:

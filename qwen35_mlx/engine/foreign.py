@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..errors import Qwen35Error
 from ..model.language import Model
 from ..sampling import SamplingParams
 
@@ -17,8 +18,21 @@ UNKNOWN = 2**31 - 1
 
 def as_model(model: Any) -> Model:
     """The model itself if it has all that the engine needs, else a view of it that has."""
-    is_complete = all(hasattr(model, name) for name in NEEDED)
-    return cast(Model, model if is_complete else ForeignModel(model))
+    return cast(Model, model if _is_complete(model) else ForeignModel(model))
+
+
+def check_own(model: Any, task: str) -> None:
+    """Raise Qwen35Error if the model was not loaded by this package; `task` needs that."""
+    if not _is_complete(model):
+        raise Qwen35Error(
+            f"{task} needs a model that qwen35_mlx.load has loaded",
+            got=f"{type(model).__module__}.{type(model).__qualname__}",
+            hint="generate, stream_generate and Chat take other models too",
+        )
+
+
+def _is_complete(model: Any) -> bool:
+    return all(hasattr(model, name) for name in NEEDED)
 
 
 class ForeignModel:

@@ -19,7 +19,7 @@ from ..model.cache import cached_tokens
 from ..model.language import Model
 from ..prompt import Prompt, banned_ids, check_ids, check_length, encode_prompt, without_media
 from .decode import decode, embedding, log_probabilities
-from .foreign import as_model
+from .foreign import as_model, check_own
 from .output import OutputParser
 from .prompt_cache import UNKNOWN_ID, Progress, PromptCache, common_prefix
 from .requests import Done, Grammar, Request, Token
@@ -221,6 +221,7 @@ def batch_generate(
     """
     if isinstance(prompts, str):
         raise Qwen35Error("prompts are not usable", got="one text", expected="a list of prompts")
+    check_own(model, "batch_generate")
     check_count("batch_size", batch_size)
     limit = check_count("max_tokens", DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
     if schema is not None:
@@ -260,6 +261,7 @@ def embed(model: Model, tokenizer: Any, prompts: Sequence[Prompt]) -> mx.array:
     They are taken after the final norm, in float32. Qwen3.5 is not trained for embeddings: similar
     texts have similar ones, but an embedding model is better at search.
     """
+    check_own(model, "embed")
     rows = []
     for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt)
