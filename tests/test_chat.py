@@ -1,5 +1,6 @@
 """A conversation: equal to one begun afresh, read once, and whole after every accident."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -311,3 +312,37 @@ def test_writing_in_the_background_stops_between_two_pieces(
     Chat._work_ahead(object.__new__(Chat), lambda: next(said, True))
     # And it closes what it wrote to, if it has begun.
     assert written == [*range(num_written)] + [-1] * (num_written > 0)
+
+
+@pytest.mark.parametrize("thinking", everyday([False, True], 0))
+def test_every_answer_is_valid_for_the_schema(demo: Any, thinking: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+    }
+    settings: dict[str, Any] = {"sampling": {"temperature": 0.0}, "enable_thinking": thinking}
+
+    def is_valid(text: str) -> bool:
+        said = json.loads(text)
+        right = said["city"] in ("Paris", "Rome") and isinstance(said["sure"], bool)
+        return right and list(said) == ["city", "sure"]
+
+    chats = [Chat(*demo, schema=schema, draft=draft, **settings) for draft in ("off", "auto")]
+    for question in (FRANCE, HOT):
+        said = [ask(chat, question) for chat in chats]
+        assert said[0] == said[1] and is_valid(said[0])
+        for chat in chats:
+            chat.read_ahead()
+    again = "".join(piece.text for piece in chats[0].regenerate() if piece.kind == "answer")
+    assert again == said[0]
+    # A thought that is closed early, and a turn without the schema.
+    chats[0].think_budget = 2
+    assert is_valid(ask(chats[0], WHO))
+    chats[0].schema = None
+    assert ask(chats[0], WHO).startswith("I am")
+    # A schema that cannot be used changes nothing.
+    chats[1].schema, before = {"type": "strin"}, list(chats[1].messages)
+    with pytest.raises(Qwen35Error, match="not usable at"):
+        list(chats[1].send(WHO))
+    assert chats[1].messages == before

@@ -1,5 +1,6 @@
 """Models of mlx-lm's interface, mlx-lm's own and stubs, answer as ours do."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,22 @@ def test_a_stub_without_the_facts_of_a_loaded_model_answers(demo: Any, form: Any
     # Greedy, because it recommends nothing else.
     assert qwen35_mlx.generate(stub, tokenizer, asked, **options) == expected
     assert conversation(stub, tokenizer) == conversation(model, tokenizer)
+
+
+def test_an_answer_is_valid_for_a_schema_if_the_vocabulary_is_known(demo: Any) -> None:
+    model, tokenizer = demo
+    schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}
+    for form, refused in ((stated, False), (Called, True)):
+        chat = qwen35_mlx.Chat(
+            form(model), tokenizer, enable_thinking=False, sampling=GREEDY, schema=schema
+        )
+        if refused:
+            with pytest.raises(Qwen35Error, match="states its vocab_size"):
+                list(chat.send(HOT))
+            assert chat.messages == []
+        else:
+            text = "".join(piece.text for piece in chat.send(HOT))
+            assert all(isinstance(flag, bool) for flag in json.loads(text))
 
 
 @pytest.mark.parametrize("task", [qwen35_mlx.batch_generate, qwen35_mlx.embed])

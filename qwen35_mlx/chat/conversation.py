@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from ..engine.foreign import as_model
+from ..engine.foreign import UNKNOWN, as_model
 from ..engine.generate import LONG_ANSWER_TOKENS, check_count
 from ..engine.grammar import Grammars, Matcher
 from ..engine.output import OutputParser, Piece, ToolCall
@@ -366,9 +366,12 @@ class Chat:
     def _grammar(self, banned: Sequence[int]) -> Matcher | None:
         if self.schema is None:
             return None
+        vocab_size = self.model.config.vocab_size
+        if vocab_size == UNKNOWN:
+            raise Qwen35Error("a schema needs a model that states its vocab_size")
         request = Request(tools=self.tools, grammar=Grammar("json_schema", self.schema))
         matcher = self._grammars.of(request, self._prompts.renders_json_arguments)
-        never = Vocabulary(self.tokenizer, self.model.config.vocab_size, banned).forbidden
+        never = Vocabulary(self.tokenizer, vocab_size, banned).forbidden
         return matcher.copy(never) if matcher else None
 
     def _opened(self, messages: Sequence[Message]) -> list[Message]:
