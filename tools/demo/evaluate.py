@@ -1,6 +1,6 @@
 """Evaluates the demo checkpoint: accuracy by skill and bits, and acceptance of MTP drafts.
 
-python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--show-wrong]
+python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--texts 128]
 
 transformers answers, greedily and in batches, with the dequantized weights of each conversion by
 this package or mlx-lm. This package answers the questions about pictures too. The last line is
@@ -83,11 +83,11 @@ def exam(num_each: int) -> list[Sample]:
     return facts[::3] + [s for s in samples if s.skill != "facts"]
 
 
-def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
+def converted(source: Path, home: Path, bits: Sequence[int], num_texts: int) -> dict[str, Path]:
     """Conversions of the checkpoint: in bf16, and at each of `bits` by several methods.
 
     The methods are rounding by this package and by mlx-lm, and, in as many bytes, error feedback
-    and distillation, calibrated on the training side.
+    and distillation, calibrated on `num_texts` texts of the training side.
     """
     from mlx_lm import convert as mlx_lm_convert
 
@@ -99,14 +99,15 @@ def converted(source: Path, home: Path, bits: Sequence[int]) -> dict[str, Path]:
     folders = {"bf16": convert(source, home / "bf16", dtype="bfloat16")}
     if bits:
         tokenizer = load_tokenizer(source, {}, {})._tokenizer
-        rows = mx.array(conversations(tokenizer, num_texts=128, length=256))
+        rows = mx.array(conversations(tokenizer, num_texts=num_texts, length=256))
         found = calibrate(source, rows, hessians=True, measure=True)
     for b in bits:
         folders[f"{b}-bit"] = convert(source, home / f"ours-{b}", bits=b)
         theirs = folders[f"{b}-bit mlx-lm"] = home / f"mlx-lm-{b}"
         mlx_lm_convert(str(source), str(theirs), quantize=True, q_bits=b, q_group_size=64)
         size = plan(source, bits=b).bits_per_weight
-        for method, trained in (("gptq", None), ("distill", Distillation(rows))):
+        distillation = Distillation(rows, finish_tokens=rows.size)
+        for method, trained in (("gptq", None), ("distill", distillation)):
             choice = fit(source, bits_per_weight=size, calibration=found, method=method)
             folders[f"{size:.2f} {method}"] = convert(
                 source,
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=SOURCE)
     parser.add_argument("--each", type=int, default=50, help="questions of each generated skill")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
+    parser.add_argument("--texts", type=int, default=128, help="calibration texts of 256 tokens")
     parser.add_argument("--show-wrong", action="store_true")
     args = parser.parse_args()
     from reference import Reference
@@ -133,7 +135,7 @@ def main() -> None:
     samples = exam(args.each)
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as home:
-        for name, folder in converted(args.source, Path(home), args.bits).items():
+        for name, folder in converted(args.source, Path(home), args.bits, args.texts).items():
             reference = Reference(args.source, folder)
             answers = reference.answers(samples)
             asked = Counter(sample.skill for sample in samples)
