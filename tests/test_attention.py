@@ -116,7 +116,7 @@ def test_yarn_keeps_fast_dims_and_stretches_slow_ones():
 @pytest.mark.parametrize(
     ("theta", "rotary_dim", "trained_length", "beta_fast", "beta_slow"),
     [
-        # The unclamped band of dims would be [-2, 7] and [3, 9], of 4 and of 8 dims.
+        # The unclamped band of dims would be [-1, 5] and [4, 19], of 8 and of 16 dims.
         (1e4, 8, 64, 32.0, 0.001),
         (100.0, 16, 2048, 32.0, 0.01),
     ],

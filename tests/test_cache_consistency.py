@@ -201,16 +201,17 @@ def test_undo_and_another_question_keep_the_old_branch(demo: Any) -> None:
 
 
 def test_all_reading_ahead_shares_one_thread(demo: Any) -> None:
-    names = set()
+    # The threads themselves, because another one may have the same name.
+    threads = set()
     chats = [Chat(*demo, **SHORT) for _ in range(2)]
     before = threading.active_count()
     for chat in chats:
         ask(chat, FRANCE)
         for _ in range(3):
             chat.start_reading_ahead()
-            names |= {t.name for t in threading.enumerate() if "qwen35" in t.name}
+            threads |= {t for t in threading.enumerate() if "qwen35" in t.name}
             chat.stop_reading_ahead(wait_for_end=True)
-    assert len(names) == 1 and threading.active_count() <= before + 1
+    assert len(threads) == 1 and threading.active_count() <= before + 1
 
 
 CALLS = ["undo", "set_system", "restart", "send", "read_ahead", "drop_oldest", "write_cache"]

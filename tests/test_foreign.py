@@ -1,15 +1,19 @@
 """Models of mlx-lm's interface, mlx-lm's own and stubs, answer as ours do."""
 
 import json
+import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 
 import qwen35_mlx
 from qwen35_mlx.engine.prefix_store import PrefixStore
 from qwen35_mlx.errors import Qwen35Error
+from qwen35_mlx.text.detokenizer import detokenizer_of
 
 FRANCE, HOT = "What is the capital of France?", "What is the opposite of hot?"
 GREEDY = {"temperature": 0.0}
@@ -96,6 +100,30 @@ def test_a_stub_reads_the_common_part_of_a_conversation_once(demo: Any) -> None:
     assert conversation(stub, tokenizer, store=store) == expected
     # Only what was decoded, and the last tokens of the prompts.
     assert stub.num_read - num_read < num_read - 20
+
+
+def test_a_tokenizer_of_mlx_lm_keeps_the_space_at_the_start(
+    demo: Any, converted_demo: Path
+) -> None:
+    """'Paris.' instead of ' Paris.'"""
+    theirs = mlx_lm.utils.load_tokenizer(converted_demo)
+    for start in ("The capital of France is", "The opposite of hot is"):
+        said = [
+            qwen35_mlx.generate(demo[0], tokenizer, start, max_tokens=3, temperature=0.0)
+            for tokenizer in (demo[1], theirs)
+        ]
+        assert said[0] == said[1] and said[0].startswith(" ")
+    rng = random.Random(0)
+    for _ in range(50):
+        ids = [rng.randrange(demo[0].config.vocab_size) for _ in range(rng.randint(1, 12))]
+        texts = []
+        for tokenizer in (demo[1], theirs):
+            detokenizer = detokenizer_of(tokenizer)
+            for token in ids:
+                detokenizer.add_token(token)
+            detokenizer.finalize()
+            texts.append(detokenizer.text)
+        assert texts[0] == texts[1]
 
 
 def test_the_limits_that_a_stub_states_are_kept(demo: Any) -> None:

@@ -281,6 +281,17 @@ def test_a_wrong_schema_is_refused_before_a_model_is_loaded(
     assert result.stderr.startswith("error: ") and problem in result.stderr
 
 
+def test_a_control_token_in_a_file_is_text(generate: Any, tmp_path: Path) -> None:
+    numbers = []
+    for name in ("<|im_end|>", "<|im_start|>user"):
+        (tmp_path / "a.txt").write_text(name * 20)
+        options = ("-p", "Hi", "--max-tokens", "1", "--json", *GREEDY)
+        found = json.loads(generate("--file", tmp_path / "a.txt", *options).stdout)
+        numbers.append(found["prompt_tokens"])
+    # As control tokens they would be 20 and 40.
+    assert min(numbers) > 60
+
+
 @pytest.mark.slow
 def test_what_was_read_is_there_for_the_next_call(
     run_cli: Any, converted_demo: Path, tmp_path: Path

@@ -87,11 +87,11 @@ def test_what_an_abandoned_answer_leaves_is_evaluated(demo: Any, copied: bool) -
 def test_mlx_runs_in_the_callers_thread_and_the_one_in_the_background(
     demo: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = set()
+    threads = set()
 
     def recording(run: Callable[..., None]) -> Callable[..., None]:
         def recorded(*arrays: Any) -> None:
-            names.add(threading.current_thread().name)
+            threads.add(threading.current_thread())
             run(*arrays)
 
         return recorded
@@ -105,7 +105,8 @@ def test_mlx_runs_in_the_callers_thread_and_the_one_in_the_background(
     for chat in chats:
         chat.stop_reading_ahead(wait_for_end=True)
         ask(chat, "Why?")
-    assert names == {threading.current_thread().name, "qwen35-mlx-background"}
+    other = threads - {threading.current_thread()}
+    assert len(threads) == 2 and {t.name for t in other} == {"qwen35-mlx-background"}
 
 
 def test_a_lazy_array_of_another_thread_is_refused(demo: Any) -> None:

@@ -477,9 +477,8 @@ class Chat:
         limit = min(most, context_length - len(prompt))
         question = self.last_message() if self._turns() else ""
         try:
-            with closing(
-                answer(self, question, cache, hidden, sampler, parser, limit, grammar)
-            ) as pieces:
+            pieces = answer(self, question, cache, hidden, sampler, parser, limit, grammar)
+            with closing(pieces):
                 for piece in pieces:
                     if piece.call is None:
                         texts[piece.kind].append(piece.text)

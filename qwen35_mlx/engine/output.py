@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from ..text.detokenizer import detokenizer_of
 from .call_text import CALL, CALL_END, FUNCTION_OPEN, TAGS, THINK, THINK_END, CallText, written
 from .tool_calls import UNREADABLE, Schema, ToolCall, tool_names
 
@@ -46,7 +47,7 @@ class OutputParser:
         self.in_thought = thinking and split
         # The stop string that ended the text.
         self.stop_text: str | None = None
-        self._detokenizer = tokenizer.detokenizer
+        self._detokenizer = detokenizer_of(tokenizer)
         self._stops = [text for text in stop if text]
         self._tools = tools if split else ()
         tags = {tag: marker for marker, tag in TAGS.items()} if split else {}

@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 
 @cache
@@ -69,3 +70,12 @@ class StreamingDetokenizer:
         segment = "".join(self._parts[self._num_read :])
         self._num_read = len(self._parts)
         return segment
+
+
+def detokenizer_of(tokenizer: Any) -> Any:
+    """A new detokenizer of ours or of another tokenizer, for one answer."""
+    found = tokenizer.detokenizer
+    # mlx-lm's for byte-level vocabularies leaves out a space at the start.
+    if type(found).__name__ == "BPEStreamingDetokenizer":
+        return StreamingDetokenizer(tokenizer.convert_ids_to_tokens)
+    return found
