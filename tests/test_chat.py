@@ -346,3 +346,13 @@ def test_every_answer_is_valid_for_the_schema(demo: Any, thinking: bool) -> None
     with pytest.raises(Qwen35Error, match="not usable at"):
         list(chats[1].send(WHO))
     assert chats[1].messages == before
+
+
+def test_nothing_is_read_ahead_beyond_the_context(demo: Any, scripted: Callable[..., Any]) -> None:
+    said = [{"role": "user", "content": FRANCE}, {"role": "assistant", "content": "Paris. " * 40}]
+    read = []
+    for context_length in (64, 4096):
+        chat = Chat(scripted([5], context_length=context_length), demo[1], messages=said)
+        chat.read_ahead()
+        read.append(chat._read_ahead_tokens)
+    assert read[0] == 0 < read[1]

@@ -309,3 +309,14 @@ def test_a_damaged_job_file_is_refused(tmp_path, source, small_tasks, raw):
     (work(tmp_path) / "job.json").write_bytes(raw)
     with pytest.raises(Qwen35Error, match=r"job.json is damaged"):
         convert(source, tmp_path / "out", **SETTINGS)
+
+
+def test_a_line_is_on_the_disk_before_the_next_one(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "journal", []
+    monkeypatch.setattr(journal, "flush", lambda file: flushed.append(path.read_bytes()))
+    kept = Journal(path)
+    kept.add_tasks([(0, 7), (1, 9)])
+    kept.add_shard("model.safetensors", "0" * 64)
+    kept.close()
+    lines = path.read_bytes()
+    assert flushed == [b"piece 0 7\npiece 1 9\n", lines] and lines.count(b"\n") == 3

@@ -20,12 +20,14 @@ from qwen35_mlx import memory
 from qwen35_mlx.checkpoint.headers import INDEX_FILE
 from qwen35_mlx.convert import convert, plan, report
 from qwen35_mlx.convert.mac_models import Mac, running
+from qwen35_mlx.engine.mtp_state import MTPState
 from qwen35_mlx.errors import MemoryRefused
 from qwen35_mlx.machine import GIB
 from qwen35_mlx.memory import count, kv_capacity
 from qwen35_mlx.model.cache import KVCache
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import load_model, open_model
+from qwen35_mlx.model.mtp import MTP
 from qwen35_mlx.prompt import encode_messages
 
 KINDS = pytest.mark.parametrize("moe", everyday([False, True], 1), ids=["dense", "moe"])
@@ -380,3 +382,28 @@ def test_a_file_that_is_only_named_after_the_layer_is_left_alone(
     index = {"weight_map": dict.fromkeys(held, "model.safetensors")}
     (out / INDEX_FILE).write_text(json.dumps(index))
     assert load_model(out)[0].mtp is None
+
+
+def test_each_draft_has_the_position_of_its_token(
+    demo: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft at another position costs acceptance only, so no text would show it."""
+    model, tokenizer = demo
+    deltas: list[list[int]] = []
+    draft, call = MTPState.draft, MTP.__call__
+
+    def drafting(*given: Any) -> Any:
+        deltas.append([])
+        return draft(*given)
+
+    def called(*given: Any, rope_delta: int = 0, **options: Any) -> Any:
+        if deltas:
+            deltas[-1].append(rope_delta)
+        return call(*given, rope_delta=rope_delta, **options)
+
+    monkeypatch.setattr(MTPState, "draft", drafting)
+    monkeypatch.setattr(MTP, "__call__", called)
+    settings: Any = dict(temperature=0, max_tokens=12, draft="mtp", num_draft_tokens=3)
+    qwen35_mlx.generate(model, tokenizer, "The capital of France is", **settings)
+    drafted = [found[:3] for found in deltas if len(found) >= 3]
+    assert drafted and all(len(set(found)) == 1 for found in drafted)

@@ -15,6 +15,7 @@ from everyday import everyday
 from shown import with_videos
 
 from qwen35_mlx import Chat, load
+from qwen35_mlx.chat import sessions
 from qwen35_mlx.chat.sessions import (
     cache_folder,
     hold,
@@ -417,3 +418,9 @@ def test_the_hint_of_a_damaged_session_removes_that_one(demo, home, tmp_path):
         with pytest.raises(SessionError) as error:
             read_conversation(damaged)
         assert str(error.value).endswith(f"qwen35-mlx sessions --remove {name}")
+
+
+def test_saved_sessions_keep_their_checksum() -> None:
+    """Another one would call every earlier session changed."""
+    content = {"messages": [{"role": "user", "content": "é\ud83d 日本"}], "a": None}
+    assert sessions._digest_of(content).startswith("523c5941566969ea824ac87c")

@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
 from qwen35_mlx.errors import CheckpointError
+from qwen35_mlx.text.detokenizer import token_bytes
 from qwen35_mlx.text.tokenizer import NAMED, Tokenizer, _add, read_tokenizer
 
 WORDS = """the quick don't I'LL 1234 x):\n    return\n\n\n\t\t漢字 кириллица नमस्ते สวัสดี 👩‍👩‍👧 🇩🇪
@@ -325,3 +326,13 @@ def test_a_token_that_is_named_is_special_whatever_it_says_itself() -> None:
     assert found == {
         0: ("<one>", False), 1: ("<three>", True), 2: ("<named>", True), 3: ("<extra>", True)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [("Ġa", b" a"), ("Ã©", "é".encode()), ("two words", b"two words"), ("日本", "日本".encode()),
+     ("<|im_end|>", b"<|im_end|>"), (None, b"")],
+)  # fmt: skip
+def test_the_bytes_of_a_token(token: str | None, expected: bytes) -> None:
+    """An added token may have characters that stand for no byte."""
+    assert token_bytes(token) == expected
