@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -26,7 +27,7 @@ from qwen35_mlx.machine import GIB
 from qwen35_mlx.memory import count, kv_capacity
 from qwen35_mlx.model.cache import KVCache
 from qwen35_mlx.model.language import Model
-from qwen35_mlx.model.loading import load_model, open_model
+from qwen35_mlx.model.loading import load_model, loads_mtp, open_model
 from qwen35_mlx.model.mtp import MTP
 from qwen35_mlx.prompt import encode_messages
 
@@ -407,3 +408,9 @@ def test_each_draft_has_the_position_of_its_token(
     qwen35_mlx.generate(model, tokenizer, "The capital of France is", **settings)
     drafted = [found[:3] for found in deltas if len(found) >= 3]
     assert drafted and all(len(set(found)) == 1 for found in drafted)
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_a_layer_that_is_not_there_is_not_loaded(wanted: bool | None) -> None:
+    found: Any = SimpleNamespace(mtp_matches=[], quantizations={})
+    assert not loads_mtp(found, wanted)
