@@ -231,52 +231,37 @@ def test_an_answer_on_a_terminal_cannot_steer_it(
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
+    ("option", "text", "problem"),
     [
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("{}", "has no list of tools"),
-        ("[]", "has no list of tools"),
-        ("null", "has no list of tools"),
-        ("[1]", "tool 1 of"),
-        ('[{"function": 1}]', "tool 1 of"),
-        ("[{}]", "has no name"),
-        ('[{"name": 3}]', "has no name"),
-        ('[{"name": "f"}, {"function": {"name": "f"}}]', "has the same name as another"),
-        ('[{"name": "f", "parameters": []}]', "no JSON schema"),
-        ('[{"name": "f", "parameters": {"properties": []}}]', "no JSON schema"),
-        (b"\xff\xff", "cannot be read as text"),
+        ("--tools", "{", "is not JSON"),
+        ("--tools", "[" * 100_000, "is not JSON"),
+        ("--tools", "{}", "has no list of tools"),
+        ("--tools", "[]", "has no list of tools"),
+        ("--tools", "null", "has no list of tools"),
+        ("--tools", "[1]", "tool 1 of"),
+        ("--tools", '[{"function": 1}]', "tool 1 of"),
+        ("--tools", "[{}]", "has no name"),
+        ("--tools", '[{"name": 3}]', "has no name"),
+        ("--tools", '[{"name": "f"}, {"function": {"name": "f"}}]', "has the same name as another"),
+        ("--tools", '[{"name": "f", "parameters": []}]', "no JSON schema"),
+        ("--tools", '[{"name": "f", "parameters": {"properties": []}}]', "no JSON schema"),
+        ("--tools", b"\xff\xff", "cannot be read as text"),
+        ("--schema", "{", "is not JSON"),
+        ("--schema", "[" * 100_000, "is not JSON"),
+        ("--schema", "[]", "has no JSON schema"),
+        ("--schema", "true", "has no JSON schema"),
+        ("--schema", '{"type": "strin"}', "not usable at $"),
+        ("--schema", '{"properties": {"a": {"items": {"type": 3}}}}', "at $.properties.a.items"),
+        ("--schema", '{"const": "%s"}' % ("a" * 300_000), "the grammar is too long"),
+        ("--schema", b"\xff\xff", "cannot be read as text"),
     ],
 )
-def test_a_wrong_list_of_tools_is_refused_before_a_model_is_loaded(
-    run_cli: Any, tmp_path: Path, text: str | bytes, problem: str
+def test_a_wrong_file_is_refused_before_a_model_is_loaded(
+    run_cli: Any, tmp_path: Path, option: str, text: str | bytes, problem: str
 ) -> None:
     file = tmp_path / "t.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    result = run_cli("generate", "no/model", "-p", "x", "--tools", file)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: ") and problem in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("[]", "has no JSON schema"),
-        ("true", "has no JSON schema"),
-        ('{"type": "strin"}', "not usable at $"),
-        ('{"properties": {"a": {"items": {"type": 3}}}}', "not usable at $.properties.a.items"),
-        ('{"const": "%s"}' % ("a" * 300_000), "the grammar is too long"),
-        (b"\xff\xff", "cannot be read as text"),
-    ],
-)
-def test_a_wrong_schema_is_refused_before_a_model_is_loaded(
-    run_cli: Any, tmp_path: Path, text: str | bytes, problem: str
-) -> None:
-    file = tmp_path / "s.json"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    result = run_cli("generate", "no/model", "-p", "x", "--schema", file)
+    result = run_cli("generate", "no/model", "-p", "x", option, file)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ") and problem in result.stderr
 

@@ -135,9 +135,9 @@ class Grammars:
             one_of = " | ".join(f"@{part['name']}" for part in named)
             parts = [{"lark_grammar": f"start: {one_of}"}, *named]
         text = json.dumps({"grammars": parts})
-        if message := self._fault(text):
-            raise GrammarError("the grammar is not usable", got=message[:500])
         ll, tables = self._ll()
+        if message := _fault(text, tables):
+            raise GrammarError("the grammar is not usable", got=message[:500])
         return Matcher(ll.LLMatcher(tables, text, log_level=0), self._vocab_size)
 
     def _of_answer(self, grammar: Grammar) -> dict[str, Any]:
@@ -154,19 +154,14 @@ class Grammars:
                 got=repr(kind)[:80],
                 expected="json_object, json_schema, regex, lark",
             )
+        ll, tables = self._ll()
         if kind == "regex":
-            ll, _ = self._ll()
             part = json.loads(ll.LLMatcher.grammar_from_regex(source))["grammars"][0]
         else:
             part = {"lark_grammar": source}
-        if message := self._fault(json.dumps({"grammars": [part]})):
+        if message := _fault(json.dumps({"grammars": [part]}), tables):
             raise GrammarError(f"the {kind} is not usable", got=message[:500])
         return part
-
-    def _fault(self, text: str) -> str:
-        """The error of a grammar; empty if it is valid."""
-        ll, tables = self._ll()
-        return str(ll.LLMatcher.validate_grammar(text, tables))
 
     def _ll(self) -> tuple[Any, Any]:
         """The library, and its tables for the tokenizer."""
@@ -207,7 +202,7 @@ def schema_part(schema: Any) -> dict[str, Any]:
             "the JSON schema is not usable", got=repr(schema)[:80], expected="an object"
         )
     part = _json_part(schema)
-    if message := _fault_of_schema(part):
+    if message := _fault(json.dumps({"grammars": [part]})):
         path = _path_of_fault(schema)
         error = GrammarError(
             f"the JSON schema is not usable at {path}",
@@ -226,10 +221,9 @@ def _llguidance() -> Any:
     return llguidance
 
 
-def _fault_of_schema(part: Mapping[str, Any]) -> str:
-    """The error of a schema; empty if it is valid. Needs no tokenizer."""
-    text = json.dumps({"grammars": [part]})
-    return str(_llguidance().LLMatcher.validate_grammar(text, None))
+def _fault(text: str, tables: Any = None) -> str:
+    """The error of a grammar; empty if it is valid. A schema needs no tables of a tokenizer."""
+    return str(_llguidance().LLMatcher.validate_grammar(text, tables))
 
 
 def _path_of_fault(schema: Any) -> str:
@@ -242,7 +236,7 @@ def _path_of_fault(schema: Any) -> str:
             alone = {**shared, **child} if isinstance(child, Mapping) else child
             if left < 0:
                 return path
-            if _fault_of_schema(_json_part(alone)):
+            if _fault(json.dumps({"grammars": [_json_part(alone)]})):
                 path, schema = f"{path}.{name}", child
                 break
         else:

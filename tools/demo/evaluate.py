@@ -1,6 +1,7 @@
 """Evaluates the demo checkpoint: accuracy by skill and bits, and acceptance of MTP drafts.
 
 python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--texts 128]
+    [--show-wrong]
 
 transformers answers, greedily and in batches, with the dequantized weights of each conversion by
 this package or mlx-lm. This package answers the questions about pictures too. The last line is
