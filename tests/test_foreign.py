@@ -67,8 +67,10 @@ def test_a_stub_without_the_facts_of_a_loaded_model_answers(demo: Any, form: Any
     assert conversation(stub, tokenizer) == conversation(model, tokenizer)
 
 
-def test_an_answer_is_valid_for_a_schema_if_the_vocabulary_is_known(demo: Any) -> None:
-    model, tokenizer = demo
+def test_an_answer_is_valid_for_a_schema_if_the_vocabulary_is_known(
+    demo: Any, converted_demo: Path
+) -> None:
+    model, tokenizer = demo[0], mlx_lm.utils.load_tokenizer(converted_demo)
     schema = {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}
     for form, refused in ((stated, False), (Called, True)):
         chat = qwen35_mlx.Chat(

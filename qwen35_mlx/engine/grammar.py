@@ -181,10 +181,11 @@ class _Words:
     bos_token_id = None
 
     def __init__(self, tokenizer: Any, vocab_size: int):
+        # mlx-lm's wrapper knows all end tokens, the tokenizer inside it does not.
+        self.eos_token_id = min(tokenizer.eos_token_ids)
         tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
         added = {i: text for text, i in tokenizer.get_added_vocab().items()}
         names = tokenizer.convert_ids_to_tokens(range(vocab_size))
-        self.eos_token_id = min(tokenizer.eos_token_ids)
         self.special_token_ids = sorted(i for i in added if i < vocab_size)
         self.tokens = [
             added[i].encode() if i in added else token_bytes(name) for i, name in enumerate(names)
