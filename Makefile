@@ -11,9 +11,12 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 export OPENBLAS_NUM_THREADS = 1
 # MLX for Linux has the reference BLAS, which takes 15 times as long as this one, used if present.
 FAST_BLAS = $(wildcard /usr/lib/*/libopenblas.so.0)
+# Tests run in as many processes as there are cores; WORKERS=0: all in one, in order.
+WORKERS = auto
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help chat test test-all test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-distill prose bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
+.PHONY: help chat test test-all test-slow test-page test-clients test-agents lint mutants bench bench-chat bench-convert bench-quant bench-distill prose bench-kernels bench-speculation bench-vision bench-server bench-adapters bench-context bench-beyond demo-eval golden live clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +30,13 @@ chat: $(VENV)/.installed ## chat with the bundled demo model; without a terminal
 # On a CPU, MLX runs a C++ compiler for each fused operation, which takes half a second.
 test: export MLX_DISABLE_COMPILE = 1
 test: $(VENV)/.installed-test ## run the everyday tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed-test ## also run the slow tests: all parameters, terminals, kills
-	$(BIN)/python -m pytest -m "not live"
+	$(PYTEST) -m "not live"
+
+test-slow: $(VENV)/.installed-test ## run only what test-all has more than test
+	$(PYTEST) -m "slow and not live"
 
 test-page: $(VENV)/.installed-test $(VENV)/.installed-browser ## run the tests of the page in a real Chromium
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$$(uname)" = Darwin ] \
@@ -103,7 +109,7 @@ golden: $(VENV)/.installed-live $(VENV)/.installed-torchvision ## make the golde
 	$(BIN)/python tests/golden/make_media_golden.py
 
 live: $(VENV)/.installed-live $(VENV)/.installed-torchvision $(VENV)/.installed-mlx-vlm ## compare with transformers on fresh random models
-	$(BIN)/python -m pytest -m live tests/live
+	OMP_NUM_THREADS=1 $(PYTEST) -m live tests/live
 
 clean: ## remove caches and build products; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
