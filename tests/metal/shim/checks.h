@@ -16,6 +16,15 @@ Region* find(EmuByte* p) {
   return nullptr;
 }
 
+// A table in the program itself. The loader is slow to ask, so its answers are kept by page.
+bool in_program(EmuByte* p) {
+  EmuU64 page = EmuU64(p) >> 12;
+  EmuU64& known = program_pages[page % PROGRAM_PAGES];
+  Dl_info info;
+  if (known != page && dladdr(p, &info)) known = page;
+  return known == page;
+}
+
 [[noreturn]] void out_of_bounds(EmuByte* p, EmuU32 bytes, const char* verb) {
   const Region* nearest = nullptr;
   EmuU64 best = ~0ull;
@@ -48,8 +57,7 @@ void access(void* address, EmuU32 bytes, bool is_write, bool atomic = false) {
   const char* verb = is_write ? "write" : "read";
   Region* r = find(p);
   if (!r) {
-    Dl_info info;
-    if (!is_write && dladdr(p, &info)) return;  // a table in the program itself
+    if (!is_write && in_program(p)) return;
     out_of_bounds(p, bytes, verb);
   }
   EmuU64 offset = p - r->data;
@@ -66,16 +74,16 @@ void access(void* address, EmuU32 bytes, bool is_write, bool atomic = false) {
                 current};
   for (EmuU64 c = offset / r->granule; c <= (offset + bytes - 1) / r->granule; c++) {
     Cell& cell = r->cells[c];
-    EmuU64 index = c * r->granule / r->element_bytes;
+    auto index = [&] { return c * r->granule / r->element_bytes; };
     bool both_atomic = atomic && (cell.touched & ATOMIC);
     if (!is_write) {
       bool written = cell.write.threadgroup &&
                      (r->space == DEVICE || cell.write.threadgroup == threadgroup_serial);
       if (!written && !r->written)
-        fail(EMU_UNINITIALIZED, "%s[%llu] is read by %s; nobody wrote it", r->name, index,
+        fail(EMU_UNINITIALIZED, "%s[%llu] is read by %s; nobody wrote it", r->name, index(),
              Who(current).text);
       if (!both_atomic && !before(cell.write, r->space))
-        race(*r, index, "read", cell.write, "written");
+        race(*r, index(), "read", cell.write, "written");
       cell.touched |= TOUCHED_READ;
       if (cell.read[1].thread != current || cell.read[1].threadgroup != now.threadgroup)
         cell.read[0] = cell.read[1];
@@ -84,14 +92,14 @@ void access(void* address, EmuU32 bytes, bool is_write, bool atomic = false) {
     } else {
       if (!both_atomic) {
         for (const Access& read : cell.read)
-          if (!before(read, r->space)) race(*r, index, "written", read, "read");
+          if (!before(read, r->space)) race(*r, index(), "written", read, "read");
         if (r->space == DEVICE && cell.first_reader && cell.first_reader != now.threadgroup) {
           Access read = {cell.first_reader, 0, 0, 0};
-          race(*r, index, "written", read, "read");
+          race(*r, index(), "written", read, "read");
         }
         if (!before(cell.write, r->space)) {
           if (atomic || (cell.touched & ATOMIC))
-            race(*r, index, "written", cell.write, "written atomically");
+            race(*r, index(), "written", cell.write, "written atomically");
           pending = {true, p, bytes, current, cell.write.thread, r, {}};
           memcpy(pending.before, p, bytes);
         }

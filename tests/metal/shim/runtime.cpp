@@ -13,6 +13,7 @@ namespace {
 
 constexpr EmuU32 MAX_THREADS = 1024, LANES = 32, SLOT = 64, MAX_REGIONS = 128;
 constexpr EmuU64 STACK = 128 * 1024, THREADGROUP_LIMIT = 32 * 1024;
+constexpr EmuU64 PROGRAM_PAGES = 64;
 constexpr EmuU64 CANARY = 0x5afe57ac5afe57acull;
 
 enum Parked { RUNNING, AT_SIMD, AT_BARRIER };
@@ -69,6 +70,7 @@ EmuU32 num_threads, num_groups, num_done, current, current_group;
 EmuU32 threadgroup_serial, barrier_epoch[2];  // never used twice, so that nothing need be cleared
 EmuU32 visit[MAX_THREADS / LANES];
 EmuU64 random_state;
+EmuU64 program_pages[PROGRAM_PAGES];
 void* arguments[MAX_REGIONS];
 
 // A write that raced with another one, and is harmless if it changes nothing.
