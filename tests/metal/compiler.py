@@ -229,7 +229,8 @@ def precompiled(*flags: str) -> Path:
         if stderr := zig("clang", *flags, "-I", SHIM, *embed, source, "-o", product):
             raise RuntimeError(stderr)
 
-    return built(beginning(), ".pch", make, " ".join(flags))
+    # It names the headers by their paths, which are others in another copy of the repository.
+    return built(beginning(), ".pch", make, f"{SHIM} {' '.join(flags)}")
 
 
 def clang(source: Path, flags: list[str], *arguments: str | Path) -> str:

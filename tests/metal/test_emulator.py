@@ -1,6 +1,7 @@
 """The emulator against planted bugs: each must be found, and the correct twin must pass."""
 
 import re
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -447,3 +448,15 @@ VECTOR_CASES = {
 def test_vectors_are_made_and_converted_as_in_metal(expression):
     y, _ = run(I + f"float4 v = {expression}; y[i] = v.x;", mx.ones(64))
     assert y[3].item() == VECTOR_CASES[expression]
+
+
+def test_two_copies_of_the_repository_share_a_cache(monkeypatch, tmp_path):
+    """Compiled text names its headers, which the other copy has at another place."""
+    monkeypatch.setattr(compiler, "cache_folder", lambda: tmp_path)
+    there = shutil.copytree(compiler.SHIM, tmp_path / "shim")
+    for factor, shim in ((2, compiler.SHIM), (3, there)):
+        monkeypatch.setattr(compiler, "SHIM", shim)
+        compiler.precompiled.cache_clear()
+        y, _ = run(f"{I}y[i] = {factor} * simd_sum(a[i]);", mx.ones(64))
+        assert y[3].item() == 32 * factor
+    compiler.precompiled.cache_clear()
