@@ -457,14 +457,10 @@ def test_the_least_bias_keeps_a_token_out(shared):
     assert plain.tokens[0] not in biased.tokens
 
 
-def test_a_prompt_that_is_too_long_says_by_how_much(shared, monkeypatch):
-    for prompt in ("a b c d e f g h " * 2000, "x" * 3_000_000):
-        if len(prompt) > 10**6:  # To encode it would take seconds.
-            monkeypatch.setattr("qwen35_mlx.engine.prepare.encode_prompt", pytest.fail)
-        with pytest.raises(ContextFull) as caught:
-            shared.submit(Request(prompt=prompt))
-        assert caught.value.num_tokens > caught.value.context_length == 4096
-    monkeypatch.undo()
+def test_a_prompt_that_is_too_long_says_by_how_much(shared):
+    with pytest.raises(ContextFull) as caught:
+        shared.submit(Request(prompt="a b c d e f g h " * 2000))
+    assert caught.value.num_tokens > caught.value.context_length == 4096
     with pytest.raises(PromptError):
         shared.submit(Request(prompt=[]))
     assert (
