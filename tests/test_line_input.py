@@ -128,6 +128,16 @@ def test_paths_are_completed_behind_file(
         assert sorted(c.text for c in found) == ["ple.txt", "ricot.txt"]
 
 
+def test_completed_paths_are_in_a_shells_form(typed: Any, tmp_path: Path) -> None:
+    (tmp_path / "two words (1).txt").touch()
+    completer = EditingReader(COMMANDS, Path("/nowhere/x"))._session.completer
+    forms = {"tw": r"o\ words\ \(1\).txt", r"two\ w": r"ords\ \(1\).txt", '"tw': "o words (1).txt"}
+    for name, rest in forms.items():
+        word = f'"{tmp_path}/{name[1:]}' if name[0] == '"' else f"{tmp_path}/{name}"
+        (found,) = completer.get_completions(Document(f"/file {word}"), None)
+        assert found.text == rest
+
+
 def test_lines_are_read_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "line")
