@@ -98,6 +98,14 @@ def test_every_call_ends_the_open_iterator_and_keeps_what_it_gave(demo: Any, beg
     assert list(older) == []
 
 
+def test_a_conversation_that_is_left_gives_its_memory_back(demo: Any) -> None:
+    chat = Chat(*demo, store=PrefixStore(demo[0], memory_bytes=0), **SHORT)
+    ask(chat, HOT)
+    assert chat.prefixes.caches
+    chat.restart()
+    assert chat.prefixes.caches == []
+
+
 def test_an_abandoned_iterator_ends_at_once(demo: Any) -> None:
     chat = Chat(*demo, **GREEDY)
     for piece in chat.send(FRANCE):
