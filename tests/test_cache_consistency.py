@@ -106,6 +106,14 @@ def test_a_conversation_that_is_left_gives_its_memory_back(demo: Any) -> None:
     assert chat.prefixes.caches == []
 
 
+def test_without_an_answer_nothing_is_read_ahead(demo: Any) -> None:
+    chat = Chat(*demo, **SHORT)
+    chat.read_ahead()
+    chat.messages = [{"role": "user", "content": HOT}]
+    chat.read_ahead()
+    assert chat.prefixes.caches == []
+
+
 def test_an_abandoned_iterator_ends_at_once(demo: Any) -> None:
     chat = Chat(*demo, **GREEDY)
     for piece in chat.send(FRANCE):

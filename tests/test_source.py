@@ -46,6 +46,21 @@ def test_rows_are_read_bit_for_bit(tmp_path, dtype):
                 assert mx.array_equal(read, rows[start:stop])
 
 
+# Bytes of an element of each type, by the documentation of safetensors.
+ELEMENT_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2,
+    "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ELEMENT_BYTES)
+def test_a_header_of_every_type_is_read(tmp_path, dtype):
+    nbytes = 6 * ELEMENT_BYTES[dtype]
+    header = {"x": entry(dtype, (2, 3), (0, nbytes))}
+    (tensor,) = read_header(file_of(tmp_path, header, bytes(nbytes)))
+    assert (tensor.dtype, tensor.shape, tensor.nbytes) == (dtype, (2, 3), nbytes)
+
+
 def test_reading_rows_touches_only_their_bytes(tmp_path):
     # A file of 4 TB that takes no space: a map or a whole read of it would fail.
     shape = (1_000_000, 1024, 1024)
