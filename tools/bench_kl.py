@@ -207,8 +207,9 @@ class Rivals:
 class Ours:
     """Our conversions of a checkpoint by bits per weight, each made once."""
 
-    def __init__(self, checkpoint: Checkpoint, work: Path, judge: Judge):
+    def __init__(self, checkpoint: Checkpoint, work: Path, judge: Judge, training: bool):
         self.source, self.ids, self.work, self.judge = *checkpoint[1:3], work, judge
+        self.methods = {"ours": calibrated} | ({"ours distilled": distilled} if training else {})
         self.calibration = calibrate(self.source, self.ids, hessians=True, measure=True)
         self.made: dict[float, dict[str, float]] = {}
 
@@ -218,7 +219,7 @@ class Ours:
             if made <= bits_per_weight <= made * (1 + EQUAL_BYTES):
                 return made, kls
         kls, made = {}, 0.0
-        for name, make in (("ours", calibrated), ("ours distilled", distilled)):
+        for name, make in self.methods.items():
             folder = self.work / f"{name}-{bits_per_weight:.3f}"
             given = self.source, bits_per_weight, self.calibration, self.ids
             anew(folder, partial(make, *given))
@@ -228,10 +229,13 @@ class Ours:
         return made, kls
 
 
-def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, str, float, str]]:
+def rows(
+    rivals: Rivals, judge: Judge, bits: int, training: bool
+) -> Iterator[tuple[str, str, float, str]]:
     """Each rival at about `bits` and a half: its name, folder in `work`, KL, how it was trained.
 
-    What an interrupted run measured in the same folder is not measured again.
+    Without `training`, those that DWQ trains are left out. What an interrupted run measured in
+    the same folder is not measured again.
     """
     file = rivals.work / f"rivals-{bits}.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -244,7 +248,8 @@ def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, str, fl
         if name not in done:
             with redirect_stderr(io.StringIO()):
                 anew(folder, lambda _, make=make: make(bits))
-        for row_name in (name,) if make == rivals.gptq else (name, f"{name} + DWQ"):
+        with_dwq = training and make != rivals.gptq
+        for row_name in (name, f"{name} + DWQ") if with_dwq else (name,):
             if row_name not in done:
                 is_trained = row_name != name
                 kl, how = rivals.dwq(folder, judge) if is_trained else (judge(loaded(folder)), "")
@@ -254,14 +259,19 @@ def rows(rivals: Rivals, judge: Judge, bits: int) -> Iterator[tuple[str, str, fl
             yield done[row_name]
 
 
-def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
-    """Print the table; returns bits per weight -> method -> KL."""
+def kl_table(
+    checkpoint: Checkpoint, work: Path, all_bits: list[int], training: bool = True
+) -> Table:
+    """Print the table; returns bits per weight -> method -> KL.
+
+    Without `training`, methods that train (DWQ and our distillation) are left out.
+    """
     started = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
     anew(work / "bf16", partial(convert, checkpoint.source, dtype="bfloat16"))
     reference = loaded(work / "bf16")
     judge = Judge(reference, checkpoint.judged)
-    rivals, ours = Rivals(checkpoint, reference, work), Ours(checkpoint, work, judge)
+    rivals, ours = Rivals(checkpoint, reference, work), Ours(checkpoint, work, judge, training)
     print(
         f"\n{checkpoint.name}: KL to bf16 in nats, {sum(t.size for t in judge.texts)} tokens;"
         f" calibrated on {checkpoint.ids.size} others in {time.perf_counter() - started:.0f} s"
@@ -269,7 +279,7 @@ def kl_table(checkpoint: Checkpoint, work: Path, all_bits: list[int]) -> Table:
     print(f"{'about':>5}  {'method':20} {'bits/weight':>11} {'KL':>8}  ours at these bytes")
     table: Table = {}
     for bits in all_bits:
-        for name, folder, kl, detail in rows(rivals, judge, bits):
+        for name, folder, kl, detail in rows(rivals, judge, bits, training):
             bits_per_weight = bits_of(work / folder)
             made, own = ours.at(bits_per_weight)
             table.setdefault(f"{made:.3f}", dict(own))[name] = round(kl, 6)

@@ -134,6 +134,7 @@ def main() -> None:
         "--checkpoint", type=Path, nargs="*", default=[PROSE / "dense", PROSE / "moe"],
         help="folders written by `make prose`",
     )  # fmt: skip
+    parser.add_argument("--no-training", action="store_true", help="without DWQ and distillation")
     parser.add_argument("--no-demo", action="store_true", help="KL of the --checkpoint alone")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of mlx-lm's")
     parser.add_argument(
@@ -143,17 +144,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     mse, times = ({}, {}) if args.only_kl else mse_table(args.demo, args.group_size)
-    tables = {}
+    tables, training = {}, not args.no_training
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         if not args.no_demo:
-            tables["kl"] = kl_table(demo(args.demo, work), work / "demo", args.bits)
+            tables["kl"] = kl_table(demo(args.demo, work), work / "demo", args.bits, training)
         for folder in args.checkpoint:
             if not (folder / "model" / "model.safetensors").is_file():
                 print(f"{folder}: not here, left out; `make prose` makes it", file=sys.stderr)
                 continue
             name, one = f"kl_{folder.name}", prose(folder)
-            tables[name] = kl_table(one, work / folder.name, args.bits)
+            tables[name] = kl_table(one, work / folder.name, args.bits, training)
     result = {
         "mse_ratio": mse,
         **tables,

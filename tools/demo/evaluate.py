@@ -1,7 +1,7 @@
 """Evaluates the demo checkpoint: accuracy by skill and bits, and acceptance of MTP drafts.
 
 python tools/demo/evaluate.py [--source FOLDER] [--each 50] [--bits 4 3 2] [--texts 128]
-    [--show-wrong]
+    [--work FOLDER] [--show-wrong]
 
 transformers answers, greedily and in batches, with the dequantized weights of each conversion by
 this package or mlx-lm. This package answers the questions about pictures too. The last line is
@@ -11,6 +11,7 @@ JSON.
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -88,7 +89,8 @@ def converted(source: Path, home: Path, bits: Sequence[int], num_texts: int) -> 
     """Conversions of the checkpoint: in bf16, and at each of `bits` by several methods.
 
     The methods are rounding by this package and by mlx-lm, and, in as many bytes, error feedback
-    and distillation, calibrated on `num_texts` texts of the training side.
+    and distillation, calibrated on `num_texts` texts of the training side. What is in `home`
+    already is not made again, and what was begun there goes on.
     """
     from mlx_lm import convert as mlx_lm_convert
 
@@ -97,22 +99,26 @@ def converted(source: Path, home: Path, bits: Sequence[int], num_texts: int) -> 
     from qwen35_mlx.convert.distilled import Distillation
     from qwen35_mlx.convert.fit import fit
 
-    folders = {"bf16": convert(source, home / "bf16", dtype="bfloat16")}
+    def made(name: str, **options: Any) -> Path:
+        folder = home / name
+        return folder if folder.exists() else convert(source, folder, **options)
+
+    folders = {"bf16": made("bf16", dtype="bfloat16")}
     if bits:
         tokenizer = load_tokenizer(source, {}, {})._tokenizer
         rows = mx.array(conversations(tokenizer, num_texts=num_texts, length=256))
         found = calibrate(source, rows, hessians=True, measure=True)
     for b in bits:
-        folders[f"{b}-bit"] = convert(source, home / f"ours-{b}", bits=b)
+        folders[f"{b}-bit"] = made(f"ours-{b}", bits=b)
         theirs = folders[f"{b}-bit mlx-lm"] = home / f"mlx-lm-{b}"
+        shutil.rmtree(theirs, ignore_errors=True)
         mlx_lm_convert(str(source), str(theirs), quantize=True, q_bits=b, q_group_size=64)
         size = plan(source, bits=b).bits_per_weight
         distillation = Distillation(rows, finish_tokens=rows.size)
         for method, trained in (("gptq", None), ("distill", distillation)):
             choice = fit(source, bits_per_weight=size, calibration=found, method=method)
-            folders[f"{size:.2f} {method}"] = convert(
-                source,
-                home / f"{method}-{b}",
+            folders[f"{size:.2f} {method}"] = made(
+                f"{method}-{b}",
                 recipe=choice.recipe,
                 method=method,
                 calibration=found,
@@ -128,6 +134,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=50, help="questions of each generated skill")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--texts", type=int, default=128, help="calibration texts of 256 tokens")
+    parser.add_argument("--work", type=Path, help="keep conversions here; a later run goes on")
     parser.add_argument("--show-wrong", action="store_true")
     args = parser.parse_args()
     from reference import Reference
@@ -135,8 +142,10 @@ def main() -> None:
     started = time.monotonic()
     samples = exam(args.each)
     results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as home:
-        for name, folder in converted(args.source, Path(home), args.bits, args.texts).items():
+    with tempfile.TemporaryDirectory() as temporary:
+        home = args.work or Path(temporary)
+        home.mkdir(parents=True, exist_ok=True)
+        for name, folder in converted(args.source, home, args.bits, args.texts).items():
             reference = Reference(args.source, folder)
             answers = reference.answers(samples)
             asked = Counter(sample.skill for sample in samples)
