@@ -311,8 +311,9 @@ def test_ctrl_c_in_a_script_exits_130(converted_demo: Path, command: list[str]) 
 def test_the_installed_command_is_this_one() -> None:
     command = shutil.which("qwen35-mlx", path=str(Path(sys.executable).parent))
     assert command is not None
-    result = subprocess.run([command, "--version"], capture_output=True, text=True)
-    assert result.stdout == f"qwen35-mlx {qwen35_mlx.__version__}\n"
+    for start in ([command], [sys.executable, "-m", "qwen35_mlx"]):
+        result = subprocess.run([*start, "--version"], capture_output=True, text=True)
+        assert result.stdout == f"qwen35-mlx {qwen35_mlx.__version__}\n"
 
 
 def test_chat_and_generate_check_a_models_kernels_alike(
