@@ -106,6 +106,14 @@ def test_a_conversation_that_is_left_gives_its_memory_back(demo: Any) -> None:
     assert chat.prefixes.caches == []
 
 
+def test_snapshots_beyond_the_budget_go_before_the_answer(demo: Any) -> None:
+    """While it is written, only the turn's own cache is left."""
+    chat = Chat(*demo, store=PrefixStore(demo[0], memory_bytes=0), **SHORT)
+    next(turn := chat.send(HOT * 20))
+    assert chat.prefixes.caches and chat.prefixes.num_snapshots == 0
+    turn.close()
+
+
 def test_without_an_answer_nothing_is_read_ahead(demo: Any) -> None:
     chat = Chat(*demo, **SHORT)
     chat.read_ahead()

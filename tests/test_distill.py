@@ -97,7 +97,13 @@ def experts_distilled(sources, tmp_path_factory):
 def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "LAYER_TYPES", checkpoints.LAYER_TYPES[:2])
     write_checkpoint(tmp_path / "src", moe=True, tokenizer=True)
-    ids = IDS[:4, :11]
+    ids, quantize_rows, has_hessian = IDS[:4, :11], module.quantize_rows, {}
+
+    def kept(rows, entry, start, statistics):
+        has_hessian[entry.module] = statistics.of(entry.module)[1] is not None
+        return quantize_rows(rows, entry, start, statistics)
+
+    monkeypatch.setattr(module, "quantize_rows", kept)
     options = dict(bits=3, group_size=128)
     options["calibration"] = calibrate(tmp_path / "src", ids, hessians=True, measure=False)
     plain = convert(tmp_path / "src", tmp_path / "gptq", method="gptq", **options)
@@ -106,6 +112,10 @@ def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
         ids, 33, Schedule(epochs=2, rate=0.04), progress=lambda *step: steps.append(step)
     )
     out = convert(tmp_path / "src", tmp_path / "out", method="distill", **options)
+    # All but the embedding have inputs.
+    assert [name for name, is_there in has_hessian.items() if not is_there] == [
+        f"{TRUNK}embed_tokens"
+    ]
     rows = json.loads((out / REPORT_FILE).read_text())
     assert [row["name"] for row in rows] == "embedding head layer-000 layer-001 whole".split()
     for row in rows[1:]:

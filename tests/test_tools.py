@@ -214,6 +214,14 @@ def test_types_may_have_the_names_of_python(kind: Any, raw: str, value: Any) -> 
     assert coerce(raw, {"type": kind}, {}) == value
 
 
+@pytest.mark.parametrize("key", ["anyOf", "oneOf", "allOf"])
+def test_types_may_be_in_the_parts_of_a_schema(key: str) -> None:
+    """Also inside each other, and where another part says nothing of the type."""
+    for schema in ({key: [{"type": "integer"}]}, {key: [{"minimum": 1}, {key: [{"const": 7}]}]}):
+        assert coerce("3", schema, {}) == 3
+        assert coerce("three", schema, {}) == "three"
+
+
 def test_schemas_that_say_little_or_nonsense() -> None:
     assert coerce("null", {"type": "integer", "nullable": True}, {}) is None
     assert coerce("3", {"type": ["integer", None, {}]}, {}) == 3
