@@ -31,6 +31,7 @@ from qwen35_mlx.convert.fit import fit
 from qwen35_mlx.convert.layerwise import TRUNK
 from qwen35_mlx.convert.modules import GLU
 from qwen35_mlx.errors import MemoryRefused, Qwen35Error
+from qwen35_mlx.model.language import Model
 from qwen35_mlx.quant.latent import Schedule
 from qwen35_mlx.quant.statistics import unit_of
 
@@ -103,7 +104,14 @@ def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
         has_hessian[entry.module] = statistics.of(entry.module)[1] is not None
         return quantize_rows(rows, entry, start, statistics)
 
+    students = []
+
+    def model_of(config):
+        students.append(config)
+        return Model(config)
+
     monkeypatch.setattr(module, "quantize_rows", kept)
+    monkeypatch.setattr(module, "Model", model_of)
     options = dict(bits=3, group_size=128)
     options["calibration"] = calibrate(tmp_path / "src", ids, hessians=True, measure=False)
     plain = convert(tmp_path / "src", tmp_path / "gptq", method="gptq", **options)
@@ -129,6 +137,8 @@ def test_every_part_learns_and_the_report_says_how_much(tmp_path, monkeypatch):
         experts = {path for path in row["left"] if "switch_mlp" in path}
         assert {row["left"][path] for path in experts} == {round(after / before, 4)}
         assert len(experts) == 3 and len(row["left"]) > 8
+    # The last pass needs the text part alone.
+    assert (students[-1].vision, students[-1].num_mtp_layers) == (None, 0)
     # Of all modules together nothing is said of each.
     assert rows[-1]["left"] == {}
     assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)

@@ -190,6 +190,26 @@ def test_few_rows_of_a_long_call_are_multiplied_as_many_are(
     assert max(sizes) <= 3 * PER_TOKEN
 
 
+def test_a_long_call_adds_up_its_experts_some_tokens_at_a_time(
+    pooled: Any, disk_layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they gave to the tokens before is computed by then, and takes no memory."""
+    model, sizes, evaluate = pooled(disk_layout, 2), [], mx.eval
+
+    def spied(*arrays: Any) -> None:
+        sizes.extend(a.shape for a in arrays if isinstance(a, mx.array))
+        evaluate(*arrays)
+
+    whole = model(mx.array([IDS[:20]]))
+    evaluate(whole)
+    monkeypatch.setattr(expert_pool, "PREFILL_STEP_SIZE", 8)
+    monkeypatch.setattr(mx, "eval", spied)
+    in_steps = model(mx.array([IDS[:20]]))
+    rows = [n for n, *width in sizes if width == [model.config.hidden_size]]
+    assert [rows[i : i + 3] for i in range(len(rows))].count([8, 8, 4]) == LAYERS
+    assert mx.array_equal(in_steps, whole).item()
+
+
 def test_pieces_end_at_cuts_and_sweeps_end_with_pieces() -> None:
     assert piece_ends(10, [40, 100], 25) == [35, 40, 65, 90, 100]
     assert piece_ends(7, [7], 25) == []

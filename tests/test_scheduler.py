@@ -190,17 +190,20 @@ def test_a_request_that_fails_takes_no_other_one_with_it(own, monkeypatch):
 
 def test_a_pass_that_fails_leaves_an_engine_that_answers(own, monkeypatch):
     alone = Answer(own.submit(ask(QUESTIONS[0]))).tokens
-    step, passes = RowBatch.step, []
+    step, passes, broken = RowBatch.step, [], []
 
     def failing(batch: RowBatch, tokens: Any) -> Any:
         passes.append(len(batch.rows))
         if len(passes) == 6:
+            broken.extend(batch.rows)
             raise MemoryError("no room")
         return step(batch, tokens)
 
     monkeypatch.setattr(RowBatch, "step", failing)
     ends = [answer.end for answer in together(own, [ask(text) for text in QUESTIONS[:3]])]
     assert any(isinstance(end, Failed) for end in ends)
+    # Nobody continues from what may be wrong.
+    assert broken and not any(cache is bad for cache in own.store.caches for bad in broken)
     assert Answer(own.submit(ask(QUESTIONS[0]))).tokens == alone
     assert own.is_alive and own.stats()["running"] == 0
 
@@ -378,7 +381,7 @@ def test_a_stop_text_in_a_thought_does_not_end_the_answer(shared):
 
 def test_a_thought_is_closed_at_its_budget(shared):
     answer = Answer(shared.submit(ask(QUESTIONS[0], think_budget=3)))
-    assert answer.end.usage.thought_tokens <= 4 and answer.text()
+    assert 3 <= answer.end.usage.thought_tokens <= 4 and answer.text()
 
 
 @pytest.mark.slow

@@ -72,3 +72,10 @@ def test_a_file_is_released_once_when_all_of_its_tasks_are_in_the_journal(
     assert len(checksums["model.safetensors"]) == 64
     whole = convert(tmp_path / "src", tmp_path / "out") / "model.safetensors"
     assert (tmp_path / "work" / "model.safetensors").read_bytes() == whole.read_bytes()
+
+    def read_again(file: Path) -> str:
+        raise AssertionError(f"{file} has a checksum already")
+
+    monkeypatch.setattr(worker, "sha256", read_again)
+    again = Journal(tmp_path / "work" / "journal")
+    assert Worker(planned, [], tmp_path / "work", again, None, None, Known()).run() == checksums
