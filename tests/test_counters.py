@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from qwen35_mlx.engine.requests import Done, Request, Token
+from qwen35_mlx.engine.row import Row
 from qwen35_mlx.engine.scheduler import Engine
+from qwen35_mlx.engine.speculate import Drafter
 from qwen35_mlx.sampling import SamplingParams
 from qwen35_mlx.server.models import GAUGES
 
@@ -40,6 +42,23 @@ def test_what_two_requests_took_is_counted(demo: Any) -> None:
     assert found["cache_bytes"] == engine.store.nbytes > 0
     # What does not only grow is a gauge.
     assert {"running", "queued", "rows", "cached_points", "cache_bytes"} <= set(GAUGES)
+
+
+def test_a_row_feeds_the_mtp_layer_again_when_it_is_alone(
+    demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside others it does not; without that layer's keys and values, drafts would be worse."""
+    step, alone = Row.speculative_step, []
+
+    def spied(row: Row, drafter: Drafter) -> Any:
+        found = step(row, drafter)
+        alone.append((drafter.uses_mtp, row.cache.feeds_mtp))
+        return found
+
+    monkeypatch.setattr(Row, "speculative_step", spied)
+    requests = [request([*range(10, 42)], max_tokens=n, draft="mtp") for n in (3, 8)]
+    list(Engine(*demo).answer(requests))
+    assert set(alone) == {(True, True)} and len(alone) < 8
 
 
 def test_a_request_that_fails_is_counted_and_leaves_nothing(

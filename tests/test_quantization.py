@@ -18,6 +18,7 @@ from mlx_lm.models import qwen3_next
 from mlx_lm.utils import load_model as load_theirs
 from mlx_lm.utils import quantize_model, save_config, save_model
 
+from qwen35_mlx.checkpoint.formats import is_named_by_mlx
 from qwen35_mlx.checkpoint.headers import SourceTensor
 from qwen35_mlx.checkpoint.quantization import (
     BITS,
@@ -26,6 +27,7 @@ from qwen35_mlx.checkpoint.quantization import (
     Claims,
     Quantization,
     infer,
+    quantization_block,
 )
 from qwen35_mlx.convert import convert
 from qwen35_mlx.convert.layerwise import Layerwise, open_checkpoint, run_layer
@@ -332,3 +334,24 @@ def test_a_tensor_is_named_once_in_a_warning(
     out = with_config(mixed, tmp_path / "out", each_block(lambda b: b | {"group_size": 128}))
     load_model(out)
     assert "quantized tensors, the files count: embed_tokens (group_size=128; " in caplog.text
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_a_block_is_found_beside_or_inside_the_text_part(key: str) -> None:
+    block, other = {"bits": 4}, {"bits": 8}
+    assert quantization_block({key: block}) == quantization_block({"text_config": {key: block}})
+    assert quantization_block({key: block, "text_config": {key: other}}) == block
+    for nothing in ({}, None, 3, []):
+        assert quantization_block({key: nothing, "text_config": {key: block}}) == block
+        assert quantization_block({key: nothing, "text_config": nothing}) == {}
+
+
+def test_names_that_mlx_alone_uses() -> None:
+    layer = "model.layers.0."
+    for name in (
+        f"language_model.{layer}input_layernorm.weight", "language_model.lm_head.weight",
+        "vision_tower.pos_embed.weight", f"{layer}mlp.switch_mlp.up_proj.weight",
+    ):  # fmt: skip
+        assert is_named_by_mlx(["lm_head.weight", name])
+    for name in (f"{layer}mlp.up_proj.weight", "model.language_model.norm.weight", "visual.x"):
+        assert not is_named_by_mlx([name])
