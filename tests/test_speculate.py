@@ -369,6 +369,13 @@ def test_on_a_gpu_drafts_are_read_by_kernels_that_give_the_same_bits_alone(
     del model._exact_rows
 
 
+def test_all_states_are_compared_also_of_the_first_token(demo: Any) -> None:
+    cache = demo[0].make_cache()
+    mx.eval(demo[0].trunk(mx.array([[5, 6, 7]]), cache))
+    of_keys = [entry for entry in cache if entry.is_trimmable()]
+    assert of_keys and all(a.shape[2] == 3 for e in of_keys for a in exact_rows._states(e))
+
+
 @pytest.mark.parametrize("missing", ["decode_attention", "router"])
 def test_one_operation_without_a_kernel_is_enough_to_read_alone(missing: str) -> None:
     tiers = with_kernels([op for op in OPERATIONS if op != missing])
