@@ -89,8 +89,8 @@ def converted(source: Path, home: Path, bits: Sequence[int], num_texts: int) -> 
     """Conversions of the checkpoint: in bf16, and at each of `bits` by several methods.
 
     The methods are rounding by this package and by mlx-lm, and, in as many bytes, error feedback
-    and distillation, calibrated on `num_texts` texts of the training side. What is in `home`
-    already is not made again, and what was begun there goes on.
+    and distillation, calibrated on `num_texts` texts of the training side. What an earlier run
+    of the same source has finished in `home` is not made again, and what it has begun goes on.
     """
     from mlx_lm import convert as mlx_lm_convert
 
@@ -118,7 +118,7 @@ def converted(source: Path, home: Path, bits: Sequence[int], num_texts: int) -> 
         for method, trained in (("gptq", None), ("distill", distillation)):
             choice = fit(source, bits_per_weight=size, calibration=found, method=method)
             folders[f"{size:.2f} {method}"] = made(
-                f"{method}-{b}",
+                f"{method}-{b}-{num_texts}",
                 recipe=choice.recipe,
                 method=method,
                 calibration=found,
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=50, help="questions of each generated skill")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--texts", type=int, default=128, help="calibration texts of 256 tokens")
-    parser.add_argument("--work", type=Path, help="keep conversions here; a later run goes on")
+    parser.add_argument("--work", type=Path, help="keep conversions of SOURCE here")
     parser.add_argument("--show-wrong", action="store_true")
     args = parser.parse_args()
     from reference import Reference
