@@ -225,7 +225,9 @@ def precompiled(*flags: str) -> Path:
     """The beginning of a translation unit for these flags."""
 
     def make(source: Path, product: Path) -> None:
-        embed = ["-Xclang", "-fmodules-embed-all-files", "-x", "c++-header"]
+        # Without the headers' times, which are others after a new checkout in the same place.
+        embed = ["-Xclang", "-fmodules-embed-all-files", "-Xclang", "-fno-pch-timestamp"]
+        embed += ["-x", "c++-header"]
         if stderr := zig("clang", *flags, "-I", SHIM, *embed, source, "-o", product):
             raise RuntimeError(stderr)
 
