@@ -99,6 +99,27 @@ def test_every_answer_keeps_its_schema(grammars, demo, seed):
     assert is_valid(json.loads(text), schema), (text, schema)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_object"),
+    [('{"a": [1, null]}', True), ("{}", True), ("[1]", False), ("1", False), ('"a"', False)],
+)
+def test_an_answer_is_an_object_where_no_schema_is_given(grammars, demo, text, is_object):
+    matcher = grammars.of(request(Grammar("json_object")), lambda: False).copy()
+    for token in demo[1].encode(text):
+        if matcher.forbidden()[token]:
+            assert not is_object
+            return
+        matcher.accept(token)
+    assert is_object and (matcher.is_finished or not matcher.forbidden()[demo[1].eos_token_id])
+
+
+def test_a_wrong_token_is_an_error_and_nothing_is_printed(grammars, demo, capfd):
+    matcher = grammars.of(request(Grammar("json_object")), lambda: False).copy()
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        matcher.accept(demo[1].encode("]")[0])
+    assert capfd.readouterr() == ("", "")
+
+
 POINT = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"]}
 
 

@@ -230,6 +230,31 @@ def test_bad_fields_are_refused_with_openais_object(server, fields):
     assert error["param"].startswith(next(iter(fields)).partition("s[")[0][:4])
 
 
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object")),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_object")),
+        (
+            {"structured_outputs": {"json": {}}},
+            Grammar("json_schema", {}),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a.", "b"]}}, Grammar("regex", r"a\.|b")),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar("lark", 'start: "a"')),
+        ({"structured_outputs": {}}, None),
+        ({"guided_json": {}}, Grammar("json_schema", {})),
+        ({"guided_regex": "a+"}, Grammar("regex", "a+")),
+        ({"guided_choice": ["a.", "b"]}, Grammar("regex", r"a\.|b")),
+        ({"guided_grammar": 'start: "a"'}, Grammar("lark", 'start: "a"')),
+    ],
+)
+def test_every_way_to_ask_for_a_grammar(server, fields, grammar):
+    assert server.chat(**fields).status == 200
+    assert server.engine.last.grammar == grammar
+
+
 def test_an_unknown_model_is_404(server):
     answer = server.chat(model="gpt-9")
     assert answer.status == 404 and answer.json["error"]["code"] == "model_not_found"
