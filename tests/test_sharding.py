@@ -21,7 +21,7 @@ from qwen35_mlx.convert.mac_models import MACS, find_macs, running, share, token
 from qwen35_mlx.convert.report import UNBOUNDED, family_source, mac_lines, unequal_lines
 from qwen35_mlx.errors import CheckpointError, Qwen35Error
 from qwen35_mlx.kernels.router import Routing
-from qwen35_mlx.model import attention, feed_forward, gated_delta_net
+from qwen35_mlx.model import attention, feed_forward, gated_delta_net, loading
 from qwen35_mlx.model import shard as shard_module
 from qwen35_mlx.model.language import Model
 from qwen35_mlx.model.loading import open_model
@@ -259,6 +259,28 @@ def test_a_plan_for_several_macs_counts_what_the_first_will_hold(converted_demo:
     assert running(part, 4096).kv_cache < 0.6 * running(planned, 4096).kv_cache
     lines = mac_lines(planned, MACS[:1], num_macs=2)
     assert "first of 2 such Macs" in lines[-2]
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "said"),
+    [
+        (2, 0, []),
+        (8, 0, ["whole on each of 8 Macs: attention (4 heads), linear attention (4 value heads)"]),
+        (8, 1, []),
+    ],
+)
+def test_rank_0_alone_says_what_is_not_split(
+    converted_demo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    size: int,
+    rank: int,
+    said: list[str],
+) -> None:
+    monkeypatch.setattr(loading, "limits", lambda: ([2**40] * size, False))
+    group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: size)
+    open_model(converted_demo, group=group)
+    assert caplog.messages == said
 
 
 def test_layers_in_other_processes_make_the_hidden_states_of_one(

@@ -374,4 +374,5 @@ def test_a_call_in_json_goes_into_the_messages_with_its_types() -> None:
     assert (again.name, again.arguments) == ("do", arguments)
     # A template that renders JSON gets typed values of a call in XML as well.
     _, (call,) = parse(render("do", {"flag": "true", "count": "3"}))
-    assert as_message(call, typed=True)["function"]["arguments"] == {"flag": True, "count": 3}
+    function = {"name": "do", "arguments": {"flag": True, "count": 3}}
+    assert as_message(call, typed=True) == {"type": "function", "function": function}

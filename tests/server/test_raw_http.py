@@ -236,6 +236,26 @@ def test_the_head_of_a_stream_comes_at_once_and_something_all_the_time(server, m
             assert b"Paris" not in data
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "event"),
+    [
+        (PATH, CHAT, b'"delta":{}'),
+        ("/v1/responses", {"model": MODEL, "input": "hi"}, b"event: response.in_progress\n"),
+    ],
+)
+def test_every_fifth_sign_of_life_is_an_event(server, monkeypatch, path, body, event):
+    monkeypatch.setattr(events, "KEEPALIVE_SECONDS", 0.01)
+    server.engine.say = [60.0, "Paris."]
+    with connect(server) as sock:
+        sock.sendall(post(body | {"stream": True}, path, Connection="close"))
+        data = b""
+        while data.count(b": keepalive") < 13:
+            data += sock.recv(65536)
+    # What follows each comment.
+    signs = [event in part for part in data.split(b": keepalive")[1:12]]
+    assert signs == [i % 4 == 3 for i in range(11)]
+
+
 def test_the_forms_of_proxies_and_of_http_1_0_are_taken(server):
     lines = b"Host: localhost\r\nConnection: close\r\n\r\n"
     assert answer_to(server, b"GET http://localhost/health HTTP/1.1\r\n" + lines)[0] == 200
