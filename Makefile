@@ -9,6 +9,8 @@ PYTHONS = python3.13 python3.12 python3.11 python3
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 # One thread for numpy's BLAS: matrices are small, and on a busy machine threads wait for each other.
 export OPENBLAS_NUM_THREADS = 1
+# Compiled modules are kept: tests start many processes.
+export PYTHONDONTWRITEBYTECODE =
 # MLX for Linux has the reference BLAS, which takes 15 times as long as this one, used if present.
 FAST_BLAS = $(wildcard /usr/lib/*/libopenblas.so.0)
 # Tests run in as many processes as there are cores; WORKERS=0: all in one, in order.

@@ -249,6 +249,13 @@ def test_import_is_light(module):
     assert run_python(code).split() == []
 
 
+def test_the_list_of_commands_needs_nothing_but_the_command_line():
+    own = "[m for m in sys.modules if m.startswith('qwen35_mlx')]"
+    loaded = run_python(f"import sys, qwen35_mlx.cli.main; print(*{own})").split()
+    others = {m for m in loaded if not m.startswith("qwen35_mlx.cli")}
+    assert others == {"qwen35_mlx", "qwen35_mlx.errors", "qwen35_mlx.files"}
+
+
 @pytest.mark.slow
 def test_runtime_and_cli_import_where_convert_and_quant_are_deleted():
     # None in sys.modules makes an import fail.

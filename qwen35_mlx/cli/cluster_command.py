@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checkpoint.pipeline import read_split
 from ..errors import Qwen35Error
 from ..files import MAX_CORPUS_BYTES, RING_VARIABLE, SPLIT_VARIABLE, read_stdin, read_text
 
@@ -59,6 +58,8 @@ def cluster(
     model, reads_input = model_of(arguments)
     found, backend = read_hosts(hosts, hostfile)
     if split:
+        from ..checkpoint.pipeline import read_split
+
         read_split(split, len(found))
     check(found, backend, model)
     hosts_content = json.dumps({"backend": backend, "envs": [], "hosts": found})

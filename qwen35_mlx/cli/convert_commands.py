@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import read_config
 from ..errors import Qwen35Error
 from ..files import require_writable
 from . import options
@@ -170,6 +169,7 @@ def default_out(source: str, given: Mapping[str, Any]) -> Path:
 
 def refuse_other_settings(ctx: typer.Context, source: str, out: Path) -> None:
     """Raise if the folder `out` was made from another source or with other settings."""
+    from ..config import read_config
     from ..convert import plan as make_plan
     from ..convert.hub import is_hub_id
     from ..convert.source import Source
