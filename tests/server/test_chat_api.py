@@ -236,10 +236,7 @@ def test_bad_fields_are_refused_with_openais_object(server, fields):
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, Grammar("json_object")),
         ({"structured_outputs": {"json_object": True}}, Grammar("json_object")),
-        (
-            {"structured_outputs": {"json": {}}},
-            Grammar("json_schema", {}),
-        ),
+        ({"structured_outputs": {"json": {}}}, Grammar("json_schema", {})),
         ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
         ({"structured_outputs": {"choice": ["a.", "b"]}}, Grammar("regex", r"a\.|b")),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, Grammar("lark", 'start: "a"')),
